@@ -1,0 +1,147 @@
+"""A run's options: one frozen dataclass, the same from Python, TOML and the command line.
+
+Core's own options are few; everything else belongs to the provider or the role it concerns. Field docstrings are what
+`--help` prints. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["KL", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptions"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    n: int = 4
+    """completions per prompt"""
+    max_new_tokens: int = 128
+    """tokens after which a completion is cut (its finish reason is then `length`)"""
+    temperature: float = 1.0
+    """divides the logits; 0 is greedy. Training log-probabilities use the same temperature"""
+    top_p: float = 1.0
+    """keep the smallest set of tokens with at least this probability; 1 keeps all"""
+    top_k: int = 0
+    """keep the k most likely tokens; 0 keeps all"""
+    min_p: float = 0.0
+    """keep tokens with at least this share of the most likely one's probability; 0 keeps all"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion (kept in it)"""
+    seed: int = 0
+    """base of the per-completion seeds; the loop sets it from the run's seed and the step"""
+
+    def seed_for(self, uid: int, k: int) -> int:
+        """The 63-bit seed of completion `k` of the prompt `uid`: the same on any engine, rank or batch composition."""
+        digest = hashlib.blake2b(f"{self.seed}/{uid}/{k}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class KL:
+    """The penalty that keeps the policy near the reference."""
+
+    coef: float = 0.02
+    """beta; 0 switches the penalty off, and then no reference model is loaded"""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """with d = log pi - log ref: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d (Schulman 2020)"""
+    where: Literal["reward", "loss"] = "reward"
+    """subtracted from each token's reward, or added to the loss with a live gradient"""
+    target: float | None = None
+    """adapt `coef` so that the mean KL per completion approaches this (Ziegler et al. 2019); fixed where absent"""
+    horizon: int = 10000
+    """completions over which the adaptive coefficient moves"""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, its schedule and clipping. Biases, norms and other vectors are never decayed."""
+
+    lr: float = 1e-6
+    """peak learning rate"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after warm-up: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of the peak"""
+    warmup: float = 0.0
+    """warm-up: below 1 a share of all optimiser steps, from 1 a number of them"""
+    min_lr_ratio: float = 0.0
+    """where linear and cosine end, as a share of `lr`"""
+    weight_decay: float = 0.0
+    """decoupled decay of matrices"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments"""
+    eps: float = 1e-8
+    """AdamW's epsilon"""
+    max_grad_norm: float = 1.0
+    """global gradient norm is clipped to this; 0 does not clip"""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A frozen role's model."""
+
+    model: str = ""
+    """hub name, folder, GGUF file, or `tiny`; the run's --model where empty"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what the forward pass computes in"""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """attention implementation"""
+    trust_remote_code: bool = False
+    """run model code that comes with the weights; only for models you trust"""
+
+
+@dataclass(frozen=True)
+class TrainedOptions(ModelOptions):
+    """A trained role's model and optimiser."""
+
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    optim: Optim = Optim()
+    """optimiser"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is made of. `Run(config)` runs it; `OUTPUT/config.toml` repeats it."""
+
+    algorithm: Any
+    """the algorithm provider"""
+    providers: Mapping[str, Any]
+    """the chosen provider of each kind the algorithm uses (and strategy, launcher); evaluators are a tuple"""
+    names: Mapping[str, str]
+    """the registered name (or `module:Class`) of each of them, `algorithm` included"""
+    roles: Mapping[str, ModelOptions]
+    """options per role"""
+    model: str = "tiny"
+    """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
+    output: str = "output"
+    """folder of the run"""
+    steps: int = 100
+    """optimiser phases: each collects a batch and trains on it"""
+    seed: int = 0
+    """the same seed gives the same numbers"""
+    resume: bool = False
+    """continue the run in --output from its newest valid checkpoint"""
+    batch_size: int = 16
+    """prompts (online) or rows (offline) per step, over all ranks"""
+    epochs: int = 1
+    """passes over each batch of rollouts"""
+    minibatches: int = 1
+    """optimiser steps per pass; 1 is strictly on-policy"""
+    micro_tokens: int = 8192
+    """token budget of one micro-batch, padding included; changes memory and speed, never results"""
+    chunk: int = 1024
+    """completion tokens whose logits are held at a time; changes memory and speed, never results"""
+    max_prompt_tokens: int = 1024
+    """longer prompts are dropped and counted"""
+    save_every: int = 0
+    """steps between checkpoints; 0 saves at the end only"""
+    keep: int = 2
+    """checkpoints kept"""
+    eval_every: int = 0
+    """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
+    sampling: Sampling = field(default_factory=Sampling)
+    """how completions are drawn (online algorithms)"""

@@ -1,0 +1,162 @@
+"""What a configuration means, worked out before anything heavy starts: roles, sources, credits and needs.
+
+A plan is plain data. It is the same in every process: a worker builds it again from names and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rlhf_core import needs as needs_
+from rlhf_core.errors import UsageError
+from rlhf_core.needs import Need
+from rlhf_core.options import KL, ModelOptions, RunConfig
+from rlhf_core.types import Advantage, Chosen, Term
+
+__all__ = ["CreditSpec", "Plan", "RoleSpec", "make_plan"]
+
+DATA = "data"
+"""The source that is not a role."""
+
+
+@dataclass(frozen=True)
+class CreditSpec:
+    """One (source, advantage): computed once a step, shared by the terms that use it."""
+
+    key: str
+    """`<source>` or `<source>#<k>`: names the credited batch"""
+    source: str
+    advantage: Advantage | None
+    needs: tuple[Need, ...] = ()
+    """what must be in the batch before credit and losses run"""
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role of the run."""
+
+    name: str
+    options: ModelOptions
+    outputs: frozenset[str]
+    """every output that some term or need asks of it; decides which heads it has"""
+    terms: tuple[tuple[str, Term], ...] = ()
+    """(credit key, term) for each term that trains it; empty for a frozen role"""
+    sampled: bool = False
+    """whether a source samples it"""
+
+    @property
+    def trained(self) -> bool:
+        """Whether a term trains it."""
+        return bool(self.terms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, worked out."""
+
+    config: RunConfig
+    terms: tuple[Term, ...]
+    sources: tuple[str, ...]
+    """distinct sources, in the order of their terms"""
+    credits: Mapping[str, CreditSpec]
+    roles: Mapping[str, RoleSpec]
+    kl: KL | None = field(default=None)
+    """the penalty in force; None when its coefficient is 0"""
+
+    @property
+    def online(self) -> bool:
+        """Whether any source samples."""
+        return any(source != DATA for source in self.sources)
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Optimiser steps of the whole run: what a schedule is laid over."""
+        return self.config.steps * self.config.epochs * self.config.minibatches
+
+    @property
+    def on_policy(self) -> bool:
+        """One optimiser step per batch: the policy that is trained is the one that sampled."""
+        return self.config.epochs == 1 and self.config.minibatches == 1
+
+    @property
+    def tokenizer_role(self) -> str:
+        """The role whose tokenizer reads the data."""
+        return self.terms[0].role if self.terms[0].source == DATA else self.terms[0].source
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Work `config` out.
+
+    Raises:
+        UsageError: terms, needs and roles do not fit together.
+    """
+    chosen = Chosen(
+        advantage=config.providers.get("advantage"),
+        loss=config.providers.get("loss"),
+        sampling=config.sampling,
+        providers=config.providers,
+    )
+    terms = config.algorithm(chosen)
+    kl = getattr(config.algorithm, "kl", None)
+    kl = kl if kl is not None and kl.coef > 0 else None
+    credits: dict[str, CreditSpec] = {}
+    keyed: list[tuple[str, Term]] = []
+    for term in terms:
+        key = _credit_key(credits, term)
+        credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage))
+        credits[key] = _add_needs(credit, term, kl)
+        keyed.append((key, term))
+    return Plan(config, terms, tuple(dict.fromkeys(t.source for t in terms)), credits, _roles(config, keyed, credits), kl)
+
+
+def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
+    """The key of the term's credit: an existing one with the same source and advantage, or a new one."""
+    same_source = [credit for credit in credits.values() if credit.source == term.source]
+    for credit in same_source:
+        if credit.advantage == term.advantage:
+            return credit.key
+    return f"{term.source}#{len(same_source)}" if same_source else term.source
+
+
+def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
+    """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
+    asked = [(name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))]
+    if kl is not None and kl.where == "reward" and term.source == term.role:
+        asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
+    have = {need.name: need for need in credit.needs}
+    for name, asker in asked:
+        need = needs_.resolve(name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker)
+        have.setdefault(name, need)
+    return CreditSpec(credit.key, credit.source, credit.advantage, tuple(have.values()))
+
+
+def _roles(
+    config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec]
+) -> dict[str, RoleSpec]:
+    """Every role that a term trains, a source samples, or a need asks for."""
+    outputs: dict[str, set[str]] = {}
+    for _, term in keyed:
+        outputs.setdefault(term.role, set()).update(getattr(term.loss, "wants", {"logprobs_NT"}))
+        if term.source != DATA:
+            outputs.setdefault(term.source, set()).add("logprobs_NT")
+    for credit in credits.values():
+        for need in credit.needs:
+            if need.role:
+                outputs.setdefault(need.role, set()).add(need.output)
+    unknown = [name for name in outputs if name not in config.roles]
+    if unknown:
+        raise UsageError(
+            f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
+            f"{', '.join(config.roles)}; use an advantage or loss without that need"
+        )
+    return {
+        name: RoleSpec(
+            name=name,
+            options=config.roles[name],
+            outputs=frozenset(outputs[name]),
+            terms=tuple((key, term) for key, term in keyed if term.role == name),
+            sampled=any(term.source == name for _, term in keyed),
+        )
+        for name in outputs
+    }

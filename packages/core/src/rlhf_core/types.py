@@ -1,0 +1,526 @@
+"""What flows between the stages, and what a provider of each kind is called with.
+
+Shape letters, used in names everywhere: P prompts, G completions per prompt, N = P*G completions (offline: rows), L prompt
+tokens, T completion tokens. Per-token tensors are aligned to the completion and left-aligned in time: column t belongs to
+completion token t, padding is on the right. `mask_NT` is true where the policy sampled (offline: where the loss applies),
+the EOS that ends a completion included; environment tokens of a multi-turn completion are in `tokens_NT` but not in the
+mask. Log-probabilities are float32 and zero outside the completion. Token ids are never decoded and encoded again between
+sampling and training.
+
+torch is imported only for typing: this module is on the path of `rlhf-run --help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.options import Optim, Sampling
+    from rlhf_core.plan import Plan, RoleSpec
+    from rlhf_core.run import Run
+    from rlhf_core.world import World
+
+__all__ = [
+    "Advantage",
+    "Algorithm",
+    "Batch",
+    "Chosen",
+    "Credit",
+    "Data",
+    "Evaluator",
+    "Example",
+    "Launcher",
+    "Loss",
+    "LossTerms",
+    "Message",
+    "Metric",
+    "Outputs",
+    "Placed",
+    "Prompts",
+    "Reduction",
+    "Reward",
+    "RewardOutput",
+    "Role",
+    "Rollout",
+    "Rollouts",
+    "Strategy",
+    "Term",
+    "Trainable",
+]
+
+Message = Mapping[str, Any]
+"""One turn of a chat: `{"role": "user", "content": "…"}`, and whatever else the template knows."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of data, before tokenising.
+
+    No completions: a prompt. One: a demonstration. Two: a preference, chosen first.
+    """
+
+    prompt: str | tuple[Message, ...]
+    """plain text, or a chat that the tokenizer's template renders"""
+    completions: tuple[str | tuple[Message, ...], ...] = ()
+    """what follows the prompt"""
+    label: Any = None
+    """passed through to rewards (a reference answer, say)"""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """passed through to rewards and samples.jsonl; `meta["datasource"]` splits metrics"""
+    fields: Mapping[str, float] = field(default_factory=dict)
+    """numbers that losses read as `batch["<name>_N"]`: a margin, a rating"""
+    origin: str = ""
+    """`file:row`, for error messages"""
+
+
+@dataclass
+class Prompts:
+    """P prompts, tokenised for the role that will answer them."""
+
+    texts: list[str]
+    """P rendered prompts"""
+    token_ids: list[list[int]]
+    """P token sequences, what the model really reads"""
+    examples: list[Example]
+    """P rows they came from"""
+    uids: list[int]
+    """P numbers that stay with a prompt for the whole run; seeds are derived from them"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, index: Sequence[int]) -> Prompts:
+        """The prompts at `index`, in that order."""
+        return Prompts(*([column[i] for i in index] for column in (self.texts, self.token_ids, self.examples, self.uids)))
+
+
+@dataclass
+class Batch:
+    """N completions with their prompts, and everything computed about them so far.
+
+    `batch["name"]` reads an extra: `advantages_NT`, `ref_logprobs_NT`, `values_NT`, `rewards_N`, … Extras whose name
+    ends in `_NT` are per completion token, in `_N` per completion.
+    """
+
+    prompts: list[str]
+    """N rendered prompts"""
+    texts: list[str]
+    """N completions as text, special tokens left out"""
+    prompt_NL: Tensor
+    """int64, prompt tokens, left-aligned, padded on the right"""
+    prompt_lengths_N: Tensor
+    """int64, how many of them are real"""
+    tokens_NT: Tensor
+    """int64, completion tokens, left-aligned, padded on the right"""
+    lengths_N: Tensor
+    """int64, how many of them are real, environment tokens included"""
+    mask_NT: Tensor
+    """bool, where the policy sampled or the loss applies"""
+    group_N: Tensor
+    """int64, which prompt: completions of one prompt are adjacent and share the number"""
+    labels: list[Any]
+    """N labels of the data"""
+    meta: list[Mapping[str, Any]]
+    """N metadata mappings of the data"""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """tensors by name, suffix `_NT` or `_N`"""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """numbers that hold for the whole batch: `progress` (0..1 of the run), `kl_coef`, …"""
+    world: World | None = None
+    """the ranks that share this batch: whitening and other batch statistics are summed over it"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.extras[name]
+        except KeyError:
+            raise KeyError(f"the batch has no {name!r}; declare it in `needs`. It has: {sorted(self.extras)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.extras
+
+    def with_extras(self, **extras: Tensor) -> Self:
+        """A copy that shares every tensor and has `extras` added."""
+        return replace(self, extras={**self.extras, **extras}, scalars=dict(self.scalars))
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """The rows at `index`, in that order, trimmed to their longest prompt and completion."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        picked = index.tolist()
+        prompt_lengths_N, lengths_N = self.prompt_lengths_N[index], self.lengths_N[index]
+        L, T = (int(lengths.max()) if len(picked) else 0 for lengths in (prompt_lengths_N, lengths_N))
+
+        def take(tensor: Tensor, name: str) -> Tensor:
+            rows = tensor[index]
+            return rows[:, :T] if name.endswith("_NT") else rows
+
+        return replace(
+            self,
+            **{name: [getattr(self, name)[i] for i in picked] for name in self._per_row()},
+            prompt_NL=self.prompt_NL[index][:, :L],
+            prompt_lengths_N=prompt_lengths_N,
+            tokens_NT=take(self.tokens_NT, "_NT"),
+            lengths_N=lengths_N,
+            mask_NT=take(self.mask_NT, "_NT"),
+            group_N=self.group_N[index],
+            extras={name: take(tensor, name) for name, tensor in self.extras.items()},
+            scalars=dict(self.scalars),
+        )
+
+    def _per_row(self) -> tuple[str, ...]:
+        """Names of the fields that are lists of N."""
+        return ("prompts", "texts", "labels", "meta")
+
+    @classmethod
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        """One batch of all rows, padded to the longest. Group numbers are shifted so that groups stay apart."""
+        first = batches[0]
+
+        def stack(tensors: Sequence[Tensor]) -> Tensor:
+            if tensors[0].dim() == 1:
+                return torch.cat(list(tensors))
+            width = max(tensor.shape[1] for tensor in tensors)
+            return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+        groups, offset = [], 0
+        for batch in batches:
+            groups.append(batch.group_N + offset)
+            offset += int(batch.group_N.max()) + 1 if len(batch) else 0
+        tensors = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT")
+        return replace(
+            first,
+            **{name: [row for batch in batches for row in getattr(batch, name)] for name in first._per_row()},
+            **{name: stack([getattr(batch, name) for batch in batches]) for name in tensors},
+            group_N=torch.cat(groups),
+            extras={name: stack([batch.extras[name] for batch in batches]) for name in first.extras},
+            scalars=dict(first.scalars),
+        )
+
+
+@dataclass
+class Rollouts(Batch):
+    """Completions that a rollout engine sampled. `extras["sampler_logprobs_NT"]` are the engine's log-probabilities."""
+
+    finish: list[Literal["stop", "length"]] = field(default_factory=list)
+    """N reasons: `stop` (EOS or a stop string), `length` (cut at max_new_tokens)"""
+    version: int = 0
+    """the policy version that sampled: optimiser steps of the role so far"""
+
+    def _per_row(self) -> tuple[str, ...]:
+        return (*super()._per_row(), "finish")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of N completions."""
+
+    rewards_N: Tensor
+    """float32, what is maximised"""
+    rewards_NT: Tensor | None = None
+    """float32, per-token rewards that are added to the final one"""
+    scores_N: Tensor | None = None
+    """float32 in 0..1, for filtering and pass rates; the rewards where absent"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """further numbers per completion (N), logged as `reward/<name>` means"""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each completion token earned. Zero outside the mask, no gradient."""
+
+    advantages_NT: Tensor
+    """float32"""
+    returns_NT: Tensor | None = None
+    """float32, what a critic should have predicted"""
+    rows: Tensor | None = None
+    """int64, which rows to train on and in which order (best of n, chosen/rejected pairs); all where absent"""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean that keeps its own denominator, so that micro-batches and ranks can be added up."""
+
+    total: Tensor
+    """sum of the values, a scalar"""
+    count: Tensor
+    """how many there were, a scalar"""
+
+    @classmethod
+    def over(cls, values: Tensor, mask: Tensor | None = None) -> Metric:
+        """The mean of `values`, where `mask` is true if given (same shape)."""
+        values = values.detach().float()
+        if mask is None:
+            return cls(values.sum(), torch.tensor(float(values.numel())))
+        return cls((values * mask).sum(), mask.sum().float())
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How core turns a loss's values into one number over the whole optimiser step, all micro-batches and ranks.
+
+    * `token`: sum over masked tokens / number of masked tokens.
+    * `sequence`: mean over completions of the mean over their masked tokens (empty completions do not count).
+    * `sample`: mean of per-sample (or per-pair) values.
+    * `prompt`: sum over masked tokens / number of groups. For weights that already sum to one over a group.
+    * `constant`: sum over masked tokens / (number of completions x `length`), Dr. GRPO's.
+    * `sum`: no denominator.
+    """
+
+    per: Literal["token", "sequence", "sample", "prompt", "constant", "sum"]
+    length: int = 0
+    """the constant of `constant`, in tokens"""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a loss returns: values, not a mean. Core masks, weighs and divides."""
+
+    values: Tensor
+    """(N, T) per token, or (N,) per sample, or (N / rows_per_unit,) per pair"""
+    reduction: Reduction
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """logged as `<role>/<name>`"""
+
+
+Outputs = Mapping[str, "Tensor"]
+"""What the trained role's forward pass gave, differentiable: `logprobs_NT`, `entropy_NT`, `values_NT`, `scores_N`."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# terms
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing that is minimised: `role` is trained on what `source` gave, with this credit and this loss.
+
+    Terms that share a source and an advantage share the work; the terms of one role are summed in one optimiser step.
+    """
+
+    role: str
+    """the role trained"""
+    source: str
+    """`data`, or the role that is sampled"""
+    loss: Loss
+    advantage: Advantage | None = None
+    """None: the batch is used as it is"""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the user (or the algorithm's defaults) chose: providers an algorithm builds its terms from."""
+
+    advantage: Advantage | None = None
+    loss: Loss | None = None
+    sampling: Sampling | None = None
+    providers: Mapping[str, Any] = field(default_factory=dict)
+    """every chosen provider by kind"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# providers: a frozen dataclass each; fields are options, calling does the work
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Data(Protocol):
+    """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
+
+    def __call__(self, split: str) -> Iterable[Example]:
+        """The rows of a split (`train`, or `heldout` for evaluation). Raises `DataError` naming file and row."""
+        ...
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`."""
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """`sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
+        ...
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Take the role's present weights (`role.weights()`). Called after every update; returns metrics."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores completions. May have `close()`."""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]: ...
+
+
+class Advantage(Protocol):
+    """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
+
+    `needs` names the extras it reads (see `rlhf_core.needs`); `extras` holds them. `rollouts.world` sums statistics over ranks.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor: ...
+
+
+class Loss(Protocol):
+    """An objective. Pure; differentiable only in `outputs`.
+
+    `wants` names the outputs of the trained role it differentiates, `needs` the extras it reads from the batch.
+    `rows_per_unit` rows (2 for pairs: chosen, rejected) are never split over micro-batches.
+    """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms: ...
+
+
+class Algorithm(Protocol):
+    """Composes terms.
+
+    `defaults` names the providers it uses unless the user chooses others, by kind: exactly these kinds have flags.
+    `roles` gives the roles' default options: exactly these roles have flags. A role exists in a run only if a term
+    trains it, a source samples it, or something needs its output.
+    """
+
+    defaults: ClassVar[Mapping[str, str]]
+    roles: ClassVar[Mapping[str, Any]]
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        """The terms. Raises `UsageError` for a combination that cannot work."""
+        ...
+
+
+class Trainable(Protocol):
+    """A model under a strategy, inside one process (one rank of `world`)."""
+
+    world: World
+    module: nn.Module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`. Gradients are summed over micro-batches and over the ranks of `world`."""
+        ...
+
+    def step(self) -> Mapping[str, float]:
+        """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names, gathered if sharded."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write model, optimiser and schedule state for `load`."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    def offload(self) -> None:
+        """Move all states out of device memory until `reload`."""
+        ...
+
+    def reload(self) -> None:
+        """Bring them back."""
+        ...
+
+
+class Strategy(Protocol):
+    """Turns a module (and optimiser options, None for a frozen role) into a `Trainable`."""
+
+    def __call__(self, module: nn.Module, optim: Optim | None, total_steps: int) -> Trainable: ...
+
+
+class Role(Protocol):
+    """A named model with a purpose: what the loop and the rollout engines see, local or remote."""
+
+    name: str
+    spec: RoleSpec
+    version: int
+
+    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs of all rows: eval mode, no gradient, on the CPU."""
+        ...
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        """One pass of optimiser steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore checkpoint state."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder."""
+        ...
+
+
+@dataclass
+class Placed:
+    """What a launcher returns: roles and rollout engine, wherever they run."""
+
+    roles: dict[str, Role]
+    rollout: Rollout | None
+    world: World
+
+    def close(self) -> None:
+        """Free the rollout engine; launchers with processes extend this."""
+        if self.rollout is not None:
+            self.rollout.close()
+
+
+class Launcher(Protocol):
+    """Places the roles of a plan."""
+
+    def __call__(self, plan: Plan) -> Placed: ...
+
+
+class Evaluator(Protocol):
+    """Measures a policy. Metric names are logged as `eval/<name>`."""
+
+    def __call__(self, run: Run) -> Mapping[str, float]: ...

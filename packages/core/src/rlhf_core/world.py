@@ -1,0 +1,56 @@
+"""The ranks that share a batch or a model, and the few things they tell each other.
+
+One process is a world of size one, where every sum is the thing itself. Strategies that run under `torchrun` or
+`deepspeed`, or inside a group of Ray actors, give a `TorchWorld`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TorchWorld", "World"]
+
+
+class World:
+    """One process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over ranks; every rank gets it. Collective: all ranks call it in the same order."""
+        return tensor
+
+    def gather(self, thing: Any) -> list[Any]:
+        """One picklable thing per rank, in rank order; every rank gets all."""
+        return [thing]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+
+class TorchWorld(World):
+    """The ranks of a `torch.distributed` process group (the default one where `group` is None)."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = torch.distributed.get_rank(group)
+        self.size = torch.distributed.get_world_size(group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, thing: Any) -> list[Any]:
+        things: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(things, thing, group=self.group)
+        return things
+
+    def barrier(self) -> None:
+        torch.distributed.barrier(group=self.group)
