@@ -1,0 +1,1 @@
+"""GCG attack evaluation for rlhf-core."""

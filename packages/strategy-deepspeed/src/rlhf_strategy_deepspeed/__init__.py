@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO as a training strategy for rlhf-core."""
