@@ -6,7 +6,7 @@ A plan is plain data. It is the same in every process: a worker builds it again 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_core import needs as needs_
 from rlhf_core.errors import UsageError
@@ -78,6 +78,11 @@ class Plan:
     def on_policy(self) -> bool:
         """One optimiser step per batch: the policy that is trained is the one that sampled."""
         return self.config.epochs == 1 and self.config.minibatches == 1
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the trained roles, in the order of their terms."""
+        return tuple(dict.fromkeys(term.role for term in self.terms))
 
     @property
     def tokenizer_role(self) -> str:
@@ -153,7 +158,7 @@ def _roles(
     return {
         name: RoleSpec(
             name=name,
-            options=config.roles[name],
+            options=replace(config.roles[name], model=config.roles[name].model or config.model),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
             sampled=any(term.source == name for _, term in keyed),

@@ -1,0 +1,153 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+    OUTPUT/checkpoints/step-N/
+        state.json        step, data position, KL coefficient, role versions
+        random.pt         random states of torch, numpy and Python, per rank
+        roles/<name>/     what the role's strategy saves
+        manifest.json     size and SHA-256 of every file above
+
+A checkpoint is written under a temporary name, forced to the disk and renamed; the newest one whose manifest holds is used
+on resume, and a damaged one is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.files import fresh_folder, write_text
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["prepare_output", "restore", "save", "valid_checkpoints"]
+
+
+def prepare_output(run: Run) -> None:
+    """Make the output folder and write the resolved configuration.
+
+    Raises:
+        UsageError: the folder already holds a run and `--resume` was not given, or is not a folder.
+    """
+    from rlhf_core.configure import to_toml
+
+    if run.output.exists() and not run.output.is_dir():
+        raise UsageError(f"--output {run.output} is a file; name a folder")
+    if (run.output / "config.toml").exists() and not run.config.resume:
+        raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        write_text(run.output / "config.toml", to_toml(run.config))
+    except OSError as error:
+        raise UsageError(f"cannot write to --output {run.output}: {error.strerror}") from None
+
+
+def save(run: Run) -> None:
+    """Write OUTPUT/checkpoints/step-N, then remove the oldest beyond `keep`. Nothing if it is there already."""
+    folder = run.output / "checkpoints" / f"step-{run.step}"
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with fresh_folder(folder) as temporary:
+        for name in run.plan.trained:
+            (temporary / "roles" / name).mkdir(parents=True)
+            run.roles[name].save(str(temporary / "roles" / name))
+        torch.save(run.world.gather(_random_states()), temporary / "random.pt")
+        state = {
+            "step": run.step,
+            "stream": run.stream.state_dict(),
+            "kl_coef": run.kl_coef,
+            "versions": {name: run.roles[name].version for name in run.plan.trained},
+        }
+        write_text(temporary / "state.json", json.dumps(state, indent=1))
+        write_text(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=1))
+    for old in sorted(folder.parent.glob("step-*"), key=_step)[: -run.config.keep]:
+        rmtree(old)
+
+
+def restore(run: Run) -> None:
+    """Continue from the newest valid checkpoint; from the start if there is none. Says which, and what was damaged."""
+    for folder in sorted((run.output / "checkpoints").glob("step-*"), key=_step, reverse=True):
+        damage = _damage(folder)
+        if damage:
+            print(f"rlhf-run: {folder} is damaged ({damage}); trying the one before", file=sys.stderr)
+            continue
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name in run.plan.trained:
+            run.roles[name].load(str(folder / "roles" / name))
+            run.roles[name].version = state["versions"][name]
+        run.step = state["step"]
+        run.stream.load_state_dict(state["stream"])
+        if run.kl is not None:
+            run.kl.coef = state["kl_coef"]
+        states = torch.load(folder / "random.pt", weights_only=True)
+        _set_random_states(states[min(run.world.rank, len(states) - 1)])
+        run.sync()
+        return
+
+
+def valid_checkpoints(output: Path) -> list[Path]:
+    """Checkpoint folders whose manifest holds, oldest first."""
+    return [f for f in sorted((output / "checkpoints").glob("step-*"), key=_step) if not _damage(f)]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `folder`."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, empty if nothing."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "manifest.json is missing or unreadable"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            return f"{name} does not match its checksum"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _random_states() -> dict[str, Any]:
+    import numpy
+
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+    version, words, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.tensor(keys.astype("int64")), position, has_gauss, gauss],  # type: ignore[union-attr]
+        "python": [version, list(words), gauss_next],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    import numpy
+
+    torch.set_rng_state(states["torch"])
+    kind, keys, *rest = states["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    version, words, gauss_next = states["python"]
+    random.setstate((version, tuple(words), gauss_next))

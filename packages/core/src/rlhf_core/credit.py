@@ -1,0 +1,94 @@
+"""Needs and credit: from sampled or read batches to what the losses train on.
+
+Each credit, a (source, advantage), is computed once a step on whole groups, before anything is cut into micro-batches.
+What it needs is computed by the roles that provide it, once per source, and only if it is not already at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.kl import kl_values
+from rlhf_core.lazy import torch
+from rlhf_core.plan import CreditSpec, Plan
+from rlhf_core.types import Advantage, Batch, Credit, RewardOutput, Role, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["assign_credit", "compute_needs"]
+
+
+def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch) -> Batch:
+    """`batch` with every extra that the credits on `source` need and that it does not have yet.
+
+    One forward pass per role gives all outputs asked of it. Old log-probabilities are left out when the training pass
+    itself yields them (one optimiser step per batch, no KL in the reward, and the trained role is the one that sampled).
+    """
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for need in (need for credit in plan.credits.values() if credit.source == source for need in credit.needs):
+        if need.role and need.name not in batch and not _live(plan, need.name):
+            wanted.setdefault((need.role, need.output), []).append(need.name)
+        elif not need.role and need.name not in batch and not _later(need.name):
+            raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
+    extras: dict[str, Tensor] = {}
+    for role in dict.fromkeys(role for role, _ in wanted):
+        outputs = roles[role].infer(batch, frozenset(output for owner, output in wanted if owner == role))
+        for (owner, output), names in wanted.items():
+            if owner == role:
+                extras |= dict.fromkeys(names, outputs[output])
+    return batch.with_extras(**extras)
+
+
+def _live(plan: Plan, name: str) -> bool:
+    """Whether the training pass itself gives `name`."""
+    return name == "old_logprobs_NT" and plan.on_policy and not (plan.kl is not None and plan.kl.where == "reward")
+
+
+def _later(name: str) -> bool:
+    """Whether credit itself produces `name`."""
+    return name in ("advantages_NT", "returns_NT", "rewards_NT", "scores_N")
+
+
+def assign_credit(
+    plan: Plan, spec: CreditSpec, batch: Batch, rewards: RewardOutput | None, kl_coef: float
+) -> tuple[Batch, dict[str, float]]:
+    """The batch that the terms of `spec` train on, and the metrics of its credit.
+
+    The KL penalty in the reward is added here, per token and before the advantage:
+    r_t = -beta * KL_t (+ the reward's own per-token part).
+    """
+    batch = batch.with_extras()
+    batch.scalars["kl_coef"] = kl_coef
+    if spec.advantage is None:
+        return batch, {}
+    assert rewards is not None and isinstance(batch, Rollouts), "credit is assigned to sampled completions"
+    rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
+    if plan.kl is not None and plan.kl.where == "reward" and "ref_logprobs_NT" in batch:
+        kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
+        rewards_NT = rewards_NT - kl_coef * kl_NT
+    shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
+    credit = _checked(spec.advantage, spec.advantage(shaped, batch, batch.extras), batch)
+    extras = {"advantages_NT": credit.advantages_NT}
+    if credit.returns_NT is not None:
+        extras["returns_NT"] = credit.returns_NT
+    batch = batch.with_extras(**extras)
+    return batch if credit.rows is None else batch.rows(credit.rows), dict(credit.metrics)
+
+
+def _checked(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:
+    """`result` as a `Credit`, if it keeps the contract of an advantage."""
+    who = f"advantage {type(advantage).__qualname__} of {type(advantage).__module__}"
+    credit = result if isinstance(result, Credit) else Credit(result)
+    for name, values in (("advantages_NT", credit.advantages_NT), ("returns_NT", credit.returns_NT)):
+        if values is None and name == "returns_NT":
+            continue
+        if not isinstance(values, torch.Tensor) or values.shape != batch.mask_NT.shape:
+            raise ContractError(f"{who}: {name} must be a tensor of shape {tuple(batch.mask_NT.shape)}")
+        if values.requires_grad:
+            raise ContractError(f"{who}: {name} must not carry a gradient")
+        if bool((values[~batch.mask_NT] != 0).any()):
+            raise ContractError(f"{who}: {name} must be zero outside the mask")
+    return credit

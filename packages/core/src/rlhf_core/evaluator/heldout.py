@@ -1,0 +1,55 @@
+"""Held-out reward: the policy's answers to prompts it was not trained on, scored by the run's own reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.observer.files import append_line, sample
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["Heldout"]
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Mean reward, KL-free, on held-out prompts, with the standard error over prompts."""
+
+    prompts: int = 64
+    """at most this many held-out prompts, from the first"""
+    n: int = 1
+    """completions per prompt"""
+    shown: int = 3
+    """completions written to evaluations.jsonl, the same prompts each time"""
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """`heldout/reward`, its standard error `heldout/reward_se`, mean length and the share cut at the limit.
+
+        Seeds depend on the run's seed and the prompt alone, so evaluations at two steps differ by the policy only.
+        """
+        if not run.plan.online:
+            raise UsageError("evaluator heldout samples the policy, but this algorithm has no rollout; remove --evaluator")
+        source = next(name for name in run.plan.sources if name in run.plan.roles)
+        rows = run.heldout()[: self.prompts]
+        rank, size = run.world.rank, run.world.size
+        mine = list(range(rank, len(rows), size))
+        prompts = run.encoder.prompts([rows[i] for i in mine], mine)
+        sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
+        rollouts = run.rollouts(source, prompts, sampling)
+        rewards_N = run.reward_of(rollouts).rewards_N
+        means_P = torch.cat(run.world.gather(rewards_N.view(-1, self.n).double().mean(1)))
+        if run.leader:
+            rollouts.extras["rewards_N"] = rewards_N
+            for i in range(0, min(self.shown * self.n, len(rollouts)), self.n):
+                append_line(run.output / "evaluations.jsonl", {"step": run.step, **sample(rollouts, i)})
+        completions = run.world_sum(len(rollouts))
+        return {
+            "heldout/reward": float(means_P.mean()),
+            "heldout/reward_se": float(means_P.std() / len(means_P) ** 0.5),
+            "heldout/length": run.world_sum(float(rollouts.lengths_N.sum())) / completions,
+            "heldout/truncated": run.world_sum(float(sum(f == "length" for f in rollouts.finish))) / completions,
+        }

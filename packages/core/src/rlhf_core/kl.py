@@ -1,0 +1,85 @@
+"""The penalty that keeps a policy near its reference: estimators, where they apply, and the adaptive coefficient.
+
+With d = log pi(a|s) - log ref(a|s) on sampled tokens, E_pi[k] = KL(pi || ref) for k1 = d and k3 = exp(-d) - 1 + d; k2 = d^2/2
+has the right gradient and a small bias (Schulman, "Approximating KL divergence", 2020). In the reward the value matters, so
+any of the three serves. In the loss the gradient matters: differentiating k1's value gives zero in expectation, k2's gives
+the gradient of KL(pi || ref), k3's that of KL(ref || pi). All three are offered because published results use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_core.lazy import torch
+from rlhf_core.types import Batch, LossTerms, Metric, Outputs, Reduction, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.options import KL
+    from rlhf_core.types import Advantage
+
+__all__ = ["KLController", "KLLoss", "kl_terms", "kl_values"]
+
+MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond it k3 would only overflow float32, and its gradient with it
+
+
+def kl_values(
+    logprobs_NT: Tensor, ref_logprobs_NT: Tensor, mask_NT: Tensor, estimator: Literal["k1", "k2", "k3"]
+) -> Tensor:
+    """Per-token KL estimates (N, T), float32, zero outside the mask.
+
+    k3 is evaluated with d bounded to at least -20, so that neither it nor its gradient overflows.
+    """
+    d_NT = (logprobs_NT.float() - ref_logprobs_NT.float()).masked_fill(~mask_NT, 0.0)
+    if estimator == "k1":
+        return d_NT
+    if estimator == "k2":
+        return d_NT.square() / 2
+    return torch.exp(-d_NT.clamp(min=-MAX_LOG_RATIO)) - 1 + d_NT
+
+
+@dataclass(frozen=True)
+class KLLoss:
+    """The penalty as a loss with a live gradient, times the coefficient in force (`batch.scalars["kl_coef"]`)."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """see `KL.estimator`"""
+    reduction: Literal["token", "sequence"] = "token"
+    """mean over tokens, or over completions of their token means"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        kl_NT = kl_values(outputs["logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, self.estimator)
+        metrics = {"kl": Metric.over(kl_NT, batch.mask_NT)}
+        return LossTerms(batch.scalars["kl_coef"] * kl_NT, Reduction(self.reduction), metrics)
+
+
+def kl_terms(kl: KL | None, role: str, source: str, advantage: Advantage | None) -> tuple[Term, ...]:
+    """The penalty's term, if it is in force and belongs in the loss; else none."""
+    if kl is None or kl.coef == 0 or kl.where != "loss":
+        return ()
+    return (Term(role, source, KLLoss(kl.estimator), advantage),)
+
+
+class KLController:
+    """The coefficient in force. Fixed, or adaptive (Ziegler et al. 2019, section 2.2):
+
+        coef <- coef * (1 + clip(KL / target - 1, -0.2, 0.2) * N / horizon)
+
+    with KL the mean over completions of the summed per-token KL, and N the completions of the step.
+    """
+
+    def __init__(self, kl: KL) -> None:
+        self.kl = kl
+        self.coef = kl.coef
+
+    def update(self, kl_mean: float, completions: int) -> None:
+        """Move the coefficient after a step. A fixed one stays."""
+        if self.kl.target is not None:
+            error = min(max(kl_mean / self.kl.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * completions / self.kl.horizon

@@ -1,0 +1,57 @@
+"""Cutting a batch into micro-batches by token budget, and into minibatches by group.
+
+Rows are sorted by length first, so that a micro-batch holds rows of like length and little of it is padding. Neither cut
+changes a result (see `reduce`); the budget only trades memory for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import torch
+from rlhf_core.types import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["micro_rows", "minibatches", "padding_share"]
+
+
+def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1) -> list[Tensor]:
+    """Row numbers of each micro-batch: at most `tokens` cells, padding included, but always at least one unit.
+
+    A unit is `rows_per_unit` adjacent rows (a chosen/rejected pair). Longest first, so that memory peaks at once.
+    """
+    lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
+    order_U = torch.argsort(lengths_U, descending=True, stable=True)
+    cuts: list[list[int]] = []
+    widest = 0
+    for unit, length in zip(order_U.tolist(), lengths_U[order_U].tolist(), strict=True):
+        if not cuts or (len(cuts[-1]) + 1) * rows_per_unit * widest > tokens:
+            cuts.append([])
+            widest = length
+        cuts[-1].append(unit)
+    rows_in_unit = torch.arange(rows_per_unit)
+    return [(torch.tensor(units)[:, None] * rows_per_unit + rows_in_unit).flatten() for units in cuts]
+
+
+def padding_share(batch: Batch, cuts: list[Tensor]) -> float:
+    """The share of a forward pass's cells that are padding, 0..1."""
+    lengths_N = batch.prompt_lengths_N + batch.lengths_N
+    cells = sum(int(lengths_N[rows].max()) * len(rows) for rows in cuts)
+    return 1 - float(lengths_N.sum()) / max(cells, 1)
+
+
+def minibatches(batch: Batch, parts: int, seed: int) -> Iterator[Batch]:
+    """`batch` in `parts` parts of whole groups, in an order drawn from `seed`; itself if there is one part.
+
+    Group sizes may differ and the number of groups need not be a multiple of `parts`.
+    """
+    if parts == 1:
+        yield batch
+        return
+    groups = batch.group_N.unique()
+    order = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    for chosen in order.tensor_split(parts):
+        yield batch.rows(torch.isin(batch.group_N, chosen).nonzero().flatten())

@@ -1,0 +1,80 @@
+"""What a user sees while a run goes: a head line, a line a step with rates and the time left, and the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["evaluation_table", "step_line"]
+
+_clock: dict[int, tuple[float, int]] = {}
+"""when a run began and at which step, by its id"""
+
+
+@hookimpl
+def rlhf_run_start(run: Run) -> None:
+    _clock[id(run)] = (time.perf_counter(), run.step)
+    roles = ", ".join(f"{name}{'' if spec.trained else ' (frozen)'}" for name, spec in run.plan.roles.items())
+    if run.step:
+        _say(f"resumed at step {run.step} of {run.config.steps} in {run.output}")
+    _say(f"{run.config.names['algorithm']} · model {run.config.model} · roles {roles} · output {run.output}")
+
+
+@hookimpl
+def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+    began, first = _clock[id(run)]
+    left = (time.perf_counter() - began) / max(1, step - first) * (run.config.steps - step)
+    _say(step_line(step, run.config.steps, metrics, left))
+
+
+@hookimpl
+def rlhf_run_end(run: Run, error: BaseException | None) -> None:
+    _clock.pop(id(run), None)
+    if error is not None:
+        return
+    if len(run.evaluations) > 1:
+        _say(evaluation_table(run.evaluations[0], run.evaluations[-1]))
+    _say(f"model saved in {run.output / 'model'}")
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
+    """One step in one line: what moves, how fast, how long still."""
+    shown = [f"step {step:>{len(str(steps))}}/{steps}"]
+    for name, label, form in (
+        ("reward/mean", "reward", "{:+.3f}"),
+        ("kl/mean", "kl", "{:.4f}"),
+        ("completion/length", "length", "{:.0f}"),
+    ):
+        if name in metrics:
+            shown.append(f"{label} {form.format(metrics[name])}")
+    shown += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")]
+    shown.append(f"{metrics['tokens'] / max(metrics['time/step'], 1e-9):.0f} tokens/s")
+    shown.append(f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
+    return "  ".join(shown)
+
+
+def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, Mapping[str, float]]) -> str:
+    """Evaluations at the first and the last step side by side, with standard errors where there are any."""
+    rows = [("", f"step {before[0]}", f"step {after[0]}", "difference")]
+    for name, value in before[1].items():
+        if name.endswith("_se") or name not in after[1]:
+            continue
+        errors = [metrics.get(f"{name}_se") for metrics in (before[1], after[1])]
+        cells = [
+            f"{number:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+            for number, error in zip((value, after[1][name]), errors, strict=True)
+        ]
+        rows.append((name.removeprefix("eval/"), *cells, f"{after[1][name] - value:+.3f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

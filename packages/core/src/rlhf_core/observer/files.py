@@ -1,0 +1,67 @@
+"""The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
+
+A line is written whole. On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.files import write_text
+from rlhf_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+    from rlhf_core.types import Batch
+
+__all__ = ["append_line", "cut_lines"]
+
+SAMPLES_PER_STEP = 4
+
+
+@hookimpl
+def rlhf_run_start(run: Run) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_lines(run.output / name, run.step)
+
+
+@hookimpl
+def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+    append_line(run.output / "metrics.jsonl", {"step": step, **metrics})
+    for key, batch in run.samples.items():
+        for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):
+            append_line(run.output / "samples.jsonl", {"step": step, "source": key, **sample(batch, i)})
+
+
+def sample(batch: Batch, i: int) -> dict[str, Any]:
+    """Row `i` as plain values: prompt, completion, reward and mean advantage."""
+    row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": batch.texts[i]}
+    if "rewards_N" in batch:
+        row["reward"] = round(float(batch["rewards_N"][i]), 6)
+    if "advantages_NT" in batch:
+        tokens = max(1, int(batch.mask_NT[i].sum()))
+        row["advantage"] = round(float(batch["advantages_NT"][i].sum()) / tokens, 6)
+    return row
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one JSON object as a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    write_text(path, "".join(kept))

@@ -1,0 +1,180 @@
+"""A role in this process: its model under a strategy, inference for needs, and the optimiser step over its terms.
+
+The step is the heart of the contract. For every micro-batch there is one forward pass per credited batch, shared by all
+terms on it; each term's values become `weight * weighted_sum / count`, where the count is that of the whole step; and the
+gradients of everything are summed before one update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
+from rlhf_core.microbatch import micro_rows, minibatches, padding_share
+from rlhf_core.plan import Plan
+from rlhf_core.reduce import Means, count, weighted_sum
+from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LocalRole"]
+
+
+class LocalRole:
+    """The role `name` of `plan`, held by this process."""
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        from rlhf_core.models.module import build_module
+
+        self.name = name
+        self.plan = plan
+        self.spec = plan.roles[name]
+        self.version = 0
+        config = plan.config
+        temperature = config.sampling.temperature if plan.online and config.sampling.temperature > 0 else 1.0
+        module = build_module(self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
+        strategy: Strategy = config.providers["strategy"]
+        optim = getattr(self.spec.options, "optim", None) if self.spec.trained else None
+        self.trainable: Trainable = strategy(module, optim, plan.optimiser_steps)
+        self.world = self.trainable.world
+
+    @property
+    def module(self) -> Any:
+        """The role's `RoleModule`."""
+        return self.trainable.module
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face causal language model inside, the very weights that are trained."""
+        return self.module.causal_lm
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the role's model."""
+        from rlhf_core.models.load import load_tokenizer
+
+        return load_tokenizer(self.spec.options.model, self.spec.options)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion."""
+        found = {
+            name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants
+        }
+        with torch.inference_mode():
+            for rows in micro_rows(batch, self.plan.config.micro_tokens):
+                for name, values in self.trainable.forward(batch.rows(rows), wants).items():
+                    if name.endswith("_NT"):
+                        found[name][rows, : values.shape[1]] = values.float().cpu()
+                    else:
+                        found[name][rows] = values.float().cpu()
+        return found
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        """`epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
+        config = self.plan.config
+        means = Means()
+        for _ in range(config.epochs):
+            seed = (config.seed << 32) + self.version
+            parts = {key: minibatches(work[key], config.minibatches, seed) for key in dict(self.spec.terms)}
+            for _ in range(config.minibatches):
+                self._step({key: next(part) for key, part in parts.items()}, means)
+                self.version += 1
+        return means.reduced(self.world if self.world.size > 1 else None)
+
+    def _step(self, work: Mapping[str, Batch], means: Means) -> None:
+        """One optimiser step."""
+        total = 0.0
+        for key, batch in work.items():
+            terms = [term for term_key, term in self.spec.terms if term_key == key]
+            total += self._accumulate(terms, batch, means)
+        means.add(f"loss/{self.name}", self.world_total(total))
+        for name, value in self.trainable.step().items():
+            means.add(f"{name}/{self.name}", value)
+
+    def world_total(self, value: float) -> float:
+        """A number summed over the ranks of this role."""
+        if self.world.size == 1:
+            return value
+        return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def _accumulate(self, terms: list[Term], batch: Batch, means: Means) -> float:
+        """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
+        unit = lcm(*(term.loss.rows_per_unit for term in terms))
+        wants = frozenset[str]().union(*(term.loss.wants for term in terms))
+        cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
+        means.add("padding", padding_share(batch, cuts))
+        rounds = max(self.world.gather(len(cuts))) if self.world.size > 1 else len(cuts)
+        counts: dict[int, float] = {}
+        total = 0.0
+        for i in range(rounds):
+            # ranks step together: one that has fewer micro-batches repeats its last with no weight
+            micro, live = batch.rows(cuts[min(i, len(cuts) - 1)]), float(i < len(cuts))
+            outputs = self.trainable.forward(micro, wants)
+            micro = self._with_old_logprobs(terms, micro, outputs)
+            loss: Tensor | float = 0.0
+            for k, term in enumerate(terms):
+                result = self._checked(term, term.loss(outputs, micro), micro)
+                if k not in counts:
+                    counts[k] = self.world_total(count(result.reduction, batch, term.loss.rows_per_unit))
+                share = weighted_sum(result.values, result.reduction, micro) / max(counts[k], 1e-12)
+                loss = loss + live * term.weight * share
+                if live:
+                    for name, metric in result.metrics.items():
+                        means.add_metric(f"{self.name}/{name}", metric)
+            assert isinstance(loss, torch.Tensor)
+            self.trainable.backward(loss)
+            total += float(loss.detach())
+        return total
+
+    def _with_old_logprobs(self, terms: list[Term], micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
+        """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
+        are the live ones, detached, at no cost and with a ratio of exactly one. A batch sampled by another role keeps
+        what that role recorded."""
+        wanted = any("old_logprobs_NT" in term.loss.needs and term.source in ("data", self.name) for term in terms)
+        if wanted and self.plan.on_policy:
+            return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
+        return micro
+
+    def _checked(self, term: Term, result: LossTerms, micro: Batch) -> LossTerms:
+        """`result`, if it keeps the contract of a loss."""
+        who = f"loss {type(term.loss).__qualname__} of {type(term.loss).__module__}"
+        if not isinstance(result, LossTerms) or not isinstance(result.reduction, Reduction):
+            raise ContractError(f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))")
+        per_sample = result.reduction.per == "sample"
+        expected = (len(micro) // term.loss.rows_per_unit,) if per_sample else tuple(micro.mask_NT.shape)
+        if tuple(result.values.shape) != expected:
+            raise ContractError(
+                f"{who} returned values of shape {tuple(result.values.shape)}; "
+                f"reduction {result.reduction.per!r} needs {expected}"
+            )
+        if not result.values.requires_grad:
+            raise ContractError(f"{who} returned values without a gradient; compute them from `outputs`")
+        return result
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names."""
+        return self.trainable.weights()
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state: model, optimiser, schedule."""
+        self.trainable.save(folder)
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote."""
+        self.trainable.load(folder)
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder: model, tokenizer, template, generation config, model card."""
+        from rlhf_core.models.export import export
+
+        card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
+        export(self.module, self.tokenizer, folder, **card)

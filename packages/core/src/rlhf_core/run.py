@@ -1,0 +1,291 @@
+"""A run: the state around the loop. It opens what a plan needs, gives the loop its verbs, and leaves nothing behind.
+
+    from rlhf_core import Run, make_config
+
+    run = Run(make_config("grpo", model="tiny", reward="length", steps=20, output="runs/first"))
+    run.train()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core import checkpoint, loop
+from rlhf_core.errors import UsageError
+from rlhf_core.kl import KLController, kl_values
+from rlhf_core.lazy import torch
+from rlhf_core.options import RunConfig, Sampling
+from rlhf_core.plan import DATA, make_plan
+from rlhf_core.reduce import Means
+from rlhf_core.reward.output import as_output
+from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
+
+if TYPE_CHECKING:
+    from rlhf_core.encode import Encoder
+    from rlhf_core.registry import Registry
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One training run, from its configuration to the files it leaves in `config.output`.
+
+    Args:
+        config: everything resolved; see `make_config` and `rlhf-run --help`.
+        registry: where observers are found; all installed plugins if absent.
+
+    Raises:
+        UsageError: the configuration cannot work; nothing has been started or written.
+    """
+
+    def __init__(self, config: RunConfig, registry: Registry | None = None) -> None:
+        from rlhf_core.registry import Registry
+
+        self.config = config
+        self.plan = make_plan(config)
+        self.registry = registry or Registry()
+        self.output = Path(config.output)
+        self.step = 0
+        """finished steps"""
+        self.kl = KLController(self.plan.kl) if self.plan.kl is not None else None
+        self.samples: dict[str, Batch] = {}
+        """the credited batches of the last step"""
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        """(step, metrics) of every evaluation"""
+        self.placed: Placed | None = None
+        self._metrics = Means()
+        self._stop = False
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the life of a run
+
+    def train(self) -> dict[str, float]:
+        """Train to the last step, evaluate, save and export; returns the last step's metrics."""
+        with self.opened():
+            if self.step == 0:
+                self.evaluate()
+            loop.train(self)
+            if not self.evaluations or self.evaluations[-1][0] != self.step:
+                self.evaluate()
+            self.save()
+            self.export()
+        return self.last_metrics
+
+    @contextmanager
+    def opened(self) -> Iterator[Run]:
+        """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
+        checkpoint.prepare_output(self)
+        torch.manual_seed(self.config.seed)
+        self.placed = self.config.providers["launcher"](self.plan)
+        self.last_metrics: dict[str, float] = {}
+        error: BaseException | None = None
+        try:
+            if self.config.resume:
+                checkpoint.restore(self)
+            if self.leader:
+                self.registry.hook.rlhf_run_start(run=self)
+            yield self
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            if self.leader:
+                self.registry.hook.rlhf_run_end(run=self, error=error)
+            self.placed.close()
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
+        while self.step < self.config.steps and not self._stop:
+            self._metrics = Means()
+            self._started = time.perf_counter()
+            yield self.step + 1
+
+    def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
+        """Close a step: count it, measure, tell observers, and save if it is time."""
+        self.step = step
+        self.samples = dict(credited)
+        tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
+        self.log({"tokens": self.world_sum(tokens), "time/step": time.perf_counter() - self._started})
+        metrics = self._metrics.reduced(None)
+        if self.config.eval_every and step % self.config.eval_every == 0:
+            metrics |= self.evaluate()
+        self.last_metrics = {"step": step, **metrics}
+        asked = self.leader and any(self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics))
+        self._stop = self.world_sum(float(asked)) > 0
+        if self.config.save_every and step % self.config.save_every == 0:
+            self.save()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # the loop's verbs
+
+    def next_rows(self) -> tuple[list[Example], list[int]]:
+        """This step's rows of data, and a number for each that is never used twice in the run."""
+        return self.stream.next()
+
+    def read(self, rows: tuple[list[Example], list[int]]) -> Batch:
+        """Rows of data as a batch."""
+        with self.phase("data"):
+            batch = self.encoder.batch(*rows)
+        return replace(batch, world=self.world, scalars=self._scalars())
+
+    def sample(self, source: str, rows: tuple[list[Example], list[int]]) -> Rollouts:
+        """Completions of `source` on the prompts of `rows`."""
+        with self.phase("rollout"):
+            prompts = self.encoder.prompts(*rows)
+            seed = Sampling(seed=self.config.seed).seed_for(self.step, self.plan.sources.index(source))
+            rollouts = self.rollouts(source, prompts, replace(self.config.sampling, seed=seed))
+        self.log_batch("completion/length", rollouts.lengths_N.float())
+        self.log_batch("completion/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
+        return replace(rollouts, world=self.world, scalars=rollouts.scalars | self._scalars())
+
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Completions of the role `source`; also for evaluators."""
+        assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
+        return self.placed.rollout(self.roles[source], prompts, sampling)
+
+    def score(self, source: str, rollouts: Batch) -> RewardOutput:
+        """Rewards of completions, checked; logged for the policy."""
+        with self.phase("reward"):
+            rewards = self.reward_of(rollouts)
+        prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
+        mean = self.log_batch(f"{prefix}/mean", rewards.rewards_N)
+        self.log_batch(f"{prefix}/variance", (rewards.rewards_N - mean).square())
+        for name, values_N in rewards.metrics.items():
+            self.log_batch(f"{prefix}/{name}", values_N)
+        rollouts.extras["rewards_N"] = rewards.rewards_N
+        return rewards
+
+    def reward_of(self, rollouts: Batch) -> RewardOutput:
+        """The reward provider's answer, checked against its contract."""
+        reward = self.config.providers["reward"]
+        return as_output(reward(rollouts), rollouts, reward)
+
+    def watch_kl(self, batches: Mapping[str, Batch]) -> None:
+        """Log the KL to the reference and let an adaptive coefficient follow it."""
+        if self.kl is None:
+            return
+        for batch in batches.values():
+            if "ref_logprobs_NT" not in batch:
+                continue
+            now = "old_logprobs_NT" if "old_logprobs_NT" in batch else "sampler_logprobs_NT"
+            kl_NT = kl_values(batch[now], batch["ref_logprobs_NT"], batch.mask_NT, self.kl.kl.estimator)
+            per_completion = self.world_sum(float(kl_NT.sum())) / self.world_sum(len(batch))
+            self.log({
+                "kl/mean": self.world_sum(float(kl_NT.sum())) / self.world_sum(float(batch.mask_NT.sum())),
+                "kl/completion": per_completion,
+                "kl/coef": self.kl.coef,
+            })
+            self.kl.update(per_completion, int(self.world_sum(len(batch))))
+
+    def sync(self) -> None:
+        """Let the rollout engine take the new weights."""
+        assert self.placed is not None
+        if self.placed.rollout is not None:
+            for name in self.plan.sources:
+                if name != DATA and self.plan.roles[name].trained:
+                    self.log(self.placed.rollout.sync(self.roles[name]) or {})
+
+    def evaluate(self) -> dict[str, float]:
+        """Every chosen evaluator's metrics, as `eval/<name>`."""
+        metrics: dict[str, float] = {}
+        for evaluator in self.config.providers.get("evaluator", ()):
+            metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
+        if metrics:
+            self.evaluations.append((self.step, metrics))
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, if there is none yet."""
+        with self.phase("checkpoint"):
+            checkpoint.save(self)
+
+    def export(self) -> None:
+        """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
+        self.roles[self.plan.trained[0]].export(str(self.output / "model"))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # metrics
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to `time/<name>`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._metrics.add_sum(f"time/{name}", time.perf_counter() - started)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Metrics of this step that need no averaging."""
+        for name, value in metrics.items():
+            self._metrics.add(name, value)
+
+    def log_batch(self, name: str, values_N: Any) -> float:
+        """The mean of a per-completion number over all ranks; logged and returned."""
+        mean = self.world_sum(float(values_N.sum())) / self.world_sum(float(len(values_N)))
+        self.log({name: mean})
+        return mean
+
+    def world_sum(self, value: float) -> float:
+        """A number summed over ranks."""
+        if self.world.size == 1:
+            return value
+        return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def _scalars(self) -> dict[str, float]:
+        return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # what the run holds
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The placed roles by name."""
+        assert self.placed is not None, "roles exist while the run is open"
+        return self.placed.roles
+
+    @property
+    def world(self) -> Any:
+        """The ranks that run this same loop."""
+        assert self.placed is not None
+        return self.placed.world
+
+    @property
+    def leader(self) -> bool:
+        """Whether this process is the one that tells observers and writes files."""
+        return bool(self.world.rank == 0)
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient in force; 0 without a penalty."""
+        return self.kl.coef if self.kl is not None else 0.0
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """From rows to token ids, with the tokenizer of the role that reads them."""
+        from rlhf_core.encode import Encoder
+        from rlhf_core.models.load import load_tokenizer
+
+        spec = self.plan.roles[self.plan.tokenizer_role]
+        return Encoder(load_tokenizer(spec.options.model, spec.options), self.config.max_prompt_tokens)
+
+    @cached_property
+    def stream(self) -> Any:
+        """This rank's rows, shuffled by the seed, at the position of the run."""
+        from rlhf_core.data.stream import Stream
+
+        examples = self.config.providers["data"]("train")
+        return Stream(examples, self.config.batch_size, self.config.seed, self.world.rank, self.world.size)
+
+    def heldout(self) -> Sequence[Example]:
+        """The held-out rows of the data."""
+        rows = list(self.config.providers["data"]("heldout"))
+        if rows:
+            return rows
+        raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")

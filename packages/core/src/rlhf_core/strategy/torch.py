@@ -1,0 +1,155 @@
+"""Plain PyTorch in one process, or replicated over the ranks of a process group with summed gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+from rlhf_core.optim import adamw, lr_factor
+from rlhf_core.world import TorchWorld, World
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.models.module import RoleModule
+    from rlhf_core.options import Optim
+    from rlhf_core.types import Batch
+
+__all__ = ["TorchStrategy", "TorchTrainable"]
+
+BUCKET_ELEMENTS = 2**25  # 128 MiB of float32 gradients a reduction: few calls, bounded extra memory
+
+
+@dataclass(frozen=True)
+class TorchStrategy:
+    """Float32 master weights, autocast to the role's dtype, gradients summed over ranks."""
+
+    device: str = "auto"
+    """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device name"""
+
+    def __call__(self, module: RoleModule, optim: Optim | None, total_steps: int) -> TorchTrainable:
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return TorchTrainable(module.to(device), optim, total_steps, torch.device(device))
+
+
+class TorchTrainable:
+    """A module, its optimiser and its schedule."""
+
+    def __init__(self, module: RoleModule, optim: Optim | None, total_steps: int, device: torch.device) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.world: World = TorchWorld() if distributed else World()
+        self.module: nn.Module = module.eval()  # no dropout: stored and live log-probabilities must agree
+        self.device = device
+        self.options = optim
+        self.total_steps = total_steps
+        self.steps_done = 0
+        dtype = module.compute_dtype
+        self._autocast = dtype if dtype != torch.float32 and optim is not None else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=optim is not None and dtype == torch.float16)
+        self.optimizer = adamw(module, optim) if optim is not None else None
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        from rlhf_core.models.module import layout
+
+        with torch.autocast(self.device.type, self._autocast) if self._autocast else contextlib.nullcontext():
+            outputs: dict[str, Tensor] = self.module(layout(batch).to(self.device), wants)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> dict[str, float]:
+        assert self.optimizer is not None and self.options is not None, "a frozen role is not stepped"
+        lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        self._sum_gradients()
+        limit = self.options.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return {"grad_norm": float(norm), "lr": lr}
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _sum_gradients(self) -> None:
+        """Add the ranks' gradients, in buckets: a call per bucket, not per parameter."""
+        if self.world.size == 1:
+            return
+        for parameter in self._trained():
+            if parameter.grad is None:  # another rank may have used it: every rank reduces the same list
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [p.grad for p in self._trained() if p.grad is not None]
+        for bucket in _buckets(grads):
+            flat = self.world.sum(torch.cat([g.reshape(-1) for g in bucket]))
+            for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.hf_weights()  # type: ignore[operator]
+
+    def save(self, folder: str) -> None:
+        from safetensors.torch import save_model
+
+        if self.optimizer is None:
+            return  # a frozen role is loaded again from where it came
+        if self.world.rank == 0:
+            save_model(self.module, str(Path(folder) / "module.safetensors"))
+            torch.save(self._optimiser_state(), Path(folder) / "optimizer.pt")
+
+    def load(self, folder: str) -> None:
+        from safetensors.torch import load_model
+
+        if self.optimizer is None:
+            return
+        load_model(self.module, str(Path(folder) / "module.safetensors"), device=str(self.device))
+        state = torch.load(Path(folder) / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps_done = state["steps_done"]
+
+    def _optimiser_state(self) -> dict[str, Any]:
+        assert self.optimizer is not None
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps_done": self.steps_done,
+        }
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def reload(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: str | torch.device) -> None:
+        self.module.to(device)
+        if self.optimizer is not None:
+            for state in self.optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        state[name] = value.to(device)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors` in runs of about `BUCKET_ELEMENTS`."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
