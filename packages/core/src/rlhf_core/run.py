@@ -27,6 +27,7 @@ from rlhf_core.reward.output import as_output
 from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
 
 if TYPE_CHECKING:
+    from rlhf_core.data.stream import Stream
     from rlhf_core.encode import Encoder
     from rlhf_core.registry import Registry
 
@@ -126,7 +127,8 @@ class Run:
 
     def next_rows(self) -> tuple[list[Example], list[int]]:
         """This step's rows of data, and a number for each that is never used twice in the run."""
-        return self.stream.next()
+        rows: tuple[list[Example], list[int]] = next(self.stream)
+        return rows
 
     def read(self, rows: tuple[list[Example], list[int]]) -> Batch:
         """Rows of data as a batch."""
@@ -273,15 +275,17 @@ class Run:
         from rlhf_core.models.load import load_tokenizer
 
         spec = self.plan.roles[self.plan.tokenizer_role]
-        return Encoder(load_tokenizer(spec.options.model, spec.options), self.config.max_prompt_tokens)
+        tokenizer = load_tokenizer(spec.options.model, spec.options)
+        return Encoder.of(self.config.providers["data"], tokenizer, self.config.max_prompt_tokens)
 
     @cached_property
-    def stream(self) -> Any:
+    def stream(self) -> Stream:
         """This rank's rows, shuffled by the seed, at the position of the run."""
         from rlhf_core.data.stream import Stream
 
-        examples = self.config.providers["data"]("train")
-        return Stream(examples, self.config.batch_size, self.config.seed, self.world.rank, self.world.size)
+        rows = self.config.providers["data"]("train")
+        fits = self.encoder.fits if DATA in self.plan.sources else self.encoder.fits_prompt
+        return Stream(rows, self.config.batch_size, self.config.seed, self.world.rank, self.world.size, keep=fits)
 
     def heldout(self) -> Sequence[Example]:
         """The held-out rows of the data."""
