@@ -93,7 +93,7 @@ def rlhf_algorithm() -> Providers:
 
 @hookspec
 def rlhf_strategy() -> Providers:
-    """How a role's model is trained inside a process: `(module, optim) -> Trainable`."""
+    """How a role's model is trained inside a process: `(build, optim, total_steps) -> Trainable`."""
     raise AssertionError("a specification is never called")
 
 

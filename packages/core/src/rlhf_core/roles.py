@@ -8,7 +8,7 @@ gradients of everything are summed before one update.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,10 @@ class LocalRole:
         self.version = 0
         config = plan.config
         temperature = config.sampling.temperature if plan.online and config.sampling.temperature > 0 else 1.0
-        module = build_module(self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
+        build = partial(build_module, self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained else None
-        self.trainable: Trainable = strategy(module, optim, plan.optimiser_steps)
+        self.trainable: Trainable = strategy(build, optim, plan.optimiser_steps)
         self.world = self.trainable.world
 
     @property

@@ -12,7 +12,7 @@ torch is imported only for typing: this module is on the path of `rlhf-run --hel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -463,9 +463,13 @@ class Trainable(Protocol):
 
 
 class Strategy(Protocol):
-    """Turns a module (and optimiser options, None for a frozen role) into a `Trainable`."""
+    """Turns a role's module (and optimiser options, None for a frozen role) into a `Trainable`.
 
-    def __call__(self, module: nn.Module, optim: Optim | None, total_steps: int) -> Trainable: ...
+    `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
+    start, say) or not at all.
+    """
+
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable: ...
 
 
 class Role(Protocol):

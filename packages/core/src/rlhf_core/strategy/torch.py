@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from rlhf_core.world import TorchWorld, World
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core.models.module import RoleModule
     from rlhf_core.options import Optim
     from rlhf_core.types import Batch
 
@@ -31,25 +30,25 @@ class TorchStrategy:
     device: str = "auto"
     """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device name"""
 
-    def __call__(self, module: RoleModule, optim: Optim | None, total_steps: int) -> TorchTrainable:
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> TorchTrainable:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return TorchTrainable(module.to(device), optim, total_steps, torch.device(device))
+        return TorchTrainable(build().to(device), optim, total_steps, torch.device(device))
 
 
 class TorchTrainable:
     """A module, its optimiser and its schedule."""
 
-    def __init__(self, module: RoleModule, optim: Optim | None, total_steps: int, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, optim: Optim | None, total_steps: int, device: torch.device) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
-        self.module: nn.Module = module.eval()  # no dropout: stored and live log-probabilities must agree
+        self.module = module.eval()  # no dropout: stored and live log-probabilities must agree
         self.device = device
         self.options = optim
         self.total_steps = total_steps
         self.steps_done = 0
-        dtype = module.compute_dtype
+        dtype: torch.dtype = module.compute_dtype  # type: ignore[assignment]
         self._autocast = dtype if dtype != torch.float32 and optim is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim is not None and dtype == torch.float16)
         self.optimizer = adamw(module, optim) if optim is not None else None

@@ -1,0 +1,98 @@
+"""A strategy without a model: one number is trained, and every call takes as long as it is told to.
+
+For tests and costing of placement, queues, sync and recovery. The log-probability of a token is a fixed function of its id
+plus the trained number, so losses have gradients, updates change outputs, and results can be worked out by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_core.lazy import torch
+from rlhf_core.world import TorchWorld, World
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.options import Optim
+    from rlhf_core.types import Batch
+
+__all__ = ["FakeStrategy", "FakeTrainable"]
+
+
+@dataclass(frozen=True)
+class FakeStrategy:
+    """No model: simulated outputs, gradients of one number, stated times."""
+
+    forward_seconds: float = 0.0
+    """time of a forward pass, per 1,000 tokens"""
+    step_seconds: float = 0.0
+    """time of an optimiser step"""
+
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> FakeTrainable:
+        return FakeTrainable(self, optim.lr if optim is not None else 0.0)
+
+
+class FakeTrainable:
+    """`logprobs_NT = -(1 + token id mod 7) + w`, `entropy_NT = 1 + w`, `values_NT = w`, `scores_N = length * w`; SGD on w."""
+
+    def __init__(self, options: FakeStrategy, lr: float) -> None:
+        self.options = options
+        self.lr = lr
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.world: World = TorchWorld() if distributed else World()
+        self.module: nn.Module = torch.nn.ParameterList([torch.zeros(())])
+        self.steps_done = 0
+
+    @property
+    def w(self) -> Tensor:
+        """The one number."""
+        (parameter,) = self.module.parameters()
+        return parameter
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        time.sleep(self.options.forward_seconds * float((batch.prompt_lengths_N + batch.lengths_N).sum()) / 1000)
+        real_NT = (torch.arange(batch.tokens_NT.shape[1]) < batch.lengths_N[:, None]).float()
+        outputs = {
+            "logprobs_NT": (self.w - 1 - batch.tokens_NT % 7) * real_NT,
+            "entropy_NT": (1 + self.w) * real_NT,
+            "values_NT": self.w * real_NT,
+            "scores_N": self.w * batch.lengths_N,
+        }
+        return {name: outputs[name] for name in wants}
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> dict[str, float]:
+        time.sleep(self.options.step_seconds)
+        gradient = self.world.sum(self.w.grad if self.w.grad is not None else torch.zeros(()))
+        with torch.no_grad():
+            self.w.sub_(self.lr * gradient)
+        self.w.grad = None
+        self.steps_done += 1
+        return {"grad_norm": float(gradient.abs()), "lr": self.lr}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield "w", self.w.detach()
+
+    def save(self, folder: str) -> None:
+        state = {"w": float(self.w.detach()), "steps_done": self.steps_done}
+        (Path(folder) / "fake.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, folder: str) -> None:
+        state = json.loads((Path(folder) / "fake.json").read_text(encoding="utf-8"))
+        with torch.no_grad():
+            self.w.fill_(state["w"])
+        self.steps_done = state["steps_done"]
+
+    def offload(self) -> None:
+        """Nothing to move."""
+
+    def reload(self) -> None:
+        """Nothing to move."""
