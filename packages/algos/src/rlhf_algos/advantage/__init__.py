@@ -1,0 +1,1 @@
+"""Credit assignment: one estimator a file."""

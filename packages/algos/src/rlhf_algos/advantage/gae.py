@@ -1,0 +1,41 @@
+"""Generalised advantage estimation, the credit of PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.groups import place_scores
+from rlhf_algos.returns import gae
+from rlhf_algos.whitening import Whiten, whiten
+from rlhf_core.types import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["GAE"]
+
+
+@dataclass(frozen=True)
+class GAE:
+    """Generalised advantage estimation with a critic (Schulman et al. 2016, eq. 16).
+
+    Environment tokens are skipped: after a turn's last action comes the critic's value at the next turn's first one.
+    """
+
+    gamma: float = 1.0
+    """discount per sampled token, 0 to 1"""
+    lam: float = 0.95
+    """lambda, 0 to 1: 0 trusts the critic (low variance), 1 the sampled return (no bias)"""
+    whiten: Whiten = "std"
+    """over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither (`none`)"""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        rewards_NT = place_scores(rewards.rewards_N, rewards, rollouts)
+        advantages_NT, returns_NT = gae(rewards_NT, extras["values_NT"].float(), rollouts.mask_NT, self.gamma, self.lam)
+        return Credit(whiten(advantages_NT, rollouts.mask_NT, self.whiten, rollouts.world), returns_NT)

@@ -1,0 +1,43 @@
+"""Group-relative advantages, the credit of GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.groups import group_mean, group_std, place_scores, require_groups
+from rlhf_algos.returns import discounted_returns
+from rlhf_core.types import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["GRPO"]
+
+EPS = 1e-9  # equal scores have no deviation; this keeps 0 / 0 at 0 and moves nothing else
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Scores relative to the other completions of the prompt (Shao et al. 2024, DeepSeekMath, section 4.1.2).
+
+    Every token gets A = (R - mean) / std of its group, std unbiased, plus what per-token rewards still come after it.
+    """
+
+    std: bool = True
+    """divide by the group's standard deviation; off leaves prompts weighed by the spread of their scores (Dr. GRPO)"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    min_samples: ClassVar[int] = 2
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        require_groups(rollouts, self)
+        scores_N, group_N = rewards.rewards_N, rollouts.group_N
+        shaped_N = scores_N - group_mean(scores_N, group_N)
+        if self.std:
+            shaped_N = shaped_N / (group_std(scores_N, group_N) + EPS)
+        rewards_NT = place_scores(shaped_N, rewards, rollouts)
+        return Credit(discounted_returns(rewards_NT, rollouts.mask_NT, gamma=1.0))

@@ -1,0 +1,33 @@
+"""Group relative policy optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_core.options import KL, ModelOptions, Sampling
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["GRPO"]
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, eq. 3-4): actor <- actor : grpo, no critic.
+
+    The loss is the mean over completions of their token means, and the KL a k3 loss, as in the paper.
+    """
+
+    kl: KL = KL(coef=0.04, estimator="k3", where="loss")
+    """penalty that keeps the policy near the reference"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "grpo", "loss": "grpo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
+    config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=8)}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen, self.kl, self.entropy)

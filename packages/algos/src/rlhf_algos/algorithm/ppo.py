@@ -1,0 +1,43 @@
+"""Proximal policy optimisation with a critic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.loss.value import Value
+from rlhf_core.errors import UsageError
+from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["PPO"]
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Clipped policy gradient with a learned critic (Schulman et al. 2017; Ouyang et al. 2022).
+
+    actor <- actor : clip;  critic <- actor : value.  One GAE serves both.
+    """
+
+    kl: KL = KL(coef=0.05, estimator="k1", where="reward")
+    """penalty that keeps the policy near the reference"""
+    value: Value = Value()
+    """the critic's objective"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "gae", "loss": "clip"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=Optim(lr=1e-5))}
+    config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        if "values_NT" not in getattr(chosen.advantage, "needs", ()):
+            raise UsageError(
+                f"ppo trains a critic, which {type(chosen.advantage).__name__} does not use: "
+                "choose --advantage gae, or an algorithm without a critic such as reinforce_pp or grpo"
+            )
+        actor, *rest = policy_terms(chosen, self.kl, self.entropy)
+        return (actor, *rest, Term("critic", "actor", self.value, chosen.advantage))

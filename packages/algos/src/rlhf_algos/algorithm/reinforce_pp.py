@@ -1,0 +1,30 @@
+"""REINFORCE++."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_core.options import KL, ModelOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["ReinforcePP"]
+
+
+@dataclass(frozen=True)
+class ReinforcePP:
+    """REINFORCE++: policy gradient on returns whitened over the batch (Hu et al. 2025). actor <- actor : clip."""
+
+    kl: KL = KL(coef=0.01, estimator="k1", where="reward")
+    """penalty that keeps the policy near the reference"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "reinforce_pp", "loss": "clip"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
+    config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen, self.kl, self.entropy)

@@ -1,0 +1,24 @@
+"""Reward model training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["RewardModel"]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model from preference pairs (Ouyang et al. 2022): reward <- data : bradley_terry."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "bradley_terry"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine"))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("reward", "data", chosen_loss(chosen)),)

@@ -1,0 +1,24 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["SFT"]
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning on demonstrations: actor <- data : sft."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "sft"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine"))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("actor", "data", chosen_loss(chosen)),)

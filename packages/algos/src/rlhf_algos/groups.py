@@ -1,0 +1,76 @@
+"""Statistics over the completions of one prompt, and where a completion's score lands among its tokens.
+
+`group_N` numbers the prompts; groups may have any size and any numbers, and nothing loops over them. Sums are taken
+in float64, so that the mean of equal scores is exactly that score and their advantages are exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["group_mean", "group_sizes", "group_std", "leave_one_out", "place_scores", "require_groups"]
+
+
+def group_sum(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """The sum over its group, for every completion; float64."""
+    _, index_N = torch.unique(group_N, return_inverse=True)
+    sums = torch.zeros(len(values_N), dtype=torch.float64, device=values_N.device)
+    return sums.index_add(0, index_N, values_N.double())[index_N]
+
+
+def group_sizes(group_N: Tensor) -> Tensor:
+    """How many completions each one's group has; float64."""
+    return group_sum(torch.ones_like(group_N), group_N)
+
+
+def group_mean(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """The mean of its group, for every completion."""
+    return (group_sum(values_N, group_N) / group_sizes(group_N)).to(values_N.dtype)
+
+
+def group_std(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """The unbiased standard deviation of its group, for every completion; 0 for groups of one."""
+    centred_N = values_N - group_mean(values_N, group_N)
+    spread_N = group_sum(centred_N.square(), group_N)
+    return (spread_N / (group_sizes(group_N) - 1).clamp(min=1)).sqrt().to(values_N.dtype)
+
+
+def leave_one_out(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """The value minus the mean of the group's others: n / (n - 1) times the centred value; 0 for groups of one."""
+    size_N = group_sizes(group_N)
+    centred_N = values_N - group_mean(values_N, group_N)
+    return (centred_N * size_N / (size_N - 1).clamp(min=1)).to(values_N.dtype)
+
+
+def require_groups(rollouts: Rollouts, asker: object) -> None:
+    """Stop a run in which no prompt has a second completion to compare with.
+
+    A single small group among larger ones (filtering leaves such) gets no credit, as it has no baseline.
+    """
+    if len(rollouts) and float(group_sizes(rollouts.group_N).max()) < 2:
+        raise UsageError(
+            f"{type(asker).__name__} compares the completions of one prompt and got one per prompt: "
+            "set --sampling.n to 2 or more"
+        )
+
+
+def place_scores(scores_N: Tensor, rewards: RewardOutput, rollouts: Rollouts) -> Tensor:
+    """Per-token rewards (N, T): the score at the last sampled token, plus what the reward gave token by token.
+
+    The latter holds the KL penalty when that is part of the reward. Completions without a sampled token get zeros.
+    """
+    mask_NT = rollouts.mask_NT
+    N, T = mask_NT.shape
+    columns_T = torch.arange(T, device=mask_NT.device)
+    last_N = (columns_T * mask_NT).amax(1) if T else torch.zeros(N, dtype=torch.long)
+    is_last_NT = mask_NT & (columns_T == last_N[:, None])
+    placed_NT = scores_N.float()[:, None] * is_last_NT
+    return placed_NT if rewards.rewards_NT is None else placed_NT + rewards.rewards_NT.float()

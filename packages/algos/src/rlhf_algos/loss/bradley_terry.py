@@ -1,0 +1,48 @@
+"""The reward model's objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.pairs import pair_metrics, split
+from rlhf_core.lazy import torch
+from rlhf_core.types import LossTerms, Reduction
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["BradleyTerry"]
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """Logistic loss on the difference of two scores (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    Per pair:  -log sigmoid(r_chosen - r_rejected - margin) + centre (r_chosen + r_rejected)^2
+
+    OpenRLHF's `logexp` form, log(1 + exp(r_rejected - r_chosen)), is the same function, here in its stable form.
+    """
+
+    margin: bool = False
+    """subtract the data's column `margin` from the difference (Touvron et al. 2023, Llama 2, eq. 2)"""
+    centre: float = 0.0
+    """weight of a pull of the pair's sum to zero (Eisenstein et al. 2023), 0.01 say: scores then have a fixed origin"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"scores_N"})
+    rows_per_unit: ClassVar[int] = 2
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"margin_N"} if self.margin else ())
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        scores_N = outputs["scores_N"]
+        chosen, rejected = split(scores_N)
+        difference = chosen - rejected
+        if self.margin:
+            difference = difference - split(batch["margin_N"])[0]
+        values = -torch.nn.functional.logsigmoid(difference)
+        if self.centre:
+            values = values + self.centre * (chosen + rejected).square()
+        return LossTerms(values, Reduction("sample"), pair_metrics(scores_N))

@@ -1,0 +1,29 @@
+"""The entropy bonus, a term beside a policy's objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_core.types import LossTerms, Metric, Reduction
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["Entropy"]
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
+
+    aggregate: Literal["token", "sequence"] = "token"
+    """mean over tokens, or over completions of their token means"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"entropy_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        entropy_NT = outputs["entropy_NT"]
+        return LossTerms(-entropy_NT, Reduction(self.aggregate), {"entropy": Metric.over(entropy_NT, batch.mask_NT)})

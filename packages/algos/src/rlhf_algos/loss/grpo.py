@@ -1,0 +1,22 @@
+"""GRPO's objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_algos.loss.clip import Clip
+from rlhf_algos.ratios import Aggregate
+
+__all__ = ["GRPO"]
+
+
+@dataclass(frozen=True)
+class GRPO(Clip):
+    """`clip` as the mean over completions of their token means (Shao et al. 2024, DeepSeekMath, eq. 3).
+
+    Tokens of short completions weigh more. OpenRLHF averages over tokens (--loss clip); TRL's default is DAPO's.
+    """
+
+    aggregate: Aggregate = "sequence"
+    """mean over tokens, mean over completions of token means (`sequence`), sum over tokens / (completions * length)
+    (`constant`), or `sum`"""
