@@ -1,0 +1,123 @@
+"""Chats: their shapes on disk, and how they are cut into prompt and completion.
+
+Three shapes are read: a list of `{"role", "content"}` messages, the ShareGPT list of `{"from", "value"}`, and the HH
+text "\\n\\nHuman: … \\n\\nAssistant: …". All become a tuple of messages; `as_dialogue` writes the HH text again for
+tokenizers that have no chat template. What is wrong with a row is said by raising `ValueError` without its place: the
+reader knows file and row and adds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rlhf_core.types import Message
+
+__all__ = [
+    "Chat",
+    "Text",
+    "Turns",
+    "as_chat",
+    "as_dialogue",
+    "common_prompt",
+    "is_dialogue",
+    "parse_dialogue",
+    "plain",
+    "split",
+]
+
+Chat = tuple[Message, ...]
+Text = str | Chat
+"""A prompt or a completion: plain text or messages."""
+Turns = Literal["last", "all"]
+
+SPEAKER = {"user": "Human", "assistant": "Assistant"}
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def as_chat(value: Sequence[Any]) -> Chat:
+    """Messages as they are, ShareGPT's renamed.
+
+    Raises:
+        ValueError: something in the list is not a message.
+    """
+    if not value:
+        raise ValueError("a chat has at least one message")
+    return tuple(_message(item, number) for number, item in enumerate(value))
+
+
+def _message(item: Any, number: int) -> Message:
+    if isinstance(item, Mapping) and "from" in item and "value" in item:
+        item = {"role": _SHAREGPT.get(item["from"], item["from"]), "content": item["value"]}
+    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+        raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_short(item)}')
+    if not ("content" in item or "tool_calls" in item):
+        raise ValueError(f"message {number} ({item['role']}) has no content")
+    return dict(item)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether `text` is an HH dialogue: it begins with a human turn."""
+    return text.lstrip().startswith("Human:")
+
+
+def parse_dialogue(text: str) -> Chat:
+    """The turns of an HH dialogue without blanks around them. A final empty assistant turn asks for an answer."""
+    parts = _TURN.split("\n\n" + text.lstrip())[1:]
+    roles = {speaker: role for role, speaker in SPEAKER.items()}
+    chat = tuple({"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(0, len(parts), 2))
+    return chat[:-1] if chat[-1] == {"role": "assistant", "content": ""} else chat
+
+
+def as_dialogue(chat: Chat) -> str:
+    """The HH text of a chat; other roles than user and assistant are written without a speaker."""
+    turns = []
+    for message in chat:
+        if not isinstance(message.get("content"), str):
+            raise ValueError("a chat with images or tool calls needs a tokenizer with a chat template")
+        speaker = SPEAKER.get(message["role"])
+        turns.append(f"\n\n{speaker}: {message['content']}" if speaker else message["content"])
+    return "".join(turns)
+
+
+def split(chat: Chat, turns: Turns = "last") -> tuple[Chat, tuple[Text, ...]]:
+    """Prompt and completion of a chat that ends with an answer; without one it is a prompt.
+
+    Args:
+        chat: the messages.
+        turns: train on the last assistant turn, or on every one (then the prompt ends before the first).
+    """
+    if chat[-1]["role"] != "assistant":
+        return chat, ()
+    at = len(chat) - 1
+    if turns == "all":
+        at = next(i for i, message in enumerate(chat) if message["role"] == "assistant")
+    if at == 0:
+        raise ValueError("the chat begins with the assistant: there is no prompt to answer")
+    return chat[:at], (plain(chat[at:]),)
+
+
+def common_prompt(chosen: Chat, rejected: Chat) -> tuple[Chat, tuple[Text, Text]]:
+    """The shared beginning of two dialogues, and what each says after it, both beginning with an assistant turn."""
+    longest = min(len(chosen), len(rejected)) - 1  # both must say something
+    shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
+    while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
+        shared -= 1
+    if shared == 0:
+        raise ValueError("chosen and rejected should begin with the same prompt and each end with an assistant turn")
+    return chosen[:shared], (plain(chosen[shared:]), plain(rejected[shared:]))
+
+
+def plain(chat: Chat) -> Text:
+    """The text alone if `chat` is one plain assistant message."""
+    match chat:
+        case ({"role": "assistant", "content": str(content), **rest},) if not rest:
+            return content
+    return chat

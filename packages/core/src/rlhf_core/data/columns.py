@@ -1,0 +1,195 @@
+"""From a row of a file to an `Example`: which column is the prompt, which the completion, which the label.
+
+Every reader of tables shares these options. A key may be a path into nested values, `messages/-1/content`. Keys that
+are not given are looked for in the first row, in the order of the tables below, and hold for all rows: a file is read
+the same way from its first to its last row, or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, split
+from rlhf_core.errors import DataError
+from rlhf_core.types import Example
+
+__all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
+
+PROMPT = ("prompt", "messages", "conversations", "question", "instruction", "input")
+"""Where a prompt is looked for, first hit first. A filled `input` beside `instruction` is added to it (Alpaca)."""
+COMPLETION = ("response", "answer", "completion", "output")
+"""Where a completion is looked for."""
+TEXT = "text"
+"""Without any of the above: a text to continue pre-training on, with no prompt."""
+KEPT = ("datasource", "tools")
+"""Columns that always go into `meta`: one splits metrics, the other is for the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a row mean what."""
+
+    prompt_key: str = ""
+    """column of the prompt, text or chat; found as prompt, messages, conversations, question, instruction (+ input)"""
+    completion_key: str = ""
+    """column of the answer; found as response, answer, completion, output"""
+    chosen_key: str = ""
+    """column of the preferred answer or whole dialogue; found as chosen, beside rejected"""
+    rejected_key: str = ""
+    """column of the other answer or whole dialogue"""
+    label_key: str = ""
+    """column handed to rewards, a reference answer say; found as label"""
+    text_key: str = ""
+    """column of texts to continue pre-training on, no prompt; found as text where no prompt is"""
+    number_keys: tuple[str, ...] = ()
+    """columns of numbers that losses read as <column>_N, margin say"""
+    meta_keys: tuple[str, ...] = ()
+    """further columns handed to rewards and samples.jsonl; datasource and tools always are"""
+    system: str = ""
+    """system prompt put before every prompt that has none"""
+    turns: Turns = "last"
+    """of a chat, train on its last assistant turn or on all of them"""
+
+    def found_in(self, row: Mapping[str, Any], origin: str) -> Columns:
+        """These columns with every key that was left open filled in from the names in `row`."""
+        given = {
+            self.prompt_key,
+            self.completion_key,
+            self.chosen_key,
+            self.rejected_key,
+            self.label_key,
+            self.text_key,
+        }
+        free = {name for name in row if name not in given}
+
+        def first(key: str, *names: str) -> str:
+            return key or next((name for name in names if name in free), "")
+
+        if self.text_key:
+            return self
+        chosen, rejected = first(self.chosen_key, "chosen"), first(self.rejected_key, "rejected")
+        if bool(chosen) != bool(rejected):
+            chosen, rejected = self.chosen_key, self.rejected_key
+        prompt = first(self.prompt_key, *PROMPT)
+        found = replace(
+            self,
+            prompt_key=prompt,
+            chosen_key=chosen,
+            rejected_key=rejected,
+            completion_key=self.completion_key if chosen else first(self.completion_key, *COMPLETION),
+            label_key=first(self.label_key, "label"),
+        )
+        if prompt or chosen:
+            return found
+        if TEXT in free:
+            return replace(found, text_key=TEXT)
+        raise DataError(f"{origin}: no prompt among the columns {', '.join(map(str, row))}; pass --data.prompt-key")
+
+    def example(self, row: Any, origin: str) -> Example:
+        """The example in `row`; call it on what `found_in` returned.
+
+        Raises:
+            DataError: `origin: ` what was expected.
+        """
+        if not isinstance(row, Mapping):
+            raise DataError(f"{origin}: a row should be an object with named columns, not {type(row).__name__}")
+        try:
+            prompt, completions = self._texts(row)
+            return Example(
+                prompt=self._with_system(prompt) if self.system and not self.text_key else prompt,
+                completions=completions,
+                label=lookup(row, self.label_key) if self.label_key else None,
+                meta={key: lookup(row, key) for key in self.meta_keys} | {k: row[k] for k in KEPT if row.get(k)},
+                fields={key: _number(row, key) for key in self.number_keys},
+                origin=origin,
+            )
+        except ValueError as error:
+            raise DataError(f"{origin}: {error}") from None
+
+    def _texts(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, ...]]:
+        """Prompt and completions."""
+        if self.text_key:
+            return "", (_words(row, self.text_key),)
+        if self.chosen_key:
+            return self._pair(row)
+        prompt = _text(row, self.prompt_key)
+        if self.prompt_key == "instruction" and isinstance(prompt, str) and row.get("input"):
+            prompt = f"{prompt}\n\n{_words(row, 'input')}"
+        if self.completion_key:
+            return prompt, (_text(row, self.completion_key),)
+        return (prompt, ()) if isinstance(prompt, str) else split(prompt, self.turns)
+
+    def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
+        """A preference: answers to a prompt, or two dialogues that share their beginning."""
+        chosen, rejected = _text(row, self.chosen_key), _text(row, self.rejected_key)
+        whole = [not isinstance(side, str) and side[0]["role"] != "assistant" for side in (chosen, rejected)]
+        if not isinstance(chosen, str) and not isinstance(rejected, str) and all(whole):
+            return common_prompt(chosen, rejected)
+        if any(whole):
+            raise ValueError(
+                f"{self.chosen_key!r} and {self.rejected_key!r} should both be dialogues or both be answers"
+            )
+        if not self.prompt_key:
+            raise ValueError(
+                f"{self.chosen_key!r} is an answer, so a prompt is expected too (--data.prompt-key); "
+                f"the columns are {', '.join(map(str, row))}"
+            )
+        return _text(row, self.prompt_key), (chosen, rejected)
+
+    def _with_system(self, prompt: Text) -> Chat:
+        chat: Chat = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+        return chat if chat[0]["role"] == "system" else ({"role": "system", "content": self.system}, *chat)
+
+
+def lookup(row: Mapping[str, Any], key: str) -> Any:
+    """The value at `key`, which may be a path: names and list positions separated by slashes.
+
+    Raises:
+        ValueError: there is none; says how far the path led.
+    """
+    if key in row:
+        return row[key]
+    value: Any = row
+    parts = key.split("/")
+    for depth, part in enumerate(parts):
+        try:
+            value = value[part] if isinstance(value, Mapping) else value[int(part)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            inside = f" in {'/'.join(parts[:depth])!r}" if depth else ""
+            names = f"; there are {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+            raise ValueError(f"expected a column {part!r}{inside}{names}") from None
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str) -> Text:
+    """Text, or a chat. An HH dialogue is a chat."""
+    value = lookup(row, key)
+    if isinstance(value, str):
+        return parse_dialogue(value) if is_dialogue(value) else value
+    if isinstance(value, (list, tuple)):
+        try:
+            return as_chat(value)
+        except ValueError as error:
+            raise ValueError(f"{key!r}: {error}") from None
+    raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
+
+
+def _words(row: Mapping[str, Any], key: str) -> str:
+    value = lookup(row, key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} should be text, not {_kind(value)}")
+    return value
+
+
+def _number(row: Mapping[str, Any], key: str) -> float:
+    value = lookup(row, key)
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{key!r} should be a finite number, not {value!r}")
+    return float(value)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,103 @@
+"""`--data json`: rows of a local .json or .jsonl file.
+
+The whole file is read and checked before the run starts, so that a malformed row 90,000 is an error of the first second
+and not of the fifth hour. Files larger than memory are for a streaming reader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_core.data.columns import Columns
+from rlhf_core.encode import Encoding
+from rlhf_core.errors import DataError, UsageError
+from rlhf_core.types import Example
+
+__all__ = ["Json", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Json(Columns):
+    """Rows of a local .json or .jsonl file: prompts, demonstrations or preferences."""
+
+    path: str
+    """the file: one object a line, or a list of objects"""
+    heldout_path: str = ""
+    """file of the held-out rows"""
+    heldout: float = 0.0
+    """rows held out of `path` where there is no such file: below 1 a share, from 1 a number; always the same rows"""
+    limit: int = 0
+    """use the first so many rows; 0 uses all"""
+    unique: bool = False
+    """drop rows whose prompt and completions came before"""
+    encoding: Encoding = Encoding()
+    """how rows become tokens"""
+
+    def __call__(self, split: str) -> Sequence[Example]:
+        if split == "heldout" and self.heldout_path:
+            return self._read(self.heldout_path)
+        examples = self._read(self.path)
+        if self.heldout_path or not self.heldout:
+            if split == "heldout":
+                raise UsageError("no rows are held out: pass --data.heldout 0.1 or --data.heldout-path FILE")
+            return examples
+        train, heldout = hold_out(len(examples), self.heldout)
+        return [examples[i] for i in (heldout if split == "heldout" else train)]
+
+    def _read(self, path: str) -> list[Example]:
+        rows = list(rows_of(Path(path)))
+        if not rows:
+            raise DataError(f"{path}: the file has no rows")
+        rows = rows[: self.limit] if self.limit else rows
+        columns = self.found_in(rows[0][1], rows[0][0]) if isinstance(rows[0][1], dict) else self
+        examples = [columns.example(row, origin) for origin, row in rows]
+        if not self.unique:
+            return examples
+        first: dict[str, Example] = {}
+        for example in examples:
+            first.setdefault(repr((example.prompt, example.completions)), example)
+        return list(first.values())
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """`(file:row, value)` of each row, counted from 1 (in a .jsonl file: its line)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_parse(text, f"{path}", 1), start=1):
+            yield f"{path}:{number}", row
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parse(line, f"{path}", number)
+
+
+def _parse(text: str, path: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{first_line + error.lineno - 1}: expected one JSON object a line, or a list of objects "
+            f"({error.msg} at column {error.colno})"
+        ) from None
+
+
+def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:
+    """Row numbers of train and held-out, both ascending; the draw depends on nothing but the two arguments."""
+    count = round(rows * heldout) if heldout < 1 else int(heldout)
+    if not 0 < count < rows:
+        raise UsageError(
+            f"--data.heldout {heldout:g} leaves {rows - count} of {rows} rows to train on and {count} held out"
+        )
+    order = np.random.default_rng(0).permutation(rows)
+    return sorted(order[count:].tolist()), sorted(order[:count].tolist())

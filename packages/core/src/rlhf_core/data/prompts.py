@@ -1,0 +1,36 @@
+"""`--data prompts`: the prompts that come with the package.
+
+200 short everyday prompts, written for this project, whose answers can take any tone. Every fourth is held out; the
+split is written in the file and never changes, so that results on it can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from rlhf_core.encode import Encoding
+from rlhf_core.errors import UsageError
+from rlhf_core.types import Example
+
+__all__ = ["ShippedPrompts"]
+
+FILE = "shipped_prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class ShippedPrompts:
+    """150 everyday prompts that come with the package, and 50 held out."""
+
+    encoding: Encoding = Encoding()
+    """how prompts become tokens"""
+
+    def __call__(self, split: str) -> Sequence[Example]:
+        lines = files("rlhf_core.data").joinpath(FILE).read_text(encoding="utf-8").splitlines()
+        rows = [(number, json.loads(line)) for number, line in enumerate(lines, start=1)]
+        examples = [Example(row["prompt"], origin=f"{FILE}:{number}") for number, row in rows if row["split"] == split]
+        if not examples:
+            raise UsageError(f"the shipped prompts have the splits train and heldout, not {split!r}")
+        return examples

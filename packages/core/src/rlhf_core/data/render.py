@@ -1,0 +1,152 @@
+"""From rows to text: the chat template, or plain text, and which parts of a conversation the policy says.
+
+A chat is rendered by its template alone; what a turn adds is the difference between two renderings. Templates are the
+tokenizer's own, a file's, or none: then chats are written as HH dialogues and plain prompts stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.data.chats import Chat, Text, as_dialogue
+from rlhf_core.errors import DataError, UsageError
+from rlhf_core.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Encoding", "Renderer"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens."""
+
+    template: Literal["auto", "chat", "raw"] = "auto"
+    """chat: the tokenizer's chat template, a plain prompt being one user message; raw: plain text, a chat being written
+    as a Human/Assistant dialogue; auto: chat if the tokenizer has a template"""
+    template_file: str = ""
+    """a Jinja chat template to use instead of the tokenizer's"""
+    input_template: str = ""
+    """text around plain prompts, {} standing for the prompt: 'Question: {} Answer:'; implies raw"""
+    max_tokens: int = 2048
+    """prompt and completion together, of rows that have completions"""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """rows that are too long are dropped, or lose the prompt's beginning and the completion's end; both are counted"""
+
+
+class Renderer:
+    """Renders examples for one tokenizer.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        encoding: which template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+        self._tokenizer = tokenizer
+        self._input_template = encoding.input_template
+        self._template = _template(tokenizer.chat_template, encoding)
+
+    def templated(self, example: Example) -> bool:
+        """Whether a chat template renders the example; special tokens like BOS are its business then."""
+        return self._template is not None and self._chat(example) is not None
+
+    def prompt(self, example: Example) -> str:
+        """The prompt, up to and including what opens the assistant's turn."""
+        chat = self._chat(example)
+        if chat is not None:
+            return self._render(example, chat, generation=True)
+        assert isinstance(example.prompt, str)
+        return self._input_template.replace("{}", example.prompt) if self._wraps(example) else example.prompt
+
+    def pieces(self, example: Example, completion: Text) -> Iterator[tuple[str, bool]]:
+        """The texts that follow the prompt, each with whether the policy says it (an assistant's turn) or others do.
+
+        Raises:
+            DataError: the template does not show the turns one after another.
+        """
+        prompt = self._chat(example)
+        if prompt is None:
+            assert isinstance(completion, str)
+            yield completion, True
+            return
+        turns: Chat = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
+        done = self._render(example, prompt, generation=True)
+        for i, message in enumerate(turns):
+            if message["role"] != "assistant":
+                continue  # its text is part of what leads to the next assistant turn
+            before = self._render(example, (*prompt, *turns[:i]), generation=True)
+            if not before.startswith(done):
+                raise DataError(
+                    f"{example.origin}: the chat template rewrites earlier turns, so they cannot all be trained on; "
+                    "pass --data.turns last, or another --data.encoding.template-file"
+                )
+            yield before[len(done) :], False
+            done = self._render(example, (*prompt, *turns[: i + 1]), generation=False)
+            yield _said(done, before, message.get("content"), example.origin), True
+
+    def _wraps(self, example: Example) -> bool:
+        return bool(self._input_template and example.prompt)  # an empty prompt is pre-training text
+
+    def _chat(self, example: Example) -> Chat | None:
+        """The prompt as messages, or None where it stays plain text."""
+        if not isinstance(example.prompt, str):
+            return example.prompt
+        plain = all(isinstance(completion, str) for completion in example.completions)
+        if plain and (self._template is None or not example.prompt):
+            return None
+        return ({"role": "user", "content": example.prompt},)
+
+    def _render(self, example: Example, chat: Chat, generation: bool) -> str:
+        """The text of `chat`, with what opens the assistant's turn if `generation`."""
+        from jinja2 import TemplateError
+
+        try:
+            if self._template is None:
+                return as_dialogue(chat) + ("\n\nAssistant:" if generation else "")
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in chat],
+                tools=example.meta.get("tools"),
+                chat_template=self._template,
+                add_generation_prompt=generation,
+                tokenize=False,
+            )
+            return str(text)
+        except (ValueError, TemplateError) as error:
+            raise DataError(f"{example.origin}: the chat cannot be rendered: {error}") from None
+
+
+def _said(after: str, before: str, content: Any, origin: str) -> str:
+    """What the assistant's turn adds to the text."""
+    if after.startswith(before):
+        return after[len(before) :]
+    if isinstance(content, str) and content.strip() and content.strip() in after:
+        return after[after.rindex(content.strip()) :]  # what opens a turn says more than a past turn shows: <think>
+    raise DataError(
+        f"{origin}: the chat template does not show the assistant's turn; pass --data.encoding.template-file"
+    )
+
+
+def _template(own: str | dict[str, str] | None, encoding: Encoding) -> str | None:
+    """The chat template in force, None for raw text."""
+    if encoding.template == "chat" and encoding.input_template:
+        raise UsageError("--data.encoding.input-template is for raw prompts; leave out --data.encoding.template chat")
+    if encoding.input_template and "{}" not in encoding.input_template:
+        raise UsageError("--data.encoding.input-template needs {} where the prompt goes")
+    if encoding.template == "raw" or encoding.input_template:
+        return None
+    if encoding.template_file:
+        try:
+            return Path(encoding.template_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--data.encoding.template-file {encoding.template_file}: {error.strerror}") from None
+    own = own.get("default") if isinstance(own, dict) else own
+    if not own and encoding.template == "chat":
+        raise UsageError(
+            "there is no chat template: pass --data.encoding.template-file FILE, or --data.encoding.template raw"
+        )
+    return own or None

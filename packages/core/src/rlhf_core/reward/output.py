@@ -1,0 +1,75 @@
+"""What a reward returned, checked: every reward goes through here, so a wrong one stops the run and never trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import packages_distributions
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
+from rlhf_core.types import RewardOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch
+
+__all__ = ["as_output", "excerpt"]
+
+
+def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
+    """`raw` as a float32 `RewardOutput` on the CPU.
+
+    Raises:
+        ContractError: wrong type or shape, or a number that is not finite; names the provider and its distribution.
+    """
+    N, T = len(rollouts), rollouts.tokens_NT.shape[1]
+    output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # next line
+
+    def checked(value: Any, name: str, *shape: int) -> Tensor:
+        return _checked(value, name, shape, rollouts, provider)
+
+    optional: dict[str, Any] = {}
+    if output.rewards_NT is not None:
+        optional["rewards_NT"] = checked(output.rewards_NT, "rewards_NT", N, T)
+    if output.scores_N is not None:
+        optional["scores_N"] = checked(output.scores_N, "scores_N", N)
+    if not isinstance(output.metrics, Mapping):
+        raise ContractError(f"{_named(provider)} returned metrics that are not a mapping of names to N numbers")
+    metrics = {name: checked(value, f"metric {name!r}", N) for name, value in output.metrics.items()}
+    return replace(output, rewards_N=checked(output.rewards_N, "rewards_N", N), metrics=metrics, **optional)
+
+
+def _checked(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ContractError(f"{_named(provider)} returned {name} that are not numbers: {error}") from None
+    if tensor.shape != shape:
+        raise ContractError(
+            f"{_named(provider)} returned {name} of shape {tuple(tensor.shape)} for {shape[0]} completions; "
+            f"expected {tuple(shape)}"
+        )
+    if not tensor.isfinite().all():
+        row = int((~tensor.isfinite()).nonzero()[0, 0])
+        value = tensor[row].flatten()[(~tensor[row].flatten().isfinite()).nonzero()[0, 0]].item()
+        raise ContractError(f"{_named(provider)} returned {name} = {value} for {excerpt(rollouts, row)}")
+    return tensor
+
+
+def excerpt(rollouts: Batch, row: int) -> str:
+    """One line that shows which sample `row` is."""
+
+    def short(text: str) -> str:
+        return repr(text if len(text) <= 60 else text[:57] + "…")
+
+    return f"sample {row}, prompt {short(rollouts.prompts[row])}, completion {short(rollouts.texts[row])}"
+
+
+def _named(provider: object) -> str:
+    """The provider and the distribution it came with."""
+    kind = type(provider)
+    owner = packages_distributions().get(kind.__module__.partition(".")[0])
+    return f"reward {kind.__qualname__} ({owner[0] if owner else kind.__module__})"
