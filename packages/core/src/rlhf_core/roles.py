@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
-from rlhf_core.plan import Plan
+from rlhf_core.plan import Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
 
@@ -29,15 +29,13 @@ class LocalRole:
     """The role `name` of `plan`, held by this process."""
 
     def __init__(self, plan: Plan, name: str) -> None:
-        from rlhf_core.models.module import build_module
-
         self.name = name
         self.plan = plan
         self.spec = plan.roles[name]
         self.version = 0
         config = plan.config
         temperature = config.sampling.temperature if plan.online and config.sampling.temperature > 0 else 1.0
-        build = partial(build_module, self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
+        build = partial(_build, self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained else None
         self.trainable: Trainable = strategy(build, optim, plan.optimiser_steps)
@@ -178,3 +176,10 @@ class LocalRole:
 
         card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
         export(self.module, self.tokenizer, folder, **card)
+
+
+def _build(spec: RoleSpec, **options: Any) -> Any:
+    """The role's module; models are imported only when one is built."""
+    from rlhf_core.models.module import build_module
+
+    return build_module(spec, **options)
