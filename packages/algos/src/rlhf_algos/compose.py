@@ -24,7 +24,7 @@ __all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "chosen_loss", "policy_terms"]
 OFFLINE: Mapping[str, str] = {"data": "json"}
 """Where completions come from data."""
 
-ONLINE: Mapping[str, str] = {"data": "json", "rollout": "hf", "reward": "func"}
+ONLINE: Mapping[str, str] = {"data": "prompts", "rollout": "hf", "reward": "length"}
 """Where completions are sampled and scored."""
 
 POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=Optim(lr=1e-6)), "reference": ModelOptions()}

@@ -1,0 +1,346 @@
+"""Every advantage estimator against a plain loop in float64, published numbers, and invariances."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_algos.advantage.gae import GAE
+from rlhf_algos.advantage.grpo import GRPO
+from rlhf_algos.advantage.reinforce_pp import ReinforcePP
+from rlhf_algos.advantage.rloo import RLOO
+from rlhf_algos.returns import discounted_returns, scan
+from rlhf_core.errors import UsageError
+from rlhf_core.testing.batches import make_batch
+from rlhf_core.types import Credit, RewardOutput, Rollouts
+from rlhf_core.world import World
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what estimators are given: ragged lengths, groups of three, two and one, a gap of environment tokens, a single token
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Given:
+    rollouts: Rollouts
+    rewards: RewardOutput
+    values_NT: torch.Tensor  # noqa: N815 - shape letters are capitals
+
+    def credit(self, advantage: Any) -> Credit:
+        result: Credit = advantage(self.rewards, self.rollouts, {"values_NT": self.values_NT})
+        return result
+
+    def rows(self) -> list[Row]:
+        """Actions only, as lists of floats."""
+        mask_NT = self.rollouts.mask_NT
+        return [
+            Row(
+                group=int(self.rollouts.group_N[i]),
+                score=float(self.rewards.rewards_N[i]),
+                rewards=self.rewards.rewards_NT[i][mask_NT[i]].tolist(),  # type: ignore[index]
+                values=self.values_NT[i][mask_NT[i]].tolist(),
+            )
+            for i in range(len(self.rollouts))
+        ]
+
+
+@dataclass
+class Row:
+    group: int
+    score: float
+    rewards: list[float]
+    values: list[float]
+
+
+def given_batch(
+    seed: int = 0, lengths: tuple[int, ...] = (5, 1, 3, 6, 2, 4), groups: tuple[int, ...] = (7, 7, 7, 2, 2, 4)
+) -> Given:
+    noise = torch.Generator().manual_seed(seed)
+    rollouts = make_batch(list(lengths), groups=list(groups))
+    rollouts.mask_NT[3, 2:4] = False  # a tool's answer between two turns
+    shape = rollouts.mask_NT.shape
+    rewards_NT = 0.1 * torch.randn(shape, generator=noise) * rollouts.mask_NT
+    values_NT = torch.randn(shape, generator=noise)  # not zero outside the mask: estimators must not read it there
+    return Given(rollouts, RewardOutput(torch.randn(len(lengths), generator=noise), rewards_NT), values_NT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# references: loops over lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def returns(scores: list[float], rows: list[Row], gamma: float) -> list[list[float]]:
+    result = []
+    for score, row in zip(scores, rows):
+        rewards = [*row.rewards[:-1], row.rewards[-1] + score]
+        result.append([sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards))) for t in range(len(rewards))])
+    return result
+
+
+def gae(rows: list[Row], gamma: float, lam: float) -> tuple[list[list[float]], list[list[float]]]:
+    advantages = []
+    for row in rows:
+        rewards, values = [*row.rewards[:-1], row.rewards[-1] + row.score], [*row.values, 0.0]
+        deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(len(rewards))]
+        advantages.append(
+            [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
+        )
+    return advantages, [[a + v for a, v in zip(row_a, row.values)] for row_a, row in zip(advantages, rows)]
+
+
+def whitened(nested: list[list[float]], std: bool = True) -> list[list[float]]:
+    flat = [x for row in nested for x in row]
+    mean, deviation = statistics.fmean(flat), statistics.pstdev(flat) if std else 1.0
+    return [[(x - mean) / deviation for x in row] for row in nested]
+
+
+def others(row: Row, rows: list[Row]) -> list[Row]:
+    return [other for other in rows if other.group == row.group and other is not row]
+
+
+def group(row: Row, rows: list[Row]) -> list[float]:
+    return [other.score for other in rows if other.group == row.group]
+
+
+def grpo(rows: list[Row], std: bool) -> list[list[float]]:
+    scores = []
+    for row in rows:
+        peers = group(row, rows)
+        scale = statistics.stdev(peers) if std and len(peers) > 1 else 1.0
+        scores.append((row.score - statistics.fmean(peers)) / scale)
+    return returns(scores, rows, 1.0)
+
+
+def rloo(rows: list[Row], per_token: str) -> list[list[float]]:
+    if per_token == "after":
+        scores = [
+            r.score - statistics.fmean(o.score for o in others(r, rows)) if others(r, rows) else 0.0 for r in rows
+        ]
+        return returns(scores, rows, 1.0)
+    total = {id(row): row.score + sum(row.rewards) for row in rows}
+    scores = [
+        total[id(r)] - statistics.fmean(total[id(o)] for o in others(r, rows)) if others(r, rows) else 0.0 for r in rows
+    ]
+    return [[score] * len(row.rewards) for score, row in zip(scores, rows)]
+
+
+TABLE: list[tuple[Any, Callable[[list[Row]], list[list[float]]]]] = [
+    (GAE(whiten="none"), lambda rows: gae(rows, 1.0, 0.95)[0]),
+    (GAE(gamma=0.9, lam=0.7, whiten="none"), lambda rows: gae(rows, 0.9, 0.7)[0]),
+    (GAE(lam=0.0, whiten="mean"), lambda rows: whitened(gae(rows, 1.0, 0.0)[0], std=False)),
+    (GAE(), lambda rows: whitened(gae(rows, 1.0, 0.95)[0])),
+    (GRPO(), lambda rows: grpo(rows, std=True)),
+    (GRPO(std=False), lambda rows: grpo(rows, std=False)),
+    (RLOO(), lambda rows: rloo(rows, "sum")),
+    (RLOO(per_token="after"), lambda rows: rloo(rows, "after")),
+    (ReinforcePP(), lambda rows: whitened(returns([r.score for r in rows], rows, 1.0))),
+    (ReinforcePP(gamma=0.9, whiten="none"), lambda rows: returns([r.score for r in rows], rows, 0.9)),
+]
+each_estimator = pytest.mark.parametrize(
+    ("advantage", "reference"), TABLE, ids=lambda x: repr(x) if hasattr(x, "needs") else ""
+)
+
+
+@each_estimator
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_estimator_agrees_with_a_loop_over_its_definition(advantage, reference, seed):
+    batch = given_batch(seed)
+    credit = batch.credit(advantage)
+    expected = [x for row in reference(batch.rows()) for x in row]
+    assert credit.advantages_NT[batch.rollouts.mask_NT].tolist() == pytest.approx(expected, abs=2e-6)
+    assert credit.advantages_NT.dtype == torch.float32
+    assert not credit.advantages_NT[~batch.rollouts.mask_NT].any(), "credit is zero outside the mask"
+
+
+def test_the_returns_that_a_critic_learns_are_not_whitened():
+    batch = given_batch()
+    expected = [x for row in gae(batch.rows(), 1.0, 0.95)[1] for x in row]
+    returns_NT = batch.credit(GAE()).returns_NT
+    assert returns_NT is not None
+    assert returns_NT[batch.rollouts.mask_NT].tolist() == pytest.approx(expected, abs=2e-6)
+    assert not returns_NT[~batch.rollouts.mask_NT].any()
+
+
+@each_estimator
+def test_equal_rewards_teach_nothing_and_are_not_nan(advantage, reference):
+    batch = given_batch()
+    batch.rollouts.mask_NT = torch.ones_like(batch.rollouts.mask_NT)
+    batch.rewards = RewardOutput(torch.full((6,), 0.1), None)
+    batch.values_NT = torch.full_like(batch.values_NT, 0.1)
+    advantages_NT = batch.credit(advantage).advantages_NT
+    assert torch.isfinite(advantages_NT).all()
+    if getattr(advantage, "gamma", 1.0) == 1.0:  # a discount tells early tokens from late ones
+        assert advantages_NT.abs().max() < 1e-6
+
+
+@each_estimator
+def test_a_completion_without_sampled_tokens_changes_nobody_elses_sign(advantage, reference):
+    batch = given_batch()
+    batch.rollouts.mask_NT[1] = False
+    batch.rewards = replace(batch.rewards, rewards_NT=batch.rewards.rewards_NT * batch.rollouts.mask_NT)
+    advantages_NT = batch.credit(advantage).advantages_NT
+    assert torch.isfinite(advantages_NT).all()
+    assert not advantages_NT[1].any()
+
+
+@each_estimator
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), padding=st.integers(0, 5), shift=st.integers(-3, 9))
+def test_order_padding_and_group_numbers_do_not_matter(advantage, reference, seed, padding, shift):
+    batch = given_batch(seed)
+    expected_NT = batch.credit(advantage).advantages_NT
+    order_N = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    moved = batch.rollouts.rows(order_N)
+    pad = lambda x_NT: torch.nn.functional.pad(x_NT[order_N], (0, padding))
+    moved.mask_NT, moved.group_N = pad(batch.rollouts.mask_NT), moved.group_N * 5 + shift
+    rewards = RewardOutput(batch.rewards.rewards_N[order_N], pad(batch.rewards.rewards_NT))
+    got = Given(moved, rewards, pad(batch.values_NT)).credit(advantage).advantages_NT
+    torch.testing.assert_close(got, pad(expected_NT), atol=3e-6, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# published numbers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def openrlhf_example() -> Given:
+    """Rewards (1, 0 | 1, 1), a KL of 0.05 per token, beta 0.1; second samples are one token shorter."""
+    rollouts = make_batch([4, 3, 4, 3], groups=[0, 0, 1, 1])
+    return Given(
+        rollouts, RewardOutput(torch.tensor([1.0, 0.0, 1.0, 1.0]), -0.005 * rollouts.mask_NT), torch.zeros(4, 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        (RLOO(per_token="after"), [0.98, 0.985, 0.99, 0.995]),
+        (GRPO(), [0.6871, 0.6921, 0.6971, 0.7021]),
+        (GRPO(std=False), [0.48, 0.485, 0.49, 0.495]),
+        (ReinforcePP(), [0.5022, 0.5144, 0.5266, 0.5388]),
+    ],
+    ids=repr,
+)
+def test_openrlhf_gives_these_numbers(advantage, expected):
+    assert openrlhf_example().credit(advantage).advantages_NT[0].tolist() == pytest.approx(expected, abs=5e-5)
+
+
+def test_gae_gives_the_numbers_of_openrlhf_and_of_repulse():
+    rollouts = make_batch([3])
+    rewards = RewardOutput(torch.tensor([1.0]))
+    credit = Given(rollouts, rewards, torch.tensor([[0.1, 0.2, 0.3]])).credit(GAE(gamma=0.99, lam=0.95, whiten="none"))
+    assert credit.advantages_NT[0].tolist() == pytest.approx([0.808407, 0.755350, 0.7], abs=1e-6)
+    assert credit.returns_NT[0].tolist() == pytest.approx([0.908407, 0.955350, 1.0], abs=1e-6)
+
+    rewards = RewardOutput(torch.tensor([1.0]), torch.tensor([[-0.02, 0.03, 0.0]]))
+    for how, expected in (("none", [0.40575, 1.185, 0.9]), ("std", [-1.3186179051, 1.1019545391, 0.2166633660])):
+        credit = Given(rollouts, rewards, torch.tensor([[0.5, -0.2, 0.1]])).credit(GAE(whiten=how))
+        assert credit.advantages_NT[0].tolist() == pytest.approx(expected, abs=1e-6)
+        assert credit.returns_NT[0].tolist() == pytest.approx([0.90575, 0.985, 1.0], abs=1e-6)
+
+
+def test_leave_one_out_gives_the_numbers_of_repulse():
+    scores_N = torch.tensor([3.4409993267, -0.1481933363, -2.4141931037, 1.7004161605])
+    rollouts = make_batch([2] * 4, groups=[0] * 4)
+    advantages_NT = Given(rollouts, RewardOutput(scores_N), torch.zeros(4, 2)).credit(RLOO()).advantages_NT
+    expected = [3.7283227532, -1.0572674641, -4.0786004874, 1.4075451983]
+    assert advantages_NT[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gaps, scans, ranks, mistakes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_environment_tokens_take_no_time(lam):
+    """Without its environment tokens a completion earns the same credit: nothing is bootstrapped from zero in a gap."""
+    gapped, plain = make_batch([6]), make_batch([3])
+    gapped.mask_NT = torch.tensor([[True, False, False, True, False, True]])
+    values_NT = torch.tensor([[0.5, 9.0, 9.0, 0.4, 9.0, 0.3]])
+    rewards = RewardOutput(torch.tensor([1.0]))
+    with_gap = Given(gapped, rewards, values_NT).credit(GAE(gamma=0.9, lam=lam, whiten="none"))
+    without = Given(plain, rewards, torch.tensor([[0.5, 0.4, 0.3]])).credit(GAE(gamma=0.9, lam=lam, whiten="none"))
+    assert with_gap.advantages_NT[gapped.mask_NT].tolist() == pytest.approx(without.advantages_NT[0].tolist(), abs=1e-6)
+
+
+def test_a_reward_on_an_environment_token_belongs_to_the_action_before_it():
+    mask_NT = torch.tensor([[False, True, False, True, False]])
+    rewards_NT = torch.tensor([[7.0, 0.0, 1.0, 0.0, 2.0]])  # 7 comes before any action
+    assert discounted_returns(rewards_NT, mask_NT, 0.5)[0].tolist() == [0.0, 2.0, 0.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.999, 1.0])
+def test_the_scan_is_as_exact_as_a_loop_in_float64(decay):
+    deltas_NT = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0))
+    expected_NT = deltas_NT.double().clone()
+    for t in reversed(range(1499)):
+        expected_NT[:, t] += decay * expected_NT[:, t + 1]
+    error = (scan(deltas_NT, decay) - expected_NT).abs().max() / expected_NT.abs().max()
+    assert error < 1e-6
+
+
+class Ranks(World):
+    """Threads that sum over each other."""
+
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.board, self.barrier_ = rank, len(board), board, barrier
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.board[self.rank] = tensor.clone()
+        self.barrier_.wait(10)
+        total = torch.stack(self.board).sum(0)
+        self.barrier_.wait(10)
+        return total
+
+
+@pytest.mark.parametrize("advantage", [GAE(), ReinforcePP(), ReinforcePP(whiten="mean")], ids=repr)
+def test_whitening_is_over_all_ranks(advantage):
+    whole = given_batch()
+    expected_NT = whole.credit(advantage).advantages_NT
+    barrier, board, got = threading.Barrier(2), [None, None], {}
+
+    def rank(number: int, rows: slice) -> None:
+        mine = whole.rollouts.rows(torch.arange(6)[rows])
+        mine.mask_NT = whole.rollouts.mask_NT[rows]
+        mine.world = Ranks(number, board, barrier)
+        rewards = RewardOutput(whole.rewards.rewards_N[rows], whole.rewards.rewards_NT[rows])
+        got[number] = Given(mine, rewards, whole.values_NT[rows]).credit(advantage).advantages_NT
+
+    threads = [
+        threading.Thread(target=rank, args=(0, slice(0, 4))),
+        threading.Thread(target=rank, args=(1, slice(4, 6))),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(torch.cat([got[0], got[1]]), expected_NT, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("advantage", [GRPO(), RLOO()], ids=repr)
+def test_comparing_needs_someone_to_compare_with(advantage):
+    rollouts = make_batch([2, 2])
+    with pytest.raises(UsageError, match="set --sampling"):
+        Given(rollouts, RewardOutput(torch.tensor([1.0, 2.0])), torch.zeros(2, 2)).credit(advantage)
+
+
+def test_large_offsets_of_the_reward_do_not_cost_precision():
+    """GRPO of scores near 1e4 is GRPO of the same scores near 0."""
+    rollouts = make_batch([1] * 4, groups=[0] * 4)
+    small_N = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    near, far = (
+        Given(rollouts, RewardOutput(scores_N), torch.zeros(4, 1)).credit(GRPO()).advantages_NT
+        for scores_N in (small_N, small_N + 8192.0)
+    )
+    torch.testing.assert_close(far, near)
+    assert math.isclose(float(near.square().sum() / 3), 1.0, rel_tol=1e-5)

@@ -1,0 +1,299 @@
+"""Every loss against its formula in plain floats, its gradient against finite differences, and hostile inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_algos.loss.bradley_terry import BradleyTerry
+from rlhf_algos.loss.clip import Clip
+from rlhf_algos.loss.dpo import DPO
+from rlhf_algos.loss.entropy import Entropy
+from rlhf_algos.loss.grpo import GRPO
+from rlhf_algos.loss.reinforce import Reinforce
+from rlhf_algos.loss.sft import SFT
+from rlhf_algos.loss.value import Value
+from rlhf_core.reduce import count, weighted_sum
+from rlhf_core.testing.batches import make_batch
+from rlhf_core.types import Batch, LossTerms, Reduction
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what losses are given: ragged lengths, a single token, a gap of environment tokens, three pairs
+# ----------------------------------------------------------------------------------------------------------------------
+
+OUTPUTS = ("logprobs_NT", "entropy_NT", "values_NT")
+EXTRAS = ("old_logprobs_NT", "ref_logprobs_NT", "sampler_logprobs_NT", "advantages_NT", "returns_NT", "values_NT")
+
+
+def example(seed: int = 0) -> tuple[dict[str, torch.Tensor], Batch]:
+    """Float64 outputs that carry a gradient, and a batch; everything is noise, also where the mask is false."""
+    noise = torch.Generator().manual_seed(seed)
+    batch = make_batch([5, 1, 3, 6, 2, 4], groups=[0, 0, 1, 1, 2, 2])
+    batch.mask_NT[3, 2:4] = False
+    normal = lambda *shape: torch.randn(*shape, generator=noise, dtype=torch.float64)
+    shape = batch.mask_NT.shape
+    outputs = {name: 0.5 * normal(*shape) for name in OUTPUTS} | {"scores_N": normal(6)}
+    outputs["logprobs_NT"] = outputs["logprobs_NT"] - 2
+    extras = {name: 0.5 * normal(*shape) - 2 * name.endswith("logprobs_NT") for name in EXTRAS}
+    margin_N = normal(6).abs()
+    margin_N[1::2] = margin_N[0::2]  # a number of the row, so of both of its completions
+    for output in outputs.values():
+        output.requires_grad_()
+    return outputs, batch.with_extras(**extras, margin_N=margin_N)
+
+
+@dataclass
+class Token:
+    """One sampled token."""
+
+    lp: float
+    old: float
+    ref: float
+    sampler: float
+    advantage: float
+    target: float
+    value: float
+    old_value: float
+    entropy: float
+
+    @property
+    def ratio(self) -> float:
+        return exp(self.lp - self.old)
+
+
+@dataclass
+class Completion:
+    """One completion: its sampled tokens, what the data says of it, and its score."""
+
+    tokens: list[Token]
+    score: float
+    margin: float
+
+    @property
+    def lp(self) -> float:
+        return sum(token.lp for token in self.tokens)
+
+    @property
+    def h(self) -> float:
+        """log pi / ref"""
+        return sum(token.lp - token.ref for token in self.tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+def completions(outputs: dict[str, torch.Tensor], batch: Batch) -> list[Completion]:
+    names = [outputs["logprobs_NT"], *(batch[name] for name in EXTRAS[:5]), outputs["values_NT"], batch["values_NT"]]
+    names.append(outputs["entropy_NT"])
+    return [
+        Completion(
+            [Token(*(float(column[i, t].detach()) for column in names)) for t in batch.mask_NT[i].nonzero().flatten()],
+            float(outputs["scores_N"][i].detach()),
+            float(batch["margin_N"][i]),
+        )
+        for i in range(len(batch))
+    ]
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return max(low, min(x, high))
+
+
+def log_sigmoid(x: float) -> float:
+    return -log(1 + exp(-x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table: a loss, its reduction, and its formula for one token, or for one pair
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ppo(low: float, high: float, dual: float = 0.0) -> Callable[[Token], float]:
+    def formula(x: Token) -> float:
+        objective = min(x.ratio * x.advantage, clip(x.ratio, 1 - low, 1 + high) * x.advantage)
+        return -max(objective, dual * x.advantage) if dual and x.advantage < 0 else -objective
+
+    return formula
+
+
+def clipped_value(x: Token, width: float) -> float:
+    near = x.old_value + clip(x.value - x.old_value, -width, width)
+    return max((x.value - x.target) ** 2, (near - x.target) ** 2) / 2
+
+
+TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
+    (Clip(), Reduction("token"), ppo(0.2, 0.2)),
+    (Clip(clip_low=0.1, clip_high=0.28), Reduction("token"), ppo(0.1, 0.28)),
+    (Clip(dual_clip=1.5), Reduction("token"), ppo(0.2, 0.2, 1.5)),
+    (Clip(aggregate="constant", length=7), Reduction("constant", 7), ppo(0.2, 0.2)),
+    (GRPO(), Reduction("sequence"), ppo(0.2, 0.2)),
+    (Reinforce(), Reduction("constant", 1), lambda x: -x.advantage * x.lp),
+    (Value(clip=0), Reduction("token"), lambda x: (x.value - x.target) ** 2 / 2),
+    (Value(), Reduction("token"), lambda x: clipped_value(x, 0.2)),
+    (Value(clip=0.5, aggregate="sequence"), Reduction("sequence"), lambda x: clipped_value(x, 0.5)),
+    (SFT(), Reduction("token"), lambda x: -x.lp),
+    (SFT(aggregate="sequence"), Reduction("sequence"), lambda x: -x.lp),
+    (Entropy(), Reduction("token"), lambda x: -x.entropy),
+]
+
+PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
+    (DPO(), lambda w, b: -log_sigmoid(0.1 * (w.h - b.h))),
+    (DPO(beta=0.7), lambda w, b: -log_sigmoid(0.7 * (w.h - b.h))),
+    (BradleyTerry(), lambda w, b: log(1 + exp(b.score - w.score))),
+    (BradleyTerry(margin=True), lambda w, b: -log_sigmoid(w.score - b.score - w.margin)),
+    (BradleyTerry(centre=0.3), lambda w, b: -log_sigmoid(w.score - b.score) + 0.3 * (w.score + b.score) ** 2),
+]
+
+EVERY = [row[0] for row in (*TOKENS, *PAIRS)]
+every_loss = pytest.mark.parametrize("loss", EVERY, ids=repr)
+
+
+@pytest.mark.parametrize(("loss", "reduction", "formula"), TOKENS, ids=lambda x: repr(x) if hasattr(x, "needs") else "")
+def test_every_token_loss_is_its_formula(loss, reduction, formula):
+    outputs, batch = example()
+    result = loss(outputs, batch)
+    expected = [formula(token) for row in completions(outputs, batch) for token in row.tokens]
+    assert result.values[batch.mask_NT].tolist() == pytest.approx(expected, abs=1e-12)
+    assert result.reduction == reduction
+
+
+@pytest.mark.parametrize(("loss", "formula"), PAIRS, ids=lambda x: repr(x) if hasattr(x, "needs") else "")
+def test_every_pair_loss_is_its_formula(loss, formula):
+    outputs, batch = example()
+    result = loss(outputs, batch)
+    rows = completions(outputs, batch)
+    assert result.values.tolist() == pytest.approx([formula(w, b) for w, b in zip(rows[0::2], rows[1::2])], abs=1e-12)
+    assert result.reduction == Reduction("sample")
+    assert loss.rows_per_unit == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gradients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def total(result: LossTerms, batch: Batch) -> torch.Tensor:
+    """The loss, reduced as core does it."""
+    return weighted_sum(result.values, result.reduction, batch) / count(result.reduction, batch)
+
+
+def gradients(loss: Any, outputs: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
+    wanted = [outputs[name] for name in sorted(loss.wants)]
+    return list(torch.autograd.grad(total(loss(outputs, batch), batch), wanted))
+
+
+@every_loss
+def test_gradients_agree_with_finite_differences(loss):
+    outputs, batch = example(seed=3)
+
+    def function(*wanted: torch.Tensor) -> torch.Tensor:
+        values = loss(outputs | dict(zip(sorted(loss.wants), wanted)), batch).values
+        return values[batch.mask_NT] if values.dim() == 2 else values
+
+    assert torch.autograd.gradcheck(function, tuple(outputs[name] for name in sorted(loss.wants)))
+
+
+@every_loss
+def test_nothing_outside_the_mask_is_read_or_trained(loss):
+    outputs, batch = example()
+    before = total(loss(outputs, batch), batch)
+    away = lambda x_NT: torch.where(batch.mask_NT, x_NT.detach(), torch.full_like(x_NT, -1e6))
+    poisoned = {name: away(x) if x.dim() == 2 else x for name, x in outputs.items()}
+    for output in poisoned.values():
+        output.requires_grad_()
+    batch.extras = {name: away(x) if x.dim() == 2 else x for name, x in batch.extras.items()}
+    assert float(total(loss(poisoned, batch), batch).detach()) == pytest.approx(float(before.detach()), rel=1e-6)
+    for gradient in gradients(loss, poisoned, batch):
+        assert torch.isfinite(gradient).all()
+        if gradient.dim() == 2:
+            assert not gradient[~batch.mask_NT].any()
+
+
+@every_loss
+@pytest.mark.parametrize("distance", [-1e4, -90.0, 90.0, 1e4])
+def test_policies_far_apart_leave_loss_and_gradient_finite(loss, distance):
+    outputs, batch = example()
+    with torch.no_grad():
+        outputs["logprobs_NT"] += distance
+        outputs["scores_N"][0::2] += distance
+    outputs = {name: x.detach().float().requires_grad_() for name, x in outputs.items()}
+    batch.extras = {name: x.float() for name, x in batch.extras.items()}
+    result = loss(outputs, batch)
+    assert torch.isfinite(total(result, batch))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, outputs, batch))
+    assert all(math.isfinite(float(metric.total)) for metric in result.metrics.values())
+
+
+@pytest.mark.parametrize("loss", [loss for loss in EVERY if "advantages_NT" in loss.needs], ids=repr)
+def test_no_advantage_no_gradient(loss):
+    outputs, batch = example()
+    batch.extras["advantages_NT"] = torch.zeros_like(batch["advantages_NT"])
+    for gradient in gradients(loss, outputs, batch):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("loss", [Clip(), GRPO(aggregate="token"), Clip(dual_clip=3.0)], ids=repr)
+def test_on_policy_every_clipped_objective_is_the_policy_gradient(loss):
+    """Ratio 1: the gradient is that of -mean A log pi (RePULSe's check Q4)."""
+    outputs, batch = example()
+    batch.extras["old_logprobs_NT"] = outputs["logprobs_NT"].detach()
+    plain = gradients(Reinforce(aggregate="token"), outputs, batch)
+    for got, expected in zip(gradients(loss, outputs, batch), plain, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_the_clip_stops_only_what_moves_further_away():
+    """log-ratios 0, 0.3, -0.5 with advantages 1, 1, -1 (RePULSe's check Q2): the last two are cut off."""
+    batch = make_batch([3]).with_extras(
+        old_logprobs_NT=torch.zeros(1, 3), advantages_NT=torch.tensor([[1.0, 1.0, -1.0]])
+    )
+    logprobs_NT = torch.tensor([[0.0, 0.3, -0.5]], requires_grad=True)
+    result = Clip()({"logprobs_NT": logprobs_NT}, batch)
+    assert result.values[0].tolist() == pytest.approx([-1.0, -1.2, 0.8])
+    (gradient,) = torch.autograd.grad(result.values.sum(), logprobs_NT)
+    assert gradient[0].tolist() == [-1.0, 0.0, 0.0]
+    metric = result.metrics["clip_fraction"]
+    assert float(metric.total / metric.count) == pytest.approx(2 / 3)
+
+
+def test_the_value_loss_gives_the_numbers_of_repulse():
+    batch = make_batch([3]).with_extras(
+        values_NT=torch.tensor([[0.5, -0.2, 0.1]]), returns_NT=torch.tensor([[0.6, 0.4, -0.3]])
+    )
+    result = Value()({"values_NT": torch.tensor([[0.9, -0.1, 0.1]])}, batch)
+    assert (2 * result.values[0]).tolist() == pytest.approx([0.09, 0.25, 0.16])
+    assert float(total(result, batch)) == pytest.approx(0.0833333333)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_their_own_denominators():
+    outputs, batch = example()
+    rows = completions(outputs, batch)
+    tokens = [token for row in rows for token in row.tokens]
+    mean = lambda metric: float(metric.total / metric.count)
+
+    metrics = Clip()(outputs, batch).metrics
+    assert mean(metrics["ratio"]) == pytest.approx(sum(x.ratio for x in tokens) / len(tokens), rel=1e-6)
+    outside = [x for x in tokens if (x.ratio > 1.2 and x.advantage > 0) or (x.ratio < 0.8 and x.advantage < 0)]
+    assert mean(metrics["clip_fraction"]) == pytest.approx(len(outside) / len(tokens))
+    k3 = [x.ratio - 1 - log(x.ratio) for x in tokens]
+    assert mean(metrics["approx_kl"]) == pytest.approx(sum(k3) / len(tokens), rel=1e-6)
+
+    metrics = DPO(beta=0.5)(outputs, batch).metrics
+    margins = [0.5 * (w.h - b.h) for w, b in zip(rows[0::2], rows[1::2])]
+    assert mean(metrics["accuracy"]) == pytest.approx(sum(margin > 0 for margin in margins) / 3)
+    assert mean(metrics["margin"]) == pytest.approx(sum(margins) / 3, rel=1e-6)
+    assert mean(BradleyTerry()(outputs, batch).metrics["chosen_reward"]) == pytest.approx(
+        sum(row.score for row in rows[0::2]) / 3, rel=1e-6
+    )
