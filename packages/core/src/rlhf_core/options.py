@@ -11,7 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf_core.errors import UsageError
+
 __all__ = ["KL", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptions"]
+
+INTERNAL = {"internal": True}
+"""Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
+
+
+def _at_least(least: float, options: object, *names: str) -> None:
+    """Check that the named fields are at least `least`."""
+    for name in names:
+        if not getattr(options, name) >= least:  # written so that nan fails
+            raise UsageError(f"{name} must be at least {least:g}, not {getattr(options, name)}")
+
+
+def _at_most(most: float, options: object, *names: str) -> None:
+    """Check that the named fields are at most `most`."""
+    for name in names:
+        if not getattr(options, name) <= most:
+            raise UsageError(f"{name} must be at most {most:g}, not {getattr(options, name)}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +51,13 @@ class Sampling:
     """keep tokens with at least this share of the most likely one's probability; 0 keeps all"""
     stop: tuple[str, ...] = ()
     """strings that end a completion (kept in it)"""
-    seed: int = 0
+    seed: int = field(default=0, metadata=INTERNAL)
     """base of the per-completion seeds; the loop sets it from the run's seed and the step"""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "n", "max_new_tokens")
+        _at_least(0, self, "temperature", "top_p", "top_k", "min_p")
+        _at_most(1, self, "top_p", "min_p")
 
     def seed_for(self, uid: int, k: int) -> int:
         """The 63-bit seed of completion `k` of the prompt `uid`: the same on any engine, rank or batch composition."""
@@ -56,6 +80,10 @@ class KL:
     horizon: int = 10000
     """completions over which the adaptive coefficient moves"""
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "coef")
+        _at_least(1, self, "horizon")
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -77,6 +105,10 @@ class Optim:
     """AdamW's epsilon"""
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this; 0 does not clip"""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "lr", "warmup", "min_lr_ratio", "weight_decay", "eps", "max_grad_norm")
+        _at_most(1, self, "min_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -145,3 +177,7 @@ class RunConfig:
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
     """how completions are drawn (online algorithms)"""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "steps", "chunk", "save_every", "eval_every")
+        _at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

@@ -1,0 +1,9 @@
+"""`python -m rlhf_core` is `rlhf-run`."""
+
+from __future__ import annotations
+
+import sys
+
+from rlhf_core.cli import main
+
+sys.exit(main())

@@ -1,0 +1,243 @@
+"""Which options a run has: the sections of its chosen providers and roles, flattened to dotted paths.
+
+`reward.limit` is the path of the flag `--reward.limit` and of the key `limit` in the TOML table `[reward]`. The layout
+follows from the names chosen, so that help, errors and the written file speak of exactly those options.
+
+    ""            RunConfig's own numbers, and `sampling.*` where the algorithm samples
+    <role>        one section per role of the algorithm
+    algorithm     the algorithm's own fields
+    <kind>        the chosen provider's fields; with several evaluators `evaluator.<name>` each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from rlhf_core.docstrings import docs_of
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.hookspecs import KINDS
+from rlhf_core.near import closest
+from rlhf_core.options import RunConfig
+from rlhf_core.values import metavar
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Layout", "Option", "Section", "annotation_of", "flag", "make_layout", "nested", "option_fields", "shown"]
+
+STRUCTURE = ("algorithm", "providers", "names", "roles")
+"""Fields of RunConfig that are what the sections are made of, and not options."""
+
+ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": ""}
+"""Kinds that every algorithm has, with their usual providers."""
+
+FIXED = {
+    "config": "TOML file with options; flags win over it",
+    "help": "show the options of exactly the chosen providers",
+}
+"""Flags that are no options of the run."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value that can be set."""
+
+    path: str
+    annotation: Any
+    doc: str
+    default: Any
+    """MISSING where it must be given"""
+
+    def described(self, name: str) -> str:
+        """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
+        default = "required" if self.default is MISSING else f"default: {shown(self.default)}"
+        doc = f", {self.doc}" if self.doc else ""
+        return f"{name} {metavar(self.annotation)}{doc} ({default})"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The options of one thing."""
+
+    prefix: str
+    title: str
+    """`reward 'length'`: who is spoken of in errors and help"""
+    cls: type
+    base: Any = None
+    """the instance whose values are the defaults; None where the class has required fields"""
+    skip: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    kind: str = ""
+    """the kind, where the section is a provider's"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All options of a run."""
+
+    names: Mapping[str, str]
+    """the chosen name of each kind, `algorithm` first; empty where a kind is left out"""
+    sections: tuple[Section, ...]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def hint(self, path: str, spell: Callable[[str], str]) -> str:
+        """What to say to somebody who wrote `path`, which is no option; `spell` writes a path as flag or key."""
+        head, _, tail = path.partition(".")
+        kinds = [kind for kind in self.names if kind != "algorithm"]
+        mine = [section for section in self.sections if section.prefix and f"{path}.".startswith(f"{section.prefix}.")]
+        if head in KINDS and head not in self.names and not mine:
+            return f"; algorithm {self.names['algorithm']!r} has no {head}, it uses {', '.join(kinds)}"
+        among = mine[-1].options if mine and tail else self.options.values()
+        close = closest(path, [*(option.path for option in among), *([] if tail else [*kinds, *FIXED])])
+        if len(close) == 1 and close[0] in self.options:
+            return f"; did you mean {self.options[close[0]].described(spell(close[0]))}?"
+        if close:
+            return f"; did you mean {' or '.join(map(spell, close))}?"
+        if mine:
+            own = [option.path.removeprefix(f"{mine[-1].prefix}.") for option in mine[-1].options]
+            return f"; {mine[-1].title} has {'the options ' + ', '.join(own) if own else 'no options'}"
+        return f"; see rlhf-run {self.names['algorithm']} --help"
+
+
+def flag(path: str) -> str:
+    """The flag of an option."""
+    return "--" + path.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A default as help shows it, in the words that would give it."""
+    match value:
+        case None:
+            return "none"
+        case "":
+            return "empty"
+        case tuple() | list() | set() | frozenset():
+            return " ".join(map(shown, value)) or "empty"
+        case Mapping():
+            return " ".join(f"{key}={shown(each)}" for key, each in value.items()) or "empty"
+    return "given" if dataclasses.is_dataclass(value) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the fields of a dataclass
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option_fields(cls: type, skip: tuple[str, ...] = ()) -> Iterator[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options."""
+    for each in dataclasses.fields(cls):
+        if each.init and each.name not in skip and not each.metadata.get("internal"):
+            yield each
+
+
+def annotation_of(cls: type, name: str) -> Any:
+    """The type of a field, `Annotated` kept. Class variables are not evaluated: they may name what is never imported."""
+    owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+    annotation = owner.__annotations__[name]
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, dict(vars(sys.modules[owner.__module__])), dict(vars(owner)))
+    except NameError as error:
+        raise ContractError(
+            f"{owner.__module__}.{owner.__qualname__}.{name}: the type {annotation!r} of an option must be known at "
+            f"run time, but {error}; import it outside TYPE_CHECKING"
+        ) from None
+
+
+def nested(annotation: Any) -> tuple[type | None, bool]:
+    """The dataclass that an option consists of, if it does, and whether it may be None."""
+    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    members = [each for each in get_args(bare) if each is not types.NoneType]
+    optional = isinstance(bare, types.UnionType) or len(members) < len(get_args(bare))
+    candidate = members[0] if optional and len(members) == 1 else bare
+    return (candidate, optional) if dataclasses.is_dataclass(candidate) else (None, False)  # type: ignore[return-value]
+
+
+def default_of(each: dataclasses.Field[Any], base: Any) -> Any:
+    """What a field is unless it is set: its value in `base`, else its default; MISSING where there is neither."""
+    if base is not None:
+        return getattr(base, each.name)
+    return each.default_factory() if each.default_factory is not MISSING else each.default
+
+
+def _options(cls: type, base: Any, prefix: str, skip: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Every option under `prefix`, nested dataclasses flattened."""
+    docs = docs_of(cls).fields
+    for each in option_fields(cls, skip):
+        path = f"{prefix}.{each.name}".lstrip(".")
+        annotation, default = annotation_of(cls, each.name), default_of(each, base)
+        inner, optional = nested(annotation)
+        if inner is None:
+            yield Option(path, annotation, docs.get(each.name, ""), default)
+            continue
+        if optional:
+            doc = f"{docs.get(each.name, '')}; `none` leaves it out".lstrip("; ")
+            yield Option(path, types.NoneType, doc, default)
+        yield from _options(inner, None if default in (None, MISSING) else default, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the layout of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_layout(
+    algorithm: str, chosen: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
+) -> Layout:
+    """The layout of a run of `algorithm` with the providers `chosen` by kind, its usual ones elsewhere.
+
+    `instances` are ready-made providers by kind; their values stand.
+
+    Raises:
+        UsageError: a name is unknown, or a kind is chosen that the algorithm does not have.
+    """
+    instances = instances or {}
+    made = instances.get("algorithm")
+    cls = type(made) if made is not None else registry.resolve("algorithm", algorithm)
+    names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
+    sections = [_run_section(cls, "rollout" in names)]
+    for role, options in getattr(cls, "roles", {}).items():
+        if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
+            raise ContractError(
+                f"algorithm {algorithm!r} has a role {role!r}, a name that is taken"
+            )
+        what = "trained" if hasattr(options, "optim") else "frozen"
+        sections.append(Section(role, f"role {role!r} ({what})", type(options), options))
+    for kind, name in names.items():
+        several = name.split(",") if kind == "evaluator" else [name]
+        for each in filter(None, several):
+            prefix = kind if len(several) == 1 else f"{kind}.{each}"
+            base = instances.get(prefix)
+            provider = type(base) if base is not None else registry.resolve(kind, each)
+            sections.append(Section(prefix, f"{kind} {each!r}", provider, base, kind=kind))
+    full = tuple(dataclasses.replace(s, options=tuple(_options(s.cls, s.base, s.prefix, s.skip))) for s in sections)
+    return Layout(names, full, {option.path: option for section in full for option in section.options})
+
+
+def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
+    """The name of each kind the algorithm has."""
+    usual = getattr(cls, "defaults", {})
+    chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}
+    kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in KINDS if kind in usual or kind in ALWAYS}
+    for kind in chosen:
+        if kind not in kinds:
+            raise UsageError(f"algorithm {algorithm!r} has no {kind}, it uses {', '.join(kinds)}")
+    names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
+    for kind, name in names.items():
+        if not name and kind != "evaluator":
+            raise UsageError(f"algorithm {algorithm!r} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
+    if names["evaluator"] == "none":
+        names["evaluator"] = ""
+    return names
+
+
+def _run_section(cls: type, samples: bool) -> Section:
+    """Core's own options, with the algorithm's defaults for them."""
+    prototype = RunConfig(None, {}, {}, {}, **getattr(cls, "config_defaults", {}))
+    return Section("", "run", RunConfig, prototype, STRUCTURE if samples else (*STRUCTURE, "sampling"))

@@ -1,0 +1,25 @@
+"""Suggestions for what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+__all__ = ["closest", "near", "or_list"]
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """At most three of `known` that look like `word`, the nearest first."""
+    return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?`, or nothing where nothing is near."""
+    close = closest(word, known)
+    return f"; did you mean {or_list(close)}?" if close else ""
+
+
+def or_list(words: Sequence[str]) -> str:
+    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
+    quoted = [repr(word) for word in words]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
