@@ -1,7 +1,7 @@
 """Everything that is checked about this repository, one session each: `python3 -m nox -s demo`, `python3 -m nox -l`.
 
-Environments come from virtualenv and pip, which take torch from wherever pip is configured to find it: the CPU build, if
-pip finds one (CONTRIBUTING.md says how). One environment, `develop`, holds all packages editable and serves `tests`,
+Environments come from virtualenv and pip, which take torch from wherever pip is configured to find it: the CPU build,
+if pip finds one (CONTRIBUTING.md says how). One environment, `develop`, holds all packages editable and serves `tests`,
 `types` and `slow`; sessions that must prove something about installing make a clean one of their own.
 """
 
@@ -214,7 +214,10 @@ def plugins(session: nox.Session) -> set[str]:
 def floors(name: str) -> list[str]:
     """`dist==lowest` for every dependency of a package, optional ones included."""
     project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(dep for deps in project.get("optional-dependencies", {}).values() for dep in deps)]
+    wanted = [
+        *project["dependencies"],
+        *(dep for deps in project.get("optional-dependencies", {}).values() for dep in deps),
+    ]
     matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith("rlhf-")]
     return [f"{match[1]}=={match[2]}" for match in matches if match]
 

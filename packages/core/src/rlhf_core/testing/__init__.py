@@ -1,0 +1,39 @@
+"""The authors' test kit: small data to call a provider with, and one check per kind that it keeps the contract.
+
+    from rlhf_core.testing import check_reward
+
+    def test_it_keeps_the_contract() -> None:
+        check_reward(MyReward())
+
+A check fails with a sentence that says what the contract asks. It does not know whether the numbers mean what you want:
+compare those with a formula of your own. The kit is installed with core as a pytest plugin, so that the fixtures of
+`rlhf_core.testing.fixtures` are there without an import. Nothing here imports torch before a check runs.
+"""
+
+from __future__ import annotations
+
+from rlhf_core.testing.algorithms import check_algorithm
+from rlhf_core.testing.engines import check_evaluator, check_launcher, check_rollout, check_step, check_strategy
+from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
+from rlhf_core.testing.providers import check_light, check_provider
+from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts, tiny_run
+
+__all__ = [
+    "check_advantage",
+    "check_algorithm",
+    "check_data",
+    "check_evaluator",
+    "check_launcher",
+    "check_light",
+    "check_loss",
+    "check_provider",
+    "check_reward",
+    "check_rollout",
+    "check_step",
+    "check_strategy",
+    "tiny_extras",
+    "tiny_outputs",
+    "tiny_rewards",
+    "tiny_rollouts",
+    "tiny_run",
+]

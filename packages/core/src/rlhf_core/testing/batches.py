@@ -7,7 +7,9 @@ import torch
 from rlhf_core.types import Batch, Rollouts
 
 
-def make_batch(lengths: list[int], prompt_lengths: list[int] | None = None, groups: list[int] | None = None) -> Rollouts:
+def make_batch(
+    lengths: list[int], prompt_lengths: list[int] | None = None, groups: list[int] | None = None
+) -> Rollouts:
     """N completions of the given lengths; token ids count up so that every cell is different."""
     N, T = len(lengths), max(lengths)
     prompt_lengths = prompt_lengths or [2] * N
@@ -16,7 +18,8 @@ def make_batch(lengths: list[int], prompt_lengths: list[int] | None = None, grou
     return Rollouts(
         prompts=[f"p{i}" for i in range(N)],
         texts=[f"t{i}" for i in range(N)],
-        prompt_NL=(torch.arange(N * L).view(N, L) + 1) * (torch.arange(L)[None] < torch.tensor(prompt_lengths)[:, None]),
+        prompt_NL=(torch.arange(N * L).view(N, L) + 1)
+        * (torch.arange(L)[None] < torch.tensor(prompt_lengths)[:, None]),
         prompt_lengths_N=torch.tensor(prompt_lengths),
         tokens_NT=(torch.arange(N * T).view(N, T) + 1) * mask_NT,
         lengths_N=torch.tensor(lengths),

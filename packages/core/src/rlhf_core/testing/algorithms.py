@@ -1,0 +1,57 @@
+"""The check of algorithms: do the terms, roles and needs that it composes fit together?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.hookspecs import KINDS
+from rlhf_core.options import ModelOptions, RunConfig
+from rlhf_core.plan import DATA, Plan, make_plan
+from rlhf_core.testing.providers import check_provider
+from rlhf_core.types import Term
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+    from rlhf_core.types import Algorithm
+
+__all__ = ["check_algorithm"]
+
+
+def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **chosen: Any) -> Plan:
+    """Its defaults exist, its terms train roles that it gives options for, and everything they need is provided.
+
+    Args:
+        algorithm: the provider.
+        registry: where the defaults are looked up; everything installed if absent.
+        chosen: providers by kind instead of the defaults.
+
+    Raises:
+        AssertionError, UsageError: it is not so.
+    """
+    from rlhf_core.registry import default_registry
+
+    check_provider(algorithm)
+    registry = registry or default_registry()
+    name = type(algorithm).__qualname__
+    unknown = sorted(set(algorithm.defaults) - set(KINDS))
+    assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is no kind; kinds are {', '.join(KINDS)}"
+    for role, options in algorithm.roles.items():
+        assert isinstance(options, ModelOptions), f"{name}.roles[{role!r}] must be ModelOptions or TrainedOptions"
+    providers = {kind: registry.resolve(kind, use)() for kind, use in algorithm.defaults.items() if kind not in chosen}
+    config = RunConfig(
+        algorithm=algorithm,
+        providers=providers | chosen,
+        names=dict(algorithm.defaults),
+        roles=dict(algorithm.roles),
+    )
+    plan = make_plan(config)
+    assert plan.terms, f"{name} must return at least one term"
+    for term in plan.terms:
+        assert isinstance(term, Term), f"{name} must return Terms, not {type(term).__name__}"
+        assert term.source == DATA or term.source in plan.roles, (
+            f"{name}: source {term.source!r} is neither data nor a role"
+        )
+        assert hasattr(algorithm.roles[term.role], "optim"), (
+            f"{name}: role {term.role!r} is trained, so its options need `optim`"
+        )
+    return plan

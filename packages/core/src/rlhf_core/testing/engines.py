@@ -1,0 +1,301 @@
+"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator; and of recipe steps.
+
+Each runs the real thing on the model `tiny` (a Llama of a few thousand random weights) and compares it with core's own,
+which are plain enough to be the reference: the same tokens for the same seed, the same gradient whole or in pieces, the
+same numbers wherever a role runs. An engine that cannot load `tiny` is tested with its author's own means.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+from rlhf_core.options import Optim, Sampling
+from rlhf_core.testing.providers import check_provider
+from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
+from rlhf_core.types import Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.plan import Plan
+    from rlhf_core.run import Run
+    from rlhf_core.types import Evaluator, Launcher, Prompts, Role, Rollout, Strategy, Trainable
+
+__all__ = ["check_evaluator", "check_launcher", "check_rollout", "check_step", "check_strategy"]
+
+WANTS = frozenset({"logprobs_NT"})
+OPTIM = Optim(lr=1e-2)
+SAMPLING = Sampling(n=3, max_new_tokens=6, seed=7)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rollout
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_rollout(
+    rollout: Rollout, role: Role | None = None, prompts: Prompts | None = None, atol: float = 1e-3
+) -> Rollouts:
+    """n adjacent completions per prompt, the same for the same seed whatever else is in the batch, with log-probabilities
+    that the role itself computes too.
+
+    Args:
+        rollout: the provider; it is closed at the end.
+        role: who is sampled; a tiny actor if absent.
+        prompts: what is answered; three short ones if absent.
+        atol: how far the engine's log-probabilities may be from the role's. 1e-3 is float32 in another order.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    check_provider(rollout)
+    name = type(rollout).__qualname__
+    role = _tiny_role() if role is None else role
+    prompts = _tiny_prompts(role) if prompts is None else prompts
+    try:
+        rollout.sync(role)
+        first = rollout(role, prompts, SAMPLING)
+        _check_rollouts(name, first, prompts, SAMPLING)
+        again = rollout(role, prompts, SAMPLING)
+        assert torch.equal(first.tokens_NT, again.tokens_NT), f"{name} must sample the same tokens for the same seed"
+        other = rollout(role, prompts, replace(SAMPLING, seed=8))
+        assert other.tokens_NT.tolist() != first.tokens_NT.tolist(), f"{name} must sample other tokens for another seed"
+        alone = rollout(role, prompts.rows([1]), SAMPLING)
+        same = [_ids(alone, i) == _ids(first, SAMPLING.n + i) for i in range(SAMPLING.n)]
+        assert all(same), (
+            f"{name} must sample the same for a prompt whatever else is in the batch: use sampling.seed_for"
+        )
+        logprobs_NT = role.infer(first, WANTS)["logprobs_NT"]
+        difference = (first["sampler_logprobs_NT"] - logprobs_NT)[first.mask_NT].abs().max()
+        assert difference <= atol, (
+            f"{name}: sampler_logprobs_NT differ from the role's by {difference:.2g}, above {atol:g}"
+        )
+        rollout.sleep()
+        rollout.wake()
+        woken = rollout(role, prompts, SAMPLING)
+        assert torch.equal(first.tokens_NT, woken.tokens_NT), f"{name} must sample the same after sleep and wake"
+    finally:
+        rollout.close()
+    return first
+
+
+def _check_rollouts(name: str, rollouts: Rollouts, prompts: Prompts, sampling: Sampling) -> None:
+    """Shapes, types and the things that follow from each other."""
+    assert isinstance(rollouts, Rollouts), f"{name} must return Rollouts, not {type(rollouts).__name__}"
+    N, T = len(prompts) * sampling.n, rollouts.tokens_NT.shape[1]
+    lengths_N = rollouts.lengths_N
+    assert len(rollouts) == N, f"{name} gave {len(rollouts)} completions for {len(prompts)} prompts and n={sampling.n}"
+    for field in ("tokens_NT", "mask_NT"):
+        assert getattr(rollouts, field).shape == (N, T), f"{name}: {field} must have the shape {(N, T)}"
+    assert rollouts.tokens_NT.dtype == torch.int64, f"{name}: tokens_NT must be int64"
+    assert rollouts.mask_NT.dtype == torch.bool, f"{name}: mask_NT must be bool"
+    assert max(sampling.max_new_tokens, T) == sampling.max_new_tokens, f"{name} gave more than max_new_tokens"
+    assert int(lengths_N.min()) >= 1, f"{name}: a completion has at least one token, if only the one that ends it"
+    asked = [ids for ids in prompts.token_ids for _ in range(sampling.n)]
+    got = [row[:n].tolist() for row, n in zip(rollouts.prompt_NL, rollouts.prompt_lengths_N.tolist(), strict=True)]
+    assert got == asked, f"{name}: prompt_NL must hold the prompts' token ids, those of one prompt adjacent"
+    group_N = torch.arange(len(prompts)).repeat_interleave(sampling.n)
+    assert torch.equal(rollouts.group_N - rollouts.group_N[0], group_N), (
+        f"{name}: group_N must number the prompts, completions of one prompt adjacent"
+    )
+    inside_NT = torch.arange(T)[None] < lengths_N[:, None]
+    assert not (rollouts.mask_NT & ~inside_NT).any(), f"{name}: mask_NT must be false after the end of a completion"
+    logprobs_NT = rollouts["sampler_logprobs_NT"]
+    assert logprobs_NT.dtype == torch.float32, f"{name}: sampler_logprobs_NT must be float32"
+    assert not logprobs_NT[~inside_NT].any(), f"{name}: sampler_logprobs_NT must be zero after the end of a completion"
+    assert bool((logprobs_NT <= 0).all()), f"{name}: sampler_logprobs_NT are logarithms of probabilities, at most 0"
+    assert set(rollouts.finish) <= {"stop", "length"}, f"{name}: finish must be 'stop' or 'length'"
+    cut = [n for n, finish in zip(lengths_N.tolist(), rollouts.finish, strict=True) if finish == "length"]
+    assert set(cut) <= {sampling.max_new_tokens}, f"{name}: a completion that was cut has max_new_tokens tokens"
+
+
+def _ids(rollouts: Rollouts, i: int) -> list[int]:
+    return rollouts.tokens_NT[i, : int(rollouts.lengths_N[i])].tolist()
+
+
+def _tiny_role() -> Any:
+    from rlhf_core.roles import LocalRole
+
+    return LocalRole(tiny_run("unused").plan, "actor")
+
+
+def _tiny_prompts(role: Any) -> Prompts:
+    from rlhf_core.types import Example, Prompts
+
+    texts = ["Hello", "What is the colour of the sky?", "1 2 3"]
+    token_ids = [role.tokenizer(text)["input_ids"] for text in texts]
+    return Prompts(texts, token_ids, [Example(text) for text in texts], uids=[11, 12, 13])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# strategy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_strategy(strategy: Strategy, atol: float = 1e-4) -> None:
+    """Forward, a step whole or in two halves, saved and restored, offloaded and reloaded: all as core's own `torch`.
+
+    Args:
+        strategy: the provider.
+        atol: how far log-probabilities may be from those of core's own strategy. 1e-4 is float32 in another order.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    from rlhf_core.strategy.torch import TorchStrategy
+
+    check_provider(strategy)
+    name = type(strategy).__qualname__
+    batch = tiny_rollouts()
+
+    def fresh(which: Strategy) -> Trainable:
+        return which(copy.deepcopy(module), OPTIM, 10)
+
+    module = _tiny_role().module
+    reference, whole, halves = fresh(TorchStrategy()), fresh(strategy), fresh(strategy)
+    start = _logprobs(whole, batch)
+    _close(name, "a forward pass", start, _logprobs(reference, batch), atol)
+    for trainable, parts in ((reference, 1), (whole, 1), (halves, 2)):
+        metrics = _train(trainable, batch, parts)
+        assert {"grad_norm", "lr"} <= set(metrics), f"{name}: step() must return grad_norm and lr"
+    trained = _logprobs(whole, batch)
+    assert (trained - start).abs().max() > atol, f"{name}: step() must change the weights"
+    _close(name, "one step", trained, _logprobs(reference, batch), atol)
+    _close(name, "one step from two backward passes", _logprobs(halves, batch), trained, atol)
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save(folder)
+        _train(whole, batch, 1)
+        moved = _logprobs(whole, batch)
+        whole.load(folder)
+        _close(name, "load after save", _logprobs(whole, batch), trained, 0.0)
+        _train(whole, batch, 1)
+        _close(name, "a step after load", _logprobs(whole, batch), moved, atol)
+    whole.offload()
+    whole.reload()
+    _close(name, "reload after offload", _logprobs(whole, batch), _logprobs(whole, batch), 0.0)
+    names = [each for each, _ in whole.weights()]
+    expected = [each for each, _ in reference.weights()]
+    assert sorted(names) == sorted(expected), f"{name}: weights() must give the Hugging Face names of all weights"
+
+
+def _train(trainable: Trainable, batch: Rollouts, parts: int) -> Mapping[str, float]:
+    """One optimiser step on the mean log-probability, from `parts` backward passes."""
+    N, tokens = len(batch), int(batch.mask_NT.sum())
+    for i in range(parts):
+        part = batch.rows(list(range(i * N // parts, (i + 1) * N // parts)))
+        logprobs_NT = trainable.forward(part, WANTS)["logprobs_NT"]
+        trainable.backward(-(logprobs_NT * part.mask_NT.to(logprobs_NT.device)).sum() / tokens)
+    return trainable.step()
+
+
+def _logprobs(trainable: Trainable, batch: Rollouts) -> Tensor:
+    with torch.no_grad():
+        return trainable.forward(batch, WANTS)["logprobs_NT"].float().cpu() * batch.mask_NT
+
+
+def _close(name: str, what: str, found: Tensor, expected: Tensor, atol: float) -> None:
+    difference = float((found - expected).abs().max())
+    assert difference <= atol, f"{name}: log-probabilities after {what} are {difference:.2g} off, above {atol:g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# launcher
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1e-4) -> None:
+    """Every role of the plan is placed, and computes and learns what it would in this process.
+
+    Args:
+        launcher: the provider.
+        plan: what is placed; that of a tiny run if absent.
+        atol: how far log-probabilities may be from those of core's launcher `local`.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    from rlhf_core.roles import LocalRole
+
+    check_provider(launcher)
+    name = type(launcher).__qualname__
+    plan = tiny_run("unused", launcher=launcher).plan if plan is None else plan
+    batch = tiny_rollouts()
+    placed = launcher(plan)
+    try:
+        assert set(placed.roles) == set(plan.roles), f"{name} must place exactly the roles {sorted(plan.roles)}"
+        for role_name, role in placed.roles.items():
+            here = LocalRole(plan, role_name)
+            assert role.name == role_name, f"{name}: the role {role_name!r} is called {role.name!r}"
+            wants = here.spec.outputs & WANTS
+            for output, values in role.infer(batch, wants).items():
+                _close(name, f"placing {role_name}", values, here.infer(batch, wants)[output], atol)
+            if not here.spec.trained or not wants:
+                continue
+            work = {key: _credited(batch) for key, _ in here.spec.terms}
+            there_metrics, here_metrics = role.train(work), here.train(work)
+            assert there_metrics.keys() >= {f"loss/{role_name}"}, f"{name}: train() must return loss/{role_name}"
+            off = abs(there_metrics[f"loss/{role_name}"] - here_metrics[f"loss/{role_name}"])
+            assert off <= atol, f"{name}: loss/{role_name} is {off:.2g} off that of the launcher local"
+            found, expected = (each.infer(batch, WANTS)["logprobs_NT"] for each in (role, here))
+            _close(name, f"training {role_name}", found, expected, atol)
+            assert role.version == here.version, f"{name}: {role_name}.version must count its optimiser steps"
+    finally:
+        placed.close()
+
+
+def _credited(batch: Rollouts) -> Rollouts:
+    """The batch with an advantage and the log-probabilities that were sampled with."""
+    advantages_NT = torch.where(batch.mask_NT, torch.linspace(-1, 1, len(batch))[:, None], 0.0)
+    return batch.with_extras(advantages_NT=advantages_NT, old_logprobs_NT=batch["sampler_logprobs_NT"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluator, step
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_evaluator(evaluator: Evaluator, run: Run | None = None) -> Mapping[str, float]:
+    """Finite numbers by name, the same when asked twice, and a policy that is left as it was.
+
+    Args:
+        evaluator: the provider.
+        run: an opened run (`with run.opened(): …`); a tiny one in a temporary folder if absent.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    check_provider(evaluator)
+    if run is None:
+        with tempfile.TemporaryDirectory() as folder, tiny_run(folder, evaluator=evaluator).opened() as opened:
+            return check_evaluator(evaluator, opened)
+    name = type(evaluator).__qualname__
+    before = {key: value.clone() for key, value in _policy(run).weights()}
+    metrics = evaluator(run)
+    for key, value in metrics.items():
+        assert isinstance(key, str), f"{name}: metric names are strings, not {key!r}"
+        assert isinstance(value, (int, float)), f"{name}: metric {key!r} must be a float, not {type(value).__name__}"
+        assert math.isfinite(value), f"{name}: metric {key!r} is {value}"
+    assert dict(evaluator(run)) == dict(metrics), f"{name} must measure the same when asked twice at one step"
+    same = all(torch.equal(value, before[key]) for key, value in _policy(run).weights())
+    assert same, f"{name} must leave the policy as it is"
+    return metrics
+
+
+def _policy(run: Run) -> Role:
+    """The first role that is sampled or trained."""
+    return run.roles[run.plan.terms[0].role]
+
+
+def check_step(step: Any) -> None:
+    """A recipe's step is a provider; what it is called with is still to come.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    check_provider(step)

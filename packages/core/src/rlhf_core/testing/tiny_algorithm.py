@@ -1,0 +1,68 @@
+"""The smallest online algorithm, a policy gradient, so that core can run its loop without any other package.
+
+Not for use: rlhf-algos has the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_core.lazy import torch
+from rlhf_core.options import Optim, Sampling, TrainedOptions
+from rlhf_core.types import Chosen, LossTerms, Outputs, Reduction, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch, RewardOutput, Rollouts
+
+__all__ = ["TINY_SAMPLING", "TinyAdvantage", "TinyAlgorithm", "TinyLoss"]
+
+TINY_SAMPLING = Sampling(n=2, max_new_tokens=8)
+"""Short enough for a test."""
+
+
+@dataclass(frozen=True)
+class TinyAdvantage:
+    """The reward less the batch's mean, on every token."""
+
+    scale: float = 1.0
+    """multiplies the advantage"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
+        centred_N = rewards.rewards_N - rewards.rewards_N.mean()
+        return torch.where(rollouts.mask_NT, self.scale * centred_N[:, None], 0.0)
+
+
+@dataclass(frozen=True)
+class TinyLoss:
+    """Policy gradient: minus advantage times log-probability (Williams 1992), averaged over tokens."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        return LossTerms(-batch["advantages_NT"] * outputs["logprobs_NT"], Reduction("token"))
+
+
+@dataclass(frozen=True)
+class TinyAlgorithm:
+    """A policy gradient with a baseline, for tests."""
+
+    defaults: ClassVar[Mapping[str, str]] = {
+        "data": "prompts",
+        "rollout": "hf",
+        "reward": "length",
+        "advantage": "rlhf_core.testing.tiny_algorithm:TinyAdvantage",
+        "loss": "rlhf_core.testing.tiny_algorithm:TinyLoss",
+    }
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        assert chosen.loss is not None, "it has a default"
+        return (Term("actor", "actor", chosen.loss, chosen.advantage),)
