@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, split
+from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, plain, split
 from rlhf_core.errors import DataError
 from rlhf_core.types import Example
 
 __all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
 
-PROMPT = ("prompt", "messages", "conversations", "question", "instruction", "input")
+CHATS = ("messages", "conversations")
+"""Where a whole chat is looked for; it comes before a prompt if the row has no completion."""
+PROMPT = ("prompt", *CHATS, "question", "instruction", "input")
 """Where a prompt is looked for, first hit first. A filled `input` beside `instruction` is added to it (Alpaca)."""
 COMPLETION = ("response", "answer", "completion", "output")
 """Where a completion is looked for."""
@@ -72,14 +74,17 @@ class Columns:
             return self
         chosen, rejected = first(self.chosen_key, "chosen"), first(self.rejected_key, "rejected")
         if bool(chosen) != bool(rejected):
-            chosen, rejected = self.chosen_key, self.rejected_key
-        prompt = first(self.prompt_key, *PROMPT)
+            if self.chosen_key or self.rejected_key:
+                raise DataError(f"{origin}: a preference needs --data.chosen-key and --data.rejected-key")
+            chosen = rejected = ""
+        completion = self.completion_key if chosen else first(self.completion_key, *COMPLETION)
+        prompt = first(self.prompt_key, *(PROMPT if completion or chosen else (*CHATS, *PROMPT)))
         found = replace(
             self,
             prompt_key=prompt,
             chosen_key=chosen,
             rejected_key=rejected,
-            completion_key=self.completion_key if chosen else first(self.completion_key, *COMPLETION),
+            completion_key=completion,
             label_key=first(self.label_key, "label"),
         )
         if prompt or chosen:
@@ -119,7 +124,7 @@ class Columns:
         if self.prompt_key == "instruction" and isinstance(prompt, str) and row.get("input"):
             prompt = f"{prompt}\n\n{_words(row, 'input')}"
         if self.completion_key:
-            return prompt, (_text(row, self.completion_key),)
+            return prompt, (_answer(row, self.completion_key),)
         return (prompt, ()) if isinstance(prompt, str) else split(prompt, self.turns)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
@@ -137,7 +142,7 @@ class Columns:
                 f"{self.chosen_key!r} is an answer, so a prompt is expected too (--data.prompt-key); "
                 f"the columns are {', '.join(map(str, row))}"
             )
-        return _text(row, self.prompt_key), (chosen, rejected)
+        return _text(row, self.prompt_key), (_answer(row, self.chosen_key), _answer(row, self.rejected_key))
 
     def _with_system(self, prompt: Text) -> Chat:
         chat: Chat = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
@@ -175,6 +180,16 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
         except ValueError as error:
             raise ValueError(f"{key!r}: {error}") from None
     raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
+
+
+def _answer(row: Mapping[str, Any], key: str) -> Text:
+    """A completion: text as it stands, or messages."""
+    value = lookup(row, key)
+    if isinstance(value, str):
+        return value
+    chat = _text(row, key)
+    assert not isinstance(chat, str)
+    return plain(chat)
 
 
 def _words(row: Mapping[str, Any], key: str) -> str:
