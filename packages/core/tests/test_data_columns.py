@@ -74,7 +74,7 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any], Any, tuple[Any, ...]]] =
     ("a system prompt", {"prompt": "Hi?"}, {"system": "Be brief."}, (SYSTEM, USER), ()),
     ("a system prompt of its own", {"messages": [SYSTEM, USER]}, {"system": "Be long."}, (SYSTEM, USER), ()),
     ("answers", {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}, {}, "Hi?", ("Yes.", "No.")),
-    ("answers in messages", {"prompt": "Hi?", "chosen": [ASSISTANT], "rejected": [OTHER]}, {}, "Hi?", None),
+    ("answers in messages", {"prompt": "Hi?", "chosen": [ASSISTANT], "rejected": [OTHER]}, {}, "Hi?", ("Yes.", "No.")),
     ("whole chats", {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, {}, (USER,), ("Yes.", "No.")),
     (
         "whole chats beside their prompt",
@@ -104,6 +104,21 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any], Any, tuple[Any, ...]]] =
         ),
     ),
     (
+        "an empty HH answer",
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant: ", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."},
+        {},
+        (USER,),
+        ("", "No."),
+    ),
+    ("an HH speaker twice", {"prompt": "Human: a\n\nHuman: b"}, {}, ({"role": "user", "content": "a\n\nb"},), ()),
+    (
+        "an HH prompt with answers",
+        {"prompt": "\n\nHuman: Hi?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+        {},
+        (USER,),
+        ("Yes.", "No."),
+    ),
+    (
         "the same twice",
         {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
         {},
@@ -123,11 +138,11 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any], Any, tuple[Any, ...]]] =
     ("row", "options", "prompt", "completions"), [s[1:] for s in SHAPES], ids=[s[0] for s in SHAPES]
 )
 def test_a_row_of_a_usual_shape_needs_no_or_few_words(
-    tmp_path: Path, row: dict[str, Any], options: dict[str, Any], prompt: Any, completions: tuple[Any, ...] | None
+    tmp_path: Path, row: dict[str, Any], options: dict[str, Any], prompt: Any, completions: tuple[Any, ...]
 ) -> None:
     example = only(tmp_path, row, **options)
     assert example.prompt == prompt
-    assert example.completions == (("Yes.", "No.") if completions is None else completions)
+    assert example.completions == completions
     assert example.origin.endswith("rows.jsonl:1")
 
 

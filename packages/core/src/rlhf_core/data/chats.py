@@ -69,11 +69,16 @@ def is_dialogue(text: str) -> bool:
 
 
 def parse_dialogue(text: str) -> Chat:
-    """The turns of an HH dialogue without blanks around them. A final empty assistant turn asks for an answer."""
+    """The turns of an HH dialogue without blanks around them; what one speaker says twice in a row is one turn."""
     parts = _TURN.split("\n\n" + text.lstrip())[1:]
     roles = {speaker: role for role, speaker in SPEAKER.items()}
-    chat = tuple({"role": roles[parts[i]], "content": parts[i + 1].strip()} for i in range(0, len(parts), 2))
-    return chat[:-1] if chat[-1] == {"role": "assistant", "content": ""} else chat
+    chat: list[dict[str, str]] = []
+    for speaker, said in zip(parts[::2], parts[1::2]):
+        if chat and chat[-1]["role"] == roles[speaker]:
+            chat[-1]["content"] = f"{chat[-1]['content']}\n\n{said.strip()}".strip()
+        else:
+            chat.append({"role": roles[speaker], "content": said.strip()})
+    return tuple(chat)
 
 
 def as_dialogue(chat: Chat) -> str:

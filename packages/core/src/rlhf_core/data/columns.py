@@ -120,11 +120,11 @@ class Columns:
             return "", (_words(row, self.text_key),)
         if self.chosen_key:
             return self._pair(row)
-        prompt = _text(row, self.prompt_key)
+        prompt = _prompt(row, self.prompt_key)
         if self.prompt_key == "instruction" and isinstance(prompt, str) and row.get("input"):
             prompt = f"{prompt}\n\n{_words(row, 'input')}"
         if self.completion_key:
-            return prompt, (_answer(row, self.completion_key),)
+            return prompt, (_answer(row, self.completion_key, prompt),)
         return (prompt, ()) if isinstance(prompt, str) else split(prompt, self.turns)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
@@ -142,7 +142,8 @@ class Columns:
                 f"{self.chosen_key!r} is an answer, so a prompt is expected too (--data.prompt-key); "
                 f"the columns are {', '.join(map(str, row))}"
             )
-        return _text(row, self.prompt_key), (_answer(row, self.chosen_key), _answer(row, self.rejected_key))
+        prompt = _prompt(row, self.prompt_key)
+        return prompt, (_answer(row, self.chosen_key, prompt), _answer(row, self.rejected_key, prompt))
 
     def _with_system(self, prompt: Text) -> Chat:
         chat: Chat = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
@@ -182,11 +183,17 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
     raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
 
 
-def _answer(row: Mapping[str, Any], key: str) -> Text:
-    """A completion: text as it stands, or messages."""
+def _prompt(row: Mapping[str, Any], key: str) -> Text:
+    """Text or a chat to be answered; an HH dialogue may end with an empty "Assistant:" that asks for it."""
+    prompt = _text(row, key)
+    return prompt[:-1] if prompt[-1:] == ({"role": "assistant", "content": ""},) else prompt
+
+
+def _answer(row: Mapping[str, Any], key: str, prompt: Text) -> Text:
+    """A completion: messages, or text as it stands. In a chat the template sets the blanks around it."""
     value = lookup(row, key)
     if isinstance(value, str):
-        return value
+        return value if isinstance(prompt, str) else value.strip()
     chat = _text(row, key)
     assert not isinstance(chat, str)
     return plain(chat)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ContractError
@@ -71,5 +71,9 @@ def excerpt(rollouts: Batch, row: int) -> str:
 def _named(provider: object) -> str:
     """The provider and the distribution it came with."""
     kind = type(provider)
-    owner = packages_distributions().get(kind.__module__.partition(".")[0])
-    return f"reward {kind.__qualname__} ({owner[0] if owner else kind.__module__})"
+    package = kind.__module__.partition(".")[0]
+    try:
+        owner = distribution(package).name  # as with most packages, in editable installs too
+    except PackageNotFoundError:
+        owner = packages_distributions().get(package, [kind.__module__])[0]
+    return f"reward {kind.__qualname__} ({owner})"
