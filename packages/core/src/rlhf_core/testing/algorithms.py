@@ -37,7 +37,8 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
     assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is no kind; kinds are {', '.join(KINDS)}"
     for role, options in algorithm.roles.items():
         assert isinstance(options, ModelOptions), f"{name}.roles[{role!r}] must be ModelOptions or TrainedOptions"
-    providers = {kind: registry.resolve(kind, use)() for kind, use in algorithm.defaults.items() if kind not in chosen}
+    classes = {kind: registry.resolve(kind, use) for kind, use in algorithm.defaults.items() if kind not in chosen}
+    providers = {kind: cls() for kind, cls in classes.items() if kind in ("advantage", "loss")}
     config = RunConfig(
         algorithm=algorithm,
         providers=providers | chosen,

@@ -42,8 +42,8 @@ SAMPLING = Sampling(n=3, max_new_tokens=6, seed=7)
 def check_rollout(
     rollout: Rollout, role: Role | None = None, prompts: Prompts | None = None, atol: float = 1e-3
 ) -> Rollouts:
-    """n adjacent completions per prompt, the same for the same seed whatever else is in the batch, with log-probabilities
-    that the role itself computes too.
+    """n adjacent completions per prompt, the same for the same seed whatever else is in the batch, with
+    log-probabilities that the role itself computes too.
 
     Args:
         rollout: the provider; it is closed at the end.
@@ -101,9 +101,8 @@ def _check_rollouts(name: str, rollouts: Rollouts, prompts: Prompts, sampling: S
     got = [row[:n].tolist() for row, n in zip(rollouts.prompt_NL, rollouts.prompt_lengths_N.tolist(), strict=True)]
     assert got == asked, f"{name}: prompt_NL must hold the prompts' token ids, those of one prompt adjacent"
     group_N = torch.arange(len(prompts)).repeat_interleave(sampling.n)
-    assert torch.equal(rollouts.group_N - rollouts.group_N[0], group_N), (
-        f"{name}: group_N must number the prompts, completions of one prompt adjacent"
-    )
+    groups_match = torch.equal(rollouts.group_N - rollouts.group_N[0], group_N)
+    assert groups_match, f"{name}: group_N must number the prompts, completions of one prompt adjacent"
     inside_NT = torch.arange(T)[None] < lengths_N[:, None]
     assert not (rollouts.mask_NT & ~inside_NT).any(), f"{name}: mask_NT must be false after the end of a completion"
     logprobs_NT = rollouts["sampler_logprobs_NT"]

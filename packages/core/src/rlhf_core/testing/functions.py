@@ -1,8 +1,8 @@
 """Checks of the kinds that are functions of their input: data, rewards, advantages, losses.
 
-They are called with small batches that have ragged lengths, tokens outside the mask, and equal rewards (see `tiny`). Core
-checks shapes and types at its own doors too. The rest is what it trusts providers with: the same answer twice, finite
-numbers, inputs left alone, and a loss whose values do not depend on the company in which they are computed.
+They are called with small batches that have ragged lengths, tokens outside the mask, and equal rewards (see `tiny`).
+Core checks shapes and types at its own doors too. The rest is what it trusts providers with: the same answer twice,
+finite numbers, inputs left alone, and a loss whose values do not depend on the company in which they are computed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
 
 
 def check_advantage(advantage: Advantage, rollouts: Rollouts | None = None) -> Credit:
-    """Finite float32 advantages of the mask's shape, zero outside it, without gradient; also when all rewards are equal.
+    """Finite float32 advantages of the mask's shape, zero outside it, without gradient; for equal rewards too.
 
     Its `needs` must resolve; it gets plausible values of them.
 

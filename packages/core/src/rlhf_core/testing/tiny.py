@@ -52,7 +52,7 @@ def tiny_rollouts(prompts: int = 2, completions: int = 4) -> Rollouts:
         meta=[{"datasource": "tiny"} for _ in range(N)],
         scalars={"progress": 0.5, "kl_coef": 0.1},
         world=World(),
-        finish=[*(["stop"] * (N - 1)), "length"],
+        finish=["length" if i == N - 1 else "stop" for i in range(N)],
     )
     return rollouts.with_extras(**tiny_extras(["sampler_logprobs_NT"], rollouts))
 
