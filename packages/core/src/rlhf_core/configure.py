@@ -121,7 +121,7 @@ def _build(layout: Layout, settings: Settings) -> RunConfig:
 def _construct_section(section: Section, settings: Settings) -> Any:
     """The instance of a section; errors speak of it by its title."""
     for option in section.options:
-        if option.default is MISSING and option.path not in settings:
+        if option.required and option.path not in settings:
             raise UsageError(f"{section.title} needs {option.described(flag(option.path)).removesuffix(' (required)')}")
     try:
         return _construct(section.cls, section.base, section.prefix, settings, section.skip)
@@ -162,7 +162,7 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
         for name, each in zip(names[kind].split(","), several, strict=True):
             plain = _plain(each, kind, masked)
             tree[kind] |= plain if len(several) == 1 else {name: plain}
-    return tree
+    return {"evaluator": "none", **tree}  # left out is said too: an algorithm may have a usual evaluator
 
 
 def _plain(options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -28,7 +28,18 @@ from rlhf_core.values import metavar
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["Layout", "Option", "Section", "annotation_of", "flag", "make_layout", "nested", "option_fields", "shown"]
+__all__ = [
+    "Layout",
+    "Option",
+    "Section",
+    "annotation_of",
+    "flag",
+    "make_layout",
+    "nested",
+    "option_fields",
+    "options_of",
+    "shown",
+]
 
 STRUCTURE = ("algorithm", "providers", "names", "roles")
 """Fields of RunConfig that are what the sections are made of, and not options."""
@@ -53,11 +64,20 @@ class Option:
     default: Any
     """MISSING where it must be given"""
 
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
     def described(self, name: str) -> str:
         """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
-        default = "required" if self.default is MISSING else f"default: {shown(self.default)}"
         doc = f", {self.doc}" if self.doc else ""
-        return f"{name} {metavar(self.annotation)}{doc} ({default})"
+        return f"{name} {metavar(self.annotation)}{doc} ({self.note})"
+
+    @property
+    def note(self) -> str:
+        """`required`, or the default in the words that would give it."""
+        return "required" if self.required else f"default: {shown(self.default)}"
 
 
 @dataclass(frozen=True)
@@ -93,11 +113,13 @@ class Layout:
         if head in KINDS and head not in self.names and not mine:
             return f"; algorithm {self.names['algorithm']!r} has no {head}, it uses {', '.join(kinds)}"
         among = mine[-1].options if mine and tail else self.options.values()
-        close = closest(path, [*(option.path for option in among), *([] if tail else [*kinds, *FIXED])])
-        if len(close) == 1 and close[0] in self.options:
-            return f"; did you mean {self.options[close[0]].described(spell(close[0]))}?"
-        if close:
-            return f"; did you mean {' or '.join(map(spell, close))}?"
+        start = f"{mine[-1].prefix}." if mine and tail else ""  # compare without what is right already
+        known = [option.path.removeprefix(start) for option in among] + ([] if start else [*kinds, *FIXED])
+        if close := closest(path.removeprefix(start), known):
+            right = start + close[0]
+            if right in self.options:
+                return f"; did you mean {self.options[right].described(spell(right))}?"
+            return f"; did you mean {spell(right)}?"
         if mine:
             own = [option.path.removeprefix(f"{mine[-1].prefix}.") for option in mine[-1].options]
             return f"; {mine[-1].title} has {'the options ' + ', '.join(own) if own else 'no options'}"
@@ -136,7 +158,7 @@ def option_fields(cls: type, skip: tuple[str, ...] = ()) -> Iterator[dataclasses
 
 
 def annotation_of(cls: type, name: str) -> Any:
-    """The type of a field, `Annotated` kept. Class variables are not evaluated: they may name what is never imported."""
+    """The type of a field, `Annotated` kept. Class variables are not evaluated: they may name what is not imported."""
     owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
     annotation = owner.__annotations__[name]
     if not isinstance(annotation, str):
@@ -166,7 +188,7 @@ def default_of(each: dataclasses.Field[Any], base: Any) -> Any:
     return each.default_factory() if each.default_factory is not MISSING else each.default
 
 
-def _options(cls: type, base: Any, prefix: str, skip: tuple[str, ...] = ()) -> Iterator[Option]:
+def options_of(cls: type, base: Any = None, prefix: str = "", skip: tuple[str, ...] = ()) -> Iterator[Option]:
     """Every option under `prefix`, nested dataclasses flattened."""
     docs = docs_of(cls).fields
     for each in option_fields(cls, skip):
@@ -179,7 +201,7 @@ def _options(cls: type, base: Any, prefix: str, skip: tuple[str, ...] = ()) -> I
         if optional:
             doc = f"{docs.get(each.name, '')}; `none` leaves it out".lstrip("; ")
             yield Option(path, types.NoneType, doc, default)
-        yield from _options(inner, None if default in (None, MISSING) else default, path)
+        yield from options_of(inner, None if default in (None, MISSING) else default, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,9 +226,7 @@ def make_layout(
     sections = [_run_section(cls, "rollout" in names)]
     for role, options in getattr(cls, "roles", {}).items():
         if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
-            raise ContractError(
-                f"algorithm {algorithm!r} has a role {role!r}, a name that is taken"
-            )
+            raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
         what = "trained" if hasattr(options, "optim") else "frozen"
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options))
     for kind, name in names.items():
@@ -216,7 +236,7 @@ def make_layout(
             base = instances.get(prefix)
             provider = type(base) if base is not None else registry.resolve(kind, each)
             sections.append(Section(prefix, f"{kind} {each!r}", provider, base, kind=kind))
-    full = tuple(dataclasses.replace(s, options=tuple(_options(s.cls, s.base, s.prefix, s.skip))) for s in sections)
+    full = tuple(dataclasses.replace(s, options=tuple(options_of(s.cls, s.base, s.prefix, s.skip))) for s in sections)
     return Layout(names, full, {option.path: option for section in full for option in section.options})
 
 

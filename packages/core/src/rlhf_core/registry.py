@@ -195,6 +195,12 @@ class Registry:
         """The names that more than one plugin provides."""
         return [entries for kind in KINDS for entries in self._tables[kind].values() if len(entries) > 1]
 
+    def observers(self) -> list[tuple[Plugin, str]]:
+        """The plugins with observer hooks, and what they say about themselves."""
+        watching = {each.plugin_name for hook in OBSERVERS for each in getattr(self.hook, hook).get_hookimpls()}
+        objects = {name: self._manager.get_plugin(name) for name in self.plugins if name in watching}
+        return [(self.plugins[name], (plugin.__doc__ or "").strip()) for name, plugin in objects.items()]
+
     def resolve(self, kind: str, name: str) -> type:
         """The provider class called `name`, or the class that `module:Class` names (working folder first).
 

@@ -20,7 +20,7 @@ from rlhf_core.values import MASK, from_plain, from_words, is_secret, metavar
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["Settings", "read", "read_tree"]
+__all__ = ["Settings", "read", "read_tree", "split_flags"]
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -28,37 +28,35 @@ Settings = dict[str, Any]
 
 def read(argv: Sequence[str], registry: Registry) -> tuple[Layout, Settings]:
     """The options there are and those that are set, without building anything: enough for `--help`."""
-    algorithm, flags = _split(argv)
+    words, flags = split_flags(argv)
+    if len(words) > 1:
+        raise UsageError(f"unexpected {words[1]!r}; after the algorithm come flags such as --steps 20")
     file = flags.pop("config", None)
     tree = _read_file(_one("--config", file)) if file is not None else {}
     where = _one("--config", file) if file is not None else ""
     wanted = {kind: _one(flag(kind), flags[kind]) for kind in KINDS if kind in flags and kind != "algorithm"}
     flags = {path: words for path, words in flags.items() if path not in wanted and path != "help"}
-    if algorithm:
-        wanted["algorithm"] = algorithm
+    if words:
+        wanted["algorithm"] = words[0]
     layout, settings = read_tree(tree, registry, where=where, wanted=wanted)
     _merge(settings, _from_flags(flags, layout))
     return layout, settings
 
 
-def _split(argv: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """The algorithm, and each flag's path with its words; of a repeated flag the last."""
-    words = list(argv)
-    algorithm = words.pop(0) if words and not words[0].startswith("-") else ""
+def split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words before the first flag, and each flag's path with the words after it; of a repeated flag the last."""
+    before: list[str] = []
     flags: dict[str, list[str]] = {}
-    path = ""
+    current = before
     for word in words:
+        if word == "-h":
+            word = "--help"
         if re.match(r"--[A-Za-z]", word):
             name, equals, value = word[2:].partition("=")
-            path = name.replace("-", "_")
-            flags[path] = [value] if equals else []
-        elif word == "-h":
-            flags["help"] = []
-        elif path:
-            flags[path].append(word)
+            current = flags[name.replace("-", "_")] = [value] if equals else []
         else:
-            raise UsageError(f"unexpected {word!r}; the algorithm comes first, then flags such as --steps 20")
-    return algorithm, flags
+            current.append(word)
+    return before, flags
 
 
 def _one(name: str, words: Sequence[str]) -> str:

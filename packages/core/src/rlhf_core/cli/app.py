@@ -1,0 +1,106 @@
+"""What `rlhf-run` does with its words, and how it ends.
+
+A user's mistake is one line on stderr and exit code 2; Ctrl-C is 130; a run that stopped itself says why and brings its
+own code; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf_core.cli import help as help_
+from rlhf_core.cli.command import COMMANDS, make_command, wants_help
+from rlhf_core.errors import RunStopped, UnknownName, UsageError
+from rlhf_core.near import closest, or_list
+from rlhf_core.registry import Registry
+from rlhf_core.settings import read
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        _say(str(error))
+        return 2
+    except RunStopped as stopped:
+        _say(str(stopped))
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:  # `rlhf-run plugins | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(message: str) -> None:
+    """One line on stderr, whatever the message contains."""
+    print(f"rlhf-run: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _run(argv: list[str]) -> int:
+    words, load, blocked = _take_plugins(argv)
+    if words == ["--version"]:
+        from importlib.metadata import version
+
+        print(version("rlhf-core"))
+        return 0
+    if words and words[0] in COMMANDS:
+        if wants_help(words):
+            print(help_.command(words[0]))
+            return 0
+        return int(make_command(words[0], words[1:])(Registry(blocked=blocked, load=load)))
+    registry = Registry(blocked=blocked, load=load)
+    if not words or words[0] in ("-h", "--help"):
+        print(help_.overview(registry))
+        return 0
+    _check_first(words[0], registry)
+    if wants_help(words):
+        print(help_.algorithm(*read(words, registry), registry))
+        return 0
+    return _train(words, registry)
+
+
+def _train(words: Sequence[str], registry: Registry) -> int:
+    from rlhf_core.configure import parse
+
+    config = parse(words, registry)
+    from rlhf_core.run import Run
+
+    Run(config, registry=registry).train()
+    return 0
+
+
+def _take_plugins(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The words without `-p …`; the plugins to load; those to block. Decided before any plugin is loaded."""
+    words: list[str] = []
+    load: list[str] = []
+    blocked: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word != "-p":
+            words.append(word)
+            continue
+        name = next(rest, "")
+        if not name or name == "no:":
+            raise UsageError("-p takes a plugin to load, or no:NAME to block one")
+        if name.startswith("no:"):
+            blocked.append(name.removeprefix("no:"))
+        else:
+            load.append(name)
+    return words, load, blocked
+
+
+def _check_first(word: str, registry: Registry) -> None:
+    """An unknown first word may be a command misspelt as well as an algorithm."""
+    algorithms = registry.table("algorithm")
+    if word.startswith("-") or ":" in word or word in algorithms:
+        return
+    close = closest(word, [*COMMANDS, *algorithms])
+    if any(each in COMMANDS for each in close):
+        raise UnknownName(f"no algorithm or command is called {word!r}; did you mean {or_list(close)}?")

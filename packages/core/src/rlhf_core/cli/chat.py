@@ -1,0 +1,89 @@
+"""`rlhf-run chat`: talk to a model in the terminal, or ask it one thing.
+
+With a chat template the conversation is remembered; a model without one continues each line by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+from rlhf_core.options import ModelOptions, Sampling
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Chat"]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a model: a line of input, an answer; works piped. Ctrl-D ends it."""
+
+    model: str
+    """hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`"""
+    prompt: str = ""
+    """answer only this and end"""
+    max_new_tokens: int = 256
+    """tokens after which an answer is cut"""
+    temperature: float = 0.7
+    """randomness of the answer; 0 always takes the likeliest token"""
+    seed: int = 0
+    """the same seed gives the same answers"""
+
+    def __call__(self, registry: Registry) -> int:
+        Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
+        from rlhf_core.models.load import load_model, load_tokenizer
+
+        options = ModelOptions(model=self.model)
+        tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)
+        model.eval()
+        torch.manual_seed(self.seed)
+        history: list[dict[str, str]] = []
+        for line in [self.prompt] if self.prompt else _lines():
+            history = [*history, {"role": "user", "content": line}] if tokenizer.chat_template else []
+            answer = self._answer(model, tokenizer, history, line)
+            history += [{"role": "assistant", "content": answer}] if history else []
+        return 0
+
+    def _answer(self, model: Any, tokenizer: Any, history: list[dict[str, str]], line: str) -> str:
+        """Print the answer while it is sampled, and return it."""
+        from transformers import TextStreamer
+
+        if history:
+            inputs = tokenizer.apply_chat_template(
+                history, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(line, return_tensors="pt")
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        with torch.inference_mode():
+            tokens = model.generate(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+                **sampling,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answer
+
+
+def _lines() -> Iterator[str]:
+    """Lines of input that are not empty; with a prompt in front of each where a person types them."""
+    if not sys.stdin.isatty():
+        yield from filter(None, (line.strip() for line in sys.stdin))
+        return
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line

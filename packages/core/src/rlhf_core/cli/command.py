@@ -1,0 +1,74 @@
+"""The commands beside training: each a frozen dataclass whose fields are its options, like a provider.
+
+Fields without a default are positional words, in their order; the others are flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.layout import Option, flag, options_of
+from rlhf_core.near import closest
+from rlhf_core.settings import split_flags
+from rlhf_core.targets import load
+from rlhf_core.values import from_words, metavar
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["COMMANDS", "command_options", "make_command", "wants_help"]
+
+COMMANDS = {
+    "plugins": "rlhf_core.cli.plugins:Plugins",
+    "doctor": "rlhf_core.cli.doctor:Doctor",
+    "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
+    "chat": "rlhf_core.cli.chat:Chat",
+}
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Whether help is asked for."""
+    return "-h" in words or "--help" in words
+
+
+def command_options(name: str) -> tuple[list[Option], list[Option]]:
+    """The positional words and the flags of a command."""
+    options = list(options_of(load(COMMANDS[name])))
+    return (
+        [option for option in options if option.required],
+        [option for option in options if not option.required],
+    )
+
+
+def make_command(name: str, words: Sequence[str]) -> Callable[[Registry], int]:
+    """The command, ready to be called.
+
+    Raises:
+        UsageError: a word too many or too few, an unknown flag, a value that does not fit.
+    """
+    positional, optional = command_options(name)
+    given, flags = split_flags(words)
+    usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)])
+    if len(given) < len(positional):
+        missing = positional[len(given)]
+        raise UsageError(f"{name} needs {missing.path.upper()}, {missing.doc}: {usage}")
+    if len(given) > len(positional):
+        raise UsageError(f"unexpected {given[len(positional)]!r}: {usage}")
+    values: dict[str, Any] = {option.path: word for option, word in zip(positional, given, strict=True)}
+    known = {option.path: option for option in optional}
+    for path, value in flags.items():
+        if path not in known:
+            close = closest(path, known)
+            hint = (
+                f"did you mean {known[close[0]].described(flag(close[0]))}?" if close else f"see rlhf-run {name} --help"
+            )
+            raise UsageError(f"{name} has no flag {flag(path)}; {hint}")
+        try:
+            values[path] = from_words(known[path].annotation, value)
+        except ValueError:
+            got = f", not {' '.join(value)!r}" if value else " and got none"
+            raise UsageError(f"{flag(path)} expects {metavar(known[path].annotation)}{got}") from None
+    command: Callable[[Registry], int] = load(COMMANDS[name])(**values)
+    return command

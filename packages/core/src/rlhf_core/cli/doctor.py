@@ -1,0 +1,89 @@
+"""`rlhf-run doctor`: what is here and what is missing for which feature. The first thing to paste into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from rlhf_core.install_table import INSTALL
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Doctor", "missing"]
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pluggy")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices and plugins, and what is missing for which feature."""
+
+    def __call__(self, registry: Registry) -> int:
+        sections = {
+            "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(registry)],
+            "devices": list(_devices()),
+            "plugins": [f"{plugin.name}: {plugin}" for plugin in registry.plugins.values()],
+            "broken plugins": [str(broken) for broken in registry.broken],
+            "missing, each for the feature it names": list(missing(registry)),
+        }
+        for title, lines in sections.items():
+            if lines:
+                print("\n".join([title, *(f"  {line}" for line in lines)]))
+        return 0
+
+
+def _versions(registry: Registry) -> Iterator[str]:
+    ours = {plugin.distribution: plugin.version for plugin in registry.plugins.values()}
+    yield from (f"{name} {version}" for name, version in ours.items())
+    yield from (f"{name} {_version(name) or 'missing'}" for name in LIBRARIES)
+
+
+def _version(distribution: str) -> str:
+    """The installed version, empty where there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
+    yield f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        yield f"cuda:{index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, {bfloat16}"
+    if not torch.cuda.is_available():
+        yield f"cuda: none that torch {torch.__version__} can use"
+
+
+def missing(registry: Registry) -> Iterator[str]:
+    """What is not installed: packages of ours, and the extras of those that are, with the pip command of each."""
+    for kind, names in INSTALL.items():
+        for name, distribution in names.items():
+            if not _version(distribution):
+                yield f"{kind} {name}: python3 -m pip install {distribution}"
+    for distribution in sorted({plugin.distribution for plugin in registry.plugins.values()}):
+        for extra, absent in _absent(distribution).items():
+            full = f"{distribution}[{extra}]"
+            yield f"{full} (needs {', '.join(absent)}): python3 -m pip install '{full}'"
+
+
+def _absent(distribution: str) -> dict[str, list[str]]:
+    """`{extra: distributions that are not installed}` of a distribution's extras."""
+    found: dict[str, list[str]] = {}
+    requirements = metadata.requires(distribution) if _version(distribution) else None
+    for requirement in requirements or []:
+        extra = re.search(r"""extra\s*==\s*['"]([^'"]+)['"]""", requirement)
+        name = re.match(r"[A-Za-z0-9._-]+", requirement)
+        if extra and name and not _version(name[0]):
+            found.setdefault(extra[1], []).append(name[0])
+    return found

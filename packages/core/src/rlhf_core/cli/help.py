@@ -1,0 +1,116 @@
+"""Help texts: plain, in two columns, as wide as the terminal. Everything in them is read from where it is defined."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rlhf_core.cli.command import COMMANDS, command_options
+from rlhf_core.docstrings import docs_of, first_line
+from rlhf_core.layout import FIXED, Layout, Option, Section, flag, shown
+from rlhf_core.options import RunConfig
+from rlhf_core.settings import Settings
+from rlhf_core.values import is_secret, metavar
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["algorithm", "command", "overview"]
+
+LEFT = 34
+"""Columns of names; what does not fit has its explanation on the next line."""
+
+
+def overview(registry: Registry) -> str:
+    """`rlhf-run --help`."""
+    main = ("model", "output", "steps", "seed", "resume")
+    docs = docs_of(RunConfig).fields
+    return _text(
+        [
+            "usage: rlhf-run ALGORITHM [flags]        train; `rlhf-run ALGORITHM --help` shows its flags",
+            "       rlhf-run --config FILE [flags]    train what a file says; flags win over it",
+            "       rlhf-run COMMAND [flags]",
+        ],
+        ["algorithms"],
+        _rows((name, first_line(each.target)) for name, each in registry.table("algorithm").items()),
+        ["commands"],
+        _rows((name, first_line(target)) for name, target in COMMANDS.items()),
+        ["flags of every algorithm"],
+        _rows((flag(name), docs[name]) for name in main),
+        _rows([("--config FILE", FIXED["config"]), ("--KIND NAME", "choose a provider; see rlhf-run plugins")]),
+        _rows([("-p NAME, -p no:NAME", "load a plugin; do not load one")]),
+        ["try", "  rlhf-run grpo --model tiny --data prompts --reward length --steps 20"],
+    )
+
+
+def algorithm(layout: Layout, settings: Settings, registry: Registry) -> str:
+    """`rlhf-run ALGORITHM --help`: the options of exactly the chosen providers."""
+    name = layout.names["algorithm"]
+    (own,) = (section for section in layout.sections if section.kind == "algorithm")
+    choices = [(f"{flag(kind)} {chosen or 'none'}", _choices(kind, registry)) for kind, chosen in layout.names.items()]
+    blocks = [
+        [f"usage: rlhf-run {name} [flags]", "", *docs_of(own.cls).doc.split("\n")],
+        ["providers, as chosen here"],
+        _rows(choices[1:]),
+    ]
+    for section in layout.sections:
+        if section.options:
+            blocks += [[_title(section)], _rows(_row(option, settings) for option in section.options)]
+    blocks += [["other"], _rows([("--config FILE", FIXED["config"]), ("-h, --help", FIXED["help"])])]
+    return _text(*blocks)
+
+
+def command(name: str) -> str:
+    """`rlhf-run COMMAND --help`."""
+    positional, optional = command_options(name)
+    usage = " ".join([f"usage: rlhf-run {name}", *(option.path.upper() for option in positional), "[flags]"])
+    return _text(
+        [usage, "", *docs_of(COMMANDS[name]).doc.split("\n")],
+        ["options"] if positional or optional else [],
+        _rows((option.path.upper(), option.doc) for option in positional),
+        _rows(_row(option, {}) for option in optional),
+    )
+
+
+def _choices(kind: str, registry: Registry) -> str:
+    names = list(registry.table(kind))
+    return ", ".join(["none", *names] if kind == "evaluator" else names)
+
+
+def _title(section: Section) -> str:
+    line = first_line(section.cls) if section.kind and section.kind != "algorithm" else ""
+    return f"{section.title}: {line}" if line else section.title
+
+
+def _row(option: Option, settings: Settings) -> tuple[str, str]:
+    """An option with its documentation and the value it has unless a flag changes it."""
+    note = f"set: {shown(settings[option.path])}" if option.path in settings else option.note
+    if is_secret(option.annotation):
+        note = "secret; give it as env:NAME"
+    return f"{flag(option.path)} {metavar(option.annotation)}", f"{option.doc} ({note})".lstrip()
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Two columns, the right one wrapped."""
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    lines: list[str] = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, width - LEFT) or [""]
+        if len(left) + 4 > LEFT:
+            lines.append(f"  {left}")
+        else:
+            lines.append(f"  {left}".ljust(LEFT) + wrapped.pop(0))
+        lines += [" " * LEFT + line for line in wrapped]
+    return [line.rstrip() for line in lines]
+
+
+def _text(*blocks: list[str]) -> str:
+    """Blocks one under the other; a heading has an empty line above it."""
+    lines: list[str] = []
+    for block in blocks:
+        if block and lines and not block[0].startswith("  "):
+            lines.append("")
+        lines += block
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""`rlhf-run plugins`: every name that can be chosen, and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.docstrings import first_line
+from rlhf_core.hookspecs import KINDS
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Plugins", "Row", "rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the list."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """List what is installed: kind, name, distribution, version and one line each; broken plugins last."""
+
+    kind: Literal[
+        "", "data", "rollout", "reward", "advantage", "loss", "algorithm", "strategy", "launcher", "evaluator", "step",
+        "observer",
+    ] = ""  # fmt: skip
+    """only this kind; all kinds where empty"""
+    json: bool = False
+    """as JSON: providers, conflicts and broken plugins"""
+
+    def __call__(self, registry: Registry) -> int:
+        listed = [row for row in rows(registry) if self.kind in ("", row.kind)]
+        if self.json:
+            self._print_json(registry, listed)
+            return 0
+        wide = [max((len(getattr(row, name)) for row in listed), default=0) for name in ("kind", "name")]
+        origin = max((len(f"{row.distribution} {row.version}") for row in listed), default=0)
+        for row in listed:
+            left = f"{row.kind:{wide[0]}}  {row.name:{wide[1]}}  {f'{row.distribution} {row.version}':{origin}}"
+            print(f"{left}  {row.description}".rstrip())
+        for entries in registry.conflicts:
+            who = " and ".join(str(entry.plugin) for entry in entries)
+            print(f"conflict: {entries[0].kind} {entries[0].name!r} is provided by {who}; block one with -p no:PLUGIN")
+        for broken in registry.broken:
+            print(f"broken: {broken}")
+        return 0
+
+    def _print_json(self, registry: Registry, listed: list[Row]) -> None:
+        import json
+
+        conflicts = [[{"kind": e.kind, "name": e.name, **asdict(e.plugin)} for e in es] for es in registry.conflicts]
+        broken = [{**asdict(each.plugin), "error": str(each)} for each in registry.broken]
+        found = {"providers": [asdict(row) for row in listed], "conflicts": conflicts, "broken": broken}
+        print(json.dumps(found, indent=2))
+
+
+def rows(registry: Registry) -> list[Row]:
+    """Every provider by kind and name, then the plugins that observe runs."""
+    found = [
+        Row(kind, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))
+        for kind in KINDS
+        for name, entry in registry.table(kind).items()
+    ]
+    for plugin, doc in registry.observers():
+        found.append(
+            Row("observer", plugin.name, plugin.distribution, plugin.version, doc.partition("\n")[0].rstrip("."))
+        )
+    return found
