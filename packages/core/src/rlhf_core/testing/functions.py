@@ -93,10 +93,6 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
     if output.scores_N is not None:
         inside = (output.scores_N >= 0) & (output.scores_N <= 1)
         assert inside.all(), f"{_name(reward)}: scores_N must lie in 0..1; put other numbers into metrics"
-    for name, values_N in output.metrics.items():
-        assert values_N.shape == (len(rollouts),), (
-            f"{_name(reward)}: metric {name!r} must have one number per completion"
-        )
     return output
 
 
@@ -138,8 +134,8 @@ def _credit(advantage: Advantage, rewards: RewardOutput, rollouts: Rollouts) -> 
         assert values_NT.shape == shape, f"{_name(advantage)}: {name} has shape {tuple(values_NT.shape)}, not {shape}"
         assert values_NT.dtype == torch.float32, f"{_name(advantage)}: {name} must be float32, not {values_NT.dtype}"
         assert not values_NT.requires_grad, f"{_name(advantage)}: {name} must not carry a gradient"
-        assert not values_NT[~rollouts.mask_NT].any(), f"{_name(advantage)}: {name} must be zero outside the mask"
         _finite(advantage, name, values_NT)
+        assert not values_NT[~rollouts.mask_NT].any(), f"{_name(advantage)}: {name} must be zero outside the mask"
     if credit.rows is not None:
         known = set(range(len(rollouts)))
         assert known.issuperset(credit.rows.tolist()), f"{_name(advantage)}: rows must be row numbers of the batch"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from rlhf_core.registry import Registry
     from rlhf_core.run import Run
     from rlhf_core.types import Batch
 
@@ -74,12 +75,13 @@ def tiny_outputs(wants: Iterable[str], batch: Batch) -> dict[str, Tensor]:
     return {name: _plausible(name, batch).requires_grad_() for name in sorted(wants)}
 
 
-def tiny_run(output: str | Path, algorithm: Any = None, **options: Any) -> Run:
+def tiny_run(output: str | Path, algorithm: Any = None, registry: Registry | None = None, **options: Any) -> Run:
     """A run of two steps on the model `tiny`, not started; nothing is written before it starts.
 
     Args:
         output: its folder.
         algorithm: as in `make_config`; a plain policy gradient that needs no package but core if absent.
+        registry: where names are looked up and observers found; everything installed if absent.
         options: as in `make_config`, and they win.
     """
     from rlhf_core.configure import make
@@ -89,7 +91,7 @@ def tiny_run(output: str | Path, algorithm: Any = None, **options: Any) -> Run:
     small: dict[str, Any] = {"model": "tiny", "steps": 2, "batch_size": 2, "output": str(output)}
     if algorithm is None:
         small["sampling"] = TINY_SAMPLING
-    return Run(make(TinyAlgorithm() if algorithm is None else algorithm, **(small | options)))
+    return Run(make(algorithm or TinyAlgorithm(), registry, **(small | options)), registry)
 
 
 def _plausible(name: str, batch: Batch) -> Tensor:
