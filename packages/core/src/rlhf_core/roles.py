@@ -26,9 +26,9 @@ __all__ = ["LocalRole"]
 
 
 class LocalRole:
-    """The role `name` of `plan`, held by this process."""
+    """The role `name` of `plan`, held by this process; a `frozen` one is a copy that is never trained here."""
 
-    def __init__(self, plan: Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str, frozen: bool = False) -> None:
         self.name = name
         self.plan = plan
         self.spec = plan.roles[name]
@@ -37,7 +37,7 @@ class LocalRole:
         temperature = config.sampling.temperature if plan.online and config.sampling.temperature > 0 else 1.0
         build = partial(_build, self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
-        optim = getattr(self.spec.options, "optim", None) if self.spec.trained else None
+        optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
         self.trainable: Trainable = strategy(build, optim, plan.optimiser_steps)
         self.world = self.trainable.world
 

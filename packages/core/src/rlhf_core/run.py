@@ -137,11 +137,19 @@ class Run:
         return replace(batch, world=self.world, scalars=self._scalars())
 
     def sample(self, source: str, rows: tuple[list[Example], list[int]]) -> Rollouts:
-        """Completions of `source` on the prompts of `rows`."""
+        """Completions of `source` on the prompts of `rows`.
+
+        Where top-p, top-k or min-p truncate, the kept share of the probability is logged: ratios are biased by it.
+        """
         with self.phase("rollout"):
             prompts = self.encoder.prompts(*rows)
             seed = Sampling(seed=self.config.seed).seed_for(self.step, self.plan.sources.index(source))
             rollouts = self.rollouts(source, prompts, replace(self.config.sampling, seed=seed))
+        truncated = "kept_mass" in rollouts.scalars
+        if truncated:
+            self.log({"rollout/kept_mass": rollouts.scalars["kept_mass"]})
+        elif getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0:
+            rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
         self.log_batch("completion/length", rollouts.lengths_N.float())
         self.log_batch("completion/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
         return replace(rollouts, world=self.world, scalars=rollouts.scalars | self._scalars())

@@ -353,7 +353,11 @@ class Data(Protocol):
 
 @runtime_checkable
 class Rollout(Protocol):
-    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`."""
+    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`.
+
+    An engine whose log-probabilities are the trainer's own (the same weights and the same arithmetic) may say so with a class
+    attribute `exact = True`; they then serve as old log-probabilities and no forward pass computes those.
+    """
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """`sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""

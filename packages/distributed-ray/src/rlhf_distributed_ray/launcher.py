@@ -1,30 +1,205 @@
-"""The launcher `ray`: places roles and rollout engines on a Ray cluster.
+"""The launcher `ray`: one controller runs the loop, roles and rollout engines are groups of actors on a cluster.
 
-Only the name is here yet, so that `rlhf-run plugins` lists it; choosing it says what is missing. The capability comes
-with a later version.
+Works against a cluster it starts on this machine, and against an existing one (`--launcher.address`). Not here yet: the
+hybrid engine's sleeping and waking, asynchronous sampling, and living on after a death without a restart.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.types import Placed
+from rlhf_core.world import World
+from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, lay_out, parse_shape
+
+if TYPE_CHECKING:
+    from rlhf_core.plan import Plan
 
 __all__ = ["RayLauncher"]
+
+PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
 
 
 @dataclass(frozen=True)
 class RayLauncher:
-    """Places roles on a Ray cluster."""
+    """Roles and rollout engines as groups of Ray actors."""
 
-    def __call__(self, *args: Any) -> NoReturn:
-        """Say what is missing.
+    address: str = ""
+    """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""
+    workers: str = "1"
+    """workers of each role: a number, or NODESxDEVICES"""
+    role_workers: tuple[str, ...] = ()
+    """roles with another number of workers, as `critic=2` or `actor=2x4`"""
+    engines: int = 1
+    """rollout engines"""
+    placement: Literal["together", "separate"] = "together"
+    """rank k of every role and the engines share bundle k, or each has bundles of its own"""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """how Ray lays bundles over nodes"""
+    cpus: float = 0.25
+    """CPUs that a worker asks for; a share, since roles work in turn"""
+    gpus: float = 0.0
+    """GPUs that a worker asks for; colocated workers need fractions"""
+    threads: int = 1
+    """OpenMP threads of each worker"""
 
-        Raises:
-            UsageError: always; the message says what to do.
-        """
+    def __call__(self, plan: Plan) -> Placed:
         if find_spec("ray") is None:
             raise MissingPackage("launcher 'ray' needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
-        raise UsageError("launcher 'ray' is announced but not part of version 0.1.0; leave --launcher out")
+        shapes = self._shapes(plan)
+        layout = lay_out(shapes, self.engines if plan.online else 0, self.placement == "together", self.cpus, self.gpus)
+        started = self._connect(layout)
+        try:
+            return _Cluster(self, plan, layout, started).place()
+        except BaseException:
+            _disconnect(started)
+            raise
+
+    def _shapes(self, plan: Plan) -> dict[str, Shape]:
+        """Workers of each role of the plan."""
+        shapes = dict.fromkeys(plan.roles, parse_shape(self.workers, "--launcher.workers"))
+        for text in self.role_workers:
+            role, _, shape = text.partition("=")
+            if role not in shapes:
+                raise UsageError(f"--launcher.role-workers {text!r}: this run has no role {role!r}; it has {', '.join(shapes)}")
+            shapes[role] = parse_shape(shape, "--launcher.role-workers")
+        if self.engines < 1:
+            raise UsageError(f"--launcher.engines {self.engines}: at least 1")
+        for role, shape in shapes.items():
+            if plan.config.batch_size % shape.workers:
+                raise UsageError(
+                    f"--batch-size {plan.config.batch_size} does not divide over the {shape.workers} workers of role {role}"
+                )
+        return shapes
+
+    def _connect(self, layout: Layout) -> bool:
+        """Join or start a cluster, and check that it can hold the layout; whether it was started here."""
+        import ray
+
+        started = not ray.is_initialized()
+        if started:
+            try:
+                ray.init(
+                    address=self.address or "local",
+                    log_to_driver=False,
+                    include_dashboard=False if not self.address else None,
+                    logging_level="ERROR",
+                )
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise UsageError(f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})") from None
+        try:
+            check_capacity(layout, ray.cluster_resources(), len(ray.nodes()), self.strategy == "STRICT_SPREAD")
+        except UsageError:
+            _disconnect(started)
+            raise
+        return started
+
+
+def _disconnect(started: bool) -> None:
+    import ray
+
+    if started:
+        ray.shutdown()
+
+
+class _Cluster:
+    """Placement groups and actors of one run."""
+
+    def __init__(self, options: RayLauncher, plan: Plan, layout: Layout, started: bool) -> None:
+        self.options = options
+        self.plan = plan
+        self.layout = layout
+        self.started = started
+        self.groups: list[Any] = []
+        self.actors: list[Any] = []
+
+    def place(self) -> Placed:
+        """Reserve bundles, start everyone, and hand the loop what it sees."""
+        from rlhf_core.configure import to_names
+        from rlhf_core.registry import Registry
+        from rlhf_distributed_ray.group import EngineGroup, RoleGroup
+        from rlhf_distributed_ray.transport import Shipper
+        from rlhf_distributed_ray.worker import EngineWorker, RoleWorker, versions
+
+        self._reserve()
+        names = to_names(self.plan.config)
+        expected = versions(Registry(), self.plan.config.names)
+        shipper = Shipper()
+        roles: dict[str, RoleGroup] = {}
+        for role, spec in self.plan.roles.items():
+            seats = self.layout.seats[role]
+            actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
+            roles[role] = RoleGroup(spec, actors, self._where(f"role {role}", actors), shipper)
+        engine = None
+        if "engine" in self.layout.seats:
+            actors = [self._actor(EngineWorker, seat, names, expected) for seat in self.layout.seats["engine"]]
+            exact = bool(getattr(self.plan.config.providers["rollout"], "exact", False))
+            engine = EngineGroup(actors, self._where("rollout engine", actors), exact)
+        for group in roles.values():
+            group.call("start", *group.call("address")[0])
+        return _RayPlaced(dict(roles), engine, World(), self)
+
+    def _reserve(self) -> None:
+        """Placement groups for every bundle of the layout."""
+        import ray
+
+        for bundles in self.layout.groups:
+            group = ray.util.placement_group([dict(b) for b in bundles], strategy=self.options.strategy)
+            self.groups.append(group)
+        _, waiting = ray.wait([g.ready() for g in self.groups], num_returns=len(self.groups), timeout=PLACEMENT_SECONDS)
+        if waiting:
+            raise UsageError(
+                f"the cluster did not place {len(waiting)} of {len(self.groups)} groups with --launcher.strategy "
+                f"{self.options.strategy} in {PLACEMENT_SECONDS} s; free resources, or use PACK"
+            )
+
+    def _actor(self, body: type, seat: Seat, names: Mapping[str, Any], expected: Mapping[str, str], *args: Any) -> Any:
+        """One actor in its seat."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        share = self.layout.share
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.options.threads)}
+        environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
+        actor = ray.remote(body).options(
+            num_cpus=share["CPU"],
+            num_gpus=share.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
+            runtime_env={"env_vars": environment},
+        )
+        handle = actor.remote(names, expected, *args)
+        self.actors.append(handle)
+        return handle
+
+    def _where(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
+        from rlhf_distributed_ray.group import collect
+
+        return collect(who, actors, [], [actor.where.remote() for actor in actors])
+
+    def close(self) -> None:
+        """End the actors, give the bundles back, stop a cluster that was started here."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        for group in self.groups:
+            ray.util.remove_placement_group(group)
+        _disconnect(self.started)
+
+
+class _RayPlaced(Placed):
+    """What is placed, with the cluster to close."""
+
+    def __init__(self, roles: dict[str, Any], rollout: Any, world: World, cluster: _Cluster) -> None:
+        super().__init__(roles, rollout, world)
+        self.cluster = cluster
+
+    def close(self) -> None:
+        self.cluster.close()

@@ -1,0 +1,44 @@
+"""Files survive a crash at any point: old content or new, never a part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.files import fresh_folder, write_text
+from rlhf_core.observer.files import append_line, cut_lines
+
+
+def test_a_failed_write_leaves_the_old_folder_whole(tmp_path: Path) -> None:
+    with fresh_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError), fresh_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("ne")
+        raise RuntimeError("disk full")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_a_finished_write_replaces_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with fresh_folder(tmp_path / "model") as folder:
+            (folder / text).write_text(text)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "two")]
+
+
+def test_metrics_after_the_checkpoint_and_a_half_written_line_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_line(path, {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 4, "rew')
+    cut_lines(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

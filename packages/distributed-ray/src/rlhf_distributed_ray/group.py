@@ -1,0 +1,203 @@
+"""A role held by a group of Ray actors, and a rollout engine held by others, as the loop sees them.
+
+Both look like their local counterparts. A batch is put into the object store once and read in slices; weights stream from
+the trained role to the engines through the store in buckets and never pass through the controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.plan import RoleSpec
+from rlhf_core.types import Batch, Prompts, Role, Rollouts
+from rlhf_distributed_ray.transport import Shipper, split_groups
+from rlhf_distributed_ray.worker import from_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.options import Sampling
+
+__all__ = ["EngineGroup", "RoleGroup", "collect"]
+
+
+def collect(who: str, actors: list[Any], where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
+    """The results of one call on each actor.
+
+    Raises:
+        UsageError: as raised in the actor.
+        RunStopped: an actor died; names the role, rank, node and cause.
+    """
+    import ray
+
+    results = []
+    for rank, reference in enumerate(references):
+        try:
+            results.append(ray.get(reference))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (UsageError, RunStopped)):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError as error:
+            node, process = where[rank] if rank < len(where) else ("an unknown node", 0)
+            cause = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no cause given"
+            raise RunStopped(
+                f"{who} rank {rank} on node {node} (process {process}) died: {cause}; "
+                "continue from the last checkpoint with --resume"
+            ) from None
+    return results
+
+
+class RoleGroup:
+    """The role `spec.name`, held by `actors` (one per rank)."""
+
+    def __init__(self, spec: RoleSpec, actors: list[Any], where: list[tuple[str, int]], shipper: Shipper) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self.actors = actors
+        self.where = where
+        self.shipper = shipper
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Optimiser steps so far."""
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version = version
+        self.call("set_version", version)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every rank at once; results in rank order."""
+        return collect(f"role {self.name}", self.actors, self.where, [getattr(a, method).remote(*args) for a in self.actors])
+
+    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs of all rows."""
+        reference = self.shipper.send(batch)
+        shares = self._shares(batch)
+        calls = [
+            actor.infer.remote(reference, rows, sorted(wants)) for actor, rows in zip(self.actors, shares, strict=True)
+        ]
+        found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in wants}
+        answers = collect(f"role {self.name}", self.actors, self.where, calls)
+        for rows, outputs in zip(shares, answers, strict=True):
+            for name, values in outputs.items():
+                if name.endswith("_NT"):
+                    found[name][rows, : values.shape[1]] = torch.from_numpy(values.copy())
+                else:
+                    found[name][rows] = torch.from_numpy(values.copy())
+        return found
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        """Optimiser steps over the credited batches, each rank on its share of the groups."""
+        keys = list(work)
+        shares = {key: self._shares(batch) for key, batch in work.items()}
+        sent = [self.shipper.send(work[key], self._read(key, work[key])) for key in keys]
+        calls = [
+            actor.train.remote(*sent, keys=keys, rows=[shares[key][rank] for key in keys])
+            for rank, actor in enumerate(self.actors)
+        ]
+        metrics, self._version = collect(f"role {self.name}", self.actors, self.where, calls)[0]
+        return dict(metrics)
+
+    def _shares(self, batch: Batch) -> list[list[int]]:
+        """Rows per rank; every rank needs some."""
+        shares = split_groups(batch, len(self.actors))
+        if not all(shares):
+            raise UsageError(
+                f"role {self.name} has {len(self.actors)} workers but only {len(batch.group_N.unique())} groups to share; "
+                "raise --batch-size or lower --launcher.workers"
+            )
+        return shares
+
+    def _read(self, key: str, batch: Batch) -> list[str]:
+        """The extras that this role's terms read from the credited batch `key`."""
+        needed = {name for term_key, term in self.spec.terms if term_key == key for name in term.loss.needs}
+        return sorted(needed & set(batch.extras))
+
+    def buckets(self) -> Iterator[Any]:
+        """References to buckets of weights on rank 0; the last may be empty."""
+        self.call("open_weights")
+        more = True
+        while more:
+            # two results each: the bucket stays in the store, only the flag comes here; all ranks gather together
+            answers = [actor.next_weights.options(num_returns=2).remote() for actor in self.actors]
+            more = collect(f"role {self.name}", self.actors, self.where, [flag for _, flag in answers])[0]
+            yield answers[0][0]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names."""
+        self.call("open_weights")
+        more = True
+        while more:
+            bucket, more = self.call("next_weights")[0]
+            for name, packed in bucket:
+                yield name, from_array(packed)
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state; every rank writes its part (a folder that all nodes see)."""
+        self.call("save", folder)
+
+    def load(self, folder: str) -> None:
+        """Restore checkpoint state."""
+        self.call("load", folder)
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder."""
+        self.call("export", folder)
+
+
+class EngineGroup:
+    """Rollout engines, each an actor; prompts are dealt to them in turn."""
+
+    def __init__(self, actors: list[Any], where: list[tuple[str, int]], exact: bool) -> None:
+        self.actors = actors
+        self.where = where
+        self.exact = exact
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        import ray
+
+        engines = min(len(self.actors), len(prompts))
+        dealt = [list(range(k, len(prompts), engines)) for k in range(engines)]
+        shipped = [ray.put(prompts.rows(rows)) for rows in dealt]
+        calls = [
+            actor.sample.remote(role.name, part, sampling) for actor, part in zip(self.actors, shipped, strict=False)
+        ]
+        parts = collect("rollout engine", self.actors, self.where, calls)
+        together = Rollouts.cat(parts)
+        place = {p: i for i, p in enumerate(p for rows in dealt for p in rows)}  # prompt -> where its group stands now
+        order = [place[p] * sampling.n + k for p in range(len(prompts)) for k in range(sampling.n)]
+        ordered: Rollouts = together.rows(order)
+        ordered.group_N = torch.arange(len(prompts)).repeat_interleave(sampling.n)
+        return ordered
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Weights from the role's rank 0 to every engine, bucket by bucket."""
+        assert isinstance(role, RoleGroup)
+        count = 0
+        for count, reference in enumerate(role.buckets(), start=1):
+            self._each("receive", role.name, reference, count == 1)
+        metrics = self._each("synced", role.name, role.version)[0]
+        return {**metrics, "sync/buckets": float(count)}
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        self._each("sleep")
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        self._each("wake")
+
+    def close(self) -> None:
+        """Free everything."""
+        self._each("close")
+
+    def _each(self, method: str, *args: Any) -> list[Any]:
+        calls = [getattr(actor, method).remote(*args) for actor in self.actors]
+        return collect("rollout engine", self.actors, self.where, calls)

@@ -1,0 +1,243 @@
+"""What runs inside a Ray actor: one rank of a role, or a rollout engine. No Ray in here, so that it can be read and tested
+as plain Python; `launcher` turns the classes into actors."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+from rlhf_core.plan import Plan, make_plan
+from rlhf_core.roles import LocalRole
+from rlhf_core.types import Batch, Prompts, Rollouts
+from rlhf_distributed_ray.transport import unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.options import Sampling
+
+__all__ = ["EngineWorker", "MirrorRole", "RoleWorker", "plan_from"]
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
+    """The controller's plan, built again from names and options with the plugins of this process.
+
+    Raises:
+        UsageError: this process has other plugins than the controller.
+    """
+    from rlhf_core.configure import from_names
+    from rlhf_core.errors import UsageError
+    from rlhf_core.registry import Registry
+
+    registry = Registry()
+    config = from_names(names, registry)
+    mine = versions(registry, config.names)
+    if mine != expected:
+        differing = sorted(kind for kind in {*mine, *expected} if mine.get(kind) != expected.get(kind))
+        pairs = ", ".join(f"{kind}: {expected.get(kind)} here, {mine.get(kind)} there" for kind in differing)
+        raise UsageError(f"the plugins of {socket.gethostname()} differ from the controller's ({pairs}); install the same")
+    return make_plan(config)
+
+
+def versions(registry: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Distribution and version behind each chosen provider, by kind."""
+    found = {kind: registry.provenance(kind, name) for kind, name in names.items() if isinstance(name, str)}
+    return {kind: " ".join(map(str, source)) if isinstance(source, tuple) else str(source) for kind, source in found.items()}
+
+
+class RoleWorker:
+    """Rank `rank` of the `size` workers of a role."""
+
+    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str], role: str, rank: int, size: int) -> None:
+        self.plan = plan_from(names, expected)
+        self.role_name, self.rank, self.size = role, rank, size
+        self._bucket: Iterator[list[tuple[str, Any]]] | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a free port, for the process group."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+
+    def where(self) -> tuple[str, int]:
+        """Host name and process id, for messages."""
+        return socket.gethostname(), os.getpid()
+
+    def start(self, host: str, port: int) -> None:
+        """Join the role's process group and build the role."""
+        os.environ |= {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": "0",  # Ray shows each worker only its own devices
+            "WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+        }
+        if self.size > 1:
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.role = LocalRole(self.plan, self.role_name)
+
+    def infer(self, packed: Mapping[str, Any], rows: list[int], wants: list[str]) -> dict[str, Any]:
+        """Outputs of these rows, as arrays."""
+        outputs = self.role.infer(unpack(packed, rows), frozenset(wants))
+        return {name: values.numpy() for name, values in outputs.items()}
+
+    def train(self, *packed: Mapping[str, Any], keys: list[str], rows: list[list[int]]) -> tuple[dict[str, float], int]:
+        """Optimiser steps on these rows of each credited batch; metrics and the new version."""
+        work: dict[str, Batch] = {}
+        for key, batch, own in zip(keys, packed, rows, strict=True):
+            work[key] = unpack(batch, own)
+            work[key].world = self.role.world
+        return self.role.train(work), self.role.version
+
+    def set_version(self, version: int) -> None:
+        """After a restore."""
+        self.role.version = version
+
+    def open_weights(self) -> None:
+        """Begin to stream the weights; every rank takes part, since sharded ones are gathered."""
+        self._bucket = buckets(self.role.weights())
+
+    def next_weights(self) -> tuple[list[tuple[str, Any]], bool]:
+        """The next bucket (filled on rank 0 only), and whether another may follow."""
+        assert self._bucket is not None, "open_weights comes first"
+        bucket = next(self._bucket, [])
+        return (bucket if self.rank == 0 else []), bool(bucket)
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state of this rank."""
+        self.role.save(folder)
+
+    def load(self, folder: str) -> None:
+        """Restore it."""
+        self.role.load(folder)
+
+    def export(self, folder: str) -> None:
+        """Write the Hugging Face folder; every rank takes part."""
+        self.role.export(folder)
+
+
+def buckets(weights: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Any]]]:
+    """`weights` in runs of about `BUCKET_BYTES`, as arrays (bfloat16 as its bits)."""
+    bucket: list[tuple[str, Any]] = []
+    size = 0
+    for name, tensor in weights:
+        bucket.append((name, to_array(tensor)))
+        size += tensor.numel() * tensor.element_size()
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def to_array(tensor: Tensor) -> Any:
+    """A tensor as (dtype name, array); NumPy has no bfloat16, so its bits travel as int16."""
+    tensor = tensor.detach().cpu().contiguous()
+    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return str(tensor.dtype).removeprefix("torch."), bits.numpy()
+
+
+def from_array(packed: Any) -> Tensor:
+    """What `to_array` packed."""
+    dtype, array = packed
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class MirrorRole:
+    """A role as its rollout engine sees it from another process: the same weights, taken at each sync, never trained."""
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.plan = plan
+        self.name = name
+        self.spec = plan.roles[name]
+        self.version = 0
+        self._received: list[list[tuple[str, Any]]] = []
+
+    @cached_property
+    def local(self) -> LocalRole:
+        """The model itself, for engines that sample from it; built when first asked for."""
+        return LocalRole(self.plan, self.name, frozen=True)
+
+    @property
+    def module(self) -> Any:
+        """The role's module."""
+        return self.local.module
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face model inside."""
+        return self.local.causal_lm
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the role's model."""
+        return self.local.tokenizer
+
+    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs under the mirrored weights."""
+        return self.local.infer(batch, wants)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What the last sync brought; the initial weights before the first."""
+        if not self._received:
+            yield from self.local.weights()
+        for bucket in self._received:
+            for name, packed in bucket:
+                yield name, from_array(packed)
+
+    def export(self, folder: str) -> None:
+        """Write the Hugging Face folder."""
+        self.local.export(folder)
+
+    def receive(self, bucket: list[tuple[str, Any]], first: bool) -> None:
+        """One bucket of a sync: into the model if there is one here, else kept for the engine to read."""
+        if "local" in self.__dict__:
+            self.local.load_weights((name, from_array(packed)) for name, packed in bucket)
+        else:
+            self._received = [bucket] if first else [*self._received, bucket]
+
+
+class EngineWorker:
+    """A rollout engine with mirrors of the roles it samples."""
+
+    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str]) -> None:
+        self.plan = plan_from(names, expected)
+        self.engine = self.plan.config.providers["rollout"]
+        self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
+
+    def where(self) -> tuple[str, int]:
+        """Host name and process id, for messages."""
+        return socket.gethostname(), os.getpid()
+
+    def sample(self, role: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Completions of a mirrored role."""
+        rollouts: Rollouts = self.engine(self.mirrors[role], prompts, sampling)
+        return rollouts
+
+    def receive(self, role: str, bucket: list[tuple[str, Any]], first: bool) -> None:
+        """One bucket of weights."""
+        self.mirrors[role].receive(bucket, first)
+
+    def synced(self, role: str, version: int) -> dict[str, float]:
+        """All buckets are here: let the engine take them."""
+        self.mirrors[role].version = version
+        return dict(self.engine.sync(self.mirrors[role]) or {})
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        """Be ready again."""
+        self.engine.wake()
+
+    def close(self) -> None:
+        """Free everything."""
+        self.engine.close()

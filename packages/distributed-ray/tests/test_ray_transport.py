@@ -1,0 +1,53 @@
+"""What crosses processes: each worker gets its rows exactly, and nothing that it does not need."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_core.testing.batches import make_batch, values_like
+from rlhf_distributed_ray.transport import pack, split_groups, unpack
+from rlhf_distributed_ray.worker import buckets, from_array
+
+
+def test_packed_rows_are_the_batchs_rows_without_texts_labels_or_other_extras() -> None:
+    batch = make_batch([3, 1, 4, 2], groups=[0, 0, 1, 1]).with_extras(a_NT=torch.ones(4, 4), secret_N=torch.arange(4.0))
+    batch.extras["a_NT"] = values_like(batch)
+    batch.scalars["kl_coef"] = 0.5
+    part, direct = unpack(pack(batch, ["a_NT"]), [2, 0]), batch.rows([2, 0])
+    for name in ("prompt_NL", "tokens_NT", "mask_NT", "lengths_N", "group_N"):
+        assert torch.equal(getattr(part, name), getattr(direct, name))
+    assert torch.equal(part["a_NT"], direct["a_NT"])
+    assert part.texts == ["", ""] and "secret_N" not in part and part.scalars["kl_coef"] == 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=9), parts=st.integers(1, 4))
+def test_groups_stay_whole_every_row_goes_once_and_rows_keep_their_order(sizes: list[int], parts: int) -> None:
+    groups = [g for g, n in enumerate(sizes) for _ in range(n)]
+    batch = make_batch([1 + (i * 7) % 5 for i in range(len(groups))], groups=groups)
+    shares = split_groups(batch, parts)
+    assert sorted(row for rows in shares for row in rows) == list(range(len(groups)))
+    assert all(rows == sorted(rows) for rows in shares)
+    owners = {g: {k for k, rows in enumerate(shares) if any(groups[row] == g for row in rows)} for g in set(groups)}
+    assert all(len(owner) == 1 for owner in owners.values())
+
+
+def test_shares_are_balanced_by_tokens_not_by_rows() -> None:
+    batch = make_batch([30, 10, 10, 10], prompt_lengths=[1, 1, 1, 1])
+    assert split_groups(batch, 2) == [[0], [1, 2, 3]]
+
+
+def test_weights_travel_in_buckets_and_arrive_bit_for_bit() -> None:
+    weights = {
+        "a": torch.randn(3, 2),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.arange(4),
+        "big": torch.zeros(20 * 2**20),
+    }
+    sent = list(buckets(iter(weights.items())))
+    assert [len(bucket) for bucket in sent] == [4]  # 80 MiB: the bucket closes when it is full
+    assert [len(b) for b in buckets(iter({"x": torch.zeros(2**24), "y": torch.zeros(1)}.items()))] == [1, 1]
+    for name, packed in sent[0]:
+        assert torch.equal(from_array(packed), weights[name]) and from_array(packed).dtype == weights[name].dtype
