@@ -2,9 +2,9 @@
 
 Each file gets a folder of its own under a temporary one, and its blocks are executed from top to bottom:
 
-* `console`: every line that starts with `$ ` is a command of bash and must exit with 0 (a trailing `\\` continues it). What
-  is shown after it must appear in what it prints, in that order, where `…` stands for anything. A block that is preceded
-  by `<!-- exit 2 -->` shows a mistake, and its commands must exit with 2.
+* `console`: every line that starts with `$ ` is a command of bash and must exit with 0 (a trailing `\\` continues it).
+  What is shown after it must appear in what it prints, in that order, where `…` stands for anything. A block that is
+  preceded by `<!-- exit 2 -->` shows a mistake, and its commands must exit with 2.
 * `python`: a script that must succeed.
 * any block preceded by `<!-- file: NAME -->` is written to NAME, one preceded by `<!-- append: NAME -->` added to it.
 

@@ -154,7 +154,7 @@ def check_strategy(strategy: Strategy, atol: float = 1e-4) -> None:
     batch = tiny_rollouts()
 
     def fresh(which: Strategy) -> Trainable:
-        return which(copy.deepcopy(module), OPTIM, 10)
+        return which(lambda: copy.deepcopy(module), OPTIM, 10)
 
     module = _tiny_role().module
     reference, whole, halves = fresh(TorchStrategy()), fresh(strategy), fresh(strategy)

@@ -1,0 +1,32 @@
+"""Every recipe that is shipped is a run: its names exist, its options are options, and they fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.configure import parse, to_toml
+from rlhf_core.plan import make_plan
+from rlhf_core.registry import Registry
+
+pytest.importorskip("rlhf_algos", reason="recipes use the algorithms of rlhf-algos")
+
+RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_makes_a_plan(recipe: Path) -> None:
+    assert make_plan(parse(["--config", str(recipe)], Registry())).terms
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_written_out_is_the_same_run(recipe: Path, tmp_path: Path) -> None:
+    config = parse(["--config", str(recipe)], Registry())
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert parse(["--config", str(tmp_path / "config.toml")], Registry()) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_is_for(recipe: Path) -> None:
+    assert recipe.read_text(encoding="utf-8").startswith("# ")
