@@ -10,6 +10,7 @@ __all__ = ["rlhf_data", "rlhf_evaluator", "rlhf_launcher", "rlhf_reward", "rlhf_
 @hookimpl
 def rlhf_data() -> Providers:
     return {
+        "hf": "rlhf_core.data.hf:HuggingFace",
         "json": "rlhf_core.data.json:Json",
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
     }

@@ -53,9 +53,10 @@ def _message(item: Any, number: int) -> Message:
         item = {"role": _SHAREGPT.get(item["from"], item["from"]), "content": item["value"]}
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_short(item)}')
-    if not ("content" in item or "tool_calls" in item):
+    filled = {key: value for key, value in item.items() if value is not None}  # tables fill absent keys with null
+    if not ("content" in filled or "tool_calls" in filled):
         raise ValueError(f"message {number} ({item['role']}) has no content")
-    return dict(item)
+    return filled
 
 
 def _short(value: Any) -> str:

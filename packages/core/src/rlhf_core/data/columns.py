@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, plain, split
@@ -30,10 +30,13 @@ KEPT = ("datasource", "tools")
 """Columns that always go into `meta`: one splits metrics, the other is for the chat template."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Columns:
     """Which columns of a row mean what."""
 
+    path: str
+    """where the rows are"""
+    _: KW_ONLY
     prompt_key: str = ""
     """column of the prompt, text or chat; found as prompt, messages, conversations, question, instruction (+ input)"""
     completion_key: str = ""

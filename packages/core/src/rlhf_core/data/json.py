@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Json(Columns):
 
     path: str
     """the file: one object a line, or a list of objects"""
+    _: KW_ONLY
     heldout_path: str = ""
     """file of the held-out rows"""
     heldout: float = 0.0

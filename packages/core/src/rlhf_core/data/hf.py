@@ -1,0 +1,198 @@
+"""`--data hf`: everything the `datasets` library reads, one set or a mixture of several.
+
+Sets are memory-mapped, and a row becomes an `Example` when it is drawn: the first row of every set is checked before
+the run starts, the others when their turn comes. With `streaming` nothing is downloaded whole or shuffled; rows come in
+their own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from rlhf_core.data import mixture
+from rlhf_core.data.columns import Columns
+from rlhf_core.data.json import hold_out
+from rlhf_core.encode import Encoding
+from rlhf_core.errors import DataError, MissingPackage, UsageError
+from rlhf_core.types import Example
+
+__all__ = ["HuggingFace"]
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+"""How a file is read, by its ending."""
+
+
+@dataclass(frozen=True)
+class HuggingFace(Columns):
+    """Hugging Face datasets: hub names, saved folders, json, csv, parquet and arrow files, or a mixture of them."""
+
+    path: str
+    """hub name (name:config), folder, file, or type@folder (json@./rows); several with commas between"""
+    _: KW_ONLY
+    split: str = "train"
+    """split to train on; slices work too: train[:1000], train[:10%%]"""
+    heldout_split: str = ""
+    """split of the held-out rows, test say"""
+    heldout: float = 0.0
+    """rows held out of `split` where there is no such split: below 1 a share, from 1 a number; always the same rows"""
+    shares: tuple[float, ...] = ()
+    """probability of each set, drawn until all are used up (small ones come again); without, one set after another"""
+    limit_each: int = 0
+    """use the first so many rows of each set; 0 uses all"""
+    limit: int = 0
+    """use the first so many rows of the whole; 0 uses all"""
+    mix_seed: int = 0
+    """of the draws between sets"""
+    streaming: bool = False
+    """read in order without loading whole sets: for sets larger than the disk or memory"""
+    encoding: Encoding = Encoding()
+    """how rows become tokens"""
+
+    def __call__(self, split: str) -> Iterable[Example]:
+        if split != "heldout":
+            return self._part(self._read(self.split), 0) if self.heldout else self._read(self.split)
+        if self.heldout_split:
+            return self._read(self.heldout_split)
+        if not self.heldout:
+            raise UsageError("no rows are held out: pass --data.heldout-split NAME or --data.heldout 0.1")
+        return self._part(self._read(self.split), 1)
+
+    def _read(self, split: str) -> Iterable[Example]:
+        """All sets as one."""
+        names = [name.strip() for name in self.path.split(",")]
+        if self.shares and len(self.shares) != len(names):
+            raise UsageError(f"--data.shares has {len(self.shares)} numbers for the {len(names)} sets of --data.path")
+        sets = [mixture.limited(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
+        if len(sets) == 1:
+            return mixture.limited(sets[0], self.limit)
+        if self.streaming:
+            rows = _Again(sets, self.shares, self.mix_seed)
+            return mixture.limited(rows, self.limit)
+        known = [rows for rows in sets if isinstance(rows, Sequence)]
+        if self.shares:
+            mixed = mixture.Picked(known, *mixture.order([len(rows) for rows in known], self.shares, self.mix_seed))
+        else:
+            mixed = mixture.in_turn(known)
+        return mixture.limited(mixed, self.limit)
+
+    def _set(self, name: str, split: str, mixed: bool) -> Iterable[Example]:
+        """One set; in a mixture its rows carry its name as `datasource`."""
+        table = _load(name, split, self.streaming)
+        first = next(iter(table), None)
+        if first is None:
+            raise DataError(f"{name}: the split {split!r} has no rows")
+        columns: Columns = self.found_in(first, f"{name}:1")
+        columns.example(first, f"{name}:1")
+        source = name if mixed else ""
+        return _Stream(table, columns, name, source) if self.streaming else _Rows(table, columns, name, source)
+
+    def _part(self, rows: Iterable[Example], part: int) -> Sequence[Example]:
+        """The rows that are trained on (0) or held out (1)."""
+        if not isinstance(rows, Sequence):
+            raise UsageError("--data.heldout needs to know how many rows there are: use --data.heldout-split to stream")
+        index = np.array(hold_out(len(rows), self.heldout)[part])
+        return mixture.Picked([rows], np.zeros_like(index), index)
+
+
+@dataclass(frozen=True)
+class _Rows(Sequence[Example]):
+    """The rows of a memory-mapped set, made into examples when they are asked for."""
+
+    table: Any
+    columns: Columns
+    name: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Rows: ...
+    def __getitem__(self, index: int | slice) -> Example | _Rows:
+        if isinstance(index, slice):
+            return replace(self, table=self.table.select(range(*index.indices(len(self)))))
+        return _example(self, self.table[index], index)
+
+
+@dataclass(frozen=True)
+class _Stream(Iterable[Example]):
+    """The rows of a streamed set, in order."""
+
+    table: Any
+    columns: Columns
+    name: str
+    source: str
+
+    def __iter__(self) -> Iterator[Example]:
+        return (_example(self, row, number) for number, row in enumerate(self.table))
+
+
+@dataclass(frozen=True)
+class _Again(Iterable[Example]):
+    """Streamed sets as one, which can be read again."""
+
+    sets: Sequence[Iterable[Example]]
+    shares: tuple[float, ...]
+    seed: int
+
+    def __iter__(self) -> Iterator[Example]:
+        if self.shares:
+            return mixture.drawn(self.sets, self.shares, self.seed)
+        return (row for rows in self.sets for row in rows)
+
+
+def _example(rows: _Rows | _Stream, row: Mapping[str, Any], number: int) -> Example:
+    example = rows.columns.example(row, f"{rows.name}:{number + 1}")
+    return replace(example, meta={"datasource": rows.source, **example.meta}) if rows.source else example
+
+
+def _load(name: str, split: str, streaming: bool) -> Any:
+    """The split of a set, by whichever way its name asks for.
+
+    Raises:
+        UsageError: it cannot be read; says why in the library's words.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackage("--data hf needs a package: pip install 'rlhf-core[datasets]'") from None
+    folder = Path(name)
+    try:
+        if (folder / "state.json").is_file():
+            table = datasets.load_from_disk(name)
+            return table.to_iterable_dataset() if streaming else table
+        if (folder / "dataset_dict.json").is_file():
+            splits: Any = datasets.load_from_disk(name)
+            if split not in splits:
+                raise UsageError(f"{name}: there is no split {split!r}, only {', '.join(splits)}")
+            return splits[split].to_iterable_dataset() if streaming else splits[split]
+        return datasets.load_dataset(**_source(name), split=split, streaming=streaming)
+    except UsageError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"--data.path {name}, split {split!r}: {reason}") from error
+
+
+def _source(name: str) -> dict[str, Any]:
+    """Arguments of `load_dataset`."""
+    kind, at, folder = name.partition("@")
+    if at:
+        return {"path": kind, "data_dir": folder}
+    path = Path(name)
+    if path.is_dir():
+        return {"path": name}
+    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    if suffix in BUILDERS:
+        if not path.is_file():
+            raise UsageError(f"--data.path {name}: there is no such file")
+        return {"path": BUILDERS[suffix], "data_files": name, **({"sep": "\t"} if suffix == ".tsv" else {})}
+    hub, _, config = name.partition(":")
+    return {"path": hub, **({"name": config} if config else {})}
