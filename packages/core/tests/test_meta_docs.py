@@ -41,3 +41,14 @@ def test_a_whole_plugin_is_about_thirty_lines() -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8"))
     assert not [link for link in links if not (document.parent / link).exists()]
+
+
+@pytest.mark.parametrize(
+    "package", sorted(path.parent for path in ROOT.glob("packages/*/README.md")), ids=lambda p: p.name
+)
+def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path) -> None:
+    (plugin,) = package.glob("src/*/plugin.py")
+    names = re.findall(r'^\s+(?:return \{)?"([\w.-]+)": "[\w.]+:\w+"', plugin.read_text(encoding="utf-8"), re.MULTILINE)
+    readme = (package / "README.md").read_text(encoding="utf-8")
+    assert names
+    assert not [name for name in names if f"`{name}`" not in readme]
