@@ -11,14 +11,28 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_algos.correction import Correction
 from rlhf_algos.loss.bradley_terry import BradleyTerry
+from rlhf_algos.loss.cdpo import CDPO
+from rlhf_algos.loss.chosen_nll import ChosenNLL
+from rlhf_algos.loss.cispo import CISPO
 from rlhf_algos.loss.clip import Clip
+from rlhf_algos.loss.dapo import DAPO
+from rlhf_algos.loss.delayed import Delayed
 from rlhf_algos.loss.dpo import DPO
+from rlhf_algos.loss.dr_grpo import DrGRPO
 from rlhf_algos.loss.entropy import Entropy
 from rlhf_algos.loss.grpo import GRPO
+from rlhf_algos.loss.gspo import GSPO
+from rlhf_algos.loss.hinge import Hinge
+from rlhf_algos.loss.ipo import IPO
+from rlhf_algos.loss.orpo import ORPO
 from rlhf_algos.loss.reinforce import Reinforce
+from rlhf_algos.loss.robust import Robust
 from rlhf_algos.loss.sft import SFT
+from rlhf_algos.loss.simpo import SimPO
 from rlhf_algos.loss.value import Value
+from rlhf_core.errors import UsageError
 from rlhf_core.reduce import count, weighted_sum
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.types import Batch, LossTerms, Reduction
@@ -61,10 +75,17 @@ class Token:
     value: float
     old_value: float
     entropy: float
+    row: Completion | None = None
+    """the completion it is in"""
 
     @property
     def ratio(self) -> float:
         return exp(self.lp - self.old)
+
+    @property
+    def rho(self) -> float:
+        """trainer over sampler"""
+        return exp(self.old - self.sampler)
 
 
 @dataclass
@@ -85,14 +106,24 @@ class Completion:
         return sum(token.lp - token.ref for token in self.tokens)
 
     @property
-    def length(self) -> int:
-        return len(self.tokens)
+    def mean_lp(self) -> float:
+        return self.lp / len(self.tokens)
+
+    @property
+    def mean_ratio(self) -> float:
+        """geometric mean of pi / pi_old"""
+        return exp(sum(token.lp - token.old for token in self.tokens) / len(self.tokens))
+
+    @property
+    def rho(self) -> float:
+        """trainer over sampler, of the whole completion"""
+        return exp(sum(token.old - token.sampler for token in self.tokens))
 
 
 def completions(outputs: dict[str, torch.Tensor], batch: Batch) -> list[Completion]:
     names = [outputs["logprobs_NT"], *(batch[name] for name in EXTRAS[:5]), outputs["values_NT"], batch["values_NT"]]
     names.append(outputs["entropy_NT"])
-    return [
+    rows = [
         Completion(
             [Token(*(float(column[i, t].detach()) for column in names)) for t in batch.mask_NT[i].nonzero().flatten()],
             float(outputs["scores_N"][i].detach()),
@@ -100,6 +131,10 @@ def completions(outputs: dict[str, torch.Tensor], batch: Batch) -> list[Completi
         )
         for i in range(len(batch))
     ]
+    for row in rows:
+        for token in row.tokens:
+            token.row = row
+    return rows
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -123,6 +158,23 @@ def ppo(low: float, high: float, dual: float = 0.0) -> Callable[[Token], float]:
     return formula
 
 
+def gspo(low: float, high: float) -> Callable[[Token], float]:
+    def formula(x: Token) -> float:
+        s = x.row.mean_ratio
+        return -min(s * x.advantage, clip(s, 1 - low, 1 + high) * x.advantage)
+
+    return formula
+
+
+def within(ratio: float, low: float, high: float) -> float:
+    """1 inside the band, else 0."""
+    return float(low <= ratio <= high)
+
+
+def log_odds(log_p: float) -> float:
+    return log(exp(log_p) / (1 - exp(log_p)))
+
+
 def clipped_value(x: Token, width: float) -> float:
     near = x.old_value + clip(x.value - x.old_value, -width, width)
     return max((x.value - x.target) ** 2, (near - x.target) ** 2) / 2
@@ -135,6 +187,43 @@ TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
     (Clip(aggregate="constant", length=7), Reduction("constant", 7), ppo(0.2, 0.2)),
     (GRPO(), Reduction("sequence"), ppo(0.2, 0.2)),
     (Reinforce(), Reduction("constant", 1), lambda x: -x.advantage * x.lp),
+    (DrGRPO(length=9), Reduction("constant", 9), ppo(0.2, 0.2)),
+    (DAPO(), Reduction("token"), ppo(0.2, 0.28)),
+    (GSPO(), Reduction("sequence"), gspo(3e-4, 4e-4)),
+    (GSPO(clip_low=0.2, clip_high=0.3), Reduction("sequence"), gspo(0.2, 0.3)),
+    (CISPO(), Reduction("token"), lambda x: -min(x.ratio, 5.0) * x.advantage * x.lp),
+    (CISPO(clip_low=0.1, clip_high=0.2), Reduction("token"), lambda x: -clip(x.ratio, 0.9, 1.2) * x.advantage * x.lp),
+    # off-policy corrections, on the objective whose loss is simplest
+    (
+        Reinforce(correction=Correction("token", "clip", high=1.3)),
+        Reduction("constant", 1),
+        lambda x: -min(x.rho, 1.3) * x.advantage * x.lp,
+    ),
+    (
+        Reinforce(correction=Correction("token", "mask", low=0.5, high=1.5)),
+        Reduction("constant", 1),
+        lambda x: -x.rho * within(x.rho, 0.5, 1.5) * x.advantage * x.lp,
+    ),
+    (
+        Reinforce(correction=Correction("sequence", "clip", high=1.1)),
+        Reduction("constant", 1),
+        lambda x: -min(x.row.rho, 1.1) * x.advantage * x.lp,
+    ),
+    (
+        Reinforce(correction=Correction("sequence", "mask", high=1.2)),
+        Reduction("constant", 1),
+        lambda x: -x.row.rho * within(x.row.rho, 0, 1.2) * x.advantage * x.lp,
+    ),
+    (
+        Reinforce(correction=Correction("geometric", "mask", low=0.9, high=1.2)),
+        Reduction("constant", 1),
+        lambda x: -x.rho * within(x.row.rho ** (1 / len(x.row.tokens)), 0.9, 1.2) * x.advantage * x.lp,
+    ),
+    (
+        Clip(correction=Correction("token", "clip", high=1.3)),
+        Reduction("token"),
+        lambda x: min(x.rho, 1.3) * ppo(0.2, 0.2)(x),
+    ),
     (Value(clip=0), Reduction("token"), lambda x: (x.value - x.target) ** 2 / 2),
     (Value(), Reduction("token"), lambda x: clipped_value(x, 0.2)),
     (Value(clip=0.5, aggregate="sequence"), Reduction("sequence"), lambda x: clipped_value(x, 0.5)),
@@ -146,6 +235,21 @@ TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
 PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
     (DPO(), lambda w, b: -log_sigmoid(0.1 * (w.h - b.h))),
     (DPO(beta=0.7), lambda w, b: -log_sigmoid(0.7 * (w.h - b.h))),
+    (
+        CDPO(beta=0.3, label_smoothing=0.2),
+        lambda w, b: -0.8 * log_sigmoid(x := 0.3 * (w.h - b.h)) - 0.2 * log_sigmoid(-x),
+    ),
+    (
+        Robust(beta=0.3, label_smoothing=0.2),
+        lambda w, b: (-0.8 * log_sigmoid(x := 0.3 * (w.h - b.h)) + 0.2 * log_sigmoid(-x)) / 0.6,
+    ),
+    (Hinge(beta=0.9), lambda w, b: max(0.0, 1 - 0.9 * (w.h - b.h))),
+    (IPO(beta=0.2), lambda w, b: (w.h - b.h - 2.5) ** 2),
+    (IPO(beta=0.2, per="token"), lambda w, b: (w.h / len(w.tokens) - b.h / len(b.tokens) - 2.5) ** 2),
+    (SimPO(), lambda w, b: -log_sigmoid(2 * (w.mean_lp - b.mean_lp) - 1)),
+    (SimPO(beta=2.5, gamma=0.3), lambda w, b: -log_sigmoid(2.5 * (w.mean_lp - b.mean_lp) - 0.3)),
+    (ORPO(lam=0.4), lambda w, b: -w.mean_lp - 0.4 * log_sigmoid(log_odds(w.mean_lp) - log_odds(b.mean_lp))),
+    (ChosenNLL(), lambda w, b: -w.mean_lp),
     (BradleyTerry(), lambda w, b: log(1 + exp(b.score - w.score))),
     (BradleyTerry(margin=True), lambda w, b: -log_sigmoid(w.score - b.score - w.margin)),
     (BradleyTerry(centre=0.3), lambda w, b: -log_sigmoid(w.score - b.score) + 0.3 * (w.score + b.score) ** 2),
@@ -189,7 +293,7 @@ def gradients(loss: Any, outputs: dict[str, torch.Tensor], batch: Batch) -> list
     return list(torch.autograd.grad(total(loss(outputs, batch), batch), wanted))
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [loss for loss in EVERY if not isinstance(loss, CISPO)], ids=repr)
 def test_gradients_agree_with_finite_differences(loss):
     outputs, batch = example(seed=3)
 
@@ -198,6 +302,27 @@ def test_gradients_agree_with_finite_differences(loss):
         return values[batch.mask_NT] if values.dim() == 2 else values
 
     assert torch.autograd.gradcheck(function, tuple(outputs[name] for name in sorted(loss.wants)))
+
+
+def test_the_weight_of_cispo_carries_no_gradient():
+    outputs, batch = example()
+    values_NT = CISPO(clip_high=0.1)(outputs, batch).values
+    (gradient_NT,) = torch.autograd.grad(values_NT[batch.mask_NT].sum(), outputs["logprobs_NT"])
+    tokens = [token for row in completions(outputs, batch) for token in row.tokens]
+    expected = [-min(token.ratio, 1.1) * token.advantage for token in tokens]
+    assert gradient_NT[batch.mask_NT].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.29, 0.0), (0.3, 1.0), (1.0, 1.0)])
+def test_a_delayed_loss_weighs_nothing_until_its_time(progress, share):
+    outputs, batch = example()
+    batch.scalars["progress"] = progress
+    delayed, now = Delayed(Clip(), 0.3)(outputs, batch), Clip()(outputs, batch)
+    assert torch.equal(delayed.values, share * now.values)
+    assert delayed.reduction == now.reduction
+    assert delayed.metrics.keys() == now.metrics.keys()
+    assert Delayed(DPO(), 0.3).rows_per_unit == 2
+    assert Delayed(Clip(), 0.3).needs == Clip().needs
 
 
 @every_loss
@@ -270,6 +395,32 @@ def test_the_value_loss_gives_the_numbers_of_repulse():
     result = Value()({"values_NT": torch.tensor([[0.9, -0.1, 0.1]])}, batch)
     assert (2 * result.values[0]).tolist() == pytest.approx([0.09, 0.25, 0.16])
     assert float(total(result, batch)) == pytest.approx(0.0833333333)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mistakes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [row[0] for row in PAIRS], ids=repr)
+def test_rows_that_are_no_pairs_are_refused(loss):
+    outputs, batch = example()
+    batch.group_N = torch.tensor([0, 1, 2, 3, 4, 5])
+    with pytest.raises(UsageError, match="without a rejected completion"):
+        loss(outputs, batch)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Correction("geometric", "clip"),
+        lambda: Correction("token", low=2.0, high=1.0),
+        lambda: Robust(label_smoothing=0.5),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(make):
+    with pytest.raises(ValueError, match=r"correction|label_smoothing"):
+        make()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

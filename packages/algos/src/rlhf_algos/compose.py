@@ -31,7 +31,7 @@ POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=Optim(
 """A policy, and the frozen model that a KL penalty is measured against."""
 
 
-def policy_terms(chosen: Chosen, kl: KL, entropy: float = 0.0) -> tuple[Term, ...]:
+def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:
     """The policy sampled, credited and trained; the KL penalty if it is a loss; the entropy bonus if there is one.
 
     Raises:

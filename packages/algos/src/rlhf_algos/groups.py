@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import RewardOutput, Rollouts
 
-__all__ = ["group_mean", "group_sizes", "group_std", "leave_one_out", "place_scores", "require_groups"]
+__all__ = ["group_mean", "group_sizes", "group_std", "leave_one_out", "place_scores", "rank_in_group", "require_groups"]
 
 
 def group_sum(values_N: Tensor, group_N: Tensor) -> Tensor:
@@ -48,6 +48,17 @@ def leave_one_out(values_N: Tensor, group_N: Tensor) -> Tensor:
     size_N = group_sizes(group_N)
     centred_N = values_N - group_mean(values_N, group_N)
     return (centred_N * size_N / (size_N - 1).clamp(min=1)).to(values_N.dtype)
+
+
+def rank_in_group(values_N: Tensor, group_N: Tensor) -> Tensor:
+    """0 for the largest value of each group, 1 for the next, and so on; of equal values the earlier row comes first."""
+    by_value = torch.argsort(values_N, descending=True, stable=True)
+    order = by_value[torch.argsort(group_N[by_value], stable=True)]  # groups together, best first
+    sorted_groups = group_N[order]
+    first_of_group = torch.searchsorted(sorted_groups, sorted_groups)
+    rank_N = torch.empty_like(group_N)
+    rank_N[order] = torch.arange(len(order), device=order.device) - first_of_group
+    return rank_N
 
 
 def require_groups(rollouts: Rollouts, asker: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
 from rlhf_core.types import Metric
 
 if TYPE_CHECKING:
@@ -12,11 +14,20 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import Batch, Outputs
 
-__all__ = ["log_ratios", "pair_metrics", "sequence_logprobs", "split"]
+__all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "sequence_logprobs", "split"]
 
 
-def split(values_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected, (N / 2,) each."""
+def split(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected, (N / 2,) each.
+
+    Raises:
+        UsageError: the rows are not pairs, because the data has no rejected completions.
+    """
+    if len(batch) % 2 or not torch.equal(batch.group_N[0::2], batch.group_N[1::2]):
+        raise UsageError(
+            "this loss compares pairs, and the data has prompts without a rejected completion: "
+            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+        )
     return values_N[0::2], values_N[1::2]
 
 
@@ -25,15 +36,19 @@ def sequence_logprobs(logprobs_NT: Tensor, mask_NT: Tensor) -> Tensor:
     return logprobs_NT.masked_fill(~mask_NT, 0.0).sum(1)
 
 
+def mean_logprobs(logprobs_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """log pi(completion | prompt) / length (N,)."""
+    return sequence_logprobs(logprobs_NT, mask_NT) / mask_NT.sum(1).clamp(min=1)
+
+
 def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
     """log pi / pi_ref of whole completions (N,)."""
     return sequence_logprobs(outputs["logprobs_NT"] - batch["ref_logprobs_NT"], batch.mask_NT)
 
 
-def pair_metrics(rewards_N: Tensor) -> Mapping[str, Metric]:
+def pair_metrics(chosen: Tensor, rejected: Tensor) -> Mapping[str, Metric]:
     """How the implicit (or modelled) rewards of chosen and rejected completions compare. A tie counts as half right."""
-    chosen, rejected = split(rewards_N.detach())
-    margin = chosen - rejected
+    margin = (chosen - rejected).detach()
     return {
         "accuracy": Metric.over((margin > 0).float() + 0.5 * (margin == 0)),
         "margin": Metric.over(margin),

@@ -10,9 +10,15 @@ __all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_loss"]
 @hookimpl
 def rlhf_advantage() -> Providers:
     return {
+        "batch_mean": "rlhf_algos.advantage.batch_mean:BatchMean",
+        "best_of_n": "rlhf_algos.advantage.best_of_n:BestOfN",
+        "dr_grpo": "rlhf_algos.advantage.dr_grpo:DrGRPO",
         "gae": "rlhf_algos.advantage.gae:GAE",
         "grpo": "rlhf_algos.advantage.grpo:GRPO",
+        "pairs": "rlhf_algos.advantage.pairs:Pairs",
+        "reinforce": "rlhf_algos.advantage.reinforce:Reinforce",
         "reinforce_pp": "rlhf_algos.advantage.reinforce_pp:ReinforcePP",
+        "reinforce_pp_baseline": "rlhf_algos.advantage.reinforce_pp_baseline:ReinforcePPBaseline",
         "rloo": "rlhf_algos.advantage.rloo:RLOO",
     }
 
@@ -21,12 +27,23 @@ def rlhf_advantage() -> Providers:
 def rlhf_loss() -> Providers:
     return {
         "bradley_terry": "rlhf_algos.loss.bradley_terry:BradleyTerry",
+        "cdpo": "rlhf_algos.loss.cdpo:CDPO",
+        "chosen_nll": "rlhf_algos.loss.chosen_nll:ChosenNLL",
+        "cispo": "rlhf_algos.loss.cispo:CISPO",
         "clip": "rlhf_algos.loss.clip:Clip",
+        "dapo": "rlhf_algos.loss.dapo:DAPO",
         "dpo": "rlhf_algos.loss.dpo:DPO",
+        "dr_grpo": "rlhf_algos.loss.dr_grpo:DrGRPO",
         "entropy": "rlhf_algos.loss.entropy:Entropy",
         "grpo": "rlhf_algos.loss.grpo:GRPO",
+        "gspo": "rlhf_algos.loss.gspo:GSPO",
+        "hinge": "rlhf_algos.loss.hinge:Hinge",
+        "ipo": "rlhf_algos.loss.ipo:IPO",
+        "orpo": "rlhf_algos.loss.orpo:ORPO",
         "reinforce": "rlhf_algos.loss.reinforce:Reinforce",
+        "robust": "rlhf_algos.loss.robust:Robust",
         "sft": "rlhf_algos.loss.sft:SFT",
+        "simpo": "rlhf_algos.loss.simpo:SimPO",
         "value": "rlhf_algos.loss.value:Value",
     }
 
@@ -34,11 +51,23 @@ def rlhf_loss() -> Providers:
 @hookimpl
 def rlhf_algorithm() -> Providers:
     return {
+        "cdpo": "rlhf_algos.algorithm.cdpo:CDPO",
+        "cispo": "rlhf_algos.algorithm.cispo:CISPO",
+        "dapo": "rlhf_algos.algorithm.dapo:DAPO",
         "dpo": "rlhf_algos.algorithm.dpo:DPO",
+        "dr_grpo": "rlhf_algos.algorithm.dr_grpo:DrGRPO",
         "grpo": "rlhf_algos.algorithm.grpo:GRPO",
+        "gspo": "rlhf_algos.algorithm.gspo:GSPO",
+        "ipo": "rlhf_algos.algorithm.ipo:IPO",
+        "online_dpo": "rlhf_algos.algorithm.online_dpo:OnlineDPO",
+        "orpo": "rlhf_algos.algorithm.orpo:ORPO",
         "ppo": "rlhf_algos.algorithm.ppo:PPO",
+        "reinforce": "rlhf_algos.algorithm.reinforce:Reinforce",
         "reinforce_pp": "rlhf_algos.algorithm.reinforce_pp:ReinforcePP",
+        "reinforce_pp_baseline": "rlhf_algos.algorithm.reinforce_pp_baseline:ReinforcePPBaseline",
+        "rejection_sampling": "rlhf_algos.algorithm.rejection_sampling:RejectionSampling",
         "reward": "rlhf_algos.algorithm.reward:RewardModel",
         "rloo": "rlhf_algos.algorithm.rloo:RLOO",
         "sft": "rlhf_algos.algorithm.sft:SFT",
+        "simpo": "rlhf_algos.algorithm.simpo:SimPO",
     }

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from rlhf_core.types import Metric, Reduction
+from rlhf_core.types import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MAX_LOG_RATIO", "Aggregate", "bounded_log_ratio", "ratio_metrics", "reduction"]
-
-Aggregate = Literal["token", "sequence", "constant", "sum"]
+__all__ = ["MAX_LOG_RATIO", "bounded_log_ratio", "ratio_metrics"]
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8 is far past any clip; beyond it exp only overflows, and gradients become inf * 0
 
@@ -31,8 +29,3 @@ def ratio_metrics(log_ratio_NT: Tensor, clipped_NT: Tensor, mask_NT: Tensor) -> 
         "approx_kl": Metric.over(ratio_NT - 1 - log_ratio_NT, mask_NT),
         "ratio": Metric.over(ratio_NT, mask_NT),
     }
-
-
-def reduction(aggregate: Aggregate, length: int) -> Reduction:
-    """Core's reduction for a policy loss's options."""
-    return Reduction(aggregate, length if aggregate == "constant" else 0)

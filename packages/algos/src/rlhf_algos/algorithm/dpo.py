@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_algos.loss.chosen_nll import ChosenNLL
 from rlhf_core.options import ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
 
@@ -15,7 +16,13 @@ __all__ = ["DPO"]
 
 @dataclass(frozen=True)
 class DPO:
-    """Direct preference optimisation on pairs (Rafailov et al. 2023): actor <- data : dpo, with a reference."""
+    """Direct preference optimisation on pairs (Rafailov et al. 2023): actor <- data : dpo, with a reference.
+
+    Works with every loss on pairs: --loss robust, hinge, …
+    """
+
+    nll: float = 0.0
+    """weight of the chosen completions' mean negative log-likelihood (Pang et al. 2024 use 1); 0 leaves it out"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
@@ -24,4 +31,5 @@ class DPO:
     }
 
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("actor", "data", chosen_loss(chosen)),)
+        term = Term("actor", "data", chosen_loss(chosen))
+        return (term, Term("actor", "data", ChosenNLL(), weight=self.nll)) if self.nll else (term,)

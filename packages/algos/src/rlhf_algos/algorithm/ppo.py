@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.loss.delayed import Delayed
+from rlhf_algos.loss.sft import SFT
 from rlhf_algos.loss.value import Value
 from rlhf_core.errors import UsageError
 from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
@@ -19,7 +21,7 @@ __all__ = ["PPO"]
 class PPO:
     """Clipped policy gradient with a learned critic (Schulman et al. 2017; Ouyang et al. 2022).
 
-    actor <- actor : clip;  critic <- actor : value.  One GAE serves both.
+    actor <- actor : clip;  critic <- actor : value;  with ptx also actor <- data : sft.  One GAE serves both roles.
     """
 
     kl: KL = KL(coef=0.05, estimator="k1", where="reward")
@@ -28,6 +30,10 @@ class PPO:
     """the critic's objective"""
     entropy: float = 0.0
     """weight of the entropy bonus; 0 computes no entropy"""
+    critic_warmup: float = 0.0
+    """share of the steps in which only the critic learns, 0 to 1"""
+    ptx: float = 0.0
+    """weight of the likelihood of the data's own completions (PPO-ptx, Ouyang et al. 2022, eq. 2); 0 needs none"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "gae", "loss": "clip"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=Optim(lr=1e-5))}
@@ -36,8 +42,12 @@ class PPO:
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
         if "values_NT" not in getattr(chosen.advantage, "needs", ()):
             raise UsageError(
-                f"ppo trains a critic, which {type(chosen.advantage).__name__} does not use: "
+                f"ppo trains a critic, which the advantage {type(chosen.advantage).__name__} does not use: "
                 "choose --advantage gae, or an algorithm without a critic such as reinforce_pp or grpo"
             )
-        actor, *rest = policy_terms(chosen, self.kl, self.entropy)
-        return (actor, *rest, Term("critic", "actor", self.value, chosen.advantage))
+        terms = policy_terms(chosen, self.kl, self.entropy)
+        if self.ptx:
+            terms = (*terms, Term("actor", "data", SFT(), weight=self.ptx))
+        if self.critic_warmup:
+            terms = tuple(replace(term, loss=Delayed(term.loss, self.critic_warmup)) for term in terms)
+        return (*terms, Term("critic", "actor", self.value, chosen.advantage))

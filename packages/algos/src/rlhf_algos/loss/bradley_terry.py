@@ -37,12 +37,11 @@ class BradleyTerry:
         return frozenset({"margin_N"} if self.margin else ())
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        scores_N = outputs["scores_N"]
-        chosen, rejected = split(scores_N)
+        chosen, rejected = split(outputs["scores_N"], batch)
         difference = chosen - rejected
         if self.margin:
-            difference = difference - split(batch["margin_N"])[0]
+            difference = difference - split(batch["margin_N"], batch)[0]
         values = -torch.nn.functional.logsigmoid(difference)
         if self.centre:
             values = values + self.centre * (chosen + rejected).square()
-        return LossTerms(values, Reduction("sample"), pair_metrics(scores_N))
+        return LossTerms(values, Reduction("sample"), pair_metrics(chosen, rejected))

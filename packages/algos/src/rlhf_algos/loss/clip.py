@@ -1,22 +1,22 @@
-"""The clipped policy objective: PPO's, and with other bounds and reductions that of GRPO, Dr. GRPO and DAPO."""
+"""The clipped policy objective: PPO's, and with other bounds and averages that of GRPO, Dr. GRPO and DAPO."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from rlhf_algos.ratios import Aggregate, bounded_log_ratio, ratio_metrics, reduction
+from rlhf_algos.loss.policy import PolicyLoss
+from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.types import Batch, LossTerms, Outputs
 
 __all__ = ["Clip"]
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(PolicyLoss):
     """Policy gradient with a clipped importance ratio (Schulman et al. 2017, eq. 7).
 
     Per token, with r = pi / pi_old (its logarithm bounded to +-20):  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
@@ -28,15 +28,6 @@ class Clip:
     """how far the ratio may rise above 1 where the advantage is positive; DAPO's clip-higher is 0.28"""
     dual_clip: float = 0.0
     """bound -r A by this times -A where the advantage is negative (Ye et al. 2020, eq. 5), 3 say; 0 does not"""
-    aggregate: Aggregate = "token"
-    """mean over tokens, mean over completions of token means (`sequence`), sum over tokens / (completions * length)
-    (`constant`), or `sum`"""
-    length: int = 0
-    """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
-
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
-    needs: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT", "advantages_NT"})
-    rows_per_unit: ClassVar[int] = 1
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         advantages_NT = batch["advantages_NT"]
@@ -48,5 +39,4 @@ class Clip:
         if self.dual_clip:
             bounded_NT = torch.maximum(objective_NT, self.dual_clip * advantages_NT)
             objective_NT = torch.where(advantages_NT < 0, bounded_NT, objective_NT)
-        metrics = ratio_metrics(log_ratio_NT, clipped_NT < plain_NT, batch.mask_NT)
-        return LossTerms(-objective_NT, reduction(self.aggregate, self.length), metrics)
+        return self.terms(-objective_NT, batch, ratio_metrics(log_ratio_NT, clipped_NT < plain_NT, batch.mask_NT))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_algos.loss.clip import Clip
-from rlhf_algos.ratios import Aggregate
+from rlhf_algos.loss.policy import Aggregate
 
 __all__ = ["GRPO"]
 
@@ -18,5 +18,3 @@ class GRPO(Clip):
     """
 
     aggregate: Aggregate = "sequence"
-    """mean over tokens, mean over completions of token means (`sequence`), sum over tokens / (completions * length)
-    (`constant`), or `sum`"""

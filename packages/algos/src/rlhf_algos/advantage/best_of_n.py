@@ -1,0 +1,38 @@
+"""The best completions of each prompt, as credit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.groups import rank_in_group, require_groups
+from rlhf_core.types import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["BestOfN"]
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """Selects each prompt's completions of highest reward: what rejection sampling trains on (Touvron et al. 2023).
+
+    Their advantage is 1; the others are not trained on. Of equal rewards the first sampled wins.
+    """
+
+    keep: int = 1
+    """how many completions of each prompt are kept"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    min_samples: ClassVar[int] = 2
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        require_groups(rollouts, self)
+        best_N = rank_in_group(rewards.rewards_N, rollouts.group_N) < self.keep
+        rows = best_N.nonzero().flatten()
+        kept = float(rewards.rewards_N[rows].mean())
+        return Credit((best_N[:, None] & rollouts.mask_NT).float(), rows=rows, metrics={"reward/kept": kept})

@@ -1,0 +1,16 @@
+"""Centred group scores, the credit of Dr. GRPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_algos.advantage.grpo import GRPO
+
+__all__ = ["DrGRPO"]
+
+
+@dataclass(frozen=True)
+class DrGRPO(GRPO):
+    """Scores minus their group's mean, not divided by its deviation (Liu et al. 2025, Dr. GRPO, eq. 5)."""
+
+    std: bool = False

@@ -1,0 +1,46 @@
+"""A best and a worst completion of each prompt, as credit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
+from rlhf_core.lazy import torch
+from rlhf_core.types import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["Pairs"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Selects each prompt's best and worst completion as a preference pair (Guo et al. 2024, online DPO).
+
+    Advantages are +1 and -1. A prompt whose completions are all equally good gives no pair.
+    """
+
+    min_gap: float = 0.0
+    """pairs whose rewards differ by no more than this are left out"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    min_samples: ClassVar[int] = 2
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        require_groups(rollouts, self)
+        scores_N, group_N = rewards.rewards_N, rollouts.group_N
+        rank_N = rank_in_group(scores_N, group_N)
+        best = (rank_N == 0).nonzero().flatten()
+        worst = (rank_N == group_sizes(group_N).long() - 1).nonzero().flatten()
+        best, worst = best[group_N[best].argsort()], worst[group_N[worst].argsort()]
+        gap = scores_N[best] - scores_N[worst]
+        best, worst = best[gap > self.min_gap], worst[gap > self.min_gap]
+        sign_N = torch.zeros_like(scores_N)
+        sign_N[best], sign_N[worst] = 1.0, -1.0
+        metrics = {"pairs/share": len(best) / max(1, len(gap))}
+        return Credit(sign_N[:, None] * rollouts.mask_NT, rows=torch.stack([best, worst], 1).flatten(), metrics=metrics)

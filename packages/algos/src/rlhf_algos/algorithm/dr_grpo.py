@@ -1,0 +1,33 @@
+"""GRPO without its two biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_core.options import KL, ModelOptions, Sampling
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["DrGRPO"]
+
+
+@dataclass(frozen=True)
+class DrGRPO:
+    """Dr. GRPO: no division by group deviation or length (Liu et al. 2025): actor <- actor : dr_grpo, no critic.
+
+    Without them hard and easy prompts, short and long completions weigh alike.
+    """
+
+    kl: KL = KL(coef=0.0, estimator="k3", where="loss")
+    """penalty that keeps the policy near the reference; off as in the paper, which then needs no reference"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "dr_grpo", "loss": "dr_grpo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
+    config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=8)}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen, self.kl, self.entropy)

@@ -1,0 +1,33 @@
+"""Group sequence policy optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_core.options import KL, ModelOptions, Sampling
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["GSPO"]
+
+
+@dataclass(frozen=True)
+class GSPO:
+    """GSPO: importance ratios of whole sequences (Zheng et al. 2025): actor <- actor : gspo, no critic.
+
+    The stable choice for mixtures of experts, whose token ratios are noisy.
+    """
+
+    kl: KL = KL(coef=0.0, estimator="k3", where="loss")
+    """penalty that keeps the policy near the reference; off by default, which then needs no reference"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "grpo", "loss": "gspo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
+    config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4, "sampling": Sampling(n=8)}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen, self.kl, self.entropy)

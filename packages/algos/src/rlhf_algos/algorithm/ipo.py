@@ -1,0 +1,19 @@
+"""Identity preference optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.algorithm.dpo import DPO
+from rlhf_algos.compose import OFFLINE
+
+__all__ = ["IPO"]
+
+
+@dataclass(frozen=True)
+class IPO(DPO):
+    """Identity preference optimisation on pairs (Azar et al. 2023): actor <- data : ipo, with a reference."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "ipo"}

@@ -1,0 +1,27 @@
+"""Direct preference optimisation on the policy's own completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import ONLINE, policy_terms
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["OnlineDPO"]
+
+
+@dataclass(frozen=True)
+class OnlineDPO:
+    """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): actor <- actor : dpo on pairs."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        "actor": TrainedOptions(optim=Optim(lr=5e-7)),
+        "reference": ModelOptions(),
+    }
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen)

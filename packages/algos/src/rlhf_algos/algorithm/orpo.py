@@ -1,0 +1,26 @@
+"""Odds ratio preference optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["ORPO"]
+
+
+@dataclass(frozen=True)
+class ORPO:
+    """Supervised fine-tuning and preference in one step (Hong et al. 2024): actor <- data : orpo, no reference."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "orpo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        "actor": TrainedOptions(optim=Optim(lr=8e-6, schedule="linear", warmup=0.1)),
+    }
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("actor", "data", chosen_loss(chosen)),)

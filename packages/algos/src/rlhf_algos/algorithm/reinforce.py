@@ -1,0 +1,32 @@
+"""REINFORCE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_core.options import KL, ModelOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["Reinforce"]
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """REINFORCE without a baseline (Williams 1992): actor <- actor : reinforce, no critic.
+
+    With --advantage batch_mean it is OpenRLHF's `flash_reinforce`.
+    """
+
+    kl: KL = KL(coef=0.05, estimator="k1", where="reward")
+    """penalty that keeps the policy near the reference"""
+    entropy: float = 0.0
+    """weight of the entropy bonus; 0 computes no entropy"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "reinforce", "loss": "reinforce"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen, self.kl, self.entropy)

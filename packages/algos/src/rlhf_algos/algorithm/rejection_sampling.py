@@ -1,0 +1,25 @@
+"""Supervised fine-tuning on the policy's own best completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlhf_algos.compose import ONLINE, policy_terms
+from rlhf_core.options import ModelOptions, Optim, Sampling, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["RejectionSampling"]
+
+
+@dataclass(frozen=True)
+class RejectionSampling:
+    """Fine-tuning on each prompt's best sample (Dong et al. 2023, RAFT): actor <- actor : sft on the best of n."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "best_of_n", "loss": "sft"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=Optim(lr=2e-6))}
+    config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=8)}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen)

@@ -1,0 +1,26 @@
+"""Simple preference optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["SimPO"]
+
+
+@dataclass(frozen=True)
+class SimPO:
+    """Preference optimisation without a reference (Meng et al. 2024): actor <- data : simpo."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "simpo"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        "actor": TrainedOptions(optim=Optim(lr=1e-6, schedule="cosine", warmup=0.1)),
+    }
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("actor", "data", chosen_loss(chosen)),)

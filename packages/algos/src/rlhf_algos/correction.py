@@ -1,0 +1,85 @@
+"""What to do when the sampler is not quite the policy: another engine, another precision, or an older version.
+
+Sampling and training disagree a little even on the same weights, so data is slightly off-policy before the first
+update. The remedy is an importance weight between the policy as the trainer computes it at the start of the step and
+the engine's own log-probabilities, rho = exp(old - sampler), bounded so that its variance stays finite, and without a
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_algos.ratios import MAX_LOG_RATIO
+from rlhf_core.lazy import torch
+from rlhf_core.types import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch
+
+__all__ = ["Correction"]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Importance weights for the difference between sampler and trainer.
+
+    token + clip is truncated importance sampling (Yao et al. 2025), token + mask IcePop (Ling Team 2025), sequence with
+    clip or mask the sequence-level forms (Liu et al. 2025), geometric + mask OpenRLHF's `seq-mask-tis`.
+    """
+
+    level: Literal["off", "token", "sequence", "geometric"] = "off"
+    """whose ratio is bounded: each token's, the completion's product of them, or their geometric mean (tokens then keep
+    their own weights)"""
+    mode: Literal["clip", "mask"] = "clip"
+    """outside the bounds: set the weight to the bound, or to zero, which drops the token or completion"""
+    low: float = 0.0
+    """lower bound of the ratio; 0 has none"""
+    high: float = 2.0
+    """upper bound of the ratio"""
+
+    def __post_init__(self) -> None:
+        if self.level == "geometric" and self.mode == "clip":
+            raise ValueError("correction level geometric only masks: set its mode to mask")
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"correction needs 0 <= low < high, not {self.low} and {self.high}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the weights are made of; nothing when they are off."""
+        return frozenset() if self.level == "off" else frozenset({"old_logprobs_NT", "sampler_logprobs_NT"})
+
+    def weights(self, batch: Batch) -> tuple[Tensor, Mapping[str, Metric]]:
+        """Weights (N, T), and how far apart sampler and trainer are."""
+        mask_NT = batch.mask_NT
+        log_ratio_NT = (batch["old_logprobs_NT"] - batch["sampler_logprobs_NT"]).masked_fill(~mask_NT, 0.0).detach()
+        tested_NT = self._tested(log_ratio_NT, mask_NT)
+        if self.mode == "clip":
+            weights_NT = tested_NT.clamp(self.low, self.high)
+            kept_NT = torch.ones_like(mask_NT)
+        else:
+            kept_NT = (tested_NT >= self.low) & (tested_NT <= self.high)
+            own_NT = tested_NT if self.level != "geometric" else _exp(log_ratio_NT)
+            weights_NT = torch.where(kept_NT, own_NT, 0.0)
+        return weights_NT, {
+            "sampler_kl": Metric.over(-log_ratio_NT, mask_NT),
+            "sampler_weight": Metric.over(weights_NT, mask_NT),
+            "sampler_kept": Metric.over(kept_NT, mask_NT),
+        }
+
+    def _tested(self, log_ratio_NT: Tensor, mask_NT: Tensor) -> Tensor:
+        """The ratio that is compared with the bounds, at every token."""
+        if self.level == "token":
+            return _exp(log_ratio_NT)
+        log_ratio_N1 = log_ratio_NT.sum(1, keepdim=True)
+        if self.level == "geometric":
+            log_ratio_N1 = log_ratio_N1 / mask_NT.sum(1, keepdim=True).clamp(min=1)
+        return _exp(log_ratio_N1).expand_as(log_ratio_NT)
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

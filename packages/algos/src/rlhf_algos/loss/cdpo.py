@@ -1,0 +1,29 @@
+"""DPO for labels that are sometimes wrong, cautious form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_algos.loss.preference import PreferenceLoss
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CDPO"]
+
+
+@dataclass(frozen=True)
+class CDPO(PreferenceLoss):
+    """Conservative DPO: smoothed labels (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3).
+
+    Per pair:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)
+    """
+
+    label_smoothing: float = 0.1
+    """s: the probability that a label is flipped, 0 to 0.5"""
+
+    def of(self, margin: Tensor) -> Tensor:
+        log_sigmoid = torch.nn.functional.logsigmoid
+        return -(1 - self.label_smoothing) * log_sigmoid(margin) - self.label_smoothing * log_sigmoid(-margin)

@@ -1,0 +1,27 @@
+"""The likelihood of chosen completions, a term beside a preference loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.pairs import mean_logprobs, split
+from rlhf_core.types import LossTerms, Metric, Reduction
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["ChosenNLL"]
+
+
+@dataclass(frozen=True)
+class ChosenNLL:
+    """Mean negative log-likelihood per token of each pair's chosen completion (Pang et al. 2024, eq. 1)."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    rows_per_unit: ClassVar[int] = 2
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        chosen, _ = split(-mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
+        return LossTerms(chosen, Reduction("sample"), {"nll": Metric.over(chosen)})

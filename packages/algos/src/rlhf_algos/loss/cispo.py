@@ -1,0 +1,34 @@
+"""CISPO's objective: clip the weight, not the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_algos.loss.policy import PolicyLoss
+from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, LossTerms, Outputs
+
+__all__ = ["CISPO"]
+
+
+@dataclass(frozen=True)
+class CISPO(PolicyLoss):
+    """REINFORCE with a clipped importance weight that carries no gradient (MiniMax 2025, MiniMax-M1, eq. 4-5).
+
+    Per token, with r = pi / pi_old:  -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi.  No token loses its gradient.
+    """
+
+    clip_low: float = 1.0
+    """how far the weight may fall below 1; the paper sets no lower bound, which is 1"""
+    clip_high: float = 4.0
+    """how far the weight may rise above 1; the paper tunes it and gives no number"""
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        log_ratio_NT = bounded_log_ratio(outputs["logprobs_NT"], batch["old_logprobs_NT"], batch.mask_NT)
+        ratio_NT = log_ratio_NT.detach().exp()
+        weights_NT = ratio_NT.clamp(1 - self.clip_low, 1 + self.clip_high)
+        values_NT = -weights_NT * batch["advantages_NT"] * outputs["logprobs_NT"]
+        return self.terms(values_NT, batch, ratio_metrics(log_ratio_NT, weights_NT != ratio_NT, batch.mask_NT))

@@ -1,0 +1,16 @@
+"""DAPO's objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_algos.loss.clip import Clip
+
+__all__ = ["DAPO"]
+
+
+@dataclass(frozen=True)
+class DAPO(Clip):
+    """`clip` with a higher upper bound and the mean over all tokens (Yu et al. 2025, DAPO, eq. 8)."""
+
+    clip_high: float = 0.28

@@ -1,0 +1,37 @@
+"""A loss that begins later than the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, Loss, LossTerms, Outputs
+
+__all__ = ["Delayed"]
+
+
+@dataclass(frozen=True)
+class Delayed:
+    """Another loss, times zero until a share of the run has passed; its metrics are reported throughout."""
+
+    loss: Loss
+    """the loss that is delayed"""
+    start: float
+    """share of the run's steps after which it counts, 0 to 1"""
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return self.loss.wants
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.loss.needs
+
+    @property
+    def rows_per_unit(self) -> int:
+        return self.loss.rows_per_unit
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        result = self.loss(outputs, batch)
+        return replace(result, values=result.values * float(batch.scalars["progress"] >= self.start))

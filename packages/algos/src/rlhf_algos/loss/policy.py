@@ -1,0 +1,51 @@
+"""What all policy objectives share: how tokens are averaged, and the correction for an imperfect sampler.
+
+Not an objective itself; a subclass says what one token's loss is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_algos.correction import Correction
+from rlhf_core.types import LossTerms, Metric, Reduction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch
+
+__all__ = ["Aggregate", "PolicyLoss"]
+
+Aggregate = Literal["token", "sequence", "constant", "sum"]
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The options of every policy objective."""
+
+    aggregate: Aggregate = "token"
+    """mean over tokens, mean over completions of token means (`sequence`), sum over tokens / (completions * length)
+    (`constant`), or `sum`"""
+    length: int = 0
+    """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
+    correction: Correction = Correction()
+    """importance weights for a sampler that differs from the policy"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    reads: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT", "advantages_NT"})
+    """what the objective needs, whatever its options"""
+    rows_per_unit: ClassVar[int] = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.reads | self.correction.needs
+
+    def terms(self, values_NT: Tensor, batch: Batch, metrics: Mapping[str, Metric]) -> LossTerms:
+        """Per-token losses, weighted and with their reduction."""
+        if self.correction.level != "off":
+            weights_NT, about_weights = self.correction.weights(batch)
+            values_NT, metrics = weights_NT * values_NT, {**metrics, **about_weights}
+        return LossTerms(values_NT, Reduction(self.aggregate, self.length), metrics)

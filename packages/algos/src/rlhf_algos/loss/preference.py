@@ -1,0 +1,40 @@
+"""What all losses on the difference of log-ratios to a reference share. Not an objective itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.pairs import log_ratios, pair_metrics, split
+from rlhf_core.types import LossTerms, Reduction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["PreferenceLoss"]
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A function of h = log(pi / ref)(chosen) - log(pi / ref)(rejected), sums over tokens."""
+
+    beta: float = 0.1
+    """strength of the pull to the reference; larger stays nearer"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
+    rows_per_unit: ClassVar[int] = 2
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        chosen, rejected = split(self.beta * self.ratios(outputs, batch), batch)
+        return LossTerms(self.of(chosen - rejected), Reduction("sample"), pair_metrics(chosen, rejected))
+
+    def ratios(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """log(pi / ref) of each completion (N,)."""
+        return log_ratios(outputs, batch)
+
+    def of(self, margin: Tensor) -> Tensor:
+        """The loss of each pair, from its margin beta h."""
+        raise NotImplementedError

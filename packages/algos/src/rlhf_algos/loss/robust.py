@@ -1,0 +1,33 @@
+"""DPO for labels that are sometimes wrong, unbiased form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_algos.loss.preference import PreferenceLoss
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Robust"]
+
+
+@dataclass(frozen=True)
+class Robust(PreferenceLoss):
+    """DPO whose expectation over flipped labels is DPO's on the true ones (Chowdhury et al. 2024, eq. 12).
+
+    Per pair:  (-(1 - s) log sigmoid(beta h) + s log sigmoid(-beta h)) / (1 - 2 s)
+    """
+
+    label_smoothing: float = 0.1
+    """s: the probability that a label is flipped, 0 to 0.5 without 0.5 itself"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is a flip probability below 0.5, not {self.label_smoothing}")
+
+    def of(self, margin: Tensor) -> Tensor:
+        log_sigmoid, s = torch.nn.functional.logsigmoid, self.label_smoothing
+        return (-(1 - s) * log_sigmoid(margin) + s * log_sigmoid(-margin)) / (1 - 2 * s)
