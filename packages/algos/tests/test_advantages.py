@@ -39,7 +39,7 @@ from rlhf_core.world import World
 class Given:
     rollouts: Rollouts
     rewards: RewardOutput
-    values_NT: torch.Tensor  # noqa: N815 - shape letters are capitals
+    values_NT: torch.Tensor
 
     def credit(self, advantage: Any) -> Credit:
         result: Credit = advantage(self.rewards, self.rollouts, {"values_NT": self.values_NT})

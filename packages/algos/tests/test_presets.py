@@ -1,0 +1,143 @@
+"""What this package registers keeps the contract, and presets compose what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rlhf_algos import plugin
+from rlhf_algos.loss.delayed import Delayed
+from rlhf_core.configure import make
+from rlhf_core.errors import UsageError
+from rlhf_core.options import KL
+from rlhf_core.plan import Plan, make_plan
+from rlhf_core.registry import default_registry
+from rlhf_core.testing import check_advantage, check_algorithm, check_light, check_loss
+
+PROVIDERS = {"advantage": plugin.rlhf_advantage(), "loss": plugin.rlhf_loss(), "algorithm": plugin.rlhf_algorithm()}
+
+
+def resolve(kind: str, name: str):
+    return default_registry().resolve(kind, name)()
+
+
+def test_listing_and_showing_options_imports_no_torch():
+    check_light(*sorted({str(target).partition(":")[0] for table in PROVIDERS.values() for target in table.values()}))
+
+
+@pytest.mark.parametrize("name", PROVIDERS["advantage"])
+def test_every_advantage_keeps_its_contract(name):
+    check_advantage(resolve("advantage", name))
+
+
+@pytest.mark.parametrize("name", PROVIDERS["loss"])
+def test_every_loss_keeps_its_contract(name):
+    loss = resolve("loss", name)
+    check_loss(replace(loss, length=16) if getattr(loss, "length", None) == 0 else loss)
+
+
+@pytest.mark.parametrize("name", PROVIDERS["algorithm"])
+def test_every_algorithm_keeps_its_contract(name):
+    check_algorithm(resolve("algorithm", name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what presets are made of
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def planned(name: str, **options: object) -> Plan:
+    if resolve("algorithm", name).defaults["data"] == "json":
+        options = {"data": {"use": "json", "path": "rows.jsonl"}, **options}
+    return make_plan(make(name, model="tiny", **options))
+
+
+def terms(plan: Plan) -> list[str]:
+    return [f"{term.role} <- {term.source} : {type(term.loss).__name__}" for term in plan.terms]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "roles"),
+    [
+        ("sft", ["actor <- data : SFT"], {"actor"}),
+        ("reward", ["reward <- data : BradleyTerry"], {"reward"}),
+        ("dpo", ["actor <- data : DPO"], {"actor", "reference"}),
+        ("ipo", ["actor <- data : IPO"], {"actor", "reference"}),
+        ("cdpo", ["actor <- data : CDPO"], {"actor", "reference"}),
+        ("simpo", ["actor <- data : SimPO"], {"actor"}),
+        ("orpo", ["actor <- data : ORPO"], {"actor"}),
+        ("ppo", ["actor <- actor : Clip", "critic <- actor : Value"], {"actor", "critic", "reference"}),
+        ("grpo", ["actor <- actor : GRPO", "actor <- actor : KLLoss"], {"actor", "reference"}),
+        ("dr_grpo", ["actor <- actor : DrGRPO"], {"actor"}),
+        ("dapo", ["actor <- actor : DAPO"], {"actor"}),
+        ("gspo", ["actor <- actor : GSPO"], {"actor"}),
+        ("cispo", ["actor <- actor : CISPO"], {"actor"}),
+        ("rloo", ["actor <- actor : Reinforce"], {"actor", "reference"}),
+        ("reinforce", ["actor <- actor : Reinforce"], {"actor", "reference"}),
+        ("reinforce_pp", ["actor <- actor : Clip"], {"actor", "reference"}),
+        ("reinforce_pp_baseline", ["actor <- actor : Clip", "actor <- actor : KLLoss"], {"actor", "reference"}),
+        ("online_dpo", ["actor <- actor : DPO"], {"actor", "reference"}),
+        ("rejection_sampling", ["actor <- actor : SFT"], {"actor"}),
+    ],
+)
+def test_presets_train_these_roles_on_these_terms(name, expected, roles):
+    plan = planned(name)
+    assert terms(plan) == expected
+    assert set(plan.roles) == roles, "a role exists only because something needs it"
+
+
+def test_every_preset_is_in_the_table_above():
+    (mark,) = test_presets_train_these_roles_on_these_terms.pytestmark
+    assert {row[0] for row in mark.args[1]} == set(PROVIDERS["algorithm"])
+
+
+def test_terms_of_one_credit_share_it():
+    for name in ("ppo", "grpo", "dpo"):
+        assert len(planned(name).credits) == 1, name
+
+
+def test_switching_a_penalty_off_leaves_its_model_away():
+    config = make("ppo", model="tiny")
+    assert "reference" in make_plan(config).roles
+    without = make_plan(replace(config, algorithm=replace(config.algorithm, kl=KL(coef=0.0))))
+    assert set(without.roles) == {"actor", "critic"}
+
+
+def test_a_constant_length_is_the_longest_completion_of_the_run():
+    (term,) = planned("dr_grpo", sampling={"max_new_tokens": 77}).terms
+    assert term.loss.length == 77
+
+
+def test_critic_warmup_delays_the_policy_and_not_the_critic():
+    config = make("ppo", model="tiny")
+    plan = make_plan(replace(config, algorithm=replace(config.algorithm, critic_warmup=0.2, entropy=0.1, ptx=0.5)))
+    assert [isinstance(term.loss, Delayed) for term in plan.terms] == [True, True, True, False]
+    assert [term.source for term in plan.terms] == ["actor", "actor", "data", "actor"]
+    assert [term.weight for term in plan.terms] == [1.0, 0.1, 0.5, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mistakes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp_baseline", "online_dpo", "rejection_sampling"])
+def test_one_completion_per_prompt_is_refused_where_they_are_compared(name):
+    with pytest.raises(UsageError, match=r"set --sampling.n to 2 or more \(it is 1\)"):
+        planned(name, sampling={"n": 1})
+
+
+def test_ppo_without_a_use_for_its_critic_is_refused():
+    with pytest.raises(UsageError, match="choose --advantage gae"):
+        planned("ppo", advantage="grpo")
+
+
+def test_a_critic_free_algorithm_with_a_critic_s_advantage_is_refused():
+    with pytest.raises(UsageError, match="needs a role 'critic'"):
+        planned("grpo", advantage="gae")
+
+
+def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refused():
+    with pytest.raises(UsageError, match="needs a role 'reference'"):
+        planned("simpo", loss="dpo")
