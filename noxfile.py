@@ -23,7 +23,10 @@ nox.options.reuse_venv = "yes"
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
 EXTRAS = {"core": "[gguf,sentiment]"}
-"""Extras that a package's tests use."""
+"""Extras that a package's tests use everywhere."""
+ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
+"""Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
+core; elsewhere the tests that need them are skipped."""
 
 BIN = "Scripts" if os.name == "nt" else "bin"
 DEVELOP = ROOT / ".nox" / "develop"
@@ -120,9 +123,15 @@ def wheels(session: nox.Session) -> None:
 @nox.session(requires=["wheels"], reuse_venv=False)
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def alone(session: nox.Session, package: str) -> None:
-    """Wheels of core and one package in a clean environment: it is listed, and passes its own tests."""
-    chosen = [wheel("core", EXTRAS["core"])] + [wheel(package)] * (package != "core")
-    session.install(*PINNED, *chosen, *TESTING)
+    """Wheels of core, one package and its engine in a clean environment: it is listed, and passes its own tests."""
+    chosen = [wheel("core", EXTRAS["core"])] + [wheel(package, ENGINES.get(package, ""))] * (package != "core")
+    if package == "rollout-vllm":  # vllm pins what it needs itself, and not as constraints.txt does
+        session.install(f"torch=={pinned('torch')}", f"transformers=={pinned('transformers')}", *chosen, *TESTING)
+        session.run(
+            "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"
+        )  # CUDA builds that cannot load
+    else:
+        session.install(*PINNED, *chosen, *TESTING)
     listed = plugins(session)
     expected = {"core", package} if package != "core" else {"core"}
     if unlisted := {f"rlhf-{name}" for name in expected} - listed:
