@@ -87,14 +87,13 @@ def test_a_function_of_an_installed_module_is_named_with_a_colon(tmp_path: Path,
     assert scores(Func("my_rewards:always")) == [1, 1]
 
 
-def test_an_exception_names_line_and_sample_and_keeps_its_cause(tmp_path: Path) -> None:
+def test_an_exception_names_line_and_sample(tmp_path: Path) -> None:
     body = "def reward_func(completions):\n  return [1 / (len(c) - 9) for c in completions]"
     with pytest.raises(UsageError) as caught:
         func(tmp_path, body)(TWO)
     message = str(caught.value)
     assert "line 2: ZeroDivisionError: division by zero, on sample 1, prompt 'p1 ', completion 'two words'" in message
     assert "\n" not in message
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_a_function_that_is_not_there_is_a_usage_error(path: str, message: str) 
 
 
 def test_a_dict_without_rewards_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"returned a dict without 'rewards': \['reward'\]"):
+    with pytest.raises(UsageError, match=r"returned a dict without 'rewards': reward, on sample 0"):
         func(tmp_path, "def reward_func(queries, prompts, labels): return {'reward': [1, 2]}")(TWO)
 
 

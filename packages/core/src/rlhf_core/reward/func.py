@@ -3,36 +3,35 @@
     def reward_func(queries, prompts, labels):
         return torch.tensor([...])          # or a list; or {"rewards": …, "scores": …, "extra_logs": {name: …}}
 
-is OpenRLHF's signature: `queries` are prompt and completion as one text, and each argument is a list of N. A function
-that names other arguments gets those, of `queries`, `prompts`, `completions`, `labels` and `meta`; `**kwargs` gets the
-rest. It may be `async`. It is called once with the whole batch.
+is OpenRLHF's signature: `queries` are prompt and completion as one text, and each argument is a list. A function that
+names other arguments gets those, of `queries`, `prompts`, `completions`, `labels` and `meta`; `**kwargs` gets the rest.
+It may be `async`.
+
+A sample that the function fails on (it raises, hangs in a worker, answers for the wrong number of samples) stops the run
+and is named, unless a fallback was chosen; then it gets that reward and is counted in the metric `failed`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
-import inspect
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.reward.calls import Answer, Columns, call, load_function, reason
 from rlhf_core.reward.output import excerpt
+from rlhf_core.reward.workers import Failure, shared
 from rlhf_core.types import RewardOutput
 
 if TYPE_CHECKING:
     from rlhf_core.types import Rollouts
 
-__all__ = ["Func", "load_function"]
+__all__ = ["Func"]
 
-POSITIONAL = ("queries", "prompts", "labels")
-"""What a function with parameters of other names is called with."""
+TARGET = "rlhf_core.reward.calls:call"
+"""What workers run."""
 
 
 @dataclass(frozen=True)
@@ -43,90 +42,88 @@ class Func:
     """a .py file, or module:name"""
     name: str = "reward_func"
     """the function's name in the file"""
+    batch: int = 0
+    """samples per call; 0 is all of them, or an equal share for each worker"""
+    workers: int = 0
+    """processes to run it in, for slow or CPU-bound code; 0 runs it in this one"""
+    timeout: float = 0.0
+    """seconds a call may take before its worker is killed; 0 waits for ever; needs workers"""
+    fallback: float | None = None
+    """reward of samples the function fails on, counted in reward/failed; without it they stop the run"""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        function = load_function(self.path, self.name)
-        try:
-            raw = _call(function, rollouts, range(len(rollouts)))
-        except Exception as error:
-            raise UsageError(f"{self.path}: {_where(error)}, on {_culprit(function, rollouts)}") from error
-        if not isinstance(raw, Mapping):
-            return RewardOutput(rewards_N=raw)
-        if "rewards" not in raw:
-            raise UsageError(f"{self.path}: {function.__name__} returned a dict without 'rewards': {sorted(raw)}")
-        return RewardOutput(rewards_N=raw["rewards"], scores_N=raw.get("scores"), metrics=raw.get("extra_logs") or {})
+        if self.timeout and not self.workers:
+            raise UsageError("--reward.timeout needs a process that can be killed: pass --reward.workers 1 too")
+        load_function(self.path, self.name)  # a wrong path is the user's mistake before it is a worker's failure
+        columns: Columns = {
+            "queries": [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts)],
+            "prompts": rollouts.prompts,
+            "completions": rollouts.texts,
+            "labels": rollouts.labels,
+            "meta": rollouts.meta,
+        }
+        N = len(rollouts)
+        size = self.batch or (math.ceil(N / self.workers) if self.workers else N)
+        parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
+        answers = list(zip(parts, self._calls(columns, parts)))
+        known = [(rows, answer) for rows, answer in answers if isinstance(answer, Answer)]
+        for rows, failure in answers:
+            if isinstance(failure, Failure):
+                known += self._one_by_one(rollouts, columns, rows, failure)
+        return self._joined(known, N)
+
+    def _calls(self, columns: Columns, parts: Sequence[range]) -> list[Any]:
+        """An `Answer` or a `Failure` for each part of the rows."""
+        calls = [
+            (self.path, self.name, {key: [column[i] for i in rows] for key, column in columns.items()})
+            for rows in parts
+        ]
+        if self.workers:
+            return shared(self.workers, TARGET, (self.path, self.name)).map(calls, self.timeout)
+        return [_guarded(arguments) for arguments in calls]
+
+    def _one_by_one(
+        self, rollouts: Rollouts, columns: Columns, rows: range, failure: Failure
+    ) -> list[tuple[range, Answer]]:
+        """The answers for the rows of a failed call, each asked alone; raises without a fallback."""
+        parts = [range(row, row + 1) for row in rows]
+        answers = self._calls(columns, parts) if len(rows) > 1 else [failure]
+        failed = {part[0]: answer for part, answer in zip(parts, answers) if isinstance(answer, Failure)}
+        if self.fallback is None:
+            row = min(failed, default=None)
+            if row is None:
+                raise UsageError(
+                    f"{self.path}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
+                )
+            raise UsageError(f"{self.path}: {failed[row].reason}, on {excerpt(rollouts, row)}")
+        return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
+
+    def _joined(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
+        """One output; rows without an answer, or with one that is not finite, get the fallback and are counted."""
+        nothing = math.nan if self.fallback is None else self.fallback
+        rewards, scores = [nothing] * N, [0.0] * N
+        answered = [False] * N
+        logs: dict[str, list[float]] = {name: [0.0] * N for _, answer in known for name in answer.logs}
+        for rows, answer in known:
+            for at, row in enumerate(rows):
+                answered[row] = self.fallback is None or math.isfinite(answer.rewards[at])
+                rewards[row] = answer.rewards[at] if answered[row] else nothing
+                scores[row] = answer.scores[at] if answer.scores is not None and answered[row] else 0.0
+                for name, values in answer.logs.items():
+                    logs[name][row] = values[at]
+        if self.fallback is not None:
+            logs["failed"] = [float(not fine) for fine in answered]
+        scored = any(answer.scores is not None for _, answer in known)
+        return RewardOutput(
+            rewards_N=torch.tensor(rewards),
+            scores_N=torch.tensor(scores) if scored else None,
+            metrics={name: torch.tensor(values) for name, values in logs.items()},
+        )
 
 
-def _call(function: Callable[..., Any], rollouts: Rollouts, rows: range) -> Any:
-    """What the function says about `rows`."""
-    known: dict[str, list[Any]] = {
-        "queries": [rollouts.prompts[i] + rollouts.texts[i] for i in rows],
-        "prompts": [rollouts.prompts[i] for i in rows],
-        "completions": [rollouts.texts[i] for i in rows],
-        "labels": [rollouts.labels[i] for i in rows],
-        "meta": [rollouts.meta[i] for i in rows],
-    }
-    parameters = inspect.signature(function).parameters.values()
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if all(name in known for name in required) and not any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-        everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in parameters}
-        result = function(**{name: value for name, value in known.items() if everything or name in names})
-    else:
-        result = function(*(known[name] for name in POSITIONAL))
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
-def _culprit(function: Callable[..., Any], rollouts: Rollouts) -> str:
-    """The first sample that the function fails on by itself."""
-    for row in range(len(rollouts)):
-        try:
-            _call(function, rollouts, range(row, row + 1))
-        except Exception:
-            return excerpt(rollouts, row)
-    return f"a batch of {len(rollouts)} samples, though on none of them alone"
-
-
-def _where(error: Exception) -> str:
-    """`line 3: ZeroDivisionError: division by zero`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"line {frames[-1].lineno}: {type(error).__name__}: {error}"
-
-
-@cache
-def load_function(path: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the file `path`, or the one `path` names as `module:name`. Loaded once per process.
-
-    Raises:
-        UsageError: there is no such file, module or function.
-    """
-    if Path(path).suffix == ".py":
-        if not Path(path).is_file():
-            raise UsageError(f"--reward.path {path}: there is no such file")
-        module_name = f"rlhf_reward_{Path(path).stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses and pickling inside the file look it up
-        spec.loader.exec_module(module)
-    else:
-        module_name, _, name = path.partition(":")
-        if not name:
-            raise UsageError(f"--reward.path {path}: expected a .py file or module:name")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and module_name.startswith(error.name):
-                raise UsageError(f"--reward.path {path}: there is no module {module_name!r}") from None
-            raise
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UsageError(f"--reward.path {path}: there is no function {name!r} in it")
-    return function  # type: ignore[no-any-return]  # getattr gives Any
+def _guarded(arguments: tuple[Any, ...]) -> Answer | Failure:
+    """A call in this process."""
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return Failure(reason(error))

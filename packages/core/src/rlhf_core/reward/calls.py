@@ -1,0 +1,130 @@
+"""Calling a reward function of the user's: finding it, giving it the arguments it names, reading what it returns.
+
+torch-free, because worker processes import it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import UsageError
+
+__all__ = ["Answer", "Columns", "call", "load_function", "reason"]
+
+Columns = Mapping[str, list[Any]]
+"""Arguments by name, one entry per sample: queries, prompts, completions, labels, meta."""
+
+POSITIONAL = ("queries", "prompts", "labels")
+"""What a function with parameters of other names is called with."""
+
+
+@dataclass
+class Answer:
+    """What a function said about some samples."""
+
+    rewards: list[float]
+    scores: list[float] | None = None
+    logs: dict[str, list[float]] = field(default_factory=dict)
+
+
+def call(path: str, name: str, columns: Columns) -> Answer:
+    """The function's answer.
+
+    Raises:
+        ValueError: it answers for another number of samples, or in another form.
+    """
+    function = load_function(path, name)
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    if all(name in columns for name in required) and not any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        raw = function(**{name: value for name, value in columns.items() if everything or name in names})
+    else:
+        raw = function(*(columns[name] for name in POSITIONAL))
+    if inspect.isawaitable(raw):
+        raw = asyncio.run(_awaited(raw))
+    return _answer(raw, len(columns["queries"]))
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def prepare(path: str, name: str) -> None:
+    """In a worker: import the function before the clock of its first call starts."""
+    load_function(path, name)
+
+
+def _answer(raw: Any, count: int) -> Answer:
+    if not isinstance(raw, Mapping):
+        return Answer(_numbers(raw, "rewards", count))
+    if "rewards" not in raw:
+        raise ValueError(f"returned a dict without 'rewards': {', '.join(map(str, raw))}")
+    scores = raw.get("scores")
+    return Answer(
+        _numbers(raw["rewards"], "rewards", count),
+        None if scores is None else _numbers(scores, "scores", count),
+        {name: _numbers(values, name, count) for name, values in (raw.get("extra_logs") or {}).items()},
+    )
+
+
+def _numbers(values: Any, name: str, count: int) -> list[float]:
+    """`values`, a tensor, an array or a list, as `count` floats."""
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(plain, (list, tuple)) or len(plain) != count:
+        size = f"{len(plain)}" if isinstance(plain, (list, tuple)) else f"{type(values).__name__} instead of"
+        raise ValueError(f"returned {size} {name} for {count} samples")
+    return [float(value.item() if hasattr(value, "item") else value) for value in plain]
+
+
+def reason(error: BaseException) -> str:
+    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
+    ours = Path(__file__).parent
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != ours]
+    place = f"line {frames[-1].lineno}: " if frames else ""
+    return " ".join(f"{place}{type(error).__name__}: {error}".split())
+
+
+@cache
+def load_function(path: str, name: str) -> Callable[..., Any]:
+    """The function `name` of the file `path`, or the one `path` names as `module:name`. Loaded once per process.
+
+    Raises:
+        UsageError: there is no such file, module or function.
+    """
+    if Path(path).suffix == ".py":
+        if not Path(path).is_file():
+            raise UsageError(f"--reward.path {path}: there is no such file")
+        module_name = f"rlhf_reward_{Path(path).stem}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses and pickling inside the file look it up
+        spec.loader.exec_module(module)
+    else:
+        module_name, _, name = path.partition(":")
+        if not name:
+            raise UsageError(f"--reward.path {path}: expected a .py file or module:name")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and module_name.startswith(error.name):
+                raise UsageError(f"--reward.path {path}: there is no module {module_name!r}") from None
+            raise
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"--reward.path {path}: there is no function {name!r} in it")
+    return function  # type: ignore[no-any-return]  # getattr gives Any
