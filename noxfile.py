@@ -22,8 +22,8 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
-EXTRAS = {"core": "[gguf,sentiment]"}
-"""Extras that a package's tests use everywhere."""
+CORE_EXTRAS = "[datasets,gguf,math,profanity,sentiment,serve]"
+"""Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
 """Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
 core; elsewhere the tests that need them are skipped."""
@@ -68,7 +68,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False)
 def develop(session: nox.Session) -> None:
     """All packages editable in .nox/develop, with what tests and checks need."""
-    editable = [f"--editable=packages/{name}{EXTRAS.get(name, '')}" for name in PACKAGES]
+    editable = [f"--editable=packages/{name}{CORE_EXTRAS if name == 'core' else ''}" for name in PACKAGES]
     session.install(*PINNED, "hatchling", "editables")  # so that the next line need not build an environment a package
     session.install(*PINNED, "--no-build-isolation", *editable, *TESTING, "mypy", "nox")
     session.install(*PINNED, *MODEL)
@@ -102,7 +102,7 @@ def minimums(session: nox.Session) -> None:
     """
     lowest = [floor for name in ("core", "algos") for floor in floors(name) if not floor.startswith("torch==")]
     torch = session.posargs or ["torch==" + pinned("torch")]
-    session.install(*torch, *lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
+    session.install(*torch, *lowest, *TESTING, f"packages/core{CORE_EXTRAS}", "packages/algos")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths("core", "algos"), env=QUIET)
 
 
@@ -124,7 +124,10 @@ def wheels(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def alone(session: nox.Session, package: str) -> None:
     """Wheels of core, one package and its engine in a clean environment: it is listed, and passes its own tests."""
-    chosen = [wheel("core", EXTRAS["core"])] + [wheel(package, ENGINES.get(package, ""))] * (package != "core")
+    if package == "core":
+        chosen = [wheel("core", CORE_EXTRAS)]
+    else:
+        chosen = [wheel("core"), wheel(package, ENGINES.get(package, ""))]
     if package == "rollout-vllm":  # vllm pins what it needs itself, and not as constraints.txt does
         session.install(f"torch=={pinned('torch')}", f"transformers=={pinned('transformers')}", *chosen, *TESTING)
         session.run(
@@ -133,8 +136,7 @@ def alone(session: nox.Session, package: str) -> None:
     else:
         session.install(*PINNED, *chosen, *TESTING)
     listed = plugins(session)
-    expected = {"core", package} if package != "core" else {"core"}
-    if unlisted := {f"rlhf-{name}" for name in expected} - listed:
+    if unlisted := {"rlhf-core", f"rlhf-{package}"} - listed:
         session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}, only {', '.join(sorted(listed))}")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths(package), env=QUIET)
 
