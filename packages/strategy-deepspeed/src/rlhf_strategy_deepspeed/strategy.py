@@ -1,32 +1,86 @@
-"""The strategy `deepspeed`: trains a role with DeepSpeed: ZeRO 0 to 3, offload, sequence and tensor parallelism.
+"""The strategy `deepspeed`: its options, and which kind of trainable a role gets.
 
-Only the name is here yet, so that `rlhf-run plugins` lists it; choosing it says what is missing. The capability comes
-with a later version.
+Built in: ZeRO 0 to 3 in float32 and bfloat16, on one process or many, started by `deepspeed`, `torchrun` or Ray. Left for
+later, and refused in a configuration file with one line: offload of optimiser and parameters during training, float16,
+tensor and sequence parallelism, universal checkpoints.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlhf_core.options import Optim
+    from rlhf_core.types import Trainable
 
 __all__ = ["DeepSpeed"]
 
 
 @dataclass(frozen=True)
 class DeepSpeed:
-    """Trains a role with DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO: optimiser states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
 
-    def __call__(self, *args: Any) -> NoReturn:
-        """Say what is missing.
+    stage: Literal[0, 1, 2, 3] = 2
+    """what is sharded: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too"""
+    bucket: int | None = None
+    """elements that are reduced or gathered in one call; 50 million where absent"""
+    overlap: bool | None = None
+    """communicate while the backward pass runs (stages 2 and 3); yes where absent"""
+    persist: int | None = None
+    """stage 3: weights with fewer elements stay whole on every rank; 100,000 where absent"""
+    config: str = ""
+    """JSON file with further DeepSpeed settings; may say "auto" for, but not contradict, what the run decides itself"""
+    show_config: bool = False
+    """print the DeepSpeed configuration of each role before it is built"""
 
-        Raises:
-            UsageError: always; the message says what to do.
-        """
+    def __post_init__(self) -> None:
+        for name in ("bucket", "persist"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        if self.overlap and self.stage < 2:
+            raise UsageError(f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass")
+
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable:
+        """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
         if find_spec("deepspeed") is None:
             raise MissingPackage(
                 "strategy 'deepspeed' needs deepspeed: python3 -m pip install 'rlhf-strategy-deepspeed[deepspeed]'"
             )
-        raise UsageError("strategy 'deepspeed' is announced but not part of version 0.1.0; leave --strategy out")
+        device = prepare_process()
+        from rlhf_strategy_deepspeed.frozen import FrozenShards
+        from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
+
+        if optim is not None:
+            return DeepSpeedTrainable(self, build(), optim, total_steps, device)
+        if self.stage == 3:
+            return FrozenShards(self, build(), device)
+        from rlhf_core.strategy.torch import TorchTrainable
+
+        return TorchTrainable(build().to(device), None, total_steps, device)
+
+
+def prepare_process() -> torch.device:
+    """Make DeepSpeed work in this process, a rank or the only one; returns the rank's device."""
+    rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it without a default
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            torch.distributed.init_process_group(backend)
+        else:  # a store in memory: one process needs no port
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)

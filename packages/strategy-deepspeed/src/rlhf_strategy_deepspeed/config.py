@@ -1,0 +1,156 @@
+"""The DeepSpeed configuration of a role: what the run decides, good defaults, and what the user's file adds.
+
+Gradients are summed by core's count over a whole optimiser step whose micro-batches nobody announces beforehand, so
+DeepSpeed must not count micro-batches: `managed_gradient_accumulation` is off, `backward` only accumulates and `step`
+is the boundary. Learning rate, clipping and batch size are the run's own options; a file may leave them out or say
+"auto" (the custom of transformers), so that a file written for another program can be used here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.options import Optim
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+__all__ = ["configuration"]
+
+Json = dict[str, Any]
+
+REFUSED = {
+    "train_batch_size": "batches are cut by --batch-size and --micro-tokens",
+    "train_micro_batch_size_per_gpu": "batches are cut by --batch-size and --micro-tokens",
+    "gradient_accumulation_steps": "batches are cut by --batch-size and --micro-tokens",
+    "optimizer": "the optimiser is the role's (--<role>.optim…)",
+    "scheduler": "the schedule is the role's (--<role>.optim.schedule)",
+    "fp16": "train in bfloat16 or float32 (--<role>.dtype)",
+    "zero_optimization.offload_optimizer": "offload during training is not part of this version",
+    "zero_optimization.offload_param": "offload during training is not part of this version",
+    "tensor_parallel": "tensor parallelism is not part of this version",
+    "sequence_parallel_size": "sequence parallelism is not part of this version",
+    "hybrid_engine": "completions are sampled by --rollout",
+    "elasticity": "the world size is that of the launcher",
+    "checkpoint.load_universal": "universal checkpoints are not part of this version",
+}
+"""Keys a user's file may not switch on, and what to use instead."""
+
+
+def configuration(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
+    """What `deepspeed.initialize` gets for a role that computes in `dtype`; `optim` is None for a frozen one.
+
+    Raises:
+        UsageError: the user's file cannot be read, or contradicts the run.
+    """
+    fixed = _decided(options, dtype, optim)
+    free = _defaults(options)
+    if not options.config:
+        return _merged(free, fixed)
+    user = _without_auto(_read(options.config))
+    _check(user, fixed, options.config)
+    return _merged(_merged(free, user), fixed)
+
+
+def _decided(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
+    """What follows from the run's options, and from how core trains."""
+    zero: Json = {"stage": options.stage}
+    if options.bucket is not None:
+        zero |= {key: options.bucket for key in _bucket_keys(options.stage)}
+    if options.overlap is not None:
+        zero["overlap_comm"] = options.overlap
+    if options.persist is not None:
+        zero["stage3_param_persistence_threshold"] = options.persist
+    sharded_bf16 = dtype == "bfloat16" and options.stage > 0
+    fixed: Json = {
+        "train_micro_batch_size_per_gpu": 1,  # only its throughput timer reads it
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_allreduce_op": "mean",  # undone by the loss: stage 3 knows no sum
+        "zero_optimization": zero,
+        "bf16": {"enabled": sharded_bf16},
+    }
+    if dtype == "bfloat16" and options.stage == 0 and optim is not None:
+        # nothing is sharded, so nothing is gained by a second copy of the weights: as in the strategy `torch`
+        fixed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if sharded_bf16:
+        fixed["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optim is not None:
+        # stage 0 in DeepSpeed clips but does not tell the norm, so the trainable clips there itself
+        fixed["gradient_clipping"] = optim.max_grad_norm if options.stage > 0 else 0.0
+    return fixed
+
+
+def _defaults(options: DeepSpeed) -> Json:
+    """What a user's file may change."""
+    zero: Json = dict.fromkeys(_bucket_keys(options.stage), 50_000_000)
+    zero["overlap_comm"] = options.stage >= 2
+    if options.stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 100_000, "memory_efficient_linear": False}
+    return {"steps_per_print": None, "zero_optimization": zero}
+
+
+def _bucket_keys(stage: int) -> tuple[str, ...]:
+    return ("reduce_bucket_size", "stage3_prefetch_bucket_size" if stage == 3 else "allgather_bucket_size")
+
+
+def _read(path: str) -> Json:
+    """The user's file."""
+    try:
+        user = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read --strategy.config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--strategy.config {path} is not JSON: {error}") from None
+    if not isinstance(user, dict):
+        raise UsageError(f"--strategy.config {path} must hold a JSON object, not {type(user).__name__}")
+    return user
+
+
+def _check(user: Json, fixed: Json, path: str) -> None:
+    """Refuse what contradicts the run, naming the key and the option that decides it."""
+    decided = dict(_leaves(fixed))
+    for key, value in _leaves(user):
+        refused = next((why for name, why in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
+        off = key.endswith(".enabled") and value is False
+        if refused is not None and not off and not _switched_off(user, key):
+            raise UsageError(f"--strategy.config {path}: take {key} out: {refused}")
+        if key in decided and decided[key] != value:
+            raise UsageError(f"--strategy.config {path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out")
+
+
+def _switched_off(user: Json, key: str) -> bool:
+    """Whether the section that `key` is in says that it is not used (`enabled` false, `device` none)."""
+    section: Any = user
+    for name in key.split(".")[:-1]:
+        section = section[name]
+    return section.get("enabled") is False or section.get("device") == "none"
+
+
+def _without_auto(user: Json) -> Json:
+    """`user` without the values it leaves to the program that reads it."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value for key, value in user.items() if value != "auto"
+    }
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything that is not a section."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _merged(below: Json, above: Json) -> Json:
+    """`below` with `above` laid over it, section by section."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = _merged(below[key], above[key])
+    return both

@@ -1,0 +1,107 @@
+"""A DeepSpeed engine around a module, and what its stage 3 makes hard: reading weights, and using the module without the
+engine.
+
+Under stage 3 a parameter holds nothing except while its module runs: hooks on every module gather its weights before and
+release them after. Whoever calls modules in an order of its own (a sampler, whose ranks stop at different lengths) must
+not trigger those collective calls: `gathered` holds all weights and takes the hooks away for as long as it is open.
+
+Not here: building the module sharded from the start (`deepspeed.zero.Init` around the construction). It saves host
+memory, not device memory: `build` makes the module on the CPU, and it is sharded one parameter at a time on the way to the
+device.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.types import Batch
+
+__all__ = ["Json", "forward", "gathered", "initialize", "library", "quiet", "shard", "show", "whole_weights"]
+
+Json = dict[str, Any]
+
+
+def library() -> Any:
+    """The package deepspeed, imported and set up for training."""
+    import deepspeed
+
+    # inference on CPUs would use this operation, training does not: spare the minute and the compiler it takes to build
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's business
+    return deepspeed
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Swallows what DeepSpeed prints past its log level: memory reports, names of files."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
+def shard(module: nn.Module, config: Json, device: torch.device) -> None:
+    """Stage 3: cut every parameter over the ranks, one at a time, so that the device never holds the whole model."""
+    if config["bf16"]["enabled"]:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    library().zero.Init(module=module, config_dict_or_path=config)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """The engine. Its dtypes, sharding and communication are those of `config`."""
+    deepspeed = library()
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def show(role: str, config: Json) -> None:
+    """Print a configuration once, on the first rank, to standard error."""
+    if torch.distributed.get_rank() == 0:
+        print(f"deepspeed, {role}: {json.dumps(config, indent=1)}", file=sys.stderr)
+
+
+def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.device) -> dict[str, Tensor]:
+    """The module's outputs, through the engine."""
+    from rlhf_core.models.module import layout
+
+    differentiate = torch.is_grad_enabled()
+    # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        outputs: dict[str, Tensor] = engine(layout(batch).to(device), wants)
+    return outputs
+
+
+def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors under their Hugging Face names, gathered one at a time. Collective."""
+    deepspeed = library()
+    for name, tensor in module.hf_weights():  # type: ignore[operator]
+        with deepspeed.zero.GatheredParameters([tensor]):
+            whole = tensor.detach()
+            yield name, whole.clone() if hasattr(tensor, "ds_id") else whole  # shards are gone after the next one
+
+
+@contextmanager
+def gathered(engine: Any) -> Iterator[None]:
+    """All weights of a stage 3 engine's module, on every rank, and no hooks that would release them. Collective."""
+    hooks = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    with library().zero.GatheredParameters(list(engine.module.parameters())):
+        hooks._remove_module_hooks()
+        hooks.forward_hooks.clear()
+        hooks.backward_hooks.clear()
+        try:
+            yield
+        finally:
+            hooks.setup_zero_stage3_hooks()

@@ -1,0 +1,62 @@
+"""A frozen role whose weights are sharded over the ranks, for models that fit on no single device (stage 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NoReturn
+
+from rlhf_core.world import TorchWorld, World
+from rlhf_strategy_deepspeed.config import configuration
+from rlhf_strategy_deepspeed.engine import forward, gathered, initialize, shard, show, whole_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from rlhf_core.types import Batch
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+__all__ = ["FrozenShards"]
+
+
+class FrozenShards:
+    """A module that only answers."""
+
+    def __init__(self, options: DeepSpeed, module: nn.Module, device: torch.device) -> None:
+        config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
+        if options.show_config:
+            show(f"{type(module).__name__}, frozen", config)
+        self.world: World = TorchWorld()
+        self.device = device
+        module.eval().requires_grad_(False)
+        shard(module, config, device)
+        self.engine = initialize(module, config)
+        self.module: nn.Module = self.engine.module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        return forward(self.engine, batch, wants, self.device)
+
+    def backward(self, loss: Tensor) -> NoReturn:
+        raise AssertionError("a frozen role is not trained")
+
+    def step(self) -> NoReturn:
+        raise AssertionError("a frozen role is not trained")
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return gathered(self.engine)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from whole_weights(self.module)
+
+    def save(self, folder: str) -> None:
+        """Nothing: a frozen role is loaded again from where it came."""
+
+    def load(self, folder: str) -> None:
+        """Nothing: a frozen role is loaded again from where it came."""
+
+    def offload(self) -> None:
+        """Its shards stay: DeepSpeed moves no states of an engine without an optimiser."""
+
+    def reload(self) -> None:
+        """Its shards have stayed."""

@@ -1,0 +1,138 @@
+"""A trained role in a DeepSpeed engine: the contract of `Trainable` on top of ZeRO 0 to 3.
+
+Core wants gradients summed over micro-batches and ranks, in any number of `backward` calls before a `step`. DeepSpeed
+means over ranks, which the factor in `backward` undoes, and counts micro-batches, which `managed_gradient_accumulation`
+off stops. Learning rates come from core's schedule, so that every strategy walks the same one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.optim import adamw, lr_factor
+from rlhf_core.world import TorchWorld, World
+from rlhf_strategy_deepspeed.config import configuration
+from rlhf_strategy_deepspeed.engine import forward, gathered, initialize, quiet, shard, show, whole_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.options import Optim
+    from rlhf_core.types import Batch
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+__all__ = ["DeepSpeedTrainable"]
+
+TAG = "deepspeed"
+"""The folder inside a checkpoint folder that DeepSpeed writes."""
+
+
+class DeepSpeedTrainable:
+    """A module, its optimiser and its schedule, sharded as `options.stage` says."""
+
+    def __init__(
+        self, options: DeepSpeed, module: nn.Module, optim: Optim, total_steps: int, device: torch.device
+    ) -> None:
+        dtype = str(module.compute_dtype).removeprefix("torch.")
+        if dtype == "float16":
+            raise UsageError("strategy 'deepspeed' does not train in float16 in this version; use bfloat16 or float32")
+        config = configuration(options, dtype, optim)
+        if options.show_config:
+            show(f"{type(module).__name__}, trained", config)
+        self.world: World = TorchWorld()
+        self.options = optim
+        self.stage = options.stage
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.device = device
+        module.eval()  # no dropout: stored and live log-probabilities must agree
+        optimizer = adamw(module, optim)  # before sharding: afterwards a matrix looks like a vector
+        self._norm: float | Tensor = 0.0
+        if self.stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        elif self.stage == 3:
+            shard(module, config, device)
+        self.engine = initialize(module, config, optimizer)
+        self.module: nn.Module = self.engine.module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        return forward(self.engine, batch, wants, self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
+
+    def step(self) -> dict[str, float]:
+        lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        if self.stage == 3:  # else a weight that the next step leaves out (an expert nobody asked) keeps this gradient
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self.steps_done += 1
+        norm = self._norm if self.stage == 0 else self.engine.get_global_grad_norm()
+        return {"grad_norm": float(norm), "lr": lr}
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Stage 0: clip the reduced gradients and keep their norm, which DeepSpeed would not tell."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or float("inf"))
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return gathered(self.engine) if self.stage == 3 else nullcontext()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from whole_weights(self.module)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # checkpoints
+
+    def save(self, folder: str) -> None:
+        self.engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+        if self.world.rank == 0:
+            layout = {"stage": self.stage, "ranks": self.world.size, "steps_done": self.steps_done}
+            (Path(folder) / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
+
+    def load(self, folder: str) -> None:
+        layout = json.loads((Path(folder) / "layout.json").read_text(encoding="utf-8"))
+        if (layout["stage"], layout["ranks"]) != (self.stage, self.world.size):
+            raise UsageError(
+                f"{folder} was written under stage {layout['stage']} by {layout['ranks']} ranks, this run has stage "
+                f"{self.stage} and {self.world.size}; resume with the same, other layouts are not part of this version"
+            )
+        with quiet():
+            self.engine.load_checkpoint(folder, tag=TAG)
+        self.steps_done = layout["steps_done"]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # sleeping
+
+    def offload(self) -> None:
+        if self.device.type == "cpu":
+            return  # already where it would go
+        if hasattr(self.engine.optimizer, "offload_states"):
+            self.engine.offload_states()
+        else:
+            self._move(torch.device("cpu"))
+        torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        if self.device.type == "cpu":
+            return
+        if hasattr(self.engine.optimizer, "reload_states"):
+            self.engine.reload_states()
+        else:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        """Move weights and moments, for optimisers of DeepSpeed that cannot do it themselves."""
+        self.module.to(device)
+        for state in self.engine.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[name] = value.to(device)
