@@ -4,7 +4,7 @@ Core must say "pip install rlhf-rollout-vllm" for a name whose package is absent
 siblings. They are read from the siblings' own plugin modules, never typed twice.
 
     python tools/install_table.py          writes the file
-    python tools/install_table.py --check  fails if it is not current (a test calls `table` for the same)
+    python tools/install_table.py --check  fails if it is not current (a test runs this)
 """
 
 from __future__ import annotations

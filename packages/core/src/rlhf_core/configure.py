@@ -126,7 +126,7 @@ def _construct_section(section: Section, settings: Settings) -> Any:
     try:
         return _construct(section.cls, section.base, section.prefix, settings, section.skip)
     except ValueError as error:  # a provider's __post_init__ refuses a value
-        raise UsageError(f"{section.title}: {error}") from error
+        raise UsageError(f"{section.title}: {error}" if section.prefix else str(error)) from error
 
 
 def _construct(cls: type, base: Any, prefix: str, settings: Settings, skip: tuple[str, ...] = ()) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -46,9 +47,11 @@ def first_line(target: type | str) -> str:
 def _module_docs(module: str) -> Mapping[str, ClassDocs]:
     """`{qualified class name: its documentation}` of a module's source file."""
     try:
-        spec = find_spec(module)
-        source = Path(spec.origin).read_text(encoding="utf-8") if spec is not None and spec.origin else ""
-        tree = ast.parse(source)
+        file = getattr(sys.modules.get(module), "__file__", None)  # also of a script, which has no spec
+        if file is None:
+            spec = find_spec(module)
+            file = spec.origin if spec is not None else None
+        tree = ast.parse(Path(file).read_text(encoding="utf-8") if file else "")
     except Exception:  # find_spec imports parent packages, and a listing must survive whatever they do
         return {}
     found: dict[str, ClassDocs] = {}

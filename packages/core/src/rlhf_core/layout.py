@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 from rlhf_core.docstrings import docs_of
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.hookspecs import KINDS
-from rlhf_core.near import closest
+from rlhf_core.near import closest, near
 from rlhf_core.options import RunConfig
 from rlhf_core.values import metavar
 
@@ -105,25 +105,38 @@ class Layout:
     sections: tuple[Section, ...]
     options: Mapping[str, Option] = field(default_factory=dict)
 
+    def is_group(self, path: str) -> bool:
+        """Whether there can be options under `path`."""
+        known = [*self.options, *(f"{section.prefix}." for section in self.sections)]
+        return any(each.startswith(f"{path}.") for each in known) or path in self.names
+
     def hint(self, path: str, spell: Callable[[str], str]) -> str:
         """What to say to somebody who wrote `path`, which is no option; `spell` writes a path as flag or key."""
-        head, _, tail = path.partition(".")
+        head = path.partition(".")[0]
         kinds = [kind for kind in self.names if kind != "algorithm"]
-        mine = [section for section in self.sections if section.prefix and f"{path}.".startswith(f"{section.prefix}.")]
-        if head in KINDS and head not in self.names and not mine:
+        section = next((each for each in self.sections if each.prefix == head), None)
+        if head in KINDS and head not in self.names and section is None:
             return f"; algorithm {self.names['algorithm']!r} has no {head}, it uses {', '.join(kinds)}"
-        among = mine[-1].options if mine and tail else self.options.values()
-        start = f"{mine[-1].prefix}." if mine and tail else ""  # compare without what is right already
-        known = [option.path.removeprefix(start) for option in among] + ([] if start else [*kinds, *FIXED])
-        if close := closest(path.removeprefix(start), known):
-            right = start + close[0]
-            if right in self.options:
-                return f"; did you mean {self.options[right].described(spell(right))}?"
-            return f"; did you mean {spell(right)}?"
-        if mine:
-            own = [option.path.removeprefix(f"{mine[-1].prefix}.") for option in mine[-1].options]
-            return f"; {mine[-1].title} has {'the options ' + ', '.join(own) if own else 'no options'}"
+        if section is not None and not section.options:
+            return f"; {section.title} has no options"
+        group = self._group(path)
+        tail = path.removeprefix(group)
+        among = [known.removeprefix(group) for known in self.options if known.startswith(group)]
+        same = [known for known in among if known.endswith(f".{tail}")]  # `--lr` for `--actor.optim.lr`
+        if close := same or closest(tail, among if group else [*among, *kinds, *FIXED]):
+            right = group + close[0]
+            meant = self.options[right].described(spell(right)) if right in self.options else spell(right)
+            return f"; did you mean {meant}?"
+        if group:
+            title = section.title if section is not None and group == f"{head}." else group[:-1]
+            return f"; {title} has the options {', '.join(among)}"
         return f"; see rlhf-run {self.names['algorithm']} --help"
+
+    def _group(self, path: str) -> str:
+        """The longest beginning of `path` that is right: `actor.optim.` of `actor.optim.lrr`."""
+        parts = path.split(".")
+        groups = [".".join(parts[:n]) + "." for n in range(len(parts) - 1, 0, -1)]
+        return next((group for group in groups if any(known.startswith(group) for known in self.options)), "")
 
 
 def flag(path: str) -> str:
@@ -247,7 +260,8 @@ def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, st
     kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in KINDS if kind in usual or kind in ALWAYS}
     for kind in chosen:
         if kind not in kinds:
-            raise UsageError(f"algorithm {algorithm!r} has no {kind}, it uses {', '.join(kinds)}")
+            meant = near(kind, [each.name for each in dataclasses.fields(RunConfig)])  # `--step` for `--steps`
+            raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}, it uses {', '.join(kinds)}")
     names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
     for kind, name in names.items():
         if not name and kind != "evaluator":

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 __all__ = ["closest", "near", "or_list"]
 
 
 def closest(word: str, known: Iterable[str]) -> list[str]:
-    """At most three of `known` that look like `word`, the nearest first."""
-    return get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    """At most three of `known` that look like `word`, the nearest first; none that is much further than the nearest."""
+    close = get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    scores = [SequenceMatcher(None, each, word).ratio() for each in close]
+    return [each for each, score in zip(close, scores, strict=True) if score > scores[0] - 0.1]
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'a' or 'b'?`, or nothing where nothing is near."""
+    """` (did you mean 'a' or 'b'?)`, or nothing where nothing is near."""
     close = closest(word, known)
-    return f"; did you mean {or_list(close)}?" if close else ""
+    return f" (did you mean {or_list(close)}?)" if close else ""
 
 
 def or_list(words: Sequence[str]) -> str:

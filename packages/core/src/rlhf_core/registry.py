@@ -253,7 +253,8 @@ class Registry:
         has = f"; installed: {', '.join(installed)}" if installed else f"; no {kind} is installed"
         distribution = INSTALL.get(kind, {}).get(name)
         if distribution is None:
-            return UnknownName(f"no {kind} is called {name!r}{near(name, installed)}{has}{broken}")
+            meant = near(name, [*installed, *INSTALL.get(kind, {})])
+            return UnknownName(f"no {kind} is called {name!r}{meant}{has}{broken}")
         plugins = [each.name for each in self._entry_points if each.dist is not None and each.dist.name == distribution]
         if plugins and not any(each.plugin.distribution == distribution for each in self.broken):
             return UnknownName(

@@ -133,8 +133,7 @@ def _values(tree: Mapping[str, Any], layout: Layout, where: str, above: str = ""
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {each.name: getattr(value, each.name) for each in option_fields(type(value))}
         if option is None or (isinstance(value, Mapping) and option.annotation is type(None)):
-            inside = any(known.startswith(f"{path}.") for known in layout.options) or path in layout.names
-            if not inside:
+            if not layout.is_group(path):
                 raise UsageError(f"{_at(where)}unknown option {path!r}{layout.hint(path, str)}")
             if not isinstance(value, Mapping):
                 raise UsageError(f"{_at(where)}{path} is a table of options, not {value!r}")
