@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import checkpoint, loop
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.kl import KLController, kl_values
 from rlhf_core.lazy import torch
 from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
 from rlhf_core.reduce import Means
 from rlhf_core.reward.output import as_output
+from rlhf_core.signals import StopSignals
 from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class Run:
         """(step, metrics) of every evaluation"""
         self.placed: Placed | None = None
         self._metrics = Means()
+        self.signals = StopSignals()
         self._stop = False
+        self._exit_code = 0
 
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run
@@ -71,7 +74,14 @@ class Run:
         with self.opened():
             if self.step == 0:
                 self.evaluate()
-            loop.train(self)
+            with self.signals:
+                loop.train(self)
+            if self._exit_code:
+                self.save()
+                raise RunStopped(
+                    f"stopped after step {self.step} of {self.config.steps}; "
+                    f"continue with --resume --output {self.output}", self._exit_code
+                )
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
             self.save()
@@ -118,7 +128,8 @@ class Run:
             metrics |= self.evaluate()
         self.last_metrics = {"step": step, **metrics}
         asked = self.leader and any(self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics))
-        self._stop = self.world_sum(float(asked)) > 0
+        self._exit_code = max(self.world.gather(self.signals.exit_code))
+        self._stop = self.world_sum(float(asked)) > 0 or self._exit_code > 0
         if self.config.save_every and step % self.config.save_every == 0:
             self.save()
 

@@ -1,0 +1,53 @@
+"""Stopping politely: the first signal lets the step finish and a checkpoint be written, the second stops at once.
+
+    SIGINT (Ctrl-C)   exit code 130
+    SIGTERM           exit code 143
+    SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+__all__ = ["EXIT_CODES", "StopSignals"]
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+
+
+class StopSignals:
+    """While the block runs, remembers the first signal and lets the second through.
+
+    Outside the main thread (a run driven from a notebook's worker, say) signals stay with whoever has them.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._first) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with; 0 if no signal came."""
+        return EXIT_CODES[self.received] if self.received is not None else 0
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()  # so that a second signal does what it always does
+        name = "Ctrl-C" if number == signal.SIGINT else self.received.name
+        print(f"rlhf-run: {name}: finishing this step, then saving; again to stop at once", file=sys.stderr, flush=True)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
