@@ -1,0 +1,91 @@
+"""What turns hidden states into outputs: the language-model head in chunks, and scalar heads for values and scores.
+
+Both take the place of a linear layer inside the Hugging Face model and share its parameters, so that names, tied weights,
+saving and `generate` stay as they are, and their weights are read inside a module's own forward pass, where sharding
+strategies gather them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch  # noqa: TID253  base classes are needed at once; only what builds a model imports this module
+from torch import Tensor, nn  # noqa: TID253
+
+from rlhf_core.models.logprobs import token_logprobs
+
+__all__ = ["ChunkedHead", "ScalarHead"]
+
+
+class _Shared(nn.Linear):
+    """A linear layer with another's parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not Linear's: it would draw new weights
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+
+class ChunkedHead(_Shared):
+    """A language-model head that gives the log-probabilities of given tokens, or logits where none are given.
+
+    Args:
+        linear: the model's own head.
+        chunk, temperature, scale, softcap: see `token_logprobs`. Logits are the model's raw ones: it scales them itself.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        chunk: int = 1024,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(linear)
+        self.chunk, self.temperature, self.scale, self.softcap = chunk, temperature, scale, softcap
+
+    # the sub-class asks for more than a linear layer does, and gives more
+    def forward(  # type: ignore[override]
+        self, input: Tensor, targets_M: Tensor | None = None, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Logits of `input`; with targets, log-probabilities and entropies of (M, H) states, each (M,)."""
+        if targets_M is None:
+            return super().forward(input)
+        return token_logprobs(
+            input,
+            self.weight,
+            targets_M,
+            bias_V=self.bias,
+            temperature=self.temperature,
+            scale=self.scale,
+            softcap=self.softcap,
+            chunk=self.chunk,
+            entropy=entropy,
+        )
+
+
+class ScalarHead(_Shared):
+    """A linear layer to one number, computed in float32 whatever the model computes in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+    @classmethod
+    def new(cls, hidden: int, dtype: torch.dtype) -> ScalarHead:
+        """A head that belongs to no model yet; call `reset` on it or load it."""
+        return cls(nn.utils.skip_init(nn.Linear, hidden, 1, bias=False, dtype=dtype))
+
+    @torch.no_grad()
+    def reset(self, seed: str) -> None:
+        """Draw the weight from N(0, s^2) with s = 1 / (hidden + 1), so that first values and scores are near zero.
+
+        The numbers depend on `seed` alone, not on the global random state.
+        """
+        digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) / (self.in_features + 1))
+        if self.bias is not None:
+            self.bias.zero_()

@@ -1,0 +1,241 @@
+"""Loading models and tokenizers by name, with one line for each thing that can be wrong with a name.
+
+Trained models are always float32, the master weights; their strategy computes in `options.dtype` by autocast. Frozen
+models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
+not run unless asked for. torch and transformers are imported when something is loaded, not before.
+
+Left out on purpose: quantised and adapter checkpoints, and sharding over devices, which are a strategy's business.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.models import tiny
+from rlhf_core.models.names import Source, find
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf_core.options import ModelOptions
+    from rlhf_core.types import Message
+
+__all__ = ["has_scorer", "load_model", "load_scorer", "load_tokenizer", "render_chat"]
+
+
+def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> PreTrainedModel:
+    """The causal language model called `name`: a hub name, a folder, a GGUF file, `tiny` or `smollm2-135m`.
+
+    Raises:
+        UsageError: there is no such model, or it cannot be loaded; the message says which.
+        MissingPackage: something it needs is not installed.
+    """
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    source = find(name)
+    _check_attention(options)
+    if source.kind == "tiny":
+        return tiny.parse(name).model(LlamaForCausalLM, options.attention).to(_dtype(options, trained))
+    model, missing = _from_pretrained(AutoModelForCausalLM, name, source, options, trained)
+    if missing:
+        raise UsageError(
+            f"{name} is no complete language model: {len(missing)} weights are missing, {missing[0]} first"
+        )
+    return model
+
+
+def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> tuple[PreTrainedModel, bool]:
+    """The model as a sequence classifier with one label, its head called `score`; and whether that head was loaded.
+
+    Where it was not, the head's weights are arbitrary.
+
+    Raises:
+        UsageError, MissingPackage: as `load_model`.
+    """
+    from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+    source = find(name)
+    _check_attention(options)
+    if source.kind == "tiny":
+        model = tiny.parse(name).model(LlamaForSequenceClassification, options.attention, num_labels=1)
+        return model.to(_dtype(options, trained)), False
+    model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
+    if others := [key for key in missing if key != "score.weight"]:
+        raise UsageError(
+            f"{name} is no decoder with a score head: {len(others)} weights are missing, {others[0]} first"
+        )
+    return model, not missing
+
+
+def has_scorer(name: str, options: ModelOptions) -> bool:
+    """Whether transformers has a sequence classifier for this architecture; about a third of them have none."""
+    from transformers import AutoModelForSequenceClassification
+
+    source = find(name)
+    if source.kind == "tiny":
+        return True
+    config = _config(name, source, options)
+    remote = getattr(config, "auto_map", None) or {}
+    return type(config) in AutoModelForSequenceClassification._model_mapping or (
+        options.trust_remote_code and AutoModelForSequenceClassification.__name__ in remote
+    )
+
+
+def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model called `name`. One without a padding token pads with its EOS.
+
+    Raises:
+        UsageError, MissingPackage: as `load_model`.
+    """
+    from transformers import AutoTokenizer
+
+    from rlhf_core.models.tokenizer import byte_tokenizer
+
+    source = find(name)
+    if source.kind == "tiny":
+        size = tiny.parse(name)
+        return byte_tokenizer(size.vocab, size.context)
+    with _explained(name), _quiet(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            _place(source), trust_remote_code=options.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> str:
+    """The chat as text, ending with what opens the assistant's turn if `generation`.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "the model's tokenizer has no chat template: pass --data.encoding.template-file FILE with one, "
+            "or use an instruction-tuned model"
+        )
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
+    )
+    return str(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _from_pretrained(
+    auto: Any, name: str, source: Source, options: ModelOptions, trained: bool, **overrides: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model and the names of the weights that its checkpoint lacks, sorted."""
+    config = _config(name, source, options, **overrides)
+    labels = overrides.get("num_labels")
+    if labels and _is_classifier(config) and (found := _config(name, source, options).num_labels) != labels:
+        raise UsageError(f"{name} tells {found} classes apart; a reward model has one score")
+    with _explained(name), _quiet(source):
+        model, info = auto.from_pretrained(
+            _place(source),
+            config=config,
+            dtype=_dtype(options, trained),
+            attn_implementation=options.attention,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    return model, sorted(info["missing_keys"])
+
+
+def _config(name: str, source: Source, options: ModelOptions, **overrides: Any) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with _explained(name), _quiet(source):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            _place(source), trust_remote_code=options.trust_remote_code, **overrides
+        )
+    return config
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint was saved as a sequence classifier. Every config has `num_labels`; only those mean it."""
+    return any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
+
+
+def _place(source: Source) -> str:
+    """What transformers loads from."""
+    if source.kind == "gguf":
+        from rlhf_core.models.convert import converted
+
+        return str(converted(Path(source.location)))
+    return source.location
+
+
+def _dtype(options: ModelOptions, trained: bool) -> torch.dtype:
+    dtype: torch.dtype = torch.float32 if trained else getattr(torch, options.dtype)
+    return dtype
+
+
+def _check_attention(options: ModelOptions) -> None:
+    if options.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise MissingPackage("attention flash_attention_2 needs a package: pip install flash-attn, or choose sdpa")
+
+
+@contextmanager
+def _quiet(source: Source) -> Iterator[None]:
+    """No progress bars (but of downloads) and no tables of weights: what they warn of is checked and raised here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if source.kind != "hub":
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise about a name into one line."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        causes = _chain(error)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if any(isinstance(each, hub.GatedRepoError) for each in causes):
+            reason = "the hub asks for a login: accept its terms on its page and set HF_TOKEN"
+        elif any(isinstance(each, hub.RepositoryNotFoundError) for each in causes):
+            reason = "the hub has no such model (a private one needs HF_TOKEN), and there is no such folder"
+        elif any(isinstance(each, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)) for each in causes):
+            reason = "there is no such folder, and the hub cannot be reached; pass a folder, a GGUF file or 'tiny'"
+        elif "trust_remote_code" in str(error):
+            reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
+        elif isinstance(error, RuntimeError) and "size mismatch" not in str(error).lower():
+            raise
+        else:
+            reason = first
+        raise UsageError(f"cannot load {name!r}: {reason}") from error
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """`error` and what led to it."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    return chain

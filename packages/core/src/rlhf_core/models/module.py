@@ -1,0 +1,227 @@
+"""A role's model with the heads its outputs need: one forward pass of the body, then only the states that are asked for.
+
+    logprobs_NT, entropy_NT    the language-model head, in chunks
+    values_NT                  a scalar head on the state before each completion token
+    scores_N                   a scalar head on the state of a completion's last token, its EOS included
+
+A role that gives log-probabilities, or is sampled, is a causal language model. One that gives only values or scores is
+the sequence classifier of the same architecture, whose head `score` gives them: it saves and loads as such, a reward model
+is an ordinary `AutoModelForSequenceClassification`, and a critic can start from one. Any further scalar head, and the head
+of an architecture that transformers has no classifier for, is the module's own and is kept in `heads.safetensors`.
+
+Dropout is switched off: log-probabilities that are compared must come from the same function.
+
+Left out on purpose: padding masks (`models.inputs`), quantisation, adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253  base classes are needed at once; only what builds a model imports this module
+from safetensors.torch import load_file
+from torch import Tensor, nn  # noqa: TID253
+
+from rlhf_core.errors import UsageError
+from rlhf_core.models.heads import ChunkedHead, ScalarHead
+from rlhf_core.models.inputs import Inputs, layout
+from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
+
+if TYPE_CHECKING:
+    from rlhf_core.plan import RoleSpec
+
+__all__ = ["HEADS_FILE", "Inputs", "RoleModule", "build_module", "layout"]
+
+HEADS_FILE = "heads.safetensors"
+"""Scalar heads that are no part of the Hugging Face model, beside its weights."""
+
+SCALAR = {"scores_N": "score", "values_NT": "value"}
+"""Outputs of scalar heads, and the heads' names."""
+
+LANGUAGE = frozenset({"logprobs_NT", "entropy_NT"})
+"""Outputs of the language-model head."""
+
+
+class RoleModule(nn.Module):
+    """A Hugging Face model and a role's heads.
+
+    Args:
+        model: causal language model or sequence classifier, its heads already a `ChunkedHead` or `ScalarHead`.
+        heads: scalar heads that are not part of it, by name.
+        compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
+    """
+
+    def __init__(self, model: Any, heads: dict[str, ScalarHead], compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict(heads)
+        self.compute_dtype = compute_dtype
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face causal language model inside; what a rollout engine samples from."""
+        assert isinstance(self.model.get_output_embeddings(), ChunkedHead), "this role has no language-model head"
+        return self.model
+
+    def scalar_head(self, name: str) -> nn.Module:
+        """The head called `name`: the module's own, or else the classifier's."""
+        return self.heads[name] if name in self.heads else self.model.score
+
+    def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs, float32, zero outside the completions."""
+        states = self._states(inputs.ids_NS).flatten(0, 1)
+        outputs: dict[str, Tensor] = {}
+        if wants & LANGUAGE or "values_NT" in wants:
+            states_MH = states.index_select(0, inputs.states_M)
+        if wants & LANGUAGE:
+            head = self.causal_lm.get_output_embeddings()
+            logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in wants)
+            outputs["logprobs_NT"] = _spread(logprobs_M, inputs)
+            if entropy_M is not None:
+                outputs["entropy_NT"] = _spread(entropy_M, inputs)
+        if "values_NT" in wants:
+            outputs["values_NT"] = _spread(self.scalar_head("value")(states_MH).squeeze(1), inputs)
+        if "scores_N" in wants:
+            outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, inputs.last_N)).squeeze(1)
+        return {name: outputs[name] for name in wants}
+
+    def _states(self, ids_NS: Tensor) -> Tensor:
+        """Last hidden states (N, S, H). No attention mask: padding is on the right, where nothing real can see it."""
+        body = self.model.base_model
+        recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
+        if recompute:
+            body.train()  # transformers recomputes in training mode only; dropout is off in both
+        states: Tensor = body(input_ids=ids_NS, use_cache=False)[0]
+        if recompute:
+            body.eval()
+        return states
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+        persistent = self.model.state_dict().keys()
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                yield name, buffer
+
+
+def _spread(values_M: Tensor, inputs: Inputs) -> Tensor:
+    """Values of completion tokens in their places (N, T)."""
+    flat = values_M.new_zeros(inputs.tokens_NT.numel())
+    return flat.index_put((inputs.slots_M,), values_M).view(inputs.tokens_NT.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# building
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, seed: int = 0) -> RoleModule:
+    """The module of a role, in eval mode on the CPU; trained roles in float32 with gradients, frozen ones without.
+
+    Args:
+        spec: the role; its options name the model, its outputs decide the heads.
+        chunk: completion tokens whose logits are held at a time; 0 holds all.
+        temperature: divides the logits.
+        seed: of new scalar heads, together with the names of role and head; `--seed` of the run.
+
+    Raises:
+        UsageError: the model cannot be loaded, or a frozen role's model lacks the head it is asked for.
+    """
+    options = spec.options
+    scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
+    language = spec.sampled or bool(spec.outputs & LANGUAGE)
+    if language or not has_scorer(options.model, options):
+        model = load_model(options.model, options, trained=spec.trained)
+        heads = _own_heads(spec, model, scalars, seed)
+    else:
+        model, found = load_scorer(options.model, options, trained=spec.trained)
+        heads = _own_heads(spec, model, scalars[1:], seed)
+        model.score = ScalarHead(model.score)
+        if not found:
+            _new_head(spec, model.score, scalars[0], seed)
+        if spec.trained:
+            _set_pad(model.config, load_tokenizer(options.model, options))
+    if language:
+        model.set_output_embeddings(
+            ChunkedHead(model.get_output_embeddings(), chunk, temperature, **_head_options(model.config))
+        )
+        _check_logits(options.model, model)
+    _no_dropout(model)
+    module = RoleModule(model, heads, getattr(torch, options.dtype)).eval().requires_grad_(spec.trained)
+    if getattr(options, "gradient_checkpointing", False) and spec.trained:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module
+
+
+def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:
+    """Scalar heads that are no part of the model, loaded if they lie beside it."""
+    file = Path(spec.options.model) / HEADS_FILE
+    saved = load_file(file) if names and file.is_file() else {}
+    heads = {}
+    for name in names:
+        heads[name] = ScalarHead.new(model.config.get_text_config().hidden_size, model.dtype)
+        if f"{name}.weight" in saved:
+            heads[name].load_state_dict({"weight": saved[f"{name}.weight"]})
+        else:
+            _new_head(spec, heads[name], name, seed)
+    return heads
+
+
+def _new_head(spec: RoleSpec, head: ScalarHead, name: str, seed: int) -> None:
+    """Draw a head's weights; a frozen role has nothing to learn them with, unless it is random altogether."""
+    model = spec.options.model
+    if not spec.trained and not model.startswith("tiny"):
+        raise UsageError(
+            f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
+            f"(--{spec.name}.model)"
+        )
+    head.reset(f"{seed}/{spec.name}/{name}")
+
+
+def _head_options(config: Any) -> dict[str, Any]:
+    """How the model scales its logits: Gemma's soft cap, Cohere's and Falcon-H1's factor, Granite's divisor."""
+    text = config.get_text_config()
+    scale = 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(text, name, None)
+        scale *= factor if isinstance(factor, float | int) and factor else 1.0
+    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+
+
+@torch.no_grad()
+def _check_logits(name: str, model: Any) -> None:
+    """The chunked head must give what the model itself gives: one small forward pass instead of a list of architectures."""
+    ids_NS = torch.tensor([[1, 2, 3, 4]], device=model.device)
+    states = model.base_model(input_ids=ids_NS, use_cache=False)[0][0, :-1]
+    head = model.get_output_embeddings()
+    ours, _ = head(states, ids_NS[0, 1:])
+    logits = model(input_ids=ids_NS, use_cache=False).logits[0, :-1].float() / head.temperature
+    theirs = logits.log_softmax(-1).gather(1, ids_NS[0, 1:, None]).squeeze(1)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # logits of about 20 are rounded to 0.06 in bfloat16
+    if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):
+        raise UsageError(
+            f"{name!r} ({type(model).__name__}) computes its logits in a way that is not supported: "
+            f"a test token's log-probability is {theirs[0]:.4f}, and would be taken for {ours[0]:.4f}"
+        )
+
+
+def _set_pad(config: Any, tokenizer: Any) -> None:
+    """Choose a padding token that is not EOS: transformers' classifiers read the last token that is not padding."""
+    text = config.get_text_config()
+    ids = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    known = [each for each in (*ids, *tokenizer.all_special_ids) if each is not None]
+    text.pad_token_id = next((each for each in known if each != tokenizer.eos_token_id), None)
+
+
+def _no_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in layers and where attention functions read it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
