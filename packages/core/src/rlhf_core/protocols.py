@@ -1,0 +1,222 @@
+"""What a provider of each kind is called with, and what roles and trainables can do: the contract as types.
+
+Providers are frozen dataclasses: fields are options, calling does the work. Shape letters are those of `rlhf_core.types`, which
+also exports every name here. Nothing is imported but for typing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.options import Optim, Sampling
+    from rlhf_core.plan import Plan, RoleSpec
+    from rlhf_core.run import Run
+    from rlhf_core.types import (
+        Batch,
+        Chosen,
+        Credit,
+        Example,
+        LossTerms,
+        Outputs,
+        Placed,
+        Prompts,
+        RewardOutput,
+        Rollouts,
+        Term,
+    )
+    from rlhf_core.world import World
+
+__all__ = [
+    "Advantage",
+    "Algorithm",
+    "Data",
+    "Evaluator",
+    "Launcher",
+    "Loss",
+    "Reward",
+    "Role",
+    "Rollout",
+    "Strategy",
+    "Trainable",
+]
+
+
+class Data(Protocol):
+    """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
+
+    def __call__(self, split: str) -> Iterable[Example]:
+        """The rows of a split (`train`, or `heldout` for evaluation). Raises `DataError` naming file and row."""
+        ...
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`.
+
+    An engine whose log-probabilities are the trainer's own (the same weights and the same arithmetic) may say so with a class
+    attribute `exact = True`; they then serve as old log-probabilities and no forward pass computes those.
+    """
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """`sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
+        ...
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Take the role's present weights (`role.weights()`). Called after every update; returns metrics."""
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores completions. May have `close()`."""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]: ...
+
+
+class Advantage(Protocol):
+    """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
+
+    `needs` names the extras it reads (see `rlhf_core.needs`); `extras` holds them. `rollouts.world` sums statistics over ranks.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor: ...
+
+
+class Loss(Protocol):
+    """An objective. Pure; differentiable only in `outputs`.
+
+    `wants` names the outputs of the trained role it differentiates, `needs` the extras it reads from the batch.
+    `rows_per_unit` rows (2 for pairs: chosen, rejected) are never split over micro-batches.
+    """
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms: ...
+
+
+class Algorithm(Protocol):
+    """Composes terms.
+
+    `defaults` names the providers it uses unless the user chooses others, by kind: exactly these kinds have flags.
+    `roles` gives the roles' default options: exactly these roles have flags. A role exists in a run only if a term
+    trains it, a source samples it, or something needs its output.
+    """
+
+    defaults: ClassVar[Mapping[str, str]]
+    roles: ClassVar[Mapping[str, Any]]
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        """The terms. Raises `UsageError` for a combination that cannot work."""
+        ...
+
+
+class Trainable(Protocol):
+    """A model under a strategy, inside one process (one rank of `world`)."""
+
+    world: World
+    module: nn.Module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`. Gradients are summed over micro-batches and over the ranks of `world`."""
+        ...
+
+    def step(self) -> Mapping[str, float]:
+        """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names, gathered if sharded."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write model, optimiser and schedule state for `load`."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    def offload(self) -> None:
+        """Move all states out of device memory until `reload`."""
+        ...
+
+    def reload(self) -> None:
+        """Bring them back."""
+        ...
+
+
+class Strategy(Protocol):
+    """Turns a role's module (and optimiser options, None for a frozen role) into a `Trainable`.
+
+    `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
+    start, say) or not at all.
+    """
+
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable: ...
+
+
+class Role(Protocol):
+    """A named model with a purpose: what the loop and the rollout engines see, local or remote."""
+
+    name: str
+    spec: RoleSpec
+    version: int
+
+    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs of all rows: eval mode, no gradient, on the CPU."""
+        ...
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        """One pass of optimiser steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore checkpoint state."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder."""
+        ...
+
+
+class Launcher(Protocol):
+    """Places the roles of a plan."""
+
+    def __call__(self, plan: Plan) -> Placed: ...
+
+
+class Evaluator(Protocol):
+    """Measures a policy. Metric names are logged as `eval/<name>`."""
+
+    def __call__(self, run: Run) -> Mapping[str, float]: ...
