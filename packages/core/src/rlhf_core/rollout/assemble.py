@@ -1,0 +1,88 @@
+"""From ragged lists of sampled tokens to `Rollouts`: the one place where rollout engines meet the contract.
+
+Every engine ends here, so that padding, masks, groups and texts are the same whoever sampled. Token ids are taken as they
+were sampled; texts are decoded from them for rewards and for people, and never read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.lazy import torch
+from rlhf_core.types import Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["assemble", "decode", "pad_id"]
+
+
+def assemble(
+    prompts: Prompts,
+    tokens: Sequence[Sequence[int]],
+    finish: Sequence[Literal["stop", "length"]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    version: int = 0,
+    per_token: Mapping[str, Sequence[Sequence[float]]],
+    scalars: Mapping[str, float] | None = None,
+) -> Rollouts:
+    """P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
+
+    Args:
+        prompts: what was asked.
+        tokens: N sequences, all of them sampled, the EOS that ends one included.
+        finish: N reasons.
+        tokenizer: makes the texts.
+        version: of the policy that sampled.
+        per_token: extras by name, `sampler_logprobs_NT` say, as N sequences with a number per token.
+        scalars: numbers that hold for the whole batch.
+    """
+    filler = pad_id(tokenizer)
+    group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
+    tokens_NT = _padded(tokens, filler, torch.long)
+    lengths_N = torch.tensor([len(row) for row in tokens])
+    examples = [prompts.examples[p] for p in group]
+    columns = set.intersection(*(set(example.fields) for example in examples))
+    return Rollouts(
+        prompts=[prompts.texts[p] for p in group],
+        texts=decode(tokenizer, tokens),
+        prompt_NL=_padded([prompts.token_ids[p] for p in group], filler, torch.long),
+        prompt_lengths_N=torch.tensor([len(prompts.token_ids[p]) for p in group]),
+        tokens_NT=tokens_NT,
+        lengths_N=lengths_N,
+        mask_NT=torch.arange(tokens_NT.shape[1]) < lengths_N[:, None],
+        group_N=torch.tensor(group),
+        labels=[example.label for example in examples],
+        meta=[example.meta for example in examples],
+        extras={
+            "uids_N": torch.tensor([prompts.uids[p] for p in group]),
+            **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
+            **{name: _padded(rows, 0.0, torch.float32) for name, rows in per_token.items()},
+        },
+        scalars=dict(scalars or {}),
+        finish=list(finish),
+        version=version,
+    )
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:
+    """Texts without special tokens, with every space that the tokens say."""
+    texts = tokenizer.batch_decode(
+        [list(row) for row in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [str(text) for text in texts]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up short rows: the padding token, or EOS where there is none."""
+    number: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(number)
+
+
+def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: torch.dtype) -> Tensor:
+    """(N, longest), padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=dtype)

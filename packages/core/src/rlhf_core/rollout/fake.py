@@ -1,0 +1,113 @@
+"""`--rollout fake`: a rollout engine without a model, for tests and costing of placement, queues, sync and recovery.
+
+What it returns can be worked out by hand, and every call takes as long as it is told to. Its log-probabilities are those of
+the strategy `fake`, with the trained number as it was when the weights were last taken: a stale engine shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from rlhf_core.errors import ContractError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_core.options import Sampling
+    from rlhf_core.types import Prompts, Role, Rollouts
+
+__all__ = ["FakeRollout", "Letters"]
+
+
+@dataclass
+class _Held:
+    """What the engine holds; not an option."""
+
+    w: float | None = None
+    """the number that the strategy `fake` trains, as last taken"""
+    version: int = 0
+    awake: bool = True
+
+
+@dataclass(frozen=True)
+class FakeRollout:
+    """No model: completions that follow from their seeds, stated times.
+
+    Completion `k` of a prompt has `1 + s mod max_new_tokens` tokens, where `s = sampling.seed_for(uid, k)`: letters of the
+    alphabet in turn (tokens 1 to 26), from the `s mod 26`-th. It ends with EOS (token 0), which counts, unless it has
+    `max_new_tokens`; then it was cut. The log-probability of a token is `-(1 + token mod 7) + w`.
+    """
+
+    token_seconds: float = 0.0
+    """time of a decoding step: a call takes as many as its longest completion has tokens"""
+    prompt_seconds: float = 0.0
+    """time to read 1,000 prompt tokens"""
+    sync_seconds: float = 0.0
+    """time to take new weights"""
+    wake_seconds: float = 0.0
+    """time to wake up, and to fall asleep"""
+    held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Letters, after the time it takes."""
+        from rlhf_core.rollout.assemble import assemble
+
+        if not self.held.awake:
+            raise ContractError("the rollout engine 'fake' was called while asleep; call wake() first")
+        if self.held.w is None:
+            self.sync(role)
+        assert self.held.w is not None
+        seeds = [sampling.seed_for(uid, k) for uid in prompts.uids for k in range(sampling.n)]
+        tokens = [_letters(seed, sampling.max_new_tokens) for seed in seeds]
+        finish = [("stop" if row[-1] == Letters.eos_token_id else "length") for row in tokens]
+        logprobs = [[self.held.w - 1 - token % 7 for token in row] for row in tokens]
+        time.sleep(
+            self.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000 + self.token_seconds * max(map(len, tokens))
+        )
+        return assemble(
+            prompts,
+            tokens,
+            cast("Any", finish),
+            cast("PreTrainedTokenizerBase", Letters()),
+            version=self.held.version,
+            per_token={"sampler_logprobs_NT": logprobs},
+        )
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Take the role's number and version."""
+        time.sleep(self.sync_seconds)
+        self.held.w = float(dict(role.weights())["w"])
+        self.held.version = role.version
+        return {}
+
+    def sleep(self) -> None:
+        time.sleep(self.wake_seconds)
+        self.held.awake = False
+
+    def wake(self) -> None:
+        time.sleep(self.wake_seconds)
+        self.held.awake = True
+
+    def close(self) -> None:
+        self.held.w = None
+
+
+class Letters:
+    """What the engine reads its tokens with: 1 is `a`, 26 is `z`, 0 ends a completion."""
+
+    eos_token_id = 0
+    pad_token_id = 0
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        """Texts without the token that ends them."""
+        return ["".join(chr(ord("a") + token - 1) for token in row if token) for row in sequences]
+
+
+def _letters(seed: int, most: int) -> list[int]:
+    """The completion that belongs to `seed`."""
+    length = 1 + seed % most
+    letters = [1 + (seed + i) % 26 for i in range(length)]
+    return letters if length == most else [*letters[:-1], Letters.eos_token_id]

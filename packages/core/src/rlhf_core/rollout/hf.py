@@ -1,0 +1,108 @@
+"""`--rollout hf`: completions from the trained model itself, in its process.
+
+No copy of the weights and nothing to synchronise: what samples is what is trained. The sampler is `rollout.sampler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from math import exp
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from rlhf_core.options import Sampling
+    from rlhf_core.types import Prompts, Role, Rollouts
+
+__all__ = ["HuggingFace"]
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """Batched sampling from the role's own weights, in process.
+
+    Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
+    temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the log of the
+    probability they kept is returned as `sampler_log_mass_NT`, and its mean share as the scalar `kept_mass`: importance
+    ratios against an untruncated policy are biased by it.
+    """
+
+    wave_tokens: int = 32768
+    """tokens in the key-value cache at a time, prompts, completions and padding; more are sampled in waves. Changes memory
+    and speed, never results"""
+    compact: float = 0.25
+    """share of the batch that must have ended before it leaves the batch, 0 to 1; dropping costs one copy of the cache"""
+
+    exact: ClassVar[bool] = True
+    """the log-probabilities are those of the trained weights themselves"""
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """`sampling.n` completions of each prompt."""
+        from rlhf_core.rollout.assemble import assemble, decode, pad_id
+        from rlhf_core.rollout.sampler import sample
+
+        local: Any = role  # only roles of this process have a model
+        model, tokenizer = local.causal_lm, local.tokenizer
+        _check_window(model.config, prompts, sampling)
+        # sharded weights are whole here: ranks stop at different lengths
+        with local.gathered(), _computing(model, local.module.compute_dtype):
+            completions = sample(
+                model,
+                prompts.token_ids,
+                sampling,
+                [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids],
+                eos_ids=eos_ids(model, tokenizer),
+                pad_id=pad_id(tokenizer),
+                decode=partial(decode, tokenizer),
+                wave_tokens=self.wave_tokens,
+                compact=self.compact,
+            )
+        tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
+        per_token = {"sampler_logprobs_NT": logprobs}
+        scalars = {}
+        if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0):
+            kept = [exp(value) for row in log_mass for value in row]
+            per_token["sampler_log_mass_NT"] = log_mass
+            scalars["kept_mass"] = sum(kept) / len(kept)
+        return assemble(prompts, tokens, finish, tokenizer, version=role.version, per_token=per_token, scalars=scalars)
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Nothing to do: the weights are the role's own."""
+        return {}
+
+    def sleep(self) -> None:
+        """Nothing is held between calls."""
+
+    def wake(self) -> None:
+        """Nothing is held between calls."""
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+
+def eos_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
+    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
+    several = listed if isinstance(listed, list) else [listed]
+    return {number for number in (*several, tokenizer.eos_token_id) if number is not None}
+
+
+def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to `dtype` if the weights are wider, as in training. They are cast once a call: autocast remembers them."""
+    return nullcontext() if model.dtype == dtype else torch.autocast(model.device.type, dtype)
+
+
+def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:
+    """The longest prompt and its completions have positions in the model."""
+    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(map(len, prompts.token_ids))
+    if window is not None and longest + sampling.max_new_tokens > window:
+        raise UsageError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the {window} positions of the "
+            f"model; lower --max-prompt-tokens or --sampling.max-new-tokens"
+        )

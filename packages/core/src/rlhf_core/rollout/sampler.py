@@ -1,0 +1,282 @@
+"""Batched sampling from a Hugging Face causal language model with a key-value cache.
+
+Each prompt is read once, its cache is expanded to its completions, and one forward pass a step extends every completion by
+a token; only the last position goes through the language-model head. Completions that have ended leave the batch. Every
+completion draws from a stream of its own, so that its tokens depend on its prompt and its seed, not on what else is in the
+batch (up to the rounding of the logits).
+
+Left out on purpose: beams, repetition penalties and other processors that would make the sampled distribution differ from
+the one that is trained; speculative decoding; refilling the batch from a queue (a server's business: see vLLM).
+
+Shape letters: R live rows of the batch, B all rows of a wave, L prompt width, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from rlhf_core.errors import RunStopped
+from rlhf_core.lazy import torch
+from rlhf_core.rollout.attention import shared_heads
+from rlhf_core.rollout.warp import draw, warp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.options import Sampling
+
+__all__ = ["Completion", "Piece", "plan_waves", "sample", "uniforms"]
+
+
+class Completion(NamedTuple):
+    """What was sampled for one prompt."""
+
+    tokens: list[int]
+    """at least one; the EOS that ended it included"""
+    logprobs: list[float]
+    """of each token, under the distribution it was drawn from"""
+    log_mass: list[float]
+    """log of the probability that truncation kept at each token; zeros where nothing is truncated"""
+    finish: Literal["stop", "length"]
+
+
+class Piece(NamedTuple):
+    """Some of a prompt's completions, sampled together."""
+
+    prompt: int
+    first: int
+    stop: int
+    """completions `first` up to but not including `stop`"""
+
+
+def sample(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seeds: Sequence[Sequence[int]],
+    *,
+    eos_ids: Collection[int],
+    pad_id: int,
+    decode: Callable[[list[list[int]]], list[str]] | None = None,
+    wave_tokens: int = 32768,
+    compact: float = 0.25,
+) -> list[Completion]:
+    """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
+
+    Temperature 0 takes the most likely token and reports its log-probability at temperature 1, untruncated. A stop string
+    ends a completion with the token that completes it; it is looked for in the decoded completion.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt_ids: P prompts of at least one token.
+        sampling: how to draw. Its `seed` is not used.
+        seeds: P times n numbers; each starts the stream of one completion.
+        eos_ids: tokens that end a completion.
+        pad_id: any token; fills the left of short prompts.
+        decode: token sequences to texts; needed for stop strings.
+        wave_tokens: prompts and completions, padding included, that are in the cache at a time.
+        compact: ended completions are dropped from the batch once they are this share of it.
+
+    Raises:
+        RunStopped: the model's output is not finite.
+    """
+    found: dict[tuple[int, int], Completion] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), shared_heads(model):
+            for wave in plan_waves([len(ids) for ids in prompt_ids], sampling, wave_tokens):
+                stops = _Stops(eos_ids, sampling.stop, decode)
+                rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
+                draws = uniforms([seeds[prompt][k] for prompt, k in rows], sampling.max_new_tokens)
+                state = _prefill(model, [prompt_ids[piece.prompt] for piece in wave], pad_id, sampling.max_new_tokens)
+                state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
+                found.update(zip(rows, _decode(model, state, draws, sampling, stops, compact), strict=True))
+    finally:
+        if was_training:
+            model.train()
+    return [found[prompt, k] for prompt in range(len(prompt_ids)) for k in range(sampling.n)]
+
+
+def plan_waves(lengths: Sequence[int], sampling: Sampling, wave_tokens: int) -> list[list[Piece]]:
+    """Which completions are sampled together: prompts of similar length, longest first, up to `wave_tokens` in the cache.
+
+    A prompt is read once unless its completions alone exceed the budget. One that is so much shorter than the longest of
+    the wave that padding it would cost more tokens than its completions have begins a new wave.
+    """
+    n, T = sampling.n, sampling.max_new_tokens
+    waves: list[list[Piece]] = []
+    rows = widest = 0
+    for prompt in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        most = max(1, wave_tokens // (lengths[prompt] + T))
+        for first in range(0, n, most):
+            piece = Piece(prompt, first, min(first + most, n))
+            rows += piece.stop - piece.first
+            if not waves or rows * (widest + T) > wave_tokens or widest - lengths[prompt] > n * T:
+                waves.append([])
+                rows, widest = piece.stop - piece.first, lengths[prompt]
+            waves[-1].append(piece)
+    return waves
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """(len(seeds), count) float64 strictly between 0 and 1: one counter-based stream (Philox) per seed.
+
+    The 50 high bits of each raw word are used, so that no number rounds to 1, and the same numbers come from every version
+    of numpy.
+    """
+    raw = np.stack([np.random.Philox(key=seed).random_raw(count) for seed in seeds])
+    return torch.from_numpy(((raw >> np.uint64(14)) + 0.5) * 2.0**-50)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one wave
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """The rows that are still in the batch."""
+
+    logits_RV: Tensor
+    """of the next token"""
+    cache: Any
+    mask_RS: Tensor
+    """bool, real tokens; S = L + T, the part to come is already true"""
+    lengths_R: Tensor
+    """prompt tokens of each row"""
+    accepted: frozenset[str]
+    """optional arguments that the model takes"""
+    width: int = 0
+    """tokens in the cache, padding included"""
+
+    def select(self, rows: Sequence[int] | Tensor) -> None:
+        """Keep `rows` of the batch, in that order; a row can be repeated."""
+        index = torch.as_tensor(rows, device=self.logits_RV.device)
+        if index.tolist() == list(range(len(self.lengths_R))):
+            return
+        self.cache.reorder_cache(index)  # the one way to pick rows that every kind of layer has
+        self.logits_RV, self.mask_RS = self.logits_RV[index], self.mask_RS[index]
+        self.lengths_R = self.lengths_R[index]
+
+
+def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, room: int) -> _State:
+    """Read the prompts, padded on the left, with `room` for that many tokens more."""
+    from rlhf_core.rollout.cache import make_cache
+
+    L = max(map(len, prompt_ids))
+    ids_RL = torch.tensor([[pad_id] * (L - len(ids)) + list(ids) for ids in prompt_ids], device=model.device)
+    lengths_R = torch.tensor([len(ids) for ids in prompt_ids], device=model.device)
+    mask_RS = torch.arange(L + room, device=model.device) >= L - lengths_R[:, None]
+    position_RL = (mask_RS[:, :L].long().cumsum(-1) - 1).clamp(min=0)
+    accepted = _accepted(model.forward, {"position_ids", "logits_to_keep"})
+    state = _State(torch.empty(0), make_cache(model.config), mask_RS, lengths_R, accepted)
+    _forward(model, state, ids_RL, position_RL)
+    return state
+
+
+def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor) -> None:
+    """Read Q more tokens of each row into the cache; leaves the logits of what comes next."""
+    state.width += ids_RQ.shape[1]
+    first = state.width - ids_RQ.shape[1] if all(state.cache.is_linear) else 0  # recurrences mask new tokens only
+    optional = {"position_ids": position_RQ, "logits_to_keep": 1}
+    logits_RQV = model(
+        input_ids=ids_RQ,
+        attention_mask=state.mask_RS[:, first : state.width],
+        past_key_values=state.cache,
+        use_cache=True,
+        **{name: value for name, value in optional.items() if name in state.accepted},
+    ).logits
+    state.logits_RV = logits_RQV[:, -1]
+
+
+def _accepted(forward: Callable[..., Any], optional: Collection[str]) -> frozenset[str]:
+    """Which of the `optional` arguments a forward pass takes: a few architectures know no positions. Wrappers pass on what
+    they do not know."""
+    parameters = inspect.signature(forward).parameters
+    passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return frozenset(name for name in optional if passes_on or name in parameters)
+
+
+def _decode(
+    model: Any, state: _State, uniforms_BT: Tensor, sampling: Sampling, stops: _Stops, compact: float
+) -> list[Completion]:
+    """Extend every row of `state` token by token until it ends."""
+    B, T = uniforms_BT.shape
+    device = state.logits_RV.device
+    uniforms_BT = uniforms_BT.to(device)
+    tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+    logprobs_BT, log_mass_BT = torch.zeros(2, B, T, device=device)
+    ends_B = torch.zeros(B, dtype=torch.long, device=device)  # length of what has ended, 0 for the rest
+    row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
+    for t in range(T):
+        tokens_R, logprobs_R, log_mass_R = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling)
+        tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, log_mass_R
+        live_R = ends_B[row_R] == 0
+        ended_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
+        ends_B[row_R[ended_R]] = t + 1
+        live_R &= ~ended_R
+        live = int(live_R.sum())
+        if live == 0 or t == T - 1:
+            break
+        if live <= (1 - compact) * len(row_R):
+            keep = live_R.nonzero()[:, 0]
+            state.select(keep)
+            row_R, tokens_R = row_R[keep], tokens_R[keep]
+        _forward(model, state, tokens_R[:, None], (state.lengths_R + t)[:, None])
+    if not bool(logprobs_BT.isfinite().all()):
+        raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
+    columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B))
+    return [
+        Completion(tokens[: end or T], logprobs[: end or T], log_mass[: end or T], "stop" if end else "length")
+        for tokens, logprobs, log_mass, end in zip(*columns, strict=True)
+    ]
+
+
+def _pick(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """The next tokens, their log-probabilities, and the log of the probability that truncation kept."""
+    if sampling.temperature == 0:
+        logprobs_RV, log_mass_R = warp(logits_RV)
+        tokens_R = logprobs_RV.argmax(-1)
+    else:
+        rules = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        logprobs_RV, log_mass_R = warp(logits_RV, *rules)
+        tokens_R = draw(logprobs_RV, uniforms_R)
+    return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0], log_mass_R
+
+
+class _Stops:
+    """Tells whether a completion ends with its newest token: EOS, or a stop string that it completes."""
+
+    SLACK = 8
+    """tokens decoded before those that can hold a stop string: special ones among them have no text, and the first ones of
+    a cut sequence can decode differently"""
+
+    def __init__(
+        self,
+        eos_ids: Collection[int],
+        strings: Sequence[str],
+        decode: Callable[[list[list[int]]], list[str]] | None,
+    ) -> None:
+        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.long)
+        self.strings = strings
+        self.decode = decode
+        longest = max((len(string.encode()) for string in strings), default=0)
+        self.tail = longest + self.SLACK  # a token has at least one byte
+
+    def hit(self, tokens_BT: Tensor, row_R: Tensor, live_R: Tensor, t: int) -> Tensor:
+        """(R,) bool. Rows that are not live need no answer."""
+        self.eos = self.eos.to(row_R.device)
+        hit_R = torch.isin(tokens_BT[row_R, t], self.eos)
+        if self.strings:
+            assert self.decode is not None, "stop strings need a decoder"
+            index = (live_R & ~hit_R).nonzero()[:, 0]
+            tails = tokens_BT[row_R[index], max(0, t + 1 - self.tail) : t + 1].tolist()
+            texts = self.decode(tails) if tails else []
+            hit_R[index] = torch.tensor([any(s in text for s in self.strings) for text in texts], device=hit_R.device)
+        return hit_R
