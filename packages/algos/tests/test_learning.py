@@ -1,0 +1,106 @@
+"""Every preset learns on a model that trains in a second, three seeds each, by a margin that chance cannot give.
+
+Online, the reward is the share of lower-case letters among six sampled bytes: 26 of 259 tokens, so 0.10 for the untrained
+model, with a standard error of 0.016 for the 64 completions of a step. Offline, chosen and demonstrated answers are
+random lower-case letters and rejected ones capitals; no row is seen twice, so each step's metrics, taken before its
+update, are measured on data never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from rlhf_core import Run, make_config
+
+MODEL = "tiny:hidden=32,layers=1"
+STEPS = 20
+LOWER, UPPER = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+REWARD = "def reward_func(completions):\n    return [sum(c.islower() for c in text) / 6 for text in completions]\n"
+
+every_seed = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+
+
+def rows_of(path: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The data provider's options for a file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"use": "json", "path": str(path), "encoding": {"template": "raw"}}
+
+
+def curves(algorithm: str, tmp_path: Path, **options: Any) -> list[Mapping[str, float]]:
+    """The metrics of every step of a run."""
+    Run(make_config(algorithm, model=MODEL, output=str(tmp_path / "run"), steps=STEPS, **options)).train()
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@every_seed
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "cispo",
+        "dapo",
+        "dr_grpo",
+        "grpo",
+        "gspo",
+        "online_dpo",
+        "ppo",
+        "reinforce",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "rejection_sampling",
+        "rloo",
+    ],
+)
+def test_online_presets_raise_the_reward(algorithm, seed, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    options = {"critic": {"optim": {"lr": 0.02}}} if algorithm == "ppo" else {}
+    steps = curves(
+        algorithm,
+        tmp_path,
+        data=rows_of(tmp_path / "prompts.jsonl", [{"prompt": letter * 2} for letter in LOWER[:16]]),
+        reward={"use": "func", "path": str(tmp_path / "reward.py")},
+        sampling={"n": 4, "max_new_tokens": 6},
+        actor={"optim": {"lr": 0.02}},
+        batch_size=16,
+        seed=seed,
+        **options,
+    )
+    rewards = [step["reward/mean"] for step in steps]
+    assert rewards[0] < 0.2
+    assert fmean(rewards[-3:]) > rewards[0] + 0.3, rewards
+
+
+def pairs(seed: int) -> list[dict[str, str]]:
+    """Sixteen new pairs for every step, of different lengths."""
+    draw = random.Random(seed)
+    word = lambda letters: "".join(draw.choices(letters, k=draw.randint(2, 6)))
+    return [{"prompt": word(LOWER), "chosen": word(LOWER), "rejected": word(UPPER)} for _ in range(16 * STEPS)]
+
+
+@every_seed
+@pytest.mark.parametrize("algorithm", ["cdpo", "dpo", "ipo", "orpo", "reward", "simpo"])
+def test_preference_presets_tell_new_chosen_answers_from_rejected_ones(algorithm, seed, tmp_path):
+    role = "reward" if algorithm == "reward" else "actor"
+    data = rows_of(tmp_path / "pairs.jsonl", pairs(seed))
+    optim = {role: {"optim": {"lr": 0.01, "schedule": "constant", "warmup": 0}}}
+    steps = curves(algorithm, tmp_path, data=data, batch_size=16, seed=seed, **optim)
+    accuracy = [step[f"{role}/accuracy"] for step in steps]
+    assert fmean(accuracy[:2]) < 0.85
+    assert fmean(accuracy[-5:]) > 0.97, accuracy
+
+
+@every_seed
+def test_supervised_fine_tuning_finds_the_distribution_of_new_answers(seed, tmp_path):
+    """From log 259 = 5.6 nats per token towards the answers' own entropy, 2.9 (a letter: log 26; the end of answer)."""
+    demonstrations = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(seed)]
+    data = rows_of(tmp_path / "rows.jsonl", demonstrations)
+    optim = {"actor": {"optim": {"lr": 0.02, "schedule": "constant"}}}
+    steps = curves("sft", tmp_path, data=data, batch_size=16, seed=seed, **optim)
+    assert steps[0]["loss/actor"] > 5.4
+    assert fmean(step["loss/actor"] for step in steps[-3:]) < 3.4
