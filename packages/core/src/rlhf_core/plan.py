@@ -44,6 +44,8 @@ class RoleSpec:
     """(credit key, term) for each term that trains it; empty for a frozen role"""
     sampled: bool = False
     """whether a source samples it"""
+    temperature: float = 1.0
+    """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
 
     @property
     def trained(self) -> bool:
@@ -155,6 +157,8 @@ def _roles(
             f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
             f"{', '.join(config.roles)}; use an advantage or loss without that need"
         )
+    online = any(term.source != DATA for _, term in keyed)
+    temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
     return {
         name: RoleSpec(
             name=name,
@@ -162,6 +166,7 @@ def _roles(
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
             sampled=any(term.source == name for _, term in keyed),
+            temperature=temperature,
         )
         for name in outputs
     }
