@@ -17,7 +17,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
@@ -38,6 +38,8 @@ def library() -> Any:
 
     # inference on CPUs would use this operation, training does not: spare the minute and the compiler it takes to build
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # it warns of module inputs that are no tensors: ours hold token ids, through which no gradient flows
+    deepspeed.runtime.zero.utils.warned = True
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's business
     return deepspeed
 
@@ -84,20 +86,56 @@ def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.devi
     return outputs
 
 
-def whole_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors under their Hugging Face names, gathered one at a time. Collective."""
-    deepspeed = library()
-    for name, tensor in module.hf_weights():  # type: ignore[operator]
-        with deepspeed.zero.GatheredParameters([tensor]):
-            whole = tensor.detach()
-            yield name, whole.clone() if hasattr(tensor, "ds_id") else whole  # shards are gone after the next one
+def whole_weights(module: nn.Module, elements: int) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors under their Hugging Face names, gathered about `elements` at a time. Collective."""
+    buckets = _Buckets(list(module.parameters()), elements)
+    for name, tensor in module.hf_weights(gather=buckets.opened):  # type: ignore[operator]
+        yield name, tensor.clone()  # its bucket's memory goes with the bucket
+    buckets.close()
+
+
+class _Buckets:
+    """Sharded parameters, whole a bucket at a time, for a reader that takes them in the module's order."""
+
+    def __init__(self, parameters: list[nn.Parameter], elements: int) -> None:
+        self._parameters = parameters
+        self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self._elements = elements
+        self._open = ExitStack()
+        self._whole: set[int] = set()
+
+    @contextmanager
+    def opened(self, parameter: nn.Parameter) -> Iterator[None]:
+        """`parameter` is whole: the bucket that begins with it is opened, unless it is in the open one."""
+        if id(parameter) not in self._whole:
+            self.close()
+            bucket = self._from(self._places[id(parameter)])
+            self._open.enter_context(library().zero.GatheredParameters(bucket))
+            self._whole = {id(each) for each in bucket}
+        yield
+
+    def close(self) -> None:
+        """Release the open bucket."""
+        self._open.close()
+        self._whole = set()
+
+    def _from(self, place: int) -> list[nn.Parameter]:
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in self._parameters[place:]:
+            size += parameter.ds_numel
+            if bucket and size > self._elements:
+                break
+            bucket.append(parameter)
+        return bucket
 
 
 @contextmanager
-def gathered(engine: Any) -> Iterator[None]:
-    """All weights of a stage 3 engine's module, on every rank, and no hooks that would release them. Collective."""
+def gathered(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
+    """All weights of a stage 3 engine's module, or of a part of it, on every rank, and no hooks that would release them.
+    Collective when it opens and closes, and only then."""
     hooks = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    with library().zero.GatheredParameters(list(engine.module.parameters())):
+    with library().zero.GatheredParameters(list((part or engine.module).parameters())):
         hooks._remove_module_hooks()
         hooks.forward_hooks.clear()
         hooks.backward_hooks.clear()

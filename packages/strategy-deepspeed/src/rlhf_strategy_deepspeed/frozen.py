@@ -28,6 +28,7 @@ class FrozenShards:
         if options.show_config:
             show(f"{type(module).__name__}, frozen", config)
         self.world: World = TorchWorld()
+        self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.device = device
         module.eval().requires_grad_(False)
         shard(module, config, device)
@@ -43,11 +44,11 @@ class FrozenShards:
     def step(self) -> NoReturn:
         raise AssertionError("a frozen role is not trained")
 
-    def gathered(self) -> AbstractContextManager[None]:
-        return gathered(self.engine)
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        return gathered(self.engine, part)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from whole_weights(self.module)
+        yield from whole_weights(self.module, self.bucket)
 
     def save(self, folder: str) -> None:
         """Nothing: a frozen role is loaded again from where it came."""

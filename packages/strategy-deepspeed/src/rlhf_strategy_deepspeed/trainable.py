@@ -46,6 +46,7 @@ class DeepSpeedTrainable:
         if options.show_config:
             show(f"{type(module).__name__}, trained", config)
         self.world: World = TorchWorld()
+        self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.options = optim
         self.stage = options.stage
         self.total_steps = total_steps
@@ -83,11 +84,14 @@ class DeepSpeedTrainable:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or float("inf"))
 
-    def gathered(self) -> AbstractContextManager[None]:
-        return gathered(self.engine) if self.stage == 3 else nullcontext()
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        return gathered(self.engine, part) if self.stage == 3 else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from whole_weights(self.module)
+        if self.stage == 3:
+            yield from whole_weights(self.module, self.bucket)
+        else:
+            yield from self.module.hf_weights()  # type: ignore[operator]
 
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
