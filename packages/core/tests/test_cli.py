@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,7 @@ def test_the_overview_lists_algorithms_commands_and_the_fixed_flags(words: list[
 def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(say: Callable[..., str]) -> None:
     text = " ".join(say("online", "--help").split())
     assert "Samples and learns. As the paper says." in text
-    assert "--data rows json, prompts, rows" in text, "the choices of a kind"
+    assert re.search(r"--data rows [\w, ]*\bjson, prompts, rows --", text), "the choices of a kind"
     assert "--data.path STR where the rows are (required)" in text
     assert "--reward.limit INT characters at which the reward reaches zero (default: 400)" in text
     assert "--algorithm.clip FLOAT where the ratio is cut (default: 0.2)" in text
@@ -271,23 +273,22 @@ def test_doctor_says_the_pip_command_of_what_is_missing(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["data", "reward", "advantage", "loss", "evaluator"])
-def test_a_new_plugin_is_a_package_that_works(kind: str, say: Callable[..., str]) -> None:
-    assert "rlhf-very-new is ready" in say("new-plugin", "very-new", "--kind", kind)
-    folder = Path("rlhf-very-new")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "pyproject.toml", "rlhf_very_new.py", "test_rlhf_very_new.py",
-    ]  # fmt: skip
-    assert 'very_new = "rlhf_very_new"' in (folder / "pyproject.toml").read_text()
-    assert "$" not in "".join(path.read_text() for path in folder.iterdir()), "everything is filled in"
-    paths = os.pathsep.join([str(folder.resolve()), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+def test_a_new_plugin_of_any_kind_is_a_package_that_works(say: Callable[..., str]) -> None:
+    kinds = ("data", "reward", "advantage", "loss", "evaluator")
+    for kind in kinds:
+        assert f"rlhf-my-{kind} is ready" in say("new-plugin", f"my-{kind}", "--kind", kind)
+        folder = Path(f"rlhf-my-{kind}")
+        files = {"README.md", "pyproject.toml", f"rlhf_my_{kind}.py", f"test_rlhf_my_{kind}.py"}
+        assert {path.name for path in folder.iterdir()} == files
+        project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+        assert project["entry-points"]["rlhf"] == {f"my_{kind}": f"rlhf_my_{kind}"}
+        assert "$" not in "".join(path.read_text() for path in folder.iterdir()), "everything is filled in"
+        sys.path.insert(0, str(folder.resolve()))
+        assert re.search(rf"^{kind} +my_{kind} ", say("-p", f"rlhf_my_{kind}", "plugins"), re.MULTILINE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"rlhf-my-{kind}" for kind in kinds)]
     done = subprocess.run(test, env=environment, capture_output=True, text=True, check=False)
-    assert "1 passed" in done.stdout, done.stdout
-    sys.path.insert(0, str(folder.resolve()))
-    assert re.search(rf"^{kind} +very_new ", say("-p", "rlhf_very_new", "plugins"), re.MULTILINE)
-    del sys.modules["rlhf_very_new"]
+    assert "5 passed" in done.stdout, done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,3 +336,71 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m rlhf_core plugins | (exec <&-; sleep 0.5); exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chat
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def greedy(text: str, tokens: int) -> str:
+    """What the model `tiny` says to a text, token by token without a cache."""
+    import torch
+
+    from rlhf_core.models.load import load_model, load_tokenizer
+    from rlhf_core.options import ModelOptions
+
+    tokenizer, model = load_tokenizer("tiny", ModelOptions()), load_model("tiny", ModelOptions()).eval()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+
+
+@pytest.fixture
+def template(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Give the model `tiny` another chat template, or none."""
+    from rlhf_core.models import load
+
+    plain = load.load_tokenizer
+
+    def use(text: str | None) -> None:
+        def tokenizer(name: str, options: Any) -> Any:
+            made = plain(name, options)
+            made.chat_template = text
+            return made
+
+        monkeypatch.setattr(load, "load_tokenizer", tokenizer)
+
+    return use
+
+
+SHORT = ("--max-new-tokens", "3", "--temperature", "0")
+
+
+def test_chat_answers_one_prompt(say: Callable[..., str], template: Callable[[str | None], None]) -> None:
+    template("{% for m in messages %}[{{ m.content }}{% endfor %}")
+    assert say("chat", "tiny", "--prompt", "hello", *SHORT) == greedy("[hello", 3) + "\n"
+
+
+def test_chat_remembers_the_conversation_where_the_model_has_a_template(
+    say: Callable[..., str], template: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template("{% for m in messages %}[{{ m.content }}{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nworld\n"))
+    first = greedy("[hello", 3)
+    assert say("chat", "tiny", *SHORT) == f"{first}\n{greedy(f'[hello[{first}[world', 3)}\n"
+
+
+def test_chat_continues_each_line_by_itself_where_there_is_no_template(
+    say: Callable[..., str], template: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template(None)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nworld\n"))
+    assert say("chat", "tiny", *SHORT) == f"{greedy('hello', 3)}\n{greedy('world', 3)}\n"
+
+
+def test_chat_says_the_same_for_the_same_seed(say: Callable[..., str]) -> None:
+    answers = [say("chat", "tiny", "--prompt", "hello", "--max-new-tokens", "8", "--seed", seed) for seed in "112"]
+    assert answers[0] == answers[1] != answers[2]

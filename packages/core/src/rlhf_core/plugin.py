@@ -24,9 +24,17 @@ def rlhf_rollout() -> Providers:
 @hookimpl
 def rlhf_reward() -> Providers:
     return {
+        "code": "rlhf_core.reward.code:Code",
+        "exact": "rlhf_core.reward.exact:Exact",
         "func": "rlhf_core.reward.func:Func",
+        "json": "rlhf_core.reward.valid_json:ValidJson",
         "length": "rlhf_core.reward.length:Length",
+        "math": "rlhf_core.reward.maths:Maths",
+        "model": "rlhf_core.reward.model:RewardModel",
+        "profanity": "rlhf_core.reward.profanity:Profanity",
+        "regex": "rlhf_core.reward.regex:Regex",
         "sentiment": "rlhf_core.reward.sentiment:Sentiment",
+        "sum": "rlhf_core.reward.weighted:Sum",
     }
 
 

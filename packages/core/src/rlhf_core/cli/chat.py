@@ -36,7 +36,7 @@ class Chat:
 
     def __call__(self, registry: Registry) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
-        from rlhf_core.models.load import load_model, load_tokenizer
+        from rlhf_core.models.load import load_model, load_tokenizer, render_chat
 
         options = ModelOptions(model=self.model)
         tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)
@@ -44,21 +44,19 @@ class Chat:
         torch.manual_seed(self.seed)
         history: list[dict[str, str]] = []
         for line in [self.prompt] if self.prompt else _lines():
-            history = [*history, {"role": "user", "content": line}] if tokenizer.chat_template else []
-            answer = self._answer(model, tokenizer, history, line)
-            history += [{"role": "assistant", "content": answer}] if history else []
+            if not tokenizer.chat_template:
+                self._answer(model, tokenizer, tokenizer(line, return_tensors="pt"))
+                continue
+            history.append({"role": "user", "content": line})
+            text = render_chat(tokenizer, history)
+            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template writes them
+            history.append({"role": "assistant", "content": self._answer(model, tokenizer, inputs)})
         return 0
 
-    def _answer(self, model: Any, tokenizer: Any, history: list[dict[str, str]], line: str) -> str:
+    def _answer(self, model: Any, tokenizer: Any, inputs: Any) -> str:
         """Print the answer while it is sampled, and return it."""
         from transformers import TextStreamer
 
-        if history:
-            inputs = tokenizer.apply_chat_template(
-                history, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            inputs = tokenizer(line, return_tensors="pt")
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
