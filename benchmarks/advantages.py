@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from rlhf_algos.returns import discounted_returns, gae
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Result = TypeVar("Result")
 
 
 def loop_gae(rewards_NT: torch.Tensor, values_NT: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
@@ -37,7 +39,7 @@ def loop_returns(rewards_NT: torch.Tensor, gamma: float) -> torch.Tensor:
     return loop_gae(rewards_NT, torch.zeros_like(rewards_NT), gamma, 1.0)
 
 
-def best_of(repeats: int, function: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def best_of(repeats: int, function: Callable[[], Result]) -> tuple[float, Result]:
     """The shortest of some runs in milliseconds, and the result."""
     times = []
     for _ in range(repeats):
@@ -63,8 +65,8 @@ def main() -> None:
     print(f"{shape[0]} completions of {shape[1]:,} tokens, {arguments.threads} thread(s), best of several runs\n")
     print(f"{'':<28}{'loop ms':>10}{'ours ms':>10}{'times':>8}{'error':>10}")
     for gamma, lam in ((1.0, 0.95), (0.999, 0.99), (1.0, 1.0)):
-        loop, _ = best_of(2, lambda g=gamma, l=lam: loop_gae(rewards_NT, values_NT, g, l))
-        ours, got = best_of(7, lambda g=gamma, l=lam: gae(rewards_NT, values_NT, everywhere_NT, g, l)[0])
+        loop, _ = best_of(2, partial(loop_gae, rewards_NT, values_NT, gamma, lam))
+        ours, (got, _) = best_of(7, partial(gae, rewards_NT, values_NT, everywhere_NT, gamma, lam))
         exact = loop_gae(rewards_NT.double(), values_NT.double(), gamma, lam)
         report(f"GAE gamma {gamma} lambda {lam}", loop, ours, got, exact)
     loop, _ = best_of(2, lambda: loop_returns(rewards_NT, 1.0))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
-from rlhf_algos.loss.delayed import Delayed
+from rlhf_algos.loss.delayed import delayed
 from rlhf_algos.loss.sft import SFT
 from rlhf_algos.loss.value import Value
 from rlhf_core.errors import UsageError
@@ -49,5 +49,5 @@ class PPO:
         if self.ptx:
             terms = (*terms, Term("actor", "data", SFT(), weight=self.ptx))
         if self.critic_warmup:
-            terms = tuple(replace(term, loss=Delayed(term.loss, self.critic_warmup)) for term in terms)
+            terms = tuple(delayed(term, self.critic_warmup) for term in terms)
         return (*terms, Term("critic", "actor", self.value, chosen.advantage))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Loss, LossTerms, Outputs
+    from rlhf_core.types import Batch, Loss, LossTerms, Outputs, Term
 
-__all__ = ["Delayed"]
+__all__ = ["Delayed", "delayed"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,9 @@ class Delayed:
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         result = self.loss(outputs, batch)
         return replace(result, values=result.values * float(batch.scalars["progress"] >= self.start))
+
+
+def delayed(term: Term, start: float) -> Term:
+    """`term` with its loss delayed."""
+    loss: Any = Delayed(term.loss, start)
+    return replace(term, loss=loss)
