@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -58,10 +61,12 @@ def _convert(file: Path, folder: Path) -> None:
 
     from rlhf_core.lazy import torch
 
+    print(f"converting {file.name} to {folder.parent}, once", file=sys.stderr)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with redirect_stderr(StringIO()):  # its progress bar has no switch
+            model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
     except (ValueError, NotImplementedError, KeyError, OSError) as error:
         raise UsageError(f"{file}: transformers cannot read this GGUF file: {str(error).splitlines()[0]}") from error
     model.hf_quantizer = None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 
-import torch  # noqa: TID253  base classes are needed at once; only what builds a model imports this module
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
 from rlhf_core.models.logprobs import token_logprobs
 
@@ -47,13 +47,13 @@ class ChunkedHead(_Shared):
 
     # the sub-class asks for more than a linear layer does, and gives more
     def forward(  # type: ignore[override]
-        self, input: Tensor, targets_M: Tensor | None = None, entropy: bool = False
+        self, hidden: Tensor, targets_M: Tensor | None = None, entropy: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Logits of `input`; with targets, log-probabilities and entropies of (M, H) states, each (M,)."""
+        """Logits of `hidden`; with targets, log-probabilities and entropies of (M, H) states, each (M,)."""
         if targets_M is None:
-            return super().forward(input)
+            return super().forward(hidden)
         return token_logprobs(
-            input,
+            hidden,
             self.weight,
             targets_M,
             bias_V=self.bias,
@@ -68,10 +68,10 @@ class ChunkedHead(_Shared):
 class ScalarHead(_Shared):
     """A linear layer to one number, computed in float32 whatever the model computes in."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(input.float(), self.weight.float(), bias)
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
     @classmethod
     def new(cls, hidden: int, dtype: torch.dtype) -> ScalarHead:

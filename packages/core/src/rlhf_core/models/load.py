@@ -43,7 +43,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     source = find(name)
     _check_attention(options)
     if source.kind == "tiny":
-        return tiny.parse(name).model(LlamaForCausalLM, options.attention).to(_dtype(options, trained))
+        return tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
     model, missing = _from_pretrained(AutoModelForCausalLM, name, source, options, trained)
     if missing:
         raise UsageError(
@@ -65,8 +65,8 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     source = find(name)
     _check_attention(options)
     if source.kind == "tiny":
-        model = tiny.parse(name).model(LlamaForSequenceClassification, options.attention, num_labels=1)
-        return model.to(_dtype(options, trained)), False
+        size, dtype = tiny.parse(name), _dtype(options, trained)
+        return size.model(LlamaForSequenceClassification, options.attention, dtype, num_labels=1), False
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
         raise UsageError(

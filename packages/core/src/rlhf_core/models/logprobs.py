@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # noqa: TID253  base classes are needed at once; only what builds a model imports this module
-from torch import Tensor  # noqa: TID253
-from torch.autograd.function import once_differentiable  # noqa: TID253
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["full_logprobs", "token_logprobs"]
 
@@ -98,7 +98,9 @@ def token_logprobs(
     dtype = _matmul_dtype(weight_VH)
     inputs = [tensor for tensor in (hidden_MH, weight_VH, bias_V) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        logprobs_M, entropy_M = _Blocked.apply(hidden_MH, weight_VH, bias_V, targets_M, head, block, dtype, entropy)
+        logprobs_M, entropy_M = _Blocked.apply(  # type: ignore[no-untyped-call]
+            hidden_MH, weight_VH, bias_V, targets_M, head, block, dtype, entropy
+        )
         return logprobs_M, entropy_M
     sweep = _sweep(hidden_MH, weight_VH, bias_V, targets_M, head, block, dtype, entropy)
     return sweep.picked_M - sweep.logsum_M, sweep.entropy_M
@@ -204,7 +206,7 @@ class _Blocked(torch.autograd.Function):
         return sweep.picked_M - sweep.logsum_M, sweep.entropy_M
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs_M: Tensor | None, grad_entropy_M: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_MH, weight_VH, bias_V, targets_M, logsum_M, entropy_M = ctx.saved_tensors
         head, dtype, block, V = ctx.head, ctx.dtype, ctx.block, len(weight_VH)

@@ -16,13 +16,14 @@ Left out on purpose: padding masks (`models.inputs`), quantisation, adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID253  base classes are needed at once; only what builds a model imports this module
+import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn  # noqa: TID253
+from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
 from rlhf_core.models.heads import ChunkedHead, ScalarHead
@@ -53,6 +54,8 @@ class RoleModule(nn.Module):
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
     """
 
+    model: Any
+
     def __init__(self, model: Any, heads: dict[str, ScalarHead], compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model = model
@@ -67,7 +70,7 @@ class RoleModule(nn.Module):
 
     def scalar_head(self, name: str) -> nn.Module:
         """The head called `name`: the module's own, or else the classifier's."""
-        return self.heads[name] if name in self.heads else self.model.score
+        return self.heads[name] if name in self.heads else self.model.score  # noqa: SIM401  a ModuleDict has no `get`
 
     def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs, float32, zero outside the completions."""
@@ -98,10 +101,16 @@ class RoleModule(nn.Module):
             body.eval()
         return states
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding."""
+    def hf_weights(
+        self, gather: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding.
+
+        A strategy that shards parameters gives `gather`, a context in which a parameter is whole.
+        """
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            with gather(parameter):
+                yield name, parameter.detach()
         persistent = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
             if name in persistent:
@@ -132,6 +141,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
         UsageError: the model cannot be loaded, or a frozen role's model lacks the head it is asked for.
     """
     options = spec.options
+    model: Any
     scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
     language = spec.sampled or bool(spec.outputs & LANGUAGE)
     if language or not has_scorer(options.model, options):

@@ -41,8 +41,8 @@ class Tiny:
     seed: int = 0
     """of the weights"""
 
-    def model(self, cls: type[Any], attention: str = "sdpa", **config: Any) -> PreTrainedModel:
-        """The model as an instance of `cls`, one of transformers' Llama classes, in float32."""
+    def model(self, cls: type[Any], attention: str, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
+        """The model as an instance of `cls`, one of transformers' Llama classes."""
         from transformers import LlamaConfig
 
         llama = LlamaConfig(
@@ -57,18 +57,19 @@ class Tiny:
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=PAD,
-            attn_implementation=attention,
             **config,
         )
+        llama._attn_implementation = attention
         with torch.random.fork_rng(devices=[]):  # the constructor draws numbers that are overwritten below
-            model: PreTrainedModel = cls(llama).eval()
+            model: Any = cls(llama).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
                     digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
                     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
                     parameter.normal_(0.0, STD, generator=generator)
-        return model
+        converted: PreTrainedModel = model.to(dtype)
+        return converted
 
 
 def parse(name: str) -> Tiny:
