@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,10 @@ class MirrorRole:
     def tokenizer(self) -> Any:
         """The tokenizer of the role's model."""
         return self.local.tokenizer
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """While it is open, the module holds full weights."""
+        return self.local.gathered()
 
     def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs under the mirrored weights."""
