@@ -215,7 +215,9 @@ def test_numbers_labels_and_metadata_go_along_with_each_completion() -> None:
     batch = ENCODER.batch(rows, [4, 9])
     assert batch["margin_N"].tolist() == [0.5, 0.5, 2.0]
     assert batch["margin_N"].dtype == torch.float32
-    assert (batch.labels, batch.meta[:2]) == (["x", "x", None], [{"id": 1}, {"id": 1}])
+    assert batch.labels == ["x", "x", None]
+    assert batch.meta == [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "a"}, {"prompt": "d"}]
+    assert ENCODER.prompts(rows[:1], [4]).examples[0].meta == {"id": 1, "prompt": "a"}
     with pytest.raises(DataError, match="rows:2: expected a number 'margin'"):
         ENCODER.batch([rows[0], Example("d", ("e",), origin="rows:2")], [0, 1])
 

@@ -3,7 +3,7 @@
 One rule holds everywhere: a prompt and its completion are tokenised apart and their ids joined, so that training reads
 exactly the ids that sampling would have seen and produced. Nothing is tokenised across the boundary, and the EOS or
 end-of-turn token that ends a completion belongs to it. Text that a template puts after that token opens the next turn
-and is not part of the completion.
+and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for whoever has another template.
 
 Packing is not here: the loop cuts micro-batches by tokens.
 """
@@ -11,8 +11,8 @@ Packing is not here: the loop cuts micro-batches by tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.chats import Text
 from rlhf_core.data.render import Encoding, Renderer
@@ -104,7 +104,7 @@ class Encoder:
         return Prompts(
             texts=[row.text for row in rows],
             token_ids=[row.ids for row in rows],
-            examples=[examples[i] for i in kept],
+            examples=[replace(examples[i], meta=_meta(examples[i])) for i in kept],
             uids=[uids[i] for i in kept],
         )
 
@@ -131,7 +131,7 @@ class Encoder:
             mask_NT=mask_NT,
             group_N=torch.tensor([group for group, *_ in flat]),
             labels=[example.label for example in chosen],
-            meta=[example.meta for example in chosen],
+            meta=[_meta(example) for example in chosen],
             extras={
                 "uids_N": torch.tensor([uids[kept[group]] for group, *_ in flat]),
                 **{f"{name}_N": _column(chosen, name) for name in numbers},
@@ -224,6 +224,11 @@ def _padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]
     width = max(map(len, rows))
     padded = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
     return padded, torch.tensor([len(row) for row in rows])
+
+
+def _meta(example: Example) -> dict[str, Any]:
+    """The row's metadata, and its prompt as it was: a reward model has another template than the policy."""
+    return {"prompt": example.prompt, **example.meta}
 
 
 def _column(examples: Sequence[Example], name: str) -> Tensor:

@@ -1,0 +1,40 @@
+"""`--reward exact`: whether a completion is the reference answer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import DataError
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Rollouts
+
+__all__ = ["Exact"]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """1 if the completion is the label (one of them, if it is a list), else 0; blanks around both do not count."""
+
+    ignore_case: bool = True
+    """upper and lower case are the same"""
+    extract: str = ""
+    """regular expression whose last match in the completion (its first group, if it has one) is the answer"""
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        return [float(self._right(text, label)) for text, label in zip(rollouts.texts, rollouts.labels)]
+
+    def _right(self, text: str, label: Any) -> bool:
+        if label is None:
+            raise DataError("--reward exact compares with labels, and this row has none: pass --data.label-key")
+        if self.extract:
+            found = list(re.finditer(self.extract, text))
+            text = found[-1].group(min(1, found[-1].re.groups)) or "" if found else ""
+        references = label if isinstance(label, list) else [label]
+        return self._plain(text) in {self._plain(str(reference)) for reference in references}
+
+    def _plain(self, text: str) -> str:
+        text = " ".join(text.split())
+        return text.casefold() if self.ignore_case else text

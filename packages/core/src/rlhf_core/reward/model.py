@@ -1,0 +1,106 @@
+"""`--reward model`: a trained reward model, any sequence classifier with one score.
+
+The model has its own tokenizer and chat template: prompt and completion come to it as the data had them and as the policy
+wrote them, and are rendered and tokenised anew. The score is that of the last token, the end of turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.encode import Encoder, Encoding
+from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
+from rlhf_core.options import ModelOptions
+from rlhf_core.types import Example, RewardOutput
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Rollouts
+
+__all__ = ["RewardModel"]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A trained reward model: hub name or folder of a sequence classifier with one score."""
+
+    model: str
+    """hub name or folder, rlhf-run reward's output say"""
+    mean: float = 0.0
+    """taken from each score"""
+    std: float = 1.0
+    """each score is divided by it, after `mean` was taken"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what the forward pass computes in"""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """attention implementation"""
+    trust_remote_code: bool = False
+    """run model code that comes with the weights; only for models you trust"""
+    micro_tokens: int = 16384
+    """token budget of one forward pass, padding included; changes memory and speed, never results"""
+    offload: bool = False
+    """keep the model in CPU memory between calls"""
+    encoding: Encoding = Encoding(too_long="truncate")
+    """how prompt and completion become this model's tokens"""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        from rlhf_core.microbatch import micro_rows
+        from rlhf_core.models.inputs import layout
+
+        loaded = _loaded(self)
+        examples = [Example(_prompt(meta), (text,)) for meta, text in zip(rollouts.meta, rollouts.texts)]
+        before = loaded.encoder.truncated
+        batch = loaded.encoder.batch(examples, range(len(examples)))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded.module.to(device)
+        scores_N = torch.empty(len(batch))
+        with torch.inference_mode():
+            for rows in micro_rows(batch, self.micro_tokens):
+                inputs = layout(batch.rows(rows)).to(device)
+                scores_N[rows] = loaded.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
+        if self.offload:
+            loaded.module.to("cpu")
+        cut = (loaded.encoder.truncated - before) / len(batch)
+        metrics = {"score": scores_N, "cut": torch.full_like(scores_N, cut)}
+        return RewardOutput(rewards_N=(scores_N - self.mean) / self.std, metrics=metrics)
+
+    def close(self) -> None:
+        """Free the model."""
+        _loaded.cache_clear()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    module: Any
+    encoder: Encoder
+
+
+@cache
+def _loaded(reward: RewardModel) -> _Loaded:
+    """Model and tokenizer, loaded at the first call.
+
+    Raises:
+        UsageError: there is no such model, or it has no score head.
+    """
+    from rlhf_core.models.load import load_tokenizer
+    from rlhf_core.models.module import build_module
+    from rlhf_core.plan import RoleSpec
+
+    options = ModelOptions(
+        model=reward.model,
+        dtype=reward.dtype,
+        attention=reward.attention,
+        trust_remote_code=reward.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(reward.model, options)
+    module = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
+    return _Loaded(module, Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding))
+
+
+def _prompt(meta: Any) -> Any:
+    """The prompt as the data had it."""
+    if "prompt" not in meta:
+        raise ContractError("--reward model reads meta['prompt'] of each row, which the rollout engine must pass on")
+    return meta["prompt"]

@@ -1,0 +1,33 @@
+"""`--reward regex`: whether a completion has a wanted form, `<think>…</think><answer>…</answer>` say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Rollouts
+
+__all__ = ["Regex"]
+
+
+@dataclass(frozen=True)
+class Regex:
+    """1 if the completion matches a regular expression, else 0."""
+
+    pattern: str
+    """Python's syntax; the dot matches line ends too"""
+    match: Literal["whole", "anywhere", "none"] = "whole"
+    """the whole completion must match (blanks around it aside), some part of it, or no part"""
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        try:
+            pattern = re.compile(self.pattern, re.DOTALL)
+        except re.error as error:
+            raise UsageError(f"--reward.pattern {self.pattern!r} is not a regular expression: {error}") from None
+        if self.match == "whole":
+            return [float(pattern.fullmatch(text.strip()) is not None) for text in rollouts.texts]
+        return [float((pattern.search(text) is None) == (self.match == "none")) for text in rollouts.texts]

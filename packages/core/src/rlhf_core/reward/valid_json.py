@@ -1,0 +1,41 @@
+"""`--reward json`: whether a completion is JSON, with the keys that were asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Rollouts
+
+__all__ = ["ValidJson"]
+
+FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)```\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ValidJson:
+    """1 if the completion is valid JSON, else 0."""
+
+    keys: tuple[str, ...] = ()
+    """it must be an object with at least these keys"""
+    fenced: bool = True
+    """a Markdown fence around it is allowed"""
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        return [float(self._valid(text)) for text in rollouts.texts]
+
+    def _valid(self, text: str) -> bool:
+        fence = FENCE.fullmatch(text) if self.fenced else None
+        try:
+            value = json.loads(fence.group(1) if fence else text, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return False
+        return not self.keys or (isinstance(value, dict) and value.keys() >= set(self.keys))
+
+
+def _refuse(constant: str) -> NoReturn:
+    """NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)

@@ -1,0 +1,150 @@
+"""A reward model scores what plain transformers scores, whatever template the policy has; parts of a sum add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from rlhf_core.encode import Encoding
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.reward.model import RewardModel
+from rlhf_core.reward.output import as_output
+from rlhf_core.reward.weighted import Sum
+from rlhf_core.types import Rollouts
+
+SPECIAL = ["<pad>", "<end>"]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """One token per byte, and a template that no policy here has."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no types here
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a random reward model and of a language model, both saved by plain transformers."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    paths = []
+    for kind in (LlamaForSequenceClassification, LlamaForCausalLM):
+        paths.append(str(folder / kind.__name__))
+        kind(config).save_pretrained(paths[-1])
+        tokenizer().save_pretrained(paths[-1])
+    return paths[0], paths[1]
+
+
+def rollouts(texts: list[str], prompts: list[Any]) -> Rollouts:
+    """Completions whose rendered prompts are nothing a reward model should read."""
+    N = len(texts)
+    ones = torch.ones(N, 1, dtype=torch.long)
+    return Rollouts(
+        prompts=["<|im_start|>rendered for the policy"] * N,
+        texts=texts,
+        prompt_NL=ones,
+        prompt_lengths_N=ones[:, 0],
+        tokens_NT=ones,
+        lengths_N=ones[:, 0],
+        mask_NT=ones.bool(),
+        group_N=torch.arange(N),
+        labels=[None] * N,
+        meta=[{} if prompt is None else {"prompt": prompt} for prompt in prompts],
+        finish=["stop"] * N,
+    )
+
+
+CHAT = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"})
+BATCH = rollouts(["Fine, thanks.", "No", "A somewhat longer answer"], ["How are you?", CHAT, "Tell me."])
+RENDERED = [
+    "[user] How are you?<end>[assistant] Fine, thanks.<end>",
+    "[user] a<end>[assistant] b<end>[user] c?<end>[assistant] No<end>",
+    "[user] Tell me.<end>[assistant] A somewhat longer answer<end>",
+]
+
+
+def plain(folder: str) -> list[float]:
+    """The scores by transformers alone, one row at a time."""
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        return [float(model(**tokenizer()(text, return_tensors="pt")).logits[0, 0]) for text in RENDERED]
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 16384])
+def test_scores_are_those_of_plain_transformers_with_the_reward_models_own_template(
+    saved: tuple[str, str], micro_tokens: int
+) -> None:
+    reward = RewardModel(saved[0], micro_tokens=micro_tokens)
+    output = as_output(reward(BATCH), BATCH, reward)
+    assert output.rewards_N.tolist() == pytest.approx(plain(saved[0]), abs=1e-5)
+    reward.close()
+
+
+def test_scores_are_normalised_and_raw_ones_logged(saved: tuple[str, str]) -> None:
+    output = RewardModel(saved[0], mean=0.5, std=2.0)(BATCH)
+    raw = torch.tensor(plain(saved[0]))
+    torch.testing.assert_close(output.rewards_N, (raw - 0.5) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.metrics["score"], raw, atol=1e-5, rtol=0)
+
+
+def test_long_rows_are_cut_and_counted_never_dropped(saved: tuple[str, str]) -> None:
+    output = RewardModel(saved[0], encoding=Encoding(max_tokens=50, too_long="truncate"))(BATCH)
+    assert output.rewards_N.shape == (3,)
+    lengths = [len(tokenizer()(text)["input_ids"]) for text in RENDERED]
+    assert float(output.metrics["cut"][0]) == pytest.approx(sum(length > 50 for length in lengths) / 3)
+
+
+def test_a_model_without_score_head_is_an_error_and_never_noise(saved: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match="has no score head"):
+        RewardModel(saved[1])(BATCH)
+
+
+def test_rollouts_without_the_unrendered_prompt_are_refused(saved: tuple[str, str]) -> None:
+    with pytest.raises(ContractError, match=r"reads meta\['prompt'\]"):
+        RewardModel(saved[0])(rollouts(["x"], [None]))
+
+
+def test_a_sum_is_the_weighted_sum_and_logs_its_parts() -> None:
+    reward = Sum(("length target=10 unit=characters", "regex 'pattern=N.*'"), (2.0, -1.0))
+    output = as_output(reward(BATCH), BATCH, reward)
+    lengths = [-0.3, -0.8, -1.4]  # 13, 2 and 24 characters, for 10
+    torch.testing.assert_close(output.metrics["length"], torch.tensor(lengths))
+    assert output.metrics["regex"].tolist() == [0, 1, 0]
+    torch.testing.assert_close(output.rewards_N, 2 * torch.tensor(lengths) - torch.tensor([0.0, 1.0, 0.0]))
+    assert Sum(("length",))(BATCH).rewards_N.tolist() == pytest.approx([-31 / 32] * 3)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Sum(("lenght",)), "no reward is called 'lenght' .*did you mean 'length'"),
+        (Sum(("length targt=3",)), "length has no option 'targt' .*did you mean 'target'"),
+        (Sum(("length target=many",)), "'many' does not fit target"),
+        (Sum(("regex",)), "missing 1 required positional argument: 'pattern'"),
+        (Sum(("length",), (1.0, 2.0)), "--reward.weights has 2 numbers for the 1 parts"),
+    ],
+)
+def test_parts_that_cannot_be_made_are_named(reward: Sum, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        reward(BATCH)
