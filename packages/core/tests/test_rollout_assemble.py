@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,7 @@ def role(tokenizer: PreTrainedTokenizerFast) -> Any:
     return SimpleNamespace(
         causal_lm=LlamaForCausalLM(config).eval(),
         module=SimpleNamespace(compute_dtype=torch.float32),
+        gathered=nullcontext,
         tokenizer=tokenizer,
         version=5,
     )
@@ -161,7 +163,8 @@ def test_hf_keeps_the_contract_on_the_model_tiny() -> None:
 def test_hf_computes_in_the_dtype_that_training_computes_in(tmp_path: Path) -> None:
     """Weights in float32, autocast to bfloat16: the role's own log-probabilities within its resolution, and training goes on
     in float32 afterwards."""
-    run = tiny_run(tmp_path, **{"actor.dtype": "bfloat16"})
+    options: dict[str, Any] = {"actor.dtype": "bfloat16"}
+    run = tiny_run(tmp_path, **options)
     role: Any = LocalRole(run.plan, "actor")
     prompts = ask([72, 101, 108], [33])
     batch = HuggingFace()(role, prompts, Sampling(n=2, max_new_tokens=8))

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
-from rlhf_core.files import fresh_folder, write_text
+from rlhf_core.files import fresh_folder, temporary_name, write_text
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -31,13 +33,15 @@ __all__ = ["prepare_output", "restore", "save", "valid_checkpoints"]
 
 
 def prepare_output(run: Run) -> None:
-    """Make the output folder and write the resolved configuration.
+    """Make the output folder and write the resolved configuration. Of several ranks, the first does it for all.
 
     Raises:
         UsageError: the folder already holds a run and `--resume` was not given, or is not a folder.
     """
     from rlhf_core.configure import to_toml
 
+    if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
+        return
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"--output {run.output} is a file; name a folder")
     if (run.output / "config.toml").exists() and not run.config.resume:
@@ -50,26 +54,38 @@ def prepare_output(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write OUTPUT/checkpoints/step-N, then remove the oldest beyond `keep`. Nothing if it is there already."""
+    """Write OUTPUT/checkpoints/step-N, then remove the oldest beyond `keep`. Nothing if it is there already.
+
+    Every rank takes part: the leader opens and closes the folder, and all write their shards into it in between.
+    """
     folder = run.output / "checkpoints" / f"step-{run.step}"
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with fresh_folder(folder) as temporary:
+    with fresh_folder(folder) if run.leader else nullcontext(temporary_name(folder)) as temporary:
+        run.world.barrier()  # the folder is there
         for name in run.plan.trained:
-            (temporary / "roles" / name).mkdir(parents=True)
+            (temporary / "roles" / name).mkdir(parents=True, exist_ok=True)
             run.roles[name].save(str(temporary / "roles" / name))
-        torch.save(run.world.gather(_random_states()), temporary / "random.pt")
-        state = {
-            "step": run.step,
-            "stream": run.stream.state_dict(),
-            "kl_coef": run.kl_coef,
-            "versions": {name: run.roles[name].version for name in run.plan.trained},
-        }
-        write_text(temporary / "state.json", json.dumps(state, indent=1))
-        write_text(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=1))
-    for old in sorted(folder.parent.glob("step-*"), key=_step)[: -run.config.keep]:
-        rmtree(old)
+        random_states = run.world.gather(_random_states())  # and so every rank has saved
+        if run.leader:
+            torch.save(random_states, temporary / "random.pt")
+            _describe(run, temporary)
+    if run.leader:
+        for old in sorted(folder.parent.glob("step-*"), key=_step)[: -run.config.keep]:
+            rmtree(old)
+    run.world.barrier()  # nobody stops, or looks for it, before it has its name
+
+
+def _describe(run: Run, folder: Path) -> None:
+    """Write the run's own state, and the manifest of everything in `folder`."""
+    state = {
+        "step": run.step,
+        "stream": run.stream.state_dict(),
+        "kl_coef": run.kl_coef,
+        "versions": {name: run.roles[name].version for name in run.plan.trained},
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=1))
+    write_text(folder / "manifest.json", json.dumps(_manifest(folder), indent=1))
 
 
 def restore(run: Run) -> None:

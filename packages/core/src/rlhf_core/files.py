@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-__all__ = ["fresh_folder", "fsync_tree", "write_text"]
+__all__ = ["fresh_folder", "fsync_tree", "temporary_name", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,10 +22,15 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where `fresh_folder(path)` is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` (replacing it) when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary

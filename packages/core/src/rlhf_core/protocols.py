@@ -7,6 +7,7 @@ also exports every name here. Nothing is imported but for typing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -151,8 +152,12 @@ class Trainable(Protocol):
         """Full tensors under their Hugging Face names, gathered if sharded."""
         ...
 
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        """While it is open, `part` (all of `module` where absent) holds full weights and each rank may use it by itself."""
+        ...
+
     def save(self, folder: str) -> None:
-        """Write model, optimiser and schedule state for `load`."""
+        """Write model, optimiser and schedule state for `load`; every rank calls it."""
         ...
 
     def load(self, folder: str) -> None:

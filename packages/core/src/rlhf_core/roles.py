@@ -7,7 +7,8 @@ gradients of everything are summed before one update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,7 @@ class LocalRole:
         self.spec = plan.roles[name]
         self.version = 0
         config = plan.config
-        temperature = config.sampling.temperature if plan.online and config.sampling.temperature > 0 else 1.0
-        build = partial(_build, self.spec, chunk=config.chunk, temperature=temperature, seed=config.seed)
+        build = partial(_build, self.spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
         self.trainable: Trainable = strategy(build, optim, plan.optimiser_steps)
@@ -65,8 +65,10 @@ class LocalRole:
         found = {
             name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants
         }
+        cuts = micro_rows(batch, self.plan.config.micro_tokens)
         with torch.inference_mode():
-            for rows in micro_rows(batch, self.plan.config.micro_tokens):
+            for i in range(self._rounds(cuts)):
+                rows = cuts[min(i, len(cuts) - 1)]
                 for name, values in self.trainable.forward(batch.rows(rows), wants).items():
                     if name.endswith("_NT"):
                         found[name][rows, : values.shape[1]] = values.float().cpu()
@@ -108,11 +110,9 @@ class LocalRole:
         wants = frozenset[str]().union(*(term.loss.wants for term in terms))
         cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
         means.add("padding", padding_share(batch, cuts))
-        rounds = max(self.world.gather(len(cuts))) if self.world.size > 1 else len(cuts)
         counts: dict[int, float] = {}
         total = 0.0
-        for i in range(rounds):
-            # ranks step together: one that has fewer micro-batches repeats its last with no weight
+        for i in range(self._rounds(cuts)):
             micro, live = batch.rows(cuts[min(i, len(cuts) - 1)]), float(i < len(cuts))
             outputs = self.trainable.forward(micro, wants)
             micro = self._with_old_logprobs(terms, micro, outputs)
@@ -130,6 +130,11 @@ class LocalRole:
             self.trainable.backward(loss)
             total += float(loss.detach())
         return total
+
+    def _rounds(self, cuts: list[Tensor]) -> int:
+        """How many forward passes to run on this rank's micro-batches. Ranks step together, since weights may be sharded over
+        them: one that has fewer repeats its last, with no weight."""
+        return max(self.world.gather(len(cuts))) if self.world.size > 1 else len(cuts)
 
     def _with_old_logprobs(self, terms: list[Term], micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
         """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
@@ -162,6 +167,17 @@ class LocalRole:
         """Full tensors under their Hugging Face names."""
         return self.trainable.weights()
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """While it is open, the module holds full weights, and each rank may use it by itself."""
+        return self.trainable.gathered()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take weights under their Hugging Face names: what keeps a copy of a role trained elsewhere up to date."""
+        own = dict(self.weights())
+        with torch.no_grad():
+            for name, tensor in weights:
+                own[name].copy_(tensor)
+
     def save(self, folder: str) -> None:
         """Checkpoint state: model, optimiser, schedule."""
         self.trainable.save(folder)
@@ -171,11 +187,16 @@ class LocalRole:
         self.trainable.load(folder)
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face folder: model, tokenizer, template, generation config, model card."""
+        """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part."""
         from rlhf_core.models.export import export
 
-        card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
-        export(self.module, self.tokenizer, folder, **card)
+        leads = self.world.rank == 0
+        state = {name: tensor.cpu() for name, tensor in self.weights() if leads}
+        with self.trainable.gathered(self.module.heads):
+            if leads:
+                card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
+                export(self.module, self.tokenizer, folder, state=state, **card)
+        self.world.barrier()
 
 
 def _build(spec: RoleSpec, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +81,9 @@ class FakeTrainable:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "w", self.w.detach()
+
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def save(self, folder: str) -> None:
         state = {"w": float(self.w.detach()), "steps_done": self.steps_done}

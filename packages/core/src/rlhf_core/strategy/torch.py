@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,9 @@ class TorchTrainable:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.hf_weights()  # type: ignore[operator]
+
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def save(self, folder: str) -> None:
         from safetensors.torch import save_model
