@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -19,16 +28,22 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from rlhf_core.errors import RunStopped
+from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.options import Sampling
 from rlhf_core.rollout.sampler import Completion, Piece, plan_waves, sample, uniforms
 
 RAGGED = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13], [2, 2], [30, 1, 30, 1, 30]]
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40, "intermediate_size": 48}
-NO_ENDS = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 40,
+}
+NO_ENDS: dict[str, Any] = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
 
 
-def llama(**options: Any) -> LlamaForCausalLM:
+def llama(**options: Any) -> Any:
     """Two layers with grouped queries; weights so large that its distributions are far from flat."""
     torch.manual_seed(0)
     config = LlamaConfig(**(SMALL | NO_ENDS | {"num_key_value_heads": 2, "initializer_range": 0.3} | options))
@@ -36,21 +51,21 @@ def llama(**options: Any) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model() -> Any:
     return llama()
 
 
 def run(model: Any, prompts: list[list[int]], sampling: Sampling, uids: list[int] | None = None, **options: Any) -> Any:
     uids = list(range(len(prompts))) if uids is None else uids
     seeds = [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in uids]
-    return sample(model, prompts, sampling, seeds, **({"eos_ids": (), "pad_id": 0} | options))
+    return sample(model, prompts, sampling, seeds, **{"eos_ids": (), "pad_id": 0, **options})
 
 
 def tokens(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
-def full_logits(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+def full_logits(model: Any, prompt: list[int], completion: list[int]) -> Any:
     """(T, V): what a float64 copy of the model says about each token, in one unpadded pass without a cache."""
     with torch.no_grad():
         exact = copy.deepcopy(model).double()
@@ -251,7 +266,7 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(stop: 
 
 
 def test_decoding_for_stop_strings_does_not_grow_with_the_completion() -> None:
-    decoded = []
+    decoded: list[int] = []
 
     def decode(rows: list[list[int]]) -> list[str]:
         decoded.extend(map(len, rows))
@@ -291,6 +306,12 @@ def test_the_model_is_left_as_it_was() -> None:
     loss = model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
     loss.backward()  # nothing that was made without gradients is left inside
     assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_model_without_a_cache_of_this_kind_is_refused() -> None:
+    recurrent = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=40, state_size=4))
+    with pytest.raises(UsageError, match="purely recurrent"):
+        run(recurrent, RAGGED, Sampling(max_new_tokens=2))
 
 
 def test_a_policy_that_is_no_longer_finite_stops_the_run() -> None:

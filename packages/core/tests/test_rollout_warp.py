@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_the_distribution_over_the_kept_set() -> None:
 @STEADY
 def test_a_draw_is_the_inverse_of_the_cumulative_distribution(logits: list[float], uniform: float) -> None:
     logprobs_NV = torch.tensor([logits]).log_softmax(-1)
-    token = draw(logprobs_NV, torch.tensor([uniform], dtype=torch.float64)).item()
+    token = int(draw(logprobs_NV, torch.tensor([uniform], dtype=torch.float64)))
     probs = logprobs_NV[0].double().exp()
     below, through = probs[:token].sum() / probs.sum(), probs[: token + 1].sum() / probs.sum()
     assert probs[token] > 0

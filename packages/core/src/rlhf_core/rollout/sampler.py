@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from rlhf_core.errors import RunStopped
+from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.attention import shared_heads
 from rlhf_core.rollout.warp import draw, warp
@@ -84,6 +84,7 @@ def sample(
 
     Raises:
         RunStopped: the model's output is not finite.
+        UsageError: the model is purely recurrent (Mamba), with another kind of cache.
     """
     found: dict[tuple[int, int], Completion] = {}
     was_training = model.training
@@ -183,11 +184,10 @@ def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, room:
 def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor) -> None:
     """Read Q more tokens of each row into the cache; leaves the logits of what comes next."""
     state.width += ids_RQ.shape[1]
-    first = state.width - ids_RQ.shape[1] if all(state.cache.is_linear) else 0  # recurrences mask new tokens only
     optional = {"position_ids": position_RQ, "logits_to_keep": 1}
     logits_RQV = model(
         input_ids=ids_RQ,
-        attention_mask=state.mask_RS[:, first : state.width],
+        attention_mask=state.mask_RS[:, : state.width],
         past_key_values=state.cache,
         use_cache=True,
         **{name: value for name, value in optional.items() if name in state.accepted},
@@ -199,6 +199,10 @@ def _accepted(forward: Callable[..., Any], optional: Collection[str]) -> frozens
     """Which of the `optional` arguments a forward pass takes: a few architectures know no positions. Wrappers pass on what
     they do not know."""
     parameters = inspect.signature(forward).parameters
+    if "cache_params" in parameters:
+        raise UsageError(
+            "this purely recurrent model keeps its state in a way that --rollout hf cannot fill; use another"
+        )
     passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return frozenset(name for name in optional if passes_on or name in parameters)
 
