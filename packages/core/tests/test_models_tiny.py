@@ -99,8 +99,8 @@ def test_settings_change_the_size() -> None:
         ("tiny:hidden", "hidden must be a positive whole number"),
         ("tiny:hidden=-4", "hidden must be a positive whole number"),
         ("tiny:layers=0", "layers must be a positive whole number"),
-        ("tiny:hidden=66", r"hidden \(66\) must be an even multiple of heads \(4\)"),
-        ("tiny:kv_heads=3", r"heads \(4\) must be a multiple of kv_heads \(3\)"),
+        ("tiny:hidden=66", r"hidden \(66\) must be an even multiple of heads \(2\)"),
+        ("tiny:kv_heads=3", r"heads \(2\) must be a multiple of kv_heads \(3\)"),
         ("tiny:vocab=100", "vocab must be at least 259"),
     ],
 )

@@ -31,8 +31,9 @@ class Tiny:
 
     layers: int = 2
     hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 2
+    """of 32 numbers each: the least that vLLM computes on the CPU"""
+    kv_heads: int = 1
     intermediate: int = 192
     vocab: int = TOKENS
     """tokens of the model; those beyond the tokenizer's 259 are written `<|300|>` and never read from text"""
