@@ -44,7 +44,8 @@ def prepare_output(run: Run) -> None:
         return
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"--output {run.output} is a file; name a folder")
-    if (run.output / "config.toml").exists() and not run.config.resume:
+    begun = any((run.output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
+    if begun and not run.config.resume:
         raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
     try:
         run.output.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ def _decided(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
     """What follows from the run's options, and from how core trains."""
     zero: Json = {"stage": options.stage}
     if options.bucket is not None:
-        zero |= {key: options.bucket for key in _bucket_keys(options.stage)}
+        zero |= dict.fromkeys(_bucket_keys(options.stage), options.bucket)
     if options.overlap is not None:
         zero["overlap_comm"] = options.overlap
     if options.persist is not None:
@@ -120,7 +120,9 @@ def _check(user: Json, fixed: Json, path: str) -> None:
         if refused is not None and not off and not _switched_off(user, key):
             raise UsageError(f"--strategy.config {path}: take {key} out: {refused}")
         if key in decided and decided[key] != value:
-            raise UsageError(f"--strategy.config {path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out")
+            raise UsageError(
+                f"--strategy.config {path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out"
+            )
 
 
 def _switched_off(user: Json, key: str) -> bool:
@@ -134,7 +136,9 @@ def _switched_off(user: Json, key: str) -> bool:
 def _without_auto(user: Json) -> Json:
     """`user` without the values it leaves to the program that reads it."""
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value for key, value in user.items() if value != "auto"
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in user.items()
+        if value != "auto"
     }
 
 

@@ -123,7 +123,7 @@ class _Buckets:
         bucket: list[nn.Parameter] = []
         size = 0
         for parameter in self._parameters[place:]:
-            size += parameter.ds_numel
+            size += parameter.ds_numel  # type: ignore[attr-defined]
             if bucket and size > self._elements:
                 break
             bucket.append(parameter)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class DeepSpeed:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, not {value}")
         if self.overlap and self.stage < 2:
-            raise UsageError(f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass")
+            raise UsageError(
+                f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass"
+            )
 
     def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable:
         """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
@@ -62,7 +65,7 @@ class DeepSpeed:
 
         if optim is not None:
             return DeepSpeedTrainable(self, build(), optim, total_steps, device)
-        if self.stage == 3:
+        if self.stage == 3 and torch.distributed.get_world_size() > 1:
             return FrozenShards(self, build(), device)
         from rlhf_core.strategy.torch import TorchTrainable
 
@@ -74,12 +77,12 @@ def prepare_process() -> torch.device:
     rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it without a default
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
+    join_world()
     if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            torch.distributed.init_process_group(backend)
-        else:  # a store in memory: one process needs no port
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in memory: one process needs no port
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1
+        )
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(rank)

@@ -22,8 +22,11 @@ class Local:
         from rlhf_core.roles import LocalRole
 
         world = join_world()
-        if plan.config.batch_size % world.size:
+        share, rest = divmod(plan.config.batch_size, world.size)
+        if rest:
             raise UsageError(f"--batch-size {plan.config.batch_size} does not divide over {world.size} ranks")
+        if share < plan.config.minibatches:
+            raise UsageError(f"--minibatches {plan.config.minibatches} is more than the {share} prompts of a rank's batch")
         roles = {name: LocalRole(plan, name) for name in plan.roles}
         return Placed(dict(roles), plan.config.providers.get("rollout") if plan.online else None, world)
 
@@ -33,5 +36,8 @@ def join_world() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # both, where there are GPUs: gradients are on them, counts and metrics are not
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return TorchWorld()
