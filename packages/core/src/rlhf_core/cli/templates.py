@@ -147,6 +147,7 @@ class $cls:
 
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
+    rows_per_unit: ClassVar[int] = 1
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         return LossTerms(-self.scale * batch["advantages_NT"] * outputs["logprobs_NT"], Reduction("token"))
