@@ -19,11 +19,13 @@ from rlhf_algos.advantage.best_of_n import BestOfN
 from rlhf_algos.advantage.dr_grpo import DrGRPO
 from rlhf_algos.advantage.gae import GAE
 from rlhf_algos.advantage.grpo import GRPO
+from rlhf_algos.advantage.kto import KTO
 from rlhf_algos.advantage.pairs import Pairs
 from rlhf_algos.advantage.reinforce import Reinforce
 from rlhf_algos.advantage.reinforce_pp import ReinforcePP
 from rlhf_algos.advantage.reinforce_pp_baseline import ReinforcePPBaseline
 from rlhf_algos.advantage.rloo import RLOO
+from rlhf_algos.advantage.teacher import Teacher
 from rlhf_algos.returns import discounted_returns, scan
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
@@ -353,6 +355,56 @@ def test_comparing_needs_someone_to_compare_with(advantage):
     rollouts = make_batch([2, 2])
     with pytest.raises(UsageError, match="set --sampling"):
         Given(rollouts, RewardOutput(torch.tensor([1.0, 2.0])), torch.zeros(2, 2)).credit(advantage)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# judgements and teachers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def judged(advantage: KTO, labels: list[object], progress: float = 0.5) -> Credit:
+    """Log-ratios of 2, 1, -4 and 3 nats over two tokens each."""
+    rollouts = make_batch([2] * 4)
+    rollouts.labels, rollouts.scalars["progress"] = labels, progress
+    logprobs_NT = torch.tensor([[1.0, 1.0], [0.5, 0.5], [-1.0, -3.0], [3.0, 0.0]]) - 7
+    extras = {"actor.logprobs_NT": logprobs_NT, "ref_logprobs_NT": torch.full((4, 2), -7.0)}
+    return advantage(RewardOutput(torch.zeros(4)), rollouts, extras)
+
+
+@pytest.mark.parametrize(
+    ("z", "expected"),
+    [
+        ("other", [2.0, 0.0, 2.0, 0.0]),  # of undesirable rows below 0, so 0
+        ("batch", [0.5, 0.5, 0.5, 0.5]),
+        ("zero", [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_kto_compares_with_what_was_to_be_expected(z, expected):
+    """Desirable are rows 0 and 2 (mean -1), undesirable 1 and 3 (mean 2); their weights 1 and 3."""
+    credit = judged(KTO(undesirable=3.0, z=z), [True, False, 1, 0])
+    assert credit.advantages_NT[:, 0].tolist() == [1, -3, 1, -3]
+    assert credit.returns_NT[:, 1].tolist() == pytest.approx(expected)
+
+
+def test_kto_with_one_class_only_is_refused_at_the_start_and_survived_later():
+    with pytest.raises(UsageError, match="first batch has only desirable ones"):
+        judged(KTO(), [True] * 4, progress=0.0)
+    assert not judged(KTO(), [True] * 4).returns_NT.any()
+    with pytest.raises(UsageError, match="labels true or false"):
+        judged(KTO(), ["good"] * 4)
+
+
+def test_a_teacher_s_credit_is_how_much_more_it_believes_in_each_token():
+    batch = given_batch()
+    mask_NT = batch.rollouts.mask_NT
+    teacher_NT, own_NT = torch.randn(2, *mask_NT.shape, generator=torch.Generator().manual_seed(1))
+    extras = {"teacher.logprobs_NT": teacher_NT, "sampler_logprobs_NT": own_NT}
+    silent = RewardOutput(batch.rewards.rewards_N)
+    advantages_NT = Teacher()(silent, batch.rollouts, extras).advantages_NT
+    torch.testing.assert_close(advantages_NT, torch.where(mask_NT, teacher_NT - own_NT, 0.0))
+    whole_NT = Teacher(gamma=1.0, reward=2.0)(silent, batch.rollouts, extras).advantages_NT
+    gap_N = torch.where(mask_NT, teacher_NT - own_NT, 0.0).sum(1)
+    torch.testing.assert_close(whole_NT[:, 0], gap_N + 2 * batch.rewards.rewards_N)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

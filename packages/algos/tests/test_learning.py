@@ -27,7 +27,7 @@ REWARD = "def reward_func(completions):\n    return [sum(c.islower() for c in te
 every_seed = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 
 
-def rows_of(path: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
+def rows_of(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The data provider's options for a file of these rows."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"use": "json", "path": str(path), "encoding": {"template": "raw"}}
@@ -104,3 +104,67 @@ def test_supervised_fine_tuning_finds_the_distribution_of_new_answers(seed, tmp_
     steps = curves("sft", tmp_path, data=data, batch_size=16, seed=seed, **optim)
     assert steps[0]["loss/actor"] > 5.4
     assert fmean(step["loss/actor"] for step in steps[-3:]) < 3.4
+
+
+@every_seed
+def test_kto_tells_new_good_answers_from_bad_ones_without_pairs(seed, tmp_path):
+    """Implicit rewards, beta times the log-ratio to the reference, start equal and drift apart."""
+    rows: list[dict[str, Any]] = []
+    for i, pair in enumerate(pairs(seed)):
+        rows.append(
+            {"prompt": pair["prompt"], "response": pair["rejected" if i % 2 else "chosen"], "label": i % 2 == 0}
+        )
+    optim = {"actor": {"optim": {"lr": 0.01, "schedule": "constant", "warmup": 0}}}
+    steps = curves("kto", tmp_path, data=rows_of(tmp_path / "rows.jsonl", rows), batch_size=16, seed=seed, **optim)
+    gaps = [step["actor/desirable_reward"] - step["actor/undesirable_reward"] for step in steps]
+    assert abs(gaps[0]) < 1e-6
+    assert fmean(gaps[-3:]) > 0.5, gaps
+
+
+@every_seed
+def test_a_process_reward_model_judges_the_steps_of_new_solutions(seed, tmp_path):
+    """Steps are words that end in a semicolon; small letters are right, capitals wrong."""
+    draw = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for pair in pairs(seed):
+        labels = draw.choices("+-", k=draw.randint(1, 3))
+        steps_ = ["".join(draw.choices(LOWER if label == "+" else UPPER, k=2)) + ";" for label in labels]
+        rows.append({"prompt": pair["prompt"], "response": "".join(steps_), "label": labels})
+    steps = curves(
+        "prm",
+        tmp_path,
+        data=rows_of(tmp_path / "rows.jsonl", rows),
+        loss={"use": "prm", "placeholder": ord(";")},
+        reward={"optim": {"lr": 0.01, "schedule": "constant"}},
+        batch_size=16,
+        seed=seed,
+    )
+    accuracy = [step["reward/accuracy"] for step in steps]
+    assert fmean(accuracy[:2]) < 0.85
+    assert fmean(accuracy[-3:]) > 0.97, accuracy
+
+
+@every_seed
+def test_a_student_learns_from_a_teacher_s_opinion_of_its_own_samples(seed, tmp_path):
+    """The teacher was trained to write small letters; the student has never seen a demonstration, nor a reward."""
+    demonstrations = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(seed)]
+    optim = {"actor": {"optim": {"lr": 0.02, "schedule": "constant"}}}
+    (tmp_path / "teacher").mkdir()
+    data = rows_of(tmp_path / "rows.jsonl", demonstrations)
+    curves("sft", tmp_path / "teacher", data=data, batch_size=16, seed=seed, **optim)
+    (tmp_path / "reward.py").write_text(REWARD)
+    steps = curves(
+        "on_policy_distill",
+        tmp_path,
+        data=data,
+        reward={"use": "func", "path": str(tmp_path / "reward.py")},
+        sampling={"n": 4, "max_new_tokens": 6},
+        actor={"optim": {"lr": 0.02}},
+        teacher={"model": str(tmp_path / "teacher" / "run" / "model")},
+        batch_size=16,
+        seed=seed,
+    )
+    divergence = [step["loss/actor"] for step in steps]  # minus the mean advantage: nats per token on fresh samples
+    assert divergence[0] > 5
+    assert fmean(divergence[-5:]) < 1, divergence
+    assert max(step["reward/mean"] for step in steps) > 0.4, "small letters, like the teacher"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from rlhf_algos.loss.grpo import GRPO
 from rlhf_algos.loss.gspo import GSPO
 from rlhf_algos.loss.hinge import Hinge
 from rlhf_algos.loss.ipo import IPO
+from rlhf_algos.loss.kto import KTO
 from rlhf_algos.loss.orpo import ORPO
+from rlhf_algos.loss.prm import PRM
 from rlhf_algos.loss.reinforce import Reinforce
 from rlhf_algos.loss.robust import Robust
 from rlhf_algos.loss.sft import SFT
@@ -55,6 +58,9 @@ def example(seed: int = 0) -> tuple[dict[str, torch.Tensor], Batch]:
     outputs = {name: 0.5 * normal(*shape) for name in OUTPUTS} | {"scores_N": normal(6)}
     outputs["logprobs_NT"] = outputs["logprobs_NT"] - 2
     extras = {name: 0.5 * normal(*shape) - 2 * name.endswith("logprobs_NT") for name in EXTRAS}
+    batch.tokens_NT[:, :2] = 7  # what ends a step for PRM
+    batch.tokens_NT[1, 1:] = 0
+    batch.labels = [["-", 0.7] if length > 1 else ["-"] for length in batch.lengths_N.tolist()]
     margin_N = normal(6).abs()
     margin_N[1::2] = margin_N[0::2]  # a number of the row, so of both of its completions
     for output in outputs.values():
@@ -171,6 +177,21 @@ def within(ratio: float, low: float, high: float) -> float:
     return float(low <= ratio <= high)
 
 
+def kto(x: Completion, beta: float) -> float:
+    """The weight is the mean advantage and the reference point the mean return of the completion's tokens."""
+    weight, z = fmean(token.advantage for token in x.tokens), fmean(token.target for token in x.tokens)
+    value = 1 / (1 + exp(-beta * (x.h - z))) if weight > 0 else 1 / (1 + exp(-beta * (z - x.h)))
+    return abs(weight) * (1 - value)
+
+
+def judged_steps(x: Completion) -> list[float]:
+    """Cross-entropies of the completion's steps: its first two tokens end one each, judged wrong and 70 % right."""
+    return [
+        -(p * log_sigmoid(token.value) + (1 - p) * log_sigmoid(-token.value))
+        for token, p in zip(x.tokens, (0.0, 0.7), strict=False)
+    ]
+
+
 def log_odds(log_p: float) -> float:
     return log(exp(log_p) / (1 - exp(log_p)))
 
@@ -255,7 +276,13 @@ PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
     (BradleyTerry(centre=0.3), lambda w, b: -log_sigmoid(w.score - b.score) + 0.3 * (w.score + b.score) ** 2),
 ]
 
-EVERY = [row[0] for row in (*TOKENS, *PAIRS)]
+ROWS: list[tuple[Any, Callable[[Completion], float]]] = [
+    (KTO(), lambda x: kto(x, 0.1)),
+    (KTO(beta=0.6), lambda x: kto(x, 0.6)),
+    (PRM(placeholder=7), lambda x: sum(steps := judged_steps(x)) / max(1, len(steps))),
+]
+
+EVERY = [row[0] for row in (*TOKENS, *PAIRS, *ROWS)]
 every_loss = pytest.mark.parametrize("loss", EVERY, ids=repr)
 
 
@@ -276,6 +303,14 @@ def test_every_pair_loss_is_its_formula(loss, formula):
     assert result.values.tolist() == pytest.approx([formula(w, b) for w, b in zip(rows[0::2], rows[1::2])], abs=1e-12)
     assert result.reduction == Reduction("sample")
     assert loss.rows_per_unit == 2
+
+
+@pytest.mark.parametrize(("loss", "formula"), ROWS, ids=lambda x: repr(x) if hasattr(x, "needs") else "")
+def test_every_completion_loss_is_its_formula(loss, formula):
+    outputs, batch = example()
+    result = loss(outputs, batch)
+    assert result.values.tolist() == pytest.approx([formula(row) for row in completions(outputs, batch)], abs=1e-7)
+    assert result.reduction == Reduction("sample")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,6 +443,14 @@ def test_rows_that_are_no_pairs_are_refused(loss):
     batch.group_N = torch.tensor([0, 1, 2, 3, 4, 5])
     with pytest.raises(UsageError, match="without a rejected completion"):
         loss(outputs, batch)
+
+
+def test_labels_that_do_not_fit_the_steps_are_refused():
+    outputs, batch = example()
+    for labels, message in ((["+"] * 3, "has 2 steps"), (["good", "+"], "is '\\+', '-' or a probability")):
+        batch.labels[0] = labels
+        with pytest.raises(UsageError, match=message):
+            PRM(placeholder=7)(outputs, batch)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,17 @@ from rlhf_core.errors import UsageError
 from rlhf_core.options import KL
 from rlhf_core.plan import Plan, make_plan
 from rlhf_core.registry import default_registry
-from rlhf_core.testing import check_advantage, check_algorithm, check_light, check_loss
+from rlhf_core.testing import check_advantage, check_algorithm, check_light, check_loss, tiny_rollouts
 
 PROVIDERS = {"advantage": plugin.rlhf_advantage(), "loss": plugin.rlhf_loss(), "algorithm": plugin.rlhf_algorithm()}
 
 
-def resolve(kind: str, name: str):
-    return default_registry().resolve(kind, name)()
+REQUIRED = {"prm": {"placeholder": 0}}
+"""Options without a default."""
+
+
+def resolve(kind: str, name: str, **options: object):
+    return default_registry().resolve(kind, name)(**options)
 
 
 def test_listing_and_showing_options_imports_no_torch():
@@ -28,18 +32,25 @@ def test_listing_and_showing_options_imports_no_torch():
 
 @pytest.mark.parametrize("name", PROVIDERS["advantage"])
 def test_every_advantage_keeps_its_contract(name):
-    check_advantage(resolve("advantage", name))
+    rollouts = tiny_rollouts()
+    rollouts.labels = [i % 2 == 0 for i in range(len(rollouts))]
+    check_advantage(resolve("advantage", name), rollouts)
 
 
 @pytest.mark.parametrize("name", PROVIDERS["loss"])
 def test_every_loss_keeps_its_contract(name):
-    loss = resolve("loss", name)
-    check_loss(replace(loss, length=16) if getattr(loss, "length", None) == 0 else loss)
+    rollouts, options = tiny_rollouts(), REQUIRED.get(name, {})
+    rollouts.labels = [["+"]] * len(rollouts)  # for prm, whose steps end in the token 0
+    rollouts.tokens_NT[-1, rollouts.lengths_N[-1] - 1] = 0  # all completions but the last end in it anyhow
+    loss = resolve("loss", name, **options)
+    check_loss(replace(loss, length=16) if getattr(loss, "length", None) == 0 else loss, rollouts)
 
 
 @pytest.mark.parametrize("name", PROVIDERS["algorithm"])
 def test_every_algorithm_keeps_its_contract(name):
-    check_algorithm(resolve("algorithm", name))
+    algorithm = resolve("algorithm", name)
+    loss = algorithm.defaults["loss"]
+    check_algorithm(algorithm, loss=resolve("loss", loss, **REQUIRED.get(loss, {})))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,6 +61,8 @@ def test_every_algorithm_keeps_its_contract(name):
 def planned(name: str, **options: object) -> Plan:
     if resolve("algorithm", name).defaults["data"] == "json":
         options = {"data": {"use": "json", "path": "rows.jsonl"}, **options}
+    if name in REQUIRED:
+        options = {"loss": {"use": name, **REQUIRED[name]}, **options}
     return make_plan(make(name, model="tiny", **options))
 
 
@@ -65,6 +78,9 @@ def terms(plan: Plan) -> list[str]:
         ("dpo", ["actor <- data : DPO"], {"actor", "reference"}),
         ("ipo", ["actor <- data : IPO"], {"actor", "reference"}),
         ("cdpo", ["actor <- data : CDPO"], {"actor", "reference"}),
+        ("kto", ["actor <- data : KTO"], {"actor", "reference"}),
+        ("prm", ["reward <- data : PRM"], {"reward"}),
+        ("on_policy_distill", ["actor <- actor : Clip"], {"actor", "teacher"}),
         ("simpo", ["actor <- data : SimPO"], {"actor"}),
         ("orpo", ["actor <- data : ORPO"], {"actor"}),
         ("ppo", ["actor <- actor : Clip", "critic <- actor : Value"], {"actor", "critic", "reference"}),

@@ -7,13 +7,13 @@ What it needs is computed by the roles that provide it, once per source, and onl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.kl import kl_values
 from rlhf_core.lazy import torch
 from rlhf_core.plan import CreditSpec, Plan
-from rlhf_core.types import Advantage, Batch, Credit, RewardOutput, Role, Rollouts
+from rlhf_core.types import Advantage, Batch, Credit, RewardOutput, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,13 +64,15 @@ def assign_credit(
     batch.scalars["kl_coef"] = kl_coef
     if spec.advantage is None:
         return batch, {}
-    assert rewards is not None and isinstance(batch, Rollouts), "credit is assigned to sampled completions"
+    if rewards is None:  # rows of data, which nobody scores: KTO's credit reads their labels
+        rewards = RewardOutput(torch.zeros(len(batch)))
+    completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
     if plan.kl is not None and plan.kl.where == "reward" and "ref_logprobs_NT" in batch:
         kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
         rewards_NT = rewards_NT - kl_coef * kl_NT
     shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
-    credit = _checked(spec.advantage, spec.advantage(shaped, batch, batch.extras), batch)
+    credit = _checked(spec.advantage, spec.advantage(shaped, completions, batch.extras), batch)
     extras = {"advantages_NT": credit.advantages_NT}
     if credit.returns_NT is not None:
         extras["returns_NT"] = credit.returns_NT

@@ -1,0 +1,40 @@
+"""How much more a teacher believes in a token, as credit: on-policy distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.groups import place_scores
+from rlhf_algos.returns import discounted_returns
+from rlhf_core.types import Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput, Rollouts
+
+__all__ = ["Teacher"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """log teacher - log sampler of every sampled token: descends KL(policy || teacher) (Agarwal et al. 2024; Lu 2025).
+
+    The policy samples, so it learns from its own mistakes; the teacher only scores, one forward pass. Both read the same
+    tokens and so need the same vocabulary.
+    """
+
+    gamma: float = 0.0
+    """discount per token: 0 blames each token for itself alone (Lu 2025), 1 is the exact gradient of the sequence KL"""
+    reward: float = 0.0
+    """weight of the reward, added at the last token; 0 imitates only"""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprobs_NT", "sampler_logprobs_NT"})
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        gap_NT = extras["teacher.logprobs_NT"] - extras["sampler_logprobs_NT"]
+        gap_NT = gap_NT.masked_fill(~rollouts.mask_NT, 0.0)
+        earned_NT = gap_NT + place_scores(self.reward * rewards.rewards_N, rewards, rollouts)
+        return Credit(discounted_returns(earned_NT, rollouts.mask_NT, self.gamma))

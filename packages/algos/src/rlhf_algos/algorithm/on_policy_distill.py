@@ -1,0 +1,30 @@
+"""Distillation on the student's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import ONLINE, policy_terms
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["OnPolicyDistill"]
+
+
+@dataclass(frozen=True)
+class OnPolicyDistill:
+    """A teacher scores every token of the student's own samples (Agarwal et al. 2024; Lu 2025): actor <- actor : clip.
+
+    Set the teacher with --teacher.model. The reward is reported; --advantage.reward adds it to what is learned.
+    """
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "teacher", "loss": "clip"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        "actor": TrainedOptions(optim=Optim(lr=1e-6)),
+        "teacher": ModelOptions(),
+    }
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return policy_terms(chosen)

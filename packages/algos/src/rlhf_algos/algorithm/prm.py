@@ -1,0 +1,24 @@
+"""Process reward model training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["PRM"]
+
+
+@dataclass(frozen=True)
+class PRM:
+    """A process reward model from solutions whose steps are judged (Lightman et al. 2023): reward <- data : prm."""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=Optim(lr=1e-6, schedule="cosine"))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("reward", "data", chosen_loss(chosen)),)

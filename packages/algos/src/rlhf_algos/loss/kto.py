@@ -1,0 +1,48 @@
+"""Kahneman-Tversky optimisation: judgements of single completions instead of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_algos.pairs import log_ratios
+from rlhf_core.lazy import torch
+from rlhf_core.types import LossTerms, Metric, Reduction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["KTO"]
+
+
+@dataclass(frozen=True)
+class KTO:
+    """The human value of a completion, relative to a reference point (Ethayarajh et al. 2024, eq. 8).
+
+    Per completion, with h = log(pi / ref) and the weight w and reference point z of --advantage kto:
+    w (1 - sigmoid(beta (h - z))) if it is desirable, w (1 - sigmoid(beta (z - h))) if not
+    """
+
+    beta: float = 0.1
+    """strength of the pull to the reference, and aversion to risk; larger stays nearer"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT", "advantages_NT", "returns_NT"})
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        h_N = log_ratios(outputs, batch)
+        weights_N, z_N = _of_row(batch["advantages_NT"], batch.mask_NT), _of_row(batch["returns_NT"], batch.mask_NT)
+        values_N = weights_N.abs() * torch.sigmoid(-weights_N.sign() * self.beta * (h_N - z_N))
+        metrics = {
+            "desirable_reward": Metric.over(self.beta * h_N, weights_N > 0),
+            "undesirable_reward": Metric.over(self.beta * h_N, weights_N < 0),
+        }
+        return LossTerms(values_N, Reduction("sample"), metrics)
+
+
+def _of_row(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """The number that stands at every masked token of a row (N,)."""
+    return values_NT.masked_fill(~mask_NT, 0.0).sum(1) / mask_NT.sum(1).clamp(min=1)
