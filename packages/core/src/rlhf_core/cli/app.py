@@ -46,6 +46,8 @@ def _say(message: str) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    if argv and argv[0].startswith("--local_rank="):  # put there by the launcher `deepspeed`; LOCAL_RANK says the same
+        argv = argv[1:]
     words, load, blocked = _take_plugins(argv)
     if words == ["--version"]:
         from importlib.metadata import version
