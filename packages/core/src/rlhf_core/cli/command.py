@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "rlhf_core.cli.doctor:Doctor",
     "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
     "chat": "rlhf_core.cli.chat:Chat",
+    "serve-reward": "rlhf_core.reward.serve:ServeReward",
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["Answer", "Columns", "call", "load_function", "reason"]
+__all__ = ["Answer", "Columns", "answer_of", "call", "load_function", "reason"]
 
 Columns = Mapping[str, list[Any]]
 """Arguments by name, one entry per sample: queries, prompts, completions, labels, meta."""
@@ -55,7 +55,7 @@ def call(path: str, name: str, columns: Columns) -> Answer:
         raw = function(*(columns[name] for name in POSITIONAL))
     if inspect.isawaitable(raw):
         raw = asyncio.run(_awaited(raw))
-    return _answer(raw, len(columns["queries"]))
+    return answer_of(raw, len(columns["queries"]))
 
 
 async def _awaited(result: Any) -> Any:
@@ -67,7 +67,12 @@ def prepare(path: str, name: str) -> None:
     load_function(path, name)
 
 
-def _answer(raw: Any, count: int) -> Answer:
+def answer_of(raw: Any, count: int) -> Answer:
+    """`raw`, rewards alone or a dict of them, scores and logs, for `count` samples.
+
+    Raises:
+        ValueError: it is for another number of samples, or in another form.
+    """
     if not isinstance(raw, Mapping):
         return Answer(_numbers(raw, "rewards", count))
     if "rewards" not in raw:

@@ -17,6 +17,11 @@ from rlhf_core.options import ModelOptions
 from rlhf_core.types import Example, RewardOutput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from rlhf_core.data.chats import Text
     from rlhf_core.types import Rollouts
 
 __all__ = ["RewardModel"]
@@ -46,11 +51,24 @@ class RewardModel:
     """how prompt and completion become this model's tokens"""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        scores_N, cut = self.score([_prompt(meta) for meta in rollouts.meta], rollouts.texts)
+        metrics = {"score": scores_N * self.std + self.mean, "cut": torch.full_like(scores_N, cut)}
+        return RewardOutput(rewards_N=scores_N, metrics=metrics)
+
+    def load(self) -> None:
+        """Load the model now instead of at the first call."""
+        _loaded(self)
+
+    def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:
+        """Normalised scores, and the share of the rows that had to be cut.
+
+        A prompt is text or messages; one with None as completion is a text to be scored as it is, without a template.
+        """
         from rlhf_core.microbatch import micro_rows
         from rlhf_core.models.inputs import layout
 
         loaded = _loaded(self)
-        examples = [Example(_prompt(meta), (text,)) for meta, text in zip(rollouts.meta, rollouts.texts)]
+        examples = [_example(prompt, completion) for prompt, completion in zip(prompts, completions)]
         before = loaded.encoder.truncated
         batch = loaded.encoder.batch(examples, range(len(examples)))
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,8 +81,7 @@ class RewardModel:
         if self.offload:
             loaded.module.to("cpu")
         cut = (loaded.encoder.truncated - before) / len(batch)
-        metrics = {"score": scores_N, "cut": torch.full_like(scores_N, cut)}
-        return RewardOutput(rewards_N=(scores_N - self.mean) / self.std, metrics=metrics)
+        return (scores_N - self.mean) / self.std, cut
 
     def close(self) -> None:
         """Free the model."""
@@ -97,6 +114,13 @@ def _loaded(reward: RewardModel) -> _Loaded:
     tokenizer = load_tokenizer(reward.model, options)
     module = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
     return _Loaded(module, Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding))
+
+
+def _example(prompt: Text, completion: str | None) -> Example:
+    if completion is not None:
+        return Example(prompt, (completion,))
+    assert isinstance(prompt, str)
+    return Example("", (prompt,))
 
 
 def _prompt(meta: Any) -> Any:

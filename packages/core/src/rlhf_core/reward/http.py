@@ -1,0 +1,113 @@
+"""Asking servers over HTTP: several replicas of one, tries, and a token. Standard library only.
+
+Replicas are asked in turn. One that does not answer is left alone for a while and its question goes to the next, so that
+a dead replica costs one failed connection and no reward. Redirects are refused: they would carry the token elsewhere.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf_core.errors import UsageError
+
+__all__ = ["Replicas"]
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LEAVE_ALONE = 30.0
+"""Seconds before a replica that failed is asked again, while others answer."""
+LONGEST_WAIT = 30.0
+"""Seconds between two tries at most."""
+
+
+class _Refused(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class Replicas:
+    """Servers that answer the same questions; safe to ask from several threads.
+
+    Args:
+        urls: full addresses.
+        option: the flag they came from, for messages.
+        token: sent as a bearer token, if any.
+        timeout: seconds for one answer.
+        tries: how often all of them may fail one question.
+        backoff: seconds before the second try, doubled for each further one.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        option: str,
+        token: str = "",
+        timeout: float = 180,
+        tries: int = 5,
+        backoff: float = 1,
+    ) -> None:
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+                raise UsageError(f"{option} {url}: expected an address like http://127.0.0.1:5000/get_reward")
+        if not urls:
+            raise UsageError(f"{option} needs at least one address")
+        self._urls, self._option, self._token = list(urls), option, token
+        self._timeout, self._tries, self._backoff = timeout, tries, backoff
+        self._lock = threading.Lock()
+        self._next = 0
+        self._failed_at = dict.fromkeys(self._urls, -LEAVE_ALONE)
+
+    def ask(self, question: Any) -> Any:
+        """The JSON answer of one of them.
+
+        Raises:
+            UsageError: a server refused the question, or none answered.
+        """
+        reasons: dict[str, str] = {}
+        for attempt in range(self._tries):
+            if attempt:
+                time.sleep(min(self._backoff * 2 ** (attempt - 1), LONGEST_WAIT))
+            for url in self._in_turn():
+                try:
+                    return self._post(url, question)
+                except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON
+                    if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
+                        raise UsageError(f"{self._option}: {url} refused: {_said(error)}") from None
+                    reasons[url] = _said(error) if isinstance(error, urllib.error.HTTPError) else f"{error}"
+                    with self._lock:
+                        self._failed_at[url] = time.monotonic()
+        told = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
+        raise UsageError(f"{self._option}: no server answered in {self._tries} tries: {told}")
+
+    def _in_turn(self) -> list[str]:
+        """All of them, beginning with the next; those that failed lately come last."""
+        with self._lock:
+            start, self._next = self._next, (self._next + 1) % len(self._urls)
+            turned = self._urls[start:] + self._urls[:start]
+            lately = time.monotonic() - LEAVE_ALONE
+            return sorted(turned, key=lambda url: self._failed_at[url] > lately)
+
+    def _post(self, url: str, question: Any) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = urllib.request.Request(url, json.dumps(question).encode(), headers)
+        proxies: dict[str, str] | None = (
+            {} if urlsplit(url).hostname in LOOPBACK else None
+        )  # None: those of the environment
+        opener = urllib.request.build_opener(_Refused, urllib.request.ProxyHandler(proxies))
+        with opener.open(request, timeout=self._timeout) as response:
+            return json.load(response)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """`401 Unauthorized: …`, in one line."""
+    body = error.read(500).decode("utf-8", "replace")
+    return " ".join(f"{error.code} {error.reason}: {body}".split())

@@ -1,0 +1,91 @@
+"""`--reward remote`: a reward server, `rlhf-run serve-reward MODEL` or any that speaks OpenRLHF's format.
+
+A question is `{"query": […], "prompts": […], "labels": […]}`, prompts as the policy saw them and queries with the
+completion after them; beside these go `raw_prompts`, `completions` and `ids`, which OpenRLHF's servers ignore. An answer
+is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server likes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.reward.calls import Answer, answer_of
+from rlhf_core.reward.http import Replicas
+from rlhf_core.types import RewardOutput
+from rlhf_core.values import Secret, reveal
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Rollouts
+
+__all__ = ["Remote"]
+
+OPTION = "--reward.url"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A reward server over HTTP, or several replicas of it; speaks OpenRLHF's format."""
+
+    url: tuple[str, ...]
+    """addresses; several are replicas that are asked in turn, and a dead one is skipped"""
+    token: Annotated[str, Secret()] = ""
+    """bearer token; env:NAME reads it from the environment"""
+    timeout: float = 180.0
+    """seconds for one answer"""
+    tries: int = 5
+    """how often all servers may fail one question before the run stops"""
+    backoff: float = 1.0
+    """seconds before the second try, doubled for each further one"""
+    batch: int = 16
+    """samples per question"""
+    parallel: int = 4
+    """questions under way at a time, per address"""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        replicas = _replicas(self)
+        N = len(rollouts)
+        parts = [range(start, min(start + self.batch, N)) for start in range(0, N, self.batch)]
+        with ThreadPoolExecutor(self.parallel * len(self.url)) as threads:
+            answers = list(threads.map(lambda rows: _asked(replicas, rollouts, rows), parts))
+        scores = [score for answer in answers for score in answer.scores or ()]
+        names = dict.fromkeys(name for answer in answers for name in answer.logs)
+        return RewardOutput(
+            rewards_N=torch.tensor([reward for answer in answers for reward in answer.rewards]),
+            scores_N=torch.tensor(scores) if len(scores) == N else None,
+            metrics={
+                name: torch.tensor([value for answer in answers for value in answer.logs[name]])
+                for name in names
+                if all(name in answer.logs for answer in answers)
+            },
+        )
+
+
+@cache
+def _replicas(reward: Remote) -> Replicas:
+    """The servers of this process, which remember who failed."""
+    return Replicas(reward.url, OPTION, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
+
+
+def _asked(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
+    """The answer for some rows, checked to be about them."""
+    ids = list(rows)
+    question: dict[str, Any] = {
+        "query": [rollouts.prompts[i] + rollouts.texts[i] for i in rows],
+        "prompts": [rollouts.prompts[i] for i in rows],
+        "labels": [rollouts.labels[i] for i in rows],
+        "raw_prompts": [rollouts.meta[i].get("prompt") for i in rows],
+        "completions": [rollouts.texts[i] for i in rows],
+        "ids": ids,
+    }
+    raw = replicas.ask(question)
+    if isinstance(raw, dict) and raw.get("ids", ids) != ids:
+        raise UsageError(f"{OPTION}: a server answered for samples {raw['ids']}, but was asked for {ids}")
+    try:
+        return answer_of(raw, len(ids))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{OPTION}: a server {error}") from None
