@@ -46,7 +46,9 @@ def reference(
     return torch.stack(logprobs), torch.stack(entropies)
 
 
-def gradients(values: tuple[Tensor, Tensor | None], weights: tuple[Tensor, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def gradients(
+    values: tuple[Tensor, Tensor | None], weights: tuple[Tensor, Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
     """Gradients of a weighted sum of log-probabilities and entropies."""
     total = sum((weight * value).sum() for weight, value in zip(weights, values, strict=True) if value is not None)
     assert isinstance(total, Tensor)
@@ -67,7 +69,11 @@ def test_values_and_gradients_are_those_of_the_definition(
     """Whatever the block size; 13 tokens of vocabulary do not divide into equal blocks."""
     given = problem(M=7, V=13, H=5)
     bias = given["bias_V"].requires_grad_() if biased else None
-    hidden, weight, targets = given["hidden_MH"].requires_grad_(), given["weight_VH"].requires_grad_(), given["targets_M"]
+    hidden, weight, targets = (
+        given["hidden_MH"].requires_grad_(),
+        given["weight_VH"].requires_grad_(),
+        given["targets_M"],
+    )
     inputs = [hidden, weight] if bias is None else [hidden, weight, bias]
     ours = token_logprobs(hidden, weight, targets, bias_V=bias, chunk=chunk, entropy=entropy, **options)
     theirs = reference(hidden, weight, targets, bias, **options)

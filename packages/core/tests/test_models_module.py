@@ -37,7 +37,9 @@ def spec(*outputs: str, name: str = "actor", trained: bool = True, **options: An
     return RoleSpec(name, made, frozenset(outputs), terms=(("data", None),) if trained else ())  # type: ignore[arg-type]
 
 
-def rows(lengths: list[tuple[int, int]] = LENGTHS, vocab: int = 250, extra: int = 0) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
+def rows(
+    lengths: list[tuple[int, int]] = LENGTHS, vocab: int = 250, extra: int = 0
+) -> tuple[Batch, list[tuple[Tensor, Tensor]]]:
     """A batch of random tokens, padded with `extra` more columns of garbage; and each row by itself."""
     draw = torch.Generator().manual_seed(0)
     single = [tuple(torch.randint(5, vocab, (n,), generator=draw) for n in pair) for pair in lengths]
@@ -112,7 +114,9 @@ def test_padding_never_matters() -> None:
         found = module(layout(part), ALL)
         for name in ALL:
             expected = whole[name][order]
-            torch.testing.assert_close(found[name], expected[:, : part.tokens_NT.shape[1]] if "NT" in name else expected)
+            torch.testing.assert_close(
+                found[name], expected[:, : part.tokens_NT.shape[1]] if "NT" in name else expected
+            )
 
 
 def test_a_value_is_of_the_state_before_its_token_and_a_score_of_the_last_token() -> None:
@@ -124,7 +128,9 @@ def test_a_value_is_of_the_state_before_its_token_and_a_score_of_the_last_token(
     for n, (prompt, completion) in enumerate(single):
         states = module.model.base_model(torch.cat([prompt, completion])[None])[0][0]
         for t in range(len(completion)):
-            assert outputs["values_NT"][n, t].item() == pytest.approx((states[len(prompt) + t - 1] @ value).item(), abs=1e-6)
+            assert outputs["values_NT"][n, t].item() == pytest.approx(
+                (states[len(prompt) + t - 1] @ value).item(), abs=1e-6
+            )
         assert outputs["scores_N"][n].item() == pytest.approx((states[-1] @ score).item(), abs=1e-6)
     assert outputs["values_NT"][~batch.mask_NT].abs().max() == 0
 
@@ -135,7 +141,9 @@ def test_a_reward_role_is_the_sequence_classifier_of_transformers() -> None:
     batch, _ = rows()
     inputs = layout(batch)
     lengths_N1 = (batch.prompt_lengths_N + batch.lengths_N)[:, None]
-    padded_NS = inputs.ids_NS.masked_fill(torch.arange(inputs.ids_NS.shape[1]) >= lengths_N1, module.model.config.pad_token_id)
+    padded_NS = inputs.ids_NS.masked_fill(
+        torch.arange(inputs.ids_NS.shape[1]) >= lengths_N1, module.model.config.pad_token_id
+    )
     scores_N = module.model(padded_NS).logits.squeeze(1)
     torch.testing.assert_close(module(inputs, frozenset({"scores_N"}))["scores_N"], scores_N)
 
@@ -199,7 +207,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient() -> None:
     for checkpointed in (False, True):
         module = build_module(spec("logprobs_NT", gradient_checkpointing=checkpointed))
         count = [0]
-        module.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        module.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + 1)
+        )
         module(layout(rows()[0]), frozenset({"logprobs_NT"}))["logprobs_NT"].sum().backward()
         gradients.append([p.grad for p in module.parameters()])
         calls.append(count[0])
@@ -257,7 +267,9 @@ def test_the_model_inside_still_generates() -> None:
     """Its head was replaced by one that gives logits too."""
     model = build_module(spec("logprobs_NT")).causal_lm
     ids = torch.tensor([[5, 6, 7]])
-    sampled = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4, pad_token_id=0)
+    sampled = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4, pad_token_id=0
+    )
     expected = ids
     for _ in range(4):
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)

@@ -60,7 +60,9 @@ def test_the_weights_depend_on_the_name_alone_and_leave_the_random_state_untouch
     scorer, _ = load_scorer("tiny", OPTIONS)
     weights = dict(first.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.named_parameters())
-    assert all(torch.equal(weights[name], tensor) for name, tensor in scorer.named_parameters() if name != "score.weight")
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in scorer.named_parameters() if name != "score.weight"
+    )
     assert not torch.equal(weights["model.embed_tokens.weight"], other.lm_head.weight)
     spread = weights["model.embed_tokens.weight"].std().item()
     assert spread == pytest.approx(0.02, rel=0.05)

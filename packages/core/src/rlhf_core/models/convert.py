@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import struct
 import sys
 import tempfile
 from contextlib import redirect_stderr
@@ -67,7 +68,7 @@ def _convert(file: Path, folder: Path) -> None:
         with redirect_stderr(StringIO()):  # its progress bar has no switch
             model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (ValueError, NotImplementedError, KeyError, OSError) as error:
+    except (ValueError, NotImplementedError, LookupError, OSError, struct.error) as error:
         raise UsageError(f"{file}: transformers cannot read this GGUF file: {str(error).splitlines()[0]}") from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
