@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Metric, Reduction
+from rlhf_core.world import World
 
 LENGTHS = [3, 1, 4, 2]
 
@@ -81,11 +82,11 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
 
 def test_minibatches_hold_whole_groups_and_every_row_once() -> None:
     batch = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2])
-    parts = list(minibatches(batch, 3, seed=5))
+    parts = list(minibatches(batch, 3, 5, World()))
     assert sorted(text for part in parts for text in part.texts) == batch.texts
     assert all(len(part.group_N.unique()) == 1 and len(part) == 2 for part in parts)
-    again = [part.texts for part in minibatches(batch, 3, seed=5)]
-    assert again == [part.texts for part in parts] != [part.texts for part in minibatches(batch, 3, seed=6)]
+    again = [part.texts for part in minibatches(batch, 3, 5, World())]
+    assert again == [part.texts for part in parts] != [part.texts for part in minibatches(batch, 3, 6, World())]
 
 
 def test_metrics_are_means_with_their_own_denominators() -> None:
@@ -96,3 +97,25 @@ def test_metrics_are_means_with_their_own_denominators() -> None:
     means.add_sum("time/train", 1.5)
     means.add_sum("time/train", 0.5)
     assert means.reduced() == {"clip": pytest.approx(2 / 3), "time/train": 2.0}
+
+
+class OneOfTwo(World):
+    """A rank that knows what both hold."""
+
+    size = 2
+
+    def __init__(self, held: list[list[int]]) -> None:
+        self.held = held
+
+    def gather(self, thing: object) -> list[object]:
+        assert thing in self.held
+        return list(self.held)
+
+
+def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_part() -> None:
+    whole = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2]).with_extras(uids_N=torch.tensor([7, 7, 8, 8, 9, 9]))
+    alone = [set(part.texts) for part in minibatches(whole, 2, 5, World())]
+    ranks = [whole.rows([0, 1, 4, 5]), whole.rows([2, 3])]
+    world = OneOfTwo([[7, 9], [8]])
+    split = [[set(part.texts) for part in minibatches(rank, 2, 5, world)] for rank in ranks]
+    assert [a | b for a, b in zip(*split, strict=True)] == alone

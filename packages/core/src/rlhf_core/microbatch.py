@@ -15,6 +15,8 @@ from rlhf_core.types import Batch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlhf_core.world import World
+
 __all__ = ["micro_rows", "minibatches", "padding_share"]
 
 
@@ -23,6 +25,8 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1) -> list[Tensor
 
     A unit is `rows_per_unit` adjacent rows (a chosen/rejected pair). Longest first, so that memory peaks at once.
     """
+    if not len(batch):
+        return []
     lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
     order_U = torch.argsort(lengths_U, descending=True, stable=True)
     cuts: list[list[int]] = []
@@ -43,15 +47,17 @@ def padding_share(batch: Batch, cuts: list[Tensor]) -> float:
     return 1 - float(lengths_N.sum()) / max(cells, 1)
 
 
-def minibatches(batch: Batch, parts: int, seed: int) -> Iterator[Batch]:
+def minibatches(batch: Batch, parts: int, seed: int, world: World) -> Iterator[Batch]:
     """`batch` in `parts` parts of whole groups, in an order drawn from `seed`; itself if there is one part.
 
-    Group sizes may differ and the number of groups need not be a multiple of `parts`.
+    The parts are cut from the groups of all ranks of `world` together, so how many ranks there are changes no part; a rank
+    may hold none of one. Groups are told apart by their prompts' numbers (`uids_N`) where the batch has them.
     """
     if parts == 1:
         yield batch
         return
-    groups = batch.group_N.unique()
-    order = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    ids_N = batch["uids_N"] if "uids_N" in batch else batch.group_N
+    everyone = torch.tensor(sorted(set().union(*world.gather(ids_N.unique().tolist()))))
+    order = everyone[torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))]
     for chosen in order.tensor_split(parts):
-        yield batch.rows(torch.isin(batch.group_N, chosen).nonzero().flatten())
+        yield batch.rows(torch.isin(ids_N, chosen).nonzero().flatten())

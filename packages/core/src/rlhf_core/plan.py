@@ -104,6 +104,8 @@ def make_plan(config: RunConfig) -> Plan:
         sampling=config.sampling,
         providers=config.providers,
     )
+    if config.minibatches > config.batch_size:
+        raise UsageError(f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size")
     terms = config.algorithm(chosen)
     kl = getattr(config.algorithm, "kl", None)
     kl = kl if kl is not None and kl.coef > 0 else None

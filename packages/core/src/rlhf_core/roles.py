@@ -82,18 +82,18 @@ class LocalRole:
         means = Means()
         for _ in range(config.epochs):
             seed = (config.seed << 32) + self.version
-            parts = {key: minibatches(work[key], config.minibatches, seed) for key in dict(self.spec.terms)}
+            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in dict(self.spec.terms)}
             for _ in range(config.minibatches):
-                self._step({key: next(part) for key, part in parts.items()}, means)
+                self._step({key: (next(part), work[key]) for key, part in parts.items()}, means)
                 self.version += 1
         return means.reduced(self.world if self.world.size > 1 else None)
 
-    def _step(self, work: Mapping[str, Batch], means: Means) -> None:
-        """One optimiser step."""
+    def _step(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
+        """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of)."""
         total = 0.0
-        for key, batch in work.items():
+        for key, (batch, whole) in work.items():
             terms = [term for term_key, term in self.spec.terms if term_key == key]
-            total += self._accumulate(terms, batch, means)
+            total += self._accumulate(terms, batch, whole, means)
         means.add(f"loss/{self.name}", self.world_total(total))
         for name, value in self.trainable.step().items():
             means.add(f"{name}/{self.name}", value)
@@ -104,16 +104,19 @@ class LocalRole:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[Term], batch: Batch, means: Means) -> float:
+    def _accumulate(self, terms: list[Term], batch: Batch, whole: Batch, means: Means) -> float:
         """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
         unit = lcm(*(term.loss.rows_per_unit for term in terms))
         wants = frozenset[str]().union(*(term.loss.wants for term in terms))
         cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
-        means.add("padding", padding_share(batch, cuts))
+        if cuts:
+            means.add("padding", padding_share(batch, cuts))
+        idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(unit))
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(self._rounds(cuts)):
-            micro, live = batch.rows(cuts[min(i, len(cuts) - 1)]), float(i < len(cuts))
+            live = float(i < len(cuts))
+            micro = batch.rows(cuts[i]) if live else idle
             outputs = self.trainable.forward(micro, wants)
             micro = self._with_old_logprobs(terms, micro, outputs)
             loss: Tensor | float = 0.0
@@ -133,7 +136,7 @@ class LocalRole:
 
     def _rounds(self, cuts: list[Tensor]) -> int:
         """How many forward passes to run on this rank's micro-batches. Ranks step together, since weights may be sharded over
-        them: one that has fewer repeats its last, with no weight."""
+        them: one that has fewer repeats rows with no weight."""
         return max(self.world.gather(len(cuts))) if self.world.size > 1 else len(cuts)
 
     def _with_old_logprobs(self, terms: list[Term], micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:

@@ -118,7 +118,7 @@ class RoleGroup:
     def _read(self, key: str, batch: Batch) -> list[str]:
         """The extras that this role's terms read from the credited batch `key`."""
         needed = {name for term_key, term in self.spec.terms if term_key == key for name in term.loss.needs}
-        return sorted(needed & set(batch.extras))
+        return sorted((needed | {"uids_N"}) & set(batch.extras))
 
     def buckets(self) -> Iterator[Any]:
         """References to buckets of weights on rank 0; the last may be empty."""

@@ -22,11 +22,8 @@ class Local:
         from rlhf_core.roles import LocalRole
 
         world = join_world()
-        share, rest = divmod(plan.config.batch_size, world.size)
-        if rest:
+        if plan.config.batch_size % world.size:
             raise UsageError(f"--batch-size {plan.config.batch_size} does not divide over {world.size} ranks")
-        if share < plan.config.minibatches:
-            raise UsageError(f"--minibatches {plan.config.minibatches} is more than the {share} prompts of a rank's batch")
         roles = {name: LocalRole(plan, name) for name in plan.roles}
         return Placed(dict(roles), plan.config.providers.get("rollout") if plan.online else None, world)
 

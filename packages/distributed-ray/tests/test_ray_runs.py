@@ -1,0 +1,140 @@
+"""The same run under Ray and in one process: equal numbers, and one clear line when something dies or cannot be had.
+
+One local cluster serves the whole file; every run starts its own actors. Sampling is seeded per completion, so samples are
+the same wherever they are drawn, and differences are those of summing in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
+
+from rlhf_core import Registry, Run, hookimpl  # noqa: E402  after the checks above
+from rlhf_core.configure import parse  # noqa: E402
+from rlhf_core.errors import RunStopped, UsageError  # noqa: E402
+
+TOLERANCE = 1e-4
+WORKERS = ["--launcher", "ray", "--launcher.cpus", "0.1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A cluster on this machine with more CPUs than it has: roles work in turn."""
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": "yes" * (n % 5 + 1), "rejected": "no" * (n % 3 + 1)} for n in range(32)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ONLINE = ["--data", "prompts", "--reward", "length", "--sampling.n", "2", "--sampling.max-new-tokens", "6"]
+
+
+def words_of(algorithm: str, preferences: Path, output: Path) -> list[str]:
+    """A small run of `algorithm`."""
+    source = {
+        "sft": ["--data", "json", "--data.path", str(preferences), "--data.completion-key", "chosen"],
+        "dpo": ["--data", "json", "--data.path", str(preferences)],
+    }.get(algorithm, ONLINE)
+    tail = ["--model", "tiny", "--steps", "4", "--batch-size", "4", "--actor.optim.lr", "1e-3", "--output", str(output)]
+    return [algorithm, *source, *tail]
+
+
+def run(words: list[str], *observers: object) -> list[dict[str, Any]]:
+    """The metrics of a run, a mapping per step."""
+    registry = Registry()
+    for k, observer in enumerate(observers):
+        registry.register(observer, name=f"observer{k}")
+    finished = Run(parse(words, registry), registry)
+    finished.train()
+    return [json.loads(line) for line in (finished.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(output / "model" / "model.safetensors")
+
+
+def assert_equal_runs(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    """Every metric that is not a time, a rate of padding or a count of transfers, step by step."""
+    assert len(first) == len(second) == 4
+    for a, b in zip(first, second, strict=True):
+        names = [n for n in a if not n.startswith(("time/", "sync/", "padding"))]
+        assert {n: b[n] for n in names} == {n: pytest.approx(a[n], abs=TOLERANCE, rel=TOLERANCE) for n in names}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flags"),
+    [
+        ("grpo", ["--launcher.workers", "2", "--launcher.engines", "2"]),
+        ("ppo", ["--launcher.role-workers", "critic=2", "--launcher.placement", "separate"]),
+        ("dpo", ["--launcher.workers", "2", "--launcher.placement", "separate"]),
+        ("sft", ["--launcher.workers", "1"]),
+    ],
+)
+def test_a_run_under_ray_has_the_numbers_and_the_weights_of_one_process(
+    algorithm: str, flags: list[str], preferences: Path, tmp_path: Path
+) -> None:
+    local = run(words_of(algorithm, preferences, tmp_path / "local"))
+    placed = run([*words_of(algorithm, preferences, tmp_path / "ray"), *WORKERS, *flags])
+    assert_equal_runs(local, placed)
+    ours, theirs = weights(tmp_path / "local"), weights(tmp_path / "ray")
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < TOLERANCE
+
+
+def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(preferences: Path, tmp_path: Path) -> None:
+    class Assassin:
+        """Kills the actor's worker after step 2, whose checkpoint is then the newest."""
+
+        victim: tuple[str, int]
+
+        @hookimpl
+        def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
+            self.victim = run.roles["actor"].where[0]  # type: ignore[attr-defined]
+            if step == 3:
+                os.kill(self.victim[1], signal.SIGKILL)
+
+    straight = run(words_of("grpo", preferences, tmp_path / "straight"))
+    words = [*words_of("grpo", preferences, tmp_path / "run"), "--save-every", "1", *WORKERS]
+    assassin = Assassin()
+    with pytest.raises(RunStopped) as stopped:
+        run(words, assassin)
+    message = str(stopped.value)
+    node, process = assassin.victim
+    assert message.startswith(f"role actor rank 0 on node {node} (process {process}) died: ")
+    assert message.endswith("continue from the last checkpoint with --resume") and "\n" not in message
+    assert_equal_runs(straight, run([*words, "--resume"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--launcher.cpus", "9"], r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;"),
+        (["--launcher.gpus", "1"], r"^launcher ray needs 3 GPU for .*, the cluster has 0; lower "),
+        (["--launcher.workers", "3"], r"^--batch-size 4 does not divide over the 3 workers of role actor$"),
+        (["--launcher.workers", "two"], r"^--launcher.workers 'two': give a number of workers, or NODESxDEVICES such as 2x4$"),
+        (["--launcher.role-workers", "judge=2"], r"^--launcher.role-workers 'judge=2': this run has no role 'judge'; it has "),
+        (["--launcher.engines", "0"], r"^--launcher.engines 0: at least 1$"),
+    ],
+)
+def test_what_cannot_be_placed_is_said_in_one_line(flags: list[str], message: str, preferences: Path, tmp_path: Path) -> None:
+    words = [*words_of("grpo", preferences, tmp_path / "run"), "--launcher", "ray", *flags]
+    with pytest.raises(UsageError, match=message):
+        run(words)
