@@ -3,8 +3,8 @@
 Each file gets a folder of its own under a temporary one, and its blocks are executed from top to bottom:
 
 * `console`: every line that starts with `$ ` is a command of bash and must exit with 0 (a trailing `\\` continues it).
-  What is shown after it must appear in what it prints, in that order, where `…` stands for anything. A block that is
-  preceded by `<!-- exit 2 -->` shows a mistake, and its commands must exit with 2.
+  What is shown after it must appear in what it prints, in that order, where `…` stands for anything and any number for any
+  other. A block that is preceded by `<!-- exit 2 -->` shows a mistake, and its commands must exit with 2.
 * `python`: a script that must succeed.
 * any block preceded by `<!-- file: NAME -->` is written to NAME, one preceded by `<!-- append: NAME -->` added to it.
 
@@ -80,11 +80,16 @@ def commands(body: str) -> Iterator[Command]:
         yield Command(first.replace("\x00", "\\\n"), tuple(line.strip() for line in shown if line.strip()))
 
 
+def plain(text: str) -> str:
+    """`text` with one kind of blank and one kind of number."""
+    return " ".join(re.sub(r"[-+]?\d+([.:]\d+)*(e-?\d+)?", "0", text).split())
+
+
 def missing(printed: str, shown: tuple[str, ...]) -> str:
     """The first line of `shown` that is not in `printed` after the ones before it; empty if all are."""
-    squeezed, at = " ".join(printed.split()), 0
+    squeezed, at = plain(printed), 0
     for line in shown:
-        for piece in filter(None, (" ".join(piece.split()) for piece in line.split("…"))):
+        for piece in filter(None, (plain(piece) for piece in line.split("…"))):
             found = squeezed.find(piece, at)
             if found < 0:
                 return line
