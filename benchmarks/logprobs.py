@@ -28,10 +28,11 @@ LENGTH = 512
 def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
     """Peak memory and time of one pass (the second of two; the first warms up) in this process."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from rlhf_core.models.heads import ChunkedHead
     from rlhf_core.models.inputs import Inputs
     from rlhf_core.models.module import RoleModule
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary,

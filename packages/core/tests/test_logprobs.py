@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_core.models.logprobs import full_logprobs, token_logprobs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rlhf_core.models.logprobs import full_logprobs, token_logprobs
 
 
 def problem(M: int, V: int, H: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.models import convert, names
 from rlhf_core.models.export import export
@@ -19,7 +21,6 @@ from rlhf_core.models.tokenizer import SPECIAL, TOKENS, byte_tokenizer
 from rlhf_core.options import ModelOptions, TrainedOptions
 from rlhf_core.plan import RoleSpec
 from rlhf_core.testing.tiny import tiny_rollouts
-from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 OPTIONS = ModelOptions()
 

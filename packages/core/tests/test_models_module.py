@@ -7,13 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from rlhf_core.errors import UsageError
-from rlhf_core.models import module as module_file
-from rlhf_core.models.module import RoleModule, build_module, layout
-from rlhf_core.models.tokenizer import EOS, PAD, TOKENS, byte_tokenizer
-from rlhf_core.options import ModelOptions, TrainedOptions
-from rlhf_core.plan import RoleSpec
-from rlhf_core.types import Batch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +17,14 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
 )
+
+from rlhf_core.errors import UsageError
+from rlhf_core.models import module as module_file
+from rlhf_core.models.module import RoleModule, build_module, layout
+from rlhf_core.models.tokenizer import EOS, PAD, TOKENS, byte_tokenizer
+from rlhf_core.options import ModelOptions, TrainedOptions
+from rlhf_core.plan import RoleSpec
+from rlhf_core.types import Batch
 
 LENGTHS = [(3, 5), (7, 1), (1, 4), (2, 0), (4, 9)]
 """Prompt and completion tokens of each row; one completion is empty."""

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from rlhf_core.errors import UsageError
 from rlhf_core.models.load import load_model, load_scorer, load_tokenizer, render_chat
 from rlhf_core.models.tokenizer import EOS, byte_tokenizer
 from rlhf_core.options import ModelOptions
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOKENIZER = byte_tokenizer()
 OPTIONS = ModelOptions()
