@@ -163,8 +163,12 @@ class MirrorRole:
 
     @cached_property
     def local(self) -> LocalRole:
-        """The model itself, for engines that sample from it; built when first asked for."""
-        return LocalRole(self.plan, self.name, frozen=True)
+        """The model itself, for engines that sample from it; built when first asked for, with what was received so far."""
+        local = LocalRole(self.plan, self.name, frozen=True)
+        for bucket in self._received:
+            local.load_weights((name, from_array(packed)) for name, packed in bucket)
+        self._received = []
+        return local
 
     @property
     def module(self) -> Any:
@@ -193,6 +197,7 @@ class MirrorRole:
         """What the last sync brought; the initial weights before the first."""
         if not self._received:
             yield from self.local.weights()
+            return
         for bucket in self._received:
             for name, packed in bucket:
                 yield name, from_array(packed)
