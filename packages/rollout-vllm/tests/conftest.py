@@ -1,0 +1,86 @@
+"""One engine for all tests of a process (starting vLLM takes seconds), and a tiny role whose weights tests change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.options import Sampling
+from rlhf_core.roles import LocalRole
+from rlhf_core.testing import tiny_run
+from rlhf_core.types import Example, Prompts
+from rlhf_rollout_vllm.engine import VLLM
+
+TEMPERATURE = 0.7
+TEXTS = ["Hello", "What is the colour of the sky?", "1 2 3", "x"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that open an engine need vLLM; the others say what happens without it."""
+    if find_spec("vllm") is None:
+        skip = pytest.mark.skip(reason="vllm is not installed; nox -s 'alone(rollout-vllm)' installs and tests it")
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(skip)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "vllm: opens an engine")
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[VLLM]:
+    """The provider, with an engine for `role` once it has been called."""
+    provider = VLLM(kv_cache_gib=0.25, max_num_seqs=64)
+    yield provider
+    provider.close()
+
+
+@pytest.fixture(scope="session")
+def the_role() -> LocalRole:
+    return LocalRole(
+        tiny_run("unused", sampling=Sampling(n=2, max_new_tokens=8, temperature=TEMPERATURE)).plan, "actor"
+    )
+
+
+@pytest.fixture
+def role(the_role: LocalRole) -> LocalRole:
+    """A tiny actor with weights of its own for each test, and a new version, so that the engine takes them."""
+    _randomise(the_role, seed=the_role.version)
+    return the_role
+
+
+@pytest.fixture
+def prompts(the_role: LocalRole) -> Prompts:
+    return _make_prompts(the_role, TEXTS)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., None]:
+    """`randomise(role, seed)`: other weights, and a new version."""
+    return _randomise
+
+
+@pytest.fixture(scope="session")
+def make_prompts() -> Callable[..., Prompts]:
+    """`make_prompts(role, texts)`."""
+    return _make_prompts
+
+
+def _make_prompts(role: LocalRole, texts: list[str]) -> Prompts:
+    token_ids = [role.tokenizer(text)["input_ids"] for text in texts]
+    return Prompts(texts, token_ids, [Example(text) for text in texts], uids=[11 + i for i in range(len(texts))])
+
+
+def _randomise(role: Any, seed: int, std: float = 0.25) -> None:
+    """Large random weights, so that the distribution is far from flat and every tensor matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in role.module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(std * noise + (parameter.dim() == 1))
+    role.version += 1

@@ -1,0 +1,167 @@
+"""What vLLM samples is what the trained model says, in transformers, and as the contract has it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from types import BuiltinFunctionType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_core.errors import UsageError
+from rlhf_core.options import Sampling
+from rlhf_core.roles import LocalRole
+from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.rollout.warp import warp
+from rlhf_core.testing import check_rollout
+from rlhf_core.types import Prompts, Rollouts
+from rlhf_rollout_vllm.engine import VLLM
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = Sampling(n=1, max_new_tokens=24, temperature=0.0)
+TEMPERATURE = 0.7  # conftest's
+SAMPLED = Sampling(n=3, max_new_tokens=12, temperature=TEMPERATURE, seed=5)
+LOGPROBS = frozenset({"logprobs_NT"})
+
+
+def logits_of(role: LocalRole, rollouts: Rollouts, i: int) -> torch.Tensor:
+    """(T, V) logits of completion `i` from transformers' own forward pass."""
+    prompt = rollouts.prompt_NL[i, : int(rollouts.prompt_lengths_N[i])].tolist()
+    tokens = rollouts.tokens_NT[i, : int(rollouts.lengths_N[i])].tolist()
+    with torch.no_grad():
+        states = role.causal_lm.base_model(torch.tensor([prompt + tokens]))[0][0, len(prompt) - 1 : -1]
+        return torch.nn.functional.linear(states, role.causal_lm.get_input_embeddings().weight)  # tiny is tied
+
+
+def ended(rollouts: Rollouts) -> list[list[int]]:
+    """Tokens of each completion."""
+    return [row[:n].tolist() for row, n in zip(rollouts.tokens_NT, rollouts.lengths_N.tolist(), strict=True)]
+
+
+def test_it_keeps_the_contract_of_a_rollout() -> None:
+    check_rollout(VLLM(kv_cache_gib=0.25, max_num_seqs=16))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
+    engine: VLLM, role: LocalRole, prompts: Prompts, seed: int, randomise: Callable[..., Any]
+) -> None:
+    randomise(role, seed=100 + seed)
+    engine.sync(role)
+    ours, theirs = engine(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+    assert ended(ours) == ended(theirs)
+    assert ours.finish == theirs.finish
+    assert ours.texts == theirs.texts
+    torch.testing.assert_close(
+        ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-4
+    )  # float32 in another order
+
+
+def test_log_probabilities_are_the_roles_own_at_its_temperature(
+    engine: VLLM, role: LocalRole, prompts: Prompts
+) -> None:
+    rollouts = engine(role, prompts, SAMPLED)
+    torch.testing.assert_close(
+        rollouts["sampler_logprobs_NT"], role.infer(rollouts, LOGPROBS)["logprobs_NT"], rtol=0, atol=1e-3
+    )
+    assert rollouts.version == role.version
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}])
+def test_truncated_log_probabilities_are_those_of_the_kept_set(
+    engine: VLLM, role: LocalRole, prompts: Prompts, cut: dict[str, float]
+) -> None:
+    rollouts = engine(role, prompts, replace(SAMPLED, **cut))
+    for i, tokens in enumerate(ended(rollouts)):
+        kept = warp(logits_of(role, rollouts, i), TEMPERATURE, **cut)
+        expected = kept.logprobs_NV[range(len(tokens)), tokens]
+        torch.testing.assert_close(rollouts["sampler_logprobs_NT"][i, : len(tokens)], expected, rtol=0, atol=1e-3)
+
+
+def test_first_tokens_are_drawn_with_the_models_probabilities(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    one, draws = prompts.rows([0]), 4000
+    rollouts = engine(role, one, Sampling(n=draws, max_new_tokens=1, temperature=TEMPERATURE, seed=3))
+    probabilities = (logits_of(role, rollouts, 0)[0].double() / TEMPERATURE).softmax(-1)
+    expected = probabilities * draws
+    counts = torch.bincount(rollouts.tokens_NT[:, 0], minlength=len(expected)).double()
+    rare = expected < 5  # pooled, as Pearson's test wants
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    chi2, freedom = float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5, "five standard deviations"
+
+
+def test_a_seed_belongs_to_a_completion_not_to_a_batch(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    together = ended(engine(role, prompts, SAMPLED))
+    alone = [tokens for i in (2, 0, 3, 1) for tokens in ended(engine(role, prompts.rows([i]), SAMPLED))]
+    assert [together[n * i + k] for n in [SAMPLED.n] for i in (2, 0, 3, 1) for k in range(n)] == alone
+    fewer = ended(engine(role, prompts, replace(SAMPLED, n=2)))
+    assert fewer == [together[SAMPLED.n * i + k] for i in range(len(prompts)) for k in range(2)]
+    assert len({tuple(tokens) for tokens in together[: SAMPLED.n]}) == SAMPLED.n, "completions of a prompt differ"
+
+
+def test_a_completion_ends_with_eos_and_keeps_it(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    eos = role.tokenizer.eos_token_id
+    with torch.no_grad():
+        role.causal_lm.get_input_embeddings().weight[eos] *= 3  # tied: often the likeliest, or the unlikeliest
+    role.version += 1
+    rollouts = engine(role, prompts, Sampling(n=16, max_new_tokens=32, temperature=1.0))
+    assert {"stop", "length"} == set(rollouts.finish), "the weights of this test must give both"
+    for tokens, finish in zip(ended(rollouts), rollouts.finish, strict=True):
+        assert eos not in tokens[:-1]
+        assert (tokens[-1] == eos) == (finish == "stop")
+        assert finish == "stop" or len(tokens) == 32
+
+
+def test_a_stop_string_ends_a_completion_and_is_kept(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    with torch.no_grad():
+        role.causal_lm.get_input_embeddings().weight[128:] = 0  # tied: bytes below 128 are likelier, and are text
+    role.version += 1
+    free = engine(role, prompts, GREEDY)
+    for i, text in enumerate(free.texts):
+        sampling = replace(GREEDY, stop=("no such text", text[2:5]))
+        stopped, hf = engine(role, prompts.rows([i]), sampling), HuggingFace()(role, prompts.rows([i]), sampling)
+        assert stopped.finish == ["stop"]
+        assert stopped.texts[0].endswith(text[2:5])
+        assert stopped.texts[0].index(text[2:5]) == len(stopped.texts[0]) - 3
+        assert ended(stopped) == [ended(free)[i][: int(stopped.lengths_N[0])]] == ended(hf)
+
+
+def test_more_completions_than_the_engine_runs_at_a_time_keep_their_order(
+    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+) -> None:
+    texts = [f"{i} " * (1 + i % 7) for i in range(40)]
+    prompts = make_prompts(role, texts)
+    rollouts = engine(role, prompts, replace(SAMPLED, n=4, max_new_tokens=3))
+    assert len(rollouts) == 160
+    assert rollouts.prompts == [text for text in texts for _ in range(4)]
+    last = engine(role, prompts.rows([39]), replace(SAMPLED, n=4, max_new_tokens=3))
+    assert ended(last) == ended(rollouts)[-4:]
+
+
+def test_a_prompt_that_is_too_long_is_a_users_mistake(
+    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+) -> None:
+    prompts = make_prompts(role, ["x" * 4090])
+    with pytest.raises(UsageError, match=r"4090 tokens and 7 new ones exceed the 4096 positions"):
+        engine(role, prompts, replace(SAMPLED, max_new_tokens=7))
+
+
+def test_sampling_leaves_the_processs_random_state_and_threads_alone(
+    engine: VLLM, role: LocalRole, prompts: Prompts
+) -> None:
+    set_threads = torch.set_num_threads
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.get_num_threads()
+    engine(role, prompts, SAMPLED)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1], torch.get_num_threads()
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert (before[2] == after[2]).all()
+    assert before[3] == after[3]
+    assert torch.set_num_threads is set_threads
+    assert isinstance(set_threads, BuiltinFunctionType), "not vLLM's, which does nothing"
