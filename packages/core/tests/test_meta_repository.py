@@ -36,9 +36,14 @@ def short(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS, *sorted(ROOT.glob("packages/*/tests/*.py"))], ids=short)
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=short)
 def test_no_file_is_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("packages/*/tests/*.py")), ids=short)
+def test_no_file_of_tests_is_longer_than_500_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=short)
@@ -64,7 +69,10 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 PROVIDERS = {name for table in INSTALL.values() for name in table} | {
     name for hook in plugin.__all__ for name in getattr(plugin, hook)()
 }
-WORDS = {"reward", "value", "entropy", "length", "local", "json", "prompts", "torch", "func", "clip", "heldout"}
+WORDS = set(
+    "reward value entropy length local json prompts torch func clip heldout sum model math code exact regex remote hf "
+    "pairs teacher judge hinge".split()
+)
 """Provider names that are also words with other meanings: they count only where something like a name is compared."""
 
 NAMELIKE = re.compile(
