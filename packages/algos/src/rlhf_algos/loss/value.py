@@ -41,6 +41,7 @@ class Value:
         if self.clip:
             near_NT = old_NT + (values_NT - old_NT).clamp(-self.clip, self.clip)
             clipped_NT = (near_NT - returns_NT).square()
-            metrics["clip_fraction"] = Metric.over(clipped_NT > error_NT, batch.mask_NT)
+            moved_NT = (values_NT - old_NT).abs() > self.clip  # else the two differ by rounding only
+            metrics["clip_fraction"] = Metric.over(moved_NT & (clipped_NT > error_NT), batch.mask_NT)
             error_NT = torch.maximum(error_NT, clipped_NT)
         return LossTerms(error_NT / 2, Reduction(self.aggregate), metrics)
