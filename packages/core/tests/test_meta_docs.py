@@ -50,5 +50,7 @@ def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path
     (plugin,) = package.glob("src/*/plugin.py")
     names = re.findall(r'^\s+(?:return \{)?"([\w.-]+)": "[\w.]+:\w+"', plugin.read_text(encoding="utf-8"), re.MULTILINE)
     readme = (package / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((\S+/docs/\S+\.md)\)", readme)
+    text = "\n".join([readme, *((package / link).read_text(encoding="utf-8") for link in linked)])
     assert names
-    assert not [name for name in names if f"`{name}`" not in readme]
+    assert not [name for name in names if f"`{name}`" not in text]
