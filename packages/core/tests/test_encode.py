@@ -6,6 +6,7 @@ conversation at once is an independent account of what the joined prompt and com
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -249,6 +250,23 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_beginning_of_the_complet
 def test_an_input_template_surrounds_plain_prompts() -> None:
     encoder = Encoder(tokenizer(), encoding=Encoding(input_template="Q: {} A:"))
     assert encoder.prompts([Example("{x}")], [0]).texts == ["Q: {x} A:"]
+
+
+def test_a_preview_shows_the_first_rows_with_what_is_trained_on(capsys: Any) -> None:
+    turns = (
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "2"},
+    )
+    encoder = Encoder(tokenizer(), encoding=Encoding(preview=2))
+    encoder.batch([Example("a", (turns,))], [0])
+    encoder.batch([Example("b", ("x", "y")), Example("c", ("z",))], [1, 2])
+    assert re.sub(r"\d+ (prompt|completion)", r"\1", capsys.readouterr().err) == (
+        "--- prompt tokens\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\n--- completion tokens, 4 trained\n"
+        "«1<|im_end|>»\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n«2<|im_end|>»\n"
+        "--- prompt tokens\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n\n"
+        "--- completion tokens, 2 trained\n«x<|im_end|>»\n--- completion tokens, 2 trained\n«y<|im_end|>»\n"
+    )
 
 
 def test_a_template_file_replaces_the_tokenizers(tmp_path: Any) -> None:

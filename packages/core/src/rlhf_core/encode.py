@@ -10,11 +10,14 @@ Packing is not here: the loop cuts micro-batches by tokens.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.chats import Text
+from rlhf_core.data.preview import shown
 from rlhf_core.data.render import Encoding, Renderer
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
@@ -73,6 +76,8 @@ class Encoder:
         self.encoding = encoding
         self.dropped = self.truncated = 0
         self._renderer = Renderer(tokenizer, encoding)
+        self._measured: dict[int, tuple[Example, Row]] = {}
+        self._to_show = encoding.preview if os.environ.get("RANK", "0") == "0" else 0
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
         self._eos: int = tokenizer.eos_token_id
@@ -88,7 +93,9 @@ class Encoder:
 
     def fits(self, example: Example) -> bool:
         """Whether the example with its completions is short enough, after truncation if that was chosen."""
-        return self._shorten(self.row(example)) is not None
+        row = self.row(example)
+        self._measured[id(example)] = example, row  # it is about to be used; holding the example keeps its id its own
+        return self._shorten(row) is not None
 
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""
@@ -115,6 +122,7 @@ class Encoder:
             UsageError: every one of them is too long, or one has no completion.
         """
         rows, kept = self._select([self.row(example) for example in examples])
+        self._measured.clear()
         flat = [(group, row, side) for group, row in enumerate(rows) for side in row.completions]
         prompt_NL, prompt_lengths_N = _padded([row.ids for _, row, _ in flat], self._pad_id)
         tokens_NT, lengths_N = _padded([side.ids for *_, side in flat], self._pad_id)
@@ -144,6 +152,8 @@ class Encoder:
         Raises:
             DataError: it has no completion, or the template cannot render it.
         """
+        if id(example) in self._measured:
+            return self._measured[id(example)][1]
         if not example.completions:
             raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
         completions = tuple(self._completion(example, completion) for completion in example.completions)
@@ -216,6 +226,9 @@ class Encoder:
                 f"all {len(rows)} rows of a batch are too long: raise --max-prompt-tokens ({self.max_prompt_tokens}) "
                 f"or --data.encoding.max-tokens ({self.encoding.max_tokens}), or pass --data.encoding.too-long truncate"
             )
+        for row, _ in kept[: self._to_show]:
+            print(shown(row, self.tokenizer), file=sys.stderr)
+        self._to_show = max(0, self._to_show - len(kept))
         return [row for row, _ in kept], [i for _, i in kept]
 
 

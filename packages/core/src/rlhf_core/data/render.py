@@ -36,6 +36,8 @@ class Encoding:
     """prompt and completion together, of rows that have completions"""
     too_long: Literal["drop", "truncate"] = "drop"
     """rows that are too long are dropped, or lose the prompt's beginning and the completion's end; both are counted"""
+    preview: int = 0
+    """print so many rows as the model reads them, with what is trained on in colour (or in « » where there is none)"""
 
 
 class Renderer:

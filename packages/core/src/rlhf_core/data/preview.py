@@ -1,0 +1,28 @@
+"""A row as the model reads it: the quickest way to see a wrong template, a doubled BOS or a loss on the wrong words."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_core.encode import Row
+
+__all__ = ["shown"]
+
+
+def shown(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row as the model reads it, special tokens included; what is trained on is green, or in « » without colour."""
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
+    sides = [f"--- {len(row.ids)} prompt tokens\n{tokenizer.decode(row.ids)}"]
+    for side in row.completions:
+        spans = groupby(range(len(side.ids)), key=side.mask.__getitem__)
+        texts = [(trained, str(tokenizer.decode([side.ids[i] for i in span]))) for trained, span in spans]
+        sides.append(f"--- {len(side.ids)} completion tokens, {sum(side.mask)} trained")
+        sides.append("".join(f"{on}{text}{off}" if trained else text for trained, text in texts))
+    return "\n".join(sides)
