@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from rlhf_algos import plugin
 from rlhf_algos.loss.delayed import Delayed
+from rlhf_core import Run
 from rlhf_core.configure import make
 from rlhf_core.errors import UsageError
 from rlhf_core.options import KL
@@ -18,6 +20,7 @@ from rlhf_core.testing import check_advantage, check_algorithm, check_light, che
 PROVIDERS = {"advantage": plugin.rlhf_advantage(), "loss": plugin.rlhf_loss(), "algorithm": plugin.rlhf_algorithm()}
 
 
+MODEL = "tiny:hidden=16,layers=1"
 REQUIRED = {"prm": {"placeholder": 0}}
 """Options without a default."""
 
@@ -157,3 +160,24 @@ def test_a_critic_free_algorithm_with_a_critic_s_advantage_is_refused():
 def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refused():
     with pytest.raises(UsageError, match="needs a role 'reference'"):
         planned("simpo", loss="dpo")
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_demonstrations_are_no_preferences(batch_size, tmp_path):
+    rows = [{"prompt": "a", "response": "b"} for _ in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
+    run = Run(make("dpo", model=MODEL, data=data, batch_size=batch_size, steps=1, output=str(tmp_path / "run")))
+    with pytest.raises(UsageError, match="chosen and rejected"):
+        run.train()
+
+
+def test_a_step_in_which_all_completions_are_equally_good_trains_nothing(tmp_path):
+    (tmp_path / "reward.py").write_text("def reward_func(completions):\n    return [1.0] * len(completions)\n")
+    reward = {"use": "func", "path": str(tmp_path / "reward.py")}
+    sampling = {"n": 2, "max_new_tokens": 2}
+    options = {"batch_size": 2, "steps": 2, "output": str(tmp_path / "run")}
+    metrics = Run(make("online_dpo", model=MODEL, reward=reward, sampling=sampling, **options)).train()
+    assert metrics["pairs/share"] == 0
+    assert metrics["loss/actor"] == 0
+    assert metrics["grad_norm/actor"] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.types import Batch
 
@@ -27,6 +28,11 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1) -> list[Tensor
     """
     if not len(batch):
         return []
+    if len(batch) % rows_per_unit:
+        raise UsageError(
+            f"the loss compares {rows_per_unit} completions of each prompt, and the data has prompts with another number: "
+            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+        )
     lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
     order_U = torch.argsort(lengths_U, descending=True, stable=True)
     cuts: list[list[int]] = []

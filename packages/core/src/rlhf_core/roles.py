@@ -111,7 +111,7 @@ class LocalRole:
         cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
         if cuts:
             means.add("padding", padding_share(batch, cuts))
-        idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(unit))
+        idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(min(unit, len(whole))))  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(self._rounds(cuts)):
