@@ -26,12 +26,11 @@ LENGTH = 512
 
 
 def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
-    """Peak memory and time of one pass (the second of two; the first warms up) in this process."""
+    """Peak memory and time of one pass in this process, after a shorter one that warms up."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_core.models.heads import ChunkedHead
-    from rlhf_core.models.inputs import Inputs
     from rlhf_core.models.module import RoleModule
 
     config = LlamaConfig(
@@ -47,20 +46,10 @@ def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
     model = LlamaForCausalLM(config)
     model.set_output_embeddings(ChunkedHead(model.lm_head, chunk=0 if path == "plain" else 1024))
     module = RoleModule(model, {})
-    N = tokens // LENGTH
-    ids_NS = torch.randint(vocabulary, (N, LENGTH))
-    states_M = torch.arange(N * LENGTH).view(N, LENGTH)[:, :-1].flatten()  # all tokens but a row's first are predicted
-    inputs = Inputs(
-        ids_NS=ids_NS,
-        states_M=states_M,
-        slots_M=torch.arange(len(states_M)),
-        targets_M=ids_NS[:, 1:].flatten(),
-        last_N=torch.arange(N) * LENGTH + LENGTH - 1,
-        tokens_NT=ids_NS[:, 1:],
-    )
-    advantages_NT = torch.randn(N, LENGTH - 1)
-    for _ in range(2):
+    for N in (1, tokens // LENGTH):
         model.zero_grad()
+        ids_NS, inputs = random_rows(N, vocabulary)
+        advantages_NT = torch.randn(N, LENGTH - 1)
         wall, cpu = time.perf_counter(), time.process_time()
         if path == "body":
             loss = module._states(ids_NS).square().mean()
@@ -71,6 +60,24 @@ def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {"peak": peak, "wall": wall, "cpu": cpu, "loss": float(loss.detach())}
+
+
+def random_rows(N: int, vocabulary: int) -> tuple[Any, Any]:
+    """Token ids (N, S), and the same as a model reads them; all tokens but a row's first are predicted."""
+    import torch
+
+    from rlhf_core.models.inputs import Inputs
+
+    ids_NS = torch.randint(vocabulary, (N, LENGTH))
+    states_M = torch.arange(N * LENGTH).view(N, LENGTH)[:, :-1].flatten()
+    return ids_NS, Inputs(
+        ids_NS=ids_NS,
+        states_M=states_M,
+        slots_M=torch.arange(len(states_M)),
+        targets_M=ids_NS[:, 1:].flatten(),
+        last_N=torch.arange(N) * LENGTH + LENGTH - 1,
+        tokens_NT=ids_NS[:, 1:],
+    )
 
 
 def in_its_own_process(path: str, vocabulary: int, tokens: int) -> dict[str, float]:

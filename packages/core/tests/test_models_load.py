@@ -89,6 +89,8 @@ def test_damaged_configs_and_incomplete_weights_end_in_one_line(checkpoint: Path
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="it has no tokenizer that transformers can read$"):
+        load_tokenizer(str(tmp_path), OPTIONS)
     assert "1 weights are missing, model.layers.1.mlp.up_proj.weight first" in line(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
     assert f"cannot load {str(tmp_path)!r}" in line(str(tmp_path))

@@ -224,6 +224,8 @@ def _explained(name: str) -> Iterator[None]:
             reason = "there is no such folder, and the hub cannot be reached; pass a folder, a GGUF file or 'tiny'"
         elif "trust_remote_code" in str(error):
             reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
+        elif "backend tokenizer" in str(error):
+            reason = "it has no tokenizer that transformers can read"
         elif isinstance(error, RuntimeError) and "size mismatch" not in str(error).lower():
             raise
         else:

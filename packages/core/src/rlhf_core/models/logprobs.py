@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["full_logprobs", "token_logprobs"]
 
-CPU_LOGITS = 2**25
-"""Most logits held at a time on the CPU, 128 MiB of float32: 16 MiB to 256 MiB took the same time within 10 %."""
+CPU_LOGITS = 2**24
+"""Most logits held at a time on the CPU, 64 MiB of float32: 16 MiB to 256 MiB took the same time within 10 %."""
 
 
 @dataclass(frozen=True)
