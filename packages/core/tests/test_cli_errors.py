@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core import plugin as core
 from rlhf_core.cli import main
 
 PLUGIN = '''
@@ -94,7 +95,8 @@ def rlhf_algorithm():
     return {"online": Online, "offline": Offline}
 '''
 
-NAMES = "bare, brevity, func, late, length, sentiment"
+NAMES = ", ".join(sorted({*core.rlhf_reward(), "bare", "brevity", "late"}))
+EVALUATORS = ", ".join(sorted(core.rlhf_evaluator()))
 LIMIT = "--reward.limit INT, characters at which the reward reaches zero (default: 400)"
 
 FLAGS = {
@@ -111,7 +113,8 @@ FLAGS = {
     "online --reward": "--reward takes one value, and got none",
     "online --reward a b": "--reward takes one value, not 'a b'",
     "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' here or in the environment",
-    "online --evaluator heldout,heldot": "no evaluator is called 'heldot' (did you mean 'heldout'?); installed: heldout",
+    "online --evaluator heldout,heldot": f"no evaluator is called 'heldot' (did you mean 'heldout'?); "
+    f"installed: {EVALUATORS}",
     "online --loss bare": "algorithm 'online' has no loss, it uses data, rollout, reward, strategy, launcher, evaluator",
     "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss, it uses data, rollout, reward, "
     "strategy, launcher, evaluator",

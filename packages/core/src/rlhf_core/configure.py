@@ -78,9 +78,11 @@ def make(algorithm: str | object, registry: Registry | None = None, **overrides:
     return _build(*read_tree(tree, registry, instances=instances))
 
 
-def from_names(tree: Mapping[str, Any], registry: Registry) -> RunConfig:
+def from_names(tree: Mapping[str, Any], registry: Registry | None = None) -> RunConfig:
     """The run that `to_names` described, in any process that has the same plugins."""
-    return _build(*read_tree(tree, registry))
+    from rlhf_core.registry import default_registry
+
+    return _build(*read_tree(tree, registry or default_registry()))
 
 
 def to_names(config: RunConfig) -> dict[str, Any]:
