@@ -144,6 +144,15 @@ def test_more_completions_than_the_engine_runs_at_a_time_keep_their_order(
     assert ended(last) == ended(rollouts)[-4:]
 
 
+def test_prompts_that_do_not_fit_into_one_forward_pass_are_sampled_by_their_seeds_too(
+    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+) -> None:
+    prompts = make_prompts(role, [f"{i}" + "long " * 600 for i in range(4)])
+    sampling = replace(SAMPLED, n=1, max_new_tokens=4)
+    together = engine(role, prompts, sampling)
+    assert ended(together) == [tokens for i in range(4) for tokens in ended(engine(role, prompts.rows([i]), sampling))]
+
+
 def test_a_prompt_that_is_too_long_is_a_users_mistake(
     engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
 ) -> None:

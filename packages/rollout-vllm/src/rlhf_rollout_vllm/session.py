@@ -89,6 +89,7 @@ class Engine:
                 gpu_memory_utilization=self.options.gpu_memory_utilization,
                 enforce_eager=eager,
                 enable_prefix_caching=self.options.enable_prefix_caching,
+                enable_chunked_prefill=False if cpu else None,  # a seed would be rewound, which fails on the CPU
                 enable_sleep_mode=self._sleeps,
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # sampling is the run's, not the model's
