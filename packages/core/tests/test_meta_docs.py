@@ -53,4 +53,4 @@ def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path
     linked = re.findall(r"\]\((\S+/docs/\S+\.md)\)", readme)
     text = "\n".join([readme, *((package / link).read_text(encoding="utf-8") for link in linked)])
     assert names
-    assert not [name for name in names if f"`{name}`" not in text]
+    assert not [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
