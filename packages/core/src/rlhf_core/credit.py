@@ -28,8 +28,9 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
     itself yields them (one optimiser step per batch, no KL in the reward, and the trained role is the one that sampled).
     """
     wanted: dict[tuple[str, str], list[str]] = {}
-    for need in (need for credit in plan.credits.values() if credit.source == source for need in credit.needs):
-        if need.role and need.name not in batch and not _live(plan, need.name):
+    credits = [credit for credit in plan.credits.values() if credit.source == source]
+    for credit, need in ((credit, need) for credit in credits for need in credit.needs):
+        if need.role and need.name not in batch and not _live(plan, credit, need.name):
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _later(need.name):
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
@@ -42,9 +43,10 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
     return batch.with_extras(**extras)
 
 
-def _live(plan: Plan, name: str) -> bool:
-    """Whether the training pass itself gives `name`."""
-    return name == "old_logprobs_NT" and plan.on_policy and not (plan.kl is not None and plan.kl.where == "reward")
+def _live(plan: Plan, credit: CreditSpec, name: str) -> bool:
+    """Whether the training pass itself gives `name`, and nothing reads it before."""
+    in_reward = plan.kl is not None and plan.kl.where == "reward"
+    return name == "old_logprobs_NT" and plan.on_policy and not in_reward and name not in getattr(credit.advantage, "needs", ())
 
 
 def _later(name: str) -> bool:

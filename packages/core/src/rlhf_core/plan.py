@@ -131,7 +131,8 @@ def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
 def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
     """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
     asked = [(name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))]
-    if kl is not None and kl.where == "reward" and term.source == term.role:
+    raw = getattr(term.advantage, "raw_rewards", False)
+    if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
         asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
     have = {need.name: need for need in credit.needs}
     for name, asker in asked:
