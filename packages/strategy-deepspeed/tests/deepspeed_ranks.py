@@ -1,0 +1,239 @@
+"""Runs of the tests, in this process or as one of several ranks: `torchrun … deepspeed_ranks.py FOLDER CASE:STAGE…`
+
+Each leaves FOLDER/CASE-STAGE with what a run writes and, beside it, `result.pt`: metrics of every step, every completion
+that was sampled, and the final weights of every trained role. The rest of a run is checked here, where the ranks are, and
+what was seen goes into the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from rlhf_core import Run, make_config
+from rlhf_core.errors import UsageError
+from rlhf_core.launcher.local import join_world
+from rlhf_core.models.module import build_module
+from rlhf_core.options import Optim, TrainedOptions
+from rlhf_core.plan import RoleSpec
+from rlhf_core.strategy.torch import TorchStrategy
+from rlhf_core.testing.tiny import tiny_rollouts
+from rlhf_core.types import (
+    Batch,
+    Chosen,
+    LossTerms,
+    Outputs,
+    Reduction,
+    RewardOutput,
+    Rollouts,
+    Strategy,
+    Term,
+    Trainable,
+)
+
+STEPS = 20
+ACTOR = {"optim": {"lr": 1e-3, "schedule": "cosine", "warmup": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.5}}
+ONLINE = {"batch_size": 4, "sampling": {"n": 2, "max_new_tokens": 6}, "reward": {"use": "func", "path": __file__}}
+
+
+def reward_func(completions: list[str]) -> list[float]:
+    """The share of characters before `m`: something to learn, different for every completion."""
+    return [sum(character < "m" for character in text) / max(1, len(text)) for text in completions]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The reward less a half: coupled to nothing, so that ranks cannot change it."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.where(rollouts.mask_NT, rewards.rewards_N[:, None] - 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Policy gradient and a value of every token: two heads, one of them fresh."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT", "values_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        error_NT = outputs["values_NT"] - batch["advantages_NT"]
+        return LossTerms(error_NT.square() - batch["advantages_NT"] * outputs["logprobs_NT"], Reduction("token"))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An online algorithm that needs no package but core."""
+
+    defaults: ClassVar[Mapping[str, str]] = {"data": "prompts", "rollout": "hf", "reward": "length"}
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        return (Term("actor", "actor", Both(), Fixed()),)
+
+
+def written(folder: Path, chosen: bool) -> dict[str, str]:
+    """A data file of ragged rows, demonstrations or pairs."""
+    dice = random.Random(0)
+    words = "the cat sat on a mat and saw one big red dog run far away from home".split()
+
+    def some(most: int) -> str:
+        return " ".join(dice.choices(words, k=dice.randint(1, most)))
+
+    path = folder / f"{'pairs' if chosen else 'rows'}.jsonl"
+    rows = [
+        {"prompt": some(8), "chosen": some(9), "rejected": some(9)}
+        if chosen
+        else {"prompt": some(8), "completion": some(9)}
+        for _ in range(64)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"use": "json", "path": str(path)}
+
+
+CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
+    "plain": lambda folder: (Plain(), ONLINE),
+    "sft": lambda folder: ("sft", {"data": written(folder, chosen=False), "batch_size": 8}),
+    "dpo": lambda folder: ("dpo", {"data": written(folder, chosen=True), "batch_size": 8}),
+    "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
+    "grpo": lambda folder: ("grpo", {**ONLINE}),
+}
+"""Algorithm and options of each case."""
+
+
+class Recording(Run):
+    """A run that remembers its metrics and what was sampled, in the order of the prompts."""
+
+    def sample(self, *args: Any) -> Rollouts:
+        rollouts = super().sample(*args)
+        rows = [row[:length].tolist() for row, length in zip(rollouts.tokens_NT, rollouts.lengths_N, strict=True)]
+        self.sampled.append([row for rank in self.world.gather(rows) for row in rank])
+        return rollouts
+
+    def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
+        super().finish(step, credited)
+        self.history.append(dict(self.last_metrics))
+
+
+def run(folder: Path, case: str, strategy: Any, name: str, **options: Any) -> dict[str, Any]:
+    """Run `case` to the end; on every rank what it gave."""
+    algorithm, own = CASES[case](folder)
+    # small micro-batches, so that ranks have several, and not equally many
+    shared = {"model": "tiny", "steps": STEPS, "micro_tokens": 256, "save_every": STEPS // 2, "actor": ACTOR}
+    config = make_config(algorithm, **{**shared, **own, "strategy": strategy, "output": str(folder / name), **options})
+    this = Recording(config)
+    this.sampled, this.history = [], []
+    this.train()
+    weights = {
+        role: {key: tensor.float().clone() for key, tensor in this.roles[role].weights()} for role in this.plan.trained
+    }
+    return {"metrics": this.history, "sampled": this.sampled, "weights": weights}
+
+
+def resumed(folder: Path, case: str, strategy: Any, name: str, **options: Any) -> dict[str, Any]:
+    """Run `case` again from its checkpoint in the middle, in a copy of its folder."""
+    world = join_world()
+    if world.rank == 0:
+        shutil.copytree(folder / name, folder / f"{name}-resumed")
+        shutil.rmtree(folder / f"{name}-resumed" / "checkpoints" / f"step-{STEPS}")
+    world.barrier()
+    return run(folder, case, strategy, f"{name}-resumed", resume=True, **options)
+
+
+def mistake(action: Callable[[], object]) -> str:
+    """What the user is told."""
+    try:
+        action()
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def main(folder: Path, *words: str) -> None:
+    """Each word is CASE:STAGE; or `wrong`, for mistakes; or `steps`, for what no whole run shows."""
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+    world = join_world()
+    for word in words:
+        name = word.replace(":", "-")
+        result: Any
+        if word == "wrong":
+            result = wrong(folder)
+        elif word == "steps":
+            strategies = {"torch": TorchStrategy("cpu"), **{stage: DeepSpeed(stage=stage) for stage in range(4)}}
+            result = {key: {"norms": norms(each), "moved": moved(each)} for key, each in strategies.items()}
+        else:
+            case, stage = word.split(":")
+            result = run(folder, case, DeepSpeed(stage=int(stage)), name)
+            result["resumed"] = resumed(folder, case, DeepSpeed(stage=int(stage)), name)
+        if world.rank == 0:
+            torch.save(result, folder / f"{name}.pt")
+
+
+def trainable(strategy: Strategy, dtype: str, optim: Optim) -> Trainable:
+    """A tiny model with two heads under `strategy`, outside any run."""
+    outputs = frozenset({"logprobs_NT", "values_NT"})
+    options = TrainedOptions(model="tiny", dtype=dtype, optim=optim)
+    spec = RoleSpec("actor", options, outputs, terms=(("data", Term("actor", "data", Both())),))
+    return strategy(lambda: build_module(spec), optim, 10)
+
+
+def norms(strategy: Strategy) -> list[float]:
+    """Gradient norms of steps whose micro-batches use different heads, with inference between forward and backward."""
+    role = trainable(strategy, "float32", Optim(lr=1e-2, max_grad_norm=0.1))
+    rank, size = role.world.rank, role.world.size
+    batch = tiny_rollouts(prompts=2, completions=4)
+    found = []
+    for heads in (("logprobs_NT", "values_NT"), ("logprobs_NT",), ("logprobs_NT", "values_NT"), ("values_NT",)):
+        for head in heads:
+            micro = batch.rows(list(range(rank, 8, size)))
+            values_NT = role.forward(micro, frozenset({head}))[head]
+            with torch.inference_mode():
+                role.forward(micro.rows([0]), frozenset({"values_NT"}))
+            role.backward(values_NT.square().sum() / 8)
+        found.append(role.step()["grad_norm"])
+    return found
+
+
+def moved(strategy: Strategy) -> float:
+    """Ten updates in bfloat16, each a tenth of the distance to the next number: the share of large weights that changed."""
+    role = trainable(strategy, "bfloat16", Optim(lr=1.2e-5, eps=1e-12))
+    batch = tiny_rollouts()
+    before = {name: tensor.bfloat16().clone() for name, tensor in role.weights()}
+    for _ in range(10):
+        role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum())
+        role.step()
+    after = {name: tensor.bfloat16() for name, tensor in role.weights()}
+    large = {
+        name: before[name].abs().clamp(2**-6, 2**-5) == before[name].abs() for name in before
+    }  # one spacing: 1.2e-4
+    changed = sum(int((before[name] != after[name])[large[name]].sum()) for name in before if "layers" in name)
+    return changed / sum(int(large[name].sum()) for name in before if "layers" in name)
+
+
+def wrong(folder: Path) -> dict[str, Any]:
+    """Mistakes that only ranks can make."""
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+    strategy = DeepSpeed(stage=1)
+    run(folder, "plain", strategy, "stage1", steps=2)
+    return {
+        "batch": mistake(lambda: run(folder, "plain", strategy, "odd", batch_size=3)),
+        "layout": mistake(lambda: run(folder, "plain", replace(strategy, stage=2), "stage1", steps=4, resume=True)),
+        "dtype": mistake(lambda: run(folder, "plain", strategy, "half", actor={"dtype": "float16"})),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,95 @@
+"""What DeepSpeed is told: the run's decisions, good defaults, and a user's file that may add to them but not contradict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_core.errors import UsageError
+from rlhf_core.options import Optim
+from rlhf_strategy_deepspeed.config import configuration
+from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+OPTIM = Optim(max_grad_norm=0.5)
+
+
+def given(folder: Path, content: Any, **options: Any) -> DeepSpeed:
+    """The strategy with a user's file."""
+    path = folder / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return DeepSpeed(config=str(path), **options)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_backward_never_ends_a_step_and_master_weights_are_float32(stage: Any, dtype: str) -> None:
+    config = configuration(DeepSpeed(stage=stage), dtype, OPTIM)
+    assert config["managed_gradient_accumulation"] is False
+    assert config["zero_optimization"]["stage"] == stage
+    low = dtype == "bfloat16"
+    assert config["bf16"] == {"enabled": low and stage > 0}
+    assert config.get("data_types", {}) == ({"grad_accum_dtype": "fp32"} if low and stage > 0 else {})
+    assert ("torch_autocast" in config) == (low and stage == 0)
+
+
+def test_only_stages_that_tell_the_norm_clip_by_themselves() -> None:
+    clipped = [configuration(DeepSpeed(stage=stage), "float32", OPTIM)["gradient_clipping"] for stage in (0, 1, 2, 3)]
+    assert clipped == [0.0, 0.5, 0.5, 0.5]
+    assert "gradient_clipping" not in configuration(DeepSpeed(stage=3), "float32", None)
+
+
+def test_a_file_adds_settings_and_changes_defaults_and_may_leave_the_rest_to_us(tmp_path: Path) -> None:
+    user = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 3, "overlap_comm": False, "sub_group_size": 1000, "reduce_bucket_size": "auto"},
+        "fp16": {"enabled": False, "loss_scale_window": 100},
+        "wall_clock_breakdown": True,
+    }
+    config = configuration(given(tmp_path, user, stage=3), "float32", OPTIM)
+    zero = config["zero_optimization"]
+    assert (zero["overlap_comm"], zero["sub_group_size"], zero["reduce_bucket_size"]) == (False, 1000, 50_000_000)
+    assert config["wall_clock_breakdown"] is True
+    assert config["gradient_clipping"] == 0.5
+    assert "train_batch_size" not in config
+
+
+@pytest.mark.parametrize(
+    ("user", "options", "message"),
+    [
+        (
+            {"gradient_clipping": 1.0},
+            {},
+            "gradient_clipping is 1.0, but the run's own options make it 0.5; take it out",
+        ),
+        ({"zero_optimization": {"stage": 3}}, {}, "zero_optimization.stage is 3, but the run's own options make it 2"),
+        ({"zero_optimization": {"reduce_bucket_size": 7}}, {"bucket": 9}, "reduce_bucket_size is 7, but .* make it 9"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the run's own options make it False"),
+        ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by --batch-size"),
+        ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimiser is the role's"),
+        ({"fp16": {"enabled": True}}, {}, "take fp16.enabled out: train in bfloat16 or float32"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "offload during training is not part"),
+        ("{", {}, "is not JSON"),
+        ([1], {}, "must hold a JSON object, not list"),
+    ],
+)
+def test_a_file_that_contradicts_the_run_is_refused_by_key(
+    tmp_path: Path, user: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        configuration(given(tmp_path, user, **options), "float32", OPTIM)
+    assert "\n" not in str(caught.value)
+    assert "mine.json" in str(caught.value)
+
+
+def test_a_file_that_switches_a_refused_section_off_is_fine(tmp_path: Path) -> None:
+    user = {"zero_optimization": {"offload_optimizer": {"device": "none", "pin_memory": True}}}
+    configuration(given(tmp_path, user), "float32", OPTIM)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read --strategy.config .*none.json: No such file"):
+        configuration(DeepSpeed(config=str(tmp_path / "none.json")), "float32", OPTIM)

@@ -1,0 +1,191 @@
+"""The same run, under plain torch in one process and under DeepSpeed on ranks: the same numbers, step by step.
+
+The reference is core's own loop and strategy in this process, in float32. The ranks are real processes on gloo.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.strategy.torch import TorchStrategy
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path, and this file is not one
+import deepspeed_ranks as ranks
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+
+Result = dict[str, Any]
+
+QUICK = {1: ["plain:3", "steps"], 2: ["plain:0", "sft:1", "dpo:2", "ppo:3", "grpo:2", "steps", "wrong"]}
+"""By number of ranks; every case and every stage occurs, those of rlhf-algos if it is installed."""
+
+CHECKS = ("steps", "wrong")
+"""Words that are no runs."""
+
+CROSS = {size: [f"{case}:{stage}" for case in ranks.CASES for stage in range(4)] for size in (1, 2)}
+
+APART = ("time/", "padding", "actor/accuracy")
+"""Metrics that may differ: seconds; which rows share a micro-batch; and, in the first step of dpo, how many margins are above
+zero, since policy and reference are the same model and every margin is rounding."""
+
+
+def runnable(words: list[str]) -> list[str]:
+    """Those whose algorithm is installed."""
+    return [word for word in words if word.split(":")[0] in ("plain", *CHECKS) or find_spec("rlhf_algos") is not None]
+
+
+def launch(folder: Path, size: int, words: list[str]) -> None:
+    """Run `deepspeed_ranks.py` on `size` ranks."""
+    quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    done = subprocess.run(
+        [*command, ranks.__file__, str(folder), *words], capture_output=True, text=True, env={**os.environ, **quiet}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
+    """What a case gives under plain torch in this process."""
+    known: dict[str, Result] = {}
+
+    def find(case: str) -> Result:
+        if case not in known:
+            folder = tmp_path_factory.mktemp("torch")
+            known[case] = ranks.run(folder, case, TorchStrategy("cpu"), case)
+        return known[case]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The folders that all quick runs of a number of ranks left."""
+    folders = {size: tmp_path_factory.mktemp(f"ranks{size}") for size in QUICK}
+    for size, folder in folders.items():
+        launch(folder, size, runnable(QUICK[size]))
+    return folders
+
+
+def outcome(folder: Path, word: str) -> Result:
+    """What the run called `word` gave."""
+    result: Result = torch.load(folder / f"{word.replace(':', '-')}.pt", weights_only=False)
+    return result
+
+
+def assert_same(found: Result, expected: Result, tolerance: float) -> None:
+    """Metrics of every step, completions and final weights agree."""
+    assert found["sampled"] == expected["sampled"]
+    assert [row["step"] for row in found["metrics"]] == [row["step"] for row in expected["metrics"]]
+    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        names = {name for name in theirs if not name.startswith(APART)}
+        assert names == {name for name in ours if not name.startswith(APART)}
+        for name in names:
+            assert math.isclose(ours[name], theirs[name], rel_tol=tolerance, abs_tol=tolerance), (ours["step"], name)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for role, weights in expected["weights"].items():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(found["weights"][role][name], tensor, rtol=0.0, atol=tolerance)
+
+
+quick_runs = [
+    pytest.param(size, word, id=f"{word}-{size}")
+    for size in QUICK
+    for word in runnable(QUICK[size])
+    if word not in CHECKS
+]
+
+
+@pytest.mark.parametrize(("size", "word"), quick_runs)
+def test_stages_and_ranks_change_no_number(
+    size: int, word: str, quick: dict[int, Path], reference: Callable[[str], Result]
+) -> None:
+    assert_same(outcome(quick[size], word), reference(word.split(":")[0]), tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("size", "word"), quick_runs)
+def test_a_resumed_run_goes_on_to_the_very_same_weights(size: int, word: str, quick: dict[int, Path]) -> None:
+    whole = outcome(quick[size], word)
+    half = ranks.STEPS // 2
+    rest = {**whole, "metrics": whole["metrics"][half:], "sampled": whole["sampled"][half:]}
+    assert_same(whole["resumed"], rest, tolerance=1e-7)
+
+
+@pytest.mark.parametrize(("size", "word"), quick_runs)
+def test_transformers_loads_what_was_trained(size: int, word: str, quick: dict[int, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(quick[size] / word.replace(":", "-") / "model")
+    weights = outcome(quick[size], word)["weights"]["actor"]
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_beside_the_model_is_exported_whole(quick: dict[int, Path]) -> None:
+    from safetensors.torch import load_file
+
+    shapes = {
+        name: load_file(quick[size] / name / "model" / "heads.safetensors")["value.weight"].shape
+        for size, name in ((1, "plain-3"), (2, "plain-0"))
+    }
+    assert set(shapes.values()) == {(1, 64)}
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_a_weight_that_a_step_leaves_out_has_no_gradient_in_it(size: int, quick: dict[int, Path]) -> None:
+    steps = outcome(quick[size], "steps")
+    for stage in range(4):
+        assert steps[stage]["norms"] == pytest.approx(steps["torch"]["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_updates_too_small_for_bfloat16_are_not_lost(size: int, quick: dict[int, Path]) -> None:
+    """Ten steps of a tenth of a spacing each move a weight by a spacing, if its float32 copy keeps them."""
+    steps = outcome(quick[size], "steps")
+    assert all(steps[stage]["moved"] > 0.6 for stage in ("torch", *range(4)))
+
+
+def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
+    told = outcome(quick[2], "wrong")
+    assert told["batch"] == "--batch-size 3 does not divide over 2 ranks"
+    assert "was written under stage 1 by 2 ranks, this run has stage 2 and 2; resume with the same" in told["layout"]
+    assert "use bfloat16 or float32" in told["dtype"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# everything, in minutes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def cross(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """All cases under all stages."""
+    folder = tmp_path_factory.mktemp(f"cross{request.param}")
+    launch(folder, request.param, runnable(CROSS[request.param]))
+    return request.param, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(ranks.CASES))
+@pytest.mark.parametrize("stage", range(4))
+def test_every_algorithm_under_every_stage(
+    case: str, stage: int, cross: tuple[int, Path], reference: Callable[[str], Result]
+) -> None:
+    if not runnable([case]):
+        pytest.skip("needs rlhf-algos")
+    found = outcome(cross[1], f"{case}:{stage}")
+    assert_same(found, reference(case), tolerance=1e-4)
+    rest = {key: found[key][ranks.STEPS // 2 :] for key in ("metrics", "sampled")}
+    assert_same(found["resumed"], {**found, **rest}, tolerance=1e-7)
