@@ -100,9 +100,9 @@ def minimums(session: nox.Session) -> None:
     torch itself stays at the pinned version unless asked (`-- torch==2.8.0`): older CPU builds are on no index that
     every machine has, and the others bring gigabytes of CUDA libraries.
     """
-    lowest = [floor for name in ("core", "algos") for floor in floors(name) if not floor.startswith("torch==")]
+    lowest = [floor for name in ("core", "algos") for floor in floors(name, "gguf", "sentiment")]
     torch = session.posargs or ["torch==" + pinned("torch")]
-    session.install(*torch, *lowest, *TESTING, f"packages/core{CORE_EXTRAS}", "packages/algos")
+    session.install(*torch, *lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
     session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths("core", "algos"), env=QUIET)
 
 
@@ -222,14 +222,12 @@ def plugins(session: nox.Session) -> set[str]:
     return {row["distribution"] for row in rows}
 
 
-def floors(name: str) -> list[str]:
-    """`dist==lowest` for every dependency of a package, optional ones included."""
+def floors(name: str, *extras: str) -> list[str]:
+    """`dist==lowest` for every dependency of a package but its siblings and torch, and for those of some extras."""
     project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(dep for deps in project.get("optional-dependencies", {}).values() for dep in deps),
-    ]
-    matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith("rlhf-")]
+    optional = project.get("optional-dependencies", {})
+    wanted = [*project["dependencies"], *(dep for extra in extras for dep in optional.get(extra, []))]
+    matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith(("rlhf-", "torch>"))]
     return [f"{match[1]}=={match[2]}" for match in matches if match]
 
 
