@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,7 @@ def import_vllm() -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine reads the trainer's tensors as they are
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it reads that only later
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside its dependencies

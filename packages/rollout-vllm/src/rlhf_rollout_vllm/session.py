@@ -57,11 +57,10 @@ class Engine:
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
         self._owns_groups = _owns_groups()
         with undisturbed(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
-            self.tokenizer.save_pretrained(folder)
-            self.llm = self._open(_description(role.spec.options, folder), folder, role.spec.options)
+            self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
         _open_engines.append(self)
 
-    def _open(self, model: str, tokenizer: str, role_options: ModelOptions) -> Any:
+    def _open(self, model: str, trust_remote_code: bool) -> Any:
         """vLLM's engine, its weights still arbitrary.
 
         Raises:
@@ -78,8 +77,7 @@ class Engine:
         try:
             llm = self.vllm.LLM(
                 model,
-                tokenizer=tokenizer,
-                trust_remote_code=role_options.trust_remote_code,
+                trust_remote_code=trust_remote_code,
                 dtype=self.dtype,
                 load_format="dummy",
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
@@ -227,9 +225,10 @@ class _Counted:
 
 
 def _description(options: ModelOptions, folder: str) -> str:
-    """Where vLLM reads the model's configuration: a folder or a hub name. It needs no weights there."""
+    """Where vLLM reads configuration and tokenizer: a folder or a hub name. It needs no weights there."""
     from rlhf_core.models import tiny
     from rlhf_core.models.convert import converted
+    from rlhf_core.models.load import load_tokenizer
     from rlhf_core.models.names import find
 
     source = find(options.model)
@@ -242,6 +241,7 @@ def _description(options: ModelOptions, folder: str) -> str:
     config = tiny.parse(options.model).model(LlamaForCausalLM, "sdpa", torch.float32).config
     config.architectures = [LlamaForCausalLM.__name__]
     config.save_pretrained(folder)
+    load_tokenizer(options.model, options).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,155 @@
+"""Engine and trainer agree for architectures that keep their weights in different ways, before and after every change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.options import Sampling
+from rlhf_core.roles import LocalRole
+from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.testing import tiny_run
+from rlhf_core.types import Prompts
+from rlhf_rollout_vllm.engine import VLLM
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = Sampling(n=1, max_new_tokens=16, temperature=0.0)
+COMMON: dict[str, Any] = {
+    "vocab_size": 300,  # no multiple of 64: vLLM pads embedding and head
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+}
+GPT2 = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
+OPT = {
+    **{"vocab_size": 300, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"max_position_embeddings": 256, "word_embed_proj_dim": 64, "pad_token_id": 256},
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head of its own": ("Llama", {**COMMON, "tie_word_embeddings": False}),
+    "biases, tied": ("Qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "normed keys": ("Qwen3", {**COMMON, "head_dim": 32}),
+    "soft caps, tied, norms around": ("Gemma2", {**COMMON, "head_dim": 32, "sliding_window": 128}),
+    "transposed, tied, learned positions": ("GPT2", GPT2),
+    "fused elsewhere, offset positions": ("OPT", OPT),
+}
+
+
+def make_role(folder: Path, architecture: str, config: dict[str, Any], **options: Any) -> LocalRole:
+    """A role that trains a random model of this architecture, loaded from a folder."""
+    import transformers
+
+    from rlhf_core.models.tokenizer import EOS, byte_tokenizer
+
+    made = getattr(transformers, f"{architecture}Config")(**config, bos_token_id=None, eos_token_id=EOS)
+    model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    byte_tokenizer(300).save_pretrained(folder)
+    return LocalRole(
+        tiny_run("unused", model=str(folder), sampling=replace(GREEDY, temperature=1.0), **options).plan, "actor"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_tensor_reaches_the_engine(
+    name: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+) -> None:
+    role = make_role(tmp_path, *ARCHITECTURES[name], actor={"attention": "eager"})  # sdpa knows no soft caps
+    prompts = make_prompts(role, ["Hello", "What is it?", "1 2 3"])
+    randomise(role, seed=0)
+    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    try:
+        agree(rollout, role, prompts)
+        for k, parameter in enumerate(role.module.parameters()):  # one tensor at a time: none is synced by chance
+            with torch.no_grad():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
+            role.version += 1
+            rollout.sync(role)
+            agree(rollout, role, prompts)
+    finally:
+        rollout.close()
+
+
+def agree(rollout: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    """Greedy tokens and their log-probabilities are those of transformers."""
+    ours, theirs = rollout(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+    assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+    torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_architecture_that_vllm_borrows_from_transformers_is_refused(
+    tmp_path: Path, make_prompts: Callable[..., Prompts]
+) -> None:
+    role = make_role(tmp_path, "GPTNeoX", {key: value for key, value in COMMON.items() if "key_value" not in key})
+    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    with pytest.raises(UsageError, match="vLLM has no GPTNeoXForCausalLM of its own, .* use --rollout hf"):
+        rollout(role, make_prompts(role, ["Hello"]), GREEDY)
+    rollout.close()
+
+
+@pytest.mark.slow
+def test_sixteen_bits_agree_within_their_bound(tmp_path: Path, make_prompts: Callable[..., Prompts]) -> None:
+    role = LocalRole(tiny_run("unused").plan, "actor")
+    rollout = VLLM(dtype="bfloat16", kv_cache_gib=0.25, max_num_seqs=8)
+    try:
+        rollouts = rollout(role, make_prompts(role, ["Hello", "x"]), replace(GREEDY, temperature=1.0, n=8))
+        apart = rollouts["sampler_logprobs_NT"] - role.infer(rollouts, frozenset({"logprobs_NT"}))["logprobs_NT"]
+        assert 1e-6 < float(apart[rollouts.mask_NT].abs().max()) < 0.05
+        role.version += 1
+        assert rollout.sync(role)["sync/logprob_diff_max"] < 0.05
+    finally:
+        rollout.close()
+
+
+@pytest.mark.slow
+def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
+    make_prompts: Callable[..., Prompts],
+) -> None:
+    """SmolLM2-135M in float32: 64 prompts, greedy, then other weights, then weights that were trained."""
+    from rlhf_core.models.names import find
+
+    try:
+        find("smollm2-135m")
+    except MissingPackage as error:
+        pytest.skip(str(error))
+    role = LocalRole(tiny_run("unused", model="smollm2-135m").plan, "actor")
+    prompts = make_prompts(role, [f"Question {i}: what is {i} times {i + 3}, and why?" for i in range(64)])
+    sampling = replace(GREEDY, max_new_tokens=12)
+    rollout = VLLM(kv_cache_gib=1, max_num_seqs=64)
+    try:
+        equal_greedy(rollout, role, prompts, sampling)
+        with torch.no_grad():
+            for k, parameter in enumerate(role.module.parameters()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k))
+                parameter.add_(0.02 * parameter.std() * noise if parameter.dim() > 1 else 0.02 * noise)
+        role.version += 1
+        assert rollout.sync(role)["sync/logprob_diff_max"] < 1e-3
+        equal_greedy(rollout, role, prompts, sampling)
+        rollouts = rollout(role, prompts.rows(range(8)), replace(sampling, temperature=1.0))
+        advantages_NT = torch.where(rollouts.mask_NT, torch.linspace(-1, 1, 8)[:, None], 0.0)
+        role.train({role.spec.terms[0][0]: rollouts.with_extras(advantages_NT=advantages_NT)})
+        assert rollout.sync(role)["sync/bytes"] == sum(4 * tensor.numel() for _, tensor in role.weights())
+        equal_greedy(rollout, role, prompts, sampling)
+    finally:
+        rollout.close()
+
+
+def equal_greedy(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling) -> None:
+    """Equal tokens on every prompt, up to a tie: two best tokens that are nearer than rounding."""
+    ours, theirs = rollout(role, prompts, sampling), HuggingFace()(role, prompts, sampling)
+    differing = [i for i in range(len(prompts)) if ours.tokens_NT[i].tolist() != theirs.tokens_NT[i].tolist()]
+    assert not differing
+    torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
