@@ -84,11 +84,11 @@ class TorchTrainable:
 
     def _sum_gradients(self) -> None:
         """Add the ranks' gradients, in buckets: a call per bucket, not per parameter."""
+        for parameter in self._trained():
+            if parameter.grad is None:  # another rank may have used it; and momentum moves it on one rank as on many
+                parameter.grad = torch.zeros_like(parameter)
         if self.world.size == 1:
             return
-        for parameter in self._trained():
-            if parameter.grad is None:  # another rank may have used it: every rank reduces the same list
-                parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in self._trained() if p.grad is not None]
         for bucket in _buckets(grads):
             flat = self.world.sum(torch.cat([g.reshape(-1) for g in bucket]))
