@@ -138,7 +138,12 @@ def alone(session: nox.Session, package: str) -> None:
     listed = plugins(session)
     if unlisted := {"rlhf-core", f"rlhf-{package}"} - listed:
         session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}, only {', '.join(sorted(listed))}")
-    session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths(package), env=QUIET)
+    chosen_tests = session.posargs or ["-m", "not slow and not gpu"]
+    workers = "0" if package in ENGINES else "2"  # engines start processes of their own
+    session.run("pytest", "-n", workers, *chosen_tests, *paths(package), env=QUIET)
+    if package in ENGINES:  # and the same algorithms on the engine as without it
+        session.install("--no-deps", wheel("algos"))
+        session.run("pytest", *chosen_tests, *paths(package), env=QUIET)
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)

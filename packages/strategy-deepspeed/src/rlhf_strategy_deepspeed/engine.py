@@ -78,10 +78,10 @@ def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer
     return engine
 
 
-def show(role: str, config: Json) -> None:
-    """Print a configuration once, on the first rank, to standard error."""
+def show(whose: str, config: Json) -> None:
+    """Print a configuration on the first rank, to standard error."""
     if torch.distributed.get_rank() == 0:
-        print(f"deepspeed, {role}: {json.dumps(config, indent=1)}", file=sys.stderr)
+        print(f"deepspeed, {whose}: {json.dumps(config, indent=1)}", file=sys.stderr)
 
 
 def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.device) -> dict[str, Tensor]:

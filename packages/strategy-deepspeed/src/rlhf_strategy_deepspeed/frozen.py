@@ -26,7 +26,7 @@ class FrozenShards:
     def __init__(self, options: DeepSpeed, module: nn.Module, device: torch.device) -> None:
         config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
         if options.show_config:
-            show(f"{type(module).__name__}, frozen", config)
+            show("a frozen role", config)
         self.world: World = TorchWorld()
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.device = device

@@ -44,7 +44,7 @@ class DeepSpeedTrainable:
             raise UsageError("strategy 'deepspeed' does not train in float16 in this version; use bfloat16 or float32")
         config = configuration(options, dtype, optim)
         if options.show_config:
-            show(f"{type(module).__name__}, trained", config)
+            show("a trained role", config)
         self.world: World = TorchWorld()
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.options = optim
