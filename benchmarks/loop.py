@@ -138,7 +138,9 @@ class Bare:
         self.optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in self.models]
         rows = list(ShippedPrompts()("train"))[:PROMPTS]
         chats = [[{"role": "user", "content": str(row.prompt)}] for row in rows]
-        self.prompts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        self.prompts = [
+            self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats
+        ]
         self.ready = True
 
     def step(self) -> float:

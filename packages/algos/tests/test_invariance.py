@@ -24,7 +24,10 @@ MEAN_RESIDUAL = 2e-4
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 demonstrations of very different lengths."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"Count to {n % 9}:", "response": " ".join(map(str, range(n % 9))) + "!" * (n % 3)} for n in range(64)]
+    rows = [
+        {"prompt": f"Count to {n % 9}:", "response": " ".join(map(str, range(n % 9))) + "!" * (n % 3)}
+        for n in range(64)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -94,7 +97,9 @@ def test_the_same_command_gives_the_same_numbers(straight: list[float], demonstr
     assert curve(tmp_path / "run", demonstrations) == straight
 
 
-def test_the_resolved_configuration_repeats_the_run(straight: list[float], demonstrations: Path, tmp_path: Path) -> None:
+def test_the_resolved_configuration_repeats_the_run(
+    straight: list[float], demonstrations: Path, tmp_path: Path
+) -> None:
     curve(tmp_path / "run", demonstrations)
     assert main(["--config", str(tmp_path / "run" / "config.toml"), "--output", str(tmp_path / "again")]) == 0
     lines = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()

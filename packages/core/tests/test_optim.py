@@ -18,7 +18,10 @@ from rlhf_core.options import Optim
         (Optim(schedule="linear"), [1, 0.75, 0.5, 0.25, 0]),
         (Optim(schedule="linear", min_lr_ratio=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
         (Optim(schedule="cosine"), [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]),
-        (Optim(schedule="cosine", min_lr_ratio=0.1), [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]),
+        (
+            Optim(schedule="cosine", min_lr_ratio=0.1),
+            [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)],
+        ),
         (Optim(warmup=2), [1 / 3, 2 / 3, 1, 1, 1]),
         (Optim(warmup=0.4, schedule="linear"), [1 / 3, 2 / 3, 1, 0.5, 0]),
     ],

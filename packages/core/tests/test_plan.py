@@ -119,7 +119,9 @@ def test_a_role_without_options_is_named() -> None:
         plan_of(Term("judge", "actor", Value(), Baseline()))
 
 
-@pytest.mark.parametrize(("change", "steps", "on_policy"), [({}, 100, True), ({"epochs": 2, "minibatches": 3}, 600, False)])
+@pytest.mark.parametrize(
+    ("change", "steps", "on_policy"), [({}, 100, True), ({"epochs": 2, "minibatches": 3}, 600, False)]
+)
 def test_optimiser_steps_are_counted_over_epochs_and_minibatches(
     change: dict[str, int], steps: int, on_policy: bool
 ) -> None:

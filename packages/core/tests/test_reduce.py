@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rlhf_core.testing.batches import make_batch, values_like
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.reduce import Means, count, weighted_sum
+from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_core.types import Metric, Reduction
 from rlhf_core.world import World
 
@@ -63,7 +63,10 @@ def test_cutting_into_micro_batches_changes_no_reduction(lengths: list[int], bud
 
 
 @settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0), budget=st.integers(1, 80))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0),
+    budget=st.integers(1, 80),
+)
 def test_micro_batches_keep_pairs_together_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
     batch = make_batch(lengths)
     for rows in micro_rows(batch, budget, rows_per_unit=2):
@@ -113,7 +116,9 @@ class OneOfTwo(World):
 
 
 def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_part() -> None:
-    whole = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2]).with_extras(uids_N=torch.tensor([7, 7, 8, 8, 9, 9]))
+    whole = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2]).with_extras(
+        uids_N=torch.tensor([7, 7, 8, 8, 9, 9])
+    )
     alone = [set(part.texts) for part in minibatches(whole, 2, 5, World())]
     ranks = [whole.rows([0, 1, 4, 5]), whole.rows([2, 3])]
     world = OneOfTwo([[7, 9], [8]])

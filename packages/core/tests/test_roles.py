@@ -122,7 +122,10 @@ def test_inference_puts_every_row_where_it_belongs() -> None:
     ("result", "message"),
     [
         (lambda outputs: outputs["logprobs_NT"].sum(), r"returned Tensor; a loss returns LossTerms"),
-        (lambda outputs: LossTerms(outputs["logprobs_NT"].mean(), Reduction("token")), r"values of shape \(\); reduction 'token' needs"),
+        (
+            lambda outputs: LossTerms(outputs["logprobs_NT"].mean(), Reduction("token")),
+            r"values of shape \(\); reduction 'token' needs",
+        ),
         (lambda outputs: LossTerms(outputs["logprobs_NT"].detach(), Reduction("token")), r"without a gradient"),
     ],
 )

@@ -13,15 +13,39 @@ import pytest
 pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
 pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
-COMMON = ["--model", "tiny", "--data", "prompts", "--reward", "length", "--sampling.n", "2", "--sampling.max-new-tokens", "6"]
+COMMON = [
+    "--model",
+    "tiny",
+    "--data",
+    "prompts",
+    "--reward",
+    "length",
+    "--sampling.n",
+    "2",
+    "--sampling.max-new-tokens",
+    "6",
+]
 COMMON += ["--steps", "2", "--batch-size", "4"]
 
 
 def test_a_cluster_that_does_not_answer_is_named_in_one_line(tmp_path: Path) -> None:
-    words = ["grpo", *COMMON, "--output", str(tmp_path / "run"), "--launcher", "ray", "--launcher.address", "127.0.0.1:1"]
+    words = [
+        "grpo",
+        *COMMON,
+        "--output",
+        str(tmp_path / "run"),
+        "--launcher",
+        "ray",
+        "--launcher.address",
+        "127.0.0.1:1",
+    ]
     done = subprocess.run([sys.executable, "-m", "rlhf_core", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("rlhf-run: --launcher.address 127.0.0.1:1: no Ray cluster answers (")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("rlhf-run: --launcher.address 127.0.0.1:1: no Ray cluster answers (")
+    )
 
 
 @pytest.mark.slow

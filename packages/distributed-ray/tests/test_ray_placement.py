@@ -28,21 +28,26 @@ def test_an_offline_run_has_no_engine() -> None:
     assert "engine" not in lay_out(ROLES, engines=0, together=True, cpus=1, gpus=0).seats
 
 
-@pytest.mark.parametrize(("text", "shape"), [("1", Shape(1, 1)), ("3", Shape(1, 3)), ("2x4", Shape(2, 4)), ("2X1", Shape(2, 1))])
+@pytest.mark.parametrize(
+    ("text", "shape"), [("1", Shape(1, 1)), ("3", Shape(1, 3)), ("2x4", Shape(2, 4)), ("2X1", Shape(2, 1))]
+)
 def test_shapes_are_workers_or_nodes_times_devices(text: str, shape: Shape) -> None:
     assert parse_shape(text, "--launcher.workers") == shape
 
 
 @pytest.mark.parametrize("text", ["", "0", "2x", "x2", "-1", "2x2x2", "two"])
 def test_other_shapes_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--launcher.workers .*: give a number of workers, or NODESxDEVICES such as 2x4$"):
+    with pytest.raises(
+        UsageError, match=r"^--launcher.workers .*: give a number of workers, or NODESxDEVICES such as 2x4$"
+    ):
         parse_shape(text, "--launcher.workers")
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:
     layout = lay_out(ROLES, engines=1, together=False, cpus=1.0, gpus=1.0)
     with pytest.raises(
-        UsageError, match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, the cluster has 2; lower "
+        UsageError,
+        match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, the cluster has 2; lower ",
     ):
         check_capacity(layout, {"CPU": 8.0, "GPU": 2.0}, nodes=1, spread=False)
     check_capacity(layout, {"CPU": 4.0, "GPU": 4.0}, nodes=1, spread=False)

@@ -99,7 +99,9 @@ def test_a_run_under_ray_has_the_numbers_and_the_weights_of_one_process(
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < TOLERANCE
 
 
-def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(preferences: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
+    preferences: Path, tmp_path: Path
+) -> None:
     class Assassin:
         """Kills the actor's worker after step 2, whose checkpoint is then the newest."""
 
@@ -126,15 +128,26 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(pr
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--launcher.cpus", "9"], r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;"),
+        (
+            ["--launcher.cpus", "9"],
+            r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;",
+        ),
         (["--launcher.gpus", "1"], r"^launcher ray needs 3 GPU for .*, the cluster has 0; lower "),
         (["--launcher.workers", "3"], r"^--batch-size 4 does not divide over the 3 workers of role actor$"),
-        (["--launcher.workers", "two"], r"^--launcher.workers 'two': give a number of workers, or NODESxDEVICES such as 2x4$"),
-        (["--launcher.role-workers", "judge=2"], r"^--launcher.role-workers 'judge=2': this run has no role 'judge'; it has "),
+        (
+            ["--launcher.workers", "two"],
+            r"^--launcher.workers 'two': give a number of workers, or NODESxDEVICES such as 2x4$",
+        ),
+        (
+            ["--launcher.role-workers", "judge=2"],
+            r"^--launcher.role-workers 'judge=2': this run has no role 'judge'; it has ",
+        ),
         (["--launcher.engines", "0"], r"^--launcher.engines 0: at least 1$"),
     ],
 )
-def test_what_cannot_be_placed_is_said_in_one_line(flags: list[str], message: str, preferences: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_placed_is_said_in_one_line(
+    flags: list[str], message: str, preferences: Path, tmp_path: Path
+) -> None:
     words = [*words_of("grpo", preferences, tmp_path / "run"), "--launcher", "ray", *flags]
     with pytest.raises(UsageError, match=message):
         run(words)

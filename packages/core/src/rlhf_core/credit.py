@@ -29,7 +29,7 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
     """
     wanted: dict[tuple[str, str], list[str]] = {}
     credits = [credit for credit in plan.credits.values() if credit.source == source]
-    for credit, need in ((credit, need) for credit in credits for need in credit.needs):
+    for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
         if need.role and need.name not in batch and not _live(plan, credit, need.name):
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _later(need.name):
@@ -46,7 +46,12 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
 def _live(plan: Plan, credit: CreditSpec, name: str) -> bool:
     """Whether the training pass itself gives `name`, and nothing reads it before."""
     in_reward = plan.kl is not None and plan.kl.where == "reward"
-    return name == "old_logprobs_NT" and plan.on_policy and not in_reward and name not in getattr(credit.advantage, "needs", ())
+    return (
+        name == "old_logprobs_NT"
+        and plan.on_policy
+        and not in_reward
+        and name not in getattr(credit.advantage, "needs", ())
+    )
 
 
 def _later(name: str) -> bool:

@@ -62,7 +62,7 @@ def minibatches(batch: Batch, parts: int, seed: int, world: World) -> Iterator[B
     if parts == 1:
         yield batch
         return
-    ids_N = batch["uids_N"] if "uids_N" in batch else batch.group_N
+    ids_N = batch.extras.get("uids_N", batch.group_N)
     everyone = torch.tensor(sorted(set().union(*world.gather(ids_N.unique().tolist()))))
     order = everyone[torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))]
     for chosen in order.tensor_split(parts):

@@ -105,7 +105,9 @@ def make_plan(config: RunConfig) -> Plan:
         providers=config.providers,
     )
     if config.minibatches > config.batch_size:
-        raise UsageError(f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size")
+        raise UsageError(
+            f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size"
+        )
     terms = config.algorithm(chosen)
     kl = getattr(config.algorithm, "kl", None)
     kl = kl if kl is not None and kl.coef > 0 else None
@@ -116,7 +118,9 @@ def make_plan(config: RunConfig) -> Plan:
         credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage))
         credits[key] = _add_needs(credit, term, kl)
         keyed.append((key, term))
-    return Plan(config, terms, tuple(dict.fromkeys(t.source for t in terms)), credits, _roles(config, keyed, credits), kl)
+    return Plan(
+        config, terms, tuple(dict.fromkeys(t.source for t in terms)), credits, _roles(config, keyed, credits), kl
+    )
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
@@ -130,24 +134,26 @@ def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
 
 def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
     """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
-    asked = [(name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))]
+    asked: list[tuple[str, object]] = [
+        (name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))
+    ]
     raw = getattr(term.advantage, "raw_rewards", False)
     if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
         asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
     have = {need.name: need for need in credit.needs}
     for name, asker in asked:
-        need = needs_.resolve(name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker)
+        need = needs_.resolve(
+            name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker
+        )
         have.setdefault(name, need)
     return CreditSpec(credit.key, credit.source, credit.advantage, tuple(have.values()))
 
 
-def _roles(
-    config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec]
-) -> dict[str, RoleSpec]:
+def _roles(config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec]) -> dict[str, RoleSpec]:
     """Every role that a term trains, a source samples, or a need asks for."""
     outputs: dict[str, set[str]] = {}
     for _, term in keyed:
-        outputs.setdefault(term.role, set()).update(getattr(term.loss, "wants", {"logprobs_NT"}))
+        outputs.setdefault(term.role, set()).update(term.wants)
         if term.source != DATA:
             outputs.setdefault(term.source, set()).add("logprobs_NT")
     for credit in credits.values():

@@ -1,7 +1,8 @@
 """What a provider of each kind is called with, and what roles and trainables can do: the contract as types.
 
-Providers are frozen dataclasses: fields are options, calling does the work. Shape letters are those of `rlhf_core.types`, which
-also exports every name here. Nothing is imported but for typing.
+Providers are frozen dataclasses: fields are options, calling does the work. Any of them may have `check()`, called once
+before a run starts anything heavy, which raises `UsageError` for what is missing. Shape letters are those of
+`rlhf_core.types`, which also exports every name here. Nothing is imported but for typing.
 """
 
 from __future__ import annotations
@@ -92,10 +93,9 @@ class Reward(Protocol):
 class Advantage(Protocol):
     """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
 
-    `needs` names the extras it reads (see `rlhf_core.needs`); `extras` holds them. `rollouts.world` sums statistics over ranks.
+    It may have two attributes: `needs` names the extras it reads (see `rlhf_core.needs`; `extras` holds them), and
+    `raw_rewards = True` spares it a KL penalty in the reward. `rollouts.world` sums statistics over ranks.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor: ...
 
@@ -103,13 +103,10 @@ class Advantage(Protocol):
 class Loss(Protocol):
     """An objective. Pure; differentiable only in `outputs`.
 
-    `wants` names the outputs of the trained role it differentiates, `needs` the extras it reads from the batch.
-    `rows_per_unit` rows (2 for pairs: chosen, rejected) are never split over micro-batches.
+    It may have three attributes: `wants` names the outputs of the trained role it differentiates (`{"logprobs_NT"}` where
+    absent), `needs` the extras it reads from the batch (none), and `rows_per_unit` adjacent rows (2 for pairs: chosen,
+    rejected; else 1) are never split over micro-batches.
     """
-
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
-    needs: ClassVar[frozenset[str]] = frozenset()
-    rows_per_unit: ClassVar[int] = 1
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms: ...
 

@@ -62,9 +62,7 @@ class LocalRole:
 
     def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion."""
-        found = {
-            name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants
-        }
+        found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants}
         cuts = micro_rows(batch, self.plan.config.micro_tokens)
         with torch.inference_mode():
             for i in range(self._rounds(cuts)):
@@ -106,8 +104,8 @@ class LocalRole:
 
     def _accumulate(self, terms: list[Term], batch: Batch, whole: Batch, means: Means) -> float:
         """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
-        unit = lcm(*(term.loss.rows_per_unit for term in terms))
-        wants = frozenset[str]().union(*(term.loss.wants for term in terms))
+        unit = lcm(*(term.unit for term in terms))
+        wants = frozenset[str]().union(*(term.wants for term in terms))
         cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
         if cuts:
             means.add("padding", padding_share(batch, cuts))
@@ -123,7 +121,7 @@ class LocalRole:
             for k, term in enumerate(terms):
                 result = self._checked(term, term.loss(outputs, micro), micro)
                 if k not in counts:
-                    counts[k] = self.world_total(count(result.reduction, batch, term.loss.rows_per_unit))
+                    counts[k] = self.world_total(count(result.reduction, batch, term.unit))
                 share = weighted_sum(result.values, result.reduction, micro) / max(counts[k], 1e-12)
                 loss = loss + live * term.weight * share
                 if live:
@@ -143,7 +141,7 @@ class LocalRole:
         """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
         are the live ones, detached, at no cost and with a ratio of exactly one. A batch sampled by another role keeps
         what that role recorded."""
-        wanted = any("old_logprobs_NT" in term.loss.needs and term.source in ("data", self.name) for term in terms)
+        wanted = any("old_logprobs_NT" in term.needs and term.source in ("data", self.name) for term in terms)
         if wanted and self.plan.on_policy:
             return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
         return micro
@@ -152,9 +150,11 @@ class LocalRole:
         """`result`, if it keeps the contract of a loss."""
         who = f"loss {type(term.loss).__qualname__} of {type(term.loss).__module__}"
         if not isinstance(result, LossTerms) or not isinstance(result.reduction, Reduction):
-            raise ContractError(f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))")
+            raise ContractError(
+                f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))"
+            )
         per_sample = result.reduction.per == "sample"
-        expected = (len(micro) // term.loss.rows_per_unit,) if per_sample else tuple(micro.mask_NT.shape)
+        expected = (len(micro) // term.unit,) if per_sample else tuple(micro.mask_NT.shape)
         if tuple(result.values.shape) != expected:
             raise ContractError(
                 f"{who} returned values of shape {tuple(result.values.shape)}; "

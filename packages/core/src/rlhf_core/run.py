@@ -1,15 +1,15 @@
 """A run: the state around the loop. It opens what a plan needs, gives the loop its verbs, and leaves nothing behind.
 
-    from rlhf_core import Run, make_config
+from rlhf_core import Run, make_config
 
-    run = Run(make_config("grpo", model="tiny", reward="length", steps=20, output="runs/first"))
-    run.train()
+run = Run(make_config("grpo", model="tiny", reward="length", steps=20, output="runs/first"))
+run.train()
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -76,21 +76,25 @@ class Run:
                 self.evaluate()
             with self.signals:
                 loop.train(self)
+            self.save()  # before evaluating: what was trained is safe, however that ends
             if self._exit_code:
-                self.save()
                 raise RunStopped(
                     f"stopped after step {self.step} of {self.config.steps}; "
-                    f"continue with --resume --output {self.output}", self._exit_code
+                    f"continue with --resume --output {self.output}",
+                    self._exit_code,
                 )
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
-            self.save()
             self.export()
         return self.last_metrics
 
     @contextmanager
     def opened(self) -> Iterator[Run]:
         """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
+        for provider in self.config.providers.values():
+            if hasattr(provider, "check"):
+                provider.check()  # what is missing is said before anything heavy starts
+        assert self.rows is not None  # reads the data's beginning: a wrong path is said before anything is written
         checkpoint.prepare_output(self)
         torch.manual_seed(self.config.seed)
         self.placed = self.config.providers["launcher"](self.plan)
@@ -113,7 +117,6 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
         while self.step < self.config.steps and not self._stop:
-            self._metrics = Means()
             self._started = time.perf_counter()
             yield self.step + 1
 
@@ -124,6 +127,7 @@ class Run:
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
         self.log({"tokens": self.world_sum(tokens), "time/step": time.perf_counter() - self._started})
         metrics = self._metrics.reduced(None)
+        self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
         self.last_metrics = {"step": step, **metrics}
@@ -197,11 +201,13 @@ class Run:
             now = "old_logprobs_NT" if "old_logprobs_NT" in batch else "sampler_logprobs_NT"
             kl_NT = kl_values(batch[now], batch["ref_logprobs_NT"], batch.mask_NT, self.kl.kl.estimator)
             per_completion = self.world_sum(float(kl_NT.sum())) / self.world_sum(len(batch))
-            self.log({
-                "kl/mean": self.world_sum(float(kl_NT.sum())) / self.world_sum(float(batch.mask_NT.sum())),
-                "kl/completion": per_completion,
-                "kl/coef": self.kl.coef,
-            })
+            self.log(
+                {
+                    "kl/mean": self.world_sum(float(kl_NT.sum())) / self.world_sum(float(batch.mask_NT.sum())),
+                    "kl/completion": per_completion,
+                    "kl/coef": self.kl.coef,
+                }
+            )
             self.kl.update(per_completion, int(self.world_sum(len(batch))))
 
     def sync(self) -> None:
@@ -298,13 +304,18 @@ class Run:
         return Encoder.of(self.config.providers["data"], tokenizer, self.config.max_prompt_tokens)
 
     @cached_property
+    def rows(self) -> Iterable[Example]:
+        """The data's training rows."""
+        rows: Iterable[Example] = self.config.providers["data"]("train")
+        return rows
+
+    @cached_property
     def stream(self) -> Stream:
         """This rank's rows, shuffled by the seed, at the position of the run."""
         from rlhf_core.data.stream import Stream
 
-        rows = self.config.providers["data"]("train")
         fits = self.encoder.fits if DATA in self.plan.sources else self.encoder.fits_prompt
-        return Stream(rows, self.config.batch_size, self.config.seed, self.world.rank, self.world.size, keep=fits)
+        return Stream(self.rows, self.config.batch_size, self.config.seed, self.world.rank, self.world.size, keep=fits)
 
     def heldout(self) -> Sequence[Example]:
         """The held-out rows of the data."""

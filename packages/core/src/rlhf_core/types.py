@@ -342,6 +342,21 @@ class Term:
     """None: the batch is used as it is"""
     weight: float = 1.0
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """Outputs of the trained role that the loss differentiates: log-probabilities unless it says otherwise."""
+        return frozenset(getattr(self.loss, "wants", ("logprobs_NT",)))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Extras that the loss reads: none unless it says otherwise."""
+        return frozenset(getattr(self.loss, "needs", ()))
+
+    @property
+    def unit(self) -> int:
+        """Adjacent rows that the loss reads together: one unless it says otherwise."""
+        return int(getattr(self.loss, "rows_per_unit", 1))
+
 
 @dataclass(frozen=True)
 class Chosen:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["EngineGroup", "RoleGroup", "collect"]
 
 
-def collect(who: str, actors: list[Any], where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
-    """The results of one call on each actor.
+def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
+    """The results of one call on each actor, whose nodes and processes `where` names.
 
     Raises:
         UsageError: as raised in the actor.
@@ -74,7 +74,7 @@ class RoleGroup:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank at once; results in rank order."""
-        return collect(f"role {self.name}", self.actors, self.where, [getattr(a, method).remote(*args) for a in self.actors])
+        return collect(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
 
     def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
@@ -84,7 +84,7 @@ class RoleGroup:
             actor.infer.remote(reference, rows, sorted(wants)) for actor, rows in zip(self.actors, shares, strict=True)
         ]
         found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in wants}
-        answers = collect(f"role {self.name}", self.actors, self.where, calls)
+        answers = collect(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
             for name, values in outputs.items():
                 if name.endswith("_NT"):
@@ -102,7 +102,7 @@ class RoleGroup:
             actor.train.remote(*sent, keys=keys, rows=[shares[key][rank] for key in keys])
             for rank, actor in enumerate(self.actors)
         ]
-        metrics, self._version = collect(f"role {self.name}", self.actors, self.where, calls)[0]
+        metrics, self._version = collect(f"role {self.name}", self.where, calls)[0]
         return dict(metrics)
 
     def _shares(self, batch: Batch) -> list[list[int]]:
@@ -117,7 +117,7 @@ class RoleGroup:
 
     def _read(self, key: str, batch: Batch) -> list[str]:
         """The extras that this role's terms read from the credited batch `key`."""
-        needed = {name for term_key, term in self.spec.terms if term_key == key for name in term.loss.needs}
+        needed = {name for term_key, term in self.spec.terms if term_key == key for name in term.needs}
         return sorted((needed | {"uids_N"}) & set(batch.extras))
 
     def buckets(self) -> Iterator[Any]:
@@ -127,7 +127,7 @@ class RoleGroup:
         while more:
             # two results each: the bucket stays in the store, only the flag comes here; all ranks gather together
             answers = [actor.next_weights.options(num_returns=2).remote() for actor in self.actors]
-            more = collect(f"role {self.name}", self.actors, self.where, [flag for _, flag in answers])[0]
+            more = collect(f"role {self.name}", self.where, [flag for _, flag in answers])[0]
             yield answers[0][0]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -169,7 +169,7 @@ class EngineGroup:
         calls = [
             actor.sample.remote(role.name, part, sampling) for actor, part in zip(self.actors, shipped, strict=False)
         ]
-        parts = collect("rollout engine", self.actors, self.where, calls)
+        parts = collect("rollout engine", self.where, calls)
         together = Rollouts.cat(parts)
         place = {p: i for i, p in enumerate(p for rows in dealt for p in rows)}  # prompt -> where its group stands now
         order = [place[p] * sampling.n + k for p in range(len(prompts)) for k in range(sampling.n)]
@@ -200,4 +200,4 @@ class EngineGroup:
 
     def _each(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return collect("rollout engine", self.actors, self.where, calls)
+        return collect("rollout engine", self.where, calls)

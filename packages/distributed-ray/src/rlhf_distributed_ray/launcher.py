@@ -67,14 +67,16 @@ class RayLauncher:
         for text in self.role_workers:
             role, _, shape = text.partition("=")
             if role not in shapes:
-                raise UsageError(f"--launcher.role-workers {text!r}: this run has no role {role!r}; it has {', '.join(shapes)}")
+                raise UsageError(
+                    f"--launcher.role-workers {text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
+                )
             shapes[role] = parse_shape(shape, "--launcher.role-workers")
         if self.engines < 1:
             raise UsageError(f"--launcher.engines {self.engines}: at least 1")
-        for role, shape in shapes.items():
-            if plan.config.batch_size % shape.workers:
+        for role, laid in shapes.items():
+            if plan.config.batch_size % laid.workers:
                 raise UsageError(
-                    f"--batch-size {plan.config.batch_size} does not divide over the {shape.workers} workers of role {role}"
+                    f"--batch-size {plan.config.batch_size} does not divide over the {laid.workers} workers of role {role}"
                 )
         return shapes
 
@@ -93,7 +95,9 @@ class RayLauncher:
                 )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UsageError(f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})") from None
+                raise UsageError(
+                    f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})"
+                ) from None
         try:
             check_capacity(layout, ray.cluster_resources(), len(ray.nodes()), self.strategy == "STRICT_SPREAD")
         except UsageError:
@@ -181,7 +185,7 @@ class _Cluster:
     def _where(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
         from rlhf_distributed_ray.group import collect
 
-        return collect(who, actors, [], [actor.where.remote() for actor in actors])
+        return collect(who, [], [actor.where.remote() for actor in actors])
 
     def close(self) -> None:
         """End the actors, give the bundles back, stop a cluster that was started here."""

@@ -36,12 +36,13 @@ def unpack(packed: Mapping[str, Any], rows: list[int]) -> Batch:
         return torch.from_numpy(array[index.numpy()])  # the copy of these rows, and only these
 
     n = len(rows)
+    columns: dict[str, Any] = {name: column(array) for name, array in packed["columns"].items()}
     whole = Batch(
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
         meta=[{}] * n,
-        **{name: column(array) for name, array in packed["columns"].items()},
+        **columns,
         extras={name: column(array) for name, array in packed["extras"].items()},
         scalars=dict(packed["scalars"]),
     )

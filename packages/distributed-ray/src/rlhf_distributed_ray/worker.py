@@ -42,14 +42,18 @@ def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
     if mine != expected:
         differing = sorted(kind for kind in {*mine, *expected} if mine.get(kind) != expected.get(kind))
         pairs = ", ".join(f"{kind}: {expected.get(kind)} here, {mine.get(kind)} there" for kind in differing)
-        raise UsageError(f"the plugins of {socket.gethostname()} differ from the controller's ({pairs}); install the same")
+        raise UsageError(
+            f"the plugins of {socket.gethostname()} differ from the controller's ({pairs}); install the same"
+        )
     return make_plan(config)
 
 
 def versions(registry: Any, names: Mapping[str, str]) -> dict[str, str]:
     """Distribution and version behind each chosen provider, by kind."""
     found = {kind: registry.provenance(kind, name) for kind, name in names.items() if isinstance(name, str)}
-    return {kind: " ".join(map(str, source)) if isinstance(source, tuple) else str(source) for kind, source in found.items()}
+    return {
+        kind: " ".join(map(str, source)) if isinstance(source, tuple) else str(source) for kind, source in found.items()
+    }
 
 
 class RoleWorker:

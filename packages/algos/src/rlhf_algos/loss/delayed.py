@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.types import Term
+
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Loss, LossTerms, Outputs, Term
+    from rlhf_core.types import Batch, Loss, LossTerms, Outputs
 
 __all__ = ["Delayed", "delayed"]
 
@@ -21,16 +23,21 @@ class Delayed:
     """share of the run's steps after which it counts, 0 to 1"""
 
     @property
+    def _term(self) -> Term:
+        """A term with the delayed loss: it knows what a loss that says nothing wants."""
+        return Term("", "", self.loss)
+
+    @property
     def wants(self) -> frozenset[str]:
-        return self.loss.wants
+        return self._term.wants
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.loss.needs
+        return self._term.needs
 
     @property
     def rows_per_unit(self) -> int:
-        return self.loss.rows_per_unit
+        return self._term.unit
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         result = self.loss(outputs, batch)

@@ -62,7 +62,7 @@ def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: f
 
 def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, Mapping[str, float]]) -> str:
     """Evaluations at the first and the last step side by side, with standard errors where there are any."""
-    rows = [("", f"step {before[0]}", f"step {after[0]}", "difference")]
+    rows: list[tuple[str, ...]] = [("", f"step {before[0]}", f"step {after[0]}", "difference")]
     for name, value in before[1].items():
         if name.endswith("_se") or name not in after[1]:
             continue
@@ -73,7 +73,9 @@ def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, 
         ]
         rows.append((name.removeprefix("eval/"), *cells, f"{after[1][name] - value:+.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _say(text: str) -> None:

@@ -23,6 +23,10 @@ __all__ = ["Sentiment"]
 class Sentiment:
     """VADER's compound sentiment of the completion, from -1 (most negative) to 1 (most positive)."""
 
+    def check(self) -> None:
+        """Whether the lexicon is installed."""
+        _analyser()
+
     def __call__(self, rollouts: Rollouts) -> list[float]:
         analyser = _analyser()
         return [analyser.polarity_scores(text)["compound"] for text in rollouts.texts]
