@@ -156,8 +156,9 @@ class Encoder:
             return self._measured[id(example)][1]
         if not example.completions:
             raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
-        completions = tuple(self._completion(example, completion) for completion in example.completions)
-        return Row(*self._prompt(example), completions)
+        text, ids = self._prompt(example)
+        completions = tuple(self._completion(example, text, completion) for completion in example.completions)
+        return Row(text, ids, completions)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -170,11 +171,11 @@ class Encoder:
             ids = ids[:-1]  # some tokenizers end every text
         return text, ids or [self._bos]
 
-    def _completion(self, example: Example, completion: Text) -> Completion:
+    def _completion(self, example: Example, prompt: str, completion: Text) -> Completion:
         """A completion's tokens: assistant turns are trained, what others say between them is not."""
         ids: list[int] = []
         mask: list[bool] = []
-        for text, trained in self._renderer.pieces(example, completion):
+        for text, trained in self._renderer.pieces(example, prompt, completion):
             new = self._ids(text)
             end = self._end(new) if trained else 0
             if end is None:

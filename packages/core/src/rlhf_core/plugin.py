@@ -13,6 +13,7 @@ def rlhf_data() -> Providers:
         "hf": "rlhf_core.data.hf:HuggingFace",
         "json": "rlhf_core.data.json:Json",
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
+        "reasoning": "rlhf_core.data.reasoning:Reasoning",
     }
 
 
@@ -33,6 +34,7 @@ def rlhf_reward() -> Providers:
         "math": "rlhf_core.reward.maths:Maths",
         "model": "rlhf_core.reward.model:RewardModel",
         "profanity": "rlhf_core.reward.profanity:Profanity",
+        "reasoning": "rlhf_core.reward.reasoning:Reasoning",
         "regex": "rlhf_core.reward.regex:Regex",
         "remote": "rlhf_core.reward.remote:Remote",
         "sentiment": "rlhf_core.reward.sentiment:Sentiment",

@@ -65,8 +65,10 @@ class Renderer:
         assert isinstance(example.prompt, str)
         return self._input_template.replace("{}", example.prompt) if self._wraps(example) else example.prompt
 
-    def pieces(self, example: Example, completion: Text) -> Iterator[tuple[str, bool]]:
+    def pieces(self, example: Example, prompt_text: str, completion: Text) -> Iterator[tuple[str, bool]]:
         """The texts that follow the prompt, each with whether the policy says it (an assistant's turn) or others do.
+
+        `prompt_text` is the prompt as `prompt` renders it.
 
         Raises:
             DataError: the template does not show the turns one after another.
@@ -77,17 +79,18 @@ class Renderer:
             yield completion, True
             return
         turns: Chat = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
-        done = self._render(example, prompt, generation=True)
+        done = prompt_text
         for i, message in enumerate(turns):
             if message["role"] != "assistant":
                 continue  # its text is part of what leads to the next assistant turn
-            before = self._render(example, (*prompt, *turns[:i]), generation=True)
+            before = self._render(example, (*prompt, *turns[:i]), generation=True) if i else prompt_text
             if not before.startswith(done):
                 raise DataError(
                     f"{example.origin}: the chat template rewrites earlier turns, so they cannot all be trained on; "
                     "pass --data.turns last, or another --data.encoding.template-file"
                 )
-            yield before[len(done) :], False
+            if before != done:
+                yield before[len(done) :], False
             done = self._render(example, (*prompt, *turns[: i + 1]), generation=False)
             yield _said(done, before, message.get("content"), example.origin), True
 
