@@ -1,6 +1,6 @@
 """Tokens a second of `--rollout hf` and of transformers' `generate`, in one process, on the same model and prompts.
 
-    python benchmarks/sampling.py [--threads 2] [--repeat 3] [--tiny]
+    python benchmarks/sampling.py [--threads 2] [--repeat 3] [--tiny] [--only long]
 
 The model is a random Llama of SmolLM2-135M's shape (`--tiny`: two small layers, where overhead is all there is). Both
 engines draw from the full distribution at temperature 1 and take turns; the median counts. `generate` gets the same prompts
@@ -92,6 +92,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default="", help="cases whose title contains this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build(args.tiny)
@@ -99,6 +100,8 @@ def main() -> int:
     print(f"{'':30} {'generate':>22} {'--rollout hf':>22} {'faster by':>10}")
     slower = False
     for title, P, n, shortest, longest, new, early in CASES:
+        if args.only not in title:
+            continue
         draw = random.Random(0)
         vocab = model.config.vocab_size
         prompts = [[draw.randrange(vocab) for _ in range(draw.randint(shortest, longest))] for _ in range(P)]
