@@ -7,6 +7,7 @@ hybrid engine's sleeping and waking, asynchronous sampling, and living on after 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RayLauncher"]
 
+KNOCK_SECONDS = 5
 PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
 
@@ -86,6 +88,7 @@ class RayLauncher:
 
         started = not ray.is_initialized()
         if started:
+            _knock(self.address)
             try:
                 ray.init(
                     address=self.address or "local",
@@ -104,6 +107,17 @@ class RayLauncher:
             _disconnect(started)
             raise
         return started
+
+
+def _knock(address: str) -> None:
+    """Whether something listens at `host:port`; Ray itself tries an address that is not there for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not port.isdigit():
+        return  # empty, `auto`, or a name that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--launcher.address {address}: no Ray cluster answers ({error})") from None
 
 
 def _disconnect(started: bool) -> None:
