@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf_core.hookspecs import Providers, hookimpl
 
-__all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_loss"]
+__all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_evaluator", "rlhf_loss"]
 
 
 @hookimpl
@@ -12,16 +12,19 @@ def rlhf_advantage() -> Providers:
     return {
         "batch_mean": "rlhf_algos.advantage.batch_mean:BatchMean",
         "best_of_n": "rlhf_algos.advantage.best_of_n:BestOfN",
+        "ctl": "rlhf_algos.advantage.ctl:CTL",
         "dr_grpo": "rlhf_algos.advantage.dr_grpo:DrGRPO",
         "gae": "rlhf_algos.advantage.gae:GAE",
         "grpo": "rlhf_algos.advantage.grpo:GRPO",
         "kto": "rlhf_algos.advantage.kto:KTO",
+        "negative": "rlhf_algos.advantage.negative:Negative",
         "pairs": "rlhf_algos.advantage.pairs:Pairs",
         "reinforce": "rlhf_algos.advantage.reinforce:Reinforce",
         "reinforce_pp": "rlhf_algos.advantage.reinforce_pp:ReinforcePP",
         "reinforce_pp_baseline": "rlhf_algos.advantage.reinforce_pp_baseline:ReinforcePPBaseline",
         "rloo": "rlhf_algos.advantage.rloo:RLOO",
         "teacher": "rlhf_algos.advantage.teacher:Teacher",
+        "transformed": "rlhf_algos.advantage.transformed:Transformed",
     }
 
 
@@ -49,6 +52,7 @@ def rlhf_loss() -> Providers:
         "sft": "rlhf_algos.loss.sft:SFT",
         "simpo": "rlhf_algos.loss.simpo:SimPO",
         "value": "rlhf_algos.loss.value:Value",
+        "weighted_nll": "rlhf_algos.loss.weighted_nll:WeightedNLL",
     }
 
 
@@ -73,8 +77,14 @@ def rlhf_algorithm() -> Providers:
         "reinforce_pp": "rlhf_algos.algorithm.reinforce_pp:ReinforcePP",
         "reinforce_pp_baseline": "rlhf_algos.algorithm.reinforce_pp_baseline:ReinforcePPBaseline",
         "rejection_sampling": "rlhf_algos.algorithm.rejection_sampling:RejectionSampling",
+        "repulse": "rlhf_algos.algorithm.repulse:RePULSe",
         "reward": "rlhf_algos.algorithm.reward:RewardModel",
         "rloo": "rlhf_algos.algorithm.rloo:RLOO",
         "sft": "rlhf_algos.algorithm.sft:SFT",
         "simpo": "rlhf_algos.algorithm.simpo:SimPO",
     }
+
+
+@hookimpl
+def rlhf_evaluator() -> Providers:
+    return {"bad_probability": "rlhf_algos.evaluator.bad_probability:BadProbability"}

@@ -75,7 +75,8 @@ def assign_credit(
         rewards = RewardOutput(torch.zeros(len(batch)))
     completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
-    if plan.kl is not None and plan.kl.where == "reward" and "ref_logprobs_NT" in batch:
+    penalised = plan.kl is not None and plan.kl.where == "reward" and not getattr(spec.advantage, "raw_rewards", False)
+    if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
         kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
         rewards_NT = rewards_NT - kl_coef * kl_NT
     shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)

@@ -8,16 +8,19 @@ INSTALL: dict[str, dict[str, str]] = {
     "advantage": {
         "batch_mean": "rlhf-algos",
         "best_of_n": "rlhf-algos",
+        "ctl": "rlhf-algos",
         "dr_grpo": "rlhf-algos",
         "gae": "rlhf-algos",
         "grpo": "rlhf-algos",
         "kto": "rlhf-algos",
+        "negative": "rlhf-algos",
         "pairs": "rlhf-algos",
         "reinforce": "rlhf-algos",
         "reinforce_pp": "rlhf-algos",
         "reinforce_pp_baseline": "rlhf-algos",
         "rloo": "rlhf-algos",
         "teacher": "rlhf-algos",
+        "transformed": "rlhf-algos",
     },
     "algorithm": {
         "cdpo": "rlhf-algos",
@@ -38,12 +41,14 @@ INSTALL: dict[str, dict[str, str]] = {
         "reinforce_pp": "rlhf-algos",
         "reinforce_pp_baseline": "rlhf-algos",
         "rejection_sampling": "rlhf-algos",
+        "repulse": "rlhf-algos",
         "reward": "rlhf-algos",
         "rloo": "rlhf-algos",
         "sft": "rlhf-algos",
         "simpo": "rlhf-algos",
     },
     "evaluator": {
+        "bad_probability": "rlhf-algos",
         "gcg": "rlhf-eval-gcg",
     },
     "launcher": {
@@ -71,6 +76,7 @@ INSTALL: dict[str, dict[str, str]] = {
         "sft": "rlhf-algos",
         "simpo": "rlhf-algos",
         "value": "rlhf-algos",
+        "weighted_nll": "rlhf-algos",
     },
     "rollout": {
         "vllm": "rlhf-rollout-vllm",

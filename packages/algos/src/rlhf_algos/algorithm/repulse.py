@@ -1,0 +1,82 @@
+"""RePULSe: a policy-gradient algorithm that also lowers the probability of what a learned proposal digs up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rlhf_algos.advantage.ctl import CTL
+from rlhf_algos.advantage.negative import Negative
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.loss.weighted_nll import WeightedNLL
+from rlhf_algos.target import Target
+from rlhf_core.errors import UsageError
+from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Loss
+
+__all__ = ["RePULSe"]
+
+
+@dataclass(frozen=True)
+class RePULSe:
+    """Reduces the probability of rare bad outputs (Zhao et al. 2025): a proposal finds them, the policy unlearns them.
+
+    proposal <- proposal : CTL credit; actor <- actor : the chosen advantage and loss (RLOO, REINFORCE); actor <- proposal :
+    negative training. All credit of a step is assigned before any model moves.
+    """
+
+    target: Target = Target()
+    """the distribution of bad outputs that the proposal learns, and that the policy unlearns"""
+    alpha: float = 0.02
+    """strength of the negative term, relative to the expected reward (eq. 4); with `compat original`, N times that"""
+    start_alpha: float | None = None
+    """alpha at the start, moved geometrically to `alpha` over the run; constant where absent"""
+    proposal: Literal["learned", "base"] = "learned"
+    """a second model, sampled too (2N samples per prompt); or the policy itself, whose own samples are weighed"""
+    psi: Literal["q_p_s_t", "q_p_s_1_to_t"] = "q_p_s_t"
+    """the proposal's twist: its log-ratio to the policy at token t, or of all tokens up to t"""
+    contrast: Literal["prefix", "none", "sixo"] = "prefix"
+    """the proposal's negative term: CTL's, none (weighted likelihood, DPG), or SIXO's"""
+    weighting: Literal["importance", "uniform"] = "importance"
+    """how the negative term weighs samples: towards the target, or all alike"""
+    weighting_beta: float | None = None
+    """another beta for the weights of the negative term; the target's where absent"""
+    objective: Literal["likelihood", "reinforce"] = "likelihood"
+    """the negative term lowers the likelihood of bad outputs, or is REINFORCE on them (appendix C.2)"""
+    compat: Literal["paper", "original"] = "paper"
+    """scale of all losses: sums over tokens as in the paper, or the released code's means over tokens and completions"""
+    kl: KL = KL(coef=0.0, estimator="k1", where="reward")
+    """penalty that keeps the policy near the reference; never on the proposal's samples"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "proposal": TrainedOptions(optim=Optim(lr=1e-6))}
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        if self.compat == "original":
+            chosen = replace(chosen, loss=_sequence_means(chosen.loss))
+        weighted = WeightedNLL("prompt" if self.compat == "paper" else "sequence")
+        learned = self.proposal == "learned"
+        negative = Term("actor", "proposal" if learned else "actor", weighted, self._negative(learned))
+        terms = (*policy_terms(chosen, self.kl), negative)
+        ctl = CTL(self.target, self.psi, self.contrast)
+        return (*terms, Term("proposal", "proposal", weighted, ctl)) if learned else terms
+
+    def _negative(self, learned: bool) -> Negative:
+        """The credit of the negative term."""
+        target = self.target
+        if self.weighting_beta is not None:
+            target = replace(target, beta=self.weighting_beta, start_beta=None)
+        weighting = self.weighting if learned or self.weighting == "uniform" else "reward"
+        return Negative(target, self.alpha, self.start_alpha, weighting, self.objective)  # type: ignore[arg-type]
+
+
+def _sequence_means(loss: Loss | None) -> Loss:
+    """The chosen policy loss, averaged as the released code does."""
+    if not hasattr(loss, "aggregate"):
+        raise UsageError(f"--algorithm.compat original sets a loss's aggregate, and {type(loss).__name__} has none")
+    averaged: Any = replace(loss, aggregate="sequence")  # type: ignore[type-var]
+    return averaged  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Measuring a policy: one evaluator a file."""

@@ -1,0 +1,29 @@
+"""Log-likelihood weighted by credit whose weights sum to one over a prompt's completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf_core.types import LossTerms, Reduction
+
+if TYPE_CHECKING:
+    from rlhf_core.types import Batch, Outputs
+
+__all__ = ["WeightedNLL"]
+
+
+@dataclass(frozen=True)
+class WeightedNLL:
+    """Minus credit times log-likelihood, for self-normalised weights (RePULSe's CTL and negative term)."""
+
+    scale: Literal["prompt", "sequence"] = "prompt"
+    """sum over a prompt's completions and their tokens, mean over prompts (the paper), or mean over completions of their
+    token means (the released code: 1/N of it for N completions, and short completions count more)"""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
+    rows_per_unit: ClassVar[int] = 1
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        return LossTerms(-batch["advantages_NT"] * outputs["logprobs_NT"], Reduction(self.scale))

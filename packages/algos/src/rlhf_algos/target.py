@@ -1,0 +1,70 @@
+"""The distribution that RePULSe looks for: the policy, tilted towards outputs the reward dislikes.
+
+sigma(s) = p(s) phi(s) / Z with the *current* policy p. Only log phi is here; Z cancels in the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from rlhf_core.types import RewardOutput
+
+__all__ = ["FLOOR", "Target", "annealed", "raw_rewards"]
+
+FLOOR = 1e-16
+"""What an indicator gives in place of zero, so that its logarithm is finite."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The potential phi that turns the policy into the target."""
+
+    beta: float = -10.0
+    """log phi = beta * reward: negative favours low rewards (the paper's beta with the sign changed)"""
+    start_beta: float | None = None
+    """beta at the start, moved geometrically to `beta` over the run; constant where absent"""
+    potential: Literal["reward", "toxicity", "indicator"] = "reward"
+    """log phi: beta * reward; beta * log(1 - sigmoid(reward)), where the reward is the logit of being harmless; or the
+    logarithm of 1[reward < threshold], whatever beta"""
+    threshold: float = -5.0
+    """rewards strictly below it are bad (`indicator`)"""
+    reward_cap: float | None = None
+    """higher rewards count as this much in phi; no cap where absent"""
+
+    def __post_init__(self) -> None:
+        _same_sign("beta", self.beta, self.start_beta)
+
+    def log_potential(self, rewards_N: Tensor, scalars: Mapping[str, float]) -> Tensor:
+        """log phi of every completion, float64. `scalars["progress"]` is read if beta is annealed."""
+        rewards_N = rewards_N.double()
+        if self.reward_cap is not None:
+            rewards_N = rewards_N.clamp(max=self.reward_cap)
+        if self.potential == "indicator":
+            return ((rewards_N < self.threshold).double() + FLOOR).log()
+        score_N = rewards_N if self.potential == "reward" else -torch.nn.functional.softplus(rewards_N)
+        return annealed(self.start_beta, self.beta, scalars) * score_N
+
+
+def annealed(start: float | None, end: float, scalars: Mapping[str, float]) -> float:
+    """`end`, or its geometric interpolation from `start` at this point of the run."""
+    return end if start is None else float(start * (end / start) ** scalars["progress"])
+
+
+def raw_rewards(rewards: RewardOutput) -> Tensor:
+    """The reward of whole completions, float64: the score and what the reward gave token by token."""
+    whole_N = rewards.rewards_N.double()
+    return whole_N if rewards.rewards_NT is None else whole_N + rewards.rewards_NT.double().sum(1)
+
+
+def _same_sign(name: str, end: float, start: float | None) -> None:
+    if start is not None and start * end <= 0:
+        raise UsageError(f"start_{name} and {name} must be both positive or both negative, not {start} and {end}")
