@@ -119,22 +119,22 @@ class DeepSpeedTrainable:
     def offload(self) -> None:
         if self.device.type == "cpu":
             return  # already where it would go
-        if hasattr(self.engine.optimizer, "offload_states"):
-            self.engine.offload_states()
-        else:
+        if self.stage == 0:
             self._move(torch.device("cpu"))
+        elif hasattr(self.engine.optimizer, "offload_states"):  # stage 1 in bfloat16 has an optimiser that cannot
+            self.engine.offload_states()
         torch.cuda.empty_cache()
 
     def reload(self) -> None:
         if self.device.type == "cpu":
             return
-        if hasattr(self.engine.optimizer, "reload_states"):
-            self.engine.reload_states()
-        else:
+        if self.stage == 0:
             self._move(self.device)
+        elif hasattr(self.engine.optimizer, "reload_states"):
+            self.engine.reload_states()
 
     def _move(self, device: torch.device) -> None:
-        """Move weights and moments, for optimisers of DeepSpeed that cannot do it themselves."""
+        """Move weights and moments where nothing is sharded, and so nothing is a view of a flat buffer."""
         self.module.to(device)
         for state in self.engine.optimizer.state.values():
             for name, value in state.items():
