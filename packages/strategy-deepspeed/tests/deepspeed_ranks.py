@@ -83,29 +83,29 @@ class Plain:
         return (Term("actor", "actor", Both(), Fixed()),)
 
 
-def written(folder: Path, chosen: bool) -> dict[str, str]:
-    """A data file of ragged rows, demonstrations or pairs."""
+def write_data(folder: Path) -> None:
+    """Ragged rows, demonstrations and pairs. For the process that starts the ranks."""
     dice = random.Random(0)
     words = "the cat sat on a mat and saw one big red dog run far away from home".split()
 
     def some(most: int) -> str:
         return " ".join(dice.choices(words, k=dice.randint(1, most)))
 
-    path = folder / f"{'pairs' if chosen else 'rows'}.jsonl"
-    rows = [
-        {"prompt": some(8), "chosen": some(9), "rejected": some(9)}
-        if chosen
-        else {"prompt": some(8), "completion": some(9)}
-        for _ in range(64)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return {"use": "json", "path": str(path)}
+    rows = [{"prompt": some(8), "completion": some(9)} for _ in range(64)]
+    pairs = [{"prompt": some(8), "chosen": some(9), "rejected": some(9)} for _ in range(64)]
+    for name, content in (("rows", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)), encoding="utf-8")
+
+
+def offline(folder: Path, name: str) -> dict[str, Any]:
+    """Options of a case on data."""
+    return {"data": {"use": "json", "path": str(folder / f"{name}.jsonl")}, "batch_size": 8}
 
 
 CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "plain": lambda folder: (Plain(), ONLINE),
-    "sft": lambda folder: ("sft", {"data": written(folder, chosen=False), "batch_size": 8}),
-    "dpo": lambda folder: ("dpo", {"data": written(folder, chosen=True), "batch_size": 8}),
+    "sft": lambda folder: ("sft", offline(folder, "rows")),
+    "dpo": lambda folder: ("dpo", offline(folder, "pairs")),
     "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
     "grpo": lambda folder: ("grpo", {**ONLINE}),
 }

@@ -46,6 +46,7 @@ def runnable(words: list[str]) -> list[str]:
 
 def launch(folder: Path, size: int, words: list[str]) -> None:
     """Run `deepspeed_ranks.py` on `size` ranks."""
+    ranks.write_data(folder)
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     done = subprocess.run(
@@ -63,6 +64,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Resul
     def find(case: str) -> Result:
         if case not in known:
             folder = tmp_path_factory.mktemp("torch")
+            ranks.write_data(folder)
             known[case] = ranks.run(folder, case, TorchStrategy("cpu"), case)
         return known[case]
 
