@@ -71,6 +71,7 @@ class InProcess(WeightTransferEngine):  # type: ignore[misc]  # the same
             ContractError: some were left out.
         """
         loaded = self.model.load_weights(update_info.weights)
+        self.loaded = loaded or set()
         left_out = set() if loaded is None else self.expected - loaded  # a few models do not say what they loaded
         if left_out:
             raise ContractError(
@@ -83,13 +84,13 @@ class InProcess(WeightTransferEngine):  # type: ignore[misc]  # the same
         self._repack_tied()
 
     def _repack_tied(self) -> None:
-        """Pack embeddings and output heads for the CPU again.
+        """Pack heads again that are tied to an embedding.
 
-        A head that is tied to the embedding receives no weights itself, so that vLLM 0.32 leaves the copy that was packed
-        for its matrix product as it was. Elsewhere nothing is packed, and this does nothing.
+        Nothing is loaded into them, so that vLLM 0.32 leaves the copy that was packed for the CPU's matrix product as it was.
+        On other devices nothing is packed, and this does nothing.
         """
-        for module in self.model.modules():
-            if isinstance(module, VocabParallelEmbedding):
+        for name, module in self.model.named_modules():
+            if isinstance(module, VocabParallelEmbedding) and f"{name}.weight" not in self.loaded:
                 module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:

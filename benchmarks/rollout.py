@@ -1,0 +1,81 @@
+"""Tokens per second of the rollout engines: `vllm` through the project, bare `LLM.generate` of the very same engine, and `hf`.
+
+    python3 benchmarks/rollout.py --model smollm2-135m --prompts 16 --n 4 --tokens 64
+
+The same prompts in one process, in turn, so that a machine's moods hit all alike; the median of the repeats is printed. Bare
+vLLM is asked as its documentation does it: one request per prompt with `n` completions, no seeds; log-probabilities of the
+sampled tokens are asked for in both, since training needs them. The target is at least 0.95 of bare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rlhf_core.options import Sampling
+from rlhf_core.roles import LocalRole
+from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.testing import tiny_run
+from rlhf_core.types import Example, Prompts
+from rlhf_rollout_vllm.engine import VLLM
+
+TEXT = "Explain in a few sentences why the number {} is interesting, and what it has to do with the colour of the sky."
+
+
+def main() -> None:
+    args = arguments()
+    sampling = Sampling(n=args.n, max_new_tokens=args.tokens, temperature=1.0)
+    actor = {"dtype": args.dtype}
+    role = LocalRole(tiny_run("unused", model=args.model, sampling=sampling, actor=actor).plan, "actor")
+    texts = [TEXT.format(i) for i in range(args.prompts)]
+    prompts = Prompts(
+        texts, [role.tokenizer(t)["input_ids"] for t in texts], [Example(t) for t in texts], [*range(args.prompts)]
+    )
+    rollout = VLLM(kv_cache_gib=args.kv_cache_gib)
+    engines: dict[str, Callable[[int], int]] = {
+        "vllm, bare": lambda seed: bare(rollout._engines["actor"], prompts, sampling),
+        "vllm": lambda seed: int(rollout(role, prompts, replace(sampling, seed=seed)).lengths_N.sum()),
+    }
+    if args.hf:
+        engines["hf"] = lambda seed: int(HuggingFace()(role, prompts, replace(sampling, seed=seed)).lengths_N.sum())
+    rollout(role, prompts, sampling)  # opens and warms up
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(args.repeats):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            tokens = engine(repeat)
+            rates[name].append(tokens / (time.perf_counter() - started))
+    rollout.close()
+    base = statistics.median(rates["vllm, bare"])
+    print(f"{args.model}, {args.dtype}, {args.prompts} prompts x {args.n} completions x {args.tokens} tokens")
+    for name, found in rates.items():
+        rate = statistics.median(found)
+        print(f"{name:12} {rate:8.0f} tokens/s  {rate / base:5.2f} of bare  ({min(found):.0f} to {max(found):.0f})")
+
+
+def bare(engine: Any, prompts: Prompts, sampling: Sampling) -> int:
+    """What the same prompts cost without the project; the number of tokens."""
+    params = engine.vllm.SamplingParams(n=sampling.n, temperature=1.0, max_tokens=sampling.max_new_tokens, logprobs=0)
+    answers = engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts.token_ids], params, use_tqdm=False)
+    return sum(len(completion.token_ids) for answer in answers for completion in answer.outputs)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kv-cache-gib", type=float, default=2.0)
+    parser.add_argument("--no-hf", dest="hf", action="store_false", help="leave hf out; it takes long for large models")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A whole run with vLLM in place of transformers' sampling: one option changes, the loop does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core import loop
+from rlhf_core.options import Sampling
+from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.testing import tiny_run
+from rlhf_rollout_vllm.engine import VLLM
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = Sampling(n=1, max_new_tokens=12, temperature=0.0)
+
+
+def test_after_training_steps_both_engines_sample_the_trained_model(tmp_path: Path) -> None:
+    fast = {"optim": {"lr": 0.02}}
+    run = tiny_run(tmp_path / "run", rollout=VLLM(kv_cache_gib=0.25, max_num_seqs=16), steps=3, actor=fast)
+    with run.opened():
+        before = {name: tensor.clone() for name, tensor in run.roles["actor"].weights()}
+        loop.train(run)
+        role: Any = run.roles["actor"]
+        assert any((tensor - before[name]).abs().max() > 0.01 for name, tensor in role.weights()), (
+            "it learned something"
+        )
+        prompts = run.encoder.prompts(*run.next_rows())
+        ours, theirs = run.rollouts("actor", prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+        assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+        torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
+    assert not torch.distributed.is_initialized(), "what vLLM opened is closed with the run"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["sync/calls"] for row in rows] == [4, 4, 4]
+    assert 0 <= rows[0]["sync/logprob_diff_mean"] <= rows[0]["sync/logprob_diff_max"] < 1e-3
+    assert "sync/logprob_diff_max" not in rows[1], "only the first update is compared"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("rlhf_algos") is None, reason="rlhf-algos is not installed")
+@pytest.mark.parametrize(
+    "launch", [["-m", "rlhf_core"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rlhf_core"]]
+)
+def test_the_command_line_runs_it_in_one_process_and_in_two(tmp_path: Path, launch: list[str]) -> None:
+    options = {
+        "model": "tiny",
+        "rollout": "vllm",
+        "rollout.kv-cache-gib": "0.25",
+        "reward": "length",
+        "steps": "2",
+        "batch-size": "4",
+        "sampling.n": "2",
+        "sampling.max-new-tokens": "8",
+        "output": str(tmp_path / "run"),
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, *launch, "grpo", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[0]["sync/logprob_diff_max"] < 1e-3
