@@ -19,7 +19,7 @@ def rlhf_data() -> Providers:
 
 @hookimpl
 def rlhf_rollout() -> Providers:
-    return {"hf": "rlhf_core.rollout.hf:HuggingFace"}
+    return {"fake": "rlhf_core.rollout.fake:FakeRollout", "hf": "rlhf_core.rollout.hf:HuggingFace"}
 
 
 @hookimpl
@@ -44,7 +44,7 @@ def rlhf_reward() -> Providers:
 
 @hookimpl
 def rlhf_strategy() -> Providers:
-    return {"torch": "rlhf_core.strategy.torch:TorchStrategy"}
+    return {"fake": "rlhf_core.strategy.fake:FakeStrategy", "torch": "rlhf_core.strategy.torch:TorchStrategy"}
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
 from rlhf_core.world import TorchWorld, World
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from rlhf_core.options import Optim
     from rlhf_core.types import Batch
 
-__all__ = ["FakeStrategy", "FakeTrainable"]
+__all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
 
 
 @dataclass(frozen=True)
 class FakeStrategy:
-    """No model: simulated outputs, gradients of one number, stated times."""
+    """No model: one number is trained, outputs follow from it, stated times."""
 
     forward_seconds: float = 0.0
     """time of a forward pass, per 1,000 tokens"""
@@ -48,6 +48,8 @@ class FakeTrainable:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
         self.module: nn.Module = torch.nn.ParameterList([torch.zeros(())])
+        self.module.heads = torch.nn.ModuleDict()
+        self.module.model = FakeModel(self)
         self.steps_done = 0
 
     @property
@@ -100,3 +102,13 @@ class FakeTrainable:
 
     def reload(self) -> None:
         """Nothing to move."""
+
+
+@dataclass
+class FakeModel:
+    """What is exported in the place of a model: the file that a checkpoint has."""
+
+    trainable: FakeTrainable
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        self.trainable.save(str(folder))
