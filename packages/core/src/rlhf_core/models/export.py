@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.files import fresh_folder
+from rlhf_core.models.load import no_progress_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def export(
     from rlhf_core.models.module import HEADS_FILE
 
     model = module.model
-    with fresh_folder(Path(folder)) as target:
+    with fresh_folder(Path(folder)) as target, no_progress_bars():
         model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=SHARD)
         if heads := dict(module.heads.state_dict()):
             save_file({name: tensor.contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
@@ -55,8 +56,8 @@ def export(
 
 def _padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, padding with what a classifier takes for padding; it reads the last token that is not."""
-    pad = model.config.get_text_config().pad_token_id
-    if not hasattr(model, "score") or pad is None or pad == tokenizer.pad_token_id:
+    pad = model.config.get_text_config().pad_token_id if hasattr(model, "score") else None
+    if pad is None or pad == tokenizer.pad_token_id:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlhf_core.options import ModelOptions
     from rlhf_core.types import Message
 
-__all__ = ["has_scorer", "load_model", "load_scorer", "load_tokenizer", "render_chat"]
+__all__ = ["has_scorer", "load_model", "load_scorer", "load_tokenizer", "no_progress_bars", "render_chat"]
 
 
 def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> PreTrainedModel:
@@ -192,14 +192,25 @@ def _quiet(source: Source) -> Iterator[None]:
     """No progress bars (but of downloads) and no tables of weights: what they warn of is checked and raised here."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    if source.kind != "hub":
-        logging.disable_progress_bar()
+    try:
+        with nullcontext() if source.kind == "hub" else no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """No bars of transformers inside: what it reads or writes in a second is not news."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
