@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.files import fresh_folder, write_text
+from rlhf_core.files import discard, fresh_folder, write_text
 from rlhf_core.observer.files import append_line, cut_lines
 
 
@@ -40,5 +40,32 @@ def test_metrics_after_the_checkpoint_and_a_half_written_line_are_cut_off(tmp_pa
         append_line(path, {"step": step})
     with path.open("a") as file:
         file.write('{"step": 4, "rew')
-    cut_lines(path, 2)
+    cut_lines(path, lambda step: step <= 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_lines_with_separators_of_unicode_inside_are_kept_and_half_a_character_at_the_end_is_cut(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "samples.jsonl"
+    rows = [{"step": 1, "completion": "a\u2028b\x85c\x0bd"}, {"step": 2, "completion": "é"}]
+    for row in rows:
+        append_line(path, row)
+    with path.open("ab") as file:
+        file.write('{"step": 2, "completion": "é'.encode()[:-1])
+    cut_lines(path, lambda step: step <= 2)
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == rows
+
+
+def test_a_discarded_folder_is_never_seen_in_part_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "a").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_core.files.rmtree", lambda *_, **__: None)  # killed before anything was removed
+        discard(tmp_path / "step-1")
+    assert not (tmp_path / "step-1").exists()
+    (tmp_path / "step-1").mkdir()
+    discard(tmp_path / "step-1")
+    assert list(tmp_path.iterdir()) == []

@@ -115,7 +115,9 @@ def restore(run: Run) -> None:
     state = json.loads((found / "state.json").read_text(encoding="utf-8"))
     now = run.config.names.get("strategy", "")
     if state["strategy"] != now:
-        raise UsageError(f"{found} was written by --strategy {state['strategy']}, which {now} cannot read; resume with it")
+        raise UsageError(
+            f"{found} was written by --strategy {state['strategy']}, which {now} cannot read; resume with it"
+        )
     for name in run.plan.trained:
         run.roles[name].load(str(found / "roles" / name))
         run.roles[name].version = state["versions"][name]

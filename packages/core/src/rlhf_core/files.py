@@ -8,18 +8,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-__all__ = ["fresh_folder", "fsync_tree", "temporary_name", "write_text"]
+__all__ = ["discard", "force", "fresh_folder", "fsync_tree", "temporary_name", "write_bytes", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; readers see the old content or the new, never a part."""
+    temporary = temporary_name(path)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    _fsync(path.parent)
+    force(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that nobody finds a part of it under its name."""
+    doomed = temporary_name(folder)
+    rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    rmtree(doomed)
 
 
 def temporary_name(path: Path) -> Path:
@@ -33,8 +46,12 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    fsync_tree(temporary)
+    try:
+        yield temporary
+        fsync_tree(temporary)
+    except BaseException:  # half a folder helps nobody, least of all on a full disk
+        rmtree(temporary, ignore_errors=True)
+        raise
     if path.exists():  # rename cannot replace a folder that holds files
         old = path.with_name(f".{path.name}.old")
         rmtree(old, ignore_errors=True)
@@ -43,17 +60,18 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         rmtree(old)
     else:
         temporary.rename(path)
-    _fsync(path.parent)
+    force(path.parent)
 
 
 def fsync_tree(folder: Path) -> None:
     """Force every file and folder below `folder`, and itself, to the disk."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(folder)
+        force(path)
+    force(folder)
 
 
-def _fsync(path: Path) -> None:
+def force(path: Path) -> None:
+    """Force what was written to a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

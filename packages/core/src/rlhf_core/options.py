@@ -18,6 +18,9 @@ __all__ = ["KL", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptio
 INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
 
+FREE = {"free": True}
+"""Metadata of an option that changes no result: a resumed run may have another value of it."""
+
 
 def _at_least(least: float, options: object, *names: str) -> None:
     """Check that the named fields are at least `least`."""
@@ -149,31 +152,33 @@ class RunConfig:
     """options per role"""
     model: str = "tiny"
     """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
-    output: str = "output"
+    output: str = field(default="output", metadata=FREE)
     """folder of the run"""
     steps: int = 100
     """optimiser phases: each collects a batch and trains on it"""
     seed: int = 0
     """the same seed gives the same numbers"""
-    resume: bool = False
+    resume: bool = field(default=False, metadata=FREE)
     """continue the run in --output from its newest valid checkpoint"""
+    resume_changed: bool = field(default=False, metadata=FREE)
+    """continue it although options that change results are not those it began with"""
     batch_size: int = 16
     """prompts (online) or rows (offline) per step, over all ranks"""
     epochs: int = 1
     """passes over each batch of rollouts"""
     minibatches: int = 1
     """optimiser steps per pass; 1 is strictly on-policy"""
-    micro_tokens: int = 8192
+    micro_tokens: int = field(default=8192, metadata=FREE)
     """token budget of one micro-batch, padding included; changes memory and speed, never results"""
-    chunk: int = 1024
+    chunk: int = field(default=1024, metadata=FREE)
     """completion tokens whose logits are held at a time; changes memory and speed, never results"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped and counted"""
-    save_every: int = 0
+    save_every: int = field(default=0, metadata=FREE)
     """steps between checkpoints; 0 saves at the end only"""
-    keep: int = 2
+    keep: int = field(default=2, metadata=FREE)
     """checkpoints kept"""
-    eval_every: int = 0
+    eval_every: int = field(default=0, metadata=FREE)
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
     """how completions are drawn (online algorithms)"""

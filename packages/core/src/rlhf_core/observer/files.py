@@ -1,16 +1,17 @@
 """The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
 
-A line is written whole. On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice.
+On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
+of evaluations that the checkpoint does not know.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.files import write_text
+from rlhf_core.files import write_bytes
 from rlhf_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ SAMPLES_PER_STEP = 4
 @hookimpl
 def rlhf_run_start(run: Run) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_lines(run.output / name, run.step)
+        cut_lines(run.output / name, lambda step: step <= run.step)
+    evaluated = {step for step, _ in run.evaluations}
+    cut_lines(run.output / "evaluations.jsonl", evaluated.__contains__)
 
 
 @hookimpl
@@ -53,15 +56,15 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; a half-written last line goes too."""
+def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:
+    """Keep the lines whose step `keep` accepts; a half-written last line goes too."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: JSON leaves U+2028 and its like in its strings
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            if keep(json.loads(line)["step"]):
+                kept.append(line + b"\n")
         except ValueError:
             break
-    write_text(path, "".join(kept))
+    write_bytes(path, b"".join(kept))
