@@ -54,12 +54,14 @@ def curves(algorithm: str, tmp_path: Path, **options: Any) -> list[Mapping[str, 
         "reinforce_pp",
         "reinforce_pp_baseline",
         "rejection_sampling",
+        "repulse",
         "rloo",
     ],
 )
 def test_online_presets_raise_the_reward(algorithm, seed, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
-    options = {"critic": {"optim": {"lr": 0.02}}} if algorithm == "ppo" else {}
+    others = {"ppo": "critic", "repulse": "proposal"}
+    options = {others[algorithm]: {"optim": {"lr": 0.02}}} if algorithm in others else {}
     steps = curves(
         algorithm,
         tmp_path,

@@ -98,6 +98,11 @@ def terms(plan: Plan) -> list[str]:
         ("reinforce_pp_baseline", ["actor <- actor : Clip", "actor <- actor : KLLoss"], {"actor", "reference"}),
         ("online_dpo", ["actor <- actor : DPO"], {"actor", "reference"}),
         ("rejection_sampling", ["actor <- actor : SFT"], {"actor"}),
+        (
+            "repulse",
+            ["actor <- actor : Reinforce", "actor <- proposal : WeightedNLL", "proposal <- proposal : WeightedNLL"],
+            {"actor", "proposal"},
+        ),
     ],
 )
 def test_presets_train_these_roles_on_these_terms(name, expected, roles):

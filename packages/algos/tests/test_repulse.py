@@ -235,7 +235,9 @@ def test_estimates_about_the_weights_approach_the_true_divergences():
 
 def test_weights_that_rest_on_one_sample_warn():
     with pytest.warns(UserWarning, match=r"raise --sampling\.n"):
-        metrics = about_weights(torch.tensor([0.0, 50.0, 1.0, 1.0, 9.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2]), None, "x")
+        metrics = about_weights(
+            torch.tensor([0.0, 50.0, 1.0, 1.0, 9.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2]), None, "x"
+        )
     near(metrics["x/collapsed"], 2 / 3)
 
 
@@ -276,7 +278,9 @@ def test_prefix_weights_are_the_published_ones():
     found = group_log_softmax(twist_log_weights(p, q, q - p, torch.ones(4, 2).bool()), torch.zeros(4)).exp()
     near(found[:, 0], 0.25)
     near(found[:, 1], [0.1911677105, 0.5606731545, 0.0571676701, 0.1909914649])
-    uniform = group_log_softmax(twist_log_weights(p, q, (q - p).cumsum(1), torch.ones(4, 2).bool()), torch.zeros(4)).exp()
+    uniform = group_log_softmax(
+        twist_log_weights(p, q, (q - p).cumsum(1), torch.ones(4, 2).bool()), torch.zeros(4)
+    ).exp()
     near(uniform, 0.25)
 
 
@@ -340,7 +344,9 @@ def test_sixo_with_reweighted_negatives_has_the_gradient_of_the_published_loss()
 @pytest.mark.parametrize("contrast", ["prefix", "none"])
 def test_the_sampled_gradient_converges_to_that_of_the_divergence(contrast):
     q = Q.live()
-    drawn = torch.multinomial(Q(ALL).sum(1).exp(), 400_000, replacement=True, generator=torch.Generator().manual_seed(1))
+    drawn = torch.multinomial(
+        Q(ALL).sum(1).exp(), 400_000, replacement=True, generator=torch.Generator().manual_seed(1)
+    )
     samples = ALL[drawn]
     batch = on_q(samples)
     found = q.grads(loss_of(WeightedNLL(), CTL(TARGET, contrast=contrast), batch, q))

@@ -60,7 +60,10 @@ def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, p
     """
     first_P, index_N = _first_of_groups(group_N)
     P = len(first_P)
-    add_up = lambda values_N: torch.zeros(P, dtype=torch.float64).index_add(0, index_N, values_N.double())
+
+    def add_up(values_N: Tensor) -> Tensor:
+        return torch.zeros(P, dtype=torch.float64).index_add(0, index_N, values_N.double())
+
     size_P = add_up(torch.ones_like(log_weights_N))
     lse_N = group_logsumexp(log_weights_N, group_N)
     w_N = (log_weights_N - lse_N).exp()

@@ -71,7 +71,7 @@ class RePULSe:
         if self.weighting_beta is not None:
             target = replace(target, beta=self.weighting_beta, start_beta=None)
         weighting = self.weighting if learned or self.weighting == "uniform" else "reward"
-        return Negative(target, self.alpha, self.start_alpha, weighting, self.objective)  # type: ignore[arg-type]
+        return Negative(target, self.alpha, self.start_alpha, weighting, self.objective)
 
 
 def _sequence_means(loss: Loss | None) -> Loss:

@@ -73,12 +73,16 @@ class BadProbability:
     def _bad_ids(self, tokenizer: Any) -> list[int]:
         """The bad tokens' numbers."""
         if not self.prompt or not (self.words or self.ids):
-            raise UsageError("evaluator bad_probability needs --evaluator.prompt, and --evaluator.words or --evaluator.ids")
+            raise UsageError(
+                "evaluator bad_probability needs --evaluator.prompt, and --evaluator.words or --evaluator.ids"
+            )
         found = list(self.ids)
         for word in self.words:
             pieces = tokenizer.encode(word, add_special_tokens=False)
             if len(pieces) != 1:
-                raise UsageError(f"bad_probability: {word!r} is {len(pieces)} tokens; give one token per word, or --evaluator.ids")
+                raise UsageError(
+                    f"bad_probability: {word!r} is {len(pieces)} tokens; give one token per word, or --evaluator.ids"
+                )
             found += pieces
         return sorted(set(found))
 
@@ -106,8 +110,8 @@ def log_bad_probability(
     if second is not None and bool(bad_V.any()):
         continues_V = ~bad_V
         continues_V[list(ends)] = False
-        for tokens_B in continues_V.nonzero().flatten().split(batch):
-            parts.append(first_V[tokens_B] + second(tokens_B).double()[:, bad_V].logsumexp(1))
+        several = continues_V.nonzero().flatten().split(batch)
+        parts += [first_V[tokens_B] + second(tokens_B).double()[:, bad_V].logsumexp(1) for tokens_B in several]
     return float(torch.cat(parts).logsumexp(0))
 
 
