@@ -83,7 +83,7 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path: Path, kind: str
 
 def test_the_two_readers_agree_on_chats_with_absent_keys(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"messages": [{"role": "user", "content": "c"}, call, {"role": "tool", "content": "d"}]},
     ]

@@ -60,7 +60,7 @@ def tokenizer(template: str | None = CHATML, eos: str | None = "<|im_end|>", bos
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
         )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no types here
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=eos, bos_token=bos, pad_token="<pad>", chat_template=template
     )
 

@@ -29,9 +29,7 @@ def tokenizer() -> Any:
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no types here
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         num_hidden_layers=2,
         num_attention_heads=2,
         pad_token_id=0,
-        num_labels=1,
+        num_labels=1,  # type: ignore[call-arg]  # of every configuration, says transformers
     )
     paths = []
     for kind in (LlamaForSequenceClassification, LlamaForCausalLM):

@@ -122,7 +122,7 @@ def test_mathematics_is_compared_by_value_and_where_it_counts() -> None:
     pytest.importorskip("math_verify")
     for where in ("any", "boxed", "marked"):
         cases = [(text, label, right) for w, text, label, right in MATHS if w == where]
-        result = output(Maths(where=where), *((text, label) for text, label, _ in cases))  # type: ignore[arg-type]
+        result = output(Maths(where=where), *((text, label) for text, label, _ in cases))
         assert result.rewards_N.tolist() == [right for *_, right in cases]
     shared(1, "rlhf_core.reward.maths:grade", ()).close()
 

@@ -76,7 +76,12 @@ def written(folder: Path, bad: str) -> str:
 def nothing_left(monkeypatch: Any) -> Iterator[None]:
     """Every test ends its workers, and none is left among our children."""
     made: list[Workers] = []
-    monkeypatch.setattr(rlhf_core.reward.func, "shared", lambda *args: made.append(Workers(*args)) or made[-1])
+
+    def new(*args: Any) -> Workers:
+        made.append(Workers(*args))
+        return made[-1]
+
+    monkeypatch.setattr(rlhf_core.reward.func, "shared", new)
     yield
     for workers in made:
         workers.close()

@@ -97,6 +97,7 @@ def serve(app: Any, host: str, port: int, note: str = "") -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(1024)  # before the address is shown: who connects at once waits and is not refused
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
     print(f"rewards at http://{host}:{listener.getsockname()[1]}/get_reward {note}".rstrip(), flush=True)
