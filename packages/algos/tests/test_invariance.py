@@ -70,6 +70,18 @@ def test_how_a_batch_is_cut_changes_no_number(
     assert_one_curve(straight, curve(tmp_path / "run", demonstrations, *flags))
 
 
+def test_the_order_of_the_samples_changes_no_number(tmp_path: Path, demonstrations: Path) -> None:
+    """Eight rows are one whole batch every step, in whatever order they stand in the file and are cut."""
+    rows = demonstrations.read_text().splitlines(keepends=True)[:8]
+    for name, order in (("forward", rows), ("backward", rows[::-1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(order))
+    flags = ["--micro-tokens", "100"]
+    forward, backward = (curve(tmp_path / name, tmp_path / f"{name}.jsonl", *flags) for name in ("forward", "backward"))
+    assert_one_curve(forward, backward)
+    assert forward != backward, "the order was another one"
+    assert forward[-1] < forward[0] - 1
+
+
 def test_a_run_stopped_and_resumed_gives_the_same_numbers_bit_for_bit(
     straight: list[float], demonstrations: Path, tmp_path: Path
 ) -> None:
