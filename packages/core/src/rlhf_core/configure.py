@@ -33,7 +33,7 @@ from rlhf_core.values import MASK, is_secret, to_plain
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["from_names", "make", "parse", "to_names", "to_toml"]
+__all__ = ["construct", "from_names", "make", "parse", "parts", "to_names", "to_toml"]
 
 
 def parse(argv: Sequence[str], registry: Registry) -> RunConfig:
@@ -107,8 +107,19 @@ def to_toml(config: RunConfig) -> str:
 
 def _build(layout: Layout, settings: Settings) -> RunConfig:
     """The run of a layout with these settings."""
-    made = {section.prefix: _construct_section(section, settings) for section in layout.sections}
-    run: RunConfig = made.pop("")
+    made = construct(layout, settings)
+    run: RunConfig = made[""]
+    names = {kind: name for kind, name in layout.names.items() if name}
+    return replace(run, algorithm=made["algorithm"], names=names, **parts(layout, made))
+
+
+def construct(layout: Layout, settings: Settings) -> dict[str, Any]:
+    """The instance of every section, by prefix."""
+    return {section.prefix: _construct_section(section, settings) for section in layout.sections}
+
+
+def parts(layout: Layout, made: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of what `construct` made, the roles' options and the providers, as a RunConfig holds them."""
     roles = {section.prefix: made[section.prefix] for section in layout.sections if section.prefix and not section.kind}
     providers: dict[str, Any] = {}
     for section in layout.sections:
@@ -116,8 +127,7 @@ def _build(layout: Layout, settings: Settings) -> RunConfig:
             providers["evaluator"] = (*providers.get("evaluator", ()), made[section.prefix])
         elif section.kind and section.kind != "algorithm":
             providers[section.kind] = made[section.prefix]
-    names = {kind: name for kind, name in layout.names.items() if name}
-    return replace(run, algorithm=made["algorithm"], providers=providers, names=names, roles=roles)
+    return {"roles": roles, "providers": providers}
 
 
 def _construct_section(section: Section, settings: Settings) -> Any:

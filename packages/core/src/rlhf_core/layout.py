@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -34,10 +34,12 @@ __all__ = [
     "Section",
     "annotation_of",
     "flag",
+    "laid_out",
     "make_layout",
     "nested",
     "option_fields",
     "options_of",
+    "provider_sections",
     "shown",
 ]
 
@@ -242,13 +244,26 @@ def make_layout(
             raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
         what = "trained" if hasattr(options, "optim") else "frozen"
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options))
+    sections += provider_sections(names, registry, instances)
+    return laid_out(names, sections)
+
+
+def provider_sections(
+    names: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
+) -> Iterator[Section]:
+    """A section per chosen provider, by kind; several evaluators are several sections."""
+    instances = instances or {}
     for kind, name in names.items():
         several = name.split(",") if kind == "evaluator" else [name]
         for each in filter(None, several):
             prefix = kind if len(several) == 1 else f"{kind}.{each}"
             base = instances.get(prefix)
             provider = type(base) if base is not None else registry.resolve(kind, each)
-            sections.append(Section(prefix, f"{kind} {each!r}", provider, base, kind=kind))
+            yield Section(prefix, f"{kind} {each!r}", provider, base, kind=kind)
+
+
+def laid_out(names: Mapping[str, str], sections: Iterable[Section]) -> Layout:
+    """The layout of these sections, each with its options."""
     full = tuple(dataclasses.replace(s, options=tuple(options_of(s.cls, s.base, s.prefix, s.skip))) for s in sections)
     return Layout(names, full, {option.path: option for section in full for option in section.options})
 

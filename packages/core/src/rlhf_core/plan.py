@@ -89,7 +89,9 @@ class Plan:
     @property
     def tokenizer_role(self) -> str:
         """The role whose tokenizer reads the data."""
-        return self.terms[0].role if self.terms[0].source == DATA else self.terms[0].source
+        if not self.sources:  # nothing is trained or sampled: evaluators ask a model about rows
+            return next(iter(self.roles))
+        return self.terms[0].role if self.sources[0] == DATA else self.sources[0]
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -118,9 +120,9 @@ def make_plan(config: RunConfig) -> Plan:
         credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage))
         credits[key] = _add_needs(credit, term, kl)
         keyed.append((key, term))
-    return Plan(
-        config, terms, tuple(dict.fromkeys(t.source for t in terms)), credits, _roles(config, keyed, credits), kl
-    )
+    also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
+    sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
+    return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources), kl)
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
@@ -149,24 +151,30 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
     return CreditSpec(credit.key, credit.source, credit.advantage, tuple(have.values()))
 
 
-def _roles(config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec]) -> dict[str, RoleSpec]:
-    """Every role that a term trains, a source samples, or a need asks for."""
+def _roles(
+    config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec], sources: tuple[str, ...]
+) -> dict[str, RoleSpec]:
+    """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
     outputs: dict[str, set[str]] = {}
     for _, term in keyed:
         outputs.setdefault(term.role, set()).update(term.wants)
-        if term.source != DATA:
-            outputs.setdefault(term.source, set()).add("logprobs_NT")
-    for credit in credits.values():
-        for need in credit.needs:
-            if need.role:
-                outputs.setdefault(need.role, set()).add(need.output)
+    for source in sources:
+        if source != DATA:
+            outputs.setdefault(source, set()).add("logprobs_NT")
+    needs = [need for credit in credits.values() for need in credit.needs]
+    for evaluator in config.providers.get("evaluator", ()):
+        first = keyed[0][1].role if keyed else next(iter(config.roles))
+        needs += [needs_.resolve(name, first, evaluator) for name in sorted(getattr(evaluator, "needs", ()))]
+    for need in needs:
+        if need.role:
+            outputs.setdefault(need.role, set()).add(need.output)
     unknown = [name for name in outputs if name not in config.roles]
     if unknown:
         raise UsageError(
             f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
             f"{', '.join(config.roles)}; use an advantage or loss without that need"
         )
-    online = any(term.source != DATA for _, term in keyed)
+    online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
     return {
         name: RoleSpec(
@@ -174,7 +182,7 @@ def _roles(config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[st
             options=replace(config.roles[name], model=config.roles[name].model or config.model),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
-            sampled=any(term.source == name for _, term in keyed),
+            sampled=name in sources,
             temperature=temperature,
         )
         for name in outputs

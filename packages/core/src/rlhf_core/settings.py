@@ -20,7 +20,7 @@ from rlhf_core.values import MASK, from_plain, from_words, is_secret, metavar
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["Settings", "read", "read_tree", "split_flags"]
+__all__ = ["Settings", "from_flags", "one", "read", "read_tree", "split_flags"]
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -32,14 +32,14 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Layout, Settings]:
     if len(words) > 1:
         raise UsageError(f"unexpected {words[1]!r}; after the algorithm come flags such as --steps 20")
     file = flags.pop("config", None)
-    tree = _read_file(_one("--config", file)) if file is not None else {}
-    where = _one("--config", file) if file is not None else ""
-    wanted = {kind: _one(flag(kind), flags[kind]) for kind in KINDS if kind in flags and kind != "algorithm"}
+    tree = _read_file(one("--config", file)) if file is not None else {}
+    where = one("--config", file) if file is not None else ""
+    wanted = {kind: one(flag(kind), flags[kind]) for kind in KINDS if kind in flags and kind != "algorithm"}
     flags = {path: words for path, words in flags.items() if path not in wanted and path != "help"}
     if words:
         wanted["algorithm"] = words[0]
     layout, settings = read_tree(tree, registry, where=where, wanted=wanted)
-    _merge(settings, _from_flags(flags, layout))
+    _merge(settings, from_flags(flags, layout))
     return layout, settings
 
 
@@ -59,7 +59,7 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     return before, flags
 
 
-def _one(name: str, words: Sequence[str]) -> str:
+def one(name: str, words: Sequence[str]) -> str:
     """The single word of a flag."""
     if len(words) != 1:
         got = f"not {' '.join(words)!r}" if words else "and got none"
@@ -148,7 +148,7 @@ def _values(tree: Mapping[str, Any], layout: Layout, where: str, above: str = ""
             raise UsageError(f"{_at(where)}{path} must be {metavar(option.annotation)}{got}") from None
 
 
-def _from_flags(flags: Mapping[str, Sequence[str]], layout: Layout) -> Settings:
+def from_flags(flags: Mapping[str, Sequence[str]], layout: Layout) -> Settings:
     """The settings of flags, each read by its type."""
     settings: Settings = {}
     for path, words in flags.items():

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_core.cli import help as help_
-from rlhf_core.cli.command import COMMANDS, make_command, wants_help
+from rlhf_core.cli.command import COMMANDS, JOBS, make_command, wants_help
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.near import closest, or_list
 from rlhf_core.registry import Registry
@@ -60,6 +60,13 @@ def _run(argv: list[str]) -> int:
             return 0
         return int(make_command(words[0], words[1:])(Registry(blocked=blocked, load=load)))
     registry = Registry(blocked=blocked, load=load)
+    if words and words[0] in JOBS:
+        from rlhf_core.cli.job import read_job, run_job
+
+        if wants_help(words):
+            print(help_.job(*read_job(words, registry), registry))
+            return 0
+        return run_job(words, registry)
     if not words or words[0] in ("-h", "--help"):
         print(help_.overview(registry))
         return 0
@@ -105,6 +112,6 @@ def _check_first(word: str, registry: Registry) -> None:
     algorithms = registry.table("algorithm")
     if word.startswith("-") or ":" in word or word in algorithms:
         return
-    close = closest(word, [*COMMANDS, *algorithms])
-    if any(each in COMMANDS for each in close):
+    close = closest(word, [*COMMANDS, *JOBS, *algorithms])
+    if any(each in COMMANDS or each in JOBS for each in close):
         raise UnknownName(f"no algorithm or command is called {word!r}; did you mean {or_list(close)}?")

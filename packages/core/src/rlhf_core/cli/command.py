@@ -18,7 +18,7 @@ from rlhf_core.values import from_words, metavar
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["COMMANDS", "command_options", "make_command", "wants_help"]
+__all__ = ["COMMANDS", "JOBS", "command_options", "make_command", "wants_help"]
 
 COMMANDS = {
     "plugins": "rlhf_core.cli.plugins:Plugins",
@@ -27,6 +27,13 @@ COMMANDS = {
     "chat": "rlhf_core.cli.chat:Chat",
     "serve-reward": "rlhf_core.reward.serve:ServeReward",
 }
+
+JOBS = {
+    "generate": "rlhf_core.cli.generate:Generate",
+    "score": "rlhf_core.cli.score:Score",
+    "eval": "rlhf_core.cli.evaluate:Evaluate",
+}
+"""Commands that use providers and roles, and so have their flags; see `cli.job`."""
 
 
 def wants_help(words: Sequence[str]) -> bool:

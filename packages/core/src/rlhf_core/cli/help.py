@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rlhf_core.cli.command import COMMANDS, command_options
+from rlhf_core.cli.command import COMMANDS, JOBS, command_options
 from rlhf_core.docstrings import docs_of, first_line
 from rlhf_core.layout import FIXED, Layout, Option, Section, flag, shown
 from rlhf_core.options import RunConfig
@@ -17,7 +17,7 @@ from rlhf_core.values import is_secret, metavar
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
 
-__all__ = ["algorithm", "command", "overview"]
+__all__ = ["algorithm", "command", "job", "overview"]
 
 LEFT = 34
 """Columns of names; what does not fit has its explanation on the next line."""
@@ -36,7 +36,7 @@ def overview(registry: Registry) -> str:
         ["algorithms"],
         _rows((name, first_line(each.target)) for name, each in registry.table("algorithm").items()),
         ["commands"],
-        _rows((name, first_line(target)) for name, target in COMMANDS.items()),
+        _rows((name, first_line(target)) for name, target in {**COMMANDS, **JOBS}.items()),
         ["flags of every algorithm"],
         _rows((flag(name), docs[name]) for name in main),
         _rows([("--config FILE", FIXED["config"]), ("--KIND NAME", "choose a provider; see rlhf-run plugins")]),
@@ -72,6 +72,21 @@ def command(name: str) -> str:
         _rows((option.path.upper(), option.doc) for option in positional),
         _rows(_row(option, {}) for option in optional),
     )
+
+
+def job(layout: Layout, settings: Settings, registry: Registry) -> str:
+    """`rlhf-run generate --help` and its like: the command's own options, and those of the chosen providers."""
+    (name,) = (chosen for kind, chosen in layout.names.items() if kind == "algorithm")
+    own = layout.sections[0]
+    positional = [option.path.upper() for option in own.options if option.required]
+    choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in layout.names.items()]
+    blocks = [[" ".join([f"usage: rlhf-run {name}", *positional, "[flags]"]), "", *docs_of(own.cls).doc.split("\n")]]
+    blocks += [["providers, as chosen here"], _rows(choices[1:])]
+    for section in layout.sections:
+        if section.options:
+            title = "options" if section is own else _title(section)
+            blocks += [[title], _rows(_row(option, settings) for option in section.options)]
+    return _text(*blocks)
 
 
 def _choices(kind: str, registry: Registry) -> str:

@@ -1,0 +1,55 @@
+"""`rlhf-run eval MODEL --evaluator NAME`: evaluators on a model that nobody trains. Prints one JSON object of metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_core.cli.job import Untrained, placed
+from rlhf_core.options import ModelOptions, RunConfig, Sampling
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Run evaluators on a model without training it, and print their metrics as one JSON object."""
+
+    model: str
+    """hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`"""
+    output: str = "evaluation"
+    """folder for completions that evaluators show"""
+    seed: int = 0
+    """the same seed gives the same numbers"""
+    max_prompt_tokens: int = 1024
+    """longer prompts are dropped"""
+    micro_tokens: int = 8192
+    """token budget of one micro-batch, padding included; changes memory and speed, never results"""
+    sampling: Sampling = Sampling()
+    """how completions are drawn, by evaluators that sample"""
+
+    kinds: ClassVar[Mapping[str, str | None]] = {
+        "evaluator": "",
+        "data": "prompts",
+        "reward": None,
+        "rollout": "hf",
+        "strategy": "torch",
+        "launcher": "local",
+    }
+    roles: ClassVar[Mapping[str, Any]] = {"actor": ModelOptions(), "reference": ModelOptions()}
+
+    def __call__(self, config: RunConfig, registry: Registry) -> int:
+        evaluators = config.providers["evaluator"]
+        sampled = any(getattr(evaluator, "samples", True) for evaluator in evaluators)
+        config = replace(config, algorithm=Untrained(("actor",) if sampled else ()))
+        Path(self.output).mkdir(parents=True, exist_ok=True)
+        with placed(config, registry) as run:
+            metrics = run.evaluate()
+        print(json.dumps({name: metrics[name] for name in sorted(metrics)}))
+        return 0

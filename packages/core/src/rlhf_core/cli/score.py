@@ -1,0 +1,124 @@
+"""`rlhf-run score FILE --reward NAME`: any reward over a JSONL file of completions, such as `rlhf-run generate` writes.
+
+A line needs `prompt` (text or messages) and `completion`; `text`, `label`, `finish`, `tokens` and `datasource` are used
+where they are. Token ids are not in the file: a reward that reads them sees as many bytes of the text as there were tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_core.cli.job import append_lines, read_lines
+from rlhf_core.errors import DataError, UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.options import RunConfig
+from rlhf_core.types import Rollouts
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Score", "as_rollouts"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Add `reward` to each line of a JSONL file of completions; started again, it goes on where it stopped."""
+
+    file: str
+    """JSONL file whose lines have `prompt` and `completion`"""
+    output: str = ""
+    """file to write; FILE with `.scored.jsonl` for its ending where empty"""
+    batch_size: int = 64
+    """completions scored, and then written, together"""
+
+    kinds: ClassVar[Mapping[str, str | None]] = {"reward": ""}
+    roles: ClassVar[Mapping[str, Any]] = {}
+
+    def __call__(self, config: RunConfig, registry: Registry) -> int:
+        from rlhf_core.reward.output import as_output
+
+        reward = config.providers["reward"]
+        if hasattr(reward, "check"):
+            reward.check()
+        path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
+        if path.resolve() == Path(self.file).resolve():
+            raise UsageError(f"--output {path} is the file that is read; name another")
+        rows = self._rows()
+        for number, (old, row) in enumerate(zip(read_lines(path), islice(rows, len(read_lines(path)))), start=1):
+            if {**old, **row} != old:
+                raise UsageError(f"{path}:{number} is not {self.file}:{number} with a reward; name another --output")
+        total = len(read_lines(path))
+        while batch := list(islice(rows, self.batch_size)):
+            rollouts = as_rollouts(batch)
+            output = as_output(reward(rollouts), rollouts, reward)
+            rewards = output.rewards_N + (0.0 if output.rewards_NT is None else output.rewards_NT.sum(1))
+            added = [{"reward": float(value)} for value in rewards]
+            if output.scores_N is not None:
+                added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
+            append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
+            total += len(batch)
+        if hasattr(reward, "close"):
+            reward.close()
+        print(f"{total} rewards in {path}")
+        return 0
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The lines of the file."""
+        try:
+            content = Path(self.file).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{self.file}: {error.strerror}") from None
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise DataError(f"{self.file}:{number}: not a JSON object") from None
+            if not isinstance(row, dict) or "prompt" not in row or not isinstance(row.get("completion"), str):
+                raise DataError(f"{self.file}:{number}: expected an object with `prompt` and `completion`")
+            yield row
+
+
+def as_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
+    """Lines as the batch that a reward is called with; adjacent lines with one prompt are a group."""
+    from rlhf_core.data.chats import as_chat
+
+    prompts = [as_chat(row["prompt"]) if isinstance(row["prompt"], list) else str(row["prompt"]) for row in rows]
+    group = [0]
+    for before, now in pairwise(prompts):
+        group.append(group[-1] + (before != now))
+    texts = [str(row.get("text", row["prompt"])) for row in rows]
+    ids = [list(row["completion"].encode()) for row in rows]
+    ids = [(each + [0] * n)[:n] for each, n in zip(ids, (int(r.get("tokens", len(e))) for r, e in zip(rows, ids)))]
+    prompt_NL, prompt_lengths_N = _padded([list(text.encode()) for text in texts])
+    tokens_NT, lengths_N = _padded(ids)
+    return Rollouts(
+        prompts=texts,
+        texts=[row["completion"] for row in rows],
+        prompt_NL=prompt_NL,
+        prompt_lengths_N=prompt_lengths_N,
+        tokens_NT=tokens_NT,
+        lengths_N=lengths_N,
+        mask_NT=torch.arange(tokens_NT.shape[1])[None] < lengths_N[:, None],
+        group_N=torch.tensor(group),
+        labels=[row.get("label") for row in rows],
+        meta=[{"prompt": prompt, **_meta(row)} for prompt, row in zip(prompts, rows, strict=True)],
+        finish=[row.get("finish", "stop") for row in rows],
+    )
+
+
+def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"datasource": row["datasource"]} if "datasource" in row else {}
+
+
+def _padded(rows: list[list[int]]) -> tuple[Any, Any]:
+    """(N, longest) and the N lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = max(1, int(lengths.max()))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), lengths
