@@ -188,7 +188,9 @@ class Run:
 
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """The reward provider's answer, checked against its contract."""
-        reward = self.config.providers["reward"]
+        reward = self.config.providers.get("reward")
+        if reward is None:
+            raise UsageError("an evaluator asks for rewards, but none was chosen; pass --reward NAME")
         return as_output(reward(rollouts), rollouts, reward)
 
     def watch_kl(self, batches: Mapping[str, Batch]) -> None:
