@@ -8,6 +8,7 @@
     │   └── DataError                    bad data; names file and row
     ├── PluginError                      a plugin could not be loaded (only raised in strict mode)
     ├── ContractError (also TypeError)   a provider returned something the contract forbids; names it and its distribution
+    ├── NotFinite                        a loss or gradient is nan or infinite; carries the samples, and becomes a RunStopped
     └── RunStopped                       a run ended before its last step on purpose (signal, safety net); carries the exit code
 
 A message is one line that says what to do next. Anything else that escapes is a bug and keeps its traceback.
@@ -15,11 +16,14 @@ A message is one line that says what to do next. Anything else that escapes is a
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ContractError",
     "DataError",
     "MissingPackage",
     "NameConflict",
+    "NotFinite",
     "PluginError",
     "RlhfError",
     "RunStopped",
@@ -58,6 +62,22 @@ class PluginError(RlhfError):
 
 class ContractError(RlhfError, TypeError):
     """A provider broke the contract of its kind. The message names the provider and its distribution."""
+
+
+class NotFinite(RlhfError):
+    """A loss or a gradient is nan or infinite.
+
+    Args:
+        message: which, of which role.
+        samples: the rows it came from, as far as this rank knows, as plain values.
+    """
+
+    def __init__(self, message: str, samples: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.samples = samples
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, list[dict[str, Any]]]]:
+        return type(self), (str(self), self.samples)
 
 
 class RunStopped(RlhfError):

@@ -142,7 +142,11 @@ class Trainable(Protocol):
         ...
 
     def step(self) -> Mapping[str, float]:
-        """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`."""
+        """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`.
+
+        A gradient that is not finite must not reach the weights: its norm is returned, and the run stops unless the role
+        computes in float16, whose loss scaling overflows now and then and adapts.
+        """
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ContractError
+from rlhf_core.finite import Watch, term_name
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.plan import Plan, RoleSpec
@@ -88,12 +89,17 @@ class LocalRole:
 
     def _step(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
         """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of)."""
-        total = 0.0
+        total, watch = 0.0, Watch(self.name)
         for key, (batch, whole) in work.items():
             terms = [term for term_key, term in self.spec.terms if term_key == key]
-            total += self._accumulate(terms, batch, whole, means)
-        means.add(f"loss/{self.name}", self.world_total(total))
-        for name, value in self.trainable.step().items():
+            total += self._accumulate(terms, batch, whole, means, watch)
+        total = self.world_total(total)
+        watch.check_loss(total)
+        means.add(f"loss/{self.name}", total)
+        metrics = self.trainable.step()
+        if self.spec.options.dtype != "float16":  # its scaler skips an overflow and goes on
+            watch.check_gradient(metrics["grad_norm"], {key: batch for key, (batch, _) in work.items()})
+        for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
     def world_total(self, value: float) -> float:
@@ -102,7 +108,7 @@ class LocalRole:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[Term], batch: Batch, whole: Batch, means: Means) -> float:
+    def _accumulate(self, terms: list[Term], batch: Batch, whole: Batch, means: Means, watch: Watch) -> float:
         """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
         unit = lcm(*(term.unit for term in terms))
         wants = frozenset[str]().union(*(term.wants for term in terms))
@@ -118,18 +124,22 @@ class LocalRole:
             outputs = self.trainable.forward(micro, wants)
             micro = self._with_old_logprobs(terms, micro, outputs)
             loss: Tensor | float = 0.0
+            values: dict[str, Tensor] = {}
             for k, term in enumerate(terms):
                 result = self._checked(term, term.loss(outputs, micro), micro)
                 if k not in counts:
                     counts[k] = self.world_total(count(result.reduction, batch, term.unit))
                 share = weighted_sum(result.values, result.reduction, micro) / max(counts[k], 1e-12)
                 loss = loss + live * term.weight * share
+                values[term_name(term)] = result.values
                 if live:
                     for name, metric in result.metrics.items():
                         means.add_metric(f"{self.name}/{name}", metric)
             assert isinstance(loss, torch.Tensor)
             self.trainable.backward(loss)
-            total += float(loss.detach())
+            reached = float(loss.detach())
+            watch.micro_batch(reached, values, micro)
+            total += reached
         return total
 
     def _rounds(self, cuts: list[Tensor]) -> int:

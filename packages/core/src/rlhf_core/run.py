@@ -24,6 +24,7 @@ from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
 from rlhf_core.reduce import Means
 from rlhf_core.reward.output import as_output
+from rlhf_core.safety import explained
 from rlhf_core.signals import StopSignals
 from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
 
@@ -61,6 +62,8 @@ class Run:
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         """(step, metrics) of every evaluation"""
         self.placed: Placed | None = None
+        self.doing = "start"
+        """the phase the run is in; after an error, the one it failed in"""
         self._metrics = Means()
         self.signals = StopSignals()
         self._stop = False
@@ -71,12 +74,13 @@ class Run:
 
     def train(self) -> dict[str, float]:
         """Train to the last step, evaluate, save and export; returns the last step's metrics."""
-        with self.opened():
+        with explained(self), self.opened():
             if self.step == 0:
                 self.evaluate()
             with self.signals:
                 loop.train(self)
-            self.save()  # before evaluating: what was trained is safe, however that ends
+                self.save()  # before evaluating: what was trained is safe, however that ends
+            self._exit_code = max(self.world.gather(self.signals.exit_code))  # of the last save too
             if self._exit_code:
                 raise RunStopped(
                     f"stopped after step {self.step} of {self.config.steps}; "
@@ -112,6 +116,8 @@ class Run:
         finally:
             if self.leader:
                 self.registry.hook.rlhf_run_end(run=self, error=error)
+            if hasattr(reward := self.config.providers.get("reward"), "close"):
+                reward.close()
             self.placed.close()
 
     def steps(self) -> Iterator[int]:
@@ -244,11 +250,11 @@ class Run:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time inside to `time/<name>`."""
+        before, self.doing = self.doing, name
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._metrics.add_sum(f"time/{name}", time.perf_counter() - started)
+        yield
+        self._metrics.add_sum(f"time/{name}", time.perf_counter() - started)
+        self.doing = before
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Metrics of this step that need no averaging."""

@@ -1,0 +1,76 @@
+"""What is not a number must not train: a loss or gradient that is not finite ends the run, and the samples are kept.
+
+Ranks agree: each watches its own micro-batches, and all decide by the sum over ranks, in which any nan survives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import NotFinite
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.types import Batch, Term
+
+__all__ = ["Watch", "term_name"]
+
+
+class Watch:
+    """Watches one optimiser step of a role."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self._term = ""
+        self._samples: list[dict[str, Any]] = []
+
+    def micro_batch(self, loss: float, values: Mapping[str, Tensor], batch: Batch) -> None:
+        """Remember the rows of a micro-batch whose loss is not finite. `values`: each term's, by the loss's name."""
+        if math.isfinite(loss):
+            return
+        for term, tensor in values.items():
+            bad = _bad_rows(tensor.detach().cpu(), batch)
+            if bad:
+                self._term = self._term or term
+                self._samples += [{"role": self.role, "term": term, **described(batch, row)} for row in bad]
+
+    def check_loss(self, total: float) -> None:
+        """Raise `NotFinite` if the step's loss, summed over ranks, is not finite."""
+        if not math.isfinite(total):
+            of = f" in the term {self._term}" if self._term else ""
+            raise NotFinite(f"the loss of role {self.role!r} is {total}{of}", self._samples)
+
+    def check_gradient(self, norm: float, batches: Mapping[str, Batch]) -> None:
+        """Raise `NotFinite` if the gradient's norm is not finite; any row may be the cause, so all are kept."""
+        if not math.isfinite(norm):
+            rows = [(batch, row) for batch in batches.values() for row in range(len(batch))]
+            samples = [{"role": self.role, **described(batch, row)} for batch, row in rows]
+            raise NotFinite(f"the gradient of role {self.role!r} has norm {norm}", samples)
+
+
+def term_name(term: Term) -> str:
+    """What a term is called in messages: its loss and where its batch comes from."""
+    return f"{type(term.loss).__name__} on {term.source}"
+
+
+def described(batch: Batch, row: int) -> dict[str, Any]:
+    """A row as plain values: its texts, tokens, label, and every number that is known of it, per completion token too."""
+    length = int(batch.lengths_N[row])
+    known: dict[str, Any] = {
+        name: (tensor[row, :length] if name.endswith("_NT") else tensor[row]).tolist()
+        for name, tensor in batch.extras.items()
+    }
+    tokens = batch.tokens_NT[row, :length].tolist()
+    return {"prompt": batch.prompts[row], "completion": batch.texts[row], "tokens": tokens} | known
+
+
+def _bad_rows(values: Tensor, batch: Batch) -> list[int]:
+    """Rows with a value that is not finite; of per-unit values (a pair's), all rows of the unit."""
+    if values.dim() == 2:
+        return torch.where(batch.mask_NT, ~values.isfinite(), False).any(1).nonzero()[:, 0].tolist()
+    unit = len(batch) // len(values)
+    return [row for row in range(len(batch)) if not bool(values[row // unit].isfinite())]
