@@ -32,7 +32,9 @@ class Heldout:
         Seeds depend on the run's seed and the prompt alone, so evaluations at two steps differ by the policy only.
         """
         if not run.plan.online:
-            raise UsageError("evaluator heldout samples the policy, but this algorithm has no rollout; remove --evaluator")
+            raise UsageError(
+                "evaluator heldout samples the policy, but this algorithm has no rollout; remove --evaluator"
+            )
         source = next(name for name in run.plan.sources if name in run.plan.roles)
         rows = run.heldout()[: self.prompts]
         rank, size = run.world.rank, run.world.size
@@ -45,7 +47,9 @@ class Heldout:
         if run.leader:
             rollouts.extras["rewards_N"] = rewards_N
             for i in range(0, min(self.shown * self.n, len(rollouts)), self.n):
-                append_line(run.output / "evaluations.jsonl", {"step": run.step, **sample(rollouts, i)})
+                asked = rollouts.meta[i].get("prompt")
+                question = {"question": asked} if isinstance(asked, str) else {}
+                append_line(run.output / "evaluations.jsonl", {"step": run.step, **question, **sample(rollouts, i)})
         completions = run.world_sum(len(rollouts))
         return {
             "heldout/reward": float(means_P.mean()),

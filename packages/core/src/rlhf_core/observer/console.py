@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.hookspecs import hookimpl
@@ -12,7 +14,7 @@ from rlhf_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from rlhf_core.run import Run
 
-__all__ = ["evaluation_table", "step_line"]
+__all__ = ["evaluation_samples", "evaluation_table", "step_line"]
 
 _clock: dict[int, tuple[float, int]] = {}
 """when a run began and at which step, by its id"""
@@ -40,6 +42,7 @@ def rlhf_run_end(run: Run, error: BaseException | None) -> None:
     if error is not None:
         return
     if len(run.evaluations) > 1:
+        _say(evaluation_samples(run.output / "evaluations.jsonl"))
         _say(evaluation_table(run.evaluations[0], run.evaluations[-1]))
     _say(f"model saved in {run.output / 'model'}")
 
@@ -78,5 +81,26 @@ def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, 
     )
 
 
+def evaluation_samples(path: Path) -> str:
+    """What was answered to the same prompts at the first and at the last evaluation."""
+    if not path.exists():
+        return ""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first, last = ({r["prompt"]: r for r in rows if r["step"] == step} for step in (rows[0]["step"], rows[-1]["step"]))
+    shown = []
+    for prompt in (prompt for prompt in first if prompt in last):
+        shown.append(f"prompt: {_one_line(first[prompt].get('question', prompt))}")
+        for row in (first[prompt], last[prompt]):
+            shown.append(f"  step {row['step']} ({row['reward']:+.2f}): {_one_line(row['completion'])}")
+    return "\n".join(shown)
+
+
+def _one_line(text: str, width: int = 200) -> str:
+    """`text` without line breaks, cut where it is too long for a terminal's line or two."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if text:
+        print(text, file=sys.stderr, flush=True)
