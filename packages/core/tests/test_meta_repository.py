@@ -63,6 +63,51 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def options_of(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(class, field) of every frozen dataclass."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any("frozen=True" in ast.unparse(each) for each in node.decorator_list):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and not re.search(
+                    "ClassVar|KW_ONLY", ast.unparse(field.annotation)
+                ):
+                    yield node.name, ast.unparse(field.target)
+
+
+def attributes_read(tree: ast.AST) -> Iterator[str]:
+    """Names that are read as attributes, by a dot or by getattr."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            yield node.attr
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            yield str(node.args[1].value)
+
+
+def test_no_option_is_dead() -> None:
+    """By name, which is enough to catch an option that is announced, accepted and forgotten."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    read = {name for tree in trees for name in attributes_read(tree)}
+    options = [each for tree in trees for each in options_of(tree)]
+    assert len(options) > 100
+    assert not [f"{cls}.{name}" for cls, name in options if name not in read]
+
+
+def test_a_dead_option_would_be_seen() -> None:
+    tree = ast.parse(
+        "@dataclass(frozen=True)\nclass A:\n    used: int\n    dead: int\n    def f(self): return self.used"
+    )
+    assert {name for _, name in options_of(tree)} - set(attributes_read(tree)) == {"dead"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # needs, not names
 # ----------------------------------------------------------------------------------------------------------------------
 

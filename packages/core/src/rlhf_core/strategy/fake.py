@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.lazy import torch
 from rlhf_core.world import TorchWorld, World
@@ -47,14 +47,15 @@ class FakeTrainable:
         self.lr = lr
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
-        self.module: nn.Module = torch.nn.ParameterList([torch.zeros(())])
-        self.module.heads = torch.nn.ModuleDict()
+        self.module: Any = cast("Any", torch.nn.ParameterList([torch.zeros(())]))
+        self.module.heads = torch.nn.ModuleDict()  # these two are what an export reads
         self.module.model = FakeModel(self)
         self.steps_done = 0
 
     @property
     def w(self) -> Tensor:
         """The one number."""
+        parameter: Tensor
         (parameter,) = self.module.parameters()
         return parameter
 
