@@ -54,4 +54,9 @@ def rlhf_launcher() -> Providers:
 
 @hookimpl
 def rlhf_evaluator() -> Providers:
-    return {"heldout": "rlhf_core.evaluator.heldout:Heldout"}
+    return {
+        "heldout": "rlhf_core.evaluator.heldout:Heldout",
+        "pass_at_k": "rlhf_core.evaluator.pass_at_k:PassAtK",
+        "policy_stats": "rlhf_core.evaluator.policy_stats:PolicyStats",
+        "preference": "rlhf_core.evaluator.preference:Preference",
+    }

@@ -1,0 +1,52 @@
+"""pass@k: how likely one of k answers to a held-out prompt is right, by data source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.evaluator.sampled import by_datasource, sample_heldout
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["PassAtK", "pass_at_k"]
+
+
+@dataclass(frozen=True)
+class PassAtK:
+    """pass@1 and pass@k on held-out prompts from the reward's scores (Chen et al. 2021, unbiased), by data source."""
+
+    k: int = 4
+    """answers of which one must be right"""
+    n: int = 8
+    """completions sampled per prompt, at least k"""
+    prompts: int = 64
+    """at most this many held-out prompts, from the first"""
+    threshold: float = 1.0
+    """a completion is right from this score on (the reward where the provider gives no score)"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.n:
+            raise UsageError(f"k must be from 1 to n ({self.n}), not {self.k}")
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """`pass@1`, `pass@<k>`, their standard errors over prompts as `…_se`, and `…/<datasource>`."""
+        rollouts = sample_heldout(run, "pass_at_k", self.prompts, self.n)
+        output = run.reward_of(rollouts)
+        scores_N = output.rewards_N if output.scores_N is None else output.scores_N
+        right_P = (scores_N.view(-1, self.n) >= self.threshold).sum(1).tolist()
+        gathered = run.world.gather((right_P, rollouts.meta[:: self.n]))
+        right = [count for counts, _ in gathered for count in counts]
+        meta = [each for _, part in gathered for each in part]
+        metrics: dict[str, float] = {}
+        for k in sorted({1, self.k}):
+            metrics |= by_datasource(f"pass@{k}", [pass_at_k(self.n, count, k) for count in right], meta)
+        return metrics
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The share of the k-subsets of n samples that hold a right one: 1 - C(n - right, k) / C(n, k)."""
+    return 1.0 - comb(n - right, k) / comb(n, k)
