@@ -85,7 +85,8 @@ def logprobs(model: Any, batch: Batch) -> torch.Tensor:
     first_N1 = batch.prompt_lengths_N[:, None] - 1
     sampled = (columns >= first_N1) & (columns < first_N1 + batch.lengths_N[:, None])
     log_softmax = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-    return log_softmax.gather(2, ids[:, 1:, None])[..., 0][sampled]
+    found: torch.Tensor = log_softmax.gather(2, ids[:, 1:, None])[..., 0][sampled]
+    return found
 
 
 if __name__ == "__main__":
