@@ -181,9 +181,12 @@ class Run:
         return self.placed.rollout(self.roles[source], prompts, sampling)
 
     def score(self, source: str, rollouts: Batch) -> RewardOutput:
-        """Rewards of completions, checked; logged for the policy."""
+        """Rewards of completions, checked and shaped; logged for the policy."""
         with self.phase("reward"):
             rewards = self.reward_of(rollouts)
+        shaping = getattr(self.config.algorithm, "shaping", None)
+        if shaping is not None:
+            rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens)
         prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
         mean = self.log_batch(f"{prefix}/mean", rewards.rewards_N)
         self.log_batch(f"{prefix}/variance", (rewards.rewards_N - mean).square())

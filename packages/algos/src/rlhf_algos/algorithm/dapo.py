@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
 from rlhf_core.options import KL, ModelOptions, Sampling
+from rlhf_core.shaping import RewardShaping
 from rlhf_core.types import Chosen, Term
 
 __all__ = ["DAPO"]
@@ -17,12 +18,14 @@ __all__ = ["DAPO"]
 class DAPO:
     """DAPO: higher upper clip bound, token mean, no KL (Yu et al. 2025): actor <- actor : dapo, no critic.
 
-    The paper's other two parts belong to sampling and reward: drop prompts whose completions are all right or all
-    wrong, and penalise overlong completions.
+    The penalty for overlong completions is off until `shaping.overlong_buffer` is set, since it has to fit the longest
+    completion. Dropping prompts whose completions are all right or all wrong is not here.
     """
 
     kl: KL = KL(coef=0.0, estimator="k3", where="loss")
     """penalty that keeps the policy near the reference; off as in the paper, which then needs no reference"""
+    shaping: RewardShaping = RewardShaping()
+    """penalties on rewards; the paper has overlong_buffer 4096 of 20480 tokens"""
     entropy: float = 0.0
     """weight of the entropy bonus; 0 computes no entropy"""
 
