@@ -234,6 +234,18 @@ def test_heads_that_are_no_part_of_the_model_are_kept_beside_it(tmp_path: Path) 
     load_model(str(tmp_path), OPTIONS)
 
 
+def test_saving_and_loading_print_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They would stand between the lines of a run; those of somebody's own code stay."""
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    module = build_module(spec("tiny", "logprobs_NT"))
+    export(module, byte_tokenizer(), tmp_path / "model", base="tiny", algorithm="sft")
+    load_model(str(tmp_path / "model"), OPTIONS)
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
 def test_an_export_replaces_an_older_one_and_takes_gathered_weights(tmp_path: Path) -> None:
     """`state` is what a sharding strategy gathered."""
     module = build_module(spec("tiny", "logprobs_NT"))
