@@ -118,7 +118,7 @@ def construct(layout: Layout, settings: Settings) -> dict[str, Any]:
     return {section.prefix: _construct_section(section, settings) for section in layout.sections}
 
 
-def parts(layout: Layout, made: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def parts(layout: Layout, made: Mapping[str, Any]) -> dict[str, Any]:
     """Of what `construct` made, the roles' options and the providers, as a RunConfig holds them."""
     roles = {section.prefix: made[section.prefix] for section in layout.sections if section.prefix and not section.kind}
     providers: dict[str, Any] = {}
