@@ -76,11 +76,14 @@ def test_log_probabilities_are_the_roles_own_at_its_temperature(
 def test_truncated_log_probabilities_are_those_of_the_kept_set(
     engine: VLLM, role: LocalRole, prompts: Prompts, cut: dict[str, float]
 ) -> None:
-    rollouts = engine(role, prompts, replace(SAMPLED, **cut))
+    rollouts = engine(role, prompts, replace(SAMPLED, n=1, **cut))  # four completions: all are measured
+    masses: list[float] = []
     for i, tokens in enumerate(ended(rollouts)):
         kept = warp(logits_of(role, rollouts, i), TEMPERATURE, **cut)
         expected = kept.logprobs_NV[range(len(tokens)), tokens]
+        masses = [*masses, *kept.log_mass_N.exp().tolist()]
         torch.testing.assert_close(rollouts["sampler_logprobs_NT"][i, : len(tokens)], expected, rtol=0, atol=1e-3)
+    assert rollouts.scalars["kept_mass"] == pytest.approx(sum(masses) / len(masses), abs=1e-3)
 
 
 def test_first_tokens_are_drawn_with_the_models_probabilities(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:

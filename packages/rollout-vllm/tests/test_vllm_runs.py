@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,26 @@ def test_after_training_steps_both_engines_sample_the_trained_model(tmp_path: Pa
         ours, theirs = run.rollouts("actor", prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
         assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
         torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
-    assert not torch.distributed.is_initialized(), "what vLLM opened is closed with the run"
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["sync/calls"] for row in rows] == [4, 4, 4]
     assert 0 <= rows[0]["sync/logprob_diff_mean"] <= rows[0]["sync/logprob_diff_max"] < 1e-3
     assert "sync/logprob_diff_max" not in rows[1], "only the first update is compared"
+
+
+def test_nothing_of_the_engine_is_left_behind() -> None:
+    """In a process of its own, where no other engine is open."""
+    script = (
+        "import sys, torch, rlhf_rollout_vllm.engine as e; from rlhf_core.testing import tiny_run\n"
+        "run = tiny_run(sys.argv[1], rollout=e.VLLM(kv_cache_gib=0.25, max_num_seqs=8), steps=1)\n"
+        "hook = sys.excepthook\n"
+        "run.train()\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "assert sys.excepthook is hook\n"
+        "assert not run.config.providers['rollout']._engines\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -161,6 +161,18 @@ def test_numbers_that_are_not_numbers_stop_the_run(
         engine.sync(broken)
 
 
+def test_closing_one_engine_leaves_another_as_it_is(
+    engine: VLLM, role: LocalRole, prompts: Prompts, opened: Any
+) -> None:
+    other = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    before = engine(role, prompts, GREEDY)
+    assert other(role, prompts, GREEDY).tokens_NT.tolist() == before.tokens_NT.tolist()
+    other.close()
+    assert engine(role, prompts, GREEDY).tokens_NT.tolist() == before.tokens_NT.tolist()
+    assert other(role, prompts, GREEDY).tokens_NT.tolist() == before.tokens_NT.tolist(), "it can be opened again"
+    other.close()
+
+
 def test_updates_do_not_pile_up_in_memory(engine: VLLM, role: LocalRole, opened: Any) -> None:
     from pathlib import Path
 

@@ -12,10 +12,12 @@ from rlhf_core.errors import RunStopped
 from rlhf_core.options import Sampling
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Prompts, Role
+    from rlhf_core.types import Prompts, Role, Rollouts
     from rlhf_rollout_vllm.session import Engine
 
-__all__ = ["check"]
+__all__ = ["check", "kept_mass"]
+
+LOGPROBS = frozenset({"logprobs_NT"})
 
 PROMPTS, TOKENS = 4, 16
 """How much is compared: little next to a batch, and enough to see any layer."""
@@ -40,7 +42,7 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     room = max(1, min(TOKENS, engine.window - longest))
     sampling = Sampling(n=1, max_new_tokens=room, temperature=role.spec.temperature)
     rollouts = engine.sample(engine.probe, sampling)
-    trainer_NT = role.infer(rollouts, frozenset({"logprobs_NT"}))["logprobs_NT"]
+    trainer_NT = role.infer(rollouts, LOGPROBS)["logprobs_NT"]
     apart = (rollouts["sampler_logprobs_NT"] - trainer_NT)[rollouts.mask_NT].abs()
     mean, largest = float(apart.mean()), float(apart.max())
     bound = engine.options.max_logprob_diff or max(
@@ -53,3 +55,14 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
             "as they are, or vLLM computes this model differently; use --rollout hf"
         )
     return {"sync/logprob_diff_mean": mean, "sync/logprob_diff_max": largest}
+
+
+def kept_mass(role: Role, rollouts: Rollouts) -> float:
+    """The mean share of the probability that truncated sampling kept, from a few completions.
+
+    vLLM gives log-probabilities over the kept set only; the role's are over the whole vocabulary, so that their difference is
+    the log of the kept share (at equal temperatures).
+    """
+    few = rollouts.rows([i * len(rollouts) // PROMPTS for i in range(PROMPTS)])
+    log_mass_NT = role.infer(few, LOGPROBS)["logprobs_NT"] - few["sampler_logprobs_NT"]
+    return float(log_mass_NT[few.mask_NT].exp().mean())

@@ -30,7 +30,8 @@ class VLLM:
     """Samples with vLLM in this process, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
-    temperature 0 they are the untruncated ones at temperature 1.
+    temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the mean share of the
+    probability that they kept is returned as the scalar `kept_mass`, measured on a few completions of each batch.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -78,7 +79,7 @@ class VLLM:
             UsageError: it cannot run this model, or a prompt is too long for it.
             RunStopped: engine and trainer disagree about the first completions.
         """
-        from rlhf_rollout_vllm.agreement import check
+        from rlhf_rollout_vllm.agreement import check, kept_mass
         from rlhf_rollout_vllm.session import Engine
 
         engine = self._engines.get(role.name)
@@ -88,7 +89,11 @@ class VLLM:
             check(engine, role, prompts, "loading")
         elif engine.version != role.version:  # a checkpoint was restored, say
             engine.update(role)
-        return engine.sample(prompts, sampling)
+        rollouts = engine.sample(prompts, sampling)
+        truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+        if truncated and sampling.temperature == role.spec.temperature:
+            rollouts.scalars["kept_mass"] = kept_mass(role, rollouts)
+        return rollouts
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Take the role's weights, unless the engine has them. An engine that is not open yet will start with them.

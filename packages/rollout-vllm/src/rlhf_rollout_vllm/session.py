@@ -190,14 +190,17 @@ class Engine:
     def close(self) -> None:
         """Free everything; the process groups too, if vLLM made them and no other engine is open."""
         _open_engines.remove(self)
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
+        client = self.llm.llm_engine.engine_core
+        client._finalizer.detach()  # it would destroy the groups whoever uses them, the trainer's too
+        client.engine_core.model_executor.shutdown()
+        client.engine_core.scheduler.shutdown()
+        del self.llm, client
+        gc.unfreeze()
         gc.collect()
-        if self._owns_groups and not _open_engines:
-            from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-            destroy_model_parallel()
-            destroy_distributed_environment()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not _open_engines:
+            _destroy_groups(self._owns_groups)
 
 
 _open_engines: list[Engine] = []
@@ -209,6 +212,15 @@ def _owns_groups() -> bool:
     if _open_engines:
         return _open_engines[0]._owns_groups
     return not torch.distributed.is_initialized()
+
+
+def _destroy_groups(all_of_them: bool) -> None:
+    """vLLM's process groups; the default one too where it is vLLM's."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    if all_of_them:
+        destroy_distributed_environment()
 
 
 class _Counted:

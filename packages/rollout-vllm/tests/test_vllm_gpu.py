@@ -1,0 +1,53 @@
+"""The same path on a GPU: the trainer's tensors are handed to the engine beside it, which may sleep between phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.options import Sampling
+from rlhf_core.roles import LocalRole
+from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.testing import check_rollout, tiny_run
+from rlhf_rollout_vllm.engine import VLLM
+
+pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
+
+GREEDY = Sampling(n=1, max_new_tokens=16, temperature=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_it_keeps_the_contract_with_and_without_graphs(eager: bool) -> None:
+    """CUDA graphs point at the weights: an update must leave them where they are."""
+    check_rollout(VLLM(gpu_memory_utilization=0.3, enforce_eager=eager, max_num_seqs=16))
+
+
+def test_weights_follow_the_trainer_and_survive_sleep(
+    make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+) -> None:
+    role: Any = LocalRole(tiny_run("unused").plan, "actor")
+    prompts = make_prompts(role, ["Hello", "What is it?"])
+    rollout = VLLM(gpu_memory_utilization=0.3, max_num_seqs=16, enable_sleep=True)
+    try:
+        rollout(role, prompts, GREEDY)
+        for seed in (1, 2):
+            randomise(role, seed=seed)
+            rollout.sync(role)
+            free = torch.cuda.mem_get_info()[0]
+            rollout.sleep()
+            assert torch.cuda.mem_get_info()[0] > free, "sleeping gives memory back"
+            rollout.wake()
+            ours, theirs = rollout(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+            assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+            torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
+    finally:
+        rollout.close()
