@@ -2,7 +2,8 @@
 
     python3 benchmarks/rollout.py --model smollm2-135m --prompts 16 --n 4 --tokens 64
 
-The same prompts in one process, in turn, so that a machine's moods hit all alike; the median of the repeats is printed. Bare
+The same prompts in one process, in turn, so that a machine's moods hit all alike; medians of the repeats are printed, and
+tokens per CPU second beside them for machines that have other work. Bare
 vLLM is asked as its documentation does it: one request per prompt with `n` completions, no seeds; log-probabilities of the
 sampled tokens are asked for in both, since training needs them. The target is at least 0.95 of bare.
 """
@@ -43,18 +44,25 @@ def main() -> None:
     if args.hf:
         engines["hf"] = lambda seed: int(HuggingFace()(role, prompts, replace(sampling, seed=seed)).lengths_N.sum())
     rollout(role, prompts, sampling)  # opens and warms up
-    rates: dict[str, list[float]] = {name: [] for name in engines}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for repeat in range(args.repeats):
         for name, engine in engines.items():
-            started = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             tokens = engine(repeat)
-            rates[name].append(tokens / (time.perf_counter() - started))
+            rates[name].append((tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)))
     rollout.close()
-    base = statistics.median(rates["vllm, bare"])
     print(f"{args.model}, {args.dtype}, {args.prompts} prompts x {args.n} completions x {args.tokens} tokens")
+    print("             tokens/s  of bare   tokens/CPU s  of bare")
+    base_wall, base_cpu = medians(rates["vllm, bare"])
     for name, found in rates.items():
-        rate = statistics.median(found)
-        print(f"{name:12} {rate:8.0f} tokens/s  {rate / base:5.2f} of bare  ({min(found):.0f} to {max(found):.0f})")
+        wall, cpu = medians(found)
+        print(f"{name:12} {wall:8.0f} {wall / base_wall:8.2f} {cpu:14.0f} {cpu / base_cpu:8.2f}")
+
+
+def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of both columns."""
+    wall, cpu = zip(*rates, strict=True)
+    return statistics.median(wall), statistics.median(cpu)
 
 
 def bare(engine: Any, prompts: Prompts, sampling: Sampling) -> int:
