@@ -9,60 +9,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import signal
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_child import At, train
 
 STEPS = 3
 ALGORITHMS = ("sft", "dpo", "ppo", "grpo")
-FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["rlhf_core.run", "rlhf_core.models.export", "transformers.generation", "transformers.models.llama.modeling_llama"]
 )
-
-
-def train(options: dict[str, Any], when: Callable[[int], bool] | None, count: Path | None) -> None:
-    """One attempt at the run, in a process of its own. `when` says at which file operation to die; `count` gets how many
-    there were, and the seconds it all took."""
-    import torch
-
-    from rlhf_core import Run, make_config
-
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    output, seen = options["output"], 0
-    sys.stderr = Path(f"{output}.log").open("a")  # noqa: SIM115 (open for the life of the process)
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in FILE_EVENTS and str(args[0]).startswith(output):
-            seen += 1
-            if when is not None and when(seen):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    config = make_config(**options)
-    sys.addaudithook(audit)
-    Run(config).train()
-    if count is not None:
-        count.write_text(f"{seen} {time.monotonic() - began}")
-
-
-class At:
-    """Whether a file operation is the one to die at."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __call__(self, number: int) -> bool:
-        return number == self.number
 
 
 def attempt(

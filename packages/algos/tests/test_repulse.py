@@ -1,126 +1,33 @@
-"""RePULSe against closed forms: tabular models with 64 outputs, a tiny transformer with all of its outputs enumerated.
-
-The numbers come from an implementation that shares no code with this one; "original scale" is the mean over completions
-of token means that the released code uses. Everything is float64 and exact to 1e-9 unless it says otherwise.
-"""
+"""RePULSe against closed forms: importance weights and CTL, on the published fixture (`repulse_fixture`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
+from repulse_fixture import (
+    ALL,
+    ORIGINAL,
+    P0,
+    Q_SAMPLES,
+    TARGET,
+    P,
+    Q,
+    Table,
+    credit,
+    loss_of,
+    near,
+    on_q,
+    reward,
+    sigma,
+    weights,
+)
 from torch import Tensor
 
 from rlhf_algos.advantage.ctl import CTL
-from rlhf_algos.advantage.negative import Negative
-from rlhf_algos.advantage.rloo import RLOO
-from rlhf_algos.advantage.transformed import Transformed
-from rlhf_algos.groups import leave_one_out
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
-from rlhf_algos.loss.reinforce import Reinforce
 from rlhf_algos.loss.weighted_nll import WeightedNLL
-from rlhf_algos.target import Target, annealed
-from rlhf_core.errors import UsageError
-from rlhf_core.reduce import count, weighted_sum
-from rlhf_core.testing.batches import make_batch
-from rlhf_core.types import LossTerms, RewardOutput, Rollouts
-
-TARGET = Target(beta=-1.0)
-ALL = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-"""Every output of the fixture, (a, b) in the order of 8 a + b."""
-Q_SAMPLES = torch.tensor([(0, 1), (3, 5), (7, 2), (4, 4)])
-P_SAMPLES = torch.tensor([(1, 1), (2, 6), (5, 0), (6, 3)])
-BAD = [3, 6]
-
-
-def near(value: Any, expected: Any, atol: float = 1e-9) -> None:
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    value = torch.as_tensor(value, dtype=torch.float64).detach()
-    torch.testing.assert_close(value, expected.expand_as(value), atol=atol, rtol=0)
-
-
-@dataclass(eq=False)
-class Table:
-    """A model of two tokens: logits of the first, and of the second after each first one."""
-
-    first_V: Tensor
-    second_VV: Tensor
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        """Log-probabilities (N, 2) of outputs (N, 2)."""
-        first, second = self.first_V.log_softmax(0), self.second_VV.log_softmax(1)
-        return torch.stack([first[outputs[:, 0]], second[outputs[:, 0], outputs[:, 1]]], 1)
-
-    def live(self) -> Table:
-        """A copy that collects gradients."""
-        return Table(*(logits.clone().requires_grad_() for logits in (self.first_V, self.second_VV)))
-
-    def grads(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.autograd.grad(loss, (self.first_V, self.second_VV), retain_graph=True, allow_unused=True)
-        first, second = (torch.zeros_like(x) if g is None else g for x, g in zip((self.first_V, self.second_VV), found))
-        return first, second
-
-
-v = torch.arange(8, dtype=torch.float64)
-u = v[:, None]
-P = Table((1 + 0.7 * v).sin(), (3.1 + 1.3 * u + 0.7 * v).sin())
-Q = Table((0.5 + 0.9 * v).cos(), (2.2 - 0.4 * u + 0.9 * v).cos())
-P0 = Table(0.5 * (0.3 * v).sin(), 0.5 * (0.4 + 0.3 * v - 0.9 * u).sin())
-
-
-def reward(outputs: Tensor) -> Tensor:
-    a, b = outputs.double().unbind(1)
-    return 2 * (1.1 * a + 0.3).sin() + 1.5 * (0.8 * b - 0.6 * a).cos()
-
-
-def sigma(beta: float, p: Table = P) -> tuple[Tensor, Tensor]:
-    """The target's probabilities of all outputs, and log Z."""
-    log_unnormalised = p(ALL).sum(1) + beta * reward(ALL)
-    log_z = log_unnormalised.logsumexp(0)
-    return (log_unnormalised - log_z).exp(), log_z
-
-
-def rollouts(outputs: Tensor, extras: Mapping[str, Tensor] | None = None, groups: list[int] | None = None) -> Rollouts:
-    batch = make_batch([2] * len(outputs), groups=groups or [0] * len(outputs))
-    batch.tokens_NT = outputs
-    return batch.with_extras(**(extras or {}))
-
-
-def on_q(outputs: Tensor, p: Table = P, q: Table = Q) -> Rollouts:
-    return rollouts(outputs, {"actor.logprobs_NT": p(outputs).detach(), "old_logprobs_NT": q(outputs).detach()})
-
-
-def credit(advantage: Any, batch: Rollouts, rewards_N: Tensor | None = None) -> Tensor:
-    rewards = RewardOutput(reward(batch.tokens_NT) if rewards_N is None else rewards_N)
-    return advantage(rewards, batch, batch.extras).advantages_NT  # type: ignore[no-any-return]
-
-
-def reduced(terms: LossTerms, batch: Rollouts) -> Tensor:
-    """Core's reduction in float64; that core agrees is asserted on the way."""
-    mask, N = batch.mask_NT, len(batch)
-    values = terms.values.masked_fill(~mask, 0.0)
-    match terms.reduction.per:
-        case "sequence":
-            total = (values.sum(1) / mask.sum(1)).sum() / N
-        case "prompt":
-            total = values.sum() / len(batch.group_N.unique())
-        case _:
-            total = values.sum() / (N * terms.reduction.length)
-    near(weighted_sum(terms.values, terms.reduction, batch) / count(terms.reduction, batch), total.detach(), atol=1e-5)
-    return total
-
-
-def loss_of(loss: Any, advantage: Any, batch: Rollouts, model: Table, minus: Tensor | float = 0.0) -> Tensor:
-    """`loss` on the credit of `advantage`; `minus` is a constant taken off the log-probabilities (log psi is log q - log p)."""
-    batch = batch.with_extras(advantages_NT=credit(advantage, batch))
-    return reduced(loss({"logprobs_NT": model(batch.tokens_NT) - minus}, batch), batch)
-
-
-ORIGINAL = WeightedNLL("sequence")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the fixture itself, and the weights
@@ -150,11 +57,6 @@ def test_weights_average_to_the_normaliser_under_any_proposal():
     near(q @ every, -1.2742668180)
     near(target @ every, log_z + target @ (target.log() - q.log()), 1e-12)
     near(target @ every, 2.0995247631)
-
-
-def weights(beta: float, p: Table = P, q: Table = Q) -> tuple[Tensor, Tensor]:
-    log_w = log_weights(p(Q_SAMPLES), q(Q_SAMPLES), beta * reward(Q_SAMPLES), torch.ones(4, 2).bool())
-    return log_w, group_log_softmax(log_w, torch.zeros(4)).exp()
 
 
 def test_self_normalised_weights_are_the_published_ones():
@@ -380,160 +282,3 @@ def test_only_the_proposal_s_log_probabilities_are_differentiated():
         found = credit(CTL(TARGET), live)
     near(found, credit(CTL(TARGET), batch), 0)
     assert not found.requires_grad
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# REINFORCE, reward transformations, the negative term
-# ----------------------------------------------------------------------------------------------------------------------
-
-RETURNS = {
-    0.0: [3.4409993267, -0.1481933363, -2.4141931037, 1.7004161605],
-    0.2: [3.4253800976, -0.0391037747, -1.9889195473, 1.9481198160],
-}
-ADVANTAGES = {
-    0.0: [3.7283227532, -1.0572674641, -4.0786004874, 1.4075451983],
-    0.2: [3.4520145996, -1.1672972301, -3.7670515936, 1.4823342242],
-}
-
-
-def returns(c: float) -> Tensor:
-    return reward(P_SAMPLES) - c * (P(P_SAMPLES) - P0(P_SAMPLES)).sum(1)
-
-
-def reinforce(c: float, p: Table, scale: str = "sequence") -> Tensor:
-    batch = rollouts(P_SAMPLES)
-    loss = Reinforce(aggregate="sequence") if scale == "sequence" else Reinforce()
-    batch = batch.with_extras(advantages_NT=leave_one_out(returns(c), batch.group_N)[:, None].expand(4, 2))
-    return reduced(loss({"logprobs_NT": p(P_SAMPLES)}, batch), batch)
-
-
-@pytest.mark.parametrize("c", [0.0, 0.2])
-def test_returns_and_leave_one_out_advantages_are_the_published_ones(c):
-    near(returns(c), RETURNS[c])
-    near(leave_one_out(returns(c), torch.zeros(4)), ADVANTAGES[c])
-    penalty_NT = -c * (P(P_SAMPLES) - P0(P_SAMPLES))
-    batch = rollouts(P_SAMPLES)
-    whole = RLOO()(RewardOutput(reward(P_SAMPLES), penalty_NT), batch, {}).advantages_NT
-    near(whole[:, 0], ADVANTAGES[c], 1e-6)  # credit is float32
-
-
-def test_reinforce_has_the_published_loss_and_gradient():
-    p = P.live()
-    near(reinforce(0.0, p), -0.4574873124)
-    near(reinforce(0.2, p), -0.4070978073)
-    near(p.grads(reinforce(0.0, p))[0], [0, -0.4660403442, 0.1321584330, 0, 0, 0.5098250609, -0.1759431498, 0])
-
-
-def test_leave_one_out_is_unbiased_by_enumeration_of_all_pairs():
-    p = P.live()
-    exact = p.grads(p(ALL).sum(1).exp() @ reward(ALL))
-    prob, r = P(ALL).sum(1).exp(), reward(ALL)
-    per_output = prob * r - prob * (prob @ r)  # sum over partners of p_i p_j (r_i - r_j): two halves that are equal
-    pairs = torch.cartesian_prod(torch.arange(64), torch.arange(64))
-    A = leave_one_out(r[pairs].flatten(), torch.arange(4096).repeat_interleave(2)).view(-1, 2)
-    weight = (prob[pairs].prod(1, keepdim=True) * A / 2).flatten()
-    summed = torch.zeros(64, dtype=torch.float64).index_add(0, pairs.flatten(), weight)
-    near(summed, per_output, 1e-12)
-    for found, expected in zip(p.grads(summed @ p(ALL).sum(1)), exact):
-        near(found, expected, 1e-12)
-
-
-def test_a_penalty_in_the_reward_has_the_true_gradient_of_the_divergence():
-    p, c = P.live(), 0.2
-    prob, ratio = P(ALL).sum(1).exp(), (P(ALL) - P0(ALL)).sum(1)
-    score = p.grads((prob * (reward(ALL) - c * ratio)) @ p(ALL).sum(1))
-    live = p(ALL).sum(1)
-    true = p.grads(live.exp() @ (reward(ALL) - c * (live - P0(ALL).sum(1))))
-    near((live.exp() @ (reward(ALL) - c * (live - P0(ALL).sum(1)))), 0.6915855154)
-    for found, expected in zip(score, true):
-        near(found, expected, 1e-12)
-
-
-def test_transformed_rewards_are_the_published_ones():
-    r = reward(P_SAMPLES)
-    near(Transformed(1.0, -1.0).transform(r), [3.4089666685, -1.3079304303, -13.5949381190, 1.5178086463])
-    near(Transformed(0.3, -0.5).transform(r), [3.3873063175, -0.4712666073, -3.4173217352, 1.5722183591])
-    near(Transformed(2.0, threshold=-0.5).transform(r), r - torch.tensor([0, 0, 2, 0]))
-    assert Transformed().transform(torch.tensor([-1e4])).isfinite().all(), "float32 too"
-
-
-def test_transformed_credit_leaves_the_penalty_and_the_logged_reward_alone():
-    batch, r = rollouts(P_SAMPLES), reward(P_SAMPLES)
-    penalty_NT = torch.linspace(-1, 1, 8).view(4, 2)
-    rewards = RewardOutput(r, penalty_NT)
-    found = Transformed(1.0, -1.0)(rewards, batch, {}).advantages_NT
-    near(found[:, 0], leave_one_out(r - (-r).exp() + penalty_NT.sum(1), batch.group_N), 1e-5)
-    near(rewards.rewards_N, reward(P_SAMPLES), 0)
-
-
-def test_repulse_is_reinforce_on_a_transformed_reward_in_expectation():
-    """r - (alpha / Z) phi, with the proposal equal to the policy (appendix C.3); and the published gradient."""
-    p, alpha = P.live(), 0.1
-    target, log_z = sigma(-1)
-    prob, r, log_p = P(ALL).sum(1).exp(), reward(ALL), p(ALL).sum(1)
-    repulse = p.grads(-(prob * (r - prob @ r)) @ log_p + alpha * target @ log_p)
-    transformed = r - alpha / log_z.exp() * (-r).exp()
-    near(alpha / log_z.exp(), 0.0576069953)
-    for found, expected in zip(repulse, p.grads(-(prob * transformed) @ log_p)):
-        near(found, expected, 1e-12)
-    near(repulse[0], [-0.0306089607, -0.1676477459, -0.1270856693, 0.1259835971, 0.2299878991, 0.0816888109,
-                      -0.0430822555, -0.0692356757])  # fmt: skip
-
-
-def test_the_negative_term_has_the_published_losses_and_gradients():
-    p, batch, negative = P.live(), on_q(Q_SAMPLES), Negative(TARGET, alpha=0.1)
-    original = loss_of(ORIGINAL, negative, batch, p)
-    near(reinforce(0.0, p) + original, -0.5271589850)
-    near(reinforce(0.2, p) + original, -0.4767694799)
-    near(p.grads(reinforce(0.0, p) + original)[0],
-         [-0.0023036435, -0.4693956013, 0.1297127443, 0.0060331464, 0.0033977037, 0.5093567705, -0.1764576337,
-          -0.0003434864])  # fmt: skip
-    paper = reinforce(0.0, p, "paper") + loss_of(WeightedNLL(), negative, batch, p)
-    near(paper, -1.4723480055)
-    near(p.grads(paper)[0],
-         [-0.0184291480, -0.9589227452, 0.2447513562, 0.0482651710, 0.0271816298, 1.0159037981, -0.3560021706,
-          -0.0027478914])  # fmt: skip
-
-
-def test_without_alpha_nothing_is_negative_and_with_it_the_target_s_samples_lose():
-    batch = on_q(Q_SAMPLES)
-    assert not credit(Negative(TARGET, alpha=0.0), batch).any()
-    p = P.live()
-    (first, second), w = p.grads(loss_of(WeightedNLL(), Negative(TARGET, alpha=1.0), batch, p)), weights(-1)[1]
-    moved = Table(P.first_V - 0.01 * first, P.second_VV - 0.01 * second)
-    assert w @ moved(Q_SAMPLES).sum(1) < w @ P(Q_SAMPLES).sum(1)
-
-
-def test_the_policy_s_own_samples_weigh_by_reward_alone_and_need_no_forward_pass():
-    base = Negative(TARGET, alpha=1.0, weighting="reward")
-    assert base.needs == frozenset()
-    near(credit(base, rollouts(P_SAMPLES))[:, 0], -(-reward(P_SAMPLES)).softmax(0), 1e-12)
-
-
-def test_other_weightings():
-    batch = on_q(Q_SAMPLES)
-    near(credit(Negative(TARGET, alpha=1.0, weighting="uniform"), batch), -0.25, 1e-12)
-    reinforced = credit(Negative(TARGET, alpha=0.5, objective="reinforce"), batch)[:, 0]
-    w, r = weights(-1)[1], reward(Q_SAMPLES)
-    near(reinforced, 0.5 * w * (r - w @ r), 1e-12)
-
-
-def test_an_indicator_weighs_bad_samples_only_and_none_without_one():
-    batch = on_q(Q_SAMPLES)
-    threshold = float(reward(Q_SAMPLES).median()) + 1e-6
-    bad = reward(Q_SAMPLES) < threshold
-    ratio = (P(Q_SAMPLES) - Q(Q_SAMPLES)).sum(1).exp() * bad
-    target = Target(potential="indicator", threshold=threshold)
-    near(credit(Negative(target, alpha=1.0), batch)[:, 0], -ratio / ratio.sum(), 1e-12)
-    assert not credit(Negative(replace(target, threshold=-100.0), alpha=1.0), batch).any()
-
-
-def test_potentials():
-    r = torch.tensor([-3.0, 0.5], dtype=torch.float64)
-    near(Target(beta=-2.0).log_potential(r, {}), -2 * r)
-    near(Target(beta=-2.0, reward_cap=0.0).log_potential(r, {}), [6.0, 0.0])
-    near(Target(beta=2.0, potential="toxicity").log_potential(r, {}), 2 * (1 - r.sigmoid()).log())
-    near(Target(beta=-8.0, start_beta=-2.0).log_potential(r, {"progress": 0.5}), -4 * r)
-    near(annealed(0.01, 1.0, {"progress": 0.25}), 10**-1.5)
-    with pytest.raises(UsageError, match="both positive or both negative"):
-        Target(beta=-8.0, start_beta=2.0)

@@ -178,7 +178,7 @@ def test_the_overview_lists_algorithms_commands_and_the_fixed_flags(words: list[
 def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(say: Callable[..., str]) -> None:
     text = " ".join(say("online", "--help").split())
     assert "Samples and learns. As the paper says." in text
-    assert re.search(r"--data rows [\w, ]*\bjson, prompts, rows --", text), "the choices of a kind"
+    assert re.search(r"--data rows [\w, ]*\bjson, prompts\b[\w, ]*\brows --", text), "the choices of a kind"
     assert "--data.path STR where the rows are (required)" in text
     assert "--reward.limit INT characters at which the reward reaches zero (default: 400)" in text
     assert "--algorithm.clip FLOAT where the ratio is cut (default: 0.2)" in text

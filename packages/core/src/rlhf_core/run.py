@@ -116,7 +116,8 @@ class Run:
         finally:
             if self.leader:
                 self.registry.hook.rlhf_run_end(run=self, error=error)
-            if hasattr(reward := self.config.providers.get("reward"), "close"):
+            reward = self.config.providers.get("reward")
+            if reward is not None and hasattr(reward, "close"):
                 reward.close()
             self.placed.close()
 

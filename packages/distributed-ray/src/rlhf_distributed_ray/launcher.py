@@ -51,9 +51,12 @@ class RayLauncher:
     threads: int = 1
     """OpenMP threads of each worker"""
 
-    def __call__(self, plan: Plan) -> Placed:
+    def check(self) -> None:
+        """Whether Ray is installed."""
         if find_spec("ray") is None:
             raise MissingPackage("launcher 'ray' needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
+
+    def __call__(self, plan: Plan) -> Placed:
         shapes = self._shapes(plan)
         layout = lay_out(shapes, self.engines if plan.online else 0, self.placement == "together", self.cpus, self.gpus)
         started = self._connect(layout)

@@ -90,8 +90,8 @@ def evaluation_samples(path: Path) -> str:
     shown = []
     for prompt in (prompt for prompt in first if prompt in last):
         shown.append(f"prompt: {_one_line(first[prompt].get('question', prompt))}")
-        for row in (first[prompt], last[prompt]):
-            shown.append(f"  step {row['step']} ({row['reward']:+.2f}): {_one_line(row['completion'])}")
+        pair = (first[prompt], last[prompt])
+        shown += [f"  step {row['step']} ({row['reward']:+.2f}): {_one_line(row['completion'])}" for row in pair]
     return "\n".join(shown)
 
 
