@@ -1,8 +1,8 @@
 """Stopping politely: the first signal lets the step finish and a checkpoint be written, the second stops at once.
 
-    SIGINT (Ctrl-C)   exit code 130
-    SIGTERM           exit code 143
-    SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
+SIGINT (Ctrl-C)   exit code 130
+SIGTERM           exit code 143
+SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
 """
 
 from __future__ import annotations
