@@ -228,9 +228,10 @@ def wrong(folder: Path) -> dict[str, Any]:
 
     strategy = DeepSpeed(stage=1)
     run(folder, "plain", strategy, "stage1", steps=2)
+    again = {"steps": 4, "resume": True, "resume_changed": True}
     return {
         "batch": mistake(lambda: run(folder, "plain", strategy, "odd", batch_size=3)),
-        "layout": mistake(lambda: run(folder, "plain", replace(strategy, stage=2), "stage1", steps=4, resume=True)),
+        "layout": mistake(lambda: run(folder, "plain", replace(strategy, stage=2), "stage1", **again)),
         "dtype": mistake(lambda: run(folder, "plain", strategy, "half", actor={"dtype": "float16"})),
     }
 

@@ -34,7 +34,7 @@ __all__ = ["prepare_output", "restore", "save", "valid_checkpoints"]
 
 
 def prepare_output(run: Run) -> None:
-    """Make the output folder and write the resolved configuration. Of several ranks, the first does it for all.
+    """Make the output folder and write the resolved configuration. Of several ranks, all look and the first writes.
 
     Raises:
         UsageError: the folder already holds a run and `--resume` was not given, or is not a folder; or `--resume` was
@@ -43,8 +43,6 @@ def prepare_output(run: Run) -> None:
     from rlhf_core.configure import to_toml
     from rlhf_core.resume import check_resume
 
-    if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
-        return
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"--output {run.output} is a file; name a folder")
     begun = any((run.output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
@@ -52,6 +50,8 @@ def prepare_output(run: Run) -> None:
         raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
     if run.config.resume:
         check_resume(run.config)
+    if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
+        return
     try:
         run.output.mkdir(parents=True, exist_ok=True)
         for leftover in (run.output / "checkpoints").glob(".step-*"):  # of a process killed while it saved
