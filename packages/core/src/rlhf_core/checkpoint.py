@@ -67,8 +67,16 @@ def save(run: Run) -> None:
     Every rank takes part: the leader opens and closes the folder, and all write their shards into it in between.
     """
     folder = run.output / "checkpoints" / f"step-{run.step}"
-    if folder.exists():
-        return
+    if not folder.exists():
+        _write(run, folder)
+    if run.leader:  # also if it was there: a run may have been killed between the two
+        for old in sorted(folder.parent.glob("step-*"), key=_step)[: -run.config.keep]:
+            discard(old)
+    run.world.barrier()  # nobody stops, or looks for it, before it has its name
+
+
+def _write(run: Run, folder: Path) -> None:
+    """Write every rank's part of a checkpoint."""
     with fresh_folder(folder) if run.leader else nullcontext(temporary_name(folder)) as temporary:
         run.world.barrier()  # the folder is there
         for name in run.plan.trained:
@@ -80,10 +88,6 @@ def save(run: Run) -> None:
             _describe(run, temporary)
             for log in run.output.glob("*.jsonl"):  # lines up to this step must not be lost when it is not
                 force(log)
-    if run.leader:
-        for old in sorted(folder.parent.glob("step-*"), key=_step)[: -run.config.keep]:
-            discard(old)
-    run.world.barrier()  # nobody stops, or looks for it, before it has its name
 
 
 def _describe(run: Run, folder: Path) -> None:
