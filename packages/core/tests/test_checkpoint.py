@@ -53,7 +53,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
     newest, aside = output / "checkpoints" / "step-2", output / "checkpoints" / "damaged-step-2"
     run = tiny_run(output, model=MODEL, resume=True)
     names = [str(path.relative_to(newest)) for path in files_of(newest)]
-    assert {"manifest.json", "state.json", "random.pt", "roles/actor/optimizer.pt"} < set(names)
+    assert {"manifest.json", "state.json", "random.pt", "roles/actor/optimizer.safetensors"} < set(names)
     with run.opened():
         capsys.readouterr()
         for name in names:

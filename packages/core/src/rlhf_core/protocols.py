@@ -128,7 +128,16 @@ class Algorithm(Protocol):
 
 
 class Trainable(Protocol):
-    """A model under a strategy, inside one process (one rank of `world`)."""
+    """A model under a strategy, inside one process (one rank of `world`).
+
+    It may have two more methods, which two options ask for:
+
+    * `snapshot() -> Callable[[str], None]` (`--save-async`): copies what `save` would write, and returns what writes the copy
+      to a folder. Every rank takes the snapshot; only the first writes it, in another thread while training goes on, and
+      before the next snapshot is taken.
+    * `discard()` (`--on-nonfinite skip`, `--on-oom halve`): forgets the gradients since the last step. Where it exists, `step`
+      leaves weights, optimiser and schedule as they are if the gradient is not finite.
+    """
 
     world: World
     module: nn.Module

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
 from rlhf_core.optim import adamw, lr_factor
+from rlhf_core.tensors import Copies, read_tree, write_tree
 from rlhf_core.world import TorchWorld, World
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class TorchTrainable:
         self._autocast = dtype if dtype != torch.float32 and optim is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim is not None and dtype == torch.float16)
         self.optimizer = adamw(module, optim) if optim is not None else None
+        self._copies = Copies()
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         from rlhf_core.models.module import layout
@@ -77,8 +80,11 @@ class TorchTrainable:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps_done += 1
+        self.steps_done += int(norm.isfinite())  # the schedule follows the steps that were taken
         return {"grad_norm": float(norm), "lr": lr}
+
+    def discard(self) -> None:
+        self.module.zero_grad(set_to_none=True)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -102,33 +108,36 @@ class TorchTrainable:
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def save(self, folder: str) -> None:
-        from safetensors.torch import save_model
+    # ------------------------------------------------------------------------------------------------------------------
+    # checkpoints
 
-        if self.optimizer is None:
-            return  # a frozen role is loaded again from where it came
-        if self.world.rank == 0:
-            save_model(self.module, str(Path(folder) / "module.safetensors"))
-            torch.save(self._optimiser_state(), Path(folder) / "optimizer.pt")
+    def save(self, folder: str) -> None:
+        if self.optimizer is not None and self.world.rank == 0:  # a frozen role is loaded again from where it came
+            _write(self._state(), folder)
+
+    def snapshot(self) -> Callable[[str], None]:
+        if self.optimizer is None or self.world.rank > 0:
+            return lambda folder: None
+        return partial(_write, self._copies.of(self._state()))
 
     def load(self, folder: str) -> None:
-        from safetensors.torch import load_model
-
         if self.optimizer is None:
             return
-        load_model(self.module, str(Path(folder) / "module.safetensors"), device=str(self.device))
-        state = torch.load(Path(folder) / "optimizer.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.steps_done = state["steps_done"]
+        state = {name: read_tree(Path(folder) / f"{name}.safetensors") for name in ("module", "optimizer")}
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        self.scaler.load_state_dict(state["optimizer"]["scaler"])
+        self.steps_done = state["optimizer"]["steps_done"]
 
-    def _optimiser_state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds of this role, by the name of the file it is written to."""
         assert self.optimizer is not None
-        return {
+        optimizer = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "steps_done": self.steps_done,
         }
+        return {"module": self.module.state_dict(), "optimizer": optimizer}
 
     def offload(self) -> None:
         self._move("cpu")
@@ -143,6 +152,12 @@ class TorchTrainable:
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor):
                         state[name] = value.to(device)
+
+
+def _write(state: dict[str, Any], folder: str) -> None:
+    """Write each tree of `state` to a file of its name."""
+    for name, tree in state.items():
+        write_tree(Path(folder) / f"{name}.safetensors", tree)
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
