@@ -157,6 +157,32 @@ def test_huge_logits_and_impossible_tokens_do_not_overflow() -> None:
     torch.testing.assert_close(grad, torch.zeros(1, 2))
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 1000])
+@pytest.mark.parametrize("inputs", [["hidden_MH", "weight_VH"], []], ids=["trained", "frozen"])
+def test_tokens_that_cannot_be_drawn_leave_everything_else_as_it_is_without_them(chunk: int, inputs: list[str]) -> None:
+    """A bias of -inf takes a token away: numbers and gradients are those of the smaller vocabulary, its own are zero."""
+    data = problem(6, 9, 4, dtype=torch.float32)
+    left = torch.tensor([v for v in range(9) if v not in (2, 8)])
+    data["targets_M"] = left[data["targets_M"] % 7]
+    data["bias_V"][[2, 8]] = -torch.inf
+    smaller = {**data, "weight_VH": data["weight_VH"][left], "bias_V": data["bias_V"][left]}
+    smaller["targets_M"] = torch.searchsorted(left, data["targets_M"])
+    found = []
+    for problem_ in (data, smaller):
+        for name in inputs:
+            problem_[name].requires_grad_()
+        logprobs_M, entropy_M = token_logprobs(**problem_, chunk=chunk, entropy=True)
+        assert entropy_M is not None
+        leaves = [problem_[name] for name in inputs]
+        found.append(
+            [logprobs_M, entropy_M, *(torch.autograd.grad((logprobs_M + entropy_M).sum(), leaves) if inputs else ())]
+        )
+    if inputs:
+        assert not found[0][3][[2, 8]].any()
+        found[0][3] = found[0][3][left]
+    torch.testing.assert_close(found[0], found[1], atol=2e-6, rtol=1e-5)
+
+
 def test_without_gradients_the_numbers_are_the_same() -> None:
     given = problem(M=6, V=11, H=3)
     inputs = given["hidden_MH"], given["weight_VH"].requires_grad_(), given["targets_M"]
