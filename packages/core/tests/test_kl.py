@@ -40,6 +40,24 @@ def test_the_gradient_of_k2_is_in_expectation_that_of_the_kl() -> None:
         torch.testing.assert_close(got.float(), expected.float(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_unbiased_form_has_the_gradient_of_the_kl_on_samples_of_an_older_policy_too(estimator: str) -> None:
+    """E_old[w grad] = grad KL(pi || ref) by enumeration over six tokens, whatever estimate is reported."""
+    draw = lambda seed: torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits, old, ref = draw(3).requires_grad_(), draw(5).log_softmax(0), draw(4).log_softmax(0)
+    (exact,) = torch.autograd.grad((logits.softmax(0) * (logits.log_softmax(0) - ref)).sum(), logits)
+    batch = make_batch([1] * 6).with_extras(ref_logprobs_NT=ref[:, None], old_logprobs_NT=old[:, None])
+    batch.scalars["kl_coef"] = 1.0
+    loss = KLLoss(estimator, unbiased=True)  # type: ignore[arg-type]
+    values = loss({"logprobs_NT": logits.log_softmax(0)[:, None]}, batch).values
+    plain = kl_values(logits.log_softmax(0)[:, None], ref[:, None], batch.mask_NT, estimator)  # type: ignore[arg-type]
+    torch.testing.assert_close(values, plain)
+    assert float((logits.detach().log_softmax(0) - old).max()) < 2.3, "no weight is bounded"
+    (got,) = torch.autograd.grad((old.exp()[:, None] * values).sum(), logits)
+    torch.testing.assert_close(got.float(), exact.float(), atol=1e-6, rtol=1e-5)
+    assert loss.needs == {"ref_logprobs_NT", "old_logprobs_NT"}
+
+
 def test_extreme_log_ratios_and_masked_cells_give_finite_values_and_gradients() -> None:
     logprobs = torch.tensor([[-200.0, float("nan")]], requires_grad=True)
     kl = kl_values(logprobs, torch.zeros(1, 2), torch.tensor([[True, False]]), "k3")

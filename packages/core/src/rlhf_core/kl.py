@@ -3,12 +3,14 @@
 With d = log pi(a|s) - log ref(a|s) on sampled tokens, E_pi[k] = KL(pi || ref) for k1 = d and k3 = exp(-d) - 1 + d; k2 = d^2/2
 has the right gradient and a small bias (Schulman, "Approximating KL divergence", 2020). In the reward the value matters, so
 any of the three serves. In the loss the gradient matters: differentiating k1's value gives zero in expectation, k2's gives
-the gradient of KL(pi || ref), k3's that of KL(ref || pi). All three are offered because published results use them.
+the gradient of KL(pi || ref), k3's that of KL(ref || pi). All three are offered because published results use them; any of
+them can be given the gradient of KL(pi || ref) instead, on samples of an older policy too (`KL.unbiased`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_core.lazy import torch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KLController", "KLLoss", "kl_terms", "kl_values"]
 
+MAX_WEIGHT = 10.0  # of a sample of an older policy: bounds the variance of the unbiased gradient, as OpenRLHF does
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond it k3 would only overflow float32, and its gradient with it
 
 
@@ -48,14 +51,25 @@ class KLLoss:
     """see `KL.estimator`"""
     reduction: Literal["token", "sequence"] = "token"
     """mean over tokens, or over completions of their token means"""
+    unbiased: bool = False
+    """see `KL.unbiased`"""
 
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
-    needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
     rows_per_unit: ClassVar[int] = 1
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ref_logprobs_NT", "old_logprobs_NT"} if self.unbiased else {"ref_logprobs_NT"})
+
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        kl_NT = kl_values(outputs["logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, self.estimator)
-        metrics = {"kl": Metric.over(kl_NT, batch.mask_NT)}
+        logprobs_NT, ref_NT, mask_NT = outputs["logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT
+        kl_NT = kl_values(logprobs_NT, ref_NT, mask_NT, self.estimator)
+        metrics = {"kl": Metric.over(kl_NT, mask_NT)}
+        if self.unbiased:
+            log_weight_NT = (logprobs_NT - batch["old_logprobs_NT"]).detach().float().masked_fill(~mask_NT, 0.0)
+            weight_NT = log_weight_NT.clamp(max=log(MAX_WEIGHT)).exp()
+            slope_NT = weight_NT * kl_values(logprobs_NT, ref_NT, mask_NT, "k2")
+            kl_NT = kl_NT.detach() + slope_NT - slope_NT.detach()
         return LossTerms(batch.scalars["kl_coef"] * kl_NT, Reduction(self.reduction), metrics)
 
 
@@ -63,7 +77,7 @@ def kl_terms(kl: KL | None, role: str, source: str, advantage: Advantage | None)
     """The penalty's term, if it is in force and belongs in the loss; else none."""
     if kl is None or kl.coef == 0 or kl.where != "loss":
         return ()
-    return (Term(role, source, KLLoss(kl.estimator), advantage),)
+    return (Term(role, source, KLLoss(kl.estimator, unbiased=kl.unbiased), advantage),)
 
 
 class KLController:

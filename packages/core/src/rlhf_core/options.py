@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["KL", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptions"]
+__all__ = ["KL", "Lora", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptions"]
 
 INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
@@ -78,6 +78,8 @@ class KL:
     """with d = log pi - log ref: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d (Schulman 2020)"""
     where: Literal["reward", "loss"] = "reward"
     """subtracted from each token's reward, or added to the loss with a live gradient"""
+    unbiased: bool = False
+    """in the loss: the estimate is reported, and the gradient is that of KL(pi || ref), off-policy too (DeepSeek-V3.2)"""
     target: float | None = None
     """adapt `coef` so that the mean KL per completion approaches this (Ziegler et al. 2019); fixed where absent"""
     horizon: int = 10000
@@ -86,6 +88,8 @@ class KL:
     def __post_init__(self) -> None:
         _at_least(0, self, "coef")
         _at_least(1, self, "horizon")
+        if self.unbiased and self.where == "reward":
+            raise UsageError("unbiased is about the gradient of a KL in the loss: set where to loss, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,26 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2022): the model's weights stay as they are, and only adapters and heads are trained."""
+
+    rank: int = 0
+    """rank of the update of each adapted matrix; 0 trains all weights and has no adapters"""
+    alpha: int = 16
+    """the update is multiplied by alpha / rank"""
+    dropout: float = 0.0
+    """share of an adapter's inputs that a training pass drops, 0 to 1; never while sampling or comparing"""
+    targets: tuple[str, ...] = ("all-linear",)
+    """names of the linear layers that are adapted, as q_proj v_proj; all-linear is all of them but the heads"""
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "rank", "dropout")
+        _at_least(1, self, "alpha")
+        if not self.dropout < 1:
+            raise UsageError(f"lora.dropout must be below 1, not {self.dropout}")
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """A frozen role's model."""
 
@@ -124,6 +148,8 @@ class ModelOptions:
     """what the forward pass computes in"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention implementation"""
+    quantize: Literal["none", "nf4"] = "none"
+    """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role needs adapters then"""
     trust_remote_code: bool = False
     """run model code that comes with the weights; only for models you trust"""
 
@@ -134,8 +160,14 @@ class TrainedOptions(ModelOptions):
 
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    lora: Lora = Lora()
+    """adapters"""
     optim: Optim = Optim()
     """optimiser"""
+
+    def __post_init__(self) -> None:
+        if self.quantize != "none" and not self.lora.rank:
+            raise UsageError(f"quantize {self.quantize} cannot be trained by itself; add adapters with lora.rank 16, say")
 
 
 @dataclass(frozen=True)
@@ -145,7 +177,7 @@ class RunConfig:
     algorithm: Any
     """the algorithm provider"""
     providers: Mapping[str, Any]
-    """the chosen provider of each kind the algorithm uses (and strategy, launcher); evaluators are a tuple"""
+    """the chosen provider of each kind the algorithm uses (and strategy, launcher); evaluators and observers are tuples"""
     names: Mapping[str, str]
     """the registered name (or `module:Class`) of each of them, `algorithm` included"""
     roles: Mapping[str, ModelOptions]
@@ -176,13 +208,22 @@ class RunConfig:
     """longer prompts are dropped and counted"""
     save_every: int = field(default=0, metadata=FREE)
     """steps between checkpoints; 0 saves at the end only"""
+    save_async: bool = field(default=False, metadata=FREE)
+    """write checkpoints beside the training, from a copy in CPU memory (as much again as weights and optimiser), where the
+    strategy can"""
     keep: int = field(default=2, metadata=FREE)
-    """checkpoints kept"""
+    """newest checkpoints kept"""
+    keep_gb: float = field(default=0.0, metadata=FREE)
+    """and only as many of them as fit into this many GB; the newest always stays. 0 is no limit"""
+    keep_best: str = field(default="", metadata=FREE)
+    """a metric (`eval/heldout/reward`, say) whose best checkpoint stays too; `checkpoints/best.json` names it"""
+    keep_best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
+    """whether high or low values of it are good"""
     eval_every: int = field(default=0, metadata=FREE)
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
     """how completions are drawn (online algorithms)"""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "steps", "chunk", "save_every", "eval_every")
+        _at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")
         _at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")
