@@ -1,13 +1,18 @@
 """The exact probability of an output with a bad token, by enumeration: what sampling cannot see once it is rare.
 
-An output has one or two tokens and is bad if any of them is. Where the first token ends the output nothing follows, which
-the released code of RePULSe overlooks; both numbers are given. Longer outputs are left out: the cost is |V| forward
-passes over one token for two tokens, and |V|^2 for three.
+An output has one or two tokens and is bad if any of them is:
+
+    P(bad) = P(first is bad) + sum over other first tokens a of P(a) P(second is bad | a)
+
+Where the first token ends the output nothing follows, which the released code of RePULSe overlooks; both numbers are given.
+The sum runs over first tokens from the likeliest down, and may stop where the rest cannot add more than a stated share.
+Longer outputs are left out: the cost is |V| forward passes over one token for two tokens, and |V|^2 for three.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.run import Run
 
-__all__ = ["BadProbability", "log_bad_probability"]
+__all__ = ["BadProbability", "Enumerated", "enumerate_bad", "log_bad_probability"]
 
 
 @dataclass(frozen=True)
@@ -41,33 +46,40 @@ class BadProbability:
     """length of the outputs, 1 or 2"""
     batch: int = 512
     """continuations per forward pass; changes memory and speed, not the result"""
+    tolerance: float = 0.0
+    """leave out the least likely first tokens that together could add at most this share of what was found; 0 none"""
+    most: int = 0
+    """enumerate at most this many first tokens, the likeliest; 0 all. `bad/logprob_bound` says what the rest could add"""
 
     def __post_init__(self) -> None:
         if self.tokens not in (1, 2):
             raise UsageError(f"bad_probability enumerates outputs of 1 or 2 tokens, not {self.tokens}")
 
     def __call__(self, run: Run) -> dict[str, float]:
-        """`bad/logprob` and `bad/logprob_eos_unaware`, natural logarithms, and `bad/probability`."""
+        """`bad/logprob`, `bad/logprob_bound` above it and `bad/logprob_eos_unaware`, natural; and `bad/probability`.
+
+        The bound is that of the rest being bad altogether: the same number where nothing is left out.
+        """
         from rlhf_core.rollout.hf import eos_ids
 
         name = next((source for source in run.plan.sources if source in run.plan.roles), run.plan.trained[0])
         role: Any = run.roles[name]
         bad = self._bad_ids(role.tokenizer)
         prompt = run.encoder.prompts([Example(self.prompt)], [0]).token_ids[0]
-        lm = role.causal_lm
-        eos, training = eos_ids(lm, role.tokenizer), lm.training
-        with torch.inference_mode(), role.gathered():
+        lm, dtype = role.causal_lm, role.module.compute_dtype
+        training, device = lm.training, next(lm.parameters()).device.type
+        with torch.inference_mode(), role.gathered(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             lm.eval()
             first_V, second = _distributions(lm, prompt)
-            logprob, unaware = (
-                log_bad_probability(first_V, second if self.tokens == 2 else None, bad, ends, self.batch)
-                for ends in (eos, ())
-            )
+            ends = eos_ids(lm, role.tokenizer)
+            following = second if self.tokens == 2 else None
+            found = enumerate_bad(first_V, following, bad, ends, self.batch, self.tolerance, self.most)
             lm.train(training)
         return {
-            "bad/logprob": logprob,
-            "bad/logprob_eos_unaware": unaware,
-            "bad/probability": float(torch.tensor(logprob, dtype=torch.float64).exp()),
+            "bad/logprob": found.logprob,
+            "bad/logprob_bound": found.bound,
+            "bad/logprob_eos_unaware": found.eos_unaware,
+            "bad/probability": math.exp(found.logprob),
         }
 
     def _bad_ids(self, tokenizer: Any) -> list[int]:
@@ -87,6 +99,18 @@ class BadProbability:
         return sorted(set(found))
 
 
+@dataclass(frozen=True)
+class Enumerated:
+    """Natural logarithms of probabilities."""
+
+    logprob: float
+    """of a bad output"""
+    eos_unaware: float
+    """the same if outputs went on after an end token"""
+    bound: float
+    """what the first can be at most, given what was not enumerated"""
+
+
 def log_bad_probability(
     first_V: Tensor,
     second: Callable[[Tensor], Tensor] | None,
@@ -94,7 +118,20 @@ def log_bad_probability(
     ends: Iterable[int] = (),
     batch: int = 512,
 ) -> float:
-    """log P(an output holds a token of `bad`), float64; -inf if there is no such output.
+    """log P(an output holds a token of `bad`), float64; -inf if there is no such output. Arguments of `enumerate_bad`."""
+    return enumerate_bad(first_V, second, bad, ends, batch).logprob
+
+
+def enumerate_bad(
+    first_V: Tensor,
+    second: Callable[[Tensor], Tensor] | None,
+    bad: Sequence[int],
+    ends: Iterable[int] = (),
+    batch: int = 512,
+    tolerance: float = 0.0,
+    most: int = 0,
+) -> Enumerated:
+    """The probability that an output holds a token of `bad`, float64.
 
     Args:
         first_V: log-probabilities of the first token.
@@ -102,17 +139,38 @@ def log_bad_probability(
         bad: the bad tokens.
         ends: first tokens after which nothing follows.
         batch: how many first tokens are asked about at a time.
+        tolerance: stop once the remaining first tokens have at most this share of the probability found.
+        most: stop after this many first tokens; 0 for no limit.
     """
     first_V = first_V.double()
     bad_V = torch.zeros(len(first_V), dtype=torch.bool, device=first_V.device)
     bad_V[list(bad)] = True
-    parts = [first_V[bad_V]]
-    if second is not None and bool(bad_V.any()):
-        continues_V = ~bad_V
-        continues_V[list(ends)] = False
-        several = continues_V.nonzero().flatten().split(batch)
-        parts += [first_V[tokens_B] + second(tokens_B).double()[:, bad_V].logsumexp(1) for tokens_B in several]
-    return float(torch.cat(parts).logsumexp(0))
+    found = ended = rest = -math.inf
+    if bool(bad_V.any()):
+        found = float(first_V[bad_V].logsumexp(0))
+        if second is not None:
+            others = (~bad_V).nonzero().flatten()
+            others = others[first_V[others].argsort(descending=True, stable=True)]
+            ends_V = torch.zeros_like(bad_V)
+            ends_V[list(ends)] = True
+            done = 0
+            while done < len(others):
+                rest = float(first_V[others[done:]].logsumexp(0))
+                if rest <= found + math.log(tolerance or 1e-300) or (most and done >= most):
+                    break
+                tokens_B = others[done : min(done + batch, most or len(others))]
+                part_B = first_V[tokens_B] + second(tokens_B).double()[:, bad_V].logsumexp(1)
+                over_B = ends_V[tokens_B]
+                found = _log_add(found, part_B[~over_B])
+                ended = _log_add(ended, part_B[over_B])
+                done, rest = done + len(tokens_B), -math.inf
+    return Enumerated(found, _log_add(found, ended), _log_add(found, rest))
+
+
+def _log_add(log: float, more: Tensor | float) -> float:
+    """log of exp(log) + the sum of exp(more)."""
+    several = torch.as_tensor(more, dtype=torch.float64).flatten()
+    return float(torch.cat([torch.tensor([log], dtype=torch.float64), several.cpu()]).logsumexp(0))
 
 
 def _distributions(lm: Any, prompt: list[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -26,6 +26,7 @@ COMMANDS = {
     "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
     "chat": "rlhf_core.cli.chat:Chat",
     "serve-reward": "rlhf_core.reward.serve:ServeReward",
+    "sweep": "rlhf_core.cli.sweep:Sweep",
 }
 
 JOBS = {

@@ -1,0 +1,144 @@
+"""`rlhf-run sweep FILE`: every run of a sweep, one after another or several at a time; what is finished is never run again.
+
+Each run is a process of its own, `rlhf-run --config OUTPUT/<run>/sweep-config.toml`, whose words go to OUTPUT/<run>/log.txt.
+A run that was killed or failed is resumed from its newest checkpoint. A lock on the run's folder keeps two sweeps (the tasks
+of a SLURM array, say) from taking the same one; a lock dies with its process, so nothing is to be cleaned.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.files import write_text
+from rlhf_core.sweep import Member, SweepFile, read_sweep, write_configuration
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Sweep", "run_member", "status_table"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid of settings for several seeds; started again, it resumes what failed and leaves what is finished."""
+
+    file: str
+    """TOML file: a base configuration, variants, a grid and seeds; see rlhf_core/sweep.py"""
+    jobs: int = 1
+    """runs at a time on this machine"""
+    at_most: int = 0
+    """start at most this many runs now; 0 starts all"""
+    only: int = -1
+    """the run with this number alone, from 0: what a task of a SLURM array does; -1 is all"""
+    status: bool = False
+    """print the table of runs, and start none"""
+    slurm: str = ""
+    """write a SLURM script for an array of all runs to this file, and start none"""
+
+    def __call__(self, registry: Registry) -> int:
+        sweep = read_sweep(self.file)
+        if self.only >= len(sweep.members):
+            raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")
+        if self.slurm:
+            write_text(Path(self.slurm), slurm_script(sweep))
+            print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
+            return 0
+        if not self.status:
+            members = sweep.members if self.only < 0 else sweep.members[self.only : self.only + 1]
+            left = [member for member in members if member.state != "finished"]
+            self._run(left[: self.at_most or None], sweep.discard)
+        print(status_table(sweep))
+        return int(not self.status and any(member.state == "failed" for member in sweep.members))
+
+    def _run(self, members: list[Member], discard: tuple[str, ...]) -> None:
+        """Run them, `jobs` at a time. Ctrl-C or SIGTERM stops what runs, saved, and starts no more."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        running: set[subprocess.Popen[bytes]] = set()
+        with ThreadPoolExecutor(max(1, self.jobs)) as pool:
+            futures = [pool.submit(run_member, member, discard, running) for member in members]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for process in list(running):
+                    process.send_signal(signal.SIGTERM)  # a run saves and ends
+                raise
+
+
+def run_member(member: Member, discard: tuple[str, ...], running: set[subprocess.Popen[bytes]]) -> None:
+    """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(member.folder) as lock:
+        if lock is None or member.state == "finished":
+            return
+        words = [sys.executable, "-m", "rlhf_core", "--config", str(write_configuration(member))]
+        words += ["--resume"] if member.begun else []
+        member.status_file.unlink(missing_ok=True)
+        print(f"{member.name}: {'resumed' if member.begun else 'begun'}", flush=True)
+        started = time.time()
+        with (member.folder / "log.txt").open("ab") as log:
+            # the run holds the lock too: should this process be killed, nobody else takes what still runs
+            process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock])
+            running.add(process)
+            code = process.wait()
+            running.discard(process)
+        status = {"exit": code, "seconds": round(time.time() - started, 1)}
+        if code == 0:
+            for name in discard:
+                shutil.rmtree(member.folder / name, ignore_errors=True)
+        write_text(member.status_file, json.dumps(status))
+        if code:
+            print(
+                f"{member.name}: ended with code {code}, see {member.folder / 'log.txt'}", file=sys.stderr, flush=True
+            )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int | None]:
+    """The lock on a folder, None if somebody else has it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file.fileno()
+
+
+def status_table(sweep: SweepFile) -> str:
+    """A line a run: its number, state, step, and how long the last attempt took."""
+    rows = [("", "run", "state", "step", "seconds")]
+    for i, member in enumerate(sweep.members):
+        step = max((int(line["step"]) for line in member.metrics()), default=0)
+        total = member.settings.get("steps", "")
+        shown = f"{step}/{total}" if total else str(step)
+        rows.append((str(i), member.name, member.state, shown, str(member.status.get("seconds", ""))))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    counts = Counter(member.state for member in sweep.members)
+    return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))])
+
+
+def slurm_script(sweep: SweepFile) -> str:
+    """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
+    lines = ["#!/bin/bash", f"#SBATCH --job-name={sweep.path.stem}", f"#SBATCH --array=0-{len(sweep.members) - 1}"]
+    lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in sweep.slurm.items()]
+    command = shlex.join([sys.executable, "-m", "rlhf_core", "sweep", str(sweep.path.resolve()), "--only"])
+    return "\n".join([*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{command} "$SLURM_ARRAY_TASK_ID"', ""])
