@@ -9,6 +9,7 @@ them can be given the gradient of KL(pi || ref) instead, on samples of an older 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -97,3 +98,14 @@ class KLController:
         if self.kl.target is not None:
             error = min(max(kl_mean / self.kl.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * completions / self.kl.horizon
+
+    def watch(self, batch: Batch, total: Callable[[float], float]) -> dict[str, float]:
+        """Metrics of a step's batch, whose numbers `total` adds up over ranks; then the coefficient moves."""
+        if "ref_logprobs_NT" not in batch:
+            return {}
+        now = "old_logprobs_NT" if "old_logprobs_NT" in batch else "sampler_logprobs_NT"
+        kl = total(float(kl_values(batch[now], batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator).sum()))
+        completions, tokens = total(len(batch)), total(float(batch.mask_NT.sum()))
+        metrics = {"kl/mean": kl / tokens, "kl/completion": kl / completions, "kl/coef": self.coef}
+        self.update(kl / completions, int(completions))
+        return metrics

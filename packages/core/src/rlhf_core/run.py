@@ -8,28 +8,35 @@ run.train()
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import checkpoint, loop
+from rlhf_core.checkpoint.background import Background
+from rlhf_core.dynamic import keep_sampling
 from rlhf_core.errors import RunStopped, UsageError
-from rlhf_core.kl import KLController, kl_values
+from rlhf_core.kl import KLController
 from rlhf_core.lazy import torch
+from rlhf_core.moments import Moments
 from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
 from rlhf_core.reduce import Means
 from rlhf_core.reward.output import as_output
 from rlhf_core.safety import explained
+from rlhf_core.shaping import RewardShaping
 from rlhf_core.signals import StopSignals
 from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
 
 if TYPE_CHECKING:
-    from rlhf_core.data.stream import Stream
+    from rlhf_core.data.ahead import Ahead
+    from rlhf_core.data.stream import Drawn
     from rlhf_core.encode import Encoder
     from rlhf_core.registry import Registry
 
@@ -61,13 +68,22 @@ class Run:
         """the credited batches of the last step"""
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         """(step, metrics) of every evaluation"""
+        self.observers: list[Any] = []
+        """what the chosen observers watch with, while the run is open, in the first process"""
         self.placed: Placed | None = None
         self.doing = "start"
         """the phase the run is in; after an error, the one it failed in"""
+        self.moments: defaultdict[str, Moments] = defaultdict(Moments)
+        """of all rewards so far, by source, where an algorithm's shaping normalises by them"""
+        self._scored: dict[str, RewardOutput] = {}
         self._metrics = Means()
+        self.saving = Background()
+        """a checkpoint that is written beside the loop"""
         self.signals = StopSignals()
         self._stop = False
         self._exit_code = 0
+        self._alarm = ""
+        """why an observer stopped the run"""
 
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run
@@ -80,6 +96,7 @@ class Run:
             with self.signals:
                 loop.train(self)
                 self.save()  # before evaluating: what was trained is safe, however that ends
+                checkpoint.settle(self, wait=True)
             self._exit_code = max(self.world.gather(self.signals.exit_code))  # of the last save too
             if self._exit_code:
                 raise RunStopped(
@@ -87,39 +104,67 @@ class Run:
                     f"continue with --resume --output {self.output}",
                     self._exit_code,
                 )
+            if self._alarm:
+                raise RunStopped(
+                    f"stopped after step {self.step} of {self.config.steps}, which is saved: {self._alarm}"
+                )
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
+                checkpoint.rotate(self)  # the last one may turn out to be the best
             self.export()
         return self.last_metrics
 
     @contextmanager
     def opened(self) -> Iterator[Run]:
         """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
-        for provider in self.config.providers.values():
-            if hasattr(provider, "check"):
-                provider.check()  # what is missing is said before anything heavy starts
+        self.check()
         assert self.rows is not None  # reads the data's beginning: a wrong path is said before anything is written
         checkpoint.prepare_output(self)
         torch.manual_seed(self.config.seed)
         self.placed = self.config.providers["launcher"](self.plan)
         self.last_metrics: dict[str, float] = {}
         error: BaseException | None = None
+        watched = ExitStack()
         try:
             if self.config.resume:
                 checkpoint.restore(self)
             if self.leader:
+                self.observers = [observer(self) for observer in self.config.providers.get("observer", ())]
+                watched.enter_context(self.registry.watching(self.observers))
                 self.registry.hook.rlhf_run_start(run=self)
             yield self
         except BaseException as caught:
             error = caught
             raise
         finally:
-            if self.leader:
-                self.registry.hook.rlhf_run_end(run=self, error=error)
+            self._end_saving(error)
+            with watched:
+                if self.leader:
+                    self.registry.hook.rlhf_run_end(run=self, error=error)
             reward = self.config.providers.get("reward")
             if reward is not None and hasattr(reward, "close"):
                 reward.close()
+            if "stream" in self.__dict__:
+                self.stream.close()
             self.placed.close()
+
+    def _end_saving(self, error: BaseException | None) -> None:
+        """Let a checkpoint that is being written beside the loop be finished, but where a second signal stops at once."""
+        if error is not None and not isinstance(error, Exception):
+            return
+        try:
+            self.saving.wait()
+        except Exception as failed:
+            if error is None:
+                raise
+            print(f"rlhf-run: the checkpoint that was being written failed too: {failed}", file=sys.stderr)
+
+    def check(self) -> None:
+        """Let every provider say what it misses, before anything heavy starts."""
+        for chosen in self.config.providers.values():
+            for provider in chosen if isinstance(chosen, tuple) else (chosen,):
+                if hasattr(provider, "check"):
+                    provider.check()
 
     def steps(self) -> Iterator[int]:
         """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
@@ -131,6 +176,7 @@ class Run:
         """Close a step: count it, measure, tell observers, and save if it is time."""
         self.step = step
         self.samples = dict(credited)
+        checkpoint.settle(self, wait=False)
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
         self.log({"tokens": self.world_sum(tokens), "time/step": time.perf_counter() - self._started})
         metrics = self._metrics.reduced(None)
@@ -138,27 +184,41 @@ class Run:
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
         self.last_metrics = {"step": step, **metrics}
-        asked = self.leader and any(self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics))
-        self._exit_code = max(self.world.gather(self.signals.exit_code))
-        self._stop = self.world_sum(float(asked)) > 0 or self._exit_code > 0
+        checkpoint.check_metric(self, metrics)
+        said = self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics) if self.leader else []
+        self._alarm = next((each for each in said if isinstance(each, str)), "")
+        told = self.world.gather((self.signals.exit_code, any(said), self._alarm))
+        self._exit_code = max(code for code, _, _ in told)
+        _, asked, self._alarm = told[0]
+        self._stop = asked or self._exit_code > 0
         if self.config.save_every and step % self.config.save_every == 0:
             self.save()
 
     # ------------------------------------------------------------------------------------------------------------------
     # the loop's verbs
 
-    def next_rows(self) -> tuple[list[Example], list[int]]:
-        """This step's rows of data, and a number for each that is never used twice in the run."""
-        rows: tuple[list[Example], list[int]] = next(self.stream)
+    def next_rows(self) -> Drawn:
+        """This step's rows of data, made ready while the step before was at work."""
+        with self.phase("data"):
+            rows = next(self.stream)
+        self.log(self.stream.metrics())
         return rows
 
-    def read(self, rows: tuple[list[Example], list[int]]) -> Batch:
+    def read(self, rows: Drawn) -> Batch:
         """Rows of data as a batch."""
         with self.phase("data"):
             batch = self.encoder.batch(*rows)
         return replace(batch, world=self.world, scalars=self._scalars())
 
-    def sample(self, source: str, rows: tuple[list[Example], list[int]]) -> Rollouts:
+    def sample(self, source: str, rows: Drawn) -> Rollouts:
+        """Completions of `source` on the prompts of `rows`, or of fresh ones where `DynamicSampling` replaces some."""
+        dynamic = getattr(self.config.algorithm, "dynamic", None)
+        if dynamic is None or dynamic.keep == "all":
+            return self.sample_once(source, rows)
+        rollouts, self._scored[source] = keep_sampling(self, source, rows, dynamic)
+        return rollouts
+
+    def sample_once(self, source: str, rows: Drawn) -> Rollouts:
         """Completions of `source` on the prompts of `rows`.
 
         Where top-p, top-k or min-p truncate, the kept share of the probability is logged: ratios are biased by it.
@@ -184,11 +244,12 @@ class Run:
     def score(self, source: str, rollouts: Batch) -> RewardOutput:
         """Rewards of completions, checked and shaped; logged for the policy."""
         with self.phase("reward"):
-            rewards = self.reward_of(rollouts)
-        shaping = getattr(self.config.algorithm, "shaping", None)
-        if shaping is not None:
-            rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens)
+            rewards = self._scored.pop(source, None) or self.reward_of(rollouts)
         prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
+        shaping = getattr(self.config.algorithm, "shaping", None)
+        if shaping not in (None, RewardShaping()):
+            self.log_batch(f"{prefix}/unshaped", rewards.rewards_N)
+            rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, self.moments[source])
         mean = self.log_batch(f"{prefix}/mean", rewards.rewards_N)
         self.log_batch(f"{prefix}/variance", (rewards.rewards_N - mean).square())
         for name, values_N in rewards.metrics.items():
@@ -205,22 +266,9 @@ class Run:
 
     def watch_kl(self, batches: Mapping[str, Batch]) -> None:
         """Log the KL to the reference and let an adaptive coefficient follow it."""
-        if self.kl is None:
-            return
-        for batch in batches.values():
-            if "ref_logprobs_NT" not in batch:
-                continue
-            now = "old_logprobs_NT" if "old_logprobs_NT" in batch else "sampler_logprobs_NT"
-            kl_NT = kl_values(batch[now], batch["ref_logprobs_NT"], batch.mask_NT, self.kl.kl.estimator)
-            per_completion = self.world_sum(float(kl_NT.sum())) / self.world_sum(len(batch))
-            self.log(
-                {
-                    "kl/mean": self.world_sum(float(kl_NT.sum())) / self.world_sum(float(batch.mask_NT.sum())),
-                    "kl/completion": per_completion,
-                    "kl/coef": self.kl.coef,
-                }
-            )
-            self.kl.update(per_completion, int(self.world_sum(len(batch))))
+        if self.kl is not None:
+            for batch in batches.values():
+                self.log(self.kl.watch(batch, self.world_sum))
 
     def sync(self) -> None:
         """Let the rollout engine take the new weights."""
@@ -257,8 +305,12 @@ class Run:
         before, self.doing = self.doing, name
         started = time.perf_counter()
         yield
-        self._metrics.add_sum(f"time/{name}", time.perf_counter() - started)
+        self.add_seconds(name, time.perf_counter() - started)
         self.doing = before
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Add to `time/<name>` of this step."""
+        self._metrics.add_sum(f"time/{name}", seconds)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Metrics of this step that need no averaging."""
@@ -322,12 +374,12 @@ class Run:
         return rows
 
     @cached_property
-    def stream(self) -> Stream:
+    def stream(self) -> Ahead:
         """This rank's rows, shuffled by the seed, at the position of the run."""
-        from rlhf_core.data.stream import Stream
+        from rlhf_core.data.ahead import Ahead
 
-        fits = self.encoder.fits if DATA in self.plan.sources else self.encoder.fits_prompt
-        return Stream(self.rows, self.config.batch_size, self.config.seed, self.world.rank, self.world.size, keep=fits)
+        config, data = self.config, self.config.providers["data"]
+        return Ahead.of(self.rows, self.encoder, data, DATA not in self.plan.sources, config, self.world)
 
     def heldout(self) -> Sequence[Example]:
         """The held-out rows of the data."""
