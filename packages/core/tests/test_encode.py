@@ -236,7 +236,7 @@ def test_a_pair_is_dropped_whole() -> None:
     encoder = Encoder(tokenizer(None, "</s>"), encoding=Encoding(max_tokens=8))
     batch = encoder.batch([Example("a", ("z", "z" * 9)), Example("b", ("z", "zz"))], [0, 1])
     assert (batch.prompts, encoder.dropped) == (["b", "b"], 1)
-    assert not encoder.fits(Example("a", ("z", "z" * 9)))
+    assert encoder.shortened(encoder.row(Example("a", ("z", "z" * 9)))) is None
 
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_beginning_of_the_completion() -> None:
@@ -258,7 +258,7 @@ def test_a_preview_shows_the_first_rows_with_what_is_trained_on(capsys: Any) -> 
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "2"},
     )
-    encoder = Encoder(tokenizer(), encoding=Encoding(preview=2))
+    encoder = Encoder(tokenizer(), preview=2)
     encoder.batch([Example("a", (turns,))], [0])
     encoder.batch([Example("b", ("x", "y")), Example("c", ("z",))], [1, 2])
     assert re.sub(r"\d+ (prompt|completion)", r"\1", capsys.readouterr().err) == (

@@ -10,10 +10,14 @@ Packing is not here: the loop cuts micro-batches by tokens.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.chats import Text
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Encoder", "Encoding", "Row"]
 
+FORMAT = 1
+"""Raise it when a row becomes other tokens than before: what is cached then counts no more."""
 DEFAULT = Encoding()
 """How rows become tokens where the data provider does not say."""
 
@@ -52,15 +58,18 @@ class Row:
     ids: list[int]
     """its tokens, at least one"""
     completions: tuple[Completion, ...] = ()
+    cut: bool = False
+    """whether it was too long and is not whole"""
 
 
 class Encoder:
-    """Tokenises examples for one tokenizer.
+    """Tokenises examples for one tokenizer. Several threads may use one.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         max_prompt_tokens: longer prompts are dropped (or truncated) and counted.
         encoding: how rows become tokens; `Encoder.of` takes it from a data provider.
+        preview: so many of the first rows are printed.
     """
 
     dropped: int
@@ -69,15 +78,19 @@ class Encoder:
     """rows cut so far"""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int = 1024, encoding: Encoding = DEFAULT
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int = 1024,
+        encoding: Encoding = DEFAULT,
+        preview: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.encoding = encoding
         self.dropped = self.truncated = 0
         self._renderer = Renderer(tokenizer, encoding)
-        self._measured: dict[int, tuple[Example, Row]] = {}
-        self._to_show = encoding.preview if os.environ.get("RANK", "0") == "0" else 0
+        self._lock = threading.Lock()  # a tokenizer is no place for two threads at once
+        self._to_show = preview if os.environ.get("RANK", "0") == "0" else 0
         if tokenizer.eos_token_id is None:
             raise UsageError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
         self._eos: int = tokenizer.eos_token_id
@@ -88,46 +101,50 @@ class Encoder:
 
     @classmethod
     def of(cls, data: object, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int = 1024) -> Encoder:
-        """The encoder that `data`, a data provider, asks for by its field `encoding`."""
-        return cls(tokenizer, max_prompt_tokens, getattr(data, "encoding", DEFAULT))
-
-    def fits(self, example: Example) -> bool:
-        """Whether the example with its completions is short enough, after truncation if that was chosen."""
-        row = self.row(example)
-        self._measured[id(example)] = example, row  # it is about to be used; holding the example keeps its id its own
-        return self._shorten(row) is not None
+        """The encoder that `data`, a data provider, asks for by its fields `encoding` and `preview`."""
+        return cls(tokenizer, max_prompt_tokens, getattr(data, "encoding", DEFAULT), getattr(data, "preview", 0))
 
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""
-        return self._shorten(Row(*self._prompt(example))) is not None
+        return self.shortened(self.prompt_row(example)) is not None
 
-    def prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
-        """The prompts of `examples`, completions ignored.
+    def prompts(self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[Row] | None = None) -> Prompts:
+        """The prompts of `examples`, completions ignored; `rows` where they are tokenised and short enough already.
 
         Raises:
             UsageError: every one of them is too long.
         """
-        rows, kept = self._select([Row(*self._prompt(example)) for example in examples])
+        if rows is None:
+            rows, kept = self._select([self.prompt_row(example) for example in examples])
+            examples, uids = [examples[i] for i in kept], [uids[i] for i in kept]
+        self._show(rows)
         return Prompts(
             texts=[row.text for row in rows],
             token_ids=[row.ids for row in rows],
-            examples=[replace(examples[i], meta=_meta(examples[i])) for i in kept],
-            uids=[uids[i] for i in kept],
+            examples=[replace(example, meta=_meta(example)) for example in examples],
+            uids=list(uids),
         )
 
-    def batch(self, examples: Sequence[Example], uids: Sequence[int]) -> Batch:
+    def batch(self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[Row] | None = None) -> Batch:
         """One row per completion; the completions of an example are adjacent and share a group. `uids` become `uids_N`.
+
+        Args:
+            examples: with a completion each.
+            uids: a number for each.
+            rows: the examples tokenised and short enough already, where somebody has seen to that.
 
         Raises:
             UsageError: every one of them is too long, or one has no completion.
         """
-        rows, kept = self._select([self.row(example) for example in examples])
-        self._measured.clear()
+        if rows is None:
+            rows, kept = self._select([self.row(example) for example in examples])
+            examples, uids = [examples[i] for i in kept], [uids[i] for i in kept]
+        self._show(rows)
         flat = [(group, row, side) for group, row in enumerate(rows) for side in row.completions]
         prompt_NL, prompt_lengths_N = _padded([row.ids for _, row, _ in flat], self._pad_id)
         tokens_NT, lengths_N = _padded([side.ids for *_, side in flat], self._pad_id)
         mask_NT, _ = _padded([side.mask for *_, side in flat], False)
-        chosen = [examples[kept[group]] for group, *_ in flat]
+        chosen = [examples[group] for group, *_ in flat]
         numbers = dict.fromkeys(name for example in chosen for name in example.fields)
         return Batch(
             prompts=[row.text for _, row, _ in flat],
@@ -141,7 +158,7 @@ class Encoder:
             labels=[example.label for example in chosen],
             meta=[_meta(example) for example in chosen],
             extras={
-                "uids_N": torch.tensor([uids[kept[group]] for group, *_ in flat]),
+                "uids_N": torch.tensor([uids[group] for group, *_ in flat]),
                 **{f"{name}_N": _column(chosen, name) for name in numbers},
             },
         )
@@ -152,13 +169,32 @@ class Encoder:
         Raises:
             DataError: it has no completion, or the template cannot render it.
         """
-        if id(example) in self._measured:
-            return self._measured[id(example)][1]
         if not example.completions:
             raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
-        text, ids = self._prompt(example)
-        completions = tuple(self._completion(example, text, completion) for completion in example.completions)
+        with self._lock:
+            text, ids = self._prompt(example)
+            completions = tuple(self._completion(example, text, completion) for completion in example.completions)
         return Row(text, ids, completions)
+
+    def prompt_row(self, example: Example) -> Row:
+        """The prompt of `example`, tokenised at full length."""
+        with self._lock:
+            return Row(*self._prompt(example))
+
+    def fingerprint(self) -> str:
+        """One word for everything that decides what an example becomes: tokenizer, template, and the versions at work."""
+        import tokenizers
+        import transformers
+
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr([FORMAT, transformers.__version__, tokenizers.__version__]).encode())
+        digest.update(repr([*self._renderer.identity, self._eos, self._bos]).encode())
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    digest.update(repr([path.name, path.read_bytes()]).encode())
+        return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +202,7 @@ class Encoder:
         """The rendered prompt and its tokens, at least one: the first completion token is predicted from something."""
         text = self._renderer.prompt(example)
         templated = self._renderer.templated(example)
-        ids = self._ids(text, special=not templated)
+        ids = self._ids(text, example.origin, special=not templated)
         if ids and ids[-1] == self._eos and not templated:
             ids = ids[:-1]  # some tokenizers end every text
         return text, ids or [self._bos]
@@ -176,7 +212,7 @@ class Encoder:
         ids: list[int] = []
         mask: list[bool] = []
         for text, trained in self._renderer.pieces(example, prompt, completion):
-            new = self._ids(text)
+            new = self._ids(text, example.origin)
             end = self._end(new) if trained else 0
             if end is None:
                 new, end = [*new, self._eos], len(new) + 1
@@ -197,11 +233,18 @@ class Encoder:
                 return None
         return None
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
+    def _ids(self, text: str, origin: str, special: bool = False) -> list[int]:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{origin}: {text[error.start]!r} is half a character, which no tokenizer reads"
+                ) from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
-    def _shorten(self, row: Row) -> Row | None:
+    def shortened(self, row: Row) -> Row | None:
         """The row within its limits, or None to drop it."""
         limit, budget = self.max_prompt_tokens, self.encoding.max_tokens
         longest = max((len(side.ids) for side in row.completions), default=0)
@@ -214,23 +257,26 @@ class Encoder:
         sides = tuple(Completion(side.text, side.ids[:room], side.mask[:room]) for side in row.completions)
         if not all(any(side.mask) for side in sides):
             return None  # nothing to train on is left
-        return Row(row.text if ids == row.ids else str(self.tokenizer.decode(ids)), ids, sides)
+        return Row(row.text if ids == row.ids else str(self.tokenizer.decode(ids)), ids, sides, cut=True)
 
     def _select(self, rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         """The rows that can be used, shortened where that was chosen, and their positions. Counts the others."""
-        short = [(self._shorten(row), i) for i, row in enumerate(rows)]
+        short = [(self.shortened(row), i) for i, row in enumerate(rows)]
         kept = [(row, i) for row, i in short if row is not None]
         self.dropped += len(rows) - len(kept)
-        self.truncated += sum(row is not rows[i] for row, i in kept)
+        self.truncated += sum(row.cut for row, _ in kept)
         if not kept:
             raise UsageError(
                 f"all {len(rows)} rows of a batch are too long: raise --max-prompt-tokens ({self.max_prompt_tokens}) "
                 f"or --data.encoding.max-tokens ({self.encoding.max_tokens}), or pass --data.encoding.too-long truncate"
             )
-        for row, _ in kept[: self._to_show]:
-            print(shown(row, self.tokenizer), file=sys.stderr)
-        self._to_show = max(0, self._to_show - len(kept))
         return [row for row, _ in kept], [i for _, i in kept]
+
+    def _show(self, rows: Sequence[Row]) -> None:
+        """Print rows while some are still to be shown."""
+        for row in rows[: self._to_show]:
+            print(shown(row, self.tokenizer), file=sys.stderr)
+        self._to_show = max(0, self._to_show - len(rows))
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core import checkpoint, loop
 from rlhf_core.checkpoint.background import Background
+from rlhf_core.data.sources import means_by_source
 from rlhf_core.dynamic import keep_sampling
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.kl import KLController
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.ahead import Ahead
     from rlhf_core.data.stream import Drawn
     from rlhf_core.encode import Encoder
+    from rlhf_core.plan import Plan
     from rlhf_core.registry import Registry
 
 __all__ = ["Run"]
@@ -179,6 +181,7 @@ class Run:
         checkpoint.settle(self, wait=False)
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
         self.log({"tokens": self.world_sum(tokens), "time/step": time.perf_counter() - self._started})
+        self.log(self.stream.metrics())
         metrics = self._metrics.reduced(None)
         self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
         if self.config.eval_every and step % self.config.eval_every == 0:
@@ -200,9 +203,7 @@ class Run:
     def next_rows(self) -> Drawn:
         """This step's rows of data, made ready while the step before was at work."""
         with self.phase("data"):
-            rows = next(self.stream)
-        self.log(self.stream.metrics())
-        return rows
+            return next(self.stream)
 
     def read(self, rows: Drawn) -> Batch:
         """Rows of data as a batch."""
@@ -252,6 +253,7 @@ class Run:
             rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, self.moments[source])
         mean = self.log_batch(f"{prefix}/mean", rewards.rewards_N)
         self.log_batch(f"{prefix}/variance", (rewards.rewards_N - mean).square())
+        self.log(means_by_source(f"{prefix}/mean", rewards.rewards_N, rollouts.meta, self.world))
         for name, values_N in rewards.metrics.items():
             self.log_batch(f"{prefix}/{name}", values_N)
         rollouts.extras["rewards_N"] = rewards.rewards_N
@@ -334,6 +336,11 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------------------
     # what the run holds
+
+    @property
+    def now(self) -> Plan:
+        """The part of the plan that the step at hand is about."""
+        return self.plan.at(self.step + 1)
 
     @property
     def roles(self) -> Mapping[str, Role]:

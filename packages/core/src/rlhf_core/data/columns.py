@@ -57,6 +57,8 @@ class Columns:
     """system prompt put before every prompt that has none"""
     turns: Turns = "last"
     """of a chat, train on its last assistant turn or on all of them"""
+    unique: bool = False
+    """drop rows whose prompt and completions came before, counted in data/duplicates"""
 
     def found_in(self, row: Mapping[str, Any], origin: str) -> Columns:
         """These columns with every key that was left open filled in from the names in `row`."""

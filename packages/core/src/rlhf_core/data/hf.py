@@ -1,8 +1,8 @@
 """`--data hf`: everything the `datasets` library reads, one set or a mixture of several.
 
 Sets are memory-mapped, and a row becomes an `Example` when it is drawn: the first row of every set is checked before
-the run starts, the others when their turn comes. With `streaming` nothing is downloaded whole or shuffled; rows come in
-their own order.
+the run starts, the others when their turn comes. With `streaming` nothing is downloaded whole, and rows are shuffled
+within a buffer.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
 from rlhf_core.data import mixture
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.json import hold_out
-from rlhf_core.encode import Encoding
+from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, MissingPackage, UsageError
 from rlhf_core.types import Example
 
@@ -28,7 +26,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".p
 
 
 @dataclass(frozen=True)
-class HuggingFace(Columns):
+class HuggingFace(Preparation, Columns):
     """Hugging Face datasets: hub names, saved folders, json, csv, parquet and arrow files, or a mixture of them."""
 
     path: str
@@ -49,9 +47,9 @@ class HuggingFace(Columns):
     mix_seed: int = 0
     """of the draws between sets"""
     streaming: bool = False
-    """read in order without loading whole sets: for sets larger than the disk or memory"""
-    encoding: Encoding = Encoding()
-    """how rows become tokens"""
+    """read without loading whole sets: for sets larger than the disk or memory"""
+    shuffle_buffer: int = 1000
+    """rows that a streamed set is shuffled within, anew each epoch; 0 keeps its order"""
 
     def __call__(self, split: str) -> Iterable[Example]:
         if split != "heldout":
@@ -68,6 +66,8 @@ class HuggingFace(Columns):
         if self.shares and len(self.shares) != len(names):
             raise UsageError(f"--data.shares has {len(self.shares)} numbers for the {len(names)} sets of --data.path")
         sets = [mixture.limited(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
+        if self.unique:
+            sets = self._distinct(sets)
         if len(sets) == 1:
             return mixture.limited(sets[0], self.limit)
         if self.streaming:
@@ -91,12 +91,23 @@ class HuggingFace(Columns):
         source = name if mixed else ""
         return _Stream(table, columns, name, source) if self.streaming else _Rows(table, columns, name, source)
 
+    def _distinct(self, sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
+        """The sets without rows that came before, in any of them: small ones may come again in a mixture, these not."""
+        if self.streaming:
+            raise UsageError("--data.unique needs to see all rows first: leave out --data.streaming")
+        seen: set[bytes] = set()
+        kept = [mixture.distinct(rows, seen) for rows in sets if isinstance(rows, Sequence)]
+        if not all(kept):
+            raise UsageError(
+                f"--data.unique leaves no row of set {kept.index(next(s for s in kept if not s)) + 1}; drop it"
+            )
+        return list(kept)
+
     def _part(self, rows: Iterable[Example], part: int) -> Sequence[Example]:
         """The rows that are trained on (0) or held out (1)."""
         if not isinstance(rows, Sequence):
             raise UsageError("--data.heldout needs to know how many rows there are: use --data.heldout-split to stream")
-        index = np.array(hold_out(len(rows), self.heldout)[part])
-        return mixture.Picked([rows], np.zeros_like(index), index)
+        return mixture.Picked.of(rows, hold_out(len(rows), self.heldout)[part])
 
 
 @dataclass(frozen=True)

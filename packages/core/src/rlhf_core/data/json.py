@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_core.data.columns import Columns
-from rlhf_core.encode import Encoding
+from rlhf_core.data.mixture import Picked, distinct
+from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.types import Example
 
@@ -23,7 +24,7 @@ __all__ = ["Json", "rows_of"]
 
 
 @dataclass(frozen=True)
-class Json(Columns):
+class Json(Preparation, Columns):
     """Rows of a local .json or .jsonl file: prompts, demonstrations or preferences."""
 
     path: str
@@ -35,10 +36,6 @@ class Json(Columns):
     """rows held out of `path` where there is no such file: below 1 a share, from 1 a number; always the same rows"""
     limit: int = 0
     """use the first so many rows; 0 uses all"""
-    unique: bool = False
-    """drop rows whose prompt and completions came before"""
-    encoding: Encoding = Encoding()
-    """how rows become tokens"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         if split == "heldout" and self.heldout_path:
@@ -49,21 +46,16 @@ class Json(Columns):
                 raise UsageError("no rows are held out: pass --data.heldout 0.1 or --data.heldout-path FILE")
             return examples
         train, heldout = hold_out(len(examples), self.heldout)
-        return [examples[i] for i in (heldout if split == "heldout" else train)]
+        return Picked.of(examples, heldout if split == "heldout" else train)
 
-    def _read(self, path: str) -> list[Example]:
+    def _read(self, path: str) -> Sequence[Example]:
         rows = list(rows_of(Path(path)))
         if not rows:
             raise DataError(f"{path}: the file has no rows")
         rows = rows[: self.limit] if self.limit else rows
         columns = self.found_in(rows[0][1], rows[0][0]) if isinstance(rows[0][1], dict) else self
         examples = [columns.example(row, origin) for origin, row in rows]
-        if not self.unique:
-            return examples
-        first: dict[str, Example] = {}
-        for example in examples:
-            first.setdefault(repr((example.prompt, example.completions)), example)
-        return list(first.values())
+        return distinct(examples, set()) if self.unique else examples
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Any]]:

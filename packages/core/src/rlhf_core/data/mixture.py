@@ -6,6 +6,7 @@ nothing else. A set that is used up starts again while others are not, so small 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import overload
@@ -15,7 +16,7 @@ import numpy as np
 from rlhf_core.errors import UsageError
 from rlhf_core.types import Example
 
-__all__ = ["Picked", "drawn", "in_turn", "limited", "order"]
+__all__ = ["Picked", "distinct", "drawn", "in_turn", "limited", "order"]
 
 DRAWS = 4096
 """Random numbers drawn at a time."""
@@ -28,10 +29,19 @@ class Picked(Sequence[Example]):
         sets: the sets.
         set_N: which set each row comes from.
         row_N: and which of its rows it is.
+        duplicates: rows that were left out because they came before; those of `sets` are added.
     """
 
-    def __init__(self, sets: Sequence[Sequence[Example]], set_N: np.ndarray, row_N: np.ndarray) -> None:
+    def __init__(
+        self, sets: Sequence[Sequence[Example]], set_N: np.ndarray, row_N: np.ndarray, duplicates: int = 0
+    ) -> None:
         self._sets, self._set_N, self._row_N = sets, set_N, row_N
+        self.duplicates: int = duplicates + sum(getattr(rows, "duplicates", 0) for rows in sets)
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], index: Sequence[int], duplicates: int = 0) -> Picked:
+        """Some rows of one set."""
+        return cls([rows], np.zeros(len(index), int), np.array(index, int), duplicates)
 
     def __len__(self) -> int:
         return len(self._row_N)
@@ -42,7 +52,8 @@ class Picked(Sequence[Example]):
     def __getitem__(self, index: slice) -> Picked: ...
     def __getitem__(self, index: int | slice) -> Example | Picked:
         if isinstance(index, slice):
-            return Picked(self._sets, self._set_N[index], self._row_N[index])
+            own = self.duplicates - sum(getattr(rows, "duplicates", 0) for rows in self._sets)
+            return Picked(self._sets, self._set_N[index], self._row_N[index], own)
         return self._sets[int(self._set_N[index])][int(self._row_N[index])]
 
 
@@ -50,6 +61,17 @@ def in_turn(sets: Sequence[Sequence[Example]]) -> Picked:
     """All rows of the first set, then all of the second, and so on."""
     set_N = np.concatenate([np.full(len(rows), number) for number, rows in enumerate(sets)])
     return Picked(sets, set_N, np.concatenate([np.arange(len(rows)) for rows in sets]))
+
+
+def distinct(rows: Sequence[Example], seen: set[bytes]) -> Picked:
+    """The rows whose prompt and completions are not in `seen`; theirs are added to it."""
+    first: list[int] = []
+    for number, example in enumerate(rows):
+        content = hashlib.blake2b(repr((example.prompt, example.completions)).encode(), digest_size=16).digest()
+        if content not in seen:
+            seen.add(content)
+            first.append(number)
+    return Picked.of(rows, first, len(rows) - len(first))
 
 
 def order(lengths: Sequence[int], shares: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:

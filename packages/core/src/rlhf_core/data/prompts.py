@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from rlhf_core.encode import Encoding
+from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import UsageError
 from rlhf_core.types import Example
 
@@ -21,11 +21,8 @@ FILE = "shipped_prompts.jsonl"
 
 
 @dataclass(frozen=True)
-class ShippedPrompts:
+class ShippedPrompts(Preparation):
     """150 everyday prompts that come with the package, and 50 held out."""
-
-    encoding: Encoding = Encoding()
-    """how prompts become tokens"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         lines = files("rlhf_core.data").joinpath(FILE).read_text(encoding="utf-8").splitlines()

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, overload
 
 from rlhf_core.data.mixture import in_turn
-from rlhf_core.encode import Encoding
+from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.near import near
 from rlhf_core.types import Example
@@ -24,7 +24,7 @@ ASK = "Give the final answer between <answer> and </answer>."
 
 
 @dataclass(frozen=True)
-class Reasoning:
+class Reasoning(Preparation):
     """Procedural reasoning tasks of reasoning-gym, each with its verifier."""
 
     tasks: tuple[str, ...] = ("chain_sum",)
@@ -38,8 +38,6 @@ class Reasoning:
     """of the tasks; the same seed makes the same ones"""
     ask: str = ASK
     """put after each question"""
-    encoding: Encoding = Encoding()
-    """how rows become tokens"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         # entry i of a generator depends on seed + i: held-out rows lie after all of training's

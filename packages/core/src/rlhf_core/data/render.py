@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +37,6 @@ class Encoding:
     """prompt and completion together, of rows that have completions"""
     too_long: Literal["drop", "truncate"] = "drop"
     """rows that are too long are dropped, or lose the prompt's beginning and the completion's end; both are counted"""
-    preview: int = 0
-    """print so many rows as the model reads them, with what is trained on in colour (or in « » where there is none)"""
 
 
 class Renderer:
@@ -52,6 +51,13 @@ class Renderer:
         self._tokenizer = tokenizer
         self._input_template = encoding.input_template
         self._template = _template(tokenizer.chat_template, encoding)
+
+    @property
+    def identity(self) -> list[str]:
+        """What decides the text of a row, beside the row: templates, and the day where one asks for it."""
+        template = self._template or ""
+        day = f"{date.today()}" if "strftime_now" in template else ""
+        return [template, self._input_template, day]
 
     def templated(self, example: Example) -> bool:
         """Whether a chat template renders the example; special tokens like BOS are its business then."""

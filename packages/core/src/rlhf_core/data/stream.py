@@ -2,37 +2,55 @@
 
 Every epoch is a permutation of the rows drawn from (seed, epoch) alone. All ranks walk the same permutation and each
 takes its slice of every batch, so ranks change who reads a row and never when it is read. Batches are always full: one
-may begin in an epoch and end in the next. A source without a length (streaming) is read in its own order, and on resume
-it is read again up to the position.
+may begin in an epoch and end in the next. A source without a length (streaming) is read in its own order, or shuffled
+within a buffer by (seed, epoch); on resume it is read again up to the position, which makes the same buffer again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import DataError, UsageError
 from rlhf_core.types import Example
 
-__all__ = ["Stream"]
+if TYPE_CHECKING:
+    from rlhf_core.encode import Row
+
+__all__ = ["Drawn", "Stream"]
+
+
+class Drawn(NamedTuple):
+    """A batch of data, as `Encoder.prompts` and `Encoder.batch` take it."""
+
+    examples: list[Example]
+    uids: list[int]
+    """a number for each that is never used twice in a run"""
+    rows: list[Row] | None = None
+    """the examples tokenised, by whoever prepared them"""
 
 
 class Stream:
-    """Yields `(examples, uids)`, this rank's share of each batch; a uid is unique per draw of a row.
+    """Yields this rank's share of each batch.
 
     Args:
-        examples: a sequence (shuffled) or any iterable that can be read again (read in order).
+        examples: a sequence (shuffled) or any iterable that can be read again (in order, or shuffled within `buffer`).
         batch_size: rows per batch over all ranks.
         seed: of the shuffling.
         rank: whose slice to give.
         world_size: how many ranks share a batch; divides `batch_size`.
-        keep: rows for which it is false are passed over and counted (`Encoder.fits`, say).
+        prepare: makes rows of examples (`Preparer`): None for those to be passed over, an error for those to stop at.
+        block: how many examples to prepare at a time, if that is more than a batch.
+        buffer: rows to shuffle a source without a length within; 0 keeps its order.
     """
 
     dropped: int
     """rows passed over so far"""
+    truncated: int
+    """rows cut so far"""
 
     def __init__(
         self,
@@ -41,56 +59,78 @@ class Stream:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        keep: Callable[[Example], bool] | None = None,
+        prepare: Callable[[Sequence[Example]], Sequence[Row | DataError | None]] | None = None,
+        block: int = 0,
+        buffer: int = 0,
     ) -> None:
         if batch_size % world_size:
             raise UsageError(f"--batch-size {batch_size} cannot be shared by {world_size} ranks: use a multiple of it")
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
+        self.leads = rank == 0
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
-        self._keep = keep
-        self._walk: Iterator[tuple[Example, int]] | None = None
-        self.epoch = self.row = self.first_uid = self.dropped = 0
+        self._prepare = prepare
+        self._block = max(block, batch_size)
+        self._buffer = buffer
+        self._walk: Iterator[tuple[Example, int, Row | None]] | None = None
+        self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
 
     def __iter__(self) -> Stream:
         return self
 
-    def __next__(self) -> tuple[list[Example], list[int]]:
+    def __next__(self) -> Drawn:
         if self._walk is None:
             self._walk = self._rows()
         drawn = [next(self._walk) for _ in range(self.batch_size)][self._slice]
-        return [example for example, _ in drawn], [uid for _, uid in drawn]
+        examples, uids = [example for example, _, _ in drawn], [uid for _, uid, _ in drawn]
+        return Drawn(examples, uids, [row for *_, row in drawn if row is not None] if self._prepare else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
-        return {"epoch": self.epoch, "row": self.row, "first_uid": self.first_uid, "dropped": self.dropped}
+        return {name: getattr(self, name) for name in ("epoch", "row", "first_uid", "dropped", "truncated")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position; seed and data must be those it came from."""
-        self.epoch, self.row, self.first_uid = state["epoch"], state["row"], state["first_uid"]
-        self.dropped = state["dropped"]
+        for name, value in state.items():
+            setattr(self, name, value)
         self._walk = None
 
-    def _rows(self) -> Iterator[tuple[Example, int]]:
-        """Kept rows with their uids from the present position on, epoch after epoch."""
+    def _rows(self) -> Iterator[tuple[Example, int, Row | None]]:
+        """Usable rows with their uids from the present position on, epoch after epoch."""
         while True:
             kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
-            for number, example in self._epoch():
+            for number, example, row in self._prepared():
                 self.row += 1
-                if self._keep is not None and not self._keep(example):
+                if isinstance(row, DataError):
+                    raise row
+                if row is None and self._prepare is not None:
                     self.dropped += 1
                     continue
+                self.truncated += row is not None and row.cut
                 kept = True
-                yield example, self.first_uid + number
+                yield example, self.first_uid + number, row
             if not self.row:
                 again = f" when read again for epoch {self.epoch + 1}; give a sequence" if self.epoch else ""
                 raise UsageError(f"the data has no rows{again}")
             if not kept:
-                raise UsageError(f"none of the {self.row} rows can be used: all are too long (--max-prompt-tokens)")
+                raise UsageError(
+                    f"none of the {self.row} rows can be used: all are too long; raise --max-prompt-tokens or "
+                    "--data.encoding.max-tokens, or pass --data.encoding.too-long truncate"
+                )
             self.first_uid += self.row
             self.epoch, self.row = self.epoch + 1, 0
+
+    def _prepared(self) -> Iterator[tuple[int, Example, Row | DataError | None]]:
+        """The rest of the present epoch, made ready a block at a time."""
+        if self._prepare is None:
+            yield from ((number, example, None) for number, example in self._epoch())
+            return
+        rest = self._epoch()
+        while block := list(islice(rest, self._block)):
+            rows = self._prepare([example for _, example in block])
+            yield from ((number, example, row) for (number, example), row in zip(block, rows, strict=True))
 
     def _epoch(self) -> Iterator[tuple[int, Example]]:
         """(row number, example) of the present epoch from the present position on."""
@@ -101,6 +141,17 @@ class Stream:
             for number in order[self.row :].tolist():
                 yield number, self.examples[number]
             return
-        for number, example in enumerate(self.examples):
-            if number >= self.row:
-                yield number, example
+        rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
+        if self._buffer:
+            rows = _shuffled(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
+        yield from islice(rows, self.row, None)
+
+
+def _shuffled(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
+    """`rows` through a buffer of `size`: each that comes in pushes a random one out; the last ones leave in random order."""
+    buffer = list(islice(rows, size))
+    for row in rows:
+        at = int(generator.integers(size))
+        yield buffer[at]
+        buffer[at] = row
+    yield from (buffer[at] for at in generator.permutation(len(buffer)).tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.observer.files import append_line, sample
@@ -27,7 +28,7 @@ class Heldout:
     """completions written to evaluations.jsonl, the same prompts each time"""
 
     def __call__(self, run: Run) -> dict[str, float]:
-        """`heldout/reward`, its standard error `heldout/reward_se`, mean length and the share cut at the limit.
+        """`heldout/reward`, its standard error `…_se`, `…/<datasource>`, mean length and the share cut at the limit.
 
         Seeds depend on the run's seed and the prompt alone, so evaluations at two steps differ by the policy only.
         """
@@ -56,4 +57,5 @@ class Heldout:
             "heldout/reward_se": float(means_P.std() / len(means_P) ** 0.5),
             "heldout/length": run.world_sum(float(rollouts.lengths_N.sum())) / completions,
             "heldout/truncated": run.world_sum(float(sum(f == "length" for f in rollouts.finish))) / completions,
+            **means_by_source("heldout/reward", rewards_N, rollouts.meta, run.world),
         }

@@ -1,0 +1,108 @@
+"""Tokenised rows on the disk, for later runs: one SQLite file for each tokenizer and template.
+
+A row is found by what it holds, so other orders, mixtures, caps and limits of the same data use it too. Runs may share a
+folder at the same time and be killed at any moment: what a transaction did not finish is not there, and a row whose checksum
+does not hold counts as absent. Rows are JSON, never pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.encode import Row
+    from rlhf_core.types import Example
+
+__all__ = ["RowCache"]
+
+CHECK = 8
+"""Bytes of the checksum before each row."""
+PATIENCE = 60.0
+"""Seconds to wait for another run that writes."""
+ASKED = 500
+"""Keys in one question, below SQLite's smallest limit."""
+
+
+class RowCache:
+    """Rows by their content.
+
+    Args:
+        folder: where the file is; made if absent.
+        fingerprint: of the tokenizer and template, the file's name.
+
+    Raises:
+        UsageError: the folder cannot be written, or the file is damaged.
+    """
+
+    def __init__(self, folder: str, fingerprint: str) -> None:
+        self._path = Path(folder) / f"rows-{fingerprint}.sqlite"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--data.cache {folder}: {error.strerror}; name a folder that can be written") from None
+        self._open: sqlite3.Connection | None = None
+        self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
+
+    def key(self, example: Example) -> bytes:
+        """What the example's row depends on, in 16 bytes."""
+        content = [example.prompt, example.completions, example.meta.get("tools")]
+        return hashlib.blake2b(json.dumps(content, default=repr).encode(), digest_size=16).digest()
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+        """The rows that are there."""
+        found: dict[bytes, Row] = {}
+        for at in range(0, len(keys), ASKED):
+            part = keys[at : at + ASKED]
+            marks = ",".join("?" * len(part))
+            for key, stored in self._execute(f"SELECT key, row FROM rows WHERE key IN ({marks})", part):
+                if stored[:CHECK] == _check(stored[CHECK:]):
+                    found[key] = _row(stored[CHECK:])
+        return found
+
+    def put(self, rows: Mapping[bytes, Row]) -> None:
+        """Keep rows, all of them or none."""
+        if not rows:
+            return
+        stored = [(key, _stored(row)) for key, row in rows.items()]
+        self._execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", stored, many=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _execute(self, statement: str, values: Sequence[Any] = (), many: bool = False) -> list[Any]:
+        try:
+            if self._open is None:  # used by one thread at a time, though not always by the same
+                self._open = sqlite3.connect(self._path, timeout=PATIENCE, check_same_thread=False)
+            with self._open:  # a transaction
+                run = self._open.executemany if many else self._open.execute
+                return run(statement, values).fetchall()
+        except sqlite3.Error as error:
+            self.close()
+            raise UsageError(f"--data.cache: {self._path} cannot be used ({error}); remove it") from None
+
+
+def _check(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=CHECK).digest()
+
+
+def _stored(row: Row) -> bytes:
+    sides = [[side.text, side.ids, "".join("01"[trained] for trained in side.mask)] for side in row.completions]
+    data = json.dumps([row.text, row.ids, sides], separators=(",", ":")).encode()
+    return _check(data) + data
+
+
+def _row(data: bytes) -> Row:
+    from rlhf_core.encode import Completion, Row
+
+    text, ids, sides = json.loads(data)
+    return Row(text, ids, tuple(Completion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides))

@@ -1,0 +1,142 @@
+"""Rows made ready for the loop: templated, tokenised and measured, in several processes or out of a cache if asked.
+
+    stream  ──examples──▶  Preparer  ──rows──▶  Ahead  ──batches──▶  loop
+
+What a row becomes depends on its prompt and completions, the tokenizer and the template, and on nothing else; lengths are
+checked afterwards, so that other limits find the same rows in the cache. A row that cannot be rendered is handed on as the
+error it is, for the stream to raise when its turn comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.data.cache import RowCache
+from rlhf_core.data.render import Encoding
+from rlhf_core.errors import DataError
+from rlhf_core.options import FREE
+
+if TYPE_CHECKING:
+    from rlhf_core.encode import Encoder, Row
+    from rlhf_core.reward.workers import Workers
+    from rlhf_core.types import Example
+
+__all__ = ["Preparation", "Preparer"]
+
+SHARE = 64
+"""Rows a process is given at a time."""
+TARGET = "rlhf_core.data.prepare:_in_worker"
+"""What processes run."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a reader's rows become tokens, for readers to inherit from."""
+
+    _: KW_ONLY
+    encoding: Encoding = Encoding()
+    """how rows become tokens"""
+    preview: int = field(default=0, metadata=FREE)
+    """print so many rows as the model reads them, with what is trained on in colour (or in « » where there is none)"""
+    cache: str = field(default="", metadata=FREE)
+    """folder where tokenised rows are kept for later runs, of several at a time too; empty keeps none"""
+    workers: int = field(default=0, metadata=FREE)
+    """processes that template and tokenise; 0 does it in a thread beside the loop"""
+
+
+class Preparer:
+    """Turns examples into rows.
+
+    Args:
+        encoder: of the role that reads them.
+        online: prepare prompts only, for completions to be sampled.
+        data: the data provider, whose `cache` and `workers` hold if it has them.
+    """
+
+    def __init__(self, encoder: Encoder, online: bool, data: object = None) -> None:
+        self._encoder, self._online = encoder, online
+        folder = getattr(data, "cache", "")
+        self._cache = RowCache(folder, encoder.fingerprint()) if folder else None
+        self._count: int = getattr(data, "workers", 0)
+        self._workers: Workers | None = None
+
+    @property
+    def block(self) -> int:
+        """How many examples are worth giving at a time."""
+        return self._count * SHARE or 1
+
+    def __call__(self, examples: Sequence[Example]) -> list[Row | DataError | None]:
+        """For each example its row, None if it is too long, or what is wrong with it."""
+        bare = [_bare(example, self._online) for example in examples]
+        keys = [self._cache.key(example) for example in bare] if self._cache else []
+        known = self._cache.get(keys) if self._cache else {}
+        missing = [i for i in range(len(bare)) if not known or keys[i] not in known]
+        made = dict(zip(missing, self._made([bare[i] for i in missing])))
+        if self._cache:
+            self._cache.put({keys[i]: row for i, row in made.items() if not isinstance(row, DataError)})
+        rows = [made[i] if i in made else known[keys[i]] for i in range(len(bare))]
+        return [row if isinstance(row, DataError) else self._encoder.shortened(row) for row in rows]
+
+    def _made(self, examples: Sequence[Example]) -> list[Row | DataError]:
+        if not self._count or len(examples) < 2:
+            return _rows(self._encoder, examples)
+        if self._workers is None:
+            from rlhf_core.reward.workers import Workers
+
+            self._workers = Workers(self._count, TARGET, (self._encoder.tokenizer, self._encoder.encoding))
+        size = min(SHARE, -(-len(examples) // self._count))
+        calls = [(examples[at : at + size],) for at in range(0, len(examples), size)]
+        rows: list[Row | DataError] = []
+        for (part,), answer in zip(calls, self._workers.map(calls, timeout=0)):
+            # a process that died says nothing about the rows: they are made here
+            rows += answer if isinstance(answer, list) else _rows(self._encoder, part)
+        return rows
+
+    def close(self) -> None:
+        """End the processes and close the cache."""
+        if self._workers is not None:
+            self._workers.close()
+        if self._cache is not None:
+            self._cache.close()
+
+
+def _bare(example: Example, online: bool) -> Example:
+    """What the row depends on, and its place for messages."""
+    tools = {"tools": example.meta["tools"]} if "tools" in example.meta else {}
+    completions = () if online else example.completions
+    return replace(example, label=None, meta=tools, fields={}, completions=completions)
+
+
+def _rows(encoder: Encoder, examples: Sequence[Example]) -> list[Row | DataError]:
+    """The rows at full length; prompts alone where there are no completions."""
+    rows: list[Row | DataError] = []
+    for example in examples:
+        try:
+            rows.append(encoder.row(example) if example.completions else encoder.prompt_row(example))
+        except DataError as error:
+            rows.append(error)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inside a process
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _made_here() -> dict[str, Any]:
+    return {}
+
+
+def prepare(tokenizer: Any, encoding: Encoding) -> None:
+    """Build this process's encoder, once."""
+    from rlhf_core.encode import Encoder
+
+    _made_here()["encoder"] = Encoder(tokenizer, encoding=encoding)
+
+
+def _in_worker(examples: Sequence[Example]) -> list[Row | DataError]:
+    return _rows(_made_here()["encoder"], examples)
