@@ -115,9 +115,10 @@ FLAGS = {
     "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' here or in the environment",
     "online --evaluator heldout,heldot": f"no evaluator is called 'heldot' (did you mean 'heldout'?); "
     f"installed: {EVALUATORS}",
-    "online --loss bare": "algorithm 'online' has no loss, it uses data, rollout, reward, strategy, launcher, evaluator",
+    "online --loss bare": "algorithm 'online' has no loss, it uses data, rollout, reward, strategy, launcher, evaluator, "
+    "observer",
     "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss, it uses data, rollout, reward, "
-    "strategy, launcher, evaluator",
+    "strategy, launcher, evaluator, observer",
     "offline": "algorithm 'offline' needs --data NAME; see rlhf-run plugins --kind data",
     # flags
     "online --reward.limt 3": f"unknown flag --reward.limt; did you mean {LIMIT}?",
@@ -128,7 +129,7 @@ FLAGS = {
     "online --stepz 3": "unknown flag --stepz; did you mean --steps INT, optimiser phases: each collects a batch and "
     "trains on it (default: 100)?",
     "online --step 3": "algorithm 'online' has no step (did you mean 'steps'?), it uses data, rollout, reward, strategy, "
-    "launcher, evaluator",
+    "launcher, evaluator, observer",
     "online --lr 3": "unknown flag --lr; did you mean --actor.optim.lr FLOAT, peak learning rate (default: 1e-06)?",
     "online --confg x": "unknown flag --confg; did you mean --config?",
     "online --zzz 3": "unknown flag --zzz; see rlhf-run online --help",
@@ -163,7 +164,7 @@ FLAGS = {
     "online --config .": "--config .: Is a directory",
     # commands
     "plugins --kind rewards": "--kind expects {,data,rollout,reward,advantage,loss,algorithm,strategy,launcher,"
-    "evaluator,step,observer}, not 'rewards'",
+    "evaluator,observer,step}, not 'rewards'",
     "plugins --jsn": "plugins has no flag --jsn; did you mean --json True|False, as JSON: providers, conflicts and "
     "broken plugins (default: False)?",
     "plugins reward": "unexpected 'reward': rlhf-run plugins",
@@ -194,7 +195,7 @@ FILES = {
     'algorithm = "online"\nreward.key = "hunter2"': "run.toml: reward.key must be INT",
     'algorithm = "online"\nreward.key = "***"': "run.toml: reward.key is masked; give it as --reward.key env:NAME",
     'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, rollout, reward, strategy, "
-    "launcher, evaluator",
+    "launcher, evaluator, observer",
     'algorithm = "online"\n[reward]\nuse = "rwd"': f"no reward is called 'rwd'; installed: {NAMES}",
 }
 

@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from rlhf_core import Example, LossTerms, Outputs, Providers, Reduction, RewardOutput, Rollouts, Run, Term, hookimpl
+from rlhf_core import (
+    Example,
+    LossTerms,
+    Outputs,
+    Providers,
+    Reduction,
+    RewardOutput,
+    Rollouts,
+    Run,
+    RunStopped,
+    Term,
+    hookimpl,
+)
 from rlhf_core.launcher.local import Local
 from rlhf_core.options import Sampling, TrainedOptions
 from rlhf_core.plan import Plan
@@ -221,6 +233,59 @@ def test_rlhf_evaluator_brings_measurements_at_the_start_and_at_the_end(tmp_path
     run = tiny_run(tmp_path, registry=registry, evaluator="mine")
     run.train()
     assert run.evaluations == [(0, {"eval/steps_done": 0.0}), (2, {"eval/steps_done": 2.0})]
+
+
+@dataclass(frozen=True)
+class Diary:
+    """Writes down what it sees."""
+
+    word: str = "saw"
+    """what its lines begin with"""
+    stops_at: int = 0
+    """the step after which it stops the run; 0 for never"""
+
+    def __call__(self, run: Run) -> Any:
+        return Writer(self)
+
+
+class Writer:
+    """Watches for a diary."""
+
+    def __init__(self, diary: Diary) -> None:
+        self.diary = diary
+
+    @hookimpl
+    def rlhf_run_start(self, run: Run) -> None:
+        CALLED.append(f"{self.diary.word} start")
+
+    @hookimpl
+    def rlhf_step_end(self, step: int) -> str | None:
+        CALLED.append(f"{self.diary.word} {step}")
+        return "the diary is full" if step == self.diary.stops_at else None
+
+    @hookimpl
+    def rlhf_run_end(self, error: BaseException | None) -> None:
+        CALLED.append(f"{self.diary.word} end: {error}")
+
+
+def test_rlhf_observer_brings_company_that_is_asked_for_by_name_and_has_options(tmp_path: Path) -> None:
+    registry = outside("observer", Diary)
+    run_with(tmp_path / "alone", registry)
+    assert CALLED == []
+    run_with(tmp_path / "observed", registry, observer={"use": "mine", "word": "noted"})
+    assert CALLED == ["noted start", "noted 1", "noted 2", "noted end: None"]
+
+
+def test_an_observer_stops_a_run_with_a_reason_and_the_step_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped) as caught:
+        run_with(tmp_path, outside("observer", Diary), observer={"use": "mine", "stops_at": 1})
+    assert str(caught.value) == "stopped after step 1 of 2, which is saved: the diary is full"
+    assert caught.value.exit_code == 1
+    assert (tmp_path / "checkpoints" / "step-1" / "manifest.json").exists()
+    assert not (tmp_path / "model").exists()
+    CALLED.clear()
+    run_with(tmp_path, outside("observer", Diary), resume=True)
+    assert CALLED == [], "watchers of one run do not watch the next"
 
 
 def test_rlhf_step_brings_names_that_recipes_will_use() -> None:

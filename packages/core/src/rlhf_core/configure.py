@@ -24,7 +24,7 @@ from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
-from rlhf_core.hookspecs import KINDS
+from rlhf_core.hookspecs import KINDS, SEVERAL
 from rlhf_core.layout import STRUCTURE, Layout, Section, annotation_of, default_of, flag, nested, option_fields
 from rlhf_core.options import RunConfig
 from rlhf_core.settings import Settings, read, read_tree
@@ -57,7 +57,7 @@ def make(algorithm: str | object, registry: Registry | None = None, **overrides:
         algorithm: a name, a provider instance, or a mapping with `use` and options.
         registry: where names are looked up; everything installed if absent.
         overrides: RunConfig's own fields; for a kind a name, a provider instance, or a mapping with `use` and options;
-            for a role or `sampling` a mapping or an instance. Several evaluators are a list of names or instances.
+            for a role or `sampling` a mapping or an instance. Several evaluators or observers are a list of them.
     """
     from rlhf_core.registry import default_registry
 
@@ -123,8 +123,8 @@ def parts(layout: Layout, made: Mapping[str, Any]) -> dict[str, Any]:
     roles = {section.prefix: made[section.prefix] for section in layout.sections if section.prefix and not section.kind}
     providers: dict[str, Any] = {}
     for section in layout.sections:
-        if section.kind == "evaluator":
-            providers["evaluator"] = (*providers.get("evaluator", ()), made[section.prefix])
+        if section.kind in SEVERAL:
+            providers[section.kind] = (*providers.get(section.kind, ()), made[section.prefix])
         elif section.kind and section.kind != "algorithm":
             providers[section.kind] = made[section.prefix]
     return {"roles": roles, "providers": providers}
@@ -174,7 +174,7 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
         for name, each in zip(names[kind].split(","), several, strict=True):
             plain = _plain(each, kind, masked)
             tree[kind] |= plain if len(several) == 1 else {name: plain}
-    return {"evaluator": "none", **tree}  # left out is said too: an algorithm may have a usual evaluator
+    return {**dict.fromkeys(SEVERAL, "none"), **tree}  # left out is said too: an algorithm may have usual ones
 
 
 def _plain(options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = ()) -> dict[str, Any]:

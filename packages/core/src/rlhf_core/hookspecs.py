@@ -7,7 +7,7 @@ group `rlhf`. Two families:
   options, calling it does the work) or the string `"module:Class"` where importing it should wait until it is chosen.
   What a provider of each kind is called with stands in `rlhf_core.types`.
 * observer hooks are called during a run, at most once a step. All implementations are called; none can change the run
-  but by returning True from `rlhf_step_end`, which ends it after the step.
+  but by what it returns from `rlhf_step_end`, which may end it after the step.
 
 No hook is called per token or per sequence. This module imports nothing heavy: it is read by every `rlhf-run --help`.
 """
@@ -22,7 +22,7 @@ import pluggy
 if TYPE_CHECKING:
     from rlhf_core.run import Run
 
-__all__ = ["GROUP", "KINDS", "OBSERVERS", "Providers", "hookimpl", "hookspec"]
+__all__ = ["GROUP", "KINDS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
 
 GROUP = "rlhf"
 """The entry-point group in which plugins advertise themselves."""
@@ -37,9 +37,13 @@ KINDS = (
     "strategy",
     "launcher",
     "evaluator",
+    "observer",
     "step",
 )
 """One word per kind: hook `rlhf_<kind>`, flag `--<kind>`, TOML table `[<kind>]`."""
+
+SEVERAL = ("evaluator", "observer")
+"""Kinds of which a run has any number: none, one, or names with commas between them."""
 
 OBSERVERS = ("rlhf_run_start", "rlhf_step_end", "rlhf_run_end")
 
@@ -110,6 +114,12 @@ def rlhf_evaluator() -> Providers:
 
 
 @hookspec
+def rlhf_observer() -> Providers:
+    """Trackers, alarms and other company of a run that is asked for by name: `(run) -> object with observer hooks`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
 def rlhf_step() -> Providers:
     """One ingredient of a recipe: `(context) -> outputs`. Reserved for the recipe engine; names may be registered now."""
     raise AssertionError("a specification is never called")
@@ -130,7 +140,7 @@ def rlhf_run_start(run: Run) -> None:
 
 
 @hookspec
-def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | None:
+def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
     """Called after each optimiser step and before the checkpoint of that step.
 
     Args:
@@ -139,7 +149,7 @@ def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | Non
         metrics: every metric of the step by its full name; floats.
 
     Returns:
-        True to end the run after this step.
+        True to end the run after this step; a text to stop it there, saved but not finished, with that text and exit code 1.
     """
 
 

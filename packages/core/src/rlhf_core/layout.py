@@ -6,7 +6,7 @@ follows from the names chosen, so that help, errors and the written file speak o
     ""            RunConfig's own numbers, and `sampling.*` where the algorithm samples
     <role>        one section per role of the algorithm
     algorithm     the algorithm's own fields
-    <kind>        the chosen provider's fields; with several evaluators `evaluator.<name>` each
+    <kind>        the chosen provider's fields; with several (evaluators, say) `evaluator.<name>` each
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from rlhf_core.docstrings import docs_of
 from rlhf_core.errors import ContractError, UsageError
-from rlhf_core.hookspecs import KINDS
+from rlhf_core.hookspecs import KINDS, SEVERAL
 from rlhf_core.near import closest, near
 from rlhf_core.options import RunConfig
 from rlhf_core.values import metavar
@@ -46,7 +46,7 @@ __all__ = [
 STRUCTURE = ("algorithm", "providers", "names", "roles")
 """Fields of RunConfig that are what the sections are made of, and not options."""
 
-ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": ""}
+ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}
 """Kinds that every algorithm has, with their usual providers."""
 
 FIXED = {
@@ -251,10 +251,10 @@ def make_layout(
 def provider_sections(
     names: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
 ) -> Iterator[Section]:
-    """A section per chosen provider, by kind; several evaluators are several sections."""
+    """A section per chosen provider, by kind; several of a kind are several sections."""
     instances = instances or {}
     for kind, name in names.items():
-        several = name.split(",") if kind == "evaluator" else [name]
+        several = name.split(",") if kind in SEVERAL else [name]
         for each in filter(None, several):
             prefix = kind if len(several) == 1 else f"{kind}.{each}"
             base = instances.get(prefix)
@@ -279,11 +279,9 @@ def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, st
             raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}, it uses {', '.join(kinds)}")
     names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
     for kind, name in names.items():
-        if not name and kind != "evaluator":
+        if not name and kind not in SEVERAL:
             raise UsageError(f"algorithm {algorithm!r} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
-    if names["evaluator"] == "none":
-        names["evaluator"] = ""
-    return names
+    return {kind: "" if kind in SEVERAL and name == "none" else name for kind, name in names.items()}
 
 
 def _run_section(cls: type, samples: bool) -> Section:

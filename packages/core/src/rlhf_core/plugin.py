@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from rlhf_core.hookspecs import Providers, hookimpl
 
-__all__ = ["rlhf_data", "rlhf_evaluator", "rlhf_launcher", "rlhf_reward", "rlhf_rollout", "rlhf_strategy"]
+__all__ = [
+    "rlhf_data",
+    "rlhf_evaluator",
+    "rlhf_launcher",
+    "rlhf_observer",
+    "rlhf_reward",
+    "rlhf_rollout",
+    "rlhf_strategy",
+]
 
 
 @hookimpl
@@ -59,4 +67,12 @@ def rlhf_evaluator() -> Providers:
         "pass_at_k": "rlhf_core.evaluator.pass_at_k:PassAtK",
         "policy_stats": "rlhf_core.evaluator.policy_stats:PolicyStats",
         "preference": "rlhf_core.evaluator.preference:Preference",
+    }
+
+
+@hookimpl
+def rlhf_observer() -> Providers:
+    return {
+        "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
+        "wandb": "rlhf_core.observer.wandb:Wandb",
     }

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import pluggy
@@ -139,6 +140,19 @@ class Registry:
         for each in provided:
             self._tables[each.kind].setdefault(each.name, []).append(each)
         self.plugins[name] = known
+
+    @contextmanager
+    def watching(self, observers: Sequence[object]) -> Iterator[None]:
+        """While it is open, the observer hooks of these objects are called like those of plugins."""
+        for observer in observers:
+            _check_marked(observer)
+            self._manager.register(observer)
+        try:
+            self._manager.check_pending()
+            yield
+        finally:
+            for observer in observers:
+                self._manager.unregister(observer)
 
     def _load(self, entry_point: metadata.EntryPoint) -> None:
         """Load one entry point; a failure is recorded and not raised, unless in strict mode."""
@@ -275,7 +289,7 @@ def _check_marked(plugin: object) -> None:
     """A function that is named like a hook but not marked would be ignored in silence."""
     for name in (*(f"rlhf_{kind}" for kind in KINDS), *OBSERVERS):
         function = getattr(plugin, name, None)
-        if isinstance(function, FunctionType) and not hasattr(function, f"{GROUP}_impl"):
+        if isinstance(function, (FunctionType, MethodType)) and not hasattr(function, f"{GROUP}_impl"):
             raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl)")
 
 

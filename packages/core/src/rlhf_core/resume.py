@@ -1,7 +1,7 @@
 """What may differ between a run and its continuation: whatever changes no result.
 
-An option says so itself, by the metadata `FREE` of its field; where processes run and what measures the policy are free
-as a whole. `steps` is free unless a learning rate follows a schedule over them.
+An option says so itself, by the metadata `FREE` of its field; where processes run, and what measures or watches the policy,
+are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_core.options import RunConfig
 
 __all__ = ["changed_options", "check_resume"]
 
-FREE_KINDS = ("launcher", "evaluator")
+FREE_KINDS = ("launcher", "evaluator", "observer")
 LISTED = 8
 """Differences named in the message; one algorithm in place of another has dozens."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.cli.command import COMMANDS, JOBS, command_options
 from rlhf_core.docstrings import docs_of, first_line
+from rlhf_core.hookspecs import SEVERAL
 from rlhf_core.layout import FIXED, Layout, Option, Section, flag, shown
 from rlhf_core.options import RunConfig
 from rlhf_core.settings import Settings
@@ -91,7 +92,7 @@ def job(layout: Layout, settings: Settings, registry: Registry) -> str:
 
 def _choices(kind: str, registry: Registry) -> str:
     names = list(registry.table(kind))
-    return ", ".join(["none", *names] if kind == "evaluator" else names)
+    return ", ".join(["none", *names] if kind in SEVERAL else names)
 
 
 def _title(section: Section) -> str:

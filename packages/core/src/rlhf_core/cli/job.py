@@ -99,9 +99,7 @@ def placed(config: RunConfig, registry: Registry) -> Iterator[Run]:
     from rlhf_core.run import Run
 
     run = Run(config, registry)
-    for provider in config.providers.values():
-        if hasattr(provider, "check"):
-            provider.check()
+    run.check()
     torch.manual_seed(config.seed)
     run.placed = config.providers["launcher"](run.plan)
     try:

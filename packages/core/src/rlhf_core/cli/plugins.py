@@ -30,8 +30,8 @@ class Plugins:
     """List what is installed: kind, name, distribution, version and one line each; broken plugins last."""
 
     kind: Literal[
-        "", "data", "rollout", "reward", "advantage", "loss", "algorithm", "strategy", "launcher", "evaluator", "step",
-        "observer",
+        "", "data", "rollout", "reward", "advantage", "loss", "algorithm", "strategy", "launcher", "evaluator",
+        "observer", "step",
     ] = ""  # fmt: skip
     """only this kind; all kinds where empty"""
     json: bool = False
@@ -71,7 +71,6 @@ def rows(registry: Registry) -> list[Row]:
         for name, entry in registry.table(kind).items()
     ]
     for plugin, doc in registry.observers():
-        found.append(
-            Row("observer", plugin.name, plugin.distribution, plugin.version, doc.partition("\n")[0].rstrip("."))
-        )
+        said = f"{doc.partition(chr(10))[0].rstrip('.')} (always there; -p no:{plugin.name})".lstrip()
+        found.append(Row("observer", plugin.name, plugin.distribution, plugin.version, said))
     return found

@@ -7,7 +7,7 @@ of evaluations that the checkpoint does not know.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rlhf_core.run import Run
     from rlhf_core.types import Batch
 
-__all__ = ["append_line", "cut_lines"]
+__all__ = ["append_line", "cut_lines", "samples"]
 
 SAMPLES_PER_STEP = 4
 
@@ -34,9 +34,15 @@ def rlhf_run_start(run: Run) -> None:
 @hookimpl
 def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
     append_line(run.output / "metrics.jsonl", {"step": step, **metrics})
+    for row in samples(run):
+        append_line(run.output / "samples.jsonl", row)
+
+
+def samples(run: Run) -> Iterator[dict[str, Any]]:
+    """Some rows of each batch of the last step, as plain values with the same names."""
     for key, batch in run.samples.items():
         for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):
-            append_line(run.output / "samples.jsonl", {"step": step, "source": key, **sample(batch, i)})
+            yield {"step": run.step, "source": key, **sample(batch, i)}
 
 
 def sample(batch: Batch, i: int) -> dict[str, Any]:

@@ -13,7 +13,14 @@ compare those with a formula of your own. The kit is installed with core as a py
 from __future__ import annotations
 
 from rlhf_core.testing.algorithms import check_algorithm
-from rlhf_core.testing.engines import check_evaluator, check_launcher, check_rollout, check_step, check_strategy
+from rlhf_core.testing.engines import (
+    check_evaluator,
+    check_launcher,
+    check_observer,
+    check_rollout,
+    check_step,
+    check_strategy,
+)
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
 from rlhf_core.testing.providers import check_light, check_provider
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts, tiny_run
@@ -26,6 +33,7 @@ __all__ = [
     "check_launcher",
     "check_light",
     "check_loss",
+    "check_observer",
     "check_provider",
     "check_reward",
     "check_rollout",

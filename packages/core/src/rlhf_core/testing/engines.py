@@ -1,4 +1,5 @@
-"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator; and of recipe steps.
+"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator, observer; and of
+recipe steps.
 
 Each runs the real thing on the model `tiny` (a Llama of a few thousand random weights) and compares it with core's own,
 which are plain enough to be the reference: the same tokens for the same seed, the same gradient whole or in pieces, the
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core import loop
+from rlhf_core.hookspecs import OBSERVERS
 from rlhf_core.lazy import torch
 from rlhf_core.options import Optim, Sampling
 from rlhf_core.testing.providers import check_provider
@@ -27,7 +30,14 @@ if TYPE_CHECKING:
     from rlhf_core.run import Run
     from rlhf_core.types import Evaluator, Launcher, Prompts, Role, Rollout, Strategy, Trainable
 
-__all__ = ["check_evaluator", "check_launcher", "check_rollout", "check_step", "check_strategy"]
+__all__ = [
+    "check_evaluator",
+    "check_launcher",
+    "check_observer",
+    "check_rollout",
+    "check_step",
+    "check_strategy",
+]
 
 WANTS = frozenset({"logprobs_NT"})
 OPTIM = Optim(lr=1e-2)
@@ -255,7 +265,7 @@ def _credited(batch: Rollouts) -> Rollouts:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# evaluator, step
+# evaluator, observer, step
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +299,35 @@ def check_evaluator(evaluator: Evaluator, run: Run | None = None) -> Mapping[str
 def _policy(run: Run) -> Role:
     """The first role that is sampled or trained."""
     return run.roles[run.plan.terms[0].role]
+
+
+def check_observer(observer: Any) -> Run:
+    """What it returns has observer hooks, and lives through a run that ends well and through one that fails.
+
+    Returns:
+        the run that ended well; its folder is gone, what the observer keeps elsewhere can be looked at.
+
+    Raises:
+        AssertionError: it is not so.
+    """
+    check_provider(observer)
+    for fails in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            run = tiny_run(folder, observer=observer)
+            try:
+                with run.opened():
+                    watching = [name for each in run.observers for name in OBSERVERS if hasattr(each, name)]
+                    assert watching, f"{type(observer).__qualname__} must return an object with a hook of {OBSERVERS}"
+                    if fails:
+                        raise _Failure
+                    loop.train(run)
+            except _Failure:
+                continue
+    return run
+
+
+class _Failure(Exception):
+    """What ends a run early on purpose."""
 
 
 def check_step(step: Any) -> None:

@@ -1,0 +1,97 @@
+"""What trackers share: each number of a run is handed on once, evaluations between steps included, and some samples.
+
+A tracker is an observer provider: called with a run it returns the object that watches it, here a `Tracker` that knows
+how one library takes numbers. A resumed run goes on in the same run of the tracker, by the id that is kept in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import MissingPackage
+from rlhf_core.files import write_text
+from rlhf_core.hookspecs import hookimpl
+from rlhf_core.observer.files import samples
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["Tracker", "needs_package", "options_of_run", "remembered"]
+
+
+class Tracker:
+    """Hands the numbers of a run on; a subclass says to whom.
+
+    Args:
+        samples_every: steps between two calls of `show`; 0 for none.
+    """
+
+    def __init__(self, samples_every: int = 0) -> None:
+        self.samples_every = samples_every
+        self._evaluated = 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the numbers of a step. Steps never go back; one may come twice, with other names."""
+        raise NotImplementedError
+
+    def show(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take some samples of a step: prompt, completion, and reward and advantage where there are any."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is still held, and end."""
+
+    @hookimpl
+    def rlhf_run_start(self, run: Run) -> None:
+        self._evaluated = len(run.evaluations)  # those before the checkpoint were handed on then
+
+    @hookimpl
+    def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+        self._hand_on_evaluations(run, before=step)
+        self._evaluated = len(run.evaluations)  # this step's stand in its metrics
+        self.log(step, {name: value for name, value in metrics.items() if name != "step"})
+        if self.samples_every and (step % self.samples_every == 0 or step == run.config.steps):
+            self.show(step, list(samples(run)))
+
+    @hookimpl
+    def rlhf_run_end(self, run: Run, error: BaseException | None) -> None:
+        self._hand_on_evaluations(run, before=run.step + 1)
+        self.close(failed=error is not None)
+
+    def _hand_on_evaluations(self, run: Run, before: int) -> None:
+        for step, metrics in run.evaluations[self._evaluated :]:
+            if step < before:
+                self.log(step, metrics)
+        self._evaluated = len(run.evaluations)
+
+
+def needs_package(module: str, name: str, extra: str) -> None:
+    """Check that the package of a tracker is installed, without importing it.
+
+    Raises:
+        MissingPackage: it is not.
+    """
+    if find_spec(module) is None:
+        raise MissingPackage(f"--observer {name} needs {module}: python3 -m pip install 'rlhf-core[{extra}]'")
+
+
+def options_of_run(run: Run) -> dict[str, Any]:
+    """The run's configuration as plain data; secrets are masked."""
+    import tomllib
+
+    from rlhf_core.configure import to_toml
+
+    return tomllib.loads(to_toml(run.config))
+
+
+def remembered(run: Run, tracker: str, given: str = "") -> str:
+    """The id of the tracker's run: that of before if the run is resumed, else `given`, or a new one; kept in the folder."""
+    path = run.output / "trackers.json"
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if run.config.resume and path.exists() else {}
+    if tracker not in known:
+        known[tracker] = given or uuid.uuid4().hex[:12]
+        write_text(path, json.dumps(known, indent=1) + "\n")
+    return known[tracker]

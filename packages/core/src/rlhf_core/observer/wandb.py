@@ -1,0 +1,104 @@
+"""Weights & Biases: `--observer wandb --observer.project my-runs`.
+
+The key is wandb's own affair: `wandb login`, or WANDB_API_KEY. There is no option for it, so that no file can hold it.
+What wandb would collect by itself and nobody asked for stays off: the command line (flags may hold tokens), the terminal,
+the environment's packages, the git state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.errors import UsageError
+from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, remembered
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["Wandb"]
+
+COLLECTS_NOTHING = {
+    "console": "off",
+    "silent": True,
+    "save_code": False,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """A run of Weights & Biases: every metric, the options, and a table of samples. The key: `wandb login`."""
+
+    project: str = "rlhf"
+    """the project it belongs to"""
+    entity: str = ""
+    """user or team; the usual one where empty"""
+    name: str = ""
+    """what the run is called; as its folder where empty"""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """offline writes OUTPUT/wandb for a later `wandb sync`; auto is what WANDB_MODE says, else online"""
+    samples_every: int = 10
+    """steps between tables of samples; 0 sends none"""
+
+    def check(self) -> None:
+        """Whether the package is there, and online a key.
+
+        Raises:
+            UsageError: no key, or nobody answers.
+        """
+        needs_package("wandb", "wandb", "wandb")
+        if self._mode() != "online":
+            return
+        import wandb
+
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise UsageError(f"--observer wandb: {error} (or keep it here with --observer.mode offline)") from None
+
+    def __call__(self, run: Run) -> Tracker:
+        return _Sending(self, run, self._mode())
+
+    def _mode(self) -> str:
+        return os.environ.get("WANDB_MODE", "online") if self.mode == "auto" else self.mode
+
+
+class _Sending(Tracker):
+    """Sends one run. A resumed run sends nothing again: what comes after its checkpoint has the same numbers."""
+
+    def __init__(self, options: Wandb, run: Run, mode: str) -> None:
+        import wandb
+
+        super().__init__(options.samples_every)
+        self._table: Any = wandb.Table
+        self._run: Any = wandb.init(
+            project=options.project,
+            entity=options.entity or None,
+            name=options.name or run.output.name,
+            id=remembered(run, "wandb"),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may hold anything; wandb says so
+            dir=str(run.output),
+            config=options_of_run(run),
+            settings=wandb.Settings(**COLLECTS_NOTHING),
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step >= self._run.step:
+            self._run.log(dict(metrics), step=step)
+
+    def show(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if step >= self._run.step and rows:
+            table = self._table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            self._run.log({"samples": table}, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
