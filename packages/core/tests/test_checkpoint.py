@@ -53,7 +53,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
     newest, aside = output / "checkpoints" / "step-2", output / "checkpoints" / "damaged-step-2"
     run = tiny_run(output, model=MODEL, resume=True)
     names = [str(path.relative_to(newest)) for path in files_of(newest)]
-    assert {"manifest.json", "state.json", "random.pt", "roles/actor/optimizer.safetensors"} < set(names)
+    assert {"manifest.json", "state.json", "random.safetensors", "roles/actor/optimizer.safetensors"} < set(names)
     with run.opened():
         capsys.readouterr()
         for name in names:
@@ -100,12 +100,13 @@ def test_a_damaged_step_is_written_again_and_the_run_ends_as_it_would_have(outpu
 
 def test_when_every_checkpoint_is_damaged_nothing_is_started_over_and_all_are_named(output: Path) -> None:
     for name in ("step-1", "step-2"):
-        (output / "checkpoints" / name / "random.pt").unlink()
+        (output / "checkpoints" / name / "random.safetensors").unlink()
     with pytest.raises(UsageError) as caught:
         tiny_run(output, model=MODEL, resume=True).train()
+    gone = "random.safetensors is missing"
     assert str(caught.value) == (
-        f"every checkpoint in {output / 'checkpoints'} is damaged (step-2: random.pt is missing; step-1: random.pt is "
-        "missing); begin again with another --output"
+        f"every checkpoint in {output / 'checkpoints'} is damaged (step-2: {gone}; step-1: {gone}); "
+        "begin again with another --output"
     )
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2, "what was measured is still there"
 
@@ -113,7 +114,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_started_over_and_all_are_na
 def test_what_a_killed_save_left_behind_is_removed(output: Path) -> None:
     leftover = output / "checkpoints" / ".step-9.tmp"
     leftover.mkdir()
-    (leftover / "random.pt").write_text("half")
+    (leftover / "random.safetensors").write_text("half")
     tiny_run(output, model=MODEL, resume=True).train()
     assert not leftover.exists()
 

@@ -7,8 +7,9 @@ gradients of everything are summed before one update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property, partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rlhf_core.errors import ContractError
 from rlhf_core.finite import Watch, term_name
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
+from rlhf_core.options import Lora
 from rlhf_core.plan import Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
@@ -28,18 +30,30 @@ __all__ = ["LocalRole"]
 
 
 class LocalRole:
-    """The role `name` of `plan`, held by this process; a `frozen` one is a copy that is never trained here."""
+    """The role `name` of `plan`, held by this process.
 
-    def __init__(self, plan: Plan, name: str, frozen: bool = False) -> None:
+    Args:
+        plan: the run.
+        name: which of its roles.
+        frozen: a copy that is never trained here, of the weights that the role has elsewhere.
+        lender: a role whose model without its adapters this one is (`Plan.lender`).
+    """
+
+    def __init__(self, plan: Plan, name: str, frozen: bool = False, lender: LocalRole | None = None) -> None:
         self.name = name
         self.plan = plan
         self.spec = plan.roles[name]
         self.version = 0
         config = plan.config
-        build = partial(_build, self.spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
+        if lender is not None and hasattr(lender.trainable, "lend"):
+            self.trainable: Trainable = lender.trainable.lend()
+            self.world = self.trainable.world
+            return
+        spec = _merged(self.spec) if frozen else self.spec
+        build = partial(_build, spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
-        self.trainable: Trainable = strategy(build, optim, plan.optimiser_steps)
+        self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
 
     @property
@@ -58,6 +72,15 @@ class LocalRole:
         from rlhf_core.models.load import load_tokenizer
 
         return load_tokenizer(self.spec.options.model, self.spec.options)
+
+    def meet(self, roles: Mapping[str, LocalRole]) -> None:
+        """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
+        for _, term in self.spec.terms:
+            for name in term.wants:
+                other, _, output = name.rpartition(".")
+                if other:
+                    compare: Any = term.loss
+                    self.module.comparisons[name] = Comparison(roles[other].module, compare.compare)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -81,7 +104,7 @@ class LocalRole:
         means = Means()
         for _ in range(config.epochs):
             seed = (config.seed << 32) + self.version
-            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in dict(self.spec.terms)}
+            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in dict(self.spec.terms) if k in work}
             for _ in range(config.minibatches):
                 self._step({key: (next(part), work[key]) for key, part in parts.items()}, means)
                 self.version += 1
@@ -195,6 +218,11 @@ class LocalRole:
         """Checkpoint state: model, optimiser, schedule."""
         self.trainable.save(folder)
 
+    def snapshot(self) -> Callable[[str], None] | None:
+        """A copy of what `save` would write, as what writes it; None where the strategy takes none (see `Trainable`)."""
+        snapshot: Callable[[], Callable[[str], None]] | None = getattr(self.trainable, "snapshot", None)
+        return snapshot() if snapshot is not None else None
+
     def load(self, folder: str) -> None:
         """Restore what `save` wrote."""
         self.trainable.load(folder)
@@ -204,12 +232,20 @@ class LocalRole:
         from rlhf_core.models.export import export
 
         leads = self.world.rank == 0
-        state = {name: tensor.cpu() for name, tensor in self.weights() if leads}
-        with self.trainable.gathered(self.module.heads):
+        adapted = self.module.adapters is not None  # then the model's own weights are where they came from
+        state = {} if adapted else {name: tensor.cpu() for name, tensor in self.weights() if leads}
+        with self.trainable.gathered(self.module.own_parts):
             if leads:
                 card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
                 export(self.module, self.tokenizer, folder, state=state, **card)
         self.world.barrier()
+
+
+def _merged(spec: RoleSpec) -> RoleSpec:
+    """The spec of a copy that takes merged weights: without adapters."""
+    if not hasattr(spec.options, "lora"):
+        return spec
+    return replace(spec, options=replace(spec.options, lora=Lora(), quantize="none"))
 
 
 def _build(spec: RoleSpec, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
 from rlhf_core.optim import adamw, lr_factor
+from rlhf_core.strategy.lent import Lent
 from rlhf_core.tensors import Copies, read_tree, write_tree
 from rlhf_core.world import TorchWorld, World
 
@@ -108,6 +109,10 @@ class TorchTrainable:
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def lend(self) -> Lent:
+        """The model without its adapters, as a frozen role's."""
+        return Lent(self)
+
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
@@ -117,7 +122,7 @@ class TorchTrainable:
 
     def snapshot(self) -> Callable[[str], None]:
         if self.optimizer is None or self.world.rank > 0:
-            return lambda folder: None
+            return partial(_write, {})
         return partial(_write, self._copies.of(self._state()))
 
     def load(self, folder: str) -> None:

@@ -1,0 +1,21 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+    OUTPUT/checkpoints/step-N/
+        state.json           step, data position, KL coefficient, role versions, metrics, evaluations so far
+        random.safetensors   random states of torch, numpy and Python, per rank
+        roles/<name>/        what the role's strategy saves
+        manifest.json        size and SHA-256 of every file above, and of this list
+    OUTPUT/checkpoints/best.json   which one is best by `--keep-best`, and its value
+
+`saving` writes one, in the loop or beside it (`background`); `rotation` removes what is no longer wanted; `restoring` finds
+the newest one that `manifest` calls whole.
+"""
+
+from __future__ import annotations
+
+from rlhf_core.checkpoint.manifest import valid_checkpoints
+from rlhf_core.checkpoint.restoring import prepare_output, restore
+from rlhf_core.checkpoint.rotation import check_metric, rotate
+from rlhf_core.checkpoint.saving import save, settle
+
+__all__ = ["check_metric", "prepare_output", "restore", "rotate", "save", "settle", "valid_checkpoints"]

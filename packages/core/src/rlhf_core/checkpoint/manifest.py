@@ -1,0 +1,95 @@
+"""Whether a checkpoint is whole: sizes and SHA-256 of its files, and of the list of them.
+
+A file's checksum is a list, one for every 64 MiB of it, so that all cores work on a large one; meanwhile the disk writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.files import force, write_text
+
+__all__ = ["checkpoints_of", "damage", "seal", "step_of", "valid_checkpoints"]
+
+SEGMENT = 64 * 2**20
+
+
+def seal(folder: Path) -> None:
+    """Write `manifest.json` of everything in `folder`; all of it is on the disk then."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with _pool() as pool:
+        forced = [pool.submit(force, path) for path in paths]  # while these wait for the disk, others compute
+        files = {str(path.relative_to(folder)): _described(path, pool) for path in paths}
+        for each in forced:
+            each.result()
+    write_text(folder / "manifest.json", json.dumps({"files": files, "sha256": _digest(files)}, indent=1))
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, empty if nothing."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files = manifest["files"]
+        if manifest["sha256"] != _digest(files):
+            return "manifest.json does not match its checksum"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, TypeError, KeyError):  # whatever a flipped byte makes of it
+        return "manifest.json is unreadable"
+    with _pool() as pool:
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or _described(path, pool) != expected:
+                return f"{name} does not match its checksum"
+    return ""
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    return sorted((output / "checkpoints").glob("step-*"), key=step_of)
+
+
+def valid_checkpoints(output: Path) -> list[Path]:
+    """Those whose manifest holds, oldest first."""
+    return [folder for folder in checkpoints_of(output) if not damage(folder)]
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder is of."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, 1 + (os.cpu_count() or 1)))
+
+
+def _described(path: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    """Size and checksums of a file."""
+    size = path.stat().st_size
+    segments = pool.map(lambda start: _sha256(path, start), range(0, max(size, 1), SEGMENT))
+    return {"bytes": size, "sha256": list(segments)}
+
+
+def _sha256(path: Path, start: int) -> str:
+    """SHA-256 of the segment of a file that begins at `start`."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = SEGMENT
+        while left and (block := file.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def _digest(files: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's own list."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

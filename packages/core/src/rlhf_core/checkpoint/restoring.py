@@ -1,0 +1,110 @@
+"""Beginning a run or going on with one: the output folder, and the newest checkpoint that is whole.
+
+A damaged checkpoint is named and set aside as `damaged-step-N`, so that the run can write that step again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING
+
+from rlhf_core.checkpoint.manifest import checkpoints_of, damage
+from rlhf_core.checkpoint.random_states import set_random_states
+from rlhf_core.errors import UsageError
+from rlhf_core.files import write_text
+from rlhf_core.moments import Moments
+from rlhf_core.tensors import read_tree
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["prepare_output", "restore"]
+
+
+def prepare_output(run: Run) -> None:
+    """Make the output folder and write the resolved configuration. Of several ranks, all look and the first writes.
+
+    Raises:
+        UsageError: the folder already holds a run and `--resume` was not given, or is not a folder; or `--resume` was
+            given and there is no run, or one with other options.
+    """
+    from rlhf_core.configure import to_toml
+    from rlhf_core.resume import check_resume
+
+    if run.output.exists() and not run.output.is_dir():
+        raise UsageError(f"--output {run.output} is a file; name a folder")
+    begun = any((run.output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
+    if begun and not run.config.resume:
+        raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
+    if run.config.resume:
+        check_resume(run.config)
+    if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
+        return
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+        for leftover in (run.output / "checkpoints").glob(".step-*"):  # of a process killed while it saved
+            rmtree(leftover)
+        write_text(run.output / "config.toml", to_toml(replace(run.config, resume=False, resume_changed=False)))
+    except OSError as error:
+        raise UsageError(f"cannot write to --output {run.output}: {error.strerror}") from None
+
+
+def restore(run: Run) -> None:
+    """Continue from the newest valid checkpoint; from the start if none was written. Says which, and what was damaged.
+
+    Raises:
+        UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
+    """
+    found = run.world.gather(_newest_valid(run.output) if run.leader else None)[0]  # one rank looks, for all
+    if isinstance(found, str):
+        raise UsageError(found)
+    if found is None:
+        return
+    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    now = run.config.names.get("strategy", "")
+    if state["strategy"] != now:
+        raise UsageError(
+            f"{found} was written by --strategy {state['strategy']}, which {now} cannot read; resume with it"
+        )
+    for name in run.plan.trained:
+        run.roles[name].load(str(found / "roles" / name))
+        run.roles[name].version = state["versions"][name]
+    run.step = state["step"]
+    run.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
+    run.stream.load_state_dict(state["stream"])
+    if run.kl is not None:
+        run.kl.coef = state["kl_coef"]
+    for source, moments in state["moments"].items():
+        run.moments[source] = Moments(*moments)
+    run.last_metrics = state["metrics"]
+    states = read_tree(found / "random.safetensors")
+    set_random_states(states[min(run.world.rank, len(states) - 1)])  # a rank that was not there goes on as the last one
+    run.sync()
+
+
+def _newest_valid(output: Path) -> Path | str | None:
+    """The newest undamaged checkpoint, None if there is none at all, and what to say if all are damaged.
+
+    Damaged ones that are newer are named and set aside, once an older one is found to go on from.
+    """
+    damages: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints_of(output)):
+        found = damage(folder)
+        if found:
+            damages.append((folder, found))
+            continue
+        for broken, what in damages:
+            aside = broken.with_name(f"damaged-{broken.name}")
+            rmtree(aside, ignore_errors=True)
+            broken.rename(aside)
+            print(f"rlhf-run: {broken} is damaged ({what}), now {aside.name}; using {folder.name}", file=sys.stderr)
+        return folder
+    if damages:
+        listed = "; ".join(f"{folder.name}: {what}" for folder, what in damages)
+        return f"every checkpoint in {output / 'checkpoints'} is damaged ({listed}); begin again with another --output"
+    return None

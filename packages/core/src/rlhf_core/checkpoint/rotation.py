@@ -1,0 +1,108 @@
+"""Which checkpoints stay: the newest always, the best by a metric if one was named, others by number and by total size.
+
+The best is chosen anew each time from what the checkpoints themselves say, so that a run killed anywhere between saving,
+measuring and removing makes up for it the next time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.checkpoint.manifest import checkpoints_of, step_of
+from rlhf_core.errors import UsageError
+from rlhf_core.files import discard, write_text
+from rlhf_core.near import near
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["Rotation", "check_metric", "rotate"]
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What is kept of the checkpoints of a run."""
+
+    keep: int
+    """how many, the best not counted"""
+    gigabytes: float = 0.0
+    """total size in units of 10^9 bytes; 0 is no limit"""
+    metric: str = ""
+    """by which metric the best is chosen; none where empty"""
+    mode: Literal["max", "min"] = "max"
+    """whether high or low values are good"""
+    measured: Mapping[int, float] | None = None
+    """values of the metric, by step, that were measured after the checkpoint was written"""
+
+    def __call__(self, output: Path) -> None:
+        """Mark the best checkpoint in `best.json`, and remove what is not kept."""
+        newest_first = checkpoints_of(output)[::-1]
+        kept = set(newest_first[:1]) | self._mark_best(output / "checkpoints" / "best.json", newest_first)
+        size = sum(map(_bytes, kept))
+        for folder in newest_first[1 : self.keep]:
+            size += 0 if folder in kept else _bytes(folder)
+            if self.gigabytes and size > self.gigabytes * 1e9:
+                break
+            kept.add(folder)
+        for folder in reversed(newest_first):
+            if folder not in kept:
+                discard(folder)
+
+    def _mark_best(self, marker: Path, newest_first: Iterable[Path]) -> set[Path]:
+        """The best checkpoint, if there is one: written down, so that people and tools find it. Of equals the newest."""
+        values = {folder: value for folder in newest_first if (value := self._value(folder)) is not None}
+        if not values:
+            marker.unlink(missing_ok=True)
+            return set()
+        best = (max if self.mode == "max" else min)(values, key=values.__getitem__)
+        found = {"checkpoint": best.name, "metric": self.metric, "mode": self.mode, "value": values[best]}
+        content = json.dumps(found, indent=1) + "\n"
+        if not marker.exists() or marker.read_text(encoding="utf-8") != content:
+            write_text(marker, content)
+        return {best}
+
+    def _value(self, folder: Path) -> float | None:
+        """The metric of a checkpoint; None where it was not measured, is not a number, or the file is damaged."""
+        step = step_of(folder)
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            value = (self.measured or {}).get(step, state["metrics"].get(self.metric))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return value if isinstance(value, (int, float)) and value == value else None
+
+
+def rotation_of(run: Run) -> Rotation:
+    """What `run` was told to keep."""
+    config = run.config
+    name = config.keep_best
+    measured = {step: float(metrics[name]) for step, metrics in run.evaluations if name in metrics}
+    return Rotation(config.keep, config.keep_gb, name, config.keep_best_mode, measured)
+
+
+def rotate(run: Run) -> None:
+    """Remove what is no longer wanted of the checkpoints of `run`, with all that is known of them now."""
+    if run.leader:
+        rotation_of(run)(run.output)
+
+
+def check_metric(run: Run, metrics: Mapping[str, float]) -> None:
+    """Check that `--keep-best` names something that is measured: in a step, or by an evaluator.
+
+    Raises:
+        UsageError: it does not.
+    """
+    name = run.config.keep_best
+    known = {*metrics, *(run.evaluations[-1][1] if run.evaluations else ())}
+    if name and name not in known:
+        raise UsageError(
+            f"--keep-best {name}: no such metric{near(name, known)}; metrics.jsonl has the names of those there are"
+        )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
