@@ -152,6 +152,25 @@ def test_what_a_killed_call_had_started_is_killed_too(tmp_path: Path) -> None:
     assert (marker.stat().st_size if marker.exists() else 0) == size
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("body", ["os.fork()", "os.fork() or 1 / 0"])
+def test_a_function_that_forks_answers_once(tmp_path: Path, workers: int, body: str) -> None:
+    """Its child neither answers too nor goes on as a second run."""
+    path = tmp_path / f"fork_{workers}{len(body)}.py"
+    path.write_text(
+        "import os\ndef reward_func(completions):\n"
+        f"    {body}\n    return {{'rewards': [len(c) for c in completions], 'extra_logs': {{'pid': [os.getpid()] * 4}}}}\n"
+    )
+    reward = Func(str(path), workers=workers)
+    for _ in range(3):
+        output = reward(rollouts(*MIXED))
+        assert output.rewards_N.tolist() == [1, 3, 3, 4]
+        assert (output.metrics["pid"] == os.getpid()).all() == (workers == 0)
+    if workers == 0:
+        for _ in range(3):
+            assert os.WEXITSTATUS(os.wait()[1]) == 0
+
+
 def test_a_failure_that_no_sample_shows_alone_names_the_batch(tmp_path: Path) -> None:
     path = written(tmp_path, "assert len(completions) == 1")
     with pytest.raises(UsageError, match="AssertionError.*, on samples 0 to 3, though on none alone"):

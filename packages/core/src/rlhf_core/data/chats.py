@@ -25,6 +25,7 @@ __all__ = [
     "parse_dialogue",
     "plain",
     "split",
+    "unseen",
 ]
 
 Chat = tuple[Message, ...]
@@ -56,7 +57,26 @@ def _message(item: Any, number: int) -> Message:
     filled = {key: value for key, value in item.items() if value is not None}  # tables fill absent keys with null
     if not ("content" in filled or "tool_calls" in filled):
         raise ValueError(f"message {number} ({item['role']}) has no content")
+    if isinstance(filled.get("content"), (list, tuple)):
+        filled["content"] = _parts(filled["content"], number)
     return filled
+
+
+def _parts(content: Sequence[Any], number: int) -> str | list[Any]:
+    """A content given in parts: text alone becomes one text, which every template knows."""
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise ValueError(f'message {number}: a part should be {{"type": "text", "text": …}}, not {_short(part)}')
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    if all(part["type"] == "text" and isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def unseen(chat: Chat) -> str:
+    """The first part that a model of texts cannot read, an image say; empty if there is none."""
+    parts = (part for message in chat if isinstance(message.get("content"), list) for part in message["content"])
+    return next((str(part["type"]) for part in parts if part["type"] != "text"), "")
 
 
 def _short(value: Any) -> str:
@@ -87,7 +107,7 @@ def as_dialogue(chat: Chat) -> str:
     turns = []
     for message in chat:
         if not isinstance(message.get("content"), str):
-            raise ValueError("a chat with images or tool calls needs a tokenizer with a chat template")
+            raise ValueError("a chat with tool calls needs a tokenizer with a chat template")
         speaker = SPEAKER.get(message["role"])
         turns.append(f"\n\n{speaker}: {message['content']}" if speaker else message["content"])
     return "".join(turns)

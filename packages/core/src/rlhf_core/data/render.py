@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_core.data.chats import Chat, Text, as_dialogue
+from rlhf_core.data.chats import Chat, Text, as_dialogue, unseen
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.types import Example
 
@@ -116,6 +116,8 @@ class Renderer:
         """The text of `chat`, with what opens the assistant's turn if `generation`."""
         from jinja2 import TemplateError
 
+        if part := unseen(chat):
+            raise DataError(f"{example.origin}: a message has a part of type {part!r}, and models here read text alone")
         try:
             if self._template is None:
                 return as_dialogue(chat) + ("\n\nAssistant:" if generation else "")
