@@ -1,25 +1,73 @@
-"""What crosses processes: each worker gets its rows exactly, and nothing that it does not need."""
+"""What crosses processes: each worker gets its rows exactly, and nothing that it does not need, once."""
 
 from __future__ import annotations
+
+import pickle
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.testing.batches import make_batch, values_like
-from rlhf_distributed_ray.transport import pack, split_groups, unpack
+from rlhf_core.types import Batch
+from rlhf_distributed_ray.transport import COLUMNS, Shipper, split_groups, unpack
 from rlhf_distributed_ray.worker import buckets, from_array
 
 
+def shipper() -> tuple[Shipper, list[Any]]:
+    """A shipper, and the list that stands for the object store; references are places in it."""
+    store: list[Any] = []
+
+    def put(thing: Any) -> int:
+        store.append(thing)
+        return len(store) - 1
+
+    return Shipper(put), store
+
+
+def nbytes(batch: Batch, *names: str) -> int:
+    """Of columns or extras."""
+    tensors = [batch[name] if name in batch else getattr(batch, name) for name in names]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def test_packed_rows_are_the_batchs_rows_without_texts_labels_or_other_extras() -> None:
-    batch = make_batch([3, 1, 4, 2], groups=[0, 0, 1, 1]).with_extras(a_NT=torch.ones(4, 4), secret_N=torch.arange(4.0))
+    batch = make_batch([3, 1, 4, 2], groups=[0, 0, 1, 1]).with_extras(secret_N=torch.arange(4.0))
     batch.extras["a_NT"] = values_like(batch)
-    batch.scalars["kl_coef"] = 0.5
-    part, direct = unpack(pack(batch, ["a_NT"]), [2, 0]), batch.rows([2, 0])
+    ship, store = shipper()
+    columns, (extra,) = store[ship.columns(batch)], ship.extras(batch, ["a_NT"])
+    part = unpack(columns, [2, 0], {"a_NT": store[extra][""]}, {"kl_coef": 0.5})
+    direct = batch.rows([2, 0])
     for name in ("prompt_NL", "tokens_NT", "mask_NT", "lengths_N", "group_N"):
         assert torch.equal(getattr(part, name), getattr(direct, name))
     assert torch.equal(part["a_NT"], direct["a_NT"])
     assert part.texts == ["", ""] and "secret_N" not in part and part.scalars["kl_coef"] == 0.5
+
+
+def test_what_several_roles_read_crosses_once_and_what_nobody_reads_never() -> None:
+    """As in a step of ppo: reference and critic infer on the sampled batch, actor and critic train on the credited one."""
+    sampled = make_batch([30, 10, 40, 20], groups=[0, 0, 1, 1])
+    sampled.texts = ["a long story " * 100] * 4
+    ship, store = shipper()
+    ship.columns(sampled)  # the reference's
+    ship.columns(sampled)  # the critic's
+    credited = sampled.with_extras(**{f"{name}_NT": torch.randn(4, 40) for name in ("advantages", "returns", "unread")})
+    for names in (["advantages_NT"], ["advantages_NT", "returns_NT"]):
+        ship.columns(credited)
+        ship.extras(credited, names)
+    assert ship.bytes == nbytes(credited, *COLUMNS, "advantages_NT", "returns_NT")
+    pickled = sum(len(pickle.dumps(each)) for each in store)
+    assert ship.bytes < pickled < ship.bytes + 1500, "names and shapes, but no text"
+
+
+def test_a_tensor_that_changed_in_place_is_sent_again() -> None:
+    batch = make_batch([2, 3]).with_extras(a_N=torch.zeros(2))
+    ship, store = shipper()
+    before = ship.extras(batch, ["a_N"])
+    batch["a_N"][0] = 5.0
+    after = ship.extras(batch, ["a_N"])
+    assert before != after and store[after[0]][""].tolist() == [5.0, 0.0]
 
 
 @settings(max_examples=60, deadline=None)

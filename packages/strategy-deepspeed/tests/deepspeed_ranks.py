@@ -25,6 +25,7 @@ from rlhf_core.models.module import build_module
 from rlhf_core.options import Optim, TrainedOptions
 from rlhf_core.plan import RoleSpec
 from rlhf_core.strategy.torch import TorchStrategy
+from rlhf_core.testing import check_strategy
 from rlhf_core.testing.tiny import tiny_rollouts
 from rlhf_core.types import (
     Batch,
@@ -173,6 +174,9 @@ def main(folder: Path, *words: str) -> None:
         elif word == "steps":
             strategies = {"torch": TorchStrategy("cpu"), **{stage: DeepSpeed(stage=stage) for stage in range(4)}}
             result = {key: {"norms": norms(each), "moved": moved(each)} for key, each in strategies.items()}
+            if world.size == 1:
+                for strategy in strategies.values():
+                    check_strategy(strategy)
         else:
             case, stage = word.split(":")
             result = run(folder, case, DeepSpeed(stage=int(stage)), name)
@@ -190,7 +194,8 @@ def trainable(strategy: Strategy, dtype: str, optim: Optim) -> Trainable:
 
 
 def norms(strategy: Strategy) -> list[float]:
-    """Gradient norms of steps whose micro-batches use different heads, with inference between forward and backward."""
+    """Gradient norms of steps whose micro-batches use different heads, with inference between forward and backward, and
+    states that leave the device between steps and come back."""
     role = trainable(strategy, "float32", Optim(lr=1e-2, max_grad_norm=0.1))
     rank, size = role.world.rank, role.world.size
     batch = tiny_rollouts(prompts=2, completions=4)
@@ -203,6 +208,8 @@ def norms(strategy: Strategy) -> list[float]:
                 role.forward(micro.rows([0]), frozenset({"values_NT"}))
             role.backward(values_NT.square().sum() / 8)
         found.append(role.step()["grad_norm"])
+        role.offload()
+        role.reload()
     return found
 
 
@@ -214,6 +221,8 @@ def moved(strategy: Strategy) -> float:
     for _ in range(10):
         role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum())
         role.step()
+        role.offload()
+        role.reload()
     after = {name: tensor.bfloat16() for name, tensor in role.weights()}
     large = {
         name: before[name].abs().clamp(2**-6, 2**-5) == before[name].abs() for name in before

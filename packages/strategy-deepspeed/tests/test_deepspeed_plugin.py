@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_strategy_deepspeed import engine, plugin
+from rlhf_core.testing import tiny_run
+from rlhf_strategy_deepspeed import plugin, strategy
 from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+TINY = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
 
 
 def test_its_entry_point_names_the_plugin_module() -> None:
@@ -32,18 +35,44 @@ def test_importing_it_does_not_import_torch_or_deepspeed() -> None:
     assert heavy.isdisjoint(imported.split())
 
 
+@pytest.mark.parametrize("words", [["plugins"], [TINY, "--strategy", "deepspeed", "--help"]])
+def test_listing_it_and_showing_its_options_on_the_command_line_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"import sys\nfrom rlhf_core.cli import main\nassert main({words!r}) == 0\nprint('MODULES', *sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said, _, modules = printed.rpartition("MODULES")
+    assert "deepspeed" in said
+    assert {"torch", "transformers", "deepspeed"}.isdisjoint(modules.split())
+
+
 def test_choosing_it_says_in_one_line_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_strategy_deepspeed.strategy.find_spec", lambda name: None)
+    monkeypatch.setattr(strategy, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"pip install 'rlhf-strategy-deepspeed\[deepspeed\]'"):
-        DeepSpeed()(torch.nn.Module, None, 1)
+        DeepSpeed().check()
 
 
-def test_a_library_without_what_we_rely_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_missed_before_any_model_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(strategy, "find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf_core.roles._build", lambda *_, **__: pytest.fail("a model was built"))
+    with pytest.raises(MissingPackage):
+        tiny_run(tmp_path / "run", strategy=DeepSpeed()).train()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("found", ["0.18.2", "0.9.0+cu128"])
+def test_a_library_without_what_we_rely_on_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 0.19.8 the setting that stops DeepSpeed from counting micro-batches is unknown and silently ignored."""
-    old = SimpleNamespace(__version__="0.18.2", DeepSpeedEngine=object)
-    monkeypatch.setitem(sys.modules, "deepspeed", old)
-    with pytest.raises(MissingPackage, match=r"0\.18\.2 is too old: .* 'deepspeed>=0\.19\.8'"):
-        engine.library()
+    monkeypatch.setattr(strategy, "find_spec", lambda name: object())
+    monkeypatch.setattr(strategy, "version", lambda name: found)
+    short = re.escape(found.split("+")[0])
+    with pytest.raises(MissingPackage, match=rf"^deepspeed {short} is too old: .* 'deepspeed>=0\.19\.8'$"):
+        DeepSpeed().check()
+
+
+@pytest.mark.parametrize("found", ["0.19.8", "0.20.0+unknown", "1.0"])
+def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "find_spec", lambda name: object())
+    monkeypatch.setattr(strategy, "version", lambda name: found)
+    DeepSpeed().check()
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineGroup", "RoleGroup", "collect"]
 
+GRACE_SECONDS = 5.0
+"""What other ranks have to fail too, once one did."""
+
 
 def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
     """The results of one call on each actor, whose nodes and processes `where` names.
+
+    A failure ends the waiting: ranks that wait for a dead one would do so forever. When a rank dies, others may fail of it
+    first (their connection is closed), so the rest have some seconds to say what happened, and a death counts most.
 
     Raises:
         UsageError: as raised in the actor.
@@ -33,22 +39,34 @@ def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> li
     """
     import ray
 
-    results = []
-    for rank, reference in enumerate(references):
+    rank_of = {reference: rank for rank, reference in enumerate(references)}
+    results: dict[int, Any] = {}
+    failures: dict[int, Exception] = {}
+    pending = list(references)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=GRACE_SECONDS if failures else None)
+        if not done:
+            break
         try:
-            results.append(ray.get(reference))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, (UsageError, RunStopped)):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayActorError as error:
-            node, process = where[rank] if rank < len(where) else ("an unknown node", 0)
-            cause = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no cause given"
-            raise RunStopped(
-                f"{who} rank {rank} on node {node} (process {process}) died: {cause}; "
-                "continue from the last checkpoint with --resume"
-            ) from None
-    return results
+            results[rank_of[done[0]]] = ray.get(done[0])
+        except ray.exceptions.RayError as error:
+            failures[rank_of[done[0]]] = error
+    for rank, failure in failures.items():
+        if isinstance(failure, ray.exceptions.RayActorError):
+            raise _death(who, rank, where, failure) from None
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None)
+        raise cause if isinstance(cause, (UsageError, RunStopped)) else failure
+    return [results[rank] for rank in range(len(references))]
+
+
+def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) -> RunStopped:
+    """What is said of a dead actor."""
+    node, process = where[rank] if rank < len(where) else ("an unknown node", 0)
+    cause = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no cause given"
+    return RunStopped(
+        f"{who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint with --resume"
+    )
 
 
 class RoleGroup:
@@ -78,15 +96,18 @@ class RoleGroup:
 
     def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
-        reference = self.shipper.send(batch)
-        shares = self._shares(batch)
+        reference = self.shipper.columns(batch)
+        shares = split_groups(batch, len(self.actors))
+        busy = next(rows for rows in shares if rows)
+        # ranks step together, since weights may be sharded over them: one without rows of its own repeats another's
         calls = [
-            actor.infer.remote(reference, rows, sorted(wants)) for actor, rows in zip(self.actors, shares, strict=True)
+            actor.infer.remote(reference, rows or busy, sorted(wants))
+            for actor, rows in zip(self.actors, shares, strict=True)
         ]
         found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in wants}
         answers = collect(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
-            for name, values in outputs.items():
+            for name, values in outputs.items() if rows else ():
                 if name.endswith("_NT"):
                     found[name][rows, : values.shape[1]] = torch.from_numpy(values.copy())
                 else:
@@ -95,18 +116,23 @@ class RoleGroup:
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         """Optimiser steps over the credited batches, each rank on its share of the groups."""
-        keys = list(work)
         shares = {key: self._shares(batch) for key, batch in work.items()}
-        sent = [self.shipper.send(work[key], self._read(key, work[key])) for key in keys]
+        read = {key: self._read(key, batch) for key, batch in work.items()}
+        sent = [
+            reference
+            for key, batch in work.items()
+            for reference in (self.shipper.columns(batch), *self.shipper.extras(batch, read[key]))
+        ]
+        scalars = {key: dict(batch.scalars) for key, batch in work.items()}
         calls = [
-            actor.train.remote(*sent, keys=keys, rows=[shares[key][rank] for key in keys])
+            actor.train.remote(*sent, read=read, rows={key: shares[key][rank] for key in work}, scalars=scalars)
             for rank, actor in enumerate(self.actors)
         ]
         metrics, self._version = collect(f"role {self.name}", self.where, calls)[0]
         return dict(metrics)
 
     def _shares(self, batch: Batch) -> list[list[int]]:
-        """Rows per rank; every rank needs some."""
+        """Rows per rank; every rank that trains needs some."""
         shares = split_groups(batch, len(self.actors))
         if not all(shares):
             raise UsageError(

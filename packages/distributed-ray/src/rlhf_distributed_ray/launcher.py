@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RayLauncher"]
 
+LOWEST = (2, 50)
 KNOCK_SECONDS = 5
 PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
@@ -35,9 +39,10 @@ class RayLauncher:
     address: str = ""
     """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""
     workers: str = "1"
-    """workers of each role: a number, or NODESxDEVICES"""
+    """workers of each role: a number, or NODESxDEVICES, whose devices Ray keeps on one node"""
     role_workers: tuple[str, ...] = ()
-    """roles with another number of workers, as `critic=2` or `actor=2x4`"""
+    """roles with workers of their own, as `critic=2` or `actor=2x4`, when separate also laid out their own way, as
+    `actor=2x4:STRICT_SPREAD`"""
     engines: int = 1
     """rollout engines"""
     placement: Literal["together", "separate"] = "together"
@@ -52,18 +57,24 @@ class RayLauncher:
     """OpenMP threads of each worker"""
 
     def check(self) -> None:
-        """Whether Ray is installed."""
+        """Whether Ray is installed, and new enough."""
         if find_spec("ray") is None:
             raise MissingPackage("launcher 'ray' needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
+        found = _installed()
+        if found < LOWEST:
+            raise MissingPackage(
+                f"ray {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'rlhf-distributed-ray[ray]'"
+            )
 
     def __call__(self, plan: Plan) -> Placed:
         shapes = self._shapes(plan)
-        layout = lay_out(shapes, self.engines if plan.online else 0, self.placement == "together", self.cpus, self.gpus)
-        started = self._connect(layout)
+        engines = self.engines if plan.online else 0
+        layout = lay_out(shapes, engines, self.placement == "together", self.cpus, self.gpus, self.strategy)
+        cluster = _Cluster(self, plan, layout, self._connect(layout))
         try:
-            return _Cluster(self, plan, layout, started).place()
+            return cluster.place()
         except BaseException:
-            _disconnect(started)
+            cluster.close()
             raise
 
     def _shapes(self, plan: Plan) -> dict[str, Shape]:
@@ -76,6 +87,11 @@ class RayLauncher:
                     f"--launcher.role-workers {text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
                 )
             shapes[role] = parse_shape(shape, "--launcher.role-workers")
+            if shapes[role].strategy and self.placement == "together":
+                raise UsageError(
+                    f"--launcher.role-workers {text!r}: roles that are placed together are laid out together; "
+                    "use --launcher.strategy, or --launcher.placement separate"
+                )
         if self.engines < 1:
             raise UsageError(f"--launcher.engines {self.engines}: at least 1")
         for role, laid in shapes.items():
@@ -92,6 +108,19 @@ class RayLauncher:
         started = not ray.is_initialized()
         if started:
             _knock(self.address)
+            self._open()
+        try:
+            check_capacity(layout, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        except UsageError:
+            _disconnect(started)
+            raise
+        return started
+
+    def _open(self) -> None:
+        """`ray.init`, whose every failure is one line."""
+        import ray
+
+        with _captured() as said:
             try:
                 ray.init(
                     address=self.address or "local",
@@ -99,17 +128,41 @@ class RayLauncher:
                     include_dashboard=False if not self.address else None,
                     logging_level="ERROR",
                 )
-            except (ConnectionError, RuntimeError, ValueError) as error:
+                return
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UsageError(
-                    f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})"
-                ) from None
+                refused = isinstance(error, ray.exceptions.AuthenticationError)
+        if refused or b"Unauthenticated" in said:
+            raise UsageError(
+                f"--launcher.address {self.address}: the cluster refuses this token; set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them"
+            )
+        raise UsageError(f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})")
+
+
+def _installed() -> tuple[int, ...]:
+    """Ray's version; one that does not say is taken for new."""
+    try:
+        return tuple(int(part) for part in version("ray").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return LOWEST
+
+
+@contextmanager
+def _captured() -> Iterator[bytearray]:
+    """What is written to standard error meanwhile, by any code of this process, is kept instead: Ray warns there every second
+    of an address that it cannot join."""
+    said = bytearray()
+    with tempfile.TemporaryFile() as file:
+        standard_error = os.dup(2)
+        os.dup2(file.fileno(), 2)
         try:
-            check_capacity(layout, ray.cluster_resources(), len(ray.nodes()), self.strategy == "STRICT_SPREAD")
-        except UsageError:
-            _disconnect(started)
-            raise
-        return started
+            yield said
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+            file.seek(0)
+            said += file.read()
 
 
 def _knock(address: str) -> None:
@@ -171,14 +224,14 @@ class _Cluster:
         """Placement groups for every bundle of the layout."""
         import ray
 
-        for bundles in self.layout.groups:
-            group = ray.util.placement_group([dict(b) for b in bundles], strategy=self.options.strategy)
+        for bundles, strategy in zip(self.layout.groups, self.layout.strategies, strict=True):
+            group = ray.util.placement_group([dict(b) for b in bundles], strategy=strategy)
             self.groups.append(group)
         _, waiting = ray.wait([g.ready() for g in self.groups], num_returns=len(self.groups), timeout=PLACEMENT_SECONDS)
         if waiting:
             raise UsageError(
-                f"the cluster did not place {len(waiting)} of {len(self.groups)} groups with --launcher.strategy "
-                f"{self.options.strategy} in {PLACEMENT_SECONDS} s; free resources, or use PACK"
+                f"the cluster did not place {len(waiting)} of {len(self.groups)} groups of workers in {PLACEMENT_SECONDS} s; "
+                "free resources, or use --launcher.strategy PACK"
             )
 
     def _actor(self, body: type, seat: Seat, names: Mapping[str, Any], expected: Mapping[str, str], *args: Any) -> Any:

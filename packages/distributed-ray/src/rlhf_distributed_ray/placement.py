@@ -1,17 +1,22 @@
 """Who sits where: roles and engines over the bundles of a Ray cluster, checked before anything starts.
 
-A role is `nodes` x `devices` workers. `together` puts rank k of every role, and the engines, on the same bundle k; `separate`
-gives each role and each engine bundles of its own.
+A role is `nodes` x `devices` workers: `nodes` bundles, each with room for `devices` of them. Ray keeps a bundle on one node;
+how bundles lie to each other is its strategy's business. `together` lets rank k of every role, and the engines, share
+bundles; `separate` gives each role and the engines a placement group of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["Layout", "Seat", "Shape", "check_capacity", "lay_out", "parse_shape"]
+__all__ = ["STRATEGIES", "Layout", "Seat", "Shape", "check_capacity", "lay_out", "parse_shape"]
+
+Resources = Mapping[str, float]
+
+STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,11 @@ class Shape:
     """Workers of one role."""
 
     nodes: int
-    devices: int
+    """bundles"""
+    devices: int = 1
+    """workers of each bundle"""
+    strategy: str = ""
+    """how Ray lays the bundles over nodes; as for everyone where empty"""
 
     @property
     def workers(self) -> int:
@@ -39,60 +48,76 @@ class Seat:
 class Layout:
     """Placement groups as lists of bundles (resources by name), and the seats of everyone by name and rank."""
 
-    groups: tuple[tuple[Mapping[str, float], ...], ...]
+    groups: tuple[tuple[Resources, ...], ...]
+    strategies: tuple[str, ...]
+    """of each group"""
     seats: Mapping[str, tuple[Seat, ...]]
-    share: Mapping[str, float]
+    share: Resources
     """resources one worker asks for"""
 
 
 def parse_shape(text: str, flag: str) -> Shape:
-    """`2` workers on one node, or `2x4`: nodes x devices.
+    """`2` workers, each in a bundle of its own; `2x4`: nodes x devices; either with a strategy: `2x4:STRICT_SPREAD`.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is none of these.
     """
-    parts = text.lower().split("x")
-    if len(parts) in (1, 2) and all(part.isdigit() and int(part) > 0 for part in parts):
-        numbers = [int(part) for part in parts]
-        return Shape(1, numbers[0]) if len(numbers) == 1 else Shape(*numbers)
+    size, _, strategy = text.partition(":")
+    parts = size.lower().split("x")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(parts) <= 2 and len(numbers) == len(parts) and all(numbers) and strategy.upper() in ("", *STRATEGIES):
+        return Shape(numbers[0], numbers[1] if len(numbers) == 2 else 1, strategy.upper())
     raise UsageError(f"{flag} {text!r}: give a number of workers, or NODESxDEVICES such as 2x4")
 
 
-def lay_out(roles: Mapping[str, Shape], engines: int, together: bool, cpus: float, gpus: float) -> Layout:
+def lay_out(
+    roles: Mapping[str, Shape], engines: int, together: bool, cpus: float, gpus: float, strategy: str = "PACK"
+) -> Layout:
     """Bundles and seats for `roles` and `engines` rollout engines (`engine`), each worker with `cpus` and `gpus`."""
     share = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-    everyone = {**{name: shape.workers for name, shape in roles.items()}, **({"engine": engines} if engines else {})}
-    if not together:
-        groups = tuple(tuple(dict(share) for _ in range(workers)) for workers in everyone.values())
-        seats = {name: tuple(Seat(g, k) for k in range(everyone[name])) for g, name in enumerate(everyone)}
-        return Layout(groups, seats, share)
-    bundles: list[dict[str, float]] = [{} for _ in range(max(everyone.values()))]
-    for workers in everyone.values():
-        for bundle in bundles[:workers]:
+    everyone = {**roles, **({"engine": Shape(engines)} if engines else {})}
+    groups: list[list[dict[str, float]]] = []
+    strategies: list[str] = []
+    seats: dict[str, tuple[Seat, ...]] = {}
+    for name, shape in everyone.items():
+        if not together or not groups:
+            groups.append([])
+            strategies.append(shape.strategy or strategy)
+        bundles = groups[-1]
+        bundles += [{} for _ in range(shape.nodes - len(bundles))]
+        for bundle in bundles[: shape.nodes]:
             for resource, amount in share.items():
-                bundle[resource] = bundle.get(resource, 0.0) + amount
-    seats = {name: tuple(Seat(0, k) for k in range(workers)) for name, workers in everyone.items()}
-    return Layout((tuple(bundles),), seats, share)
+                bundle[resource] = bundle.get(resource, 0.0) + shape.devices * amount
+        seats[name] = tuple(Seat(len(groups) - 1, rank // shape.devices) for rank in range(shape.workers))
+    return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, share)
 
 
-def check_capacity(layout: Layout, available: Mapping[str, float], nodes: int, spread: bool) -> None:
-    """Whether the cluster can hold the layout.
+def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
+    """Whether nodes with these resources can hold the layout.
 
     Raises:
-        UsageError: it asks for more of a resource, or for more nodes, than there is.
+        UsageError: it asks for more of a resource than there is, or than a node has, or for more nodes than there are.
     """
+    people = ", ".join(f"{len(seats)} x {name}" for name, seats in layout.seats.items())
     for resource in ("CPU", "GPU"):
-        wanted = sum(bundle.get(resource, 0.0) for group in layout.groups for bundle in group)
-        have = available.get(resource, 0.0)
+        advice = f"lower --launcher.workers, --launcher.engines or --launcher.{resource.lower()}s"
+        wanted = _sum(resource, (bundle for group in layout.groups for bundle in group))
+        have = _sum(resource, nodes)
         if wanted > have + 1e-9:
             raise UsageError(
-                f"launcher ray needs {wanted:g} {resource} for {_people(layout)}, the cluster has {have:g}; "
-                f"lower --launcher.workers, --launcher.engines or --launcher.{resource.lower()}s"
+                f"launcher ray needs {wanted:g} {resource} for {people}, the cluster has {have:g}; {advice}"
             )
-    widest = max(len(group) for group in layout.groups)
-    if spread and widest > nodes:
-        raise UsageError(f"--launcher.strategy STRICT_SPREAD needs {widest} nodes, the cluster has {nodes}")
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        for group, strategy in zip(layout.groups, layout.strategies, strict=True):
+            whole = [_sum(resource, group)] if strategy == "STRICT_PACK" else [_sum(resource, [b]) for b in group]
+            if max(whole) > largest + 1e-9:
+                raise UsageError(
+                    f"launcher ray needs {max(whole):g} {resource} on one node, the largest has {largest:g}; {advice}"
+                )
+    for group, strategy in zip(layout.groups, layout.strategies, strict=True):
+        if strategy == "STRICT_SPREAD" and len(group) > len(nodes):
+            raise UsageError(f"STRICT_SPREAD needs {len(group)} nodes, the cluster has {len(nodes)}")
 
 
-def _people(layout: Layout) -> str:
-    return ", ".join(f"{len(seats)} x {name}" for name, seats in layout.seats.items())
+def _sum(resource: str, of: Iterable[Resources]) -> float:
+    return sum(each.get(resource, 0.0) for each in of)

@@ -1,13 +1,14 @@
 """Batches through Ray's object store: put once, read in slices, and nothing in them that the reader does not need.
 
 Arrays, not tensors, are stored: Ray maps NumPy arrays into every reader without a copy, so a worker copies its own rows
-only. Prompts, texts, labels and metadata stay with the controller.
+only. Tokens and each extra are objects of their own: what several roles read, or one role reads twice in a step, crosses
+once. Prompts, texts, labels and metadata stay with the controller.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
@@ -16,61 +17,78 @@ from rlhf_core.types import Batch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Shipper", "pack", "split_groups", "unpack"]
+__all__ = ["COLUMNS", "Shipper", "split_groups", "unpack"]
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
-REMEMBERED = 8  # batches of one step: a few sources and credits
+REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
+
+Arrays = Mapping[str, Any]
 
 
-def pack(batch: Batch, extras: Iterable[str]) -> dict[str, Any]:
-    """The numbers of a batch as arrays, with the named extras."""
-    columns = {name: getattr(batch, name).numpy() for name in COLUMNS}
-    return {"columns": columns, "extras": {n: batch[n].numpy() for n in extras}, "scalars": dict(batch.scalars)}
-
-
-def unpack(packed: Mapping[str, Any], rows: list[int]) -> Batch:
-    """Rows of a packed batch; texts and labels are empty."""
-    index = torch.tensor(rows)
+def unpack(packed: Arrays, rows: list[int], extras: Arrays | None = None, scalars: Arrays | None = None) -> Batch:
+    """Rows of packed columns and extras as a batch; texts and labels are empty."""
+    index = torch.tensor(rows).numpy()
 
     def column(array: Any) -> Tensor:
-        return torch.from_numpy(array[index.numpy()])  # the copy of these rows, and only these
+        return torch.from_numpy(array[index])  # the copy of these rows, and only these
 
     n = len(rows)
-    columns: dict[str, Any] = {name: column(array) for name, array in packed["columns"].items()}
+    own: dict[str, Any] = {name: column(array) for name, array in packed.items()}
     whole = Batch(
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
         meta=[{}] * n,
-        **columns,
-        extras={name: column(array) for name, array in packed["extras"].items()},
-        scalars=dict(packed["scalars"]),
+        **own,
+        extras={name: column(array) for name, array in (extras or {}).items()},
+        scalars=dict(scalars or {}),
     )
     return whole.rows(range(n))  # trimmed to the longest of these rows
 
 
 class Shipper:
-    """Puts each batch into the object store once, however many roles read it."""
+    """Puts each tensor into the object store once, however many roles read it.
 
-    def __init__(self) -> None:
+    Args:
+        put: stores an object and returns its reference; Ray's where absent.
+    """
+
+    def __init__(self, put: Callable[[Any], Any] | None = None) -> None:
+        self._put = put
         self._sent: OrderedDict[tuple[int, ...], tuple[Any, list[Tensor]]] = OrderedDict()
         self.bytes = 0
         """bytes put so far"""
 
-    def send(self, batch: Batch, extras: Iterable[str] = ()) -> Any:
-        """The object reference of `batch` with the named extras."""
-        import ray
+    def columns(self, batch: Batch) -> Any:
+        """The reference of the batch's columns."""
+        return self._once([getattr(batch, name) for name in COLUMNS], COLUMNS)
 
-        names = sorted(set(extras))
-        tensors = [batch.tokens_NT, batch.group_N, *(batch[name] for name in names)]
-        key = tuple(map(id, tensors))
+    def extras(self, batch: Batch, names: Iterable[str]) -> list[Any]:
+        """The references of the named extras, in their order."""
+        return [self._once([batch[name]], ("",)) for name in names]
+
+    def _once(self, tensors: list[Tensor], names: tuple[str, ...]) -> Any:
+        """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
+        key = tuple(number for tensor in tensors for number in (id(tensor), _changes(tensor)))
         if key not in self._sent:
-            packed = pack(batch, names)
-            self.bytes += sum(a.nbytes for part in ("columns", "extras") for a in packed[part].values())
-            self._sent[key] = (ray.put(packed), tensors)  # the tensors are kept so that their ids stay theirs
+            packed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            self.bytes += sum(array.nbytes for array in packed.values())
+            self._sent[key] = (self._store(packed), tensors)  # the tensors are kept so that their ids stay theirs
             while len(self._sent) > REMEMBERED:
                 self._sent.popitem(last=False)
         return self._sent[key][0]
+
+    def _store(self, packed: Arrays) -> Any:
+        if self._put is not None:
+            return self._put(packed)
+        import ray
+
+        return ray.put(packed)
+
+
+def _changes(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; one made in inference mode cannot be outside it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def split_groups(batch: Batch, parts: int) -> list[list[int]]:

@@ -1,5 +1,5 @@
-"""What runs inside a Ray actor: one rank of a role, or a rollout engine. No Ray in here, so that it can be read and tested
-as plain Python; `launcher` turns the classes into actors."""
+"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address is asked in here, so that
+it can be read and tested as plain Python; `launcher` turns the classes into actors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.plan import Plan, make_plan
 from rlhf_core.roles import LocalRole
@@ -65,10 +66,12 @@ class RoleWorker:
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port, for the process group."""
+        """This node's address, as the cluster knows it, and a free port, for the process group."""
+        import ray
+
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return socket.gethostbyname(socket.gethostname()), probe.getsockname()[1]
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def where(self) -> tuple[str, int]:
         """Host name and process id, for messages."""
@@ -83,8 +86,7 @@ class RoleWorker:
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
-        if self.size > 1:
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        join_world()
         self.role = LocalRole(self.plan, self.role_name)
 
     def infer(self, packed: Mapping[str, Any], rows: list[int], wants: list[str]) -> dict[str, Any]:
@@ -92,11 +94,23 @@ class RoleWorker:
         outputs = self.role.infer(unpack(packed, rows), frozenset(wants))
         return {name: values.numpy() for name, values in outputs.items()}
 
-    def train(self, *packed: Mapping[str, Any], keys: list[str], rows: list[list[int]]) -> tuple[dict[str, float], int]:
-        """Optimiser steps on these rows of each credited batch; metrics and the new version."""
+    def train(
+        self,
+        *sent: Mapping[str, Any],
+        read: Mapping[str, list[str]],
+        rows: Mapping[str, list[int]],
+        scalars: Mapping[str, Mapping[str, float]],
+    ) -> tuple[dict[str, float], int]:
+        """Optimiser steps on these rows of each credited batch; metrics and the new version.
+
+        `sent` are, for each key of `read`, the columns and then the extras that it names.
+        """
         work: dict[str, Batch] = {}
-        for key, batch, own in zip(keys, packed, rows, strict=True):
-            work[key] = unpack(batch, own)
+        arriving = iter(sent)
+        for key, names in read.items():
+            columns = next(arriving)
+            extras = {name: next(arriving)[""] for name in names}
+            work[key] = unpack(columns, rows[key], extras, scalars[key])
             work[key].world = self.role.world
         return self.role.train(work), self.role.version
 

@@ -63,6 +63,12 @@ class VLLM:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
 
+    def check(self) -> None:
+        """Whether vLLM is installed, in the version whose weight loading we know; before any model is loaded."""
+        from rlhf_rollout_vllm.install import check_installed
+
+        check_installed()
+
     @cached_property
     def _engines(self) -> dict[str, Engine]:
         """Open engines by role. No field: options are compared, written down and sent to workers, engines are not."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_core.errors import MissingPackage, UsageError
 
-__all__ = ["SUPPORTED", "import_vllm"]
+__all__ = ["SUPPORTED", "check_installed", "import_vllm"]
 
 SUPPORTED = "0.32"
 """The release series whose weight loading this package was tested with."""
@@ -23,12 +23,12 @@ ENVIRONMENT = {
 """Set unless the user has set them."""
 
 
-def import_vllm() -> Any:
-    """The module vllm, set up to run inside this process.
+def check_installed() -> str:
+    """The installed version, found out without importing anything.
 
     Raises:
-        MissingPackage: it is not installed.
-        UsageError: it is another version, or its installation is broken.
+        MissingPackage: vLLM is not installed.
+        UsageError: it is another version.
     """
     if find_spec("vllm") is None:
         raise MissingPackage(
@@ -40,6 +40,17 @@ def import_vllm() -> Any:
             f"rollout 'vllm' works with vllm {SUPPORTED}, not {found}: "
             f"python3 -m pip install '{distribution}=={SUPPORTED}.*'"
         )
+    return found
+
+
+def import_vllm() -> Any:
+    """The module vllm, set up to run inside this process.
+
+    Raises:
+        MissingPackage: it is not installed.
+        UsageError: it is another version, or its installation is broken.
+    """
+    found = check_installed()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine reads the trainer's tensors as they are
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import MissingPackage
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -34,17 +33,9 @@ Json = dict[str, Any]
 
 
 def library() -> Any:
-    """The package deepspeed, imported and set up for training.
-
-    Raises:
-        MissingPackage: the installed version does not know a setting that we rely on, and would ignore it.
-    """
+    """The package deepspeed, imported and set up for training. Which versions will do is `DeepSpeed.check`'s to say."""
     import deepspeed
 
-    if not hasattr(deepspeed.DeepSpeedEngine, "managed_gradient_accumulation"):
-        raise MissingPackage(
-            f"deepspeed {deepspeed.__version__} is too old: python3 -m pip install --upgrade 'deepspeed>=0.19.8'"
-        )
     # inference on CPUs would use this operation, training does not: spare the minute and the compiler it takes to build
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # it warns of module inputs that are no tensors: ours hold token ids, through which no gradient flows

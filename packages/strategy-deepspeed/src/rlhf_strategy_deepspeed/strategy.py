@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from rlhf_core.types import Trainable
 
 __all__ = ["DeepSpeed"]
+
+LOWEST = (0, 19, 8)
+"""Before that it does not know the setting that stops it from counting micro-batches, and ignores it."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,21 @@ class DeepSpeed:
                 f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass"
             )
 
-    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable:
-        """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
+    def check(self) -> None:
+        """Whether DeepSpeed is installed, and new enough; before any model is loaded."""
         if find_spec("deepspeed") is None:
             raise MissingPackage(
                 "strategy 'deepspeed' needs deepspeed: python3 -m pip install 'rlhf-strategy-deepspeed[deepspeed]'"
             )
+        found = _installed()
+        if found < LOWEST:
+            raise MissingPackage(
+                f"deepspeed {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'deepspeed>=0.19.8'"
+            )
+
+    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable:
+        """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
+        self.check()
         device = prepare_process()
         from rlhf_strategy_deepspeed.frozen import FrozenShards
         from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
@@ -70,6 +83,14 @@ class DeepSpeed:
         from rlhf_core.strategy.torch import TorchTrainable
 
         return TorchTrainable(build().to(device), None, total_steps, device)
+
+
+def _installed() -> tuple[int, ...]:
+    """DeepSpeed's version; one that does not say is taken for new."""
+    try:
+        return tuple(int(part) for part in version("deepspeed").split("+")[0].split(".")[:3])
+    except (PackageNotFoundError, ValueError):
+        return LOWEST
 
 
 def prepare_process() -> torch.device:

@@ -117,26 +117,51 @@ class DeepSpeedTrainable:
     # sleeping
 
     def offload(self) -> None:
-        if self.device.type == "cpu":
-            return  # already where it would go
+        """All states to host memory. Under stage 1 in bfloat16 they stay: DeepSpeed's optimiser there cannot move them."""
+        cpu = torch.device("cpu")
         if self.stage == 0:
-            self._move(torch.device("cpu"))
-        elif hasattr(self.engine.optimizer, "offload_states"):  # stage 1 in bfloat16 has an optimiser that cannot
-            self.engine.offload_states()
-        torch.cuda.empty_cache()
+            self.module.to(cpu)
+            self._move_moments(cpu)
+        elif self.stage == 3:
+            self.engine.offload_states(include=self._sharded_weights(), pin_memory=self._pins)
+            self._move_masters(cpu)
+            self._move_moments(cpu)
+        elif hasattr(self.engine.optimizer, "offload_states"):
+            self.engine.offload_states(pin_memory=self._pins)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        if self.device.type == "cpu":
-            return
+        """And back."""
         if self.stage == 0:
-            self._move(self.device)
+            self.module.to(self.device)
+            self._move_moments(self.device)
+        elif self.stage == 3:
+            self.engine.reload_states()
+            self._move_masters(self.device)
+            self._move_moments(self.device)
         elif hasattr(self.engine.optimizer, "reload_states"):
             self.engine.reload_states()
 
-    def _move(self, device: torch.device) -> None:
-        """Move weights and moments where nothing is sharded, and so nothing is a view of a flat buffer."""
-        self.module.to(device)
-        for state in self.engine.optimizer.state.values():
+    @property
+    def _pins(self) -> bool:
+        return self.device.type != "cpu"
+
+    def _sharded_weights(self) -> set[Any]:
+        """What DeepSpeed's stage 3 moves itself; the rest it moves for its own fused optimiser only."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        return {State.lp_params, State.lp_grads, State.contiguous_grad_buffer}
+
+    def _move_masters(self, device: torch.device) -> None:
+        """Stage 3: this rank's shards of the float32 weights."""
+        for shards in self.engine.optimizer.fp32_partitioned_groups_flat:
+            shards.data = shards.data.to(device)
+
+    def _move_moments(self, device: torch.device) -> None:
+        """What AdamW remembers, in torch's own optimiser, around which stage 3 puts its."""
+        optimizer = self.engine.optimizer
+        for state in getattr(optimizer, "optimizer", optimizer).state.values():
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     state[name] = value.to(device)
