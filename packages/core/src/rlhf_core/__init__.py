@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from rlhf_core.hookspecs import Providers, hookimpl
-    from rlhf_core.options import KL, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
     from rlhf_core.registry import Registry
     from rlhf_core.run import Run
     from rlhf_core.types import (
@@ -91,7 +91,7 @@ _HOMES = {
         "ContractError DataError MissingPackage NameConflict PluginError RlhfError RunStopped UnknownName UsageError"
     ),
     "hookspecs": "Providers hookimpl",
-    "options": "KL ModelOptions Optim RunConfig Sampling TrainedOptions",
+    "options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
     "registry": "Registry",
     "run": "Run",
     "types": "Batch Chosen Credit Example LossTerms Metric Outputs Prompts Reduction RewardOutput Rollouts Term",

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from rlhf_core import needs as needs_
 from rlhf_core.errors import UsageError
-from rlhf_core.needs import Need
-from rlhf_core.options import KL, ModelOptions, RunConfig
+from rlhf_core.needs import LANGUAGE, Need
+from rlhf_core.options import KL, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.types import Advantage, Chosen, Term
 
 __all__ = ["CreditSpec", "Plan", "RoleSpec", "make_plan"]
@@ -103,6 +103,21 @@ def make_plan(config: RunConfig) -> Plan:
     chosen = Chosen(
         advantage=config.providers.get("advantage"),
         loss=config.providers.get("loss"),
+    def lender(self, name: str) -> str:
+        """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
+        frozen = self.roles[name]
+        beside = any(name in term.partners for term in self.terms)  # both are asked at once
+        if frozen.trained or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
+            return ""
+        same = [each.name for each in fields(ModelOptions)]
+        for spec in self.roles.values():
+            speaks = spec.sampled or spec.outputs & LANGUAGE
+            adapted = spec.trained and isinstance(spec.options, TrainedOptions) and spec.options.lora.rank > 0
+            alike = all(getattr(spec.options, each) == getattr(frozen.options, each) for each in same)
+            if speaks and adapted and alike:
+                return spec.name
+        return ""
+
         sampling=config.sampling,
         providers=config.providers,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -18,14 +19,22 @@ __all__ = ["Local"]
 class Local:
     """All roles in one process; under torchrun or deepspeed, one rank of each in every process."""
 
+    one_process: ClassVar[bool] = True
+    """roles see each other's models"""
+
     def __call__(self, plan: Plan) -> Placed:
         from rlhf_core.roles import LocalRole
 
         world = join_world()
         if plan.config.batch_size % world.size:
             raise UsageError(f"--batch-size {plan.config.batch_size} does not divide over {world.size} ranks")
-        roles = {name: LocalRole(plan, name) for name in plan.roles}
-        return Placed(dict(roles), plan.config.providers.get("rollout") if plan.online else None, world)
+        roles: dict[str, LocalRole] = {}
+        for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
+            roles[name] = LocalRole(plan, name, lender=roles.get(plan.lender(name)))
+        for role in roles.values():
+            role.meet(roles)
+        rollout = plan.config.providers.get("rollout") if plan.online else None
+        return Placed({name: roles[name] for name in plan.roles}, rollout, world)
 
 
 def join_world() -> World:
@@ -34,7 +43,13 @@ def join_world() -> World:
         return World()
     if not torch.distributed.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= devices:
+                raise UsageError(
+                    f"process {local + 1} of this node has no GPU of its own, there are {devices}; start at most {devices} "
+                    "processes a node, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
+                )
+            torch.cuda.set_device(local)
         # both, where there are GPUs: gradients are on them, counts and metrics are not
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return TorchWorld()

@@ -47,7 +47,10 @@ def export(
 
     model = module.model
     with fresh_folder(Path(folder)) as target, no_progress_bars():
-        model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=SHARD)
+        if module.adapters is not None:
+            module.adapters.save(target, base, getattr(model, "score", None))
+        else:
+            model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=SHARD)
         if heads := dict(module.heads.state_dict()):
             save_file({name: tensor.contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
         _padding_like(model, tokenizer).save_pretrained(target)

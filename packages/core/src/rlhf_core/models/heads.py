@@ -12,9 +12,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.models.logprobs import token_logprobs
+from rlhf_core.models.logprobs import Head, token_logprobs
 
-__all__ = ["ChunkedHead", "ScalarHead"]
+__all__ = ["ChunkedHead", "ScalarHead", "seeded"]
 
 
 class _Shared(nn.Linear):
@@ -44,17 +44,24 @@ class ChunkedHead(_Shared):
     ) -> None:
         super().__init__(linear)
         self.chunk, self.temperature, self.scale, self.softcap = chunk, temperature, scale, softcap
+        self._disable_adapters = False  # as PEFT's layers call it
 
     # the sub-class asks for more than a linear layer does, and gives more
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets_M: Tensor | None = None, entropy: bool = False
+        self, hidden: Tensor, targets_M: Tensor | None = None, entropy: bool = False, scaled: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Logits of `hidden`; with targets, log-probabilities and entropies of (M, H) states, each (M,)."""
+        """Logits of `hidden`; with targets, log-probabilities and entropies of (M, H) states, each (M,).
+
+        `scaled` logits are those that a softmax takes: float32, after scale, soft cap and temperature.
+        """
+        if scaled:
+            head = Head(self.temperature, self.scale, self.softcap)
+            return head.scaled(nn.functional.linear(hidden.to(self.weight.dtype), self._acting(), self.bias))
         if targets_M is None:
-            return super().forward(hidden)
+            return nn.functional.linear(hidden, self._acting(), self.bias)
         return token_logprobs(
             hidden,
-            self.weight,
+            self._acting(),
             targets_M,
             bias_V=self.bias,
             temperature=self.temperature,
@@ -63,6 +70,24 @@ class ChunkedHead(_Shared):
             chunk=self.chunk,
             entropy=entropy,
         )
+
+    def adapt(self, rank: int, alpha: int) -> None:
+        """Put an adapter on the head; nothing changes until its `lora_B` does."""
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.update_scale = alpha / rank
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter."""
+        return "lora_A" in self._parameters
+
+    def _acting(self) -> Tensor:
+        """The matrix (V, H) that acts: with an adapter, a second one of this size for as long as it is used."""
+        if not self.adapted or self._disable_adapters:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.weight + (self.update_scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
 
 
 class ScalarHead(_Shared):
@@ -84,8 +109,12 @@ class ScalarHead(_Shared):
 
         The numbers depend on `seed` alone, not on the global random state.
         """
-        digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) / (self.in_features + 1))
+        self.weight.copy_(torch.randn(self.weight.shape, generator=seeded(seed)) / (self.in_features + 1))
         if self.bias is not None:
             self.bias.zero_()
+
+
+def seeded(text: str) -> torch.Generator:
+    """A generator whose numbers depend on `text` alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

