@@ -126,7 +126,7 @@ def test_optimiser_steps_are_counted_over_epochs_and_minibatches(
     change: dict[str, int], steps: int, on_policy: bool
 ) -> None:
     plan = plan_of(Term("actor", "actor", Policy(), Baseline()), **change)
-    assert (plan.optimiser_steps, plan.on_policy) == (steps, on_policy)
+    assert (plan.optimiser_steps("actor"), plan.on_policy) == (steps, on_policy)
 
 
 def test_the_seed_of_a_completion_depends_on_run_prompt_and_number_only() -> None:

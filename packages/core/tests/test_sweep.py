@@ -68,7 +68,7 @@ def test_every_variant_meets_every_point_of_the_grid_and_every_seed(folder: Path
     )
     sweep = read_sweep(path)
     assert [m.name for m in sweep.members][:3] == [
-        "a-alpha=0.1-batch-size=2-seed0", "a-alpha=0.1-batch-size=2-seed7", "a-alpha=1.0-batch-size=2-seed0",
+        "a-alpha=0.1-batch-size=2-seed0", "a-alpha=1.0-batch-size=2-seed0", "b-alpha=0.1-batch-size=2-seed0",
     ]  # fmt: skip
     assert len(sweep.members) == 8
     settings = sweep.members[-1].settings

@@ -30,6 +30,8 @@ class CreditSpec:
     advantage: Advantage | None
     needs: tuple[Need, ...] = ()
     """what must be in the batch before credit and losses run"""
+    every: int = 1
+    """its terms take part in the steps that are multiples of this"""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,20 @@ class Plan:
         """Whether any source samples."""
         return any(source != DATA for source in self.sources)
 
-    @property
-    def optimiser_steps(self) -> int:
-        """Optimiser steps of the whole run: what a schedule is laid over."""
-        return self.config.steps * self.config.epochs * self.config.minibatches
+    def at(self, step: int) -> Plan:
+        """What takes part in a step, counted from 1: terms that have a cadence wait for their turn."""
+        terms = tuple(term for term in self.terms if step % term.every == 0)
+        if len(terms) == len(self.terms):
+            return self
+        resting = {term.source for term in self.terms} - {term.source for term in terms}
+        credits = {key: credit for key, credit in self.credits.items() if step % credit.every == 0}
+        return replace(self, terms=terms, credits=credits, sources=tuple(s for s in self.sources if s not in resting))
+
+    def optimiser_steps(self, role: str) -> int:
+        """Optimiser steps of a role in the whole run: what its schedule is laid over."""
+        every = {term.every for term in self.terms if term.role == role}
+        turns = sum(any(step % each == 0 for each in every) for step in range(1, self.config.steps + 1))
+        return turns * self.config.epochs * self.config.minibatches
 
     @property
     def on_policy(self) -> bool:
@@ -132,7 +144,7 @@ def make_plan(config: RunConfig) -> Plan:
     keyed: list[tuple[str, Term]] = []
     for term in terms:
         key = _credit_key(credits, term)
-        credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage))
+        credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage, every=term.every))
         credits[key] = _add_needs(credit, term, kl)
         keyed.append((key, term))
     also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
@@ -141,10 +153,10 @@ def make_plan(config: RunConfig) -> Plan:
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
-    """The key of the term's credit: an existing one with the same source and advantage, or a new one."""
+    """The key of the term's credit: an existing one with the same source, advantage and cadence, or a new one."""
     same_source = [credit for credit in credits.values() if credit.source == term.source]
     for credit in same_source:
-        if credit.advantage == term.advantage:
+        if (credit.advantage, credit.every) == (term.advantage, term.every):
             return credit.key
     return f"{term.source}#{len(same_source)}" if same_source else term.source
 
@@ -163,7 +175,7 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
             name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker
         )
         have.setdefault(name, need)
-    return CreditSpec(credit.key, credit.source, credit.advantage, tuple(have.values()))
+    return replace(credit, needs=tuple(have.values()))
 
 
 def _roles(

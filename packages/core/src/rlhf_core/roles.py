@@ -104,7 +104,8 @@ class LocalRole:
         means = Means()
         for _ in range(config.epochs):
             seed = (config.seed << 32) + self.version
-            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in dict(self.spec.terms) if k in work}
+            keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
+            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}
             for _ in range(config.minibatches):
                 self._step({key: (next(part), work[key]) for key, part in parts.items()}, means)
                 self.version += 1

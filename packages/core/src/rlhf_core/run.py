@@ -233,6 +233,7 @@ class Run:
             self.log({"rollout/kept_mass": rollouts.scalars["kept_mass"]})
         elif getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0:
             rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
+        self._metrics.add_sum("samples", self.world_sum(len(rollouts)))
         self.log_batch("completion/length", rollouts.lengths_N.float())
         self.log_batch("completion/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
         return replace(rollouts, world=self.world, scalars=rollouts.scalars | self._scalars())

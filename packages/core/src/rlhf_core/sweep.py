@@ -115,11 +115,11 @@ def read_sweep(path: str | Path) -> SweepFile:
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise UsageError(f"{path}: seeds must be a list of numbers, as [0, 1, 2]")
     members = []
-    for method, settings in _methods(tree, base, path):
-        for seed in seeds:
-            name = f"{method}-seed{seed}"
-            folder = output / name
-            members.append(Member(name, method, seed, {**settings, "seed": seed, "output": str(folder)}, folder))
+    methods = list(_methods(tree, base, path))
+    for seed, (method, settings) in itertools.product(seeds, methods):  # all methods once, before the next seed
+        name = f"{method}-seed{seed}"
+        folder = output / name
+        members.append(Member(name, method, seed, {**settings, "seed": seed, "output": str(folder)}, folder))
     if len({member.name for member in members}) < len(members):
         raise UsageError(f"{path}: two runs have one name; tell variants and grid values apart")
     discard = tuple(tree.get("discard", ()))

@@ -341,6 +341,8 @@ class Term:
     advantage: Advantage | None = None
     """None: the batch is used as it is"""
     weight: float = 1.0
+    every: int = 1
+    """takes part in the steps that are multiples of this; in others nothing is sampled or trained because of it"""
 
     @property
     def wants(self) -> frozenset[str]:
