@@ -148,6 +148,9 @@ class ModelOptions:
     """what the forward pass computes in"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention implementation"""
+    packing: bool = field(default=True, metadata=FREE)
+    """lay a micro-batch's rows end to end and compute no padding, where attention can keep them apart: flash_attention_2, and
+    sdpa on the CPU; changes memory and speed, never results"""
     quantize: Literal["none", "nf4"] = "none"
     """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role needs adapters then"""
     trust_remote_code: bool = False

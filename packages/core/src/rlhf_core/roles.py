@@ -138,7 +138,8 @@ class LocalRole:
         wants = frozenset[str]().union(*(term.wants for term in terms))
         cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
         if cuts:
-            means.add("padding", padding_share(batch, cuts))
+            packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
+            means.add("padding", 0.0 if packs else padding_share(batch, cuts))
         idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(min(unit, len(whole))))  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0

@@ -33,6 +33,7 @@ from rlhf_core.models.heads import ChunkedHead, ScalarHead
 from rlhf_core.models.inputs import Inputs, layout
 from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
 from rlhf_core.models.lora import Adapters, adapt, whole
+from rlhf_core.models.packed import can_pack, packed
 from rlhf_core.needs import LANGUAGE
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class RoleModule(nn.Module):
         heads: scalar heads that are not part of it, by name.
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
         adapters: those inside `model`, if it has any.
+        packing: whether attention can keep packed rows apart (`models.packed.can_pack`).
     """
 
     model: Any
@@ -65,6 +67,7 @@ class RoleModule(nn.Module):
         heads: dict[str, ScalarHead],
         compute_dtype: torch.dtype = torch.float32,
         adapters: Adapters | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,6 +76,7 @@ class RoleModule(nn.Module):
         self.adapters = adapters
         self.comparisons: dict[str, Comparison] = {}
         """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.meet`"""
+        self.packing = packing
 
     @property
     def causal_lm(self) -> Any:
@@ -86,10 +90,10 @@ class RoleModule(nn.Module):
 
     def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs, float32, zero outside the completions."""
-        states = self._states(inputs.ids_NS).flatten(0, 1)
+        states, states_M, last_N = self._states(inputs)
         outputs: dict[str, Tensor] = {}
         if wants & LANGUAGE or "values_NT" in wants:
-            states_MH = states.index_select(0, inputs.states_M)
+            states_MH = states.index_select(0, states_M)
         if wants & LANGUAGE:
             head = self.causal_lm.get_output_embeddings()
             logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in wants)
@@ -99,29 +103,49 @@ class RoleModule(nn.Module):
         if "values_NT" in wants:
             outputs["values_NT"] = _spread(self.scalar_head("value")(states_MH).squeeze(1), inputs)
         if "scores_N" in wants:
-            outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, inputs.last_N)).squeeze(1)
+            outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, last_N)).squeeze(1)
         for name in wants & self.comparisons.keys():
             head = self.causal_lm.get_output_embeddings()
-            values_M = self.comparisons[name](head, states.index_select(0, inputs.states_M), inputs)
+            values_M = self.comparisons[name](head, states.index_select(0, states_M), inputs)
             outputs[name] = _spread(values_M, inputs)
         return {name: outputs[name] for name in wants}
 
     def states_of(self, inputs: Inputs) -> Tensor:
         """The states that predict completion tokens (M, H)."""
-        return self._states(inputs.ids_NS).flatten(0, 1).index_select(0, inputs.states_M)
+        states, states_M, _ = self._states(inputs)
+        return states.index_select(0, states_M)
 
-    def _states(self, ids_NS: Tensor) -> Tensor:
-        """Last hidden states (N, S, H). No attention mask: padding is on the right, where nothing real can see it."""
+    def _states(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,).
+
+        No attention mask: rows are packed, or padding is on the right, where nothing real can see it.
+        """
         body = self.model.base_model
+        arguments: dict[str, Any] = {"input_ids": inputs.ids_NS}
+        if self.packs and len(inputs.ids_NS):
+            rows, inputs = packed(inputs)
+            arguments = rows.arguments(self.flash)
         if self.adapters is not None:
             self.adapters.drop(torch.is_grad_enabled())
         recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             body.train()  # transformers recomputes in training mode only; dropout is off in both
-        states: Tensor = body(input_ids=ids_NS, use_cache=False)[0]
+        states: Tensor = body(use_cache=False, **arguments)[0]
         if recompute:
             body.eval()
-        return states
+        return states.flatten(0, 1), inputs.states_M, inputs.last_N
+
+    @property
+    def packs(self) -> bool:
+        """Whether a forward pass computes no padding (`models.packed`): not sdpa on an accelerator, where one call a row
+        would cost more than the padding of rows of like length."""
+        return self.packing and (self.flash or self.model.device.type == "cpu")
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention is flash attention."""
+        text = self.model.config.get_text_config(decoder=True)
+        return bool(text._attn_implementation == "flash_attention_2")
 
     def hf_weights(
         self, gather: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext
@@ -216,8 +240,9 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
         )
         _check_logits(options.model, model)
     _no_dropout(model)
+    packing = options.packing and can_pack(model)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
-    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters).eval()
+    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing).eval()
     module.requires_grad_(spec.trained and not adapted)
     if adapters is not None:
         for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):

@@ -30,9 +30,11 @@ def shared_heads(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    from rlhf_core.models.packed import NAME as ROWS
+
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    if before != "sdpa" or not model._supports_attention_backend:
+    if before not in ("sdpa", ROWS) or not model._supports_attention_backend:
         yield
         return
     AttentionInterface.register(NAME, decode_attention)
