@@ -18,7 +18,7 @@ from rlhf_core.errors import ContractError
 from rlhf_core.finite import Watch, term_name
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
-from rlhf_core.options import Lora
+from rlhf_core.options import Lora, TrainedOptions
 from rlhf_core.plan import Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
@@ -245,7 +245,7 @@ class LocalRole:
 
 def _merged(spec: RoleSpec) -> RoleSpec:
     """The spec of a copy that takes merged weights: without adapters."""
-    if not hasattr(spec.options, "lora"):
+    if not isinstance(spec.options, TrainedOptions):
         return spec
     return replace(spec, options=replace(spec.options, lora=Lora(), quantize="none"))
 

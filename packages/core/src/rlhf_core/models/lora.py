@@ -9,6 +9,7 @@ Left out on purpose: other kinds of adapters, and adapters on embeddings and on 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Site:
 
     name: str
     """the matrix's Hugging Face name without `.weight`"""
-    base: nn.Parameter
+    base: Tensor
     A: nn.Parameter
     """(rank, in)"""
     B: nn.Parameter
@@ -166,9 +167,8 @@ def whole(weight: Tensor) -> Tensor:
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    found: Tensor = dequantize_4bit(weight.data, state)
+    functional: Any = importlib.import_module("bitsandbytes.functional")
+    found: Tensor = functional.dequantize_4bit(weight.data, state)
     return found
 
 
@@ -208,5 +208,6 @@ def _transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, each in model.named_modules() if each is module)
+def _name_of(model: Any, module: nn.Module) -> str:
+    names: Iterator[str] = (name for name, each in model.named_modules() if each is module)
+    return next(names)
