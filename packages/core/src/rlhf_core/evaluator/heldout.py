@@ -37,7 +37,7 @@ class Heldout:
                 "evaluator heldout samples the policy, but this algorithm has no rollout; remove --evaluator"
             )
         source = next(name for name in run.plan.sources if name in run.plan.roles)
-        rows = run.heldout()[: self.prompts]
+        rows = run.heldout(self.prompts)
         rank, size = run.world.rank, run.world.size
         mine = list(range(rank, len(rows), size))
         prompts = run.encoder.prompts([rows[i] for i in mine], mine)

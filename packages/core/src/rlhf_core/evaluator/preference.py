@@ -43,7 +43,7 @@ class Preference:
 
     def __call__(self, run: Run) -> dict[str, float]:
         """`preference/accuracy` (a tie counts half), `…_se`, `…/<datasource>`, and `preference/margin`."""
-        rows = run.heldout()[: self.pairs]
+        rows = run.heldout(self.pairs)
         if any(len(row.completions) != 2 for row in rows):
             raise UsageError("evaluator preference needs held-out rows with a chosen and a rejected completion")
         mine = list(range(run.world.rank, len(rows), run.world.size))

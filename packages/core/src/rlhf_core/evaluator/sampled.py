@@ -30,7 +30,7 @@ def policy(run: Run, evaluator: str) -> str:
 def sample_heldout(run: Run, evaluator: str, prompts: int, n: int) -> Rollouts:
     """This rank's share of `n` completions for each of the first `prompts` held-out rows."""
     source = policy(run, evaluator)
-    rows = run.heldout()[:prompts]
+    rows = run.heldout(prompts)
     mine = list(range(run.world.rank, len(rows), run.world.size))
     asked = run.encoder.prompts([rows[i] for i in mine], mine)
     return run.rollouts(source, asked, replace(run.config.sampling, n=n, seed=run.config.seed))
