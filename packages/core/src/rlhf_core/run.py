@@ -389,9 +389,14 @@ class Run:
         config, data = self.config, self.config.providers["data"]
         return Ahead.of(self.rows, self.encoder, data, DATA not in self.plan.sources, config, self.world)
 
-    def heldout(self) -> Sequence[Example]:
-        """The held-out rows of the data."""
+    def heldout(self, most: int | None = None) -> Sequence[Example]:
+        """The held-out rows of the data, the first `most` of them; at least one for each rank."""
         rows = list(self.config.providers["data"]("heldout"))
-        if rows:
-            return rows
-        raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
+        if not rows:
+            raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
+        if len(rows[:most]) < self.world.size:
+            raise UsageError(
+                f"{len(rows[:most])} held-out rows are fewer than the {self.world.size} ranks that share them; evaluate on "
+                "more rows, or start fewer ranks"
+            )
+        return rows[:most]
