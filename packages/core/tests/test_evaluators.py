@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from rlhf_core.cli import main
+from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.pass_at_k import PassAtK, pass_at_k
 from rlhf_core.evaluator.policy_stats import PolicyStats
 from rlhf_core.evaluator.preference import Preference
-from rlhf_core.testing.tiny import tiny_rollouts
+from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
 from rlhf_core.types import RewardOutput
 from rlhf_core.world import World
 
@@ -29,7 +30,7 @@ def run_with(rollouts: Any, **more: Any) -> Any:
         world_sum=lambda value: value,
         plan=SimpleNamespace(sources=("actor",), roles={"actor": None}, trained=("actor",)),
         config=SimpleNamespace(sampling=Sampling(), seed=0),
-        heldout=lambda: [SimpleNamespace(completions=("a", "b"))] * 2,
+        heldout=lambda most: [SimpleNamespace(completions=("a", "b"))] * 2,
         encoder=SimpleNamespace(prompts=lambda rows, uids: None, batch=lambda rows, uids: rollouts),
         rollouts=lambda *_: rollouts,
         **more,
@@ -99,3 +100,17 @@ def test_a_model_is_no_distance_from_itself_and_prefers_nothing(
     assert metrics["eval/policy/kl"] == 0 and metrics["eval/preference/accuracy"] == 0.5
     assert main(["eval", "tiny", "--evaluator", "preference", "--evaluator.by", "scores", *flags]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["eval/preference/accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("rows", "most", "few"), [(1, 64, 1), (9, 1, 1), (0, 64, 0)])
+def test_fewer_held_out_rows_than_ranks_are_refused_in_one_line(rows: int, most: int, few: int, tmp_path: Path) -> None:
+    """A rank without a row would have nothing to sample, and under sharded weights the others would wait for it."""
+    run = tiny_run(tmp_path / "run")
+    run.config.providers["data"] = lambda split: [SimpleNamespace()] * rows  # type: ignore[index]
+    run.placed = SimpleNamespace(world=SimpleNamespace(rank=0, size=2))  # type: ignore[assignment]
+    told = f"{few} held-out rows are fewer than the 2 ranks" if rows else "the data has no held-out rows"
+    with pytest.raises(UsageError, match=rf"^{told}"):
+        run.heldout(most)
+    run.placed = SimpleNamespace(world=World())  # type: ignore[assignment]
+    if rows:
+        assert len(run.heldout(most)) == few

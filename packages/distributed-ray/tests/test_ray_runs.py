@@ -59,7 +59,7 @@ def words_of(algorithm: str, preferences: Path, output: Path, steps: int = 4) ->
 
 
 def run(words: list[str], *observers: object) -> list[dict[str, Any]]:
-    """The metrics of a run, a mapping per step; `tokens` beside them are those it was trained on."""
+    """The metrics of a run, a mapping per step; `drawn` beside them are the tokens it was trained on."""
     sampled: list[Any] = []
 
     class Look:
@@ -74,7 +74,7 @@ def run(words: list[str], *observers: object) -> list[dict[str, Any]]:
     finished.train()
     rows = [json.loads(line) for line in (finished.output / "metrics.jsonl").read_text().splitlines()]
     for row, tokens in zip(rows[-len(sampled) :], sampled, strict=True):
-        row["tokens"] = tokens
+        row["drawn"] = tokens
     return rows
 
 
@@ -91,11 +91,11 @@ def assert_equal_runs(first: list[dict[str, Any]], second: list[dict[str, Any]])
     """
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
-        apart = ("time/", "sync/", "padding", "tokens", "actor/accuracy")
+        apart = ("time/", "sync/", "padding", "drawn", "actor/accuracy")
         names = [n for n in a if not n.startswith(apart)]
         assert {n: b[n] for n in names} == {n: pytest.approx(a[n], abs=TOLERANCE, rel=TOLERANCE) for n in names}
-        if "tokens" in a and "tokens" in b:  # of a resumed run only the last steps' are at hand
-            assert a["tokens"] == b["tokens"]
+        if "drawn" in a and "drawn" in b:  # of a resumed run only the last steps' are at hand
+            assert a["drawn"] == b["drawn"]
 
 
 def assert_same_numbers_and_weights(words: Callable[..., list[str]], folder: Path, flags: list[str]) -> None:

@@ -94,7 +94,7 @@ class RoleGroup:
         """Call `method` on every rank at once; results in rank order."""
         return collect(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
 
-    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
         reference = self.shipper.columns(batch)
         shares = split_groups(batch, len(self.actors))

@@ -207,7 +207,7 @@ class MirrorRole:
         """While it is open, the module holds full weights."""
         return self.local.gathered()
 
-    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs under the mirrored weights."""
         return self.local.infer(batch, wants)
 
