@@ -22,7 +22,7 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
-CORE_EXTRAS = "[datasets,gguf,math,profanity,sentiment,serve,tensorboard,wandb]"
+CORE_EXTRAS = "[datasets,gguf,math,profanity,reasoning,sentiment,serve,tensorboard,wandb]"
 """Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
 """Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
@@ -71,6 +71,7 @@ def develop(session: nox.Session) -> None:
     """All packages editable in .nox/develop, with what tests and checks need."""
     editable = [f"--editable=packages/{name}{CORE_EXTRAS if name == 'core' else ''}" for name in PACKAGES]
     session.install(*PINNED, "hatchling", "editables")  # so that the next line need not build an environment a package
+    session.install(*PINNED, "reasoning-gym")  # brings sources, built with what they ask for: not in the next line
     session.install(*PINNED, "--no-build-isolation", *editable, *TESTING, "mypy", "nox")
     session.install(*PINNED, *MODEL)
 

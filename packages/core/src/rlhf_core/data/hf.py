@@ -67,7 +67,7 @@ class HuggingFace(Preparation, Columns):
             raise UsageError(f"--data.shares has {len(self.shares)} numbers for the {len(names)} sets of --data.path")
         sets = [mixture.limited(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
         if self.unique:
-            sets = self._distinct(sets)
+            sets = self._distinct(names, sets)
         if len(sets) == 1:
             return mixture.limited(sets[0], self.limit)
         if self.streaming:
@@ -91,17 +91,19 @@ class HuggingFace(Preparation, Columns):
         source = name if mixed else ""
         return _Stream(table, columns, name, source) if self.streaming else _Rows(table, columns, name, source)
 
-    def _distinct(self, sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
-        """The sets without rows that came before, in any of them: small ones may come again in a mixture, these not."""
+    def _distinct(self, names: Sequence[str], sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
+        """The sets without rows that came before, in any of them."""
         if self.streaming:
             raise UsageError("--data.unique needs to see all rows first: leave out --data.streaming")
         seen: set[bytes] = set()
-        kept = [mixture.distinct(rows, seen) for rows in sets if isinstance(rows, Sequence)]
-        if not all(kept):
-            raise UsageError(
-                f"--data.unique leaves no row of set {kept.index(next(s for s in kept if not s)) + 1}; drop it"
-            )
-        return list(kept)
+        kept: list[Iterable[Example]] = []
+        for name, rows in zip(names, sets):
+            assert isinstance(rows, Sequence)
+            new = mixture.distinct(rows, seen)
+            if not new:
+                raise UsageError(f"--data.unique leaves no row of {name}: all came before; leave it out of --data.path")
+            kept.append(new)
+        return kept
 
     def _part(self, rows: Iterable[Example], part: int) -> Sequence[Example]:
         """The rows that are trained on (0) or held out (1)."""

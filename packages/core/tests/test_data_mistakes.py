@@ -1,0 +1,343 @@
+"""Every kind of mistake in data, and the very line that it is answered with.
+
+FILE stands for the file of the rows, one a line, and DIR for its folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_core.data.hf import HuggingFace
+from rlhf_core.data.json import Json
+from rlhf_core.data.stream import Stream
+from rlhf_core.encode import Encoder, Encoding
+from rlhf_core.errors import UsageError
+from rlhf_core.models.load import load_tokenizer
+from rlhf_core.options import ModelOptions
+
+USER = {"role": "user", "content": "Hi?"}
+ASSISTANT = {"role": "assistant", "content": "Yes."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+
+
+def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
+    """A file of rows; strings and bytes are written as they are."""
+    path = folder / name
+    lines = [row if isinstance(row, (str, bytes)) else json.dumps(row) for row in rows]
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: Any) -> Iterator[None]:
+    """Nothing is left in, or taken from, the user's cache."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    gc.collect()
+
+
+CHAT = (
+    "{% for m in messages %}{{ raise_exception('roles must alternate') if m.role == 'system' }}"
+    "{{ m.content }}{% endfor %}"
+)
+
+MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
+    (
+        "not JSON",
+        [{"prompt": "a"}, "{oops"],
+        {},
+        (
+            "FILE:2: expected one JSON object a line, or a list of objects "
+            "(Expecting property name enclosed in double quotes at column 2)"
+        ),
+    ),
+    ("not an object", [{"prompt": "a"}, "3"], {}, "FILE:2: a row should be an object with named columns, not int"),
+    ("the first row not an object", ["3"], {}, "FILE:1: a row should be an object with named columns, not int"),
+    ("no rows", [""], {}, "FILE: the file has no rows"),
+    ("no such file", [], {"path": "DIR/nowhere.jsonl"}, "DIR/nowhere.jsonl: No such file or directory"),
+    ("not UTF-8", [b'{"prompt": "caf\xe9"}'], {}, "FILE: expected UTF-8 text (invalid continuation byte at byte 15)"),
+    (
+        "half a character",
+        ['{"prompt": "a\\ud800", "answer": "b"}'],
+        {},
+        "FILE:1: '\\ud800' is half a character, which no tokenizer reads",
+    ),
+    ("no prompt", [{"a": 1, "b": 2}], {}, "FILE:1: no prompt among the columns a, b; pass --data.prompt-key"),
+    ("a column goes missing", [{"prompt": "a"}, {"x": 1}], {}, "FILE:2: expected a column 'prompt'; there are x"),
+    ("a wrong name", [{"a": "b"}], {"prompt_key": "c"}, "FILE:1: expected a column 'c'; there are a"),
+    (
+        "a wrong place in a list",
+        [{"a": {"b": ["x"]}}],
+        {"prompt_key": "a/b/3"},
+        "FILE:1: expected a column '3' in 'a/b'",
+    ),
+    (
+        "a wrong name in a table",
+        [{"a": {"b": "x"}}],
+        {"prompt_key": "a/c"},
+        "FILE:1: expected a column 'c' in 'a'; there are b",
+    ),
+    ("a path into a text", [{"a": "x"}], {"prompt_key": "a/b"}, "FILE:1: expected a column 'b' in 'a'"),
+    ("a number as prompt", [{"prompt": 3}], {}, "FILE:1: 'prompt' should be text or a chat, not int"),
+    ("null as prompt", [{"prompt": None}], {}, "FILE:1: 'prompt' should be text or a chat, not null"),
+    ("an object as prompt", [{"prompt": {}}], {}, "FILE:1: 'prompt' should be text or a chat, not dict"),
+    (
+        "a number as completion",
+        [{"prompt": "a", "answer": 4}],
+        {},
+        "FILE:1: 'answer' should be text or a chat, not int",
+    ),
+    (
+        "null as completion",
+        [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": None}],
+        {},
+        "FILE:2: 'answer' should be text or a chat, not null",
+    ),
+    ("an empty chat", [{"messages": []}], {}, "FILE:1: 'messages': a chat has at least one message"),
+    (
+        "not a message",
+        [{"messages": [USER, "x"]}],
+        {},
+        "FILE:1: 'messages': message 1 should be {\"role\": …, \"content\": …}, not 'x'",
+    ),
+    (
+        "a message without role",
+        [{"messages": [{"content": "x"}]}],
+        {},
+        "FILE:1: 'messages': message 0 should be {\"role\": …, \"content\": …}, not {'content': 'x'}",
+    ),
+    ("no content", [{"messages": [{"role": "user"}]}], {}, "FILE:1: 'messages': message 0 (user) has no content"),
+    (
+        "not a part",
+        [{"messages": [{"role": "user", "content": ["x"]}]}],
+        {},
+        'FILE:1: \'messages\': message 0: a part should be {"type": "text", "text": …}, not \'x\'',
+    ),
+    (
+        "an image",
+        [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}, ASSISTANT]}],
+        {},
+        "FILE:1: a message has a part of type 'image', and models here read text alone",
+    ),
+    (
+        "no question",
+        [{"messages": [ASSISTANT]}],
+        {},
+        "FILE:1: the chat begins with the assistant: there is no prompt to answer",
+    ),
+    (
+        "answers without prompt",
+        [{"chosen": "a", "rejected": "b"}],
+        {},
+        "FILE:1: 'chosen' is an answer, so a prompt is expected too (--data.prompt-key); the columns are chosen, rejected",
+    ),
+    (
+        "half a pair",
+        [{"prompt": "a", "good": "b"}],
+        {"chosen_key": "good"},
+        "FILE:1: a preference needs --data.chosen-key and --data.rejected-key",
+    ),
+    (
+        "two kinds of sides",
+        [{"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": "b"}],
+        {},
+        "FILE:1: 'chosen' and 'rejected' should both be dialogues or both be answers",
+    ),
+    (
+        "no shared prompt",
+        [{"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}],
+        {},
+        "FILE:1: chosen and rejected should begin with the same prompt and each end with an assistant turn",
+    ),
+    (
+        "a margin in words",
+        [{"prompt": "a", "margin": "big"}],
+        {"number_keys": ("margin",)},
+        "FILE:1: 'margin' should be a finite number, not 'big'",
+    ),
+    (
+        "an infinite margin",
+        [{"prompt": "a", "margin": float("inf")}],
+        {"number_keys": ("margin",)},
+        "FILE:1: 'margin' should be a finite number, not inf",
+    ),
+    (
+        "a margin of some",
+        [{"prompt": "a", "answer": "b", "margin": 1}, {"prompt": "a", "answer": "b"}],
+        {"number_keys": ("margin",)},
+        "FILE:2: expected a column 'margin'; there are prompt, answer",
+    ),
+    ("a text in numbers", [{"text": 4}], {}, "FILE:1: 'text' should be text, not int"),
+    (
+        "a label that is missing",
+        [{"prompt": "a"}],
+        {"label_key": "y"},
+        "FILE:1: expected a column 'y'; there are prompt",
+    ),
+    (
+        "metadata that are missing",
+        [{"prompt": "a"}],
+        {"meta_keys": ("id",)},
+        "FILE:1: expected a column 'id'; there are prompt",
+    ),
+    (
+        "nothing to train on",
+        [{"prompt": "a"}],
+        {},
+        "FILE:1: no completion to train on; pass --data.completion-key if there is one",
+    ),
+    (
+        "all too long",
+        [{"prompt": "a", "answer": "b"}],
+        {"encoding": {"max_tokens": 8}},
+        (
+            "all 1 rows of a batch are too long: raise --max-prompt-tokens (1024) or "
+            "--data.encoding.max-tokens (8), or pass --data.encoding.too-long truncate"
+        ),
+    ),
+    (
+        "a chat the template refuses",
+        [{"messages": [SYSTEM, USER, ASSISTANT]}],
+        {"encoding": {"template_file": "DIR/t.jinja"}},
+        "FILE:1: the chat cannot be rendered: roles must alternate",
+    ),
+    (
+        "no such template",
+        [{"prompt": "a", "answer": "b"}],
+        {"encoding": {"template_file": "DIR/x.jinja"}},
+        "--data.encoding.template-file DIR/x.jinja: No such file or directory",
+    ),
+    (
+        "an input template without a place",
+        [{"prompt": "a", "answer": "b"}],
+        {"encoding": {"input_template": "Q:"}},
+        "--data.encoding.input-template needs {} where the prompt goes",
+    ),
+    (
+        "two templates",
+        [{"prompt": "a", "answer": "b"}],
+        {"encoding": {"input_template": "Q: {}", "template": "chat"}},
+        "--data.encoding.input-template is for raw prompts; leave out --data.encoding.template chat",
+    ),
+    (
+        "tools without a template",
+        [{"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}],
+        {"encoding": {"template": "raw"}},
+        "FILE:1: the chat cannot be rendered: a chat with tool calls needs a tokenizer with a chat template",
+    ),
+    (
+        "nothing held out",
+        [{"prompt": "a"}],
+        {"split_asked": "heldout"},
+        "no rows are held out: pass --data.heldout 0.1 or --data.heldout-path FILE",
+    ),
+    (
+        "everything held out",
+        [{"prompt": "a"}, {"prompt": "b"}],
+        {"heldout": 2},
+        "--data.heldout 2 leaves 0 of 2 rows to train on and 2 held out",
+    ),
+    (
+        "hf: no such file",
+        [],
+        {"hf": True, "path": "DIR/nowhere.csv"},
+        "--data.path DIR/nowhere.csv: there is no such file",
+    ),
+    (
+        "hf: no such split",
+        [{"prompt": "a"}],
+        {"hf": True, "split": "dev"},
+        "--data.path FILE, split 'dev': Unknown split \"dev\". Should be one of ['train'].",
+    ),
+    (
+        "hf: null as prompt",
+        [{"prompt": "a"}, {"prompt": None}],
+        {"hf": True},
+        "FILE:2: 'prompt' should be text or a chat, not null",
+    ),
+    (
+        "hf: a wrong name",
+        [{"prompt": "a"}],
+        {"hf": True, "prompt_key": "x"},
+        "FILE:1: expected a column 'x'; there are prompt",
+    ),
+    (
+        "hf: shares for other sets",
+        [{"prompt": "a"}],
+        {"hf": True, "path": "FILE,FILE", "shares": (1.0,)},
+        "--data.shares has 1 numbers for the 2 sets of --data.path",
+    ),
+    (
+        "hf: a share of nothing",
+        [{"prompt": "a"}],
+        {"hf": True, "path": "FILE,FILE", "shares": (1.0, 0.0)},
+        "--data.shares 1 0: each should be above 0",
+    ),
+    (
+        "hf: nothing held out",
+        [{"prompt": "a"}],
+        {"hf": True, "split_asked": "heldout"},
+        "no rows are held out: pass --data.heldout-split NAME or --data.heldout 0.1",
+    ),
+    (
+        "hf: a share of a stream held out",
+        [{"prompt": "a"}],
+        {"hf": True, "streaming": True, "heldout": 0.5},
+        "--data.heldout needs to know how many rows there are: use --data.heldout-split to stream",
+    ),
+    (
+        "hf: a stream without its duplicates",
+        [{"prompt": "a"}],
+        {"hf": True, "streaming": True, "unique": True},
+        "--data.unique needs to see all rows first: leave out --data.streaming",
+    ),
+    (
+        "hf: the same set twice",
+        [{"prompt": "a"}],
+        {"hf": True, "path": "FILE,FILE", "unique": True},
+        "--data.unique leaves no row of FILE: all came before; leave it out of --data.path",
+    ),
+]
+
+
+def answered(folder: Path, rows: list[Any], options: dict[str, Any]) -> str:
+    """What is said when these rows are read and tokenised with these options."""
+    path = written(folder, *rows)
+    (folder / "t.jinja").write_text(CHAT)
+    options = dict(options)
+    words: dict[str, Any] = options.pop("encoding", {})
+    if "template_file" in words:
+        words = {"template_file": words["template_file"].replace("DIR", str(folder))}
+    reader: Any = HuggingFace if options.pop("hf", False) else Json
+    split = options.pop("split_asked", "train")
+    where = options.pop("path", "FILE").replace("FILE", path).replace("DIR", str(folder))
+    with pytest.raises(UsageError) as caught:
+        examples = list(reader(where, **options)(split))
+        encoder = Encoder(load_tokenizer("tiny", ModelOptions()), encoding=Encoding(**words))
+        encoder.batch(*next(Stream(examples, len(examples)))[:2])
+    return str(caught.value).replace(path, "FILE").replace(str(folder), "DIR")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("rows", "options", "message"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_answered_with_this_line(
+    tmp_path: Path, rows: list[Any], options: dict[str, Any], message: str
+) -> None:
+    said = answered(tmp_path, rows, options)
+    assert said == message
+    assert "\n" not in said
+
+
+def test_the_table_is_not_short() -> None:
+    assert len(MISTAKES) >= 50
