@@ -388,10 +388,10 @@ def test_kto_compares_with_what_was_to_be_expected(z, expected):
 
 def test_kto_with_one_class_only_is_refused_at_the_start_and_survived_later():
     with pytest.raises(UsageError, match="first batch has only desirable ones"):
-        judged(KTO(), [True] * 4, progress=0.0)
-    assert not judged(KTO(), [True] * 4).returns_NT.any()
+        judged(KTO(z="other"), [True] * 4, progress=0.0)
+    assert not judged(KTO(z="other"), [True] * 4).returns_NT.any()
     with pytest.raises(UsageError, match="labels true or false"):
-        judged(KTO(), ["good"] * 4)
+        judged(KTO(z="other"), ["good"] * 4)
 
 
 def test_a_teacher_s_credit_is_how_much_more_it_believes_in_each_token():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from repulse_fixture import (
     ALL,
     ORIGINAL,
     P0,
+    P_SAMPLES,
     Q_SAMPLES,
     TARGET,
     P,
@@ -19,13 +21,16 @@ from repulse_fixture import (
     loss_of,
     near,
     on_q,
+    reduced,
     reward,
+    rollouts,
     sigma,
     weights,
 )
 from torch import Tensor
 
 from rlhf_algos.advantage.ctl import CTL
+from rlhf_algos.advantage.sixo_negatives import SixoNegatives
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
 from rlhf_algos.loss.weighted_nll import WeightedNLL
 
@@ -223,13 +228,60 @@ def test_twists_of_whole_prefixes_credit_early_tokens_for_all_that_follow():
         near(found, expected, 1e-12)
 
 
-def test_an_unnormalised_twist_has_the_published_loss():
-    """No role gives raw logits, so no credit offers it; the weights are general all the same."""
-    p, q = P(Q_SAMPLES), Q(Q_SAMPLES)
-    a, b = Q_SAMPLES.unbind(1)
-    log_psi = torch.stack([Q.first_V[a], Q.second_VV[a, b]], 1) - p
-    negative = group_log_softmax(twist_log_weights(p, q, log_psi, torch.ones(4, 2).bool()), torch.zeros(4)).exp()
-    near(-((weights(-1)[1][:, None] - negative) * log_psi).mean(1).mean(), 0.0587506937)
+def logits(model: Table, outputs: Tensor) -> Tensor:
+    """The raw logits of sampled tokens."""
+    a, b = outputs.unbind(1)
+    return torch.stack([model.first_V[a], model.second_VV[a, b]], 1)
+
+
+def test_an_unnormalised_twist_has_the_published_loss_and_a_negative_term_that_does_not_vanish():
+    p, q = P(Q_SAMPLES), Q.live()
+    batch = on_q(Q_SAMPLES).with_extras(**{"<trained>.logits_NT": logits(Q, Q_SAMPLES)})
+    ctl = CTL(TARGET, psi="unnormalised")
+    assert ctl.needs == {"actor.logprobs_NT", "old_logprobs_NT", "<trained>.logits_NT"}
+    loss = replace(ORIGINAL, output="logits_NT")
+    assert loss.wants == {"logits_NT"}
+    batch = batch.with_extras(advantages_NT=credit(ctl, batch))
+    value = reduced(loss({"logits_NT": logits(q, Q_SAMPLES) - p}, batch), batch)
+    near(value, 0.0587506937)
+    w = weights(-1)[1][:, None]
+    prefix = torch.stack([torch.zeros(4), (p - Q(Q_SAMPLES))[:, 0]], 1).double()
+    z = torch.stack([Q.first_V.logsumexp(0).expand(4), Q.second_VV.logsumexp(1)[Q_SAMPLES[:, 0]]], 1)
+    negative = (prefix + z).softmax(0)  # p(s_<t) / q(s_<t) times the sum of exp z_t
+    written_out = -((w - negative) * logits(q, Q_SAMPLES)).mean(1).mean()
+    for found, expected in zip(q.grads(value), q.grads(written_out)):
+        near(found, expected, 1e-12)
+
+
+def test_dpg_of_an_unnormalised_twist_is_weighted_likelihood_too():
+    """Its second part turns grad z into grad log q: the option is `contrast none` with a normalised twist."""
+    q, w = Q.live(), weights(-1)[1][:, None]
+    rows = torch.stack([q.first_V.expand(4, 8), q.second_VV[Q_SAMPLES[:, 0]]], 1)  # z_t(v)
+    dpg = -(w * (logits(q, Q_SAMPLES) - (rows.softmax(2).detach() * rows).sum(2))).mean(1).mean()
+    mine = loss_of(ORIGINAL, CTL(TARGET, contrast="none"), on_q(Q_SAMPLES), q)
+    for found, expected in zip(q.grads(mine), q.grads(dpg)):
+        near(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("psi", ["q_p_s_t", "q_p_s_1_to_t", "unnormalised"])
+def test_sixo_with_exact_negatives_has_the_gradient_of_its_loss(psi):
+    q, w = Q.live(), weights(-1)[1][:, None]
+    read = {"q_p_s_t": lambda s: q(s), "q_p_s_1_to_t": lambda s: q(s).cumsum(1), "unnormalised": lambda s: logits(q, s)}
+    log_p = {"q_p_s_1_to_t": lambda s: P(s).cumsum(1)}.get(psi, P)
+    psi_q, psi_p = (read[psi](s) - log_p(s) for s in (Q_SAMPLES, P_SAMPLES))
+    sixo = -(w * psi_q.sigmoid().log()).mean(1).mean() - (0.25 * (-psi_p).sigmoid().log()).mean(1).mean()
+    output = "logits_NT" if psi == "unnormalised" else "logprobs_NT"
+    model = (lambda s: logits(q, s)) if psi == "unnormalised" else q
+    own = rollouts(P_SAMPLES, {"old_logprobs_NT": P(P_SAMPLES), "<trained>.logprobs_NT": Q(P_SAMPLES)})
+    own = own.with_extras(**{"<trained>.logits_NT": logits(Q, P_SAMPLES)})
+    batch = on_q(Q_SAMPLES).with_extras(**{"<trained>.logits_NT": logits(Q, Q_SAMPLES)})
+    total = torch.zeros(())
+    for advantage, each in ((CTL(TARGET, psi, "sixo_exact"), batch), (SixoNegatives(psi), own)):
+        credited = each.with_extras(advantages_NT=credit(advantage, each))
+        values = replace(ORIGINAL, output=output)({output: model(each.tokens_NT)}, credited)
+        total = total + reduced(values, credited)
+    for found, expected in zip(q.grads(total), q.grads(sixo)):
+        near(found, expected, 1e-12)
 
 
 def test_sixo_with_reweighted_negatives_has_the_gradient_of_the_published_loss():

@@ -94,7 +94,7 @@ class Few:
         batch = make_batch([1 + uid % 3 for uid in uids], groups=[i // 2 for i in range(len(uids))])
         return replace(batch, world=self.world).with_extras(uids_N=torch.tensor(uids))
 
-    def reward_of(self, rollouts: Rollouts) -> RewardOutput:
+    def judge(self, rollouts: Rollouts) -> RewardOutput:
         rewards_N = torch.tensor(
             [float(uid in self.good and k % 2) for k, uid in enumerate(rollouts["uids_N"].tolist())]
         )

@@ -6,20 +6,23 @@ Everything is decided by what providers declare (`min_samples`, `needs`, a `leng
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.loss.entropy import Entropy
+from rlhf_core.dynamic import DynamicSampling
 from rlhf_core.errors import UsageError
 from rlhf_core.kl import kl_terms
+from rlhf_core.needs import LANGUAGE
 from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.shaping import RewardShaping
 from rlhf_core.types import Term
 
 if TYPE_CHECKING:
     from rlhf_core.options import KL
     from rlhf_core.types import Advantage, Chosen, Loss
 
-__all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "chosen_loss", "policy_terms"]
+__all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "Sampled", "chosen_loss", "policy_terms"]
 
 OFFLINE: Mapping[str, str] = {"data": "json"}
 """Where completions come from data."""
@@ -31,15 +34,27 @@ POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=Optim(
 """A policy, and the frozen model that a KL penalty is measured against."""
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What every online preset can do before credit is assigned. Not a preset itself."""
+
+    shaping: RewardShaping = RewardShaping()
+    """scale and penalties of rewards"""
+    dynamic: DynamicSampling = DynamicSampling()
+    """which prompts are trained on; fresh ones replace the others"""
+
+
 def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:
     """The policy sampled, credited and trained; the KL penalty if it is a loss; the entropy bonus if there is one.
 
     Raises:
-        UsageError: the credit compares completions of a prompt, and there is one per prompt.
+        UsageError: the credit compares completions of a prompt, and there is one per prompt; or the loss is none of a policy,
+            or compares pairs, and the credit selects none.
     """
-    advantage = _chosen_advantage(chosen)
+    advantage, loss = _chosen_advantage(chosen), chosen_loss(chosen)
+    _fits(Term("actor", "actor", loss, advantage))
     terms = (
-        Term("actor", "actor", chosen_loss(chosen), advantage),
+        Term("actor", "actor", loss, advantage),
         *kl_terms(kl, "actor", "actor", advantage),
     )
     return (*terms, Term("actor", "actor", Entropy(), advantage, weight=entropy)) if entropy else terms
@@ -63,3 +78,25 @@ def _chosen_advantage(chosen: Chosen) -> Advantage:
             f"set --sampling.n to {least} or more (it is {n})"
         )
     return advantage  # type: ignore[no-any-return]
+
+
+def _fits(term: Term) -> None:
+    """Check that a policy can be trained with the term's loss on what its advantage leaves."""
+    loss = type(term.loss).__qualname__
+    strange = sorted(name for name in term.wants - LANGUAGE if "." not in name)
+    if strange:
+        raise UsageError(
+            f"the loss {loss} trains {strange[0]}, which is nothing of a sampled policy; choose one that trains "
+            "log-probabilities, see rlhf-run plugins --kind loss"
+        )
+    selects = getattr(term.advantage, "selects", "")
+    if term.unit > 1 and selects != "pairs":
+        raise UsageError(
+            f"the loss {loss} compares a chosen with a rejected completion, and the advantage "
+            f"{type(term.advantage).__qualname__} selects no pairs; choose --advantage pairs, or a loss of single completions"
+        )
+    if term.advantage is not None and "advantages_NT" not in term.needs and not selects:
+        raise UsageError(
+            f"the loss {loss} reads no advantages, so every sample would be learned alike; choose a policy loss, or "
+            "--advantage best_of_n"
+        )

@@ -7,7 +7,6 @@ numbers the prompts; groups may have any size. Resampling is left out: credit we
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from rlhf_core.lazy import torch
@@ -53,10 +52,11 @@ def twist_log_weights(policy_NT: Tensor, proposal_NT: Tensor, log_psi_NT: Tensor
 
 
 def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, prefix: str) -> dict[str, float]:
-    """Estimates from log w~, means over the prompts of all ranks; warns if most prompts rest on one sample each.
+    """Estimates from log w~, means over the prompts of all ranks.
 
     `ess`: effective sample size, 1 / sum w^2. `log_z`: log of the mean w~. `kl_proposal_target`: KL(q || sigma) as
     log Z - mean log w~. `kl_target_proposal`: KL(sigma || q) as sum w log w~ - log Z, never above log of the group size.
+    `collapsed`: the share of prompts in which one sample holds over 99 % of the weight. `rlhf_algos.collapse` warns.
     """
     first_P, index_N = _first_of_groups(group_N)
     P = len(first_P)
@@ -79,12 +79,6 @@ def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, p
     sums = torch.stack([*(values_P.sum() for values_P in columns.values()), torch.tensor(float(P)).double()])
     sums = world.sum(sums) if world is not None else sums
     means = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
-    if means[-1] > 0.5:
-        warnings.warn(
-            "in most prompts one sample holds nearly all the importance weight: the target is far from the proposal; "
-            "bring --algorithm.target.beta nearer to 0, or raise --sampling.n",
-            stacklevel=2,
-        )
     return {f"{prefix}/{name}": value for name, value in zip(columns, means, strict=True)}
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rlhf_core.hookspecs import Providers, hookimpl
 
-__all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_evaluator", "rlhf_loss"]
+__all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_data", "rlhf_evaluator", "rlhf_loss", "rlhf_metrics"]
 
 
 @hookimpl
@@ -23,6 +25,7 @@ def rlhf_advantage() -> Providers:
         "reinforce_pp": "rlhf_algos.advantage.reinforce_pp:ReinforcePP",
         "reinforce_pp_baseline": "rlhf_algos.advantage.reinforce_pp_baseline:ReinforcePPBaseline",
         "rloo": "rlhf_algos.advantage.rloo:RLOO",
+        "sixo_negatives": "rlhf_algos.advantage.sixo_negatives:SixoNegatives",
         "teacher": "rlhf_algos.advantage.teacher:Teacher",
         "transformed": "rlhf_algos.advantage.transformed:Transformed",
     }
@@ -37,6 +40,7 @@ def rlhf_loss() -> Providers:
         "cispo": "rlhf_algos.loss.cispo:CISPO",
         "clip": "rlhf_algos.loss.clip:Clip",
         "dapo": "rlhf_algos.loss.dapo:DAPO",
+        "distill": "rlhf_algos.loss.distill:Distill",
         "dpo": "rlhf_algos.loss.dpo:DPO",
         "dr_grpo": "rlhf_algos.loss.dr_grpo:DrGRPO",
         "entropy": "rlhf_algos.loss.entropy:Entropy",
@@ -61,7 +65,9 @@ def rlhf_algorithm() -> Providers:
     return {
         "cdpo": "rlhf_algos.algorithm.cdpo:CDPO",
         "cispo": "rlhf_algos.algorithm.cispo:CISPO",
+        "csft": "rlhf_algos.algorithm.csft:CSFT",
         "dapo": "rlhf_algos.algorithm.dapo:DAPO",
+        "distill": "rlhf_algos.algorithm.distill:Distill",
         "dpo": "rlhf_algos.algorithm.dpo:DPO",
         "dr_grpo": "rlhf_algos.algorithm.dr_grpo:DrGRPO",
         "grpo": "rlhf_algos.algorithm.grpo:GRPO",
@@ -86,5 +92,17 @@ def rlhf_algorithm() -> Providers:
 
 
 @hookimpl
+def rlhf_data() -> Providers:
+    return {"conditional": "rlhf_algos.data.conditional:Conditional"}
+
+
+@hookimpl
 def rlhf_evaluator() -> Providers:
     return {"bad_probability": "rlhf_algos.evaluator.bad_probability:BadProbability"}
+
+
+@hookimpl
+def rlhf_metrics() -> Mapping[str, str]:
+    from rlhf_algos.metrics import METRICS
+
+    return METRICS

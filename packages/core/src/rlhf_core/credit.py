@@ -12,13 +12,33 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.kl import kl_values
 from rlhf_core.lazy import torch
-from rlhf_core.plan import CreditSpec, Plan
+from rlhf_core.plan import DATA, CreditSpec, Plan
 from rlhf_core.types import Advantage, Batch, Credit, RewardOutput, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["assign_credit", "compute_needs"]
+__all__ = ["assign_credit", "compute_needs", "prepared"]
+
+
+def prepared(plan: Plan, batch: Batch) -> Batch:
+    """Rows of data with those that credits add to them.
+
+    Raises:
+        UsageError: they are pairs, and what is trained would take rejected completions for good ones.
+    """
+    terms = [term for term in plan.terms if term.source == DATA]
+    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.wants]
+    if alike and len(alike) == len(terms) and len(batch.group_N.unique()) < len(batch):
+        raise UsageError(
+            f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
+            "ones; pass --data.completion-key chosen (or the column's name), or an algorithm for pairs"
+        )
+    for spec in plan.credits.values():
+        prepare: Any = getattr(spec.advantage, "prepare", None)
+        if spec.source == DATA and prepare is not None:
+            batch = prepare(batch)
+    return batch
 
 
 def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch) -> Batch:
@@ -36,7 +56,9 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
     extras: dict[str, Tensor] = {}
     for role in dict.fromkeys(role for role, _ in wanted):
-        outputs = roles[role].infer(batch, frozenset(output for owner, output in wanted if owner == role))
+        learns = any((term.role, term.source) == (role, source) for term in plan.terms)
+        asked = frozenset(output for owner, output in wanted if owner == role)
+        outputs = roles[role].infer(batch, asked, source if learns else "")
         for (owner, output), names in wanted.items():
             if owner == role:
                 extras |= dict.fromkeys(names, outputs[output])

@@ -78,7 +78,7 @@ def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling)
         sampled = run.sample_once(source, _drawn(run, begun, dynamic.oversample))
         begun = []
         with run.phase("reward"):
-            rewards = run.reward_of(sampled)
+            rewards = run.judge(sampled)
         run.log_batch("dynamic/reward", rewards.rewards_N)
         scored = _with_rewards(sampled, rewards)
         scores_N = rewards.rewards_N if rewards.scores_N is None else rewards.scores_N

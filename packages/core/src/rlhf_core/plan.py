@@ -6,7 +6,7 @@ A plan is plain data. It is the same in every process: a worker builds it again 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from rlhf_core import needs as needs_
 from rlhf_core.errors import UsageError
@@ -18,6 +18,9 @@ __all__ = ["CreditSpec", "Plan", "RoleSpec", "make_plan"]
 
 DATA = "data"
 """The source that is not a role."""
+
+CREDIT = ("advantages_NT", "returns_NT")
+"""What only an advantage gives."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class RoleSpec:
     terms: tuple[tuple[str, Term], ...] = ()
     """(credit key, term) for each term that trains it; empty for a frozen role"""
     sampled: bool = False
-    """whether a source samples it"""
+    """whether a source samples it, or an evaluator"""
+    reads: bool = True
+    """whether it is given the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
     temperature: float = 1.0
     """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
 
@@ -98,6 +103,21 @@ class Plan:
         """Names of the trained roles, in the order of their terms."""
         return tuple(dict.fromkeys(term.role for term in self.terms))
 
+    def lender(self, name: str) -> str:
+        """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
+        frozen = self.roles[name]
+        beside = any(name in term.partners for term in self.terms)  # both are asked at once
+        if frozen.trained or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
+            return ""
+        same = [each.name for each in fields(ModelOptions)]
+        for spec in self.roles.values():
+            speaks = spec.sampled or spec.outputs & LANGUAGE
+            adapted = spec.trained and isinstance(spec.options, TrainedOptions) and spec.options.lora.rank > 0
+            alike = all(getattr(spec.options, each) == getattr(frozen.options, each) for each in same)
+            if speaks and adapted and alike:
+                return spec.name
+        return ""
+
     @property
     def tokenizer_role(self) -> str:
         """The role whose tokenizer reads the data."""
@@ -115,21 +135,6 @@ def make_plan(config: RunConfig) -> Plan:
     chosen = Chosen(
         advantage=config.providers.get("advantage"),
         loss=config.providers.get("loss"),
-    def lender(self, name: str) -> str:
-        """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
-        frozen = self.roles[name]
-        beside = any(name in term.partners for term in self.terms)  # both are asked at once
-        if frozen.trained or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
-            return ""
-        same = [each.name for each in fields(ModelOptions)]
-        for spec in self.roles.values():
-            speaks = spec.sampled or spec.outputs & LANGUAGE
-            adapted = spec.trained and isinstance(spec.options, TrainedOptions) and spec.options.lora.rank > 0
-            alike = all(getattr(spec.options, each) == getattr(frozen.options, each) for each in same)
-            if speaks and adapted and alike:
-                return spec.name
-        return ""
-
         sampling=config.sampling,
         providers=config.providers,
     )
@@ -147,6 +152,14 @@ def make_plan(config: RunConfig) -> Plan:
         credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage, every=term.every))
         credits[key] = _add_needs(credit, term, kl)
         keyed.append((key, term))
+    launcher = config.providers.get("launcher")
+    for term in terms:
+        if term.partners and launcher is not None and not getattr(launcher, "one_process", False):
+            raise UsageError(
+                f"the loss {type(term.loss).__qualname__} compares whole distributions of {term.role} and "
+                f"{', '.join(sorted(term.partners))}, which the launcher {type(launcher).__qualname__} puts into different "
+                "processes; use --launcher local"
+            )
     also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
     return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources), kl)
@@ -170,6 +183,12 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
     if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
         asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
     have = {need.name: need for need in credit.needs}
+    earned = sorted(name for name in term.needs if name in CREDIT)
+    if term.advantage is None and earned:
+        raise UsageError(
+            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, and the term {term.role} <- {term.source} assigns no "
+            "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
+        )
     for name, asker in asked:
         need = needs_.resolve(
             name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker
@@ -184,17 +203,25 @@ def _roles(
     """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
     outputs: dict[str, set[str]] = {}
     for _, term in keyed:
-        outputs.setdefault(term.role, set()).update(term.wants)
+        outputs.setdefault(term.role, set()).update(name for name in term.wants if "." not in name)
+        for other in term.partners:
+            for role in (term.role, other):
+                outputs.setdefault(role, set()).add("logprobs_NT")
     for source in sources:
         if source != DATA:
             outputs.setdefault(source, set()).add("logprobs_NT")
     needs = [need for credit in credits.values() for need in credit.needs]
-    for evaluator in config.providers.get("evaluator", ()):
+    evaluators = config.providers.get("evaluator", ())
+    for evaluator in evaluators:
         first = keyed[0][1].role if keyed else next(iter(config.roles))
         needs += [needs_.resolve(name, first, evaluator) for name in sorted(getattr(evaluator, "needs", ()))]
     for need in needs:
         if need.role:
             outputs.setdefault(need.role, set()).add(need.output)
+    readers = set(outputs)
+    opponents = {name for evaluator in evaluators for name in getattr(evaluator, "opponents", ())}
+    for name in opponents:
+        outputs.setdefault(name, set()).add("logprobs_NT")
     unknown = [name for name in outputs if name not in config.roles]
     if unknown:
         raise UsageError(
@@ -209,7 +236,8 @@ def _roles(
             options=replace(config.roles[name], model=config.roles[name].model or config.model),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
-            sampled=name in sources,
+            sampled=name in {*sources, *opponents},
+            reads=name in readers,
             temperature=temperature,
         )
         for name in outputs

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rlhf_core.hookspecs import Providers, hookimpl
 
 __all__ = [
     "rlhf_data",
     "rlhf_evaluator",
     "rlhf_launcher",
+    "rlhf_metrics",
     "rlhf_observer",
     "rlhf_reward",
     "rlhf_rollout",
@@ -67,6 +70,7 @@ def rlhf_evaluator() -> Providers:
         "pass_at_k": "rlhf_core.evaluator.pass_at_k:PassAtK",
         "policy_stats": "rlhf_core.evaluator.policy_stats:PolicyStats",
         "preference": "rlhf_core.evaluator.preference:Preference",
+        "win_rate": "rlhf_core.evaluator.win_rate:WinRate",
     }
 
 
@@ -76,3 +80,10 @@ def rlhf_observer() -> Providers:
         "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
         "wandb": "rlhf_core.observer.wandb:Wandb",
     }
+
+
+@hookimpl
+def rlhf_metrics() -> Mapping[str, str]:
+    from rlhf_core.metrics import METRICS
+
+    return METRICS

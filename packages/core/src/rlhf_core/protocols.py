@@ -95,6 +95,9 @@ class Advantage(Protocol):
 
     It may have two attributes: `needs` names the extras it reads (see `rlhf_core.needs`; `extras` holds them), and
     `raw_rewards = True` spares it a KL penalty in the reward. `rollouts.world` sums statistics over ranks.
+
+    It may have a method `prepare(batch) -> Batch`: on rows of data, before anything is computed about them, it adds rows of its
+    own, which `Credit.rows` leaves out again.
     """
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor: ...
@@ -106,6 +109,9 @@ class Loss(Protocol):
     It may have three attributes: `wants` names the outputs of the trained role it differentiates (`{"logprobs_NT"}` where
     absent), `needs` the extras it reads from the batch (none), and `rows_per_unit` adjacent rows (2 for pairs: chosen,
     rejected; else 1) are never split over micro-batches.
+
+    A wanted output `"<role>.<name>_NT"` is a function of both roles' whole next-token distributions at every token: the loss's
+    method `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
     """
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms: ...
@@ -200,8 +206,12 @@ class Role(Protocol):
     spec: RoleSpec
     version: int
 
-    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        """The wanted outputs of all rows: eval mode, no gradient, on the CPU."""
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+        """The wanted outputs of all rows: eval mode, no gradient, on the CPU.
+
+        `source` is said if the role is about to be trained on this very batch, which came from there: one that can keep
+        the pass for that need not make it again.
+        """
         ...
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
@@ -232,6 +242,10 @@ class Launcher(Protocol):
 
 
 class Evaluator(Protocol):
-    """Measures a policy. Metric names are logged as `eval/<name>`."""
+    """Measures a policy. Metric names are logged as `eval/<name>`.
+
+    It may have three attributes: `needs` (outputs of roles that it asks for, as in an advantage), `opponents` (roles that it
+    samples), and `samples = False` if it samples nothing.
+    """
 
     def __call__(self, run: Run) -> Mapping[str, float]: ...

@@ -7,6 +7,7 @@ gradients of everything are summed before one update.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,8 +15,10 @@ from functools import cached_property, partial
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ContractError
-from rlhf_core.finite import Watch, term_name
+from rlhf_core.budget import TokenBudget, release_memory
+from rlhf_core.errors import ContractError, NotFinite, UsageError
+from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
+from rlhf_core.kept import Kept
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.options import Lora, TrainedOptions
@@ -44,10 +47,12 @@ class LocalRole:
         self.plan = plan
         self.spec = plan.roles[name]
         self.version = 0
+        self.kept = Kept()
         config = plan.config
         if lender is not None and hasattr(lender.trainable, "lend"):
             self.trainable: Trainable = lender.trainable.lend()
             self.world = self.trainable.world
+            self.budget = TokenBudget(config, name, self.world)
             return
         spec = _merged(self.spec) if frozen else self.spec
         build = partial(_build, spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
@@ -55,6 +60,11 @@ class LocalRole:
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
         self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
+        self.budget = TokenBudget(config, name, self.world)
+        for option, chosen in (("on-oom", config.on_oom), ("on-nonfinite", config.on_nonfinite)):
+            if optim is not None and chosen != "stop" and not hasattr(self.trainable, "discard"):
+                strategy_name = config.names.get("strategy", "")
+                raise UsageError(f"--strategy {strategy_name} cannot take a step back; leave out --{option} {chosen}")
 
     @property
     def module(self) -> Any:
@@ -77,47 +87,99 @@ class LocalRole:
         """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
         for _, term in self.spec.terms:
             for name in term.wants:
-                other, _, output = name.rpartition(".")
+                other, _, _ = name.rpartition(".")
                 if other:
-                    compare: Any = term.loss
-                    self.module.comparisons[name] = Comparison(roles[other].module, compare.compare)
+                    _compare(self.module, name, roles[other].module, term.loss)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion."""
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+        """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion.
+
+        `source` is said if this role is about to be trained on the batch, which came from there.
+        """
+        while True:
+            try:
+                return self._infer(batch, wants, source)
+            except Exception as error:
+                if not self.budget.halve(error):
+                    raise
+            self.kept.clear()
+            release_memory()  # not before the error, which holds what was computed, is gone
+
+    def _infer(self, batch: Batch, wants: frozenset[str], source: str) -> dict[str, Tensor]:
+        """The same within the token budget as it is."""
         found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants}
-        cuts = micro_rows(batch, self.plan.config.micro_tokens)
-        with torch.inference_mode():
+        cuts = micro_rows(batch, self.budget.tokens)
+        later = self._later_wants(source) if len(cuts) == 1 else frozenset()
+        with torch.enable_grad() if later else torch.inference_mode():
             for i in range(self._rounds(cuts)):
                 rows = cuts[min(i, len(cuts) - 1)]
-                for name, values in self.trainable.forward(batch.rows(rows), wants).items():
+                micro = batch.rows(rows)
+                self.budget.trying(micro)
+                outputs = self.trainable.forward(micro, wants | later)
+                if later and not i:
+                    self.kept.add(micro, outputs)
+                for name in wants:
+                    values = outputs[name].detach()
                     if name.endswith("_NT"):
                         found[name][rows, : values.shape[1]] = values.float().cpu()
                     else:
                         found[name][rows] = values.float().cpu()
         return found
 
+    def _later_wants(self, source: str) -> frozenset[str]:
+        """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
+        lora = getattr(self.spec.options, "lora", None)
+        if not (source and self.plan.on_policy and getattr(self.trainable, "keeps_graphs", False)):
+            return frozenset()
+        if lora is not None and lora.rank and lora.dropout:  # then training computes something else
+            return frozenset()
+        return frozenset[str]().union(*(term.wants for _, term in self.spec.terms if term.source == source))
+
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         """`epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
         config = self.plan.config
         means = Means()
+        if config.on_nonfinite == "skip":
+            means.add_sum(f"skipped/{self.name}", 0.0)
         for _ in range(config.epochs):
             seed = (config.seed << 32) + self.version
             keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
             parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}
             for _ in range(config.minibatches):
                 self._step({key: (next(part), work[key]) for key, part in parts.items()}, means)
+                self.kept.clear()
                 self.version += 1
         return means.reduced(self.world if self.world.size > 1 else None)
 
     def _step(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
-        """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of)."""
-        total, watch = 0.0, Watch(self.name)
-        for key, (batch, whole) in work.items():
-            terms = [term for term_key, term in self.spec.terms if term_key == key]
-            total += self._accumulate(terms, batch, whole, means, watch)
-        total = self.world_total(total)
+        """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of), or none where
+        something is not finite and the run was told to go on."""
+        config, found = self.plan.config, Means()
+        if config.on_oom == "halve":
+            found.add(f"micro_tokens/{self.name}", self.budget.tokens)
+        try:
+            if not any(batch.scalars.get(SKIP) for batch, _ in work.values()):
+                self._update(work, found)
+                means.merge(found)
+                return
+        except NotFinite as error:  # on every rank
+            if config.on_nonfinite == "stop":
+                raise
+            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            step = round(next(iter(work.values()))[0].scalars.get("step", 0))
+            path = keep_samples(config.output, step, error)
+            print(f"rlhf-run: step {step} goes without an update: {error}; samples are in {path}", file=sys.stderr)
+        means.add_sum(f"skipped/{self.name}", 1.0)
+
+    def _update(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
+        """Gradients of everything, then one update of the weights.
+
+        Raises:
+            NotFinite: the loss or the gradient is not; the weights are as they were.
+        """
+        total, watch = self._gradients(work, means)
         watch.check_loss(total)
         means.add(f"loss/{self.name}", total)
         metrics = self.trainable.step()
@@ -125,6 +187,26 @@ class LocalRole:
             watch.check_gradient(metrics["grad_norm"], {key: batch for key, (batch, _) in work.items()})
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
+
+    def _gradients(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> tuple[float, Watch]:
+        """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
+
+        Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
+        """
+        while True:
+            total, watch, found = 0.0, Watch(self.name), Means()
+            try:
+                for key, (batch, whole) in work.items():
+                    terms = [term for term_key, term in self.spec.terms if term_key == key]
+                    total += self._accumulate(terms, batch, whole, found, watch)
+                means.merge(found)
+                return self.world_total(total), watch
+            except Exception as error:
+                if not self.budget.halve(error):
+                    raise
+            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            self.kept.clear()
+            release_memory()
 
     def world_total(self, value: float) -> float:
         """A number summed over the ranks of this role."""
@@ -136,7 +218,7 @@ class LocalRole:
         """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
         unit = lcm(*(term.unit for term in terms))
         wants = frozenset[str]().union(*(term.wants for term in terms))
-        cuts = micro_rows(batch, self.plan.config.micro_tokens, unit)
+        cuts = micro_rows(batch, self.budget.tokens, unit)
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
             means.add("padding", 0.0 if packs else padding_share(batch, cuts))
@@ -146,7 +228,8 @@ class LocalRole:
         for i in range(self._rounds(cuts)):
             live = float(i < len(cuts))
             micro = batch.rows(cuts[i]) if live else idle
-            outputs = self.trainable.forward(micro, wants)
+            self.budget.trying(micro, unit)
+            outputs = self.kept.take(micro, wants) or self.trainable.forward(micro, wants)
             micro = self._with_old_logprobs(terms, micro, outputs)
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
@@ -248,6 +331,14 @@ def _merged(spec: RoleSpec) -> RoleSpec:
     if not isinstance(spec.options, TrainedOptions):
         return spec
     return replace(spec, options=replace(spec.options, lora=Lora(), quantize="none"))
+
+
+def _compare(module: Any, name: str, other: Any, loss: Any) -> None:
+    """Let `module` give the output `name`; models are imported only when there is one."""
+    from rlhf_core.models.compare import Comparison
+
+    if module.comparisons.setdefault(name, Comparison(other, loss.compare)).function != loss.compare:
+        raise ContractError(f"two losses want different functions as {name!r}; let their names differ")
 
 
 def _build(spec: RoleSpec, **options: Any) -> Any:

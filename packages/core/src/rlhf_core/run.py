@@ -19,17 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import checkpoint, loop
+from rlhf_core.cached import remember
 from rlhf_core.checkpoint.background import Background
+from rlhf_core.credit import prepared
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.dynamic import keep_sampling
-from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.errors import NotFiniteReward, RunStopped, UsageError
+from rlhf_core.finite import SKIP, keep_samples
 from rlhf_core.kl import KLController
 from rlhf_core.lazy import torch
+from rlhf_core.measure import log_completions, of_step
+from rlhf_core.meter import Meter
+from rlhf_core.models.vocabulary import check_vocabularies
 from rlhf_core.moments import Moments
 from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
 from rlhf_core.reduce import Means
-from rlhf_core.reward.output import as_output
+from rlhf_core.reward.output import as_output, without_nan
 from rlhf_core.safety import explained
 from rlhf_core.shaping import RewardShaping
 from rlhf_core.signals import StopSignals
@@ -45,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Run"]
 
 
-class Run:
+class Run(Meter):
     """One training run, from its configuration to the files it leaves in `config.output`.
 
     Args:
@@ -73,12 +79,12 @@ class Run:
         self.observers: list[Any] = []
         """what the chosen observers watch with, while the run is open, in the first process"""
         self.placed: Placed | None = None
-        self.doing = "start"
-        """the phase the run is in; after an error, the one it failed in"""
         self.moments: defaultdict[str, Moments] = defaultdict(Moments)
         """of all rewards so far, by source, where an algorithm's shaping normalises by them"""
         self._scored: dict[str, RewardOutput] = {}
-        self._metrics = Means()
+        self._unscored = False
+        """whether this rank has completions of this step without a finite reward"""
+        super().__init__()
         self.saving = Background()
         """a checkpoint that is written beside the loop"""
         self.signals = StopSignals()
@@ -124,6 +130,7 @@ class Run:
         checkpoint.prepare_output(self)
         torch.manual_seed(self.config.seed)
         self.placed = self.config.providers["launcher"](self.plan)
+        remember(self.placed, self.plan)
         self.last_metrics: dict[str, float] = {}
         error: BaseException | None = None
         watched = ExitStack()
@@ -167,6 +174,7 @@ class Run:
             for provider in chosen if isinstance(chosen, tuple) else (chosen,):
                 if hasattr(provider, "check"):
                     provider.check()
+        check_vocabularies(self.plan)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
@@ -180,8 +188,7 @@ class Run:
         self.samples = dict(credited)
         checkpoint.settle(self, wait=False)
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
-        self.log({"tokens": self.world_sum(tokens), "time/step": time.perf_counter() - self._started})
-        self.log(self.stream.metrics())
+        self.log(of_step(self.world_sum(tokens), time.perf_counter() - self._started) | self.stream.metrics())
         metrics = self._metrics.reduced(None)
         self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
         if self.config.eval_every and step % self.config.eval_every == 0:
@@ -208,8 +215,8 @@ class Run:
     def read(self, rows: Drawn) -> Batch:
         """Rows of data as a batch."""
         with self.phase("data"):
-            batch = self.encoder.batch(*rows)
-        return replace(batch, world=self.world, scalars=self._scalars())
+            batch = replace(self.encoder.batch(*rows), world=self.world, scalars=self._scalars())
+            return prepared(self.plan, batch)
 
     def sample(self, source: str, rows: Drawn) -> Rollouts:
         """Completions of `source` on the prompts of `rows`, or of fresh ones where `DynamicSampling` replaces some."""
@@ -220,22 +227,16 @@ class Run:
         return rollouts
 
     def sample_once(self, source: str, rows: Drawn) -> Rollouts:
-        """Completions of `source` on the prompts of `rows`.
-
-        Where top-p, top-k or min-p truncate, the kept share of the probability is logged: ratios are biased by it.
-        """
+        """Completions of `source` on the prompts of `rows`."""
         with self.phase("rollout"):
             prompts = self.encoder.prompts(*rows)
             seed = Sampling(seed=self.config.seed).seed_for(self.step, self.plan.sources.index(source))
             rollouts = self.rollouts(source, prompts, replace(self.config.sampling, seed=seed))
-        truncated = "kept_mass" in rollouts.scalars
-        if truncated:
-            self.log({"rollout/kept_mass": rollouts.scalars["kept_mass"]})
-        elif getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0:
+        exact = getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0
+        if exact and "kept_mass" not in rollouts.scalars:
             rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
         self._metrics.add_sum("samples", self.world_sum(len(rollouts)))
-        self.log_batch("completion/length", rollouts.lengths_N.float())
-        self.log_batch("completion/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
+        log_completions(self, source, rollouts)
         return replace(rollouts, world=self.world, scalars=rollouts.scalars | self._scalars())
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
@@ -246,7 +247,11 @@ class Run:
     def score(self, source: str, rollouts: Batch) -> RewardOutput:
         """Rewards of completions, checked and shaped; logged for the policy."""
         with self.phase("reward"):
-            rewards = self._scored.pop(source, None) or self.reward_of(rollouts)
+            rewards = self._scored.pop(source, None) or self.judge(rollouts)
+        if self.config.on_nonfinite == "skip" and self.world_sum(float(self._unscored)):
+            self._unscored = False
+            rollouts.scalars[SKIP] = 1.0  # by every rank
+            return rewards
         prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
         shaping = getattr(self.config.algorithm, "shaping", None)
         if shaping not in (None, RewardShaping()):
@@ -260,12 +265,30 @@ class Run:
         rollouts.extras["rewards_N"] = rewards.rewards_N
         return rewards
 
+    def judge(self, rollouts: Batch) -> RewardOutput:
+        """The reward of completions that will be trained on: of those that have none, it can be noted and the step skipped."""
+        raw = self._reward(rollouts)
+        try:
+            return as_output(raw, rollouts, self._reward)
+        except NotFiniteReward as error:
+            if self.config.on_nonfinite == "stop":
+                raise
+            path = keep_samples(self.output, self.step + 1, error)
+            print(f"rlhf-run: step {self.step + 1} is skipped: {error}; all such samples are in {path}", file=sys.stderr)
+            self._unscored = True
+            return as_output(without_nan(raw), rollouts, self._reward)
+
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """The reward provider's answer, checked against its contract."""
+        return as_output(self._reward(rollouts), rollouts, self._reward)
+
+    @property
+    def _reward(self) -> Any:
+        """The reward provider."""
         reward = self.config.providers.get("reward")
         if reward is None:
             raise UsageError("an evaluator asks for rewards, but none was chosen; pass --reward NAME")
-        return as_output(reward(rollouts), rollouts, reward)
+        return reward
 
     def watch_kl(self, batches: Mapping[str, Batch]) -> None:
         """Log the KL to the reference and let an adaptive coefficient follow it."""
@@ -299,41 +322,8 @@ class Run:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
         self.roles[self.plan.trained[0]].export(str(self.output / "model"))
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # metrics
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `time/<name>`."""
-        before, self.doing = self.doing, name
-        started = time.perf_counter()
-        yield
-        self.add_seconds(name, time.perf_counter() - started)
-        self.doing = before
-
-    def add_seconds(self, name: str, seconds: float) -> None:
-        """Add to `time/<name>` of this step."""
-        self._metrics.add_sum(f"time/{name}", seconds)
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Metrics of this step that need no averaging."""
-        for name, value in metrics.items():
-            self._metrics.add(name, value)
-
-    def log_batch(self, name: str, values_N: Any) -> float:
-        """The mean of a per-completion number over all ranks; logged and returned."""
-        mean = self.world_sum(float(values_N.sum())) / self.world_sum(float(len(values_N)))
-        self.log({name: mean})
-        return mean
-
-    def world_sum(self, value: float) -> float:
-        """A number summed over ranks."""
-        if self.world.size == 1:
-            return value
-        return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
-
     def _scalars(self) -> dict[str, float]:
-        return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef}
+        return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef, "step": self.step + 1}
 
     # ------------------------------------------------------------------------------------------------------------------
     # what the run holds

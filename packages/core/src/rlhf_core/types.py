@@ -350,6 +350,11 @@ class Term:
         return frozenset(getattr(self.loss, "wants", ("logprobs_NT",)))
 
     @property
+    def partners(self) -> frozenset[str]:
+        """Roles whose whole distributions the loss compares with: those of wanted `<role>.<output>`s."""
+        return frozenset(name.partition(".")[0] for name in self.wants if "." in name)
+
+    @property
     def needs(self) -> frozenset[str]:
         """Extras that the loss reads: none unless it says otherwise."""
         return frozenset(getattr(self.loss, "needs", ()))

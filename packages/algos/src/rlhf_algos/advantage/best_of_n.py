@@ -29,6 +29,8 @@ class BestOfN:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2
+    selects: ClassVar[str] = "rows"
+    """losses need not read its advantages"""
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)

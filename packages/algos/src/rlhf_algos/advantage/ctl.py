@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rlhf_algos.groups import require_groups
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
 from rlhf_algos.target import Target, raw_rewards
+from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
 from rlhf_core.types import Credit
 
 if TYPE_CHECKING:
@@ -30,15 +31,20 @@ class CTL:
 
     target: Target = Target()
     """what the proposal should sample"""
-    psi: Literal["q_p_s_t", "q_p_s_1_to_t"] = "q_p_s_t"
-    """the twist psi_t: q/p of token t, or of all tokens up to t (token k then counts for every t from k on)"""
-    contrast: Literal["prefix", "none", "sixo"] = "prefix"
-    """the negative term: CTL's prefix weights; none, which is weighted maximum likelihood and DPG; or SIXO with
-    reweighted negatives, the gradient of -(w log sigmoid(log psi) + u log sigmoid(-log psi)), u for samples of p"""
+    psi: Psi = "q_p_s_t"
+    """the twist psi_t: q/p of token t, of all tokens up to t (token k then counts for every t from k on), or with q's raw
+    logit in the place of its log-probability (the loss then is of logits)"""
+    contrast: Literal["prefix", "none", "sixo", "sixo_exact"] = "prefix"
+    """the negative term: CTL's prefix weights; none, which is weighted maximum likelihood and DPG; or SIXO, the gradient
+    of -(w log sigmoid(log psi) + u log sigmoid(-log psi)), where u reweighs the samples to p, or is left to exact ones"""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"actor.logprobs_NT", "old_logprobs_NT"})
     min_samples: ClassVar[int] = 2
     raw_rewards: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Log-probabilities of the samples under policy and proposal, and the logits of an unnormalised twist."""
+        return frozenset({"actor.logprobs_NT", "old_logprobs_NT"}) | psi_needs(self.psi)
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
@@ -46,21 +52,18 @@ class CTL:
         policy_NT, proposal_NT = extras["actor.logprobs_NT"].double(), extras["old_logprobs_NT"].double()
         potential_N = self.target.log_potential(raw_rewards(rewards), rollouts.scalars)
         log_w_N = log_weights(policy_NT, proposal_NT, potential_N, mask_NT)
-        log_psi_NT = (proposal_NT - policy_NT).masked_fill(~mask_NT, 0.0)
-        cumulated = self.psi == "q_p_s_1_to_t"
-        if cumulated:
-            log_psi_NT = log_psi_NT.cumsum(1)
+        log_psi_NT = log_psi(self.psi, policy_NT, proposal_NT, extras, mask_NT)
         w_N1 = group_log_softmax(log_w_N, group_N).exp()[:, None]
         if self.contrast == "sixo":
             u_N1 = group_log_softmax(log_w_N - potential_N, group_N).exp()[:, None]
             credit_NT = w_N1 * (-log_psi_NT).sigmoid() - u_N1 * log_psi_NT.sigmoid()
+        elif self.contrast == "sixo_exact":
+            credit_NT = w_N1 * (-log_psi_NT).sigmoid()
         elif self.contrast == "prefix":
             twisted_NT = twist_log_weights(policy_NT, proposal_NT, log_psi_NT, mask_NT)
             credit_NT = w_N1 - group_log_softmax(twisted_NT, group_N).exp()
         else:
             credit_NT = w_N1.expand(mask_NT.shape)
-        credit_NT = credit_NT * mask_NT
-        if cumulated:  # log psi_t holds log q of every token up to t
-            credit_NT = credit_NT.flip(1).cumsum(1).flip(1) * mask_NT
+        credit_NT = to_tokens(self.psi, credit_NT, mask_NT)
         metrics = about_weights(log_w_N, group_N, rollouts.world, "repulse")
         return Credit(credit_NT.to(rewards.rewards_N.dtype), metrics=metrics)

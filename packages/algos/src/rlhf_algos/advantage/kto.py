@@ -3,45 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_algos.pairs import sequence_logprobs
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import Credit
+from rlhf_core.types import Batch, Credit
+from rlhf_core.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, RewardOutput
+    from rlhf_core.types import RewardOutput
 
-__all__ = ["KTO"]
+__all__ = ["KTO", "mismatched"]
+
+MISMATCHED = "mismatched_N"
+"""1 for rows that are there for the reference point alone."""
 
 
 @dataclass(frozen=True)
 class KTO:
     """+ for desirable and - for undesirable rows, and the point z they are compared with (Ethayarajh et al. 2024).
 
-    Reads the data's label: true or a positive number is desirable. z is what log(pi / ref) of a completion is to be
-    expected to be, never below 0. The paper estimates it on completions paired with other prompts, which costs another
-    forward pass; here it comes from the batch itself, over all ranks.
+    Reads the data's label: true or a positive number is desirable; of pairs the chosen one is, and the rejected one is not.
+    z is what log(pi / ref) of a completion is to be expected to be, never below 0; its mean is over all ranks.
     """
 
     desirable: float = 1.0
     """weight of desirable rows"""
     undesirable: float = 1.0
     """weight of undesirable rows; weight times number of rows should be about equal for both kinds"""
-    z: Literal["other", "batch", "zero"] = "other"
-    """mean log(pi / ref) of the other kind's rows, of all rows, or no reference point"""
+    z: Literal["mismatched", "other", "batch", "zero"] = "mismatched"
+    """mean log(pi / ref) of completions under the next row's prompt (the paper; twice the forward passes), of the other kind's
+    rows (its form for pairs), of all rows, or no reference point"""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"actor.logprobs_NT", "ref_logprobs_NT"})
+    @property
+    def needs(self) -> frozenset[str]:
+        asked = frozenset({"actor.logprobs_NT", "ref_logprobs_NT"})
+        return asked | {MISMATCHED} if self.z == "mismatched" else asked
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch, followed by its prompts with one another's completions where z is estimated on those."""
+        if self.z != "mismatched":
+            return batch
+        N = torch.ones(len(batch))
+        return Batch.cat([batch.with_extras(**{MISMATCHED: 0 * N}), mismatched(batch).with_extras(**{MISMATCHED: N})])
 
     def __call__(self, rewards: RewardOutput, rollouts: Batch, extras: Mapping[str, Tensor]) -> Credit:
-        good_N = torch.tensor([_is_desirable(label) for label in rollouts.labels])
-        ratios_N = sequence_logprobs(extras["actor.logprobs_NT"] - extras["ref_logprobs_NT"], rollouts.mask_NT)
-        sums = torch.stack([ratios_N[good_N].sum(), good_N.sum(), ratios_N[~good_N].sum(), (~good_N).sum()]).double()
-        good_sum, good, bad_sum, bad = (rollouts.world.sum(sums) if rollouts.world is not None else sums).tolist()
+        ratios_N = sequence_logprobs(extras["actor.logprobs_NT"] - extras["ref_logprobs_NT"], rollouts.mask_NT).double()
+        strange_N = extras[MISMATCHED] > 0.5 if self.z == "mismatched" else torch.zeros(len(rollouts), dtype=torch.bool)
+        desirable_N = _desirable(rollouts)
+        kinds = (desirable_N & ~strange_N, ~desirable_N & ~strange_N, strange_N)
+        sums = torch.stack([value for kind_N in kinds for value in (ratios_N[kind_N].sum(), kind_N.sum().double())])
+        summed = (rollouts.world.sum(sums) if rollouts.world is not None else sums).tolist()
+        good_sum, good, bad_sum, bad, strange_sum, strange = summed
         if not (good and bad) and rollouts.scalars.get("progress", 0.0) == 0.0:
             kind = "desirable" if good else "undesirable"
             raise UsageError(
@@ -49,20 +66,59 @@ class KTO:
                 "check --data.label-key (true or false), or raise --batch-size"
             )
         points = {
+            "mismatched": (strange_sum / max(strange, 1),) * 2,
             "other": (bad_sum / max(bad, 1), good_sum / max(good, 1)),
             "batch": ((good_sum + bad_sum) / max(good + bad, 1),) * 2,
             "zero": (0.0, 0.0),
         }
         z_good, z_bad = (max(0.0, point) for point in points[self.z])
-        weights_N = torch.where(good_N, self.desirable, -self.undesirable)
-        z_N = torch.where(good_N, z_good, z_bad)
-        mask_NT = rollouts.mask_NT
+        weights_N = torch.where(desirable_N, self.desirable, -self.undesirable)
+        z_N = torch.where(desirable_N, z_good, z_bad)
+        mask_NT = rollouts.mask_NT & ~strange_N[:, None]
+        rows = (~strange_N).nonzero().flatten() if strange else None
         metrics = {"kto/desirable": good / (good + bad), "kto/z": (good * z_good + bad * z_bad) / (good + bad)}
-        return Credit(weights_N[:, None] * mask_NT, z_N[:, None] * mask_NT, metrics=metrics)
+        return Credit(weights_N[:, None] * mask_NT, z_N[:, None] * mask_NT, rows, metrics)
+
+
+def mismatched(batch: Batch) -> Batch:
+    """Every prompt with the completion of the row after it, or of the pair after it; the last one with the first rank's.
+
+    Completions are cut where prompt and completion would be longer than any row of the batch.
+
+    Raises:
+        UsageError: there is no other prompt.
+    """
+    world = batch.world or World()
+    unit = 2 if _are_pairs(batch) else 1
+    firsts = world.gather(replace(batch.rows(range(min(unit, len(batch)))), world=None))
+    if len(batch) * world.size <= unit:
+        raise UsageError("KTO pairs completions with other prompts, and the batch has one prompt; raise --batch-size")
+    others = Batch.cat([batch, firsts[(world.rank + 1) % world.size]]).rows(range(unit, unit + len(batch)))
+    room = max(world.gather(int((batch.prompt_lengths_N + batch.lengths_N).max())))
+    lengths_N = torch.minimum(others.lengths_N, (room - batch.prompt_lengths_N).clamp(min=1))
+    return replace(
+        batch,
+        texts=others.texts,
+        tokens_NT=others.tokens_NT,
+        lengths_N=lengths_N,
+        mask_NT=others.mask_NT & (torch.arange(others.mask_NT.shape[1]) < lengths_N[:, None]),
+    )
+
+
+def _are_pairs(batch: Batch) -> bool:
+    """Whether rows are a chosen and a rejected completion in turn."""
+    return len(batch) % 2 == 0 and torch.equal(batch.group_N[0::2], batch.group_N[1::2])
+
+
+def _desirable(rollouts: Batch) -> Tensor:
+    """Which rows are desirable (N,): by their labels, or by their place in a pair."""
+    if any(label is not None for label in rollouts.labels) or not _are_pairs(rollouts):
+        return torch.tensor([_is_desirable(label) for label in rollouts.labels])
+    return torch.arange(len(rollouts)) % 2 == 0
 
 
 def _is_desirable(label: object) -> bool:
     """The label of a row as a judgement."""
     if isinstance(label, (bool, int, float)):
         return label > 0
-    raise UsageError(f"KTO needs labels true or false (or numbers, positive being desirable), not {label!r}")
+    raise UsageError(f"KTO needs labels true or false (or numbers, positive being desirable), or pairs, not {label!r}")

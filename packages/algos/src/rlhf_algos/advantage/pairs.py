@@ -30,6 +30,8 @@ class Pairs:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2
+    selects: ClassVar[str] = "pairs"
+    """its rows are pairs, chosen first: what losses on pairs need"""
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_core.dynamic import DynamicSampling
 from rlhf_core.options import KL, ModelOptions, Sampling
 from rlhf_core.shaping import RewardShaping
 from rlhf_core.types import Chosen, Term
@@ -15,17 +16,19 @@ __all__ = ["DAPO"]
 
 
 @dataclass(frozen=True)
-class DAPO:
-    """DAPO: higher upper clip bound, token mean, no KL (Yu et al. 2025): actor <- actor : dapo, no critic.
+class DAPO(Sampled):
+    """DAPO: higher upper clip bound, token mean, dynamic sampling, no KL (Yu et al. 2025): actor <- actor : dapo.
 
     The penalty for overlong completions is off until `shaping.overlong_buffer` is set, since it has to fit the longest
-    completion. Dropping prompts whose completions are all right or all wrong is not here.
+    completion.
     """
 
     kl: KL = KL(coef=0.0, estimator="k3", where="loss")
     """penalty that keeps the policy near the reference; off as in the paper, which then needs no reference"""
     shaping: RewardShaping = RewardShaping()
-    """penalties on rewards; the paper has overlong_buffer 4096 of 20480 tokens"""
+    """scale and penalties of rewards; the paper has overlong_buffer 4096 of 20480 tokens"""
+    dynamic: DynamicSampling = DynamicSampling(keep="varied")
+    """prompts whose completions all score the same are replaced by fresh ones, as in the paper"""
     entropy: float = 0.0
     """weight of the entropy bonus; 0 computes no entropy"""
 

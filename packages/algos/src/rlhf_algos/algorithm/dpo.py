@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.chosen_nll import ChosenNLL
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.errors import UsageError
+from rlhf_core.options import FREE, ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
 
 __all__ = ["DPO"]
@@ -23,6 +24,8 @@ class DPO:
 
     nll: float = 0.0
     """weight of the chosen completions' mean negative log-likelihood (Pang et al. 2024 use 1); 0 leaves it out"""
+    cache: str = field(default="", metadata=FREE)
+    """folder where the reference's log-probabilities are kept, for further epochs and other runs; empty keeps none"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
@@ -32,4 +35,9 @@ class DPO:
 
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
         term = Term("actor", "data", chosen_loss(chosen))
+        if term.unit != 2:
+            raise UsageError(
+                f"the loss {type(term.loss).__qualname__} compares no pairs, so rejected completions would be learned as well; "
+                "choose dpo, ipo, cdpo, robust, hinge, simpo or orpo"
+            )
         return (term, Term("actor", "data", ChosenNLL(), weight=self.nll)) if self.nll else (term,)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
 from rlhf_core.options import KL, ModelOptions, Sampling
 from rlhf_core.types import Chosen, Term
 
@@ -14,7 +14,7 @@ __all__ = ["GRPO"]
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(Sampled):
     """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, eq. 3-4): actor <- actor : grpo, no critic.
 
     The loss is the mean over completions of their token means, and the KL a k3 loss, as in the paper.

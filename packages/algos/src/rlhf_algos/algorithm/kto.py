@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.errors import UsageError
+from rlhf_core.options import FREE, ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
 
 __all__ = ["KTO"]
@@ -15,7 +16,13 @@ __all__ = ["KTO"]
 
 @dataclass(frozen=True)
 class KTO:
-    """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): actor <- data : kto."""
+    """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): actor <- data : kto.
+
+    Data with labels, one completion a row; or pairs, whose chosen completions are desirable and rejected ones not.
+    """
+
+    cache: str = field(default="", metadata=FREE)
+    """folder where the reference's log-probabilities are kept, for further epochs and other runs; empty keeps none"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "advantage": "kto", "loss": "kto"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
@@ -25,4 +32,9 @@ class KTO:
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32}
 
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("actor", "data", chosen_loss(chosen), chosen.advantage),)
+        term = Term("actor", "data", chosen_loss(chosen), chosen.advantage)
+        if "advantages_NT" not in term.needs:
+            raise UsageError(
+                f"the loss {type(term.loss).__qualname__} does not read which rows are desirable; use --loss kto"
+            )
+        return (term,)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from rlhf_algos.compose import ONLINE, policy_terms
+from rlhf_algos.compose import ONLINE, chosen_loss, policy_terms
 from rlhf_core.options import ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
 
@@ -17,7 +17,8 @@ __all__ = ["OnPolicyDistill"]
 class OnPolicyDistill:
     """A teacher scores every token of the student's own samples (Agarwal et al. 2024; Lu 2025): actor <- actor : clip.
 
-    Set the teacher with --teacher.model. The reward is reported; --advantage.reward adds it to what is learned.
+    Set the teacher with --teacher.model. The reward is reported; --advantage.reward adds it to what is learned. With
+    --loss distill the whole distributions are compared, and there is no advantage.
     """
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "teacher", "loss": "clip"}
@@ -27,4 +28,6 @@ class OnPolicyDistill:
     }
 
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        if Term("actor", "actor", chosen_loss(chosen)).partners:
+            chosen = replace(chosen, advantage=None)
         return policy_terms(chosen)

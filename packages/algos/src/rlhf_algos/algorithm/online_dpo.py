@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_algos.compose import ONLINE, policy_terms
+from rlhf_algos.compose import ONLINE, Sampled, policy_terms
 from rlhf_core.options import ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
 
@@ -14,7 +14,7 @@ __all__ = ["OnlineDPO"]
 
 
 @dataclass(frozen=True)
-class OnlineDPO:
+class OnlineDPO(Sampled):
     """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): actor <- actor : dpo on pairs."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
 from rlhf_algos.loss.delayed import delayed
 from rlhf_algos.loss.sft import SFT
 from rlhf_algos.loss.value import Value
@@ -18,7 +18,7 @@ __all__ = ["PPO"]
 
 
 @dataclass(frozen=True)
-class PPO:
+class PPO(Sampled):
     """Clipped policy gradient with a learned critic (Schulman et al. 2017; Ouyang et al. 2022).
 
     actor <- actor : clip;  critic <- actor : value;  with ptx also actor <- data : sft.  One GAE serves both roles.

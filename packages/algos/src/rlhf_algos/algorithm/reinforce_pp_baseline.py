@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
 from rlhf_core.options import KL, ModelOptions
 from rlhf_core.types import Chosen, Term
 
@@ -14,7 +14,7 @@ __all__ = ["ReinforcePPBaseline"]
 
 
 @dataclass(frozen=True)
-class ReinforcePPBaseline:
+class ReinforcePPBaseline(Sampled):
     """REINFORCE++-baseline: centred group scores, whitened over the batch (Hu et al. 2025): actor <- actor : clip.
 
     GRPO's comparison within a prompt, with one scale for the whole batch.

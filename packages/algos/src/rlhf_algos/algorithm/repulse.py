@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_algos.advantage.ctl import CTL
 from rlhf_algos.advantage.negative import Negative
+from rlhf_algos.advantage.sixo_negatives import SixoNegatives
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
 from rlhf_algos.loss.weighted_nll import WeightedNLL
 from rlhf_algos.target import Target
+from rlhf_algos.twist import Psi
 from rlhf_core.errors import UsageError
 from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
@@ -37,10 +39,14 @@ class RePULSe:
     """alpha at the start, moved geometrically to `alpha` over the run; constant where absent"""
     proposal: Literal["learned", "base"] = "learned"
     """a second model, sampled too (2N samples per prompt); or the policy itself, whose own samples are weighed"""
-    psi: Literal["q_p_s_t", "q_p_s_1_to_t"] = "q_p_s_t"
-    """the proposal's twist: its log-ratio to the policy at token t, or of all tokens up to t"""
-    contrast: Literal["prefix", "none", "sixo"] = "prefix"
-    """the proposal's negative term: CTL's, none (weighted likelihood, DPG), or SIXO's"""
+    proposal_updates: int = 1
+    """steps of the proposal for one of the policy, which moves in every so many-th step of the run, and only then is
+    sampled"""
+    psi: Psi = "q_p_s_t"
+    """the proposal's twist: its log-ratio to the policy at token t, of all tokens up to t, or its raw logit over the policy"""
+    contrast: Literal["prefix", "none", "sixo", "sixo_exact"] = "prefix"
+    """the proposal's negative term: CTL's, none (weighted likelihood, DPG), or SIXO's with reweighted or exact negatives;
+    the last samples the policy in every step"""
     weighting: Literal["importance", "uniform"] = "importance"
     """how the negative term weighs samples: towards the target, or all alike"""
     weighting_beta: float | None = None
@@ -55,6 +61,12 @@ class RePULSe:
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "proposal": TrainedOptions(optim=Optim(lr=1e-6))}
 
+    def __post_init__(self) -> None:
+        if self.proposal_updates < 1:
+            raise UsageError(f"proposal_updates must be at least 1, not {self.proposal_updates}")
+        if self.proposal == "base" and self.proposal_updates > 1:
+            raise UsageError("with --algorithm.proposal base there is no proposal to update; drop proposal-updates")
+
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
         if self.compat == "original":
             chosen = replace(chosen, loss=_sequence_means(chosen.loss))
@@ -62,8 +74,14 @@ class RePULSe:
         learned = self.proposal == "learned"
         negative = Term("actor", "proposal" if learned else "actor", weighted, self._negative(learned))
         terms = (*policy_terms(chosen, self.kl), negative)
-        ctl = CTL(self.target, self.psi, self.contrast)
-        return (*terms, Term("proposal", "proposal", weighted, ctl)) if learned else terms
+        if not learned:
+            return terms
+        terms = tuple(replace(term, every=self.proposal_updates) for term in terms)
+        twisted = replace(weighted, output="logits_NT" if self.psi == "unnormalised" else "logprobs_NT")
+        terms += (Term("proposal", "proposal", twisted, CTL(self.target, self.psi, self.contrast)),)
+        if self.contrast == "sixo_exact":
+            terms += (Term("proposal", "actor", twisted, SixoNegatives(self.psi)),)
+        return terms
 
     def _negative(self, learned: bool) -> Negative:
         """The credit of the negative term."""

@@ -21,9 +21,16 @@ class WeightedNLL:
     """sum over a prompt's completions and their tokens, mean over prompts (the paper), or mean over completions of their
     token means (the released code: 1/N of it for N completions, and short completions count more)"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    output: Literal["logprobs_NT", "logits_NT"] = "logprobs_NT"
+    """what is weighted: log-probabilities, or the raw logits of the sampled tokens (unnormalised twists)"""
+
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
     rows_per_unit: ClassVar[int] = 1
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """The one output."""
+        return frozenset({self.output})
+
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        return LossTerms(-batch["advantages_NT"] * outputs["logprobs_NT"], Reduction(self.scale))
+        return LossTerms(-batch["advantages_NT"] * outputs[self.output], Reduction(self.scale))

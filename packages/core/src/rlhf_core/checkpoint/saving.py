@@ -33,7 +33,7 @@ def save(run: Run) -> None:
 
     With `--save-async`, and a strategy that can, it is only begun: `settle` says when it is done.
     """
-    settle(run, wait=True)  # one at a time
+    _note(run, run.saving.wait())  # one at a time
     folder = run.output / "checkpoints" / f"step-{run.step}"
     if run.world.gather(folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
         rotate(run)  # a run may have been killed between saving and this
@@ -50,7 +50,10 @@ def save(run: Run) -> None:
 def settle(run: Run, wait: bool) -> None:
     """Take note of a save that went on beside the loop, if it is done; with `wait`, wait for that. Raises what it raised."""
     with run.phase("checkpoint"):
-        seconds = run.saving.wait() if wait else run.saving.poll()
+        _note(run, run.saving.wait() if wait else run.saving.poll())
+
+
+def _note(run: Run, seconds: float) -> None:
     if seconds:
         run.add_seconds("checkpoint_background", seconds)
 

@@ -52,10 +52,15 @@ class ChunkedHead(_Shared):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Logits of `hidden`; with targets, log-probabilities and entropies of (M, H) states, each (M,).
 
-        `scaled` logits are those that a softmax takes: float32, after scale, soft cap and temperature.
+        `scaled` logits are those that a softmax takes: float32, after scale, soft cap and temperature; with targets, theirs
+        alone (M,), for which nothing else of the vocabulary is read.
         """
         if scaled:
             head = Head(self.temperature, self.scale, self.softcap)
+            if targets_M is not None:
+                wide = torch.promote_types(hidden.dtype, torch.float32)
+                logits_M = (hidden.to(wide) * self._acting().index_select(0, targets_M).to(wide)).sum(1)
+                return head.scaled(logits_M if self.bias is None else logits_M + self.bias[targets_M])
             return head.scaled(nn.functional.linear(hidden.to(self.weight.dtype), self._acting(), self.bias))
         if targets_M is None:
             return nn.functional.linear(hidden, self._acting(), self.bias)

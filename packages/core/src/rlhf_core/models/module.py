@@ -1,6 +1,7 @@
 """A role's model with the heads its outputs need: one forward pass of the body, then only the states that are asked for.
 
     logprobs_NT, entropy_NT    the language-model head, in chunks
+    logits_NT                  the sampled tokens' own logits, before the softmax
     values_NT                  a scalar head on the state before each completion token
     scores_N                   a scalar head on the state of a completion's last token, its EOS included
 
@@ -39,7 +40,7 @@ from rlhf_core.needs import LANGUAGE
 if TYPE_CHECKING:
     from rlhf_core.plan import RoleSpec
 
-__all__ = ["HEADS_FILE", "Inputs", "RoleModule", "build_module", "layout"]
+__all__ = ["HEADS_FILE", "Inputs", "RoleModule", "build_module", "layout", "set_pad"]
 
 HEADS_FILE = "heads.safetensors"
 """Scalar heads that are no part of the Hugging Face model, beside its weights."""
@@ -94,7 +95,10 @@ class RoleModule(nn.Module):
         outputs: dict[str, Tensor] = {}
         if wants & LANGUAGE or "values_NT" in wants:
             states_MH = states.index_select(0, states_M)
-        if wants & LANGUAGE:
+        if "logits_NT" in wants:
+            head = self.causal_lm.get_output_embeddings()
+            outputs["logits_NT"] = _spread(head(states_MH, inputs.targets_M, scaled=True), inputs)
+        if wants & {"logprobs_NT", "entropy_NT"}:
             head = self.causal_lm.get_output_embeddings()
             logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in wants)
             outputs["logprobs_NT"] = _spread(logprobs_M, inputs)
@@ -265,7 +269,7 @@ def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, S
     if not found:
         _new_head(spec, model.score, scalars[0], seed)
     if spec.trained:
-        _set_pad(model.config, load_tokenizer(options.model, options))
+        set_pad(model.config, load_tokenizer(options.model, options))
     return model, heads
 
 
@@ -326,7 +330,7 @@ def _check_logits(name: str, model: Any) -> None:
         )
 
 
-def _set_pad(config: Any, tokenizer: Any) -> None:
+def set_pad(config: Any, tokenizer: Any) -> None:
     """Choose a padding token that is not EOS: transformers' classifiers read the last token that is not padding."""
     text = config.get_text_config()
     ids = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]

@@ -1,0 +1,36 @@
+"""Distillation on given completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_algos.loss.sft import SFT
+from rlhf_core.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.types import Chosen, Term
+
+__all__ = ["Distill"]
+
+
+@dataclass(frozen=True)
+class Distill:
+    """A student takes over a teacher's distributions on the data's completions (Hinton et al. 2015): actor <- data : distill.
+
+    The completions may be anybody's: those of a data set, or the teacher's own (`rlhf-run generate`, then --data.path). On
+    the student's own samples it is `on_policy_distill --loss distill`.
+    """
+
+    nll: float = 0.0
+    """weight of the completions' likelihood beside the divergence; OpenRLHF's kd_coef k is (1 - k) / k of it"""
+
+    defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "distill"}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        "actor": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine")),
+        "teacher": ModelOptions(),
+    }
+
+    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+        term = Term("actor", "data", chosen_loss(chosen))
+        return (term, Term("actor", "data", SFT(), weight=self.nll)) if self.nll else (term,)

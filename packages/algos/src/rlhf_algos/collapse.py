@@ -1,0 +1,48 @@
+"""Says on the console, once in a while, that importance weights have collapsed: nearly all on one sample of each prompt.
+
+The estimates then say little, the negative term follows single samples, and CTL gets a noisy signal. Silence between two
+warnings is counted in steps, so that a long run is not drowned.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["forget", "threshold", "watch"]
+
+SHARE = 0.05  # of the way from one sample to all of them
+QUIET = 100  # steps between two warnings
+
+_said: dict[int, int] = {}
+"""the step of each open run's last warning, by the run's id"""
+
+
+def threshold(n: int) -> float:
+    """The effective sample size, of `n`, below which weights count as collapsed."""
+    return 1 + SHARE * (n - 1)
+
+
+def watch(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+    """Warn if this step's effective sample size is below the threshold, unless that was said lately."""
+    ess, n = metrics.get("repulse/ess"), run.config.sampling.n
+    last = _said.get(id(run))
+    if ess is None or ess >= threshold(n) or (last is not None and step - last < QUIET):
+        return
+    _said[id(run)] = step
+    print(
+        f"rlhf-run: step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
+        "from the proposal. Bring --algorithm.target.beta nearer to 0 or anneal it with start-beta, or raise --sampling.n, "
+        "--algorithm.proposal-updates or --proposal.optim.lr",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def forget(run: Run) -> None:
+    """The run has ended."""
+    _said.pop(id(run), None)

@@ -1,0 +1,1 @@
+"""Data: rows made of other rows."""

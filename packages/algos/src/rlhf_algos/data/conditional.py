@@ -1,0 +1,62 @@
+"""Rows whose prompt says how good the completion is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from statistics import fmean, stdev
+
+from rlhf_core.data.json import Json
+from rlhf_core.errors import UsageError
+from rlhf_core.types import Example
+
+__all__ = ["Conditional"]
+
+
+@dataclass(frozen=True)
+class Conditional(Json):
+    """Rows of a JSON file with the completion's reward in the prompt (Hu et al. 2023; OpenRLHF's csft).
+
+    `rlhf-run generate` and `rlhf-run score` make such files. A model that was trained on them is asked for the best with
+    --data conditional --data.target NUMBER.
+    """
+
+    _: KW_ONLY
+    reward_key: str = "reward"
+    """column of the reward"""
+    condition: str = "{prompt} <rm_score>: {reward} "
+    """what becomes of a prompt (of a chat, of its last message): {prompt} and {reward}, with two decimals"""
+    normalise: bool = False
+    """say how many standard deviations the reward lies above the mean of the training rows"""
+    target: float | None = None
+    """say this reward of every row, to be answered; rows need none then"""
+
+    def __post_init__(self) -> None:
+        for name in ("{prompt}", "{reward}"):
+            if name not in self.condition:
+                raise UsageError(f"--data.condition needs {name} somewhere; it is {self.condition!r}")
+
+    def __call__(self, split: str) -> Sequence[Example]:
+        if self.target is not None:
+            target = self.target
+            return [self._conditioned(row, target) for row in super().__call__(split)]
+        reading = replace(self, number_keys=(*self.number_keys, self.reward_key))
+        rows = Json.__call__(reading, split)
+        mean, std = (
+            self._scale(rows if split == "train" else Json.__call__(reading, "train")) if self.normalise else (0, 1)
+        )
+        return [self._conditioned(row, (row.fields[self.reward_key] - mean) / std) for row in rows]
+
+    def _scale(self, rows: Sequence[Example]) -> tuple[float, float]:
+        """Mean and unbiased standard deviation of the rewards of `rows`."""
+        rewards = [row.fields[self.reward_key] for row in rows]
+        spread = stdev(rewards) if len(rewards) > 1 else 0.0
+        return fmean(rewards), spread or 1.0  # equal rewards have no scale
+
+    def _conditioned(self, row: Example, reward: float) -> Example:
+        """The row with its reward said."""
+        said = lambda prompt: self.condition.replace("{prompt}", prompt).replace("{reward}", f"{reward:.2f}")
+        if isinstance(row.prompt, str):
+            return replace(row, prompt=said(row.prompt))
+        *before, last = row.prompt
+        return replace(row, prompt=(*before, {**last, "content": said(str(last["content"]))}))

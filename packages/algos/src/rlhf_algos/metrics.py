@@ -1,0 +1,43 @@
+"""The metrics of this package's losses, advantages and evaluator: name, unit and meaning; see `rlhf_core.metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["METRICS"]
+
+METRICS: Mapping[str, str] = {
+    "<role>/nll": "nats: -log p a token; of preference losses with a likelihood term, of the mean token of the chosen completion",
+    "<role>/accuracy": "share 0..1: of pairs with the higher reward on the chosen side; of a process reward model, of steps "
+    "judged right",
+    "<role>/margin": "reward: chosen minus rejected, mean over pairs",
+    "<role>/chosen_reward": "reward: of chosen completions, modelled or implicit",
+    "<role>/rejected_reward": "reward: of rejected completions, modelled or implicit",
+    "<role>/desirable_reward": "reward: implicit, of KTO's desirable completions",
+    "<role>/undesirable_reward": "reward: implicit, of KTO's undesirable completions",
+    "<role>/clip_fraction": "share 0..1: of tokens whose gradient the clip cut off",
+    "<role>/approx_kl": "nats a token: KL(old || new) by k3 (Schulman 2020)",
+    "<role>/ratio": "ratio: pi / pi_old, mean over tokens",
+    "<role>/sampler_kl": "nats a token: KL(sampler || old), what engine and trainer differ by",
+    "<role>/sampler_weight": "weight: the importance correction's, mean over tokens",
+    "<role>/sampler_kept": "share 0..1: of tokens that the correction keeps",
+    "<role>/entropy": "nats a token: exact entropy of the trained policy on sampled tokens, where a loss asks for it",
+    "<role>/value_error": "reward squared: of the critic's values against their returns",
+    "<role>/value": "reward: mean value",
+    "<role>/return": "reward: mean return, what values should be",
+    "reward/kept": "reward: mean of the best completions, which are trained on",
+    "pairs/share": "share 0..1: of prompts whose best and worst completion make a pair",
+    "kto/desirable": "share 0..1: of rows labelled desirable",
+    "kto/z": "nats a completion: KTO's reference point, mean over rows",
+    "repulse/ess": "completions: effective sample size of a prompt's importance weights, 1 / sum w^2, mean over prompts",
+    "repulse/log_z": "nats: log of the mean unnormalised weight, mean over prompts",
+    "repulse/kl_proposal_target": "nats a completion: KL(q || sigma), estimated",
+    "repulse/kl_target_proposal": "nats a completion: KL(sigma || q), estimated; never above log n",
+    "repulse/collapsed": "share 0..1: of prompts in which one sample holds nearly all the weight",
+    "repulse/weighted_reward": "reward: mean under the importance weights",
+    "eval/bad/logprob": "nats: log of the probability that a prompt is answered badly",
+    "eval/bad/logprob_bound": "nats: what it could be at most, were everything that is left out bad",
+    "eval/bad/logprob_eos_unaware": "nats: the same, counting tokens after the end of the answer too",
+    "eval/bad/probability": "probability: that a prompt is answered badly",
+}
+"""`{name: "unit: meaning"}`"""

@@ -1,0 +1,68 @@
+"""How often the policy's answer to a held-out prompt beats another model's, by the reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+    from rlhf_core.types import Example, Rollouts
+
+__all__ = ["WinRate"]
+
+OPPONENT = "reference"
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often the policy's answers get a higher reward than the reference model's, on held-out prompts.
+
+    Both answer with their own template and tokenizer, so the two may be of different families.
+    """
+
+    prompts: int = 64
+    """at most this many held-out prompts, from the first"""
+    n: int = 1
+    """pairs of completions per prompt"""
+
+    opponents: ClassVar[frozenset[str]] = frozenset({OPPONENT})
+    """placed and sampled because of it"""
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """`win_rate` (a tie counts half), its standard error over prompts `…_se`, `…/<datasource>`, and both mean rewards."""
+        rows = run.heldout(self.prompts)
+        mine = list(range(run.world.rank, len(rows), run.world.size))
+        sides = [
+            self._sampled(run, name, [rows[i] for i in mine], mine) for name in (policy(run, "win_rate"), OPPONENT)
+        ]
+        common = set.intersection(
+            *({*side["uids_N"].tolist()} for side in sides)
+        )  # some prompt may be too long for one
+        own, other = (
+            side.rows([i for i, uid in enumerate(side["uids_N"].tolist()) if uid in common]) for side in sides
+        )
+        own_Pn, other_Pn = (run.reward_of(side).rewards_N.view(-1, self.n).double() for side in (own, other))
+        wins_P = ((own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)).mean(1)
+        told = (wins_P.tolist(), own_Pn.mean(1).tolist(), other_Pn.mean(1).tolist(), own.meta[:: self.n])
+        wins, ours, theirs, meta = (
+            [each for part in column for each in part] for column in zip(*run.world.gather(told), strict=True)
+        )
+        return {
+            **by_datasource("win_rate", wins, meta),
+            "win_rate/reward": mean_and_error(ours)[0],
+            "win_rate/reward_reference": mean_and_error(theirs)[0],
+        }
+
+    def _sampled(self, run: Run, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
+        """Completions of a role to these rows, asked in its own words."""
+        from rlhf_core.encode import Encoder
+        from rlhf_core.models.load import load_tokenizer
+
+        spec = run.plan.roles[name]
+        tokenizer = load_tokenizer(spec.options.model, spec.options)
+        encoder = Encoder.of(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens)
+        sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
+        return run.rollouts(name, encoder.prompts(rows, uids), sampling)
