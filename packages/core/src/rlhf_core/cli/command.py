@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "rlhf_core.cli.doctor:Doctor",
     "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
     "chat": "rlhf_core.cli.chat:Chat",
+    "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",
     "serve-reward": "rlhf_core.reward.serve:ServeReward",
     "sweep": "rlhf_core.cli.sweep:Sweep",
 }

@@ -1,4 +1,8 @@
-"""A role as a Hugging Face folder that plain transformers loads: weights, config, tokenizer, chat template, model card."""
+"""A role as a Hugging Face folder that plain transformers loads: weights, config, tokenizer, chat template, model card.
+
+With adapters it is a PEFT folder: the adapters, and the head of a classifier. The model `tiny` is nowhere to be loaded from, so
+that it lies in the folder `base` beside its adapters.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.files import fresh_folder
-from rlhf_core.models.load import no_progress_bars
+from rlhf_core.models.card import Card
+from rlhf_core.models.load import load_model, no_progress_bars
+from rlhf_core.models.names import find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.models.module import RoleModule
 
-__all__ = ["export"]
+__all__ = ["export", "padding_like"]
 
 SHARD = "5GB"
 """Largest weights file: what the hub and slow disks take without trouble."""
@@ -30,6 +36,7 @@ def export(
     base: str,
     algorithm: str,
     state: Mapping[str, Tensor] | None = None,
+    shard: str = SHARD,
 ) -> None:
     """Write `folder`, replacing it only when everything is on the disk.
 
@@ -37,27 +44,31 @@ def export(
         module: the role's module.
         tokenizer: saved with it, chat template included.
         folder: where.
-        base: the model it was trained from, for the card.
+        base: the model it was trained from, for the card and the adapters.
         algorithm: what it was trained with, for the card.
         state: the model's tensors by their Hugging Face names where a strategy gathered them; the module's own otherwise.
+        shard: largest weights file.
     """
     from safetensors.torch import save_file
 
     from rlhf_core.models.module import HEADS_FILE
 
-    model = module.model
+    model, adapters = module.model, module.adapters
     with fresh_folder(Path(folder)) as target, no_progress_bars():
-        if module.adapters is not None:
-            module.adapters.save(target, base, getattr(model, "score", None))
+        if adapters is not None:
+            adapters.save(target, base, getattr(model, "score", None))
+            if find(base).kind == "tiny":
+                _save_tiny(base, target / "base")
         else:
-            model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=SHARD)
+            model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=shard)
         if heads := dict(module.heads.state_dict()):
             save_file({name: tensor.contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
-        _padding_like(model, tokenizer).save_pretrained(target)
-        (target / "README.md").write_text(_card(type(model).__name__, base, algorithm), encoding="utf-8")
+        padding_like(model, tokenizer).save_pretrained(target)
+        card = Card(base, algorithm).text(type(model).__name__, adapters is not None, hasattr(model, "score"))
+        (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def _padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer, padding with what a classifier takes for padding; it reads the last token that is not."""
     pad = model.config.get_text_config().pad_token_id if hasattr(model, "score") else None
     if pad is None or pad == tokenizer.pad_token_id:
@@ -67,13 +78,7 @@ def _padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedT
     return tokenizer
 
 
-def _card(model_class: str, base: str, algorithm: str) -> str:
-    """A model card to complete."""
-    name = Path(base).name if Path(base).exists() else base  # a folder's place on this machine is nobody's business
-    hub = f"base_model: {base}\n" if "/" in base and not Path(base).exists() else ""
-    return (
-        f"---\nlibrary_name: transformers\n{hub}tags: [rlhf, {algorithm}]\n---\n\n"
-        f"# {name}, trained with {algorithm}\n\n"
-        f"A `{model_class}` trained from `{name}` with `{algorithm}` by rlhf-core.\n\n"
-        "Training data, evaluation and intended use: to be written by whoever publishes this model.\n"
-    )
+def _save_tiny(name: str, folder: Path) -> None:
+    from rlhf_core.options import ModelOptions
+
+    load_model(name, ModelOptions()).save_pretrained(folder)

@@ -21,6 +21,7 @@ from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models import tiny
 from rlhf_core.models.adapters import base_of, has_score, merged
+from rlhf_core.models.foreign import foreign_head
 from rlhf_core.models.names import Source, find
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
         raise UsageError(
             f"{name} is no decoder with a score head: {len(others)} weights are missing, {others[0]} first"
         )
+    if missing and (head := foreign_head(Path(source.location))):
+        model.score = head.to(model.dtype)
+        return model, True
     return model, not missing
 
 
@@ -116,6 +120,8 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
     if source.kind == "tiny":
         size = tiny.parse(name)
         return byte_tokenizer(size.vocab, size.context)
+    if source.kind == "adapter" and not (Path(source.location) / "tokenizer_config.json").is_file():
+        return load_tokenizer(base_of(Path(source.location)), options)
     with _explained(name), _quiet(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             _place(source), trust_remote_code=options.trust_remote_code

@@ -1,0 +1,67 @@
+"""`rlhf-run merge-lora`: an adapter and its base as one model that needs no PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["MergeLora"]
+
+
+@dataclass(frozen=True)
+class MergeLora:
+    """Merge an adapter into its base: a folder that plain transformers loads. Language and reward models alike."""
+
+    adapter: str
+    """folder of the adapter, OUTPUT/model of a run"""
+    output: str = ""
+    """folder to write; must be new"""
+    base: str = ""
+    """the model the adapter belongs to, if it is not where it was"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """of the weights that are written; merging itself is done in float32"""
+
+    def __call__(self, registry: Registry) -> int:
+        from rlhf_core.models.names import find
+
+        source = find(self.adapter)
+        if source.kind != "adapter":
+            raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
+        if not self.output:
+            raise UsageError("merge-lora needs --output FOLDER, where the merged model goes")
+        if Path(self.output).exists():
+            raise UsageError(f"merge-lora --output {self.output}: it exists already; name a new folder")
+        self._merge(Path(source.location))
+        print(f"model saved in {self.output}")
+        return 0
+
+    def _merge(self, adapter: Path) -> None:
+        from rlhf_core.files import fresh_folder
+        from rlhf_core.lazy import torch
+        from rlhf_core.models.adapters import base_of, has_score, merged
+        from rlhf_core.models.card import Card
+        from rlhf_core.models.export import padding_like
+        from rlhf_core.models.load import load_model, load_scorer, load_tokenizer, no_progress_bars
+        from rlhf_core.models.module import HEADS_FILE, set_pad
+        from rlhf_core.options import ModelOptions
+
+        options, base = ModelOptions(), self.base or base_of(adapter)
+        tokenizer, classifier = load_tokenizer(str(adapter), options), has_score(adapter)
+        model: Any = load_scorer(base, options)[0] if classifier else load_model(base, options)
+        model = merged(model, adapter).to(getattr(torch, self.dtype))
+        if classifier:
+            set_pad(model.config, tokenizer)
+        with fresh_folder(Path(self.output)) as folder, no_progress_bars():
+            model.save_pretrained(folder)
+            padding_like(model, tokenizer).save_pretrained(folder)
+            if (adapter / HEADS_FILE).is_file():
+                copyfile(adapter / HEADS_FILE, folder / HEADS_FILE)
+            card = Card(base, "LoRA", note="The adapter is merged into the weights.")
+            (folder / "README.md").write_text(card.text(type(model).__name__, False, classifier), encoding="utf-8")
