@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -116,6 +119,37 @@ def test_long_rows_are_cut_and_counted_never_dropped(saved: tuple[str, str]) -> 
 def test_a_model_without_score_head_is_an_error_and_never_noise(saved: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="has no score head"):
         RewardModel(saved[1])(BATCH)
+
+
+@pytest.mark.parametrize("names", [("v_head.summary.weight", "v_head.summary.bias"), ("value_head.weight",)])
+def test_a_value_head_of_another_library_scores_with_its_own_weights(
+    saved: tuple[str, str], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    """TRL's and OpenRLHF's names, the head beside a language model; the scores are its hidden states times the head."""
+    model = LlamaForCausalLM.from_pretrained(saved[1])
+    head = {name: torch.randn(1, 32) if name.endswith("weight") else torch.randn(1) for name in names}
+    shutil.copytree(saved[1], tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
+    expected = []
+    with torch.no_grad():
+        for text in RENDERED:
+            last = model.model(**tokenizer()(text, return_tensors="pt")).last_hidden_state[0, -1]
+            expected.append(float(sum((last @ v[0] if v.dim() == 2 else v[0]) for v in head.values())))
+    reward = RewardModel(str(tmp_path / "model"), offload=True)
+    for _ in range(2):  # offloaded in between
+        assert reward(BATCH).rewards_N.tolist() == pytest.approx(expected, abs=1e-5)
+    reward.close()
+
+
+def test_two_models_are_weighted_and_each_is_logged(saved: tuple[str, str]) -> None:
+    reward = Sum((f"model model={saved[0]}", f"model model={saved[0]} mean=1 std=2"), (1.0, -0.5))
+    reward.check()
+    raw = torch.tensor(plain(saved[0]))
+    torch.testing.assert_close(reward(BATCH).rewards_N, raw - 0.5 * (raw - 1) / 2, atol=1e-5, rtol=0)
+    reward.close()
+    with pytest.raises(UsageError, match="has no score head"):
+        Sum((f"model model={saved[1]}",)).check()  # before anything is sampled
 
 
 def test_rollouts_without_the_unrendered_prompt_are_refused(saved: tuple[str, str]) -> None:

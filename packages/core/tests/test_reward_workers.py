@@ -75,15 +75,14 @@ def written(folder: Path, bad: str) -> str:
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: Any) -> Iterator[None]:
     """Every test ends its workers, and none is left among our children."""
-    made: list[Workers] = []
+    made: dict[Any, Workers] = {}
 
     def new(*args: Any) -> Workers:
-        made.append(Workers(*args))
-        return made[-1]
+        return made.setdefault(args, Workers(*args))
 
     monkeypatch.setattr(rlhf_core.reward.func, "shared", new)
     yield
-    for workers in made:
+    for workers in made.values():
         workers.close()
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     assert not children.exists() or "rlhf_core.reward.workers" not in str(
@@ -180,6 +179,30 @@ def test_a_failure_that_no_sample_shows_alone_names_the_batch(tmp_path: Path) ->
 def test_a_timeout_needs_a_process_that_can_be_killed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--reward.timeout needs .* --reward.workers 1"):
         Func(written(tmp_path, "pass"), timeout=1.0)(rollouts("a"))
+
+
+def test_a_function_that_is_closed_leaves_nothing_and_can_be_called_again(tmp_path: Path) -> None:
+    """What its calls had started ends too."""
+    path = written(tmp_path, "subprocess.Popen(['sleep', '600'])")
+    reward = Func(path, workers=1)
+    for _ in range(2):
+        pid = int(reward(rollouts("bad")).metrics["pid"][0])
+        group = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == pid]
+        assert len(group) == 2  # the worker and its sleep
+        reward.close()
+        deadline = time.monotonic() + 10
+        while any(path.exists() and _group(path) == pid for path in group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(path.exists() and _group(path) == pid for path in group)
+
+
+def _group(process: Path) -> int:
+    """The process group of /proc/N; 0 if it has gone, or waits to be collected."""
+    try:
+        state, _, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return 0
+    return 0 if state == "Z" else int(group)
 
 
 def test_calls_return_in_order_and_exceptions_as_failures() -> None:

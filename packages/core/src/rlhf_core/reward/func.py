@@ -51,10 +51,19 @@ class Func:
     fallback: float | None = None
     """reward of samples the function fails on, counted in reward/failed; without it they stop the run"""
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+    def check(self) -> None:
+        """A wrong path is the user's mistake before it is a worker's failure."""
         if self.timeout and not self.workers:
             raise UsageError("--reward.timeout needs a process that can be killed: pass --reward.workers 1 too")
-        load_function(self.path, self.name)  # a wrong path is the user's mistake before it is a worker's failure
+        load_function(self.path, self.name)
+
+    def close(self) -> None:
+        """End the processes, with all they started; the next call starts them again."""
+        if self.workers:
+            shared(self.workers, TARGET, (self.path, self.name)).close()
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        self.check()
         columns: Columns = {
             "queries": [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts)],
             "prompts": rollouts.prompts,

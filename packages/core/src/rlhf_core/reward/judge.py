@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -64,6 +65,10 @@ class Judge:
     parallel: int = 16
     """questions under way at a time"""
 
+    def check(self) -> None:
+        """Look at the addresses, the token and the file."""
+        _grades(self)
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         grades = _grades(self)
         questions = [self._question(rollouts, row) for row in range(len(rollouts))]
@@ -109,8 +114,7 @@ class _Grades:
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if self._file and Path(self._file).is_file():
-            lines = Path(self._file).read_text(encoding="utf-8").splitlines()
-            self._known = {row["key"]: row["reply"] for row in map(json.loads, lines)}
+            self._known = dict(_kept(Path(self._file)))
 
     def of(self, question: str) -> str:
         """The judge's reply."""
@@ -122,9 +126,19 @@ class _Grades:
             with self._lock:
                 self._known[key] = reply
                 if self._file:
-                    with Path(self._file).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                    with Path(self._file).open("a", encoding="utf-8") as file:  # after what may be half a line
+                        file.write("\n" + json.dumps({"key": key, "reply": reply}) + "\n")
         return self._known[key]
+
+
+def _kept(path: Path) -> Iterator[tuple[str, str]]:
+    """Replies of earlier runs; a line that one of them was killed in is passed over."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        yield row["key"], row["reply"]
 
 
 def _content(answer: Any) -> str:

@@ -55,8 +55,8 @@ class RewardModel:
         metrics = {"score": scores_N * self.std + self.mean, "cut": torch.full_like(scores_N, cut)}
         return RewardOutput(rewards_N=scores_N, metrics=metrics)
 
-    def load(self) -> None:
-        """Load the model now instead of at the first call."""
+    def check(self) -> None:
+        """Load the model: what is wrong with it is said before anything is sampled."""
         _loaded(self)
 
     def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:

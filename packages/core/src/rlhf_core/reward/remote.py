@@ -46,6 +46,10 @@ class Remote:
     parallel: int = 4
     """questions under way at a time, per address"""
 
+    def check(self) -> None:
+        """Look at the addresses and the token; the servers may still be starting."""
+        _replicas(self)
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         replicas = _replicas(self)
         N = len(rollouts)

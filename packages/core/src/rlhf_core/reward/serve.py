@@ -74,7 +74,7 @@ class ServeReward:
         from rlhf_core.reward.model import RewardModel
 
         model = RewardModel(self.model, mean=self.mean, std=self.std, encoding=self.encoding)
-        model.load()  # what is wrong with it is said before anybody connects
+        model.check()  # before anybody connects
 
         def score(samples: Sequence[Sample]) -> list[float]:
             """Samples without their raw prompt are scored as the text they are."""

@@ -37,9 +37,24 @@ class Sum:
     weights: tuple[float, ...] = ()
     """of the parts, in their order; all 1 where absent"""
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+    def check(self) -> None:
+        """Make the parts, and let each say what it misses."""
         if self.weights and len(self.weights) != len(self.parts):
             raise UsageError(f"--reward.weights has {len(self.weights)} numbers for the {len(self.parts)} parts")
+        for part in self.parts:
+            provider = _built(part)
+            if hasattr(provider, "check"):
+                provider.check()
+
+    def close(self) -> None:
+        """Free what the parts hold."""
+        for part in self.parts:
+            provider = _built(part)
+            if hasattr(provider, "close"):
+                provider.close()
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        self.check()
         weights = self.weights or (1.0,) * len(self.parts)
         providers = [(part.split()[0], _built(part)) for part in self.parts]
         outputs = [(name, as_output(provider(rollouts), rollouts, provider)) for name, provider in providers]
