@@ -91,7 +91,7 @@ def assert_equal_runs(first: list[dict[str, Any]], second: list[dict[str, Any]])
     """
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
-        apart = ("time/", "sync/", "padding", "drawn", "actor/accuracy")
+        apart = ("time/", "speed/", "memory/", "sync/", "padding", "drawn", "actor/accuracy")
         names = [n for n in a if not n.startswith(apart)]
         assert {n: b[n] for n in names} == {n: pytest.approx(a[n], abs=TOLERANCE, rel=TOLERANCE) for n in names}
         if "drawn" in a and "drawn" in b:  # of a resumed run only the last steps' are at hand

@@ -15,7 +15,7 @@ from rlhf_core.options import Sampling
 from rlhf_core.roles import LocalRole
 from rlhf_core.rollout.hf import HuggingFace
 from rlhf_core.testing import tiny_run
-from rlhf_core.types import Prompts
+from rlhf_core.types import Prompts, Rollouts
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -41,14 +41,27 @@ OPT = {
     "word_embed_proj_dim": 64,
     "pad_token_id": 256,
 }
+GEMMA = {**COMMON, "head_dim": 32, "sliding_window": 128}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "a head of its own": ("Llama", {**COMMON, "tie_word_embeddings": False}),
-    "biases, tied": ("Qwen2", {**COMMON, "tie_word_embeddings": True}),
-    "normed keys": ("Qwen3", {**COMMON, "head_dim": 32}),
-    "soft caps, tied, norms around": ("Gemma2", {**COMMON, "head_dim": 32, "sliding_window": 128}),
-    "transposed, tied, learned positions": ("GPT2", GPT2),
-    "fused elsewhere, offset positions": ("OPT", OPT),
+    "llama": ("Llama", {**COMMON, "tie_word_embeddings": True}),
+    "llama, untied": ("Llama", {**COMMON, "tie_word_embeddings": False}),
+    "mistral, untied": ("Mistral", {**COMMON, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2", {**COMMON, "tie_word_embeddings": True}),
+    "qwen2, untied": ("Qwen2", {**COMMON, "tie_word_embeddings": False}),
+    "qwen3": ("Qwen3", {**COMMON, "tie_word_embeddings": True}),
+    "qwen3, untied": ("Qwen3", {**COMMON, "tie_word_embeddings": False}),
+    "phi3, untied": ("Phi3", {**COMMON, "tie_word_embeddings": False, "pad_token_id": 256}),
+    "gemma": ("Gemma", {**COMMON, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {**GEMMA, "tie_word_embeddings": True}),
+    "gpt2": ("GPT2", {**GPT2, "tie_word_embeddings": True}),
+    "opt": ("OPT", {**OPT, "tie_word_embeddings": True}),
+    "opt, untied": ("OPT", {**OPT, "tie_word_embeddings": False}),
 }
+"""Heads of their own and tied ones; biases, normed keys, soft caps, norms around, projections that are fused in the checkpoint
+(phi3, gpt2) or only in the engine, transposed weights (gpt2), learned and offset positions (opt)."""
+
+ENDS = [258, *range(1, 256, 16)]
+"""End tokens of these models: EOS and further ones, so that random models end now and then."""
 
 
 def make_role(folder: Path, architecture: str, config: dict[str, Any], **options: Any) -> LocalRole:
@@ -60,6 +73,7 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
     made = getattr(transformers, f"{architecture}Config")(**config, bos_token_id=None, eos_token_id=EOS)
     model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)
     transformers.utils.logging.disable_progress_bar()
+    model.generation_config.eos_token_id = ENDS
     model.save_pretrained(folder)
     byte_tokenizer(300).save_pretrained(folder)
     return LocalRole(
@@ -72,27 +86,43 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
 def test_every_tensor_reaches_the_engine(
     name: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
 ) -> None:
+    """As loaded, with each tensor changed by itself, and after training."""
     role = make_role(tmp_path, *ARCHITECTURES[name], actor={"attention": "eager"})  # sdpa knows no soft caps
     prompts = make_prompts(role, ["Hello", "What is it?", "1 2 3"])
     randomise(role, seed=0)
     rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    finished = []
     try:
-        agree(rollout, role, prompts)
+        finished += agree(rollout, role, prompts)
         for k, parameter in enumerate(role.module.parameters()):  # one tensor at a time: none is synced by chance
             with torch.no_grad():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
             role.version += 1
             rollout.sync(role)
-            agree(rollout, role, prompts)
+            finished += agree(rollout, role, prompts)
+        train(role, rollout(role, prompts, replace(GREEDY, n=2, temperature=1.0)))
+        rollout.sync(role)
+        finished += agree(rollout, role, prompts)
     finally:
         rollout.close()
+    assert set(finished) == {"stop", "length"}, "both ways to end were seen"
 
 
-def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> None:
-    """Greedy tokens are those of transformers, and their log-probabilities too, up to float32 in another order."""
+def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> list[str]:
+    """Greedy tokens and finish reasons are those of transformers, and log-probabilities too, up to float32 in another order."""
     ours, theirs = rollout(role, prompts, sampling), HuggingFace()(role, prompts, sampling)
     assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+    assert ours.finish == theirs.finish
     torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
+    return list(ours.finish)
+
+
+def train(role: LocalRole, rollouts: Rollouts) -> None:
+    """One optimiser step that makes the first completions less and the last ones more likely."""
+    before = {name: tensor.clone() for name, tensor in role.weights()}
+    advantages_NT = torch.where(rollouts.mask_NT, torch.linspace(-1, 1, len(rollouts))[:, None], 0.0)
+    role.train({role.spec.terms[0][0]: rollouts.with_extras(advantages_NT=advantages_NT)})
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in role.weights())
 
 
 @pytest.mark.slow
@@ -144,9 +174,7 @@ def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
         role.version += 1
         assert rollout.sync(role)["sync/logprob_diff_max"] < 1e-3
         agree(rollout, role, prompts, sampling)
-        rollouts = rollout(role, prompts.rows(range(8)), replace(sampling, temperature=1.0))
-        advantages_NT = torch.where(rollouts.mask_NT, torch.linspace(-1, 1, 8)[:, None], 0.0)
-        role.train({role.spec.terms[0][0]: rollouts.with_extras(advantages_NT=advantages_NT)})
+        train(role, rollout(role, prompts.rows(range(8)), replace(sampling, temperature=1.0)))
         assert rollout.sync(role)["sync/bytes"] == sum(4 * tensor.numel() for _, tensor in role.weights())
         agree(rollout, role, prompts, sampling)
     finally:

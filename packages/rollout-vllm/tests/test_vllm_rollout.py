@@ -156,6 +156,21 @@ def test_prompts_that_do_not_fit_into_one_forward_pass_are_sampled_by_their_seed
     assert ended(together) == [tokens for i in range(4) for tokens in ended(engine(role, prompts.rows([i]), sampling))]
 
 
+def test_a_prompt_is_read_once_for_all_its_completions(
+    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM tells how much of each prompt it found in its cache, in blocks of 128 tokens on the CPU."""
+    prompts = make_prompts(role, [f"{i} " + "once upon a time " * 24 for i in range(3)])
+    engine(role, prompts.rows([0]), GREEDY)  # opens it
+    role.version += 1  # and so empties the cache before the next call
+    llm, cached = engine._engines["actor"].llm, []
+    generate = llm.generate
+    monkeypatch.setattr(llm, "generate", lambda *a, **k: cached.extend(generate(*a, **k)) or cached)
+    engine(role, prompts, replace(SAMPLED, n=4))
+    found = [answer.num_cached_tokens for answer in cached]
+    assert found == [0, 384, 384, 384] * 3, "three blocks of 410 tokens, all but the first time"
+
+
 def test_a_prompt_that_is_too_long_is_a_users_mistake(
     engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
 ) -> None:

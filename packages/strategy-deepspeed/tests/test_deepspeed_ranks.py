@@ -34,7 +34,7 @@ CHECKS = ("steps", "wrong")
 
 CROSS = {size: [f"{case}:{stage}" for case in ranks.CASES for stage in range(4)] for size in (1, 2)}
 
-APART = ("time/", "padding", "actor/accuracy")
+APART = ("time/", "speed/", "memory/", "padding", "actor/accuracy")
 """Metrics that may differ: seconds; which rows share a micro-batch; and, in the first step of dpo, how many margins are above
 zero, since policy and reference are the same model and every margin is rounding."""
 

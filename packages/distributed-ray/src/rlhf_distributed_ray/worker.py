@@ -239,6 +239,7 @@ class EngineWorker:
         self.plan = plan_from(names, expected)
         self.engine = self.plan.config.providers["rollout"]
         self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
+        self._received = 0
 
     def where(self) -> tuple[str, int]:
         """Host name and process id, for messages."""
@@ -251,12 +252,13 @@ class EngineWorker:
 
     def receive(self, role: str, bucket: list[tuple[str, Any]], first: bool) -> None:
         """One bucket of weights."""
+        self._received = sum(array.nbytes for _, (_, array) in bucket) + (0 if first else self._received)
         self.mirrors[role].receive(bucket, first)
 
     def synced(self, role: str, version: int) -> dict[str, float]:
         """All buckets are here: let the engine take them."""
         self.mirrors[role].version = version
-        return dict(self.engine.sync(self.mirrors[role]) or {})
+        return {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}
 
     def sleep(self) -> None:
         """Give device memory back."""

@@ -1,0 +1,200 @@
+"""What Ray and DeepSpeed add to an iteration: the same GRPO run in one process, under each engine, and on two ranks.
+
+    python3 benchmarks/distributed.py --model tiny
+    python3 benchmarks/distributed.py --model smollm2-135m --prompts 4 --n 2 --steps 4 --engines local "ray 1" "deepspeed 2 x 1"
+
+Every engine is a process (or two ranks) of its own, started anew in each round, in turn, so that a machine's moods hit all
+alike; of the seconds of an iteration the least and the median over all rounds are printed, the first step of each left out.
+One thread a process. What crosses processes in an iteration is counted where it is sent: under Ray every object that is put
+or returned, pickled (batches and answers), and the weights of a sync; under DeepSpeed the tensors that each rank hands to a
+collective. Engines that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "local": (1, {}),
+    "ray 1": (1, {"launcher": {"use": "ray", "cpus": 0.1}}),
+    "ray 2": (1, {"launcher": {"use": "ray", "cpus": 0.1, "workers": "2"}}),
+    **{
+        f"deepspeed {stage} x {ranks}": (ranks, {"strategy": {"use": "deepspeed", "stage": stage}})
+        for ranks in (1, 2)
+        for stage in (0, 2, 3)
+    },
+    "torch x 2": (2, {}),
+}
+"""Name: number of processes, and what is chosen beside the run's own options."""
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_fn",
+    "reduce_scatter_tensor",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "allgather_fn",
+    "broadcast",
+)
+
+
+def main() -> None:
+    args = arguments()
+    if args.child:
+        child(args)
+        return
+    seconds: dict[str, list[float]] = {}
+    moved: dict[str, float] = {}
+    chosen = [name for name in args.engines if find_spec(name.split()[0]) is not None or name[:5] in ("local", "torch")]
+    for _ in range(args.rounds):
+        for name in chosen:
+            steps = measure(name, args)
+            seconds.setdefault(name, []).extend(step["seconds"] for step in steps[1:])
+            moved[name] = median(step["bytes"] for step in steps[1:])
+    print(f"grpo, {args.model}, {args.prompts} prompts x {args.n} x {args.tokens} tokens, {args.rounds} rounds")
+    print(f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'MiB an iteration':>17} {'KiB a sample':>13}")
+    for name, times in seconds.items():
+        added = min(times) - min(seconds["local"]) if "local" in seconds else float("nan")
+        a_sample = moved[name] / 2**10 / (args.prompts * args.n)
+        row = f"{min(times):9.3f} {median(times):9.3f} {added:9.3f} {moved[name] / 2**20:17.2f} {a_sample:13.1f}"
+        print(f"{name:18} {row}", flush=True)
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds and bytes of every step of a run under an engine."""
+    ranks, _ = ENGINES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        options = [
+            part
+            for key in ("model", "prompts", "n", "tokens", "steps")
+            for part in (f"--{key}", str(getattr(args, key)))
+        ]
+        words = [*(command if ranks > 1 else [sys.executable]), __file__, *options, "--child", name, "--folder", folder]
+        quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        subprocess.run(words, check=True, capture_output=True, env={**os.environ, **quiet})
+        steps: list[dict[str, float]] = json.loads(Path(folder, "steps.json").read_text(encoding="utf-8"))
+    return steps
+
+
+def child(args: argparse.Namespace) -> None:
+    """The run itself."""
+    from rlhf_core import Registry, Run, hookimpl, make_config
+
+    _, chosen = ENGINES[args.child]
+    registry = Registry()
+    config = make_config(
+        "grpo", registry, model=args.model, data="prompts", reward="length", steps=args.steps, batch_size=args.prompts,
+        sampling={"n": args.n, "max_new_tokens": args.tokens}, output=f"{args.folder}/run", **chosen,
+    )  # fmt: skip
+    crossed = Crossed()
+    counted = crossed.by_ray if "launcher" in chosen else crossed.by_collectives
+    steps: list[dict[str, float]] = []
+
+    class Watch:
+        @hookimpl
+        def rlhf_step_end(self, run: Run, step: int, metrics: dict[str, float]) -> None:
+            weights = metrics.get("sync/bytes", 0.0)
+            steps.append({"seconds": metrics["time/step"], "bytes": crossed.taken() + weights})
+
+    registry.register(Watch(), name="watch")
+    run = Run(config, registry)
+    counted()
+    run.train()
+    if run.leader:
+        Path(args.folder, "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+class Crossed:
+    """Bytes that left this process, since they were last asked for."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def taken(self) -> int:
+        """What was counted since the last call."""
+        found, self.bytes = self.bytes, 0
+        return found
+
+    def by_ray(self) -> None:
+        """Count what is put into the object store here, and the answers that come back."""
+        import ray
+
+        from rlhf_distributed_ray import group
+
+        put, collect = ray.put, group.collect
+
+        def counting_put(thing: Any, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += len(pickle.dumps(thing, protocol=5))
+            return put(thing, *args, **kwargs)
+
+        def counting_collect(*args: Any) -> list[Any]:
+            answers = collect(*args)
+            self.bytes += sum(len(pickle.dumps(answer, protocol=5)) for answer in answers)
+            return answers
+
+        ray.put, group.collect = counting_put, counting_collect
+
+    def by_collectives(self) -> None:
+        """Count the tensors that this rank hands to a collective of torch, through which DeepSpeed's go too."""
+        import torch
+
+        for name in COLLECTIVES:
+            if hasattr(torch.distributed, name):
+                setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
+
+    def _counting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        import torch
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            tensors = [each for each in flat([*args, *kwargs.values()]) if isinstance(each, torch.Tensor)]
+            sizes = [each.numel() * each.element_size() for each in tensors]
+            if "gather" in name:
+                self.bytes += min(sizes, default=0)  # this rank's part; the rest is where the others' go
+            else:
+                self.bytes += sum(sizes) - ("scatter" in name) * min(sizes, default=0)
+            return call(*args, **kwargs)
+
+        return counting
+
+
+def flat(things: Any) -> Iterator[Any]:
+    """Everything in nested lists."""
+    for thing in things:
+        if isinstance(thing, (list, tuple)):
+            yield from flat(thing)
+        else:
+            yield thing
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

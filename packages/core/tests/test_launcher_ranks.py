@@ -1,0 +1,29 @@
+"""Ranks that cannot be: said in one line before a process group is waited for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_core.errors import UsageError
+from rlhf_core.launcher.local import join_world
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("there is no such device"))
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as caught:
+        join_world()
+    assert str(caught.value) == (
+        "process 3 of this node has no GPU of its own, there are 2; start at most 2 processes a node, or set "
+        "CUDA_VISIBLE_DEVICES= to run on CPUs"
+    )
+
+
+def test_one_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (join_world().rank, join_world().size) == (0, 1)
+    assert not torch.distributed.is_initialized()
