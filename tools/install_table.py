@@ -14,6 +14,9 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "packages/core/src"))
+from rlhf_core.hookspecs import KINDS  # of this checkout, whichever is installed
+
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "packages/core/src/rlhf_core/install_table.py"
 
@@ -35,8 +38,8 @@ def table() -> dict[str, dict[str, str]]:
         sys.path.insert(0, str(file.parent / "src"))
         for module in project.get("entry-points", {}).get("rlhf", {}).values():
             for hook, function in vars(import_module(module)).items():
-                if hook.startswith("rlhf_") and hasattr(function, "rlhf_impl"):
-                    kind = hook.removeprefix("rlhf_")
+                kind = hook.removeprefix("rlhf_")
+                if kind in KINDS and hasattr(function, "rlhf_impl"):
                     found.setdefault(kind, {}).update(dict.fromkeys(function(), project["name"]))
     return {kind: dict(sorted(names.items())) for kind, names in sorted(found.items())}
 

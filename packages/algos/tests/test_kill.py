@@ -67,7 +67,9 @@ def left_by(output: Path) -> dict[str, Any]:
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     evaluations = output / "evaluations.jsonl"
     return {
-        "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics],
+        "metrics": [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in metrics
+        ],
         "samples": (output / "samples.jsonl").read_bytes(),
         "evaluations": evaluations.read_bytes() if evaluations.exists() else b"",
         "weights": (output / "model" / "model.safetensors").read_bytes(),

@@ -64,7 +64,15 @@ def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
     return {name for line in lines for name in json.loads(line)}, words
 
 
-@pytest.mark.parametrize("algorithm", [name for name in plugin.rlhf_algorithm() if name != "prm"])
+QUICK = ("sft", "dpo", "reward", "ppo", "grpo", "repulse")
+ALGORITHMS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in plugin.rlhf_algorithm()
+    if name != "prm"  # it logs what a loss of pairs does, and reads rows of another kind
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_name_that_a_run_logs_is_documented_exactly_once(algorithm: str, tmp_path: Path) -> None:
     names = [name for _, name, _ in default_registry().metrics()]
     seen, words = logged(algorithm, tmp_path)

@@ -199,7 +199,11 @@ class Stop:
 
 def lines(folder: Path) -> Iterator[dict[str, float]]:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        yield {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+        yield {
+            name: value
+            for name, value in json.loads(line).items()
+            if not name.startswith(("time/", "speed/", "memory/"))
+        }
 
 
 def test_a_resumed_run_goes_on_with_the_prompts_and_the_scale_it_had(tmp_path: Path) -> None:

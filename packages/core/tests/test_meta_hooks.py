@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_core import hookspecs, testing
-from rlhf_core.hookspecs import KINDS, OBSERVERS
+from rlhf_core.hookspecs import KINDS, METRICS, OBSERVERS
 
 ROOT = Path(__file__).resolve().parents[3]
-HOOKS = [*(f"rlhf_{kind}" for kind in KINDS), *OBSERVERS]
+HOOKS = [*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS]
 
 
 def test_every_specification_is_listed_and_every_listed_one_is_specified() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 __all__ = ["METRICS"]
 
 METRICS: Mapping[str, str] = {
-    "<role>/nll": "nats: -log p a token; of preference losses with a likelihood term, of the mean token of the chosen completion",
+    "<role>/nll": "nats a token: -log p of completions; beside preference losses, of the chosen ones",
     "<role>/accuracy": "share 0..1: of pairs with the higher reward on the chosen side; of a process reward model, of steps "
     "judged right",
     "<role>/margin": "reward: chosen minus rejected, mean over pairs",
@@ -22,6 +22,7 @@ METRICS: Mapping[str, str] = {
     "<role>/sampler_weight": "weight: the importance correction's, mean over tokens",
     "<role>/sampler_kept": "share 0..1: of tokens that the correction keeps",
     "<role>/entropy": "nats a token: exact entropy of the trained policy on sampled tokens, where a loss asks for it",
+    "<role>/divergence": "nats a token: from the teacher, as --loss.divergence says",
     "<role>/value_error": "reward squared: of the critic's values against their returns",
     "<role>/value": "reward: mean value",
     "<role>/return": "reward: mean return, what values should be",

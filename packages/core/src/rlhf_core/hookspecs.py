@@ -22,7 +22,7 @@ import pluggy
 if TYPE_CHECKING:
     from rlhf_core.run import Run
 
-__all__ = ["GROUP", "KINDS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
+__all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
 
 GROUP = "rlhf"
 """The entry-point group in which plugins advertise themselves."""
@@ -46,6 +46,9 @@ SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
 
 OBSERVERS = ("rlhf_run_start", "rlhf_step_end", "rlhf_run_end")
+
+METRICS = "rlhf_metrics"
+"""The hook that provides nothing, and documents what providers log."""
 
 Providers = Mapping[str, type | str]
 """`{name: class}` or `{name: "module:Class"}`."""
@@ -122,6 +125,12 @@ def rlhf_observer() -> Providers:
 @hookspec
 def rlhf_step() -> Providers:
     """One ingredient of a recipe: `(context) -> outputs`. Reserved for the recipe engine; names may be registered now."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_metrics() -> Mapping[str, str]:
+    """What the plugin logs: `{name: "unit: meaning"}`, as in `rlhf_core.metrics`."""
     raise AssertionError("a specification is never called")
 
 

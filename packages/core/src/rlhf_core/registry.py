@@ -25,7 +25,7 @@ import pluggy
 
 from rlhf_core import hookspecs, targets
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
-from rlhf_core.hookspecs import GROUP, KINDS, OBSERVERS
+from rlhf_core.hookspecs import GROUP, KINDS, METRICS, OBSERVERS
 from rlhf_core.install_table import INSTALL
 from rlhf_core.near import near, or_list
 
@@ -37,6 +37,9 @@ BUILTIN = {
     "files": "rlhf_core.observer.files",
 }
 """Plugins of core by name; the first cannot be blocked."""
+
+HOOKS = (*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS)
+"""What a plugin may have."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,16 @@ class Registry:
         objects = {name: self._manager.get_plugin(name) for name in self.plugins if name in watching}
         return [(self.plugins[name], (plugin.__doc__ or "").strip()) for name, plugin in objects.items()]
 
+    def metrics(self) -> list[tuple[Plugin, str, str]]:
+        """Every metric that a plugin documents: who, its name, `"unit: meaning"`."""
+        asked = getattr(self._manager.hook, METRICS).get_hookimpls()
+        told = {each.plugin_name: each.function() for each in asked}
+        return [
+            (plugin, metric, said)
+            for name, plugin in self.plugins.items()
+            for metric, said in told.get(name, {}).items()
+        ]
+
     def resolve(self, kind: str, name: str) -> type:
         """The provider class called `name`, or the class that `module:Class` names (working folder first).
 
@@ -287,7 +300,7 @@ def default_registry() -> Registry:
 
 def _check_marked(plugin: object) -> None:
     """A function that is named like a hook but not marked would be ignored in silence."""
-    for name in (*(f"rlhf_{kind}" for kind in KINDS), *OBSERVERS):
+    for name in HOOKS:
         function = getattr(plugin, name, None)
         if isinstance(function, (FunctionType, MethodType)) and not hasattr(function, f"{GROUP}_impl"):
             raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl)")
@@ -295,10 +308,9 @@ def _check_marked(plugin: object) -> None:
 
 def _unknown_hook(plugin: object) -> str:
     """Which marked function of the plugin no specification knows."""
-    known = [*(f"rlhf_{kind}" for kind in KINDS), *OBSERVERS]
     for name in dir(plugin):
-        if hasattr(getattr(plugin, name), f"{GROUP}_impl") and name not in known:
-            return f"{name}() is not a hook{near(name, known)}; hooks are {', '.join(known)}"
+        if hasattr(getattr(plugin, name), f"{GROUP}_impl") and name not in HOOKS:
+            return f"{name}() is not a hook{near(name, HOOKS)}; hooks are {', '.join(HOOKS)}"
     return ""
 
 

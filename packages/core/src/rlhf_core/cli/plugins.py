@@ -31,14 +31,14 @@ class Plugins:
 
     kind: Literal[
         "", "data", "rollout", "reward", "advantage", "loss", "algorithm", "strategy", "launcher", "evaluator",
-        "observer", "step",
+        "observer", "step", "metric",
     ] = ""  # fmt: skip
-    """only this kind; all kinds where empty"""
+    """only this kind; all but metrics where empty"""
     json: bool = False
     """as JSON: providers, conflicts and broken plugins"""
 
     def __call__(self, registry: Registry) -> int:
-        listed = [row for row in rows(registry) if self.kind in ("", row.kind)]
+        listed = [row for row in rows(registry, self.kind) if self.kind in ("", row.kind)]
         if self.json:
             self._print_json(registry, listed)
             return 0
@@ -63,14 +63,16 @@ class Plugins:
         print(json.dumps(found, indent=2))
 
 
-def rows(registry: Registry) -> list[Row]:
-    """Every provider by kind and name, then the plugins that observe runs."""
+def rows(registry: Registry, kind: str = "") -> list[Row]:
+    """Every provider by kind and name, then the plugins that observe runs; metrics only where they are asked for."""
     found = [
-        Row(kind, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))
-        for kind in KINDS
-        for name, entry in registry.table(kind).items()
+        Row(each, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))
+        for each in KINDS
+        for name, entry in registry.table(each).items()
     ]
     for plugin, doc in registry.observers():
         said = f"{doc.partition(chr(10))[0].rstrip('.')} (always there; -p no:{plugin.name})".lstrip()
         found.append(Row("observer", plugin.name, plugin.distribution, plugin.version, said))
+    for plugin, name, said in registry.metrics() if kind == "metric" else ():
+        found.append(Row("metric", name, plugin.distribution, plugin.version, said))
     return found
