@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from repulse_fixture import (
 )
 from torch import Tensor
 
+from rlhf_algos import collapse
 from rlhf_algos.advantage.ctl import CTL
 from rlhf_algos.advantage.sixo_negatives import SixoNegatives
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
@@ -140,12 +143,23 @@ def test_estimates_about_the_weights_approach_the_true_divergences():
     near(metrics["x/ess"] / 400_000, 1 / (target.square() / q).sum(), 0.01)
 
 
-def test_weights_that_rest_on_one_sample_warn():
-    with pytest.warns(UserWarning, match=r"raise --sampling\.n"):
-        metrics = about_weights(
-            torch.tensor([0.0, 50.0, 1.0, 1.0, 9.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2]), None, "x"
-        )
+def test_prompts_whose_weight_rests_on_one_sample_are_counted():
+    metrics = about_weights(torch.tensor([0.0, 50.0, 1.0, 1.0, 9.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2]), None, "x")
     near(metrics["x/collapsed"], 2 / 3)
+
+
+def test_a_collapse_is_said_once_in_a_while(capsys):
+    run: Any = SimpleNamespace(config=SimpleNamespace(sampling=SimpleNamespace(n=64)))
+    for step in range(1, 302):
+        collapse.watch(run, step, {"repulse/ess": 1.2 if step > 50 else 4.2})
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in said] == ["step 51", "step 151", "step 251"]
+    assert "(repulse/ess 1.20 of 64 samples)" in said[0]
+    collapse.forget(run)
+    collapse.watch(run, 302, {"repulse/ess": 4.1})
+    assert "step 302" in capsys.readouterr().err
+    collapse.watch(run, 900, {"reward/mean": 1.0})
+    assert not capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

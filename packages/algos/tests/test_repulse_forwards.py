@@ -20,7 +20,6 @@ from rlhf_core.options import KL
 from rlhf_core.strategy.torch import TorchTrainable
 from rlhf_core.types import Batch
 
-collapses = pytest.mark.filterwarnings("ignore:in most prompts one sample")
 
 
 def run_of(output: Path, algorithm: RePULSe, **options: Any) -> Run:
@@ -65,7 +64,6 @@ def one_step(run: Run) -> Counter[tuple[str, str, bool]]:
     return seen
 
 
-@collapses
 @pytest.mark.parametrize("contrast", ["prefix", "sixo", "sixo_exact"])
 def test_no_role_reads_the_same_tokens_twice_with_the_same_weights(contrast, tmp_path):
     with run_of(tmp_path, RePULSe(contrast=contrast, kl=KL(coef=0.1))).opened() as run:
@@ -78,14 +76,12 @@ def test_no_role_reads_the_same_tokens_twice_with_the_same_weights(contrast, tmp
     assert set(seen.values()) == {1}
 
 
-@collapses
 def test_the_policy_s_own_samples_are_read_once_where_it_is_its_own_proposal(tmp_path):
     with run_of(tmp_path, RePULSe(proposal="base")).opened() as run:
         seen = one_step(run)
     assert seen == {("actor", "actor", True): 2}, "once for each credit: they are trained on by themselves"
 
 
-@collapses
 def test_a_pass_that_was_kept_trains_as_one_that_is_made_again(tmp_path, monkeypatch):
     weights = []
     for k, keeps in enumerate((True, False)):
@@ -100,7 +96,6 @@ def test_a_pass_that_was_kept_trains_as_one_that_is_made_again(tmp_path, monkeyp
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-7)
 
 
-@collapses
 def test_a_batch_of_several_micro_batches_is_read_twice_and_teaches_the_same(tmp_path):
     weights = []
     for k, tokens in enumerate((8192, 1)):
@@ -111,7 +106,6 @@ def test_a_batch_of_several_micro_batches_is_read_twice_and_teaches_the_same(tmp
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=1e-6)
 
 
-@collapses
 @pytest.mark.parametrize("updates", [1, 3])
 def test_the_proposal_takes_as_many_updates_per_policy_update_as_it_is_told(updates, tmp_path):
     run = run_of(tmp_path, RePULSe(proposal_updates=updates, alpha=0.5), steps=6)
@@ -125,7 +119,6 @@ def test_several_proposal_updates_need_a_proposal(tmp_path):
         run_of(tmp_path, RePULSe(proposal="base", proposal_updates=2))
 
 
-@collapses
 @pytest.mark.parametrize("contrast", ["prefix", "sixo_exact"])
 def test_an_unnormalised_twist_trains_on_logits_that_are_log_probabilities_before_the_softmax(contrast, tmp_path):
     with run_of(tmp_path, RePULSe(psi="unnormalised", contrast=contrast)).opened() as run:

@@ -36,8 +36,6 @@ from rlhf_core.testing.batches import make_batch
 from rlhf_core.types import Chosen, RewardOutput, Rollouts, Term
 
 MODEL = "tiny:hidden=16,layers=1"
-collapses = pytest.mark.filterwarnings("ignore:in most prompts one sample")
-"""Weights of a strong target on an untrained proposal rest on one sample, as they should."""
 every_seed = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,7 +105,6 @@ METHODS = {
 """Terms and updates: 64,000 samples each."""
 
 
-@collapses
 @every_seed
 def test_repulse_makes_bad_outputs_rarer_than_its_baselines_at_the_same_budget_and_reward(seed):
     found = {name: toy(terms, updates, seed) for name, (terms, updates) in METHODS.items()}
@@ -183,7 +180,6 @@ def weights(run: Run) -> dict[str, dict[str, Tensor]]:
     return {name: {key: value.clone() for key, value in role.weights()} for name, role in run.roles.items()}
 
 
-@collapses
 @pytest.mark.parametrize(
     ("algorithm", "moved", "samples"),
     [
@@ -206,7 +202,6 @@ def test_one_iteration_touches_exactly_the_right_models(algorithm, moved, sample
     assert sum(len(batch) for batch in batches.values()) == samples
 
 
-@collapses
 def test_a_run_logs_what_the_weights_say_and_leaves_a_policy(tmp_path):
     run = run_of(tmp_path, steps=2)
     run.train()

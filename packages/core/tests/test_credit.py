@@ -58,7 +58,7 @@ class Spy:
     def __init__(self, value: float) -> None:
         self.value, self.asked = value, []
 
-    def infer(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
         self.asked.append(sorted(wants))
         return {name: torch.full(batch.mask_NT.shape, self.value) * batch.mask_NT for name in wants}
 

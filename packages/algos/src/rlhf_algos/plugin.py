@@ -1,12 +1,28 @@
-"""Registers what this package supplies. Names and strings: nothing is imported until it is chosen."""
+"""Registers what this package supplies, and says when importance weights collapse.
+
+Names and strings: nothing is imported until it is chosen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.hookspecs import Providers, hookimpl
 
-__all__ = ["rlhf_advantage", "rlhf_algorithm", "rlhf_data", "rlhf_evaluator", "rlhf_loss", "rlhf_metrics"]
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = [
+    "rlhf_advantage",
+    "rlhf_algorithm",
+    "rlhf_data",
+    "rlhf_evaluator",
+    "rlhf_loss",
+    "rlhf_metrics",
+    "rlhf_run_end",
+    "rlhf_step_end",
+]
 
 
 @hookimpl
@@ -106,3 +122,18 @@ def rlhf_metrics() -> Mapping[str, str]:
     from rlhf_algos.metrics import METRICS
 
     return METRICS
+
+
+@hookimpl
+def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+    if "repulse/ess" in metrics:
+        from rlhf_algos.collapse import watch
+
+        watch(run, step, metrics)
+
+
+@hookimpl
+def rlhf_run_end(run: Run) -> None:
+    from rlhf_algos.collapse import forget
+
+    forget(run)

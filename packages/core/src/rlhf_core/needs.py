@@ -14,10 +14,10 @@ from rlhf_core.errors import UsageError
 
 __all__ = ["GIVEN", "LANGUAGE", "OUTPUTS", "SHORT", "Need", "resolve"]
 
-OUTPUTS = ("logprobs_NT", "entropy_NT", "values_NT", "scores_N")
-"""What a role's forward pass can give: per token log-probability and entropy, per token value, per completion score."""
+OUTPUTS = ("logprobs_NT", "entropy_NT", "logits_NT", "values_NT", "scores_N")
+"""What a role's forward pass can give: per token log-probability, entropy and logit, per token value, per completion score."""
 
-LANGUAGE = frozenset({"logprobs_NT", "entropy_NT"})
+LANGUAGE = frozenset({"logprobs_NT", "entropy_NT", "logits_NT"})
 """Those of the language-model head."""
 
 GIVEN = frozenset({"sampler_logprobs_NT", "rewards_N", "rewards_NT", "scores_N", "advantages_NT", "returns_NT"})

@@ -44,6 +44,8 @@ class TorchStrategy:
 class TorchTrainable:
     """A module, its optimiser and its schedule."""
 
+    keeps_graphs = True
+
     def __init__(self, module: nn.Module, optim: Optim | None, total_steps: int, device: torch.device) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
