@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
 from rlhf_core.models.compare import Comparison
+from rlhf_core.models.features import Features, only_heads
 from rlhf_core.models.heads import ChunkedHead, ScalarHead
 from rlhf_core.models.inputs import Inputs, layout
 from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
@@ -78,6 +79,7 @@ class RoleModule(nn.Module):
         self.comparisons: dict[str, Comparison] = {}
         """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.meet`"""
         self.packing = packing
+        self._features = Features()
 
     @property
     def causal_lm(self) -> Any:
@@ -91,7 +93,7 @@ class RoleModule(nn.Module):
 
     def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs, float32, zero outside the completions."""
-        states, states_M, last_N = self._states(inputs)
+        states, states_M, last_N = self._states(inputs, wants)
         outputs: dict[str, Tensor] = {}
         if wants & LANGUAGE or "values_NT" in wants:
             states_MH = states.index_select(0, states_M)
@@ -116,10 +118,17 @@ class RoleModule(nn.Module):
 
     def states_of(self, inputs: Inputs) -> Tensor:
         """The states that predict completion tokens (M, H)."""
-        states, states_M, _ = self._states(inputs)
+        states, states_M, _ = self._states(inputs, LANGUAGE)
         return states.index_select(0, states_M)
 
-    def _states(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_read` gives; each row is read once where only heads are trained."""
+        body = self.model.base_model
+        if not only_heads(self, body):
+            return self._read(inputs)
+        return self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read)
+
+    def _read(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,).
 
         No attention mask: rows are packed, or padding is on the right, where nothing real can see it.
