@@ -148,7 +148,7 @@ def test_out_of_memory_says_in_which_phase_and_what_to_lower(
     monkeypatch.setattr("rlhf_core.roles.LocalRole.train", fail)
     assert broken_run(tmp_path) == (
         f"out of memory in phase 'train' of step 1{wanted}; there is no checkpoint yet (--save-every); lower --micro-tokens "
-        "(results stay the same), --chunk (same) or a shorter --sampling.max-new-tokens"
+        "or --chunk, or add --on-oom halve (results stay the same in all three)"
     )
 
 

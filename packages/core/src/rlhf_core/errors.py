@@ -9,6 +9,7 @@
     ├── PluginError                      a plugin could not be loaded (only raised in strict mode)
     ├── ContractError (also TypeError)   a provider returned something the contract forbids; names it and its distribution
     ├── NotFinite                        a loss or gradient is nan or infinite; carries the samples, and becomes a RunStopped
+    │   └── NotFiniteReward              (also ContractError) the same of a reward
     └── RunStopped                       a run ended before its last step on purpose (signal, safety net); carries the exit code
 
 A message is one line that says what to do next. Anything else that escapes is a bug and keeps its traceback.
@@ -24,6 +25,7 @@ __all__ = [
     "MissingPackage",
     "NameConflict",
     "NotFinite",
+    "NotFiniteReward",
     "PluginError",
     "RlhfError",
     "RunStopped",
@@ -78,6 +80,10 @@ class NotFinite(RlhfError):
 
     def __reduce__(self) -> tuple[type[NotFinite], tuple[str, list[dict[str, Any]]]]:
         return type(self), (str(self), self.samples)
+
+
+class NotFiniteReward(NotFinite, ContractError):
+    """A reward is nan or infinite. The message names the provider, its distribution and the first such sample."""
 
 
 class RunStopped(RlhfError):

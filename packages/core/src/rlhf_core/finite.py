@@ -1,4 +1,5 @@
-"""What is not a number must not train: a loss or gradient that is not finite ends the run, and the samples are kept.
+"""What is not a number must not train: a loss or gradient that is not finite ends the run, or its optimiser step is skipped;
+either way the samples are kept.
 
 Ranks agree: each watches its own micro-batches, and all decide by the sum over ranks, in which any nan survives.
 """
@@ -7,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
+from rlhf_core.observer.files import append_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.types import Batch, Term
 
-__all__ = ["Watch", "term_name"]
+__all__ = ["SKIP", "Watch", "described", "keep_samples", "term_name"]
+
+
+SKIP = "skip"
+"""The scalar of a batch that must not be trained on, since something of it is not finite on some rank."""
 
 
 class Watch:
@@ -66,6 +73,24 @@ def described(batch: Batch, row: int) -> dict[str, Any]:
     }
     tokens = batch.tokens_NT[row, :length].tolist()
     return {"prompt": batch.prompts[row], "completion": batch.texts[row], "tokens": tokens} | known
+
+
+def keep_samples(output: str | Path, step: int, error: NotFinite) -> Path:
+    """Add the samples of `error` to OUTPUT/failed/step-N.jsonl; the path."""
+    path = Path(output) / "failed" / f"step-{step}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for row in error.samples:
+        append_line(path, _plain(row))
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite as texts."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _bad_rows(values: Tensor, batch: Batch) -> list[int]:

@@ -165,12 +165,25 @@ class TrainedOptions(ModelOptions):
     """recompute activations in the backward pass: less memory, a third more time"""
     lora: Lora = Lora()
     """adapters"""
+    freeze: tuple[str, ...] = ()
+    """parts that are not trained: `embed`, `body` (all but the heads), or parts of parameter names as layers.0-3"""
+    router_aux_coef: float = 0.0
+    """weight of the auxiliary loss that balances the experts of a mixture of experts; 0.001 to 0.02 are usual"""
+    ema: float = 0.0
+    """decay a step of an exponential moving average of the weights, as 0.99; 0 keeps none"""
+    ema_export: Literal["beside", "model"] = field(default="beside", metadata=FREE)
+    """write the average to OUTPUT/model-ema beside the trained weights, or as OUTPUT/model in their place"""
     optim: Optim = Optim()
     """optimiser"""
 
     def __post_init__(self) -> None:
+        _at_least(0, self, "router_aux_coef", "ema")
+        if not self.ema < 1:
+            raise UsageError(f"ema must be below 1, not {self.ema}")
         if self.quantize != "none" and not self.lora.rank:
-            raise UsageError(f"quantize {self.quantize} cannot be trained by itself; add adapters with lora.rank 16, say")
+            raise UsageError(
+                f"quantize {self.quantize} cannot be trained by itself; add adapters with lora.rank 16, say"
+            )
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,8 @@ class RunConfig:
     """optimiser phases: each collects a batch and trains on it"""
     seed: int = 0
     """the same seed gives the same numbers"""
+    deterministic: bool = False
+    """on a GPU too: slower kernels that add in a fixed order; an operation that has none stops the run. A CPU needs no flag"""
     resume: bool = field(default=False, metadata=FREE)
     """continue the run in --output from its newest valid checkpoint"""
     resume_changed: bool = field(default=False, metadata=FREE)
@@ -205,6 +220,10 @@ class RunConfig:
     """optimiser steps per pass; 1 is strictly on-policy"""
     micro_tokens: int = field(default=8192, metadata=FREE)
     """token budget of one micro-batch, padding included; changes memory and speed, never results"""
+    on_oom: Literal["stop", "halve"] = field(default="stop", metadata=FREE)
+    """out of memory in training or inference: stop, or halve the role's token budget and do the step again (one process)"""
+    on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
+    """a reward, loss or gradient is nan or infinite: stop, or leave the role's optimiser step out; samples are kept"""
     chunk: int = field(default=1024, metadata=FREE)
     """completion tokens whose logits are held at a time; changes memory and speed, never results"""
     max_prompt_tokens: int = 1024
@@ -222,6 +241,10 @@ class RunConfig:
     """a metric (`eval/heldout/reward`, say) whose best checkpoint stays too; `checkpoints/best.json` names it"""
     keep_best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
     """whether high or low values of it are good"""
+    export_shard: str = field(default="5GB", metadata=FREE)
+    """largest file of weights in OUTPUT/model, as 5GB or 500MB"""
+    push_to_hub: str = field(default="", metadata=FREE)
+    """name on the Hugging Face hub, USER/NAME, that OUTPUT/model is uploaded to at the end, private; empty uploads nothing"""
     eval_every: int = field(default=0, metadata=FREE)
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)

@@ -70,6 +70,13 @@ class Means:
         """Add what a loss measured on one micro-batch."""
         self.add(name, float(metric.total), float(metric.count))
 
+    def merge(self, other: Means) -> None:
+        """Add all that `other` holds."""
+        for name, (total, count) in other._sums.items():
+            self.add(name, total, count)
+        for name, value in other._plain.items():
+            self.add_sum(name, value)
+
     def reduced(self, world: World | None = None) -> dict[str, float]:
         """The mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out."""
         names = sorted(self._sums)

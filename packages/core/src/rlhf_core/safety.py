@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rlhf_core.errors import NotFinite, RunStopped
-from rlhf_core.lazy import torch
-from rlhf_core.observer.files import append_line
+from rlhf_core.budget import asked_for, chain, is_out_of_memory
+from rlhf_core.determinism import REFUSED
+from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped
+from rlhf_core.finite import keep_samples
 
 if TYPE_CHECKING:
     from rlhf_core.run import Run
@@ -26,12 +27,14 @@ FULL = re.compile(
 )
 """How libraries that hide the operating system's error say it."""
 
+SMALLER_BATCHES = "lower --micro-tokens or --chunk, or add --on-oom halve (results stay the same in all three)"
 LESS_MEMORY = {
-    "rollout": "--sampling.max-new-tokens, --sampling.n or --batch-size",
-    "train": "--micro-tokens (results stay the same), --chunk (same) or a shorter --sampling.max-new-tokens",
-    "needs": "--micro-tokens (results stay the same), --chunk (same) or a shorter --sampling.max-new-tokens",
+    "rollout": "lower --sampling.max-new-tokens, --sampling.n or --batch-size",
+    "train": SMALLER_BATCHES,
+    "needs": SMALLER_BATCHES,
+    "checkpoint": "leave out --save-async, lower --micro-tokens or choose a smaller --model",
 }
-"""Three options that would help, by phase; the usual ones elsewhere."""
+"""Three things that would help, by phase."""
 
 
 @contextmanager
@@ -47,24 +50,26 @@ def explained(run: Run) -> Iterator[None]:
                 f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest(run)}; free some, then "
                 "continue with --resume (--keep 1 needs the least)"
             ) from error
-        if _is_out_of_memory(error):
-            how_much = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", str(error))
-            wanted = f" (it asked for {how_much[1]} more)" if how_much else ""
-            options = LESS_MEMORY.get(run.doing, "--micro-tokens, --batch-size or a smaller --model")
+        if is_out_of_memory(error):
+            wanted = f" (it asked for {asked_for(error)} more)" if asked_for(error) else ""
+            advice = LESS_MEMORY.get(run.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model")
             raise RunStopped(
-                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest(run)}; lower {options}"
+                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest(run)}; {advice}"
+            ) from error
+        if REFUSED in str(error):
+            raise RunStopped(
+                f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.doing}, step {run.step + 1}); leave "
+                "--deterministic out, or what needs it (docs/reliability.md names some)"
             ) from error
         raise
 
 
 def _not_finite(run: Run, error: NotFinite) -> str:
     """Save the samples; what to say."""
-    path = run.output / "failed" / f"step-{run.step + 1}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for row in error.samples:
-        append_line(path, row)
+    path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
-    return f"step {run.step + 1}: {error}; {saved}; {_newest(run)}; look at them, or lower the learning rate"
+    advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
+    return f"step {run.step + 1}: {error}; {saved}; {_newest(run)}; {advice}, or go on with --on-nonfinite skip"
 
 
 def _newest(run: Run) -> str:
@@ -78,16 +83,4 @@ def _newest(run: Run) -> str:
 def _is_full(error: BaseException) -> bool:
     """Whether an error, or one that it came from, is a full disk or quota."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
-    return any((isinstance(e, OSError) and e.errno in numbers) or FULL.search(str(e)) for e in _chain(error))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of a device or of the machine ran out."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return any(isinstance(e, kinds) or "DefaultCPUAllocator: can't allocate" in str(e) for e in _chain(error))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return any((isinstance(e, OSError) and e.errno in numbers) or FULL.search(str(e)) for e in chain(error))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ContractError
+from rlhf_core.errors import ContractError, NotFiniteReward
+from rlhf_core.finite import described
 from rlhf_core.lazy import torch
 from rlhf_core.types import RewardOutput
 
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import Batch
 
-__all__ = ["as_output", "excerpt"]
+__all__ = ["as_output", "excerpt", "without_nan"]
 
 
 def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
     """`raw` as a float32 `RewardOutput` on the CPU.
 
     Raises:
-        ContractError: wrong type or shape, or a number that is not finite; names the provider and its distribution.
+        ContractError: wrong type or shape; names the provider and its distribution.
+        NotFiniteReward: a number that is not finite; carries those samples, too.
     """
     N, T = len(rollouts), rollouts.tokens_NT.shape[1]
     output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # next line
@@ -55,8 +57,22 @@ def _checked(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, pro
     if not tensor.isfinite().all():
         row = int((~tensor.isfinite()).nonzero()[0, 0])
         value = tensor[row].flatten()[(~tensor[row].flatten().isfinite()).nonzero()[0, 0]].item()
-        raise ContractError(f"{_named(provider)} returned {name} = {value} for {excerpt(rollouts, row)}")
+        bad = (~tensor.isfinite()).view(len(tensor), -1).any(1).nonzero().flatten().tolist()
+        samples = [{"reward": _named(provider), name: tensor[i].tolist()} | described(rollouts, i) for i in bad]
+        raise NotFiniteReward(f"{_named(provider)} returned {name} = {value} for {excerpt(rollouts, row)}", samples)
     return tensor
+
+
+def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
+    """`raw` with 0 for what is not finite: of the same shape, for a step that will not be trained on."""
+
+    def zeroed(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
+
+    output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # as above
+    optional = {name: zeroed(v) for name in ("rewards_NT", "scores_N") if (v := getattr(output, name)) is not None}
+    metrics = {name: zeroed(value) for name, value in output.metrics.items()}
+    return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
 
 
 def excerpt(rollouts: Batch, row: int) -> str:
