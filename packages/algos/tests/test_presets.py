@@ -62,8 +62,9 @@ def test_every_algorithm_keeps_its_contract(name):
 
 
 def planned(name: str, **options: object) -> Plan:
-    if resolve("algorithm", name).defaults["data"] == "json":
-        options = {"data": {"use": "json", "path": "rows.jsonl"}, **options}
+    usual = resolve("algorithm", name).defaults["data"]
+    if usual in ("json", "conditional"):
+        options = {"data": {"use": usual, "path": "rows.jsonl"}, **options}
     if name in REQUIRED:
         options = {"loss": {"use": name, **REQUIRED[name]}, **options}
     return make_plan(make(name, model="tiny", **options))
@@ -77,6 +78,8 @@ def terms(plan: Plan) -> list[str]:
     ("name", "expected", "roles"),
     [
         ("sft", ["actor <- data : SFT"], {"actor"}),
+        ("csft", ["actor <- data : SFT"], {"actor"}),
+        ("distill", ["actor <- data : Distill"], {"actor", "teacher"}),
         ("reward", ["reward <- data : BradleyTerry"], {"reward"}),
         ("dpo", ["actor <- data : DPO"], {"actor", "reference"}),
         ("ipo", ["actor <- data : IPO"], {"actor", "reference"}),
@@ -165,6 +168,47 @@ def test_a_critic_free_algorithm_with_a_critic_s_advantage_is_refused():
 def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refused():
     with pytest.raises(UsageError, match="needs a role 'reference'"):
         planned("simpo", loss="dpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "grpo",
+            {"loss": "dpo"},
+            "DPO compares a chosen with a rejected completion, and the advantage GRPO selects no pairs",
+        ),
+        ("online_dpo", {"advantage": "rloo"}, "selects no pairs; choose --advantage pairs"),
+        ("ppo", {"loss": "bradley_terry"}, "BradleyTerry trains scores_N, which is nothing of a sampled policy"),
+        ("grpo", {"loss": "value"}, "Value trains values_NT"),
+        ("grpo", {"loss": "sft"}, "SFT reads no advantages, so every sample would be learned alike"),
+        ("sft", {"loss": "grpo"}, "GRPO needs advantages_NT, and the term actor <- data assigns no credit"),
+        ("dpo", {"loss": "sft"}, "SFT compares no pairs, so rejected completions would be learned as well"),
+        ("kto", {"loss": "sft"}, "SFT does not read which rows are desirable"),
+    ],
+)
+def test_a_loss_that_does_not_fit_what_there_is_is_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        planned(name, **options)
+
+
+def test_losses_that_selections_fit_are_not():
+    for name, loss in (("online_dpo", "ipo"), ("online_dpo", "grpo"), ("rejection_sampling", "grpo")):
+        assert planned(name, loss=loss).terms
+
+
+def test_supervised_learning_does_not_take_rejected_completions_for_good_ones(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"} for _ in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
+    options = {"model": MODEL, "batch_size": 2, "steps": 1}
+    with pytest.raises(
+        UsageError, match="would learn rejected completions like chosen ones; pass --data.completion-key chosen"
+    ):
+        Run(make("sft", data=data, output=str(tmp_path / "pairs"), **options)).train()
+    run = Run(make("sft", data={**data, "completion_key": "chosen"}, output=str(tmp_path / "chosen"), **options))
+    run.train()
+    assert run.samples["data"].texts == ["b", "b"]
 
 
 @pytest.mark.parametrize("batch_size", [3, 4])

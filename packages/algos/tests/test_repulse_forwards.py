@@ -21,7 +21,6 @@ from rlhf_core.strategy.torch import TorchTrainable
 from rlhf_core.types import Batch
 
 
-
 def run_of(output: Path, algorithm: RePULSe, **options: Any) -> Run:
     """Two prompts, three completions of two tokens each."""
     small: dict[str, Any] = {"model": "tiny:hidden=16,layers=1", "batch_size": 2, "steps": 1, "output": str(output)}

@@ -114,3 +114,37 @@ def test_fewer_held_out_rows_than_ranks_are_refused_in_one_line(rows: int, most:
     run.placed = SimpleNamespace(world=World())  # type: ignore[assignment]
     if rows:
         assert len(run.heldout(most)) == few
+
+
+def test_a_win_is_a_higher_reward_on_the_same_prompt_and_a_tie_counts_half(tmp_path: Path) -> None:
+    """Rewards of three prompts, two completions each: 1 > 0, 2 = 2 | 0 < 1, 3 > 1 | 0 < 5, 1 < 2."""
+    from rlhf_core.evaluator.win_rate import WinRate
+
+    rewards = {"actor": [1.0, 2, 0, 3, 0, 1], "reference": [0.0, 2, 1, 1, 5, 2]}
+    rollouts = {name: tiny_rollouts(3, 2).with_extras(uids_N=torch.tensor([0, 0, 1, 1, 2, 2])) for name in rewards}
+    for name, batch in rollouts.items():
+        batch.meta = [{"datasource": "ab"[i // 4]} for i in range(6)]
+        batch.extras["rewards_N"] = torch.tensor(rewards[name])
+    evaluator = WinRate(n=2)
+    run = run_with(None, reward_of=lambda batch: RewardOutput(batch["rewards_N"]))
+    run.heldout = lambda most: [None] * 3
+    object.__setattr__(evaluator, "_sampled", lambda run, name, rows, uids: rollouts[name])
+    metrics = evaluator(run)
+    assert metrics["win_rate"] == pytest.approx((0.75 + 0.5 + 0.0) / 3)
+    assert metrics["win_rate/a"] == pytest.approx(0.625) and metrics["win_rate/b"] == 0.0
+    assert metrics["win_rate/reward"] == pytest.approx(7 / 6)
+    assert metrics["win_rate/reward_reference"] == pytest.approx(11 / 6)
+
+
+def test_the_eval_command_compares_two_models_of_different_families(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other model has more tokens, which no text of the first becomes; it answers in its own."""
+    words = ["eval", "tiny", "--evaluator", "win_rate", "--evaluator.prompts", "3", "--reward", "length"]
+    words += ["--sampling.max-new-tokens", "3", "--output", str(tmp_path), "--reference.model"]
+    assert main([*words, "tiny"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/win_rate"] == 0.5, (
+        "a model against itself, with the same random numbers"
+    )
+    assert main([*words, "tiny:vocab=300"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["eval/win_rate"] <= 1

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Distill"]
 
+NEVER = -1e8  # stands for a log-probability of -inf: its exp is 0, and 0 times it is not nan
+
 
 @dataclass(frozen=True)
 class Distill:
@@ -49,7 +51,8 @@ class Distill:
 
     def compare(self, student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
         """The divergence of each row (m,), from logits."""
-        log_q, log_p = ((logits / self.temperature).log_softmax(-1) for logits in (student_mV, teacher_mV))
+        rows = (student_mV, teacher_mV)
+        log_q, log_p = ((logits / self.temperature).log_softmax(-1).clamp(min=NEVER) for logits in rows)
         square = self.temperature**2
         if self.divergence == "forward":
             return square * _kl(log_p, log_q)
@@ -66,7 +69,5 @@ class Distill:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) of each row; tokens that a never says count nothing, whatever b says."""
-    said = log_a > -torch.inf
-    log_a, log_b = log_a.masked_fill(~said, 0.0), log_b.masked_fill(~said, 0.0)
-    return (log_a.exp() * (log_a - log_b) * said).sum(-1)
+    """KL(a || b) of each row."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
