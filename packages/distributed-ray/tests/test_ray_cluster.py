@@ -19,7 +19,8 @@ pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[
 pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
 RUN = "grpo --model tiny --data prompts --reward length --sampling.n 2 --sampling.max-new-tokens 6 --steps 2 --batch-size 4"
-RAY = [*RUN.split(), "--launcher", "ray", "--launcher.cpus", "0.1"]
+FAKE = "--rollout fake --strategy fake"  # who sits where needs no model
+RAY = f"{RUN} {FAKE} --launcher ray --launcher.cpus 0.1".split()
 TOKEN = "a-token-of-at-least-some-length"
 
 SERVE = """

@@ -60,7 +60,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """Heads of their own and tied ones; biases, normed keys, soft caps, norms around, projections that are fused in the checkpoint
 (phi3, gpt2) or only in the engine, transposed weights (gpt2), learned and offset positions (opt)."""
 
-ENDS = [258, *range(1, 256, 16)]
+ENDS = [258, *range(1, 256, 6)]
 """End tokens of these models: EOS and further ones, so that random models end now and then."""
 
 

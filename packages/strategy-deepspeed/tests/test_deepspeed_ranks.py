@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_core.strategy.torch import TorchStrategy
 
@@ -34,8 +35,11 @@ CHECKS = ("steps", "wrong")
 
 CROSS = {size: [f"{case}:{stage}" for case in ranks.CASES for stage in range(4)] for size in (1, 2)}
 
+BF16_TOLERANCE = 0.02
+"""Eight bits of weights that were multiplied in another order, over 20 steps that make the loss half as large."""
+
 APART = ("time/", "speed/", "memory/", "padding", "actor/accuracy")
-"""Metrics that may differ: seconds; which rows share a micro-batch; and, in the first step of dpo, how many margins are above
+"""Metrics that may differ: seconds and bytes; which rows share a micro-batch; and, in the first step of dpo, how many margins are above
 zero, since policy and reference are the same model and every margin is rounding."""
 
 
@@ -137,8 +141,6 @@ def test_transformers_loads_what_was_trained(size: int, word: str, quick: dict[i
 
 
 def test_a_head_beside_the_model_is_exported_whole(quick: dict[int, Path]) -> None:
-    from safetensors.torch import load_file
-
     shapes = {
         name: load_file(quick[size] / name / "model" / "heads.safetensors")["value.weight"].shape
         for size, name in ((1, "plain-3"), (2, "plain-0"))
@@ -189,6 +191,8 @@ def test_every_algorithm_under_every_stage(
     if not runnable([case]):
         pytest.skip("needs rlhf-algos")
     found = outcome(cross[1], f"{case}:{stage}")
-    assert_same(found, reference(case), tolerance=1e-4)
+    assert_same(found, reference(case), tolerance=BF16_TOLERANCE if case == "bf16" else 1e-4)
     rest = {key: found[key][ranks.STEPS // 2 :] for key in ("metrics", "sampled")}
     assert_same(found["resumed"], {**found, **rest}, tolerance=1e-7)
+    exported = load_file(cross[1] / f"{case}-{stage}" / "model" / "model.safetensors")
+    assert all(torch.equal(exported[name].float(), found["weights"]["actor"][name]) for name in exported)
