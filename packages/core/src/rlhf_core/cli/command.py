@@ -28,6 +28,8 @@ COMMANDS = {
     "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",
     "serve-reward": "rlhf_core.reward.serve:ServeReward",
     "sweep": "rlhf_core.cli.sweep:Sweep",
+    "curves": "rlhf_core.cli.curves:Curves",
+    "frontier": "rlhf_core.cli.frontier:Frontier",
 }
 
 JOBS = {

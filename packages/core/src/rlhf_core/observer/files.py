@@ -1,5 +1,7 @@
 """The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
 
+When a run ends, evaluation-metrics.jsonl has the metrics of every evaluation, that before the first step included.
+
 On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
 of evaluations that the checkpoint does not know.
 """
@@ -36,6 +38,13 @@ def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
     append_line(run.output / "metrics.jsonl", {"step": step, **metrics})
     for row in samples(run):
         append_line(run.output / "samples.jsonl", row)
+
+
+@hookimpl
+def rlhf_run_end(run: Run) -> None:
+    lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
+    if lines:  # the first and the last are of no step
+        write_bytes(run.output / "evaluation-metrics.jsonl", "".join(lines).encode())
 
 
 def samples(run: Run) -> Iterator[dict[str, Any]]:

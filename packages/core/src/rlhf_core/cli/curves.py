@@ -1,0 +1,111 @@
+"""`rlhf-run curves FILE`: metrics of a sweep's runs against samples or steps, a line a method, a band over its seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.analysis.figures import FORMATS, check_matplotlib, figure
+from rlhf_core.analysis.stats import t_interval
+from rlhf_core.analysis.tables import write_csv
+from rlhf_core.errors import UsageError
+from rlhf_core.sweep import Member, read_sweep
+
+if TYPE_CHECKING:
+    from rlhf_core.registry import Registry
+
+__all__ = ["Curves", "series"]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Plot metrics of a sweep's finished runs: means over seeds with 95 % t-intervals, as a figure and a CSV table."""
+
+    file: str
+    """the sweep's TOML file"""
+    metrics: tuple[str, ...] = ("reward/mean",)
+    """names as in metrics.jsonl; `return` is the reward less the KL penalty"""
+    x: Literal["samples", "steps"] = "samples"
+    """what they are drawn against; samples are those of all roles"""
+    output: str = "curves"
+    """name of the files, without an ending"""
+    formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
+    """of the figure; none writes the table alone"""
+    seeds: int = 1
+    """points that fewer seeds than this have are left out"""
+
+    def __call__(self, registry: Registry) -> int:
+        if self.formats:
+            check_matplotlib()
+        rows = self._rows()
+        if not rows:
+            raise UsageError(
+                f"no run of {self.file} has {', '.join(self.metrics)} yet; see rlhf-run sweep {self.file} --status"
+            )
+        stem = Path(self.output)
+        write_csv(stem.with_name(f"{stem.name}.csv"), rows)
+        if self.formats:
+            self._draw(rows, stem)
+        print(f"{stem}.csv" + "".join(f", {stem}.{each}" for each in FORMATS if each in self.formats))
+        return 0
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """A row per metric, method and point."""
+        points: dict[tuple[str, str, float], list[float]] = {}
+        for member in read_sweep(self.file).members:
+            for metric in self.metrics:
+                for x, y in series(member, metric, self.x):
+                    points.setdefault((metric, member.method, x), []).append(y)
+        rows = []
+        for (metric, method, x), values in points.items():
+            if len(values) >= self.seeds:
+                mean, half = t_interval(values)
+                ends = {"low": mean - half, "high": mean + half, "seeds": len(values)}
+                rows.append({"metric": metric, "method": method, self.x: x, "mean": mean, **ends})
+        return sorted(rows, key=lambda row: (self.metrics.index(row["metric"]), row["method"], row[self.x]))
+
+    def _draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        with figure(stem, self.formats, len(self.metrics)) as axes:
+            for axis, metric in zip(axes, self.metrics, strict=True):
+                for k, method in enumerate(methods):
+                    line = [row for row in rows if (row["metric"], row["method"]) == (metric, method)]
+                    x, mean = [row[self.x] for row in line], [row["mean"] for row in line]
+                    axis.plot(x, mean, color=f"C{k}", label=method, marker="o", markersize=3)
+                    axis.fill_between(
+                        x,
+                        [row["low"] for row in line],
+                        [row["high"] for row in line],
+                        color=f"C{k}",
+                        alpha=0.15,
+                        linewidth=0,
+                    )
+                axis.set_xlabel(self.x)
+                axis.set_title(metric)
+            axes[0].legend()
+
+
+def series(member: Member, metric: str, x: Literal["samples", "steps"]) -> Iterator[tuple[float, float]]:
+    """(x, value) of one run; of a metric of evaluations also before the first step."""
+    at = {0: 0.0}
+    values: dict[int, float] = {}
+    for row in member.metrics():
+        step = int(row["step"])
+        at[step] = at[max(at)] + float(row.get("samples", 0)) if x == "samples" else float(step)
+        if (value := _value(row, metric)) is not None:
+            values[step] = value
+    path = member.folder / "evaluation-metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if metric in row and row["step"] in at:
+            values[int(row["step"])] = float(row[metric])
+    return ((at[step], values[step]) for step in sorted(values))
+
+
+def _value(row: Mapping[str, Any], metric: str) -> float | None:
+    if metric == "return" and "reward/mean" in row:
+        return float(row["reward/mean"]) - float(row.get("kl/coef", 0)) * float(row.get("kl/completion", 0))
+    return float(row[metric]) if metric in row else None
