@@ -226,7 +226,7 @@ def _roles(
     if unknown:
         raise UsageError(
             f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
-            f"{', '.join(config.roles)}; use an advantage or loss without that need"
+            f"{', '.join(config.roles)}; choose an advantage, loss or evaluator, or options of theirs, without that need"
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
