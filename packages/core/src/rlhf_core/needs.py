@@ -12,13 +12,16 @@ from dataclasses import dataclass
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["GIVEN", "LANGUAGE", "OUTPUTS", "SHORT", "Need", "resolve"]
+__all__ = ["GIVEN", "LANGUAGE", "OUTPUTS", "ROUTER_LOSS", "SHORT", "Need", "resolve"]
 
 OUTPUTS = ("logprobs_NT", "entropy_NT", "logits_NT", "values_NT", "scores_N")
 """What a role's forward pass can give: per token log-probability, entropy and logit, per token value, per completion score."""
 
 LANGUAGE = frozenset({"logprobs_NT", "entropy_NT", "logits_NT"})
 """Those of the language-model head."""
+
+ROUTER_LOSS = "router_loss"
+"""What balances the experts of a mixture of experts: one number for a whole forward pass, added by the role itself."""
 
 GIVEN = frozenset({"sampler_logprobs_NT", "rewards_N", "rewards_NT", "scores_N", "advantages_NT", "returns_NT"})
 """Extras that come from sampling, rewards and credit, without a forward pass."""

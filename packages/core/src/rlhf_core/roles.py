@@ -22,6 +22,7 @@ from rlhf_core.kept import Kept
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.options import Lora, TrainedOptions
+from rlhf_core.needs import ROUTER_LOSS
 from rlhf_core.plan import Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
@@ -64,6 +65,7 @@ class LocalRole:
         for option, chosen in (("on-oom", config.on_oom), ("on-nonfinite", config.on_nonfinite)):
             if optim is not None and chosen != "stop" and not hasattr(self.trainable, "discard"):
                 strategy_name = config.names.get("strategy", "")
+        self._check_and_tell()
                 raise UsageError(f"--strategy {strategy_name} cannot take a step back; leave out --{option} {chosen}")
 
     @property
@@ -79,6 +81,11 @@ class LocalRole:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the role's model."""
+    @property
+    def average(self) -> Any:
+        """The moving average of the weights, if there is one; see `models.average`."""
+        return getattr(self.module, "average", None)
+
         from rlhf_core.models.load import load_tokenizer
 
         return load_tokenizer(self.spec.options.model, self.spec.options)
@@ -86,6 +93,16 @@ class LocalRole:
     def meet(self, roles: Mapping[str, LocalRole]) -> None:
         """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
         for _, term in self.spec.terms:
+    def _check_and_tell(self) -> None:
+        """Say what is trained, where it is not everything."""
+        if self.average is not None and any(parameter.numel() == 0 for parameter in self.module.parameters()):
+            raise UsageError(f"--{self.name}.ema follows whole weights, and the strategy shards them; leave it out")
+        frozen = getattr(self.module, "frozen", {})
+        if self.world.rank == 0 and (frozen or getattr(self.module, "adapters", None) is not None):
+            from rlhf_core.models.frozen import trained_share
+
+            print(f"rlhf-run: the {self.name} trains {trained_share(self.module)}", file=sys.stderr)
+
             for name in term.wants:
                 other, _, _ = name.rpartition(".")
                 if other:
@@ -188,6 +205,8 @@ class LocalRole:
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
+        if self.average is not None:
+            self.average.update()
     def _gradients(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> tuple[float, Watch]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
@@ -222,6 +241,9 @@ class LocalRole:
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
             means.add("padding", 0.0 if packs else padding_share(batch, cuts))
+        coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
+        wants |= {ROUTER_LOSS} if coef else set()
+        tokens = self.world_total(_tokens(batch)) if coef else 0.0
         idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(min(unit, len(whole))))  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0
@@ -246,6 +268,10 @@ class LocalRole:
             assert isinstance(loss, torch.Tensor)
             self.trainable.backward(loss)
             reached = float(loss.detach())
+            if coef:
+                here = live * _tokens(micro)
+                loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
+                means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
             watch.micro_batch(reached, values, micro)
             total += reached
         return total
@@ -313,7 +339,19 @@ class LocalRole:
         self.trainable.load(folder)
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part."""
+        """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part.
+
+        A moving average of the weights goes to `FOLDER-ema`, or takes their place, as the role's options say.
+        """
+        instead = self.average is not None and self.spec.options.ema_export == "model"  # type: ignore[attr-defined]
+        if not instead:
+            self._export(folder)
+        if self.average is not None:
+            with self.average.in_place():
+                self._export(folder if instead else f"{folder}-ema")
+
+    def _export(self, folder: str) -> None:
+        """Write the weights that the module has now."""
         from rlhf_core.models.export import export
 
         leads = self.world.rank == 0
@@ -322,15 +360,22 @@ class LocalRole:
         with self.trainable.gathered(self.module.own_parts):
             if leads:
                 card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
-                export(self.module, self.tokenizer, folder, state=state, **card)
+                shard = self.plan.config.export_shard
+                export(self.module, self.tokenizer, folder, state=state, shard=shard, **card)
         self.world.barrier()
 
 
 def _merged(spec: RoleSpec) -> RoleSpec:
     """The spec of a copy that takes merged weights: without adapters."""
     if not isinstance(spec.options, TrainedOptions):
+def _tokens(batch: Batch) -> float:
+    """Tokens that a forward pass reads, padding left out."""
+    return float((batch.prompt_lengths_N + batch.lengths_N).sum())
+
+
         return spec
-    return replace(spec, options=replace(spec.options, lora=Lora(), quantize="none"))
+    plain = replace(spec.options, lora=Lora(), quantize="none", freeze=(), ema=0.0)
+    return replace(spec, options=plain)
 
 
 def _compare(module: Any, name: str, other: Any, loss: Any) -> None:

@@ -34,6 +34,7 @@ from rlhf_core.models.vocabulary import check_vocabularies
 from rlhf_core.moments import Moments
 from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
+from rlhf_core.publish import check_hub, publish
 from rlhf_core.reduce import Means
 from rlhf_core.reward.output import as_output, without_nan
 from rlhf_core.safety import explained
@@ -322,6 +323,8 @@ class Run(Meter):
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
         self.roles[self.plan.trained[0]].export(str(self.output / "model"))
 
+        if self.leader:
+            publish(self)
     def _scalars(self) -> dict[str, float]:
         return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef, "step": self.step + 1}
 

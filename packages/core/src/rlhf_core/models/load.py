@@ -12,6 +12,7 @@ Left out on purpose: checkpoints that are quantised already, and sharding over d
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -164,7 +165,7 @@ def _from_pretrained(
             _place(source),
             config=config,
             dtype=_dtype(options, trained),
-            attn_implementation=options.attention,
+            attn_implementation=_attention(name, config, options),
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -184,6 +185,14 @@ def _config(name: str, source: Source, options: ModelOptions, **overrides: Any) 
             _place(source), trust_remote_code=options.trust_remote_code, **overrides
         )
     return config
+
+
+def _attention(name: str, config: PretrainedConfig, options: ModelOptions) -> str:
+    """The attention to use: sdpa has no cap on attention logits, and transformers leaves it out without a word."""
+    if options.attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        print(f"rlhf-run: {name} caps attention logits, which sdpa cannot: it computes with eager", file=sys.stderr)
+        return "eager"
+    return options.attention
 
 
 def _quantization(options: ModelOptions) -> dict[str, Any]:

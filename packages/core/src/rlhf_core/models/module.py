@@ -29,16 +29,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
+from rlhf_core.models.average import Average
 from rlhf_core.models.compare import Comparison
 from rlhf_core.models.features import Features, only_heads
+from rlhf_core.models.frozen import freeze
 from rlhf_core.models.heads import ChunkedHead, ScalarHead
 from rlhf_core.models.inputs import Inputs, layout
 from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
 from rlhf_core.models.lora import Adapters, adapt, whole
 from rlhf_core.models.packed import can_pack, packed
-from rlhf_core.needs import LANGUAGE
+from rlhf_core.models.router import balance_loss, check_router
+from rlhf_core.needs import LANGUAGE, ROUTER_LOSS
 
 if TYPE_CHECKING:
+    from rlhf_core.options import TrainedOptions
     from rlhf_core.plan import RoleSpec
 
 __all__ = ["HEADS_FILE", "Inputs", "RoleModule", "build_module", "layout", "set_pad"]
@@ -80,6 +84,9 @@ class RoleModule(nn.Module):
         """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.meet`"""
         self.packing = packing
         self._features = Features()
+        self.frozen: dict[str, int] = {}
+        """how many numbers each pattern of `freeze` stands for"""
+        self.average: Average | None = None
 
     @property
     def causal_lm(self) -> Any:
@@ -93,8 +100,10 @@ class RoleModule(nn.Module):
 
     def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs, float32, zero outside the completions."""
-        states, states_M, last_N = self._states(inputs, wants)
+        states, states_M, last_N, balance = self._states(inputs, wants)
         outputs: dict[str, Tensor] = {}
+        if balance is not None:
+            outputs[ROUTER_LOSS] = balance
         if wants & LANGUAGE or "values_NT" in wants:
             states_MH = states.index_select(0, states_M)
         if "logits_NT" in wants:
@@ -118,18 +127,19 @@ class RoleModule(nn.Module):
 
     def states_of(self, inputs: Inputs) -> Tensor:
         """The states that predict completion tokens (M, H)."""
-        states, states_M, _ = self._states(inputs, LANGUAGE)
+        states, states_M, *_ = self._states(inputs, LANGUAGE)
         return states.index_select(0, states_M)
 
-    def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_read` gives; each row is read once where only heads are trained."""
-        body = self.model.base_model
-        if not only_heads(self, body):
-            return self._read(inputs)
-        return self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read)
+        body, routed = self.model.base_model, ROUTER_LOSS in wants
+        if routed or not only_heads(self, body):
+            return self._read(inputs, routed)
+        return *self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read), None
 
-    def _read(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,).
+    def _read(self, inputs: Inputs, routed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,);
+        and the routers' auxiliary loss if `routed`.
 
         No attention mask: rows are packed, or padding is on the right, where nothing real can see it.
         """
@@ -143,10 +153,14 @@ class RoleModule(nn.Module):
         recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             body.train()  # transformers recomputes in training mode only; dropout is off in both
-        states: Tensor = body(use_cache=False, **arguments)[0]
+        if routed:
+            arguments["output_router_logits"] = True
+        found = body(use_cache=False, **arguments)
         if recompute:
             body.eval()
-        return states.flatten(0, 1), inputs.states_M, inputs.last_N
+        padded = None if "position_ids" in arguments else inputs
+        balance = balance_loss(self.model, found.router_logits, padded) if routed else None
+        return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance
 
     @property
     def packs(self) -> bool:
@@ -260,9 +274,20 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     if adapters is not None:
         for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):
             part.float().requires_grad_(True)
-    if getattr(options, "gradient_checkpointing", False) and spec.trained:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.trained:
+        _train(module, options, spec.name)  # type: ignore[arg-type]  # what is trained has them
     return module
+
+
+def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
+    """What is asked of a trained role's module beside its adapters."""
+    if options.gradient_checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.router_aux_coef:
+        check_router(module.model, role)
+    module.frozen = freeze(module, options.freeze, role)
+    if options.ema:
+        module.average = Average(module, options.ema)
 
 
 def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, ScalarHead]]:
