@@ -212,7 +212,7 @@ def started() -> tuple[subprocess.Popen[str], str]:
 def replicas() -> Iterator[list[tuple[subprocess.Popen[str], str]]]:
     pytest.importorskip("fastapi")
     with ThreadPoolExecutor(2) as threads:
-        running = list(threads.map(lambda _: started(), range(2)))
+        running = list(threads.map(lambda _: started(), range(3)))
     yield running
     for process, _ in running:
         process.kill()
@@ -256,22 +256,24 @@ def test_health_needs_no_token_and_metrics_count(replicas: Any) -> None:
         urllib.request.urlopen(f"{base}/metrics", timeout=30)
 
 
-def test_64_clients_get_each_reward_once_while_a_replica_is_killed(replicas: Any) -> None:
-    reward = Remote(tuple(url for _, url in replicas), token="secret", batch=1, parallel=1, backoff=0.05)
+def test_64_clients_get_each_reward_once_while_replicas_are_killed_until_all_are(replicas: Any) -> None:
+    """Each client checks its own rewards, and the ids of all are counted; when nobody is left, each is told so in a line."""
+    reward = Remote(tuple(url for _, url in replicas), token="secret", batch=1, parallel=1, backoff=0.05, tries=2)
     done: Counter[str] = Counter()
-    victim = replicas[1][0]
+    doomed = {100: replicas[1][0], 250: replicas[2][0]}  # by how many rewards were given
 
     def client(number: int) -> bool:
         texts = [str(number * 1000 + i) for i in range(8)]
         rewards = reward(rollouts(*texts)).rewards_N.tolist()
         done.update(f"{value:.0f}" for value in rewards)
-        if sum(done.values()) > 100 and victim.poll() is None:
-            victim.kill()
+        for given, process in doomed.items():
+            if sum(done.values()) > given and process.poll() is None:
+                process.kill()
         return rewards == [float(text) for text in texts]
 
     with ThreadPoolExecutor(64) as threads:
         assert all(threads.map(client, range(64)))
-    assert victim.wait(timeout=10) != 0
+    assert all(process.wait(timeout=10) != 0 for process in doomed.values())
     assert done == Counter(str(number * 1000 + i) for number in range(64) for i in range(8))
     with urllib.request.urlopen(
         urllib.request.Request(
@@ -280,6 +282,20 @@ def test_64_clients_get_each_reward_once_while_a_replica_is_killed(replicas: Any
     ) as response:
         counts = dict(line.split() for line in response.read().decode().splitlines())
     assert float(counts["rlhf_reward_batches_total"]) < float(counts["rlhf_reward_requests_total"])  # scored together
+
+    replicas[0][0].kill()
+    replicas[0][0].wait(timeout=10)
+
+    def told(number: int) -> str:
+        with pytest.raises(UsageError) as caught:
+            reward(rollouts(str(number)))
+        return str(caught.value)
+
+    with ThreadPoolExecutor(64) as threads:
+        for line in threads.map(told, range(64)):
+            assert line.startswith("--reward.url: no server answered in 2 tries: ")
+            assert all(f"{url}: " in line for _, url in replicas)
+            assert "\n" not in line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,6 +320,13 @@ def test_a_judges_grades_are_mapped_to_0_and_1_and_asked_once(serving: Any, tmp_
     again = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=2)  # another run with the same file
     assert again(rollouts("a")).rewards_N.tolist() == [0]
     assert len(server.asked) == 3
+    with Path(judge.cache_file).open("a") as file:
+        file.write('{"key": "half of a l')  # a run was killed here
+    third = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=3)
+    assert third(rollouts("a", "ab")).rewards_N.tolist() == pytest.approx([0, 1 / 9])
+    fourth = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=4)
+    assert fourth(rollouts("ab")).rewards_N.tolist() == pytest.approx([1 / 9])
+    assert len(server.asked) == 4
 
 
 def test_a_judge_that_gives_no_grade_stops_the_run_or_falls_back(serving: Any) -> None:
