@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_core.observer.console import evaluation_samples, evaluation_table, step_line
+from rlhf_core.observer.console import evaluation_samples, evaluation_table, step_line, truncation
+from rlhf_core.options import Sampling
 
 
 def test_a_step_is_one_line_with_what_moves_its_rate_and_the_time_left() -> None:
@@ -39,3 +40,10 @@ def test_answers_to_the_same_prompt_stand_together_first_and_last(tmp_path: Path
         f"  step 9 (+0.50): {'y' * 199}…",
     ]
     assert evaluation_samples(tmp_path / "absent.jsonl") == ""
+
+
+def test_a_run_says_at_its_start_that_cutting_the_distribution_biases_ratios() -> None:
+    assert truncation(Sampling()) == ""
+    assert truncation(Sampling(temperature=0.0, top_p=0.9)) == "", "greedy sampling has no ratios to bias"
+    said = truncation(Sampling(top_p=0.9, top_k=40))
+    assert said.startswith("sampling is cut by top-p 0.9, top-k 40: importance ratios") and "\n" not in said

@@ -293,6 +293,17 @@ def test_rlhf_step_brings_names_that_recipes_will_use() -> None:
     assert registry.resolve("step", "mine") is Stopwatch
 
 
+def test_rlhf_metrics_documents_what_a_stranger_logs() -> None:
+    def metrics() -> Mapping[str, str]:
+        return {"reward/marks": "marks: exclamation marks of a completion, mean"}
+
+    registry = Registry(autoload=False)
+    registry.register(plugin(rlhf_metrics=metrics), "stranger", "rlhf-stranger", "1.0")
+    told = [(str(who), name, said) for who, name, said in registry.metrics()]
+    assert ("rlhf-stranger 1.0", "reward/marks", "marks: exclamation marks of a completion, mean") in told
+    assert any(name == "reward/mean" for _, name, _ in told)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # observers
 # ----------------------------------------------------------------------------------------------------------------------

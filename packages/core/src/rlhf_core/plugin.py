@@ -77,6 +77,7 @@ def rlhf_evaluator() -> Providers:
 @hookimpl
 def rlhf_observer() -> Providers:
     return {
+        "alarm": "rlhf_core.observer.alarm:Alarm",
         "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
         "wandb": "rlhf_core.observer.wandb:Wandb",
     }

@@ -16,6 +16,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.budget import TokenBudget, release_memory
+from rlhf_core.determinism import be_deterministic
 from rlhf_core.errors import ContractError, NotFinite, UsageError
 from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
 from rlhf_core.kept import Kept
@@ -50,6 +51,8 @@ class LocalRole:
         self.version = 0
         self.kept = Kept()
         config = plan.config
+        if config.deterministic:
+            be_deterministic()
         if lender is not None and hasattr(lender.trainable, "lend"):
             self.trainable: Trainable = lender.trainable.lend()
             self.world = self.trainable.world

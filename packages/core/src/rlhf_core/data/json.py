@@ -77,12 +77,22 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str, path: str, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:  # an escape may be half of a pair, which no tokenizer can read
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{first_line + error.lineno - 1}: expected one JSON object a line, or a list of objects "
             f"({error.msg} at column {error.colno})"
         ) from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{path}:{first_line}: half a character, {half!r}, stands alone; write both halves") from None
+    except RecursionError:
+        raise DataError(f"{path}:{first_line}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}:{first_line}: {error}") from None
+    return value
 
 
 def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:

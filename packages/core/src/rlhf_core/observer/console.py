@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from rlhf_core.options import Sampling
     from rlhf_core.run import Run
 
-__all__ = ["evaluation_samples", "evaluation_table", "step_line"]
+__all__ = ["evaluation_samples", "evaluation_table", "step_line", "truncation"]
 
 _clock: dict[int, tuple[float, int]] = {}
 """when a run began and at which step, by its id"""
@@ -27,6 +28,8 @@ def rlhf_run_start(run: Run) -> None:
     if run.step:
         _say(f"resumed at step {run.step} of {run.config.steps} in {run.output}")
     _say(f"{run.config.names['algorithm']} · model {run.config.model} · roles {roles} · output {run.output}")
+    if run.plan.online:
+        _say(truncation(run.config.sampling))
 
 
 @hookimpl
@@ -45,6 +48,18 @@ def rlhf_run_end(run: Run, error: BaseException | None) -> None:
         _say(evaluation_samples(run.output / "evaluations.jsonl"))
         _say(evaluation_table(run.evaluations[0], run.evaluations[-1]))
     _say(f"model saved in {run.output / 'model'}")
+
+
+def truncation(sampling: Sampling) -> str:
+    """What cutting the distribution does to importance ratios; empty where nothing is cut."""
+    cuts = {"top-p": (sampling.top_p, 1.0), "top-k": (sampling.top_k, 0), "min-p": (sampling.min_p, 0.0)}
+    cut = [f"{name} {value:g}" for name, (value, whole) in cuts.items() if value != whole]
+    if not cut or sampling.temperature == 0:
+        return ""
+    return (
+        f"sampling is cut by {', '.join(cut)}: importance ratios and KL are those of the whole distribution, biased by what "
+        "is cut off (rollout/kept_mass: the share that is kept)"
+    )
 
 
 def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:

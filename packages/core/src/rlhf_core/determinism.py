@@ -1,0 +1,28 @@
+"""The same numbers again on a GPU: operations that add in any order are replaced by slower ones, or refused by name.
+
+On a CPU nothing is needed. What stays different, whatever is chosen here, stands in docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+from rlhf_core.lazy import torch
+
+__all__ = ["REFUSED", "be_deterministic"]
+
+REFUSED = "does not have a deterministic implementation"
+"""How torch says that an operation has no such form."""
+
+ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a workspace of fixed size
+    "FLASH_ATTENTION_DETERMINISTIC": "1",  # transformers hands it on to flash-attn's backward pass
+}
+
+
+def be_deterministic() -> None:
+    """Let this process compute the same numbers each time, before it has used a device."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,102 @@
+"""An alarm on what reward hacking and collapse look like: KL, length or entropy leaving a band."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.errors import UsageError
+from rlhf_core.hookspecs import hookimpl
+from rlhf_core.observer.files import append_line, cut_lines
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+
+__all__ = ["Alarm"]
+
+Band = tuple[float, float]
+
+METRICS = {"kl": "kl/mean", "length": "completion/length", "entropy": "completion/entropy", "reward": "reward/mean"}
+"""What each band is laid over; the names are those of docs/metrics.md."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Warns, or stops the run, when a metric has left its band for some steps; see OUTPUT/alarms.jsonl."""
+
+    kl: Band | None = (-0.05, 0.5)
+    """least and greatest KL to the reference, nats a token"""
+    length: Band | None = None
+    """least and greatest mean length of completions, tokens"""
+    entropy: Band | None = (0.05, 20.0)
+    """least and greatest entropy of the sampled distribution, nats a token"""
+    reward: Band | None = None
+    """least and greatest mean reward"""
+    more: Mapping[str, str] | None = None
+    """further bands, by the metric's full name: loss/actor=-1:3"""
+    patience: int = 3
+    """steps in a row outside before it says so"""
+    action: Literal["warn", "stop"] = "warn"
+    """warn writes a line and goes on; stop saves the step and ends the run with exit code 1"""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UsageError(f"patience must be at least 1, not {self.patience}")
+        for metric, (least, greatest) in self.bands():
+            if not least < greatest:
+                raise UsageError(
+                    f"the band of {metric} goes from {least:g} to {greatest:g}; the first must be the lesser"
+                )
+        if not list(self.bands()):
+            raise UsageError("an alarm without a band watches nothing; give --observer.kl LEAST GREATEST, say")
+
+    def __call__(self, run: Run) -> _Watch:
+        return _Watch(self)
+
+    def bands(self) -> Iterator[tuple[str, Band]]:
+        """(metric, band) of everything watched."""
+        for each in fields(self):
+            if each.name in METRICS and getattr(self, each.name) is not None:
+                yield METRICS[each.name], getattr(self, each.name)
+        for metric, text in (self.more or {}).items():
+            try:
+                least, greatest = map(float, text.split(":"))
+            except ValueError:
+                raise UsageError(f"a band is LEAST:GREATEST, two numbers, not {text!r} for {metric}") from None
+            yield metric, (least, greatest)
+
+
+class _Watch:
+    """Counts steps outside. One line when a metric leaves its band, and one when it is back."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        self.alarm = alarm
+        self._outside: dict[str, int] = {}
+
+    @hookimpl
+    def rlhf_run_start(self, run: Run) -> None:
+        cut_lines(run.output / "alarms.jsonl", lambda step: step <= run.step)
+
+    @hookimpl
+    def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, Any]) -> str | None:
+        alarms = []
+        for metric, (least, greatest) in self.alarm.bands():
+            if metric not in metrics:
+                continue
+            before, value = self._outside.get(metric, 0), metrics[metric]
+            inside = least <= value <= greatest  # nan is outside
+            self._outside[metric] = now = 0 if inside else before + 1
+            said = f"{metric} is {value:.4g}, outside {least:g} to {greatest:g}, since step {step - now + 1}"
+            if now == self.alarm.patience:
+                alarms.append(said)
+                append_line(run.output / "alarms.jsonl", {"step": step, "metric": metric, "value": value})
+            elif not now and before >= self.alarm.patience:
+                print(f"rlhf-run: {metric} is back in its band at step {step}: {value:.4g}", file=sys.stderr)
+        if not alarms:
+            return None
+        if self.alarm.action == "stop":
+            return f"{'; '.join(alarms)}; look at samples.jsonl; --resume goes on"
+        print(f"rlhf-run: alarm: {'; '.join(alarms)}; look at samples.jsonl", file=sys.stderr)
+        return None
