@@ -43,7 +43,7 @@ CONFIGS = {
     "mistral": MistralConfig(sliding_window=4, **SIZES),
     "qwen2": Qwen2Config(use_sliding_window=True, **MIXED, **SIZES),
     "qwen3": Qwen3Config(head_dim=8, **SIZES),
-    "gemma2": Gemma2Config(final_logit_softcapping=0.5, head_dim=8, **MIXED, **SIZES),
+    "gemma2": Gemma2Config(final_logit_softcapping=0.5, attn_logit_softcapping=None, head_dim=8, **MIXED, **SIZES),
     "gemma3": Gemma3TextConfig(head_dim=8, **MIXED, **SIZES),
     "gpt2": GPT2Config(attn_pdrop=0.5, n_embd=32, n_layer=2, n_head=4, **TOKENS_OF),
 }
