@@ -40,5 +40,11 @@ METRICS: Mapping[str, str] = {
     "eval/bad/logprob_bound": "nats: what it could be at most, were everything that is left out bad",
     "eval/bad/logprob_eos_unaware": "nats: the same, counting tokens after the end of the answer too",
     "eval/bad/probability": "probability: that a prompt is answered badly",
+    "eval/bad_samples/logprob": "nats a completion: of bad samples kept earlier, mean over them",
+    "eval/bad_samples/log_mass": "nats: log of the probability of any kept bad sample, mean over prompts",
+    "eval/heldout_table/reward": "reward: mean over all samples of the table",
+    "eval/heldout_table/return": "reward: the same less the KL penalty",
+    "eval/heldout_table/worst": "reward: the lowest of them",
+    "eval/heldout_table/samples": "completions: rows of the table",
 }
 """`{name: "unit: meaning"}`"""

@@ -20,6 +20,7 @@ __all__ = [
     "rlhf_evaluator",
     "rlhf_loss",
     "rlhf_metrics",
+    "rlhf_reward",
     "rlhf_run_end",
     "rlhf_step_end",
 ]
@@ -114,7 +115,16 @@ def rlhf_data() -> Providers:
 
 @hookimpl
 def rlhf_evaluator() -> Providers:
-    return {"bad_probability": "rlhf_algos.evaluator.bad_probability:BadProbability"}
+    return {
+        "bad_probability": "rlhf_algos.evaluator.bad_probability:BadProbability",
+        "bad_samples": "rlhf_algos.evaluator.bad_samples:BadSamples",
+        "heldout_table": "rlhf_algos.evaluator.heldout_table:HeldoutTable",
+    }
+
+
+@hookimpl
+def rlhf_reward() -> Providers:
+    return {"keep_bad": "rlhf_algos.reward.keep_bad:KeepBad"}
 
 
 @hookimpl

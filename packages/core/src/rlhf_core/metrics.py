@@ -18,6 +18,7 @@ MEASURED = ("time/", "speed/", "memory/")
 _RUN = {
     "step": "steps: finished steps, from 1",
     "tokens": "tokens: prompt and completion tokens that the step trained on, over all ranks",
+    "samples": "completions: drawn in the step, of all roles and over all ranks",
     "samples": "completions: how many the step sampled, over all ranks",
     "padding": "share 0..1: of the trained cells, those that are padding",
     "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",

@@ -1,0 +1,112 @@
+"""Many samples on held-out prompts, kept with their numbers: what is rare is counted later, at any threshold.
+
+A row a completion, in the order of passes, prompts and completions, whatever the number of ranks: ranks share the prompts,
+and their rows are gathered before the first one writes. Nothing of the algorithm's shaping or transformation is in the rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_algos.target import raw_rewards
+from rlhf_core.analysis.tables import check_parquet, write_parquet
+from rlhf_core.evaluator.sampled import policy
+from rlhf_core.options import Sampling
+
+if TYPE_CHECKING:
+    from rlhf_core.run import Run
+    from rlhf_core.types import Example, Rollouts
+
+__all__ = ["HeldoutTable"]
+
+LOGPROBS = frozenset({"logprobs_NT"})
+
+
+@dataclass(frozen=True)
+class HeldoutTable:
+    """Sample held-out prompts many times and keep every reward and return: OUTPUT/heldout.parquet, for `rlhf-run frontier`.
+
+    Zhao et al. 2025, section 4.3. Columns: pass, uid, k, prompt, completion, tokens, finish, reward, kl, return, logprob.
+    """
+
+    prompts: int = 0
+    """at most this many held-out prompts, from the first; 0 takes all"""
+    n: int = 5
+    """completions per prompt and pass"""
+    passes: int = 1
+    """times that all prompts are gone through"""
+    batch: int = 32
+    """prompts sampled together; changes memory and speed, never results"""
+    kl_coef: float = 0.0
+    """return = reward - this times (log p - log reference) of the completion; 0 needs no reference"""
+    always: bool = False
+    """also before the end of the run; the file is then the latest evaluation's"""
+    name: str = "heldout.parquet"
+    """the file, in the run's folder"""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """A reference only where it counts."""
+        return frozenset({"ref_logprobs_NT"}) if self.kl_coef else frozenset()
+
+    def check(self) -> None:
+        """Parquet can be written."""
+        check_parquet()
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """`heldout_table/reward`, `…/return` and `…/worst`, and how many `…/samples`; nothing before the end."""
+        if run.plan.trained and run.step < run.config.steps and not self.always:
+            return {}
+        rows = run.heldout(self.prompts or None)
+        mine = list(range(run.world.rank, len(rows), run.world.size))
+        columns: dict[str, list[Any]] = {}
+        for number in range(self.passes):
+            for rollouts in self._sampled(run, rows, mine, number):
+                for name, values in self._columns(run, rollouts, number).items():
+                    columns.setdefault(name, []).extend(values)
+        gathered = run.world.gather(columns)
+        merged = {name: [value for part in gathered for value in part.get(name, ())] for name in gathered[0]}
+        order = sorted(range(len(merged["uid"])), key=lambda i: (merged["pass"][i], merged["uid"][i], merged["k"][i]))
+        merged = {name: [values[i] for i in order] for name, values in merged.items()}
+        if run.leader:
+            write_parquet(run.output / self.name, merged)
+        count = len(order)
+        return {
+            "heldout_table/reward": sum(merged["reward"]) / count,
+            "heldout_table/return": sum(merged["return"]) / count,
+            "heldout_table/worst": min(merged["reward"]),
+            "heldout_table/samples": float(count),
+        }
+
+    def _sampled(self, run: Run, rows: Sequence[Example], mine: list[int], number: int) -> Iterator[Rollouts]:
+        """Completions of this rank's prompts; their seeds depend on the run's seed, the pass and the prompt alone."""
+        seed = Sampling(seed=run.config.seed).seed_for(number, -1)
+        sampling = replace(run.config.sampling, n=self.n, seed=seed)
+        fitting = [i for i in mine if run.encoder.fits_prompt(rows[i])]
+        for start in range(0, len(fitting), self.batch):
+            part = fitting[start : start + self.batch]
+            prompts = run.encoder.prompts([rows[i] for i in part], part)
+            yield run.rollouts(policy(run, "heldout_table"), prompts, sampling)
+
+    def _columns(self, run: Run, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
+        """What is known of each completion."""
+        rewards_N = raw_rewards(run.reward_of(rollouts))
+        now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()
+        kl_N = rewards_N.new_zeros(len(rollouts))
+        if self.kl_coef:
+            kl_N = (now_NT - run.roles["reference"].infer(rollouts, LOGPROBS)["logprobs_NT"].double()).sum(1)
+        return {
+            "pass": [number] * len(rollouts),
+            "uid": rollouts["uids_N"].tolist(),
+            "k": [i % self.n for i in range(len(rollouts))],
+            "prompt": list(rollouts.prompts),
+            "completion": list(rollouts.texts),
+            "tokens": rollouts.lengths_N.tolist(),
+            "finish": list(rollouts.finish),
+            "reward": rewards_N.tolist(),
+            "kl": kl_N.tolist(),
+            "return": (rewards_N - self.kl_coef * kl_N).tolist(),
+            "logprob": now_NT.sum(1).tolist(),
+        }
