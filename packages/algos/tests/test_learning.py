@@ -146,27 +146,66 @@ def test_a_process_reward_model_judges_the_steps_of_new_solutions(seed, tmp_path
     assert fmean(accuracy[-3:]) > 0.97, accuracy
 
 
-@every_seed
-def test_a_student_learns_from_a_teacher_s_opinion_of_its_own_samples(seed, tmp_path):
-    """The teacher was trained to write small letters; the student has never seen a demonstration, nor a reward."""
+def taught(seed: int, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A teacher that was trained to write small letters, and the data it was trained on."""
     demonstrations = [{"prompt": row["prompt"], "response": row["chosen"]} for row in pairs(seed)]
     optim = {"actor": {"optim": {"lr": 0.02, "schedule": "constant"}}}
     (tmp_path / "teacher").mkdir()
     data = rows_of(tmp_path / "rows.jsonl", demonstrations)
     curves("sft", tmp_path / "teacher", data=data, batch_size=16, seed=seed, **optim)
+    return {"model": str(tmp_path / "teacher" / "run" / "model")}, data
+
+
+@every_seed
+@pytest.mark.parametrize("loss", ["clip", "distill"])
+def test_a_student_learns_from_a_teacher_s_opinion_of_its_own_samples(loss, seed, tmp_path):
+    """The student has never seen a demonstration, nor a reward; it is told of the sampled token, or of all it could say."""
+    teacher, data = taught(seed, tmp_path)
     (tmp_path / "reward.py").write_text(REWARD)
     steps = curves(
         "on_policy_distill",
         tmp_path,
         data=data,
+        loss={"use": loss, **({"divergence": "reverse"} if loss == "distill" else {})},
         reward={"use": "func", "path": str(tmp_path / "reward.py")},
         sampling={"n": 4, "max_new_tokens": 6},
         actor={"optim": {"lr": 0.02}},
-        teacher={"model": str(tmp_path / "teacher" / "run" / "model")},
+        teacher=teacher,
         batch_size=16,
         seed=seed,
     )
-    divergence = [step["loss/actor"] for step in steps]  # minus the mean advantage: nats per token on fresh samples
+    divergence = [step["loss/actor"] for step in steps]  # KL(student || teacher): nats per token on fresh samples
     assert divergence[0] > 5
     assert fmean(divergence[-5:]) < 1, divergence
     assert max(step["reward/mean"] for step in steps) > 0.4, "small letters, like the teacher"
+
+
+@every_seed
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_a_student_takes_over_a_teacher_s_distributions_on_given_text(divergence, seed, tmp_path):
+    """Random answers, which the teacher would not give: what is taken over is what it says of them."""
+    teacher, _ = taught(seed, tmp_path)
+    draw = random.Random(seed)
+    word = lambda: "".join(draw.choices(LOWER + UPPER, k=4))
+    data = rows_of(tmp_path / "words.jsonl", [{"prompt": word(), "response": word()} for _ in range(16 * STEPS)])
+    optim = {"actor": {"optim": {"lr": 0.02, "schedule": "constant"}}}
+    loss = {"use": "distill", "divergence": divergence}
+    steps = curves("distill", tmp_path, data=data, loss=loss, teacher=teacher, batch_size=16, seed=seed, **optim)
+    nats = [step["loss/actor"] for step in steps]
+    assert fmean(nats[-3:]) < 0.2 * nats[0], nats
+
+
+@every_seed
+def test_conditional_fine_tuning_learns_which_answers_a_reward_goes_with(seed, tmp_path):
+    """Small letters are 1, capitals 0: knowing which halves the letters, log 26 instead of log 52 nats."""
+    rows = [
+        {"prompt": p["prompt"], "response": p[s], "reward": float(s == "chosen")}
+        for p in pairs(seed)
+        for s in p
+        if s != "prompt"
+    ]
+    data = rows_of(tmp_path / "rows.jsonl", rows) | {"use": "conditional", "condition": "{reward}{prompt}"}
+    optim = {"actor": {"optim": {"lr": 0.02, "schedule": "constant"}}}
+    steps = curves("csft", tmp_path, data=data, batch_size=32, seed=seed, **optim)
+    assert steps[0]["loss/actor"] > 5.4
+    assert fmean(step["loss/actor"] for step in steps[-3:]) < 3.6

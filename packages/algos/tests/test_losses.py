@@ -177,6 +177,12 @@ def within(ratio: float, low: float, high: float) -> float:
     return float(low <= ratio <= high)
 
 
+def coins(log_p: float, log_q: float) -> float:
+    """KL of two coins."""
+    p, q = exp(log_p), exp(log_q)
+    return p * log(p / q) + (1 - p) * log((1 - p) / (1 - q))
+
+
 def kto(x: Completion, beta: float) -> float:
     """The weight is the mean advantage and the reference point the mean return of the completion's tokens."""
     weight, z = fmean(token.advantage for token in x.tokens), fmean(token.target for token in x.tokens)
@@ -201,6 +207,31 @@ def clipped_value(x: Token, width: float) -> float:
     return max((x.value - x.target) ** 2, (near - x.target) ** 2) / 2
 
 
+CORRECTIONS: list[tuple[Correction, Callable[[Token], float]]] = [
+    (Correction("token", "clip", high=1.3), lambda x: min(x.rho, 1.3)),
+    (Correction("token", "mask", 0.5, 1.5), lambda x: x.rho * within(x.rho, 0.5, 1.5)),
+    (Correction("sequence", "clip", high=1.1), lambda x: min(x.row.rho, 1.1)),
+    (Correction("sequence", "mask", high=1.2), lambda x: x.row.rho * within(x.row.rho, 0, 1.2)),
+    (
+        Correction("geometric", "mask", 0.9, 1.2),
+        lambda x: x.rho * within(x.row.rho ** (1 / len(x.row.tokens)), 0.9, 1.2),
+    ),
+    (
+        Correction("token", "mask", high=0.05, gate="tv"),
+        lambda x: x.rho * within(abs(exp(x.sampler) - exp(x.old)), 0, 0.05),
+    ),
+    (
+        Correction("sequence", "mask", high=0.02, gate="binary_kl"),
+        lambda x: x.rho * within(fmean(coins(y.sampler, y.old) for y in x.row.tokens), 0, 0.02),
+    ),
+]
+"""Off-policy corrections and their weights, shown on the objective whose loss is simplest."""
+
+
+def corrected(weight: Callable[[Token], float]) -> Callable[[Token], float]:
+    return lambda x: -weight(x) * x.advantage * x.lp
+
+
 TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
     (Clip(), Reduction("token"), ppo(0.2, 0.2)),
     (Clip(clip_low=0.1, clip_high=0.28), Reduction("token"), ppo(0.1, 0.28)),
@@ -214,32 +245,6 @@ TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
     (GSPO(clip_low=0.2, clip_high=0.3), Reduction("sequence"), gspo(0.2, 0.3)),
     (CISPO(), Reduction("token"), lambda x: -min(x.ratio, 5.0) * x.advantage * x.lp),
     (CISPO(clip_low=0.1, clip_high=0.2), Reduction("token"), lambda x: -clip(x.ratio, 0.9, 1.2) * x.advantage * x.lp),
-    # off-policy corrections, on the objective whose loss is simplest
-    (
-        Reinforce(correction=Correction("token", "clip", high=1.3)),
-        Reduction("constant", 1),
-        lambda x: -min(x.rho, 1.3) * x.advantage * x.lp,
-    ),
-    (
-        Reinforce(correction=Correction("token", "mask", low=0.5, high=1.5)),
-        Reduction("constant", 1),
-        lambda x: -x.rho * within(x.rho, 0.5, 1.5) * x.advantage * x.lp,
-    ),
-    (
-        Reinforce(correction=Correction("sequence", "clip", high=1.1)),
-        Reduction("constant", 1),
-        lambda x: -min(x.row.rho, 1.1) * x.advantage * x.lp,
-    ),
-    (
-        Reinforce(correction=Correction("sequence", "mask", high=1.2)),
-        Reduction("constant", 1),
-        lambda x: -x.row.rho * within(x.row.rho, 0, 1.2) * x.advantage * x.lp,
-    ),
-    (
-        Reinforce(correction=Correction("geometric", "mask", low=0.9, high=1.2)),
-        Reduction("constant", 1),
-        lambda x: -x.rho * within(x.row.rho ** (1 / len(x.row.tokens)), 0.9, 1.2) * x.advantage * x.lp,
-    ),
     (
         Clip(correction=Correction("token", "clip", high=1.3)),
         Reduction("token"),
@@ -251,6 +256,7 @@ TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
     (SFT(), Reduction("token"), lambda x: -x.lp),
     (SFT(aggregate="sequence"), Reduction("sequence"), lambda x: -x.lp),
     (Entropy(), Reduction("token"), lambda x: -x.entropy),
+    *((Reinforce(correction=each), Reduction("constant", 1), corrected(weight)) for each, weight in CORRECTIONS),
 ]
 
 PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
@@ -457,6 +463,7 @@ def test_labels_that_do_not_fit_the_steps_are_refused():
     "make",
     [
         lambda: Correction("geometric", "clip"),
+        lambda: Correction("token", "clip", gate="tv"),
         lambda: Correction("token", low=2.0, high=1.0),
         lambda: Robust(label_smoothing=0.5),
     ],

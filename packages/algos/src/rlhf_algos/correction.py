@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Correction"]
 
+NEAR = 1e-6  # probabilities stay this far from 0 and 1, so that the KL of two coins is finite (OpenRLHF's bound)
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -40,9 +42,14 @@ class Correction:
     low: float = 0.0
     """lower bound of the ratio; 0 has none"""
     high: float = 2.0
-    """upper bound of the ratio"""
+    """upper bound of the ratio, or of the distance"""
+    gate: Literal["ratio", "binary_kl", "tv"] = "ratio"
+    """what the bounds are of: the ratio, or how far apart the two probabilities of a sampled token are, as the KL of two coins
+    or the absolute difference (OpenRLHF 0.11; of a completion, their mean); distances only mask"""
 
     def __post_init__(self) -> None:
+        if self.gate != "ratio" and (self.mode == "clip" or self.level == "geometric") and self.level != "off":
+            raise ValueError(f"correction gate {self.gate} only masks, tokens or sequences: set its mode to mask")
         if self.level == "geometric" and self.mode == "clip":
             raise ValueError("correction level geometric only masks: set its mode to mask")
         if not 0 <= self.low < self.high:
@@ -57,13 +64,13 @@ class Correction:
         """Weights (N, T), and how far apart sampler and trainer are."""
         mask_NT = batch.mask_NT
         log_ratio_NT = (batch["old_logprobs_NT"] - batch["sampler_logprobs_NT"]).masked_fill(~mask_NT, 0.0).detach()
-        tested_NT = self._tested(log_ratio_NT, mask_NT)
+        tested_NT = self._tested(log_ratio_NT, mask_NT) if self.gate == "ratio" else self._distance(batch)
         if self.mode == "clip":
             weights_NT = tested_NT.clamp(self.low, self.high)
             kept_NT = torch.ones_like(mask_NT)
         else:
             kept_NT = (tested_NT >= self.low) & (tested_NT <= self.high)
-            own_NT = tested_NT if self.level != "geometric" else _exp(log_ratio_NT)
+            own_NT = tested_NT if self.level != "geometric" and self.gate == "ratio" else _exp(log_ratio_NT)
             weights_NT = torch.where(kept_NT, own_NT, 0.0)
         return weights_NT, {
             "sampler_kl": Metric.over(-log_ratio_NT, mask_NT),
@@ -79,6 +86,21 @@ class Correction:
         if self.level == "geometric":
             log_ratio_N1 = log_ratio_N1 / mask_NT.sum(1, keepdim=True).clamp(min=1)
         return _exp(log_ratio_N1).expand_as(log_ratio_NT)
+
+    def _distance(self, batch: Batch) -> Tensor:
+        """How far sampler and trainer are apart, at every token; of a completion, the mean over its tokens."""
+        names = ("sampler_logprobs_NT", "old_logprobs_NT")
+        p_NT, q_NT = (batch[name].masked_fill(~batch.mask_NT, 0.0).exp().clamp(NEAR, 1 - NEAR) for name in names)
+        if self.gate == "tv":
+            distance_NT = (p_NT - q_NT).abs()
+        else:
+            distance_NT = p_NT * (p_NT / q_NT).log() + (1 - p_NT) * ((1 - p_NT) / (1 - q_NT)).log()
+        distance_NT = distance_NT.masked_fill(~batch.mask_NT, 0.0)
+        if self.level == "token":
+            return distance_NT
+        return (distance_NT.sum(1, keepdim=True) / batch.mask_NT.sum(1, keepdim=True).clamp(min=1)).expand_as(
+            distance_NT
+        )
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
