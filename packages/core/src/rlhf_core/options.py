@@ -155,6 +155,8 @@ class ModelOptions:
     """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role needs adapters then"""
     trust_remote_code: bool = False
     """run model code that comes with the weights; only for models you trust"""
+    add_tokens: str = field(default="", metadata=INTERNAL)
+    """the run's"""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ class RunConfig:
     """options per role"""
     model: str = "tiny"
     """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
+    add_tokens: str = ""
+    """file with new tokens, one a line, for the tokenizer and the models of all roles"""
     output: str = field(default="output", metadata=FREE)
     """folder of the run"""
     steps: int = 100

@@ -233,7 +233,9 @@ def _roles(
     return {
         name: RoleSpec(
             name=name,
-            options=replace(config.roles[name], model=config.roles[name].model or config.model),
+            options=replace(
+                config.roles[name], model=config.roles[name].model or config.model, add_tokens=config.add_tokens
+            ),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
             sampled=name in {*sources, *opponents},

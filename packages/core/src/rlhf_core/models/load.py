@@ -51,7 +51,8 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
         return merged(load_model(_base(source, options), options, trained=trained), Path(source.location))
     if source.kind == "tiny":
         _check_tiny(name, options)
-        return tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
+        made = tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
+        return _fitted(name, source, made, options)
     model, missing = _from_pretrained(AutoModelForCausalLM, name, source, options, trained)
     if missing:
         raise UsageError(
@@ -79,7 +80,8 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     if source.kind == "tiny":
         _check_tiny(name, options)
         size, dtype = tiny.parse(name), _dtype(options, trained)
-        return size.model(LlamaForSequenceClassification, options.attention, dtype, num_labels=1), False
+        made = size.model(LlamaForSequenceClassification, options.attention, dtype, num_labels=1)
+        return _fitted(name, source, made, options), False
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
         raise UsageError(
@@ -120,7 +122,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
     source = find(name)
     if source.kind == "tiny":
         size = tiny.parse(name)
-        return byte_tokenizer(size.vocab, size.context)
+        return _extended(byte_tokenizer(size.vocab, size.context), options)
     if source.kind == "adapter" and not (Path(source.location) / "tokenizer_config.json").is_file():
         return load_tokenizer(base_of(Path(source.location)), options)
     with _explained(name), _quiet(source):
@@ -129,7 +131,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _extended(tokenizer, options)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> str:
@@ -174,7 +176,28 @@ def _from_pretrained(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
+    _fitted(name, source, model, options)
     return model, sorted(info["missing_keys"])
+
+
+def _extended(tokenizer: PreTrainedTokenizerBase, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens that the run adds."""
+    if options.add_tokens:
+        from rlhf_core.models.grow import add_tokens
+
+        add_tokens(tokenizer, options.add_tokens)
+    return tokenizer
+
+
+def _fitted(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
+    """The model with an embedding for every token of its tokenizer, if it has one."""
+    beside = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    told = source.kind == "folder" and any((Path(source.location) / each).is_file() for each in beside)
+    if options.add_tokens or told or source.kind == "hub":
+        from rlhf_core.models.grow import grow
+
+        grow(name, model, load_tokenizer(name, options))
+    return model
 
 
 def _config(name: str, source: Source, options: ModelOptions, **overrides: Any) -> PretrainedConfig:
