@@ -19,13 +19,16 @@ INSTALL: dict[str, dict[str, str]] = {
         "reinforce_pp": "rlhf-algos",
         "reinforce_pp_baseline": "rlhf-algos",
         "rloo": "rlhf-algos",
+        "sixo_negatives": "rlhf-algos",
         "teacher": "rlhf-algos",
         "transformed": "rlhf-algos",
     },
     "algorithm": {
         "cdpo": "rlhf-algos",
         "cispo": "rlhf-algos",
+        "csft": "rlhf-algos",
         "dapo": "rlhf-algos",
+        "distill": "rlhf-algos",
         "dpo": "rlhf-algos",
         "dr_grpo": "rlhf-algos",
         "grpo": "rlhf-algos",
@@ -47,9 +50,14 @@ INSTALL: dict[str, dict[str, str]] = {
         "sft": "rlhf-algos",
         "simpo": "rlhf-algos",
     },
+    "data": {
+        "conditional": "rlhf-algos",
+    },
     "evaluator": {
         "bad_probability": "rlhf-algos",
+        "bad_samples": "rlhf-algos",
         "gcg": "rlhf-eval-gcg",
+        "heldout_table": "rlhf-algos",
     },
     "launcher": {
         "ray": "rlhf-distributed-ray",
@@ -61,6 +69,7 @@ INSTALL: dict[str, dict[str, str]] = {
         "cispo": "rlhf-algos",
         "clip": "rlhf-algos",
         "dapo": "rlhf-algos",
+        "distill": "rlhf-algos",
         "dpo": "rlhf-algos",
         "dr_grpo": "rlhf-algos",
         "entropy": "rlhf-algos",
@@ -77,6 +86,9 @@ INSTALL: dict[str, dict[str, str]] = {
         "simpo": "rlhf-algos",
         "value": "rlhf-algos",
         "weighted_nll": "rlhf-algos",
+    },
+    "reward": {
+        "keep_bad": "rlhf-algos",
     },
     "rollout": {
         "vllm": "rlhf-rollout-vllm",
