@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.configure import parse, to_toml
+from rlhf_core.configure import from_names, parse, to_toml
 from rlhf_core.plan import make_plan
 from rlhf_core.registry import Registry
+from rlhf_core.sweep import read_sweep
 
 pytest.importorskip("rlhf_algos", reason="recipes use the algorithms of rlhf-algos")
 
-RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.toml"))
+FOLDER = Path(__file__).resolve().parents[3] / "recipes"
+SWEEPS = sorted(FOLDER.rglob("*-sweep.toml"))
+RECIPES = sorted(set(FOLDER.rglob("*.toml")) - set(SWEEPS))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -27,6 +30,14 @@ def test_a_recipe_written_out_is_the_same_run(recipe: Path, tmp_path: Path) -> N
     assert parse(["--config", str(tmp_path / "config.toml")], Registry()) == config
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_every_run_of_a_sweep_makes_a_plan(sweep: Path) -> None:
+    members = read_sweep(sweep).members
+    for method in dict.fromkeys(member.method for member in members):
+        settings = next(member.settings for member in members if member.method == method)
+        assert make_plan(from_names(settings)).terms, method
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS], ids=lambda path: path.stem)
 def test_a_recipe_says_what_it_is_for(recipe: Path) -> None:
     assert recipe.read_text(encoding="utf-8").startswith("# ")
