@@ -23,6 +23,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.models import tiny
 from rlhf_core.models.adapters import base_of, has_score, merged
 from rlhf_core.models.foreign import foreign_head
+from rlhf_core.models.hub import offline_if_unreachable
 from rlhf_core.models.names import Source, find
 
 if TYPE_CHECKING:
@@ -284,6 +285,8 @@ def _quiet(source: Source) -> Iterator[None]:
     """No progress bars (but of downloads) and no tables of weights: what they warn of is checked and raised here."""
     from transformers.utils import logging
 
+    if source.kind == "hub":
+        offline_if_unreachable()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -324,7 +327,10 @@ def _explained(name: str) -> Iterator[None]:
         elif any(isinstance(each, hub.RepositoryNotFoundError) for each in causes):
             reason = "the hub has no such model (a private one needs HF_TOKEN), and there is no such folder"
         elif any(isinstance(each, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)) for each in causes):
-            reason = "there is no such folder, and the hub cannot be reached; pass a folder, a GGUF file or 'tiny'"
+            reason = (
+                "there is no such folder (a typo?), and the hub cannot be reached (offline?); pass a folder, a GGUF file "
+                "or 'tiny'"
+            )
         elif "trust_remote_code" in str(error):
             reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
         elif "backend tokenizer" in str(error):
