@@ -4,10 +4,12 @@
     python3 benchmarks/distributed.py --model smollm2-135m --prompts 4 --n 2 --steps 4 --engines local "ray 1" "deepspeed 2 x 1"
 
 Every engine is a process (or two ranks) of its own, started anew in each round, in turn, so that a machine's moods hit all
-alike; of the seconds of an iteration the least and the median over all rounds are printed, the first step of each left out.
-One thread a process. What crosses processes in an iteration is counted where it is sent: under Ray every object that is put
-or returned, pickled (batches and answers), and the weights of a sync; under DeepSpeed the tensors that each rank hands to a
-collective. Engines that are not installed are left out.
+alike. Of an iteration's seconds the least and the median over all rounds are printed, the first step of each left out, and the
+CPU seconds of all its processes together, for machines that have other work. One thread a process.
+
+What crosses processes in an iteration is counted where it is sent: under Ray every object that is put or returned, pickled
+(batches and answers), and the weights of a sync; under DeepSpeed the tensors that a rank hands to a collective. Engines that
+are not installed are left out.
 """
 
 from __future__ import annotations
@@ -58,21 +60,27 @@ def main() -> None:
     if args.child:
         child(args)
         return
-    seconds: dict[str, list[float]] = {}
-    moved: dict[str, float] = {}
+    found: dict[str, list[dict[str, float]]] = {}
     chosen = [name for name in args.engines if find_spec(name.split()[0]) is not None or name[:5] in ("local", "torch")]
     for _ in range(args.rounds):
         for name in chosen:
-            steps = measure(name, args)
-            seconds.setdefault(name, []).extend(step["seconds"] for step in steps[1:])
-            moved[name] = median(step["bytes"] for step in steps[1:])
+            found.setdefault(name, []).extend(measure(name, args)[1:])
     print(f"grpo, {args.model}, {args.prompts} prompts x {args.n} x {args.tokens} tokens, {args.rounds} rounds")
-    print(f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'MiB an iteration':>17} {'KiB a sample':>13}")
-    for name, times in seconds.items():
-        added = min(times) - min(seconds["local"]) if "local" in seconds else float("nan")
-        a_sample = moved[name] / 2**10 / (args.prompts * args.n)
-        row = f"{min(times):9.3f} {median(times):9.3f} {added:9.3f} {moved[name] / 2**20:17.2f} {a_sample:13.1f}"
+    print(
+        f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'CPU s':>8} {'added':>8} {'MiB':>9} {'KiB a sample':>13}"
+    )
+    local = least(found["local"]) if "local" in found else {"seconds": float("nan"), "cpu": float("nan")}
+    for name, steps in found.items():
+        best = least(steps)
+        middle, moved = (median(step[key] for step in steps) for key in ("seconds", "bytes"))
+        row = f"{best['seconds']:9.3f} {middle:9.3f} {best['seconds'] - local['seconds']:9.3f} {best['cpu']:8.3f} "
+        row += f"{best['cpu'] - local['cpu']:8.3f} {moved / 2**20:9.2f} {moved / 2**10 / (args.prompts * args.n):13.1f}"
         print(f"{name:18} {row}", flush=True)
+
+
+def least(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The least of each number, over the steps."""
+    return {key: min(step[key] for step in steps) for key in ("seconds", "cpu")}
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, float]]:
@@ -94,7 +102,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, float]]:
 
 def child(args: argparse.Namespace) -> None:
     """The run itself."""
-    from rlhf_core import Registry, Run, hookimpl, make_config
+    from rlhf_core import Registry, Run, make_config
 
     _, chosen = ENGINES[args.child]
     registry = Registry()
@@ -106,18 +114,36 @@ def child(args: argparse.Namespace) -> None:
     counted = crossed.by_ray if "launcher" in chosen else crossed.by_collectives
     steps: list[dict[str, float]] = []
 
-    class Watch:
-        @hookimpl
-        def rlhf_step_end(self, run: Run, step: int, metrics: dict[str, float]) -> None:
-            weights = metrics.get("sync/bytes", 0.0)
-            steps.append({"seconds": metrics["time/step"], "bytes": crossed.taken() + weights})
+    class Watched(Run):
+        def finish(self, step: int, credited: Any) -> None:
+            super().finish(step, credited)
+            cpu = sum(self.world.gather(cpu_seconds()))
+            moved = crossed.taken() + self.last_metrics.get("sync/bytes", 0.0)
+            steps.append({"seconds": self.last_metrics["time/step"], "cpu": cpu, "bytes": moved})
 
-    registry.register(Watch(), name="watch")
-    run = Run(config, registry)
+    run = Watched(config, registry)
     counted()
     run.train()
-    if run.leader:
+    clock = [step["cpu"] for step in steps]
+    for step, before, after in zip(steps, [0.0, *clock], clock, strict=False):
+        step["cpu"] = after - before
+    if run.world.rank == 0:
         Path(args.folder, "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and all that it started, which under Ray are its workers."""
+    parents, times = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        parents[int(stat.parent.name)], times[int(stat.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    mine = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= more
+    return sum(times.get(pid, 0) for pid in mine) / os.sysconf("SC_CLK_TCK")
 
 
 class Crossed:

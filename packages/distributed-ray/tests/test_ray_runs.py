@@ -32,7 +32,7 @@ WORKERS = ["--launcher", "ray", "--launcher.cpus", "0.1"]
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """A cluster on this machine with more CPUs than it has: roles work in turn."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -163,9 +163,12 @@ def test_fewer_held_out_rows_than_workers_are_evaluated_all_the_same(preferences
     assert_equal_runs(local, run([*words, *WORKERS, "--launcher.workers", "2", "--launcher.engines", "2"]))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+FAKE = ["--rollout", "fake", "--strategy", "fake"]
+
+
+@pytest.mark.parametrize(("rank", "workers", "engines"), [(0, "1", []), (1, "2", FAKE)])
 def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
-    rank: int, preferences: Path, tmp_path: Path
+    rank: int, workers: str, engines: list[str], preferences: Path, tmp_path: Path
 ) -> None:
     """Whichever rank it is: the others wait for it, or fail because of it, and are not what is told."""
 
@@ -180,9 +183,9 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
             if step == 3:
                 os.kill(self.victim[1], signal.SIGKILL)
 
-    straight = run(words_of("grpo", preferences, tmp_path / "straight"))
-    words = [*words_of("grpo", preferences, tmp_path / "run"), "--save-every", "1", *WORKERS]
-    words += ["--launcher.workers", "2"]
+    straight = run([*words_of("grpo", preferences, tmp_path / "straight"), *engines])
+    words = [*words_of("grpo", preferences, tmp_path / "run"), *engines, "--save-every", "1", *WORKERS]
+    words += ["--launcher.workers", workers]
     assassin = Assassin()
     with pytest.raises(RunStopped) as stopped:
         run(words, assassin)

@@ -109,6 +109,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "dpo": lambda folder: ("dpo", offline(folder, "pairs")),
     "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
     "grpo": lambda folder: ("grpo", {**ONLINE}),
+    "lora": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "lora": {"rank": 4}}}),
     "bf16": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }
 """Algorithm and options of each case."""
