@@ -1,9 +1,9 @@
 """One RePULSe update against the bare forwards and backwards it needs, on the same samples.
 
-An update is everything after sampling: needs, credit, both optimiser steps. It needs one forward pass without gradient (the
-policy on the proposal's samples; the proposal's own log-probabilities come with the samples), and three with: the policy on
-its own and on the proposal's samples, the proposal on its samples. The bare side does those with `transformers`, full
-logits, clipping and AdamW. Both take turns; target on the 135M model: a ratio of at most 1.1.
+An update is everything after sampling: needs, credit, both optimiser steps. It needs three forward and backward passes: the
+policy on its own and on the proposal's samples, the proposal on its samples. That on the proposal's samples gives the
+importance weights too, and the proposal's own log-probabilities come with the samples. The bare side does those with
+`transformers`, full logits, clipping and AdamW. Both take turns; target on the 135M model: a ratio of at most 1.1.
 
     python benchmarks/repulse.py --model tiny
     python benchmarks/repulse.py --model smollm2-135m --rounds 3
@@ -53,8 +53,6 @@ def compare(run: Run, options: argparse.Namespace) -> None:
         update(run, credit(run, batches, rewards))
 
     def bare() -> None:
-        with torch.inference_mode():
-            logprobs(models["actor"], batches["proposal"])
         for name, sources in {"actor": ("actor", "proposal"), "proposal": ("proposal",)}.items():
             for source in sources:
                 logprobs(models[name], batches[source]).mean().backward()
