@@ -69,7 +69,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "half a character",
         ['{"prompt": "a\\ud800", "answer": "b"}'],
         {},
-        "FILE:1: '\\ud800' is half a character, which no tokenizer reads",
+        "FILE:1: half a character, '\\ud800', stands alone; write both halves",
     ),
     ("no prompt", [{"a": 1, "b": 2}], {}, "FILE:1: no prompt among the columns a, b; pass --data.prompt-key"),
     ("a column goes missing", [{"prompt": "a"}, {"x": 1}], {}, "FILE:2: expected a column 'prompt'; there are x"),
@@ -234,6 +234,8 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         {"encoding": {"template": "raw"}},
         "FILE:1: the chat cannot be rendered: a chat with tool calls needs a tokenizer with a chat template",
     ),
+    ("a count below zero", [{"prompt": "a"}], {"limit": -1}, "--data.limit must be at least 0, not -1"),
+    ("processes below zero", [{"prompt": "a"}], {"workers": -2}, "--data.workers must be at least 0, not -2"),
     (
         "nothing held out",
         [{"prompt": "a"}],

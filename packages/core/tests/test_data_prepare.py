@@ -73,6 +73,16 @@ def test_a_cached_row_is_the_row(tmp_path: Path, online: bool, monkeypatch: Any)
         prepared(not online, cache=str(tmp_path))  # prompts alone are other rows
 
 
+def test_a_prompt_is_no_row_to_train_on_whatever_the_cache_has_of_it(tmp_path: Path) -> None:
+    asked = Example("What is red?", origin="rows:1")
+    for online, cache in ((True, ""), (True, str(tmp_path)), (False, str(tmp_path)), (False, "")):
+        preparer = Preparer(encoder(), online, data(cache=cache))
+        (row,) = preparer([asked])
+        preparer.close()
+        assert isinstance(row, Row if online else DataError)
+    assert str(row) == "rows:1: no completion to train on; pass --data.completion-key if there is one"
+
+
 def test_the_limits_of_a_run_are_not_in_the_cache(tmp_path: Path) -> None:
     assert all(prepared(cache=str(tmp_path)))
     short = Preparer(encoder(max_prompt_tokens=3), False, data(cache=str(tmp_path)))

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.cache import RowCache
 from rlhf_core.data.render import Encoding
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, UsageError
 from rlhf_core.options import FREE
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class Preparation:
     workers: int = field(default=0, metadata=FREE)
     """processes that template and tokenise; 0 does it in a thread beside the loop"""
 
+    def __post_init__(self) -> None:
+        counts = {"preview", "workers", "limit", "limit_each", "shuffle_buffer"}  # of whichever reader this is
+        for each in fields(self):
+            if each.name in counts and getattr(self, each.name) < 0:
+                raise UsageError(
+                    f"--data.{each.name.replace('_', '-')} must be at least 0, not {getattr(self, each.name)}"
+                )
+
 
 class Preparer:
     """Turns examples into rows.
@@ -73,7 +81,10 @@ class Preparer:
         bare = [_bare(example, self._online) for example in examples]
         keys = [self._cache.key(example) for example in bare] if self._cache else []
         known = self._cache.get(keys) if self._cache else {}
-        missing = [i for i in range(len(bare)) if not known or keys[i] not in known]
+        # without completions there is a prompt's row in the cache, if any, and that is none to train on
+        missing = [
+            i for i, e in enumerate(bare) if not (known and keys[i] in known and (self._online or e.completions))
+        ]
         made = dict(zip(missing, self._made([bare[i] for i in missing])))
         if self._cache:
             self._cache.put({keys[i]: row for i, row in made.items() if not isinstance(row, DataError)})
@@ -82,17 +93,17 @@ class Preparer:
 
     def _made(self, examples: Sequence[Example]) -> list[Row | DataError]:
         if not self._count or len(examples) < 2:
-            return _rows(self._encoder, examples)
+            return _rows(self._encoder, examples, self._online)
         if self._workers is None:
             from rlhf_core.reward.workers import Workers
 
             self._workers = Workers(self._count, TARGET, (self._encoder.tokenizer, self._encoder.encoding))
         size = min(SHARE, -(-len(examples) // self._count))
-        calls = [(examples[at : at + size],) for at in range(0, len(examples), size)]
+        calls = [(examples[at : at + size], self._online) for at in range(0, len(examples), size)]
         rows: list[Row | DataError] = []
-        for (part,), answer in zip(calls, self._workers.map(calls, timeout=0)):
+        for (part, _), answer in zip(calls, self._workers.map(calls, timeout=0)):
             # a process that died says nothing about the rows: they are made here
-            rows += answer if isinstance(answer, list) else _rows(self._encoder, part)
+            rows += answer if isinstance(answer, list) else _rows(self._encoder, part, self._online)
         return rows
 
     def close(self) -> None:
@@ -110,12 +121,12 @@ def _bare(example: Example, online: bool) -> Example:
     return replace(example, label=None, meta=tools, fields={}, completions=completions)
 
 
-def _rows(encoder: Encoder, examples: Sequence[Example]) -> list[Row | DataError]:
-    """The rows at full length; prompts alone where there are no completions."""
+def _rows(encoder: Encoder, examples: Sequence[Example], online: bool) -> list[Row | DataError]:
+    """The rows at full length."""
     rows: list[Row | DataError] = []
     for example in examples:
         try:
-            rows.append(encoder.row(example) if example.completions else encoder.prompt_row(example))
+            rows.append(encoder.prompt_row(example) if online else encoder.row(example))
         except DataError as error:
             rows.append(error)
     return rows
@@ -138,5 +149,5 @@ def prepare(tokenizer: Any, encoding: Encoding) -> None:
     _made_here()["encoder"] = Encoder(tokenizer, encoding=encoding)
 
 
-def _in_worker(examples: Sequence[Example]) -> list[Row | DataError]:
-    return _rows(_made_here()["encoder"], examples)
+def _in_worker(examples: Sequence[Example], online: bool) -> list[Row | DataError]:
+    return _rows(_made_here()["encoder"], examples, online)
