@@ -27,6 +27,7 @@ from rlhf_core.errors import UsageError
 from rlhf_core.hookspecs import KINDS, SEVERAL
 from rlhf_core.layout import STRUCTURE, Layout, Section, annotation_of, default_of, flag, nested, option_fields
 from rlhf_core.options import RunConfig
+from rlhf_core.redact import redacted
 from rlhf_core.settings import Settings, read, read_tree
 from rlhf_core.values import MASK, is_secret, to_plain
 
@@ -189,7 +190,7 @@ def _plain(options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = ()) 
             tree[each.name] = MASK
         else:
             try:
-                tree[each.name] = to_plain(value)
+                tree[each.name] = redacted(to_plain(value)) if masked else to_plain(value)
             except ValueError:
                 raise UsageError(
                     f"{path} is a {type(value).__name__}, which no file can hold and no worker can be told; "

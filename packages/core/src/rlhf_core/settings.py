@@ -143,11 +143,17 @@ def _values(tree: Mapping[str, Any], layout: Layout, where: str, above: str = ""
             continue
         if is_secret(option.annotation) and value == MASK:
             raise UsageError(f"{_at(where)}{path} is masked; give it as {flag(path)} env:NAME")
+        if any(isinstance(each, str) and "://" in each and MASK in each for each in [value, *_elements(value)]):
+            raise UsageError(f"{_at(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS")
         try:
             yield path, from_plain(option.annotation, value)
         except ValueError:
             got = "" if is_secret(option.annotation) else f", not {value!r}"
             raise UsageError(f"{_at(where)}{path} must be {metavar(option.annotation)}{got}") from None
+
+
+def _elements(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def from_flags(flags: Mapping[str, Sequence[str]], layout: Layout) -> Settings:

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from rlhf_core.errors import UsageError
+from rlhf_core.redact import MASK, hide
 
 __all__ = ["MASK", "Secret", "from_plain", "from_words", "is_secret", "metavar", "reveal", "to_plain"]
-
-MASK = "***"
-"""What is written for a secret."""
 
 NONE = "none"
 
@@ -43,10 +41,10 @@ def reveal(secret: str) -> str:
     """
     name = secret.removeprefix("env:")
     if name == secret:
-        return secret
+        return hide(secret)
     if name not in os.environ:
         raise UsageError(f"the environment variable {name} is not set, but an option is given as env:{name}")
-    return os.environ[name]
+    return hide(os.environ[name])
 
 
 def is_secret(annotation: Any) -> bool:

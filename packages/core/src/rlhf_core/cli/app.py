@@ -14,6 +14,7 @@ from rlhf_core.cli import help as help_
 from rlhf_core.cli.command import COMMANDS, JOBS, make_command, wants_help
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.near import closest, or_list
+from rlhf_core.redact import redact, show_traceback
 from rlhf_core.registry import Registry
 from rlhf_core.settings import read
 
@@ -22,6 +23,7 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    sys.excepthook = show_traceback  # of a bug
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a reader that has gone away is caught
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     """One line on stderr, whatever the message contains."""
-    print(f"rlhf-run: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rlhf-run: {redact(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _run(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ from rlhf_core.hookspecs import KINDS
 from rlhf_core.layout import Layout, Section, flag, laid_out, provider_sections
 from rlhf_core.lazy import torch
 from rlhf_core.options import RunConfig
+from rlhf_core.redact import redact
 from rlhf_core.settings import Settings, from_flags, one, split_flags
 from rlhf_core.targets import load
 from rlhf_core.types import Chosen, Term
@@ -127,7 +128,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add a line per row in one write, and force it to the disk: what was killed leaves at most its last line half."""
-    content = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    content = redact("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         view = memoryview(content)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.files import write_bytes
 from rlhf_core.hookspecs import hookimpl
+from rlhf_core.redact import redact, redacted
 
 if TYPE_CHECKING:
     from rlhf_core.run import Run
@@ -51,7 +52,7 @@ def samples(run: Run) -> Iterator[dict[str, Any]]:
     """Some rows of each batch of the last step, as plain values with the same names."""
     for key, batch in run.samples.items():
         for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):
-            yield {"step": run.step, "source": key, **sample(batch, i)}
+            yield redacted({"step": run.step, "source": key, **sample(batch, i)})
 
 
 def sample(batch: Batch, i: int) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def sample(batch: Batch, i: int) -> dict[str, Any]:
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(redact(json.dumps(row, ensure_ascii=False)) + "\n")
 
 
 def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:
