@@ -1,86 +1,93 @@
-"""How fast rows become batches, and the share of a training step that waits for them: `python benchmarks/data.py`.
+"""How fast rows become tokens, and that a run never waits for them: `python benchmarks/data.py [MODEL]`.
 
-Rows are made here: preference pairs of about 200 tokens a side, read with the byte-level tokenizer's chat template (more
-tokens a row than any real tokenizer has, so the slow case). Printed are rows/s of reading and checking a file, of drawing
-and encoding batches, and the share of the time of an `sft` run of the tiny model that goes to data.
+Rows are made here: preference pairs of about 100 tokens a side, with the chat template of MODEL (the byte-level tokenizer of
+`tiny` by default: more tokens a row than any real one has). Printed are rows/s of reading and checking a file, and of
+templating and tokenising in this process, in two others, and out of the cache; then what an `sft` run of the tiny model
+waited for data, as its own `time/data` says, when rows are read ahead and, for comparison, made when they are asked for.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import statistics
+import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_core import Run, make_config
 from rlhf_core.data.json import Json
-from rlhf_core.data.stream import Stream
+from rlhf_core.data.prepare import Preparer
+from rlhf_core.data.stream import Drawn
 from rlhf_core.encode import Encoder
 from rlhf_core.models.load import load_tokenizer
 from rlhf_core.options import ModelOptions
-from rlhf_core.types import Batch, Example
+from rlhf_core.types import Example
 
-ROWS, BATCH, BATCHES = 20_000, 64, 20
+ROWS, PREPARED, BLOCK, STEPS = 20_000, 4096, 512, 15
 WORDS = "the a river walks slowly over green stones and nobody in town knows why it sings at night".split()
 
 
-class Timed(Run):
-    """A run that knows how long it waited for data."""
+class Unhurried(Run):
+    """A run that makes its rows when they are asked for."""
 
-    waited = 0.0
-
-    def next_rows(self) -> tuple[list[Example], list[int]]:
-        started = time.perf_counter()
-        rows = super().next_rows()
-        self.waited += time.perf_counter() - started
-        return rows
-
-    def read(self, rows: tuple[list[Example], list[int]]) -> Batch:
-        started = time.perf_counter()
-        batch = super().read(rows)
-        self.waited += time.perf_counter() - started
-        return batch
+    def next_rows(self) -> Drawn:
+        with self.phase("data"):
+            return next(self.stream._stream)
 
 
 def text(words: int) -> str:
     return " ".join(random.choices(WORDS, k=words))
 
 
+def prepared(title: str, encoder: Encoder, data: Json, examples: Sequence[Example]) -> None:
+    """Print how fast rows are prepared, the start of processes left out."""
+    preparer = Preparer(encoder, online=False, data=data)
+    try:
+        if data.workers:
+            preparer(examples[-2 * BLOCK :])
+        started = time.perf_counter()
+        for at in range(0, len(examples), BLOCK):
+            preparer(examples[at : at + BLOCK])
+        print(f"{title:<26}{len(examples) / (time.perf_counter() - started):10,.0f} rows/s", flush=True)
+    finally:
+        preparer.close()
+
+
+def waited(title: str, kind: type[Run], path: Path, output: Path) -> None:
+    """Print the time that the steps of a run waited for data."""
+    data = {"use": "json", "path": str(path), "completion_key": "chosen", "limit": 2000}
+    run = kind(make_config("sft", model="tiny", output=str(output), steps=STEPS, batch_size=16, data=data))
+    run.train()
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][1:]
+    data_ms, step_ms = (1000 * statistics.median(step[f"time/{name}"] for step in steps) for name in ("data", "step"))
+    print(f"{title:<26}{data_ms:10.1f} ms of a step of {step_ms:.0f} ms ({data_ms / step_ms:.1%})", flush=True)
+
+
 def main() -> None:
     random.seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
+    model = sys.argv[1] if len(sys.argv) > 1 else "tiny"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "rows.jsonl"
         rows = ({"prompt": text(20), "chosen": text(40), "rejected": text(40)} for _ in range(ROWS))
         path.write_text("\n".join(map(json.dumps, rows)))
         started = time.perf_counter()
         examples = Json(str(path))("train")
-        print(f"read and check a file   {ROWS / (time.perf_counter() - started):10,.0f} rows/s")
+        print(f"{'read and check a file':<26}{ROWS / (time.perf_counter() - started):10,.0f} rows/s", flush=True)
 
-        encoder = Encoder(load_tokenizer("tiny", ModelOptions()))
-        stream = Stream(examples, BATCH, keep=encoder.fits)
-        times = [time.perf_counter()]
-        for _ in range(BATCHES):
-            encoder.batch(*next(stream))
-            times.append(time.perf_counter())
-        seconds = sorted(after - before for before, after in pairwise(times))
-        print(f"draw and encode pairs   {BATCH / seconds[BATCHES // 2]:10,.0f} rows/s")
+        some = examples[:PREPARED]
+        encoder = Encoder(load_tokenizer(model, ModelOptions()))
+        prepared("tokenise, one process", encoder, Json(str(path)), some)
+        prepared("tokenise, two processes", encoder, Json(str(path), workers=2), some)
+        cached = Json(str(path), cache=str(folder / "cache"))
+        prepared("tokenise into the cache", encoder, cached, some)
+        prepared("out of the cache", encoder, cached, some)
 
-        output = str(Path(folder) / "run")
-        config = make_config(
-            "sft",
-            model="tiny",
-            output=output,
-            steps=10,
-            batch_size=16,
-            data={"use": "json", "path": str(path), "completion_key": "chosen"},
-        )
-        run = Timed(config)
-        started = time.perf_counter()
-        run.train()
-        share = run.waited / (time.perf_counter() - started)
-        print(f"share of sft on data    {share:10.1%} (tiny model; a real one computes far longer)")
+        waited("waited, read ahead", Run, path, folder / "ahead")
+        waited("waited, made when asked", Unhurried, path, folder / "asked")
 
 
 if __name__ == "__main__":
