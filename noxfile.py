@@ -182,6 +182,26 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", *([] if session.posargs else ["--check"]), ".")
 
 
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of the versions in constraints.txt, asked of the package index. Our own code: ruff's S, in lint."""
+    session.install("pip-audit")
+    found = Path(session.create_tmp()) / "audit.json"
+    pins = ("--requirement", "constraints.txt", "--no-deps", "--disable-pip")
+    session.run(
+        "pip-audit", *pins, "--format", "json", "--output", str(found), "--progress-spinner", "off", success_codes=[0, 1]
+    )
+    listed = json.loads(found.read_text())["dependencies"] if found.exists() else []
+    bad = [f"{each['name']} {each['version']}: {vuln['id']}" for each in listed for vuln in each.get("vulns", [])]
+    unknown = [each["name"] for each in listed if "skip_reason" in each]
+    if bad:
+        session.error("known vulnerabilities: " + ", ".join(bad))
+    if len(unknown) == len(listed):
+        session.warn("no vulnerability service can be reached from here: nothing was audited")
+    else:
+        session.log(f"{len(listed) - len(unknown)} versions without a known vulnerability; {len(unknown)} not audited")
+
+
 @nox.session(venv_backend="none", requires=["develop"])
 def types(session: nox.Session) -> None:
     """mypy, strict, on all sources."""

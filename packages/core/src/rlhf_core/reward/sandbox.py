@@ -73,7 +73,7 @@ def passed(solution: str, tests: list[str]) -> list[bool]:
 
 def runs(code: str, names: dict[str, object]) -> bool:
     try:
-        exec(compile(code, "<generated>", "exec"), names)
+        exec(compile(code, "<generated>", "exec"), names)  # noqa: S102  # it is what this child is for, under limits
     except BaseException:  # generated code may raise SystemExit or KeyboardInterrupt too
         return False
     return True

@@ -29,7 +29,7 @@ def check_provider(provider: Any) -> None:
     assert callable(provider), f"{who} must define __call__: calling a provider does its work"
     _check_options(provider, who)
     try:
-        copy = pickle.loads(pickle.dumps(provider))
+        copy = pickle.loads(pickle.dumps(provider))  # noqa: S301  # what was just written
     except Exception as error:
         raise AssertionError(f"{who} must pickle, since it travels to workers: {error}") from error
     assert copy == provider, f"{who} must equal its pickled copy; keep state out of the fields that are compared"
