@@ -28,6 +28,7 @@ __all__ = ["RayLauncher"]
 
 LOWEST = (2, 50)
 KNOCK_SECONDS = 5
+REASON = 150  # characters of what Ray says: a line
 PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
 
@@ -129,8 +130,8 @@ class RayLauncher:
                     logging_level="ERROR",
                 )
                 return
-            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            except Exception as error:  # of any type: a node that does not start in time is a bare one
+                reason = " ".join(str(error).split())[:REASON] or type(error).__name__
                 refused = isinstance(error, ray.exceptions.AuthenticationError)
         if refused or b"Unauthenticated" in said:
             raise UsageError(
