@@ -66,5 +66,8 @@ def _t_two_sided(t: float, freedom: int) -> float:
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points no other beats: none is at least as high in both numbers and higher in one."""
-    beats = lambda a, b: a[0] >= b[0] and a[1] >= b[1] and a != b
-    return [not any(beats(other, point) for other in points) for point in points]
+    return [not any(_beats(other, point) for other in points) for point in points]
+
+
+def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and a != b
