@@ -33,7 +33,7 @@ class HuggingFace(Preparation, Columns):
     """hub name (name:config), folder, file, or type@folder (json@./rows); several with commas between"""
     _: KW_ONLY
     split: str = "train"
-    """split to train on; slices work too: train[:1000], train[:10%%]"""
+    """split to train on; slices work too: train[:1000], train[:10%]"""
     heldout_split: str = ""
     """split of the held-out rows, test say"""
     heldout: float = 0.0
