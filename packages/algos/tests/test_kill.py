@@ -19,6 +19,20 @@ from killed_child import At, train
 
 STEPS = 3
 ALGORITHMS = ("sft", "dpo", "ppo", "grpo")
+CLASSES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "saving beside the training": {"save_async": True},
+    "adapters": {"lora": {"rank": 2, "dropout": 0.1}},
+    "adapters, saving beside the training": {"lora": {"rank": 2, "dropout": 0.1}, "save_async": True},
+}
+"""What is added to an algorithm's options; `lora` to its actor's. Dropout draws from a random state that must be restored."""
+QUICK = [
+    ("sft", "plain"),
+    ("dpo", "saving beside the training"),
+    ("ppo", "saving beside the training"),
+    ("grpo", "plain"),
+    ("grpo", "adapters, saving beside the training"),
+]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["rlhf_core.run", "rlhf_core.models.export", "transformers.generation", "transformers.models.llama.modeling_llama"]
@@ -37,8 +51,12 @@ def attempt(
     return process.exitcode or 0
 
 
-def options_of(algorithm: str, folder: Path) -> dict[str, Any]:
-    """A run of an instant with evaluations and a checkpoint every step."""
+def options_of(algorithm: str, kind: str, folder: Path) -> dict[str, Any]:
+    """A run of an instant with evaluations and a checkpoint every step, of the kind that `CLASSES` names."""
+    added = dict(CLASSES[kind])
+    actor: dict[str, Any] = {"optim": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.5}}
+    if "lora" in added:
+        actor["lora"] = added.pop("lora")
     words = ["alpha", "be", "gamma ray", "d", "epsilon", "zeta zeta"]
     rows: list[dict[str, Any]] = [
         {"prompt": w, "completion": w.upper(), "chosen": w.upper(), "rejected": w[::-1]} for w in words
@@ -50,7 +68,7 @@ def options_of(algorithm: str, folder: Path) -> dict[str, Any]:
         "algorithm": algorithm,
         "model": "tiny:hidden=16,layers=1",
         "data": {"use": "json", "path": str(path), "heldout": 0.4, "encoding": {"template": "raw"}},
-        "actor": {"optim": {"lr": 1e-2, "schedule": "cosine", "warmup": 0.5}},
+        "actor": actor,
         "steps": STEPS,
         "batch_size": 4,
         "save_every": 1,
@@ -58,7 +76,7 @@ def options_of(algorithm: str, folder: Path) -> dict[str, Any]:
     if algorithm in ("ppo", "grpo"):
         options |= {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 6}, "minibatches": 2}
         options |= {"evaluator": "heldout", "eval_every": 2}
-    return options
+    return options | added
 
 
 def left_by(output: Path) -> dict[str, Any]:
@@ -72,20 +90,21 @@ def left_by(output: Path) -> dict[str, Any]:
         ],
         "samples": (output / "samples.jsonl").read_bytes(),
         "evaluations": evaluations.read_bytes() if evaluations.exists() else b"",
-        "weights": (output / "model" / "model.safetensors").read_bytes(),
+        "weights": {path.name: path.read_bytes() for path in (output / "model").glob("*.safetensors")},
         "checkpoints": sorted(path.name for path in (output / "checkpoints").iterdir()),
         "hidden": [path.name for path in output.rglob(".*")],
     }
 
 
-def killed_and_resumed(algorithm: str, kills: int, folder: Path) -> None:
+def killed_and_resumed(algorithm: str, kind: str, kills: int, folder: Path) -> None:
     """Kill the run `kills` times, in as many attempts as that takes, and compare each that ends with the uninterrupted."""
-    options = options_of(algorithm, folder)
+    options = options_of(algorithm, kind, folder)
     count = folder / "count"
     assert attempt(options | {"output": str(folder / "whole")}, count=count) == 0, (folder / "whole.log").read_text()
     operations, seconds = (float(word) for word in count.read_text().split())
     whole = left_by(folder / "whole")
-    moments = random.Random(algorithm)
+    assert whole["weights"]
+    moments = random.Random(algorithm + kind)
     killed = runs = 0
     while killed < kills:
         output, runs = folder / f"run-{runs}", runs + 1
@@ -104,12 +123,13 @@ def continued(options: dict[str, Any], output: Path) -> dict[str, Any]:
     return options | {"output": str(output), "resume": (output / "config.toml").exists()}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(algorithm: str, tmp_path: Path) -> None:
-    killed_and_resumed(algorithm, 1, tmp_path)
+@pytest.mark.parametrize(("algorithm", "kind"), QUICK)
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(algorithm: str, kind: str, tmp_path: Path) -> None:
+    killed_and_resumed(algorithm, kind, 1, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_thirty_random_kills_change_nothing(algorithm: str, tmp_path: Path) -> None:
-    killed_and_resumed(algorithm, 30, tmp_path)
+def test_thirty_random_kills_change_nothing(algorithm: str, kind: str, tmp_path: Path) -> None:
+    killed_and_resumed(algorithm, kind, 30, tmp_path)

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +102,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_it_is_whole(small_disk: Path) -> None:
+@pytest.mark.parametrize("save_async", [False, True], ids=["waiting", "beside"])
+def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_it_is_whole(
+    save_async: bool, small_disk: Path
+) -> None:
     output = small_disk / "run"
     filler = small_disk / "filler"
 
@@ -114,8 +119,8 @@ def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_it_is_whole(sma
     registry = Registry()
     registry.register(Fill(), "fill")
     with pytest.raises(RunStopped) as caught:
-        tiny_run(output, registry=registry, model=MODEL, steps=3, save_every=1).train()
-    assert str(caught.value) == (
+        tiny_run(output, registry=registry, model=MODEL, steps=3, save_every=1, save_async=save_async).train()
+    assert str(caught.value).replace("step 3", "step 2") == (  # beside the training it may be noticed in the next step
         f"no space is left for {output} (checkpoint, step 2); the newest checkpoint is step-1; free some, then continue "
         "with --resume (--keep 1 needs the least)"
     )
@@ -197,3 +202,47 @@ def test_the_second_signal_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path, registry=signalled([signal.SIGINT, signal.SIGINT]), model=MODEL).train()
     assert valid_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["rlhf_run_start", "rlhf_run_end"])
+def test_a_preemption_notice_while_no_step_runs_exits_at_once_with_its_code(moment: str, tmp_path: Path) -> None:
+    class Sender:
+        @hookimpl
+        def rlhf_run_start(self) -> None:
+            if moment == "rlhf_run_start":
+                signal.raise_signal(signal.SIGUSR1)
+
+        @hookimpl
+        def rlhf_run_end(self, error: BaseException | None) -> None:
+            if moment == "rlhf_run_end":
+                signal.raise_signal(signal.SIGUSR1)
+
+    registry, before = Registry(), signal.getsignal(signal.SIGUSR1)
+    registry.register(Sender(), "sender")
+    with pytest.raises(SystemExit) as caught:
+        tiny_run(tmp_path, registry=registry, model=MODEL).train()
+    assert caught.value.code == 75
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert [folder.name for folder in valid_checkpoints(tmp_path)] == ([] if moment == "rlhf_run_start" else ["step-2"])
+
+
+def test_a_preempted_command_saves_and_exits_with_the_code_that_asks_to_be_requeued(tmp_path: Path) -> None:
+    """The way of a SLURM job: the notice, code 75, the same command again with --resume."""
+    words = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", MODEL, "--output", str(tmp_path / "run")]
+    words += ["--batch-size", "2", "--sampling.max-new-tokens", "4", "--save-async"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_core", *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 75, said
+    assert "SIGUSR1: finishing this step, then saving" in said
+    (saved,) = valid_checkpoints(tmp_path / "run")
+    done = int(saved.name.removeprefix("step-"))
+    assert f"stopped after step {done} of 100000; continue with --resume --output {tmp_path / 'run'}" in said
+    again = subprocess.run([sys.executable, "-m", "rlhf_core", *words, "--steps", str(done + 1), "--resume"])
+    assert again.returncode == 0
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, done + 2))

@@ -75,7 +75,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         before, now = old[name], new[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
+        elif before != now and not (before != before and now != now):  # nan is nan here
             yield prefix + name, before, now
 
 

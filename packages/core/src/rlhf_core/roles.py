@@ -22,8 +22,8 @@ from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
 from rlhf_core.kept import Kept
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
-from rlhf_core.options import Lora, TrainedOptions
 from rlhf_core.needs import ROUTER_LOSS
+from rlhf_core.options import Lora, TrainedOptions
 from rlhf_core.plan import Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
@@ -65,10 +65,10 @@ class LocalRole:
         self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
         self.budget = TokenBudget(config, name, self.world)
+        self._check_and_tell()
         for option, chosen in (("on-oom", config.on_oom), ("on-nonfinite", config.on_nonfinite)):
             if optim is not None and chosen != "stop" and not hasattr(self.trainable, "discard"):
                 strategy_name = config.names.get("strategy", "")
-        self._check_and_tell()
                 raise UsageError(f"--strategy {strategy_name} cannot take a step back; leave out --{option} {chosen}")
 
     @property
@@ -81,21 +81,18 @@ class LocalRole:
         """The Hugging Face causal language model inside, the very weights that are trained."""
         return self.module.causal_lm
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the role's model."""
     @property
     def average(self) -> Any:
         """The moving average of the weights, if there is one; see `models.average`."""
         return getattr(self.module, "average", None)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the role's model."""
         from rlhf_core.models.load import load_tokenizer
 
         return load_tokenizer(self.spec.options.model, self.spec.options)
 
-    def meet(self, roles: Mapping[str, LocalRole]) -> None:
-        """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
-        for _, term in self.spec.terms:
     def _check_and_tell(self) -> None:
         """Say what is trained, where it is not everything."""
         if self.average is not None and any(parameter.numel() == 0 for parameter in self.module.parameters()):
@@ -106,6 +103,9 @@ class LocalRole:
 
             print(f"rlhf-run: the {self.name} trains {trained_share(self.module)}", file=sys.stderr)
 
+    def meet(self, roles: Mapping[str, LocalRole]) -> None:
+        """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
+        for _, term in self.spec.terms:
             for name in term.wants:
                 other, _, _ = name.rpartition(".")
                 if other:
@@ -177,12 +177,12 @@ class LocalRole:
         """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of), or none where
         something is not finite and the run was told to go on."""
         config, found = self.plan.config, Means()
-        if config.on_oom == "halve":
-            found.add(f"micro_tokens/{self.name}", self.budget.tokens)
         try:
             if not any(batch.scalars.get(SKIP) for batch, _ in work.values()):
                 self._update(work, found)
                 means.merge(found)
+                if config.on_oom == "halve":
+                    means.add(f"micro_tokens/{self.name}", self.budget.tokens)
                 return
         except NotFinite as error:  # on every rank
             if config.on_nonfinite == "stop":
@@ -205,11 +205,11 @@ class LocalRole:
         metrics = self.trainable.step()
         if self.spec.options.dtype != "float16":  # its scaler skips an overflow and goes on
             watch.check_gradient(metrics["grad_norm"], {key: batch for key, (batch, _) in work.items()})
+        if self.average is not None:
+            self.average.update()
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
-        if self.average is not None:
-            self.average.update()
     def _gradients(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> tuple[float, Watch]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
@@ -218,9 +218,9 @@ class LocalRole:
         while True:
             total, watch, found = 0.0, Watch(self.name), Means()
             try:
-                for key, (batch, whole) in work.items():
-                    terms = [term for term_key, term in self.spec.terms if term_key == key]
-                    total += self._accumulate(terms, batch, whole, found, watch)
+                for keys in _of_same_rows(work):
+                    terms = [(term, work[key][0]) for key in keys for term_key, term in self.spec.terms if term_key == key]
+                    total += self._accumulate(terms, *work[keys[0]], found, watch)
                 means.merge(found)
                 return self.world_total(total), watch
             except Exception as error:
@@ -236,17 +236,19 @@ class LocalRole:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[Term], batch: Batch, whole: Batch, means: Means, watch: Watch) -> float:
-        """Add the gradients of `terms` on `batch`; returns this rank's share of their weighted loss."""
-        unit = lcm(*(term.unit for term in terms))
-        wants = frozenset[str]().union(*(term.wants for term in terms))
+    def _accumulate(
+        self, terms: list[tuple[Term, Batch]], batch: Batch, whole: Batch, means: Means, watch: Watch
+    ) -> float:
+        """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
+        unit = lcm(*(term.unit for term, _ in terms))
+        wants = frozenset[str]().union(*(term.wants for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit)
-        if cuts:
-            packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
-            means.add("padding", 0.0 if packs else padding_share(batch, cuts))
         coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
         wants |= {ROUTER_LOSS} if coef else set()
         tokens = self.world_total(_tokens(batch)) if coef else 0.0
+        if cuts:
+            packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
+            means.add("padding", 0.0 if packs else padding_share(batch, cuts))
         idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(min(unit, len(whole))))  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0
@@ -255,26 +257,27 @@ class LocalRole:
             micro = batch.rows(cuts[i]) if live else idle
             self.budget.trying(micro, unit)
             outputs = self.kept.take(micro, wants) or self.trainable.forward(micro, wants)
-            micro = self._with_old_logprobs(terms, micro, outputs)
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
-            for k, term in enumerate(terms):
-                result = self._checked(term, term.loss(outputs, micro), micro)
+            for k, (term, credited) in enumerate(terms):
+                own = micro if credited is batch else credited.rows(cuts[i] if live else range(len(idle)))
+                own = self._with_old_logprobs(term, own, outputs)
+                result = self._checked(term, term.loss(outputs, own), own)
                 if k not in counts:
                     counts[k] = self.world_total(count(result.reduction, batch, term.unit))
-                share = weighted_sum(result.values, result.reduction, micro) / max(counts[k], 1e-12)
+                share = weighted_sum(result.values, result.reduction, own) / max(counts[k], 1e-12)
                 loss = loss + live * term.weight * share
                 values[term_name(term)] = result.values
                 if live:
                     for name, metric in result.metrics.items():
                         means.add_metric(f"{self.name}/{name}", metric)
-            assert isinstance(loss, torch.Tensor)
-            self.trainable.backward(loss)
-            reached = float(loss.detach())
             if coef:
                 here = live * _tokens(micro)
                 loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
                 means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
+            assert isinstance(loss, torch.Tensor)
+            self.trainable.backward(loss)
+            reached = float(loss.detach())
             watch.micro_batch(reached, values, micro)
             total += reached
         return total
@@ -284,12 +287,11 @@ class LocalRole:
         them: one that has fewer repeats rows with no weight."""
         return max(self.world.gather(len(cuts))) if self.world.size > 1 else len(cuts)
 
-    def _with_old_logprobs(self, terms: list[Term], micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
+    def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
         """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
         are the live ones, detached, at no cost and with a ratio of exactly one. A batch sampled by another role keeps
         what that role recorded."""
-        wanted = any("old_logprobs_NT" in term.needs and term.source in ("data", self.name) for term in terms)
-        if wanted and self.plan.on_policy:
+        if "old_logprobs_NT" in term.needs and term.source in ("data", self.name) and self.plan.on_policy:
             return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
         return micro
 
@@ -368,14 +370,14 @@ class LocalRole:
         self.world.barrier()
 
 
-def _merged(spec: RoleSpec) -> RoleSpec:
-    """The spec of a copy that takes merged weights: without adapters."""
-    if not isinstance(spec.options, TrainedOptions):
 def _tokens(batch: Batch) -> float:
     """Tokens that a forward pass reads, padding left out."""
     return float((batch.prompt_lengths_N + batch.lengths_N).sum())
 
 
+def _merged(spec: RoleSpec) -> RoleSpec:
+    """The spec of a copy that takes merged weights: without adapters."""
+    if not isinstance(spec.options, TrainedOptions):
         return spec
     plain = replace(spec.options, lora=Lora(), quantize="none", freeze=(), ema=0.0)
     return replace(spec, options=plain)
@@ -387,6 +389,14 @@ def _compare(module: Any, name: str, other: Any, loss: Any) -> None:
 
     if module.comparisons.setdefault(name, Comparison(other, loss.compare)).function != loss.compare:
         raise ContractError(f"two losses want different functions as {name!r}; let their names differ")
+
+
+def _of_same_rows(work: Mapping[str, tuple[Batch, Batch]]) -> list[list[str]]:
+    """Credit keys, those together whose batches are the same rows: one forward pass serves them."""
+    groups: dict[int, list[str]] = {}
+    for key, (batch, _) in work.items():
+        groups.setdefault(id(batch.tokens_NT), []).append(key)
+    return list(groups.values())
 
 
 def _build(spec: RoleSpec, **options: Any) -> Any:

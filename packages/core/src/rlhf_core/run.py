@@ -39,7 +39,7 @@ from rlhf_core.reduce import Means
 from rlhf_core.reward.output import as_output, without_nan
 from rlhf_core.safety import explained
 from rlhf_core.shaping import RewardShaping
-from rlhf_core.signals import StopSignals
+from rlhf_core.signals import StopSignals, preemptible
 from rlhf_core.types import Batch, Example, Placed, Prompts, RewardOutput, Role, Rollouts
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Run(Meter):
 
     def train(self) -> dict[str, float]:
         """Train to the last step, evaluate, save and export; returns the last step's metrics."""
-        with explained(self), self.opened():
+        with explained(self), preemptible(), self.opened():
             if self.step == 0:
                 self.evaluate()
             with self.signals:
@@ -176,6 +176,7 @@ class Run(Meter):
                 if hasattr(provider, "check"):
                     provider.check()
         check_vocabularies(self.plan)
+        check_hub(self.config)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
@@ -322,9 +323,9 @@ class Run(Meter):
     def export(self) -> None:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
         self.roles[self.plan.trained[0]].export(str(self.output / "model"))
-
         if self.leader:
             publish(self)
+
     def _scalars(self) -> dict[str, float]:
         return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef, "step": self.step + 1}
 

@@ -3,6 +3,9 @@
 SIGINT (Ctrl-C)   exit code 130
 SIGTERM           exit code 143
 SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
+
+Before the first step and after the last there is no step to finish: SIGUSR1 exits with its code at once, and the others do what
+they do in any program.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["EXIT_CODES", "StopSignals"]
+__all__ = ["EXIT_CODES", "StopSignals", "preemptible"]
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
 
@@ -51,3 +56,24 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """While the block runs, and `StopSignals` does not, SIGUSR1 ends the process with its exit code."""
+
+    def stop(*_: object) -> None:
+        print(
+            "rlhf-run: SIGUSR1: no step is running, so there is nothing to save; continue with --resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_CODES[signal.SIGUSR1])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -73,13 +73,13 @@ class TorchTrainable:
     def step(self) -> dict[str, float]:
         assert self.optimizer is not None and self.options is not None, "a frozen role is not stepped"
         lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self._sum_gradients()  # before the scaler looks for overflow, so that all ranks see it and skip the step together
         self.scaler.unscale_(self.optimizer)
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
         if self.scaler.is_enabled() or norm.isfinite():  # never into the weights; a scaler looks for itself
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
