@@ -8,7 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-__all__ = ["discard", "force", "fresh_folder", "fsync_tree", "temporary_name", "write_bytes", "write_text"]
+from rlhf_core.errors import UsageError
+
+__all__ = [
+    "check_links",
+    "discard",
+    "force",
+    "fresh_folder",
+    "fsync_tree",
+    "inside",
+    "temporary_name",
+    "write_bytes",
+    "write_text",
+]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -77,3 +89,28 @@ def force(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, if that lies in `folder`, links followed.
+
+    Raises:
+        UsageError: it leads out, by `..`, by a link, or as a path of its own.
+    """
+    path, root = (folder / name).resolve(), folder.resolve()
+    if path == root or not path.is_relative_to(root):
+        raise UsageError(f"{name!r} leads out of {folder}; name something in it")
+    return folder / name
+
+
+def check_links(folder: Path) -> None:
+    """Check that no link in `folder` leads out of it: whoever writes below it must not write elsewhere.
+
+    Raises:
+        UsageError: one does.
+    """
+    root = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UsageError(f"{path} is a link that leads out of {folder}; remove it, or name another --output")

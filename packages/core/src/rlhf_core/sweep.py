@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_core.errors import UsageError
-from rlhf_core.files import write_text
+from rlhf_core.files import inside, write_text
 
 __all__ = ["Member", "SweepFile", "read_sweep"]
 
@@ -118,11 +118,13 @@ def read_sweep(path: str | Path) -> SweepFile:
     methods = list(_methods(tree, base, path))
     for seed, (method, settings) in itertools.product(seeds, methods):  # all methods once, before the next seed
         name = f"{method}-seed{seed}"
-        folder = output / name
+        folder = inside(output, name)
         members.append(Member(name, method, seed, {**settings, "seed": seed, "output": str(folder)}, folder))
     if len({member.name for member in members}) < len(members):
         raise UsageError(f"{path}: two runs have one name; tell variants and grid values apart")
-    discard = tuple(tree.get("discard", ()))
+    discard = tuple(map(str, tree.get("discard", ())))
+    for name in discard:
+        inside(output / "run", name)
     return SweepFile(path, output, tuple(members), discard, {k: str(v) for k, v in tree.get("slurm", {}).items()})
 
 

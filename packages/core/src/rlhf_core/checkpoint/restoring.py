@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rlhf_core.checkpoint.manifest import checkpoints_of, damage
 from rlhf_core.checkpoint.random_states import set_random_states
 from rlhf_core.errors import UsageError
-from rlhf_core.files import write_text
+from rlhf_core.files import check_links, write_text
 from rlhf_core.moments import Moments
 from rlhf_core.tensors import read_tree
 
@@ -38,6 +38,7 @@ def prepare_output(run: Run) -> None:
 
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"--output {run.output} is a file; name a folder")
+    check_links(run.output)
     begun = any((run.output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
     if begun and not run.config.resume:
         raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
