@@ -78,7 +78,7 @@ def test_no_role_reads_the_same_tokens_twice_with_the_same_weights(contrast, tmp
 def test_the_policy_s_own_samples_are_read_once_where_it_is_its_own_proposal(tmp_path):
     with run_of(tmp_path, RePULSe(proposal="base")).opened() as run:
         seen = one_step(run)
-    assert seen == {("actor", "actor", True): 2}, "once for each credit: they are trained on by themselves"
+    assert seen == {("actor", "actor", True): 1}, "both credits of the same samples share the pass"
 
 
 def test_a_pass_that_was_kept_trains_as_one_that_is_made_again(tmp_path, monkeypatch):

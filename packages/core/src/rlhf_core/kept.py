@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import Batch
 
-__all__ = ["Kept"]
+__all__ = ["Kept", "of_same_rows"]
 
 COLUMNS = ("prompt_lengths_N", "lengths_N", "prompt_NL", "tokens_NT")
 
@@ -44,3 +44,11 @@ class Kept:
     def clear(self) -> None:
         """Forget everything: the weights have moved, or memory is short."""
         self._passes.clear()
+
+
+def of_same_rows(work: Mapping[str, tuple[Batch, Batch]]) -> list[list[str]]:
+    """Credit keys, those together whose batches are the same rows of the same samples: one pass serves them all."""
+    groups: dict[int, list[str]] = {}
+    for key, (batch, _) in work.items():
+        groups.setdefault(id(batch.tokens_NT), []).append(key)
+    return list(groups.values())

@@ -19,7 +19,7 @@ from rlhf_core.budget import TokenBudget, release_memory
 from rlhf_core.determinism import be_deterministic
 from rlhf_core.errors import ContractError, NotFinite, UsageError
 from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
-from rlhf_core.kept import Kept
+from rlhf_core.kept import Kept, of_same_rows
 from rlhf_core.lazy import torch
 from rlhf_core.microbatch import micro_rows, minibatches, padding_share
 from rlhf_core.needs import ROUTER_LOSS
@@ -218,7 +218,7 @@ class LocalRole:
         while True:
             total, watch, found = 0.0, Watch(self.name), Means()
             try:
-                for keys in _of_same_rows(work):
+                for keys in of_same_rows(work):
                     terms = [(term, work[key][0]) for key in keys for term_key, term in self.spec.terms if term_key == key]
                     total += self._accumulate(terms, *work[keys[0]], found, watch)
                 means.merge(found)
@@ -249,7 +249,8 @@ class LocalRole:
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
             means.add("padding", 0.0 if packs else padding_share(batch, cuts))
-        idle = batch.rows(cuts[-1]) if cuts else whole.rows(range(min(unit, len(whole))))  # credit may select nothing
+        spare = cuts[-1] if cuts else torch.arange(min(unit, len(whole)))
+        idle = (batch if cuts else whole).rows(spare)  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(self._rounds(cuts)):
@@ -260,7 +261,7 @@ class LocalRole:
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
             for k, (term, credited) in enumerate(terms):
-                own = micro if credited is batch else credited.rows(cuts[i] if live else range(len(idle)))
+                own = micro if credited is batch else credited.rows(cuts[i] if live else spare)
                 own = self._with_old_logprobs(term, own, outputs)
                 result = self._checked(term, term.loss(outputs, own), own)
                 if k not in counts:
@@ -389,14 +390,6 @@ def _compare(module: Any, name: str, other: Any, loss: Any) -> None:
 
     if module.comparisons.setdefault(name, Comparison(other, loss.compare)).function != loss.compare:
         raise ContractError(f"two losses want different functions as {name!r}; let their names differ")
-
-
-def _of_same_rows(work: Mapping[str, tuple[Batch, Batch]]) -> list[list[str]]:
-    """Credit keys, those together whose batches are the same rows: one forward pass serves them."""
-    groups: dict[int, list[str]] = {}
-    for key, (batch, _) in work.items():
-        groups.setdefault(id(batch.tokens_NT), []).append(key)
-    return list(groups.values())
 
 
 def _build(spec: RoleSpec, **options: Any) -> Any:
