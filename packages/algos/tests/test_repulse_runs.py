@@ -346,6 +346,28 @@ def test_ctl_in_expectation_is_the_gradient_of_the_divergence_on_a_transformer(t
             torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
 
 
+def test_the_negative_term_in_expectation_is_a_reward_transformation_on_a_transformer(tmp_path):
+    """-E_p[(r - b) grad log p] + alpha E_target[grad log p] is REINFORCE on r - (alpha / Z) phi, for any proposal's weights."""
+    with run_of(tmp_path).opened() as run:
+        policy: Any = run.roles["actor"]
+        lm, prompt = policy.causal_lm.double(), prompt_ids(run)
+        size = lm.config.vocab_size
+        pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+        log_p = live_outputs(lm, pairs, prompt).sum(1)
+        reward_N, alpha = -(pairs.double() / size).sum(1), 0.3
+        p = log_p.detach().exp()
+        log_q = (log_p.detach() + 0.5 * (7.0 * reward_N).sin()).log_softmax(0)  # a proposal of full support
+        w_tilde = (log_p.detach() - 2 * reward_N - log_q).exp()
+        z = log_q.exp() @ w_tilde
+        transformed = reward_N - alpha / z * (-2 * reward_N).exp()
+        baseline = p @ reward_N
+        repulse = -(p * (reward_N - baseline)) @ log_p + alpha * (log_q.exp() * w_tilde / z) @ log_p
+        parameters = list(lm.parameters())
+        found = torch.autograd.grad(repulse, parameters, retain_graph=True)
+        for mine, exact in zip(found, torch.autograd.grad(-(p * transformed) @ log_p, parameters)):
+            torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
+
+
 def live_outputs(lm: Any, pairs: Tensor, prompt: list[int]) -> Tensor:
     first_tokens = pairs[:, 0].unique()
     rows = torch.cat([torch.tensor(prompt).expand(len(first_tokens), -1), first_tokens[:, None]], 1)
