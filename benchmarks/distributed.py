@@ -1,7 +1,7 @@
 """What Ray and DeepSpeed add to an iteration: the same GRPO run in one process, under each engine, and on two ranks.
 
     python3 benchmarks/distributed.py --model tiny
-    python3 benchmarks/distributed.py --model smollm2-135m --prompts 4 --n 2 --steps 4 --engines local "ray 1" "deepspeed 2 x 1"
+    python3 benchmarks/distributed.py --model smollm2-135m --prompts 4 --completions 2 --engines local "ray 1" "deepspeed 2 x 1"
 
 Every engine is a process (or two ranks) of its own, started anew in each round, in turn, so that a machine's moods hit all
 alike. Of an iteration's seconds the least and the median over all rounds are printed, the first step of each left out, and the
@@ -65,7 +65,10 @@ def main() -> None:
     for _ in range(args.rounds):
         for name in chosen:
             found.setdefault(name, []).extend(measure(name, args)[1:])
-    print(f"grpo, {args.model}, {args.prompts} prompts x {args.n} x {args.tokens} tokens, {args.rounds} rounds")
+            print(f"measured {name}", file=sys.stderr, flush=True)
+    print(
+        f"grpo, {args.model}, {args.prompts} prompts x {args.completions} x {args.tokens} tokens, {args.rounds} rounds"
+    )
     print(
         f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'CPU s':>8} {'added':>8} {'MiB':>9} {'KiB a sample':>13}"
     )
@@ -74,7 +77,8 @@ def main() -> None:
         best = least(steps)
         middle, moved = (median(step[key] for step in steps) for key in ("seconds", "bytes"))
         row = f"{best['seconds']:9.3f} {middle:9.3f} {best['seconds'] - local['seconds']:9.3f} {best['cpu']:8.3f} "
-        row += f"{best['cpu'] - local['cpu']:8.3f} {moved / 2**20:9.2f} {moved / 2**10 / (args.prompts * args.n):13.1f}"
+        samples = args.prompts * args.completions
+        row += f"{best['cpu'] - local['cpu']:8.3f} {moved / 2**20:9.2f} {moved / 2**10 / samples:13.1f}"
         print(f"{name:18} {row}", flush=True)
 
 
@@ -90,12 +94,14 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, float]]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         options = [
             part
-            for key in ("model", "prompts", "n", "tokens", "steps")
+            for key in ("model", "prompts", "completions", "tokens", "steps")
             for part in (f"--{key}", str(getattr(args, key)))
         ]
         words = [*(command if ranks > 1 else [sys.executable]), __file__, *options, "--child", name, "--folder", folder]
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(words, check=True, capture_output=True, env={**os.environ, **quiet})
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **quiet})
+        if done.returncode:
+            sys.exit(f"{name} did not run:\n{done.stderr[-3000:]}")
         steps: list[dict[str, float]] = json.loads(Path(folder, "steps.json").read_text(encoding="utf-8"))
     return steps
 
@@ -108,7 +114,7 @@ def child(args: argparse.Namespace) -> None:
     registry = Registry()
     config = make_config(
         "grpo", registry, model=args.model, data="prompts", reward="length", steps=args.steps, batch_size=args.prompts,
-        sampling={"n": args.n, "max_new_tokens": args.tokens}, output=f"{args.folder}/run", **chosen,
+        sampling={"n": args.completions, "max_new_tokens": args.tokens}, output=f"{args.folder}/run", **chosen,
     )  # fmt: skip
     crossed = Crossed()
     counted = crossed.by_ray if "launcher" in chosen else crossed.by_collectives
@@ -212,7 +218,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--completions", type=int, default=4, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)

@@ -27,9 +27,17 @@ SERVE = """
     import sys
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    def patiently(start):  # Ray gives a node 30 s to start, which is little beside much other work
+        for _ in range(5):
+            try:
+                return start()
+            except Exception as error:
+                if "timed out during startup" not in str(error):
+                    raise
+
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 2}))
     for _ in range(int(sys.argv[1]) - 1):
-        cluster.add_node(num_cpus=2)
+        patiently(lambda: cluster.add_node(num_cpus=2))
     print("ADDRESS", cluster.address, flush=True)
     sys.stdin.read()  # until whoever started this is done
     cluster.shutdown()
