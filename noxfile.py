@@ -22,7 +22,7 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
-CORE_EXTRAS = "[datasets,gguf,math,plot,profanity,reasoning,sentiment,serve,tensorboard,wandb]"
+CORE_EXTRAS = "[datasets,gguf,math,plot,profanity,qlora,reasoning,sentiment,serve,tensorboard,wandb]"
 """Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
 """Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
