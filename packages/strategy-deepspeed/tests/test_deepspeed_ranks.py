@@ -39,8 +39,8 @@ BF16_TOLERANCE = 0.02
 """Eight bits of weights that were multiplied in another order, over 20 steps that make the loss half as large."""
 
 APART = ("time/", "speed/", "memory/", "padding", "actor/accuracy")
-"""Metrics that may differ: seconds and bytes; which rows share a micro-batch; and, in the first step of dpo, how many margins are above
-zero, since policy and reference are the same model and every margin is rounding."""
+"""Metrics that may differ: seconds and bytes; which rows share a micro-batch; and, in the first step of dpo, how many margins
+are above zero, since policy and reference are the same model and every margin is rounding."""
 
 
 def runnable(words: list[str]) -> list[str]:
