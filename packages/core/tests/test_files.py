@@ -69,3 +69,22 @@ def test_a_discarded_folder_is_never_seen_in_part_and_leaves_nothing(
     (tmp_path / "step-1").mkdir()
     discard(tmp_path / "step-1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("old")
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"), fresh_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "old"

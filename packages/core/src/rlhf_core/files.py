@@ -61,18 +61,27 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_tree(temporary)
+        _replace(path, temporary)
     except BaseException:  # half a folder helps nobody, least of all on a full disk
         rmtree(temporary, ignore_errors=True)
         raise
-    if path.exists():  # rename cannot replace a folder that holds files
-        old = path.with_name(f".{path.name}.old")
-        rmtree(old, ignore_errors=True)
-        path.rename(old)
-        temporary.rename(path)
-        rmtree(old)
-    else:
-        temporary.rename(path)
     force(path.parent)
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Give the folder `new` the name `path`, in place of what has it."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old")  # rename cannot replace a folder that holds files
+    rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    rmtree(old)
 
 
 def fsync_tree(folder: Path) -> None:
