@@ -91,30 +91,27 @@ def test_every_tensor_reaches_the_engine(
     prompts = make_prompts(role, ["Hello", "What is it?", "1 2 3"])
     randomise(role, seed=0)
     rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
-    finished = []
     try:
-        finished += agree(rollout, role, prompts)
+        agree(rollout, role, prompts)
         for k, parameter in enumerate(role.module.parameters()):  # one tensor at a time: none is synced by chance
             with torch.no_grad():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
             role.version += 1
             rollout.sync(role)
-            finished += agree(rollout, role, prompts)
+            agree(rollout, role, prompts)
         train(role, rollout(role, prompts, replace(GREEDY, n=2, temperature=1.0)))
         rollout.sync(role)
-        finished += agree(rollout, role, prompts)
+        agree(rollout, role, prompts)
     finally:
         rollout.close()
-    assert set(finished) == {"stop", "length"}, "both ways to end were seen"
 
 
-def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> list[str]:
+def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> None:
     """Greedy tokens and finish reasons are those of transformers, and log-probabilities too, up to float32 in another order."""
     ours, theirs = rollout(role, prompts, sampling), HuggingFace()(role, prompts, sampling)
     assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
     assert ours.finish == theirs.finish
     torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
-    return list(ours.finish)
 
 
 def train(role: LocalRole, rollouts: Rollouts) -> None:
