@@ -33,7 +33,7 @@ def rows_of(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"use": "json", "path": str(path), "encoding": {"template": "raw"}}
 
 
-def curves(algorithm: str, tmp_path: Path, **options: Any) -> list[Mapping[str, float]]:
+def curves(algorithm: Any, tmp_path: Path, **options: Any) -> list[Mapping[str, float]]:
     """The metrics of every step of a run."""
     Run(make_config(algorithm, model=MODEL, output=str(tmp_path / "run"), steps=STEPS, **options)).train()
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -62,8 +62,9 @@ def test_online_presets_raise_the_reward(algorithm, seed, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     others = {"ppo": "critic", "repulse": "proposal"}
     options = {others[algorithm]: {"optim": {"lr": 0.02}}} if algorithm in others else {}
+    few = {"use": "dapo", "dynamic": {"rounds": 2}}  # once all letters are small, no prompt is worth another round
     steps = curves(
-        algorithm,
+        few if algorithm == "dapo" else algorithm,
         tmp_path,
         data=rows_of(tmp_path / "prompts.jsonl", [{"prompt": letter * 2} for letter in LOWER[:16]]),
         reward={"use": "func", "path": str(tmp_path / "reward.py")},
