@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on a real disk, not in memory")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # on a real disk: the usual folder for such things may be memory
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         measure(options, folder)
     finally:

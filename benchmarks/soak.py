@@ -2,8 +2,8 @@
 
 One process, checkpoints beside the training every 25 steps, an evaluation every 500. Every tenth step writes down resident
 memory (after a garbage collection), open file handles, threads, and the bytes under OUTPUT/checkpoints; the slopes are least
-squares over the second half, when caches are full. It ends with code 1 if memory grows by more than 5 MiB in 1,000 steps,
-or handles or disk do not stay where they were.
+squares over the second half, when caches are full. It ends with code 1 if memory grows by more than 5 MiB in 1,000 steps, or
+handles or disk do not stay where they were. Ctrl-C ends it early, and what there is until then is judged.
 
     python benchmarks/soak.py --steps 2000
 """
@@ -17,12 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
 
 from rlhf_core import Registry, Run, hookimpl, make_config
+from rlhf_core.errors import RunStopped
 
 MOST_GROWTH = 5.0
 """MiB per 1,000 steps: what an allocator's fragments come to; a kept batch of this run would be 20 times as much."""
@@ -37,20 +39,22 @@ def main() -> None:
         registry, watch = Registry(), Watch(Path(folder) / "run" / "checkpoints")
         registry.register(watch, "watch")
         config = make_config(
-            "grpo", registry, model="tiny:hidden=32,layers=2", data="prompts", reward="length", steps=steps, batch_size=2,
+            "grpo", registry, model="tiny:hidden=32,layers=2", data="prompts", reward={"use": "regex", "pattern": "[aeiou]"},
+            steps=steps, batch_size=2,
             sampling={"n": 2, "max_new_tokens": 8}, actor={"optim": {"lr": 1e-3}}, output=str(watch.checkpoints.parent),
             save_every=25, save_async=True, keep=2, keep_best="reward/mean", eval_every=500, evaluator="heldout",
         )  # fmt: skip
         started = time.perf_counter()
-        Run(config, registry).train()
+        with suppress(RunStopped):  # by Ctrl-C: what there is until then is judged
+            Run(config, registry).train()
         seconds = time.perf_counter() - started
     late = watch.rows[len(watch.rows) // 2 :]
     growth = numpy.polyfit([row[0] for row in late], [row[1] for row in late], 1)[0] * 1000
     handles, threads = ({row[k] for row in late} for k in (2, 3))
     disk = [row[4] for row in late]
     print(
-        f"{steps} steps in {seconds:.0f} s: resident memory {late[0][1]:.1f} to {late[-1][1]:.1f} MiB over the second half, "
-        f"{growth:+.2f} MiB per 1,000 steps; {min(handles)} to {max(handles)} file handles, {min(threads)} to "
+        f"{late[-1][0]} steps in {seconds:.0f} s: resident memory {late[0][1]:.1f} to {late[-1][1]:.1f} MiB over the second "
+        f"half, {growth:+.2f} MiB per 1,000 steps; {min(handles)} to {max(handles)} file handles, {min(threads)} to "
         f"{max(threads)} threads; checkpoints {min(disk):.2f} to {max(disk):.2f} MB"
     )
     bounded = max(handles) - min(handles) <= 3 and max(disk) <= 5 * max(min(disk), watch.one)  # two, the best, one more
