@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, MissingPackage, UsageError
 from rlhf_core.reward import sandbox
 from rlhf_core.reward.code import Code, program
 from rlhf_core.reward.exact import Exact
 from rlhf_core.reward.maths import Maths
 from rlhf_core.reward.output import as_output
 from rlhf_core.reward.profanity import Profanity
+from rlhf_core.reward.reasoning import Reasoning
 from rlhf_core.reward.regex import Regex
 from rlhf_core.reward.valid_json import ValidJson
 from rlhf_core.reward.workers import shared
@@ -135,9 +138,34 @@ def test_an_answer_that_cannot_be_compared_is_wrong_and_a_label_without_answer_a
     assert result.metrics["gave_up"].tolist() == [1, 0]
     with pytest.raises(DataError, match="the label '' has no answer in it"):
         output(reward, ("3", ""))
-    with pytest.raises(DataError, match="pass --data.label-key"):
-        output(reward, ("3", None))
-    shared(1, "rlhf_core.reward.maths:grade", ()).close()
+    reward.close()
+
+
+def test_a_sample_without_label_is_named_before_anything_is_compared() -> None:
+    pytest.importorskip("math_verify")
+    for name, reward in (("exact", Exact()), ("math", Maths())):
+        with pytest.raises(DataError) as caught:
+            output(reward, ("3", "3"), ("4", None))
+        assert str(caught.value) == (
+            f"--reward {name} needs labels: pass --data.label-key; there is none for sample 1, prompt 'p', completion '4'"
+        )
+
+
+@pytest.mark.parametrize(
+    ("reward", "package", "extra"),
+    [
+        (Maths(), "math_verify", "math"),
+        (Profanity(), "profanity_check", "profanity"),
+        (Reasoning(), "reasoning_gym", "reasoning"),
+    ],
+)
+def test_a_missing_package_is_said_before_the_run_starts(
+    reward: Any, package: str, extra: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackage, match=rf"pip install 'rlhf-core\[{extra}\]'"):
+        reward.check()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import DataError
+from rlhf_core.reward.output import labelled
 
 if TYPE_CHECKING:
     from rlhf_core.types import Rollouts
@@ -24,11 +24,10 @@ class Exact:
     """regular expression whose last match in the completion (its first group, if it has one) is the answer"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
+        labelled(rollouts, "exact")
         return [float(self._right(text, label)) for text, label in zip(rollouts.texts, rollouts.labels)]
 
     def _right(self, text: str, label: Any) -> bool:
-        if label is None:
-            raise DataError("--reward exact compares with labels, and this row has none: pass --data.label-key")
         if self.extract:
             found = list(re.finditer(self.extract, text))
             text = found[-1].group(min(1, found[-1].re.groups)) or "" if found else ""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.errors import DataError, MissingPackage
 from rlhf_core.lazy import torch
+from rlhf_core.reward.output import labelled
 from rlhf_core.reward.workers import Failure, shared
 from rlhf_core.types import RewardOutput
 
@@ -38,12 +39,18 @@ class Maths:
     workers: int = 1
     """processes that compare"""
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+    def check(self) -> None:
+        """Whether the comparing package is installed."""
         if importlib.util.find_spec("math_verify") is None:
             raise MissingPackage("--reward math compares with math-verify: pip install 'rlhf-core[math]'")
-        for label in rollouts.labels:
-            if label is None:
-                raise DataError("--reward math compares with labels, and this row has none: pass --data.label-key")
+
+    def close(self) -> None:
+        """End the processes; the next call starts them again."""
+        shared(self.workers, TARGET, ()).close()
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        self.check()
+        labelled(rollouts, "math")
         calls = [(text, str(label), self.where) for text, label in zip(rollouts.texts, rollouts.labels)]
         grades = shared(self.workers, TARGET, ()).map(calls, self.timeout)
         if None in grades:

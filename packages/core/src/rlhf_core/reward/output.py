@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import ContractError, NotFiniteReward
+from rlhf_core.errors import ContractError, DataError, NotFiniteReward
 from rlhf_core.finite import described
 from rlhf_core.lazy import torch
 from rlhf_core.types import RewardOutput
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import Batch
 
-__all__ = ["as_output", "excerpt", "without_nan"]
+__all__ = ["as_output", "excerpt", "labelled", "without_nan"]
 
 
 def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
@@ -73,6 +73,19 @@ def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
     optional = {name: zeroed(v) for name in ("rewards_NT", "scores_N") if (v := getattr(output, name)) is not None}
     metrics = {name: zeroed(value) for name, value in output.metrics.items()}
     return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
+
+
+def labelled(rollouts: Batch, reward: str) -> None:
+    """Check that every sample has a label for the reward called `reward`.
+
+    Raises:
+        DataError: one has none; says which.
+    """
+    if None in rollouts.labels:
+        row = rollouts.labels.index(None)
+        raise DataError(
+            f"--reward {reward} needs labels: pass --data.label-key; there is none for {excerpt(rollouts, row)}"
+        )
 
 
 def excerpt(rollouts: Batch, row: int) -> str:

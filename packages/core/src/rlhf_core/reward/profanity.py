@@ -7,7 +7,7 @@ penalty beside another reward, and for measuring.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import MissingPackage
 
@@ -21,9 +21,18 @@ __all__ = ["Profanity"]
 class Profanity:
     """Minus the probability that the completion is offensive, from -1 to 0, by alt-profanity-check."""
 
+    def check(self) -> None:
+        """Whether the classifier is installed."""
+        _classifier()
+
     def __call__(self, rollouts: Rollouts) -> list[float]:
-        try:
-            from profanity_check import predict_prob
-        except ImportError:
-            raise MissingPackage("--reward profanity needs a classifier: pip install 'rlhf-core[profanity]'") from None
-        return [-float(probability) for probability in predict_prob(rollouts.texts)]
+        return [-float(probability) for probability in _classifier()(rollouts.texts)]
+
+
+def _classifier() -> Any:
+    """The probability of each of some texts."""
+    try:
+        from profanity_check import predict_prob
+    except ImportError:
+        raise MissingPackage("--reward profanity needs a classifier: pip install 'rlhf-core[profanity]'") from None
+    return predict_prob

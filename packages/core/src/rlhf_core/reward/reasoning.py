@@ -26,6 +26,10 @@ class Reasoning:
     anywhere: bool = False
     """without a match the whole completion is the answer; otherwise there is none"""
 
+    def check(self) -> None:
+        """Whether the tasks are installed."""
+        library()
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         scores, answered = [], []
         for text, meta in zip(rollouts.texts, rollouts.meta):
