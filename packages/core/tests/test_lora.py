@@ -151,6 +151,16 @@ def test_dropout_acts_in_training_passes_only() -> None:
     assert torch.equal(logprobs(module), logprobs(without))
 
 
+def test_recomputing_activations_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        options = {"lora": Lora(rank=4), "gradient_checkpointing": checkpointed}
+        module = disturbed(build_module(spec("logprobs_NT", **options)))
+        module(layout(rows()[0]), LOGPROBS)["logprobs_NT"].sum().backward()
+        gradients.append([p.grad for p in module.adapters.parameters()])  # type: ignore[union-attr]
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(*gradients, strict=True))
+
+
 def test_a_frozen_base_is_held_in_what_it_computes_in_and_adapters_in_float32() -> None:
     module = build_module(spec("logprobs_NT", dtype="bfloat16", lora=Lora(rank=4)))
     dtypes = {parameter.requires_grad: parameter.dtype for parameter in module.parameters()}

@@ -261,9 +261,10 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     options = spec.options
     adapted = bool(spec.trained and options.lora.rank)  # type: ignore[attr-defined]  # what is trained has them
     model, heads = _with_heads(spec, seed, wide=spec.trained and not adapted)
-    if adapted and getattr(model, "new_tokens", 0):
+    new_tokens: int = getattr(model, "new_tokens", 0)
+    if adapted and new_tokens:
         raise UsageError(
-            f"adapters cannot learn the {model.new_tokens} new tokens of {options.model}: train the {spec.name} without "
+            f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
             f"--{spec.name}.lora.rank first, and put adapters on what comes out"
         )
     if _speaks(spec):

@@ -94,7 +94,8 @@ def eos_ids(model: Any, tokenizer: Any) -> set[int]:
 
 def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """Autocast to `dtype` if the weights are wider, as in training. They are cast once a call: autocast remembers them."""
-    return nullcontext() if model.dtype == dtype else torch.autocast(model.device.type, dtype)
+    wide = any(parameter.dtype != dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.autocast(model.device.type, dtype) if wide else nullcontext()
 
 
 def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:
