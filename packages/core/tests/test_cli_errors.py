@@ -233,4 +233,4 @@ def test_a_file_that_is_no_toml_says_where(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(FLAGS) + len(FILES) >= 30
+    assert len(FLAGS) + len(FILES) >= 60
