@@ -134,6 +134,16 @@ def test_a_pad_token_falls_back_to_eos(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path), OPTIONS).pad_token == "<|im_end|>"
 
 
+def test_a_tokenizer_without_an_end_is_told_what_to_write(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    LlamaConfig().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match='has no end token.*write "eos_token" into its tokenizer_config.json'):
+        load_tokenizer(str(tmp_path), OPTIONS)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # scores
 # ----------------------------------------------------------------------------------------------------------------------

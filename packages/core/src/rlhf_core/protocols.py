@@ -136,8 +136,10 @@ class Algorithm(Protocol):
 class Trainable(Protocol):
     """A model under a strategy, inside one process (one rank of `world`).
 
-    It may have two more methods, which two options ask for:
+    It may have more methods, which options ask for:
 
+    * `lend() -> Trainable` (`--<role>.lora.rank`): the model without its adapters, as a frozen role; see `strategy.lent`. Where
+      it is missing, that role loads the model again.
     * `snapshot() -> Callable[[str], None]` (`--save-async`): copies what `save` would write, and returns what writes the copy
       to a folder. Every rank takes the snapshot; only the first writes it, in another thread while training goes on, and
       before the next snapshot is taken.

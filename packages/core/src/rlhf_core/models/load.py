@@ -131,6 +131,11 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
             _place(source), trust_remote_code=options.trust_remote_code
         )
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"the tokenizer of {name} has no end token, so that no completion could end, and none that pads; "
+                'write "eos_token" into its tokenizer_config.json'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return _extended(tokenizer, options)
 
