@@ -66,6 +66,7 @@ _TIME = {
 }
 
 _PROVIDERS = {
+    "<role>/router_loss": "loss: load balancing of a mixture of experts, before its weight",
     "<role>/kl": "nats a token: the KL loss's own estimate, with the weights of the step",
     "sync/bytes": "bytes: of weights sent to the engine",
     "sync/seconds": "seconds: the engine took for them; measured, as times are",
@@ -98,6 +99,10 @@ _PROVIDERS = {
     "eval/preference/accuracy": "share 0..1: of held-out pairs in which the chosen completion has the higher reward",
     "eval/preference/accuracy_se": "share 0..1: its standard error",
     "eval/preference/accuracy/<datasource>": "share 0..1: the same over the pairs that say they come from there",
+    "eval/win_rate": "share 0..1: of held-out prompts that the policy answers better than its opponent; a tie counts half",
+    "eval/win_rate_se": "share 0..1: its standard error over prompts",
+    "eval/win_rate/reward": "reward: mean of the policy's answers",
+    "eval/win_rate/reward_reference": "reward: mean of the opponent's answers",
     "eval/preference/margin": "reward: chosen minus rejected, mean over pairs",
 }
 
