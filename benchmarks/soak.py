@@ -36,10 +36,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     steps: int = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
+        reward = Path(folder) / "reward.py"
+        reward.write_text("def reward_func(completions):\n    return [len(set(text)) / 8 for text in completions]\n")
         registry, watch = Registry(), Watch(Path(folder) / "run" / "checkpoints")
         registry.register(watch, "watch")
         config = make_config(
-            "grpo", registry, model="tiny:hidden=32,layers=2", data="prompts", reward={"use": "regex", "pattern": "[aeiou]"},
+            "grpo", registry, model="tiny:hidden=32,layers=2", data="prompts", reward={"use": "func", "path": str(reward)},
             steps=steps, batch_size=2,
             sampling={"n": 2, "max_new_tokens": 8}, actor={"optim": {"lr": 1e-3}}, output=str(watch.checkpoints.parent),
             save_every=25, save_async=True, keep=2, keep_best="reward/mean", eval_every=500, evaluator="heldout",
