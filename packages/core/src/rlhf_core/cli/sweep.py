@@ -38,7 +38,7 @@ class Sweep:
     """Run a grid of settings for several seeds; started again, it resumes what failed and leaves what is finished."""
 
     file: str
-    """TOML file: a base configuration, variants, a grid and seeds; see rlhf_core/sweep.py"""
+    """TOML file: a base configuration, variants, a grid and seeds; docs/sweeps.md shows one"""
     jobs: int = 1
     """runs at a time on this machine"""
     at_most: int = 0
