@@ -342,10 +342,22 @@ class Needy(TinyAdvantage):
     ("call", "attributes", "clause"),
     [
         (lambda chosen: (), {}, "at least one term|out of range"),
-        (lambda chosen: (Term("actor", "data", TinyLoss()),), {"defaults": {"teacher": "x"}}, "which is no kind"),
-        (lambda chosen: (Term("actor", "data", TinyLoss()),), {"roles": {"actor": {}}}, "must be ModelOptions"),
-        (lambda chosen: (Term("actor", "data", TinyLoss()),), {"roles": {"actor": ModelOptions()}}, "need `optim`"),
-        (lambda chosen: (Term("critic", "data", TinyLoss()),), {}, "needs a role 'critic'"),
+        (
+            lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),
+            {"defaults": {"teacher": "x"}},
+            "which is no kind",
+        ),
+        (
+            lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),
+            {"roles": {"actor": {}}},
+            "must be ModelOptions",
+        ),
+        (
+            lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),
+            {"roles": {"actor": ModelOptions()}},
+            "need `optim`",
+        ),
+        (lambda chosen: (Term("critic", "data", TinyLoss(), TinyAdvantage()),), {}, "needs a role 'critic'"),
         (lambda chosen: (Term("actor", "actor", TinyLoss(), Needy()),), {}, "needs a role 'critic'"),
     ],
 )

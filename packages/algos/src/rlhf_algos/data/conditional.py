@@ -55,8 +55,10 @@ class Conditional(Json):
 
     def _conditioned(self, row: Example, reward: float) -> Example:
         """The row with its reward said."""
-        said = lambda prompt: self.condition.replace("{prompt}", prompt).replace("{reward}", f"{reward:.2f}")
         if isinstance(row.prompt, str):
-            return replace(row, prompt=said(row.prompt))
+            return replace(row, prompt=self._said(row.prompt, reward))
         *before, last = row.prompt
-        return replace(row, prompt=(*before, {**last, "content": said(str(last["content"]))}))
+        return replace(row, prompt=(*before, {**last, "content": self._said(str(last["content"]), reward)}))
+
+    def _said(self, prompt: str, reward: float) -> str:
+        return self.condition.replace("{prompt}", prompt).replace("{reward}", f"{reward:.2f}")
