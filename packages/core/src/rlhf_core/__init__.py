@@ -57,6 +57,7 @@ __all__ = [
     "Credit",
     "DataError",
     "Example",
+    "Lora",
     "LossTerms",
     "Metric",
     "MissingPackage",

@@ -23,8 +23,8 @@ _RUN = {
     "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
-    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite; logged with "
-    "--on-nonfinite skip. A step without any update has no loss/<role>",
+    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite; "
+    "logged with --on-nonfinite skip. A step without any update has no loss/<role>",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with --on-oom halve",
     "kl/mean": "nats a token: KL to the reference by --algorithm.kl.estimator, over sampled tokens",
     "kl/completion": "nats a completion: the same, summed over each completion; what an adaptive coefficient follows",

@@ -15,7 +15,7 @@ SECONDS = 3.0
 def offline_if_unreachable() -> None:
     """Ask the hub for its first page; if nobody answers, be offline from here on: only what is cached is found then."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented there, not listed
 
     if constants.is_offline_mode():
         return
