@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineGroup", "RoleGroup", "collect"]
 
+CAUSE = 240  # characters of what Ray says
 GRACE_SECONDS = 5.0
 """What other ranks have to fail too, once one did."""
 
@@ -52,7 +53,7 @@ def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> li
         except ray.exceptions.RayError as error:
             failures[rank_of[done[0]]] = error
     for rank, failure in failures.items():
-        if isinstance(failure, ray.exceptions.RayActorError):
+        if not isinstance(failure, ray.exceptions.RayTaskError):  # no error of the code: its process is gone
             raise _death(who, rank, where, failure) from None
     for failure in failures.values():
         cause = getattr(failure, "cause", None)
@@ -63,7 +64,9 @@ def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> li
 def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) -> RunStopped:
     """What is said of a dead actor."""
     node, process = where[rank] if rank < len(where) else ("an unknown node", 0)
-    cause = str(error).strip().splitlines()[-1].strip() if str(error).strip() else "no cause given"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no cause given"]
+    memory = next((line for line in lines if "memory" in line), lines[-1])  # Ray kills workers before the system does
+    cause = memory if len(memory) <= CAUSE else f"{memory[:CAUSE]} …"
     return RunStopped(
         f"{who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint with --resume"
     )
