@@ -19,7 +19,10 @@ __all__ = ["Meter"]
 class Meter:
     """The metrics of the present step, as they come in."""
 
-    world: World
+    @property
+    def world(self) -> World:
+        """The ranks that measure together."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         self.doing = "start"
