@@ -13,11 +13,17 @@ import pytest
 
 from rlhf_core import Rollouts, Run, Secret, UsageError
 from rlhf_core.errors import MissingPackage
+from rlhf_core.observer.mlflow import MLflow
 from rlhf_core.observer.tensorboard import TensorBoard
 from rlhf_core.observer.wandb import Wandb
 from rlhf_core.testing import check_observer, tiny_run
 
 MODEL = "tiny:hidden=16,layers=1"
+
+TRACKERS = [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb"), (MLflow(), "mlflow")]
+
+MLFLOW_WARNS = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
+"""MLflow 3.17 under SQLAlchemy 2.1"""
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,9 @@ def test_online_without_a_key_ends_before_anything_is_started(tmp_path: Path, mo
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tracker", "name"), [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb")])
+@pytest.mark.parametrize(
+    ("tracker", "name"), [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb"), (MLflow(), "mlflow")]
+)
 def test_a_package_that_is_missing_is_one_line_before_anything_is_started(
     tracker: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +194,44 @@ def test_a_package_that_is_missing_is_one_line_before_anything_is_started(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("tracker", "name"), [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb")])
+@MLFLOW_WARNS
+@pytest.mark.parametrize(
+    ("tracker", "name"), [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb"), (MLflow(), "mlflow")]
+)
 def test_trackers_keep_the_contract_of_observers(tracker: Any, name: str) -> None:
     pytest.importorskip(name)
     check_observer(tracker)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MLflow: read back with its own client
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tracked_by_mlflow(output: Path) -> Any:
+    client = pytest.importorskip("mlflow").MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("p").experiment_id])
+    return client, run
+
+
+@MLFLOW_WARNS
+def test_mlflow_holds_every_number_once_and_the_options_after_an_interrupted_run_went_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracked = MLflow(experiment="p")
+    options: dict[str, Any] = {"observer": tracked, "reward": Guarded(token="hunter2-hunter2"), "save_every": 2}
+    train(tmp_path, **options, steps=3, keep=9)
+    later = tmp_path / "checkpoints" / "step-3"  # as if the third step had been logged, and not saved
+    later.rename(tmp_path / "gone")
+    train(tmp_path, **options, steps=4, keep=9, resume=True)
+    client, run = tracked_by_mlflow(tmp_path)
+    for name, expected in numbers(tmp_path).items():
+        found = [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, name)]
+        if not name.startswith(("time/", "speed/", "memory/")):  # the third step took another time
+            assert found == [(step, pytest.approx(value)) for step, value in expected], name
+        assert [step for step, _ in found] == [step for step, _ in expected], name
+    assert run.data.params["sampling.n"] == str(tiny_run(tmp_path / "x").config.sampling.n)
+    assert run.info.status == "FINISHED"
+    assert b"hunter2-hunter2" not in (tmp_path / "mlflow.db").read_bytes()

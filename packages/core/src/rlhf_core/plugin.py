@@ -78,6 +78,7 @@ def rlhf_evaluator() -> Providers:
 def rlhf_observer() -> Providers:
     return {
         "alarm": "rlhf_core.observer.alarm:Alarm",
+        "mlflow": "rlhf_core.observer.mlflow:MLflow",
         "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
         "wandb": "rlhf_core.observer.wandb:Wandb",
     }
