@@ -246,8 +246,8 @@ def test_plugins_as_json_with_conflicts_and_broken_ones(say: Callable[..., str])
 
 
 def test_a_blocked_plugin_is_not_listed(say: Callable[..., str]) -> None:
-    assert "files" in say("plugins", "--kind", "observer")
-    assert "files" not in say("-p", "no:files", "plugins", "--kind", "observer")
+    assert "observer  files" in say("plugins", "--kind", "observer")
+    assert "observer  files" not in say("-p", "no:files", "plugins", "--kind", "observer")
 
 
 def test_doctor_shows_versions_devices_plugins_and_what_is_missing(say: Callable[..., str]) -> None:

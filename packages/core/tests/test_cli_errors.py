@@ -136,7 +136,7 @@ FLAGS = {
     "online --actor.optim.lrr 3": "unknown flag --actor.optim.lrr; did you mean --actor.optim.lr FLOAT, peak learning "
     "rate (default: 1e-06)?",
     "online --reference.optim.lr 3": "unknown flag --reference.optim.lr; role 'reference' (frozen) has the options "
-    "model, dtype, attention, trust_remote_code",
+    "model, dtype, attention, packing, quantize, trust_remote_code",
     "online --sampling.seed 3": "unknown flag --sampling.seed; sampling has the options n, max_new_tokens, temperature, "
     "top_p, top_k, min_p, stop",
     # values
@@ -164,7 +164,7 @@ FLAGS = {
     "online --config .": "--config .: Is a directory",
     # commands
     "plugins --kind rewards": "--kind expects {,data,rollout,reward,advantage,loss,algorithm,strategy,launcher,"
-    "evaluator,observer,step}, not 'rewards'",
+    "evaluator,observer,step,metric}, not 'rewards'",
     "plugins --jsn": "plugins has no flag --jsn; did you mean --json True|False, as JSON: providers, conflicts and "
     "broken plugins (default: False)?",
     "plugins reward": "unexpected 'reward': rlhf-run plugins",

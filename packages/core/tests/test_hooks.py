@@ -301,7 +301,7 @@ def test_rlhf_metrics_documents_what_a_stranger_logs() -> None:
     registry.register(plugin(rlhf_metrics=metrics), "stranger", "rlhf-stranger", "1.0")
     told = [(str(who), name, said) for who, name, said in registry.metrics()]
     assert ("rlhf-stranger 1.0", "reward/marks", "marks: exclamation marks of a completion, mean") in told
-    assert any(name == "reward/mean" for _, name, _ in told)
+    assert any(name == "[<source>/]reward/mean" for _, name, _ in told)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

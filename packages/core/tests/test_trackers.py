@@ -140,7 +140,7 @@ def test_wandb_offline_holds_every_number_the_options_and_tables_of_samples(
     for name, expected in numbers(tmp_path).items():
         assert [(row["_step"], row[name]) for row in logged if name in row] == expected, name
     assert [(row["_step"], row["eval/done"]) for row in logged if "eval/done" in row] == [(0, 0.0), (2, 2.0)]
-    tables = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.json"))
+    tables = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/completions_*.json"))
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["step", "source", "prompt", "completion", "reward", "advantage"]
     first = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])

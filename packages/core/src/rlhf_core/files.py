@@ -113,13 +113,17 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Check that no link in `folder` leads out of it: whoever writes below it must not write elsewhere.
+    """Check that no link leads out of the output `folder` where a run writes: whoever writes below it must not write elsewhere.
+
+    That is in it, and anywhere below its checkpoints and models. What a tracker links in a folder of its own is its affair.
 
     Raises:
         UsageError: one does.
     """
-    root = folder.resolve()
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise UsageError(f"{path} is a link that leads out of {folder}; remove it, or name another --output")
+    root, written = folder.resolve(), list(folder.glob("*"))
+    for own in list(written):
+        if own.name.startswith(("checkpoints", "model")) and not own.is_symlink():
+            written += [Path(at, name) for at, folders, files in os.walk(own) for name in (*folders, *files)]
+    for path in written:
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise UsageError(f"{path} is a link that leads out of {folder}; remove it, or name another --output")

@@ -39,7 +39,9 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     @property
     def exit_code(self) -> int:
@@ -48,14 +50,10 @@ class StopSignals:
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()  # so that a second signal does what it always does
+        for again in self._previous:  # a second one does what it does in any program, ignored or not where this one began
+            signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
         print(f"rlhf-run: {name}: finishing this step, then saving; again to stop at once", file=sys.stderr, flush=True)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class _Sending(Tracker):
     def show(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if step >= self._run.step and rows:
             table = self._table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            self._run.log({"samples": table}, step=step)
+            self._run.log({"completions": table}, step=step)
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
