@@ -189,7 +189,15 @@ def audit(session: nox.Session) -> None:
     found = Path(session.create_tmp()) / "audit.json"
     pins = ("--requirement", "constraints.txt", "--no-deps", "--disable-pip")
     session.run(
-        "pip-audit", *pins, "--format", "json", "--output", str(found), "--progress-spinner", "off", success_codes=[0, 1]
+        "pip-audit",
+        *pins,
+        "--format",
+        "json",
+        "--output",
+        str(found),
+        "--progress-spinner",
+        "off",
+        success_codes=[0, 1],
     )
     listed = json.loads(found.read_text())["dependencies"] if found.exists() else []
     bad = [f"{each['name']} {each['version']}: {vuln['id']}" for each in listed for vuln in each.get("vulns", [])]

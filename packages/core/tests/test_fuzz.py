@@ -139,6 +139,8 @@ def rows_of(folder: Path, content: bytes, made: Callable[[str], Json]) -> None:
 @given(rows=ROWS)
 @example(rows=[{"prompt": "\ud800"}])
 @example(rows=[{"messages": []}])
+@example(rows=[{"prompt": [{"from": [], "value": "user"}]}])
+@example(rows=[{"prompt": [{"role": "assistant", "content": []}]}])
 def test_any_rows_are_read_or_the_first_bad_one_is_named(rows: list[Any], tmp_path: Path) -> None:
     rows_of(tmp_path, "\n".join(map(json.dumps, rows)).encode(), Json)
 

@@ -219,7 +219,7 @@ class LocalRole:
             total, watch, found = 0.0, Watch(self.name), Means()
             try:
                 for keys in of_same_rows(work):
-                    terms = [(term, work[key][0]) for key in keys for term_key, term in self.spec.terms if term_key == key]
+                    terms = [(term, work[key][0]) for key in keys for of, term in self.spec.terms if of == key]
                     total += self._accumulate(terms, *work[keys[0]], found, watch)
                 means.merge(found)
                 return self.world_total(total), watch

@@ -276,7 +276,9 @@ class Run(Meter):
             if self.config.on_nonfinite == "stop":
                 raise
             path = keep_samples(self.output, self.step + 1, error)
-            print(f"rlhf-run: step {self.step + 1} is skipped: {error}; all such samples are in {path}", file=sys.stderr)
+            print(
+                f"rlhf-run: step {self.step + 1} is skipped: {error}; all such samples are in {path}", file=sys.stderr
+            )
             self._unscored = True
             return as_output(without_nan(raw), rollouts, self._reward)
 

@@ -50,7 +50,9 @@ class StopSignals:
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        for again in self._previous:  # a second one does what it does in any program, ignored or not where this one began
+        for (
+            again
+        ) in self._previous:  # a second one does what it does in any program, ignored or not where this one began
             signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
         print(f"rlhf-run: {name}: finishing this step, then saving; again to stop at once", file=sys.stderr, flush=True)

@@ -51,7 +51,8 @@ def as_chat(value: Sequence[Any]) -> Chat:
 
 def _message(item: Any, number: int) -> Message:
     if isinstance(item, Mapping) and "from" in item and "value" in item:
-        item = {"role": _SHAREGPT.get(item["from"], item["from"]), "content": item["value"]}
+        speaker = item["from"]
+        item = {"role": _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else None, "content": item["value"]}
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_short(item)}')
     filled = {key: value for key, value in item.items() if value is not None}  # tables fill absent keys with null

@@ -191,7 +191,10 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
 def _prompt(row: Mapping[str, Any], key: str) -> Text:
     """Text or a chat to be answered; an HH dialogue may end with an empty "Assistant:" that asks for it."""
     prompt = _text(row, key)
-    return prompt[:-1] if prompt[-1:] == ({"role": "assistant", "content": ""},) else prompt
+    asked = prompt[:-1] if prompt[-1:] == ({"role": "assistant", "content": ""},) else prompt
+    if prompt and not asked:
+        raise ValueError(f"{key!r} is one empty assistant message: there is no prompt to answer")
+    return asked
 
 
 def _answer(row: Mapping[str, Any], key: str, prompt: Text) -> Text:
