@@ -295,6 +295,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_has_the_same_numbers_with_cache_and_processes(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("rlhf_algos", reason="the run is of an algorithm of rlhf-algos")
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"What is {i % 9}?", "response": f"{i % 9} " * (1 + 40 * (i % 9 == 5))} for i in range(12)]
     path.write_text("\n".join(map(json.dumps, rows)))

@@ -104,7 +104,7 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
         ),
         # separate: the actor over all three nodes, two workers of the reference on one
         (
-            "--launcher.placement separate --launcher.role-workers actor=4:SPREAD,reference=1x2".split(),
+            "--launcher.placement separate --launcher.role-workers actor=4:SPREAD reference=1x2".split(),
             {"actor": 3, "reference": 1, "engine": 1},
         ),
     ],
