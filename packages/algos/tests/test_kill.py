@@ -98,6 +98,8 @@ def left_by(output: Path) -> dict[str, Any]:
 
 def killed_and_resumed(algorithm: str, kind: str, kills: int, folder: Path) -> None:
     """Kill the run `kills` times, in as many attempts as that takes, and compare each that ends with the uninterrupted."""
+    if "lora" in CLASSES[kind]:
+        pytest.importorskip("peft")
     options = options_of(algorithm, kind, folder)
     count = folder / "count"
     assert attempt(options | {"output": str(folder / "whole")}, count=count) == 0, (folder / "whole.log").read_text()

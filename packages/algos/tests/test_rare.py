@@ -29,6 +29,7 @@ def run_of(output: Path, **options: Any) -> Run:
 
 
 def test_a_table_has_a_row_a_completion_with_named_columns(tmp_path):
+    pytest.importorskip("pyarrow")
     run = run_of(tmp_path, evaluator=HeldoutTable(prompts=3, n=2, passes=2, batch=2, kl_coef=0.5))
     run.train()
     table = read_columns(tmp_path / "heldout.parquet", NAMES)
@@ -47,6 +48,7 @@ def test_a_table_has_a_row_a_completion_with_named_columns(tmp_path):
 
 
 def test_a_table_does_not_depend_on_how_prompts_are_batched(tmp_path):
+    pytest.importorskip("pyarrow")
     tables = []
     for batch in (1, 32):
         output = tmp_path / str(batch)
