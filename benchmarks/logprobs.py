@@ -48,11 +48,11 @@ def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
     module = RoleModule(model, {})
     for N in (1, tokens // LENGTH):
         model.zero_grad()
-        ids_NS, inputs = random_rows(N, vocabulary)
+        inputs = random_rows(N, vocabulary)
         advantages_NT = torch.randn(N, LENGTH - 1)
         wall, cpu = time.perf_counter(), time.process_time()
         if path == "body":
-            loss = module._states(ids_NS).square().mean()
+            loss = module._read(inputs)[0].square().mean()
         else:
             logprobs_NT = module(inputs, frozenset({"logprobs_NT"}))["logprobs_NT"]
             loss = -(advantages_NT * logprobs_NT).mean()
@@ -62,15 +62,15 @@ def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
     return {"peak": peak, "wall": wall, "cpu": cpu, "loss": float(loss.detach())}
 
 
-def random_rows(N: int, vocabulary: int) -> tuple[Any, Any]:
-    """Token ids (N, S), and the same as a model reads them; all tokens but a row's first are predicted."""
+def random_rows(N: int, vocabulary: int) -> Any:
+    """Token ids (N, S) as a model reads them; all tokens but a row's first are predicted."""
     import torch
 
     from rlhf_core.models.inputs import Inputs
 
     ids_NS = torch.randint(vocabulary, (N, LENGTH))
     states_M = torch.arange(N * LENGTH).view(N, LENGTH)[:, :-1].flatten()
-    return ids_NS, Inputs(
+    return Inputs(
         ids_NS=ids_NS,
         states_M=states_M,
         slots_M=torch.arange(len(states_M)),
