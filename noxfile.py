@@ -125,7 +125,10 @@ def wheels(session: nox.Session) -> None:
 @nox.session(requires=["wheels"], reuse_venv=False)
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def alone(session: nox.Session, package: str) -> None:
-    """Wheels of core, one package and its engine in a clean environment: it is listed, and passes its own tests."""
+    """Wheels of core, one package and its engine in a clean environment: it is listed, and passes its own tests.
+
+    Each environment is made anew and removed when its tests have passed: the six would fill 10 GB together.
+    """
     if package == "core":
         chosen = [wheel("core", CORE_EXTRAS)]
     else:
@@ -146,6 +149,7 @@ def alone(session: nox.Session, package: str) -> None:
     if package in ENGINES:  # and the same algorithms on the engine as without it
         session.install("--no-deps", wheel("algos"))
         session.run("pytest", *chosen_tests, *paths(package), env=QUIET)
+    discard(session)
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)
@@ -167,6 +171,7 @@ def thirdparty(session: nox.Session) -> None:
     if not any("reward/mean" in row for row in rows):
         session.error("the run logged no reward/mean")
     session.run("pytest", "examples/plugin", env=QUIET)
+    discard(session)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,6 +241,11 @@ def run_in_develop(session: nox.Session, command: str, *args: str, threads: bool
     bin_ = DEVELOP / BIN
     env = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", **({} if threads else QUIET)}
     session.run(str(bin_ / command), *args, *session.posargs, env=env, external=True)
+
+
+def discard(session: nox.Session) -> None:
+    """Remove the environment of a session that always makes a new one."""
+    shutil.rmtree(session.virtualenv.location)
 
 
 def paths(*packages: str) -> list[str]:
