@@ -4,7 +4,7 @@
         state.json           step, data position, KL coefficient, role versions, metrics, evaluations so far
         random.safetensors   random states of torch, numpy and Python, per rank
         roles/<name>/        what the role's strategy saves
-        manifest.json        size and SHA-256 of every file above, and of this list
+        manifest.json        size and checksum of every file above, and of this list
     OUTPUT/checkpoints/best.json   which one is best by `--keep-best`, and its value
 
 `saving` writes one, in the loop or beside it (`background`); `rotation` removes what is no longer wanted; `restoring` finds

@@ -1,11 +1,12 @@
-"""Whether a checkpoint is whole: sizes and SHA-256 of its files, and of the list of them.
+"""Whether a checkpoint is whole: sizes and checksums (XXH3, 128 bits) of its files, and of the list of them.
 
+They tell what a disk, a copy or a full file system did; against somebody who forges a file and its checksum no unsigned list
+helps. So the fastest good hash will do: computing it costs a tenth of what the disk needs, where SHA-256 took two thirds.
 A file's checksum is a list, one for every 64 MiB of it, so that all cores work on a large one; meanwhile the disk writes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,11 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlhf_core.files import force, write_text
 
 __all__ = ["checkpoints_of", "damage", "seal", "step_of", "valid_checkpoints"]
 
 SEGMENT = 64 * 2**20
+BLOCK = 2**20
+"""Bytes read at a time: they stay in the processor's cache until they are hashed."""
 
 
 def seal(folder: Path) -> None:
@@ -28,7 +33,7 @@ def seal(folder: Path) -> None:
         files = {str(path.relative_to(folder)): _described(path, pool) for path in paths}
         for each in forced:
             each.result()
-    write_text(folder / "manifest.json", json.dumps({"files": files, "sha256": _digest(files)}, indent=1))
+    write_text(folder / "manifest.json", json.dumps({"files": files, "xxh3": _digest(files)}, indent=1))
 
 
 def damage(folder: Path) -> str:
@@ -36,7 +41,7 @@ def damage(folder: Path) -> str:
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         files = manifest["files"]
-        if manifest["sha256"] != _digest(files):
+        if manifest["xxh3"] != _digest(files):
             return "manifest.json does not match its checksum"
     except FileNotFoundError:
         return "manifest.json is missing"
@@ -74,22 +79,23 @@ def _pool() -> ThreadPoolExecutor:
 def _described(path: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """Size and checksums of a file."""
     size = path.stat().st_size
-    segments = pool.map(lambda start: _sha256(path, start), range(0, max(size, 1), SEGMENT))
-    return {"bytes": size, "sha256": list(segments)}
+    segments = pool.map(lambda start: _checksum(path, start), range(0, max(size, 1), SEGMENT))
+    return {"bytes": size, "xxh3": list(segments)}
 
 
-def _sha256(path: Path, start: int) -> str:
-    """SHA-256 of the segment of a file that begins at `start`."""
-    digest = hashlib.sha256()
+def _checksum(path: Path, start: int) -> str:
+    """Checksum of the segment of a file that begins at `start`."""
+    digest = xxhash.xxh3_128()
+    block = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         left = SEGMENT
-        while left and (block := file.read(min(left, 2**20))):
-            digest.update(block)
-            left -= len(block)
+        while left and (read := file.readinto(block[: min(left, BLOCK)])):
+            digest.update(block[:read])
+            left -= read
     return digest.hexdigest()
 
 
 def _digest(files: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's own list."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    """Checksum of the manifest's own list."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
