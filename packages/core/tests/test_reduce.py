@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.microbatch import micro_rows, minibatches, padding_share
+from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_core.types import Metric, Reduction
@@ -81,6 +81,29 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
     cuts = micro_rows(batch, 816)
     assert padding_share(batch, cuts) == 0
     assert padding_share(batch, [torch.arange(16)]) == pytest.approx(1 - (8 * 3 + 8 * 101) / (16 * 101))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 900), min_size=1, max_size=64), budget=st.integers(1, 4096))
+def test_where_padding_costs_time_a_twentieth_of_each_micro_batch_is_the_most(lengths: list[int], budget: int) -> None:
+    """Or less than one row of the usual length: a few cells are cheaper than another micro-batch."""
+    batch = make_batch(lengths)
+    cuts = micro_rows(batch, budget, padding=0.05)
+    assert sorted(torch.cat(cuts).tolist()) == list(range(len(lengths)))
+    for rows in cuts:
+        totals = [2 + lengths[i] for i in rows.tolist()]
+        cells = len(rows) * max(totals)
+        assert cells - sum(totals) <= max(0.05 * cells, 32)
+        assert len(rows) == 1 or cells <= budget
+
+
+def test_padding_is_borne_where_it_costs_nothing_or_where_launches_cost_more() -> None:
+    layer = torch.nn.Linear(1, 1)
+    assert bearable_padding(layer) == 0.05
+    assert bearable_padding(layer.to("meta")) == 1.0
+    layer = torch.nn.Linear(1, 1)
+    layer.packs = True  # type: ignore[assignment]
+    assert bearable_padding(layer) == 1.0
 
 
 def test_minibatches_hold_whole_groups_and_every_row_once() -> None:

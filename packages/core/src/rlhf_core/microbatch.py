@@ -1,13 +1,14 @@
 """Cutting a batch into micro-batches by token budget, and into minibatches by group.
 
-Rows are sorted by length first, so that a micro-batch holds rows of like length and little of it is padding. Neither cut
-changes a result (see `reduce`); the budget only trades memory for speed.
+Rows are sorted by length first, so that a micro-batch holds rows of like length and little of it is padding. Where padding
+is what costs time, further micro-batches keep it below a share. No cut changes a result (see `reduce`); the budget only
+trades memory for speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -18,13 +19,28 @@ if TYPE_CHECKING:
 
     from rlhf_core.world import World
 
-__all__ = ["micro_rows", "minibatches", "padding_share"]
+__all__ = ["bearable_padding", "micro_rows", "minibatches", "padding_share"]
+
+CHEAP = 32
+"""Cells of padding that cost less than one more micro-batch does, even of a small model."""
 
 
-def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1) -> list[Tensor]:
+def bearable_padding(module: Any) -> float:
+    """The share of a forward pass of `module` that may be padding before a further micro-batch is cheaper.
+
+    On a CPU time is cells. An accelerator waits for launches as long as micro-batches are small, and where rows are packed
+    nothing is padded: there, as few micro-batches as fit.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    packs = getattr(module, "packs", False)  # strategies may train other modules than ours
+    return 0.05 if on_cpu and not packs else 1.0
+
+
+def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float = 1.0) -> list[Tensor]:
     """Row numbers of each micro-batch: at most `tokens` cells, padding included, but always at least one unit.
 
-    A unit is `rows_per_unit` adjacent rows (a chosen/rejected pair). Longest first, so that memory peaks at once.
+    A unit is `rows_per_unit` adjacent rows (a chosen/rejected pair). Longest first, so that memory peaks at once. Of the
+    cells at most the share `padding` (or a few cells in all) are units shorter than the first.
     """
     if not len(batch):
         return []
@@ -36,11 +52,13 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1) -> list[Tensor
     lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
     order_U = torch.argsort(lengths_U, descending=True, stable=True)
     cuts: list[list[int]] = []
-    widest = 0
+    widest = spare = 0
     for unit, length in zip(order_U.tolist(), lengths_U[order_U].tolist(), strict=True):
-        if not cuts or (len(cuts[-1]) + 1) * rows_per_unit * widest > tokens:
+        cells = (len(cuts[-1]) + 1) * rows_per_unit * widest if cuts else 0
+        spare += rows_per_unit * (widest - length)
+        if not cuts or cells > tokens or spare > max(CHEAP, padding * cells):
             cuts.append([])
-            widest = length
+            widest, spare = length, 0
         cuts[-1].append(unit)
     rows_in_unit = torch.arange(rows_per_unit)
     return [(torch.tensor(units)[:, None] * rows_per_unit + rows_in_unit).flatten() for units in cuts]

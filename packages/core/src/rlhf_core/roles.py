@@ -21,7 +21,7 @@ from rlhf_core.errors import ContractError, NotFinite, UsageError
 from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
 from rlhf_core.kept import Kept, of_same_rows
 from rlhf_core.lazy import torch
-from rlhf_core.microbatch import micro_rows, minibatches, padding_share
+from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.needs import ROUTER_LOSS
 from rlhf_core.options import Lora, TrainedOptions
 from rlhf_core.plan import Plan, RoleSpec
@@ -130,7 +130,7 @@ class LocalRole:
     def _infer(self, batch: Batch, wants: frozenset[str], source: str) -> dict[str, Tensor]:
         """The same within the token budget as it is."""
         found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants}
-        cuts = micro_rows(batch, self.budget.tokens)
+        cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_wants(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
             for i in range(self._rounds(cuts)):
@@ -242,7 +242,7 @@ class LocalRole:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
         wants = frozenset[str]().union(*(term.wants for term, _ in terms))
-        cuts = micro_rows(batch, self.budget.tokens, unit)
+        cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
         coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
         wants |= {ROUTER_LOSS} if coef else set()
         tokens = self.world_total(_tokens(batch)) if coef else 0.0

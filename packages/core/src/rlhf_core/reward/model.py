@@ -64,7 +64,7 @@ class RewardModel:
 
         A prompt is text or messages; one with None as completion is a text to be scored as it is, without a template.
         """
-        from rlhf_core.microbatch import micro_rows
+        from rlhf_core.microbatch import bearable_padding, micro_rows
         from rlhf_core.models.inputs import layout
 
         loaded = _loaded(self)
@@ -75,7 +75,7 @@ class RewardModel:
         loaded.module.to(device)
         scores_N = torch.empty(len(batch))
         with torch.inference_mode():
-            for rows in micro_rows(batch, self.micro_tokens):
+            for rows in micro_rows(batch, self.micro_tokens, padding=bearable_padding(loaded.module)):
                 inputs = layout(batch.rows(rows)).to(device)
                 scores_N[rows] = loaded.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
         if self.offload:
