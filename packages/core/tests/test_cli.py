@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -341,71 +340,3 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m rlhf_core plugins | (exec <&-; sleep 0.5); exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# chat
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def greedy(text: str, tokens: int) -> str:
-    """What the model `tiny` says to a text, token by token without a cache."""
-    import torch
-
-    from rlhf_core.models.load import load_model, load_tokenizer
-    from rlhf_core.options import ModelOptions
-
-    tokenizer, model = load_tokenizer("tiny", ModelOptions()), load_model("tiny", ModelOptions()).eval()
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    start = ids.shape[1]
-    for _ in range(tokens):
-        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
-
-
-@pytest.fixture
-def template(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Give the model `tiny` another chat template, or none."""
-    from rlhf_core.models import load
-
-    plain = load.load_tokenizer
-
-    def use(text: str | None) -> None:
-        def tokenizer(name: str, options: Any) -> Any:
-            made = plain(name, options)
-            made.chat_template = text
-            return made
-
-        monkeypatch.setattr(load, "load_tokenizer", tokenizer)
-
-    return use
-
-
-SHORT = ("--max-new-tokens", "3", "--temperature", "0")
-
-
-def test_chat_answers_one_prompt(say: Callable[..., str], template: Callable[[str | None], None]) -> None:
-    template("{% for m in messages %}[{{ m.content }}{% endfor %}")
-    assert say("chat", "tiny", "--prompt", "hello", *SHORT) == greedy("[hello", 3) + "\n"
-
-
-def test_chat_remembers_the_conversation_where_the_model_has_a_template(
-    say: Callable[..., str], template: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template("{% for m in messages %}[{{ m.content }}{% endfor %}")
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nworld\n"))
-    first = greedy("[hello", 3)
-    assert say("chat", "tiny", *SHORT) == f"{first}\n{greedy(f'[hello[{first}[world', 3)}\n"
-
-
-def test_chat_continues_each_line_by_itself_where_there_is_no_template(
-    say: Callable[..., str], template: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template(None)
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nworld\n"))
-    assert say("chat", "tiny", *SHORT) == f"{greedy('hello', 3)}\n{greedy('world', 3)}\n"
-
-
-def test_chat_says_the_same_for_the_same_seed(say: Callable[..., str]) -> None:
-    answers = [say("chat", "tiny", "--prompt", "hello", "--max-new-tokens", "8", "--seed", seed) for seed in "112"]
-    assert answers[0] == answers[1] != answers[2]

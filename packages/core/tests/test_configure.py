@@ -1,159 +1,27 @@
-"""Flags, TOML and Python build the same configuration, and a written one builds it again."""
+"""Flags, TOML and Python build the same configuration."""
 
 from __future__ import annotations
 
 import math
 import os
-import pickle
 import string
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from configure_fakes import Colour, Guarded, Inner, Online, Plain, Rich, fake_registry, from_file, run
 
-from rlhf_core.configure import from_names, make, parse, to_names, to_toml
-from rlhf_core.errors import ContractError, UsageError
-from rlhf_core.hookspecs import hookimpl
-from rlhf_core.options import KL, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
+from rlhf_core.configure import from_names, make, parse, to_names
+from rlhf_core.errors import ContractError
+from rlhf_core.options import ModelOptions, Optim, Sampling, TrainedOptions
 from rlhf_core.registry import Registry
-from rlhf_core.values import Secret, reveal
-
-
-class Colour(Enum):
-    """Something to choose from."""
-
-    RED = 1
-    BLUE = 2
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Options inside options."""
-
-    depth: int = 1
-    """how deep"""
-
-
-@dataclass(frozen=True)
-class Rich:
-    """A reward with an option of every type."""
-
-    text: str = "a"
-    """some text"""
-    number: float = 0.5
-    """a number"""
-    count: int = 3
-    """a count"""
-    on: bool = False
-    """a switch"""
-    path: Path = Path("x/y")
-    """a path"""
-    choice: Literal["left", "right", 3] = "left"
-    """a side, or three"""
-    colour: Colour = Colour.RED
-    """a colour"""
-    maybe: int | None = None
-    """a count or nothing"""
-    either: int | str = 1
-    """a count or a text"""
-    words: tuple[str, ...] = ("a",)
-    """words"""
-    pair: tuple[int, float] = (1, 2.0)
-    """a count and a number"""
-    bag: frozenset[int] = frozenset({1})
-    """counts in no order"""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """a number for each name"""
-    inner: Inner = Inner()
-    """options inside"""
-    optional: Inner | None = None
-    """options inside, or none"""
-
-
-@dataclass(frozen=True)
-class Asks:
-    """Data that must be told where."""
-
-    where: str
-    """the place"""
-    rows: int = 10
-    """how many"""
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """A reward with a key and an opinion."""
-
-    key: Annotated[str, Secret()] = ""
-    """password of the judge"""
-    limit: int = 1
-    """what is allowed"""
-
-    def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"limit must be positive, not {self.limit}")
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A provider without options."""
-
-
-@dataclass(frozen=True)
-class Online:
-    """An algorithm that samples."""
-
-    clip: float = 0.2
-    """where the ratio is cut"""
-    kl: KL | None = KL()
-    """the leash"""
-
-    defaults: ClassVar[Mapping[str, str]] = {"data": "asks", "rollout": "plain", "reward": "rich"}
-    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=3e-5)), "reference": ModelOptions()}
-    config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "sampling": Sampling(n=2)}
-
-
-@dataclass(frozen=True)
-class Offline:
-    """An algorithm that reads."""
-
-    defaults: ClassVar[Mapping[str, str]] = {"data": "asks"}
-    roles: ClassVar[Mapping[str, Any]] = {"reward": TrainedOptions()}
-
-
-TABLES: dict[str, dict[str, type]] = {
-    "data": {"asks": Asks, "plain": Plain},
-    "rollout": {"plain": Plain},
-    "reward": {"rich": Rich, "guarded": Guarded},
-    "algorithm": {"online": Online, "offline": Offline},
-    "evaluator": {"inner": Inner, "rich": Rich, "plain": Plain},
-}
 
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    """Core and the fakes above, nothing that happens to be installed."""
-    registry = Registry(autoload=False)
-    hooks = {f"rlhf_{kind}": hookimpl(lambda kind=kind: TABLES[kind]) for kind in TABLES}
-    registry.register(SimpleNamespace(**hooks), "fakes", "rlhf-fakes", "0.1")
-    return registry
-
-
-def run(line: str, registry: Registry) -> RunConfig:
-    return parse(line.split(), registry)
-
-
-def from_file(text: str, tmp_path: Path, registry: Registry, *more: str) -> RunConfig:
-    (tmp_path / "run.toml").write_text(text)
-    return parse([*more[:1], "--config", str(tmp_path / "run.toml"), *more[1:]], registry)
+    return fake_registry()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,120 +148,6 @@ def test_words_are_read_by_the_type_of_the_option(flags: str, registry: Registry
     reward = run(f"online --data.where x {flags}", registry).providers["reward"]
     assert getattr(reward, name) == value
     assert type(getattr(reward, name)) is type(value)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# there and back
-# ----------------------------------------------------------------------------------------------------------------------
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-NUMBER = st.floats(allow_nan=False)
-COUNT = st.integers(-(2**63), 2**63 - 1)
-RICH = st.builds(
-    Rich,
-    text=TEXT,
-    number=NUMBER,
-    count=COUNT,
-    on=st.booleans(),
-    path=TEXT.map(Path),
-    choice=st.sampled_from(["left", "right", 3]),
-    colour=st.sampled_from(Colour),
-    maybe=st.none() | COUNT,
-    either=COUNT | TEXT.filter(lambda text: text.lower() != "none"),
-    words=st.lists(TEXT, max_size=3).map(tuple),
-    pair=st.tuples(COUNT, NUMBER),
-    bag=st.frozensets(COUNT, max_size=3),
-    weights=st.dictionaries(TEXT, NUMBER, max_size=3),
-    inner=st.builds(Inner, COUNT),
-    optional=st.none() | st.builds(Inner, COUNT),
-)
-CONFIGS = st.fixed_dictionaries(
-    {
-        "reward": RICH,
-        "data": st.builds(Asks, TEXT, COUNT),
-        "algorithm": st.builds(
-            Online, clip=NUMBER, kl=st.none() | st.builds(KL, st.floats(0, 9), target=st.none() | NUMBER)
-        ),
-        "steps": st.integers(0, 10**6),
-        "output": TEXT,
-        "actor": st.fixed_dictionaries(
-            {"optim": st.fixed_dictionaries({"lr": st.floats(0, 1), "betas": st.tuples(NUMBER, NUMBER)})}
-        ),
-        "sampling": st.builds(Sampling, st.integers(1, 99), stop=st.lists(TEXT, max_size=3).map(tuple)),
-    }
-)
-
-
-@given(choice=CONFIGS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_written_to_toml_is_read_as_the_same_run(
-    choice: dict[str, Any], registry: Registry, tmp_path: Path
-) -> None:
-    config = make(
-        choice["algorithm"], registry, **{name: value for name, value in choice.items() if name != "algorithm"}
-    )
-    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    assert parse(["--config", str(tmp_path / "config.toml")], registry) == config
-
-
-def test_names_are_plain_pickle_and_give_the_run_in_another_process(registry: Registry) -> None:
-    config = run("online --data.where here --reward.optional.depth 2 --algorithm.kl.target 6", registry)
-    names = to_names(config)
-    assert from_names(pickle.loads(pickle.dumps(names)), registry) == config
-    assert _kinds_of_values(names) <= {str, int, float, bool}
-
-
-def _kinds_of_values(value: Any) -> set[type]:
-    if isinstance(value, dict):
-        return set().union(*map(_kinds_of_values, value.values()))
-    if isinstance(value, list):
-        return set().union(*map(_kinds_of_values, value))
-    return {type(value)}
-
-
-def test_every_option_of_the_run_is_written(registry: Registry) -> None:
-    names = to_names(run("online --data.where x", registry))
-    own = {each.name for each in fields(RunConfig)} - {"algorithm", "providers", "names", "roles"}
-    assert own <= set(names)
-    assert set(names["reward"]) == {"use", *(each.name for each in fields(Rich))}
-    assert set(names["actor"]["optim"]) == {each.name for each in fields(Optim)}
-    assert names["evaluator"] == "none"
-    assert "seed" not in names["sampling"], "the loop sets it: it is no option"
-
-
-def test_what_no_file_can_hold_is_refused_when_it_is_written(registry: Registry) -> None:
-    config = make("online", registry, data={"where": "x"}, reward=replace(Rich(), text=print))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"reward\.text is a builtin_function_or_method, which no file can hold"):
-        to_toml(config)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# secrets
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_secret_is_masked_in_the_file_and_kept_for_workers(registry: Registry) -> None:
-    config = run("online --data.where x --reward guarded --reward.key hunter2", registry)
-    assert "hunter2" not in to_toml(config)
-    assert from_names(to_names(config), registry) == config
-
-
-def test_a_masked_secret_must_be_given_again(tmp_path: Path, registry: Registry) -> None:
-    text = to_toml(run("online --data.where x --reward guarded --reward.key hunter2", registry))
-    with pytest.raises(UsageError, match=r"reward\.key is masked; give it as --reward\.key env:NAME"):
-        from_file(text, tmp_path, registry)
-
-
-def test_a_secret_by_environment_variable_is_written_and_resolves_at_use(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = run("online --data.where x --reward guarded --reward.key env:JUDGE_KEY", registry)
-    assert 'key = "env:JUDGE_KEY"' in to_toml(config)
-    with pytest.raises(UsageError, match="the environment variable JUDGE_KEY is not set"):
-        reveal(config.providers["reward"].key)
-    monkeypatch.setenv("JUDGE_KEY", "hunter2")
-    assert reveal(config.providers["reward"].key) == "hunter2"
-    assert reveal("plain") == "plain"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
