@@ -29,10 +29,9 @@ def seal(folder: Path) -> None:
     """Write `manifest.json` of everything in `folder`; all of it is on the disk then."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with _pool() as pool:
-        forced = [pool.submit(force, path) for path in paths]  # while these wait for the disk, others compute
+        forced = pool.submit(lambda: [force(path) for path in paths])  # one thread waits for the disk, the others compute
         files = {str(path.relative_to(folder)): _described(path, pool) for path in paths}
-        for each in forced:
-            each.result()
+        forced.result()
     write_text(folder / "manifest.json", json.dumps({"files": files, "xxh3": _digest(files)}, indent=1))
 
 
