@@ -29,7 +29,7 @@ def seal(folder: Path) -> None:
     """Write `manifest.json` of everything in `folder`; all of it is on the disk then."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with _pool() as pool:
-        forced = pool.submit(lambda: [force(path) for path in paths])  # one waits for the disk, others compute
+        forced = pool.submit(_force_all, paths)  # one waits for the disk, others compute
         files = {str(path.relative_to(folder)): _described(path, pool) for path in paths}
         forced.result()
     write_text(folder / "manifest.json", json.dumps({"files": files, "xxh3": _digest(files)}, indent=1))
@@ -73,6 +73,11 @@ def step_of(folder: Path) -> int:
 
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, 1 + (os.cpu_count() or 1)))
+
+
+def _force_all(paths: list[Path]) -> None:
+    for path in paths:
+        force(path)
 
 
 def _described(path: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
