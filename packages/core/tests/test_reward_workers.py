@@ -216,15 +216,23 @@ def test_calls_return_in_order_and_exceptions_as_failures() -> None:
     assert results[1].reason.startswith("ValueError")
 
 
-def test_workers_leave_when_their_parent_is_killed() -> None:
+STUCK = "__import__('re').match('(a+)+$', 'a' * 60 + 'b')"
+"""Backtracks for years in C code, which lets no thread of the interpreter run."""
+
+
+@pytest.mark.parametrize("work", ["__import__('time').sleep(60)", STUCK])
+def test_workers_and_what_they_started_end_when_their_parent_is_killed(work: str) -> None:
+    started = "(__import__('os').getpid(), __import__('subprocess').Popen(['sleep', '60']).pid)"
     script = (
-        "import os, sys, threading\nfrom rlhf_core.reward.workers import Workers\n"
-        "w = Workers(1, 'os:getpid')\nprint(w.map([()], 30)[0], flush=True)\n"
-        "threading.Thread(target=lambda: Workers(1, 'time:sleep').map([(60,)], 0), daemon=True).start()\n"
-        "import time; time.sleep(0.5); os.kill(os.getpid(), 9)"
+        "import os, threading, time\nfrom rlhf_core.reward.workers import Workers\n"
+        f"w = Workers(1, 'builtins:eval')\nprint(*w.map([({started!r},)], 30)[0], flush=True)\n"
+        f"threading.Thread(target=lambda: w.map([({work!r},)], 0), daemon=True).start()\n"
+        "time.sleep(0.5)\nos.kill(os.getpid(), 9)"
     )
-    child = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False).stdout)
+    said = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False).stdout
+    processes = [Path("/proc", pid) for pid in said.decode().split()]
+    assert len(processes) == 2
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{child}").exists()
+    while any(map(_group, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_group, processes))

@@ -2,13 +2,15 @@
 
 Workers are fresh interpreters that talk over pipes, not forks: a fork of a process that runs torch threads may deadlock,
 and spawning through multiprocessing would run the user's main script again. Each has its own process group, so that what
-a call itself starts dies with it. They live until `close` or the end of this process.
+a call itself starts dies with it. They live until `close` or the end of this process, whatever ends it and whatever they
+do: on Linux the kernel kills the group when this process's end of a pipe closes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import os
 import pickle
 import select
@@ -82,6 +84,8 @@ class _Worker:
     def __init__(self, target: str, prepare: tuple[Any, ...] | None) -> None:
         self._target, self._prepare = target, prepare
         self._process: subprocess.Popen[bytes] | None = None
+        self._life = -1
+        """the end of a pipe that nothing is written to: while it is open, the process may live"""
 
     def call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
         new = self._process is None
@@ -108,12 +112,15 @@ class _Worker:
             raise
 
     def _start(self) -> subprocess.Popen[bytes]:
+        watched, self._life = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._target, os.pathsep.join(sys.path)],
+            [sys.executable, "-m", __name__, self._target, os.pathsep.join(sys.path), str(watched)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            pass_fds=(watched,),
         )
+        os.close(watched)
         return self._process
 
     def kill(self) -> None:
@@ -123,6 +130,7 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        os.close(self._life)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
@@ -172,8 +180,9 @@ def _read(pipe: Any, length: int, deadline: float | None) -> bytes:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _serve(target: str) -> None:
+def _serve(target: str, life: int) -> None:
     """Answer calls until the pipe is closed."""
+    _die_when_closed(life)
     from rlhf_core.reward.calls import reason
 
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -197,8 +206,17 @@ def _serve(target: str) -> None:
         _send(answers, result)
 
 
+def _die_when_closed(life: int) -> None:
+    """Have the kernel kill this process group when the other end of the pipe `life` closes, even while C code holds the
+    interpreter. (`PR_SET_PDEATHSIG` would kill at the end of the *thread* that started us, and this process alone.)"""
+    if sys.platform == "linux":
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def _die_with_parent(parent: int) -> None:
-    """A parent that was killed closes no calls: leave when it is gone."""
+    """Leave when the parent is gone: where the pipe cannot tell (not on Linux, or a fork of the parent's has it open)."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
@@ -208,4 +226,4 @@ if __name__ == "__main__":
     sys.path[:] = sys.argv[2].split(os.pathsep)
     sys.modules["rlhf_core.reward.workers"] = sys.modules["__main__"]  # so that Failure is one class on both ends
     Failure.__module__ = "rlhf_core.reward.workers"
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], int(sys.argv[3]))
