@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.launcher.local import Local
 from rlhf_core.models.export import export
+from rlhf_core.models.extras import quiet_bitsandbytes
 from rlhf_core.models.load import load_model, load_scorer, load_tokenizer
 from rlhf_core.models.module import RoleModule, build_module, layout
 from rlhf_core.models.tokenizer import EOS, TOKENS, byte_tokenizer
@@ -319,11 +321,20 @@ def test_quantised_weights_need_adapters() -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_core.models import lora
+    from rlhf_core.models import extras
 
-    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"rlhf-core\[lora\]"):
         build_module(spec("logprobs_NT", lora=Lora(rank=4)))
+
+
+def test_of_bitsandbytes_one_message_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    quiet_bitsandbytes()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    assert not caplog.messages
+    logger.warning("no library of 4 bits was found")
+    assert caplog.messages == ["no library of 4 bits was found"]
 
 
 def test_weights_in_four_bits_are_whole_when_others_read_them(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,11 +240,14 @@ class _Counted:
 def _description(options: ModelOptions, folder: str) -> str:
     """Where vLLM reads configuration and tokenizer: a folder or a hub name. It needs no weights there."""
     from rlhf_core.models import tiny
+    from rlhf_core.models.adapters import base_of
     from rlhf_core.models.convert import converted
+    from rlhf_core.models.hub import located
     from rlhf_core.models.load import load_tokenizer
-    from rlhf_core.models.names import find
 
-    source = find(options.model)
+    source = located(options.model)
+    if source.kind == "adapter":  # its weights are merged into those of its base
+        return _description(replace(options, model=base_of(Path(source.location))), folder)
     if source.kind == "gguf":
         return str(converted(Path(source.location)))
     if source.kind != "tiny":

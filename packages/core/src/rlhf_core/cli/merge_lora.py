@@ -20,7 +20,7 @@ class MergeLora:
     """Merge an adapter into its base: a folder that plain transformers loads. Language and reward models alike."""
 
     adapter: str
-    """folder of the adapter, OUTPUT/model of a run"""
+    """the adapter: OUTPUT/model of a run, another folder, or a hub name"""
     output: str = ""
     """folder to write; must be new"""
     base: str = ""
@@ -29,9 +29,9 @@ class MergeLora:
     """of the weights that are written; merging itself is done in float32"""
 
     def __call__(self, registry: Registry) -> int:
-        from rlhf_core.models.names import find
+        from rlhf_core.models.hub import located
 
-        source = find(self.adapter)
+        source = located(self.adapter)
         if source.kind != "adapter":
             raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
         if not self.output:

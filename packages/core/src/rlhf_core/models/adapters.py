@@ -6,13 +6,13 @@ config names, as `rlhf-run` understands names. Only `adapter_model.safetensors` 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import UsageError
+from rlhf_core.models.extras import import_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,18 +48,15 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         UsageError: the adapter does not fit.
         MissingPackage: PEFT is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPackage(f"{folder} is an adapter, which needs the package 'peft': pip install 'rlhf-core[lora]'")
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(str(folder))
+    peft = import_peft(f"{folder} is an adapter, which")
+    config = peft.PeftConfig.from_pretrained(str(folder))
     config.task_type = None  # merging is the same for all tasks, and an SFT adapter may start a reward model
     if not hasattr(model, "score"):
         config.modules_to_save = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a head that this model has not is told as a missing key
-            adapted: Any = PeftModel.from_pretrained(model, str(folder), config=config)
+            adapted: Any = peft.PeftModel.from_pretrained(model, str(folder), config=config)
         plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise UsageError(f"the adapter {folder} does not fit its base: {str(error).strip().splitlines()[0]}") from error

@@ -4,7 +4,7 @@ Trained models are always float32, the master weights; their strategy computes i
 models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
 not run unless asked for. torch and transformers are imported when something is loaded, not before.
 
-An adapter's folder is its base with the adapter merged (`models.adapters`).
+An adapter, in a folder or on the hub, is its base with the adapter merged (`models.adapters`).
 
 Left out on purpose: checkpoints that are quantised already, and sharding over devices, which is a strategy's business.
 """
@@ -22,9 +22,10 @@ from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models import tiny
 from rlhf_core.models.adapters import base_of, has_score, merged
+from rlhf_core.models.extras import quiet_bitsandbytes
 from rlhf_core.models.foreign import foreign_head
-from rlhf_core.models.hub import offline_if_unreachable
-from rlhf_core.models.names import Source, find
+from rlhf_core.models.hub import beside, located, offline_if_unreachable
+from rlhf_core.models.names import Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +47,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     """
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    source = find(name)
+    source = located(name)
     _check_attention(options)
     if source.kind == "adapter":
         return merged(load_model(_base(source, options), options, trained=trained), Path(source.location))
@@ -72,7 +73,7 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     """
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-    source = find(name)
+    source = located(name)
     _check_attention(options)
     if source.kind == "adapter":
         folder = Path(source.location)
@@ -88,7 +89,7 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
         raise UsageError(
             f"{name} is no decoder with a score head: {len(others)} weights are missing, {others[0]} first"
         )
-    if missing and (head := foreign_head(Path(source.location))):
+    if missing and (config := beside(name, "config.json")) and (head := foreign_head(config.parent)):
         model.score = head.to(model.dtype)
         return model, True
     return model, not missing
@@ -98,7 +99,7 @@ def has_scorer(name: str, options: ModelOptions) -> bool:
     """Whether transformers has a sequence classifier for this architecture; about a third of them have none."""
     from transformers import AutoModelForSequenceClassification
 
-    source = find(name)
+    source = located(name)
     if source.kind == "tiny":
         return True
     if source.kind == "adapter":
@@ -120,7 +121,7 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
 
     from rlhf_core.models.tokenizer import byte_tokenizer
 
-    source = find(name)
+    source = located(name)
     if source.kind == "tiny":
         size = tiny.parse(name)
         return _extended(byte_tokenizer(size.vocab, size.context), options)
@@ -233,6 +234,7 @@ def _quantization(options: ModelOptions) -> dict[str, Any]:
             raise MissingPackage(f"quantize needs the package {package!r}: pip install 'rlhf-core[qlora]'")
     from transformers import BitsAndBytesConfig
 
+    quiet_bitsandbytes()
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quantize,

@@ -10,7 +10,6 @@ Left out on purpose: other kinds of adapters, and adapters on embeddings and on 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import UsageError
+from rlhf_core.models.extras import import_peft
 from rlhf_core.models.heads import ChunkedHead, seeded
 
 if TYPE_CHECKING:
@@ -116,13 +116,10 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
         UsageError: the targets name no linear layer of the model, or a head that is tied to the embedding.
         MissingPackage: PEFT is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPackage(f"--{role}.lora needs the package 'peft': pip install 'rlhf-core[lora]'")
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = import_peft(f"--{role}.lora")
     head = model.get_output_embeddings()
     targets, on_head = _targets(model, options, role)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
@@ -132,7 +129,7 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
     )
     if targets:
         with torch.random.fork_rng(devices=[]):  # what it draws is drawn again below
-            inject_adapter_in_model(config, model, ADAPTER)
+            peft.inject_adapter_in_model(config, model, ADAPTER)
     if on_head:
         head.adapt(options.rank, options.alpha)
         config.target_modules = sorted({*targets, _name_of(model, head).rpartition(".")[2]})

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +33,7 @@ from rlhf_core.models.compare import Comparison
 from rlhf_core.models.features import Features, only_heads
 from rlhf_core.models.frozen import freeze
 from rlhf_core.models.heads import ChunkedHead, ScalarHead
+from rlhf_core.models.hub import beside
 from rlhf_core.models.inputs import Inputs, layout
 from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
 from rlhf_core.models.lora import Adapters, adapt, whole
@@ -320,8 +320,8 @@ def _speaks(spec: RoleSpec) -> bool:
 
 def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:
     """Scalar heads that are no part of the model, loaded if they lie beside it."""
-    file = Path(spec.options.model) / HEADS_FILE
-    saved = load_file(file) if names and file.is_file() else {}
+    file = beside(spec.options.model, HEADS_FILE) if names else None
+    saved = load_file(file) if file else {}
     heads = {}
     for name in names:
         heads[name] = ScalarHead.new(model.config.get_text_config().hidden_size, model.dtype)

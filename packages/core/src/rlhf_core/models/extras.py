@@ -1,0 +1,36 @@
+"""Importing PEFT and bitsandbytes: one line where they are not installed, none where they are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+from rlhf_core.errors import MissingPackage
+
+__all__ = ["import_peft", "quiet_bitsandbytes"]
+
+NOT_NEEDED = "Failed to load CPU gemm_4bit_forward"
+"""How bitsandbytes says, at import, that a faster kernel is not installed; it has no backward pass and is never used here."""
+
+
+def import_peft(wanted_by: str) -> Any:
+    """PEFT, which imports bitsandbytes too.
+
+    Raises:
+        MissingPackage: it is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPackage(f"{wanted_by} needs the package 'peft': pip install 'rlhf-core[lora]'")
+    quiet_bitsandbytes()
+    return importlib.import_module("peft")
+
+
+def quiet_bitsandbytes() -> None:
+    """Drop the one message that is no news, before bitsandbytes is imported; all others pass."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(NOT_NEEDED)
