@@ -21,7 +21,9 @@ Every number that a run logs, in `metrics.jsonl` and in trackers, under its one 
 what the packages document: do not edit. A test runs tiny jobs of every algorithm and fails on a name that is not here.
 
 `<role>` is a trained role (`actor`, `critic`, …), `<source>` a role that is sampled beside the first one (`proposal`),
-`<datasource>` where a row of data says it comes from. What stands in `[]` is left out for the first source.
+`<datasource>` where a row of data says it comes from, in its column of this name. What stands in `[]` is left out for the
+first source. A column `datasource` splits what training and evaluation measure: rewards of what is sampled, and of what is
+learnt from data the loss and all that it logs (`reward/accuracy/web`, `actor/nll/gsm8k`).
 
 Means are over all ranks, tokens and completions of the step. What begins with `time/`, `speed/` or `memory/` is measured by
 the first process and differs between two runs; all other numbers are the same for the same configuration and seed.

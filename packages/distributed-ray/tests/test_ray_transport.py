@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_core.types import Batch
-from rlhf_distributed_ray.transport import COLUMNS, Shipper, split_groups, unpack
+from rlhf_distributed_ray.transport import COLUMNS, Shipper, sources_of, split_groups, unpack
 from rlhf_distributed_ray.worker import buckets, from_array
 
 
@@ -99,3 +99,16 @@ def test_weights_travel_in_buckets_and_arrive_bit_for_bit() -> None:
     assert [len(b) for b in buckets(iter({"x": torch.zeros(2**24), "y": torch.zeros(1)}.items()))] == [1, 1]
     for name, packed in sent[0]:
         assert torch.equal(from_array(packed), weights[name]) and from_array(packed).dtype == weights[name].dtype
+
+
+def test_of_metadata_the_datasource_crosses_if_a_row_says_one() -> None:
+    batch = make_batch([3, 1, 4], groups=[0, 1, 2])
+    ship, store = shipper()
+    columns = store[ship.columns(batch)]
+    batch.meta = [{"datasource": "web", "secret": 1}, {}, {"datasource": 3}]
+    assert unpack(columns, [2, 1, 0], sources=sources_of(batch, [2, 1, 0])).meta == [
+        {"datasource": 3},
+        {},
+        {"datasource": "web"},
+    ]
+    assert sources_of(batch, [1]) is None and unpack(columns, [1]).meta == [{}]

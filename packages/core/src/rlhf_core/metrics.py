@@ -21,6 +21,7 @@ _RUN = {
     "samples": "completions: drawn in the step, of all roles and over all ranks",
     "padding": "share 0..1: of the trained cells, those that are padding",
     "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",
+    "loss/<role>/<datasource>": "loss: the same over the rows of data that say they come from there",
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
     "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite; "
@@ -68,6 +69,7 @@ _TIME = {
 _PROVIDERS = {
     "<role>/router_loss": "loss: load balancing of a mixture of experts, before its weight",
     "<role>/kl": "nats a token: the KL loss's own estimate, with the weights of the step",
+    "<role>/<name>/<datasource>": "as <role>/<name>: over the rows of data that say they come from there",
     "sync/bytes": "bytes: of weights sent to the engine",
     "sync/seconds": "seconds: the engine took for them; measured, as times are",
     "sync/calls": "calls: to the engine for one update",

@@ -54,13 +54,13 @@ class Means:
     """Metrics with their own denominators, added up over micro-batches, optimiser steps and ranks."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._sums: dict[tuple[str, str], tuple[float, float]] = {}
         self._plain: dict[str, float] = {}
 
-    def add(self, name: str, total: float, count: float = 1.0) -> None:
-        """Add `count` values whose sum is `total`."""
-        old_total, old_count = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (old_total + total, old_count + count)
+    def add(self, name: str, total: float, count: float = 1.0, part: str = "") -> None:
+        """Add `count` values whose sum is `total`. Parts of a name are means of their own, which are added at the end."""
+        old_total, old_count = self._sums.get((name, part), (0.0, 0.0))
+        self._sums[name, part] = (old_total + total, old_count + count)
 
     def add_sum(self, name: str, value: float) -> None:
         """Add to a number that is a sum, not a mean (seconds); it stays this rank's own."""
@@ -72,16 +72,19 @@ class Means:
 
     def merge(self, other: Means) -> None:
         """Add all that `other` holds."""
-        for name, (total, count) in other._sums.items():
-            self.add(name, total, count)
+        for (name, part), (total, count) in other._sums.items():
+            self.add(name, total, count, part)
         for name, value in other._plain.items():
             self.add_sum(name, value)
 
     def reduced(self, world: World | None = None) -> dict[str, float]:
         """The mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out."""
-        names = sorted(self._sums)
-        sums = torch.tensor([self._sums[name] for name in names], dtype=torch.float64).reshape(-1, 2)
+        keys = sorted(set(self._sums).union(*world.gather(set(self._sums)) if world is not None else ()))
+        sums = torch.tensor([self._sums.get(key, (0.0, 0.0)) for key in keys], dtype=torch.float64).reshape(-1, 2)
         if world is not None:
             sums = world.sum(sums)
-        means = {name: float(total / n) for name, (total, n) in zip(names, sums.tolist(), strict=True) if n > 0}
+        means: dict[str, float] = {}
+        for (name, _), (total, n) in zip(keys, sums.tolist(), strict=True):
+            if n > 0:
+                means[name] = means.get(name, 0.0) + total / n
         return means | self._plain

@@ -24,9 +24,10 @@ from rlhf_core.lazy import torch
 from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.needs import ROUTER_LOSS
 from rlhf_core.options import Lora, TrainedOptions
-from rlhf_core.plan import Plan, RoleSpec
+from rlhf_core.plan import DATA, Plan, RoleSpec
 from rlhf_core.reduce import Means, count, weighted_sum
-from rlhf_core.types import Batch, LossTerms, Reduction, Strategy, Term, Trainable
+from rlhf_core.said import add_by_source, checked
+from rlhf_core.types import Batch, Strategy, Term, Trainable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,7 +264,7 @@ class LocalRole:
             for k, (term, credited) in enumerate(terms):
                 own = micro if credited is batch else credited.rows(cuts[i] if live else spare)
                 own = self._with_old_logprobs(term, own, outputs)
-                result = self._checked(term, term.loss(outputs, own), own)
+                result = checked(term, term.loss(outputs, own), own)
                 if k not in counts:
                     counts[k] = self.world_total(count(result.reduction, batch, term.unit))
                 share = weighted_sum(result.values, result.reduction, own) / max(counts[k], 1e-12)
@@ -272,6 +273,9 @@ class LocalRole:
                 if live:
                     for name, metric in result.metrics.items():
                         means.add_metric(f"{self.name}/{name}", metric)
+                    if term.source == DATA:
+                        part = next(str(i) for i, (_, each) in enumerate(self.spec.terms) if each is term)
+                        add_by_source(means, self.name, term, part, outputs, own)
             if coef:
                 here = live * _tokens(micro)
                 loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
@@ -295,24 +299,6 @@ class LocalRole:
         if "old_logprobs_NT" in term.needs and term.source in ("data", self.name) and self.plan.on_policy:
             return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
         return micro
-
-    def _checked(self, term: Term, result: LossTerms, micro: Batch) -> LossTerms:
-        """`result`, if it keeps the contract of a loss."""
-        who = f"loss {type(term.loss).__qualname__} of {type(term.loss).__module__}"
-        if not isinstance(result, LossTerms) or not isinstance(result.reduction, Reduction):
-            raise ContractError(
-                f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))"
-            )
-        per_sample = result.reduction.per == "sample"
-        expected = (len(micro) // term.unit,) if per_sample else tuple(micro.mask_NT.shape)
-        if tuple(result.values.shape) != expected:
-            raise ContractError(
-                f"{who} returned values of shape {tuple(result.values.shape)}; "
-                f"reduction {result.reduction.per!r} needs {expected}"
-            )
-        if not result.values.requires_grad:
-            raise ContractError(f"{who} returned values without a gradient; compute them from `outputs`")
-        return result
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.plan import RoleSpec
 from rlhf_core.types import Batch, Prompts, Role, Rollouts
-from rlhf_distributed_ray.transport import Shipper, split_groups
+from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups
 from rlhf_distributed_ray.worker import from_array
 
 if TYPE_CHECKING:
@@ -127,10 +127,11 @@ class RoleGroup:
             for reference in (self.shipper.columns(batch), *self.shipper.extras(batch, read[key]))
         ]
         scalars = {key: dict(batch.scalars) for key, batch in work.items()}
-        calls = [
-            actor.train.remote(*sent, read=read, rows={key: shares[key][rank] for key in work}, scalars=scalars)
-            for rank, actor in enumerate(self.actors)
-        ]
+        calls = []
+        for rank, actor in enumerate(self.actors):
+            rows = {key: shares[key][rank] for key in work}
+            sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
+            calls += [actor.train.remote(*sent, read=read, rows=rows, scalars=scalars, sources=sources)]
         metrics, self._version = collect(f"role {self.name}", self.where, calls)[0]
         return dict(metrics)
 

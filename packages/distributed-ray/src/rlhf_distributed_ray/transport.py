@@ -2,7 +2,7 @@
 
 Arrays, not tensors, are stored: Ray maps NumPy arrays into every reader without a copy, so a worker copies its own rows
 only. Tokens and each extra are objects of their own: what several roles read, or one role reads twice in a step, crosses
-once. Prompts, texts, labels and metadata stay with the controller.
+once. Prompts, texts, labels and metadata stay with the controller, but for the rows' datasource, which splits metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_core.types import Batch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Shipper", "split_groups", "unpack"]
+__all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack"]
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
 REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
@@ -25,8 +25,14 @@ REMEMBERED = 64  # objects of one step: a few sources and credits with a few ext
 Arrays = Mapping[str, Any]
 
 
-def unpack(packed: Arrays, rows: list[int], extras: Arrays | None = None, scalars: Arrays | None = None) -> Batch:
-    """Rows of packed columns and extras as a batch; texts and labels are empty."""
+def unpack(
+    packed: Arrays,
+    rows: list[int],
+    extras: Arrays | None = None,
+    scalars: Arrays | None = None,
+    sources: list[Any] | None = None,
+) -> Batch:
+    """Rows of packed columns and extras as a batch; texts and labels are empty, and metadata but for the rows' `sources`."""
     index = torch.tensor(rows).numpy()
 
     def column(array: Any) -> Tensor:
@@ -38,12 +44,18 @@ def unpack(packed: Arrays, rows: list[int], extras: Arrays | None = None, scalar
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
-        meta=[{}] * n,
+        meta=[{} if source is None else {"datasource": source} for source in sources or [None] * n],
         **own,
         extras={name: column(array) for name, array in (extras or {}).items()},
         scalars=dict(scalars or {}),
     )
     return whole.rows(range(n))  # trimmed to the longest of these rows
+
+
+def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
+    """The datasource of each of these rows, None for one that does not say; nothing where none does."""
+    sources = [batch.meta[row].get("datasource") for row in rows]
+    return None if all(source is None for source in sources) else sources
 
 
 class Shipper:

@@ -100,6 +100,7 @@ class RoleWorker:
         read: Mapping[str, list[str]],
         rows: Mapping[str, list[int]],
         scalars: Mapping[str, Mapping[str, float]],
+        sources: Mapping[str, list[Any] | None],
     ) -> tuple[dict[str, float], int]:
         """Optimiser steps on these rows of each credited batch; metrics and the new version.
 
@@ -110,7 +111,7 @@ class RoleWorker:
         for key, names in read.items():
             columns = next(arriving)
             extras = {name: next(arriving)[""] for name in names}
-            work[key] = unpack(columns, rows[key], extras, scalars[key])
+            work[key] = unpack(columns, rows[key], extras, scalars[key], sources[key])
             work[key].world = self.role.world
         return self.role.train(work), self.role.version
 
