@@ -48,6 +48,7 @@ def cluster() -> Iterator[None]:
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = [{"prompt": f"{n}?", "chosen": "yes" * (n % 5 + 1), "rejected": "no" * (n % 3 + 1)} for n in range(32)]
+    rows = [row | {"datasource": "abc"[n % 3]} for n, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
