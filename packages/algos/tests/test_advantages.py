@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import threading
@@ -20,6 +21,7 @@ from rlhf_algos.advantage.dr_grpo import DrGRPO
 from rlhf_algos.advantage.gae import GAE
 from rlhf_algos.advantage.grpo import GRPO
 from rlhf_algos.advantage.kto import KTO
+from rlhf_algos.advantage.maxrl import MaxRL
 from rlhf_algos.advantage.pairs import Pairs
 from rlhf_algos.advantage.reinforce import Reinforce
 from rlhf_algos.advantage.reinforce_pp import ReinforcePP
@@ -350,7 +352,7 @@ def test_whitening_is_over_all_ranks(advantage):
     torch.testing.assert_close(torch.cat([got[0], got[1]]), expected_NT, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("advantage", [GRPO(), RLOO(), ReinforcePPBaseline(), BestOfN(), Pairs()], ids=repr)
+@pytest.mark.parametrize("advantage", [GRPO(), RLOO(), ReinforcePPBaseline(), MaxRL(), BestOfN(), Pairs()], ids=repr)
 def test_comparing_needs_someone_to_compare_with(advantage):
     rollouts = make_batch([2, 2])
     with pytest.raises(UsageError, match="set --sampling"):
@@ -432,6 +434,25 @@ def test_pairs_are_the_best_and_the_worst_and_equal_ones_are_none():
     assert credit.metrics["pairs/share"] == pytest.approx(2 / 3)
     assert selection(Pairs(min_gap=5.0), [1.0, 3.0, 0.0, 9.0], [0, 0, 1, 1]).rows.tolist() == [3, 2]
     assert selection(Pairs(), [1.0, 1.0], [0, 0]).rows.tolist() == []
+
+
+@pytest.mark.parametrize(("n", "p"), [(2, 0.5), (3, 0.2), (5, 0.7), (6, 0.01)])
+def test_maxrl_climbs_the_log_likelihood_of_success_to_the_order_that_its_samples_allow(n, p):
+    """Of one choice between success and failure, whose score is d log pi / d p, every outcome of n samples is enumerated."""
+    rollouts = make_batch([1] * n, groups=[0] * n)
+    gradient = 0.0
+    for outcome in itertools.product([1.0, 0.0], repeat=n):
+        advantages_NT = Given(rollouts, RewardOutput(torch.tensor(outcome)), torch.zeros(n, 1)).credit(MaxRL())
+        score = [1 / p if success else -1 / (1 - p) for success in outcome]
+        step = statistics.fmean(a * s for a, s in zip(advantages_NT.advantages_NT[:, 0].tolist(), score))
+        gradient += math.prod(p if success else 1 - p for success in outcome) * step
+    assert gradient == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, n)), rel=1e-5)
+
+
+def test_maxrl_refuses_rewards_that_it_cannot_divide_by():
+    rollouts = make_batch([1, 1], groups=[0, 0])
+    with pytest.raises(UsageError, match="a reward is negative; use a reward of 0 and 1"):
+        Given(rollouts, RewardOutput(torch.tensor([1.0, -1.0])), torch.zeros(2, 1)).credit(MaxRL())
 
 
 def test_large_offsets_of_the_reward_do_not_cost_precision():

@@ -36,6 +36,7 @@ def rlhf_advantage() -> Providers:
         "gae": "rlhf_algos.advantage.gae:GAE",
         "grpo": "rlhf_algos.advantage.grpo:GRPO",
         "kto": "rlhf_algos.advantage.kto:KTO",
+        "maxrl": "rlhf_algos.advantage.maxrl:MaxRL",
         "negative": "rlhf_algos.advantage.negative:Negative",
         "pairs": "rlhf_algos.advantage.pairs:Pairs",
         "reinforce": "rlhf_algos.advantage.reinforce:Reinforce",

@@ -13,6 +13,7 @@ INSTALL: dict[str, dict[str, str]] = {
         "gae": "rlhf-algos",
         "grpo": "rlhf-algos",
         "kto": "rlhf-algos",
+        "maxrl": "rlhf-algos",
         "negative": "rlhf-algos",
         "pairs": "rlhf-algos",
         "reinforce": "rlhf-algos",
