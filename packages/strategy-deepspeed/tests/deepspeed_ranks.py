@@ -109,6 +109,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "dpo": lambda folder: ("dpo", offline(folder, "pairs")),
     "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
     "grpo": lambda folder: ("grpo", {**ONLINE}),
+    "distill": lambda folder: ("distill", {**offline(folder, "rows"), "teacher": {"model": "tiny:layers=1"}}),
     "lora": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "lora": {"rank": 4}}}),
     "bf16": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }

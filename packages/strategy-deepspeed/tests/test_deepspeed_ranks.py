@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs de
 
 Result = dict[str, Any]
 
-QUICK = {1: ["plain:3", "steps"], 2: ["plain:0", "sft:1", "dpo:2", "ppo:3", "grpo:2", "steps", "wrong"]}
+QUICK = {1: ["plain:3", "steps"], 2: ["plain:0", "sft:1", "dpo:2", "ppo:3", "grpo:2", "distill:3", "steps", "wrong"]}
 """By number of ranks; every case and every stage occurs, those of rlhf-algos if it is installed."""
 
 CHECKS = ("steps", "wrong")

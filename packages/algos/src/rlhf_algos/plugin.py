@@ -111,7 +111,10 @@ def rlhf_algorithm() -> Providers:
 
 @hookimpl
 def rlhf_data() -> Providers:
-    return {"conditional": "rlhf_algos.data.conditional:Conditional"}
+    return {
+        "conditional": "rlhf_algos.data.conditional:Conditional",
+        "selected": "rlhf_algos.data.selected:Selected",
+    }
 
 
 @hookimpl

@@ -53,6 +53,7 @@ INSTALL: dict[str, dict[str, str]] = {
     },
     "data": {
         "conditional": "rlhf-algos",
+        "selected": "rlhf-algos",
     },
     "evaluator": {
         "bad_probability": "rlhf-algos",

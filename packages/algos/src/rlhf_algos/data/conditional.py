@@ -32,6 +32,7 @@ class Conditional(Json):
     """say this reward of every row, to be answered; rows need none then"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("{prompt}", "{reward}"):
             if name not in self.condition:
                 raise UsageError(f"--data.condition needs {name} somewhere; it is {self.condition!r}")
