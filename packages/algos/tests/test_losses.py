@@ -465,11 +465,10 @@ def test_labels_that_do_not_fit_the_steps_are_refused():
         lambda: Correction("geometric", "clip"),
         lambda: Correction("token", "clip", gate="tv"),
         lambda: Correction("token", low=2.0, high=1.0),
-        lambda: Robust(label_smoothing=0.5),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make):
-    with pytest.raises(ValueError, match=r"correction|label_smoothing"):
+    with pytest.raises(ValueError, match="correction"):
         make()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import rank_in_group, require_groups
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.types import Credit
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class BestOfN:
     min_samples: ClassVar[int] = 2
     selects: ClassVar[str] = "rows"
     """losses need not read its advantages"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, keep="[1, inf)")
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import place_scores
+from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import gae
 from rlhf_algos.whitening import Whiten, whiten
 from rlhf_core.types import Credit
@@ -34,6 +35,9 @@ class GAE:
     """over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither (`none`)"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gamma="[0, 1]", lam="[0, 1]")
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         rewards_NT = place_scores(rewards.rewards_N, rewards, rollouts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_algos.pairs import sequence_logprobs
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.types import Batch, Credit
@@ -43,6 +44,9 @@ class KTO:
     def needs(self) -> frozenset[str]:
         asked = frozenset({"actor.logprobs_NT", "ref_logprobs_NT"})
         return asked | {MISMATCHED} if self.z == "mismatched" else asked
+
+    def __post_init__(self) -> None:
+        check_ranges(self, desirable="(0, inf)", undesirable="(0, inf)")
 
     def prepare(self, batch: Batch) -> Batch:
         """The batch, followed by its prompts with one another's completions where z is estimated on those."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 from rlhf_core.types import Credit
 
@@ -32,6 +33,9 @@ class Pairs:
     min_samples: ClassVar[int] = 2
     selects: ClassVar[str] = "pairs"
     """its rows are pairs, chosen first: what losses on pairs need"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, min_gap="[0, inf)")
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import place_scores
+from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
 from rlhf_core.types import Credit
 
@@ -32,6 +33,9 @@ class Teacher:
     """weight of the reward, added at the last token; 0 imitates only"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprobs_NT", "sampler_logprobs_NT"})
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gamma="[0, 1]")
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         gap_NT = extras["teacher.logprobs_NT"] - extras["sampler_logprobs_NT"]

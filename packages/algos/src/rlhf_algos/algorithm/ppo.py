@@ -10,6 +10,7 @@ from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
 from rlhf_algos.loss.delayed import delayed
 from rlhf_algos.loss.sft import SFT
 from rlhf_algos.loss.value import Value
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.errors import UsageError
 from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
 from rlhf_core.types import Chosen, Term
@@ -38,6 +39,9 @@ class PPO(Sampled):
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "gae", "loss": "clip"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=Optim(lr=1e-5))}
     config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4}
+
+    def __post_init__(self) -> None:
+        check_ranges(self, critic_warmup="[0, 1]", ptx="[0, inf)")
 
     def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
         if "values_NT" not in getattr(chosen.advantage, "needs", ()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_algos.loss.preference import PreferenceLoss
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ class CDPO(PreferenceLoss):
 
     label_smoothing: float = 0.1
     """s: the probability that a label is flipped, 0 to 0.5"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, label_smoothing="[0, 0.5]")
 
     def of(self, margin: Tensor) -> Tensor:
         log_sigmoid = torch.nn.functional.logsigmoid

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_algos.loss.policy import PolicyLoss
+from rlhf_algos.ranges import check_ranges
 from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class CISPO(PolicyLoss):
     """how far the weight may fall below 1; the paper sets no lower bound, which is 1"""
     clip_high: float = 4.0
     """how far the weight may rise above 1; the paper tunes it and gives no number"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         log_ratio_NT = bounded_log_ratio(outputs["logprobs_NT"], batch["old_logprobs_NT"], batch.mask_NT)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_algos.loss.policy import PolicyLoss
+from rlhf_algos.ranges import check_ranges
 from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 from rlhf_core.lazy import torch
 
@@ -28,6 +29,9 @@ class Clip(PolicyLoss):
     """how far the ratio may rise above 1 where the advantage is positive; DAPO's clip-higher is 0.28"""
     dual_clip: float = 0.0
     """bound -r A by this times -A where the advantage is negative (Ye et al. 2020, eq. 5), 3 say; 0 does not"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)", dual_clip="[0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         advantages_NT = batch["advantages_NT"]

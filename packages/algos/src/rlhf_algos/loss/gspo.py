@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_algos.loss.policy import Aggregate, PolicyLoss
+from rlhf_algos.ranges import check_ranges
 from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 from rlhf_core.lazy import torch
 
@@ -27,6 +28,9 @@ class GSPO(PolicyLoss):
     """how far s may fall below 1; the paper's. OpenRLHF leaves PPO's 0.2, which hardly ever clips"""
     clip_high: float = 4e-4
     """how far s may rise above 1; the paper's"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         advantages_NT, mask_NT = batch["advantages_NT"], batch.mask_NT

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 from rlhf_core.types import LossTerms, Metric, Reduction
 
@@ -31,6 +32,9 @@ class KTO:
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT", "advantages_NT", "returns_NT"})
     rows_per_unit: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_ranges(self, beta="(0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         h_N = log_ratios(outputs, batch)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios, pair_metrics, split
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.types import LossTerms, Reduction
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class PreferenceLoss:
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
     rows_per_unit: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, beta="(0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         chosen, rejected = split(self.beta * self.ratios(outputs, batch), batch)

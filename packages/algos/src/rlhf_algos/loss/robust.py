@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_algos.loss.preference import PreferenceLoss
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ class Robust(PreferenceLoss):
     """s: the probability that a label is flipped, 0 to 0.5 without 0.5 itself"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is a flip probability below 0.5, not {self.label_smoothing}")
+        super().__post_init__()
+        check_ranges(self, label_smoothing="[0, 0.5)")
 
     def of(self, margin: Tensor) -> Tensor:
         log_sigmoid, s = torch.nn.functional.logsigmoid, self.label_smoothing

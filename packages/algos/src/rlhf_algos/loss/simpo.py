@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 from rlhf_core.types import LossTerms, Reduction
 
@@ -30,6 +31,9 @@ class SimPO:
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, beta="(0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         chosen, rejected = split(self.beta * mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)

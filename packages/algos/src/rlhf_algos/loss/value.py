@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
 from rlhf_core.types import LossTerms, Metric, Reduction
 
@@ -29,6 +30,9 @@ class Value:
     wants: ClassVar[frozenset[str]] = frozenset({"values_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"returns_NT", "values_NT"})
     rows_per_unit: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_ranges(self, clip="[0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         values_NT, old_NT, returns_NT = outputs["values_NT"], batch["values_NT"], batch["returns_NT"]
