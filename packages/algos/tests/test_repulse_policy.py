@@ -28,6 +28,7 @@ from repulse_fixture import (
 )
 from torch import Tensor
 
+from rlhf_algos.advantage.gae import GAE
 from rlhf_algos.advantage.negative import Negative
 from rlhf_algos.advantage.rloo import RLOO
 from rlhf_algos.advantage.transformed import Transformed
@@ -35,7 +36,9 @@ from rlhf_algos.groups import leave_one_out
 from rlhf_algos.loss.reinforce import Reinforce
 from rlhf_algos.loss.weighted_nll import WeightedNLL
 from rlhf_algos.target import Target, annealed
+from rlhf_core import make_config
 from rlhf_core.errors import UsageError
+from rlhf_core.plan import make_plan
 from rlhf_core.types import RewardOutput
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,6 +123,22 @@ def test_transformed_credit_leaves_the_penalty_and_the_logged_reward_alone():
     found = Transformed(1.0, -1.0)(rewards, batch, {}).advantages_NT
     near(found[:, 0], leave_one_out(r - (-r).exp() + penalty_NT.sum(1), batch.group_N), 1e-5)
     near(rewards.rewards_N, reward(P_SAMPLES), 0)
+
+
+def test_ppo_s_reward_is_transformed_too():
+    batch, r = rollouts(P_SAMPLES), reward(P_SAMPLES)
+    values = {"values_NT": torch.linspace(0, 1, 8).view(4, 2)}
+    found, plain = Transformed(of="gae lam=0.5 whiten=none"), GAE(lam=0.5, whiten="none")
+    assert found.needs == GAE.needs and found.min_samples == 1 and Transformed().min_samples == 2
+    expected = plain(RewardOutput(r - (-r).exp()), batch, values)
+    near(found(RewardOutput(r), batch, values).advantages_NT, expected.advantages_NT, 0)
+    near(found(RewardOutput(r), batch, values).returns_NT, expected.returns_NT, 0)
+    plan = make_plan(make_config("ppo", model="tiny", advantage={"use": "transformed", "of": "gae"}))
+    assert set(plan.roles) >= {"actor", "critic"}
+    with pytest.raises(UsageError, match="ppo trains a critic"):
+        make_plan(make_config("ppo", model="tiny", advantage="transformed"))
+    with pytest.raises(UsageError, match="--advantage.of 'gae lamb=1': gae has no option 'lamb'"):
+        Transformed(of="gae lamb=1").needs  # noqa: B018  the property is what asks
 
 
 def test_repulse_is_reinforce_on_a_transformed_reward_in_expectation():

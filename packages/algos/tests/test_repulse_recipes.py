@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_core import Run
+from rlhf_core.configure import from_names
 from rlhf_core.sweep import read_sweep
 
 FOLDER = Path(__file__).resolve().parents[3] / "recipes" / "repulse"
@@ -94,3 +97,43 @@ def test_methods_get_equal_numbers_of_samples(name):
         )
         drawn.add(both * tree["steps"] * tree["batch_size"] * tree["sampling"]["n"])
     assert len(drawn) == 1
+
+
+TINY: dict[str, Any] = {
+    "model": "tiny:hidden=16,layers=1",
+    "data": {"use": "prompts"},
+    "reward": {"use": "length", "target": 2},
+    "batch_size": 2,
+    "sampling": {"n": 2, "max_new_tokens": 2},
+}
+"""What stands in for models, data and sizes that this machine does not have."""
+
+ALIKE = ("transformed-", "repulse-", "base-")
+"""Methods of these names differ in numbers alone."""
+
+
+def kinds() -> list[Any]:
+    """A method of each kind of every sweep; all the others are slow, and add little."""
+    found: dict[tuple[str, str], Any] = {}
+    for name in TABLES:
+        for member in read_sweep(FOLDER / f"{name}-sweep.toml").members:
+            found.setdefault((name, next(filter(member.method.startswith, ALIKE), member.method)), member)
+    return [pytest.param(name, member, id=f"{name}-{member.method}") for (name, _), member in found.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "member"), kinds())
+def test_a_step_of_every_kind_of_method_on_a_tiny_model(name, member, tmp_path):
+    """The options of the recipes as they are; a setting leaves its table of held-out samples, a toy its probability."""
+    tree: Any = {**member.settings, **TINY, "steps": 1, "eval_every": 0, "save_every": 0, "output": str(tmp_path)}
+    for role in ("actor", "reference", "proposal", "critic"):
+        if role in tree:
+            tree[role] = {**tree[role], "dtype": "float32"}
+    tree["evaluator"] = {**tree["evaluator"], **({"ids": [66]} if name.startswith("toy") else {"prompts": 2})}
+    run = Run(from_names(tree))
+    run.train()
+    (last,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    both = 2 if "repulse" in member.method else 1
+    assert last["samples"] == both * 4
+    assert (tmp_path / "heldout.parquet").exists() == name.startswith("setting")
+    assert any(name.startswith("eval/") for name in run.evaluations[-1][1])

@@ -6,6 +6,7 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,9 @@ def test_splits_and_their_slices_have_names(tmp_path: Path) -> None:
     path = saved(tmp_path, "splits")
     data = HuggingFace(path, heldout_split="test")
     assert [len(list(data(split))) for split in ("train", "heldout")] == [6, 2]
+    other = HuggingFace(saved(tmp_path / "other", "jsonl"), heldout_path=path)
+    assert len(list(other("heldout"))) == 6, "the split train of another set"
+    assert len(list(replace(other, heldout_split="test")("heldout"))) == 2
     with pytest.raises(UsageError, match="there is no split 'dev', only train, test"):
         HuggingFace(path, split="dev")("train")
     assert len(list(HuggingFace(saved(tmp_path, "parquet"), split="train[:50%]")("train"))) == 3

@@ -288,7 +288,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "hf: nothing held out",
         [{"prompt": "a"}],
         {"hf": True, "split_asked": "heldout"},
-        "no rows are held out: pass --data.heldout-split NAME or --data.heldout 0.1",
+        "no rows are held out: pass --data.heldout-split NAME, --data.heldout-path or --data.heldout 0.1",
     ),
     (
         "hf: a share of a stream held out",

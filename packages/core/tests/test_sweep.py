@@ -95,6 +95,7 @@ def test_a_variant_with_another_provider_replaces_the_table_and_its_own_grid_the
         ("seeds = 3\n", "seeds must be a list of numbers"),
         ("[grid]\n'steps' = 3\n", "grid 'steps' must be a list"),
         ("[variants]\na = 1\n", "variants.a must be a table"),
+        ("processes = 0\n", "processes must be a whole number of at least 1, not 0"),
         ("[grid]\n'actor.optim.lr' = [1e-3]\n'proposal.optim.lr' = [1, 1]\n", "two runs have one name"),
         ("= 3", "not valid TOML"),
     ],
@@ -135,15 +136,16 @@ def test_pieces_of_a_sweep(folder: Path) -> None:
 
 
 def test_a_run_that_somebody_is_at_is_left_alone_even_if_its_sweep_was_killed(folder: Path) -> None:
-    (member,) = read_sweep(write(folder, "")).members
+    sweep = read_sweep(write(folder, ""))
+    (member,) = sweep.members
     member.folder.mkdir(parents=True)
     (member.folder / "sleep").touch()
     running: set[subprocess.Popen[bytes]] = set()
-    first = threading.Thread(target=run_member, args=(member, (), running))
+    first = threading.Thread(target=run_member, args=(member, sweep, running))
     first.start()
-    while not (member.folder / "calls").exists():
+    while not (running and (member.folder / "calls").exists()):
         first.join(0.05)
-    run_member(member, (), set())
+    run_member(member, sweep, set())
     assert len((member.folder / "calls").read_text().splitlines()) == 1
     assert member.state == "begun"
     (process,) = running
@@ -165,3 +167,26 @@ def test_a_slurm_script_has_a_task_a_run(folder: Path) -> None:
     ]
     assert script[-1].endswith(f'-m rlhf_core sweep {path} --only "$SLURM_ARRAY_TASK_ID"')
     subprocess.run(["bash", "-n", "array.sh"], check=True)
+
+
+def test_a_ray_script_submits_a_job_for_each_unfinished_run(folder: Path) -> None:
+    """With `ray` stood in for by a script that runs what it is given, as a cluster's shell does."""
+    path = write(folder, "seeds = [0, 2]\n[ray]\nentrypoint-num-gpus = 1\n")
+    assert main(["sweep", str(path), "--only", "0"]) == 0
+    assert main(["sweep", str(path), "--ray", "jobs.sh"]) == 0
+    (line,) = (folder / "jobs.sh").read_text().splitlines()[2:]
+    assert line.startswith("ray job submit --no-wait --entrypoint-num-gpus=1 -- bash -c ")
+    (folder / "ray").write_text('#!/bin/bash\necho "$@" > submitted\nshift 5\ncd / && "$@"\n')
+    (folder / "ray").chmod(0o755)
+    (folder / "python").write_text(f'#!/bin/bash\necho "$PWD $*" > {folder}/called\n')
+    subprocess.run(["bash", "jobs.sh"], check=True, env={"PATH": f"{folder}:/usr/bin:/bin"})
+    assert (folder / "called").read_text() == f"{folder} -m rlhf_core sweep {path} --only 1\n"
+
+
+def test_several_processes_are_ranks_of_one_run(folder: Path) -> None:
+    path = write(folder, "processes = 4\n")
+    (folder / "python").write_text(f'#!/bin/bash\necho "$*" > {folder}/called\n')
+    assert main(["sweep", str(path)]) == 0
+    assert (folder / "called").read_text() == (
+        "-m torch.distributed.run --standalone --nproc-per-node 4 -m rlhf_core --config out/run-seed0/sweep-config.toml\n"
+    )

@@ -4,6 +4,7 @@
     output = "sweeps/toy"               # OUTPUT/<run>/ is a run's folder, relative to the working folder
     seeds = [0, 1, 2]
     discard = ["checkpoints", "model"]  # what is removed of a finished run; nothing where absent
+    processes = 4                       # ranks of each run, one a GPU, under torchrun; one process where absent
 
     [grid]                              # every combination; keys are paths as in flags, without the dashes
     "algorithm.alpha" = [0.01, 0.1]
@@ -13,6 +14,9 @@
 
     [slurm]                             # lines `#SBATCH --key=value` of the script that --slurm writes
     time = "04:00:00"
+
+    [ray]                               # flags `--key=value` of `ray job submit` in the script that --ray writes
+    entrypoint-num-gpus = 1
 
 A method is a variant with one combination of the grid; a run is a method with a seed. A method's own `grid` table takes the
 place of the common one, and `skip = true` in it leaves a variant out. What a run's state is, is read from its folder alone.
@@ -35,7 +39,7 @@ from rlhf_core.files import inside, write_text
 __all__ = ["Member", "SweepFile", "read_sweep"]
 
 State = Literal["waiting", "begun", "failed", "finished"]
-KEYS = ("config", "output", "seeds", "discard", "grid", "variants", "slurm")
+KEYS = ("config", "output", "seeds", "discard", "processes", "grid", "variants", "slurm", "ray")
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class SweepFile:
     output: Path
     members: tuple[Member, ...]
     discard: tuple[str, ...] = ()
+    processes: int = 1
     slurm: Mapping[str, str] = field(default_factory=dict)
+    ray: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_sweep(path: str | Path) -> SweepFile:
@@ -125,7 +131,11 @@ def read_sweep(path: str | Path) -> SweepFile:
     discard = tuple(map(str, tree.get("discard", ())))
     for name in discard:
         inside(output / "run", name)
-    return SweepFile(path, output, tuple(members), discard, {k: str(v) for k, v in tree.get("slurm", {}).items()})
+    processes = tree.get("processes", 1)
+    if not isinstance(processes, int) or processes < 1:
+        raise UsageError(f"{path}: processes must be a whole number of at least 1, not {processes!r}")
+    slurm, ray = ({key: str(value) for key, value in tree.get(table, {}).items()} for table in ("slurm", "ray"))
+    return SweepFile(path, output, tuple(members), discard, processes, slurm, ray)
 
 
 def write_configuration(member: Member) -> Path:

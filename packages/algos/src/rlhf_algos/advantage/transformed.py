@@ -1,12 +1,12 @@
-"""Leave-one-out advantages of a reward that is steeper where it is low."""
+"""The advantages of a reward that is steeper where it is low."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from rlhf_algos.advantage.rloo import RLOO
+from rlhf_core.described import described
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,10 @@ MAX_EXPONENT = 80.0  # exp(80) is 5e34: beyond it float32 overflows
 
 @dataclass(frozen=True)
 class Transformed:
-    """RLOO on r - alpha exp(beta r), or on r - alpha 1[r < threshold] (RePULSe, appendix C.3).
+    """Another advantage, of r - alpha exp(beta r), or of r - alpha 1[r < threshold] (RePULSe, appendix C.3).
 
-    This is RePULSe with the policy as its own proposal, in expectation and up to the prompt's constant Z. The KL penalty
-    and the logged reward are left as they are.
+    With `rloo` this is RePULSe with the policy as its own proposal, in expectation and up to the prompt's constant Z. The KL
+    penalty and the logged reward are left as they are.
     """
 
     alpha: float = 1.0
@@ -32,14 +32,27 @@ class Transformed:
     """its rate: the more negative, the more it falls on low rewards only; the exponent is bounded at 80"""
     threshold: float | None = None
     """subtract alpha from rewards strictly below this, instead of the exponential"""
-    inner: RLOO = RLOO()
-    """the credit of the transformed reward"""
+    of: str = "rloo"
+    """the advantage of the transformed reward, by name with its options: `gae` for PPO, "gae lam=1" """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    min_samples: ClassVar[int] = 2
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the other advantage needs: a critic's values, say."""
+        needs: frozenset[str] = getattr(self._other, "needs", frozenset())
+        return needs
+
+    @property
+    def min_samples(self) -> int:
+        """Completions per prompt that the other advantage compares."""
+        return int(getattr(self._other, "min_samples", 1))
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
-        return self.inner(replace(rewards, rewards_N=self.transform(rewards.rewards_N)), rollouts, extras)
+        credit: Credit = self._other(replace(rewards, rewards_N=self.transform(rewards.rewards_N)), rollouts, extras)
+        return credit
+
+    @property
+    def _other(self) -> Any:
+        return described("advantage", self.of, "--advantage.of")
 
     def transform(self, rewards_N: Tensor) -> Tensor:
         """The transformed rewards."""

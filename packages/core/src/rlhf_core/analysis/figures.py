@@ -1,28 +1,57 @@
-"""Figures with matplotlib, which is optional. No window is opened, and the same numbers give the same file."""
+"""Figures and their tables. matplotlib is optional, opens no window, and the same numbers give the same file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.analysis.tables import write_csv
 from rlhf_core.errors import MissingPackage
+from rlhf_core.sweep import SweepFile, read_sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from rlhf_core.registry import Registry
 
-__all__ = ["FORMATS", "check_matplotlib", "figure"]
-
-FORMATS = ("png", "svg", "pdf")
+__all__ = ["Drawing", "figure"]
 
 
-def check_matplotlib() -> None:
-    """Say how to install it before anything is computed.
+@dataclass(frozen=True)
+class Drawing(ABC):
+    """A command that makes a figure of a sweep's runs, and the table of its numbers."""
 
-    Raises:
-        MissingPackage: it is not there.
-    """
+    file: str
+    """the sweep's TOML file"""
+    _: KW_ONLY
+    output: str
+    """name of the files, without an ending"""
+    formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
+    """of the figure; none writes the table alone"""
+
+    @abstractmethod
+    def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:
+        """The table."""
+
+    @abstractmethod
+    def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+        """The figure."""
+
+    def __call__(self, registry: Registry) -> int:
+        if self.formats:
+            _check_matplotlib()
+        rows, stem = self.rows(read_sweep(self.file)), Path(self.output)
+        write_csv(stem.with_name(f"{stem.name}.csv"), rows)
+        if self.formats:
+            self.draw(rows, stem)
+        print(", ".join(f"{stem}.{ending}" for ending in ("csv", *self.formats)))
+        return 0
+
+
+def _check_matplotlib() -> None:
+    """Say how to install it before anything is computed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

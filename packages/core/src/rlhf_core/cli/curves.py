@@ -4,58 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rlhf_core.analysis.figures import FORMATS, check_matplotlib, figure
+from rlhf_core.analysis.figures import Drawing, figure
 from rlhf_core.analysis.stats import t_interval
-from rlhf_core.analysis.tables import write_csv
 from rlhf_core.errors import UsageError
-from rlhf_core.sweep import Member, read_sweep
-
-if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+from rlhf_core.sweep import Member, SweepFile
 
 __all__ = ["Curves", "series"]
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Plot metrics of a sweep's finished runs: means over seeds with 95 % t-intervals, as a figure and a CSV table."""
+class Curves(Drawing):
+    """Plot metrics of a sweep's runs: means over seeds with 95 % t-intervals, as a figure and a CSV table."""
 
-    file: str
-    """the sweep's TOML file"""
+    _: KW_ONLY
     metrics: tuple[str, ...] = ("reward/mean",)
     """names as in metrics.jsonl; `return` is the reward less the KL penalty"""
     x: Literal["samples", "steps"] = "samples"
     """what they are drawn against; samples are those of all roles"""
     output: str = "curves"
     """name of the files, without an ending"""
-    formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
-    """of the figure; none writes the table alone"""
     seeds: int = 1
     """points that fewer seeds than this have are left out"""
 
-    def __call__(self, registry: Registry) -> int:
-        if self.formats:
-            check_matplotlib()
-        rows = self._rows()
-        if not rows:
-            raise UsageError(
-                f"no run of {self.file} has {', '.join(self.metrics)} yet; see rlhf-run sweep {self.file} --status"
-            )
-        stem = Path(self.output)
-        write_csv(stem.with_name(f"{stem.name}.csv"), rows)
-        if self.formats:
-            self._draw(rows, stem)
-        print(f"{stem}.csv" + "".join(f", {stem}.{each}" for each in FORMATS if each in self.formats))
-        return 0
-
-    def _rows(self) -> list[dict[str, Any]]:
+    def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:
         """A row per metric, method and point."""
         points: dict[tuple[str, str, float], list[float]] = {}
-        for member in read_sweep(self.file).members:
+        for member in sweep.members:
             for metric in self.metrics:
                 for x, y in series(member, metric, self.x):
                     points.setdefault((metric, member.method, x), []).append(y)
@@ -65,9 +43,14 @@ class Curves:
                 mean, half = t_interval(values)
                 ends = {"low": mean - half, "high": mean + half, "seeds": len(values)}
                 rows.append({"metric": metric, "method": method, self.x: x, "mean": mean, **ends})
+        if not rows:
+            raise UsageError(
+                f"no run of {self.file} has {', '.join(self.metrics)} yet; see rlhf-run sweep {self.file} --status"
+            )
         return sorted(rows, key=lambda row: (self.metrics.index(row["metric"]), row["method"], row[self.x]))
 
-    def _draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+    def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+        """A panel per metric, a line and a band per method."""
         methods = list(dict.fromkeys(row["method"] for row in rows))
         with figure(stem, self.formats, len(self.metrics)) as axes:
             for axis, metric in zip(axes, self.metrics, strict=True):

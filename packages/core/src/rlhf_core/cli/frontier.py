@@ -7,28 +7,24 @@ sampling. A point is a method: means over its seeds, with bootstrap intervals of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rlhf_core.analysis.figures import FORMATS, check_matplotlib, figure
+from rlhf_core.analysis.figures import Drawing, figure
 from rlhf_core.analysis.stats import bootstrap_interval, cvar, pareto, share_below
-from rlhf_core.analysis.tables import read_columns, write_csv
+from rlhf_core.analysis.tables import read_columns
 from rlhf_core.errors import UsageError
-from rlhf_core.sweep import Member, read_sweep
-
-if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+from rlhf_core.sweep import Member, SweepFile
 
 __all__ = ["Frontier", "frontier_rows"]
 
 
 @dataclass(frozen=True)
-class Frontier:
+class Frontier(Drawing):
     """Draw bad outputs, CVaR or attack success against return for a sweep's methods, and mark the Pareto set."""
 
-    file: str
-    """the sweep's TOML file"""
+    _: KW_ONLY
     y: Literal["bad", "cvar", "attack"] = "bad"
     """share of rewards strictly below the threshold; mean of the worst rewards; or share of samples whose column
     `attack_success` is true"""
@@ -42,27 +38,18 @@ class Frontier:
     """the table in each run's folder, Parquet or JSON lines"""
     output: str = "frontier"
     """name of the files, without an ending"""
-    formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
-    """of the figure; none writes the table alone"""
     seed: int = 0
     """of the bootstrap; the same seed gives the same intervals"""
 
-    def __call__(self, registry: Registry) -> int:
-        if self.formats:
-            check_matplotlib()
-        members = [member for member in read_sweep(self.file).members if member.state == "finished"]
+    def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:
+        """A row per method, of its finished runs."""
+        members = [member for member in sweep.members if member.state == "finished"]
         if not members:
             raise UsageError(f"no run of {self.file} is finished; see rlhf-run sweep {self.file} --status")
         results: dict[str, list[tuple[float, float]]] = {}
         for member in members:
             results.setdefault(member.method, []).append(self._point(member))
-        rows = frontier_rows(results, self.x, self.y, higher=self.y == "cvar", seed=self.seed)
-        stem = Path(self.output)
-        write_csv(stem.with_name(f"{stem.name}.csv"), rows)
-        if self.formats:
-            self._draw(rows, stem)
-        print(f"{stem}.csv" + "".join(f", {stem}.{each}" for each in FORMATS if each in self.formats))
-        return 0
+        return frontier_rows(results, self.x, self.y, higher=self.y == "cvar", seed=self.seed)
 
     def _point(self, member: Member) -> tuple[float, float]:
         """(x, y) of one run."""
@@ -75,7 +62,8 @@ class Frontier:
         }
         return sum(columns[self.x]) / len(columns[self.x]), measure[self.y](columns[y])
 
-    def _draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+    def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
+        """A point with its intervals per method, and a line through the Pareto set."""
         with figure(stem, self.formats) as (axis,):
             for k, row in enumerate(rows):
                 bars = [

@@ -49,6 +49,8 @@ class Sweep:
     """print the table of runs, and start none"""
     slurm: str = ""
     """write a SLURM script for an array of all runs to this file, and start none"""
+    ray: str = ""
+    """write a script that submits a Ray job for each unfinished run to this file, and start none"""
 
     def __call__(self, registry: Registry) -> int:
         sweep = read_sweep(self.file)
@@ -58,19 +60,23 @@ class Sweep:
             write_text(Path(self.slurm), slurm_script(sweep))
             print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
             return 0
+        if self.ray:
+            write_text(Path(self.ray), ray_script(sweep))
+            print(f"{self.ray}: run it with bash where RAY_ADDRESS names the cluster; it submits a job a run")
+            return 0
         if not self.status:
             members = sweep.members if self.only < 0 else sweep.members[self.only : self.only + 1]
             left = [member for member in members if member.state != "finished"]
-            self._run(left[: self.at_most or None], sweep.discard)
+            self._run(left[: self.at_most or None], sweep)
         print(status_table(sweep))
         return int(not self.status and any(member.state == "failed" for member in sweep.members))
 
-    def _run(self, members: list[Member], discard: tuple[str, ...]) -> None:
+    def _run(self, members: list[Member], sweep: SweepFile) -> None:
         """Run them, `jobs` at a time. Ctrl-C or SIGTERM stops what runs, saved, and starts no more."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         running: set[subprocess.Popen[bytes]] = set()
         with ThreadPoolExecutor(max(1, self.jobs)) as pool:
-            futures = [pool.submit(run_member, member, discard, running) for member in members]
+            futures = [pool.submit(run_member, member, sweep, running) for member in members]
             try:
                 for future in futures:
                     future.result()
@@ -82,13 +88,20 @@ class Sweep:
                 raise
 
 
-def run_member(member: Member, discard: tuple[str, ...], running: set[subprocess.Popen[bytes]]) -> None:
+def run_member(member: Member, sweep: SweepFile, running: set[subprocess.Popen[bytes]]) -> None:
     """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder."""
     member.folder.mkdir(parents=True, exist_ok=True)
     with _locked(member.folder) as lock:
         if lock is None or member.state == "finished":
             return
-        words = [sys.executable, "-m", "rlhf_core", "--config", str(write_configuration(member))]
+        words = [
+            sys.executable,
+            *_ranks(sweep.processes),
+            "-m",
+            "rlhf_core",
+            "--config",
+            str(write_configuration(member)),
+        ]
         words += ["--resume"] if member.begun else []
         member.status_file.unlink(missing_ok=True)
         print(f"{member.name}: {'resumed' if member.begun else 'begun'}", flush=True)
@@ -101,13 +114,20 @@ def run_member(member: Member, discard: tuple[str, ...], running: set[subprocess
             running.discard(process)
         status = {"exit": code, "seconds": round(time.time() - started, 1)}
         if code == 0:
-            for name in discard:
+            for name in sweep.discard:
                 shutil.rmtree(member.folder / name, ignore_errors=True)
         write_text(member.status_file, json.dumps(status))
         if code:
             print(
                 f"{member.name}: ended with code {code}, see {member.folder / 'log.txt'}", file=sys.stderr, flush=True
             )
+
+
+def _ranks(processes: int) -> list[str]:
+    """What starts a run as several ranks on this machine."""
+    if processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 @contextmanager
@@ -140,5 +160,23 @@ def slurm_script(sweep: SweepFile) -> str:
     """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
     lines = ["#!/bin/bash", f"#SBATCH --job-name={sweep.path.stem}", f"#SBATCH --array=0-{len(sweep.members) - 1}"]
     lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in sweep.slurm.items()]
-    command = shlex.join([sys.executable, "-m", "rlhf_core", "sweep", str(sweep.path.resolve()), "--only"])
-    return "\n".join([*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{command} "$SLURM_ARRAY_TASK_ID"', ""])
+    return "\n".join([*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_only(sweep)} "$SLURM_ARRAY_TASK_ID"', ""])
+
+
+def ray_script(sweep: SweepFile) -> str:
+    """A job for each run that is not finished; Ray starts one when what it asks for is free.
+
+    A job works in this folder, which the nodes must share: the runs' state and their locks are there.
+    """
+    flags = shlex.join([f"--{key}={value}" if value else f"--{key}" for key, value in sweep.ray.items()])
+    lines = ["#!/bin/bash", "set -e"]
+    for number, member in enumerate(sweep.members):
+        if member.state != "finished":
+            entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_only(sweep)} {number}")
+            lines.append(f"ray job submit --no-wait {flags} -- bash -c {entry}  # {member.name}")
+    return "\n".join([*lines, ""])
+
+
+def _only(sweep: SweepFile) -> str:
+    """The command of one run, less its number."""
+    return shlex.join([sys.executable, "-m", "rlhf_core", "sweep", str(sweep.path.resolve()), "--only"])

@@ -34,6 +34,8 @@ class HuggingFace(Preparation, Columns):
     _: KW_ONLY
     split: str = "train"
     """split to train on; slices work too: train[:1000], train[:10%]"""
+    heldout_path: str = ""
+    """where the held-out rows are, if not at `path`; read like it, split `heldout_split` or else `train`"""
     heldout_split: str = ""
     """split of the held-out rows, test say"""
     heldout: float = 0.0
@@ -54,10 +56,15 @@ class HuggingFace(Preparation, Columns):
     def __call__(self, split: str) -> Iterable[Example]:
         if split != "heldout":
             return self._part(self._read(self.split), 0) if self.heldout else self._read(self.split)
+        if self.heldout_path:
+            other = replace(self, path=self.heldout_path, shares=())
+            return other._read(self.heldout_split or "train")
         if self.heldout_split:
             return self._read(self.heldout_split)
         if not self.heldout:
-            raise UsageError("no rows are held out: pass --data.heldout-split NAME or --data.heldout 0.1")
+            raise UsageError(
+                "no rows are held out: pass --data.heldout-split NAME, --data.heldout-path or --data.heldout 0.1"
+            )
         return self._part(self._read(self.split), 1)
 
     def _read(self, split: str) -> Iterable[Example]:

@@ -1,0 +1,42 @@
+"""A provider inside another one, described in one word of a flag: "NAME option=value …", as "length target=40"."""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from typing import Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.layout import annotation_of, option_fields
+from rlhf_core.near import near
+from rlhf_core.values import from_words
+
+__all__ = ["described"]
+
+
+@cache
+def described(kind: str, text: str, flag: str) -> Any:
+    """The provider that `text` describes; made once, so that a model in it is loaded once. `flag` is what a user wrote.
+
+    Raises:
+        UsageError: there is no such provider or option, or the value does not fit.
+    """
+    from rlhf_core.registry import default_registry
+
+    name, *words = shlex.split(text)
+    cls: Any = default_registry().resolve(kind, name)
+    known = [field.name for field in option_fields(cls)]
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in known:
+            raise UsageError(f"{flag} {text!r}: {name} has no option {key!r}{near(key, known)}; write option=value")
+        try:
+            options[key] = from_words(annotation_of(cls, key), value.split(","))
+        except ValueError:
+            raise UsageError(f"{flag} {text!r}: {value!r} does not fit {key}") from None
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UsageError(f"{flag} {text!r}: {error}") from None
