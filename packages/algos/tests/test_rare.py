@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from rlhf_algos.evaluator.heldout_table import HeldoutTable
 from rlhf_algos.reward.keep_bad import KeepBad
 from rlhf_core import Run, make_config
 from rlhf_core.analysis.tables import read_columns
+from rlhf_core.cli.app import main
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.testing.tiny import tiny_rollouts
 
@@ -55,6 +57,55 @@ def test_a_table_does_not_depend_on_how_prompts_are_batched(tmp_path):
         run_of(output, steps=0, evaluator=HeldoutTable(prompts=4, batch=batch)).train()
         tables.append(read_columns(output / "heldout.parquet", ["uid", "completion", "reward"]))
     assert tables[0] == tables[1]
+
+
+SWEEP = """
+output = "out"
+discard = ["model", "checkpoints"]
+[variants.rloo]
+model = "tiny:hidden=16,layers=1"
+algorithm = "rloo"
+data = "prompts"
+reward = { use = "length", target = 3 }
+batch_size = 2
+steps = 0
+sampling = { n = 2, max_new_tokens = 3 }
+evaluator = { use = "heldout_table", prompts = 3, n = 2, passes = 2, kl_coef = 0.5 }
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_ranks_a_run_gathers_the_table_that_one_process_leaves_and_frontier_reads_it(
+    tmp_path, monkeypatch
+):
+    """Three prompts over two ranks: the rows are all there, in one order, and those of one process."""
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tables = []
+    for processes in (1, 2):
+        Path("sweep.toml").write_text(f"processes = {processes}\n{SWEEP}".replace('"out"', f'"out{processes}"'))
+        assert main(["sweep", "sweep.toml"]) == 0, Path(f"out{processes}/rloo-seed0/log.txt").read_text()
+        tables.append(read_columns(tmp_path / f"out{processes}" / "rloo-seed0" / "heldout.parquet", NAMES))
+    for name in ("pass", "uid", "k", "completion", "reward", "finish"):
+        assert tables[0][name] == tables[1][name], name
+    assert len(tables[1]["uid"]) == 12
+    assert tables[1]["logprob"] == pytest.approx(tables[0]["logprob"], abs=1e-4)
+    assert main(["frontier", "sweep.toml", "--threshold", "-0.5", "--formats"]) == 0
+    with Path("frontier.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["bad"]) == sum(reward < -0.5 for reward in tables[1]["reward"]) / 12
+
+
+def test_a_model_is_not_measured_against_itself(tmp_path, monkeypatch, capsys):
+    """`rlhf-run eval` has no training that a reference could be the start of."""
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", MODEL, "--evaluator", "heldout_table", "--evaluator.kl-coef", "0.2", "--evaluator.prompts", "1"]
+    words += ["--reward", "length", "--reward.target", "2", "--data", "prompts"]
+    assert main(words) == 2
+    assert "pass --reference.model, the model that training began with" in capsys.readouterr().err
+    assert main([*words, "--reference.model", f"{MODEL},seed=1"]) == 0
+    assert any(read_columns(tmp_path / "evaluation" / "heldout.parquet", ["kl"])["kl"])
 
 
 def test_without_parquet_the_run_says_so_before_it_starts(tmp_path, monkeypatch):
