@@ -43,6 +43,25 @@ def test_a_file_of_another_shard_is_not_added_to(tmp_path: Path, capsys: pytest.
     assert "0 to n - 1" in capsys.readouterr().err
 
 
+def test_a_file_that_other_options_made_is_not_taken_for_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else another model's completions, or another reward's numbers, would pass for those that were asked for."""
+    file = str(tmp_path / "new" / "a.jsonl")  # the folder is made
+    one = ["generate", "--prompts", "1", "--sampling.n", "1", "--sampling.max-new-tokens", "2", "--output", file]
+    assert main(one) == 0
+    for option, value in (("seed", "1"), ("model", "tiny:layers=1"), ("sampling.temperature", "0.5")):
+        assert main([*one, f"--{option}", value]) == 2
+        assert f"a.jsonl was begun with another --{option.partition('.')[0]}; name" in capsys.readouterr().err
+    free = ["--batch-size", "1", "--data.workers", "0", "--actor.packing", "False"]
+    assert main([*one[:2], "2", *one[3:], *free]) == 0, "more rows, and what changes no result"
+    assert main(["score", file, "--reward", "length"]) == 0
+    assert main(["score", file, "--reward", "length", "--reward.target", "9"]) == 2
+    assert "a.scored.jsonl was begun with another --reward" in capsys.readouterr().err
+    assert main([*one[:-1], str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+
+
 def test_any_reward_scores_a_file_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     """Length reward in characters, target 4: -|characters - 4| / 4, worked by hand."""
     file, scored = tmp_path / "a.jsonl", tmp_path / "a.scored.jsonl"

@@ -140,7 +140,8 @@ def make_plan(config: RunConfig) -> Plan:
     )
     if config.minibatches > config.batch_size:
         raise UsageError(
-            f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size"
+            f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size; lower the one or "
+            "raise the other"
         )
     terms = config.algorithm(chosen)
     kl = getattr(config.algorithm, "kl", None)

@@ -29,12 +29,16 @@ class BestOfN:
     """how many completions of each prompt are kept"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    min_samples: ClassVar[int] = 2
     selects: ClassVar[str] = "rows"
     """losses need not read its advantages"""
 
     def __post_init__(self) -> None:
         check_ranges(self, keep="[1, inf)")
+
+    @property
+    def min_samples(self) -> int:
+        """One more than are kept, or nothing would be chosen."""
+        return self.keep + 1
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.cli.job import Untrained, placed
+from rlhf_core.errors import UsageError
 from rlhf_core.options import ModelOptions, RunConfig, Sampling
+from rlhf_core.plan import make_plan
 
 if TYPE_CHECKING:
     from rlhf_core.registry import Registry
@@ -48,6 +50,10 @@ class Evaluate:
         evaluators = config.providers["evaluator"]
         sampled = any(getattr(evaluator, "samples", True) for evaluator in evaluators)
         config = replace(config, algorithm=Untrained(("actor",) if sampled else ()))
+        if "reference" in make_plan(config).roles and not config.roles["reference"].model:
+            raise UsageError(
+                "an evaluator compares the model with a reference; pass --reference.model NAME, what it was trained from say"
+            )
         Path(self.output).mkdir(parents=True, exist_ok=True)
         with placed(config, registry) as run:
             metrics = run.evaluate()

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, placed, read_lines
+from rlhf_core.cli.job import append_lines, go_on_with, placed, read_lines
 from rlhf_core.errors import UsageError
 from rlhf_core.files import write_text
 from rlhf_core.options import ModelOptions, RunConfig, Sampling
@@ -67,6 +67,17 @@ class Generate:
 
     def __call__(self, config: RunConfig, registry: Registry) -> int:
         path = Path(self.output)
+        chosen = {kind: config.providers[kind] for kind in ("data", "rollout")}
+        go_on_with(
+            path,
+            model=self.model,
+            actor=config.roles["actor"],
+            seed=self.seed,
+            split=self.split,
+            max_prompt_tokens=self.max_prompt_tokens,
+            sampling=self.sampling,
+            **chosen,
+        )
         done = self._done(path)
         rows = self._rows(config.providers["data"], done)
         left_out = 0

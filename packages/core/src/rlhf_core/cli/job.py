@@ -7,6 +7,7 @@ uses; `""` must be chosen, None may be left out) and `roles` (default options). 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.cli.command import JOBS
 from rlhf_core.configure import construct, parts
 from rlhf_core.errors import UsageError
-from rlhf_core.files import force, write_bytes
+from rlhf_core.files import force, write_bytes, write_text
 from rlhf_core.hookspecs import KINDS
 from rlhf_core.layout import Layout, Section, flag, laid_out, provider_sections
 from rlhf_core.lazy import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rlhf_core.registry import Registry
     from rlhf_core.run import Run
 
-__all__ = ["Untrained", "append_lines", "placed", "read_job", "read_lines", "run_job"]
+__all__ = ["Untrained", "append_lines", "go_on_with", "placed", "read_job", "read_lines", "run_job"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,37 @@ def placed(config: RunConfig, registry: Registry) -> Iterator[Run]:
         yield run
     finally:
         run.placed.close()
+
+
+def go_on_with(path: Path, **options: object) -> None:
+    """Let a command write to `path`, and go on with what is there if the options that made it were these.
+
+    Fingerprints of the options are kept beside it, in PATH.options.json; those that change no result are left out.
+
+    Raises:
+        UsageError: nothing can be written there, or the file was begun with other options.
+    """
+    note = path.with_name(f"{path.name}.options.json")
+    told = {name: hashlib.sha256(repr(_plain(value)).encode()).hexdigest()[:16] for name, value in options.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a folder; name a file")
+        begun = json.loads(note.read_bytes()) if path.exists() and note.exists() else told
+        write_text(note, json.dumps(begun, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from None
+    changed = [name for name in told if begun.get(name) != told[name]]
+    if changed:
+        raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
+
+
+def _plain(value: object) -> object:
+    """A provider's or role's options without those that change no result."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    free = {each.name: each.default for each in dataclasses.fields(value) if each.metadata.get("free")}
+    return dataclasses.replace(value, **free)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

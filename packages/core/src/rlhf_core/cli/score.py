@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, read_lines
+from rlhf_core.cli.job import append_lines, go_on_with, read_lines
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.options import RunConfig
@@ -48,6 +48,7 @@ class Score:
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
         if path.resolve() == Path(self.file).resolve():
             raise UsageError(f"--output {path} is the file that is read; name another")
+        go_on_with(path, reward=reward)
         rows = self._rows()
         for number, (old, row) in enumerate(zip(read_lines(path), islice(rows, len(read_lines(path)))), start=1):
             if {**old, **row} != old:
