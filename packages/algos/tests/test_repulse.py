@@ -146,6 +146,7 @@ def test_estimates_about_the_weights_approach_the_true_divergences():
 def test_prompts_whose_weight_rests_on_one_sample_are_counted():
     metrics = about_weights(torch.tensor([0.0, 50.0, 1.0, 1.0, 9.0, 0.0]), torch.tensor([0, 0, 1, 1, 2, 2]), None, "x")
     near(metrics["x/collapsed"], 2 / 3)
+    near(metrics["x/largest_weight"], (1 + 1 / 2 + math.exp(9) / (1 + math.exp(9))) / 3)
 
 
 def test_a_collapse_is_said_once_in_a_while(capsys):

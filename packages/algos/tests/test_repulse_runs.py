@@ -22,9 +22,11 @@ from rlhf_algos.advantage.transformed import Transformed
 from rlhf_algos.algorithm import rloo
 from rlhf_algos.algorithm.repulse import RePULSe
 from rlhf_algos.evaluator.bad_probability import BadProbability, log_bad_probability
+from rlhf_algos.importance import log_weights, twist_log_weights
 from rlhf_algos.loss.grpo import GRPO
 from rlhf_algos.loss.reinforce import Reinforce
 from rlhf_algos.target import Target
+from rlhf_algos.twist import log_psi, to_tokens
 from rlhf_core import Run, make_config
 from rlhf_core.errors import UsageError
 from rlhf_core.loop import collect, credit, update
@@ -318,8 +320,8 @@ def test_mistakes_are_answered_in_one_line(evaluator, message, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_ctl_in_expectation_is_the_gradient_of_the_divergence_on_a_transformer(tmp_path):
-    """All 259 x 259 outputs; weighting every one by q's probability, CTL's exact weights give -grad KL(target || q)."""
+def test_weights_and_ctl_have_their_expectations_on_a_transformer(tmp_path):
+    """All 259 x 259 outputs, each weighed by q's probability: golden checks A2, C1 and C2, with this package's weights."""
     with run_of(tmp_path).opened() as run:
         policy, proposal, prompt = run.roles["actor"], run.roles["proposal"], prompt_ids(run)
         size = policy.causal_lm.config.vocab_size  # type: ignore[attr-defined]
@@ -329,25 +331,31 @@ def test_ctl_in_expectation_is_the_gradient_of_the_divergence_on_a_transformer(t
         torch.manual_seed(0)
         for parameter in lm.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        reward_N = -(pairs.double() / size).sum(1)
+        reward_N, mask_NT = -(pairs.double() / size).sum(1), torch.ones(len(pairs), 2).bool()
         log_q = live_outputs(lm, pairs, prompt)
         old = log_q.detach()
         log_z = (log_p.sum(1) - 2 * reward_N).logsumexp(0)
         target = (log_p.sum(1) - 2 * reward_N - log_z).exp()
         divergence = target @ (target.log() - log_q.sum(1))
-        q = old.sum(1).exp()
-        w_tilde = (log_p.sum(1) - 2 * reward_N - old.sum(1)).exp()
-        prefix = torch.stack([torch.ones_like(q), (log_p - old)[:, 0].exp()], 1)  # p(s_<t) / q(s_<t), whose mean is 1
-        assert float(q @ w_tilde) == pytest.approx(float(log_z.exp()), abs=1e-9)
-        ctl = -(q[:, None] * (w_tilde[:, None] / log_z.exp() - prefix) * log_q).sum()
+        q, log_w = old.sum(1).exp(), log_weights(log_p, old, -2 * reward_N, mask_NT)
+        near(float(q @ log_w.exp()), float(log_z.exp()))
+        near(float(q @ log_w), float(log_z - q @ (old.sum(1) - target.log())))
+        near(float(target @ log_w), float(log_z + divergence.detach()))
+        first = target.view(size, size).sum(1)
+        divergence_1 = first @ (first.log() - log_q[:, 0].view(size, size)[:, 0])
         parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-        found = torch.autograd.grad(ctl, parameters, retain_graph=True)
-        for mine, exact in zip(found, torch.autograd.grad(divergence, parameters)):
-            torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
+        for psi, exact in {"q_p_s_t": divergence, "q_p_s_1_to_t": divergence_1 + divergence}.items():
+            v_tilde = twist_log_weights(log_p, old, log_psi(psi, log_p, old, {}, mask_NT), mask_NT).exp()
+            credit_NT = to_tokens(psi, (log_w - log_z).exp()[:, None] - v_tilde / (q @ v_tilde), mask_NT)
+            ctl = -(q[:, None] * credit_NT * log_q).sum()
+            found = torch.autograd.grad(ctl, parameters, retain_graph=True)
+            for mine, expected in zip(found, torch.autograd.grad(exact, parameters, retain_graph=True)):
+                torch.testing.assert_close(mine, expected, atol=1e-9, rtol=0)
 
 
 def test_the_negative_term_in_expectation_is_a_reward_transformation_on_a_transformer(tmp_path):
-    """-E_p[(r - b) grad log p] + alpha E_target[grad log p] is REINFORCE on r - (alpha / Z) phi, for any proposal's weights."""
+    """-E_p[(r - b) grad log p] + alpha E_target[grad log p] is REINFORCE on r - (alpha / Z) phi, for any proposal's weights
+    (R8); and a penalty in the reward has the gradient of the divergence itself (R5)."""
     with run_of(tmp_path).opened() as run:
         policy: Any = run.roles["actor"]
         lm, prompt = policy.causal_lm.double(), prompt_ids(run)
@@ -364,7 +372,13 @@ def test_the_negative_term_in_expectation_is_a_reward_transformation_on_a_transf
         repulse = -(p * (reward_N - baseline)) @ log_p + alpha * (log_q.exp() * w_tilde / z) @ log_p
         parameters = list(lm.parameters())
         found = torch.autograd.grad(repulse, parameters, retain_graph=True)
-        for mine, exact in zip(found, torch.autograd.grad(-(p * transformed) @ log_p, parameters)):
+        for mine, exact in zip(found, torch.autograd.grad(-(p * transformed) @ log_p, parameters, retain_graph=True)):
+            torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
+        log_ref = (log_p.detach() + 0.3 * (5.0 * reward_N).cos()).log_softmax(0)
+        score = (p * (reward_N - 0.2 * (log_p.detach() - log_ref))) @ log_p
+        found = torch.autograd.grad(score, parameters, retain_graph=True)
+        penalised = log_p.exp() @ (reward_N - 0.2 * (log_p - log_ref))
+        for mine, exact in zip(found, torch.autograd.grad(penalised, parameters)):
             torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
 
 

@@ -54,9 +54,10 @@ def twist_log_weights(policy_NT: Tensor, proposal_NT: Tensor, log_psi_NT: Tensor
 def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, prefix: str) -> dict[str, float]:
     """Estimates from log w~, means over the prompts of all ranks.
 
-    `ess`: effective sample size, 1 / sum w^2. `log_z`: log of the mean w~. `kl_proposal_target`: KL(q || sigma) as
-    log Z - mean log w~. `kl_target_proposal`: KL(sigma || q) as sum w log w~ - log Z, never above log of the group size.
-    `collapsed`: the share of prompts in which one sample holds over 99 % of the weight. `rlhf_algos.collapse` warns.
+    `ess`: effective sample size, 1 / sum w^2. `largest_weight`: of a prompt's samples, 1 / n at best. `log_z`: log of the mean
+    w~. `kl_proposal_target`: KL(q || sigma) as log Z - mean log w~. `kl_target_proposal`: KL(sigma || q) as
+    sum w log w~ - log Z, never above log of the group size. `collapsed`: the share of prompts in which one sample holds over
+    99 % of the weight. `rlhf_algos.collapse` warns.
     """
     first_P, index_N = _first_of_groups(group_N)
     P = len(first_P)
@@ -71,6 +72,7 @@ def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, p
     largest_P = torch.zeros(P, dtype=torch.float64).scatter_reduce(0, index_N, w_N, "amax")
     columns = {
         "ess": 1 / add_up(w_N.square()),
+        "largest_weight": largest_P,
         "log_z": log_z_P,
         "kl_proposal_target": log_z_P - add_up(log_weights_N) / size_P,
         "kl_target_proposal": add_up(w_N * log_weights_N) - log_z_P,

@@ -31,6 +31,7 @@ METRICS: Mapping[str, str] = {
     "kto/desirable": "share 0..1: of rows labelled desirable",
     "kto/z": "nats a completion: KTO's reference point, mean over rows",
     "repulse/ess": "completions: effective sample size of a prompt's importance weights, 1 / sum w^2, mean over prompts",
+    "repulse/largest_weight": "share 0..1: of a prompt's weight that its heaviest sample holds, mean over prompts",
     "repulse/log_z": "nats: log of the mean unnormalised weight, mean over prompts",
     "repulse/kl_proposal_target": "nats a completion: KL(q || sigma), estimated",
     "repulse/kl_target_proposal": "nats a completion: KL(sigma || q), estimated; never above log n",
