@@ -85,7 +85,7 @@ def test_every_row_of_the_table_is_a_method(name):
     assert found == TABLES[name]
 
 
-@pytest.mark.parametrize("name", [*TABLES, "smollm2"])
+@pytest.mark.parametrize("name", [*TABLES, "smollm2", "tiny"])
 def test_methods_get_equal_numbers_of_samples(name):
     drawn = set()
     for member in read_sweep(FOLDER / f"{name}-sweep.toml").members:
