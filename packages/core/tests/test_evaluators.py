@@ -96,7 +96,9 @@ def test_a_model_is_no_distance_from_itself_and_prefers_nothing(
     flags = ["--data", "json", "--data.path", str(pairs), "--data.heldout", "2", "--output", str(tmp_path / "out")]
     flags += ["--sampling.max-new-tokens", "3"]
     assert main(["eval", "tiny", "--evaluator", "policy_stats", *flags]) == 2
-    assert "pass --reference.model NAME" in capsys.readouterr().err, "nobody means the model itself without saying so"
+    assert "pass --reference.model, the model" in capsys.readouterr().err, (
+        "nobody means the model itself without saying so"
+    )
     itself = ["--reference.model", "tiny"]
     assert main(["eval", "tiny", "--evaluator", "policy_stats,preference", *itself, *flags]) == 0
     metrics = json.loads(capsys.readouterr().out)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.target import raw_rewards
 from rlhf_core.analysis.tables import check_parquet, write_parquet
-from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import policy
 from rlhf_core.options import Sampling
 
@@ -60,8 +59,6 @@ class HeldoutTable:
         """`heldout_table/reward`, `…/return` and `…/worst`, and how many `…/samples`; nothing before the end."""
         if run.plan.trained and run.step < run.config.steps and not self.always:
             return {}
-        if self.kl_coef and not run.plan.trained:
-            _check_reference(run)
         rows = run.heldout(self.prompts or None)
         mine = list(range(run.world.rank, len(rows), run.world.size))
         columns: dict[str, list[Any]] = {}
@@ -113,13 +110,3 @@ class HeldoutTable:
             "return": (rewards_N - self.kl_coef * kl_N).tolist(),
             "logprob": now_NT.sum(1).tolist(),
         }
-
-
-def _check_reference(run: Run) -> None:
-    """A model that is not trained here is no divergence away from itself."""
-    models = {run.plan.roles[name].options.model for name in (policy(run, "heldout_table"), "reference")}
-    if len(models) == 1:
-        raise UsageError(
-            "evaluator heldout_table: the reference is the model itself, and their KL 0; "
-            "pass --reference.model, the model that training began with"
-        )

@@ -52,7 +52,7 @@ class Evaluate:
         config = replace(config, algorithm=Untrained(("actor",) if sampled else ()))
         if "reference" in make_plan(config).roles and not config.roles["reference"].model:
             raise UsageError(
-                "an evaluator compares the model with a reference; pass --reference.model NAME, what it was trained from say"
+                "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
         Path(self.output).mkdir(parents=True, exist_ok=True)
         with placed(config, registry) as run:
