@@ -84,13 +84,35 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path: Path, kind: str
 
 def test_the_two_readers_agree_on_chats_with_absent_keys(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}
+    other = {"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": {"of": [1, 2]}}]}
     rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"messages": [{"role": "user", "content": "c"}, call, {"role": "tool", "content": "d"}]},
+        {"messages": [{"role": "user", "content": "e"}, other, {"role": "tool", "content": "3"}]},
     ]
-    path = saved(tmp_path, "jsonl", rows)
-    read, expected = HuggingFace(path)("train"), Json(path)("train")
-    assert [(e.prompt, e.completions) for e in read] == [(e.prompt, e.completions) for e in expected]
+    rows = [
+        row | {"tools": [{"name": "clock", "parameters": {"zone" if i else "city": "text"}}]}
+        for i, row in enumerate(rows)
+    ]
+    path = saved(tmp_path, "parquet", rows)
+    read, expected = HuggingFace(path)("train"), Json(saved(tmp_path, "jsonl", rows))("train")
+    assert [(e.prompt, e.completions, e.meta) for e in read] == [(e.prompt, e.completions, e.meta) for e in expected]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_name_goes_to_the_library_with_its_configuration(monkeypatch: Any, streaming: bool) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(**words: Any) -> Any:
+        asked.append(words)
+        table = datasets.Dataset.from_list(ROWS)
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = list(HuggingFace("org/set:main, other", split="train[:9]", streaming=streaming)("train"))
+    assert [row.meta["datasource"] for row in rows] == ["org/set:main"] * 6 + ["other"] * 6
+    same = {"split": "train[:9]", "streaming": streaming}
+    assert asked == [{"path": "org/set", "name": "main", **same}, {"path": "other", **same}]
 
 
 def test_splits_and_their_slices_have_names(tmp_path: Path) -> None:

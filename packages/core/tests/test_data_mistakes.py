@@ -176,6 +176,12 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         {"number_keys": ("margin",)},
         "FILE:2: expected a column 'margin'; there are prompt, answer",
     ),
+    (
+        "tools in words",
+        [{"prompt": "a", "tools": "clock"}],
+        {},
+        "FILE:1: 'tools' should be a list of functions, or JSON text of one",
+    ),
     ("a text in numbers", [{"text": 4}], {}, "FILE:1: 'text' should be text, not int"),
     (
         "a label that is missing",

@@ -158,6 +158,11 @@ def test_a_row_of_a_usual_shape_needs_no_or_few_words(
     assert example.origin.endswith("rows.jsonl:1")
 
 
+def test_tools_are_a_list_or_json_text_of_one(tmp_path: Path) -> None:
+    rows = [{"messages": [USER, ASSISTANT], "tools": tools} for tools in ([CALL], json.dumps([CALL]))]
+    assert [example.meta["tools"] for example in Json(written(tmp_path, *rows))("train")] == [[CALL], [CALL]]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # formats
 # ----------------------------------------------------------------------------------------------------------------------

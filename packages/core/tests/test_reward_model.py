@@ -146,7 +146,10 @@ def test_two_models_are_weighted_and_each_is_logged(saved: tuple[str, str]) -> N
     reward = Sum((f"model model={saved[0]}", f"model model={saved[0]} mean=1 std=2"), (1.0, -0.5))
     reward.check()
     raw = torch.tensor(plain(saved[0]))
-    torch.testing.assert_close(reward(BATCH).rewards_N, raw - 0.5 * (raw - 1) / 2, atol=1e-5, rtol=0)
+    output = reward(BATCH)
+    torch.testing.assert_close(output.rewards_N, raw - 0.5 * (raw - 1) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.metrics["model.1"], raw, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.metrics["model.2"], (raw - 1) / 2, atol=1e-5, rtol=0)
     reward.close()
     with pytest.raises(UsageError, match="has no score head"):
         Sum((f"model model={saved[1]}",)).check()  # before anything is sampled

@@ -7,6 +7,7 @@ the same way from its first to its last row, or not at all.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
@@ -112,12 +113,19 @@ class Columns:
                 prompt=self._with_system(prompt) if self.system and not self.text_key else prompt,
                 completions=completions,
                 label=lookup(row, self.label_key) if self.label_key else None,
-                meta={key: lookup(row, key) for key in self.meta_keys} | {k: row[k] for k in KEPT if row.get(k)},
+                meta=self._meta(row),
                 fields={key: _number(row, key) for key in self.number_keys},
                 origin=origin,
             )
         except ValueError as error:
             raise DataError(f"{origin}: {error}") from None
+
+    def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes with the row to rewards and templates."""
+        kept = {key: row[key] for key in KEPT if row.get(key)}
+        if isinstance(tools := kept.get("tools"), str):
+            kept["tools"] = _functions(tools)
+        return {key: lookup(row, key) for key in self.meta_keys} | kept
 
     def _texts(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, ...]]:
         """Prompt and completions."""
@@ -219,6 +227,17 @@ def _number(row: Mapping[str, Any], key: str) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key!r} should be a finite number, not {value!r}")
     return float(value)
+
+
+def _functions(text: str) -> list[Any]:
+    """Tools that a table holds as JSON text, since their parameters have different names from row to row."""
+    try:
+        tools = json.loads(text)
+    except ValueError:
+        tools = None
+    if not isinstance(tools, list):
+        raise ValueError("'tools' should be a list of functions, or JSON text of one")
+    return tools
 
 
 def _kind(value: Any) -> str:

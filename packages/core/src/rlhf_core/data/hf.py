@@ -169,8 +169,15 @@ class _Again(Iterable[Example]):
 
 
 def _example(rows: _Rows | _Stream, row: Mapping[str, Any], number: int) -> Example:
-    example = rows.columns.example(row, f"{rows.name}:{number + 1}")
+    example = rows.columns.example({key: _filled(value) for key, value in row.items()}, f"{rows.name}:{number + 1}")
     return replace(example, meta={"datasource": rows.source, **example.meta}) if rows.source else example
+
+
+def _filled(value: Any) -> Any:
+    """The value without the keys that a table has filled with null inside of it, where rows have different keys."""
+    if isinstance(value, Mapping):
+        return {key: _filled(each) for key, each in value.items() if each is not None}
+    return [_filled(each) for each in value] if isinstance(value, list) else value
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:

@@ -7,6 +7,7 @@ Each part is logged under its own name. From Python, a few lines of `__call__` d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ __all__ = ["Sum"]
 
 @dataclass(frozen=True)
 class Sum:
-    """Several rewards, weighted and added up; each is logged under its name."""
+    """Several rewards, weighted and added up; each is logged under its name, numbered where one comes twice."""
 
     parts: tuple[str, ...]
     """rewards by name, each with its options: "length target=40" """
@@ -51,7 +52,9 @@ class Sum:
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.check()
         weights = self.weights or (1.0,) * len(self.parts)
-        providers = [(part.split()[0], described("reward", part, "--reward.parts")) for part in self.parts]
+        providers = [
+            (name, described("reward", part, "--reward.parts")) for name, part in zip(_names(self.parts), self.parts)
+        ]
         outputs = [(name, as_output(provider(rollouts), rollouts, provider)) for name, provider in providers]
         metrics: dict[str, Tensor] = {}
         for name, output in outputs:
@@ -64,6 +67,12 @@ class Sum:
             rewards_NT=_added(per_token) if per_token else None,
             metrics=metrics,
         )
+
+
+def _names(parts: Sequence[str]) -> list[str]:
+    """What each part is logged as: its reward's name, numbered where there are several of one."""
+    names = [part.split()[0] for part in parts]
+    return [f"{name}.{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def _added(tensors: list[Tensor]) -> Tensor:
