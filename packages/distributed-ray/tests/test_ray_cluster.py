@@ -107,6 +107,11 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
             "--launcher.placement separate --launcher.role-workers actor=4:SPREAD reference=1x2".split(),
             {"actor": 3, "reference": 1, "engine": 1},
         ),
+        # two nodes of two workers each, surely on different ones
+        (
+            "--launcher.placement separate --launcher.role-workers actor=2x2:STRICT_SPREAD".split(),
+            {"actor": 2, "reference": 1, "engine": 1},
+        ),
     ],
 )
 def test_roles_sit_where_they_were_placed_on_an_existing_cluster(

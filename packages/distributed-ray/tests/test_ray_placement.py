@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf_core.errors import UsageError
-from rlhf_distributed_ray.placement import Seat, Shape, check_capacity, lay_out, parse_shape
+from rlhf_distributed_ray.placement import Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
 
 ROLES = {"actor": Shape(2), "reference": Shape(1)}
 
@@ -24,13 +24,43 @@ def test_separate_everyone_has_bundles_of_its_own() -> None:
     assert layout.seats["engine"] == (Seat(2, 0), Seat(2, 1))
 
 
-def test_the_devices_of_a_node_are_one_bundle_which_ray_keeps_on_one_node() -> None:
+def test_the_devices_of_a_node_are_one_group_which_ray_keeps_on_one_node() -> None:
     roles = {"actor": Shape(2, 4), "critic": Shape(1, 2), "reference": Shape(3)}
     layout = lay_out(roles, engines=0, together=True, cpus=0.5, gpus=0.25)
-    assert layout.groups == (({"CPU": 3.5, "GPU": 1.75}, {"CPU": 2.5, "GPU": 1.25}, {"CPU": 0.5, "GPU": 0.25}),)
-    assert [seat.bundle for seat in layout.seats["actor"]] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert [seat.bundle for seat in layout.seats["critic"]] == [0, 0]
-    assert [seat.bundle for seat in layout.seats["reference"]] == [0, 1, 2]
+    first = ({"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0})
+    assert layout.groups == (first, ({"CPU": 0.5, "GPU": 1.0},) * 4)
+    assert layout.strategies == ("STRICT_PACK", "STRICT_PACK") and layout.apart == ()
+    assert layout.seats["actor"] == tuple(Seat(node, device) for node in range(2) for device in range(4))
+    assert layout.seats["critic"] == layout.seats["actor"][:2] and layout.seats["reference"] == layout.seats["actor"][:3]
+
+
+def test_nodes_that_are_spread_strictly_are_groups_apart() -> None:
+    layout = lay_out({"actor": Shape(2, 2, "STRICT_SPREAD"), "reference": Shape(1)}, 0, together=False, cpus=1, gpus=0)
+    assert layout.strategies == ("STRICT_PACK", "STRICT_PACK", "PACK")
+    assert layout.apart == (frozenset({0, 1}),)
+
+
+@pytest.mark.parametrize("text", ["3", "1x3", "3x1", "2x2"])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.5, 0.75, 1.0, 2.0])
+def test_ranks_of_a_role_never_share_a_bundle_and_bundles_have_whole_gpus(
+    text: str, together: bool, share: float
+) -> None:
+    """So no two of them can be on one GPU, wherever Ray puts bundles and however it packs shares."""
+    roles = {"actor": parse_shape(text, ""), "critic": Shape(2), "reference": Shape(1, 2)}
+    layout = lay_out(roles, engines=2, together=together, cpus=0.1, gpus=share)
+    assert all(len(set(seats)) == len(seats) for seats in layout.seats.values())
+    assert all(bundle["GPU"] == int(bundle["GPU"]) for group in layout.groups for bundle in group)
+    for seat in {seat for seats in layout.seats.values() for seat in seats}:
+        sharing = sum(seat in seats for seats in layout.seats.values())
+        room = layout.groups[seat.group][seat.bundle]["GPU"]
+        assert sharing * share - 1e-9 <= room < sharing * share + 1, "room for all of them, and no GPU more"
+
+
+def test_two_ranks_on_one_gpu_are_refused_by_name() -> None:
+    check_devices("actor", [[("a", "0")], [("a", "1")], [("b", "0")], []])
+    with pytest.raises(UsageError, match=r"^ranks 0 and 2 of role actor were given the same GPU 0 of node a; use "):
+        check_devices("actor", [[("a", "0")], [("a", "1")], [("a", "0")]])
 
 
 def test_each_role_that_stands_alone_may_be_laid_out_in_its_own_way() -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.types import Placed
 from rlhf_core.world import World
-from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, lay_out, parse_shape
+from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
 
 if TYPE_CHECKING:
     from rlhf_core.plan import Plan
@@ -29,6 +30,7 @@ __all__ = ["RayLauncher"]
 LOWEST = (2, 50)
 KNOCK_SECONDS = 5
 REASON = 150  # characters of what Ray says: a line
+NODE = "ray.io/node-id"  # the label that Ray gives every node
 PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
 
@@ -40,7 +42,7 @@ class RayLauncher:
     address: str = ""
     """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""
     workers: str = "1"
-    """workers of each role: a number, or NODESxDEVICES, whose devices Ray keeps on one node"""
+    """workers of each role, each on a GPU of its own: a number, or NODESxDEVICES, whose devices Ray keeps on one node"""
     role_workers: tuple[str, ...] = ()
     """roles with workers of their own, as `critic=2` or `actor=2x4`, when separate also laid out their own way, as
     `actor=2x4:STRICT_SPREAD`"""
@@ -53,7 +55,8 @@ class RayLauncher:
     cpus: float = 0.25
     """CPUs that a worker asks for; a share, since roles work in turn"""
     gpus: float = 0.0
-    """GPUs that a worker asks for; colocated workers need fractions"""
+    """GPUs that a worker asks for: a share such as 0.3 lets rank k of every role, and engine k, be on one GPU; with 0 all
+    workers compute on the CPU"""
     threads: int = 1
     """OpenMP threads of each worker"""
 
@@ -204,6 +207,7 @@ class _Cluster:
         from rlhf_distributed_ray.worker import EngineWorker, RoleWorker, versions
 
         self._reserve()
+        self._say_idle_gpus()
         names = to_names(self.plan.config)
         expected = versions(Registry(), self.plan.config.names)
         shipper = Shipper()
@@ -212,6 +216,7 @@ class _Cluster:
             seats = self.layout.seats[role]
             actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
             roles[role] = RoleGroup(spec, actors, self._where(f"role {role}", actors), shipper)
+            check_devices(role, roles[role].call("devices"))
         engine = None
         if "engine" in self.layout.seats:
             actors = [self._actor(EngineWorker, seat, names, expected) for seat in self.layout.seats["engine"]]
@@ -225,14 +230,43 @@ class _Cluster:
         """Placement groups for every bundle of the layout."""
         import ray
 
-        for bundles, strategy in zip(self.layout.groups, self.layout.strategies, strict=True):
-            group = ray.util.placement_group([dict(b) for b in bundles], strategy=strategy)
+        for number, (bundles, strategy) in enumerate(zip(self.layout.groups, self.layout.strategies, strict=True)):
+            avoid = self._nodes_of(next((each for each in self.layout.apart if number in each), frozenset()))
+            where = [{NODE: f"!in({','.join(avoid)})"} for _ in bundles] if avoid else None
+            group = ray.util.placement_group([dict(b) for b in bundles], strategy=strategy, bundle_label_selector=where)
             self.groups.append(group)
-        _, waiting = ray.wait([g.ready() for g in self.groups], num_returns=len(self.groups), timeout=PLACEMENT_SECONDS)
+        self._await(self.groups)
+
+    def _nodes_of(self, groups: frozenset[int]) -> list[str]:
+        """The nodes that those of these groups which are reserved already are on."""
+        import ray
+
+        mine = [self.groups[number] for number in sorted(groups) if number < len(self.groups)]
+        self._await(mine)
+        tables = [ray.util.placement_group_table(group) for group in mine]
+        return sorted({node for table in tables for node in table["bundles_to_node_id"].values()})
+
+    def _await(self, groups: list[Any]) -> None:
+        import ray
+
+        if not groups:
+            return
+        _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=PLACEMENT_SECONDS)
         if waiting:
             raise UsageError(
-                f"the cluster did not place {len(waiting)} of {len(self.groups)} groups of workers in {PLACEMENT_SECONDS} s; "
+                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {PLACEMENT_SECONDS} s; "
                 "free resources, or use --launcher.strategy PACK"
+            )
+
+    def _say_idle_gpus(self) -> None:
+        """GPUs that nobody asks for are not used, which is hardly meant."""
+        import ray
+
+        idle = ray.cluster_resources().get("GPU", 0.0)
+        if idle and not self.options.gpus:
+            print(
+                f"rlhf-run: the cluster has {idle:g} GPUs and --launcher.gpus is 0, so all workers compute on the CPU",
+                file=sys.stderr,
             )
 
     def _actor(self, body: type, seat: Seat, names: Mapping[str, Any], expected: Mapping[str, str], *args: Any) -> Any:
@@ -242,6 +276,8 @@ class _Cluster:
 
         share = self.layout.share
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.options.threads)}
+        if not share.get("GPU"):
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides the GPUs of a worker that asks for some, not of others
         environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
         actor = ray.remote(body).options(
             num_cpus=share["CPU"],
@@ -259,14 +295,17 @@ class _Cluster:
         return collect(who, [], [actor.where.remote() for actor in actors])
 
     def close(self) -> None:
-        """End the actors, give the bundles back, stop a cluster that was started here."""
+        """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""
         import ray
 
-        for actor in self.actors:
-            ray.kill(actor)
-        for group in self.groups:
-            ray.util.remove_placement_group(group)
-        _disconnect(self.started)
+        try:
+            with suppress(ray.exceptions.RayError):
+                for actor in self.actors:
+                    ray.kill(actor)
+                for group in self.groups:
+                    ray.util.remove_placement_group(group)
+        finally:
+            _disconnect(self.started)
 
 
 class _RayPlaced(Placed):

@@ -1,18 +1,22 @@
 """Who sits where: roles and engines over the bundles of a Ray cluster, checked before anything starts.
 
-A role is `nodes` x `devices` workers: `nodes` bundles, each with room for `devices` of them. Ray keeps a bundle on one node;
-how bundles lie to each other is its strategy's business. `together` lets rank k of every role, and the engines, share
-bundles; `separate` gives each role and the engines a placement group of their own.
+A bundle has room for one rank of each role that shares it, and whole GPUs: Ray packs shares of a GPU onto as few devices as it
+can, and only another bundle's device is surely another one, which ranks of one role need. A role of `nodes` x `devices`
+workers has a placement group per node, whose bundles Ray keeps on one node; else a group's strategy says how its bundles lie
+to each other. `together` lets rank k of every role, and the engines, share bundles; `separate` gives each role and the
+engines bundles of their own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["STRATEGIES", "Layout", "Seat", "Shape", "check_capacity", "lay_out", "parse_shape"]
+__all__ = ["STRATEGIES", "Layout", "Seat", "Shape", "check_capacity", "check_devices", "lay_out", "parse_shape"]
 
 Resources = Mapping[str, float]
 
@@ -24,11 +28,11 @@ class Shape:
     """Workers of one role."""
 
     nodes: int
-    """bundles"""
+    """nodes, or workers anywhere"""
     devices: int = 1
-    """workers of each bundle"""
+    """workers that sit on one node"""
     strategy: str = ""
-    """how Ray lays the bundles over nodes; as for everyone where empty"""
+    """how Ray lays them over nodes; as for everyone where empty"""
 
     @property
     def workers(self) -> int:
@@ -54,6 +58,8 @@ class Layout:
     seats: Mapping[str, tuple[Seat, ...]]
     share: Resources
     """resources one worker asks for"""
+    apart: tuple[frozenset[int], ...] = ()
+    """sets of groups that must be on different nodes"""
 
 
 def parse_shape(text: str, flag: str) -> Shape:
@@ -74,22 +80,32 @@ def lay_out(
     roles: Mapping[str, Shape], engines: int, together: bool, cpus: float, gpus: float, strategy: str = "PACK"
 ) -> Layout:
     """Bundles and seats for `roles` and `engines` rollout engines (`engine`), each worker with `cpus` and `gpus`."""
-    share = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     everyone = {**roles, **({"engine": Shape(engines)} if engines else {})}
-    groups: list[list[dict[str, float]]] = []
     strategies: list[str] = []
+    apart: list[frozenset[int]] = []
     seats: dict[str, tuple[Seat, ...]] = {}
-    for name, shape in everyone.items():
-        if not together or not groups:
-            groups.append([])
-            strategies.append(shape.strategy or strategy)
-        bundles = groups[-1]
-        bundles += [{} for _ in range(shape.nodes - len(bundles))]
-        for bundle in bundles[: shape.nodes]:
-            for resource, amount in share.items():
-                bundle[resource] = bundle.get(resource, 0.0) + shape.devices * amount
-        seats[name] = tuple(Seat(len(groups) - 1, rank // shape.devices) for rank in range(shape.workers))
-    return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, share)
+    for names in [list(everyone)] if together else [[name] for name in everyone]:
+        laid = (not together and everyone[names[0]].strategy) or strategy
+        first = len(strategies)
+        if laid == "STRICT_PACK" or all(everyone[name].devices == 1 for name in names):
+            seats |= {name: tuple(Seat(first, rank) for rank in range(everyone[name].workers)) for name in names}
+            strategies.append(laid)
+            continue
+        most = max(everyone[name].devices for name in names)
+        for name in names:
+            width = everyone[name].devices if everyone[name].devices > 1 else most  # a plain number fills nodes in turn
+            seats[name] = tuple(Seat(first + r // width, r % width) for r in range(everyone[name].workers))
+        nodes = max(seat.group for name in names for seat in seats[name]) + 1 - first
+        strategies += ["STRICT_PACK"] * nodes
+        if laid == "STRICT_SPREAD":
+            apart.append(frozenset(range(first, first + nodes)))
+    sitting = Counter(seat for own in seats.values() for seat in own)
+    groups: list[list[Resources]] = [[] for _ in strategies]
+    for seat in sorted(sitting, key=lambda seat: (seat.group, seat.bundle)):
+        whole = {"GPU": float(ceil(sitting[seat] * gpus - 1e-9))} if gpus else {}  # three thirds are one
+        groups[seat.group].append({"CPU": sitting[seat] * cpus, **whole})
+    share = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, share, tuple(apart))
 
 
 def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
@@ -114,9 +130,27 @@ def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
                 raise UsageError(
                     f"launcher ray needs {max(whole):g} {resource} on one node, the largest has {largest:g}; {advice}"
                 )
-    for group, strategy in zip(layout.groups, layout.strategies, strict=True):
-        if strategy == "STRICT_SPREAD" and len(group) > len(nodes):
-            raise UsageError(f"STRICT_SPREAD needs {len(group)} nodes, the cluster has {len(nodes)}")
+    spread = [len(g) for g, s in zip(layout.groups, layout.strategies, strict=True) if s == "STRICT_SPREAD"]
+    most = max([*spread, *map(len, layout.apart)], default=0)
+    if most > len(nodes):
+        raise UsageError(f"STRICT_SPREAD needs {most} nodes, the cluster has {len(nodes)}")
+
+
+def check_devices(role: str, devices: Sequence[Iterable[tuple[str, str]]]) -> None:
+    """Whether ranks of a role, each of which sees `devices` (node, GPU), share none: NCCL would refuse that much later.
+
+    Raises:
+        UsageError: two do.
+    """
+    taken: dict[tuple[str, str], int] = {}
+    for rank, mine in enumerate(devices):
+        for device in mine:
+            if device in taken:
+                raise UsageError(
+                    f"ranks {taken[device]} and {rank} of role {role} were given the same GPU {device[1]} of node "
+                    f"{device[0]}; use --launcher.gpus 1"
+                )
+            taken[device] = rank
 
 
 def _sum(resource: str, of: Iterable[Resources]) -> float:

@@ -1,4 +1,4 @@
-"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address is asked in here, so that
+"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address and devices are asked in here, so that
 it can be read and tested as plain Python; `launcher` turns the classes into actors."""
 
 from __future__ import annotations
@@ -76,6 +76,13 @@ class RoleWorker:
     def where(self) -> tuple[str, int]:
         """Host name and process id, for messages."""
         return socket.gethostname(), os.getpid()
+
+    def devices(self) -> list[tuple[str, str]]:
+        """The GPUs this worker was given, each with its node."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return [(context.get_node_id(), each) for each in context.get_accelerator_ids().get("GPU", ())]
 
     def start(self, host: str, port: int) -> None:
         """Join the role's process group and build the role."""

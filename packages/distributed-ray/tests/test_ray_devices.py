@@ -1,0 +1,69 @@
+"""Which GPU each worker is given, on a machine that says it has four: Ray counts devices whether there are any or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
+
+from rlhf_core import Registry  # noqa: E402  after the checks above
+from rlhf_core.configure import parse  # noqa: E402
+from rlhf_core.plan import make_plan  # noqa: E402
+
+RUN = "grpo --model tiny --data prompts --reward length --batch-size 4 --rollout fake --strategy fake".split()
+RUN += "--launcher ray --launcher.cpus 0.1".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Four GPUs by its own account."""
+    for attempt in range(5):
+        try:
+            gpus: dict[str, Any] = {"num_cpus": 8, "num_gpus": 4, "include_dashboard": False}
+            ray.init("local", **gpus, log_to_driver=False, logging_level="ERROR")
+            break
+        except Exception as error:  # Ray gives a node 30 s to start, which is little beside much other work
+            if attempt == 4 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
+    """CUDA_VISIBLE_DEVICES of each rank of each role and of each engine."""
+    deadline = time.monotonic() + 30  # until the placement groups of the run before are given back
+    while ray.available_resources().get("GPU", 0.0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    config = parse([*RUN, *flags.split(), "--output", str(tmp_path / "run")], Registry())
+
+    def look(self: object) -> str:
+        import os
+
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+
+    placed: Any = config.providers["launcher"](make_plan(config))
+    try:
+        groups = {**placed.roles, "engine": placed.rollout}
+        return {n: ray.get([actor.__ray_call__.remote(look) for actor in g.actors]) for n, g in groups.items()}
+    finally:
+        placed.close()
+
+
+@pytest.mark.parametrize("workers", ["2", "1x2"])
+def test_with_shares_rank_k_of_every_role_is_on_a_gpu_of_its_own(workers: str, tmp_path: Any) -> None:
+    """Ray by itself packs shares: two ranks of a role were on one GPU, which NCCL refuses."""
+    found = visible(f"--launcher.workers {workers} --launcher.gpus 0.3 --launcher.engines 2", tmp_path)
+    assert len(set(found["actor"])) == 2 and "" not in found["actor"]
+    assert found["actor"] == found["reference"] == found["engine"]
+
+
+def test_who_asks_for_no_gpu_sees_none_and_is_told(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray by itself leaves all GPUs visible to it, and every worker would take the first."""
+    assert visible("", tmp_path) == {"actor": [""], "reference": [""], "engine": [""]}
+    assert "the cluster has 4 GPUs and --launcher.gpus is 0, so all workers compute on the CPU" in capsys.readouterr().err
