@@ -59,6 +59,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, demonstrations: Path) -> 
     [
         pytest.param(["--micro-tokens", "1"], id="one row at a time"),
         pytest.param(["--micro-tokens", "100"], id="a small token budget"),
+        pytest.param(["--actor.packing", "False"], id="padded rows of like length"),
         pytest.param(["--chunk", "7"], id="seven rows of logits at a time"),
         pytest.param(["--chunk", "0"], id="plain logits"),
         pytest.param(["--actor.gradient-checkpointing", "True"], id="recomputed activations"),
