@@ -7,6 +7,7 @@ each may be made when there is time for it. Held-out rewards are of the finished
     python benchmarks/compare.py ppo        # one run; grpo, rloo, reinforce_pp alike
     python benchmarks/compare.py measure    # held-out reward and KL of what has been trained, and of the start
     python benchmarks/compare.py report     # the table; --plot docs/comparison.svg draws the curves (needs matplotlib)
+    python benchmarks/compare.py report --steps 6   # as it was after six steps, where some runs have no more yet
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
         for name in ("start", *RUNS):
             measure(name, options.folder, options.model)
     elif options.what == "report":
-        print(table(options.folder))
+        print(table(options.folder, options.steps))
         if options.plot:
             plot(options.folder, options.plot)
     else:
@@ -81,16 +82,18 @@ def curve(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(folder: Path) -> str:
-    """One row an algorithm: training reward at both ends, held-out reward, KL, length, seconds a step."""
+def table(folder: Path, most: int) -> str:
+    """One row an algorithm: training reward at both ends of its first `most` steps, seconds a step; held-out reward, KL and
+    length of a model that has no more steps than those."""
     lines = [
         "| | steps | reward, first 3 steps | last 3 steps | held out | KL to the start | tokens | seconds a step |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("start", *RUNS):
-        steps, result = curve(folder, name), folder / f"{name}.json"
+        whole, result = curve(folder, name), folder / f"{name}.json"
+        steps = whole[:most]
         rewards = [step["reward/mean"] for step in steps]
-        measured = json.loads(result.read_text()) if result.exists() else {}
+        measured = json.loads(result.read_text()) if result.exists() and len(whole) == len(steps) else {}
         cells = [
             f"`{name}`" if steps else name,
             str(len(steps)) if steps else "",
