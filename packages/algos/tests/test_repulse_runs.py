@@ -161,6 +161,21 @@ def test_the_negative_term_and_the_proposal_compose_with_any_policy_loss():
     assert isinstance(terms[-1].advantage, CTL)
 
 
+def test_the_proposal_and_the_negative_term_join_ppo_with_its_critic(tmp_path):
+    run = run_of(tmp_path, advantage="gae", loss="clip", critic={"optim": {"lr": 1e-2}})
+    assert [(term.role, term.source) for term in run.plan.terms] == [
+        ("actor", "actor"), ("actor", "proposal"), ("critic", "actor"), ("proposal", "proposal"),
+    ]  # fmt: skip
+    with run.opened():
+        before = weights(run)
+        batches, rewards = collect(run)
+        update(run, credit(run, batches, rewards))
+        after = weights(run)
+    for name in ("actor", "critic", "proposal"):
+        assert any(not torch.equal(after[name][key], tensor) for key, tensor in before[name].items()), name
+    assert "critic" not in planned().roles, "no critic where nobody asks for its values"
+
+
 def test_a_separate_beta_is_the_negative_term_s_alone():
     terms = planned(RePULSe(Target(beta=-20.0), weighting_beta=-3.0)).terms
     assert [getattr(term.advantage, "target", Target(beta=0)).beta for term in terms] == [0, -3.0, -20.0]

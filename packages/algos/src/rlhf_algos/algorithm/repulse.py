@@ -10,6 +10,7 @@ from rlhf_algos.advantage.ctl import CTL
 from rlhf_algos.advantage.negative import Negative
 from rlhf_algos.advantage.sixo_negatives import SixoNegatives
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
+from rlhf_algos.loss.value import Value
 from rlhf_algos.loss.weighted_nll import WeightedNLL
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi
@@ -28,7 +29,8 @@ class RePULSe:
     """Reduces the probability of rare bad outputs (Zhao et al. 2025): a proposal finds them, the policy unlearns them.
 
     proposal <- proposal : CTL credit; actor <- actor : the chosen advantage and loss (RLOO, REINFORCE); actor <- proposal :
-    negative training. All credit of a step is assigned before any model moves.
+    negative training; with an advantage of a critic's values (`gae`) also critic <- actor : value. All credit of a step is
+    assigned before any model moves.
     """
 
     target: Target = Target()
@@ -57,9 +59,15 @@ class RePULSe:
     """scale of all losses: sums over tokens as in the paper, or the released code's means over tokens and completions"""
     kl: KL = KL(coef=0.0, estimator="k1", where="reward")
     """penalty that keeps the policy near the reference; never on the proposal's samples"""
+    value: Value = Value()
+    """the critic's objective, where the advantage has a critic"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
-    roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "proposal": TrainedOptions(optim=Optim(lr=1e-6))}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {
+        **POLICY_ROLES,
+        "proposal": TrainedOptions(optim=Optim(lr=1e-6)),
+        "critic": TrainedOptions(optim=Optim(lr=1e-5)),
+    }
 
     def __post_init__(self) -> None:
         if self.proposal_updates < 1:
@@ -74,6 +82,8 @@ class RePULSe:
         learned = self.proposal == "learned"
         negative = Term("actor", "proposal" if learned else "actor", weighted, self._negative(learned))
         terms = (*policy_terms(chosen, self.kl), negative)
+        if "values_NT" in getattr(chosen.advantage, "needs", ()):
+            terms += (Term("critic", "actor", self._value(), chosen.advantage),)
         if not learned:
             return terms
         terms = tuple(replace(term, every=self.proposal_updates) for term in terms)
@@ -82,6 +92,10 @@ class RePULSe:
         if self.contrast == "sixo_exact":
             terms += (Term("proposal", "actor", twisted, SixoNegatives(self.psi)),)
         return terms
+
+    def _value(self) -> Value:
+        """The critic's objective, in the scale of the others."""
+        return replace(self.value, aggregate="sequence") if self.compat == "original" else self.value
 
     def _negative(self, learned: bool) -> Negative:
         """The credit of the negative term."""
