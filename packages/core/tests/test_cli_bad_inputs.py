@@ -109,7 +109,7 @@ FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "half a character": (
         file("d.jsonl", '{"prompt": "\\ud800"}'),
         "--data json --data.path d.jsonl",
-        "d.jsonl:1: half a character",
+        "d.jsonl:1: 'prompt': half a character",
     ),
     "rows that nest without end": (
         file("d.jsonl", '{"prompt": ' + "[" * 100_000),

@@ -69,7 +69,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "half a character",
         ['{"prompt": "a\\ud800", "answer": "b"}'],
         {},
-        "FILE:1: half a character, '\\ud800', stands alone; write both halves",
+        "FILE:1: 'prompt': half a character, '\\ud800', stands alone; write both halves",
     ),
     ("no prompt", [{"a": 1, "b": 2}], {}, "FILE:1: no prompt among the columns a, b; pass --data.prompt-key"),
     ("a column goes missing", [{"prompt": "a"}, {"x": 1}], {}, "FILE:2: expected a column 'prompt'; there are x"),
@@ -132,7 +132,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "no question",
         [{"messages": [ASSISTANT]}],
         {},
-        "FILE:1: the chat begins with the assistant: there is no prompt to answer",
+        "FILE:1: 'messages': the chat begins with the assistant: there is no prompt to answer",
     ),
     (
         "answers without prompt",
@@ -156,7 +156,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "no shared prompt",
         [{"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, ASSISTANT]}],
         {},
-        "FILE:1: chosen and rejected should begin with the same prompt and each end with an assistant turn",
+        "FILE:1: 'chosen' and 'rejected': both should begin with the same prompt and each end with an assistant turn",
     ),
     (
         "a margin in words",

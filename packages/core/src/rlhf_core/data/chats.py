@@ -138,7 +138,7 @@ def common_prompt(chosen: Chat, rejected: Chat) -> tuple[Chat, tuple[Text, Text]
     while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         shared -= 1
     if shared == 0:
-        raise ValueError("chosen and rejected should begin with the same prompt and each end with an assistant turn")
+        raise ValueError("both should begin with the same prompt and each end with an assistant turn")
     return chosen[:shared], (plain(chosen[shared:]), plain(rejected[shared:]))
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, plain, split
 from rlhf_core.errors import DataError
 from rlhf_core.types import Example
 
 __all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
+
+Read = TypeVar("Read")
 
 CHATS = ("messages", "conversations")
 """Where a whole chat is looked for; it comes before a prompt if the row has no completion."""
@@ -138,14 +140,14 @@ class Columns:
             prompt = f"{prompt}\n\n{_words(row, 'input')}"
         if self.completion_key:
             return prompt, (_answer(row, self.completion_key, prompt),)
-        return (prompt, ()) if isinstance(prompt, str) else split(prompt, self.turns)
+        return (prompt, ()) if isinstance(prompt, str) else _named(self.prompt_key, split, prompt, self.turns)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
         """A preference: answers to a prompt, or two dialogues that share their beginning."""
         chosen, rejected = _text(row, self.chosen_key), _text(row, self.rejected_key)
         whole = [not isinstance(side, str) and side[0]["role"] != "assistant" for side in (chosen, rejected)]
         if not isinstance(chosen, str) and not isinstance(rejected, str) and all(whole):
-            return common_prompt(chosen, rejected)
+            return _named(f"{self.chosen_key}' and '{self.rejected_key}", common_prompt, chosen, rejected)
         if any(whole):
             raise ValueError(
                 f"{self.chosen_key!r} and {self.rejected_key!r} should both be dialogues or both be answers"
@@ -189,11 +191,16 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
     if isinstance(value, str):
         return parse_dialogue(value) if is_dialogue(value) else value
     if isinstance(value, (list, tuple)):
-        try:
-            return as_chat(value)
-        except ValueError as error:
-            raise ValueError(f"{key!r}: {error}") from None
+        return _named(key, as_chat, value)
     raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
+
+
+def _named(key: str, read: Callable[..., Read], *arguments: Any) -> Read:
+    """What `read` gives; what it says to be wrong begins with the column."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        raise ValueError(f"'{key}': {error}") from None
 
 
 def _prompt(row: Mapping[str, Any], key: str) -> Text:

@@ -87,12 +87,21 @@ def _parse(text: str, path: str, first_line: int) -> Any:
         ) from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise DataError(f"{path}:{first_line}: half a character, {half!r}, stands alone; write both halves") from None
+        raise DataError(
+            f"{path}:{first_line}: {_column(value, half)}half a character, {half!r}, stands alone; write both halves"
+        ) from None
     except RecursionError:
         raise DataError(f"{path}:{first_line}: nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
         raise DataError(f"{path}:{first_line}: {error}") from None
     return value
+
+
+def _column(row: Any, text: str) -> str:
+    """`'key': ` of the column that `text` is in, where `row` is one row and says so."""
+    columns = row.items() if isinstance(row, dict) else ()
+    found = next((key for key, value in columns if text in json.dumps(value, ensure_ascii=False)), None)
+    return "" if found is None else f"{found!r}: "
 
 
 def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:
