@@ -59,6 +59,31 @@ def test_a_table_does_not_depend_on_how_prompts_are_batched(tmp_path):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize(("prompts", "ranks", "batch"), [(65, 2, 32), (3, 2, 1), (1, 2, 4), (7, 3, 2), (8, 4, 2)])
+def test_ranks_ask_for_every_prompt_once_and_equally_often(prompts, ranks, batch):
+    """They infer together: one that asked less often would meet the others in another of their gathers."""
+    fitting = [2 * i for i in range(prompts)]
+    shares = [list(HeldoutTable(batch=batch)._shares(fitting, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for part in share for i in part) == fitting
+    assert all(len(part) <= batch for share in shares for part in share)
+
+
+def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
+    pytest.importorskip("pyarrow")
+    run = run_of(tmp_path, steps=0, max_prompt_tokens=8, evaluator=HeldoutTable(n=1))
+    lengths = {}
+    with run.opened():
+        for uid, row in enumerate(run.heldout()):
+            lengths[uid] = len(run.encoder.prompt_row(row).ids)
+    limit = min(lengths.values())
+    run_of(tmp_path / "some", steps=0, max_prompt_tokens=limit, evaluator=HeldoutTable(n=1)).train()
+    found = read_columns(tmp_path / "some" / "heldout.parquet", ["uid"])["uid"]
+    assert found == [uid for uid, length in lengths.items() if length <= limit]
+    with pytest.raises(UsageError, match="no held-out prompt fits; raise --max-prompt-tokens"):
+        run_of(tmp_path / "none", steps=0, max_prompt_tokens=limit - 1, evaluator=HeldoutTable(n=1)).train()
+
+
 SWEEP = """
 output = "out"
 discard = ["model", "checkpoints"]
@@ -70,7 +95,7 @@ reward = { use = "length", target = 3 }
 batch_size = 2
 steps = 0
 sampling = { n = 2, max_new_tokens = 3 }
-evaluator = { use = "heldout_table", prompts = 3, n = 2, passes = 2, kl_coef = 0.5 }
+evaluator = { use = "heldout_table", prompts = 3, n = 2, passes = 2, batch = 1, kl_coef = 0.5 }
 """
 
 
@@ -78,7 +103,7 @@ evaluator = { use = "heldout_table", prompts = 3, n = 2, passes = 2, kl_coef = 0
 def test_a_sweep_of_two_ranks_a_run_gathers_the_table_that_one_process_leaves_and_frontier_reads_it(
     tmp_path, monkeypatch
 ):
-    """Three prompts over two ranks: the rows are all there, in one order, and those of one process."""
+    """Three prompts over two ranks, one at a time: the rows are all there, in one order, and those of one process."""
     pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

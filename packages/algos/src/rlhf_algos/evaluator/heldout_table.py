@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.target import raw_rewards
 from rlhf_core.analysis.tables import check_parquet, write_parquet
+from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import policy
 from rlhf_core.options import Sampling
 
@@ -60,11 +61,14 @@ class HeldoutTable:
         if run.plan.trained and run.step < run.config.steps and not self.always:
             return {}
         rows = run.heldout(self.prompts or None)
-        mine = list(range(run.world.rank, len(rows), run.world.size))
+        fitting = [i for i in range(len(rows)) if run.encoder.fits_prompt(rows[i])]
+        if not fitting:
+            raise UsageError("no held-out prompt fits; raise --max-prompt-tokens")
         columns: dict[str, list[Any]] = {}
         for number in range(self.passes):
-            for rollouts in self._sampled(run, rows, mine, number):
-                for name, values in self._columns(run, rollouts, number).items():
+            for asked in self._shares(fitting, run.world.rank, run.world.size):
+                found = self._columns(run, self._sampled(run, rows, asked or fitting[:1], number), number)
+                for name, values in found.items() if asked else ():
                     columns.setdefault(name, []).extend(values)
         gathered = run.world.gather(columns)
         merged = {name: [value for part in gathered for value in part.get(name, ())] for name in gathered[0]}
@@ -80,15 +84,18 @@ class HeldoutTable:
             "heldout_table/samples": float(count),
         }
 
-    def _sampled(self, run: Run, rows: Sequence[Example], mine: list[int], number: int) -> Iterator[Rollouts]:
-        """Completions of this rank's prompts; their seeds depend on the run's seed, the pass and the prompt alone."""
+    def _shares(self, fitting: list[int], rank: int, size: int) -> Iterator[list[int]]:
+        """The prompts of a rank, batch by batch, as often on every rank since they infer together; the last may be none."""
+        mine, most = fitting[rank::size], len(fitting[::size])
+        for start in range(0, most, self.batch):
+            yield mine[start : start + self.batch]
+
+    def _sampled(self, run: Run, rows: Sequence[Example], asked: list[int], number: int) -> Rollouts:
+        """Completions of the prompts `asked`; their seeds depend on the run's seed, the pass and the prompt alone."""
         seed = Sampling(seed=run.config.seed).seed_for(number, -1)
         sampling = replace(run.config.sampling, n=self.n, seed=seed)
-        fitting = [i for i in mine if run.encoder.fits_prompt(rows[i])]
-        for start in range(0, len(fitting), self.batch):
-            part = fitting[start : start + self.batch]
-            prompts = run.encoder.prompts([rows[i] for i in part], part)
-            yield run.rollouts(policy(run, "heldout_table"), prompts, sampling)
+        prompts = run.encoder.prompts([rows[i] for i in asked], asked)
+        return run.rollouts(policy(run, "heldout_table"), prompts, sampling)
 
     def _columns(self, run: Run, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
         """What is known of each completion."""
