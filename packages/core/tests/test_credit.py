@@ -15,7 +15,8 @@ from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.options import KL, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.plan import Plan, make_plan
 from rlhf_core.testing.batches import make_batch
-from rlhf_core.types import Batch, Chosen, Credit, LossTerms, Outputs, Reduction, RewardOutput, Rollouts, Term
+from rlhf_core.types import Batch, Chosen, Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput, Rollouts, Term
+from rlhf_core.world import World
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,36 @@ def test_credit_can_choose_and_order_the_rows_to_train_on() -> None:
         plan, plan.credits["actor"], make_batch([1, 2, 3]), RewardOutput(torch.zeros(3)), kl_coef=0.0
     )
     assert credited.texts == ["t2", "t0"] and credited.lengths_N.tolist() == [3, 1] and metrics == {"picked": 2.0}
+
+
+class Both(World):
+    """The first of two ranks, which knows what the second says."""
+
+    size = 2
+
+    def __init__(self, other: dict[tuple[str, str], tuple[float, float]]) -> None:
+        self.other = other
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing, set(self.other)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        theirs = [self.other.get(key, (0.0, 0.0)) for key in sorted({("kept", ""), ("z", ""), *self.other})]
+        return tensor + torch.tensor(theirs, dtype=torch.float64)
+
+
+def test_metrics_of_credit_are_those_of_all_ranks() -> None:
+    """Rewards 1 and 2 here and 6 there have mean 3, not 1.5 and not that of two means; numbers are averaged."""
+
+    def measured(rollouts: Rollouts) -> Credit:
+        metrics = {"kept": Metric.over(torch.tensor([1.0, 2.0])), "z": 0.25}
+        return Credit(torch.zeros(rollouts.mask_NT.shape), metrics=metrics)
+
+    plan = plan_of(PerToken(measured))
+    world = Both({("kept", ""): (6.0, 1.0), ("z", ""): (0.75, 1.0), ("theirs", ""): (2.0, 4.0)})
+    batch = replace(make_batch([2, 1]), world=world)
+    _, metrics = assign_credit(plan, plan.credits["actor"], batch, RewardOutput(torch.zeros(2)), kl_coef=0.0)
+    assert metrics == {"kept": 3.0, "z": 0.5, "theirs": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_core.measure import log_completions
 from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.testing.batches import make_batch, values_like
@@ -147,3 +152,19 @@ def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_
     world = OneOfTwo([[7, 9], [8]])
     split = [[set(part.texts) for part in minibatches(rank, 2, 5, world)] for rank in ranks]
     assert [a | b for a, b in zip(*split, strict=True)] == alone
+
+
+def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
+    """Half of the probability of 3 tokens here, and all of that of 1 token there: 2.5 of 4."""
+    theirs = {1.5: 1.0, 3.0: 1.0}
+    logged: dict[str, float] = {}
+    run: Any = SimpleNamespace(
+        plan=SimpleNamespace(sources=("actor",)),
+        config=SimpleNamespace(sampling=SimpleNamespace(temperature=0.0)),
+        roles={"actor": SimpleNamespace(version=0)},
+        log=logged.update,
+        log_batch=lambda name, values_N: 0.0,
+        world_sum=lambda value: value + theirs[value],
+    )
+    log_completions(run, "actor", replace(make_batch([2, 1]), scalars={"kept_mass": 0.5}))
+    assert logged["rollout/kept_mass"] == 0.625

@@ -13,10 +13,13 @@ from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.kl import kl_values
 from rlhf_core.lazy import torch
 from rlhf_core.plan import DATA, CreditSpec, Plan
-from rlhf_core.types import Advantage, Batch, Credit, RewardOutput, Role
+from rlhf_core.reduce import Means
+from rlhf_core.types import Advantage, Batch, Credit, Metric, RewardOutput, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rlhf_core.world import World
 
 __all__ = ["assign_credit", "compute_needs", "prepared"]
 
@@ -107,7 +110,18 @@ def assign_credit(
     if credit.returns_NT is not None:
         extras["returns_NT"] = credit.returns_NT
     batch = batch.with_extras(**extras)
-    return batch if credit.rows is None else batch.rows(credit.rows), dict(credit.metrics)
+    return batch if credit.rows is None else batch.rows(credit.rows), _measured(credit, batch.world)
+
+
+def _measured(credit: Credit, world: World | None) -> dict[str, float]:
+    """The metrics of a credit, over all ranks."""
+    means = Means()
+    for name, value in credit.metrics.items():
+        if isinstance(value, Metric):
+            means.add_metric(name, value)
+        else:
+            means.add(name, value)
+    return means.reduced(world if world is not None and world.size > 1 else None)
 
 
 def _checked(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:

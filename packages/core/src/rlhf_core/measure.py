@@ -32,7 +32,9 @@ def log_completions(run: Run, source: str, rollouts: Rollouts) -> None:
         run.log({f"{prefix}/entropy": run.world_sum(surprise) / run.world_sum(float(rollouts.mask_NT.sum()))})
     run.log({"rollout/staleness": float(run.roles[source].version - rollouts.version)})
     if "kept_mass" in rollouts.scalars:
-        run.log({"rollout/kept_mass": rollouts.scalars["kept_mass"]})
+        tokens = float(rollouts.mask_NT.sum())
+        kept = run.world_sum(rollouts.scalars["kept_mass"] * tokens)
+        run.log({"rollout/kept_mass": kept / run.world_sum(tokens)})
 
 
 def of_step(tokens: float, seconds: float) -> dict[str, float]:

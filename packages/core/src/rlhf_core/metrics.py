@@ -115,13 +115,13 @@ METRICS: Mapping[str, str] = {**_RUN, **_TIME, **_PROVIDERS}
 def matches(documented: str, name: str, words: Mapping[str, Collection[str]]) -> bool:
     """Whether `name` is a metric that is documented as `documented`.
 
-    `words` are what placeholders may stand for (roles, sources); one that is not there stands for any word, and
+    `words` are what placeholders may stand for (roles, sources, datasources); one that is not there stands for any word, and
     `<datasource>` for any text.
     """
-    pattern = re.escape(documented).replace(r"\[", "(?:").replace(r"\]", ")?").replace("<datasource>", ".+")
+    pattern = re.escape(documented).replace(r"\[", "(?:").replace(r"\]", ")?")
 
     def choices(placeholder: re.Match[str]) -> str:
-        known = words.get(placeholder[1])
-        return r"[\w.:-]+" if known is None else f"(?:{'|'.join(map(re.escape, known)) or '(?!)'})"
+        known, any_text = words.get(placeholder[1]), ".+" if placeholder[1] == "datasource" else r"[\w.:-]+"
+        return any_text if known is None else f"(?:{'|'.join(map(re.escape, known)) or '(?!)'})"
 
     return re.fullmatch(re.sub(r"<(\w+)>", choices, pattern), name) is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
-from rlhf_core.types import Credit
+from rlhf_core.types import Credit, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,5 +44,5 @@ class BestOfN:
         require_groups(rollouts, self)
         best_N = rank_in_group(rewards.rewards_N, rollouts.group_N) < self.keep
         rows = best_N.nonzero().flatten()
-        kept = float(rewards.rewards_N[rows].mean())
-        return Credit((best_N[:, None] & rollouts.mask_NT).float(), rows=rows, metrics={"reward/kept": kept})
+        metrics = {"reward/kept": Metric.over(rewards.rewards_N[rows])}
+        return Credit((best_N[:, None] & rollouts.mask_NT).float(), rows=rows, metrics=metrics)

@@ -10,7 +10,7 @@ from rlhf_algos.groups import group_sum, require_groups
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights
 from rlhf_algos.target import FLOOR, Target, annealed, raw_rewards
 from rlhf_core.lazy import torch
-from rlhf_core.types import Credit
+from rlhf_core.types import Credit, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Negative:
         credit_N = -annealed(self.start_alpha, self.alpha, rollouts.scalars) * w_N
         if self.objective == "reinforce":
             credit_N = -credit_N * (rewards_N - group_sum(w_N * rewards_N, group_N))
-        metrics = {"repulse/weighted_reward": float((w_N * rewards_N).sum() / w_N.sum().clamp(min=1e-300))}
+        metrics: dict[str, float | Metric] = {"repulse/weighted_reward": Metric((w_N * rewards_N).sum(), w_N.sum())}
         if self.weighting == "reward":  # a learned proposal's are logged by its own credit
             metrics |= about_weights(log_w_N, group_N, rollouts.world, "repulse")
         return Credit((credit_N[:, None] * mask_NT).to(rewards.rewards_N.dtype), metrics=metrics)

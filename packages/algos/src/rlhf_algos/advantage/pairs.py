@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.lazy import torch
-from rlhf_core.types import Credit
+from rlhf_core.types import Credit, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,5 +48,5 @@ class Pairs:
         best, worst = best[gap > self.min_gap], worst[gap > self.min_gap]
         sign_N = torch.zeros_like(scores_N)
         sign_N[best], sign_N[worst] = 1.0, -1.0
-        metrics = {"pairs/share": len(best) / max(1, len(gap))}
+        metrics = {"pairs/share": Metric.over(gap > self.min_gap)}
         return Credit(sign_N[:, None] * rollouts.mask_NT, rows=torch.stack([best, worst], 1).flatten(), metrics=metrics)
