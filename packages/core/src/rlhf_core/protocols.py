@@ -60,7 +60,8 @@ class Rollout(Protocol):
     """Samples completions from a role. Heavy state is opened at the first call and freed by `close`.
 
     An engine whose log-probabilities are the trainer's own (the same weights and the same arithmetic) may say so with a class
-    attribute `exact = True`; they then serve as old log-probabilities and no forward pass computes those.
+    attribute `exact = True`; where the role computes in float32 they then serve as old log-probabilities, and no forward pass
+    computes those.
     """
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:

@@ -235,7 +235,8 @@ class Run(Meter):
             seed = Sampling(seed=self.config.seed).seed_for(self.step, self.plan.sources.index(source))
             rollouts = self.rollouts(source, prompts, replace(self.config.sampling, seed=seed))
         exact = getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0
-        if exact and "kept_mass" not in rollouts.scalars:
+        narrow = self.plan.roles[source].options.dtype != "float32"  # rounds token by token otherwise than in one pass
+        if exact and not narrow and "kept_mass" not in rollouts.scalars:
             rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
         self._metrics.add_sum("samples", self.world_sum(len(rollouts)))
         log_completions(self, source, rollouts)

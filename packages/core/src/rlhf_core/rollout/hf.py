@@ -39,7 +39,7 @@ class HuggingFace:
     """share of the batch that must have ended before it leaves the batch, 0 to 1; dropping costs one copy of the cache"""
 
     exact: ClassVar[bool] = True
-    """the log-probabilities are those of the trained weights themselves"""
+    """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """`sampling.n` completions of each prompt."""
