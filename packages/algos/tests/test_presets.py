@@ -221,6 +221,27 @@ def test_demonstrations_are_no_preferences(batch_size, tmp_path):
         run.train()
 
 
+def test_the_data_s_completions_are_not_learned_at_the_temperature_that_samples():
+    ppo = resolve("algorithm", "ppo", ptx=1.0)
+    for temperature in (0.0, 1.0):  # greedy log-probabilities are those at 1
+        assert make_plan(make(ppo, sampling={"temperature": temperature})).roles["actor"].temperature == 1.0
+    with pytest.raises(
+        UsageError, match=r"^the actor learns what it samples at --sampling.temperature 0.5, and .* the data at 1"
+    ):
+        make_plan(make(ppo, sampling={"temperature": 0.5}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_policy_that_does_not_move_has_a_ratio_of_one_in_every_minibatch(dtype, tmp_path):
+    """Cached decoding rounds otherwise than a training pass: what it says of bfloat16 is no old log-probability."""
+    actor = {"dtype": dtype, "optim": {"lr": 0.0}}
+    options = {"model": MODEL, "actor": actor, "batch_size": 4, "minibatches": 2, "steps": 1}
+    sampling = {"n": 2, "max_new_tokens": 16}
+    metrics = Run(make("dapo", sampling=sampling, output=str(tmp_path / "run"), **options)).train()
+    assert metrics["actor/ratio"] == pytest.approx(1.0, abs=1e-6 if dtype == "float32" else 0.0)
+    assert metrics["actor/approx_kl"] == pytest.approx(0.0, abs=1e-7 if dtype == "float32" else 0.0)
+
+
 def test_a_step_in_which_all_completions_are_equally_good_trains_nothing(tmp_path):
     (tmp_path / "reward.py").write_text("def reward_func(completions):\n    return [1.0] * len(completions)\n")
     reward = {"use": "func", "path": str(tmp_path / "reward.py")}

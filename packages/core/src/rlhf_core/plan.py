@@ -231,6 +231,12 @@ def _roles(
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
+    given = [term.role for _, term in keyed if term.source == DATA and term.wants & LANGUAGE]
+    if given and temperature != 1:
+        raise UsageError(
+            f"the {given[0]} learns what it samples at --sampling.temperature {temperature:g}, and completions of the data at 1; "
+            "a role has one temperature: pass --sampling.temperature 1, or no option that learns from data (ptx, say)"
+        )
     return {
         name: RoleSpec(
             name=name,

@@ -22,7 +22,10 @@ __all__ = ["BadSamples"]
 
 @dataclass(frozen=True)
 class BadSamples:
-    """Log-probability of saved bad samples, one by one and together for each prompt (RePULSe's negative data)."""
+    """Log-probability of saved bad samples, one by one and together for each prompt (RePULSe's negative data).
+
+    At the run's --sampling.temperature, as everything that a role says; `bad_probability` is at 1.
+    """
 
     path: str = "bad_samples.jsonl"
     """JSONL file with prompt_ids and ids, as `--reward keep_bad` writes it"""

@@ -30,6 +30,7 @@ class HeldoutTable:
     """Sample held-out prompts many times and keep every reward and return: OUTPUT/heldout.parquet, for `rlhf-run frontier`.
 
     Zhao et al. 2025, section 4.3. Columns: pass, uid, k, prompt, completion, tokens, finish, reward, kl, return, logprob.
+    The KL and the log-probability are at --sampling.temperature, before any truncation.
     """
 
     prompts: int = 0
