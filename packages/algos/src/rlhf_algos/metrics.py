@@ -42,7 +42,7 @@ METRICS: Mapping[str, str] = {
     "eval/bad/logprob_eos_unaware": "nats: the same, counting tokens after the end of the answer too",
     "eval/bad/probability": "probability: that a prompt is answered badly",
     "eval/bad_samples/logprob": "nats a completion: of bad samples kept earlier, mean over them, at the sampling temperature",
-    "eval/bad_samples/log_mass": "nats: log of the probability of any kept bad sample, mean over prompts, at that temperature too",
+    "eval/bad_samples/log_mass": "nats: log of the probability of any kept bad sample, mean over prompts, at that temperature",
     "eval/heldout_table/reward": "reward: mean over all samples of the table",
     "eval/heldout_table/return": "reward: the same less the KL penalty",
     "eval/heldout_table/worst": "reward: the lowest of them",
