@@ -51,6 +51,16 @@ def test_every_metric_can_have_a_band_and_its_ends_belong_to_it(tmp_path: Path) 
     assert answers[2].startswith("loss/actor is 3.1, outside -1 to 3, since step 3")
 
 
+def test_a_resumed_run_counts_on_from_where_it_was(tmp_path: Path) -> None:
+    """Steps 1 and 2 were outside; so, with patience 3, step 3 is the one that stops it, as without the interruption."""
+    rows = [{"step": step, "kl/mean": 0.9} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "kl')
+    run: Any = SimpleNamespace(output=tmp_path, step=2)  # the checkpoint is of step 2
+    watch = Alarm(kl=(0, 0.5), patience=3, action="stop")(run)
+    watch.rlhf_run_start(run)
+    assert "since step 1" in str(watch.rlhf_step_end(run, 3, rows[2]))
+
+
 @dataclass(frozen=True)
 class Collapses(HuggingFace):
     """Samples ever shorter completions: a planted collapse."""

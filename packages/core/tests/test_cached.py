@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,28 @@ def test_another_model_temperature_prompt_or_token_is_another_row(tmp_path: Path
 def test_a_model_that_was_trained_again_is_another_one(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"one")
     batch = tiny_rollouts()
     cached(tmp_path, model=str(folder))[0].infer(batch, WANTS)
     (folder / "model.safetensors").write_bytes(b"other")
     role, inner = cached(tmp_path, model=str(folder))
+    role.infer(batch, WANTS)
+    assert inner.rows == 8
+
+
+def test_an_adapter_is_another_model_when_what_it_adapts_is(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"first")
+    (adapter / "adapter_model.safetensors").write_bytes(b"one")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    batch = tiny_rollouts()
+    cached(tmp_path, model=str(adapter))[0].infer(batch, WANTS)
+    (base / "model.safetensors").write_bytes(b"trained on")
+    role, inner = cached(tmp_path, model=str(adapter))
     role.infer(batch, WANTS)
     assert inner.rows == 8
 

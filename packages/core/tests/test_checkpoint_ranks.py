@@ -46,7 +46,8 @@ def run(ranks: int, output: Path, *flags: str) -> None:
         assert main(words) == 0
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "-m", "rlhf_core", *words], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -79,7 +79,7 @@ def flat(state: Any) -> Any:
 
 
 def watched(output: Path, **options: Any) -> Watching:
-    run = Watching(tiny_run(output, **OPTIONS, **options).config)
+    run = Watching(tiny_run(output, **OPTIONS | options).config)
     run.train()
     return run
 
@@ -127,3 +127,25 @@ def test_a_run_that_stopped_can_go_on_by_skipping(tmp_path: Path) -> None:
         watched(tmp_path, reward=NanReward(), save_every=1)
     watched(tmp_path, reward=NanReward(), save_every=1, on_nonfinite="skip", resume=True)
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_float16_overflow_is_counted_and_one_that_no_scale_helps_stops_the_run(tmp_path: Path) -> None:
+    """A scale of 1 leaves nothing to halve: the gradient itself is not finite."""
+    actor = {"optim": {"lr": 1e-2}, "dtype": "float16"}
+    run = watched(tmp_path / "counted", loss=Broken(gradient=True), actor=actor)
+    rows = lines(tmp_path / "counted" / "metrics.jsonl")
+    assert [row.get("skipped/actor") for row in rows] == [None, 1, None]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    scales = [row["loss_scale/actor"] for row in rows]
+    assert scales[2] == scales[1] / 2
+    assert run.states[0] != run.states[2]
+
+    class Unscaled(Run):
+        def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
+            trainable: Any = self.roles["actor"].trainable  # type: ignore[attr-defined]
+            trainable.scaler.update(1.0)
+            super().finish(step, credited)
+
+    config = tiny_run(tmp_path / "stopped", **OPTIONS | {"actor": actor}, loss=Broken(gradient=True)).config
+    with pytest.raises(RunStopped, match="step 2: the gradient of role 'actor' has norm nan"):
+        Unscaled(config).train()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_core.errors import ContractError
 from rlhf_core.options import KL, Optim, RunConfig, TrainedOptions
 from rlhf_core.plan import make_plan
-from rlhf_core.roles import LocalRole
+from rlhf_core.roles import LocalRole, _beside
 from rlhf_core.strategy.fake import FakeStrategy
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.types import Batch, Chosen, LossTerms, Metric, Outputs, Reduction, Term
@@ -137,3 +139,15 @@ def test_a_loss_that_breaks_the_contract_is_named(result: object, message: str) 
 
     with pytest.raises(ContractError, match=rf"loss .*Broken.*{message}"):
         role_of(Term("actor", "data", Broken())).train({"data": make_batch(LENGTHS)})
+
+
+def test_losses_find_outputs_of_an_accelerator_beside_their_rows() -> None:
+    """A device that only pretends: operations between it and the CPU fail as on a real one."""
+    with FakeTensorMode():
+        tokens_NT, advantages_NT = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)
+        micro: Any = SimpleNamespace(tokens_NT=tokens_NT)
+        logprobs_NT = torch.zeros(2, 3, device="cuda", requires_grad=True)
+        with pytest.raises(RuntimeError, match="device"):
+            logprobs_NT * advantages_NT
+        values_NT = _beside(micro, {"logprobs_NT": logprobs_NT})["logprobs_NT"] * advantages_NT
+    assert values_NT.device.type == "cpu" and values_NT.requires_grad

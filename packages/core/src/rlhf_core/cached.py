@@ -1,8 +1,9 @@
 """What a frozen role said of rows of data, kept in a folder: no row is asked twice, in a second epoch or another run.
 
-A value belongs to a key of everything that it depends on: the role's options, the files of its model (names, sizes, times of
-change), the temperature, the output's name, and the tokens of prompt and completion. So a folder may be shared by runs of any
-kind. It is one SQLite database: several processes may use it, and one that is killed leaves it whole.
+A value belongs to a key of everything that it depends on: the role's options, the files of its model and of what that adapts
+(names, sizes, times of change; of a hub name the revision), the temperature, the output's name, and the tokens of prompt and
+completion. So a folder may be shared by runs of any kind. It is one SQLite database: several processes may use it, and one that
+is killed leaves it whole.
 
 The values are those of the first time they were computed, float32. The model is placed all the same.
 """
@@ -106,10 +107,26 @@ class CachedRole:
 
 def _identity(spec: Any) -> str:
     """Everything but a row that the outputs depend on."""
-    model = Path(spec.options.model)
-    files = sorted(path for path in ([model] if model.is_file() else model.rglob("*")) if path.is_file())
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stamps = [
+        (path.parent.name, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files_of(spec.options)
+    ]
     return f"{spec.options!r}/{spec.temperature}/{stamps}"
+
+
+def _files_of(options: Any) -> list[Path]:
+    """The files of a role's model, of the model that it adapts if it is an adapter, and of its further tokens. Those of a hub
+    name are the downloaded ones, in a folder named by their revision."""
+    from rlhf_core.models.adapters import base_of
+    from rlhf_core.models.hub import beside, located
+
+    source = located(options.model)
+    models = [options.model, *([base_of(Path(source.location))] if source.kind == "adapter" else [])]
+    found = [Path(options.add_tokens)] if options.add_tokens else []
+    for name in models:
+        config = beside(name, "config.json") or beside(name, "adapter_config.json")
+        folder = config.parent if config else Path(name)
+        found += [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    return found
 
 
 def _bytes(value: Tensor, batch: Batch, i: int, name: str) -> bytes:

@@ -32,11 +32,14 @@ class Watch:
 
     def __init__(self, role: str) -> None:
         self.role = role
+        self.micro_batches = 0
+        """how many there were, on any rank: none if credit selected no row of anybody's"""
         self._term = ""
         self._samples: list[dict[str, Any]] = []
 
     def micro_batch(self, loss: float, values: Mapping[str, Tensor], batch: Batch) -> None:
         """Remember the rows of a micro-batch whose loss is not finite. `values`: each term's, by the loss's name."""
+        self.micro_batches += 1
         if math.isfinite(loss):
             return
         for term, tensor in values.items():

@@ -46,9 +46,9 @@ class Kept:
         self._passes.clear()
 
 
-def of_same_rows(work: Mapping[str, tuple[Batch, Batch]]) -> list[list[str]]:
+def of_same_rows(work: Mapping[str, Batch]) -> list[list[str]]:
     """Credit keys, those together whose batches are the same rows of the same samples: one pass serves them all."""
     groups: dict[int, list[str]] = {}
-    for key, (batch, _) in work.items():
+    for key, batch in work.items():
         groups.setdefault(id(batch.tokens_NT), []).append(key)
     return list(groups.values())

@@ -24,8 +24,10 @@ _RUN = {
     "loss/<role>/<datasource>": "loss: the same over the rows of data that say they come from there",
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
-    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite; "
-    "logged with --on-nonfinite skip. A step without any update has no loss/<role>",
+    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
+    "--on-nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
+    "update has no loss/<role>",
+    "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with --on-oom halve",
     "kl/mean": "nats a token: KL to the reference by --algorithm.kl.estimator, over sampled tokens",
     "kl/completion": "nats a completion: the same, summed over each completion; what an adaptive coefficient follows",
@@ -81,7 +83,7 @@ _PROVIDERS = {
     "reward/tests_passed": "share 0..1: of a program's tests that passed, mean",
     "reward/ungraded": "share 0..1: of completions for which the judge gave no grade",
     "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
-    "reward/cut": "completions: that were cut to the reward model's window, in the batch",
+    "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
     "reward/<part>": "reward: of one part of --reward sum, before weighing; its own metrics follow as reward/<part>/<name>",
     "eval/heldout/reward": "reward: mean over held-out prompts",
     "eval/heldout/reward_se": "reward: its standard error",

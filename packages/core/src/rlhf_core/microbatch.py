@@ -8,6 +8,7 @@ trades memory for speed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.world import World
 
-__all__ = ["bearable_padding", "micro_rows", "minibatches", "padding_share"]
+__all__ = ["bearable_padding", "micro_batch", "micro_rows", "minibatches", "padding_share"]
 
 CHEAP = 32
 """Cells of padding that cost less than one more micro-batch does, even of a small model."""
@@ -62,6 +63,30 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float
         cuts[-1].append(unit)
     rows_in_unit = torch.arange(rows_per_unit)
     return [(torch.tensor(units)[:, None] * rows_per_unit + rows_in_unit).flatten() for units in cuts]
+
+
+def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batch:
+    """The i-th micro-batch. Past the last, on a rank that has fewer than another, the last again, to be given no weight; on
+    one that has none, a unit of one token each, without texts or labels, and with zero for every extra."""
+    if cuts:
+        return batch.rows(cuts[min(i, len(cuts) - 1)])
+    one_N, token_NT = torch.ones(unit, dtype=torch.long), torch.zeros(unit, 1, dtype=torch.long)
+    lists: dict[str, Any] = {name: [None] * unit for name in batch._per_row()}
+    return replace(
+        batch,
+        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit},
+        prompt_NL=token_NT,
+        prompt_lengths_N=one_N,
+        tokens_NT=token_NT,
+        lengths_N=one_N,
+        mask_NT=torch.ones(unit, 1, dtype=torch.bool),
+        group_N=torch.zeros(unit, dtype=torch.long),
+        extras={
+            name: torch.zeros((unit, 1) if name.endswith("_NT") else (unit,), dtype=tensor.dtype)
+            for name, tensor in batch.extras.items()
+        },
+        scalars=dict(batch.scalars),
+    )
 
 
 def padding_share(batch: Batch, cuts: list[Tensor]) -> float:

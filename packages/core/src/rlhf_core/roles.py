@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
-from math import lcm
+from itertools import product
+from math import isfinite, lcm
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.budget import TokenBudget, release_memory
@@ -21,7 +22,7 @@ from rlhf_core.errors import ContractError, NotFinite, UsageError
 from rlhf_core.finite import SKIP, Watch, keep_samples, term_name
 from rlhf_core.kept import Kept, of_same_rows
 from rlhf_core.lazy import torch
-from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
+from rlhf_core.microbatch import bearable_padding, micro_batch, micro_rows, minibatches, padding_share
 from rlhf_core.needs import ROUTER_LOSS
 from rlhf_core.options import Lora, TrainedOptions
 from rlhf_core.plan import DATA, Plan, RoleSpec
@@ -135,13 +136,12 @@ class LocalRole:
         later = self._later_wants(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
             for i in range(self._rounds(cuts)):
-                rows = cuts[min(i, len(cuts) - 1)]
-                micro = batch.rows(rows)
+                micro = micro_batch(batch, cuts, i)
                 self.budget.trying(micro)
                 outputs = self.trainable.forward(micro, wants | later)
                 if later and not i:
                     self.kept.add(micro, outputs)
-                for name in wants:
+                for rows, name in product(cuts[i : i + 1], wants):
                     values = outputs[name].detach()
                     if name.endswith("_NT"):
                         found[name][rows, : values.shape[1]] = values.float().cpu()
@@ -169,17 +169,17 @@ class LocalRole:
             keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
             parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}
             for _ in range(config.minibatches):
-                self._step({key: (next(part), work[key]) for key, part in parts.items()}, means)
+                self._step({key: next(part) for key, part in parts.items()}, means)
                 self.kept.clear()
                 self.version += 1
         return means.reduced(self.world if self.world.size > 1 else None)
 
-    def _step(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
-        """One optimiser step on a minibatch of each credited batch (given with the whole it is a part of), or none where
-        something is not finite and the run was told to go on."""
+    def _step(self, work: Mapping[str, Batch], means: Means) -> None:
+        """One optimiser step on a minibatch of each credited batch, or none where something is not finite and the run was
+        told to go on."""
         config, found = self.plan.config, Means()
         try:
-            if not any(batch.scalars.get(SKIP) for batch, _ in work.values()):
+            if not any(batch.scalars.get(SKIP) for batch in work.values()):
                 self._update(work, found)
                 means.merge(found)
                 if config.on_oom == "halve":
@@ -189,29 +189,38 @@ class LocalRole:
             if config.on_nonfinite == "stop":
                 raise
             self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
-            step = round(next(iter(work.values()))[0].scalars.get("step", 0))
+            step = round(next(iter(work.values())).scalars.get("step", 0))
             path = keep_samples(config.output, step, error)
             print(f"rlhf-run: step {step} goes without an update: {error}; samples are in {path}", file=sys.stderr)
         means.add_sum(f"skipped/{self.name}", 1.0)
 
-    def _update(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> None:
-        """Gradients of everything, then one update of the weights.
+    def _update(self, work: Mapping[str, Batch], means: Means) -> None:
+        """Gradients of everything, then one update of the weights; none where no rank has a row, since credit may select
+        none: momentum and decay would move the weights all the same.
 
         Raises:
             NotFinite: the loss or the gradient is not; the weights are as they were.
         """
         total, watch = self._gradients(work, means)
+        if not watch.micro_batches:
+            means.add_sum(f"skipped/{self.name}", 1.0)
+            return
         watch.check_loss(total)
         means.add(f"loss/{self.name}", total)
-        metrics = self.trainable.step()
-        if self.spec.options.dtype != "float16":  # its scaler skips an overflow and goes on
-            watch.check_gradient(metrics["grad_norm"], {key: batch for key, (batch, _) in work.items()})
-        if self.average is not None:
-            self.average.update()
+        metrics = dict(self.trainable.step())
+        if metrics.get("loss_scale", 0.0) > 1 and not isfinite(
+            metrics["grad_norm"]
+        ):  # of float16: the next one is less
+            del metrics["grad_norm"]
+            means.add_sum(f"skipped/{self.name}", 1.0)
+        else:
+            watch.check_gradient(metrics["grad_norm"], work)
+            if self.average is not None:
+                self.average.update()
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
-    def _gradients(self, work: Mapping[str, tuple[Batch, Batch]], means: Means) -> tuple[float, Watch]:
+    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Watch]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
@@ -220,8 +229,8 @@ class LocalRole:
             total, watch, found = 0.0, Watch(self.name), Means()
             try:
                 for keys in of_same_rows(work):
-                    terms = [(term, work[key][0]) for key in keys for of, term in self.spec.terms if of == key]
-                    total += self._accumulate(terms, *work[keys[0]], found, watch)
+                    terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
+                    total += self._accumulate(terms, work[keys[0]], found, watch)
                 means.merge(found)
                 return self.world_total(total), watch
             except Exception as error:
@@ -237,9 +246,7 @@ class LocalRole:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(
-        self, terms: list[tuple[Term, Batch]], batch: Batch, whole: Batch, means: Means, watch: Watch
-    ) -> float:
+    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, watch: Watch) -> float:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
         wants = frozenset[str]().union(*(term.wants for term, _ in terms))
@@ -250,19 +257,17 @@ class LocalRole:
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
             means.add("padding", 0.0 if packs else padding_share(batch, cuts))
-        spare = cuts[-1] if cuts else torch.arange(min(unit, len(whole)))
-        idle = (batch if cuts else whole).rows(spare)  # credit may select nothing
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(self._rounds(cuts)):
             live = float(i < len(cuts))
-            micro = batch.rows(cuts[i]) if live else idle
+            micro = micro_batch(batch, cuts, i, unit)
             self.budget.trying(micro, unit)
-            outputs = self.kept.take(micro, wants) or self.trainable.forward(micro, wants)
+            outputs = _beside(micro, self.kept.take(micro, wants) or self.trainable.forward(micro, wants))
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
             for k, (term, credited) in enumerate(terms):
-                own = micro if credited is batch else credited.rows(cuts[i] if live else spare)
+                own = micro if credited is batch else micro_batch(credited, cuts, i, unit)
                 own = self._with_old_logprobs(term, own, outputs)
                 result = checked(term, term.loss(outputs, own), own)
                 if k not in counts:
@@ -368,6 +373,12 @@ def _merged(spec: RoleSpec) -> RoleSpec:
         return spec
     plain = replace(spec.options, lora=Lora(), quantize="none", freeze=(), ema=0.0)
     return replace(spec, options=plain)
+
+
+def _beside(micro: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`outputs` on the device of the rows that losses compare them with, the CPU: a few numbers a token, and the gradient
+    finds its way back."""
+    return {name: values.to(micro.tokens_NT.device) for name, values in outputs.items()}
 
 
 def _compare(module: Any, name: str, other: Any, loss: Any) -> None:

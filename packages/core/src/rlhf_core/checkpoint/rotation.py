@@ -93,12 +93,15 @@ def rotate(run: Run) -> None:
 def check_metric(run: Run, metrics: Mapping[str, float]) -> None:
     """Check that `--keep-best` names something that is measured: in a step, or by an evaluator.
 
+    A step that leaves an update out, or in which a role rests, says nothing; nor does one without a row of some datasource.
+
     Raises:
         UsageError: it does not.
     """
     name = run.config.keep_best
     known = {*metrics, *(run.evaluations[-1][1] if run.evaluations else ())}
-    if name and name not in known:
+    partial = any(f"loss/{role}" not in metrics for role in run.plan.trained)
+    if name and not partial and not {name, name.rpartition("/")[0]} & known:
         raise UsageError(
             f"--keep-best {name}: no such metric{near(name, known)}; metrics.jsonl has the names of those there are"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
+from rlhf_core.evaluator.sampled import mean_and_error
 from rlhf_core.lazy import torch
 from rlhf_core.observer.files import append_line, sample
 
@@ -52,9 +53,10 @@ class Heldout:
                 question = {"question": asked} if isinstance(asked, str) else {}
                 append_line(run.output / "evaluations.jsonl", {"step": run.step, **question, **sample(rollouts, i)})
         completions = run.world_sum(len(rollouts))
+        mean, error = mean_and_error(means_P.tolist())
         return {
-            "heldout/reward": float(means_P.mean()),
-            "heldout/reward_se": float(means_P.std() / len(means_P) ** 0.5),
+            "heldout/reward": mean,
+            "heldout/reward_se": error,
             "heldout/length": run.world_sum(float(rollouts.lengths_N.sum())) / completions,
             "heldout/truncated": run.world_sum(float(sum(f == "length" for f in rollouts.finish))) / completions,
             **means_by_source("heldout/reward", rewards_N, rollouts.meta, run.world),

@@ -158,6 +158,10 @@ class RoleModule(nn.Module):
         found = body(use_cache=False, **arguments)
         if recompute:
             body.eval()
+            if self.adapters is not None:
+                self.adapters.drop(
+                    True
+                )  # when its layers are computed again their dropout must draw, and draw the same
         padded = None if "position_ids" in arguments else inputs
         balance = balance_loss(self.model, found.router_logits, padded) if routed else None
         return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance

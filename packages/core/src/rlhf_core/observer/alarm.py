@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -77,18 +78,18 @@ class _Watch:
 
     @hookimpl
     def rlhf_run_start(self, run: Run) -> None:
-        cut_lines(run.output / "alarms.jsonl", lambda step: step <= run.step)
+        for name in ("alarms.jsonl", "metrics.jsonl"):
+            cut_lines(run.output / name, lambda step: step <= run.step)
+        past = run.output / "metrics.jsonl"
+        for line in past.read_bytes().splitlines() if past.is_file() else ():
+            row = json.loads(line)
+            list(self._seen(row["step"], row))  # the count goes on where it was
 
     @hookimpl
     def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, Any]) -> str | None:
         alarms = []
-        for metric, (least, greatest) in self.alarm.bands():
-            if metric not in metrics:
-                continue
-            before, value = self._outside.get(metric, 0), metrics[metric]
-            inside = least <= value <= greatest  # nan is outside
-            self._outside[metric] = now = 0 if inside else before + 1
-            said = f"{metric} is {value:.4g}, outside {least:g} to {greatest:g}, since step {step - now + 1}"
+        for metric, before, said in self._seen(step, metrics):
+            now, value = self._outside[metric], metrics[metric]
             if now == self.alarm.patience:
                 alarms.append(said)
                 append_line(run.output / "alarms.jsonl", {"step": step, "metric": metric, "value": value})
@@ -100,3 +101,14 @@ class _Watch:
             return f"{'; '.join(alarms)}; look at samples.jsonl; --resume goes on"
         print(f"rlhf-run: alarm: {'; '.join(alarms)}; look at samples.jsonl", file=sys.stderr)
         return None
+
+    def _seen(self, step: int, metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+        """Count a step; for each metric watched: its name, how many steps it had been outside before, and what to say."""
+        for metric, (least, greatest) in self.alarm.bands():
+            if metric not in metrics:
+                continue
+            before, value = self._outside.get(metric, 0), metrics[metric]
+            inside = least <= value <= greatest  # nan is outside
+            self._outside[metric] = now = 0 if inside else before + 1
+            said = f"{metric} is {value:.4g}, outside {least:g} to {greatest:g}, since step {step - now + 1}"
+            yield metric, before, said

@@ -68,7 +68,7 @@ class TorchTrainable:
         return outputs
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss.to(self.device)).backward()  # the scale lives where the weights do
 
     def step(self) -> dict[str, float]:
         assert self.optimizer is not None and self.options is not None, "a frozen role is not stepped"
@@ -81,10 +81,11 @@ class TorchTrainable:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.scaler.step(self.optimizer)
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += int(norm.isfinite())  # the schedule follows the steps that were taken
-        return {"grad_norm": float(norm), "lr": lr}
+        return {"grad_norm": float(norm), "lr": lr, **scale}
 
     def discard(self) -> None:
         self.module.zero_grad(set_to_none=True)
