@@ -206,13 +206,25 @@ def test_supervised_learning_does_not_take_rejected_completions_for_good_ones(tm
         UsageError, match="would learn rejected completions like chosen ones; pass --data.completion-key chosen"
     ):
         Run(make("sft", data=data, output=str(tmp_path / "pairs"), **options)).train()
+    assert not (tmp_path / "pairs").exists(), "said before anything is written"
     run = Run(make("sft", data={**data, "completion_key": "chosen"}, output=str(tmp_path / "chosen"), **options))
     run.train()
     assert run.samples["data"].texts == ["b", "b"]
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "reward", "orpo"])
+def test_demonstrations_are_no_preferences_and_no_model_is_loaded_to_say_so(algorithm, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
+    run = Run(make(algorithm, model=MODEL, data=data, batch_size=1, steps=1, output=str(tmp_path / "run")))
+    with pytest.raises(UsageError, match="chosen and rejected"):
+        run.train()
+    assert run.placed is None
+
+
 @pytest.mark.parametrize("batch_size", [3, 4])
-def test_demonstrations_are_no_preferences(batch_size, tmp_path):
+def test_rows_without_a_rejected_completion_are_found_among_preferences_too(batch_size, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf_core.run.check_rows", lambda plan, rows: None)  # which sees the first row only
     rows = [{"prompt": "a", "response": "b"} for _ in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}

@@ -24,7 +24,7 @@ OUTSIDE: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("algorithm", "ppo"): {"critic_warmup": (-0.1, 1.1), "ptx": (-1,)},
     ("loss", "cdpo"): {"beta": (0,), "label_smoothing": (-0.1, 0.6)},
     ("loss", "cispo"): {"clip_low": (-1,), "clip_high": (-1,)},
-    ("loss", "clip"): {"clip_low": (-1,), "clip_high": (-1,), "dual_clip": (-1,)},
+    ("loss", "clip"): {"clip_low": (-1,), "clip_high": (-1,), "dual_clip": (-1, 0.5)},
     ("loss", "dapo"): {"clip_high": (-1,)},
     ("loss", "dpo"): {"beta": (0, -1, inf)},
     ("loss", "gspo"): {"clip_low": (-1,), "clip_high": (-1,)},

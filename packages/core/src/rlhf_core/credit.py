@@ -6,7 +6,7 @@ What it needs is computed by the roles that provide it, once per source, and onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import ContractError, UsageError
@@ -14,14 +14,42 @@ from rlhf_core.kl import kl_values
 from rlhf_core.lazy import torch
 from rlhf_core.plan import DATA, CreditSpec, Plan
 from rlhf_core.reduce import Means
-from rlhf_core.types import Advantage, Batch, Credit, Metric, RewardOutput, Role
+from rlhf_core.types import Advantage, Batch, Credit, Example, Metric, RewardOutput, Role, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.world import World
 
-__all__ = ["assign_credit", "compute_needs", "prepared"]
+__all__ = ["assign_credit", "check_rows", "compute_needs", "prepared"]
+
+
+def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
+    """Check that the first row of data has the completions that losses on data compare; of a stream, none is read yet.
+
+    Raises:
+        UsageError: it has not. So models need not be loaded for that to be said; later rows are checked in their step.
+    """
+    terms = [term for term in plan.terms if term.source == DATA]
+    if not terms or not isinstance(rows, Sequence) or not rows:
+        return
+    completions = len(rows[0].completions)
+    _check_alike(terms, pairs=completions > 1)
+    if completions == 1 and any(term.unit > 1 for term in terms):
+        raise UsageError(
+            "this loss compares pairs, and the data has prompts without a rejected completion: "
+            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+        )
+
+
+def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
+    """Check that rejected completions are not taken for good ones."""
+    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.wants]
+    if pairs and alike and len(alike) == len(terms):
+        raise UsageError(
+            f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
+            "ones; pass --data.completion-key chosen (or the column's name), or an algorithm for pairs"
+        )
 
 
 def prepared(plan: Plan, batch: Batch) -> Batch:
@@ -30,13 +58,7 @@ def prepared(plan: Plan, batch: Batch) -> Batch:
     Raises:
         UsageError: they are pairs, and what is trained would take rejected completions for good ones.
     """
-    terms = [term for term in plan.terms if term.source == DATA]
-    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.wants]
-    if alike and len(alike) == len(terms) and len(batch.group_N.unique()) < len(batch):
-        raise UsageError(
-            f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
-            "ones; pass --data.completion-key chosen (or the column's name), or an algorithm for pairs"
-        )
+    _check_alike([term for term in plan.terms if term.source == DATA], len(batch.group_N.unique()) < len(batch))
     for spec in plan.credits.values():
         prepare: Any = getattr(spec.advantage, "prepare", None)
         if spec.source == DATA and prepare is not None:

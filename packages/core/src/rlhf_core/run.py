@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import checkpoint, loop
 from rlhf_core.cached import remember
 from rlhf_core.checkpoint.background import Background
-from rlhf_core.credit import prepared
+from rlhf_core.credit import check_rows, prepared
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.dynamic import keep_sampling
 from rlhf_core.errors import NotFiniteReward, RunStopped, UsageError
@@ -127,7 +127,7 @@ class Run(Meter):
     def opened(self) -> Iterator[Run]:
         """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
         self.check()
-        assert self.rows is not None  # reads the data's beginning: a wrong path is said before anything is written
+        check_rows(self.plan, self.rows)  # reads the data's beginning: said before anything is written
         checkpoint.prepare_output(self)
         torch.manual_seed(self.config.seed)
         self.placed = self.config.providers["launcher"](self.plan)

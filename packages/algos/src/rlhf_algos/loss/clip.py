@@ -28,10 +28,12 @@ class Clip(PolicyLoss):
     clip_high: float = 0.2
     """how far the ratio may rise above 1 where the advantage is positive; DAPO's clip-higher is 0.28"""
     dual_clip: float = 0.0
-    """bound -r A by this times -A where the advantage is negative (Ye et al. 2020, eq. 5), 3 say; 0 does not"""
+    """bound -r A by this times -A, above 1, where the advantage is negative (Ye et al. 2020, eq. 5), 3 say; 0 does not"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)", dual_clip="[0, inf)")
+        check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")
+        if self.dual_clip:
+            check_ranges(self, dual_clip="(1, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         advantages_NT = batch["advantages_NT"]
