@@ -66,4 +66,6 @@ def test_with_shares_rank_k_of_every_role_is_on_a_gpu_of_its_own(workers: str, t
 def test_who_asks_for_no_gpu_sees_none_and_is_told(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Ray by itself leaves all GPUs visible to it, and every worker would take the first."""
     assert visible("", tmp_path) == {"actor": [""], "reference": [""], "engine": [""]}
-    assert "the cluster has 4 GPUs and --launcher.gpus is 0, so all workers compute on the CPU" in capsys.readouterr().err
+    assert (
+        "the cluster has 4 GPUs and --launcher.gpus is 0, so all workers compute on the CPU" in capsys.readouterr().err
+    )

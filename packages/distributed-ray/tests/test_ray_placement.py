@@ -31,7 +31,9 @@ def test_the_devices_of_a_node_are_one_group_which_ray_keeps_on_one_node() -> No
     assert layout.groups == (first, ({"CPU": 0.5, "GPU": 1.0},) * 4)
     assert layout.strategies == ("STRICT_PACK", "STRICT_PACK") and layout.apart == ()
     assert layout.seats["actor"] == tuple(Seat(node, device) for node in range(2) for device in range(4))
-    assert layout.seats["critic"] == layout.seats["actor"][:2] and layout.seats["reference"] == layout.seats["actor"][:3]
+    assert (
+        layout.seats["critic"] == layout.seats["actor"][:2] and layout.seats["reference"] == layout.seats["actor"][:3]
+    )
 
 
 def test_nodes_that_are_spread_strictly_are_groups_apart() -> None:

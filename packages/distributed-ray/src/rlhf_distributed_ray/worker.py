@@ -1,5 +1,5 @@
-"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address and devices are asked in here, so that
-it can be read and tested as plain Python; `launcher` turns the classes into actors."""
+"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address and devices are asked
+in here, so that it can be read and tested as plain Python; `launcher` turns the classes into actors."""
 
 from __future__ import annotations
 
