@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -236,8 +238,36 @@ def test_nothing_a_program_started_outlives_it(tmp_path: Path) -> None:
     sleep = f"[sys.executable, '-c', 'import time; time.sleep(60)', {name!r}]"
     score(Code(timeout=2.0), f"import subprocess, sys\nsubprocess.Popen({sleep}, start_new_session=True)", "pass")
     time.sleep(0.2)
-    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [line for line in running if name.encode() in line]
+    assert not named(name)
+
+
+@confined
+def test_a_program_ends_when_the_run_is_killed() -> None:
+    """One that sleeps, and one that computes in C, each with a process that it has started."""
+    name = f"orphan-{os.getpid()}"
+    child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', {name!r}])"
+    for work in ("import time; time.sleep(60)", "import re; re.match('(a+)+$', 'a' * 60 + 'b')"):
+        script = f"from rlhf_core.reward.code import Code\nCode(timeout=50.0)._run({f'{child}; {work}'!r}, ['pass'])"
+        run = subprocess.Popen([sys.executable, "-c", script])
+        deadline = time.monotonic() + 30
+        while len(named(name)) < 2 and time.monotonic() < deadline:  # the run itself has the name too
+            time.sleep(0.05)
+        assert len(named(name)) == 2
+        run.kill()
+        run.wait()
+        deadline = time.monotonic() + 5
+        while named(name) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not named(name)
+
+
+def named(name: str) -> list[bytes]:
+    """Command lines that have `name` in them."""
+    running = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            running.append(path.read_bytes())
+    return [line for line in running if name.encode() in line]
 
 
 def test_the_last_fenced_block_is_the_program() -> None:

@@ -44,6 +44,7 @@ class Beneath(ctypes.Structure):
 
 
 def main() -> None:
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # of the thread that waits for the answer
     job = json.load(sys.stdin)
     answers = os.dup(1)
     quiet = os.open(os.devnull, os.O_RDWR)
