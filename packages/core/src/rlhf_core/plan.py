@@ -234,8 +234,8 @@ def _roles(
     given = [term.role for _, term in keyed if term.source == DATA and term.wants & LANGUAGE]
     if given and temperature != 1:
         raise UsageError(
-            f"the {given[0]} learns what it samples at --sampling.temperature {temperature:g}, and the data's completions at "
-            "1; pass --sampling.temperature 1, or no option that learns from data too (ptx, say): a role has one temperature"
+            f"the {given[0]} learns samples at --sampling.temperature {temperature:g}, and the data's completions at 1; pass "
+            "--sampling.temperature 1, or no option that learns from data too (ptx, say): a role has one temperature"
         )
     return {
         name: RoleSpec(
