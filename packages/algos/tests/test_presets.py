@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf_algos import plugin
 from rlhf_algos.loss.delayed import Delayed
@@ -14,8 +16,11 @@ from rlhf_core.configure import make
 from rlhf_core.errors import UsageError
 from rlhf_core.options import KL
 from rlhf_core.plan import Plan, make_plan
+from rlhf_core.reduce import count, weighted_sum
 from rlhf_core.registry import default_registry
 from rlhf_core.testing import check_advantage, check_algorithm, check_light, check_loss, tiny_rollouts
+from rlhf_core.testing.batches import make_batch
+from rlhf_core.types import Term
 
 PROVIDERS = {"advantage": plugin.rlhf_advantage(), "loss": plugin.rlhf_loss(), "algorithm": plugin.rlhf_algorithm()}
 
@@ -233,6 +238,39 @@ def test_rows_without_a_rejected_completion_are_found_among_preferences_too(batc
         run.train()
 
 
+@pytest.mark.parametrize(
+    ("name", "per_completion", "per_token"),
+    [
+        ("grpo", (0.5, 0.5), (1, 99)),
+        ("dapo", (1, 1), (100, 100)),
+        ("dr_grpo", (0.5, 0.5), (128, 128)),
+        ("rloo", (0.5, 0.5), (1, 1)),
+    ],
+)
+def test_penalty_and_entropy_are_averaged_as_the_objective_is(name, per_completion, per_token):
+    """Completions of 1 and 99 tokens. DeepSeekMath, eq. 3: the KL is inside the mean over a completion's tokens."""
+    algorithm = replace(resolve("algorithm", name), kl=KL(coef=0.3, estimator="k3", where="loss"), entropy=0.1)
+    _, penalty, bonus = make_plan(make(algorithm, sampling={"n": 2, "max_new_tokens": 128})).terms
+    batch = make_batch([1, 99])
+    batch.scalars["kl_coef"] = 0.3
+    now_NT, ref_NT, entropy_NT = torch.rand(3, 2, 99, generator=torch.Generator().manual_seed(0))
+    batch.extras["ref_logprobs_NT"] = -ref_NT
+
+    def mean(values: list[list[float]]) -> float:
+        shares = zip(values, per_completion, per_token, strict=True)
+        return sum(share * sum(row) / tokens for row, share, tokens in shares)
+
+    def found(term: Term) -> float:
+        result = term.loss({"logprobs_NT": -now_NT, "entropy_NT": entropy_NT}, batch)
+        return float(weighted_sum(result.values, result.reduction, batch)) / count(result.reduction, batch)
+
+    gaps = [(ref_NT - now_NT)[i, :length].double().tolist() for i, length in enumerate((1, 99))]  # log pi - log ref
+    assert found(penalty) == pytest.approx(0.3 * mean([[math.exp(-d) - 1 + d for d in row] for row in gaps]), rel=1e-5)
+    assert found(bonus) == pytest.approx(
+        -mean([entropy_NT[i, :length].tolist() for i, length in enumerate((1, 99))]), rel=1e-5
+    )
+
+
 def test_the_data_s_completions_are_not_learned_at_the_temperature_that_samples():
     ppo = resolve("algorithm", "ppo", ptx=1.0)
     for temperature in (0.0, 1.0):  # greedy log-probabilities are those at 1
@@ -262,5 +300,5 @@ def test_a_step_in_which_all_completions_are_equally_good_trains_nothing(tmp_pat
     options = {"batch_size": 2, "steps": 2, "output": str(tmp_path / "run")}
     metrics = Run(make("online_dpo", model=MODEL, reward=reward, sampling=sampling, **options)).train()
     assert metrics["pairs/share"] == 0
-    assert metrics["loss/actor"] == 0
-    assert metrics["grad_norm/actor"] == 0
+    assert metrics["skipped/actor"] == 1
+    assert "loss/actor" not in metrics

@@ -16,7 +16,7 @@ from rlhf_core.kl import kl_terms
 from rlhf_core.needs import LANGUAGE
 from rlhf_core.options import ModelOptions, Optim, TrainedOptions
 from rlhf_core.shaping import RewardShaping
-from rlhf_core.types import Term
+from rlhf_core.types import Reduction, Term
 
 if TYPE_CHECKING:
     from rlhf_core.options import KL
@@ -45,7 +45,8 @@ class Sampled:
 
 
 def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:
-    """The policy sampled, credited and trained; the KL penalty if it is a loss; the entropy bonus if there is one.
+    """The policy sampled, credited and trained; the KL penalty if it is a loss; the entropy bonus if there is one. Both average
+    over tokens as the objective does: in GRPO's, eq. 3, the penalty is inside the mean over a completion.
 
     Raises:
         UsageError: the credit compares completions of a prompt, and there is one per prompt; or the loss is none of a policy,
@@ -53,11 +54,13 @@ def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> 
     """
     advantage, loss = _chosen_advantage(chosen), chosen_loss(chosen)
     _fits(Term("actor", "actor", loss, advantage))
+    per: Any = getattr(loss, "aggregate", "token")
+    length = getattr(loss, "length", 0)
     terms = (
         Term("actor", "actor", loss, advantage),
-        *kl_terms(kl, "actor", "actor", advantage),
+        *kl_terms(kl, "actor", "actor", advantage, Reduction(per, length)),
     )
-    return (*terms, Term("actor", "actor", Entropy(), advantage, weight=entropy)) if entropy else terms
+    return (*terms, Term("actor", "actor", Entropy(per, length), advantage, weight=entropy)) if entropy else terms
 
 
 def chosen_loss(chosen: Chosen) -> Loss:

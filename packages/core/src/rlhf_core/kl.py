@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KLController", "KLLoss", "kl_terms", "kl_values"]
 
+BY_TOKEN = Reduction("token")
 MAX_WEIGHT = 10.0  # of a sample of an older policy: bounds the variance of the unbiased gradient, as OpenRLHF does
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond it k3 would only overflow float32, and its gradient with it
 
@@ -50,8 +51,8 @@ class KLLoss:
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """see `KL.estimator`"""
-    reduction: Literal["token", "sequence"] = "token"
-    """mean over tokens, or over completions of their token means"""
+    reduction: Reduction = BY_TOKEN
+    """how tokens are averaged: as those of the objective that it is added to"""
     unbiased: bool = False
     """see `KL.unbiased`"""
 
@@ -71,14 +72,16 @@ class KLLoss:
             weight_NT = log_weight_NT.clamp(max=log(MAX_WEIGHT)).exp()
             slope_NT = weight_NT * kl_values(logprobs_NT, ref_NT, mask_NT, "k2")
             kl_NT = kl_NT.detach() + slope_NT - slope_NT.detach()
-        return LossTerms(batch.scalars["kl_coef"] * kl_NT, Reduction(self.reduction), metrics)
+        return LossTerms(batch.scalars["kl_coef"] * kl_NT, self.reduction, metrics)
 
 
-def kl_terms(kl: KL | None, role: str, source: str, advantage: Advantage | None) -> tuple[Term, ...]:
-    """The penalty's term, if it is in force and belongs in the loss; else none."""
+def kl_terms(
+    kl: KL | None, role: str, source: str, advantage: Advantage | None, reduction: Reduction = BY_TOKEN
+) -> tuple[Term, ...]:
+    """The penalty's term, if it is in force and belongs in the loss; else none. `reduction` is that of the objective."""
     if kl is None or kl.coef == 0 or kl.where != "loss":
         return ()
-    return (Term(role, source, KLLoss(kl.estimator, unbiased=kl.unbiased), advantage),)
+    return (Term(role, source, KLLoss(kl.estimator, reduction, kl.unbiased), advantage),)
 
 
 class KLController:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_algos.loss.policy import Aggregate
 from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ __all__ = ["Entropy"]
 class Entropy:
     """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
 
-    aggregate: Literal["token", "sequence"] = "token"
-    """mean over tokens, or over completions of their token means"""
+    aggregate: Aggregate = "token"
+    """see the policy losses; a bonus beside one of those averages as it does"""
+    length: int = 0
+    """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
 
     wants: ClassVar[frozenset[str]] = frozenset({"entropy_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -26,4 +29,6 @@ class Entropy:
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         entropy_NT = outputs["entropy_NT"]
-        return LossTerms(-entropy_NT, Reduction(self.aggregate), {"entropy": Metric.over(entropy_NT, batch.mask_NT)})
+        return LossTerms(
+            -entropy_NT, Reduction(self.aggregate, self.length), {"entropy": Metric.over(entropy_NT, batch.mask_NT)}
+        )
