@@ -182,6 +182,45 @@ def test_fewer_held_out_rows_than_workers_are_evaluated_all_the_same(preferences
     assert_equal_runs(local, run([*words, *WORKERS, "--launcher.workers", "2", "--launcher.engines", "2"]))
 
 
+@pytest.fixture
+def edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray_edges` can be imported, here and in workers."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+
+
+def test_a_step_of_few_rows_or_none_goes_on_as_in_one_process(edges: None, preferences: Path, tmp_path: Path) -> None:
+    """One group for two workers, and in the second step none."""
+    words = [*words_of("grpo", preferences, tmp_path / "run", 3), "--advantage", "ray_edges:Few"]
+    local = run([*words, "--output", str(tmp_path / "local")])
+    assert_equal_runs(local, run([*words, *WORKERS, "--launcher.workers", "2"]))
+
+
+def test_a_loss_that_is_not_finite_is_told_as_in_one_process(edges: None, preferences: Path, tmp_path: Path) -> None:
+    """One line, and samples with their texts, which workers do not have; or a step that is left out."""
+    words = [*words_of("grpo", preferences, tmp_path / "run", 3), "--loss", "ray_edges:Broken", *WORKERS]
+    with pytest.raises(RunStopped, match=r"the loss of role 'actor' is nan in the term Broken on actor"):
+        run([*words, "--launcher.workers", "2"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "failed" / "step-2.jsonl").read_text().splitlines()]
+    assert len(rows) == 8, "of both ranks"
+    assert all(row["prompt"] and row["completion"] for row in rows) and len({row["prompt"] for row in rows}) == 4
+
+
+def test_a_skipped_step_leaves_its_samples_with_the_run(
+    edges: None, preferences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--output` is relative to where the run was started, not to where the cluster was."""
+    monkeypatch.chdir(tmp_path)
+    words = [*words_of("grpo", preferences, Path("run"), 3), "--loss", "ray_edges:Broken", "--on-nonfinite", "skip"]
+    rows = run([*words, *WORKERS, "--save-every", "1"])
+    assert [row["skipped/actor"] for row in rows] == [0, 1, 0]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "failed" / "step-2.jsonl").read_text().splitlines()]
+    assert samples and all(sample["prompt"] and sample["completion"] for sample in samples)
+    assert sum("failed/step-2.jsonl" in line for line in capsys.readouterr().err.splitlines()) == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-3" / "roles" / "actor").is_dir()
+
+
 FAKE = ["--rollout", "fake", "--strategy", "fake"]
 
 

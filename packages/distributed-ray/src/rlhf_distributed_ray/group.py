@@ -6,14 +6,18 @@ the trained role to the engines through the store in buckets and never pass thro
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.errors import NotFinite, RlhfError, RunStopped
+from rlhf_core.files import write_text
 from rlhf_core.lazy import torch
 from rlhf_core.plan import RoleSpec
 from rlhf_core.types import Batch, Prompts, Role, Rollouts
-from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups
+from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
 from rlhf_distributed_ray.worker import from_array
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> li
     first (their connection is closed), so the rest have some seconds to say what happened, and a death counts most.
 
     Raises:
-        UsageError: as raised in the actor.
+        RlhfError: as raised in the actor.
         RunStopped: an actor died; names the role, rank, node and cause.
     """
     import ray
@@ -55,9 +59,13 @@ def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> li
     for rank, failure in failures.items():
         if not isinstance(failure, ray.exceptions.RayTaskError):  # no error of the code: its process is gone
             raise _death(who, rank, where, failure) from None
-    for failure in failures.values():
-        cause = getattr(failure, "cause", None)
-        raise cause if isinstance(cause, (UsageError, RunStopped)) else failure
+    causes = [getattr(failure, "cause", None) for failure in failures.values()]
+    unfit = [cause for cause in causes if isinstance(cause, NotFinite)]
+    if unfit:  # of every rank, each with the samples that it knows of
+        unfit[0].samples = [sample for cause in unfit for sample in cause.samples]
+        raise unfit[0]
+    for failure, cause in zip(failures.values(), causes, strict=True):
+        raise cause if isinstance(cause, RlhfError) else failure
     return [results[rank] for rank in range(len(references))]
 
 
@@ -73,14 +81,17 @@ def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) 
 
 
 class RoleGroup:
-    """The role `spec.name`, held by `actors` (one per rank)."""
+    """The role `spec.name`, held by `actors` (one per rank), of the run that writes to `output`."""
 
-    def __init__(self, spec: RoleSpec, actors: list[Any], where: list[tuple[str, int]], shipper: Shipper) -> None:
+    def __init__(
+        self, spec: RoleSpec, actors: list[Any], where: list[tuple[str, int]], shipper: Shipper, output: str
+    ) -> None:
         self.name = spec.name
         self.spec = spec
         self.actors = actors
         self.where = where
         self.shipper = shipper
+        self.output = output
         self._version = 0
 
     @property
@@ -118,8 +129,12 @@ class RoleGroup:
         return found
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
-        """Optimiser steps over the credited batches, each rank on its share of the groups."""
-        shares = {key: self._shares(batch) for key, batch in work.items()}
+        """Optimiser steps over the credited batches, each rank on its share of the groups; a rank may have none.
+
+        Raises:
+            NotFinite: as under any launcher, with the samples' texts, which only the controller has.
+        """
+        shares = {key: split_groups(batch, len(self.actors)) for key, batch in work.items()}
         read = {key: self._read(key, batch) for key, batch in work.items()}
         sent = [
             reference
@@ -132,18 +147,26 @@ class RoleGroup:
             rows = {key: shares[key][rank] for key in work}
             sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
             calls += [actor.train.remote(*sent, read=read, rows=rows, scalars=scalars, sources=sources)]
-        metrics, self._version = collect(f"role {self.name}", self.where, calls)[0]
+        try:
+            answers = collect(f"role {self.name}", self.where, calls)
+        except NotFinite as error:
+            error.samples = [with_texts(sample, work.values()) for sample in error.samples]
+            raise
+        notices = dict.fromkeys(line for *_, said in answers for line in said.splitlines())
+        for line in notices:
+            print(line, file=sys.stderr)
+        if notices:
+            self._tell_texts(work)
+        metrics, self._version, _ = answers[0]
         return dict(metrics)
 
-    def _shares(self, batch: Batch) -> list[list[int]]:
-        """Rows per rank; every rank that trains needs some."""
-        shares = split_groups(batch, len(self.actors))
-        if not all(shares):
-            raise UsageError(
-                f"role {self.name} has {len(self.actors)} workers but only {len(batch.group_N.unique())} groups to share; "
-                "raise --batch-size or lower --launcher.workers"
-            )
-        return shares
+    def _tell_texts(self, work: Mapping[str, Batch]) -> None:
+        """Complete the samples that workers kept of a step that was skipped."""
+        step = round(max(batch.scalars.get("step", 0) for batch in work.values()))
+        path = Path(self.output) / "failed" / f"step-{step}.jsonl"
+        if path.exists():
+            rows = [with_texts(json.loads(line), work.values()) for line in path.read_text("utf-8").splitlines()]
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def _read(self, key: str, batch: Batch) -> list[str]:
         """The extras that this role's terms read from the credited batch `key`."""
@@ -185,10 +208,9 @@ class RoleGroup:
 class EngineGroup:
     """Rollout engines, each an actor; prompts are dealt to them in turn."""
 
-    def __init__(self, actors: list[Any], where: list[tuple[str, int]], exact: bool) -> None:
+    def __init__(self, actors: list[Any], where: list[tuple[str, int]]) -> None:
         self.actors = actors
         self.where = where
-        self.exact = exact
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         import ray

@@ -215,13 +215,14 @@ class _Cluster:
         for role, spec in self.plan.roles.items():
             seats = self.layout.seats[role]
             actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
-            roles[role] = RoleGroup(spec, actors, self._where(f"role {role}", actors), shipper)
+            roles[role] = RoleGroup(
+                spec, actors, self._where(f"role {role}", actors), shipper, self.plan.config.output
+            )
             check_devices(role, roles[role].call("devices"))
         engine = None
         if "engine" in self.layout.seats:
             actors = [self._actor(EngineWorker, seat, names, expected) for seat in self.layout.seats["engine"]]
-            exact = bool(getattr(self.plan.config.providers["rollout"], "exact", False))
-            engine = EngineGroup(actors, self._where("rollout engine", actors), exact)
+            engine = EngineGroup(actors, self._where("rollout engine", actors))
         for group in roles.values():
             group.call("start", *group.call("address")[0])
         return _RayPlaced(dict(roles), engine, World(), self)
@@ -285,14 +286,14 @@ class _Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
             runtime_env={"env_vars": environment},
         )
-        handle = actor.remote(names, expected, *args)
+        handle = actor.remote(names, expected, os.getcwd(), *args)
         self.actors.append(handle)
         return handle
 
     def _where(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
         from rlhf_distributed_ray.group import collect
 
-        return collect(who, [], [actor.where.remote() for actor in actors])
+        return collect(who, [], [actor.prepare.remote() for actor in actors])
 
     def close(self) -> None:
         """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""

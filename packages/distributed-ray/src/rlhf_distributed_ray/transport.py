@@ -17,7 +17,7 @@ from rlhf_core.types import Batch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack"]
+__all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_texts"]
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
 REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
@@ -33,7 +33,7 @@ def unpack(
     sources: list[Any] | None = None,
 ) -> Batch:
     """Rows of packed columns and extras as a batch; texts and labels are empty, and metadata but for the rows' `sources`."""
-    index = torch.tensor(rows).numpy()
+    index = torch.tensor(rows, dtype=torch.long).numpy()
 
     def column(array: Any) -> Tensor:
         return torch.from_numpy(array[index])  # the copy of these rows, and only these
@@ -56,6 +56,17 @@ def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
     """The datasource of each of these rows, None for one that does not say; nothing where none does."""
     sources = [batch.meta[row].get("datasource") for row in rows]
     return None if all(source is None for source in sources) else sources
+
+
+def with_texts(sample: Mapping[str, Any], batches: Iterable[Batch]) -> dict[str, Any]:
+    """A sample that a worker describes (`rlhf_core.finite.described`) with the texts of its row, which are of its prompt's number
+    and its tokens."""
+    for batch in batches:
+        for row, length in enumerate(batch.lengths_N.tolist()):
+            uid = int(batch["uids_N"][row]) if "uids_N" in batch else None
+            if uid == sample.get("uids_N") and batch.tokens_NT[row, :length].tolist() == sample["tokens"]:
+                return {**sample, "prompt": batch.prompts[row], "completion": batch.texts[row]}
+    return dict(sample)
 
 
 class Shipper:

@@ -3,17 +3,21 @@ in here, so that it can be read and tested as plain Python; `launcher` turns the
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stderr
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.plan import Plan, make_plan
 from rlhf_core.roles import LocalRole
+from rlhf_core.tensors import read_tree, write_tree
 from rlhf_core.types import Batch, Prompts, Rollouts
 from rlhf_distributed_ray.transport import unpack
 
@@ -57,11 +61,43 @@ def versions(registry: Any, names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class RoleWorker:
+class Worker:
+    """A process of the run: what all kinds of it do first.
+
+    Nothing can fail while it is made: Ray tells a mistake there as a death.
+    """
+
+    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str], folder: str) -> None:
+        self._build = names, expected
+        self._folder = folder
+
+    def prepare(self) -> tuple[str, int]:
+        """Go to the folder that the run was started in, whose relative paths are meant, and build the plan; host name and
+        process id, for messages.
+
+        Raises:
+            UsageError: that folder is not here, or other plugins are.
+        """
+        from rlhf_core.errors import UsageError
+
+        try:
+            os.chdir(self._folder)
+        except OSError as error:
+            raise UsageError(
+                f"node {socket.gethostname()} has no folder {self._folder} ({error.strerror}); start the run in a folder "
+                "that all nodes see"
+            ) from None
+        self.plan = plan_from(*self._build)
+        return socket.gethostname(), os.getpid()
+
+
+class RoleWorker(Worker):
     """Rank `rank` of the `size` workers of a role."""
 
-    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str], role: str, rank: int, size: int) -> None:
-        self.plan = plan_from(names, expected)
+    def __init__(
+        self, names: Mapping[str, Any], expected: Mapping[str, str], folder: str, role: str, rank: int, size: int
+    ) -> None:
+        super().__init__(names, expected, folder)
         self.role_name, self.rank, self.size = role, rank, size
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
 
@@ -72,10 +108,6 @@ class RoleWorker:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-    def where(self) -> tuple[str, int]:
-        """Host name and process id, for messages."""
-        return socket.gethostname(), os.getpid()
 
     def devices(self) -> list[tuple[str, str]]:
         """The GPUs this worker was given, each with its node."""
@@ -94,6 +126,7 @@ class RoleWorker:
             "MASTER_PORT": str(port),
         }
         join_world()
+        torch.manual_seed(self.plan.config.seed)  # as the loop does in its process
         self.role = LocalRole(self.plan, self.role_name)
 
     def infer(self, packed: Mapping[str, Any], rows: list[int], wants: list[str]) -> dict[str, Any]:
@@ -108,8 +141,8 @@ class RoleWorker:
         rows: Mapping[str, list[int]],
         scalars: Mapping[str, Mapping[str, float]],
         sources: Mapping[str, list[Any] | None],
-    ) -> tuple[dict[str, float], int]:
-        """Optimiser steps on these rows of each credited batch; metrics and the new version.
+    ) -> tuple[dict[str, float], int, str]:
+        """Optimiser steps on these rows of each credited batch; metrics, the new version, and what was said meanwhile.
 
         `sent` are, for each key of `read`, the columns and then the extras that it names.
         """
@@ -120,7 +153,9 @@ class RoleWorker:
             extras = {name: next(arriving)[""] for name in names}
             work[key] = unpack(columns, rows[key], extras, scalars[key], sources[key])
             work[key].world = self.role.world
-        return self.role.train(work), self.role.version
+        with redirect_stderr(io.StringIO()) as said:  # nobody reads a worker's
+            metrics = self.role.train(work)
+        return metrics, self.role.version, said.getvalue()
 
     def set_version(self, version: int) -> None:
         """After a restore."""
@@ -137,12 +172,18 @@ class RoleWorker:
         return (bucket if self.rank == 0 else []), bool(bucket)
 
     def save(self, folder: str) -> None:
-        """Checkpoint state of this rank."""
+        """Checkpoint state of this rank, its random states too."""
         self.role.save(folder)
+        write_tree(self._random(folder), [get_random_states()])
 
     def load(self, folder: str) -> None:
         """Restore it."""
         self.role.load(folder)
+        if self._random(folder).exists():  # not where another launcher wrote the folder
+            set_random_states(read_tree(self._random(folder))[0])
+
+    def _random(self, folder: str) -> Path:
+        return Path(folder) / f"random-{self.rank}.safetensors"
 
     def export(self, folder: str) -> None:
         """Write the Hugging Face folder; every rank takes part."""
@@ -186,6 +227,10 @@ class MirrorRole:
         self.spec = plan.roles[name]
         self.version = 0
         self._received: list[list[tuple[str, Any]]] = []
+        self._sampled = False
+        """the engine samples from the model itself"""
+        self._inside = False
+        """the last sync went into the model"""
 
     @cached_property
     def local(self) -> LocalRole:
@@ -193,18 +238,23 @@ class MirrorRole:
         local = LocalRole(self.plan, self.name, frozen=True)
         for bucket in self._received:
             local.load_weights((name, from_array(packed)) for name, packed in bucket)
-        self._received = []
         return local
+
+    def release(self) -> None:
+        """Free the model, unless the engine samples from it or no other place has its weights."""
+        if not self._sampled and not self._inside:
+            self.__dict__.pop("local", None)
 
     @property
     def module(self) -> Any:
         """The role's module."""
+        self._sampled = True
         return self.local.module
 
     @property
     def causal_lm(self) -> Any:
         """The Hugging Face model inside."""
-        return self.local.causal_lm
+        return self.module.causal_lm
 
     @property
     def tokenizer(self) -> Any:
@@ -234,28 +284,30 @@ class MirrorRole:
 
     def receive(self, bucket: list[tuple[str, Any]], first: bool) -> None:
         """One bucket of a sync: into the model if there is one here, else kept for the engine to read."""
-        if "local" in self.__dict__:
+        if first:
+            self._received, self._inside = [], "local" in self.__dict__
+        if self._inside:
             self.local.load_weights((name, from_array(packed)) for name, packed in bucket)
         else:
-            self._received = [bucket] if first else [*self._received, bucket]
+            self._received.append(bucket)
 
 
-class EngineWorker:
+class EngineWorker(Worker):
     """A rollout engine with mirrors of the roles it samples."""
 
-    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-        self.plan = plan_from(names, expected)
+    def prepare(self) -> tuple[str, int]:
+        """The same, and the mirrors of the roles."""
+        where = super().prepare()
         self.engine = self.plan.config.providers["rollout"]
         self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
         self._received = 0
-
-    def where(self) -> tuple[str, int]:
-        """Host name and process id, for messages."""
-        return socket.gethostname(), os.getpid()
+        self._compared: set[tuple[str, str]] = set()
+        return where
 
     def sample(self, role: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Completions of a mirrored role."""
         rollouts: Rollouts = self.engine(self.mirrors[role], prompts, sampling)
+        self._release(role, "sample")
         return rollouts
 
     def receive(self, role: str, bucket: list[tuple[str, Any]], first: bool) -> None:
@@ -266,7 +318,16 @@ class EngineWorker:
     def synced(self, role: str, version: int) -> dict[str, float]:
         """All buckets are here: let the engine take them."""
         self.mirrors[role].version = version
-        return {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}
+        metrics = {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}
+        self._release(role, "synced")
+        return metrics
+
+    def _release(self, role: str, after: str) -> None:
+        """Free the model that an engine was compared with, as engines are after opening and after the first sync. Who asks for
+        it again does so for every batch, and keeps it."""
+        if (role, after) not in self._compared:
+            self._compared.add((role, after))
+            self.mirrors[role].release()
 
     def sleep(self) -> None:
         """Give device memory back."""

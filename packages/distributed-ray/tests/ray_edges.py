@@ -1,0 +1,41 @@
+"""Providers that make a step go wrong, for runs whose workers find them by `ray_edges:Name`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlhf_core.testing.tiny_algorithm import TinyLoss
+from rlhf_core.types import Batch, Credit, LossTerms, Reduction, RewardOutput, Rollouts
+
+
+@dataclass(frozen=True)
+class Few:
+    """The reward less a half, of the completions of the first prompts only; in the second step of none."""
+
+    prompts: int = 1
+    """of how many prompts"""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    selects: ClassVar[str] = "rows"
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, torch.Tensor]) -> Credit:
+        keep = 0 if rollouts.scalars["step"] == 2 else self.prompts
+        rows = (rollouts.group_N < keep).nonzero().flatten()
+        return Credit(torch.where(rollouts.mask_NT, rewards.rewards_N[:, None] + 0.5, 0.0), rows=rows)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A policy gradient that is nan in the second step."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
+
+    def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
+        values_NT = TinyLoss()(outputs, batch).values
+        return LossTerms(values_NT * math.nan if batch.scalars["step"] == 2 else values_NT, Reduction("token"))

@@ -1,0 +1,97 @@
+"""What runs inside an actor, as plain Python in this process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_core.errors import UsageError
+from rlhf_core.plan import Plan
+from rlhf_core.roles import LocalRole
+from rlhf_core.testing import tiny_run
+from rlhf_core.testing.tiny import tiny_rollouts
+from rlhf_distributed_ray import worker as worker_module
+from rlhf_distributed_ray.worker import MirrorRole, RoleWorker, buckets
+
+LOGPROBS = frozenset({"logprobs_NT"})
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    plan: Plan = tiny_run(tmp_path / "run", seed=5).plan
+    return plan
+
+
+def test_a_worker_goes_where_the_run_was_started_or_says_that_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "plan_from", lambda *_: None)
+    monkeypatch.chdir("/")
+    assert RoleWorker({}, {}, str(tmp_path), "actor", 0, 1).prepare() == (socket.gethostname(), os.getpid())
+    assert Path.cwd() == tmp_path
+    with pytest.raises(UsageError, match=r"^node .* has no folder /not/here \(No such .*\); start the run in a folder that"):
+        RoleWorker({}, {}, "/not/here", "actor", 0, 1).prepare()
+
+
+def started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RoleWorker:
+    """The only worker of the actor."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    worker = RoleWorker({}, {}, ".", "actor", 0, 1)
+    worker.plan = plan
+    worker.start("localhost", 1)
+    return worker
+
+
+def test_a_worker_draws_from_the_runs_seed_and_goes_on_where_a_checkpoint_was(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout of adapters draws there."""
+    with torch.random.fork_rng():
+        worker = started(plan, monkeypatch)
+        first = torch.get_rng_state()
+        torch.rand(3)
+        started(plan, monkeypatch)
+        assert torch.equal(torch.get_rng_state(), first), "by nothing but the seed"
+        worker.save(str(tmp_path))
+        ahead = torch.rand(3)
+        worker.load(str(tmp_path))
+        assert torch.equal(torch.rand(3), ahead)
+        for name in ("random-0.safetensors",):  # a folder that one process wrote has none
+            (tmp_path / name).unlink()
+        worker.load(str(tmp_path))
+
+
+def test_a_model_that_an_engine_was_only_compared_with_is_freed_and_built_again_with_the_weights_of_the_sync(
+    plan: Plan,
+) -> None:
+    mirror, trained, batch = MirrorRole(plan, "actor"), LocalRole(plan, "actor"), tiny_rollouts()
+    before = mirror.infer(batch, LOGPROBS)["logprobs_NT"]
+    mirror.release()
+    assert "local" not in mirror.__dict__
+    with torch.no_grad():
+        for parameter in trained.module.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(0)))
+    for k, bucket in enumerate(buckets(trained.weights())):
+        mirror.receive(bucket, first=k == 0)
+    for _ in range(2):
+        after = mirror.infer(batch, LOGPROBS)["logprobs_NT"]
+        torch.testing.assert_close(after, trained.infer(batch, LOGPROBS)["logprobs_NT"])
+        mirror.release()
+    assert (after - before).abs().max() > 0.01
+
+
+def test_a_model_that_is_sampled_from_or_alone_has_the_weights_stays(plan: Plan) -> None:
+    mirror, trained = MirrorRole(plan, "actor"), LocalRole(plan, "actor")
+    assert mirror.causal_lm is mirror.module.causal_lm
+    mirror.release()
+    assert "local" in mirror.__dict__
+    other = MirrorRole(plan, "actor")
+    other.infer(tiny_rollouts(), LOGPROBS)
+    for k, bucket in enumerate(buckets(trained.weights())):
+        other.receive(bucket, first=k == 0)
+    other.release()
+    assert "local" in other.__dict__
