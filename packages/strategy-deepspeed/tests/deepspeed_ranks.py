@@ -8,6 +8,7 @@ what was seen goes into the same file.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -176,7 +177,15 @@ def main(folder: Path, *words: str) -> None:
             result = wrong(folder)
         elif word == "steps":
             strategies = {"torch": TorchStrategy("cpu"), **{stage: DeepSpeed(stage=stage) for stage in range(4)}}
-            result = {key: {"norms": norms(each), "moved": moved(each)} for key, each in strategies.items()}
+            result = {
+                key: {
+                    "norms": norms(each),
+                    "moved": moved(each),
+                    "broken": {dtype: broken(each, dtype) for dtype in ("float32", "bfloat16")},
+                    "slept": slept(each),
+                }
+                for key, each in strategies.items()
+            }
             if world.size == 1:
                 for strategy in strategies.values():
                     check_strategy(strategy)
@@ -188,10 +197,10 @@ def main(folder: Path, *words: str) -> None:
             torch.save(result, folder / f"{name}.pt")
 
 
-def trainable(strategy: Strategy, dtype: str, optim: Optim) -> Trainable:
+def trainable(strategy: Strategy, dtype: str, optim: Optim, freeze: tuple[str, ...] = ()) -> Trainable:
     """A tiny model with two heads under `strategy`, outside any run."""
     outputs = frozenset({"logprobs_NT", "values_NT"})
-    options = TrainedOptions(model="tiny", dtype=dtype, optim=optim)
+    options = TrainedOptions(model="tiny", dtype=dtype, optim=optim, freeze=freeze)
     spec = RoleSpec("actor", options, outputs, terms=(("data", Term("actor", "data", Both())),))
     return strategy(lambda: build_module(spec), optim, 10)
 
@@ -232,6 +241,35 @@ def moved(strategy: Strategy) -> float:
     }  # one spacing: 1.2e-4
     changed = sum(int((before[name] != after[name])[large[name]].sum()) for name in before if "layers" in name)
     return changed / sum(int(large[name].sum()) for name in before if "layers" in name)
+
+
+def broken(strategy: Strategy, dtype: str) -> dict[str, Any]:
+    """A step whose gradient is not a number on the last rank, and one after it: whether the first changed weights, whether
+    all are finite in the end, what was told, and how many steps the schedule counts."""
+    role: Any = trainable(strategy, dtype, Optim(lr=1e-2))
+    batch = tiny_rollouts()
+    before = {name: tensor.clone() for name, tensor in role.weights()}
+    bad = float("nan") if role.world.rank == role.world.size - 1 else 1.0
+    role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum() * bad)
+    told = role.step()["grad_norm"]
+    same = all(torch.equal(before[name], tensor) for name, tensor in role.weights())
+    role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum())
+    after = role.step()["grad_norm"]
+    finite = all(bool(tensor.isfinite().all()) for _, tensor in role.weights())
+    return {"same": same, "finite": finite, "told": [math.isfinite(told), math.isfinite(after)], "steps": role.steps_done}
+
+
+def slept(strategy: Strategy) -> tuple[bool, float]:
+    """Whether a model whose embeddings are frozen has its very outputs after it left the device and came back, and the norm of
+    the gradient then."""
+    role = trainable(strategy, "float32", Optim(lr=1e-2), freeze=("embed",))
+    batch, wants = tiny_rollouts(), frozenset({"logprobs_NT"})
+    before = role.forward(batch, wants)["logprobs_NT"].detach().clone()
+    role.offload()
+    role.reload()
+    after = role.forward(batch, wants)["logprobs_NT"]
+    role.backward(after.sum() / role.world.size)
+    return torch.equal(before, after.detach()), role.step()["grad_norm"]
 
 
 def wrong(folder: Path) -> dict[str, Any]:

@@ -166,6 +166,24 @@ def test_updates_too_small_for_bfloat16_are_not_lost(size: int, quick: dict[int,
     assert all(steps[stage]["moved"] > 0.6 for stage in ("torch", *range(4)))
 
 
+@pytest.mark.parametrize("size", QUICK)
+def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_schedule_and_is_told(
+    size: int, quick: dict[int, Path]
+) -> None:
+    steps = outcome(quick[size], "steps")
+    for stage in ("torch", *range(4)):
+        for dtype, found in steps[stage]["broken"].items():
+            assert found == {"same": True, "finite": True, "told": [False, True], "steps": 1}, (stage, dtype)
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_frozen_weights_leave_the_device_and_come_back_too(size: int, quick: dict[int, Path]) -> None:
+    steps = outcome(quick[size], "steps")
+    for stage in range(4):
+        same, norm = steps[stage]["slept"]
+        assert same and norm == pytest.approx(steps["torch"]["slept"][1], rel=1e-5)
+
+
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
     assert told["batch"] == "--batch-size 3 does not divide over 2 ranks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class DeepSpeedTrainable:
         return forward(self.engine, batch, wants, self.device)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss * self.world.size)  # DeepSpeed takes the mean over ranks
+        self.engine.backward(loss.to(self.device) * self.world.size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> dict[str, float]:
         lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
@@ -75,14 +76,20 @@ class DeepSpeedTrainable:
         self.engine.step()
         if self.stage == 3:  # else a weight that the next step leaves out (an expert nobody asked) keeps this gradient
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        self.steps_done += 1
-        norm = self._norm if self.stage == 0 else self.engine.get_global_grad_norm()
-        return {"grad_norm": float(norm), "lr": lr}
+        norm = float(self._norm if self.stage == 0 else self.engine.get_global_grad_norm())
+        if getattr(self.engine.optimizer, "overflow", False) or norm < 0:  # what it says of a step that it did not take
+            norm = float("inf")
+        self.steps_done += int(isfinite(norm))  # the schedule follows the steps that were taken
+        return {"grad_norm": norm, "lr": lr}
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Stage 0: clip the reduced gradients and keep their norm, which DeepSpeed would not tell."""
+        """Clip the reduced gradients and keep their norm, which DeepSpeed would not tell; nothing that is not finite gets into
+        the weights."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or float("inf"))
+        if not self._norm.isfinite():
+            for parameter in parameters:
+                parameter.grad = None
 
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
         return gathered(self.engine, part) if self.stage == 3 else nullcontext()
@@ -123,11 +130,14 @@ class DeepSpeedTrainable:
             self.module.to(cpu)
             self._move_moments(cpu)
         elif self.stage == 3:
-            self.engine.offload_states(include=self._sharded_weights(), pin_memory=self._pins)
+            self.engine.offload_states(include=self._gradients(), pin_memory=self._pins)
+            self._offload_shards()
             self._move_masters(cpu)
             self._move_moments(cpu)
+            self._move_frozen(cpu)
         elif hasattr(self.engine.optimizer, "offload_states"):
             self.engine.offload_states(pin_memory=self._pins)
+            self._move_frozen(cpu)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -140,18 +150,42 @@ class DeepSpeedTrainable:
             self.engine.reload_states()
             self._move_masters(self.device)
             self._move_moments(self.device)
+            self._move_frozen(self.device)
         elif hasattr(self.engine.optimizer, "reload_states"):
             self.engine.reload_states()
+            self._move_frozen(self.device)
 
     @property
     def _pins(self) -> bool:
         return self.device.type != "cpu"
 
-    def _sharded_weights(self) -> set[Any]:
-        """What DeepSpeed's stage 3 moves itself; the rest it moves for its own fused optimiser only."""
+    def _gradients(self) -> set[Any]:
+        """What DeepSpeed's stage 3 moves itself; the rest it moves for its own fused optimiser, or where all is trained."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        return {State.lp_params, State.lp_grads, State.contiguous_grad_buffer}
+        return {State.lp_grads, State.contiguous_grad_buffer}
+
+    def _offload_shards(self) -> None:
+        """Stage 3: this rank's shards of what is trained. As in DeepSpeed, which takes all parameters for trained ones; it
+        brings them back."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+        from deepspeed.runtime.zero.stage3 import get_mapping_to_flat_buffer
+
+        sharded = self.engine.optimizer
+        sharded.lp_param_buffer.data = sharded.lp_param_buffer.cpu()
+        for shard_, offset, length in get_mapping_to_flat_buffer(sharded._get_parameter_partitions()):
+            shard_.data = sharded.lp_param_buffer.narrow(0, offset, length)
+        sharded.fp16_partitioned_groups_flat.clear()
+        sharded.offloaded_states.add(State.lp_params)
+
+    def _move_frozen(self, device: torch.device) -> None:
+        """What DeepSpeed knows no state of: parameters that are not trained, under stage 3 their shards, and buffers."""
+        for parameter in self.module.parameters():
+            if not parameter.requires_grad:
+                held = getattr(parameter, "ds_tensor", parameter)
+                held.data = held.data.to(device)
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(device)
 
     def _move_masters(self, device: torch.device) -> None:
         """Stage 3: this rank's shards of the float32 weights."""

@@ -49,9 +49,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for, those held in 4 bits included."""
+    """How many numbers a parameter stands for, those held in 4 bits or by other ranks (DeepSpeed's stage 3) included."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else prod(state.shape)
+    return int(getattr(parameter, "ds_numel", parameter.numel())) if state is None else prod(state.shape)
 
 
 def trained_share(module: Any) -> str:
