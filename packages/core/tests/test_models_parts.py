@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, Mixt
 
 from rlhf_core.errors import UsageError
 from rlhf_core.models.average import Average
-from rlhf_core.models.frozen import matches
+from rlhf_core.models.frozen import matches, size
 from rlhf_core.models.load import load_model
 from rlhf_core.models.module import build_module, layout
 from rlhf_core.models.tokenizer import TOKENS
@@ -171,6 +171,13 @@ def test_frozen_parts_do_not_move_and_are_in_no_checkpoint(capsys: pytest.Captur
 
 def test_a_head_alone_can_be_trained() -> None:
     assert trained("body", outputs="scores_N", name="reward") == {"model.score.weight"}
+
+
+def test_a_parameter_whose_numbers_other_ranks_hold_is_counted_whole() -> None:
+    """DeepSpeed's stage 3 leaves an empty tensor and says how many numbers it stands for."""
+    parameter: Any = nn.Parameter(torch.empty(0))
+    parameter.ds_numel = 12
+    assert size(parameter) == 12 and size(nn.Parameter(torch.empty(2, 3))) == 6
 
 
 def test_adapters_of_frozen_layers_are_frozen_too() -> None:

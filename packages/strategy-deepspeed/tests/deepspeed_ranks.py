@@ -256,7 +256,12 @@ def broken(strategy: Strategy, dtype: str) -> dict[str, Any]:
     role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum())
     after = role.step()["grad_norm"]
     finite = all(bool(tensor.isfinite().all()) for _, tensor in role.weights())
-    return {"same": same, "finite": finite, "told": [math.isfinite(told), math.isfinite(after)], "steps": role.steps_done}
+    return {
+        "same": same,
+        "finite": finite,
+        "told": [math.isfinite(told), math.isfinite(after)],
+        "steps": role.steps_done,
+    }
 
 
 def slept(strategy: Strategy) -> tuple[bool, float]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.errors import MissingPackage, UsageError
@@ -215,9 +216,7 @@ class _Cluster:
         for role, spec in self.plan.roles.items():
             seats = self.layout.seats[role]
             actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
-            roles[role] = RoleGroup(
-                spec, actors, self._where(f"role {role}", actors), shipper, self.plan.config.output
-            )
+            roles[role] = RoleGroup(spec, actors, self._where(f"role {role}", actors), shipper, self.plan.config.output)
             check_devices(role, roles[role].call("devices"))
         engine = None
         if "engine" in self.layout.seats:
@@ -286,7 +285,7 @@ class _Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
             runtime_env={"env_vars": environment},
         )
-        handle = actor.remote(names, expected, os.getcwd(), *args)
+        handle = actor.remote(names, expected, str(Path.cwd()), *args)
         self.actors.append(handle)
         return handle
 

@@ -59,8 +59,8 @@ def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
 
 
 def with_texts(sample: Mapping[str, Any], batches: Iterable[Batch]) -> dict[str, Any]:
-    """A sample that a worker describes (`rlhf_core.finite.described`) with the texts of its row, which are of its prompt's number
-    and its tokens."""
+    """A sample that a worker describes (`rlhf_core.finite.described`) with the texts of its row, which has its prompt's
+    number and its tokens."""
     for batch in batches:
         for row, length in enumerate(batch.lengths_N.tolist()):
             uid = int(batch["uids_N"][row]) if "uids_N" in batch else None
