@@ -15,6 +15,8 @@ from rlhf_core.sweep import Member, SweepFile
 
 __all__ = ["Curves", "series"]
 
+FEW = 50  # points of a line that are worth a mark each
+
 
 @dataclass(frozen=True)
 class Curves(Drawing):
@@ -57,7 +59,8 @@ class Curves(Drawing):
                 for k, method in enumerate(methods):
                     line = [row for row in rows if (row["metric"], row["method"]) == (metric, method)]
                     x, mean = [row[self.x] for row in line], [row["mean"] for row in line]
-                    axis.plot(x, mean, color=f"C{k}", label=method, marker="o", markersize=3)
+                    marker = "o" if len(x) <= FEW else None
+                    axis.plot(x, mean, color=f"C{k}", label=method, marker=marker, markersize=3)
                     axis.fill_between(
                         x,
                         [row["low"] for row in line],
