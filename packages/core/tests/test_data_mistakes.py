@@ -126,7 +126,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "an image",
         [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}, ASSISTANT]}],
         {},
-        "FILE:1: a message has a part of type 'image', and models here read text alone",
+        "FILE:1: a message has a part of type 'image', and the model reads text alone",
     ),
     (
         "no question",
@@ -238,7 +238,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "tools without a template",
         [{"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}],
         {"encoding": {"template": "raw"}},
-        "FILE:1: the chat cannot be rendered: a chat with tool calls needs a tokenizer with a chat template",
+        "FILE:1: the chat cannot be rendered: a chat with tool calls or images needs a tokenizer with a chat template",
     ),
     ("a count below zero", [{"prompt": "a"}], {"limit": -1}, "--data.limit must be at least 0, not -1"),
     ("processes below zero", [{"prompt": "a"}], {"workers": -2}, "--data.workers must be at least 0, not -2"),

@@ -14,13 +14,14 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.chats import Text
+from rlhf_core.data.images import images_of, opened
 from rlhf_core.data.preview import shown
 from rlhf_core.data.render import Encoding, Renderer
 from rlhf_core.errors import DataError, UsageError
@@ -30,6 +31,8 @@ from rlhf_core.types import Batch, Example, Prompts
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf_core.models.processor import ImageReader
 
 __all__ = ["Completion", "Encoder", "Encoding", "Row"]
 
@@ -60,6 +63,10 @@ class Row:
     completions: tuple[Completion, ...] = ()
     cut: bool = False
     """whether it was too long and is not whole"""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """what the model reads for the images of the prompt, by name"""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """width and height of each image, in pixels"""
 
 
 class Encoder:
@@ -70,6 +77,7 @@ class Encoder:
         max_prompt_tokens: longer prompts are dropped (or truncated) and counted.
         encoding: how rows become tokens; `Encoder.of` takes it from a data provider.
         preview: so many of the first rows are printed.
+        reader: what reads prompts with images, for a model that does.
     """
 
     dropped: int
@@ -83,12 +91,14 @@ class Encoder:
         max_prompt_tokens: int = 1024,
         encoding: Encoding = DEFAULT,
         preview: int = 0,
+        reader: ImageReader | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.encoding = encoding
         self.dropped = self.truncated = 0
-        self._renderer = Renderer(tokenizer, encoding)
+        self.reader = reader
+        self._renderer = Renderer(tokenizer, encoding, reader)
         self._lock = threading.Lock()  # a tokenizer is no place for two threads at once
         self._to_show = preview if os.environ.get("RANK", "0") == "0" else 0
         if tokenizer.eos_token_id is None:
@@ -100,9 +110,16 @@ class Encoder:
         self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
     @classmethod
-    def of(cls, data: object, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int = 1024) -> Encoder:
+    def of(
+        cls,
+        data: object,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int = 1024,
+        reader: ImageReader | None = None,
+    ) -> Encoder:
         """The encoder that `data`, a data provider, asks for by its fields `encoding` and `preview`."""
-        return cls(tokenizer, max_prompt_tokens, getattr(data, "encoding", DEFAULT), getattr(data, "preview", 0))
+        encoding, preview = getattr(data, "encoding", DEFAULT), getattr(data, "preview", 0)
+        return cls(tokenizer, max_prompt_tokens, encoding, preview, reader)
 
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""
@@ -123,6 +140,7 @@ class Encoder:
             token_ids=[row.ids for row in rows],
             examples=[replace(example, meta=_meta(example)) for example in examples],
             uids=list(uids),
+            images=[row.images for row in rows] if self.reader is not None else [],
         )
 
     def batch(self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[Row] | None = None) -> Batch:
@@ -157,6 +175,7 @@ class Encoder:
             group_N=torch.tensor([group for group, *_ in flat]),
             labels=[example.label for example in chosen],
             meta=[_meta(example) for example in chosen],
+            images=[row.images for _, row, _ in flat] if self.reader is not None else [],
             extras={
                 "uids_N": torch.tensor([uids[group] for group, *_ in flat]),
                 **{f"{name}_N": _column(chosen, name) for name in numbers},
@@ -172,14 +191,14 @@ class Encoder:
         if not example.completions:
             raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
         with self._lock:
-            text, ids = self._prompt(example)
-            completions = tuple(self._completion(example, text, completion) for completion in example.completions)
-        return Row(text, ids, completions)
+            row = self._prompt(example)
+            completions = tuple(self._completion(example, row.text, completion) for completion in example.completions)
+        return replace(row, completions=completions)
 
     def prompt_row(self, example: Example) -> Row:
         """The prompt of `example`, tokenised at full length."""
         with self._lock:
-            return Row(*self._prompt(example))
+            return self._prompt(example)
 
     def fingerprint(self) -> str:
         """One word for everything that decides what an example becomes: tokenizer, template, and the versions at work."""
@@ -198,14 +217,18 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _prompt(self, example: Example) -> tuple[str, list[int]]:
+    def _prompt(self, example: Example) -> Row:
         """The rendered prompt and its tokens, at least one: the first completion token is predicted from something."""
         text = self._renderer.prompt(example)
+        if self.reader is not None and (parts := [*images_of(example.prompt)]):
+            pictures = [opened(part, example.origin) for part in parts]
+            ids, images = self.reader(text, pictures, example.origin)
+            return Row(text, ids, images=images, sizes=tuple(picture.size for picture in pictures))
         templated = self._renderer.templated(example)
         ids = self._ids(text, example.origin, special=not templated)
         if ids and ids[-1] == self._eos and not templated:
             ids = ids[:-1]  # some tokenizers end every text
-        return text, ids or [self._bos]
+        return Row(text, ids or [self._bos])
 
     def _completion(self, example: Example, prompt: str, completion: Text) -> Completion:
         """A completion's tokens: assistant turns are trained, what others say between them is not."""
@@ -242,6 +265,9 @@ class Encoder:
                     f"{origin}: {text[error.start]!r} is half a character, which no tokenizer reads"
                 ) from None
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        if self.reader is not None and self.reader.token in ids:
+            token = self.tokenizer.convert_ids_to_tokens(self.reader.token)
+            raise DataError(f"{origin}: the text says {token!r}, which stands for an image, and there is none")
         return ids
 
     def shortened(self, row: Row) -> Row | None:
@@ -253,11 +279,14 @@ class Encoder:
         if self.encoding.too_long == "drop":
             return None
         ids = row.ids[-min(limit, budget - 1 if longest else limit) :]  # at least one token of the completion is left
+        if row.images and ids != row.ids:
+            return None  # half an image is none
         room = budget - len(ids)
         sides = tuple(Completion(side.text, side.ids[:room], side.mask[:room]) for side in row.completions)
         if not all(any(side.mask) for side in sides):
             return None  # nothing to train on is left
-        return Row(row.text if ids == row.ids else str(self.tokenizer.decode(ids)), ids, sides, cut=True)
+        text = row.text if ids == row.ids else str(self.tokenizer.decode(ids))
+        return replace(row, text=text, ids=ids, completions=sides, cut=True)
 
     def _select(self, rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         """The rows that can be used, shortened where that was chosen, and their positions. Counts the others."""
@@ -275,7 +304,7 @@ class Encoder:
     def _show(self, rows: Sequence[Row]) -> None:
         """Print rows while some are still to be shown."""
         for row in rows[: self._to_show]:
-            print(shown(row, self.tokenizer), file=sys.stderr)
+            print(shown(row, self.tokenizer, self.reader.token if self.reader is not None else None), file=sys.stderr)
         self._to_show = max(0, self._to_show - len(rows))
 
 

@@ -74,7 +74,7 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
     lists: dict[str, Any] = {name: [None] * unit for name in batch._per_row()}
     return replace(
         batch,
-        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit},
+        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": []},
         prompt_NL=token_NT,
         prompt_lengths_N=one_N,
         tokens_NT=token_NT,
@@ -89,10 +89,16 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
     )
 
 
-def padding_share(batch: Batch, cuts: list[Tensor]) -> float:
-    """The share of a forward pass's cells that are padding, 0..1."""
+def padding_share(batch: Batch, cuts: list[Tensor], packs: bool = False) -> float:
+    """The share of a forward pass's cells that are padding, 0..1; where it packs, only rows with images are padded."""
+    if packs and not any(batch.images):
+        return 0.0
     lengths_N = batch.prompt_lengths_N + batch.lengths_N
-    cells = sum(int(lengths_N[rows].max()) * len(rows) for rows in cuts)
+    padded = [not packs or any(batch.images[row] for row in rows) for rows in cuts]
+    cells = sum(
+        int(lengths_N[rows].max()) * len(rows) if each else int(lengths_N[rows].sum())
+        for rows, each in zip(cuts, padded, strict=True)
+    )
     return 1 - float(lengths_N.sum()) / max(cells, 1)
 
 

@@ -168,7 +168,8 @@ class TrainedOptions(ModelOptions):
     lora: Lora = Lora()
     """adapters"""
     freeze: tuple[str, ...] = ()
-    """parts that are not trained: `embed`, `body` (all but the heads), or parts of parameter names as layers.0-3"""
+    """parts that are not trained: `embed`, `vision` (what reads images), `body` (all but the heads), or parts of parameter
+    names as layers.0-3"""
     router_aux_coef: float = 0.0
     """weight of the auxiliary loss that balances the experts of a mixture of experts; 0.001 to 0.02 are usual"""
     ema: float = 0.0

@@ -256,7 +256,7 @@ class LocalRole:
         tokens = self.world_total(_tokens(batch)) if coef else 0.0
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
-            means.add("padding", 0.0 if packs else padding_share(batch, cuts))
+            means.add("padding", padding_share(batch, cuts, packs))
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(self._rounds(cuts)):

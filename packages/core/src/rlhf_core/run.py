@@ -366,11 +366,12 @@ class Run(Meter):
     def encoder(self) -> Encoder:
         """From rows to token ids, with the tokenizer of the role that reads them."""
         from rlhf_core.encode import Encoder
-        from rlhf_core.models.load import load_tokenizer
+        from rlhf_core.models.load import load_reader, load_tokenizer
 
         spec = self.plan.roles[self.plan.tokenizer_role]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
-        return Encoder.of(self.config.providers["data"], tokenizer, self.config.max_prompt_tokens)
+        reader = load_reader(spec.options.model, spec.options, tokenizer)
+        return Encoder.of(self.config.providers["data"], tokenizer, self.config.max_prompt_tokens, reader)
 
     @cached_property
     def rows(self) -> Iterable[Example]:

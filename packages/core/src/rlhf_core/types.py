@@ -107,14 +107,16 @@ class Prompts:
     """P rows they came from"""
     uids: list[int]
     """P numbers that stay with a prompt for the whole run; seeds are derived from them"""
+    images: list[Mapping[str, Tensor]] = field(default_factory=list)
+    """P tensors by name that the model reads for the images (`models.vision`); an empty list where it reads text alone"""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def rows(self, index: Sequence[int]) -> Prompts:
         """The prompts at `index`, in that order."""
-        columns: tuple[list[Any], ...] = (self.texts, self.token_ids, self.examples, self.uids)
-        return Prompts(*([column[i] for i in index] for column in columns))
+        columns: tuple[list[Any], ...] = (self.texts, self.token_ids, self.examples, self.uids, self.images)
+        return Prompts(*([column[i] for i in index] if column else [] for column in columns))
 
 
 @dataclass
@@ -145,6 +147,8 @@ class Batch:
     """N labels of the data"""
     meta: list[Mapping[str, Any]]
     """N metadata mappings of the data"""
+    images: list[Mapping[str, Tensor]] = field(default_factory=list)
+    """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """tensors by name, suffix `_NT` or `_N`"""
     scalars: dict[str, float] = field(default_factory=dict)
@@ -195,7 +199,7 @@ class Batch:
 
     def _per_row(self) -> tuple[str, ...]:
         """Names of the fields that are lists of N."""
-        return ("prompts", "texts", "labels", "meta")
+        return ("prompts", "texts", "labels", "meta", *(("images",) if self.images else ()))
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:

@@ -9,9 +9,10 @@ reader knows file and row and adds them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from rlhf_core.data.images import image_part
 from rlhf_core.types import Message
 
 __all__ = [
@@ -71,13 +72,16 @@ def _parts(content: Sequence[Any], number: int) -> str | list[Any]:
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     if all(part["type"] == "text" and isinstance(part.get("text"), str) for part in parts):
         return "".join(part["text"] for part in parts)
-    return parts
+    try:
+        return [image_part(part) if part["type"] in ("image", "image_url") else part for part in parts]
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from None
 
 
-def unseen(chat: Chat) -> str:
-    """The first part that a model of texts cannot read, an image say; empty if there is none."""
+def unseen(chat: Chat, seen: Collection[str] = ("text",)) -> str:
+    """The first part of a type that a model does not read, an image say; empty if there is none."""
     parts = (part for message in chat if isinstance(message.get("content"), list) for part in message["content"])
-    return next((str(part["type"]) for part in parts if part["type"] != "text"), "")
+    return next((str(part["type"]) for part in parts if part["type"] not in seen), "")
 
 
 def _short(value: Any) -> str:
@@ -108,7 +112,7 @@ def as_dialogue(chat: Chat) -> str:
     turns = []
     for message in chat:
         if not isinstance(message.get("content"), str):
-            raise ValueError("a chat with tool calls needs a tokenizer with a chat template")
+            raise ValueError("a chat with tool calls or images needs a tokenizer with a chat template")
         speaker = SPEAKER.get(message["role"])
         turns.append(f"\n\n{speaker}: {message['content']}" if speaker else message["content"])
     return "".join(turns)

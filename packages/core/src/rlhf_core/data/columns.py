@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeVar
 
 from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, plain, split
+from rlhf_core.data.images import has_images, located, with_images
 from rlhf_core.errors import DataError
 from rlhf_core.types import Example
 
@@ -29,6 +30,8 @@ COMPLETION = ("response", "answer", "completion", "output")
 """Where a completion is looked for."""
 TEXT = "text"
 """Without any of the above: a text to continue pre-training on, with no prompt."""
+IMAGES = ("images", "image")
+"""Where images are looked for."""
 KEPT = ("datasource", "tools")
 """Columns that always go into `meta`: one splits metrics, the other is for the chat template."""
 
@@ -52,6 +55,10 @@ class Columns:
     """column handed to rewards, a reference answer say; found as label"""
     text_key: str = ""
     """column of texts to continue pre-training on, no prompt; found as text where no prompt is"""
+    images_key: str = ""
+    """column of the prompt's images: a path beside the data, base64, or a list; found as images, image; none leaves them out"""
+    max_images: int = 0
+    """images that a prompt may have; more are an error. 0 is no limit"""
     number_keys: tuple[str, ...] = ()
     """columns of numbers that losses read as <column>_N, margin say"""
     meta_keys: tuple[str, ...] = ()
@@ -94,6 +101,7 @@ class Columns:
             rejected_key=rejected,
             completion_key=completion,
             label_key=first(self.label_key, "label"),
+            images_key=first(self.images_key, *IMAGES),
         )
         if prompt or chosen:
             return found
@@ -111,6 +119,7 @@ class Columns:
             raise DataError(f"{origin}: a row should be an object with named columns, not {type(row).__name__}")
         try:
             prompt, completions = self._texts(row)
+            prompt = self._with_images(prompt, completions, row, origin)
             return Example(
                 prompt=self._with_system(prompt) if self.system and not self.text_key else prompt,
                 completions=completions,
@@ -159,6 +168,22 @@ class Columns:
             )
         prompt = _prompt(row, self.prompt_key)
         return prompt, (_answer(row, self.chosen_key, prompt), _answer(row, self.rejected_key, prompt))
+
+    def _with_images(self, prompt: Text, completions: tuple[Text, ...], row: Mapping[str, Any], origin: str) -> Text:
+        """The prompt with the images of the row's column, and every file of its images found."""
+        if self.images_key not in ("", "none") and (column := lookup(row, self.images_key)):
+            if self.text_key:
+                raise ValueError(f"{self.images_key!r}: images need a prompt to stand in (--data.prompt-key)")
+            try:
+                prompt = with_images(prompt, column)
+            except ValueError as error:
+                hint = "; --data.images-key none leaves the column out"
+                raise ValueError(f"{self.images_key!r}: {error}{hint}") from None
+        if any(map(has_images, completions)):
+            raise ValueError("an image after the first trained answer; images stand in the prompt (--data.turns last)")
+        return (
+            located(prompt, origin, self.max_images) if not isinstance(prompt, str) and has_images(prompt) else prompt
+        )
 
     def _with_system(self, prompt: Text) -> Chat:
         chat: Chat = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt

@@ -89,7 +89,7 @@ class HuggingFace(Preparation, Columns):
 
     def _set(self, name: str, split: str, mixed: bool) -> Iterable[Example]:
         """One set; in a mixture its rows carry its name as `datasource`."""
-        table = _load(name, split, self.streaming)
+        table = _undecoded(_load(name, split, self.streaming))
         first = next(iter(table), None)
         if first is None:
             raise DataError(f"{name}: the split {split!r} has no rows")
@@ -206,6 +206,19 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"--data.path {name}, split {split!r}: {reason}") from error
+
+
+def _undecoded(table: Any) -> Any:
+    """The set with its images as they are stored: whoever tokenises a row opens them, and says whose they are."""
+    import datasets
+
+    for name, feature in (table.features or {}).items():
+        several = isinstance(feature, datasets.List)
+        inner = feature.feature if several else feature
+        if isinstance(inner, datasets.Image):
+            stored = datasets.Image(decode=False)
+            table = table.cast_column(name, datasets.List(stored) if several else stored)
+    return table
 
 
 def _source(name: str) -> dict[str, Any]:

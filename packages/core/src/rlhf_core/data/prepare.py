@@ -47,7 +47,14 @@ class Preparation:
     """processes that template and tokenise; 0 does it in a thread beside the loop"""
 
     def __post_init__(self) -> None:
-        counts = {"preview", "workers", "limit", "limit_each", "shuffle_buffer"}  # of whichever reader this is
+        counts = {
+            "preview",
+            "workers",
+            "limit",
+            "limit_each",
+            "shuffle_buffer",
+            "max_images",
+        }  # of whichever reader this is
         for each in fields(self):
             if each.name in counts and getattr(self, each.name) < 0:
                 raise UsageError(
@@ -87,7 +94,8 @@ class Preparer:
         ]
         made = dict(zip(missing, self._made([bare[i] for i in missing])))
         if self._cache:
-            self._cache.put({keys[i]: row for i, row in made.items() if not isinstance(row, DataError)})
+            kept = {keys[i]: row for i, row in made.items() if not isinstance(row, DataError)}
+            self._cache.put({key: row for key, row in kept.items() if not row.images})  # pixels are larger than images
         rows = [made[i] if i in made else known[keys[i]] for i in range(len(bare))]
         return [row if isinstance(row, DataError) else self._encoder.shortened(row) for row in rows]
 
@@ -97,7 +105,8 @@ class Preparer:
         if self._workers is None:
             from rlhf_core.reward.workers import Workers
 
-            self._workers = Workers(self._count, TARGET, (self._encoder.tokenizer, self._encoder.encoding))
+            made_of = (self._encoder.tokenizer, self._encoder.encoding, self._encoder.reader)
+            self._workers = Workers(self._count, TARGET, made_of)
         size = min(SHARE, -(-len(examples) // self._count))
         calls = [(examples[at : at + size], self._online) for at in range(0, len(examples), size)]
         rows: list[Row | DataError] = []
@@ -142,11 +151,11 @@ def _made_here() -> dict[str, Any]:
     return {}
 
 
-def prepare(tokenizer: Any, encoding: Encoding) -> None:
+def prepare(tokenizer: Any, encoding: Encoding, reader: Any = None) -> None:
     """Build this process's encoder, once."""
     from rlhf_core.encode import Encoder
 
-    _made_here()["encoder"] = Encoder(tokenizer, encoding=encoding)
+    _made_here()["encoder"] = Encoder(tokenizer, encoding=encoding, reader=reader)
 
 
 def _in_worker(examples: Sequence[Example], online: bool) -> list[Row | DataError]:

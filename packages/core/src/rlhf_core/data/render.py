@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.data.chats import Chat, Text, as_dialogue, unseen
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.types import Example
+from rlhf_core.types import Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rlhf_core.models.processor import ImageReader
 
 __all__ = ["Encoding", "Renderer"]
 
@@ -45,19 +47,24 @@ class Renderer:
     Args:
         tokenizer: a Hugging Face tokenizer.
         encoding: which template.
+        reader: what reads prompts with images, for a model that does; its template then is the model's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, reader: ImageReader | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._reader = reader
         self._input_template = encoding.input_template
-        self._template = _template(tokenizer.chat_template, encoding)
+        own = reader.template if reader is not None else tokenizer.chat_template
+        self._template = _template(own, encoding)
 
     @property
     def identity(self) -> list[str]:
         """What decides the text of a row, beside the row: templates, and the day where one asks for it."""
         template = self._template or ""
         day = f"{date.today()}" if "strftime_now" in template else ""
-        return [template, self._input_template, day]
+        return [template, self._input_template, day, *(["in parts"] if self._reader is not None else [])]
 
     def templated(self, example: Example) -> bool:
         """Whether a chat template renders the example; special tokens like BOS are its business then."""
@@ -116,13 +123,16 @@ class Renderer:
         """The text of `chat`, with what opens the assistant's turn if `generation`."""
         from jinja2 import TemplateError
 
-        if part := unseen(chat):
-            raise DataError(f"{example.origin}: a message has a part of type {part!r}, and models here read text alone")
+        reads = ("text",) if self._reader is None else ("text", "image")
+        if part := unseen(chat, reads):
+            raise DataError(
+                f"{example.origin}: a message has a part of type {part!r}, and the model reads {' and '.join(reads)} alone"
+            )
         try:
             if self._template is None:
                 return as_dialogue(chat) + ("\n\nAssistant:" if generation else "")
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in chat],
+                [dict(message) if self._reader is None else _in_parts(message) for message in chat],
                 tools=example.meta.get("tools"),
                 chat_template=self._template,
                 add_generation_prompt=generation,
@@ -131,6 +141,14 @@ class Renderer:
             return str(text)
         except (ValueError, TemplateError) as error:
             raise DataError(f"{example.origin}: the chat cannot be rendered: {error}") from None
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    """The message as templates of vision-language models want it: contents are lists, and of an image there is its place."""
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    shown = [{"type": "image"} if part["type"] == "image" else part for part in parts or []]
+    return {**message, **({"content": shown} if content is not None else {})}
 
 
 def _said(after: str, before: str, content: Any, origin: str) -> str:

@@ -59,10 +59,11 @@ class WinRate:
     def _sampled(self, run: Run, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
         from rlhf_core.encode import Encoder
-        from rlhf_core.models.load import load_tokenizer
+        from rlhf_core.models.load import load_reader, load_tokenizer
 
         spec = run.plan.roles[name]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
-        encoder = Encoder.of(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens)
+        reader = load_reader(spec.options.model, spec.options, tokenizer)
+        encoder = Encoder.of(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens, reader)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         return run.rollouts(name, encoder.prompts(rows, uids), sampling)

@@ -1,6 +1,7 @@
 """Parts of a model that are not trained, chosen by patterns.
 
     embed           the input embeddings (and the head, where it is tied to them)
+    vision          of a model that reads images: what turns them into tokens' states, the projection to the text's included
     body            everything but the heads: what remains is the language-model head, or the head of a reward model or critic
     a.b.c           parameters whose names have these parts in a row: `self_attn`, `layers.0`, `mlp.up_proj`
                     a part is a name, which may have * and ?, a number, or a range of numbers: `layers.0-3`, `layers.*.mlp`
@@ -67,6 +68,9 @@ def _freeze(module: Any, named: Mapping[str, nn.Parameter], pattern: str, role: 
         chosen = list(module.model.get_input_embeddings().parameters())
     elif pattern == "body":
         chosen = list(module.model.base_model.parameters())
+    elif pattern == "vision" and getattr(module, "vision", None) is not None:
+        text = {id(parameter) for parameter in module.model.get_decoder().parameters()}
+        chosen = [parameter for parameter in module.model.base_model.parameters() if id(parameter) not in text]
     else:
         chosen = [parameter for name, parameter in named.items() if matches(pattern, name.replace(".base_layer.", "."))]
     if not chosen:

@@ -8,13 +8,15 @@ strategies gather them.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.errors import UsageError
 from rlhf_core.models.logprobs import Head, token_logprobs
 
-__all__ = ["ChunkedHead", "ScalarHead", "seeded"]
+__all__ = ["ChunkedHead", "ScalarHead", "check_logits", "head_options", "seeded"]
 
 
 class _Shared(nn.Linear):
@@ -117,6 +119,33 @@ class ScalarHead(_Shared):
         self.weight.copy_(torch.randn(self.weight.shape, generator=seeded(seed)) / (self.in_features + 1))
         if self.bias is not None:
             self.bias.zero_()
+
+
+def head_options(config: Any) -> dict[str, Any]:
+    """How the model scales its logits: Gemma's soft cap, Cohere's and Falcon-H1's factor, Granite's divisor."""
+    text = config.get_text_config()
+    scale = 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    for name in ("logit_scale", "lm_head_multiplier"):
+        factor = getattr(text, name, None)
+        scale *= factor if isinstance(factor, float | int) and factor else 1.0
+    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
+
+
+@torch.no_grad()
+def check_logits(name: str, model: Any) -> None:
+    """The chunked head must give what the model itself gives: one small forward pass instead of a list of architectures."""
+    ids_NS = torch.tensor([[1, 2, 3, 4]], device=model.device)
+    states = model.base_model(input_ids=ids_NS, use_cache=False)[0][0, :-1]
+    head = model.get_output_embeddings()
+    ours, _ = head(states, ids_NS[0, 1:])
+    logits = model(input_ids=ids_NS, use_cache=False).logits[0, :-1].float() / head.temperature
+    theirs = logits.log_softmax(-1).gather(1, ids_NS[0, 1:, None]).squeeze(1)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # logits of about 20 are rounded to 0.06 in bfloat16
+    if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):
+        raise UsageError(
+            f"{name!r} ({type(model).__name__}) computes its logits in a way that is not supported: "
+            f"a test token's log-probability is {theirs[0]:.4f}, and would be taken for {ours[0]:.4f}"
+        )
 
 
 def seeded(text: str) -> torch.Generator:

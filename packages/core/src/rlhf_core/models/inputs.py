@@ -9,10 +9,12 @@ Shape letters: N rows, S longest prompt + completion, T longest completion, M co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Self
 
 from rlhf_core.lazy import torch
+from rlhf_core.models.vision import stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +40,14 @@ class Inputs:
     """int64, flat positions in (N, S) of each row's last token"""
     tokens_NT: Tensor
     """int64, the batch's completion tokens; only their shape is used"""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """what the model reads for the images of all rows, by name (`models.vision`); empty where no row has one"""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "images"}
+        images = {name: tensor.to(device) for name, tensor in self.images.items()}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()}, images=images)
 
 
 def layout(batch: Batch) -> Inputs:
@@ -67,6 +73,7 @@ def layout(batch: Batch) -> Inputs:
         targets_M=batch.tokens_NT[used_NT],
         last_N=(rows_N1 * S + prompts_N1 + lengths_N1 - 1).squeeze(1),
         tokens_NT=batch.tokens_NT,
+        images=stacked(batch.images, S),
     )
 
 

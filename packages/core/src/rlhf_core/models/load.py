@@ -26,26 +26,37 @@ from rlhf_core.models.extras import quiet_bitsandbytes
 from rlhf_core.models.foreign import foreign_head
 from rlhf_core.models.hub import beside, located, offline_if_unreachable
 from rlhf_core.models.names import Source
+from rlhf_core.models.vision import is_vision, placeholder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from rlhf_core.models.processor import ImageReader
     from rlhf_core.options import ModelOptions
     from rlhf_core.types import Message
 
-__all__ = ["has_scorer", "load_model", "load_scorer", "load_tokenizer", "no_progress_bars", "render_chat"]
+__all__ = [
+    "has_scorer",
+    "load_model",
+    "load_reader",
+    "load_scorer",
+    "load_tokenizer",
+    "no_progress_bars",
+    "render_chat",
+]
 
 
 def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> PreTrainedModel:
-    """The causal language model called `name`: a hub name, a folder, a GGUF file, `tiny` or `smollm2-135m`.
+    """The causal language model called `name`: a hub name, a folder, a GGUF file, `tiny` or `smollm2-135m`. A vision-language
+    model with all its parts.
 
     Raises:
         UsageError: there is no such model, or it cannot be loaded; the message says which.
         MissingPackage: something it needs is not installed.
     """
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
     source = located(name)
     _check_attention(options)
@@ -55,7 +66,8 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
         _check_tiny(name, options)
         made = tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
         return _fitted(name, source, made, options)
-    model, missing = _from_pretrained(AutoModelForCausalLM, name, source, options, trained)
+    auto = AutoModelForImageTextToText if is_vision(_config(name, source, options)) else AutoModelForCausalLM
+    model, missing = _from_pretrained(auto, name, source, options, trained)
     if missing:
         raise UsageError(
             f"{name} is no complete language model: {len(missing)} weights are missing, {missing[0]} first"
@@ -139,6 +151,27 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return _extended(tokenizer, options)
+
+
+def load_reader(
+    name: str, options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ImageReader | None:
+    """What reads prompts with images for the model called `name`, with its own tokenizer if none is given; None where it reads
+    text alone.
+
+    Raises:
+        UsageError, MissingPackage: as `load_model`.
+    """
+    source = located(name)
+    if source.kind == "adapter":
+        return load_reader(base_of(Path(source.location)), options, tokenizer)
+    if source.kind == "tiny" or not is_vision(config := _config(name, source, options)):
+        return None
+    from rlhf_core.models.processor import ImageReader
+
+    token = placeholder(config)
+    assert token is not None
+    return ImageReader(_place(source), options, tokenizer or load_tokenizer(name, options), token)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> str:

@@ -32,13 +32,14 @@ from rlhf_core.models.average import Average
 from rlhf_core.models.compare import Comparison
 from rlhf_core.models.features import Features, only_heads
 from rlhf_core.models.frozen import freeze
-from rlhf_core.models.heads import ChunkedHead, ScalarHead
+from rlhf_core.models.heads import ChunkedHead, ScalarHead, check_logits, head_options
 from rlhf_core.models.hub import beside
 from rlhf_core.models.inputs import Inputs, layout
-from rlhf_core.models.load import has_scorer, load_model, load_scorer, load_tokenizer
+from rlhf_core.models.load import has_scorer, load_model, load_reader, load_scorer, load_tokenizer
 from rlhf_core.models.lora import Adapters, adapt, whole
 from rlhf_core.models.packed import can_pack, packed
 from rlhf_core.models.router import balance_loss, check_router
+from rlhf_core.models.vision import Vision
 from rlhf_core.needs import LANGUAGE, ROUTER_LOSS
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class RoleModule(nn.Module):
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
         adapters: those inside `model`, if it has any.
         packing: whether attention can keep packed rows apart (`models.packed.can_pack`).
+        vision: how the model takes images, if it does.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class RoleModule(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         adapters: Adapters | None = None,
         packing: bool = False,
+        vision: Vision | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,6 +86,7 @@ class RoleModule(nn.Module):
         self.comparisons: dict[str, Comparison] = {}
         """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.meet`"""
         self.packing = packing
+        self.vision = vision
         self._features = Features()
         self.frozen: dict[str, int] = {}
         """how many numbers each pattern of `freeze` stands for"""
@@ -133,7 +137,7 @@ class RoleModule(nn.Module):
     def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_read` gives; each row is read once where only heads are trained."""
         body, routed = self.model.base_model, ROUTER_LOSS in wants
-        if routed or not only_heads(self, body):
+        if routed or inputs.images or not only_heads(self, body):
             return self._read(inputs, routed)
         return *self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read), None
 
@@ -144,8 +148,11 @@ class RoleModule(nn.Module):
         No attention mask: rows are packed, or padding is on the right, where nothing real can see it.
         """
         body = self.model.base_model
+        inputs = self.vision.read(inputs) if self.vision is not None else inputs
         arguments: dict[str, Any] = {"input_ids": inputs.ids_NS}
-        if self.packs and len(inputs.ids_NS):
+        if inputs.images:
+            arguments |= self._sees.arguments(inputs.images, self.model)
+        elif self.packs and len(inputs.ids_NS):
             rows, inputs = packed(inputs)
             arguments = rows.arguments(self.flash)
         if self.adapters is not None:
@@ -165,6 +172,15 @@ class RoleModule(nn.Module):
         padded = None if "position_ids" in arguments else inputs
         balance = balance_loss(self.model, found.router_logits, padded) if routed else None
         return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance
+
+    @property
+    def _sees(self) -> Vision:
+        """How the model takes images; asked where rows have some."""
+        if self.vision is None:
+            raise UsageError(
+                f"{self.model.config.name_or_path} reads text alone, and rows have images; pass another model"
+            )
+        return self.vision
 
     @property
     def packs(self) -> bool:
@@ -264,6 +280,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     """
     options = spec.options
     adapted = bool(spec.trained and options.lora.rank)  # type: ignore[attr-defined]  # what is trained has them
+    vision = _vision(spec)
     model, heads = _with_heads(spec, seed, wide=spec.trained and not adapted)
     new_tokens: int = getattr(model, "new_tokens", 0)
     if adapted and new_tokens:
@@ -273,13 +290,13 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
         )
     if _speaks(spec):
         model.set_output_embeddings(
-            ChunkedHead(model.get_output_embeddings(), chunk, temperature, **_head_options(model.config))
+            ChunkedHead(model.get_output_embeddings(), chunk, temperature, **head_options(model.config))
         )
-        _check_logits(options.model, model)
+        check_logits(options.model, model)
     _no_dropout(model)
     packing = options.packing and can_pack(model)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
-    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing).eval()
+    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision).eval()
     module.requires_grad_(spec.trained and not adapted)
     if adapters is not None:
         for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):
@@ -298,6 +315,24 @@ def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
     module.frozen = freeze(module, options.freeze, role)
     if options.ema:
         module.average = Average(module, options.ema)
+
+
+def _vision(spec: RoleSpec) -> Vision | None:
+    """How the role's model takes images; None where it reads text alone.
+
+    Raises:
+        UsageError: it should give values or scores of them.
+    """
+    options = spec.options
+    reader = load_reader(options.model, options)
+    if reader is None or (not _speaks(spec) and has_scorer(options.model, options)):
+        return None  # transformers' classifiers of such models have the text's part alone
+    if spec.outputs & SCALAR.keys():
+        raise UsageError(
+            f"the {spec.name} would value what {options.model} reads, and models with images have no such head here: choose an "
+            f"algorithm without a critic (grpo, rloo), or a --{spec.name}.model of texts"
+        )
+    return Vision(reader, reader.token)
 
 
 def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, ScalarHead]]:
@@ -345,33 +380,6 @@ def _new_head(spec: RoleSpec, head: ScalarHead, name: str, seed: int) -> None:
             f"(--{spec.name}.model)"
         )
     head.reset(f"{seed}/{spec.name}/{name}")
-
-
-def _head_options(config: Any) -> dict[str, Any]:
-    """How the model scales its logits: Gemma's soft cap, Cohere's and Falcon-H1's factor, Granite's divisor."""
-    text = config.get_text_config()
-    scale = 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-    for name in ("logit_scale", "lm_head_multiplier"):
-        factor = getattr(text, name, None)
-        scale *= factor if isinstance(factor, float | int) and factor else 1.0
-    return {"scale": scale, "softcap": getattr(text, "final_logit_softcapping", None)}
-
-
-@torch.no_grad()
-def _check_logits(name: str, model: Any) -> None:
-    """The chunked head must give what the model itself gives: one small forward pass instead of a list of architectures."""
-    ids_NS = torch.tensor([[1, 2, 3, 4]], device=model.device)
-    states = model.base_model(input_ids=ids_NS, use_cache=False)[0][0, :-1]
-    head = model.get_output_embeddings()
-    ours, _ = head(states, ids_NS[0, 1:])
-    logits = model(input_ids=ids_NS, use_cache=False).logits[0, :-1].float() / head.temperature
-    theirs = logits.log_softmax(-1).gather(1, ids_NS[0, 1:, None]).squeeze(1)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # logits of about 20 are rounded to 0.06 in bfloat16
-    if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):
-        raise UsageError(
-            f"{name!r} ({type(model).__name__}) computes its logits in a way that is not supported: "
-            f"a test token's log-probability is {theirs[0]:.4f}, and would be taken for {ours[0]:.4f}"
-        )
 
 
 def set_pad(config: Any, tokenizer: Any) -> None:

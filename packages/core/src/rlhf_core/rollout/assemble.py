@@ -57,6 +57,7 @@ def assemble(
         group_N=torch.tensor(group),
         labels=[example.label for example in examples],
         meta=[example.meta for example in examples],
+        images=[prompts.images[p] for p in group] if prompts.images else [],
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},

@@ -47,7 +47,7 @@ class HuggingFace:
         from rlhf_core.rollout.sampler import sample
 
         local: Any = role  # only roles of this process have a model
-        model, tokenizer = local.causal_lm, local.tokenizer
+        model, tokenizer, vision = local.causal_lm, local.tokenizer, local.module.vision
         _check_window(model.config, prompts, sampling)
         # sharded weights are whole here: ranks stop at different lengths
         with local.gathered(), _computing(model, local.module.compute_dtype):
@@ -61,6 +61,8 @@ class HuggingFace:
                 decode=partial(decode, tokenizer),
                 wave_tokens=self.wave_tokens,
                 compact=self.compact,
+                vision=vision,
+                images=prompts.images,
             )
         tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}

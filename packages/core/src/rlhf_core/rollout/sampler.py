@@ -22,6 +22,7 @@ import numpy as np
 
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.models.vision import Images, Vision, stacked
 from rlhf_core.rollout.attention import shared_heads
 from rlhf_core.rollout.warp import draw, warp
 
@@ -65,6 +66,8 @@ def sample(
     decode: Callable[[list[list[int]]], list[str]] | None = None,
     wave_tokens: int = 32768,
     compact: float = 0.25,
+    vision: Vision | None = None,
+    images: Sequence[Images] = (),
 ) -> list[Completion]:
     """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
 
@@ -81,6 +84,8 @@ def sample(
         decode: token sequences to texts; needed for stop strings.
         wave_tokens: prompts and completions, padding included, that are in the cache at a time.
         compact: ended completions are dropped from the batch once they are this share of it.
+        vision: how the model takes images, if it does.
+        images: what it reads for those of each prompt; none where it reads text alone.
 
     Raises:
         RunStopped: the model's output is not finite.
@@ -95,7 +100,9 @@ def sample(
                 stops = _Stops(eos_ids, sampling.stop, decode)
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
                 draws = uniforms([seeds[prompt][k] for prompt, k in rows], sampling.max_new_tokens)
-                state = _prefill(model, [prompt_ids[piece.prompt] for piece in wave], pad_id, sampling.max_new_tokens)
+                asked = [prompt_ids[piece.prompt] for piece in wave]
+                seen = [images[piece.prompt] for piece in wave] if images else []
+                state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
                 found.update(zip(rows, _decode(model, state, draws, sampling, stops, compact), strict=True))
     finally:
@@ -150,9 +157,11 @@ class _State:
     mask_RS: Tensor
     """bool, real tokens; S = L + T, the part to come is already true"""
     lengths_R: Tensor
-    """prompt tokens of each row"""
+    """position of each row's first new token: how many its prompt has"""
     accepted: frozenset[str]
     """optional arguments that the model takes"""
+    vision: Vision | None = None
+    """how the model takes images"""
     width: int = 0
     """tokens in the cache, padding included"""
 
@@ -166,7 +175,14 @@ class _State:
         self.lengths_R = self.lengths_R[index]
 
 
-def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, room: int) -> _State:
+def _prefill(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    pad_id: int,
+    room: int,
+    vision: Vision | None = None,
+    images: Sequence[Images] = (),
+) -> _State:
     """Read the prompts, padded on the left, with `room` for that many tokens more."""
     from rlhf_core.rollout.cache import make_cache
 
@@ -176,12 +192,16 @@ def _prefill(model: Any, prompt_ids: Sequence[Sequence[int]], pad_id: int, room:
     mask_RS = torch.arange(L + room, device=model.device) >= L - lengths_R[:, None]
     position_RL = (mask_RS[:, :L].long().cumsum(-1) - 1).clamp(min=0)
     accepted = _accepted(model.forward, {"position_ids", "logits_to_keep"})
-    state = _State(torch.empty(0), make_cache(model.config), mask_RS, lengths_R, accepted)
-    _forward(model, state, ids_RL, position_RL)
+    state = _State(torch.empty(0), make_cache(model.config), mask_RS, lengths_R, accepted, vision)
+    seen = vision.arguments(stacked(images, L, left=True), model) if vision is not None else {}
+    if vision is not None and (found := vision.positions(model.base_model, ids_RL, mask_RS[:, :L], seen)):
+        position_RL, shift_R = found
+        state.lengths_R = lengths_R + shift_R
+    _forward(model, state, ids_RL, position_RL, seen)
     return state
 
 
-def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor) -> None:
+def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor, images: Images | None = None) -> None:
     """Read Q more tokens of each row into the cache; leaves the logits of what comes next."""
     state.width += ids_RQ.shape[1]
     optional = {"position_ids": position_RQ, "logits_to_keep": 1}
@@ -191,6 +211,7 @@ def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor) -> 
         past_key_values=state.cache,
         use_cache=True,
         **{name: value for name, value in optional.items() if name in state.accepted},
+        **(images or {}),
     ).logits
     state.logits_RV = logits_RQV[:, -1]
 
@@ -232,7 +253,8 @@ def _decode(
             keep = live_R.nonzero()[:, 0]
             state.select(keep)
             row_R, tokens_R = row_R[keep], tokens_R[keep]
-        _forward(model, state, tokens_R[:, None], (state.lengths_R + t)[:, None])
+        read_R = tokens_R if state.vision is None else state.vision.said(tokens_R)
+        _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
     columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B))
