@@ -22,7 +22,7 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
-CORE_EXTRAS = "[datasets,gguf,math,plot,profanity,qlora,reasoning,sentiment,serve,tensorboard,wandb]"
+CORE_EXTRAS = "[datasets,gguf,images,math,plot,profanity,qlora,reasoning,sentiment,serve,tensorboard,wandb]"
 """Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
 """Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
@@ -225,7 +225,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every command and example of the README files and docs/ that can run here (docs/run_commands.py says how)."""
-    session.install(*PINNED, "packages/core[gguf,lora,sentiment]", "packages/algos", "pytest", "hatchling")
+    session.install(*PINNED, "packages/core[gguf,images,lora,sentiment]", "packages/algos", "pytest", "hatchling")
     session.install("--no-deps", *(f"packages/{name}" for name in PACKAGES[2:]))
     session.install(*PINNED, *MODEL)
     session.run("python", "docs/run_commands.py", *session.posargs, env=QUIET)

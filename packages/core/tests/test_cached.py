@@ -43,6 +43,14 @@ def cached(folder: Path, **options: Any) -> tuple[CachedRole, Frozen]:
     return CachedRole(role, str(folder), World()), role
 
 
+def test_the_same_question_about_another_picture_is_another_row(tmp_path: Path) -> None:
+    batch, (role, inner) = tiny_rollouts().rows([0, 0]), cached(tmp_path)
+    red, blue = ({"pixel_values": torch.full((1, 3, 2, 2), value)} for value in (0.0, 1.0))
+    for images, asked in (([red, red], 2), ([red, blue], 3), ([blue, red], 3)):
+        role.infer(replace(batch, images=images), WANTS)
+        assert inner.rows == asked
+
+
 def test_a_row_is_asked_about_once_and_the_numbers_are_the_same_in_any_company(tmp_path: Path) -> None:
     batch, (role, inner) = tiny_rollouts(), cached(tmp_path)
     expected = Frozen().infer(batch, WANTS)

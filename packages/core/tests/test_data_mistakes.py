@@ -24,7 +24,14 @@ from rlhf_core.options import ModelOptions
 USER = {"role": "user", "content": "Hi?"}
 ASSISTANT = {"role": "assistant", "content": "Yes."}
 SYSTEM = {"role": "system", "content": "Be brief."}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+"""A red one, in base64."""
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+
+
+def seen(image: dict[str, str]) -> dict[str, Any]:
+    """A message that shows an image."""
+    return {"role": "user", "content": [{"type": "image", **image}, {"type": "text", "text": "What?"}]}
 
 
 def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
@@ -124,9 +131,96 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ),
     (
         "an image",
-        [{"messages": [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}, ASSISTANT]}],
+        [{"messages": [seen({"base64": PIXEL}), ASSISTANT]}],
         {},
         "FILE:1: a message has a part of type 'image', and the model reads text alone",
+    ),
+    (
+        "a column of images",
+        [{"prompt": "a", "response": "b"}, {"prompt": "What?", "response": "b", "images": [PIXEL]}],
+        {"images_key": "images"},
+        "FILE:1: expected a column 'images'; there are prompt, response",
+    ),
+    (
+        "images for a model of texts",
+        [{"prompt": "What?", "response": "b", "image": PIXEL}],
+        {},
+        "FILE:1: a message has a part of type 'image', and the model reads text alone",
+    ),
+    (
+        "an image file that is not there",
+        [{"messages": [seen({"path": "x.png"}), ASSISTANT]}],
+        {},
+        "FILE:1: there is no image file DIR/x.png",
+    ),
+    (
+        "no file for a column of images",
+        [
+            {"prompt": "a", "response": "b", "images": []},
+            {"prompt": "a", "response": "b", "images": ["t.jinja", "x.png"]},
+        ],
+        {},
+        "FILE:2: there is no image file DIR/x.png",
+    ),
+    (
+        "an image on the web",
+        [{"messages": [seen({"url": "https://x.org/y.png"}), ASSISTANT]}],
+        {},
+        (
+            "FILE:1: 'messages': message 0: the image https://x.org/y.png is not on this machine; download it, and give its "
+            "path"
+        ),
+    ),
+    (
+        "an image that is nowhere",
+        [{"messages": [seen({}), ASSISTANT]}],
+        {},
+        "FILE:1: a message has an image without path, url or base64, and no column of images has it",
+    ),
+    (
+        "an image that is a number",
+        [{"prompt": "a", "response": "b", "images": [7]}],
+        {},
+        "FILE:1: 'images': an image should be a path or base64, not int; --data.images-key none leaves the column out",
+    ),
+    (
+        "an image in two places",
+        [{"messages": [seen({"path": "x.png", "base64": PIXEL}), ASSISTANT]}],
+        {},
+        "FILE:1: 'messages': message 0: an image has path and base64; give one of them",
+    ),
+    (
+        "more images than their places",
+        [{"prompt": "<image> or <image>?", "response": "b", "images": [PIXEL]}],
+        {},
+        (
+            "FILE:1: 'images': the prompt has places for 2 images, and the row has 1; --data.images-key none leaves the column "
+            "out"
+        ),
+    ),
+    (
+        "too many images",
+        [{"prompt": "a", "response": "b", "images": [PIXEL, PIXEL]}],
+        {"max_images": 1},
+        "FILE:1: the prompt has 2 images, more than --data.max-images 1",
+    ),
+    (
+        "an image in an answer",
+        [{"prompt": "Draw.", "response": [{**seen({"base64": PIXEL}), "role": "assistant"}]}],
+        {},
+        "FILE:1: an image after the first trained answer; images stand in the prompt (--data.turns last)",
+    ),
+    (
+        "images of a text to continue",
+        [{"text": "a", "images": [PIXEL]}],
+        {},
+        "FILE:1: 'images': images need a prompt to stand in (--data.prompt-key)",
+    ),
+    (
+        "a number of images below zero",
+        [{"prompt": "a"}],
+        {"max_images": -1},
+        "--data.max-images must be at least 0, not -1",
     ),
     (
         "no question",

@@ -307,7 +307,9 @@ def test_rows_that_cannot_be_rendered_are_named() -> None:
     with pytest.raises(DataError, match="rows:1: the chat cannot be rendered: a chat with tool calls"):
         RAW.prompts([Example(({"role": "user", "tool_calls": [{"name": "clock"}]},), origin="rows:1")], [0])
     for encoder in (RAW, ENCODER):
-        with pytest.raises(DataError, match="rows:1: a message has a part of type 'image', and the model reads text alone"):
+        with pytest.raises(
+            DataError, match="rows:1: a message has a part of type 'image', and the model reads text alone"
+        ):
             encoder.prompts([Example(({"role": "user", "content": [{"type": "image"}]},), origin="rows:1")], [0])
     with pytest.raises(DataError, match=r"rows:1: '\\ud800' is half a character"):
         RAW.prompts([Example("a \ud800", origin="rows:1")], [0])

@@ -98,9 +98,7 @@ def test_logprobs_are_those_of_each_row_by_itself(
 
 
 @MODELS
-def test_pixels_reach_the_gradient_of_what_reads_them(
-    tmp_path: Path, rows: str, made: Callable[[Path], str]
-) -> None:
+def test_pixels_reach_the_gradient_of_what_reads_them(tmp_path: Path, rows: str, made: Callable[[Path], str]) -> None:
     model = made(tmp_path / "model")
     role = module(model)
     role(layout(read(model, rows)), LOGPROBS)["logprobs_NT"].sum().backward()
@@ -153,62 +151,65 @@ def test_what_is_sampled_has_the_logprobs_that_training_computes(
     torch.testing.assert_close(ours, rollouts["sampler_logprobs_NT"], rtol=0, atol=2e-5)
 
 
-@MODELS
-def test_a_saved_model_gives_plain_transformers_the_same_numbers(
-    tmp_path: Path, rows: str, made: Callable[[Path], str]
-) -> None:
-    """In a fresh process, from the folder alone: model, processor, template."""
-    model = made(tmp_path / "model")
-    role = module(model)
-    with torch.no_grad():
-        for parameter in role.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        ours = role(layout(read(model, rows)), LOGPROBS)["logprobs_NT"][1]
-    state = dict(role.hf_weights())
-    export(role, load_tokenizer(model, ModelOptions()), tmp_path / "out", base=model, algorithm="sft", state=state)
-    said = subprocess.run(
-        [sys.executable, "-c", FRESH, str(tmp_path / "out"), str(tmp_path / "b.png")],
-        capture_output=True,
-        text=True,
-        check=True,
+def test_saved_models_give_plain_transformers_the_same_numbers(tmp_path: Path, rows: str) -> None:
+    """In a fresh process, from their folders alone: model, processor, template."""
+    ours = []
+    for made in (llava, qwen):
+        model, out = made(tmp_path / made.__name__), tmp_path / f"{made.__name__}-out"
+        role = module(model)
+        with torch.no_grad():
+            for parameter in role.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+            ours.append(role(layout(read(model, rows)), LOGPROBS)["logprobs_NT"][1])
+        state = dict(role.hf_weights())
+        export(role, load_tokenizer(model, ModelOptions()), out, base=model, algorithm="sft", state=state)
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "b.png"), *(str(tmp_path / f"{n}-out") for n in NAMES)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    for own, theirs in zip(ours, json.loads(said.stdout.splitlines()[-1]), strict=True):
+        torch.testing.assert_close(own[: len(theirs)], torch.tensor(theirs), rtol=0, atol=1e-5)
+    assert (tmp_path / "qwen-out" / "video_preprocessor_config.json").is_file(), (
+        "what it says about video is still there"
     )
-    theirs = torch.tensor(json.loads(said.stdout.splitlines()[-1]))
-    torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=0, atol=1e-5)
-    copied = tmp_path / "out" / "video_preprocessor_config.json"
-    assert copied.is_file() == (made is qwen), "what the checkpoint says about video is still there"
+
+
+NAMES = ("llava", "qwen")
 
 
 FRESH = """
 import json, sys, torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-folder, picture = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-asked = [{"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]}]
-if model.config.model_type == "llava":
-    processor = AutoProcessor.from_pretrained(folder)
-else:  # AutoProcessor wants torchvision for the video that is not here
-    from rlhf_core.models.processor import _without_video
-    from transformers import Qwen2VLProcessor
-    processor = _without_video(Qwen2VLProcessor).from_pretrained(folder)
-found = processor.apply_chat_template(
-    asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-answer = torch.tensor([processor.tokenizer("A stripe of blue.<|im_end|>")["input_ids"]])
-T = answer.shape[1]
-found["input_ids"] = torch.cat([found["input_ids"], answer], 1)
-found["attention_mask"] = torch.ones_like(found["input_ids"])
-if "mm_token_type_ids" in found:
-    found["mm_token_type_ids"] = torch.nn.functional.pad(found["mm_token_type_ids"], (0, T))
-with torch.no_grad():
-    logits = model(**found).logits[0, -T - 1 : -1]
-print(json.dumps(logits.log_softmax(-1).gather(1, answer[0][:, None])[:, 0].tolist()))
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLProcessor
+from rlhf_core.models.processor import _without_video  # AutoProcessor wants torchvision for the video that is not here
+
+def logprobs(folder, picture, kind):
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    content = [{"type": "image", "path": picture}, {"type": "text", "text": "What is it?"}]
+    processor = kind.from_pretrained(folder)
+    found = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    answer = torch.tensor([processor.tokenizer("A stripe of blue.<|im_end|>")["input_ids"]])
+    T = answer.shape[1]
+    found["input_ids"] = torch.cat([found["input_ids"], answer], 1)
+    found["attention_mask"] = torch.ones_like(found["input_ids"])
+    if "mm_token_type_ids" in found:
+        found["mm_token_type_ids"] = torch.nn.functional.pad(found["mm_token_type_ids"], (0, T))
+    with torch.no_grad():
+        logits = model(**found).logits[0, -T - 1 : -1]
+    return logits.log_softmax(-1).gather(1, answer[0][:, None])[:, 0].tolist()
+
+picture, llava, qwen = sys.argv[1:]
+kinds = (AutoProcessor, _without_video(Qwen2VLProcessor))
+print(json.dumps([logprobs(folder, picture, kind) for folder, kind in zip((llava, qwen), kinds)]))
 """
 
 
 @MODELS
 def test_a_critic_of_images_is_refused(tmp_path: Path, made: Callable[[Path], str]) -> None:
     model = made(tmp_path / "model")
-    with pytest.raises(UsageError, match="models with images have no such head here: choose an algorithm without a critic"):
+    with pytest.raises(
+        UsageError, match="models with images have no such head here: choose an algorithm without a critic"
+    ):
         build_module(spec("logprobs_NT", "values_NT", model=model))
 
 

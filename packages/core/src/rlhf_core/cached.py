@@ -86,6 +86,8 @@ class CachedRole:
         digest.update(
             f"{L}/".encode() + batch.prompt_NL[i, :L].numpy().tobytes() + batch.tokens_NT[i, :T].numpy().tobytes()
         )
+        for image, tensor in sorted(batch.images[i].items()) if batch.images else ():
+            digest.update(f"{image}/{tuple(tensor.shape)}/".encode() + tensor.numpy().tobytes())
         return digest.digest()
 
     def _open(self) -> sqlite3.Connection:

@@ -37,7 +37,7 @@ class Kept:
         """The outputs for these rows, if they were kept with everything wanted; a graph serves one backward pass."""
         for i, (rows, outputs) in enumerate(self._passes):
             same = all(torch.equal(getattr(rows, c), getattr(micro, c)) for c in COLUMNS)
-            if wants <= outputs.keys() and same and [*map(id, rows.images)] == [*map(id, micro.images)]:
+            if wants <= outputs.keys() and same and all(map(_same, rows.images, micro.images)):
                 del self._passes[i]
                 return outputs
         return None
@@ -45,6 +45,13 @@ class Kept:
     def clear(self) -> None:
         """Forget everything: the weights have moved, or memory is short."""
         self._passes.clear()
+
+
+def _same(images: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two rows with the same tokens have the same images; usually they are the very same tensors."""
+    if images is others:
+        return True
+    return images.keys() == others.keys() and all(torch.equal(each, others[name]) for name, each in images.items())
 
 
 def of_same_rows(work: Mapping[str, Batch]) -> list[list[str]]:

@@ -8,7 +8,7 @@ once. Prompts, texts, labels and metadata stay with the controller, but for the 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
@@ -17,9 +17,12 @@ from rlhf_core.types import Batch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlhf_core.models.vision import Images
+
 __all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_texts"]
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
+IMAGES = "images"
 REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
 
 Arrays = Mapping[str, Any]
@@ -39,12 +42,14 @@ def unpack(
         return torch.from_numpy(array[index])  # the copy of these rows, and only these
 
     n = len(rows)
-    own: dict[str, Any] = {name: column(array) for name, array in packed.items()}
+    own: dict[str, Any] = {name: column(packed[name]) for name in COLUMNS}
+    seen = packed.get(IMAGES, ())
     whole = Batch(
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
         meta=[{} if source is None else {"datasource": source} for source in sources or [None] * n],
+        images=[{name: torch.from_numpy(array.copy()) for name, array in seen[row].items()} for row in rows if seen],
         **own,
         extras={name: column(array) for name, array in (extras or {}).items()},
         scalars=dict(scalars or {}),
@@ -83,19 +88,24 @@ class Shipper:
         """bytes put so far"""
 
     def columns(self, batch: Batch) -> Any:
-        """The reference of the batch's columns."""
-        return self._once([getattr(batch, name) for name in COLUMNS], COLUMNS)
+        """The reference of the batch's columns, and of what its model reads for images."""
+        return self._once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images)
 
     def extras(self, batch: Batch, names: Iterable[str]) -> list[Any]:
         """The references of the named extras, in their order."""
         return [self._once([batch[name]], ("",)) for name in names]
 
-    def _once(self, tensors: list[Tensor], names: tuple[str, ...]) -> Any:
+    def _once(self, tensors: list[Tensor], names: tuple[str, ...], images: Sequence[Images] = ()) -> Any:
         """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
         key = tuple(number for tensor in tensors for number in (id(tensor), _changes(tensor)))
         if key not in self._sent:
-            packed = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+            packed: dict[str, Any] = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
             self.bytes += sum(array.nbytes for array in packed.values())
+            if images:
+                # completions of one prompt share theirs, and pickling keeps that
+                arrays = {id(row): {name: tensor.numpy() for name, tensor in row.items()} for row in images}
+                packed[IMAGES] = [arrays[id(row)] for row in images]
+                self.bytes += sum(array.nbytes for row in arrays.values() for array in row.values())
             self._sent[key] = (self._store(packed), tensors)  # the tensors are kept so that their ids stay theirs
             while len(self._sent) > REMEMBERED:
                 self._sent.popitem(last=False)

@@ -85,6 +85,8 @@ class VLLM:
             UsageError: it cannot run this model, or a prompt is too long for it.
             RunStopped: engine and trainer disagree about the first completions.
         """
+        if any(prompts.images):
+            raise UsageError("--rollout vllm passes no images on: use --rollout hf for prompts with images")
         from rlhf_rollout_vllm.agreement import check, kept_mass
         from rlhf_rollout_vllm.session import Engine
 

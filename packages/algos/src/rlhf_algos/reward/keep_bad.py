@@ -45,6 +45,8 @@ class KeepBad:
         self._reward.close()
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        if any(rollouts.images):
+            raise UsageError("--reward keep_bad keeps tokens and no images; choose the reward by itself")
         output = as_output(self._reward(rollouts), rollouts, self)
         rows = []
         for i, reward in enumerate(raw_rewards(output).tolist()):

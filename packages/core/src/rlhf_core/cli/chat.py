@@ -36,21 +36,26 @@ class Chat:
 
     def __call__(self, registry: Registry) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
-        from rlhf_core.models.load import load_model, load_tokenizer, render_chat
+        from rlhf_core.models.load import load_model, load_reader, load_tokenizer, render_chat
 
         options = ModelOptions(model=self.model)
         tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)
+        reader = load_reader(self.model, options, tokenizer)
         model.eval()
         torch.manual_seed(self.seed)
-        history: list[dict[str, str]] = []
+        history: list[dict[str, Any]] = []
         for line in [self.prompt] if self.prompt else _lines():
             if not tokenizer.chat_template:
                 self._answer(model, tokenizer, tokenizer(line, return_tensors="pt"))
                 continue
-            history.append({"role": "user", "content": line})
+            said: Any = line if reader is None else [{"type": "text", "text": line}]  # as templates with images want it
+            history.append({"role": "user", "content": said})
             text = render_chat(tokenizer, history)
             inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)  # the template writes them
-            history.append({"role": "assistant", "content": self._answer(model, tokenizer, inputs)})
+            said = self._answer(model, tokenizer, inputs)
+            history.append(
+                {"role": "assistant", "content": said if reader is None else [{"type": "text", "text": said}]}
+            )
         return 0
 
     def _answer(self, model: Any, tokenizer: Any, inputs: Any) -> str:

@@ -48,19 +48,23 @@ class MergeLora:
         from rlhf_core.models.adapters import base_of, has_score, merged
         from rlhf_core.models.card import Card
         from rlhf_core.models.export import padding_like
-        from rlhf_core.models.load import load_model, load_scorer, load_tokenizer, no_progress_bars
+        from rlhf_core.models.load import load_model, load_reader, load_scorer, load_tokenizer, no_progress_bars
         from rlhf_core.models.module import HEADS_FILE, set_pad
         from rlhf_core.options import ModelOptions
 
         options, base = ModelOptions(), self.base or base_of(adapter)
         tokenizer, classifier = load_tokenizer(str(adapter), options), has_score(adapter)
         model: Any = load_scorer(base, options)[0] if classifier else load_model(base, options)
+        reader = None if classifier else load_reader(base, options, tokenizer)
         model = merged(model, adapter).to(getattr(torch, self.dtype))
         if classifier:
             set_pad(model.config, tokenizer)
         with fresh_folder(Path(self.output)) as folder, no_progress_bars():
             model.save_pretrained(folder)
-            padding_like(model, tokenizer).save_pretrained(folder)
+            if reader is not None:
+                reader.save(folder)
+            else:
+                padding_like(model, tokenizer).save_pretrained(folder)
             if (adapter / HEADS_FILE).is_file():
                 copyfile(adapter / HEADS_FILE, folder / HEADS_FILE)
             card = Card(base, "LoRA", note="The adapter is merged into the weights.")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.data.chats import as_dialogue
+from rlhf_core.data.images import has_images
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.reward.http import Replicas
@@ -87,6 +88,8 @@ class Judge:
 
     def _question(self, rollouts: Rollouts, row: int) -> str:
         prompt = rollouts.meta[row].get("prompt", rollouts.prompts[row])
+        if has_images(prompt):
+            raise UsageError("--reward judge sends texts alone, and a prompt has images: use --reward func or remote")
         filled = {
             "prompt": prompt if isinstance(prompt, str) else as_dialogue(prompt).strip(),
             "completion": rollouts.texts[row],

@@ -118,7 +118,7 @@ def _loaded(reward: RewardModel) -> _Loaded:
 
 def _example(prompt: Text, completion: str | None) -> Example:
     if completion is not None:
-        return Example(prompt, (completion,))
+        return Example(prompt, (completion,), origin="--reward model")
     assert isinstance(prompt, str)
     return Example("", (prompt,))
 
