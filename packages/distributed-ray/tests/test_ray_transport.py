@@ -45,6 +45,18 @@ def test_packed_rows_are_the_batchs_rows_without_texts_labels_or_other_extras() 
     assert part.texts == ["", ""] and "secret_N" not in part and part.scalars["kl_coef"] == 0.5
 
 
+def test_images_go_with_their_rows_and_those_of_one_prompt_cross_once() -> None:
+    batch = make_batch([3, 1, 4, 2], groups=[0, 0, 1, 1])
+    seen = {"pixel_values": torch.arange(3000.0).view(1, 3, -1)}
+    batch.images = [seen, seen, {}, {}]
+    ship, store = shipper()
+    part = unpack(pickle.loads(pickle.dumps(store[ship.columns(batch)])), [2, 0])
+    assert part.images[0] == {}
+    assert torch.equal(part.images[1]["pixel_values"], seen["pixel_values"])
+    assert ship.bytes == nbytes(batch, *COLUMNS) + 3000 * 4
+    assert unpack(store[ship.columns(make_batch([2], groups=[0]))], [0]).images == [], "texts have none at all"
+
+
 def test_what_several_roles_read_crosses_once_and_what_nobody_reads_never() -> None:
     """As in a step of ppo: reference and critic infer on the sampled batch, actor and critic train on the credited one."""
     sampled = make_batch([30, 10, 40, 20], groups=[0, 0, 1, 1])

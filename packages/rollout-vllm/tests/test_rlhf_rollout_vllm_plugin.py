@@ -129,3 +129,16 @@ def test_a_broken_installation_is_told_in_one_line(versions: dict[str, str], mon
         "vllm 0.32.0 does not import (operator torchvision::nms does not exist); where it was built for the CPU, remove "
         "what it brings for CUDA: python3 -m pip uninstall -y torchvision torchaudio torchcodec"
     )
+
+
+def test_prompts_with_images_are_refused_before_an_engine_opens() -> None:
+    import torch
+
+    from rlhf_core.options import Sampling
+    from rlhf_core.types import Example, Prompts
+
+    images: Any = [{}, {"pixel_values": torch.zeros(1)}]
+    prompts = Prompts(["a", "b"], [[1], [2]], [Example("a"), Example("b")], [0, 1], images)
+    nobody: Any = None
+    with pytest.raises(UsageError, match="--rollout vllm passes no images on: use --rollout hf"):
+        VLLM()(nobody, prompts, Sampling())

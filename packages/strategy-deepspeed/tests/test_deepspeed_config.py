@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_core.errors import UsageError
 from rlhf_core.options import Optim
+from rlhf_core.testing.batches import make_batch
 from rlhf_strategy_deepspeed.config import configuration
+from rlhf_strategy_deepspeed.engine import forward
 from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
 OPTIM = Optim(max_grad_norm=0.5)
@@ -93,3 +96,12 @@ def test_a_file_that_switches_a_refused_section_off_is_fine(tmp_path: Path) -> N
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read --strategy.config .*none.json: No such file"):
         configuration(DeepSpeed(config=str(tmp_path / "none.json")), "float32", OPTIM)
+
+
+def test_images_in_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without any would wait for ever for what the others gather."""
+    batch = make_batch([2, 3], groups=[0, 1])
+    batch.images = [{}, {"pixel_values": torch.zeros(1)}]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UsageError, match="takes images in one process only: use --strategy torch, or one rank"):
+        forward(None, batch, frozenset(), torch.device("cpu"))

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.devi
     """The module's outputs, through the engine."""
     from rlhf_core.models.module import layout
 
+    if any(batch.images) and torch.distributed.get_world_size() > 1:
+        # a rank whose rows have none would not take part in what is gathered and reduced for the vision tower
+        raise UsageError("--strategy deepspeed takes images in one process only: use --strategy torch, or one rank")
     differentiate = torch.is_grad_enabled()
     # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards
     with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
