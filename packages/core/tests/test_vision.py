@@ -72,8 +72,8 @@ def truth(model: str, batch: Batch) -> list[torch.Tensor]:
         L, T = int(batch.prompt_lengths_N[i]), int(batch.lengths_N[i])
         ids = torch.cat([batch.prompt_NL[i, :L], batch.tokens_NT[i, :T]])[None]
         seen = {name: each.double() if each.is_floating_point() else each for name, each in batch.images[i].items()}
-        if "mm_token_type_ids" in seen:
-            seen["mm_token_type_ids"] = torch.nn.functional.pad(seen["mm_token_type_ids"], (0, T))[None]
+        types = {name: each for name, each in seen.items() if name.endswith("token_type_ids")}
+        seen |= {name: torch.nn.functional.pad(each, (0, T))[None] for name, each in types.items()}
         with torch.no_grad():
             logits = plain(input_ids=ids, **seen).logits[0, L - 1 : -1]
         found.append(logits.log_softmax(-1).gather(1, ids[0, L:, None])[:, 0])
@@ -211,6 +211,16 @@ def test_a_critic_of_images_is_refused(tmp_path: Path, made: Callable[[Path], st
         UsageError, match="models with images have no such head here: choose an algorithm without a critic"
     ):
         build_module(spec("logprobs_NT", "values_NT", model=model))
+
+
+def test_a_checkpoint_without_its_processor_says_so(tmp_path: Path) -> None:
+    model = llava(tmp_path / "model")
+    (tmp_path / "model" / "processor_config.json").unlink()
+    with pytest.raises(UsageError) as caught:
+        encoder(model)
+    said = str(caught.value)
+    assert said.startswith((f"cannot load the processor of '{model}': ", f"'{model}' has no processor for images"))
+    assert "\n" not in said
 
 
 def test_a_role_that_reads_text_alone_says_so(tmp_path: Path, rows: str) -> None:

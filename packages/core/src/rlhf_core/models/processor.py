@@ -101,17 +101,18 @@ class ImageReader:
         Raises:
             DataError: the template did not make a place for each image.
         """
+        mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", "")
+        if mark and (places := text.count(mark)) != len(images):
+            raise DataError(
+                f"{origin}: the rendered prompt has places ({mark}) for {places} images, and the row has {len(images)}"
+            )
         try:
             found = self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
-        except (StopIteration, IndexError):
-            raise DataError(f"{origin}: the prompt has more places for images than the {len(images)} it has") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, IndexError, StopIteration) as error:
             raise DataError(f"{origin}: the images cannot be prepared: {' '.join(str(error).split())}") from None
         ids: list[int] = found["input_ids"][0].tolist()
         if self.token not in ids:
-            raise DataError(
-                f"{origin}: the chat template leaves no place for an image; pass --data.encoding.template-file"
-            )
+            raise DataError(f"{origin}: the prompt's tokens have none for an image (number {self.token})")
         tensors = {name: each for name, each in found.items() if name not in ("input_ids", "attention_mask")}
         return ids, {name: each[0] if name.endswith(PER_TOKEN) else each for name, each in tensors.items()}
 
