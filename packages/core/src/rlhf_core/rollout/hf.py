@@ -47,7 +47,7 @@ class HuggingFace:
         from rlhf_core.rollout.sampler import sample
 
         local: Any = role  # only roles of this process have a model
-        model, tokenizer, vision = local.causal_lm, local.tokenizer, local.module.vision
+        model, tokenizer = local.causal_lm, local.tokenizer
         _check_window(model.config, prompts, sampling)
         # sharded weights are whole here: ranks stop at different lengths
         with local.gathered(), _computing(model, local.module.compute_dtype):
@@ -61,7 +61,7 @@ class HuggingFace:
                 decode=partial(decode, tokenizer),
                 wave_tokens=self.wave_tokens,
                 compact=self.compact,
-                vision=vision,
+                vision=getattr(local.module, "vision", None),  # strategies may train other modules than ours
                 images=prompts.images,
             )
         tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
