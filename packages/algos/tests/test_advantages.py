@@ -277,6 +277,20 @@ def test_a_teacher_s_credit_is_how_much_more_it_believes_in_each_token():
     torch.testing.assert_close(whole_NT[:, 0], gap_N + 2 * batch.rewards.rewards_N)
 
 
+def test_a_teacher_s_credit_weighs_per_token_rewards_too_and_leaves_a_penalty_alone():
+    batch = given_batch()
+    mask_NT, own_NT = batch.rollouts.mask_NT, batch.rewards.rewards_NT
+    same_NT = torch.zeros(mask_NT.shape)
+    extras = {"teacher.logprobs_NT": same_NT, "sampler_logprobs_NT": same_NT}
+    assert not Teacher()(batch.rewards, batch.rollouts, extras).advantages_NT.any(), "it imitates only"
+    whole_NT = Teacher(gamma=1.0, reward=2.0)(batch.rewards, batch.rollouts, extras).advantages_NT
+    torch.testing.assert_close(whole_NT[:, 0], 2 * (batch.rewards.rewards_N + own_NT.sum(1)))
+    penalty_NT = 0.1 * mask_NT
+    penalised = replace(batch.rewards, rewards_NT=own_NT - penalty_NT)
+    found_NT = Teacher(gamma=1.0)(penalised, batch.rollouts, extras | {"penalty_NT": penalty_NT}).advantages_NT
+    torch.testing.assert_close(found_NT[:, 0], -penalty_NT.sum(1), rtol=0, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # selections
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,6 +311,15 @@ def test_the_best_of_each_group_is_trained_on_and_ties_go_to_the_first():
     assert credit.advantages_NT[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert mean(credit.metrics["reward/kept"]) == pytest.approx((3 + 5 - 1) / 3)
     assert selection(BestOfN(keep=2), [1.0, 3.0, 2.0, 5.0], [0, 0, 0, 0]).rows.tolist() == [1, 3]
+
+
+def test_selections_are_by_the_whole_reward():
+    """1 + 2 x 2 is more than 3: what is given token by token counts."""
+    rewards = RewardOutput(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([[2.0, 2], [0, 0], [-1, -1]]))
+    batch = Given(make_batch([2] * 3, groups=[0, 0, 0]), rewards, torch.zeros(3, 2))
+    assert batch.credit(BestOfN()).rows.tolist() == [0]
+    assert mean(batch.credit(BestOfN()).metrics["reward/kept"]) == 5
+    assert batch.credit(Pairs()).rows.tolist() == [0, 2]
 
 
 def test_pairs_are_the_best_and_the_worst_and_equal_ones_are_none():

@@ -120,9 +120,13 @@ def test_transformed_credit_leaves_the_penalty_and_the_logged_reward_alone():
     batch, r = rollouts(P_SAMPLES), reward(P_SAMPLES)
     penalty_NT = torch.linspace(-1, 1, 8).view(4, 2)
     rewards = RewardOutput(r, penalty_NT)
-    found = Transformed(1.0, -1.0)(rewards, batch, {}).advantages_NT
+    found = Transformed(1.0, -1.0)(rewards, batch, {"penalty_NT": -penalty_NT}).advantages_NT
     near(found[:, 0], leave_one_out(r - (-r).exp() + penalty_NT.sum(1), batch.group_N), 1e-5)
     near(rewards.rewards_N, reward(P_SAMPLES), 0)
+    own_NT = torch.linspace(0, 2, 8).view(4, 2)
+    both, whole = RewardOutput(r, own_NT + penalty_NT), r + own_NT.sum(1)
+    found = Transformed(1.0, -1.0)(both, batch, {"penalty_NT": -penalty_NT}).advantages_NT
+    near(found[:, 0], leave_one_out(whole - (-whole).exp() + penalty_NT.sum(1), batch.group_N), 1e-5)
 
 
 def test_ppo_s_reward_is_transformed_too():

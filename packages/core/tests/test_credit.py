@@ -100,6 +100,21 @@ def test_the_penalty_is_subtracted_from_each_tokens_reward() -> None:
     torch.testing.assert_close(credited["advantages_NT"], torch.tensor([[-0.2, 0.8], [4.8, 0.0]]))
 
 
+def test_an_advantage_can_tell_the_penalty_from_a_reward_of_tokens() -> None:
+    @dataclass(frozen=True)
+    class Own(PerToken):
+        def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
+            assert rewards.rewards_NT is not None
+            return (rewards.rewards_NT + extras["penalty_NT"]) * rollouts.mask_NT
+
+    plan = plan_of(Own(), KL(coef=0.1, estimator="k1", where="reward"))
+    batch = compute_needs(plan, {"actor": Spy(-1.0), "reference": Spy(-3.0)}, "actor", make_batch([2, 1]))  # type: ignore[dict-item]
+    given_NT = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    credited, _ = assign_credit(plan, plan.credits["actor"], batch, RewardOutput(torch.zeros(2), given_NT), kl_coef=0.1)
+    torch.testing.assert_close(credited["advantages_NT"], given_NT)
+    assert "penalty_NT" not in credited
+
+
 def test_credit_can_choose_and_order_the_rows_to_train_on() -> None:
     def pick(rollouts: Rollouts) -> Credit:
         return Credit(torch.zeros(rollouts.mask_NT.shape), rows=torch.tensor([2, 0]), metrics={"picked": 2.0})

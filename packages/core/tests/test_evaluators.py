@@ -138,6 +138,13 @@ def test_a_win_is_a_higher_reward_on_the_same_prompt_and_a_tie_counts_half(tmp_p
     assert metrics["win_rate"] == pytest.approx((0.75 + 0.5 + 0.0) / 3)
     assert metrics["win_rate/a"] == pytest.approx(0.625) and metrics["win_rate/b"] == 0.0
     assert metrics["win_rate/reward"] == pytest.approx(7 / 6)
+
+    def by_token(batch: Any) -> RewardOutput:
+        first_NT = (torch.arange(batch.mask_NT.shape[1]) == 0) * batch["rewards_N"][:, None]
+        return RewardOutput(torch.zeros(len(batch)), first_NT)
+
+    run.reward_of = by_token
+    assert evaluator(run) == metrics, "a reward given token by token is one"
     assert metrics["win_rate/reward_reference"] == pytest.approx(11 / 6)
 
 

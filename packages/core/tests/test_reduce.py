@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.measure import log_completions
+from rlhf_core.measure import log_completions, log_rewards
 from rlhf_core.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.reduce import Means, count, weighted_sum
 from rlhf_core.testing.batches import make_batch, values_like
-from rlhf_core.types import Metric, Reduction
+from rlhf_core.types import Metric, Reduction, RewardOutput
 from rlhf_core.world import World
 
 LENGTHS = [3, 1, 4, 2]
@@ -168,3 +168,17 @@ def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
     )
     log_completions(run, "actor", replace(make_batch([2, 1]), scalars={"kept_mass": 0.5}))
     assert logged["rollout/kept_mass"] == 0.625
+
+
+def test_the_mean_reward_counts_what_tokens_earned() -> None:
+    """1 + (2 + 3) and 4: mean 5, variance 1."""
+    logged: dict[str, Any] = {}
+
+    def log_batch(name: str, values_N: torch.Tensor) -> float:
+        logged[name] = float(values_N.mean())
+        return float(values_N.mean())
+
+    run: Any = SimpleNamespace(log=logged.update, log_batch=log_batch, world=World())
+    rewards = RewardOutput(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
+    log_rewards(run, "reward", rewards, make_batch([2, 1]))
+    assert logged == {"reward/mean": 5.0, "reward/variance": 1.0}

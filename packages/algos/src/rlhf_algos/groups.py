@@ -12,11 +12,22 @@ from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from rlhf_core.types import RewardOutput, Rollouts
 
-__all__ = ["group_mean", "group_sizes", "group_std", "leave_one_out", "place_scores", "rank_in_group", "require_groups"]
+__all__ = [
+    "group_mean",
+    "group_sizes",
+    "group_std",
+    "leave_one_out",
+    "place_scores",
+    "rank_in_group",
+    "require_groups",
+    "split_rewards",
+]
 
 
 def group_sum(values_N: Tensor, group_N: Tensor) -> Tensor:
@@ -71,6 +82,13 @@ def require_groups(rollouts: Rollouts, asker: object) -> None:
             f"{type(asker).__name__} compares the completions of one prompt and got one per prompt: "
             "set --sampling.n to 2 or more"
         )
+
+
+def split_rewards(rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Per-token rewards (N, T) of the reward itself, and the KL penalty that was subtracted from them."""
+    nothing_NT = torch.zeros(rollouts.mask_NT.shape)
+    penalty_NT = extras.get("penalty_NT", nothing_NT)
+    return nothing_NT if rewards.rewards_NT is None else rewards.rewards_NT + penalty_NT, penalty_NT
 
 
 def place_scores(scores_N: Tensor, rewards: RewardOutput, rollouts: Rollouts) -> Tensor:

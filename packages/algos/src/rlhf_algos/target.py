@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput
-
-__all__ = ["FLOOR", "Target", "annealed", "raw_rewards"]
+__all__ = ["FLOOR", "Target", "annealed"]
 
 FLOOR = 1e-16
 """What an indicator gives in place of zero, so that its logarithm is finite."""
@@ -57,12 +55,6 @@ class Target:
 def annealed(start: float | None, end: float, scalars: Mapping[str, float]) -> float:
     """`end`, or its geometric interpolation from `start` at this point of the run."""
     return end if start is None else float(start * (end / start) ** scalars["progress"])
-
-
-def raw_rewards(rewards: RewardOutput) -> Tensor:
-    """The reward of whole completions, float64: the score and what the reward gave token by token."""
-    whole_N = rewards.rewards_N.double()
-    return whole_N if rewards.rewards_NT is None else whole_N + rewards.rewards_NT.double().sum(1)
 
 
 def _same_sign(name: str, end: float, start: float | None) -> None:

@@ -112,7 +112,7 @@ def assign_credit(
     """The batch that the terms of `spec` train on, and the metrics of its credit.
 
     The KL penalty in the reward is added here, per token and before the advantage:
-    r_t = -beta * KL_t (+ the reward's own per-token part).
+    r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
     """
     batch = batch.with_extras()
     batch.scalars["kl_coef"] = kl_coef
@@ -122,16 +122,18 @@ def assign_credit(
         rewards = RewardOutput(torch.zeros(len(batch)))
     completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
+    extras = dict(batch.extras)
     penalised = plan.kl is not None and plan.kl.where == "reward" and not getattr(spec.advantage, "raw_rewards", False)
     if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
         kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
-        rewards_NT = rewards_NT - kl_coef * kl_NT
+        extras["penalty_NT"] = kl_coef * kl_NT
+        rewards_NT = rewards_NT - extras["penalty_NT"]
     shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
-    credit = _checked(spec.advantage, spec.advantage(shaped, completions, batch.extras), batch)
-    extras = {"advantages_NT": credit.advantages_NT}
+    credit = _checked(spec.advantage, spec.advantage(shaped, completions, extras), batch)
+    earned = {"advantages_NT": credit.advantages_NT}
     if credit.returns_NT is not None:
-        extras["returns_NT"] = credit.returns_NT
-    batch = batch.with_extras(**extras)
+        earned["returns_NT"] = credit.returns_NT
+    batch = batch.with_extras(**earned)
     return batch if credit.rows is None else batch.rows(credit.rows), _measured(credit, batch.world)
 
 

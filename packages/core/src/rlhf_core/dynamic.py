@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.data.stream import Drawn
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.reward.output import whole_rewards
 from rlhf_core.types import RewardOutput, Rollouts
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling)
         begun = []
         with run.phase("reward"):
             rewards = run.judge(sampled)
-        run.log_batch("dynamic/reward", rewards.rewards_N)
+        run.log_batch("dynamic/reward", whole_rewards(rewards))
         scored = _with_rewards(sampled, rewards)
-        scores_N = rewards.rewards_N if rewards.scores_N is None else rewards.scores_N
+        scores_N = whole_rewards(rewards) if rewards.scores_N is None else rewards.scores_N
         rounds.append(scored.rows(dynamic.accepted(scores_N, sampled.group_N).nonzero().flatten()))
         prompts += run.world_sum(_groups(sampled))
         kept += run.world_sum(_groups(rounds[-1]))

@@ -1,4 +1,4 @@
-"""What a run measures of itself: sampled completions, and the time, speed and memory of a step.
+"""What a run measures of itself: sampled completions and their rewards, and the time, speed and memory of a step.
 
 What each metric means stands in `rlhf_core.metrics`; docs/metrics.md is made from it.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from rlhf_core.data.sources import means_by_source
 from rlhf_core.lazy import torch
+from rlhf_core.reward.output import whole_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.run import Run
-    from rlhf_core.types import Rollouts
+    from rlhf_core.types import Batch, RewardOutput, Rollouts
 
-__all__ = ["log_completions", "of_step"]
+__all__ = ["log_completions", "log_rewards", "of_step"]
 
 GIB = 2.0**30
 
@@ -35,6 +37,16 @@ def log_completions(run: Run, source: str, rollouts: Rollouts) -> None:
         tokens = float(rollouts.mask_NT.sum())
         kept = run.world_sum(rollouts.scalars["kept_mass"] * tokens)
         run.log({"rollout/kept_mass": kept / run.world_sum(tokens)})
+
+
+def log_rewards(run: Run, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
+    """Log what completions earned."""
+    whole_N = whole_rewards(rewards)
+    mean = run.log_batch(f"{prefix}/mean", whole_N)
+    run.log_batch(f"{prefix}/variance", (whole_N - mean).square())
+    run.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, run.world))
+    for name, values_N in rewards.metrics.items():
+        run.log_batch(f"{prefix}/{name}", values_N)
 
 
 def of_step(tokens: float, seconds: float) -> dict[str, float]:

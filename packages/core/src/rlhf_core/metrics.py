@@ -39,7 +39,7 @@ _RUN = {
     "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
     "truncate: importance ratios are biased by it",
     "rollout/staleness": "optimiser steps: between the weights that sampled and those at hand when the completions arrive",
-    "[<source>/]reward/mean": "reward: mean over completions, after shaping; what is maximised",
+    "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximised",
     "[<source>/]reward/mean/<datasource>": "reward: the same over the rows that say they come from there",
     "[<source>/]reward/variance": "reward squared: variance over the batch",
     "[<source>/]reward/unshaped": "reward: mean as the provider gave it, logged where shaping is on",

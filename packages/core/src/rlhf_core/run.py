@@ -22,13 +22,12 @@ from rlhf_core import checkpoint, loop
 from rlhf_core.cached import remember
 from rlhf_core.checkpoint.background import Background
 from rlhf_core.credit import check_rows, prepared
-from rlhf_core.data.sources import means_by_source
 from rlhf_core.dynamic import keep_sampling
 from rlhf_core.errors import NotFiniteReward, RunStopped, UsageError
 from rlhf_core.finite import SKIP, keep_samples
 from rlhf_core.kl import KLController
 from rlhf_core.lazy import torch
-from rlhf_core.measure import log_completions, of_step
+from rlhf_core.measure import log_completions, log_rewards, of_step
 from rlhf_core.meter import Meter
 from rlhf_core.models.vocabulary import check_vocabularies
 from rlhf_core.moments import Moments
@@ -36,7 +35,7 @@ from rlhf_core.options import RunConfig, Sampling
 from rlhf_core.plan import DATA, make_plan
 from rlhf_core.publish import check_hub, publish
 from rlhf_core.reduce import Means
-from rlhf_core.reward.output import as_output, without_nan
+from rlhf_core.reward.output import as_output, whole_rewards, without_nan
 from rlhf_core.safety import explained
 from rlhf_core.shaping import RewardShaping
 from rlhf_core.signals import StopSignals, preemptible
@@ -258,13 +257,9 @@ class Run(Meter):
         prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
         shaping = getattr(self.config.algorithm, "shaping", None)
         if shaping not in (None, RewardShaping()):
-            self.log_batch(f"{prefix}/unshaped", rewards.rewards_N)
+            self.log_batch(f"{prefix}/unshaped", whole_rewards(rewards))
             rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, self.moments[source])
-        mean = self.log_batch(f"{prefix}/mean", rewards.rewards_N)
-        self.log_batch(f"{prefix}/variance", (rewards.rewards_N - mean).square())
-        self.log(means_by_source(f"{prefix}/mean", rewards.rewards_N, rollouts.meta, self.world))
-        for name, values_N in rewards.metrics.items():
-            self.log_batch(f"{prefix}/{name}", values_N)
+        log_rewards(self, prefix, rewards, rollouts)
         rollouts.extras["rewards_N"] = rewards.rewards_N
         return rewards
 

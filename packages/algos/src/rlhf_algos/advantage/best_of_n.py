@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.reward.output import whole_rewards
 from rlhf_core.types import Credit, Metric
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class BestOfN:
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        best_N = rank_in_group(rewards.rewards_N, rollouts.group_N) < self.keep
+        whole_N = whole_rewards(rewards)
+        best_N = rank_in_group(whole_N, rollouts.group_N) < self.keep
         rows = best_N.nonzero().flatten()
-        metrics = {"reward/kept": Metric.over(rewards.rewards_N[rows])}
+        metrics = {"reward/kept": Metric.over(whole_N[rows])}
         return Credit((best_N[:, None] & rollouts.mask_NT).float(), rows=rows, metrics=metrics)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import require_groups
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
-from rlhf_algos.target import Target, raw_rewards
+from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
+from rlhf_core.reward.output import whole_rewards
 from rlhf_core.types import Credit
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class CTL:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
         policy_NT, proposal_NT = extras["actor.logprobs_NT"].double(), extras["old_logprobs_NT"].double()
-        potential_N = self.target.log_potential(raw_rewards(rewards), rollouts.scalars)
+        potential_N = self.target.log_potential(whole_rewards(rewards), rollouts.scalars)
         log_w_N = log_weights(policy_NT, proposal_NT, potential_N, mask_NT)
         log_psi_NT = log_psi(self.psi, policy_NT, proposal_NT, extras, mask_NT)
         w_N1 = group_log_softmax(log_w_N, group_N).exp()[:, None]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import group_sum, require_groups
 from rlhf_algos.importance import about_weights, group_log_softmax, log_weights
-from rlhf_algos.target import FLOOR, Target, annealed, raw_rewards
+from rlhf_algos.target import FLOOR, Target, annealed
 from rlhf_core.lazy import torch
+from rlhf_core.reward.output import whole_rewards
 from rlhf_core.types import Credit, Metric
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Negative:
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
-        rewards_N = raw_rewards(rewards)
+        rewards_N = whole_rewards(rewards)
         log_w_N = potential_N = self.target.log_potential(rewards_N, rollouts.scalars)
         if self.weighting == "importance":
             log_w_N = log_weights(extras["actor.logprobs_NT"], extras["old_logprobs_NT"], potential_N, mask_NT)

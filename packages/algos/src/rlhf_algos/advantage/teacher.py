@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.groups import place_scores
+from rlhf_algos.groups import place_scores, split_rewards
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
 from rlhf_core.types import Credit
@@ -30,7 +30,7 @@ class Teacher:
     gamma: float = 0.0
     """discount per token: 0 blames each token for itself alone (Lu 2025), 1 is the exact gradient of the sequence KL"""
     reward: float = 0.0
-    """weight of the reward, added at the last token; 0 imitates only"""
+    """weight of the reward, added at the last token, and of per-token ones where they stand; 0 imitates only"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprobs_NT", "sampler_logprobs_NT"})
 
@@ -40,5 +40,7 @@ class Teacher:
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         gap_NT = extras["teacher.logprobs_NT"] - extras["sampler_logprobs_NT"]
         gap_NT = gap_NT.masked_fill(~rollouts.mask_NT, 0.0)
-        earned_NT = gap_NT + place_scores(self.reward * rewards.rewards_N, rewards, rollouts)
+        own_NT, penalty_NT = split_rewards(rewards, rollouts, extras)
+        weighed = replace(rewards, rewards_NT=self.reward * own_NT - penalty_NT)
+        earned_NT = gap_NT + place_scores(self.reward * rewards.rewards_N, weighed, rollouts)
         return Credit(discounted_returns(earned_NT, rollouts.mask_NT, self.gamma))

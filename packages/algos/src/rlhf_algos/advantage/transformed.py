@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_algos.groups import split_rewards
 from rlhf_core.described import described
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class Transformed:
         return int(getattr(self._other, "min_samples", 1))
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
-        credit: Credit = self._other(replace(rewards, rewards_N=self.transform(rewards.rewards_N)), rollouts, extras)
+        own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
+        transformed = replace(rewards, rewards_N=self.transform(rewards.rewards_N + own_N) - own_N)
+        credit: Credit = self._other(transformed, rollouts, extras)
         return credit
 
     @property

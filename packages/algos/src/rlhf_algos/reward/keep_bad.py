@@ -14,9 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_algos.target import raw_rewards
 from rlhf_core.errors import UsageError
-from rlhf_core.reward.output import as_output
+from rlhf_core.reward.output import as_output, whole_rewards
 from rlhf_core.reward.weighted import Sum
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class KeepBad:
             raise UsageError("--reward keep_bad keeps tokens and no images; choose the reward by itself")
         output = as_output(self._reward(rollouts), rollouts, self)
         rows = []
-        for i, reward in enumerate(raw_rewards(output).tolist()):
+        for i, reward in enumerate(whole_rewards(output).tolist()):
             if reward < self.threshold:
                 ids = [
                     rollouts.prompt_NL[i, : rollouts.prompt_lengths_N[i]],

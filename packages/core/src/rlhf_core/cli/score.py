@@ -40,7 +40,7 @@ class Score:
     roles: ClassVar[Mapping[str, Any]] = {}
 
     def __call__(self, config: RunConfig, registry: Registry) -> int:
-        from rlhf_core.reward.output import as_output
+        from rlhf_core.reward.output import as_output, whole_rewards
 
         reward = config.providers["reward"]
         if hasattr(reward, "check"):
@@ -57,8 +57,7 @@ class Score:
         while batch := list(islice(rows, self.batch_size)):
             rollouts = as_rollouts(batch)
             output = as_output(reward(rollouts), rollouts, reward)
-            rewards = output.rewards_N + (0.0 if output.rewards_NT is None else output.rewards_NT.sum(1))
-            added = [{"reward": float(value)} for value in rewards]
+            added = [{"reward": float(value)} for value in whole_rewards(output).float()]
             if output.scores_N is not None:
                 added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])

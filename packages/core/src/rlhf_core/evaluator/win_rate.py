@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
+from rlhf_core.reward.output import whole_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.run import Run
@@ -44,7 +45,7 @@ class WinRate:
         own, other = (
             side.rows([i for i, uid in enumerate(side["uids_N"].tolist()) if uid in common]) for side in sides
         )
-        own_Pn, other_Pn = (run.reward_of(side).rewards_N.view(-1, self.n).double() for side in (own, other))
+        own_Pn, other_Pn = (whole_rewards(run.reward_of(side)).view(-1, self.n) for side in (own, other))
         wins_P = ((own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)).mean(1)
         told = (wins_P.tolist(), own_Pn.mean(1).tolist(), other_Pn.mean(1).tolist(), own.meta[:: self.n])
         wins, ours, theirs, meta = (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.types import Batch
 
-__all__ = ["as_output", "excerpt", "labelled", "without_nan"]
+__all__ = ["as_output", "excerpt", "labelled", "whole_rewards", "without_nan"]
 
 
 def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
@@ -73,6 +73,12 @@ def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
     optional = {name: zeroed(v) for name in ("rewards_NT", "scores_N") if (v := getattr(output, name)) is not None}
     metrics = {name: zeroed(value) for name, value in output.metrics.items()}
     return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
+
+
+def whole_rewards(rewards: RewardOutput) -> Tensor:
+    """The rewards of whole completions, float64: the final ones and what was given token by token."""
+    whole_N = rewards.rewards_N.double()
+    return whole_N if rewards.rewards_NT is None else whole_N + rewards.rewards_NT.double().sum(1)
 
 
 def labelled(rollouts: Batch, reward: str) -> None:
