@@ -123,6 +123,36 @@ def train(role: LocalRole, rollouts: Rollouts) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiny", "folder", "adapter"])
+def test_new_tokens_are_sampled_from_too_and_adapters_come_with_theirs(
+    kind: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+) -> None:
+    """Sixty tokens more than the model's own files know of, beside the end tokens that these name."""
+    pytest.importorskip("peft")
+    file = tmp_path / "tokens.txt"
+    file.write_text("".join(f"<new{k}>\n" for k in range(60)))
+    name = "tiny"
+    if kind != "tiny":
+        name = str(tmp_path / "base")
+        lora = {"lora": {"rank": 2}} if kind == "adapter" else {}
+        base = make_role(Path(name), *ARCHITECTURES["llama"], actor=lora)
+        if lora:
+            name = str(tmp_path / "adapter")
+            randomise(base, seed=1, std=0.1)
+            base.export(name)
+    run = tiny_run("unused", model=name, add_tokens=str(file), sampling=replace(GREEDY, temperature=1.0))
+    role = LocalRole(run.plan, "actor")
+    randomise(role, seed=2)
+    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    try:
+        prompts = make_prompts(role, ["Hello <new7>", "What is it?", "1 2 3"])
+        assert max(prompts.token_ids[0]) > 260, "a new token"
+        agree(rollout, role, prompts)
+    finally:
+        rollout.close()
+
+
+@pytest.mark.slow
 def test_an_architecture_that_vllm_borrows_from_transformers_is_refused(
     tmp_path: Path, make_prompts: Callable[..., Prompts]
 ) -> None:

@@ -47,6 +47,14 @@ def test_it_keeps_the_contract_of_a_rollout() -> None:
     check_rollout(VLLM(kv_cache_gib=0.25, max_num_seqs=16))
 
 
+def test_a_temperature_that_vllm_would_replace_is_refused(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+    """It samples at 0.01 instead, and says so in a log that is off."""
+    with pytest.raises(
+        UsageError, match=r"does not sample at a temperature of 0.005; give --sampling.temperature 0 or at"
+    ):
+        engine(role, prompts, replace(SAMPLED, temperature=0.005))
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
     engine: VLLM, role: LocalRole, prompts: Prompts, seed: int, randomise: Callable[..., Any]

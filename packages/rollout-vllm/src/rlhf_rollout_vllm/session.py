@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ TRANSFER = "rlhf_in_process"
 """What `transfer.InProcess` is called in vLLM."""
 
 CPU_CACHE_GIB = 4.0
+
+TEMPERATURE_LEAST = 0.01  # below it vLLM silently takes this one, but for 0
 
 TOP_P_LEAST = 1e-6  # vLLM wants a number above 0; the most likely token is kept whatever it is
 
@@ -57,6 +59,7 @@ class Engine:
         self.updates = 0
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
         self._owns_groups = _owns_groups()
+        self._asleep = False
         with undisturbed(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
         _open_engines.append(self)
@@ -75,6 +78,10 @@ class Engine:
         cache_gib = self.options.kv_cache_gib or (CPU_CACHE_GIB if cpu else 0.0)
         eager = cpu if self.options.enforce_eager is None else self.options.enforce_eager
         self._sleeps = self.options.enable_sleep and not cpu
+        if self._sleeps and _open_engines:
+            raise UsageError(
+                "--rollout.enable-sleep is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out"
+            )
         try:
             llm = self.vllm.LLM(
                 model,
@@ -87,6 +94,7 @@ class Engine:
                 kv_cache_memory_bytes=int(cache_gib * 2**30) or None,
                 gpu_memory_utilization=self.options.gpu_memory_utilization,
                 enforce_eager=eager,
+                distributed_executor_backend=None if cpu else _started_by(),
                 enable_prefix_caching=self.options.enable_prefix_caching,
                 enable_chunked_prefill=False if cpu else None,  # a seed would be rewound, which fails on the CPU
                 enable_sleep_mode=self._sleeps,
@@ -114,10 +122,15 @@ class Engine:
         """`sampling.n` completions of each prompt, each with a seed of its own.
 
         Raises:
-            UsageError: a prompt is too long.
+            UsageError: a prompt is too long, or the temperature too low.
         """
         from rlhf_core.rollout.assemble import assemble
 
+        if 0 < sampling.temperature < TEMPERATURE_LEAST:
+            raise UsageError(
+                f"vLLM does not sample at a temperature of {sampling.temperature:g}; give --sampling.temperature 0 or at least "
+                f"{TEMPERATURE_LEAST:g}, or use --rollout hf"
+            )
         longest = max(map(len, prompts.token_ids))
         if longest + sampling.max_new_tokens > self.window:
             raise UsageError(
@@ -164,6 +177,7 @@ class Engine:
             `sync/bytes`, `sync/seconds`, `sync/calls`.
         """
         started = time.perf_counter()
+        self.wake()  # asleep, it has no memory for them
         weights = _Counted(role.weights())
         with torch.no_grad():
             self.llm.start_weight_update()
@@ -180,13 +194,15 @@ class Engine:
 
     def sleep(self) -> None:
         """Give device memory back."""
-        if self._sleeps:
+        if self._sleeps and not self._asleep:
             self.llm.sleep(level=1)
+            self._asleep = True
 
     def wake(self) -> None:
         """Take it again."""
-        if self._sleeps:
+        if self._asleep:
             self.llm.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Free everything; the process groups too, if vLLM made them and no other engine is open."""
@@ -206,6 +222,12 @@ class Engine:
 
 _open_engines: list[Engine] = []
 """vLLM's process groups belong to the process and are shared by its engines."""
+
+
+def _started_by() -> str | None:
+    """vLLM's name for ranks that a launcher started, each with an engine of its own, which then takes its rank's GPU, not the
+    first one."""
+    return "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def _owns_groups() -> bool:
@@ -238,26 +260,37 @@ class _Counted:
 
 
 def _description(options: ModelOptions, folder: str) -> str:
-    """Where vLLM reads configuration and tokenizer: a folder or a hub name. It needs no weights there."""
+    """Where vLLM reads configuration and tokenizer: a folder or a hub name. It needs no weights there.
+
+    They are written to `folder` where no place has them as the role does: a model without files, or one with new tokens.
+    """
+    from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
+
     from rlhf_core.models import tiny
     from rlhf_core.models.adapters import base_of
     from rlhf_core.models.convert import converted
     from rlhf_core.models.hub import located
     from rlhf_core.models.load import load_tokenizer
 
-    source = located(options.model)
-    if source.kind == "adapter":  # its weights are merged into those of its base
-        return _description(replace(options, model=base_of(Path(source.location))), folder)
-    if source.kind == "gguf":
-        return str(converted(Path(source.location)))
-    if source.kind != "tiny":
-        return source.location
-    from transformers import LlamaForCausalLM
-
-    config = tiny.parse(options.model).model(LlamaForCausalLM, "sdpa", torch.float32).config
-    config.architectures = [LlamaForCausalLM.__name__]
+    name = options.model
+    while (source := located(name)).kind == "adapter":  # its weights are merged into those of its base
+        name = base_of(Path(source.location))
+    place = str(converted(Path(source.location))) if source.kind == "gguf" else source.location
+    if source.kind == "tiny":
+        config = tiny.parse(name).model(LlamaForCausalLM, "sdpa", torch.float32).config
+        config.architectures = [LlamaForCausalLM.__name__]
+    else:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, options)
+    text = config.get_text_config(decoder=True)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if source.kind != "tiny" and tokens <= text.vocab_size:
+        return place
+    text.vocab_size = max(tokens, text.vocab_size)  # as `rlhf_core.models.grow` has it
     config.save_pretrained(folder)
-    load_tokenizer(options.model, options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with suppress(OSError):  # its end tokens, where the model has such a file
+        GenerationConfig.from_pretrained(place).save_pretrained(folder)
     return folder
 
 
@@ -275,7 +308,7 @@ def _class_name(model: object) -> str:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Put back what vLLM changes in a process that it takes for its own: random states, threads, the exception hook.
+    """Put back what vLLM changes in a process that it takes for its own: random states, threads, the GPU, the exception hook.
 
     Warnings are its own too; what matters of them is raised as an error.
     """
@@ -292,6 +325,8 @@ def undisturbed() -> Iterator[None]:
         finally:
             torch.set_num_threads = set_threads  # vLLM puts one there that does nothing
             torch.set_num_threads(threads)
+            for device in devices:
+                torch.cuda.set_device(device)  # an engine leaves its own one there
             sys.excepthook = hook
             random.setstate(python_state)
             np.random.set_state(numpy_state)

@@ -1,0 +1,91 @@
+"""Which GPU an engine takes, and what it may do when it is not alone; looked at without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_core.errors import UsageError
+from rlhf_rollout_vllm import session
+from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.session import Engine
+
+
+@pytest.mark.parametrize(("ranks", "executor"), [("", None), ("1", None), ("2", "external_launcher")])
+def test_ranks_of_a_launcher_have_engines_on_gpus_of_their_own(
+    ranks: str, executor: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's other executor puts every engine on the first GPU."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert session._started_by() == executor
+
+
+def test_the_trainers_gpu_is_the_current_one_again_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    with pytest.raises(ZeroDivisionError), session.undisturbed():
+        torch.cuda.set_device(0)
+        raise ZeroDivisionError
+    assert current == [3]
+
+
+class Sleeper(Engine):
+    """An engine that has vLLM's part written down instead of called."""
+
+    def __init__(self) -> None:
+        self.options = VLLM(enable_sleep=True)
+        self.dtype = "float32"
+        self.version, self.updates = None, 0
+        self._sleeps, self._asleep = True, False
+        self.calls: list[str] = []
+        self.llm: Any = self
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.calls.append(name)
+
+    def sleep(self, level: int | None = None) -> None:
+        if level is None:
+            super().sleep()
+        else:
+            self.calls.append("sleep")
+
+
+def test_an_engine_that_sleeps_wakes_to_take_weights_and_only_then() -> None:
+    engine = Sleeper()
+
+    class Role:
+        version = 1
+
+        def weights(self) -> Any:
+            return iter(())
+
+    engine.update(Role())  # type: ignore[arg-type]
+    assert "wake_up" not in engine.calls
+    engine.calls.clear()
+    engine.sleep()
+    engine.sleep()
+    engine.update(Role())  # type: ignore[arg-type]
+    assert engine.calls[:3] == ["sleep", "wake_up", "start_weight_update"]
+    engine.wake()
+    assert engine.calls.count("wake_up") == 1
+
+
+@pytest.mark.vllm
+def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM ends in an assertion there."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(session, "_open_engines", [object()])
+    with pytest.raises(
+        UsageError, match=r"^--rollout.enable-sleep is for runs that sample one role: .*; leave it out$"
+    ):
+        Sleeper()._open("unread", trust_remote_code=False)
