@@ -83,11 +83,11 @@ def curve(folder: Path, name: str) -> list[dict[str, float]]:
 
 
 def table(folder: Path, most: int) -> str:
-    """One row an algorithm: training reward at both ends of its first `most` steps, seconds a step; held-out reward, KL and
-    length of a model that has no more steps than those."""
+    """One row an algorithm: training reward at both ends of its first `most` steps, nats a completion from the start, seconds a
+    step; held-out reward, KL and length of a model that has no more steps than those."""
     lines = [
-        "| | steps | reward, first 3 steps | last 3 steps | held out | KL to the start | tokens | seconds a step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | steps | reward, first 3 steps | last 3 steps | their KL | held out | its KL | tokens | seconds a step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in ("start", *RUNS):
         whole, result = curve(folder, name), folder / f"{name}.json"
@@ -99,6 +99,7 @@ def table(folder: Path, most: int) -> str:
             str(len(steps)) if steps else "",
             f"{mean(rewards[:3]):.3f}" if steps else "",
             f"{mean(rewards[-3:]):.3f}" if steps else "",
+            f"{mean([step['kl/completion'] for step in steps[-3:]]):.1f}" if steps else "",
             f"{measured['eval/heldout/reward']:.3f} ± {measured['eval/heldout/reward_se']:.3f}" if measured else "",
             f"{measured['eval/policy/kl']:.2f} ± {measured['eval/policy/kl_se']:.2f}" if measured else "",
             f"{measured['eval/policy/length']:.1f}" if measured else "",
