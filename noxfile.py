@@ -148,7 +148,7 @@ def alone(session: nox.Session, package: str) -> None:
     session.run("pytest", "-n", workers, *chosen_tests, *paths(package), env=QUIET)
     if package in ENGINES:  # and the same algorithms on the engine as without it
         session.install("--no-deps", wheel("algos"))
-        session.run("pytest", *chosen_tests, *paths(package), env=QUIET)
+        session.run("pytest", *chosen_tests, *with_algorithms(package), env=QUIET)
     discard(session)
 
 
@@ -241,6 +241,12 @@ def run_in_develop(session: nox.Session, command: str, *args: str, threads: bool
     bin_ = DEVELOP / BIN
     env = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", **({} if threads else QUIET)}
     session.run(str(bin_ / command), *args, *session.posargs, env=env, external=True)
+
+
+def with_algorithms(package: str) -> list[str]:
+    """The test files of a package that run algorithms of rlhf-algos where it is installed."""
+    tests = sorted((ROOT / "packages" / package / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in tests if "rlhf_algos" in path.read_text(encoding="utf-8")]
 
 
 def discard(session: nox.Session) -> None:
