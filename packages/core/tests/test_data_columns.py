@@ -1,4 +1,4 @@
-"""How rows become examples, beside what the tables of test_data_table.py and test_data_mistakes.py say."""
+"""How rows become examples, beside what the tables of test_data_table.py and data_mistakes.py say."""
 
 from __future__ import annotations
 
