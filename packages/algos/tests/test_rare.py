@@ -124,6 +124,7 @@ def test_a_sweep_of_two_ranks_a_run_gathers_the_table_that_one_process_leaves_an
 
 def test_a_model_is_not_measured_against_itself(tmp_path, monkeypatch, capsys):
     """`rlhf-run eval` has no training that a reference could be the start of."""
+    pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     words = ["eval", MODEL, "--evaluator", "heldout_table", "--evaluator.kl-coef", "0.2", "--evaluator.prompts", "1"]
     words += ["--reward", "length", "--reward.target", "2", "--data", "prompts"]
