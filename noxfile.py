@@ -245,7 +245,7 @@ def run_in_develop(session: nox.Session, command: str, *args: str, threads: bool
 
 def with_algorithms(package: str) -> list[str]:
     """The test files of a package that run algorithms of rlhf-algos where it is installed."""
-    tests = sorted((ROOT / "packages" / package / "tests").glob("test_*.py"))
+    tests = sorted((ROOT / "packages" / package / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in tests if "rlhf_algos" in path.read_text(encoding="utf-8")]
 
 

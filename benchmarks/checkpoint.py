@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_core import Run, checkpoint, make_config
-from rlhf_core.files import fsync_tree
+from rlhf_core.util.atomic_files import fsync_tree
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         for k in range(options.rounds + 1):
             for name in list(sides) if k % 2 else list(sides)[::-1]:
                 took = sides[name]()
-                checkpoint.settle(run, wait=True)
+                checkpoint.finish_background_save(run, wait=True)
                 if k:  # the first round warms up: memory for the copy, the page cache
                     seconds[name].append(took)
     ratio = {n: median(a / b for a, b in zip(seconds[n], seconds["plain"], strict=True)) for n in ("waiting", "beside")}

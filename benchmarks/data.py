@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_core import Run, make_config
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.options import ModelOptions
+from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import Drawn
-from rlhf_core.encode import Encoder
-from rlhf_core.models.load import load_tokenizer
-from rlhf_core.options import ModelOptions
-from rlhf_core.types import Example
+from rlhf_core.models.loading.load import load_tokenizer
 
 ROWS, PREPARED, BLOCK, STEPS = 20_000, 4096, 512, 15
 WORDS = "the a river walks slowly over green stones and nobody in town knows why it sings at night".split()

@@ -169,7 +169,7 @@ class Crossed:
 
         from rlhf_distributed_ray import group
 
-        put, collect = ray.put, group.collect
+        put, collect = ray.put, group.gather_results
 
         def counting_put(thing: Any, *args: Any, **kwargs: Any) -> Any:
             self.bytes += len(pickle.dumps(thing, protocol=5))
@@ -180,7 +180,7 @@ class Crossed:
             self.bytes += sum(len(pickle.dumps(answer, protocol=5)) for answer in answers)
             return answers
 
-        ray.put, group.collect = counting_put, counting_collect
+        ray.put, group.gather_results = counting_put, counting_collect
 
     def by_collectives(self) -> None:
         """Count the tensors that this rank hands to a collective of torch, through which DeepSpeed's go too."""

@@ -30,7 +30,7 @@ def measure(path: str, vocabulary: int, tokens: int) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf_core.models.heads import ChunkedHead
+    from rlhf_core.models.heads.modules import ChunkedHead
     from rlhf_core.models.module import RoleModule
 
     config = LlamaConfig(
@@ -66,7 +66,7 @@ def random_rows(N: int, vocabulary: int) -> Any:
     """Token ids (N, S) as a model reads them; all tokens but a row's first are predicted."""
     import torch
 
-    from rlhf_core.models.inputs import Inputs
+    from rlhf_core.models.inputs.arrange import Inputs
 
     ids_NS = torch.randint(vocabulary, (N, LENGTH))
     states_M = torch.arange(N * LENGTH).view(N, LENGTH)[:, :-1].flatten()

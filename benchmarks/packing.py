@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_core.microbatch import bearable_padding, micro_rows, padding_share
-from rlhf_core.models.module import build_module, layout
-from rlhf_core.options import TrainedOptions
-from rlhf_core.plan import RoleSpec
-from rlhf_core.types import Batch
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.options import TrainedOptions
+from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.models.inputs.arrange import arrange_inputs
+from rlhf_core.models.module import build_module
+from rlhf_core.training.microbatch import bearable_padding, micro_rows, padding_share
 
 WANTS = frozenset({"logprobs_NT"})
 
@@ -108,7 +109,7 @@ def loss_and_gradients(module: Any, batch: Batch, cuts: list[Tensor]) -> tuple[f
     module.zero_grad()
     total, count = 0.0, float(batch.mask_NT.sum())
     for rows in cuts:
-        loss = -module(layout(batch.rows(rows)), WANTS)["logprobs_NT"].sum() / count
+        loss = -module(arrange_inputs(batch.rows(rows)), WANTS)["logprobs_NT"].sum() / count
         loss.backward()
         total += float(loss.detach())
     return total, [p.grad.clone() for p in module.parameters()]

@@ -194,7 +194,7 @@ def ours(job: str, folder: Path, steps: int, mark: Callable[[], None]) -> dict[s
     from rlhf_algos import algorithm  # noqa: F401
     from rlhf_core import Registry, Run, make_config
     from rlhf_core.loop import collect, credit, update
-    from rlhf_core.models import load, module  # noqa: F401
+    from rlhf_core.models import module  # noqa: F401
     from rlhf_core.rollout import hf, sampler  # noqa: F401
 
     imports = memory("VmRSS")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from rlhf_core import Run, make_config
+from rlhf_core.contract.batch import Batch
 from rlhf_core.loop import collect, credit, update
-from rlhf_core.types import Batch
 
 PROMPTS, SAMPLES, TOKENS = 4, 4, 20
 

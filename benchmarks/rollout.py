@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
-from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.contract.batch import Example, Prompts
+from rlhf_core.contract.options import Sampling
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
-from rlhf_core.types import Example, Prompts
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 TEXT = "Explain in a few sentences why the number {} is interesting, and what it has to do with the colour of the sky."
@@ -42,7 +42,9 @@ def main() -> None:
         "vllm": lambda seed: int(rollout(role, prompts, replace(sampling, seed=seed)).lengths_N.sum()),
     }
     if args.hf:
-        engines["hf"] = lambda seed: int(HuggingFace()(role, prompts, replace(sampling, seed=seed)).lengths_N.sum())
+        engines["hf"] = lambda seed: int(
+            HuggingFaceRollout()(role, prompts, replace(sampling, seed=seed)).lengths_N.sum()
+        )
     rollout(role, prompts, sampling)  # opens and warms up
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for repeat in range(args.repeats):

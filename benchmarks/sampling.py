@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_core.options import Sampling
+from rlhf_core.contract.options import Sampling
 from rlhf_core.rollout.sampler import sample
 
 CASES = [  # title, prompts, completions of each, shortest and longest prompt, new tokens, whether completions end early

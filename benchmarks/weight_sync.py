@@ -14,10 +14,10 @@ import time
 
 import torch
 
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
+from rlhf_core.contract.batch import Example, Prompts
+from rlhf_core.contract.options import Sampling
 from rlhf_core.testing import tiny_run
-from rlhf_core.types import Example, Prompts
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 

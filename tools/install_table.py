@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "packages/core/src"))
-from rlhf_core.hookspecs import KINDS  # of this checkout, whichever is installed
+from rlhf_core.contract.hooks import KINDS  # of this checkout, whichever is installed
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "packages/core/src/rlhf_core/install_table.py"

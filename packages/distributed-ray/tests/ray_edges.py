@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from rlhf_core.contract.batch import Batch, Rollouts
+from rlhf_core.contract.results import Credit, LossTerms, Reduction, RewardOutput
 from rlhf_core.testing.tiny_algorithm import TinyLoss
-from rlhf_core.types import Batch, Credit, LossTerms, Reduction, RewardOutput, Rollouts
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ SERVE = """
 DRIVE = """
     import json, sys
     from rlhf_core import Registry, Run, hookimpl
-    from rlhf_core.configure import parse
+    from rlhf_core.config.builder import parse
 
     nodes = {}
 

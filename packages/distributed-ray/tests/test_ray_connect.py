@@ -97,7 +97,7 @@ def test_a_death_is_told_with_its_cause_and_not_what_the_other_ranks_made_of_it(
     monkeypatch.setattr(ray, "wait", lambda pending, **_: (pending[:1], pending[1:]))
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(RunStopped) as caught:
-        group.collect("role actor", [("here", 7), ("there", 8)], list(answers))
+        group.gather_results("role actor", [("here", 7), ("there", 8)], list(answers))
     message = str(caught.value)
     assert message.startswith(f"role actor rank 1 on node there (process 8) died: {cause}") and "\n" not in message
     assert message.endswith("; continue from the last checkpoint with --resume") and len(message) < 400

@@ -12,8 +12,8 @@ ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distribute
 pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
 from rlhf_core import Registry  # noqa: E402  after the checks above
-from rlhf_core.configure import parse  # noqa: E402
-from rlhf_core.plan import make_plan  # noqa: E402
+from rlhf_core.config.builder import parse  # noqa: E402
+from rlhf_core.training.planner import make_plan  # noqa: E402
 
 RUN = "grpo --model tiny --data prompts --reward length --batch-size 4 --rollout fake --strategy fake".split()
 RUN += "--launcher ray --launcher.cpus 0.1".split()

@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distribute
 pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
 from rlhf_core import Registry, Run, hookimpl  # noqa: E402  after the checks above
-from rlhf_core.configure import parse  # noqa: E402
+from rlhf_core.config.builder import parse  # noqa: E402
 from rlhf_core.errors import RunStopped, UsageError  # noqa: E402
 
 TOLERANCE = 1e-4

@@ -18,8 +18,8 @@ pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[
 pytest.importorskip("aiohttp_cors", reason="jobs need Ray's dashboard: pip install 'ray[default]'")
 pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
+from rlhf_core.analysis.sweep import read_sweep
 from rlhf_core.cli.app import main
-from rlhf_core.sweep import read_sweep
 
 SWEEP = """
 output = "out"

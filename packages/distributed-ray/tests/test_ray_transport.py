@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_core.contract.batch import Batch
 from rlhf_core.testing.batches import make_batch, values_like
-from rlhf_core.types import Batch
 from rlhf_distributed_ray.transport import COLUMNS, Shipper, sources_of, split_groups, unpack
 from rlhf_distributed_ray.worker import buckets, from_array
 

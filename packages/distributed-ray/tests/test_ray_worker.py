@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_core.contract.plan import Plan
 from rlhf_core.errors import UsageError
-from rlhf_core.plan import Plan
-from rlhf_core.roles import LocalRole
 from rlhf_core.testing import tiny_run
 from rlhf_core.testing.tiny import tiny_rollouts
+from rlhf_core.training.local_role import LocalRole
 from rlhf_distributed_ray import worker as worker_module
 from rlhf_distributed_ray.worker import MirrorRole, RoleWorker, buckets
 

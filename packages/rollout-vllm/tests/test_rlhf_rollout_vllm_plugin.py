@@ -95,7 +95,7 @@ def test_without_vllm_the_message_is_the_command_that_installs_it(monkeypatch: p
 
 def test_it_is_missed_before_any_model_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(install, "find_spec", lambda name: None)
-    monkeypatch.setattr("rlhf_core.roles._build", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("rlhf_core.training.local_role._build", lambda *_, **__: pytest.fail("a model was built"))
     with pytest.raises(MissingPackage):
         tiny_run(tmp_path / "run", rollout=VLLM()).train()
     assert not (tmp_path / "run").exists()
@@ -134,8 +134,8 @@ def test_a_broken_installation_is_told_in_one_line(versions: dict[str, str], mon
 def test_prompts_with_images_are_refused_before_an_engine_opens() -> None:
     import torch
 
-    from rlhf_core.options import Sampling
-    from rlhf_core.types import Example, Prompts
+    from rlhf_core.contract.batch import Example, Prompts
+    from rlhf_core.contract.options import Sampling
 
     images: Any = [{}, {"pixel_values": torch.zeros(1)}]
     prompts = Prompts(["a", "b"], [[1], [2]], [Example("a"), Example("b")], [0, 1], images)

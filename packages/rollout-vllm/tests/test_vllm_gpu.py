@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
-from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.contract.options import Sampling
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import check_rollout, tiny_run
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
@@ -46,7 +46,7 @@ def test_weights_follow_the_trainer_and_survive_sleep(
             rollout.sleep()
             assert torch.cuda.mem_get_info()[0] > free, "sleeping gives memory back"
             rollout.wake()
-            ours, theirs = rollout(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+            ours, theirs = rollout(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
             assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
             torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
     finally:

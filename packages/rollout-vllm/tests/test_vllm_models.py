@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.contract.batch import Prompts, Rollouts
+from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
-from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
-from rlhf_core.types import Prompts, Rollouts
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -68,7 +68,7 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
     """A role that trains a random model of this architecture, loaded from a folder."""
     import transformers
 
-    from rlhf_core.models.tokenizer import EOS, byte_tokenizer
+    from rlhf_core.models.loading.tokenizer import EOS, byte_tokenizer
 
     made = getattr(transformers, f"{architecture}Config")(**config, bos_token_id=None, eos_token_id=EOS)
     model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)
@@ -108,7 +108,7 @@ def test_every_tensor_reaches_the_engine(
 
 def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> None:
     """Greedy tokens and finish reasons are those of transformers, and log-probabilities too, up to float32 in another order."""
-    ours, theirs = rollout(role, prompts, sampling), HuggingFace()(role, prompts, sampling)
+    ours, theirs = rollout(role, prompts, sampling), HuggingFaceRollout()(role, prompts, sampling)
     assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
     assert ours.finish == theirs.finish
     torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
@@ -182,7 +182,7 @@ def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
     make_prompts: Callable[..., Prompts],
 ) -> None:
     """SmolLM2-135M in float32: 64 prompts, greedy, then other weights, then weights that were trained."""
-    from rlhf_core.models.names import find
+    from rlhf_core.models.loading.names import find
 
     try:
         find("smollm2-135m")

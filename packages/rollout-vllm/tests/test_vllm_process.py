@@ -21,7 +21,7 @@ def test_ranks_of_a_launcher_have_engines_on_gpus_of_their_own(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if ranks:
         monkeypatch.setenv("WORLD_SIZE", ranks)
-    assert session._started_by() == executor
+    assert session._external_launcher() == executor
 
 
 def test_the_trainers_gpu_is_the_current_one_again_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_the_trainers_gpu_is_the_current_one_again_whatever_the_engine_does(monk
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-    with pytest.raises(ZeroDivisionError), session.undisturbed():
+    with pytest.raises(ZeroDivisionError), session.preserve_process_state():
         torch.cuda.set_device(0)
         raise ZeroDivisionError
     assert current == [3]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_core.contract.batch import Prompts, Rollouts
+from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
-from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.rollout.warp import warp
 from rlhf_core.testing import check_rollout
-from rlhf_core.types import Prompts, Rollouts
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -61,7 +61,7 @@ def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
 ) -> None:
     randomise(role, seed=100 + seed)
     engine.sync(role)
-    ours, theirs = engine(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+    ours, theirs = engine(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
     assert ended(ours) == ended(theirs)
     assert ours.finish == theirs.finish
     assert ours.texts == theirs.texts
@@ -136,7 +136,7 @@ def test_a_stop_string_ends_a_completion_and_is_kept(engine: VLLM, role: LocalRo
     free = engine(role, prompts, GREEDY)
     for i, text in enumerate(free.texts):
         sampling = replace(GREEDY, stop=("no such text", text[2:5]))
-        stopped, hf = engine(role, prompts.rows([i]), sampling), HuggingFace()(role, prompts.rows([i]), sampling)
+        stopped, hf = engine(role, prompts.rows([i]), sampling), HuggingFaceRollout()(role, prompts.rows([i]), sampling)
         assert stopped.finish == ["stop"]
         assert stopped.texts[0].endswith(text[2:5])
         assert stopped.texts[0].index(text[2:5]) == len(stopped.texts[0]) - 3

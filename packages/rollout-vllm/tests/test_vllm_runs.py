@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rlhf_core import loop
-from rlhf_core.options import Sampling
-from rlhf_core.rollout.hf import HuggingFace
+from rlhf_core.contract.options import Sampling
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
 from rlhf_rollout_vllm.engine import VLLM
 
@@ -35,7 +35,7 @@ def test_after_training_steps_both_engines_sample_the_trained_model(tmp_path: Pa
             "it learned something"
         )
         prompts = run.encoder.prompts(*run.next_rows())
-        ours, theirs = run.rollouts("actor", prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+        ours, theirs = run.rollouts("actor", prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
         assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
         torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.contract.batch import Prompts
+from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import ContractError, RunStopped
-from rlhf_core.options import Sampling
-from rlhf_core.roles import LocalRole
-from rlhf_core.rollout.hf import HuggingFace
-from rlhf_core.types import Prompts
+from rlhf_core.rollout.hf import HuggingFaceRollout
+from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -108,7 +108,7 @@ def test_a_prompt_that_is_in_the_cache_is_read_again_after_an_update(
     before = engine(role, prompts, GREEDY)
     randomise(role, seed=10010)
     engine.sync(role)
-    after, expected = engine(role, prompts, GREEDY), HuggingFace()(role, prompts, GREEDY)
+    after, expected = engine(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
     assert before.tokens_NT.tolist() != after.tokens_NT.tolist()
     assert after.tokens_NT.tolist() == expected.tokens_NT.tolist()
     torch.testing.assert_close(after["sampler_logprobs_NT"], expected["sampler_logprobs_NT"], rtol=0, atol=1e-3)

@@ -20,26 +20,19 @@ from typing import Any, ClassVar
 import torch
 
 from rlhf_core import Run, make_config
+from rlhf_core.contract.batch import Batch, Rollouts
+from rlhf_core.contract.options import Optim, TrainedOptions
+from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.contract.providers import Strategy
+from rlhf_core.contract.results import LossTerms, Outputs, Reduction, RewardOutput
+from rlhf_core.contract.roles import Trainable
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import join_world
 from rlhf_core.models.module import build_module
-from rlhf_core.options import Optim, TrainedOptions
-from rlhf_core.plan import RoleSpec
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing import check_strategy
 from rlhf_core.testing.tiny import tiny_rollouts
-from rlhf_core.types import (
-    Batch,
-    Chosen,
-    LossTerms,
-    Outputs,
-    Reduction,
-    RewardOutput,
-    Rollouts,
-    Strategy,
-    Term,
-    Trainable,
-)
 
 STEPS = 20
 ACTOR = {"optim": {"lr": 1e-3, "schedule": "cosine", "warmup": 0.2, "weight_decay": 0.1, "max_grad_norm": 0.5}}
@@ -81,7 +74,7 @@ class Plain:
     defaults: ClassVar[Mapping[str, str]] = {"data": "prompts", "rollout": "hf", "reward": "length"}
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         return (Term("actor", "actor", Both(), Fixed()),)
 
 

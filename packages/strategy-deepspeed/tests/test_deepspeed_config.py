@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.contract.options import Optim
 from rlhf_core.errors import UsageError
-from rlhf_core.options import Optim
 from rlhf_core.testing.batches import make_batch
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import forward

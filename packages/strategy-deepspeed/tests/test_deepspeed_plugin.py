@@ -52,7 +52,7 @@ def test_choosing_it_says_in_one_line_what_to_install(monkeypatch: pytest.Monkey
 
 def test_it_is_missed_before_any_model_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(strategy, "find_spec", lambda name: None)
-    monkeypatch.setattr("rlhf_core.roles._build", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("rlhf_core.training.local_role._build", lambda *_, **__: pytest.fail("a model was built"))
     with pytest.raises(MissingPackage):
         tiny_run(tmp_path / "run", strategy=DeepSpeed()).train()
     assert not (tmp_path / "run").exists()

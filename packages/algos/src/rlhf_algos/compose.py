@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_algos.loss.entropy import Entropy
-from rlhf_core.dynamic import DynamicSampling
+from rlhf_algos.loss.entropy import EntropyLoss
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.requirements import LANGUAGE
+from rlhf_core.contract.results import Reduction
+from rlhf_core.contract.terms import Term
 from rlhf_core.errors import UsageError
-from rlhf_core.kl import kl_terms
-from rlhf_core.needs import LANGUAGE
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.shaping import RewardShaping
-from rlhf_core.types import Reduction, Term
+from rlhf_core.training.dynamic_sampling import DynamicSampling
+from rlhf_core.training.kl import kl_terms
+from rlhf_core.training.reward_shaping import RewardShaping
 
 if TYPE_CHECKING:
-    from rlhf_core.options import KL
-    from rlhf_core.types import Advantage, Chosen, Loss
+    from rlhf_core.contract.options import KL
+    from rlhf_core.contract.providers import Advantage, Loss
+    from rlhf_core.contract.terms import ProviderChoices
 
 __all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "Sampled", "chosen_loss", "policy_terms"]
 
@@ -44,7 +46,7 @@ class Sampled:
     """which prompts are trained on; fresh ones replace the others"""
 
 
-def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:
+def policy_terms(choices: ProviderChoices, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:
     """The policy sampled, credited and trained; the KL penalty if it is a loss; the entropy bonus if there is one. Both average
     over tokens as the objective does: in GRPO's, eq. 3, the penalty is inside the mean over a completion.
 
@@ -52,7 +54,7 @@ def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> 
         UsageError: the credit compares completions of a prompt, and there is one per prompt; or the loss is none of a policy,
             or compares pairs, and the credit selects none.
     """
-    advantage, loss = _chosen_advantage(chosen), chosen_loss(chosen)
+    advantage, loss = _chosen_advantage(choices), chosen_loss(choices)
     _fits(Term("actor", "actor", loss, advantage))
     per: Any = getattr(loss, "aggregate", "token")
     length = getattr(loss, "length", 0)
@@ -60,21 +62,21 @@ def policy_terms(chosen: Chosen, kl: KL | None = None, entropy: float = 0.0) -> 
         Term("actor", "actor", loss, advantage),
         *kl_terms(kl, "actor", "actor", advantage, Reduction(per, length)),
     )
-    return (*terms, Term("actor", "actor", Entropy(per, length), advantage, weight=entropy)) if entropy else terms
+    return (*terms, Term("actor", "actor", EntropyLoss(per, length), advantage, weight=entropy)) if entropy else terms
 
 
-def chosen_loss(chosen: Chosen) -> Loss:
+def chosen_loss(choices: ProviderChoices) -> Loss:
     """The objective, with a constant length of 0 replaced by the longest completion that can be sampled."""
-    loss: Any = chosen.loss
-    if chosen.sampling is not None and getattr(loss, "length", None) == 0:
-        loss = replace(loss, length=chosen.sampling.max_new_tokens)
+    loss: Any = choices.loss
+    if choices.sampling is not None and getattr(loss, "length", None) == 0:
+        loss = replace(loss, length=choices.sampling.max_new_tokens)
     return loss  # type: ignore[no-any-return]
 
 
-def _chosen_advantage(chosen: Chosen) -> Advantage:
+def _chosen_advantage(choices: ProviderChoices) -> Advantage:
     """The credit, checked against the number of completions per prompt."""
-    advantage: Any = chosen.advantage
-    least, n = getattr(advantage, "min_samples", 1), chosen.sampling.n if chosen.sampling is not None else 1
+    advantage: Any = choices.advantage
+    least, n = getattr(advantage, "min_samples", 1), choices.sampling.n if choices.sampling is not None else 1
     if n < least:
         raise UsageError(
             f"{type(advantage).__name__} compares the completions of one prompt; "

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_algos.ratios import MAX_LOG_RATIO
+from rlhf_core.contract.results import Metric
 from rlhf_core.lazy import torch
-from rlhf_core.types import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
 
 __all__ = ["Correction"]
 

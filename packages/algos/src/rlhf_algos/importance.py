@@ -14,9 +14,9 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.world import World
+    from rlhf_core.contract.distributed import World
 
-__all__ = ["about_weights", "group_log_softmax", "group_logsumexp", "log_weights", "twist_log_weights"]
+__all__ = ["group_log_softmax", "group_logsumexp", "log_weights", "twist_log_weights", "weight_metrics"]
 
 COLLAPSED = 0.99  # a prompt whose largest weight is beyond this rests on one sample
 
@@ -51,7 +51,7 @@ def twist_log_weights(policy_NT: Tensor, proposal_NT: Tensor, log_psi_NT: Tensor
     return _masked_difference(policy_NT, proposal_NT, mask_NT).cumsum(1) + log_psi_NT.double()
 
 
-def about_weights(log_weights_N: Tensor, group_N: Tensor, world: World | None, prefix: str) -> dict[str, float]:
+def weight_metrics(log_weights_N: Tensor, group_N: Tensor, world: World | None, prefix: str) -> dict[str, float]:
     """Estimates from log w~, means over the prompts of all ranks.
 
     `ess`: effective sample size, 1 / sum w^2. `largest_weight`: of a prompt's samples, 1 / n at best. `log_z`: log of the mean

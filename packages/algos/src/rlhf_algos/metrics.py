@@ -1,4 +1,4 @@
-"""The metrics of this package's losses, advantages and evaluator: name, unit and meaning; see `rlhf_core.metrics`."""
+"""The metrics of this package's losses, advantages and evaluator: name, unit and meaning; see `rlhf_core.plugins.metric_catalogue`."""
 
 from __future__ import annotations
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.results import Metric
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
 __all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "sequence_logprobs", "split"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.hookspecs import Providers, hookimpl
+from rlhf_core.contract.hooks import Providers, hookimpl
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = [
     "rlhf_advantage",
@@ -29,52 +29,52 @@ __all__ = [
 @hookimpl
 def rlhf_advantage() -> Providers:
     return {
-        "batch_mean": "rlhf_algos.advantage.batch_mean:BatchMean",
-        "best_of_n": "rlhf_algos.advantage.best_of_n:BestOfN",
-        "ctl": "rlhf_algos.advantage.ctl:CTL",
-        "dr_grpo": "rlhf_algos.advantage.dr_grpo:DrGRPO",
-        "gae": "rlhf_algos.advantage.gae:GAE",
-        "grpo": "rlhf_algos.advantage.grpo:GRPO",
-        "kto": "rlhf_algos.advantage.kto:KTO",
-        "maxrl": "rlhf_algos.advantage.maxrl:MaxRL",
-        "negative": "rlhf_algos.advantage.negative:Negative",
-        "pairs": "rlhf_algos.advantage.pairs:Pairs",
-        "reinforce": "rlhf_algos.advantage.reinforce:Reinforce",
-        "reinforce_pp": "rlhf_algos.advantage.reinforce_pp:ReinforcePP",
-        "reinforce_pp_baseline": "rlhf_algos.advantage.reinforce_pp_baseline:ReinforcePPBaseline",
-        "rloo": "rlhf_algos.advantage.rloo:RLOO",
-        "sixo_negatives": "rlhf_algos.advantage.sixo_negatives:SixoNegatives",
-        "teacher": "rlhf_algos.advantage.teacher:Teacher",
-        "transformed": "rlhf_algos.advantage.transformed:Transformed",
+        "batch_mean": "rlhf_algos.advantage.batch_mean:BatchMeanAdvantage",
+        "best_of_n": "rlhf_algos.advantage.best_of_n:BestOfNAdvantage",
+        "ctl": "rlhf_algos.advantage.ctl:CTLAdvantage",
+        "dr_grpo": "rlhf_algos.advantage.dr_grpo:DrGRPOAdvantage",
+        "gae": "rlhf_algos.advantage.gae:GAEAdvantage",
+        "grpo": "rlhf_algos.advantage.grpo:GRPOAdvantage",
+        "kto": "rlhf_algos.advantage.kto:KTOAdvantage",
+        "maxrl": "rlhf_algos.advantage.maxrl:MaxRLAdvantage",
+        "negative": "rlhf_algos.advantage.negative:NegativeAdvantage",
+        "pairs": "rlhf_algos.advantage.pairs:PairsAdvantage",
+        "reinforce": "rlhf_algos.advantage.reinforce:ReinforceAdvantage",
+        "reinforce_pp": "rlhf_algos.advantage.reinforce_pp:ReinforcePPAdvantage",
+        "reinforce_pp_baseline": "rlhf_algos.advantage.reinforce_pp_baseline:ReinforcePPBaselineAdvantage",
+        "rloo": "rlhf_algos.advantage.rloo:RLOOAdvantage",
+        "sixo_negatives": "rlhf_algos.advantage.sixo_negatives:SixoNegativesAdvantage",
+        "teacher": "rlhf_algos.advantage.teacher:TeacherAdvantage",
+        "transformed": "rlhf_algos.advantage.transformed:TransformedAdvantage",
     }
 
 
 @hookimpl
 def rlhf_loss() -> Providers:
     return {
-        "bradley_terry": "rlhf_algos.loss.bradley_terry:BradleyTerry",
-        "cdpo": "rlhf_algos.loss.cdpo:CDPO",
-        "chosen_nll": "rlhf_algos.loss.chosen_nll:ChosenNLL",
-        "cispo": "rlhf_algos.loss.cispo:CISPO",
-        "clip": "rlhf_algos.loss.clip:Clip",
-        "dapo": "rlhf_algos.loss.dapo:DAPO",
-        "distill": "rlhf_algos.loss.distill:Distill",
-        "dpo": "rlhf_algos.loss.dpo:DPO",
-        "dr_grpo": "rlhf_algos.loss.dr_grpo:DrGRPO",
-        "entropy": "rlhf_algos.loss.entropy:Entropy",
-        "grpo": "rlhf_algos.loss.grpo:GRPO",
-        "gspo": "rlhf_algos.loss.gspo:GSPO",
-        "hinge": "rlhf_algos.loss.hinge:Hinge",
-        "ipo": "rlhf_algos.loss.ipo:IPO",
-        "kto": "rlhf_algos.loss.kto:KTO",
-        "orpo": "rlhf_algos.loss.orpo:ORPO",
-        "prm": "rlhf_algos.loss.prm:PRM",
-        "reinforce": "rlhf_algos.loss.reinforce:Reinforce",
-        "robust": "rlhf_algos.loss.robust:Robust",
-        "sft": "rlhf_algos.loss.sft:SFT",
-        "simpo": "rlhf_algos.loss.simpo:SimPO",
-        "value": "rlhf_algos.loss.value:Value",
-        "weighted_nll": "rlhf_algos.loss.weighted_nll:WeightedNLL",
+        "bradley_terry": "rlhf_algos.loss.bradley_terry:BradleyTerryLoss",
+        "cdpo": "rlhf_algos.loss.cdpo:CDPOLoss",
+        "chosen_nll": "rlhf_algos.loss.chosen_nll:ChosenNLLLoss",
+        "cispo": "rlhf_algos.loss.cispo:CISPOLoss",
+        "clip": "rlhf_algos.loss.clip:ClipLoss",
+        "dapo": "rlhf_algos.loss.dapo:DAPOLoss",
+        "distill": "rlhf_algos.loss.distill:DistillLoss",
+        "dpo": "rlhf_algos.loss.dpo:DPOLoss",
+        "dr_grpo": "rlhf_algos.loss.dr_grpo:DrGRPOLoss",
+        "entropy": "rlhf_algos.loss.entropy:EntropyLoss",
+        "grpo": "rlhf_algos.loss.grpo:GRPOLoss",
+        "gspo": "rlhf_algos.loss.gspo:GSPOLoss",
+        "hinge": "rlhf_algos.loss.hinge:HingeLoss",
+        "ipo": "rlhf_algos.loss.ipo:IPOLoss",
+        "kto": "rlhf_algos.loss.kto:KTOLoss",
+        "orpo": "rlhf_algos.loss.orpo:ORPOLoss",
+        "prm": "rlhf_algos.loss.prm:PRMLoss",
+        "reinforce": "rlhf_algos.loss.reinforce:ReinforceLoss",
+        "robust": "rlhf_algos.loss.robust:RobustLoss",
+        "sft": "rlhf_algos.loss.sft:SFTLoss",
+        "simpo": "rlhf_algos.loss.simpo:SimPOLoss",
+        "value": "rlhf_algos.loss.value:ValueLoss",
+        "weighted_nll": "rlhf_algos.loss.weighted_nll:WeightedNLLLoss",
     }
 
 
@@ -102,7 +102,7 @@ def rlhf_algorithm() -> Providers:
         "reinforce_pp_baseline": "rlhf_algos.algorithm.reinforce_pp_baseline:ReinforcePPBaseline",
         "rejection_sampling": "rlhf_algos.algorithm.rejection_sampling:RejectionSampling",
         "repulse": "rlhf_algos.algorithm.repulse:RePULSe",
-        "reward": "rlhf_algos.algorithm.reward:RewardModel",
+        "reward": "rlhf_algos.algorithm.reward:RewardModeling",
         "rloo": "rlhf_algos.algorithm.rloo:RLOO",
         "sft": "rlhf_algos.algorithm.sft:SFT",
         "simpo": "rlhf_algos.algorithm.simpo:SimPO",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rlhf_core.types import Metric
+from rlhf_core.contract.results import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,7 +34,7 @@ def scan(deltas_NT: Tensor, decay: float) -> Tensor:
 def discounted_returns(rewards_NT: Tensor, mask_NT: Tensor, gamma: float) -> Tensor:
     """G_t = sum_{k >= t} gamma^(k - t) r_k, counting actions only; zero outside the mask."""
     place_NT = _places(mask_NT)
-    return _spread(scan(_gather(rewards_NT, place_NT), gamma), mask_NT, place_NT)
+    return _scatter(scan(_gather(rewards_NT, place_NT), gamma), mask_NT, place_NT)
 
 
 def gae(rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def gae(rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, gamma: float, la
     next_values_NK = torch.nn.functional.pad(values_NK[:, 1:], (0, 1))
     advantages_NK = scan(rewards_NK + gamma * next_values_NK - values_NK, gamma * lam)
     returns_NK = advantages_NK + values_NK
-    return _spread(advantages_NK, mask_NT, place_NT), _spread(returns_NK, mask_NT, place_NT)
+    return _scatter(advantages_NK, mask_NT, place_NT), _scatter(returns_NK, mask_NT, place_NT)
 
 
 def _places(mask_NT: Tensor) -> Tensor:
@@ -64,6 +64,6 @@ def _gather(values_NT: Tensor, place_NT: Tensor) -> Tensor:
     return torch.zeros_like(kept_NT).scatter_add(1, place_NT.clamp(min=0), kept_NT)
 
 
-def _spread(actions_NK: Tensor, mask_NT: Tensor, place_NT: Tensor) -> Tensor:
+def _scatter(actions_NK: Tensor, mask_NT: Tensor, place_NT: Tensor) -> Tensor:
     """The inverse: every action's number back at its token, zero elsewhere."""
     return actions_NK.gather(1, place_NT.clamp(min=0)).masked_fill(~mask_NT, 0.0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FLOOR", "Target", "annealed"]
+__all__ = ["FLOOR", "Target", "anneal"]
 
 FLOOR = 1e-16
 """What an indicator gives in place of zero, so that its logarithm is finite."""
@@ -49,10 +49,10 @@ class Target:
         if self.potential == "indicator":
             return ((rewards_N < self.threshold).double() + FLOOR).log()
         score_N = rewards_N if self.potential == "reward" else -torch.nn.functional.softplus(rewards_N)
-        return annealed(self.start_beta, self.beta, scalars) * score_N
+        return anneal(self.start_beta, self.beta, scalars) * score_N
 
 
-def annealed(start: float | None, end: float, scalars: Mapping[str, float]) -> float:
+def anneal(start: float | None, end: float, scalars: Mapping[str, float]) -> float:
     """`end`, or its geometric interpolation from `start` at this point of the run."""
     return end if start is None else float(start * (end / start) ** scalars["progress"])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_core.needs import TRAINED
+from rlhf_core.contract.requirements import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor

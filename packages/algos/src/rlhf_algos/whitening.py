@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.world import World
+    from rlhf_core.contract.distributed import World
 
 __all__ = ["Whiten", "whiten"]
 

@@ -17,7 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_core.configure import make as make_config
+    from rlhf_core.config.builder import make_config
+    from rlhf_core.config.value_types import Secret, reveal
+    from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.hooks import Providers, hookimpl
+    from rlhf_core.contract.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
+    from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
         ContractError,
         DataError,
@@ -29,30 +35,12 @@ if TYPE_CHECKING:
         UnknownName,
         UsageError,
     )
-    from rlhf_core.hookspecs import Providers, hookimpl
-    from rlhf_core.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
-    from rlhf_core.registry import Registry
-    from rlhf_core.run import Run
-    from rlhf_core.types import (
-        Batch,
-        Chosen,
-        Credit,
-        Example,
-        LossTerms,
-        Metric,
-        Outputs,
-        Prompts,
-        Reduction,
-        RewardOutput,
-        Rollouts,
-        Term,
-    )
-    from rlhf_core.values import Secret, reveal
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
 
 __all__ = [
     "KL",
     "Batch",
-    "Chosen",
     "ContractError",
     "Credit",
     "DataError",
@@ -67,6 +55,7 @@ __all__ = [
     "Outputs",
     "PluginError",
     "Prompts",
+    "ProviderChoices",
     "Providers",
     "Reduction",
     "Registry",
@@ -88,22 +77,23 @@ __all__ = [
 ]
 
 _HOMES = {
+    "config.builder": "make_config",
+    "config.value_types": "Secret reveal",
+    "contract.batch": "Batch Example Prompts Rollouts",
+    "contract.hooks": "Providers hookimpl",
+    "contract.options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
+    "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
+    "contract.terms": "ProviderChoices Term",
     "errors": (
         "ContractError DataError MissingPackage NameConflict PluginError RlhfError RunStopped UnknownName UsageError"
     ),
-    "hookspecs": "Providers hookimpl",
-    "options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
-    "registry": "Registry",
-    "run": "Run",
-    "types": "Batch Chosen Credit Example LossTerms Metric Outputs Prompts Reduction RewardOutput Rollouts Term",
-    "values": "Secret reveal",
+    "plugins.registry": "Registry",
+    "run.run": "Run",
 }
-"""The module of each public name that is called the same there."""
+"""The module of each public name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "make_config":
-        return import_module("rlhf_core.configure").make
     for module, names in _HOMES.items():
         if name in names.split():
             return getattr(import_module(f"rlhf_core.{module}"), name)

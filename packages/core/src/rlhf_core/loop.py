@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.credit import assign_credit, compute_needs
-from rlhf_core.plan import DATA
-from rlhf_core.types import Batch, RewardOutput
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.plan import DATA
+from rlhf_core.contract.results import RewardOutput
+from rlhf_core.training.credit import assign_credit, compute_needs
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["train"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf_core.hookspecs import Providers, hookimpl
+from rlhf_core.contract.hooks import Providers, hookimpl
 
 __all__ = [
     "rlhf_data",
@@ -21,16 +21,16 @@ __all__ = [
 @hookimpl
 def rlhf_data() -> Providers:
     return {
-        "hf": "rlhf_core.data.hf:HuggingFace",
+        "hf": "rlhf_core.data.hf:HuggingFaceData",
         "json": "rlhf_core.data.json:Json",
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
-        "reasoning": "rlhf_core.data.reasoning:Reasoning",
+        "reasoning": "rlhf_core.data.reasoning:ReasoningData",
     }
 
 
 @hookimpl
 def rlhf_rollout() -> Providers:
-    return {"fake": "rlhf_core.rollout.fake:FakeRollout", "hf": "rlhf_core.rollout.hf:HuggingFace"}
+    return {"fake": "rlhf_core.rollout.fake:FakeRollout", "hf": "rlhf_core.rollout.hf:HuggingFaceRollout"}
 
 
 @hookimpl
@@ -45,7 +45,7 @@ def rlhf_reward() -> Providers:
         "math": "rlhf_core.reward.maths:Maths",
         "model": "rlhf_core.reward.model:RewardModel",
         "profanity": "rlhf_core.reward.profanity:Profanity",
-        "reasoning": "rlhf_core.reward.reasoning:Reasoning",
+        "reasoning": "rlhf_core.reward.reasoning:ReasoningReward",
         "regex": "rlhf_core.reward.regex:Regex",
         "remote": "rlhf_core.reward.remote:Remote",
         "sentiment": "rlhf_core.reward.sentiment:Sentiment",
@@ -86,6 +86,6 @@ def rlhf_observer() -> Providers:
 
 @hookimpl
 def rlhf_metrics() -> Mapping[str, str]:
-    from rlhf_core.metrics import METRICS
+    from rlhf_core.plugins.metric_catalogue import METRICS
 
     return METRICS

@@ -12,27 +12,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.batch import Batch, Prompts, Rollouts
+from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.contract.roles import Role
 from rlhf_core.errors import NotFinite, RlhfError, RunStopped
-from rlhf_core.files import write_text
 from rlhf_core.lazy import torch
-from rlhf_core.plan import RoleSpec
-from rlhf_core.types import Batch, Prompts, Role, Rollouts
+from rlhf_core.util.atomic_files import write_text
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
 from rlhf_distributed_ray.worker import from_array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.options import Sampling
+    from rlhf_core.contract.options import Sampling
 
-__all__ = ["EngineGroup", "RoleGroup", "collect"]
+__all__ = ["EngineGroup", "RoleGroup", "gather_results"]
 
 CAUSE = 240  # characters of what Ray says
 GRACE_SECONDS = 5.0
 """What other ranks have to fail too, once one did."""
 
 
-def collect(who: str, where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
+def gather_results(who: str, where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
     """The results of one call on each actor, whose nodes and processes `where` names.
 
     A failure ends the waiting: ranks that wait for a dead one would do so forever. When a rank dies, others may fail of it
@@ -106,7 +107,7 @@ class RoleGroup:
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank at once; results in rank order."""
-        return collect(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
+        return gather_results(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
 
     def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
@@ -119,7 +120,7 @@ class RoleGroup:
             for actor, rows in zip(self.actors, shares, strict=True)
         ]
         found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in wants}
-        answers = collect(f"role {self.name}", self.where, calls)
+        answers = gather_results(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
             for name, values in outputs.items() if rows else ():
                 if name.endswith("_NT"):
@@ -148,7 +149,7 @@ class RoleGroup:
             sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
             calls += [actor.train.remote(*sent, read=read, rows=rows, scalars=scalars, sources=sources)]
         try:
-            answers = collect(f"role {self.name}", self.where, calls)
+            answers = gather_results(f"role {self.name}", self.where, calls)
         except NotFinite as error:
             error.samples = [with_texts(sample, work.values()) for sample in error.samples]
             raise
@@ -180,7 +181,7 @@ class RoleGroup:
         while more:
             # two results each: the bucket stays in the store, only the flag comes here; all ranks gather together
             answers = [actor.next_weights.options(num_returns=2).remote() for actor in self.actors]
-            more = collect(f"role {self.name}", self.where, [flag for _, flag in answers])[0]
+            more = gather_results(f"role {self.name}", self.where, [flag for _, flag in answers])[0]
             yield answers[0][0]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -221,7 +222,7 @@ class EngineGroup:
         calls = [
             actor.sample.remote(role.name, part, sampling) for actor, part in zip(self.actors, shipped, strict=False)
         ]
-        parts = collect("rollout engine", self.where, calls)
+        parts = gather_results("rollout engine", self.where, calls)
         together = Rollouts.cat(parts)
         if "kept_mass" in together.scalars:  # a mean over tokens, of which each engine has its own number
             kept = sum(part.scalars["kept_mass"] * float(part.mask_NT.sum()) for part in parts)
@@ -255,4 +256,4 @@ class EngineGroup:
 
     def _each(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return collect("rollout engine", self.where, calls)
+        return gather_results("rollout engine", self.where, calls)

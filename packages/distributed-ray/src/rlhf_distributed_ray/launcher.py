@@ -18,13 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_core.types import Placed
-from rlhf_core.world import World
 from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
 
 if TYPE_CHECKING:
-    from rlhf_core.plan import Plan
+    from rlhf_core.contract.plan import Plan
 
 __all__ = ["RayLauncher"]
 
@@ -65,13 +65,13 @@ class RayLauncher:
         """Whether Ray is installed, and new enough."""
         if find_spec("ray") is None:
             raise MissingPackage("launcher 'ray' needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
-        found = _installed()
+        found = _ray_version()
         if found < LOWEST:
             raise MissingPackage(
                 f"ray {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'rlhf-distributed-ray[ray]'"
             )
 
-    def __call__(self, plan: Plan) -> Placed:
+    def __call__(self, plan: Plan) -> Placement:
         shapes = self._shapes(plan)
         engines = self.engines if plan.online else 0
         layout = lay_out(shapes, engines, self.placement == "together", self.cpus, self.gpus, self.strategy)
@@ -112,7 +112,7 @@ class RayLauncher:
 
         started = not ray.is_initialized()
         if started:
-            _knock(self.address)
+            _is_listening(self.address)
             self._open()
         try:
             check_capacity(layout, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -125,7 +125,7 @@ class RayLauncher:
         """`ray.init`, whose every failure is one line."""
         import ray
 
-        with _captured() as said:
+        with _capture_stderr() as said:
             try:
                 ray.init(
                     address=self.address or "local",
@@ -145,7 +145,7 @@ class RayLauncher:
         raise UsageError(f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})")
 
 
-def _installed() -> tuple[int, ...]:
+def _ray_version() -> tuple[int, ...]:
     """Ray's version; one that does not say is taken for new."""
     try:
         return tuple(int(part) for part in version("ray").split(".")[:2])
@@ -154,7 +154,7 @@ def _installed() -> tuple[int, ...]:
 
 
 @contextmanager
-def _captured() -> Iterator[bytearray]:
+def _capture_stderr() -> Iterator[bytearray]:
     """What is written to standard error meanwhile, by any code of this process, is kept instead: Ray warns there every second
     of an address that it cannot join."""
     said = bytearray()
@@ -170,7 +170,7 @@ def _captured() -> Iterator[bytearray]:
             said += file.read()
 
 
-def _knock(address: str) -> None:
+def _is_listening(address: str) -> None:
     """Whether something listens at `host:port`; Ray itself tries an address that is not there for minutes."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     if not port.isdigit():
@@ -199,10 +199,10 @@ class _Cluster:
         self.groups: list[Any] = []
         self.actors: list[Any] = []
 
-    def place(self) -> Placed:
+    def place(self) -> Placement:
         """Reserve bundles, start everyone, and hand the loop what it sees."""
-        from rlhf_core.configure import to_names
-        from rlhf_core.registry import Registry
+        from rlhf_core.config.builder import to_names
+        from rlhf_core.plugins.registry import Registry
         from rlhf_distributed_ray.group import EngineGroup, RoleGroup
         from rlhf_distributed_ray.transport import Shipper
         from rlhf_distributed_ray.worker import EngineWorker, RoleWorker, versions
@@ -290,9 +290,9 @@ class _Cluster:
         return handle
 
     def _where(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
-        from rlhf_distributed_ray.group import collect
+        from rlhf_distributed_ray.group import gather_results
 
-        return collect(who, [], [actor.prepare.remote() for actor in actors])
+        return gather_results(who, [], [actor.prepare.remote() for actor in actors])
 
     def close(self) -> None:
         """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""
@@ -308,7 +308,7 @@ class _Cluster:
             _disconnect(self.started)
 
 
-class _RayPlaced(Placed):
+class _RayPlaced(Placement):
     """What is placed, with the cluster to close."""
 
     def __init__(self, roles: dict[str, Any], rollout: Any, world: World, cluster: _Cluster) -> None:

@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.batch import Batch
 from rlhf_core.lazy import torch
-from rlhf_core.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.models.vision import Images
+    from rlhf_core.models.inputs.vision import Images
 
 __all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_texts"]
 
@@ -64,7 +64,7 @@ def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
 
 
 def with_texts(sample: Mapping[str, Any], batches: Iterable[Batch]) -> dict[str, Any]:
-    """A sample that a worker describes (`rlhf_core.finite.described`) with the texts of its row, which has its prompt's
+    """A sample that a worker describes (`rlhf_core.training.nonfinite.row_as_dict`) with the texts of its row, which has its prompt's
     number and its tokens."""
     for batch in batches:
         for row, length in enumerate(batch.lengths_N.tolist()):

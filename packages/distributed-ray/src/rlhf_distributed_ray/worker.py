@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
+from rlhf_core.contract.batch import Batch, Prompts, Rollouts
+from rlhf_core.contract.plan import Plan
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
-from rlhf_core.plan import Plan, make_plan
-from rlhf_core.roles import LocalRole
-from rlhf_core.tensors import read_tree, write_tree
-from rlhf_core.types import Batch, Prompts, Rollouts
+from rlhf_core.training.local_role import LocalRole
+from rlhf_core.training.planner import make_plan
+from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.transport import unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.options import Sampling
+    from rlhf_core.contract.options import Sampling
 
 __all__ = ["EngineWorker", "MirrorRole", "RoleWorker", "plan_from"]
 
@@ -37,9 +38,9 @@ def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
     Raises:
         UsageError: this process has other plugins than the controller.
     """
-    from rlhf_core.configure import from_names
+    from rlhf_core.config.builder import from_names
     from rlhf_core.errors import UsageError
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
     registry = Registry()
     config = from_names(names, registry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_core.hookspecs import Providers, hookimpl
+from rlhf_core.contract.hooks import Providers, hookimpl
 
 __all__ = ["rlhf_evaluator"]
 

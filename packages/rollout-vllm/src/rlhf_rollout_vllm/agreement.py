@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import RunStopped
-from rlhf_core.options import Sampling
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
 __all__ = ["check", "kept_mass"]

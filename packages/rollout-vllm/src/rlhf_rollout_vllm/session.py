@@ -21,8 +21,9 @@ from rlhf_rollout_vllm.install import import_vllm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.options import ModelOptions, Sampling
-    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.options import ModelOptions, Sampling
+    from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.engine import VLLM
 
 __all__ = ["Engine"]
@@ -49,7 +50,7 @@ class Engine:
     """the prompts that engine and trainer are compared on"""
 
     def __init__(self, options: VLLM, role: Role) -> None:
-        from rlhf_core.models.load import load_tokenizer
+        from rlhf_core.models.loading.load import load_tokenizer
 
         self.vllm = import_vllm()
         self.options = options
@@ -60,7 +61,7 @@ class Engine:
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
         self._owns_groups = _owns_groups()
         self._asleep = False
-        with undisturbed(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
+        with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
         _open_engines.append(self)
 
@@ -94,7 +95,7 @@ class Engine:
                 kv_cache_memory_bytes=int(cache_gib * 2**30) or None,
                 gpu_memory_utilization=self.options.gpu_memory_utilization,
                 enforce_eager=eager,
-                distributed_executor_backend=None if cpu else _started_by(),
+                distributed_executor_backend=None if cpu else _external_launcher(),
                 enable_prefix_caching=self.options.enable_prefix_caching,
                 enable_chunked_prefill=False if cpu else None,  # a seed would be rewound, which fails on the CPU
                 enable_sleep_mode=self._sleeps,
@@ -140,7 +141,7 @@ class Engine:
             )
         asked = [{"prompt_token_ids": ids} for ids in prompts.token_ids for _ in range(sampling.n)]
         how = [self._params(sampling, sampling.seed_for(uid, k)) for uid in prompts.uids for k in range(sampling.n)]
-        with undisturbed():
+        with preserve_process_state():
             answers = self.llm.generate(asked, how, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
         assert self.version is not None, "update comes first"
@@ -224,7 +225,7 @@ _open_engines: list[Engine] = []
 """vLLM's process groups belong to the process and are shared by its engines."""
 
 
-def _started_by() -> str | None:
+def _external_launcher() -> str | None:
     """vLLM's name for ranks that a launcher started, each with an engine of its own, which then takes its rank's GPU, not the
     first one."""
     return "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
@@ -266,16 +267,16 @@ def _description(options: ModelOptions, folder: str) -> str:
     """
     from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
 
-    from rlhf_core.models import tiny
-    from rlhf_core.models.adapters import base_of
-    from rlhf_core.models.convert import converted
-    from rlhf_core.models.hub import located
-    from rlhf_core.models.load import load_tokenizer
+    from rlhf_core.models.loading import tiny
+    from rlhf_core.models.loading.adapters import read_base_model
+    from rlhf_core.models.loading.convert import convert_gguf
+    from rlhf_core.models.loading.hub import resolve_name
+    from rlhf_core.models.loading.load import load_tokenizer
 
     name = options.model
-    while (source := located(name)).kind == "adapter":  # its weights are merged into those of its base
-        name = base_of(Path(source.location))
-    place = str(converted(Path(source.location))) if source.kind == "gguf" else source.location
+    while (source := resolve_name(name)).kind == "adapter":  # its weights are merged into those of its base
+        name = read_base_model(Path(source.location))
+    place = str(convert_gguf(Path(source.location))) if source.kind == "gguf" else source.location
     if source.kind == "tiny":
         config = tiny.parse(name).model(LlamaForCausalLM, "sdpa", torch.float32).config
         config.architectures = [LlamaForCausalLM.__name__]
@@ -286,7 +287,7 @@ def _description(options: ModelOptions, folder: str) -> str:
     tokens = max(tokenizer.get_vocab().values()) + 1
     if source.kind != "tiny" and tokens <= text.vocab_size:
         return place
-    text.vocab_size = max(tokens, text.vocab_size)  # as `rlhf_core.models.grow` has it
+    text.vocab_size = max(tokens, text.vocab_size)  # as `rlhf_core.models.loading.grow` has it
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with suppress(OSError):  # its end tokens, where the model has such a file
@@ -307,7 +308,7 @@ def _class_name(model: object) -> str:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_process_state() -> Iterator[None]:
     """Put back what vLLM changes in a process that it takes for its own: random states, threads, the GPU, the exception hook.
 
     Warnings are its own too; what matters of them is raised as an error.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.options import Optim
+    from rlhf_core.contract.options import Optim
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
 __all__ = ["configuration"]
@@ -47,16 +47,16 @@ def configuration(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
     Raises:
         UsageError: the user's file cannot be read, or contradicts the run.
     """
-    fixed = _decided(options, dtype, optim)
+    fixed = _fixed_settings(options, dtype, optim)
     free = _defaults(options)
     if not options.config:
-        return _merged(free, fixed)
-    user = _without_auto(_read(options.config))
+        return _merge(free, fixed)
+    user = _drop_auto(_read(options.config))
     _check(user, fixed, options.config)
-    return _merged(_merged(free, user), fixed)
+    return _merge(_merge(free, user), fixed)
 
 
-def _decided(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
+def _fixed_settings(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
     """What follows from the run's options, and from how core trains."""
     zero: Json = {"stage": options.stage}
     if options.bucket is not None:
@@ -117,7 +117,7 @@ def _check(user: Json, fixed: Json, path: str) -> None:
     for key, value in _leaves(user):
         refused = next((why for name, why in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
         off = key.endswith(".enabled") and value is False
-        if refused is not None and not off and not _switched_off(user, key):
+        if refused is not None and not off and not _is_disabled(user, key):
             raise UsageError(f"--strategy.config {path}: take {key} out: {refused}")
         if key in decided and decided[key] != value:
             raise UsageError(
@@ -125,7 +125,7 @@ def _check(user: Json, fixed: Json, path: str) -> None:
             )
 
 
-def _switched_off(user: Json, key: str) -> bool:
+def _is_disabled(user: Json, key: str) -> bool:
     """Whether the section that `key` is in says that it is not used (`enabled` false, `device` none)."""
     section: Any = user
     for name in key.split(".")[:-1]:
@@ -133,12 +133,10 @@ def _switched_off(user: Json, key: str) -> bool:
     return section.get("enabled") is False or section.get("device") == "none"
 
 
-def _without_auto(user: Json) -> Json:
+def _drop_auto(user: Json) -> Json:
     """`user` without the values it leaves to the program that reads it."""
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in user.items()
-        if value != "auto"
+        key: _drop_auto(value) if isinstance(value, dict) else value for key, value in user.items() if value != "auto"
     }
 
 
@@ -151,10 +149,10 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _merged(below: Json, above: Json) -> Json:
+def _merge(below: Json, above: Json) -> Json:
     """`below` with `above` laid over it, section by section."""
     both = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
-            both[key] = _merged(below[key], above[key])
+            both[key] = _merge(below[key], above[key])
     return both

@@ -26,9 +26,19 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
 
-__all__ = ["Json", "forward", "gathered", "initialize", "library", "quiet", "shard", "show", "whole_weights"]
+__all__ = [
+    "Json",
+    "forward",
+    "gather_weights",
+    "initialize",
+    "library",
+    "shard",
+    "show",
+    "silence_deepspeed",
+    "whole_weights",
+]
 
 Json = dict[str, Any]
 
@@ -46,7 +56,7 @@ def library() -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_deepspeed() -> Iterator[None]:
     """Swallows what DeepSpeed prints past its log level: memory reports, names of files."""
     with redirect_stdout(io.StringIO()):
         yield
@@ -65,7 +75,7 @@ def shard(module: nn.Module, config: Json, device: torch.device) -> None:
 def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
     """The engine. Its dtypes, sharding and communication are those of `config`."""
     deepspeed = library()
-    with quiet():
+    with silence_deepspeed():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
@@ -78,7 +88,7 @@ def show(whose: str, config: Json) -> None:
 
 def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.device) -> dict[str, Tensor]:
     """The module's outputs, through the engine."""
-    from rlhf_core.models.module import layout
+    from rlhf_core.models.inputs.arrange import arrange_inputs
 
     if any(batch.images) and torch.distributed.get_world_size() > 1:
         # a rank whose rows have none would not take part in what is gathered and reduced for the vision tower
@@ -86,7 +96,7 @@ def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.devi
     differentiate = torch.is_grad_enabled()
     # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards
     with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
-        outputs: dict[str, Tensor] = engine(layout(batch).to(device), wants)
+        outputs: dict[str, Tensor] = engine(arrange_inputs(batch).to(device), wants)
     return outputs
 
 
@@ -135,7 +145,7 @@ class _Buckets:
 
 
 @contextmanager
-def gathered(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
+def gather_weights(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
     """All weights of a stage 3 engine's module, or of a part of it, on every rank, and no hooks that would release them.
     Collective when it opens and closes, and only then."""
     hooks = getattr(engine.optimizer, "parameter_offload", engine.optimizer)

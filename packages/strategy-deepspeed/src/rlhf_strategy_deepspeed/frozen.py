@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
-from rlhf_core.world import TorchWorld, World
+from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_strategy_deepspeed.config import configuration
-from rlhf_strategy_deepspeed.engine import forward, gathered, initialize, shard, show, whole_weights
+from rlhf_strategy_deepspeed.engine import forward, gather_weights, initialize, shard, show, whole_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
 __all__ = ["FrozenShards"]
@@ -45,7 +45,7 @@ class FrozenShards:
         raise AssertionError("a frozen role is not trained")
 
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        return gathered(self.engine, part)
+        return gather_weights(self.engine, part)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from whole_weights(self.module, self.bucket)

@@ -21,8 +21,8 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from rlhf_core.options import Optim
-    from rlhf_core.types import Trainable
+    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.roles import Trainable
 
 __all__ = ["DeepSpeed"]
 
@@ -63,7 +63,7 @@ class DeepSpeed:
             raise MissingPackage(
                 "strategy 'deepspeed' needs deepspeed: python3 -m pip install 'rlhf-strategy-deepspeed[deepspeed]'"
             )
-        found = _installed()
+        found = _deepspeed_version()
         if found < LOWEST:
             raise MissingPackage(
                 f"deepspeed {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'deepspeed>=0.19.8'"
@@ -85,7 +85,7 @@ class DeepSpeed:
         return TorchTrainable(build().to(device), None, total_steps, device)
 
 
-def _installed() -> tuple[int, ...]:
+def _deepspeed_version() -> tuple[int, ...]:
     """DeepSpeed's version; one that does not say is taken for new."""
     try:
         return tuple(int(part) for part in version("deepspeed").split("+")[0].split(".")[:3])

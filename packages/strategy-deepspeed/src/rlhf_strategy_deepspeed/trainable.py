@@ -14,18 +14,26 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.optim import adamw, lr_factor
-from rlhf_core.world import TorchWorld, World
+from rlhf_core.training.optimizer import adamw, lr_factor
 from rlhf_strategy_deepspeed.config import configuration
-from rlhf_strategy_deepspeed.engine import forward, gathered, initialize, quiet, shard, show, whole_weights
+from rlhf_strategy_deepspeed.engine import (
+    forward,
+    gather_weights,
+    initialize,
+    shard,
+    show,
+    silence_deepspeed,
+    whole_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core.options import Optim
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.options import Optim
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
 __all__ = ["DeepSpeedTrainable"]
@@ -92,7 +100,7 @@ class DeepSpeedTrainable:
                 parameter.grad = None
 
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        return gathered(self.engine, part) if self.stage == 3 else nullcontext()
+        return gather_weights(self.engine, part) if self.stage == 3 else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.stage == 3:
@@ -116,7 +124,7 @@ class DeepSpeedTrainable:
                 f"{folder} was written under stage {layout['stage']} by {layout['ranks']} ranks, this run has stage "
                 f"{self.stage} and {self.world.size}; resume with the same, other layouts are not part of this version"
             )
-        with quiet():
+        with silence_deepspeed():
             self.engine.load_checkpoint(folder, tag=TAG)
         self.steps_done = layout["steps_done"]
 

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import place_scores
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import whiten
+from rlhf_core.contract.results import Credit
 from rlhf_core.lazy import torch
-from rlhf_core.types import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["BatchMean"]
+__all__ = ["BatchMeanAdvantage"]
 
 
 @dataclass(frozen=True)
-class BatchMean:
+class BatchMeanAdvantage:
     """Scores minus the mean score of the whole batch, all ranks (OpenRLHF 0.11's `flash_reinforce`).
 
     The cheapest baseline: no critic, no groups, one completion per prompt is enough.

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
-from rlhf_core.reward.output import whole_rewards
-from rlhf_core.types import Credit, Metric
+from rlhf_core.contract.results import Credit, Metric
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["BestOfN"]
+__all__ = ["BestOfNAdvantage"]
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfNAdvantage:
     """Selects each prompt's completions of highest reward: what rejection sampling trains on (Touvron et al. 2023).
 
     Their advantage is 1; the others are not trained on. Of equal rewards the first sampled wins.
@@ -43,7 +44,7 @@ class BestOfN:
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        whole_N = whole_rewards(rewards)
+        whole_N = total_rewards(rewards)
         best_N = rank_in_group(whole_N, rollouts.group_N) < self.keep
         rows = best_N.nonzero().flatten()
         metrics = {"reward/kept": Metric.over(whole_N[rows])}

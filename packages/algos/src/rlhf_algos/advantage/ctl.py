@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import require_groups
-from rlhf_algos.importance import about_weights, group_log_softmax, log_weights, twist_log_weights
+from rlhf_algos.importance import group_log_softmax, log_weights, twist_log_weights, weight_metrics
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
-from rlhf_core.reward.output import whole_rewards
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["CTL"]
+__all__ = ["CTLAdvantage"]
 
 
 @dataclass(frozen=True)
-class CTL:
+class CTLAdvantage:
     """Contrastive twist learning of a proposal q (Zhao et al. 2024; RePULSe, Zhao et al. 2025, eq. 7).
 
     The loss -sum_t (w - v_t) log psi_t has grad log psi_t = grad log q_t where psi is read off q, so (w - v_t) is a
@@ -51,7 +52,7 @@ class CTL:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
         policy_NT, proposal_NT = extras["actor.logprobs_NT"].double(), extras["old_logprobs_NT"].double()
-        potential_N = self.target.log_potential(whole_rewards(rewards), rollouts.scalars)
+        potential_N = self.target.log_potential(total_rewards(rewards), rollouts.scalars)
         log_w_N = log_weights(policy_NT, proposal_NT, potential_N, mask_NT)
         log_psi_NT = log_psi(self.psi, policy_NT, proposal_NT, extras, mask_NT)
         w_N1 = group_log_softmax(log_w_N, group_N).exp()[:, None]
@@ -66,5 +67,5 @@ class CTL:
         else:
             credit_NT = w_N1.expand(mask_NT.shape)
         credit_NT = to_tokens(self.psi, credit_NT, mask_NT)
-        metrics = about_weights(log_w_N, group_N, rollouts.world, "repulse")
+        metrics = weight_metrics(log_w_N, group_N, rollouts.world, "repulse")
         return Credit(credit_NT.to(rewards.rewards_N.dtype), metrics=metrics)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_algos.advantage.grpo import GRPO
+from rlhf_algos.advantage.grpo import GRPOAdvantage
 
-__all__ = ["DrGRPO"]
+__all__ = ["DrGRPOAdvantage"]
 
 
 @dataclass(frozen=True)
-class DrGRPO(GRPO):
+class DrGRPOAdvantage(GRPOAdvantage):
     """Scores minus their group's mean, not divided by its deviation (Liu et al. 2025, Dr. GRPO, eq. 5)."""
 
     std: bool = False

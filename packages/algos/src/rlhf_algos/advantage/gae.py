@@ -10,18 +10,19 @@ from rlhf_algos.groups import place_scores
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import gae
 from rlhf_algos.whitening import Whiten, whiten
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["GAE"]
+__all__ = ["GAEAdvantage"]
 
 
 @dataclass(frozen=True)
-class GAE:
+class GAEAdvantage:
     """Generalised advantage estimation with a critic (Schulman et al. 2016, eq. 16).
 
     Environment tokens are skipped: after a turn's last action comes the critic's value at the next turn's first one.

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_mean, group_std, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["GRPO"]
+__all__ = ["GRPOAdvantage"]
 
 EPS = 1e-9  # equal scores have no deviation; this keeps 0 / 0 at 0 and moves nothing else
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPOAdvantage:
     """Scores relative to the other completions of the prompt (Shao et al. 2024, DeepSeekMath, section 4.1.2).
 
     Every token gets A = (R - mean) / std of its group, std unbiased, plus what per-token rewards still come after it.

@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_algos.pairs import sequence_logprobs
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.results import Credit
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import Batch, Credit
-from rlhf_core.world import World
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["KTO", "mismatched"]
+__all__ = ["KTOAdvantage", "add_mismatched_rows"]
 
 MISMATCHED = "mismatched_N"
 """1 for rows that are there for the reference point alone."""
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTOAdvantage:
     """+ for desirable and - for undesirable rows, and the point z they are compared with (Ethayarajh et al. 2024).
 
     Reads the data's label: true or a positive number is desirable; of pairs the chosen one is, and the rejected one is not.
@@ -53,12 +54,14 @@ class KTO:
         if self.z != "mismatched":
             return batch
         N = torch.ones(len(batch))
-        return Batch.cat([batch.with_extras(**{MISMATCHED: 0 * N}), mismatched(batch).with_extras(**{MISMATCHED: N})])
+        return Batch.cat(
+            [batch.with_extras(**{MISMATCHED: 0 * N}), add_mismatched_rows(batch).with_extras(**{MISMATCHED: N})]
+        )
 
     def __call__(self, rewards: RewardOutput, rollouts: Batch, extras: Mapping[str, Tensor]) -> Credit:
         ratios_N = sequence_logprobs(extras["actor.logprobs_NT"] - extras["ref_logprobs_NT"], rollouts.mask_NT).double()
         strange_N = extras[MISMATCHED] > 0.5 if self.z == "mismatched" else torch.zeros(len(rollouts), dtype=torch.bool)
-        desirable_N = _desirable(rollouts)
+        desirable_N = _desirable_mask(rollouts)
         kinds = (desirable_N & ~strange_N, ~desirable_N & ~strange_N, strange_N)
         sums = torch.stack([value for kind_N in kinds for value in (ratios_N[kind_N].sum(), kind_N.sum().double())])
         summed = (rollouts.world.sum(sums) if rollouts.world is not None else sums).tolist()
@@ -84,7 +87,7 @@ class KTO:
         return Credit(weights_N[:, None] * mask_NT, z_N[:, None] * mask_NT, rows, metrics)
 
 
-def mismatched(batch: Batch) -> Batch:
+def add_mismatched_rows(batch: Batch) -> Batch:
     """Every prompt with the completion of the row after it, or of the pair after it; the last one with the first rank's.
 
     Completions are cut where prompt and completion would be longer than any row of the batch.
@@ -93,7 +96,7 @@ def mismatched(batch: Batch) -> Batch:
         UsageError: there is no other prompt.
     """
     world = batch.world or World()
-    unit = 2 if _are_pairs(batch) else 1
+    unit = 2 if _is_paired(batch) else 1
     firsts = world.gather(replace(batch.rows(range(min(unit, len(batch)))), world=None))
     if len(batch) * world.size <= unit:
         raise UsageError("KTO pairs completions with other prompts, and the batch has one prompt; raise --batch-size")
@@ -109,14 +112,14 @@ def mismatched(batch: Batch) -> Batch:
     )
 
 
-def _are_pairs(batch: Batch) -> bool:
+def _is_paired(batch: Batch) -> bool:
     """Whether rows are a chosen and a rejected completion in turn."""
     return len(batch) % 2 == 0 and torch.equal(batch.group_N[0::2], batch.group_N[1::2])
 
 
-def _desirable(rollouts: Batch) -> Tensor:
+def _desirable_mask(rollouts: Batch) -> Tensor:
     """Which rows are desirable (N,): by their labels, or by their place in a pair."""
-    if any(label is not None for label in rollouts.labels) or not _are_pairs(rollouts):
+    if any(label is not None for label in rollouts.labels) or not _is_paired(rollouts):
         return torch.tensor([_is_desirable(label) for label in rollouts.labels])
     return torch.arange(len(rollouts)) % 2 == 0
 

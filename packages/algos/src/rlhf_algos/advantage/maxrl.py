@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_mean, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
+from rlhf_core.contract.results import Credit
 from rlhf_core.errors import UsageError
-from rlhf_core.types import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["MaxRL"]
+__all__ = ["MaxRLAdvantage"]
 
 
 @dataclass(frozen=True)
-class MaxRL:
+class MaxRLAdvantage:
     """Scores minus the prompt's mean score, divided by that mean (Tajwar et al. 2026, MaxRL).
 
     With n completions and scores of 0 and 1 this maximises the sum over k < n of pass@k / k instead of pass@1: what log p is

@@ -7,22 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import group_sum, require_groups
-from rlhf_algos.importance import about_weights, group_log_softmax, log_weights
-from rlhf_algos.target import FLOOR, Target, annealed
+from rlhf_algos.importance import group_log_softmax, log_weights, weight_metrics
+from rlhf_algos.target import FLOOR, Target, anneal
+from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import whole_rewards
-from rlhf_core.types import Credit, Metric
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["Negative"]
+__all__ = ["NegativeAdvantage"]
 
 
 @dataclass(frozen=True)
-class Negative:
+class NegativeAdvantage:
     """Minus alpha times each sample's weight under the target: gradient descent on E_target[log p] (RePULSe, eq. 4).
 
     The weights of a prompt sum to one, so the loss that fits is `weighted_nll`.
@@ -52,7 +53,7 @@ class Negative:
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
-        rewards_N = whole_rewards(rewards)
+        rewards_N = total_rewards(rewards)
         log_w_N = potential_N = self.target.log_potential(rewards_N, rollouts.scalars)
         if self.weighting == "importance":
             log_w_N = log_weights(extras["actor.logprobs_NT"], extras["old_logprobs_NT"], potential_N, mask_NT)
@@ -61,10 +62,10 @@ class Negative:
         w_N = group_log_softmax(log_w_N, group_N).exp()
         if self.target.potential == "indicator":  # a prompt without a bad sample teaches nothing
             w_N = w_N.masked_fill(potential_N.exp() <= 2 * FLOOR, 0.0)
-        credit_N = -annealed(self.start_alpha, self.alpha, rollouts.scalars) * w_N
+        credit_N = -anneal(self.start_alpha, self.alpha, rollouts.scalars) * w_N
         if self.objective == "reinforce":
             credit_N = -credit_N * (rewards_N - group_sum(w_N * rewards_N, group_N))
         metrics: dict[str, float | Metric] = {"repulse/weighted_reward": Metric((w_N * rewards_N).sum(), w_N.sum())}
         if self.weighting == "reward":  # a learned proposal's are logged by its own credit
-            metrics |= about_weights(log_w_N, group_N, rollouts.world, "repulse")
+            metrics |= weight_metrics(log_w_N, group_N, rollouts.world, "repulse")
         return Credit((credit_N[:, None] * mask_NT).to(rewards.rewards_N.dtype), metrics=metrics)

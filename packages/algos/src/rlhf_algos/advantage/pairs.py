@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import whole_rewards
-from rlhf_core.types import Credit, Metric
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["Pairs"]
+__all__ = ["PairsAdvantage"]
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairsAdvantage:
     """Selects each prompt's best and worst completion as a preference pair (Guo et al. 2024, online DPO).
 
     Advantages are +1 and -1. A prompt whose completions are all equally good gives no pair.
@@ -40,7 +41,7 @@ class Pairs:
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        scores_N, group_N = whole_rewards(rewards).float(), rollouts.group_N
+        scores_N, group_N = total_rewards(rewards).float(), rollouts.group_N
         rank_N = rank_in_group(scores_N, group_N)
         best = (rank_N == 0).nonzero().flatten()
         worst = (rank_N == group_sizes(group_N).long() - 1).nonzero().flatten()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_algos.advantage.reinforce_pp import ReinforcePP
+from rlhf_algos.advantage.reinforce_pp import ReinforcePPAdvantage
 from rlhf_algos.whitening import Whiten
 
-__all__ = ["Reinforce"]
+__all__ = ["ReinforceAdvantage"]
 
 
 @dataclass(frozen=True)
-class Reinforce(ReinforcePP):
+class ReinforceAdvantage(ReinforcePPAdvantage):
     """Discounted returns without a baseline (Williams 1992).
 
     OpenRLHF's `reinforce` whitens them, which is --advantage reinforce_pp.

@@ -10,18 +10,19 @@ from rlhf_algos.groups import place_scores
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import Whiten, whiten
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["ReinforcePP"]
+__all__ = ["ReinforcePPAdvantage"]
 
 
 @dataclass(frozen=True)
-class ReinforcePP:
+class ReinforcePPAdvantage:
     """Discounted returns, whitened over all tokens of the batch (Hu et al. 2025, REINFORCE++, eq. 3 and 5).
 
     No critic and no groups: the batch is the baseline. One completion per prompt is enough.

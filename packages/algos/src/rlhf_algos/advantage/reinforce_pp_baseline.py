@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import group_mean, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import Whiten, whiten
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["ReinforcePPBaseline"]
+__all__ = ["ReinforcePPBaselineAdvantage"]
 
 
 @dataclass(frozen=True)
-class ReinforcePPBaseline:
+class ReinforcePPBaselineAdvantage:
     """Scores minus their group's mean, whitened over the batch's tokens (Hu et al. 2025, REINFORCE++, section 3.2).
 
     Unlike GRPO's, the scale is that of the whole batch: an easy prompt with one odd sample is not blown up.

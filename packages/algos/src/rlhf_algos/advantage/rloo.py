@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import leave_one_out, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["RLOO"]
+__all__ = ["RLOOAdvantage"]
 
 
 @dataclass(frozen=True)
-class RLOO:
+class RLOOAdvantage:
     """Scores minus the mean score of the prompt's other completions (Kool et al. 2019; Ahmadian et al. 2024, eq. 6).
 
     The baseline does not depend on the completion it serves, so the policy gradient stays unbiased.

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_sizes, require_groups
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
-from rlhf_core.needs import TRAINED
-from rlhf_core.types import Credit
+from rlhf_core.contract.requirements import TRAINED
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["SixoNegatives"]
+__all__ = ["SixoNegativesAdvantage"]
 
 OWN = f"{TRAINED}.logprobs_NT"
 
 
 @dataclass(frozen=True)
-class SixoNegatives:
+class SixoNegativesAdvantage:
     """SIXO's exact negatives: samples of the policy, told from the target's by a twist (Lawson et al. 2022).
 
     The gradient of -(1/N) log(1 - sigmoid(log psi_t)) on a prompt's N samples, for the loss `weighted_nll`.

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import place_scores, split_rewards
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
-from rlhf_core.types import Credit
+from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["Teacher"]
+__all__ = ["TeacherAdvantage"]
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherAdvantage:
     """log teacher - log sampler of every sampled token: descends KL(policy || teacher) (Agarwal et al. 2024; Lu 2025).
 
     The policy samples, so it learns from its own mistakes; the teacher only scores, one forward pass. Both read the same

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.groups import split_rewards
-from rlhf_core.described import described
+from rlhf_core.config.provider_spec import make_from_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Credit, RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import Credit, RewardOutput
 
-__all__ = ["Transformed"]
+__all__ = ["TransformedAdvantage"]
 
 MAX_EXPONENT = 80.0  # exp(80) is 5e34: beyond it float32 overflows
 
 
 @dataclass(frozen=True)
-class Transformed:
+class TransformedAdvantage:
     """Another advantage, of r - alpha exp(beta r), or of r - alpha 1[r < threshold] (RePULSe, appendix C.3).
 
     With `rloo` this is RePULSe with the policy as its own proposal, in expectation and up to the prompt's constant Z. The KL
@@ -55,7 +56,7 @@ class Transformed:
 
     @property
     def _other(self) -> Any:
-        return described("advantage", self.of, "--advantage.of")
+        return make_from_spec("advantage", self.of, "--advantage.of")
 
     def transform(self, rewards_N: Tensor) -> Tensor:
         """The transformed rewards."""

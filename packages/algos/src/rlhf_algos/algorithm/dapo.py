@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_core.dynamic import DynamicSampling
-from rlhf_core.options import KL, ModelOptions, Sampling
-from rlhf_core.shaping import RewardShaping
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import KL, ModelOptions, Sampling
+from rlhf_core.contract.terms import ProviderChoices, Term
+from rlhf_core.training.dynamic_sampling import DynamicSampling
+from rlhf_core.training.reward_shaping import RewardShaping
 
 __all__ = ["DAPO"]
 
@@ -36,5 +36,5 @@ class DAPO(Sampled):
     roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
     config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4, "sampling": Sampling(n=8)}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen, self.kl, self.entropy)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices, self.kl, self.entropy)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_algos.loss.sft import SFT
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_algos.loss.sft import SFTLoss
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["Distill"]
 
@@ -31,6 +31,6 @@ class Distill:
         "teacher": ModelOptions(),
     }
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        term = Term("actor", "data", chosen_loss(chosen))
-        return (term, Term("actor", "data", SFT(), weight=self.nll)) if self.nll else (term,)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        term = Term("actor", "data", chosen_loss(choices))
+        return (term, Term("actor", "data", SFTLoss(), weight=self.nll)) if self.nll else (term,)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_algos.loss.chosen_nll import ChosenNLL
+from rlhf_algos.loss.chosen_nll import ChosenNLLLoss
+from rlhf_core.contract.options import FREE, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.options import FREE, ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
 
 __all__ = ["DPO"]
 
@@ -33,11 +33,11 @@ class DPO:
         "reference": ModelOptions(),
     }
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        term = Term("actor", "data", chosen_loss(chosen))
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        term = Term("actor", "data", chosen_loss(choices))
         if term.unit != 2:
             raise UsageError(
                 f"the loss {type(term.loss).__qualname__} compares no pairs, so rejected completions would be learned as well; "
                 "choose dpo, ipo, cdpo, robust, hinge, simpo or orpo"
             )
-        return (term, Term("actor", "data", ChosenNLL(), weight=self.nll)) if self.nll else (term,)
+        return (term, Term("actor", "data", ChosenNLLLoss(), weight=self.nll)) if self.nll else (term,)

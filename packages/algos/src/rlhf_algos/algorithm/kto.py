@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
+from rlhf_core.contract.options import FREE, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.options import FREE, ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
 
 __all__ = ["KTO"]
 
@@ -31,8 +31,8 @@ class KTO:
     }
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        term = Term("actor", "data", chosen_loss(chosen), chosen.advantage)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        term = Term("actor", "data", chosen_loss(choices), choices.advantage)
         if "advantages_NT" not in term.needs:
             raise UsageError(
                 f"the loss {type(term.loss).__qualname__} does not read which rows are desirable; use --loss kto"

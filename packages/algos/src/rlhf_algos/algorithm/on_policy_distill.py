@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, chosen_loss, policy_terms
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnPolicyDistill"]
 
@@ -27,7 +27,7 @@ class OnPolicyDistill:
         "teacher": ModelOptions(),
     }
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        if Term("actor", "actor", chosen_loss(chosen)).partners:
-            chosen = replace(chosen, advantage=None)
-        return policy_terms(chosen)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        if Term("actor", "actor", chosen_loss(choices)).partners:
+            choices = replace(choices, advantage=None)
+        return policy_terms(choices)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, Sampled, policy_terms
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnlineDPO"]
 
@@ -23,5 +23,5 @@ class OnlineDPO(Sampled):
         "reference": ModelOptions(),
     }
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices)

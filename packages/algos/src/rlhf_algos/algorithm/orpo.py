@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["ORPO"]
 
@@ -22,5 +22,5 @@ class ORPO:
         "actor": TrainedOptions(optim=Optim(lr=8e-6, schedule="linear", warmup=0.1)),
     }
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("actor", "data", chosen_loss(chosen)),)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return (Term("actor", "data", chosen_loss(choices)),)

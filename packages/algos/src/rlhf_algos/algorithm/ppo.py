@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_algos.loss.delayed import delayed
-from rlhf_algos.loss.sft import SFT
-from rlhf_algos.loss.value import Value
+from rlhf_algos.loss.delayed import delay_term
+from rlhf_algos.loss.sft import SFTLoss
+from rlhf_algos.loss.value import ValueLoss
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
 
 __all__ = ["PPO"]
 
@@ -27,7 +27,7 @@ class PPO(Sampled):
 
     kl: KL = KL(coef=0.05, estimator="k1", where="reward")
     """penalty that keeps the policy near the reference"""
-    value: Value = Value()
+    value: ValueLoss = ValueLoss()
     """the critic's objective"""
     entropy: float = 0.0
     """weight of the entropy bonus; 0 computes no entropy"""
@@ -43,15 +43,15 @@ class PPO(Sampled):
     def __post_init__(self) -> None:
         check_ranges(self, critic_warmup="[0, 1]", ptx="[0, inf)")
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        if "values_NT" not in getattr(chosen.advantage, "needs", ()):
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        if "values_NT" not in getattr(choices.advantage, "needs", ()):
             raise UsageError(
-                f"ppo trains a critic, which the advantage {type(chosen.advantage).__name__} does not use: "
+                f"ppo trains a critic, which the advantage {type(choices.advantage).__name__} does not use: "
                 "choose --advantage gae, or an algorithm without a critic such as reinforce_pp or grpo"
             )
-        terms = policy_terms(chosen, self.kl, self.entropy)
+        terms = policy_terms(choices, self.kl, self.entropy)
         if self.ptx:
-            terms = (*terms, Term("actor", "data", SFT(), weight=self.ptx))
+            terms = (*terms, Term("actor", "data", SFTLoss(), weight=self.ptx))
         if self.critic_warmup:
-            terms = tuple(delayed(term, self.critic_warmup) for term in terms)
-        return (*terms, Term("critic", "actor", self.value, chosen.advantage))
+            terms = tuple(delay_term(term, self.critic_warmup) for term in terms)
+        return (*terms, Term("critic", "actor", self.value, choices.advantage))

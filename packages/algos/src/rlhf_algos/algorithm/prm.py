@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["PRM"]
 
@@ -20,5 +20,5 @@ class PRM:
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=Optim(lr=1e-6, schedule="cosine"))}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("reward", "data", chosen_loss(chosen)),)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return (Term("reward", "data", chosen_loss(choices)),)

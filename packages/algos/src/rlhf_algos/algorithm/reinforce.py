@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_core.options import KL, ModelOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import KL, ModelOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["Reinforce"]
 
@@ -28,5 +28,5 @@ class Reinforce(Sampled):
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "reinforce", "loss": "reinforce"}
     roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen, self.kl, self.entropy)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices, self.kl, self.entropy)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_core.options import KL, ModelOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import KL, ModelOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["ReinforcePPBaseline"]
 
@@ -29,5 +29,5 @@ class ReinforcePPBaseline(Sampled):
     roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
     config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen, self.kl, self.entropy)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices, self.kl, self.entropy)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, Sampled, policy_terms
-from rlhf_core.options import ModelOptions, Optim, Sampling, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, Sampling, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["RejectionSampling"]
 
@@ -21,5 +21,5 @@ class RejectionSampling(Sampled):
     roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=Optim(lr=2e-6))}
     config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=8)}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices)

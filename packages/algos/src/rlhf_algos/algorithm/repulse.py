@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rlhf_algos.advantage.ctl import CTL
-from rlhf_algos.advantage.negative import Negative
-from rlhf_algos.advantage.sixo_negatives import SixoNegatives
+from rlhf_algos.advantage.ctl import CTLAdvantage
+from rlhf_algos.advantage.negative import NegativeAdvantage
+from rlhf_algos.advantage.sixo_negatives import SixoNegativesAdvantage
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, policy_terms
-from rlhf_algos.loss.value import Value
-from rlhf_algos.loss.weighted_nll import WeightedNLL
+from rlhf_algos.loss.value import ValueLoss
+from rlhf_algos.loss.weighted_nll import WeightedNLLLoss
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi
+from rlhf_core.contract.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.options import KL, ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Loss
+    from rlhf_core.contract.providers import Loss
 
 __all__ = ["RePULSe"]
 
@@ -59,7 +59,7 @@ class RePULSe:
     """scale of all losses: sums over tokens as in the paper, or the released code's means over tokens and completions"""
     kl: KL = KL(coef=0.0, estimator="k1", where="reward")
     """penalty that keeps the policy near the reference; never on the proposal's samples"""
-    value: Value = Value()
+    value: ValueLoss = ValueLoss()
     """the critic's objective, where the advantage has a critic"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
@@ -75,35 +75,35 @@ class RePULSe:
         if self.proposal == "base" and self.proposal_updates > 1:
             raise UsageError("with --algorithm.proposal base there is no proposal to update; drop proposal-updates")
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         if self.compat == "original":
-            chosen = replace(chosen, loss=_sequence_means(chosen.loss))
-        weighted = WeightedNLL("prompt" if self.compat == "paper" else "sequence")
+            choices = replace(choices, loss=_sequence_means(choices.loss))
+        weighted = WeightedNLLLoss("prompt" if self.compat == "paper" else "sequence")
         learned = self.proposal == "learned"
         negative = Term("actor", "proposal" if learned else "actor", weighted, self._negative(learned))
-        terms = (*policy_terms(chosen, self.kl), negative)
-        if "values_NT" in getattr(chosen.advantage, "needs", ()):
-            terms += (Term("critic", "actor", self._value(), chosen.advantage),)
+        terms = (*policy_terms(choices, self.kl), negative)
+        if "values_NT" in getattr(choices.advantage, "needs", ()):
+            terms += (Term("critic", "actor", self._value(), choices.advantage),)
         if not learned:
             return terms
         terms = tuple(replace(term, every=self.proposal_updates) for term in terms)
         twisted = replace(weighted, output="logits_NT" if self.psi == "unnormalised" else "logprobs_NT")
-        terms += (Term("proposal", "proposal", twisted, CTL(self.target, self.psi, self.contrast)),)
+        terms += (Term("proposal", "proposal", twisted, CTLAdvantage(self.target, self.psi, self.contrast)),)
         if self.contrast == "sixo_exact":
-            terms += (Term("proposal", "actor", twisted, SixoNegatives(self.psi)),)
+            terms += (Term("proposal", "actor", twisted, SixoNegativesAdvantage(self.psi)),)
         return terms
 
-    def _value(self) -> Value:
+    def _value(self) -> ValueLoss:
         """The critic's objective, in the scale of the others."""
         return replace(self.value, aggregate="sequence") if self.compat == "original" else self.value
 
-    def _negative(self, learned: bool) -> Negative:
+    def _negative(self, learned: bool) -> NegativeAdvantage:
         """The credit of the negative term."""
         target = self.target
         if self.weighting_beta is not None:
             target = replace(target, beta=self.weighting_beta, start_beta=None)
         weighting = self.weighting if learned or self.weighting == "uniform" else "reward"
-        return Negative(target, self.alpha, self.start_alpha, weighting, self.objective)
+        return NegativeAdvantage(target, self.alpha, self.start_alpha, weighting, self.objective)
 
 
 def _sequence_means(loss: Loss | None) -> Loss:

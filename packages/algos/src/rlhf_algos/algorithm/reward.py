@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
-__all__ = ["RewardModel"]
+__all__ = ["RewardModeling"]
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardModeling:
     """A reward model from preference pairs (Ouyang et al. 2022): reward <- data : bradley_terry."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "bradley_terry"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine"))}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("reward", "data", chosen_loss(chosen)),)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return (Term("reward", "data", chosen_loss(choices)),)

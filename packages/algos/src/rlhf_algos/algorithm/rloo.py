@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_core.options import KL, ModelOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import KL, ModelOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["RLOO"]
 
@@ -25,5 +25,5 @@ class RLOO(Sampled):
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
     roles: ClassVar[Mapping[str, ModelOptions]] = POLICY_ROLES
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return policy_terms(chosen, self.kl, self.entropy)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return policy_terms(choices, self.kl, self.entropy)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.options import ModelOptions, Optim, TrainedOptions
-from rlhf_core.types import Chosen, Term
+from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["SFT"]
 
@@ -20,5 +20,5 @@ class SFT:
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "sft"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine"))}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        return (Term("actor", "data", chosen_loss(chosen)),)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        return (Term("actor", "data", chosen_loss(choices)),)

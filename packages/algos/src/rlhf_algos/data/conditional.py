@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from statistics import fmean, stdev
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
 from rlhf_core.errors import UsageError
-from rlhf_core.types import Example
 
 __all__ = ["Conditional"]
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
 from rlhf_core.errors import DataError
-from rlhf_core.types import Example
 
 __all__ = ["Selected"]
 

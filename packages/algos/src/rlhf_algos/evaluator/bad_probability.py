@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import Example
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["BadProbability", "Enumerated", "enumerate_bad", "log_bad_probability"]
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.needs import TRAINED
-from rlhf_core.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["BadSamples"]
 
@@ -42,7 +42,7 @@ class BadSamples:
         mine = set(prompts[run.world.rank :: run.world.size])
         own = [row for row in rows if str(row["prompt_ids"]) in mine] or rows[:1]  # ranks infer together
         name = run.plan.trained[0] if run.plan.trained else next(iter(run.plan.roles))
-        logprobs_NT = run.roles[name].infer(as_batch(own), frozenset({"logprobs_NT"}))["logprobs_NT"]
+        logprobs_NT = run.roles[name].infer(make_batch(own), frozenset({"logprobs_NT"}))["logprobs_NT"]
         logprobs_N = logprobs_NT.double().sum(1).tolist()
         by_prompt: dict[str, list[float]] = {}
         for row, logprob in zip(own, logprobs_N, strict=True):
@@ -72,7 +72,7 @@ class BadSamples:
         return rows
 
 
-def as_batch(rows: list[dict[str, Any]]) -> Batch:
+def make_batch(rows: list[dict[str, Any]]) -> Batch:
     """Samples by token ids, for a role to read."""
     prompt_NL, prompt_lengths_N = _padded([row["prompt_ids"] for row in rows])
     tokens_NT, lengths_N = _padded([row["ids"] for row in rows])

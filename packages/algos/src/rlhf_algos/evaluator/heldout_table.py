@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.analysis.tables import check_parquet, write_parquet
+from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import policy
-from rlhf_core.options import Sampling
-from rlhf_core.reward.output import whole_rewards
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
-    from rlhf_core.types import Example, Rollouts
+    from rlhf_core.contract.batch import Example, Rollouts
+    from rlhf_core.run.run import Run
 
 __all__ = ["HeldoutTable"]
 
@@ -100,7 +100,7 @@ class HeldoutTable:
 
     def _columns(self, run: Run, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
         """What is known of each completion."""
-        rewards_N = whole_rewards(run.reward_of(rollouts))
+        rewards_N = total_rewards(run.reward_of(rollouts))
         now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()
         kl_N = rewards_N.new_zeros(len(rollouts))
         if self.kl_coef:

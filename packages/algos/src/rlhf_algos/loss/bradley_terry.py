@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import pair_metrics, split
+from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["BradleyTerry"]
+__all__ = ["BradleyTerryLoss"]
 
 
 @dataclass(frozen=True)
-class BradleyTerry:
+class BradleyTerryLoss:
     """Logistic loss on the difference of two scores (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
 
     Per pair:  -log sigmoid(r_chosen - r_rejected - margin) + centre (r_chosen + r_rejected)^2

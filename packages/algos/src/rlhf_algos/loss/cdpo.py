@@ -12,11 +12,11 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CDPO"]
+__all__ = ["CDPOLoss"]
 
 
 @dataclass(frozen=True)
-class CDPO(PreferenceLoss):
+class CDPOLoss(PreferenceLoss):
     """Conservative DPO: smoothed labels (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3).
 
     Per pair:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)

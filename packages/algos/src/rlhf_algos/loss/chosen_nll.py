@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, split
-from rlhf_core.types import LossTerms, Metric, Reduction
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["ChosenNLL"]
+__all__ = ["ChosenNLLLoss"]
 
 
 @dataclass(frozen=True)
-class ChosenNLL:
+class ChosenNLLLoss:
     """Mean negative log-likelihood per token of each pair's chosen completion (Pang et al. 2024, eq. 1)."""
 
     wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})

@@ -10,13 +10,14 @@ from rlhf_algos.ranges import check_ranges
 from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, LossTerms, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import LossTerms, Outputs
 
-__all__ = ["CISPO"]
+__all__ = ["CISPOLoss"]
 
 
 @dataclass(frozen=True)
-class CISPO(PolicyLoss):
+class CISPOLoss(PolicyLoss):
     """REINFORCE with a clipped importance weight that carries no gradient (MiniMax 2025, MiniMax-M1, eq. 4-5).
 
     Per token, with r = pi / pi_old:  -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi.  No token loses its gradient.

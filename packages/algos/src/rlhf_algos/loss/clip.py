@@ -11,13 +11,14 @@ from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, LossTerms, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import LossTerms, Outputs
 
-__all__ = ["Clip"]
+__all__ = ["ClipLoss"]
 
 
 @dataclass(frozen=True)
-class Clip(PolicyLoss):
+class ClipLoss(PolicyLoss):
     """Policy gradient with a clipped importance ratio (Schulman et al. 2017, eq. 7).
 
     Per token, with r = pi / pi_old (its logarithm bounded to +-20):  -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.types import Term
+from rlhf_core.contract.terms import Term
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Loss, LossTerms, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.providers import Loss
+    from rlhf_core.contract.results import LossTerms, Outputs
 
-__all__ = ["Delayed", "delayed"]
+__all__ = ["DelayedLoss", "delay_term"]
 
 
 @dataclass(frozen=True)
-class Delayed:
+class DelayedLoss:
     """Another loss, times zero until a share of the run has passed; its metrics are reported throughout."""
 
     loss: Loss
@@ -44,7 +46,7 @@ class Delayed:
         return replace(result, values=result.values * float(batch.scalars["progress"] >= self.start))
 
 
-def delayed(term: Term, start: float) -> Term:
+def delay_term(term: Term, start: float) -> Term:
     """`term` with its loss delayed."""
-    loss: Any = Delayed(term.loss, start)
+    loss: Any = DelayedLoss(term.loss, start)
     return replace(term, loss=loss)

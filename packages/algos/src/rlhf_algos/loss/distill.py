@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["Distill"]
+__all__ = ["DistillLoss"]
 
 NEVER = -1e8  # stands for a log-probability of -inf: its exp is 0, and 0 times it is not nan
 
 
 @dataclass(frozen=True)
-class Distill:
+class DistillLoss:
     """Divergence from a teacher over the whole vocabulary at every token (Hinton et al. 2015; Agarwal et al. 2024, GKD).
 
     With teacher p and student q:  forward KL(p || q);  reverse KL(q || p);  js, with m = beta p + (1 - beta) q,

@@ -11,11 +11,11 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DPO"]
+__all__ = ["DPOLoss"]
 
 
 @dataclass(frozen=True)
-class DPO(PreferenceLoss):
+class DPOLoss(PreferenceLoss):
     """Logistic loss on the difference of log-ratios to the reference (Rafailov et al. 2023, eq. 7).
 
     Per pair, with h = log(pi / ref)(chosen) - log(pi / ref)(rejected), sums over tokens:  -log sigmoid(beta h)

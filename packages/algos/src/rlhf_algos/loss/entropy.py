@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.loss.policy import Aggregate
-from rlhf_core.types import LossTerms, Metric, Reduction
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["Entropy"]
+__all__ = ["EntropyLoss"]
 
 
 @dataclass(frozen=True)
-class Entropy:
+class EntropyLoss:
     """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
 
     aggregate: Aggregate = "token"

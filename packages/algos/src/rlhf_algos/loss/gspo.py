@@ -11,13 +11,14 @@ from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, LossTerms, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import LossTerms, Outputs
 
-__all__ = ["GSPO"]
+__all__ = ["GSPOLoss"]
 
 
 @dataclass(frozen=True)
-class GSPO(PolicyLoss):
+class GSPOLoss(PolicyLoss):
     """Clipped policy gradient on the geometric mean of a completion's token ratios (Zheng et al. 2025, GSPO, eq. 5-7).
 
     s = (pi(y|x) / pi_old(y|x))^(1/|y|) at every token of y:  -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A)

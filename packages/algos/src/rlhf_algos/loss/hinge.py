@@ -11,11 +11,11 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Hinge"]
+__all__ = ["HingeLoss"]
 
 
 @dataclass(frozen=True)
-class Hinge(PreferenceLoss):
+class HingeLoss(PreferenceLoss):
     """Hinge on the margin, SLiC normalised by a reference (Zhao et al. 2023; Liu et al. 2024, RSO, eq. 12).
 
     Per pair:  max(0, 1 - beta h).  A pair that is right by enough no longer pulls.

@@ -10,13 +10,14 @@ from rlhf_algos.loss.preference import PreferenceLoss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["IPO"]
+__all__ = ["IPOLoss"]
 
 
 @dataclass(frozen=True)
-class IPO(PreferenceLoss):
+class IPOLoss(PreferenceLoss):
     """Squared distance of the margin from a target, which clean labels cannot drive to infinity (Azar et al. 2023).
 
     Per pair (eq. 17):  (h - 1 / (2 beta))^2

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["KTO"]
+__all__ = ["KTOLoss"]
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTOLoss:
     """The human value of a completion, relative to a reference point (Ethayarajh et al. 2024, eq. 8).
 
     Per completion, with h = log(pi / ref) and the weight w and reference point z of --advantage kto:

@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["ORPO"]
+__all__ = ["ORPOLoss"]
 
 NEAREST_TO_ONE = -1e-6  # the odds of a certain completion are infinite; float32 resolves no nearer probability
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPOLoss:
     """Likelihood of the chosen completion and odds ratio of the pair; no reference (Hong et al. 2024, eq. 6-7).
 
     Per pair, with p the geometric mean of token probabilities and odds = p / (1 - p):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.correction import Correction
-from rlhf_core.types import LossTerms, Metric, Reduction
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
 
 __all__ = ["Aggregate", "PolicyLoss"]
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
-from rlhf_core.types import LossTerms, Reduction
+from rlhf_core.contract.results import LossTerms, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
 __all__ = ["PreferenceLoss"]
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["PRM"]
+__all__ = ["PRMLoss"]
 
 GOOD, BAD = "+", "-"
 """Hard labels as text."""
 
 
 @dataclass(frozen=True)
-class PRM:
+class PRMLoss:
     """Cross-entropy of a step's predicted and given probability of being right (Lightman et al. 2023; Wang et al. 2024).
 
     A step ends at a placeholder token; the model reads all before it and gives one logit. Row labels are lists, one

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.loss.policy import Aggregate, PolicyLoss
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, LossTerms, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import LossTerms, Outputs
 
-__all__ = ["Reinforce"]
+__all__ = ["ReinforceLoss"]
 
 
 @dataclass(frozen=True)
-class Reinforce(PolicyLoss):
+class ReinforceLoss(PolicyLoss):
     """Advantage times negative log-likelihood (Williams 1992): no ratio, no clip, for strictly on-policy steps.
 
     The default, --loss.aggregate constant with --loss.length 1, is the sum over a completion's tokens and the mean over

@@ -12,11 +12,11 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Robust"]
+__all__ = ["RobustLoss"]
 
 
 @dataclass(frozen=True)
-class Robust(PreferenceLoss):
+class RobustLoss(PreferenceLoss):
     """DPO whose expectation over flipped labels is DPO's on the true ones (Chowdhury et al. 2024, eq. 12).
 
     Per pair:  (-(1 - s) log sigmoid(beta h) + s log sigmoid(-beta h)) / (1 - 2 s)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_core.types import LossTerms, Metric, Reduction
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["SFT"]
+__all__ = ["SFTLoss"]
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFTLoss:
     """Negative log-likelihood of the completions; the prompt is not learned."""
 
     aggregate: Literal["token", "sequence"] = "token"

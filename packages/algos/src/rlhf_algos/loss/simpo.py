@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["SimPO"]
+__all__ = ["SimPOLoss"]
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPOLoss:
     """Logistic loss on mean log-probabilities, beyond a margin; no reference (Meng et al. 2024, eq. 6).
 
     Per pair:  -log sigmoid(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.types import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["Value"]
+__all__ = ["ValueLoss"]
 
 
 @dataclass(frozen=True)
-class Value:
+class ValueLoss:
     """Squared error of the critic against returns, clipped around its old prediction (Schulman et al. 2017, baselines).
 
     Per token:  max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from rlhf_core.types import LossTerms, Reduction
+from rlhf_core.contract.results import LossTerms, Reduction
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Batch, Outputs
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
 
-__all__ = ["WeightedNLL"]
+__all__ = ["WeightedNLLLoss"]
 
 
 @dataclass(frozen=True)
-class WeightedNLL:
+class WeightedNLLLoss:
     """Minus credit times log-likelihood, for self-normalised weights (RePULSe's CTL and negative term)."""
 
     scale: Literal["prompt", "sequence"] = "prompt"

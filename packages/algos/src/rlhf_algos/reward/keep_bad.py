@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
-from rlhf_core.reward.output import as_output, whole_rewards
+from rlhf_core.reward.output import to_reward_output, total_rewards
 from rlhf_core.reward.weighted import Sum
 
 if TYPE_CHECKING:
-    from rlhf_core.types import RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
 __all__ = ["KeepBad"]
 
@@ -46,9 +47,9 @@ class KeepBad:
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if any(rollouts.images):
             raise UsageError("--reward keep_bad keeps tokens and no images; choose the reward by itself")
-        output = as_output(self._reward(rollouts), rollouts, self)
+        output = to_reward_output(self._reward(rollouts), rollouts, self)
         rows = []
-        for i, reward in enumerate(whole_rewards(output).tolist()):
+        for i, reward in enumerate(total_rewards(output).tolist()):
             if reward < self.threshold:
                 ids = [
                     rollouts.prompt_NL[i, : rollouts.prompt_lengths_N[i]],

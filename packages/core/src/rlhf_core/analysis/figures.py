@@ -9,12 +9,12 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.errors import MissingPackage
-from rlhf_core.sweep import SweepFile, read_sweep
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Drawing", "figure"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import DataError, MissingPackage, UsageError
-from rlhf_core.files import write_bytes, write_text
+from rlhf_core.util.atomic_files import write_bytes, write_text
 
 __all__ = ["check_parquet", "read_columns", "write_csv", "write_parquet"]
 

@@ -16,6 +16,6 @@ from __future__ import annotations
 from rlhf_core.checkpoint.manifest import valid_checkpoints
 from rlhf_core.checkpoint.restoring import prepare_output, restore
 from rlhf_core.checkpoint.rotation import check_metric, rotate
-from rlhf_core.checkpoint.saving import save, settle
+from rlhf_core.checkpoint.saving import finish_background_save, save
 
-__all__ = ["check_metric", "prepare_output", "restore", "rotate", "save", "settle", "valid_checkpoints"]
+__all__ = ["check_metric", "finish_background_save", "prepare_output", "restore", "rotate", "save", "valid_checkpoints"]

@@ -16,9 +16,9 @@ from typing import Any
 
 import xxhash
 
-from rlhf_core.files import force, write_text
+from rlhf_core.util.atomic_files import force, write_text
 
-__all__ = ["checkpoints_of", "damage", "seal", "step_of", "valid_checkpoints"]
+__all__ = ["find_damage", "list_checkpoints", "seal", "step_number", "valid_checkpoints"]
 
 SEGMENT = 64 * 2**20
 BLOCK = 2**20
@@ -30,12 +30,12 @@ def seal(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with _pool() as pool:
         forced = pool.submit(_force_all, paths)  # one waits for the disk, others compute
-        files = {str(path.relative_to(folder)): _described(path, pool) for path in paths}
+        files = {str(path.relative_to(folder)): _file_entry(path, pool) for path in paths}
         forced.result()
     write_text(folder / "manifest.json", json.dumps({"files": files, "xxh3": _digest(files)}, indent=1))
 
 
-def damage(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -51,22 +51,22 @@ def damage(folder: Path) -> str:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or _described(path, pool) != expected:
+            if path.stat().st_size != expected["bytes"] or _file_entry(path, pool) != expected:
                 return f"{name} does not match its checksum"
     return ""
 
 
-def checkpoints_of(output: Path) -> list[Path]:
+def list_checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    return sorted((output / "checkpoints").glob("step-*"), key=step_of)
+    return sorted((output / "checkpoints").glob("step-*"), key=step_number)
 
 
 def valid_checkpoints(output: Path) -> list[Path]:
     """Those whose manifest holds, oldest first."""
-    return [folder for folder in checkpoints_of(output) if not damage(folder)]
+    return [folder for folder in list_checkpoints(output) if not find_damage(folder)]
 
 
-def step_of(folder: Path) -> int:
+def step_number(folder: Path) -> int:
     """The step that a checkpoint folder is of."""
     return int(folder.name.removeprefix("step-"))
 
@@ -80,7 +80,7 @@ def _force_all(paths: list[Path]) -> None:
         force(path)
 
 
-def _described(path: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def _file_entry(path: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """Size and checksums of a file."""
     size = path.stat().st_size
     segments = pool.map(lambda start: _checksum(path, start), range(0, max(size, 1), SEGMENT))

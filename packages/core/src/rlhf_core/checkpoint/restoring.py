@@ -13,15 +13,15 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING
 
-from rlhf_core.checkpoint.manifest import checkpoints_of, damage
+from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
 from rlhf_core.checkpoint.random_states import set_random_states
 from rlhf_core.errors import UsageError
-from rlhf_core.files import check_links, write_text
-from rlhf_core.moments import Moments
-from rlhf_core.tensors import read_tree
+from rlhf_core.training.running_moments import Moments
+from rlhf_core.util.atomic_files import check_links, write_text
+from rlhf_core.util.tensor_tree import read_tree
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["prepare_output", "restore"]
 
@@ -33,8 +33,8 @@ def prepare_output(run: Run) -> None:
         UsageError: the folder already holds a run and `--resume` was not given, or is not a folder; or `--resume` was
             given and there is no run, or one with other options.
     """
-    from rlhf_core.configure import to_toml
-    from rlhf_core.resume import check_resume
+    from rlhf_core.config.builder import to_toml
+    from rlhf_core.config.resume import check_resume
 
     if run.output.exists() and not run.output.is_dir():
         raise UsageError(f"--output {run.output} is a file; name a folder")
@@ -94,8 +94,8 @@ def _newest_valid(output: Path) -> Path | str | None:
     Damaged ones that are newer are named and set aside, once an older one is found to go on from.
     """
     damages: list[tuple[Path, str]] = []
-    for folder in reversed(checkpoints_of(output)):
-        found = damage(folder)
+    for folder in reversed(list_checkpoints(output)):
+        found = find_damage(folder)
         if found:
             damages.append((folder, found))
             continue

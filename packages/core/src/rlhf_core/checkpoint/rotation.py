@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_core.checkpoint.manifest import checkpoints_of, step_of
+from rlhf_core.checkpoint.manifest import list_checkpoints, step_number
 from rlhf_core.errors import UsageError
-from rlhf_core.files import discard, write_text
-from rlhf_core.near import near
+from rlhf_core.util.atomic_files import discard, write_text
+from rlhf_core.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["Rotation", "check_metric", "rotate"]
 
@@ -40,7 +40,7 @@ class Rotation:
 
     def __call__(self, output: Path) -> None:
         """Mark the best checkpoint in `best.json`, and remove what is not kept."""
-        newest_first = checkpoints_of(output)[::-1]
+        newest_first = list_checkpoints(output)[::-1]
         kept = set(newest_first[:1]) | self._mark_best(output / "checkpoints" / "best.json", newest_first)
         size = sum(map(_bytes, kept))
         for folder in newest_first[1 : self.keep]:
@@ -67,7 +67,7 @@ class Rotation:
 
     def _value(self, folder: Path) -> float | None:
         """The metric of a checkpoint; None where it was not measured, is not a number, or the file is damaged."""
-        step = step_of(folder)
+        step = step_number(folder)
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             value = (self.measured or {}).get(step, state["metrics"].get(self.metric))
@@ -76,7 +76,7 @@ class Rotation:
         return value if isinstance(value, (int, float)) and value == value else None
 
 
-def rotation_of(run: Run) -> Rotation:
+def read_rotation(run: Run) -> Rotation:
     """What `run` was told to keep."""
     config = run.config
     name = config.keep_best
@@ -87,7 +87,7 @@ def rotation_of(run: Run) -> Rotation:
 def rotate(run: Run) -> None:
     """Remove what is no longer wanted of the checkpoints of `run`, with all that is known of them now."""
     if run.leader:
-        rotation_of(run)(run.output)
+        read_rotation(run)(run.output)
 
 
 def check_metric(run: Run, metrics: Mapping[str, float]) -> None:
@@ -103,7 +103,7 @@ def check_metric(run: Run, metrics: Mapping[str, float]) -> None:
     partial = any(f"loss/{role}" not in metrics for role in run.plan.trained)
     if name and not partial and not {name, name.rpartition("/")[0]} & known:
         raise UsageError(
-            f"--keep-best {name}: no such metric{near(name, known)}; metrics.jsonl has the names of those there are"
+            f"--keep-best {name}: no such metric{did_you_mean(name, known)}; metrics.jsonl has the names of those there are"
         )
 
 

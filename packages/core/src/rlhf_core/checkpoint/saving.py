@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.manifest import seal
 from rlhf_core.checkpoint.random_states import get_random_states
-from rlhf_core.checkpoint.rotation import rotate, rotation_of
-from rlhf_core.files import force, fresh_folder, temporary_name, write_text
-from rlhf_core.tensors import write_tree
+from rlhf_core.checkpoint.rotation import read_rotation, rotate
+from rlhf_core.util.atomic_files import force, fresh_folder, temporary_name, write_text
+from rlhf_core.util.tensor_tree import write_tree
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
-__all__ = ["save", "settle"]
+__all__ = ["finish_background_save", "save"]
 
 Writer = Callable[[str], None]
 
@@ -38,16 +38,16 @@ def save(run: Run) -> None:
     if run.world.gather(folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
         rotate(run)  # a run may have been killed between saving and this
         return
-    rest = Rest(_state(run), run.world.gather(get_random_states()), run.output)
+    rest = SharedState(_state(run), run.world.gather(get_random_states()), run.output)
     writers = _snapshots(run) if run.config.save_async else None
     if writers is None:
         _write_together(run, folder, rest)
         rotate(run)
     elif run.leader:
-        run.saving.start(partial(_write_copies, folder, writers, rest, rotation_of(run)))
+        run.saving.start(partial(_write_copies, folder, writers, rest, read_rotation(run)))
 
 
-def settle(run: Run, wait: bool) -> None:
+def finish_background_save(run: Run, wait: bool) -> None:
     """Take note of a save that went on beside the loop, if it is done; with `wait`, wait for that. Raises what it raised."""
     with run.phase("checkpoint"):
         _note(run, run.saving.wait() if wait else run.saving.poll())
@@ -59,7 +59,7 @@ def _note(run: Run, seconds: float) -> None:
 
 
 @dataclass(frozen=True)
-class Rest:
+class SharedState:
     """All of a checkpoint that is no role's."""
 
     state: Mapping[str, Any]
@@ -100,7 +100,7 @@ def _snapshots(run: Run) -> dict[str, Writer] | None:
     return writers
 
 
-def _write_together(run: Run, folder: Path, rest: Rest) -> None:
+def _write_together(run: Run, folder: Path, rest: SharedState) -> None:
     """Every rank writes its part into a folder that the leader opens and closes."""
     with fresh_folder(folder) if run.leader else nullcontext(temporary_name(folder)) as temporary:
         run.world.barrier()  # the folder is there
@@ -112,7 +112,9 @@ def _write_together(run: Run, folder: Path, rest: Rest) -> None:
     run.world.barrier()  # nobody stops, or looks for it, before it has its name
 
 
-def _write_copies(folder: Path, writers: Mapping[str, Writer], rest: Rest, rotation: Callable[[Path], None]) -> None:
+def _write_copies(
+    folder: Path, writers: Mapping[str, Writer], rest: SharedState, rotation: Callable[[Path], None]
+) -> None:
     """The same from copies, by the leader alone and in another thread: nothing here may use the run or its ranks."""
     with fresh_folder(folder) as temporary:
         for name, write in writers.items():

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from rlhf_core.cli import help as help_
 from rlhf_core.cli.command import COMMANDS, JOBS, make_command, wants_help
+from rlhf_core.config.parsing import read
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
-from rlhf_core.near import closest, or_list
-from rlhf_core.redact import redact, show_traceback
-from rlhf_core.registry import Registry
-from rlhf_core.settings import read
+from rlhf_core.plugins.registry import Registry
+from rlhf_core.util.secrets import redact, show_traceback
+from rlhf_core.util.suggestions import closest_names, or_list
 
 __all__ = ["main"]
 
@@ -80,10 +80,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _train(words: Sequence[str], registry: Registry) -> int:
-    from rlhf_core.configure import parse
+    from rlhf_core.config.builder import parse
 
     config = parse(words, registry)
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
     Run(config, registry=registry).train()
     return 0
@@ -114,6 +114,6 @@ def _check_first(word: str, registry: Registry) -> None:
     algorithms = registry.table("algorithm")
     if word.startswith("-") or ":" in word or word in algorithms:
         return
-    close = closest(word, [*COMMANDS, *JOBS, *algorithms])
+    close = closest_names(word, [*COMMANDS, *JOBS, *algorithms])
     if any(each in COMMANDS or each in JOBS for each in close):
         raise UnknownName(f"no algorithm or command is called {word!r}; did you mean {or_list(close)}?")

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.lazy import torch
-from rlhf_core.options import ModelOptions, Sampling
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Chat"]
 
@@ -36,7 +36,7 @@ class Chat:
 
     def __call__(self, registry: Registry) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
-        from rlhf_core.models.load import load_model, load_reader, load_tokenizer, render_chat
+        from rlhf_core.models.loading.load import load_model, load_reader, load_tokenizer, render_chat
 
         options = ModelOptions(model=self.model)
         tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)

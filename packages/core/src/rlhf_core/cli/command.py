@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.parsing import split_flags
+from rlhf_core.config.schema import Option, flag, options_of
+from rlhf_core.config.value_types import from_words, metavar
 from rlhf_core.errors import UsageError
-from rlhf_core.layout import Option, flag, options_of
-from rlhf_core.near import closest
-from rlhf_core.settings import split_flags
-from rlhf_core.targets import load
-from rlhf_core.values import from_words, metavar
+from rlhf_core.plugins.import_paths import load
+from rlhf_core.util.suggestions import closest_names
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["COMMANDS", "JOBS", "command_options", "make_command", "wants_help"]
 
@@ -72,7 +72,7 @@ def make_command(name: str, words: Sequence[str]) -> Callable[[Registry], int]:
     known = {option.path: option for option in optional}
     for path, value in flags.items():
         if path not in known:
-            close = closest(path, known)
+            close = closest_names(path, known)
             hint = (
                 f"did you mean {known[close[0]].described(flag(close[0]))}?" if close else f"see rlhf-run {name} --help"
             )

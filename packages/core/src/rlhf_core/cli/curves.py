@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rlhf_core.analysis.figures import Drawing, figure
 from rlhf_core.analysis.stats import t_interval
+from rlhf_core.analysis.sweep import Member, SweepFile
 from rlhf_core.errors import UsageError
-from rlhf_core.sweep import Member, SweepFile
 
 __all__ = ["Curves", "series"]
 

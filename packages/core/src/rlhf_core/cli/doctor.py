@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from rlhf_core.install_table import INSTALL
+from rlhf_core.plugins.known_packages import INSTALL
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Doctor", "missing"]
+__all__ = ["Doctor", "missing_packages"]
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pluggy")
 
@@ -31,7 +31,7 @@ class Doctor:
             "devices": list(_devices()),
             "plugins": [f"{plugin.name}: {plugin}" for plugin in registry.plugins.values()],
             "broken plugins": [str(broken) for broken in registry.broken],
-            "missing, each for the feature it names": list(missing(registry)),
+            "missing, each for the feature it names": list(missing_packages(registry)),
         }
         for title, lines in sections.items():
             if lines:
@@ -65,19 +65,19 @@ def _devices() -> Iterator[str]:
         yield f"cuda: none that torch {torch.__version__} can use"
 
 
-def missing(registry: Registry) -> Iterator[str]:
+def missing_packages(registry: Registry) -> Iterator[str]:
     """What is not installed: packages of ours, and the extras of those that are, with the pip command of each."""
     for kind, names in INSTALL.items():
         for name, distribution in names.items():
             if not _version(distribution):
                 yield f"{kind} {name}: python3 -m pip install {distribution}"
     for distribution in sorted({plugin.distribution for plugin in registry.plugins.values()}):
-        for extra, absent in _absent(distribution).items():
+        for extra, absent in _missing_extras(distribution).items():
             full = f"{distribution}[{extra}]"
             yield f"{full} (needs {', '.join(absent)}): python3 -m pip install '{full}'"
 
 
-def _absent(distribution: str) -> dict[str, list[str]]:
+def _missing_extras(distribution: str) -> dict[str, list[str]]:
     """`{extra: distributions that are not installed}` of a distribution's extras."""
     found: dict[str, list[str]] = {}
     requirements = metadata.requires(distribution) if _version(distribution) else None

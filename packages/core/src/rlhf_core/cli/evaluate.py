@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import Untrained, placed
+from rlhf_core.cli.job import Untrained, open_untrained
+from rlhf_core.contract.options import ModelOptions, RunConfig, Sampling
 from rlhf_core.errors import UsageError
-from rlhf_core.options import ModelOptions, RunConfig, Sampling
-from rlhf_core.plan import make_plan
+from rlhf_core.training.planner import make_plan
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Evaluate"]
 
@@ -55,7 +55,7 @@ class Evaluate:
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
         Path(self.output).mkdir(parents=True, exist_ok=True)
-        with placed(config, registry) as run:
+        with open_untrained(config, registry) as run:
             metrics = run.evaluate()
         print(json.dumps({name: metrics[name] for name in sorted(metrics)}))
         return 0

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from rlhf_core.analysis.figures import Drawing, figure
 from rlhf_core.analysis.stats import bootstrap_interval, cvar, pareto, share_below
+from rlhf_core.analysis.sweep import Member, SweepFile
 from rlhf_core.analysis.tables import read_columns
 from rlhf_core.errors import UsageError
-from rlhf_core.sweep import Member, SweepFile
 
 __all__ = ["Frontier", "frontier_rows"]
 

@@ -15,16 +15,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, go_on_with, placed, read_lines
+from rlhf_core.cli.job import append_lines, continue_output, open_untrained, read_lines
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.options import ModelOptions, RunConfig, Sampling
 from rlhf_core.errors import UsageError
-from rlhf_core.files import write_text
-from rlhf_core.options import ModelOptions, RunConfig, Sampling
-from rlhf_core.types import Example
+from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
-    from rlhf_core.run import Run
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
 
 __all__ = ["Generate"]
 
@@ -68,7 +68,7 @@ class Generate:
     def __call__(self, config: RunConfig, registry: Registry) -> int:
         path = Path(self.output)
         chosen = {kind: config.providers[kind] for kind in ("data", "rollout")}
-        go_on_with(
+        continue_output(
             path,
             model=self.model,
             actor=config.roles["actor"],
@@ -81,7 +81,7 @@ class Generate:
         done = self._done(path)
         rows = self._rows(config.providers["data"], done)
         left_out = 0
-        with placed(config, registry) as run:
+        with open_untrained(config, registry) as run:
             while batch := list(islice(rows, self.batch_size)):
                 fitting = [(uid, example) for uid, example in batch if run.encoder.fits_prompt(example)]
                 left_out += len(batch) - len(fitting)

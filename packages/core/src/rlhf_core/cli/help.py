@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rlhf_core.cli.command import COMMANDS, JOBS, command_options
-from rlhf_core.docstrings import docs_of, first_line
-from rlhf_core.hookspecs import SEVERAL
-from rlhf_core.layout import FIXED, Layout, Option, Section, flag, shown
-from rlhf_core.options import RunConfig
-from rlhf_core.settings import Settings
-from rlhf_core.values import is_secret, metavar
+from rlhf_core.config.docstrings import docs_of, first_line
+from rlhf_core.config.parsing import Settings
+from rlhf_core.config.schema import FIXED, Option, Schema, Section, flag, format_default
+from rlhf_core.config.value_types import is_secret, metavar
+from rlhf_core.contract.hooks import SEVERAL
+from rlhf_core.contract.options import RunConfig
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["algorithm", "command", "job", "overview"]
 
@@ -46,17 +46,17 @@ def overview(registry: Registry) -> str:
     )
 
 
-def algorithm(layout: Layout, settings: Settings, registry: Registry) -> str:
+def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
     """`rlhf-run ALGORITHM --help`: the options of exactly the chosen providers."""
-    name = layout.names["algorithm"]
-    (own,) = (section for section in layout.sections if section.kind == "algorithm")
-    choices = [(f"{flag(kind)} {chosen or 'none'}", _choices(kind, registry)) for kind, chosen in layout.names.items()]
+    name = schema.names["algorithm"]
+    (own,) = (section for section in schema.sections if section.kind == "algorithm")
+    choices = [(f"{flag(kind)} {chosen or 'none'}", _choices(kind, registry)) for kind, chosen in schema.names.items()]
     blocks = [
         [f"usage: rlhf-run {name} [flags]", "", *docs_of(own.cls).doc.split("\n")],
         ["providers, as chosen here"],
         _rows(choices[1:]),
     ]
-    for section in layout.sections:
+    for section in schema.sections:
         if section.options:
             blocks += [[_title(section)], _rows(_row(option, settings) for option in section.options)]
     blocks += [["other"], _rows([("--config FILE", FIXED["config"]), ("-h, --help", FIXED["help"])])]
@@ -75,15 +75,15 @@ def command(name: str) -> str:
     )
 
 
-def job(layout: Layout, settings: Settings, registry: Registry) -> str:
+def job(schema: Schema, settings: Settings, registry: Registry) -> str:
     """`rlhf-run generate --help` and its like: the command's own options, and those of the chosen providers."""
-    (name,) = (chosen for kind, chosen in layout.names.items() if kind == "algorithm")
-    own = layout.sections[0]
+    (name,) = (chosen for kind, chosen in schema.names.items() if kind == "algorithm")
+    own = schema.sections[0]
     positional = [option.path.upper() for option in own.options if option.required]
-    choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in layout.names.items()]
+    choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in schema.names.items()]
     blocks = [[" ".join([f"usage: rlhf-run {name}", *positional, "[flags]"]), "", *docs_of(own.cls).doc.split("\n")]]
     blocks += [["providers, as chosen here"], _rows(choices[1:])]
-    for section in layout.sections:
+    for section in schema.sections:
         if section.options:
             title = "options" if section is own else _title(section)
             blocks += [[title], _rows(_row(option, settings) for option in section.options)]
@@ -102,7 +102,7 @@ def _title(section: Section) -> str:
 
 def _row(option: Option, settings: Settings) -> tuple[str, str]:
     """An option with its documentation and the value it has unless a flag changes it."""
-    note = f"set: {shown(settings[option.path])}" if option.path in settings else option.note
+    note = f"set: {format_default(settings[option.path])}" if option.path in settings else option.note
     if is_secret(option.annotation):
         note = "secret; give it as env:NAME"
     return f"{flag(option.path)} {metavar(option.annotation)}", f"{option.doc} ({note})".lstrip()

@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.cli.command import JOBS
-from rlhf_core.configure import construct, parts
+from rlhf_core.config.builder import construct, split_sections
+from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags
+from rlhf_core.config.schema import Schema, Section, build_schema, flag, provider_sections
+from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.options import RunConfig
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.files import force, write_bytes, write_text
-from rlhf_core.hookspecs import KINDS
-from rlhf_core.layout import Layout, Section, flag, laid_out, provider_sections
 from rlhf_core.lazy import torch
-from rlhf_core.options import RunConfig
-from rlhf_core.redact import redact
-from rlhf_core.settings import Settings, from_flags, one, split_flags
-from rlhf_core.targets import load
-from rlhf_core.types import Chosen, Term
+from rlhf_core.plugins.import_paths import load
+from rlhf_core.util.atomic_files import force, write_bytes, write_text
+from rlhf_core.util.secrets import redact
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
-    from rlhf_core.run import Run
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
 
-__all__ = ["Untrained", "append_lines", "go_on_with", "placed", "read_job", "read_lines", "run_job"]
+__all__ = ["Untrained", "append_lines", "continue_output", "open_untrained", "read_job", "read_lines", "run_job"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,45 +41,45 @@ class Untrained:
 
     samples: tuple[str, ...] = ("actor",)
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         return ()
 
 
-def read_job(words: Sequence[str], registry: Registry) -> tuple[Layout, Settings]:
+def read_job(words: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     """The options there are and those that are set, without building anything: enough for `--help`."""
     name = words[0]
     cls = load(JOBS[name])
     given, flags = split_flags(words[1:])
-    chosen = {kind: one(flag(kind), flags.pop(kind)) for kind in KINDS if kind in flags}
+    chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in KINDS if kind in flags}
     asked_help = flags.pop("help", None) is not None
-    layout = _layout(name, cls, chosen, registry)
-    positional = [option for option in layout.sections[0].options if option.required]
+    schema = _schema(name, cls, chosen, registry)
+    positional = [option for option in schema.sections[0].options if option.required]
     usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)])
     if len(given) > len(positional):
         raise UsageError(f"unexpected {given[len(positional)]!r}: {usage}")
-    settings: Settings = {option.path: word for option, word in zip(positional, given)} | from_flags(flags, layout)
+    settings: Settings = {option.path: word for option, word in zip(positional, given)} | from_flags(flags, schema)
     if not asked_help:
         for option in positional:
             if option.path not in settings:
                 raise UsageError(f"{name} needs {option.path.upper()}, {option.doc}: {usage}")
         for kind, usual in cls.kinds.items():
-            if usual is not None and not layout.names[kind]:
+            if usual is not None and not schema.names[kind]:
                 raise UsageError(f"{name} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
-    return layout, settings
+    return schema, settings
 
 
 def run_job(words: Sequence[str], registry: Registry) -> int:
     """Read, build and run."""
-    layout, settings = read_job(words, registry)
-    made = construct(layout, settings)
+    schema, settings = read_job(words, registry)
+    made = construct(schema, settings)
     job = made[""]
     shared = {each.name for each in dataclasses.fields(RunConfig)} & {each.name for each in dataclasses.fields(job)}
-    names = {kind: name for kind, name in layout.names.items() if name}
+    names = {kind: name for kind, name in schema.names.items() if name}
     own = {name: getattr(job, name) for name in shared}
-    return int(job(RunConfig(Untrained(), names=names, **parts(layout, made), **own), registry))
+    return int(job(RunConfig(Untrained(), names=names, **split_sections(schema, made), **own), registry))
 
 
-def _layout(name: str, cls: Any, chosen: Mapping[str, str], registry: Registry) -> Layout:
+def _schema(name: str, cls: Any, chosen: Mapping[str, str], registry: Registry) -> Schema:
     for kind in chosen:
         if kind not in cls.kinds:
             raise UsageError(f"{name} has no {kind}, it uses {', '.join(cls.kinds)}")
@@ -87,7 +87,7 @@ def _layout(name: str, cls: Any, chosen: Mapping[str, str], registry: Registry) 
     sections = [Section("", name, cls)]
     sections += [Section(role, f"role {role!r} (frozen)", type(base), base) for role, base in cls.roles.items()]
     kinds = {kind: each for kind, each in names.items() if kind != "algorithm"}
-    return laid_out(names, [*sections, *provider_sections(kinds, registry)])
+    return build_schema(names, [*sections, *provider_sections(kinds, registry)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def _layout(name: str, cls: Any, chosen: Mapping[str, str], registry: Registry) 
 
 
 @contextmanager
-def placed(config: RunConfig, registry: Registry) -> Iterator[Run]:
+def open_untrained(config: RunConfig, registry: Registry) -> Iterator[Run]:
     """A run whose roles are placed and which is not trained: it has no checkpoint and tells no observer."""
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
     run = Run(config, registry)
     run.check()
@@ -112,7 +112,7 @@ def placed(config: RunConfig, registry: Registry) -> Iterator[Run]:
         run.placed.close()
 
 
-def go_on_with(path: Path, **options: object) -> None:
+def continue_output(path: Path, **options: object) -> None:
     """Let a command write to `path`, and go on with what is there if the options that made it were these.
 
     Fingerprints of the options are kept beside it, in PATH.options.json; those that change no result are left out.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["MergeLora"]
 
@@ -29,9 +29,9 @@ class MergeLora:
     """of the weights that are written; merging itself is done in float32"""
 
     def __call__(self, registry: Registry) -> int:
-        from rlhf_core.models.hub import located
+        from rlhf_core.models.loading.hub import resolve_name
 
-        source = located(self.adapter)
+        source = resolve_name(self.adapter)
         if source.kind != "adapter":
             raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
         if not self.output:
@@ -43,20 +43,20 @@ class MergeLora:
         return 0
 
     def _merge(self, adapter: Path) -> None:
-        from rlhf_core.files import fresh_folder
+        from rlhf_core.contract.options import ModelOptions
         from rlhf_core.lazy import torch
-        from rlhf_core.models.adapters import base_of, has_score, merged
-        from rlhf_core.models.card import Card
-        from rlhf_core.models.export import padding_like
-        from rlhf_core.models.load import load_model, load_reader, load_scorer, load_tokenizer, no_progress_bars
+        from rlhf_core.models.export.card import Card
+        from rlhf_core.models.export.folder import padding_like
+        from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
+        from rlhf_core.models.loading.load import load_model, load_reader, load_scorer, load_tokenizer, no_progress_bars
         from rlhf_core.models.module import HEADS_FILE, set_pad
-        from rlhf_core.options import ModelOptions
+        from rlhf_core.util.atomic_files import fresh_folder
 
-        options, base = ModelOptions(), self.base or base_of(adapter)
+        options, base = ModelOptions(), self.base or read_base_model(adapter)
         tokenizer, classifier = load_tokenizer(str(adapter), options), has_score(adapter)
         model: Any = load_scorer(base, options)[0] if classifier else load_model(base, options)
         reader = None if classifier else load_reader(base, options, tokenizer)
-        model = merged(model, adapter).to(getattr(torch, self.dtype))
+        model = merge_adapter(model, adapter).to(getattr(torch, self.dtype))
         if classifier:
             set_pad(model.config, tokenizer)
         with fresh_folder(Path(self.output)) as folder, no_progress_bars():

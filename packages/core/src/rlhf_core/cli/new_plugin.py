@@ -12,7 +12,7 @@ from rlhf_core.cli import templates
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["NewPlugin"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_core.docstrings import first_line
-from rlhf_core.hookspecs import KINDS
+from rlhf_core.config.docstrings import first_line
+from rlhf_core.contract.hooks import KINDS
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Plugins", "Row", "rows"]
+__all__ = ["ListedProvider", "Plugins", "list_providers"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedProvider:
     """One line of the list."""
 
     kind: str
@@ -38,7 +38,7 @@ class Plugins:
     """as JSON: providers, conflicts and broken plugins"""
 
     def __call__(self, registry: Registry) -> int:
-        listed = [row for row in rows(registry, self.kind) if self.kind in ("", row.kind)]
+        listed = [row for row in list_providers(registry, self.kind) if self.kind in ("", row.kind)]
         if self.json:
             self._print_json(registry, listed)
             return 0
@@ -54,7 +54,7 @@ class Plugins:
             print(f"broken: {broken}")
         return 0
 
-    def _print_json(self, registry: Registry, listed: list[Row]) -> None:
+    def _print_json(self, registry: Registry, listed: list[ListedProvider]) -> None:
         import json
 
         conflicts = [[{"kind": e.kind, "name": e.name, **asdict(e.plugin)} for e in es] for es in registry.conflicts]
@@ -63,16 +63,16 @@ class Plugins:
         print(json.dumps(found, indent=2))
 
 
-def rows(registry: Registry, kind: str = "") -> list[Row]:
+def list_providers(registry: Registry, kind: str = "") -> list[ListedProvider]:
     """Every provider by kind and name, then the plugins that observe runs; metrics only where they are asked for."""
     found = [
-        Row(each, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))
+        ListedProvider(each, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))
         for each in KINDS
         for name, entry in registry.table(each).items()
     ]
     for plugin, doc in registry.observers():
         said = f"{doc.partition(chr(10))[0].rstrip('.')} (always there; -p no:{plugin.name})".lstrip()
-        found.append(Row("observer", plugin.name, plugin.distribution, plugin.version, said))
+        found.append(ListedProvider("observer", plugin.name, plugin.distribution, plugin.version, said))
     for plugin, name, said in registry.metrics() if kind == "metric" else ():
-        found.append(Row("metric", name, plugin.distribution, plugin.version, said))
+        found.append(ListedProvider("metric", name, plugin.distribution, plugin.version, said))
     return found

@@ -13,16 +13,16 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, go_on_with, read_lines
+from rlhf_core.cli.job import append_lines, continue_output, read_lines
+from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.options import RunConfig
-from rlhf_core.types import Rollouts
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Score", "as_rollouts"]
+__all__ = ["Score", "make_rollouts"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Score:
     roles: ClassVar[Mapping[str, Any]] = {}
 
     def __call__(self, config: RunConfig, registry: Registry) -> int:
-        from rlhf_core.reward.output import as_output, whole_rewards
+        from rlhf_core.reward.output import to_reward_output, total_rewards
 
         reward = config.providers["reward"]
         if hasattr(reward, "check"):
@@ -48,16 +48,16 @@ class Score:
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
         if path.resolve() == Path(self.file).resolve():
             raise UsageError(f"--output {path} is the file that is read; name another")
-        go_on_with(path, reward=reward)
+        continue_output(path, reward=reward)
         rows = self._rows()
         for number, (old, row) in enumerate(zip(read_lines(path), islice(rows, len(read_lines(path)))), start=1):
             if {**old, **row} != old:
                 raise UsageError(f"{path}:{number} is not {self.file}:{number} with a reward; name another --output")
         total = len(read_lines(path))
         while batch := list(islice(rows, self.batch_size)):
-            rollouts = as_rollouts(batch)
-            output = as_output(reward(rollouts), rollouts, reward)
-            added = [{"reward": float(value)} for value in whole_rewards(output).float()]
+            rollouts = make_rollouts(batch)
+            output = to_reward_output(reward(rollouts), rollouts, reward)
+            added = [{"reward": float(value)} for value in total_rewards(output).float()]
             if output.scores_N is not None:
                 added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
@@ -85,11 +85,11 @@ class Score:
             yield row
 
 
-def as_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
+def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
     """Lines as the batch that a reward is called with; adjacent lines with one prompt are a group."""
-    from rlhf_core.data.chats import as_chat
+    from rlhf_core.data.chats import to_chat
 
-    prompts = [as_chat(row["prompt"]) if isinstance(row["prompt"], list) else str(row["prompt"]) for row in rows]
+    prompts = [to_chat(row["prompt"]) if isinstance(row["prompt"], list) else str(row["prompt"]) for row in rows]
     group = [0]
     for before, now in pairwise(prompts):
         group.append(group[-1] + (before != now))

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_core.analysis.sweep import Member, SweepFile, read_sweep, write_configuration
 from rlhf_core.errors import UsageError
-from rlhf_core.files import write_text
-from rlhf_core.sweep import Member, SweepFile, read_sweep, write_configuration
+from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Sweep", "run_member", "status_table"]
 
@@ -91,7 +91,7 @@ class Sweep:
 def run_member(member: Member, sweep: SweepFile, running: set[subprocess.Popen[bytes]]) -> None:
     """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder."""
     member.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(member.folder) as lock:
+    with _try_lock(member.folder) as lock:
         if lock is None or member.state == "finished":
             return
         words = [
@@ -102,9 +102,9 @@ def run_member(member: Member, sweep: SweepFile, running: set[subprocess.Popen[b
             "--config",
             str(write_configuration(member)),
         ]
-        words += ["--resume"] if member.begun else []
+        words += ["--resume"] if member.is_started else []
         member.status_file.unlink(missing_ok=True)
-        print(f"{member.name}: {'resumed' if member.begun else 'begun'}", flush=True)
+        print(f"{member.name}: {'resumed' if member.is_started else 'begun'}", flush=True)
         started = time.time()
         with (member.folder / "log.txt").open("ab") as log:
             # the run holds the lock too: should this process be killed, nobody else takes what still runs
@@ -131,7 +131,7 @@ def _ranks(processes: int) -> list[str]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
+def _try_lock(folder: Path) -> Iterator[int | None]:
     """The lock on a folder, None if somebody else has it."""
     with (folder / ".lock").open("w") as file:
         try:
@@ -160,7 +160,9 @@ def slurm_script(sweep: SweepFile) -> str:
     """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
     lines = ["#!/bin/bash", f"#SBATCH --job-name={sweep.path.stem}", f"#SBATCH --array=0-{len(sweep.members) - 1}"]
     lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in sweep.slurm.items()]
-    return "\n".join([*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_only(sweep)} "$SLURM_ARRAY_TASK_ID"', ""])
+    return "\n".join(
+        [*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_member_command(sweep)} "$SLURM_ARRAY_TASK_ID"', ""]
+    )
 
 
 def ray_script(sweep: SweepFile) -> str:
@@ -172,11 +174,11 @@ def ray_script(sweep: SweepFile) -> str:
     lines = ["#!/bin/bash", "set -e"]
     for number, member in enumerate(sweep.members):
         if member.state != "finished":
-            entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_only(sweep)} {number}")
+            entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_member_command(sweep)} {number}")
             lines.append(f"ray job submit --no-wait {flags} -- bash -c {entry}  # {member.name}")
     return "\n".join([*lines, ""])
 
 
-def _only(sweep: SweepFile) -> str:
+def _member_command(sweep: SweepFile) -> str:
     """The command of one run, less its number."""
     return shlex.join([sys.executable, "-m", "rlhf_core", "sweep", str(sweep.path.resolve()), "--only"])

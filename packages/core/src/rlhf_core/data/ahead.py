@@ -17,10 +17,10 @@ from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import Drawn, Stream
 
 if TYPE_CHECKING:
-    from rlhf_core.encode import Encoder
-    from rlhf_core.options import RunConfig
-    from rlhf_core.types import Example
-    from rlhf_core.world import World
+    from rlhf_core.contract.batch import Example
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.data.encoder import Encoder
 
 __all__ = ["Ahead"]
 

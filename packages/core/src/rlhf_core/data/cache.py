@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.encode import Row
-    from rlhf_core.types import Example
+    from rlhf_core.contract.batch import Example
+    from rlhf_core.data.rows import TokenizedRow
 
 __all__ = ["RowCache"]
 
@@ -55,9 +55,9 @@ class RowCache:
         content = [example.prompt, example.completions, example.meta.get("tools")]
         return hashlib.blake2b(json.dumps(content, default=repr).encode(), digest_size=16).digest()
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRow]:
         """The rows that are there."""
-        found: dict[bytes, Row] = {}
+        found: dict[bytes, TokenizedRow] = {}
         for at in range(0, len(keys), ASKED):
             part = keys[at : at + ASKED]
             marks = ",".join("?" * len(part))
@@ -66,11 +66,11 @@ class RowCache:
                     found[key] = _row(stored[CHECK:])
         return found
 
-    def put(self, rows: Mapping[bytes, Row]) -> None:
+    def put(self, rows: Mapping[bytes, TokenizedRow]) -> None:
         """Keep rows, all of them or none."""
         if not rows:
             return
-        stored = [(key, _stored(row)) for key, row in rows.items()]
+        stored = [(key, _to_bytes(row)) for key, row in rows.items()]
         self._execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", stored, many=True)
 
     def close(self) -> None:
@@ -95,14 +95,16 @@ def _check(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=CHECK).digest()
 
 
-def _stored(row: Row) -> bytes:
+def _to_bytes(row: TokenizedRow) -> bytes:
     sides = [[side.text, side.ids, "".join("01"[trained] for trained in side.mask)] for side in row.completions]
     data = json.dumps([row.text, row.ids, sides], separators=(",", ":")).encode()
     return _check(data) + data
 
 
-def _row(data: bytes) -> Row:
-    from rlhf_core.encode import Completion, Row
+def _row(data: bytes) -> TokenizedRow:
+    from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 
     text, ids, sides = json.loads(data)
-    return Row(text, ids, tuple(Completion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides))
+    return TokenizedRow(
+        text, ids, tuple(TokenizedCompletion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides)
+    )

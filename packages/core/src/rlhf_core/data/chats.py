@@ -12,21 +12,21 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from rlhf_core.contract.batch import Message
 from rlhf_core.data.images import image_part
-from rlhf_core.types import Message
 
 __all__ = [
     "Chat",
     "Text",
     "Turns",
-    "as_chat",
-    "as_dialogue",
     "common_prompt",
+    "find_unread_part",
+    "format_dialogue",
     "is_dialogue",
     "parse_dialogue",
-    "plain",
+    "plain_text",
     "split",
-    "unseen",
+    "to_chat",
 ]
 
 Chat = tuple[Message, ...]
@@ -39,7 +39,7 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def as_chat(value: Sequence[Any]) -> Chat:
+def to_chat(value: Sequence[Any]) -> Chat:
     """Messages as they are, ShareGPT's renamed.
 
     Raises:
@@ -78,7 +78,7 @@ def _parts(content: Sequence[Any], number: int) -> str | list[Any]:
         raise ValueError(f"message {number}: {error}") from None
 
 
-def unseen(chat: Chat, seen: Collection[str] = ("text",)) -> str:
+def find_unread_part(chat: Chat, seen: Collection[str] = ("text",)) -> str:
     """The first part of a type that a model does not read, an image say; empty if there is none."""
     parts = (part for message in chat if isinstance(message.get("content"), list) for part in message["content"])
     return next((str(part["type"]) for part in parts if part["type"] not in seen), "")
@@ -107,7 +107,7 @@ def parse_dialogue(text: str) -> Chat:
     return tuple(chat)
 
 
-def as_dialogue(chat: Chat) -> str:
+def format_dialogue(chat: Chat) -> str:
     """The HH text of a chat; other roles than user and assistant are written without a speaker."""
     turns = []
     for message in chat:
@@ -132,7 +132,7 @@ def split(chat: Chat, turns: Turns = "last") -> tuple[Chat, tuple[Text, ...]]:
         at = next(i for i, message in enumerate(chat) if message["role"] == "assistant")
     if at == 0:
         raise ValueError("the chat begins with the assistant: there is no prompt to answer")
-    return chat[:at], (plain(chat[at:]),)
+    return chat[:at], (plain_text(chat[at:]),)
 
 
 def common_prompt(chosen: Chat, rejected: Chat) -> tuple[Chat, tuple[Text, Text]]:
@@ -143,10 +143,10 @@ def common_prompt(chosen: Chat, rejected: Chat) -> tuple[Chat, tuple[Text, Text]
         shared -= 1
     if shared == 0:
         raise ValueError("both should begin with the same prompt and each end with an assistant turn")
-    return chosen[:shared], (plain(chosen[shared:]), plain(rejected[shared:]))
+    return chosen[:shared], (plain_text(chosen[shared:]), plain_text(rejected[shared:]))
 
 
-def plain(chat: Chat) -> Text:
+def plain_text(chat: Chat) -> Text:
     """The text alone if `chat` is one plain assistant message."""
     match chat:
         case ({"role": "assistant", "content": str(content), **rest},) if not rest:

@@ -13,10 +13,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeVar
 
-from rlhf_core.data.chats import Chat, Text, Turns, as_chat, common_prompt, is_dialogue, parse_dialogue, plain, split
-from rlhf_core.data.images import has_images, located, with_images
+from rlhf_core.contract.batch import Example
+from rlhf_core.data.chats import (
+    Chat,
+    Text,
+    Turns,
+    common_prompt,
+    is_dialogue,
+    parse_dialogue,
+    plain_text,
+    split,
+    to_chat,
+)
+from rlhf_core.data.images import attach_images, has_images, make_paths_absolute
 from rlhf_core.errors import DataError
-from rlhf_core.types import Example
 
 __all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
 
@@ -70,7 +80,7 @@ class Columns:
     unique: bool = False
     """drop rows whose prompt and completions came before, counted in data/duplicates"""
 
-    def found_in(self, row: Mapping[str, Any], origin: str) -> Columns:
+    def infer_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
         """These columns with every key that was left open filled in from the names in `row`."""
         given = {
             self.prompt_key,
@@ -149,14 +159,16 @@ class Columns:
             prompt = f"{prompt}\n\n{_words(row, 'input')}"
         if self.completion_key:
             return prompt, (_answer(row, self.completion_key, prompt),)
-        return (prompt, ()) if isinstance(prompt, str) else _named(self.prompt_key, split, prompt, self.turns)
+        return (
+            (prompt, ()) if isinstance(prompt, str) else _with_column_name(self.prompt_key, split, prompt, self.turns)
+        )
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
         """A preference: answers to a prompt, or two dialogues that share their beginning."""
         chosen, rejected = _text(row, self.chosen_key), _text(row, self.rejected_key)
         whole = [not isinstance(side, str) and side[0]["role"] != "assistant" for side in (chosen, rejected)]
         if not isinstance(chosen, str) and not isinstance(rejected, str) and all(whole):
-            return _named(f"{self.chosen_key}' and '{self.rejected_key}", common_prompt, chosen, rejected)
+            return _with_column_name(f"{self.chosen_key}' and '{self.rejected_key}", common_prompt, chosen, rejected)
         if any(whole):
             raise ValueError(
                 f"{self.chosen_key!r} and {self.rejected_key!r} should both be dialogues or both be answers"
@@ -175,14 +187,16 @@ class Columns:
             if self.text_key:
                 raise ValueError(f"{self.images_key!r}: images need a prompt to stand in (--data.prompt-key)")
             try:
-                prompt = with_images(prompt, column)
+                prompt = attach_images(prompt, column)
             except ValueError as error:
                 hint = "; --data.images-key none leaves the column out"
                 raise ValueError(f"{self.images_key!r}: {error}{hint}") from None
         if any(map(has_images, completions)):
             raise ValueError("an image after the first trained answer; images stand in the prompt (--data.turns last)")
         return (
-            located(prompt, origin, self.max_images) if not isinstance(prompt, str) and has_images(prompt) else prompt
+            make_paths_absolute(prompt, origin, self.max_images)
+            if not isinstance(prompt, str) and has_images(prompt)
+            else prompt
         )
 
     def _with_system(self, prompt: Text) -> Chat:
@@ -216,11 +230,11 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
     if isinstance(value, str):
         return parse_dialogue(value) if is_dialogue(value) else value
     if isinstance(value, (list, tuple)):
-        return _named(key, as_chat, value)
+        return _with_column_name(key, to_chat, value)
     raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
 
 
-def _named(key: str, read: Callable[..., Read], *arguments: Any) -> Read:
+def _with_column_name(key: str, read: Callable[..., Read], *arguments: Any) -> Read:
     """What `read` gives; what it says to be wrong begins with the column."""
     try:
         return read(*arguments)
@@ -244,7 +258,7 @@ def _answer(row: Mapping[str, Any], key: str, prompt: Text) -> Text:
         return value if isinstance(prompt, str) else value.strip()
     chat = _text(row, key)
     assert not isinstance(chat, str)
-    return plain(chat)
+    return plain_text(chat)
 
 
 def _words(row: Mapping[str, Any], key: str) -> str:

@@ -12,21 +12,21 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.data import mixture
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.json import hold_out
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, MissingPackage, UsageError
-from rlhf_core.types import Example
 
-__all__ = ["HuggingFace"]
+__all__ = ["HuggingFaceData"]
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 """How a file is read, by its ending."""
 
 
 @dataclass(frozen=True)
-class HuggingFace(Preparation, Columns):
+class HuggingFaceData(Preparation, Columns):
     """Hugging Face datasets: hub names, saved folders, json, csv, parquet and arrow files, or a mixture of them."""
 
     path: str
@@ -72,28 +72,28 @@ class HuggingFace(Preparation, Columns):
         names = [name.strip() for name in self.path.split(",")]
         if self.shares and len(self.shares) != len(names):
             raise UsageError(f"--data.shares has {len(self.shares)} numbers for the {len(names)} sets of --data.path")
-        sets = [mixture.limited(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
+        sets = [mixture.limit_rows(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
         if self.unique:
             sets = self._distinct(names, sets)
         if len(sets) == 1:
-            return mixture.limited(sets[0], self.limit)
+            return mixture.limit_rows(sets[0], self.limit)
         if self.streaming:
             rows = _Again(sets, self.shares, self.mix_seed)
-            return mixture.limited(rows, self.limit)
+            return mixture.limit_rows(rows, self.limit)
         known = [rows for rows in sets if isinstance(rows, Sequence)]
         if self.shares:
             mixed = mixture.Picked(known, *mixture.order([len(rows) for rows in known], self.shares, self.mix_seed))
         else:
-            mixed = mixture.in_turn(known)
-        return mixture.limited(mixed, self.limit)
+            mixed = mixture.concatenate(known)
+        return mixture.limit_rows(mixed, self.limit)
 
     def _set(self, name: str, split: str, mixed: bool) -> Iterable[Example]:
         """One set; in a mixture its rows carry its name as `datasource`."""
-        table = _undecoded(_load(name, split, self.streaming))
+        table = _without_decoding(_load(name, split, self.streaming))
         first = next(iter(table), None)
         if first is None:
             raise DataError(f"{name}: the split {split!r} has no rows")
-        columns: Columns = self.found_in(first, f"{name}:1")
+        columns: Columns = self.infer_columns(first, f"{name}:1")
         columns.example(first, f"{name}:1")
         source = name if mixed else ""
         return _Stream(table, columns, name, source) if self.streaming else _Rows(table, columns, name, source)
@@ -106,7 +106,7 @@ class HuggingFace(Preparation, Columns):
         kept: list[Iterable[Example]] = []
         for name, rows in zip(names, sets):
             assert isinstance(rows, Sequence)
-            new = mixture.distinct(rows, seen)
+            new = mixture.drop_duplicates(rows, seen)
             if not new:
                 raise UsageError(f"--data.unique leaves no row of {name}: all came before; leave it out of --data.path")
             kept.append(new)
@@ -164,20 +164,22 @@ class _Again(Iterable[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         if self.shares:
-            return mixture.drawn(self.sets, self.shares, self.seed)
+            return mixture.draw_from_sets(self.sets, self.shares, self.seed)
         return (row for rows in self.sets for row in rows)
 
 
 def _example(rows: _Rows | _Stream, row: Mapping[str, Any], number: int) -> Example:
-    example = rows.columns.example({key: _filled(value) for key, value in row.items()}, f"{rows.name}:{number + 1}")
+    example = rows.columns.example(
+        {key: _without_nulls(value) for key, value in row.items()}, f"{rows.name}:{number + 1}"
+    )
     return replace(example, meta={"datasource": rows.source, **example.meta}) if rows.source else example
 
 
-def _filled(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     """The value without the keys that a table has filled with null inside of it, where rows have different keys."""
     if isinstance(value, Mapping):
-        return {key: _filled(each) for key, each in value.items() if each is not None}
-    return [_filled(each) for each in value] if isinstance(value, list) else value
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:
@@ -208,7 +210,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         raise UsageError(f"--data.path {name}, split {split!r}: {reason}") from error
 
 
-def _undecoded(table: Any) -> Any:
+def _without_decoding(table: Any) -> Any:
     """The set with its images as they are stored: whoever tokenises a row opens them, and says whose they are."""
     import datasets
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from rlhf_core.contract.batch import Message
 from rlhf_core.errors import DataError
-from rlhf_core.types import Message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["beside", "has_images", "image_part", "images_of", "located", "opened", "with_images"]
+__all__ = ["attach_images", "base_folder", "has_images", "image_part", "images_of", "make_paths_absolute", "open_image"]
 
 Chat = tuple[Message, ...]
 Part = dict[str, Any]
@@ -78,7 +78,7 @@ def _image(value: Any) -> Part:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def with_images(prompt: str | Chat, column: Any) -> str | Chat:
+def attach_images(prompt: str | Chat, column: Any) -> str | Chat:
     """The prompt with the images of a column: one, or a list of them.
 
     Raises:
@@ -99,7 +99,7 @@ def with_images(prompt: str | Chat, column: Any) -> str | Chat:
     if places != len(images):
         raise ValueError(f"the prompt has places for {places} images, and the row has {len(images)}")
     rest = iter(images)
-    return tuple(_filled(message, rest) for message in chat)
+    return tuple(_fill_places(message, rest) for message in chat)
 
 
 def _parts(message: Message) -> list[Part]:
@@ -114,7 +114,7 @@ def _places(message: Message) -> int:
     return sum(part["text"].count(MARK) if part["type"] == "text" else part == HERE for part in _parts(message))
 
 
-def _filled(message: Message, images: Iterator[Part]) -> Message:
+def _fill_places(message: Message, images: Iterator[Part]) -> Message:
     """The message with the next images in its places."""
     if not _places(message):
         return message
@@ -142,7 +142,7 @@ def images_of(chat: object) -> Iterator[Part]:
                 yield from (part for part in content if part["type"] == "image")
 
 
-def located(chat: Chat, origin: str, most: int) -> Chat:
+def make_paths_absolute(chat: Chat, origin: str, most: int) -> Chat:
     """The chat with absolute paths of its images.
 
     Raises:
@@ -151,16 +151,16 @@ def located(chat: Chat, origin: str, most: int) -> Chat:
     count = sum(1 for _ in images_of(chat))
     if most and count > most:
         raise ValueError(f"the prompt has {count} images, more than --data.max-images {most}")
-    folder = beside(origin)
+    folder = base_folder(origin)
     return tuple(
-        {**message, "content": [_located(part, folder) for part in message["content"]]}
+        {**message, "content": [_make_path_absolute(part, folder) for part in message["content"]]}
         if isinstance(message.get("content"), list)
         else message
         for message in chat
     )
 
 
-def _located(part: Part, folder: Path) -> Part:
+def _make_path_absolute(part: Part, folder: Path) -> Part:
     if part == HERE:
         raise ValueError("a message has an image without path, url or base64, and no column of images has it")
     if "path" not in part or part["type"] != "image":
@@ -171,7 +171,7 @@ def _located(part: Part, folder: Path) -> Part:
     return {**part, "path": str(path)}
 
 
-def beside(origin: str) -> Path:
+def base_folder(origin: str) -> Path:
     """The folder that paths in a row are relative to: its file's, or the set's; `origin` as `Example` has it."""
     place = Path(origin.rpartition(":")[0].rpartition("@")[2])
     return place if place.is_dir() else place.parent
@@ -182,7 +182,7 @@ def beside(origin: str) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def opened(part: Part, origin: str) -> Image:
+def open_image(part: Part, origin: str) -> Image:
     """The image as the camera held it, in colour.
 
     Raises:

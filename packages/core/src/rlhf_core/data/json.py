@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.data.columns import Columns
-from rlhf_core.data.mixture import Picked, distinct
+from rlhf_core.data.mixture import Picked, drop_duplicates
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.types import Example
 
 __all__ = ["Json", "rows_of"]
 
@@ -53,9 +53,9 @@ class Json(Preparation, Columns):
         if not rows:
             raise DataError(f"{path}: the file has no rows")
         rows = rows[: self.limit] if self.limit else rows
-        columns = self.found_in(rows[0][1], rows[0][0]) if isinstance(rows[0][1], dict) else self
+        columns = self.infer_columns(rows[0][1], rows[0][0]) if isinstance(rows[0][1], dict) else self
         examples = [columns.example(row, origin) for origin, row in rows]
-        return distinct(examples, set()) if self.unique else examples
+        return drop_duplicates(examples, set()) if self.unique else examples
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Any]]:

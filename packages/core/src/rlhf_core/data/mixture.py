@@ -13,10 +13,10 @@ from typing import overload
 
 import numpy as np
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.errors import UsageError
-from rlhf_core.types import Example
 
-__all__ = ["Picked", "distinct", "drawn", "in_turn", "limited", "order"]
+__all__ = ["Picked", "concatenate", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
 
 DRAWS = 4096
 """Random numbers drawn at a time."""
@@ -57,13 +57,13 @@ class Picked(Sequence[Example]):
         return self._sets[int(self._set_N[index])][int(self._row_N[index])]
 
 
-def in_turn(sets: Sequence[Sequence[Example]]) -> Picked:
+def concatenate(sets: Sequence[Sequence[Example]]) -> Picked:
     """All rows of the first set, then all of the second, and so on."""
     set_N = np.concatenate([np.full(len(rows), number) for number, rows in enumerate(sets)])
     return Picked(sets, set_N, np.concatenate([np.arange(len(rows)) for rows in sets]))
 
 
-def distinct(rows: Sequence[Example], seen: set[bytes]) -> Picked:
+def drop_duplicates(rows: Sequence[Example], seen: set[bytes]) -> Picked:
     """The rows whose prompt and completions are not in `seen`; theirs are added to it."""
     first: list[int] = []
     for number, example in enumerate(rows):
@@ -80,7 +80,7 @@ def order(lengths: Sequence[int], shares: Sequence[float], seed: int) -> tuple[n
     rows: list[int] = []
     count = [0] * len(lengths)
     left = set(range(len(lengths)))
-    for number in _draws(shares, seed):
+    for number in _draw_set_numbers(shares, seed):
         drawn_from.append(number)
         rows.append(count[number] % lengths[number])
         count[number] += 1
@@ -91,11 +91,11 @@ def order(lengths: Sequence[int], shares: Sequence[float], seed: int) -> tuple[n
     return np.array(drawn_from), np.array(rows)
 
 
-def drawn(sets: Sequence[Iterable[Example]], shares: Sequence[float], seed: int) -> Iterator[Example]:
+def draw_from_sets(sets: Sequence[Iterable[Example]], shares: Sequence[float], seed: int) -> Iterator[Example]:
     """The same draws from sets whose lengths are not known. A set's end shows when it is asked again."""
     readers = [iter(rows) for rows in sets]
     left = set(range(len(sets)))
-    for number in _draws(shares, seed):
+    for number in _draw_set_numbers(shares, seed):
         row = next(readers[number], None)
         if row is None:
             left.discard(number)
@@ -106,7 +106,7 @@ def drawn(sets: Sequence[Iterable[Example]], shares: Sequence[float], seed: int)
         yield row
 
 
-def _draws(shares: Sequence[float], seed: int) -> Iterator[int]:
+def _draw_set_numbers(shares: Sequence[float], seed: int) -> Iterator[int]:
     """Set numbers, endlessly."""
     if any(share <= 0 for share in shares):
         raise UsageError(f"--data.shares {' '.join(f'{share:g}' for share in shares)}: each should be above 0")
@@ -116,7 +116,7 @@ def _draws(shares: Sequence[float], seed: int) -> Iterator[int]:
         yield from generator.choice(len(shares), DRAWS, p=probabilities).tolist()
 
 
-def limited(rows: Iterable[Example], limit: int) -> Iterable[Example]:
+def limit_rows(rows: Iterable[Example], limit: int) -> Iterable[Example]:
     """The first `limit` rows; all for 0."""
     if not limit:
         return rows

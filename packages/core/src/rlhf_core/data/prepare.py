@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.options import FREE
 from rlhf_core.data.cache import RowCache
 from rlhf_core.data.render import Encoding
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.options import FREE
 
 if TYPE_CHECKING:
-    from rlhf_core.encode import Encoder, Row
-    from rlhf_core.reward.workers import Workers
-    from rlhf_core.types import Example
+    from rlhf_core.contract.batch import Example
+    from rlhf_core.data.encoder import Encoder
+    from rlhf_core.data.rows import TokenizedRow
+    from rlhf_core.util.worker_processes import Workers
 
 __all__ = ["Preparation", "Preparer"]
 
@@ -83,9 +84,9 @@ class Preparer:
         """How many examples are worth giving at a time."""
         return self._count * SHARE or 1
 
-    def __call__(self, examples: Sequence[Example]) -> list[Row | DataError | None]:
+    def __call__(self, examples: Sequence[Example]) -> list[TokenizedRow | DataError | None]:
         """For each example its row, None if it is too long, or what is wrong with it."""
-        bare = [_bare(example, self._online) for example in examples]
+        bare = [_row_inputs(example, self._online) for example in examples]
         keys = [self._cache.key(example) for example in bare] if self._cache else []
         known = self._cache.get(keys) if self._cache else {}
         # without completions there is a prompt's row in the cache, if any, and that is none to train on
@@ -97,19 +98,19 @@ class Preparer:
             kept = {keys[i]: row for i, row in made.items() if not isinstance(row, DataError)}
             self._cache.put({key: row for key, row in kept.items() if not row.images})  # pixels are larger than images
         rows = [made[i] if i in made else known[keys[i]] for i in range(len(bare))]
-        return [row if isinstance(row, DataError) else self._encoder.shortened(row) for row in rows]
+        return [row if isinstance(row, DataError) else self._encoder.truncate(row) for row in rows]
 
-    def _made(self, examples: Sequence[Example]) -> list[Row | DataError]:
+    def _made(self, examples: Sequence[Example]) -> list[TokenizedRow | DataError]:
         if not self._count or len(examples) < 2:
             return _rows(self._encoder, examples, self._online)
         if self._workers is None:
-            from rlhf_core.reward.workers import Workers
+            from rlhf_core.util.worker_processes import Workers
 
             made_of = (self._encoder.tokenizer, self._encoder.encoding, self._encoder.reader)
             self._workers = Workers(self._count, TARGET, made_of)
         size = min(SHARE, -(-len(examples) // self._count))
         calls = [(examples[at : at + size], self._online) for at in range(0, len(examples), size)]
-        rows: list[Row | DataError] = []
+        rows: list[TokenizedRow | DataError] = []
         for (part, _), answer in zip(calls, self._workers.map(calls, timeout=0)):
             # a process that died says nothing about the rows: they are made here
             rows += answer if isinstance(answer, list) else _rows(self._encoder, part, self._online)
@@ -123,16 +124,16 @@ class Preparer:
             self._cache.close()
 
 
-def _bare(example: Example, online: bool) -> Example:
+def _row_inputs(example: Example, online: bool) -> Example:
     """What the row depends on, and its place for messages."""
     tools = {"tools": example.meta["tools"]} if "tools" in example.meta else {}
     completions = () if online else example.completions
     return replace(example, label=None, meta=tools, fields={}, completions=completions)
 
 
-def _rows(encoder: Encoder, examples: Sequence[Example], online: bool) -> list[Row | DataError]:
+def _rows(encoder: Encoder, examples: Sequence[Example], online: bool) -> list[TokenizedRow | DataError]:
     """The rows at full length."""
-    rows: list[Row | DataError] = []
+    rows: list[TokenizedRow | DataError] = []
     for example in examples:
         try:
             rows.append(encoder.prompt_row(example) if online else encoder.row(example))
@@ -147,16 +148,16 @@ def _rows(encoder: Encoder, examples: Sequence[Example], online: bool) -> list[R
 
 
 @functools.cache
-def _made_here() -> dict[str, Any]:
+def _encode_here() -> dict[str, Any]:
     return {}
 
 
-def prepare(tokenizer: Any, encoding: Encoding, reader: Any = None) -> None:
+def prepare_worker(tokenizer: Any, encoding: Encoding, reader: Any = None) -> None:
     """Build this process's encoder, once."""
-    from rlhf_core.encode import Encoder
+    from rlhf_core.data.encoder import Encoder
 
-    _made_here()["encoder"] = Encoder(tokenizer, encoding=encoding, reader=reader)
+    _encode_here()["encoder"] = Encoder(tokenizer, encoding=encoding, reader=reader)
 
 
-def _in_worker(examples: Sequence[Example], online: bool) -> list[Row | DataError]:
-    return _rows(_made_here()["encoder"], examples, online)
+def _in_worker(examples: Sequence[Example], online: bool) -> list[TokenizedRow | DataError]:
+    return _rows(_encode_here()["encoder"], examples, online)

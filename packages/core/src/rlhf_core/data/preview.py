@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.encode import Row
+    from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["shown"]
+__all__ = ["render_row"]
 
 
-def shown(row: Row, tokenizer: PreTrainedTokenizerBase, image: int | None = None) -> str:
+def render_row(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, image: int | None = None) -> str:
     """A row as the model reads it, special tokens included; what is trained on is green, or in « » without colour.
 
     An image, whose tokens are `image`s, is `<image 640x480>`.
@@ -31,7 +31,7 @@ def shown(row: Row, tokenizer: PreTrainedTokenizerBase, image: int | None = None
     return "\n".join(sides)
 
 
-def _with_images(row: Row, tokenizer: PreTrainedTokenizerBase, image: int | None) -> str:
+def _with_images(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, image: int | None) -> str:
     """The prompt; where an image has several runs of tokens, how many there are instead of its size."""
     runs = [(is_image, [*ids]) for is_image, ids in groupby(row.ids, lambda number: number == image)]
     several = sum(is_image for is_image, _ in runs) != len(row.sizes)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import UsageError
-from rlhf_core.types import Example
 
 __all__ = ["ShippedPrompts"]
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, overload
 
-from rlhf_core.data.mixture import in_turn
+from rlhf_core.contract.batch import Example
+from rlhf_core.data.mixture import concatenate
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_core.near import near
-from rlhf_core.types import Example
+from rlhf_core.util.suggestions import did_you_mean
 
-__all__ = ["ENTRY", "Reasoning", "library"]
+__all__ = ["ENTRY", "ReasoningData", "library"]
 
 ENTRY = "reasoning_gym"
 """The key in `meta` under which an entry goes to the verifier."""
@@ -24,7 +24,7 @@ ASK = "Give the final answer between <answer> and </answer>."
 
 
 @dataclass(frozen=True)
-class Reasoning(Preparation):
+class ReasoningData(Preparation):
     """Procedural reasoning tasks of reasoning-gym, each with its verifier."""
 
     tasks: tuple[str, ...] = ("chain_sum",)
@@ -42,7 +42,7 @@ class Reasoning(Preparation):
     def __call__(self, split: str) -> Sequence[Example]:
         # entry i of a generator depends on seed + i: held-out rows lie after all of training's
         seed, size = (self.task_seed + self.size, self.heldout) if split == "heldout" else (self.task_seed, self.size)
-        return in_turn([_Tasks(_generator(name, seed, size), name, self.ask) for name in self.tasks])
+        return concatenate([_Tasks(_generator(name, seed, size), name, self.ask) for name in self.tasks])
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _generator(name: str, seed: int, size: int) -> Any:
     gym = library()
     known = gym.factory.DATASETS
     if name not in known:
-        raise UsageError(f"--data.tasks: reasoning-gym has no task {name!r}{near(name, known)}")
+        raise UsageError(f"--data.tasks: reasoning-gym has no task {name!r}{did_you_mean(name, known)}")
     return gym.create_dataset(name, seed=seed, size=size)
 
 

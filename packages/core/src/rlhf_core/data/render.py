@@ -12,14 +12,14 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_core.data.chats import Chat, Text, as_dialogue, unseen
+from rlhf_core.contract.batch import Example, Message
+from rlhf_core.data.chats import Chat, Text, find_unread_part, format_dialogue
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.types import Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.models.processor import ImageReader
+    from rlhf_core.models.inputs.processor import ImageReader
 
 __all__ = ["Encoding", "Renderer"]
 
@@ -66,7 +66,7 @@ class Renderer:
         day = f"{date.today()}" if "strftime_now" in template else ""
         return [template, self._input_template, day, *(["in parts"] if self._reader is not None else [])]
 
-    def templated(self, example: Example) -> bool:
+    def uses_template(self, example: Example) -> bool:
         """Whether a chat template renders the example; special tokens like BOS are its business then."""
         return self._template is not None and self._chat(example) is not None
 
@@ -105,7 +105,7 @@ class Renderer:
             if before != done:
                 yield before[len(done) :], False
             done = self._render(example, (*prompt, *turns[: i + 1]), generation=False)
-            yield _said(done, before, message.get("content"), example.origin), True
+            yield _assistant_text(done, before, message.get("content"), example.origin), True
 
     def _wraps(self, example: Example) -> bool:
         return bool(self._input_template and example.prompt)  # an empty prompt is pre-training text
@@ -124,15 +124,15 @@ class Renderer:
         from jinja2 import TemplateError
 
         reads = ("text",) if self._reader is None else ("text", "image")
-        if part := unseen(chat, reads):
+        if part := find_unread_part(chat, reads):
             raise DataError(
                 f"{example.origin}: a message has a part of type {part!r}, and the model reads {' and '.join(reads)} alone"
             )
         try:
             if self._template is None:
-                return as_dialogue(chat) + ("\n\nAssistant:" if generation else "")
+                return format_dialogue(chat) + ("\n\nAssistant:" if generation else "")
             text = self._tokenizer.apply_chat_template(
-                [dict(message) if self._reader is None else _in_parts(message) for message in chat],
+                [dict(message) if self._reader is None else _split_contents(message) for message in chat],
                 tools=example.meta.get("tools"),
                 chat_template=self._template,
                 add_generation_prompt=generation,
@@ -143,7 +143,7 @@ class Renderer:
             raise DataError(f"{example.origin}: the chat cannot be rendered: {error}") from None
 
 
-def _in_parts(message: Message) -> dict[str, Any]:
+def _split_contents(message: Message) -> dict[str, Any]:
     """The message as templates of vision-language models want it: contents are lists, and of an image there is its place."""
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -151,7 +151,7 @@ def _in_parts(message: Message) -> dict[str, Any]:
     return {**message, **({"content": shown} if content is not None else {})}
 
 
-def _said(after: str, before: str, content: Any, origin: str) -> str:
+def _assistant_text(after: str, before: str, content: Any, origin: str) -> str:
     """What the assistant's turn adds to the text."""
     if after.startswith(before):
         return after[len(before) :]

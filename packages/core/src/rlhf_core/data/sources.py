@@ -10,7 +10,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.world import World
+    from rlhf_core.contract.distributed import World
 
 __all__ = ["means_by_source"]
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rlhf_core.contract.batch import Example
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.types import Example
 
 if TYPE_CHECKING:
-    from rlhf_core.encode import Row
+    from rlhf_core.data.rows import TokenizedRow
 
 __all__ = ["Drawn", "Stream"]
 
@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
     examples: list[Example]
     uids: list[int]
     """a number for each that is never used twice in a run"""
-    rows: list[Row] | None = None
+    rows: list[TokenizedRow] | None = None
     """the examples tokenised, by whoever prepared them"""
 
 
@@ -59,7 +59,7 @@ class Stream:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        prepare: Callable[[Sequence[Example]], Sequence[Row | DataError | None]] | None = None,
+        prepare: Callable[[Sequence[Example]], Sequence[TokenizedRow | DataError | None]] | None = None,
         block: int = 0,
         buffer: int = 0,
     ) -> None:
@@ -74,7 +74,7 @@ class Stream:
         self._prepare = prepare
         self._block = max(block, batch_size)
         self._buffer = buffer
-        self._walk: Iterator[tuple[Example, int, Row | None]] | None = None
+        self._walk: Iterator[tuple[Example, int, TokenizedRow | None]] | None = None
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
 
     def __iter__(self) -> Stream:
@@ -97,7 +97,7 @@ class Stream:
             setattr(self, name, value)
         self._walk = None
 
-    def _rows(self) -> Iterator[tuple[Example, int, Row | None]]:
+    def _rows(self) -> Iterator[tuple[Example, int, TokenizedRow | None]]:
         """Usable rows with their uids from the present position on, epoch after epoch."""
         while True:
             kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
@@ -122,7 +122,7 @@ class Stream:
             self.first_uid += self.row
             self.epoch, self.row = self.epoch + 1, 0
 
-    def _prepared(self) -> Iterator[tuple[int, Example, Row | DataError | None]]:
+    def _prepared(self) -> Iterator[tuple[int, Example, TokenizedRow | DataError | None]]:
         """The rest of the present epoch, made ready a block at a time."""
         if self._prepare is None:
             yield from ((number, example, None) for number, example in self._epoch())
@@ -143,11 +143,11 @@ class Stream:
             return
         rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
         if self._buffer:
-            rows = _shuffled(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
+            rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
         yield from islice(rows, self.row, None)
 
 
-def _shuffled(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
+def _shuffle(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
     """`rows` through a buffer of `size`: each that comes in pushes a random one out; the last ones leave in random order."""
     buffer = list(islice(rows, size))
     for row in rows:

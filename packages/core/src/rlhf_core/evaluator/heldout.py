@@ -9,11 +9,12 @@ from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import mean_and_error
 from rlhf_core.lazy import torch
-from rlhf_core.observer.files import append_line, sample
-from rlhf_core.reward.output import whole_rewards
+from rlhf_core.observer.files import sample
+from rlhf_core.reward.output import total_rewards
+from rlhf_core.util.jsonl import append_line
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["Heldout"]
 
@@ -45,7 +46,7 @@ class Heldout:
         prompts = run.encoder.prompts([rows[i] for i in mine], mine)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         rollouts = run.rollouts(source, prompts, sampling)
-        rewards_N = whole_rewards(run.reward_of(rollouts))
+        rewards_N = total_rewards(run.reward_of(rollouts))
         means_P = torch.cat(run.world.gather(rewards_N.view(-1, self.n).double().mean(1)))
         if run.leader:
             rollouts.extras["rewards_N"] = rewards_N

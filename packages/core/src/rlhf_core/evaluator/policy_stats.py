@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.evaluator.sampled import mean_and_error, policy, sample_heldout
-from rlhf_core.kl import kl_values
 from rlhf_core.lazy import torch
+from rlhf_core.training.kl import kl_values
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["PolicyStats"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import by_datasource, mean_and_error
-from rlhf_core.needs import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run import Run
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.run.run import Run
 
 __all__ = ["Preference"]
 

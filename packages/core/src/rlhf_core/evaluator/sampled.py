@@ -13,8 +13,8 @@ from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.run.run import Run
 
 __all__ = ["by_datasource", "mean_and_error", "policy", "sample_heldout"]
 

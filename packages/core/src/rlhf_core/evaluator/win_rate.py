@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
-from rlhf_core.reward.output import whole_rewards
+from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
-    from rlhf_core.types import Example, Rollouts
+    from rlhf_core.contract.batch import Example, Rollouts
+    from rlhf_core.run.run import Run
 
 __all__ = ["WinRate"]
 
@@ -45,7 +45,7 @@ class WinRate:
         own, other = (
             side.rows([i for i, uid in enumerate(side["uids_N"].tolist()) if uid in common]) for side in sides
         )
-        own_Pn, other_Pn = (whole_rewards(run.reward_of(side)).view(-1, self.n) for side in (own, other))
+        own_Pn, other_Pn = (total_rewards(run.reward_of(side)).view(-1, self.n) for side in (own, other))
         wins_P = ((own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)).mean(1)
         told = (wins_P.tolist(), own_Pn.mean(1).tolist(), other_Pn.mean(1).tolist(), own.meta[:: self.n])
         wins, ours, theirs, meta = (
@@ -59,8 +59,8 @@ class WinRate:
 
     def _sampled(self, run: Run, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
-        from rlhf_core.encode import Encoder
-        from rlhf_core.models.load import load_reader, load_tokenizer
+        from rlhf_core.data.encoder import Encoder
+        from rlhf_core.models.loading.load import load_reader, load_tokenizer
 
         spec = run.plan.roles[name]
         tokenizer = load_tokenizer(spec.options.model, spec.options)

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.plan import Plan
-from rlhf_core.types import Placed
-from rlhf_core.world import TorchWorld, World
 
 __all__ = ["Local"]
 
@@ -22,19 +22,19 @@ class Local:
     one_process: ClassVar[bool] = True
     """roles see each other's models"""
 
-    def __call__(self, plan: Plan) -> Placed:
-        from rlhf_core.roles import LocalRole
+    def __call__(self, plan: Plan) -> Placement:
+        from rlhf_core.training.local_role import LocalRole
 
         world = join_world()
         if plan.config.batch_size % world.size:
             raise UsageError(f"--batch-size {plan.config.batch_size} does not divide over {world.size} ranks")
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
-            roles[name] = LocalRole(plan, name, lender=roles.get(plan.lender(name)))
+            roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))
         for role in roles.values():
-            role.meet(roles)
+            role.bind_comparisons(roles)
         rollout = plan.config.providers.get("rollout") if plan.online else None
-        return Placed({name: roles[name] for name in plan.roles}, rollout, world)
+        return Placement({name: roles[name] for name in plan.roles}, rollout, world)
 
 
 def join_world() -> World:

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
-from rlhf_core.models.extras import import_peft
-from rlhf_core.models.heads import ChunkedHead, seeded
+from rlhf_core.models.heads.modules import ChunkedHead, generator_for
+from rlhf_core.models.loading.optional_imports import import_peft
 
 if TYPE_CHECKING:
-    from rlhf_core.options import Lora
+    from rlhf_core.contract.options import Lora
 
 __all__ = ["Adapters", "Site", "adapt", "linear_layers"]
 
@@ -53,7 +53,7 @@ class Site:
     def merged(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """The weight that acts like base and adapter together, in the base's dtype; of whole tensors."""
         update = self.scale * (B.float() @ A.float())
-        return (whole(base).float() + (update.t() if self.transposed else update)).to(
+        return (dequantize(base).float() + (update.t() if self.transposed else update)).to(
             base.dtype if base.dtype.is_floating_point else torch.float32
         )
 
@@ -142,7 +142,9 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
     for site in adapters.sites:
         bound = site.A.shape[1] ** -0.5  # PEFT's own, Kaiming's uniform with a = sqrt(5)
         with torch.no_grad():
-            site.A.data = torch.empty(site.A.shape).uniform_(-bound, bound, generator=seeded(f"{seed}/{site.name}"))
+            site.A.data = torch.empty(site.A.shape).uniform_(
+                -bound, bound, generator=generator_for(f"{seed}/{site.name}")
+            )
             site.B.data = torch.zeros(site.B.shape)
     return adapters
 
@@ -159,7 +161,7 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def whole(weight: Tensor) -> Tensor:
+def dequantize(weight: Tensor) -> Tensor:
     """The weight itself; of one held in 4 bits, what it stands for."""
     state = getattr(weight, "quant_state", None)
     if state is None:

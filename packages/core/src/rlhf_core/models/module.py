@@ -27,26 +27,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rlhf_core.contract.requirements import LANGUAGE, ROUTER_LOSS
 from rlhf_core.errors import UsageError
-from rlhf_core.models.average import Average
-from rlhf_core.models.compare import Comparison
-from rlhf_core.models.features import Features, only_heads
-from rlhf_core.models.frozen import freeze
-from rlhf_core.models.heads import ChunkedHead, ScalarHead, check_logits, head_options
-from rlhf_core.models.hub import beside
-from rlhf_core.models.inputs import Inputs, layout
-from rlhf_core.models.load import has_scorer, load_model, load_reader, load_scorer, load_tokenizer
-from rlhf_core.models.lora import Adapters, adapt, whole
-from rlhf_core.models.packed import can_pack, packed
-from rlhf_core.models.router import balance_loss, check_router
-from rlhf_core.models.vision import Vision
-from rlhf_core.needs import LANGUAGE, ROUTER_LOSS
+from rlhf_core.models.ema import Average
+from rlhf_core.models.freezing import freeze
+from rlhf_core.models.heads.compare import Comparison
+from rlhf_core.models.heads.modules import ChunkedHead, ScalarHead, check_logits, head_options
+from rlhf_core.models.heads.router import balance_loss, check_router
+from rlhf_core.models.inputs.arrange import Inputs, arrange_inputs
+from rlhf_core.models.inputs.features import Features, trains_only_heads
+from rlhf_core.models.inputs.packed import can_pack, pack_rows
+from rlhf_core.models.inputs.vision import Vision
+from rlhf_core.models.loading.hub import find_companion_file
+from rlhf_core.models.loading.load import has_scorer, load_model, load_reader, load_scorer, load_tokenizer
+from rlhf_core.models.lora import Adapters, adapt, dequantize
 
 if TYPE_CHECKING:
-    from rlhf_core.options import TrainedOptions
-    from rlhf_core.plan import RoleSpec
+    from rlhf_core.contract.options import TrainedOptions
+    from rlhf_core.contract.plan import RoleSpec
 
-__all__ = ["HEADS_FILE", "Inputs", "RoleModule", "build_module", "layout", "set_pad"]
+__all__ = ["HEADS_FILE", "Inputs", "RoleModule", "arrange_inputs", "build_module", "set_pad"]
 
 HEADS_FILE = "heads.safetensors"
 """Scalar heads that are no part of the Hugging Face model, beside its weights."""
@@ -112,21 +112,21 @@ class RoleModule(nn.Module):
             states_MH = states.index_select(0, states_M)
         if "logits_NT" in wants:
             head = self.causal_lm.get_output_embeddings()
-            outputs["logits_NT"] = _spread(head(states_MH, inputs.targets_M, scaled=True), inputs)
+            outputs["logits_NT"] = _scatter_tokens(head(states_MH, inputs.targets_M, scaled=True), inputs)
         if wants & {"logprobs_NT", "entropy_NT"}:
             head = self.causal_lm.get_output_embeddings()
             logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in wants)
-            outputs["logprobs_NT"] = _spread(logprobs_M, inputs)
+            outputs["logprobs_NT"] = _scatter_tokens(logprobs_M, inputs)
             if entropy_M is not None:
-                outputs["entropy_NT"] = _spread(entropy_M, inputs)
+                outputs["entropy_NT"] = _scatter_tokens(entropy_M, inputs)
         if "values_NT" in wants:
-            outputs["values_NT"] = _spread(self.scalar_head("value")(states_MH).squeeze(1), inputs)
+            outputs["values_NT"] = _scatter_tokens(self.scalar_head("value")(states_MH).squeeze(1), inputs)
         if "scores_N" in wants:
             outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, last_N)).squeeze(1)
         for name in wants & self.comparisons.keys():
             head = self.causal_lm.get_output_embeddings()
             values_M = self.comparisons[name](head, states.index_select(0, states_M), inputs)
-            outputs[name] = _spread(values_M, inputs)
+            outputs[name] = _scatter_tokens(values_M, inputs)
         return {name: outputs[name] for name in wants}
 
     def states_of(self, inputs: Inputs) -> Tensor:
@@ -137,7 +137,7 @@ class RoleModule(nn.Module):
     def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_read` gives; each row is read once where only heads are trained."""
         body, routed = self.model.base_model, ROUTER_LOSS in wants
-        if routed or inputs.images or not only_heads(self, body):
+        if routed or inputs.images or not trains_only_heads(self, body):
             return self._read(inputs, routed)
         return *self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read), None
 
@@ -153,7 +153,7 @@ class RoleModule(nn.Module):
         if inputs.images:
             arguments |= self._sees.arguments(inputs.images, self.model)
         elif self.packs and len(inputs.ids_NS):
-            rows, inputs = packed(inputs)
+            rows, inputs = pack_rows(inputs)
             arguments = rows.arguments(self.flash)
         if self.adapters is not None:
             self.adapters.drop(torch.is_grad_enabled())
@@ -209,9 +209,9 @@ class RoleModule(nn.Module):
             if id(parameter) in updates:
                 continue
             site = sites.get(id(parameter))
-            update = [_copied(each, gather) for each in (site.A, site.B)] if site is not None else []
+            update = [_copy_parameter(each, gather) for each in (site.A, site.B)] if site is not None else []
             with gather(parameter):
-                value = whole(parameter).detach()
+                value = dequantize(parameter).detach()
                 yield name.replace(".base_layer.", "."), value if site is None else site.merged(value, *update)
         persistent = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
@@ -249,13 +249,15 @@ class RoleModule(nn.Module):
         return {name for name in every if name in named or name in dict(self.named_buffers())} - frozen
 
 
-def _copied(parameter: nn.Parameter, gather: Callable[[nn.Parameter], AbstractContextManager[object]]) -> Tensor:
+def _copy_parameter(
+    parameter: nn.Parameter, gather: Callable[[nn.Parameter], AbstractContextManager[object]]
+) -> Tensor:
     """The whole of a parameter that stays when another is gathered."""
     with gather(parameter):
         return parameter.detach().clone()
 
 
-def _spread(values_M: Tensor, inputs: Inputs) -> Tensor:
+def _scatter_tokens(values_M: Tensor, inputs: Inputs) -> Tensor:
     """Values of completion tokens in their places (N, T)."""
     flat = values_M.new_zeros(inputs.tokens_NT.numel())
     return flat.index_put((inputs.slots_M,), values_M).view(inputs.tokens_NT.shape)
@@ -288,7 +290,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
             f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
             f"--{spec.name}.lora.rank first, and put adapters on what comes out"
         )
-    if _speaks(spec):
+    if _needs_language_head(spec):
         model.set_output_embeddings(
             ChunkedHead(model.get_output_embeddings(), chunk, temperature, **head_options(model.config))
         )
@@ -325,7 +327,7 @@ def _vision(spec: RoleSpec) -> Vision | None:
     """
     options = spec.options
     reader = load_reader(options.model, options)
-    if reader is None or (not _speaks(spec) and has_scorer(options.model, options)):
+    if reader is None or (not _needs_language_head(spec) and has_scorer(options.model, options)):
         return None  # transformers' classifiers of such models have the text's part alone
     if spec.outputs & SCALAR.keys():
         raise UsageError(
@@ -339,7 +341,7 @@ def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, S
     """The role's model, and the scalar heads beside it. `wide`: in float32 whatever it computes in."""
     options = spec.options
     scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
-    if _speaks(spec) or not has_scorer(options.model, options):
+    if _needs_language_head(spec) or not has_scorer(options.model, options):
         model: Any = load_model(options.model, options, trained=wide)
         return model, _own_heads(spec, model, scalars, seed)
     model, found = load_scorer(options.model, options, trained=wide)
@@ -352,14 +354,14 @@ def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, S
     return model, heads
 
 
-def _speaks(spec: RoleSpec) -> bool:
+def _needs_language_head(spec: RoleSpec) -> bool:
     """Whether the role needs a language-model head."""
     return spec.sampled or bool(spec.outputs & LANGUAGE)
 
 
 def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:
     """Scalar heads that are no part of the model, loaded if they lie beside it."""
-    file = beside(spec.options.model, HEADS_FILE) if names else None
+    file = find_companion_file(spec.options.model, HEADS_FILE) if names else None
     saved = load_file(file) if file else {}
     heads = {}
     for name in names:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import UsageError
-from rlhf_core.hookspecs import hookimpl
-from rlhf_core.observer.files import append_line, cut_lines
+from rlhf_core.util.jsonl import append_line, cut_lines
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["Alarm"]
 

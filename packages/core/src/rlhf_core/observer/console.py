@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.hookspecs import hookimpl
+from rlhf_core.contract.hooks import hookimpl
 
 if TYPE_CHECKING:
-    from rlhf_core.options import Sampling
-    from rlhf_core.run import Run
+    from rlhf_core.contract.options import Sampling
+    from rlhf_core.run.run import Run
 
 __all__ = ["evaluation_samples", "evaluation_table", "step_line", "truncation"]
 

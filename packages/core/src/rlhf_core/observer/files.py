@@ -9,19 +9,19 @@ of evaluations that the checkpoint does not know.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.files import write_bytes
-from rlhf_core.hookspecs import hookimpl
-from rlhf_core.redact import redact, redacted
+from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.util.atomic_files import write_bytes
+from rlhf_core.util.jsonl import append_line, cut_lines
+from rlhf_core.util.secrets import redact_tree
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.run.run import Run
 
-__all__ = ["append_line", "cut_lines", "samples"]
+__all__ = ["samples"]
 
 SAMPLES_PER_STEP = 4
 
@@ -52,7 +52,7 @@ def samples(run: Run) -> Iterator[dict[str, Any]]:
     """Some rows of each batch of the last step, as plain values with the same names."""
     for key, batch in run.samples.items():
         for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):
-            yield redacted({"step": run.step, "source": key, **sample(batch, i)})
+            yield redact_tree({"step": run.step, "source": key, **sample(batch, i)})
 
 
 def sample(batch: Batch, i: int) -> dict[str, Any]:
@@ -69,23 +69,3 @@ def sample(batch: Batch, i: int) -> dict[str, Any]:
 def _short(value: float) -> float:
     """Six digits of it, however small it is: an importance weight can be 1e-9."""
     return float(f"{value:.6g}")
-
-
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(redact(json.dumps(row, ensure_ascii=False)) + "\n")
-
-
-def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:
-    """Keep the lines whose step `keep` accepts; a half-written last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # not splitlines: JSON leaves U+2028 and its like in its strings
-        try:
-            if keep(json.loads(line)["step"]):
-                kept.append(line + b"\n")
-        except ValueError:
-            break
-    write_bytes(path, b"".join(kept))

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, remembered
+from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["MLflow"]
 
@@ -50,7 +50,7 @@ class _Sending(Tracker):
         self._client: Any = MlflowClient(tracking_uri=uri)
         self._last: dict[str, int] = {}
         """the last step that is there of each metric"""
-        ident = remembered(run, "mlflow")
+        ident = tracker_run_id(run, "mlflow")
         known = self._client.get_experiment_by_name(options.experiment)
         experiment = known.experiment_id if known else self._client.create_experiment(options.experiment)
         before = self._client.search_runs([experiment], filter_string=f"tags.`{TAG}` = '{ident}'")

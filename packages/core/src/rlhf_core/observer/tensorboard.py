@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.observer.tracker import Tracker, needs_package
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["TensorBoard"]
 

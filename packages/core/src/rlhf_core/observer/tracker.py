@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import MissingPackage
-from rlhf_core.files import write_text
-from rlhf_core.hookspecs import hookimpl
 from rlhf_core.observer.files import samples
+from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
-__all__ = ["Tracker", "needs_package", "options_of_run", "remembered"]
+__all__ = ["Tracker", "needs_package", "options_of_run", "tracker_run_id"]
 
 
 class Tracker:
@@ -82,12 +82,12 @@ def options_of_run(run: Run) -> dict[str, Any]:
     """The run's configuration as plain data; secrets are masked."""
     import tomllib
 
-    from rlhf_core.configure import to_toml
+    from rlhf_core.config.builder import to_toml
 
     return tomllib.loads(to_toml(run.config))
 
 
-def remembered(run: Run, tracker: str, given: str = "") -> str:
+def tracker_run_id(run: Run, tracker: str, given: str = "") -> str:
     """The id of the tracker's run: that of before if the run is resumed, else `given`, or a new one; kept in the folder."""
     path = run.output / "trackers.json"
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if run.config.resume and path.exists() else {}

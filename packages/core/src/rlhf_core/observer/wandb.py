@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.errors import UsageError
-from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, remembered
+from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
-    from rlhf_core.run import Run
+    from rlhf_core.run.run import Run
 
 __all__ = ["Wandb"]
 
@@ -83,7 +83,7 @@ class _Sending(Tracker):
             project=options.project,
             entity=options.entity or None,
             name=options.name or run.output.name,
-            id=remembered(run, "wandb"),
+            id=tracker_run_id(run, "wandb"),
             resume="allow",
             mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may hold anything; wandb says so
             dir=str(run.output),

@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +19,7 @@ from typing import Any
 
 from rlhf_core.errors import UsageError
 
-__all__ = ["Answer", "Columns", "answer_of", "call", "load_function", "reason"]
+__all__ = ["Answer", "Columns", "answer_of", "call", "load_function"]
 
 Columns = Mapping[str, list[Any]]
 """Arguments by name, one entry per sample: queries, prompts, completions, labels, meta."""
@@ -44,21 +43,21 @@ def call(path: str, name: str, columns: Columns) -> Answer:
     Raises:
         ValueError: it answers for another number of samples, or in another form.
     """
-    raw = _at_home(load_function(path, name), columns)
+    raw = _call_here(load_function(path, name), columns)
     return answer_of(raw, len(columns["queries"]))
 
 
-def _at_home(function: Callable[..., Any], columns: Columns) -> Any:
+def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
     """What the function returns, in this process: one that it forks ends here, or there would be two of us from now on."""
     process = os.getpid()
     try:
-        return _called(function, columns)
+        return _call_with_columns(function, columns)
     finally:
         if os.getpid() != process:
             os._exit(0)
 
 
-def _called(function: Callable[..., Any], columns: Columns) -> Any:
+def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
     """What the function says, given the arguments it names."""
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -76,7 +75,7 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def prepare(path: str, name: str) -> None:
+def prepare_worker(path: str, name: str) -> None:
     """In a worker: import the function before the clock of its first call starts."""
     load_function(path, name)
 
@@ -106,14 +105,6 @@ def _numbers(values: Any, name: str, count: int) -> list[float]:
         size = f"{len(plain)}" if isinstance(plain, (list, tuple)) else f"{type(values).__name__} instead of"
         raise ValueError(f"returned {size} {name} for {count} samples")
     return [float(value.item() if hasattr(value, "item") else value) for value in plain]
-
-
-def reason(error: BaseException) -> str:
-    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
-    ours = Path(__file__).parent
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != ours]
-    place = f"line {frames[-1].lineno}: " if frames else ""
-    return " ".join(f"{place}{type(error).__name__}: {error}".split())
 
 
 @cache

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.reward import sandbox
-from rlhf_core.types import RewardOutput
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Code"]
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.reward.output import labelled
+from rlhf_core.reward.output import require_labels
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Exact"]
 
@@ -24,7 +24,7 @@ class Exact:
     """regular expression whose last match in the completion (its first group, if it has one) is the answer"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
-        labelled(rollouts, "exact")
+        require_labels(rollouts, "exact")
         return [float(self._right(text, label)) for text, label in zip(rollouts.texts, rollouts.labels)]
 
     def _right(self, text: str, label: Any) -> bool:

@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.reward.calls import Answer, Columns, call, load_function, reason
+from rlhf_core.reward.calls import Answer, Columns, call, load_function
 from rlhf_core.reward.output import excerpt
-from rlhf_core.reward.workers import Failure, shared
-from rlhf_core.types import RewardOutput
+from rlhf_core.util.worker_processes import Failure, reason, shared_workers
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Func"]
 
@@ -60,7 +60,7 @@ class Func:
     def close(self) -> None:
         """End the processes, with all they started; the next call starts them again."""
         if self.workers:
-            shared(self.workers, TARGET, (self.path, self.name)).close()
+            shared_workers(self.workers, TARGET, (self.path, self.name)).close()
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.check()
@@ -88,8 +88,8 @@ class Func:
             for rows in parts
         ]
         if self.workers:
-            return shared(self.workers, TARGET, (self.path, self.name)).map(calls, self.timeout)
-        return [_guarded(arguments) for arguments in calls]
+            return shared_workers(self.workers, TARGET, (self.path, self.name)).map(calls, self.timeout)
+        return [_call_guarded(arguments) for arguments in calls]
 
     def _one_by_one(
         self, rollouts: Rollouts, columns: Columns, rows: range, failure: Failure
@@ -130,7 +130,7 @@ class Func:
         )
 
 
-def _guarded(arguments: tuple[Any, ...]) -> Answer | Failure:
+def _call_guarded(arguments: tuple[Any, ...]) -> Answer | Failure:
     """A call in this process."""
     try:
         return call(*arguments)

@@ -79,8 +79,8 @@ class Replicas:
                     return self._post(url, question)
                 except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON
                     if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                        raise UsageError(f"{self._option}: {url} refused: {_said(error)}") from None
-                    reasons[url] = _said(error) if isinstance(error, urllib.error.HTTPError) else f"{error}"
+                        raise UsageError(f"{self._option}: {url} refused: {_error_line(error)}") from None
+                    reasons[url] = _error_line(error) if isinstance(error, urllib.error.HTTPError) else f"{error}"
                     with self._lock:
                         self._failed_at[url] = time.monotonic()
         told = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
@@ -107,7 +107,7 @@ class Replicas:
             return json.load(response)
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _error_line(error: urllib.error.HTTPError) -> str:
     """`401 Unauthorized: …`, in one line."""
     body = error.read(500).decode("utf-8", "replace")
     return " ".join(f"{error.code} {error.reason}: {body}".split())

@@ -17,16 +17,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rlhf_core.data.chats import as_dialogue
+from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.contract.results import RewardOutput
+from rlhf_core.data.chats import format_dialogue
 from rlhf_core.data.images import has_images
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.reward.http import Replicas
-from rlhf_core.types import RewardOutput
-from rlhf_core.values import Secret, reveal
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Judge"]
 
@@ -91,7 +91,7 @@ class Judge:
         if has_images(prompt):
             raise UsageError("--reward judge sends texts alone, and a prompt has images: use --reward func or remote")
         filled = {
-            "prompt": prompt if isinstance(prompt, str) else as_dialogue(prompt).strip(),
+            "prompt": prompt if isinstance(prompt, str) else format_dialogue(prompt).strip(),
             "completion": rollouts.texts[row],
             "label": rollouts.labels[row],
             "low": f"{self.low:g}",
@@ -117,7 +117,7 @@ class _Grades:
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if self._file and Path(self._file).is_file():
-            self._known = dict(_kept(Path(self._file)))
+            self._known = dict(_read_replies(Path(self._file)))
 
     def of(self, question: str) -> str:
         """The judge's reply."""
@@ -134,7 +134,7 @@ class _Grades:
         return self._known[key]
 
 
-def _kept(path: Path) -> Iterator[tuple[str, str]]:
+def _read_replies(path: Path) -> Iterator[tuple[str, str]]:
     """Replies of earlier runs; a line that one of them was killed in is passed over."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

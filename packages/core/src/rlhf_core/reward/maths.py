@@ -10,14 +10,14 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, MissingPackage
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import labelled
-from rlhf_core.reward.workers import Failure, shared
-from rlhf_core.types import RewardOutput
+from rlhf_core.reward.output import require_labels
+from rlhf_core.util.worker_processes import Failure, shared_workers
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Maths", "grade"]
 
@@ -46,13 +46,13 @@ class Maths:
 
     def close(self) -> None:
         """End the processes; the next call starts them again."""
-        shared(self.workers, TARGET, ()).close()
+        shared_workers(self.workers, TARGET, ()).close()
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.check()
-        labelled(rollouts, "math")
+        require_labels(rollouts, "math")
         calls = [(text, str(label), self.where) for text, label in zip(rollouts.texts, rollouts.labels)]
-        grades = shared(self.workers, TARGET, ()).map(calls, self.timeout)
+        grades = shared_workers(self.workers, TARGET, ()).map(calls, self.timeout)
         if None in grades:
             raise DataError(f"--reward math: the label {rollouts.labels[grades.index(None)]!r} has no answer in it")
         gave_up = [isinstance(grade, Failure) for grade in grades]
@@ -63,7 +63,7 @@ class Maths:
         )
 
 
-def prepare() -> None:
+def prepare_worker() -> None:
     """In a worker: import before the clock of the first answer starts."""
     import math_verify  # noqa: F401
 
@@ -72,7 +72,7 @@ def grade(text: str, label: str, where: Where) -> tuple[float, float] | None:
     """(right, answered), each 0 or 1; None if the label has no answer."""
     from math_verify import parse, verify
 
-    gold = _parsed(_bare(label))
+    gold = _parse_gold(_strip_label(label))
     if not gold:
         return None
     answer = _answer(text, where)
@@ -80,11 +80,11 @@ def grade(text: str, label: str, where: Where) -> tuple[float, float] | None:
     return float(bool(found) and verify(gold, found)), float(bool(found))
 
 
-def _bare(label: str) -> str:
+def _strip_label(label: str) -> str:
     return label.rpartition(MARK)[2].strip()
 
 
-def _parsed(gold: str) -> Any:
+def _parse_gold(gold: str) -> Any:
     """The reference: as it stands if it says where the answer is, else all of it is the answer."""
     from math_verify import parse
 

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_core.encode import Encoder, Encoding
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.options import ModelOptions
+from rlhf_core.contract.results import RewardOutput
+from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
-from rlhf_core.options import ModelOptions
-from rlhf_core.types import Example, RewardOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from rlhf_core.contract.batch import Rollouts
     from rlhf_core.data.chats import Text
-    from rlhf_core.types import Rollouts
 
 __all__ = ["RewardModel"]
 
@@ -57,17 +58,17 @@ class RewardModel:
 
     def check(self) -> None:
         """Load the model: what is wrong with it is said before anything is sampled."""
-        _loaded(self)
+        _load(self)
 
     def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:
         """Normalised scores, and the share of the rows that had to be cut.
 
         A prompt is text or messages; one with None as completion is a text to be scored as it is, without a template.
         """
-        from rlhf_core.microbatch import bearable_padding, micro_rows
-        from rlhf_core.models.inputs import layout
+        from rlhf_core.models.inputs.arrange import arrange_inputs
+        from rlhf_core.training.microbatch import bearable_padding, micro_rows
 
-        loaded = _loaded(self)
+        loaded = _load(self)
         examples = [_example(prompt, completion) for prompt, completion in zip(prompts, completions)]
         before = loaded.encoder.truncated
         batch = loaded.encoder.batch(examples, range(len(examples)))
@@ -76,7 +77,7 @@ class RewardModel:
         scores_N = torch.empty(len(batch))
         with torch.inference_mode():
             for rows in micro_rows(batch, self.micro_tokens, padding=bearable_padding(loaded.module)):
-                inputs = layout(batch.rows(rows)).to(device)
+                inputs = arrange_inputs(batch.rows(rows)).to(device)
                 scores_N[rows] = loaded.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
         if self.offload:
             loaded.module.to("cpu")
@@ -85,7 +86,7 @@ class RewardModel:
 
     def close(self) -> None:
         """Free the model."""
-        _loaded.cache_clear()
+        _load.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,15 @@ class _Loaded:
 
 
 @cache
-def _loaded(reward: RewardModel) -> _Loaded:
+def _load(reward: RewardModel) -> _Loaded:
     """Model and tokenizer, loaded at the first call.
 
     Raises:
         UsageError: there is no such model, or it has no score head.
     """
-    from rlhf_core.models.load import load_tokenizer
+    from rlhf_core.contract.plan import RoleSpec
+    from rlhf_core.models.loading.load import load_tokenizer
     from rlhf_core.models.module import build_module
-    from rlhf_core.plan import RoleSpec
 
     options = ModelOptions(
         model=reward.model,

@@ -7,20 +7,20 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import ContractError, DataError, NotFiniteReward
-from rlhf_core.finite import described
 from rlhf_core.lazy import torch
-from rlhf_core.types import RewardOutput
+from rlhf_core.training.nonfinite import row_as_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
 
-__all__ = ["as_output", "excerpt", "labelled", "whole_rewards", "without_nan"]
+__all__ = ["excerpt", "require_labels", "to_reward_output", "total_rewards", "without_nan"]
 
 
-def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
+def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
     """`raw` as a float32 `RewardOutput` on the CPU.
 
     Raises:
@@ -31,7 +31,7 @@ def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, pro
     output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # next line
 
     def checked(value: Any, name: str, *shape: int) -> Tensor:
-        return _checked(value, name, shape, rollouts, provider)
+        return _check_tensor(value, name, shape, rollouts, provider)
 
     optional: dict[str, Any] = {}
     if output.rewards_NT is not None:
@@ -39,27 +39,31 @@ def as_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, pro
     if output.scores_N is not None:
         optional["scores_N"] = checked(output.scores_N, "scores_N", N)
     if not isinstance(output.metrics, Mapping):
-        raise ContractError(f"{_named(provider)} returned metrics that are not a mapping of names to N numbers")
+        raise ContractError(f"{_provider_name(provider)} returned metrics that are not a mapping of names to N numbers")
     metrics = {name: checked(value, f"metric {name!r}", N) for name, value in output.metrics.items()}
     return replace(output, rewards_N=checked(output.rewards_N, "rewards_N", N), metrics=metrics, **optional)
 
 
-def _checked(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object) -> Tensor:
+def _check_tensor(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object) -> Tensor:
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ContractError(f"{_named(provider)} returned {name} that are not numbers: {error}") from None
+        raise ContractError(f"{_provider_name(provider)} returned {name} that are not numbers: {error}") from None
     if tensor.shape != shape:
         raise ContractError(
-            f"{_named(provider)} returned {name} of shape {tuple(tensor.shape)} for {shape[0]} completions; "
+            f"{_provider_name(provider)} returned {name} of shape {tuple(tensor.shape)} for {shape[0]} completions; "
             f"expected {tuple(shape)}"
         )
     if not tensor.isfinite().all():
         row = int((~tensor.isfinite()).nonzero()[0, 0])
         value = tensor[row].flatten()[(~tensor[row].flatten().isfinite()).nonzero()[0, 0]].item()
         bad = (~tensor.isfinite()).view(len(tensor), -1).any(1).nonzero().flatten().tolist()
-        samples = [{"reward": _named(provider), name: tensor[i].tolist()} | described(rollouts, i) for i in bad]
-        raise NotFiniteReward(f"{_named(provider)} returned {name} = {value} for {excerpt(rollouts, row)}", samples)
+        samples = [
+            {"reward": _provider_name(provider), name: tensor[i].tolist()} | row_as_dict(rollouts, i) for i in bad
+        ]
+        raise NotFiniteReward(
+            f"{_provider_name(provider)} returned {name} = {value} for {excerpt(rollouts, row)}", samples
+        )
     return tensor
 
 
@@ -75,13 +79,13 @@ def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
     return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
 
 
-def whole_rewards(rewards: RewardOutput) -> Tensor:
+def total_rewards(rewards: RewardOutput) -> Tensor:
     """The rewards of whole completions, float64: the final ones and what was given token by token."""
     whole_N = rewards.rewards_N.double()
     return whole_N if rewards.rewards_NT is None else whole_N + rewards.rewards_NT.double().sum(1)
 
 
-def labelled(rollouts: Batch, reward: str) -> None:
+def require_labels(rollouts: Batch, reward: str) -> None:
     """Check that every sample has a label for the reward called `reward`.
 
     Raises:
@@ -103,7 +107,7 @@ def excerpt(rollouts: Batch, row: int) -> str:
     return f"sample {row}, prompt {short(rollouts.prompts[row])}, completion {short(rollouts.texts[row])}"
 
 
-def _named(provider: object) -> str:
+def _provider_name(provider: object) -> str:
     """The provider and the distribution it came with."""
     kind = type(provider)
     package = kind.__module__.partition(".")[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Profanity"]
 

@@ -6,19 +6,19 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.reasoning import ENTRY, library
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.types import RewardOutput
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
-__all__ = ["Reasoning"]
+__all__ = ["ReasoningReward"]
 
 
 @dataclass(frozen=True)
-class Reasoning:
+class ReasoningReward:
     """What reasoning-gym's verifier gives the answer, 0 to 1; for --data reasoning."""
 
     extract: str = r"<answer>(.*?)</answer>"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Regex"]
 

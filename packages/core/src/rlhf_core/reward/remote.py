@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.reward.calls import Answer, answer_of
 from rlhf_core.reward.http import Replicas
-from rlhf_core.types import RewardOutput
-from rlhf_core.values import Secret, reveal
 
 if TYPE_CHECKING:
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Remote"]
 
@@ -55,7 +55,7 @@ class Remote:
         N = len(rollouts)
         parts = [range(start, min(start + self.batch, N)) for start in range(0, N, self.batch)]
         with ThreadPoolExecutor(self.parallel * len(self.url)) as threads:
-            answers = list(threads.map(lambda rows: _asked(replicas, rollouts, rows), parts))
+            answers = list(threads.map(lambda rows: _ask(replicas, rollouts, rows), parts))
         scores = [score for answer in answers for score in answer.scores or ()]
         names = dict.fromkeys(name for answer in answers for name in answer.logs)
         return RewardOutput(
@@ -75,7 +75,7 @@ def _replicas(reward: Remote) -> Replicas:
     return Replicas(reward.url, OPTION, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
 
 
-def _asked(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
+def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
     """The answer for some rows, checked to be about them."""
     ids = list(rows)
     question: dict[str, Any] = {

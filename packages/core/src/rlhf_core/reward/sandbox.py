@@ -60,19 +60,19 @@ def main() -> None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if not restrict_files(".", and_network=not alone):
             os._exit(CANNOT)
-    os.write(answers, json.dumps([job["nonce"], passed(job["solution"], job["tests"])]).encode())
+    os.write(answers, json.dumps([job["nonce"], run_tests(job["solution"], job["tests"])]).encode())
     os._exit(0)
 
 
-def passed(solution: str, tests: list[str]) -> list[bool]:
+def run_tests(solution: str, tests: list[str]) -> list[bool]:
     """Whether each test runs without an exception after the solution."""
     names: dict[str, object] = {"__name__": "__main__"}
-    if not runs(solution, names):
+    if not run_code(solution, names):
         return [False] * len(tests)
-    return [runs(test, names) for test in tests]
+    return [run_code(test, names) for test in tests]
 
 
-def runs(code: str, names: dict[str, object]) -> bool:
+def run_code(code: str, names: dict[str, object]) -> bool:
     try:
         exec(compile(code, "<generated>", "exec"), names)  # noqa: S102  # it is what this child is for, under limits
     except BaseException:  # generated code may raise SystemExit or KeyboardInterrupt too

@@ -21,13 +21,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rlhf_core.data.chats import as_chat
-from rlhf_core.encode import Encoding
+from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.data.chats import to_chat
+from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import MissingPackage, UsageError
-from rlhf_core.values import Secret, reveal
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Sample", "ServeReward", "make_app", "serve"]
 
@@ -224,5 +224,5 @@ def samples_of(body: Any) -> list[Sample]:
     completions = body.get("completions") or [""] * len(queries)
     if not len(queries) == len(prompts) == len(completions):
         raise ValueError("'query', 'raw_prompts' and 'completions' should have the same length")
-    chats = [as_chat(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
+    chats = [to_chat(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
     return [Sample(*row) for row in zip(queries, chats, completions)]

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlhf_core.described import described
+from rlhf_core.config.provider_spec import make_from_spec
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
-from rlhf_core.reward.output import as_output
-from rlhf_core.types import RewardOutput
+from rlhf_core.reward.output import to_reward_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Sum"]
 
@@ -38,14 +38,14 @@ class Sum:
         if self.weights and len(self.weights) != len(self.parts):
             raise UsageError(f"--reward.weights has {len(self.weights)} numbers for the {len(self.parts)} parts")
         for part in self.parts:
-            provider = described("reward", part, "--reward.parts")
+            provider = make_from_spec("reward", part, "--reward.parts")
             if hasattr(provider, "check"):
                 provider.check()
 
     def close(self) -> None:
         """Free what the parts hold."""
         for part in self.parts:
-            provider = described("reward", part, "--reward.parts")
+            provider = make_from_spec("reward", part, "--reward.parts")
             if hasattr(provider, "close"):
                 provider.close()
 
@@ -53,9 +53,10 @@ class Sum:
         self.check()
         weights = self.weights or (1.0,) * len(self.parts)
         providers = [
-            (name, described("reward", part, "--reward.parts")) for name, part in zip(_names(self.parts), self.parts)
+            (name, make_from_spec("reward", part, "--reward.parts"))
+            for name, part in zip(_names(self.parts), self.parts)
         ]
-        outputs = [(name, as_output(provider(rollouts), rollouts, provider)) for name, provider in providers]
+        outputs = [(name, to_reward_output(provider(rollouts), rollouts, provider)) for name, provider in providers]
         metrics: dict[str, Tensor] = {}
         for name, output in outputs:
             metrics |= {name: output.rewards_N, **{f"{name}/{key}": value for key, value in output.metrics.items()}}
@@ -63,8 +64,8 @@ class Sum:
             weight * each.rewards_NT for weight, (_, each) in zip(weights, outputs) if each.rewards_NT is not None
         ]
         return RewardOutput(
-            rewards_N=_added([weight * output.rewards_N for weight, (_, output) in zip(weights, outputs)]),
-            rewards_NT=_added(per_token) if per_token else None,
+            rewards_N=_add_tensors([weight * output.rewards_N for weight, (_, output) in zip(weights, outputs)]),
+            rewards_NT=_add_tensors(per_token) if per_token else None,
             metrics=metrics,
         )
 
@@ -75,7 +76,7 @@ def _names(parts: Sequence[str]) -> list[str]:
     return [f"{name}.{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _added(tensors: list[Tensor]) -> Tensor:
+def _add_tensors(tensors: list[Tensor]) -> Tensor:
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + tensor

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.lazy import torch
-from rlhf_core.types import Prompts, Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +42,14 @@ def assemble(
     """
     filler = pad_id(tokenizer)
     group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
-    tokens_NT = _padded(tokens, filler, torch.long)
+    tokens_NT = _pad_rows(tokens, filler, torch.long)
     lengths_N = torch.tensor([len(row) for row in tokens])
     examples = [prompts.examples[p] for p in group]
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
         prompts=[prompts.texts[p] for p in group],
         texts=decode(tokenizer, tokens),
-        prompt_NL=_padded([prompts.token_ids[p] for p in group], filler, torch.long),
+        prompt_NL=_pad_rows([prompts.token_ids[p] for p in group], filler, torch.long),
         prompt_lengths_N=torch.tensor([len(prompts.token_ids[p]) for p in group]),
         tokens_NT=tokens_NT,
         lengths_N=lengths_N,
@@ -61,7 +61,7 @@ def assemble(
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
-            **{name: _padded(rows, 0.0, torch.float32) for name, rows in per_token.items()},
+            **{name: _pad_rows(rows, 0.0, torch.float32) for name, rows in per_token.items()},
         },
         scalars=dict(scalars or {}),
         finish=list(finish),
@@ -83,7 +83,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(number)
 
 
-def _padded(rows: Sequence[Sequence[float]], filler: float, dtype: torch.dtype) -> Tensor:
+def _pad_rows(rows: Sequence[Sequence[float]], filler: float, dtype: torch.dtype) -> Tensor:
     """(N, longest), padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=dtype)

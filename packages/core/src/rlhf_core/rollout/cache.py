@@ -42,7 +42,7 @@ class RoomyLayer(DynamicLayer):
         end = length + key_states.shape[-2]
         if self._buffers is None or self.keys is not self._view or end > self._buffers[0].shape[-2]:
             room = end + 64 + end // 8  # at most an eighth is wasted, and a copy is rare
-            self._buffers = _with_room(self.keys, key_states, room), _with_room(self.values, value_states, room)
+            self._buffers = _grow_buffer(self.keys, key_states, room), _grow_buffer(self.values, value_states, room)
         keys, values = self._buffers
         keys[:, :, length:end] = key_states
         values[:, :, length:end] = value_states
@@ -51,7 +51,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _with_room(held: Tensor, new: Tensor, room: int) -> Tensor:
+def _grow_buffer(held: Tensor, new: Tensor, room: int) -> Tensor:
     """A buffer of `room` tokens that begins with what is `held`."""
     buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
     if held.numel():

@@ -16,8 +16,9 @@ from rlhf_core.errors import ContractError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf_core.options import Sampling
-    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.roles import Role
 
 __all__ = ["FakeRollout", "Letters"]
 

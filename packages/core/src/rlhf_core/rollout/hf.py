@@ -16,14 +16,15 @@ from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.options import Sampling
-    from rlhf_core.types import Prompts, Role, Rollouts
+    from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.roles import Role
 
-__all__ = ["HuggingFace"]
+__all__ = ["HuggingFaceRollout"]
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFaceRollout:
     """Batched sampling from the role's own weights, in process.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with

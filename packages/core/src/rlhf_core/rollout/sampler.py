@@ -22,19 +22,19 @@ import numpy as np
 
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.models.vision import Images, Vision, stacked
+from rlhf_core.models.inputs.vision import Images, Vision, stack_images
 from rlhf_core.rollout.attention import shared_heads
 from rlhf_core.rollout.warp import draw, warp
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.options import Sampling
+    from rlhf_core.contract.options import Sampling
 
-__all__ = ["Completion", "Piece", "plan_waves", "sample", "uniforms"]
+__all__ = ["Piece", "SampledCompletion", "plan_waves", "sample", "uniforms"]
 
 
-class Completion(NamedTuple):
+class SampledCompletion(NamedTuple):
     """What was sampled for one prompt."""
 
     tokens: list[int]
@@ -68,7 +68,7 @@ def sample(
     compact: float = 0.25,
     vision: Vision | None = None,
     images: Sequence[Images] = (),
-) -> list[Completion]:
+) -> list[SampledCompletion]:
     """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
 
     Temperature 0 takes the most likely token and reports its log-probability at temperature 1, untruncated. A stop string
@@ -91,7 +91,7 @@ def sample(
         RunStopped: the model's output is not finite.
         UsageError: the model is purely recurrent (Mamba), with another kind of cache.
     """
-    found: dict[tuple[int, int], Completion] = {}
+    found: dict[tuple[int, int], SampledCompletion] = {}
     was_training = model.training
     model.eval()
     try:
@@ -191,9 +191,9 @@ def _prefill(
     lengths_R = torch.tensor([len(ids) for ids in prompt_ids], device=model.device)
     mask_RS = torch.arange(L + room, device=model.device) >= L - lengths_R[:, None]
     position_RL = (mask_RS[:, :L].long().cumsum(-1) - 1).clamp(min=0)
-    accepted = _accepted(model.forward, {"position_ids", "logits_to_keep"})
+    accepted = _supported_arguments(model.forward, {"position_ids", "logits_to_keep"})
     state = _State(torch.empty(0), make_cache(model.config), mask_RS, lengths_R, accepted, vision)
-    seen = vision.arguments(stacked(images, L, left=True), model) if vision is not None else {}
+    seen = vision.arguments(stack_images(images, L, left=True), model) if vision is not None else {}
     if vision is not None and (found := vision.positions(model.base_model, ids_RL, mask_RS[:, :L], seen)):
         position_RL, shift_R = found
         state.lengths_R = lengths_R + shift_R
@@ -216,7 +216,7 @@ def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor, ima
     state.logits_RV = logits_RQV[:, -1]
 
 
-def _accepted(forward: Callable[..., Any], optional: Collection[str]) -> frozenset[str]:
+def _supported_arguments(forward: Callable[..., Any], optional: Collection[str]) -> frozenset[str]:
     """Which of the `optional` arguments a forward pass takes: a few architectures know no positions. Wrappers pass on what
     they do not know."""
     parameters = inspect.signature(forward).parameters
@@ -230,7 +230,7 @@ def _accepted(forward: Callable[..., Any], optional: Collection[str]) -> frozens
 
 def _decode(
     model: Any, state: _State, uniforms_BT: Tensor, sampling: Sampling, stops: _Stops, compact: float
-) -> list[Completion]:
+) -> list[SampledCompletion]:
     """Extend every row of `state` token by token until it ends."""
     B, T = uniforms_BT.shape
     device = state.logits_RV.device
@@ -259,7 +259,7 @@ def _decode(
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
     columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B))
     return [
-        Completion(tokens[: end or T], logprobs[: end or T], log_mass[: end or T], "stop" if end else "length")
+        SampledCompletion(tokens[: end or T], logprobs[: end or T], log_mass[: end or T], "stop" if end else "length")
         for tokens, logprobs, log_mass, end in zip(*columns, strict=True)
     ]
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.lazy import torch
-from rlhf_core.world import TorchWorld, World
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core.options import Optim
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.options import Optim
 
 __all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
 

@@ -10,17 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.lazy import torch
-from rlhf_core.optim import adamw, lr_factor
-from rlhf_core.strategy.lent import Lent
-from rlhf_core.tensors import Copies, read_tree, write_tree
-from rlhf_core.world import TorchWorld, World
+from rlhf_core.strategy.shared_base import SharedBase
+from rlhf_core.training.optimizer import adamw, lr_factor
+from rlhf_core.util.tensor_tree import Copies, read_tree, write_tree
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core.options import Optim
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.options import Optim
 
 __all__ = ["TorchStrategy", "TorchTrainable"]
 
@@ -61,10 +61,10 @@ class TorchTrainable:
         self._copies = Copies()
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        from rlhf_core.models.module import layout
+        from rlhf_core.models.inputs.arrange import arrange_inputs
 
         with torch.autocast(self.device.type, self._autocast) if self._autocast else contextlib.nullcontext():
-            outputs: dict[str, Tensor] = self.module(layout(batch).to(self.device), wants)
+            outputs: dict[str, Tensor] = self.module(arrange_inputs(batch).to(self.device), wants)
         return outputs
 
     def backward(self, loss: Tensor) -> None:
@@ -112,9 +112,9 @@ class TorchTrainable:
     def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def lend(self) -> Lent:
+    def shared_base(self) -> SharedBase:
         """The model without its adapters, as a frozen role's."""
-        return Lent(self)
+        return SharedBase(self)
 
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints

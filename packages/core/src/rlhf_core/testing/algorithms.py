@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.hookspecs import KINDS
-from rlhf_core.options import ModelOptions, RunConfig
-from rlhf_core.plan import DATA, Plan, make_plan
+from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.options import ModelOptions, RunConfig
+from rlhf_core.contract.plan import DATA, Plan
+from rlhf_core.contract.terms import Term
 from rlhf_core.testing.providers import check_provider
-from rlhf_core.types import Term
+from rlhf_core.training.planner import make_plan
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
-    from rlhf_core.types import Algorithm
+    from rlhf_core.contract.providers import Algorithm
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["check_algorithm"]
 
@@ -28,7 +29,7 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
     Raises:
         AssertionError, UsageError: it is not so.
     """
-    from rlhf_core.registry import default_registry
+    from rlhf_core.plugins.registry import default_registry
 
     check_provider(algorithm)
     registry = registry or default_registry()

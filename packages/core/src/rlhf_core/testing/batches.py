@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_core.types import Batch, Rollouts
+from rlhf_core.contract.batch import Batch, Rollouts
 
 
 def make_batch(

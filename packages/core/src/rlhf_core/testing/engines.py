@@ -16,19 +16,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import loop
-from rlhf_core.hookspecs import OBSERVERS
+from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.hooks import OBSERVERS
+from rlhf_core.contract.options import Optim, Sampling
 from rlhf_core.lazy import torch
-from rlhf_core.options import Optim, Sampling
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
-from rlhf_core.types import Rollouts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.plan import Plan
-    from rlhf_core.run import Run
-    from rlhf_core.types import Evaluator, Launcher, Prompts, Role, Rollout, Strategy, Trainable
+    from rlhf_core.contract.batch import Prompts
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.providers import Evaluator, Launcher, Rollout, Strategy
+    from rlhf_core.contract.roles import Role, Trainable
+    from rlhf_core.run.run import Run
 
 __all__ = [
     "check_evaluator",
@@ -129,13 +131,13 @@ def _ids(rollouts: Rollouts, i: int) -> list[int]:
 
 
 def _tiny_role() -> Any:
-    from rlhf_core.roles import LocalRole
+    from rlhf_core.training.local_role import LocalRole
 
     return LocalRole(tiny_run("unused").plan, "actor")
 
 
 def _tiny_prompts(role: Any) -> Prompts:
-    from rlhf_core.types import Example, Prompts
+    from rlhf_core.contract.batch import Example, Prompts
 
     texts = ["Hello", "What is the colour of the sky?", "1 2 3"]
     token_ids = [role.tokenizer(text)["input_ids"] for text in texts]
@@ -229,7 +231,7 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
     Raises:
         AssertionError: it is not so.
     """
-    from rlhf_core.roles import LocalRole
+    from rlhf_core.training.local_role import LocalRole
 
     check_provider(launcher)
     name = type(launcher).__qualname__

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rlhf_core.registry import Registry
-    from rlhf_core.run import Run
-    from rlhf_core.types import Rollouts
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
 
 __all__ = ["empty_registry", "registry", "tiny_rollouts", "tiny_run"]
 
@@ -19,7 +19,7 @@ __all__ = ["empty_registry", "registry", "tiny_rollouts", "tiny_run"]
 @pytest.fixture
 def empty_registry() -> Registry:
     """Core's own providers and nothing that happens to be installed; add yours with `empty_registry.register`."""
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
     return Registry(autoload=False)
 
@@ -27,7 +27,7 @@ def empty_registry() -> Registry:
 @pytest.fixture
 def registry() -> Registry:
     """Everything installed, as `rlhf-run` sees it."""
-    from rlhf_core.registry import Registry
+    from rlhf_core.plugins.registry import Registry
 
     return Registry()
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.requirements import resolve
+from rlhf_core.contract.results import Credit, LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
-from rlhf_core.needs import resolve
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts
-from rlhf_core.types import Credit, Example, LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Advantage, Batch, Data, Loss, Reward, RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Batch, Rollouts
+    from rlhf_core.contract.providers import Advantage, Data, Loss, Reward
+    from rlhf_core.contract.results import RewardOutput
 
 __all__ = ["check_advantage", "check_data", "check_loss", "check_reward"]
 
@@ -72,18 +75,18 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
     Raises:
         AssertionError, ContractError: it is not so.
     """
-    from rlhf_core.reward.output import as_output
+    from rlhf_core.reward.output import to_reward_output
 
     check_provider(reward)
     rollouts = tiny_rollouts() if rollouts is None else rollouts
     before = _frozen(rollouts)
-    output = as_output(reward(rollouts), rollouts, reward)
+    output = to_reward_output(reward(rollouts), rollouts, reward)
     assert _frozen(rollouts) == before, f"{_name(reward)} must leave the rollouts as they are"
     _finite(reward, "rewards_N", output.rewards_N)
-    again = as_output(reward(rollouts), rollouts, reward)
+    again = to_reward_output(reward(rollouts), rollouts, reward)
     assert torch.equal(output.rewards_N, again.rewards_N), f"{_name(reward)} must give the same rewards each time"
     first = rollouts.rows([i for i, group in enumerate(rollouts.group_N.tolist()) if group == rollouts.group_N[0]])
-    part = as_output(reward(first), first, reward).rewards_N
+    part = to_reward_output(reward(first), first, reward).rewards_N
     same = torch.allclose(part, output.rewards_N[: len(part)], atol=1e-4)  # a model's scores differ a little by padding
     assert same, f"{_name(reward)}: the reward of a completion must not depend on other prompts in the batch"
     if output.rewards_NT is not None:

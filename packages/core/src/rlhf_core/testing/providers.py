@@ -8,9 +8,9 @@ import subprocess
 import sys
 from typing import Any
 
-from rlhf_core.docstrings import docs_of
-from rlhf_core.layout import annotation_of, option_fields
-from rlhf_core.values import from_plain, to_plain
+from rlhf_core.config.docstrings import docs_of
+from rlhf_core.config.schema import annotation_of, option_fields
+from rlhf_core.config.value_types import from_plain, to_plain
 
 __all__ = ["check_light", "check_provider"]
 

@@ -6,18 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.results import RewardOutput
 from rlhf_core.lazy import torch
-from rlhf_core.types import RewardOutput, Rollouts
-from rlhf_core.world import World
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from rlhf_core.registry import Registry
-    from rlhf_core.run import Run
-    from rlhf_core.types import Batch
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
 
 __all__ = ["tiny_extras", "tiny_outputs", "tiny_rewards", "tiny_rollouts", "tiny_run"]
 
@@ -84,14 +85,14 @@ def tiny_run(output: str | Path, algorithm: Any = None, registry: Registry | Non
         registry: where names are looked up and observers found; everything installed if absent.
         options: as in `make_config`, and they win.
     """
-    from rlhf_core.configure import make
-    from rlhf_core.run import Run
+    from rlhf_core.config.builder import make_config
+    from rlhf_core.run.run import Run
     from rlhf_core.testing.tiny_algorithm import TINY_SAMPLING, TinyAlgorithm
 
     small: dict[str, Any] = {"model": "tiny", "steps": 2, "batch_size": 2, "output": str(output)}
     if algorithm is None:
         small["sampling"] = TINY_SAMPLING
-    return Run(make(algorithm or TinyAlgorithm(), registry, **(small | options)), registry)
+    return Run(make_config(algorithm or TinyAlgorithm(), registry, **(small | options)), registry)
 
 
 def _plausible(name: str, batch: Batch) -> Tensor:

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf_core.contract.options import Optim, Sampling, TrainedOptions
+from rlhf_core.contract.results import LossTerms, Outputs, Reduction
+from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.lazy import torch
-from rlhf_core.options import Optim, Sampling, TrainedOptions
-from rlhf_core.types import Chosen, LossTerms, Outputs, Reduction, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.types import Batch, RewardOutput, Rollouts
+    from rlhf_core.contract.batch import Batch, Rollouts
+    from rlhf_core.contract.results import RewardOutput
 
 __all__ = ["TINY_SAMPLING", "TinyAdvantage", "TinyAlgorithm", "TinyLoss"]
 
@@ -63,6 +65,6 @@ class TinyAlgorithm:
     }
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
 
-    def __call__(self, chosen: Chosen) -> tuple[Term, ...]:
-        assert chosen.loss is not None, "it has a default"
-        return (Term("actor", "actor", chosen.loss, chosen.advantage),)
+    def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
+        assert choices.loss is not None, "it has a default"
+        return (Term("actor", "actor", choices.loss, choices.advantage),)

@@ -1,0 +1,215 @@
+"""From names and options to a RunConfig, and back: the same from the command line, from TOML and from Python.
+
+A file has one table per section, and `use` names the provider of a kind (`reward = "length"` is short for the table):
+
+    steps = 20
+
+    [algorithm]
+    use = "grpo"
+
+    [reward]
+    use = "length"
+    limit = 40
+
+    [actor.optim]
+    lr = 1e-5
+
+`to_names` gives this tree as plain data, `from_names` builds the run from it in another process, `to_toml` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.config.parsing import Settings, read, read_tree
+from rlhf_core.config.schema import (
+    STRUCTURE,
+    Schema,
+    Section,
+    annotation_of,
+    default_of,
+    flag,
+    nested_dataclass,
+    option_fields,
+)
+from rlhf_core.config.value_types import MASK, is_secret, to_plain
+from rlhf_core.contract.hooks import KINDS, SEVERAL
+from rlhf_core.contract.options import RunConfig
+from rlhf_core.errors import UsageError
+from rlhf_core.util.secrets import redact_tree
+
+if TYPE_CHECKING:
+    from rlhf_core.plugins.registry import Registry
+
+__all__ = ["construct", "from_names", "make_config", "parse", "split_sections", "to_names", "to_toml"]
+
+
+def parse(argv: Sequence[str], registry: Registry) -> RunConfig:
+    """The run that `[algorithm] [flags]` describe.
+
+    Raises:
+        UsageError: in one line, what is wrong and what to do.
+    """
+    return _build(*read(argv, registry))
+
+
+def make_config(algorithm: str | object, registry: Registry | None = None, **overrides: Any) -> RunConfig:
+    """A run from Python; exported as `rlhf_core.make_config`.
+
+        from rlhf_core import Run, make_config
+
+        config = make_config("grpo", model="tiny", steps=20, reward=Brevity(limit=40), actor={"optim": {"lr": 1e-5}})
+        Run(config).train()
+
+    Args:
+        algorithm: a name, a provider instance, or a mapping with `use` and options.
+        registry: where names are looked up; everything installed if absent.
+        overrides: RunConfig's own fields; for a kind a name, a provider instance, or a mapping with `use` and options;
+            for a role or `sampling` a mapping or an instance. Several evaluators or observers are a list of them.
+    """
+    from rlhf_core.plugins.registry import default_registry
+
+    registry = registry or default_registry()
+    roles = getattr(_provider_class("algorithm", algorithm, registry), "roles", {})
+    tree: dict[str, Any] = {}
+    instances: dict[str, Any] = {}
+    for name, value in {"algorithm": algorithm, **overrides}.items():
+        if name not in KINDS or name in roles or isinstance(value, (str, Mapping)):
+            tree[name] = value
+            continue
+        several = list(value) if isinstance(value, (list, tuple)) else [value]
+        uses = [each if isinstance(each, str) else registry.name_of(name, type(each)) for each in several]
+        tree[name] = ",".join(uses)
+        for use, each in zip(uses, several, strict=True):
+            if not isinstance(each, str):
+                instances[name if len(several) == 1 else f"{name}.{use}"] = each
+    return _build(*read_tree(tree, registry, instances=instances))
+
+
+def from_names(tree: Mapping[str, Any], registry: Registry | None = None) -> RunConfig:
+    """The run that `to_names` described, in any process that has the same plugins."""
+    from rlhf_core.plugins.registry import default_registry
+
+    return _build(*read_tree(tree, registry or default_registry()))
+
+
+def to_names(config: RunConfig) -> dict[str, Any]:
+    """`config` as plain names and options: it pickles, and `from_names` gives an equal configuration.
+
+    Secrets are in it as they are; `to_toml` masks them.
+    """
+    return _tree(config, masked=False)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The file that repeats the run: every option, resolved. Secrets are masked unless given as `env:NAME`."""
+    import tomli_w
+
+    return tomli_w.dumps(_tree(config, masked=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# building
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _build(schema: Schema, settings: Settings) -> RunConfig:
+    """The run of a schema with these settings."""
+    made = construct(schema, settings)
+    run: RunConfig = made[""]
+    names = {kind: name for kind, name in schema.names.items() if name}
+    return replace(run, algorithm=made["algorithm"], names=names, **split_sections(schema, made))
+
+
+def construct(schema: Schema, settings: Settings) -> dict[str, Any]:
+    """The instance of every section, by prefix."""
+    return {section.prefix: _construct_section(section, settings) for section in schema.sections}
+
+
+def split_sections(schema: Schema, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `construct` made, the roles' options and the providers, as a RunConfig holds them."""
+    roles = {section.prefix: made[section.prefix] for section in schema.sections if section.prefix and not section.kind}
+    providers: dict[str, Any] = {}
+    for section in schema.sections:
+        if section.kind in SEVERAL:
+            providers[section.kind] = (*providers.get(section.kind, ()), made[section.prefix])
+        elif section.kind and section.kind != "algorithm":
+            providers[section.kind] = made[section.prefix]
+    return {"roles": roles, "providers": providers}
+
+
+def _construct_section(section: Section, settings: Settings) -> Any:
+    """The instance of a section; errors speak of it by its title."""
+    for option in section.options:
+        if option.required and option.path not in settings:
+            raise UsageError(f"{section.title} needs {option.described(flag(option.path)).removesuffix(' (required)')}")
+    try:
+        return _construct(section.cls, section.base, section.prefix, settings, section.skip)
+    except ValueError as error:  # a provider's __post_init__ refuses a value
+        raise UsageError(f"{section.title}: {error}" if section.prefix else str(error)) from error
+
+
+def _construct(cls: type, base: Any, prefix: str, settings: Settings, skip: tuple[str, ...] = ()) -> Any:
+    """`base` with what is set under `prefix`; a new `cls` where there is no base."""
+    changes: dict[str, Any] = {}
+    for each in option_fields(cls, skip):
+        path = f"{prefix}.{each.name}".lstrip(".")
+        inner, _ = nested_dataclass(annotation_of(cls, each.name))
+        if path in settings:
+            changes[each.name] = settings[path]
+        elif inner is not None and any(known.startswith(f"{path}.") for known in settings):
+            default = default_of(each, base)
+            changes[each.name] = _construct(inner, None if default is MISSING else default, path, settings)
+    if base is None:
+        return cls(**changes)
+    return replace(base, **changes) if changes else base
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# and back
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
+    """Every option of `config` as plain data."""
+    names = config.names
+    tree: dict[str, Any] = {"algorithm": {"use": names["algorithm"], **_plain(config.algorithm, "algorithm", masked)}}
+    tree |= _plain(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
+    tree |= {role: _plain(options, role, masked) for role, options in config.roles.items()}
+    for kind, provider in config.providers.items():
+        tree[kind] = {"use": names[kind]}
+        several = provider if isinstance(provider, tuple) else (provider,)
+        for name, each in zip(names[kind].split(","), several, strict=True):
+            plain = _plain(each, kind, masked)
+            tree[kind] |= plain if len(several) == 1 else {name: plain}
+    return {**dict.fromkeys(SEVERAL, "none"), **tree}  # left out is said too: an algorithm may have usual ones
+
+
+def _plain(options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a dataclass as plain data."""
+    tree: dict[str, Any] = {}
+    for each in option_fields(type(options), skip):
+        value, path = getattr(options, each.name), f"{prefix}.{each.name}".lstrip(".")
+        annotation = annotation_of(type(options), each.name)
+        if nested_dataclass(annotation)[0] is not None and value is not None:
+            tree[each.name] = _plain(value, path, masked)
+        elif masked and is_secret(annotation) and value and not str(value).startswith("env:"):
+            tree[each.name] = MASK
+        else:
+            try:
+                tree[each.name] = redact_tree(to_plain(value)) if masked else to_plain(value)
+            except ValueError:
+                raise UsageError(
+                    f"{path} is a {type(value).__name__}, which no file can hold and no worker can be told; "
+                    "give the provider a path or a module:Class to find it by"
+                ) from None
+    return tree
+
+
+def _provider_class(kind: str, given: Any, registry: Registry) -> type:
+    """The class of a provider given as name, table or instance."""
+    if isinstance(given, Mapping):
+        given = given.get("use", "")
+    return registry.resolve(kind, given) if isinstance(given, str) else type(given)

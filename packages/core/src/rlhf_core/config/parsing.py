@@ -1,0 +1,180 @@
+"""What is set for a run: values by dotted path, read from a file's tree and from flags, each by its option's type.
+
+Two passes. The first finds what decides which options there are: the algorithm and one name per kind, from flags, else
+from the file, else the algorithm's usual ones. The second reads every value. Later wins: defaults, file, flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.config.schema import Schema, flag, make_schema, option_fields
+from rlhf_core.config.value_types import MASK, from_plain, from_words, is_secret, metavar
+from rlhf_core.contract.hooks import KINDS
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.plugins.registry import Registry
+
+__all__ = ["Settings", "from_flags", "read", "read_tree", "single_word", "split_flags"]
+
+Settings = dict[str, Any]
+"""Values by dotted path."""
+
+
+def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
+    """The options there are and those that are set, without building anything: enough for `--help`."""
+    words, flags = split_flags(argv)
+    if len(words) > 1:
+        raise UsageError(f"unexpected {words[1]!r}; after the algorithm come flags such as --steps 20")
+    file = flags.pop("config", None)
+    tree = _read_file(single_word("--config", file)) if file is not None else {}
+    where = single_word("--config", file) if file is not None else ""
+    wanted = {kind: single_word(flag(kind), flags[kind]) for kind in KINDS if kind in flags and kind != "algorithm"}
+    flags = {path: words for path, words in flags.items() if path not in wanted and path != "help"}
+    if words:
+        wanted["algorithm"] = words[0]
+    schema, settings = read_tree(tree, registry, where=where, wanted=wanted)
+    _merge(settings, from_flags(flags, schema))
+    return schema, settings
+
+
+def split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words before the first flag, and each flag's path with the words after it; of a repeated flag the last."""
+    before: list[str] = []
+    flags: dict[str, list[str]] = {}
+    current = before
+    for word in words:
+        if word == "-h":
+            word = "--help"
+        if re.match(r"--[A-Za-z]", word):
+            name, equals, value = word[2:].partition("=")
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        else:
+            current.append(word)
+    return before, flags
+
+
+def single_word(name: str, words: Sequence[str]) -> str:
+    """The single word of a flag."""
+    if len(words) != 1:
+        got = f"not {' '.join(words)!r}" if words else "and got none"
+        raise UsageError(f"{name} takes one value, {got}")
+    return words[0]
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The tree of a TOML file."""
+    import tomllib
+
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:  # not text, no TOML, or a number of thousands of digits
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply") from None
+
+
+def read_tree(
+    tree: Mapping[str, Any],
+    registry: Registry,
+    *,
+    instances: Mapping[str, Any] | None = None,
+    where: str = "",
+    wanted: Mapping[str, str] | None = None,
+) -> tuple[Schema, Settings]:
+    """The options there are and those a tree sets.
+
+    Args:
+        tree: a TOML file's contents, or the same from Python.
+        registry: where names are looked up.
+        instances: ready-made providers by kind.
+        where: the file, for error messages.
+        wanted: names of providers by kind that replace the tree's own, options included.
+    """
+    instances, wanted = instances or {}, wanted or {}
+    algorithm = wanted.get("algorithm") or _use("algorithm", tree, where)
+    if not algorithm:
+        installed = ", ".join(registry.table("algorithm")) or "none"
+        raise UsageError(f"name an algorithm first: rlhf-run ALGORITHM …; installed: {installed}")
+    cls = type(instances["algorithm"]) if "algorithm" in instances else registry.resolve("algorithm", algorithm)
+    kinds = [kind for kind in KINDS if kind in tree and kind not in getattr(cls, "roles", {})]
+    named = {kind: name for kind in kinds if (name := _use(kind, tree, where))}
+    schema = make_schema(algorithm, {**named, **wanted}, registry, instances)
+    values = dict(tree)
+    for kind in kinds:
+        kept = isinstance(tree[kind], Mapping) and schema.names[kind] == named.get(kind, schema.names[kind])
+        values[kind] = {key: value for key, value in tree[kind].items() if key != "use"} if kept else {}
+    return schema, dict(_values(values, schema, where))
+
+
+def _use(kind: str, tree: Mapping[str, Any], where: str) -> str:
+    """The name that a tree gives for a kind: `use` of its table, or the bare name; empty where it gives none."""
+    table = tree.get(kind, "")
+    name = table.get("use", "") if isinstance(table, Mapping) else table
+    if not isinstance(name, str):
+        raise UsageError(f"{_at(where)}{kind} must be a name, or a table with a name as `use`, not {name!r}")
+    return name
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `(path, value)` of a tree, each read by its type."""
+    for key, value in tree.items():
+        path = f"{above}.{key}".lstrip(".")
+        option = schema.options.get(path)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {each.name: getattr(value, each.name) for each in option_fields(type(value))}
+        if option is None or (isinstance(value, Mapping) and option.annotation is type(None)):
+            if not schema.is_group(path):
+                raise UsageError(f"{_at(where)}unknown option {path!r}{schema.hint(path, str)}")
+            if not isinstance(value, Mapping):
+                raise UsageError(f"{_at(where)}{path} is a table of options, not {value!r}")
+            yield from _values(value, schema, where, path)
+            continue
+        if is_secret(option.annotation) and value == MASK:
+            raise UsageError(f"{_at(where)}{path} is masked; give it as {flag(path)} env:NAME")
+        if any(isinstance(each, str) and "://" in each and MASK in each for each in [value, *_elements(value)]):
+            raise UsageError(f"{_at(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS")
+        try:
+            yield path, from_plain(option.annotation, value)
+        except ValueError:
+            got = "" if is_secret(option.annotation) else f", not {value!r}"
+            raise UsageError(f"{_at(where)}{path} must be {metavar(option.annotation)}{got}") from None
+
+
+def _elements(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def from_flags(flags: Mapping[str, Sequence[str]], schema: Schema) -> Settings:
+    """The settings of flags, each read by its type."""
+    settings: Settings = {}
+    for path, words in flags.items():
+        option = schema.options.get(path)
+        if option is None:
+            raise UsageError(f"unknown flag {flag(path)}{schema.hint(path, flag)}")
+        try:
+            settings[path] = from_words(option.annotation, words)
+        except ValueError:
+            got = f", not {' '.join(words)!r}" if words else " and got none"
+            got = "" if is_secret(option.annotation) else got
+            raise UsageError(f"{flag(path)} expects {metavar(option.annotation)}{got}") from None
+    return settings
+
+
+def _merge(settings: Settings, later: Settings) -> None:
+    """Put `later` over `settings`. An optional group set to None drops what was set inside it, and vice versa."""
+    for path in later:
+        for old in [old for old in settings if old.startswith(f"{path}.") or path.startswith(f"{old}.")]:
+            del settings[old]
+    settings |= later

@@ -1,0 +1,44 @@
+"""A provider inside another one, described in one word of a flag: "NAME option=value …", as "length target=40"."""
+
+from __future__ import annotations
+
+import shlex
+from functools import cache
+from typing import Any
+
+from rlhf_core.config.schema import annotation_of, option_fields
+from rlhf_core.config.value_types import from_words
+from rlhf_core.errors import UsageError
+from rlhf_core.util.suggestions import did_you_mean
+
+__all__ = ["make_from_spec"]
+
+
+@cache
+def make_from_spec(kind: str, text: str, flag: str) -> Any:
+    """The provider that `text` describes; made once, so that a model in it is loaded once. `flag` is what a user wrote.
+
+    Raises:
+        UsageError: there is no such provider or option, or the value does not fit.
+    """
+    from rlhf_core.plugins.registry import default_registry
+
+    name, *words = shlex.split(text)
+    cls: Any = default_registry().resolve(kind, name)
+    known = [field.name for field in option_fields(cls)]
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in known:
+            raise UsageError(
+                f"{flag} {text!r}: {name} has no option {key!r}{did_you_mean(key, known)}; write option=value"
+            )
+        try:
+            options[key] = from_words(annotation_of(cls, key), value.split(","))
+        except ValueError:
+            raise UsageError(f"{flag} {text!r}: {value!r} does not fit {key}") from None
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UsageError(f"{flag} {text!r}: {error}") from None

@@ -1,0 +1,97 @@
+"""What may differ between a run and its continuation: whatever changes no result.
+
+An option says so itself, by the metadata `FREE` of its field; where processes run, and what measures or watches the policy,
+are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.config.schema import flag
+from rlhf_core.contract.options import RunConfig
+from rlhf_core.errors import UsageError
+
+__all__ = ["changed_options", "check_resume"]
+
+FREE_KINDS = ("launcher", "evaluator", "observer")
+LISTED = 8
+"""Differences named in the message; one algorithm in place of another has dozens."""
+
+
+def check_resume(config: RunConfig) -> None:
+    """Check that there is a run in `config.output`, and that `config` continues it.
+
+    Raises:
+        UsageError: there is none, or options that change results differ and `--resume-changed` was not given.
+    """
+    path = Path(config.output) / "config.toml"
+    try:
+        old = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no run in {config.output} to resume; leave --resume out to begin one") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}), so that nobody can tell what the run was; restore it") from None
+    changed = changed_options(old, config)
+    if not changed or config.resume_changed:
+        return
+    more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
+    raise UsageError(
+        f"the run in {config.output} began with other options: {', '.join(changed[:LISTED])}{more}; "
+        "give them as they were, or add --resume-changed to go on with the new ones"
+    )
+
+
+def changed_options(old: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """`--seed 0 -> 1` for each option that changes results and is not what `old`, a config.toml, says.
+
+    Options that one of the two does not know are passed over: a newer version may have more of them.
+    """
+    from rlhf_core.config.builder import to_toml
+
+    new = tomllib.loads(to_toml(config))
+    free = {each.name for each in dataclasses.fields(RunConfig) if each.metadata.get("free")} | set(FREE_KINDS)
+    if not any(_follows_steps(options) for options in config.roles.values()):
+        free.add("steps")
+    return [
+        f"{flag(path)} {_word(before)} -> {_word(now)}"
+        for path, before, now in _differences(old, new)
+        if path.partition(".")[0] not in free and not _is_free(path, config)
+    ]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, before, now) of every value that differs; of tables that use different providers, only that."""
+    if old.get("use") != new.get("use"):
+        yield prefix.removesuffix("."), old.get("use"), new.get("use")
+        return
+    for name in new:
+        if name not in old:
+            continue
+        before, now = old[name], new[name]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{prefix}{name}.")
+        elif before != now and not (before != before and now != now):  # nan is nan here
+            yield prefix + name, before, now
+
+
+def _is_free(path: str, config: RunConfig) -> bool:
+    """Whether the field of a provider or role says that it changes no result."""
+    kind, _, name = path.partition(".")
+    holder = config.algorithm if kind == "algorithm" else config.providers.get(kind, config.roles.get(kind))
+    fields = dataclasses.fields(holder) if holder is not None else ()
+    return any(each.name == name and each.metadata.get("free") for each in fields)
+
+
+def _follows_steps(options: Any) -> bool:
+    """Whether a role's learning rate depends on how many steps there are."""
+    optim = getattr(options, "optim", None)
+    return optim is not None and (optim.schedule != "constant" or 0 < optim.warmup < 1)
+
+
+def _word(value: Any) -> str:
+    return "(a table)" if isinstance(value, Mapping) else str(value)

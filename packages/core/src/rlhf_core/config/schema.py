@@ -1,0 +1,290 @@
+"""Which options a run has: the sections of its chosen providers and roles, flattened to dotted paths.
+
+`reward.limit` is the path of the flag `--reward.limit` and of the key `limit` in the TOML table `[reward]`. The schema
+follows from the names chosen, so that help, errors and the written file speak of exactly those options.
+
+    ""            RunConfig's own numbers, and `sampling.*` where the algorithm samples
+    <role>        one section per role of the algorithm
+    algorithm     the algorithm's own fields
+    <kind>        the chosen provider's fields; with several (evaluators, say) `evaluator.<name>` each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from rlhf_core.config.docstrings import docs_of
+from rlhf_core.config.value_types import metavar
+from rlhf_core.contract.hooks import KINDS, SEVERAL
+from rlhf_core.contract.options import RunConfig
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.util.suggestions import closest_names, did_you_mean
+
+if TYPE_CHECKING:
+    from rlhf_core.plugins.registry import Registry
+
+__all__ = [
+    "Option",
+    "Schema",
+    "Section",
+    "annotation_of",
+    "build_schema",
+    "flag",
+    "format_default",
+    "make_schema",
+    "nested_dataclass",
+    "option_fields",
+    "options_of",
+    "provider_sections",
+]
+
+STRUCTURE = ("algorithm", "providers", "names", "roles")
+"""Fields of RunConfig that are what the sections are made of, and not options."""
+
+ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}
+"""Kinds that every algorithm has, with their usual providers."""
+
+FIXED = {
+    "config": "TOML file with options; flags win over it",
+    "help": "show the options of exactly the chosen providers",
+}
+"""Flags that are no options of the run."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value that can be set."""
+
+    path: str
+    annotation: Any
+    doc: str
+    default: Any
+    """MISSING where it must be given"""
+
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+    def described(self, name: str) -> str:
+        """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
+        doc = f", {self.doc}" if self.doc else ""
+        return f"{name} {metavar(self.annotation)}{doc} ({self.note})"
+
+    @property
+    def note(self) -> str:
+        """`required`, or the default in the words that would give it."""
+        return "required" if self.required else f"default: {format_default(self.default)}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """The options of one thing."""
+
+    prefix: str
+    title: str
+    """`reward 'length'`: who is spoken of in errors and help"""
+    cls: type
+    base: Any = None
+    """the instance whose values are the defaults; None where the class has required fields"""
+    skip: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    kind: str = ""
+    """the kind, where the section is a provider's"""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All options of a run."""
+
+    names: Mapping[str, str]
+    """the chosen name of each kind, `algorithm` first; empty where a kind is left out"""
+    sections: tuple[Section, ...]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def is_group(self, path: str) -> bool:
+        """Whether there can be options under `path`."""
+        known = [*self.options, *(f"{section.prefix}." for section in self.sections)]
+        return any(each.startswith(f"{path}.") for each in known) or path in self.names
+
+    def hint(self, path: str, spell: Callable[[str], str]) -> str:
+        """What to say to somebody who wrote `path`, which is no option; `spell` writes a path as flag or key."""
+        head = path.partition(".")[0]
+        kinds = [kind for kind in self.names if kind != "algorithm"]
+        section = next((each for each in self.sections if each.prefix == head), None)
+        if head in KINDS and head not in self.names and section is None:
+            return f"; algorithm {self.names['algorithm']!r} has no {head}, it uses {', '.join(kinds)}"
+        if section is not None and not section.options:
+            return f"; {section.title} has no options"
+        group = self._group(path)
+        tail = path.removeprefix(group)
+        among = [known.removeprefix(group) for known in self.options if known.startswith(group)]
+        same = [known for known in among if known.endswith(f".{tail}")]  # `--lr` for `--actor.optim.lr`
+        if close := same or closest_names(tail, among if group else [*among, *kinds, *FIXED]):
+            right = group + close[0]
+            meant = self.options[right].described(spell(right)) if right in self.options else spell(right)
+            return f"; did you mean {meant}?"
+        if group:
+            title = section.title if section is not None and group == f"{head}." else group[:-1]
+            return f"; {title} has the options {', '.join(among)}"
+        return f"; see rlhf-run {self.names['algorithm']} --help"
+
+    def _group(self, path: str) -> str:
+        """The longest beginning of `path` that is right: `actor.optim.` of `actor.optim.lrr`."""
+        parts = path.split(".")
+        groups = [".".join(parts[:n]) + "." for n in range(len(parts) - 1, 0, -1)]
+        return next((group for group in groups if any(known.startswith(group) for known in self.options)), "")
+
+
+def flag(path: str) -> str:
+    """The flag of an option."""
+    return "--" + path.replace("_", "-")
+
+
+def format_default(value: Any) -> str:
+    """A default as help shows it, in the words that would give it."""
+    match value:
+        case None:
+            return "none"
+        case "":
+            return "empty"
+        case tuple() | list() | set() | frozenset():
+            return " ".join(map(format_default, value)) or "empty"
+        case Mapping():
+            return " ".join(f"{key}={format_default(each)}" for key, each in value.items()) or "empty"
+    return "given" if dataclasses.is_dataclass(value) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the fields of a dataclass
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option_fields(cls: type, skip: tuple[str, ...] = ()) -> Iterator[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are options."""
+    for each in dataclasses.fields(cls):
+        if each.init and each.name not in skip and not each.metadata.get("internal"):
+            yield each
+
+
+def annotation_of(cls: type, name: str) -> Any:
+    """The type of a field, `Annotated` kept. Class variables are not evaluated: they may name what is not imported."""
+    owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+    annotation = owner.__annotations__[name]
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, dict(vars(sys.modules[owner.__module__])), dict(vars(owner)))  # noqa: S307  # the provider's own source says it
+    except NameError as error:
+        raise ContractError(
+            f"{owner.__module__}.{owner.__qualname__}.{name}: the type {annotation!r} of an option must be known at "
+            f"run time, but {error}; import it outside TYPE_CHECKING"
+        ) from None
+
+
+def nested_dataclass(annotation: Any) -> tuple[type | None, bool]:
+    """The dataclass that an option consists of, if it does, and whether it may be None."""
+    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    members = [each for each in get_args(bare) if each is not types.NoneType]
+    optional = isinstance(bare, types.UnionType) or len(members) < len(get_args(bare))
+    candidate = members[0] if optional and len(members) == 1 else bare
+    return (candidate, optional) if dataclasses.is_dataclass(candidate) else (None, False)  # type: ignore[return-value]
+
+
+def default_of(each: dataclasses.Field[Any], base: Any) -> Any:
+    """What a field is unless it is set: its value in `base`, else its default; MISSING where there is neither."""
+    if base is not None:
+        return getattr(base, each.name)
+    return each.default_factory() if each.default_factory is not MISSING else each.default
+
+
+def options_of(cls: type, base: Any = None, prefix: str = "", skip: tuple[str, ...] = ()) -> Iterator[Option]:
+    """Every option under `prefix`, nested dataclasses flattened."""
+    docs = docs_of(cls).fields
+    for each in option_fields(cls, skip):
+        path = f"{prefix}.{each.name}".lstrip(".")
+        annotation, default = annotation_of(cls, each.name), default_of(each, base)
+        inner, optional = nested_dataclass(annotation)
+        if inner is None:
+            yield Option(path, annotation, docs.get(each.name, ""), default)
+            continue
+        if optional:
+            doc = f"{docs.get(each.name, '')}; `none` leaves it out".lstrip("; ")
+            yield Option(path, types.NoneType, doc, default)
+        yield from options_of(inner, None if default in (None, MISSING) else default, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the schema of a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_schema(
+    algorithm: str, chosen: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
+) -> Schema:
+    """The schema of a run of `algorithm` with the providers `chosen` by kind, its usual ones elsewhere.
+
+    `instances` are ready-made providers by kind; their values stand.
+
+    Raises:
+        UsageError: a name is unknown, or a kind is chosen that the algorithm does not have.
+    """
+    instances = instances or {}
+    made = instances.get("algorithm")
+    cls = type(made) if made is not None else registry.resolve("algorithm", algorithm)
+    names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
+    sections = [_run_section(cls, "rollout" in names)]
+    for role, options in getattr(cls, "roles", {}).items():
+        if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
+            raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
+        what = "trained" if hasattr(options, "optim") else "frozen"
+        sections.append(Section(role, f"role {role!r} ({what})", type(options), options))
+    sections += provider_sections(names, registry, instances)
+    return build_schema(names, sections)
+
+
+def provider_sections(
+    names: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
+) -> Iterator[Section]:
+    """A section per chosen provider, by kind; several of a kind are several sections."""
+    instances = instances or {}
+    for kind, name in names.items():
+        several = name.split(",") if kind in SEVERAL else [name]
+        for each in filter(None, several):
+            prefix = kind if len(several) == 1 else f"{kind}.{each}"
+            base = instances.get(prefix)
+            provider = type(base) if base is not None else registry.resolve(kind, each)
+            yield Section(prefix, f"{kind} {each!r}", provider, base, kind=kind)
+
+
+def build_schema(names: Mapping[str, str], sections: Iterable[Section]) -> Schema:
+    """The schema of these sections, each with its options."""
+    full = tuple(dataclasses.replace(s, options=tuple(options_of(s.cls, s.base, s.prefix, s.skip))) for s in sections)
+    return Schema(names, full, {option.path: option for section in full for option in section.options})
+
+
+def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
+    """The name of each kind the algorithm has."""
+    usual = getattr(cls, "defaults", {})
+    chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}
+    kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in KINDS if kind in usual or kind in ALWAYS}
+    for kind in chosen:
+        if kind not in kinds:
+            meant = did_you_mean(kind, [each.name for each in dataclasses.fields(RunConfig)])  # `--step` for `--steps`
+            raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}, it uses {', '.join(kinds)}")
+    names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
+    for kind, name in names.items():
+        if not name and kind not in SEVERAL:
+            raise UsageError(f"algorithm {algorithm!r} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
+    return {kind: "" if kind in SEVERAL and name == "none" else name for kind, name in names.items()}
+
+
+def _run_section(cls: type, samples: bool) -> Section:
+    """Core's own options, with the algorithm's defaults for them."""
+    prototype = RunConfig(None, {}, {}, {}, **getattr(cls, "config_defaults", {}))
+    return Section("", "run", RunConfig, prototype, STRUCTURE if samples else (*STRUCTURE, "sampling"))

@@ -1,0 +1,198 @@
+"""What flows between the stages. What providers are called with is in `rlhf_core.contract.providers`, whose names are here too.
+
+Shape letters, used in names everywhere: P prompts, G completions per prompt, N = P*G completions (offline: rows), L prompt
+tokens, T completion tokens. Per-token tensors are aligned to the completion and left-aligned in time: column t belongs to
+completion token t, padding is on the right. `mask_NT` is true where the policy sampled (offline: where the loss applies),
+the EOS that ends a completion included; environment tokens of a multi-turn completion are in `tokens_NT` but not in the
+mask. Log-probabilities are float32 and zero outside the completion. Token ids are never decoded and encoded again between
+sampling and training.
+
+torch is imported only for typing: this module is on the path of `rlhf-run --help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+
+__all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts"]
+
+Message = Mapping[str, Any]
+"""One turn of a chat: `{"role": "user", "content": "…"}`, and whatever else the template knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of data, before tokenising.
+
+    No completions: a prompt. One: a demonstration. Two: a preference, chosen first.
+    """
+
+    prompt: str | tuple[Message, ...]
+    """plain text, or a chat that the tokenizer's template renders"""
+    completions: tuple[str | tuple[Message, ...], ...] = ()
+    """what follows the prompt"""
+    label: Any = None
+    """passed through to rewards (a reference answer, say)"""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """passed through to rewards and samples.jsonl; `meta["datasource"]` splits metrics"""
+    fields: Mapping[str, float] = field(default_factory=dict)
+    """numbers that losses read as `batch["<name>_N"]`: a margin, a rating"""
+    origin: str = ""
+    """`file:row`, for error messages"""
+
+
+@dataclass
+class Prompts:
+    """P prompts, tokenised for the role that will answer them."""
+
+    texts: list[str]
+    """P rendered prompts"""
+    token_ids: list[list[int]]
+    """P token sequences, what the model really reads"""
+    examples: list[Example]
+    """P rows they came from"""
+    uids: list[int]
+    """P numbers that stay with a prompt for the whole run; seeds are derived from them"""
+    images: list[Mapping[str, Tensor]] = field(default_factory=list)
+    """P tensors by name that the model reads for the images (`models.vision`); an empty list where it reads text alone"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, index: Sequence[int]) -> Prompts:
+        """The prompts at `index`, in that order."""
+        columns: tuple[list[Any], ...] = (self.texts, self.token_ids, self.examples, self.uids, self.images)
+        return Prompts(*([column[i] for i in index] if column else [] for column in columns))
+
+
+@dataclass
+class Batch:
+    """N completions with their prompts, and everything computed about them so far.
+
+    `batch["name"]` reads an extra: `advantages_NT`, `ref_logprobs_NT`, `values_NT`, `rewards_N`, … Extras whose name
+    ends in `_NT` are per completion token, in `_N` per completion.
+    """
+
+    prompts: list[str]
+    """N rendered prompts"""
+    texts: list[str]
+    """N completions as text, special tokens left out"""
+    prompt_NL: Tensor
+    """int64, prompt tokens, left-aligned, padded on the right"""
+    prompt_lengths_N: Tensor
+    """int64, how many of them are real"""
+    tokens_NT: Tensor
+    """int64, completion tokens, left-aligned, padded on the right"""
+    lengths_N: Tensor
+    """int64, how many of them are real, environment tokens included"""
+    mask_NT: Tensor
+    """bool, where the policy sampled or the loss applies"""
+    group_N: Tensor
+    """int64, which prompt: completions of one prompt are adjacent and share the number"""
+    labels: list[Any]
+    """N labels of the data"""
+    meta: list[Mapping[str, Any]]
+    """N metadata mappings of the data"""
+    images: list[Mapping[str, Tensor]] = field(default_factory=list)
+    """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """tensors by name, suffix `_NT` or `_N`"""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """numbers that hold for the whole batch: `progress` (0..1 of the run), `kl_coef`, …"""
+    world: World | None = None
+    """the ranks that share this batch: whitening and other batch statistics are summed over it"""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.extras[name]
+        except KeyError:
+            raise KeyError(f"the batch has no {name!r}; declare it in `needs`. It has: {sorted(self.extras)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.extras
+
+    def with_extras(self, **extras: Tensor) -> Self:
+        """A copy that shares every tensor and has `extras` added."""
+        return replace(self, extras={**self.extras, **extras}, scalars=dict(self.scalars))
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """The rows at `index`, in that order, trimmed to their longest prompt and completion."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        picked = index.tolist()
+        prompt_lengths_N, lengths_N = self.prompt_lengths_N[index], self.lengths_N[index]
+        L, T = (int(lengths.max()) if len(picked) else 0 for lengths in (prompt_lengths_N, lengths_N))
+
+        def take(tensor: Tensor, name: str) -> Tensor:
+            rows = tensor[index]
+            return rows[:, :T] if name.endswith("_NT") else rows
+
+        lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in picked] for name in self._per_row()}
+        return replace(
+            self,
+            **lists,
+            prompt_NL=self.prompt_NL[index][:, :L],
+            prompt_lengths_N=prompt_lengths_N,
+            tokens_NT=take(self.tokens_NT, "_NT"),
+            lengths_N=lengths_N,
+            mask_NT=take(self.mask_NT, "_NT"),
+            group_N=self.group_N[index],
+            extras={name: take(tensor, name) for name, tensor in self.extras.items()},
+            scalars=dict(self.scalars),
+        )
+
+    def _per_row(self) -> tuple[str, ...]:
+        """Names of the fields that are lists of N."""
+        return ("prompts", "texts", "labels", "meta", *(("images",) if self.images else ()))
+
+    @classmethod
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        """One batch of all rows, padded to the longest. Group numbers are shifted so that groups stay apart."""
+        first = batches[0]
+
+        def stack(tensors: Sequence[Tensor]) -> Tensor:
+            if tensors[0].dim() == 1:
+                return torch.cat(list(tensors))
+            width = max(tensor.shape[1] for tensor in tensors)
+            return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+        groups, offset = [], 0
+        for batch in batches:
+            groups.append(batch.group_N + offset)
+            offset += int(batch.group_N.max()) + 1 if len(batch) else 0
+        tensors = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT")
+        columns: dict[str, Any] = {
+            **{name: [row for batch in batches for row in getattr(batch, name)] for name in first._per_row()},
+            **{name: stack([getattr(batch, name) for batch in batches]) for name in tensors},
+        }
+        return replace(
+            first,
+            **columns,
+            group_N=torch.cat(groups),
+            extras={name: stack([batch.extras[name] for batch in batches]) for name in first.extras},
+            scalars=dict(first.scalars),
+        )
+
+
+@dataclass
+class Rollouts(Batch):
+    """Completions that a rollout engine sampled. `extras["sampler_logprobs_NT"]` are the engine's log-probabilities."""
+
+    finish: list[Literal["stop", "length"]] = field(default_factory=list)
+    """N reasons: `stop` (EOS or a stop string), `length` (cut at max_new_tokens)"""
+    version: int = 0
+    """the policy version that sampled: optimiser steps of the role so far"""
+
+    def _per_row(self) -> tuple[str, ...]:
+        return (*super()._per_row(), "finish")

@@ -1,0 +1,172 @@
+"""The contract between the host and its plugins.
+
+A plugin is a module (or object) with functions named like these and marked `@hookimpl`, advertised under the entry-point
+group `rlhf`. Two families:
+
+* provider hooks run once at start-up and return `{name: provider}`. A provider is a frozen dataclass (its fields are its
+  options, calling it does the work) or the string `"module:Class"` where importing it should wait until it is chosen.
+  What a provider of each kind is called with stands in `rlhf_core.contract.batch`.
+* observer hooks are called during a run, at most once a step. All implementations are called; none can change the run
+  but by what it returns from `rlhf_step_end`, which may end it after the step.
+
+No hook is called per token or per sequence. This module imports nothing heavy: it is read by every `rlhf-run --help`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from rlhf_core.run.run import Run
+
+__all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
+
+GROUP = "rlhf"
+"""The entry-point group in which plugins advertise themselves."""
+
+KINDS = (
+    "data",
+    "rollout",
+    "reward",
+    "advantage",
+    "loss",
+    "algorithm",
+    "strategy",
+    "launcher",
+    "evaluator",
+    "observer",
+    "step",
+)
+"""One word per kind: hook `rlhf_<kind>`, flag `--<kind>`, TOML table `[<kind>]`."""
+
+SEVERAL = ("evaluator", "observer")
+"""Kinds of which a run has any number: none, one, or names with commas between them."""
+
+OBSERVERS = ("rlhf_run_start", "rlhf_step_end", "rlhf_run_end")
+
+METRICS = "rlhf_metrics"
+"""The hook that provides nothing, and documents what providers log."""
+
+Providers = Mapping[str, type | str]
+"""`{name: class}` or `{name: "module:Class"}`."""
+
+hookspec = pluggy.HookspecMarker("rlhf")
+hookimpl = pluggy.HookimplMarker("rlhf")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# providers: called once at start-up, every implementation's table is merged
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def rlhf_data() -> Providers:
+    """Readers of prompts, demonstrations and preferences: `(split) -> Iterable[Example]`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_rollout() -> Providers:
+    """Sampling engines: `(role, prompts, sampling) -> Rollouts`, with `sync`, `sleep`, `wake` and `close`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_reward() -> Providers:
+    """Scores of completions: `(rollouts) -> RewardOutput`, a tensor of N rewards, or a list of N floats."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_advantage() -> Providers:
+    """Credit assignment: `(rewards, rollouts, extras) -> Credit`, or the tensor advantages_NT alone."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_loss() -> Providers:
+    """Objectives: `(outputs, batch) -> LossTerms`, values and the reduction they ask for; core reduces."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_algorithm() -> Providers:
+    """Compositions: `(chosen) -> tuple[Term, ...]`, which roles are trained, on what, by which credit and loss."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_strategy() -> Providers:
+    """How a role's model is trained inside a process: `(build, optim, total_steps) -> Trainable`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_launcher() -> Providers:
+    """Where processes and roles run: `(plan) -> Placement`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_evaluator() -> Providers:
+    """Measurements on a policy: `(run) -> {metric name: float}`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_observer() -> Providers:
+    """Trackers, alarms and other company of a run that is asked for by name: `(run) -> object with observer hooks`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_step() -> Providers:
+    """One ingredient of a recipe: `(context) -> outputs`. Reserved for the recipe engine; names may be registered now."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_metrics() -> Mapping[str, str]:
+    """What the plugin logs: `{name: "unit: meaning"}`, as in `rlhf_core.plugins.metric_catalogue`."""
+    raise AssertionError("a specification is never called")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# observers: called during a run, once a step or more rarely; every implementation is called
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def rlhf_run_start(run: Run) -> None:
+    """Called once after roles are placed and a checkpoint is restored, before the first step.
+
+    Args:
+        run: the run, with its resolved `config`, `plan`, `output` folder and `step`.
+    """
+
+
+@hookspec
+def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
+    """Called after each optimiser step and before the checkpoint of that step.
+
+    Args:
+        run: the run; `run.samples` holds the batches that were trained on.
+        step: number of finished steps, from 1.
+        metrics: every metric of the step by its full name; floats.
+
+    Returns:
+        True to end the run after this step; a text to stop it there, saved but not finished, with that text and exit code 1.
+    """
+
+
+@hookspec
+def rlhf_run_end(run: Run, error: BaseException | None) -> None:
+    """Called once when the run ends, also by an error or a signal.
+
+    Args:
+        run: the run.
+        error: what ended it early, or None.
+    """

@@ -1,0 +1,122 @@
+"""A plan: what a configuration means, as plain data that is the same in every process. `training.planner` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.providers import Advantage
+from rlhf_core.contract.requirements import LANGUAGE, Need
+from rlhf_core.contract.terms import Term
+
+__all__ = ["CREDIT", "DATA", "CreditSpec", "Plan", "RoleSpec"]
+
+DATA = "data"
+"""The source that is not a role."""
+
+CREDIT = ("advantages_NT", "returns_NT")
+"""What only an advantage gives."""
+
+
+@dataclass(frozen=True)
+class CreditSpec:
+    """One (source, advantage): computed once a step, shared by the terms that use it."""
+
+    key: str
+    """`<source>` or `<source>#<k>`: names the credited batch"""
+    source: str
+    advantage: Advantage | None
+    needs: tuple[Need, ...] = ()
+    """what must be in the batch before credit and losses run"""
+    every: int = 1
+    """its terms take part in the steps that are multiples of this"""
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One role of the run."""
+
+    name: str
+    options: ModelOptions
+    outputs: frozenset[str]
+    """every output that some term or need asks of it; decides which heads it has"""
+    terms: tuple[tuple[str, Term], ...] = ()
+    """(credit key, term) for each term that trains it; empty for a frozen role"""
+    sampled: bool = False
+    """whether a source samples it, or an evaluator"""
+    reads: bool = True
+    """whether it is given the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
+    temperature: float = 1.0
+    """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
+
+    @property
+    def trained(self) -> bool:
+        """Whether a term trains it."""
+        return bool(self.terms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, worked out."""
+
+    config: RunConfig
+    terms: tuple[Term, ...]
+    sources: tuple[str, ...]
+    """distinct sources, in the order of their terms"""
+    credits: Mapping[str, CreditSpec]
+    roles: Mapping[str, RoleSpec]
+    kl: KL | None = field(default=None)
+    """the penalty in force; None when its coefficient is 0"""
+
+    @property
+    def online(self) -> bool:
+        """Whether any source samples."""
+        return any(source != DATA for source in self.sources)
+
+    def at(self, step: int) -> Plan:
+        """What takes part in a step, counted from 1: terms that have a cadence wait for their turn."""
+        terms = tuple(term for term in self.terms if step % term.every == 0)
+        if len(terms) == len(self.terms):
+            return self
+        resting = {term.source for term in self.terms} - {term.source for term in terms}
+        credits = {key: credit for key, credit in self.credits.items() if step % credit.every == 0}
+        return replace(self, terms=terms, credits=credits, sources=tuple(s for s in self.sources if s not in resting))
+
+    def optimiser_steps(self, role: str) -> int:
+        """Optimiser steps of a role in the whole run: what its schedule is laid over."""
+        every = {term.every for term in self.terms if term.role == role}
+        turns = sum(any(step % each == 0 for each in every) for step in range(1, self.config.steps + 1))
+        return turns * self.config.epochs * self.config.minibatches
+
+    @property
+    def on_policy(self) -> bool:
+        """One optimiser step per batch: the policy that is trained is the one that sampled."""
+        return self.config.epochs == 1 and self.config.minibatches == 1
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the trained roles, in the order of their terms."""
+        return tuple(dict.fromkeys(term.role for term in self.terms))
+
+    def base_owner(self, name: str) -> str:
+        """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
+        frozen = self.roles[name]
+        beside = any(name in term.partners for term in self.terms)  # both are asked at once
+        if frozen.trained or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
+            return ""
+        same = [each.name for each in fields(ModelOptions)]
+        for spec in self.roles.values():
+            speaks = spec.sampled or spec.outputs & LANGUAGE
+            adapted = spec.trained and isinstance(spec.options, TrainedOptions) and spec.options.lora.rank > 0
+            alike = all(getattr(spec.options, each) == getattr(frozen.options, each) for each in same)
+            if speaks and adapted and alike:
+                return spec.name
+        return ""
+
+    @property
+    def tokenizer_role(self) -> str:
+        """The role whose tokenizer reads the data."""
+        if not self.sources:  # nothing is trained or sampled: evaluators ask a model about rows
+            return next(iter(self.roles))
+        return self.terms[0].role if self.sources[0] == DATA else self.sources[0]

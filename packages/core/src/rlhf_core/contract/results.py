@@ -1,0 +1,92 @@
+"""What providers return: rewards, credit, and the values of losses with the reduction they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Credit", "LossTerms", "Metric", "Outputs", "Reduction", "RewardOutput"]
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of N completions."""
+
+    rewards_N: Tensor
+    """float32, what is maximised"""
+    rewards_NT: Tensor | None = None
+    """float32, per-token rewards that are added to the final one"""
+    scores_N: Tensor | None = None
+    """float32 in 0..1, for filtering and pass rates; the rewards where absent"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """further numbers per completion (N), logged as `reward/<name>` means"""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each completion token earned. Zero outside the mask, no gradient."""
+
+    advantages_NT: Tensor
+    """float32"""
+    returns_NT: Tensor | None = None
+    """float32, what a critic should have predicted"""
+    rows: Tensor | None = None
+    """int64, which rows to train on and in which order (best of n, chosen/rejected pairs); all where absent"""
+    metrics: Mapping[str, float | Metric] = field(default_factory=dict)
+    """of this rank's rows; ranks are added up by a `Metric`'s count, and numbers averaged"""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean that keeps its own denominator, so that micro-batches and ranks can be added up."""
+
+    total: Tensor
+    """sum of the values, a scalar"""
+    count: Tensor
+    """how many there were, a scalar"""
+
+    @classmethod
+    def over(cls, values: Tensor, mask: Tensor | None = None) -> Metric:
+        """The mean of `values`, where `mask` is true if given (same shape)."""
+        values = values.detach().float()
+        if mask is None:
+            return cls(values.sum(), torch.tensor(float(values.numel())))
+        return cls((values * mask).sum(), mask.sum().float())
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How core turns a loss's values into one number over the whole optimiser step, all micro-batches and ranks.
+
+    * `token`: sum over masked tokens / number of masked tokens.
+    * `sequence`: mean over completions of the mean over their masked tokens (empty completions do not count).
+    * `sample`: mean of per-sample (or per-pair) values.
+    * `prompt`: sum over masked tokens / number of groups. For weights that already sum to one over a group.
+    * `constant`: sum over masked tokens / (number of completions x `length`), Dr. GRPO's.
+    * `sum`: no denominator.
+    """
+
+    per: Literal["token", "sequence", "sample", "prompt", "constant", "sum"]
+    length: int = 0
+    """the constant of `constant`, in tokens"""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What a loss returns: values, not a mean. Core masks, weighs and divides."""
+
+    values: Tensor
+    """(N, T) per token, or (N,) per sample, or (N / rows_per_unit,) per pair"""
+    reduction: Reduction
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """logged as `<role>/<name>`"""
+
+
+Outputs = Mapping[str, "Tensor"]
+"""What the trained role's forward pass gave, differentiable: `logprobs_NT`, `entropy_NT`, `values_NT`, `scores_N`."""

@@ -1,0 +1,126 @@
+"""Roles: named models with a purpose, the models under a strategy inside them, and where a launcher placed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.plan import RoleSpec
+    from rlhf_core.contract.providers import Rollout
+
+__all__ = ["Placement", "Role", "Trainable"]
+
+
+class Trainable(Protocol):
+    """A model under a strategy, inside one process (one rank of `world`).
+
+    It may have more methods, which options ask for:
+
+    * `shared_base() -> Trainable` (`--<role>.lora.rank`): the model without its adapters, as a frozen role; see `strategy.lent`. Where
+      it is missing, that role loads the model again.
+    * `snapshot() -> Callable[[str], None]` (`--save-async`): copies what `save` would write, and returns what writes the copy
+      to a folder. Every rank takes the snapshot; only the first writes it, in another thread while training goes on, and
+      before the next snapshot is taken.
+    * `discard()` (`--on-nonfinite skip`, `--on-oom halve`): forgets the gradients since the last step. Where it exists, `step`
+      leaves weights, optimiser and schedule as they are if the gradient is not finite.
+    """
+
+    world: World
+    module: nn.Module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`. Gradients are summed over micro-batches and over the ranks of `world`."""
+        ...
+
+    def step(self) -> Mapping[str, float]:
+        """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`.
+
+        A gradient that is not finite must not reach the weights: its norm is returned, and the run stops unless the role
+        computes in float16, whose loss scaling overflows now and then and adapts.
+        """
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names, gathered if sharded."""
+        ...
+
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        """While it is open, `part` (all of `module` where absent) holds full weights and each rank may use it by itself."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write model, optimiser and schedule state for `load`; every rank calls it."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    def offload(self) -> None:
+        """Move all states out of device memory until `reload`."""
+        ...
+
+    def reload(self) -> None:
+        """Bring them back."""
+        ...
+
+
+class Role(Protocol):
+    """A named model with a purpose: what the loop and the rollout engines see, local or remote."""
+
+    name: str
+    spec: RoleSpec
+    version: int
+
+    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+        """The wanted outputs of all rows: eval mode, no gradient, on the CPU.
+
+        `source` is said if the role is about to be trained on this very batch, which came from there: one that can keep
+        the pass for that need not make it again.
+        """
+        ...
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        """One pass of optimiser steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Checkpoint state."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Restore checkpoint state."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder."""
+        ...
+
+
+@dataclass
+class Placement:
+    """What a launcher returns: roles and rollout engine, wherever they run."""
+
+    roles: dict[str, Role]
+    rollout: Rollout | None
+    world: World
+
+    def close(self) -> None:
+        """Free the rollout engine; launchers with processes extend this."""
+        if self.rollout is not None:
+            self.rollout.close()

@@ -1,0 +1,63 @@
+"""Terms: what an algorithm consists of, and the chosen providers that it builds them from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.providers import Advantage, Loss
+
+__all__ = ["ProviderChoices", "Term"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One thing that is minimised: `role` is trained on what `source` gave, with this credit and this loss.
+
+    Terms that share a source and an advantage share the work; the terms of one role are summed in one optimiser step.
+    """
+
+    role: str
+    """the role trained"""
+    source: str
+    """`data`, or the role that is sampled"""
+    loss: Loss
+    advantage: Advantage | None = None
+    """None: the batch is used as it is"""
+    weight: float = 1.0
+    every: int = 1
+    """takes part in the steps that are multiples of this; in others nothing is sampled or trained because of it"""
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Outputs of the trained role that the loss differentiates: log-probabilities unless it says otherwise."""
+        return frozenset(getattr(self.loss, "wants", ("logprobs_NT",)))
+
+    @property
+    def partners(self) -> frozenset[str]:
+        """Roles whose whole distributions the loss compares with: those of wanted `<role>.<output>`s."""
+        return frozenset(name.partition(".")[0] for name in self.wants if "." in name)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Extras that the loss reads: none unless it says otherwise."""
+        return frozenset(getattr(self.loss, "needs", ()))
+
+    @property
+    def unit(self) -> int:
+        """Adjacent rows that the loss reads together: one unless it says otherwise."""
+        return int(getattr(self.loss, "rows_per_unit", 1))
+
+
+@dataclass(frozen=True)
+class ProviderChoices:
+    """What the user (or the algorithm's defaults) chose: providers an algorithm builds its terms from."""
+
+    advantage: Advantage | None = None
+    loss: Loss | None = None
+    sampling: Sampling | None = None
+    providers: Mapping[str, Any] = field(default_factory=dict)
+    """every chosen provider by kind"""

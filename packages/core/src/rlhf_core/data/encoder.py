@@ -1,0 +1,308 @@
+"""From rows to tokens: the boundary between prompt and completion, the loss mask, and lengths.
+
+One rule holds everywhere: a prompt and its completion are tokenised apart and their ids joined, so that training reads
+exactly the ids that sampling would have seen and produced. Nothing is tokenised across the boundary, and the EOS or
+end-of-turn token that ends a completion belongs to it. Text that a template puts after that token opens the next turn
+and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for whoever has another template.
+
+Packing is not here: the loop cuts micro-batches by tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.contract.batch import Batch, Example, Prompts
+from rlhf_core.data.chats import Text
+from rlhf_core.data.images import images_of, open_image
+from rlhf_core.data.preview import render_row
+from rlhf_core.data.render import Encoding, Renderer
+from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
+from rlhf_core.errors import DataError, UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_core.models.inputs.processor import ImageReader
+
+__all__ = ["Encoder", "Encoding"]
+
+FORMAT = 1
+"""Raise it when a row becomes other tokens than before: what is cached then counts no more."""
+DEFAULT = Encoding()
+"""How rows become tokens where the data provider does not say."""
+
+
+class Encoder:
+    """Tokenises examples for one tokenizer. Several threads may use one.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        max_prompt_tokens: longer prompts are dropped (or truncated) and counted.
+        encoding: how rows become tokens; `Encoder.of` takes it from a data provider.
+        preview: so many of the first rows are printed.
+        reader: what reads prompts with images, for a model that does.
+    """
+
+    dropped: int
+    """rows left out so far"""
+    truncated: int
+    """rows cut so far"""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int = 1024,
+        encoding: Encoding = DEFAULT,
+        preview: int = 0,
+        reader: ImageReader | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.encoding = encoding
+        self.dropped = self.truncated = 0
+        self.reader = reader
+        self._renderer = Renderer(tokenizer, encoding, reader)
+        self._lock = threading.Lock()  # a tokenizer is no place for two threads at once
+        self._to_show = preview if os.environ.get("RANK", "0") == "0" else 0
+        if tokenizer.eos_token_id is None:
+            raise UsageError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
+        self._eos: int = tokenizer.eos_token_id
+        self._bos: int = self._eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self._pad_id: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+    @classmethod
+    def of(
+        cls,
+        data: object,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int = 1024,
+        reader: ImageReader | None = None,
+    ) -> Encoder:
+        """The encoder that `data`, a data provider, asks for by its fields `encoding` and `preview`."""
+        encoding, preview = getattr(data, "encoding", DEFAULT), getattr(data, "preview", 0)
+        return cls(tokenizer, max_prompt_tokens, encoding, preview, reader)
+
+    def fits_prompt(self, example: Example) -> bool:
+        """Whether the example's prompt is short enough to be answered."""
+        return self.truncate(self.prompt_row(example)) is not None
+
+    def prompts(
+        self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[TokenizedRow] | None = None
+    ) -> Prompts:
+        """The prompts of `examples`, completions ignored; `rows` where they are tokenised and short enough already.
+
+        Raises:
+            UsageError: every one of them is too long.
+        """
+        if rows is None:
+            rows, kept = self._select([self.prompt_row(example) for example in examples])
+            examples, uids = [examples[i] for i in kept], [uids[i] for i in kept]
+        self._show(rows)
+        return Prompts(
+            texts=[row.text for row in rows],
+            token_ids=[row.ids for row in rows],
+            examples=[replace(example, meta=_meta(example)) for example in examples],
+            uids=list(uids),
+            images=[row.images for row in rows] if self.reader is not None else [],
+        )
+
+    def batch(
+        self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[TokenizedRow] | None = None
+    ) -> Batch:
+        """One row per completion; the completions of an example are adjacent and share a group. `uids` become `uids_N`.
+
+        Args:
+            examples: with a completion each.
+            uids: a number for each.
+            rows: the examples tokenised and short enough already, where somebody has seen to that.
+
+        Raises:
+            UsageError: every one of them is too long, or one has no completion.
+        """
+        if rows is None:
+            rows, kept = self._select([self.row(example) for example in examples])
+            examples, uids = [examples[i] for i in kept], [uids[i] for i in kept]
+        self._show(rows)
+        flat = [(group, row, side) for group, row in enumerate(rows) for side in row.completions]
+        prompt_NL, prompt_lengths_N = pad_token_rows([row.ids for _, row, _ in flat], self._pad_id)
+        tokens_NT, lengths_N = pad_token_rows([side.ids for *_, side in flat], self._pad_id)
+        mask_NT, _ = pad_token_rows([side.mask for *_, side in flat], False)
+        chosen = [examples[group] for group, *_ in flat]
+        numbers = dict.fromkeys(name for example in chosen for name in example.fields)
+        return Batch(
+            prompts=[row.text for _, row, _ in flat],
+            texts=[side.text for *_, side in flat],
+            prompt_NL=prompt_NL,
+            prompt_lengths_N=prompt_lengths_N,
+            tokens_NT=tokens_NT,
+            lengths_N=lengths_N,
+            mask_NT=mask_NT,
+            group_N=torch.tensor([group for group, *_ in flat]),
+            labels=[example.label for example in chosen],
+            meta=[_meta(example) for example in chosen],
+            images=[row.images for _, row, _ in flat] if self.reader is not None else [],
+            extras={
+                "uids_N": torch.tensor([uids[group] for group, *_ in flat]),
+                **{f"{name}_N": _column(chosen, name) for name in numbers},
+            },
+        )
+
+    def row(self, example: Example) -> TokenizedRow:
+        """`example`, tokenised at full length.
+
+        Raises:
+            DataError: it has no completion, or the template cannot render it.
+        """
+        if not example.completions:
+            raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
+        with self._lock:
+            row = self._prompt(example)
+            completions = tuple(self._completion(example, row.text, completion) for completion in example.completions)
+        return replace(row, completions=completions)
+
+    def prompt_row(self, example: Example) -> TokenizedRow:
+        """The prompt of `example`, tokenised at full length."""
+        with self._lock:
+            return self._prompt(example)
+
+    def fingerprint(self) -> str:
+        """One word for everything that decides what an example becomes: tokenizer, template, and the versions at work."""
+        import tokenizers
+        import transformers
+
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr([FORMAT, transformers.__version__, tokenizers.__version__]).encode())
+        digest.update(repr([*self._renderer.identity, self._eos, self._bos]).encode())
+        with TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    digest.update(repr([path.name, path.read_bytes()]).encode())
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _prompt(self, example: Example) -> TokenizedRow:
+        """The rendered prompt and its tokens, at least one: the first completion token is predicted from something."""
+        text = self._renderer.prompt(example)
+        if self.reader is not None and (parts := [*images_of(example.prompt)]):
+            pictures = [open_image(part, example.origin) for part in parts]
+            ids, images = self.reader(text, pictures, example.origin)
+            return TokenizedRow(text, ids, images=images, sizes=tuple(picture.size for picture in pictures))
+        templated = self._renderer.uses_template(example)
+        ids = self._ids(text, example.origin, special=not templated)
+        if ids and ids[-1] == self._eos and not templated:
+            ids = ids[:-1]  # some tokenizers end every text
+        return TokenizedRow(text, ids or [self._bos])
+
+    def _completion(self, example: Example, prompt: str, completion: Text) -> TokenizedCompletion:
+        """A completion's tokens: assistant turns are trained, what others say between them is not."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for text, trained in self._renderer.pieces(example, prompt, completion):
+            new = self._ids(text, example.origin)
+            end = self._end(new) if trained else 0
+            if end is None:
+                new, end = [*new, self._eos], len(new) + 1
+            ids += new
+            mask += [True] * end + [False] * (len(new) - end)
+        if not any(mask):
+            raise DataError(f"{example.origin}: no assistant turn to train on")
+        length = len(mask) - mask[::-1].index(True)
+        said = completion if isinstance(completion, str) else self.tokenizer.decode(ids, skip_special_tokens=True)
+        return TokenizedCompletion(str(said), ids[:length], mask[:length])
+
+    def _end(self, ids: list[int]) -> int | None:
+        """The length of `ids` up to the special token that ends them, blanks after it allowed; None without one."""
+        for i in reversed(range(len(ids))):
+            if ids[i] in self._special:
+                return i + 1
+            if str(self.tokenizer.decode([ids[i]])).strip():
+                return None
+        return None
+
+    def _ids(self, text: str, origin: str, special: bool = False) -> list[int]:
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{origin}: {text[error.start]!r} is half a character, which no tokenizer reads"
+                ) from None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        if self.reader is not None and self.reader.token in ids:
+            token = self.tokenizer.convert_ids_to_tokens(self.reader.token)
+            raise DataError(f"{origin}: the text says {token!r}, which stands for an image, and there is none")
+        return ids
+
+    def truncate(self, row: TokenizedRow) -> TokenizedRow | None:
+        """The row within its limits, or None to drop it."""
+        limit, budget = self.max_prompt_tokens, self.encoding.max_tokens
+        longest = max((len(side.ids) for side in row.completions), default=0)
+        if len(row.ids) <= limit and (not longest or len(row.ids) + longest <= budget):
+            return row
+        if self.encoding.too_long == "drop":
+            return None
+        ids = row.ids[-min(limit, budget - 1 if longest else limit) :]  # at least one token of the completion is left
+        if row.images and ids != row.ids:
+            return None  # half an image is none
+        room = budget - len(ids)
+        sides = tuple(TokenizedCompletion(side.text, side.ids[:room], side.mask[:room]) for side in row.completions)
+        if not all(any(side.mask) for side in sides):
+            return None  # nothing to train on is left
+        text = row.text if ids == row.ids else str(self.tokenizer.decode(ids))
+        return replace(row, text=text, ids=ids, completions=sides, cut=True)
+
+    def _select(self, rows: Sequence[TokenizedRow]) -> tuple[list[TokenizedRow], list[int]]:
+        """The rows that can be used, shortened where that was chosen, and their positions. Counts the others."""
+        short = [(self.truncate(row), i) for i, row in enumerate(rows)]
+        kept = [(row, i) for row, i in short if row is not None]
+        self.dropped += len(rows) - len(kept)
+        self.truncated += sum(row.cut for row, _ in kept)
+        if not kept:
+            raise UsageError(
+                f"all {len(rows)} rows of a batch are too long: raise --max-prompt-tokens ({self.max_prompt_tokens}) "
+                f"or --data.encoding.max-tokens ({self.encoding.max_tokens}), or pass --data.encoding.too-long truncate"
+            )
+        return [row for row, _ in kept], [i for _, i in kept]
+
+    def _show(self, rows: Sequence[TokenizedRow]) -> None:
+        """Print rows while some are still to be shown."""
+        for row in rows[: self._to_show]:
+            print(
+                render_row(row, self.tokenizer, self.reader.token if self.reader is not None else None), file=sys.stderr
+            )
+        self._to_show = max(0, self._to_show - len(rows))
+
+
+def pad_token_rows(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """(N, longest) padded on the right, and the N lengths."""
+    width = max(map(len, rows))
+    padded = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+    return padded, torch.tensor([len(row) for row in rows])
+
+
+def _meta(example: Example) -> dict[str, Any]:
+    """The row's metadata, and its prompt as it was: a reward model has another template than the policy."""
+    return {"prompt": example.prompt, **example.meta}
+
+
+def _column(examples: Sequence[Example], name: str) -> Tensor:
+    """The numbers called `name`, one per row."""
+    for example in examples:
+        if name not in example.fields:
+            raise DataError(f"{example.origin}: expected a number {name!r}, which other rows of the batch have")
+    return torch.tensor([example.fields[name] for example in examples], dtype=torch.float32)

@@ -1,0 +1,39 @@
+"""Tokenised rows of data: what the encoder makes of an example, before rows become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TokenizedCompletion", "TokenizedRow"]
+
+
+@dataclass(frozen=True)
+class TokenizedCompletion:
+    """One tokenised completion."""
+
+    text: str
+    ids: list[int]
+    mask: list[bool]
+    """true where the loss applies: assistant turns with the token that ends them"""
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """One tokenised example."""
+
+    text: str
+    """the rendered prompt"""
+    ids: list[int]
+    """its tokens, at least one"""
+    completions: tuple[TokenizedCompletion, ...] = ()
+    cut: bool = False
+    """whether it was too long and is not whole"""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """what the model reads for the images of the prompt, by name"""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """width and height of each image, in pixels"""

@@ -1,0 +1,71 @@
+"""Saved adapters: a PEFT folder is a model too, its base with the adapter merged into it.
+
+What PEFT can merge can be read, whoever trained it: LoRA with its variants and others. The base is what the adapter's
+config names, as `rlhf-run` understands names. Only `adapter_model.safetensors` is read: pickled adapters could run code.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.models.loading.optional_imports import import_peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["has_score", "merge_adapter", "read_base_model"]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_base_model(folder: Path) -> str:
+    """The model that the adapter in `folder` belongs to.
+
+    Raises:
+        UsageError: it names none, or its weights are not in safetensors format.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder} is an adapter without {WEIGHTS}; pickled weights can run code and are not loaded")
+    base = _config(folder).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{folder}/adapter_config.json names no base_model_name_or_path; write there what it adapts")
+    return str(base)
+
+
+def has_score(folder: Path) -> bool:
+    """Whether the adapter comes with the head `score` of a classifier."""
+    return "score" in (_config(folder).get("modules_to_save") or ())
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model`, the adapter's base, with the adapter merged into its weights.
+
+    Raises:
+        UsageError: the adapter does not fit.
+        MissingPackage: PEFT is not installed.
+    """
+    peft = import_peft(f"{folder} is an adapter, which")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.task_type = None  # merging is the same for all tasks, and an SFT adapter may start a reward model
+    if not hasattr(model, "score"):
+        config.modules_to_save = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a head that this model has not is told as a missing key
+            adapted: Any = peft.PeftModel.from_pretrained(model, str(folder), config=config)
+        plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"the adapter {folder} does not fit its base: {str(error).strip().splitlines()[0]}") from error
+    return plain
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{folder}/adapter_config.json is no JSON: {error}") from None
+    return config

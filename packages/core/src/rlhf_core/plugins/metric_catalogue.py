@@ -1,0 +1,129 @@
+"""Every metric that core and its own providers log: name, unit and meaning. docs/metrics.md is made from this.
+
+A name may hold `<word>`, which stands for a role, a source (a role that is sampled), a datasource and the like, and
+`[...]`, which may be left out: what the first source logs as `reward/mean`, a second one logs as `<source>/reward/mean`.
+A plugin documents its own metrics in the same way, through the hook `rlhf_metrics`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+__all__ = ["MEASURED", "METRICS", "matches_documented"]
+
+MEASURED = ("time/", "speed/", "memory/")
+"""What such names begin with is measured, not computed: two equal runs differ in it."""
+
+_RUN = {
+    "step": "steps: finished steps, from 1",
+    "tokens": "tokens: prompt and completion tokens that the step trained on, over all ranks",
+    "samples": "completions: drawn in the step, of all roles and over all ranks",
+    "padding": "share 0..1: of the trained cells, those that are padding",
+    "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",
+    "loss/<role>/<datasource>": "loss: the same over the rows of data that say they come from there",
+    "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
+    "lr/<role>": "rate: the learning rate of the step",
+    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
+    "--on-nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
+    "update has no loss/<role>",
+    "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
+    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with --on-oom halve",
+    "kl/mean": "nats a token: KL to the reference by --algorithm.kl.estimator, over sampled tokens",
+    "kl/completion": "nats a completion: the same, summed over each completion; what an adaptive coefficient follows",
+    "kl/coef": "factor: the KL coefficient in force",
+    "[<source>/]completion/length": "tokens: mean length of the sampled completions",
+    "[<source>/]completion/truncated": "share 0..1: of completions cut at --sampling.max-new-tokens",
+    "[<source>/]completion/entropy": "nats a token: entropy of the distribution that was sampled (temperature and truncation "
+    "included), estimated without bias as the mean of -log p over sampled tokens",
+    "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
+    "truncate: importance ratios are biased by it",
+    "rollout/staleness": "optimiser steps: between the weights that sampled and those at hand when the completions arrive",
+    "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximised",
+    "[<source>/]reward/mean/<datasource>": "reward: the same over the rows that say they come from there",
+    "[<source>/]reward/variance": "reward squared: variance over the batch",
+    "[<source>/]reward/unshaped": "reward: mean as the provider gave it, logged where shaping is on",
+    "dynamic/reward": "reward: mean of everything sampled, what dynamic sampling then leaves out included",
+    "dynamic/rounds": "rounds: of sampling until enough prompts were kept",
+    "dynamic/prompts": "prompts: sampled in these rounds",
+    "dynamic/kept": "share 0..1: of them that were kept",
+    "data/dropped": "rows: left out since the run began, because they are too long or empty",
+    "data/truncated": "rows: cut to the limit since the run began",
+    "data/duplicates": "rows: left out since the run began, because they were there already",
+}
+
+_TIME = {
+    "time/step": "seconds: the whole step",
+    "time/data": "seconds: the loop waited for rows of data and turned them into tensors",
+    "time/rollout": "seconds: sampling",
+    "time/reward": "seconds: scoring",
+    "time/needs": "seconds: forward passes for what credit and losses need: reference, critic, old log-probabilities",
+    "time/credit": "seconds: advantages",
+    "time/train": "seconds: forward, backward and optimiser",
+    "time/sync": "seconds: new weights to the rollout engine",
+    "time/checkpoint": "seconds: the loop stood still for the checkpoint of the step before",
+    "time/checkpoint_background": "seconds: a checkpoint was written beside the loop",
+    "speed/tokens": "tokens a second: `tokens` by `time/step`",
+    "memory/process": "GiB: most memory that the first process has held so far",
+    "memory/device": "GiB: most memory that tensors of the first process held on its device in this step; with a GPU only",
+}
+
+_PROVIDERS = {
+    "<role>/router_loss": "loss: load balancing of a mixture of experts, before its weight",
+    "<role>/kl": "nats a token: the KL loss's own estimate, with the weights of the step",
+    "<role>/<name>/<datasource>": "as <role>/<name>: over the rows of data that say they come from there",
+    "sync/bytes": "bytes: of weights sent to the engine",
+    "sync/seconds": "seconds: the engine took for them; measured, as times are",
+    "sync/calls": "calls: to the engine for one update",
+    "sync/buckets": "buckets: in which weights were sent to the engine's process",
+    "sync/logprob_diff_mean": "nats a token: between the engine's log-probabilities and the trainer's, mean, where compared",
+    "sync/logprob_diff_max": "nats a token: the same at most",
+    "reward/answered": "share 0..1: of completions in which an answer was found",
+    "reward/gave_up": "share 0..1: of answers whose comparison took too long",
+    "reward/tests_passed": "share 0..1: of a program's tests that passed, mean",
+    "reward/ungraded": "share 0..1: of completions for which the judge gave no grade",
+    "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
+    "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
+    "reward/<part>": "reward: of one part of --reward sum, before weighing; its own metrics follow as reward/<part>/<name>",
+    "eval/heldout/reward": "reward: mean over held-out prompts",
+    "eval/heldout/reward_se": "reward: its standard error",
+    "eval/heldout/reward/<datasource>": "reward: the same over the prompts that say they come from there",
+    "eval/heldout/length": "tokens: mean length of the completions",
+    "eval/heldout/truncated": "share 0..1: of completions that were cut",
+    "eval/pass@<k>": "probability: that one of k completions is right, unbiased",
+    "eval/pass@<k>_se": "probability: its standard error over prompts",
+    "eval/pass@<k>/<datasource>": "probability: the same over the prompts that say they come from there",
+    "eval/policy/kl": "nats a completion: KL to the reference on held-out prompts",
+    "eval/policy/kl_se": "nats a completion: its standard error",
+    "eval/policy/kl_token": "nats a token: the same by the estimator k3",
+    "eval/policy/length": "tokens: mean length",
+    "eval/policy/length_median": "tokens: median length",
+    "eval/policy/length_max": "tokens: greatest length",
+    "eval/policy/truncated": "share 0..1: of completions that were cut",
+    "eval/preference/accuracy": "share 0..1: of held-out pairs in which the chosen completion has the higher reward",
+    "eval/preference/accuracy_se": "share 0..1: its standard error",
+    "eval/preference/accuracy/<datasource>": "share 0..1: the same over the pairs that say they come from there",
+    "eval/win_rate": "share 0..1: of held-out prompts that the policy answers better than its opponent; a tie counts half",
+    "eval/win_rate_se": "share 0..1: its standard error over prompts",
+    "eval/win_rate/reward": "reward: mean of the policy's answers",
+    "eval/win_rate/reward_reference": "reward: mean of the opponent's answers",
+    "eval/preference/margin": "reward: chosen minus rejected, mean over pairs",
+}
+
+METRICS: Mapping[str, str] = {**_RUN, **_TIME, **_PROVIDERS}
+"""`{name: "unit: meaning"}`"""
+
+
+def matches_documented(documented: str, name: str, words: Mapping[str, Collection[str]]) -> bool:
+    """Whether `name` is a metric that is documented as `documented`.
+
+    `words` are what placeholders may stand for (roles, sources, datasources); one that is not there stands for any word, and
+    `<datasource>` for any text.
+    """
+    pattern = re.escape(documented).replace(r"\[", "(?:").replace(r"\]", ")?")
+
+    def choices(placeholder: re.Match[str]) -> str:
+        known, any_text = words.get(placeholder[1]), ".+" if placeholder[1] == "datasource" else r"[\w.:-]+"
+        return any_text if known is None else f"(?:{'|'.join(map(re.escape, known)) or '(?!)'})"
+
+    return re.fullmatch(re.sub(r"<(\w+)>", choices, pattern), name) is not None

@@ -1,0 +1,328 @@
+"""Which plugins there are, and which class a name stands for.
+
+Plugins are the built-in modules and the entry points of the group `rlhf`, loaded one at a time: one that fails is kept
+in `broken` with its distribution and its exception, and the rest go on. Provider hooks are asked once, here; afterwards
+names are looked up in plain tables. A clash of two distributions over one name matters only to whoever chooses it.
+
+    RLHF_DISABLE_PLUGIN_AUTOLOAD=1   load no entry point but those asked for with `-p NAME`
+    RLHF_STRICT_PLUGINS=1            raise `PluginError` where a plugin would be listed as broken (for authors and CI)
+
+Nothing here imports torch, and a provider given as `"module:Class"` is imported when it is chosen and not before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, metadata
+from types import FunctionType, MethodType
+from typing import Any
+
+import pluggy
+
+from rlhf_core.contract import hooks as hookspecs
+from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
+from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
+from rlhf_core.plugins import import_paths as targets
+from rlhf_core.plugins.known_packages import INSTALL
+from rlhf_core.util.suggestions import did_you_mean, or_list
+
+__all__ = ["Broken", "Plugin", "Provided", "Registry", "default_registry"]
+
+BUILTIN = {
+    "core": "rlhf_core.plugin",
+    "console": "rlhf_core.observer.console",
+    "files": "rlhf_core.observer.files",
+}
+"""Plugins of core by name; the first cannot be blocked."""
+
+HOOKS = (*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS)
+"""What a plugin may have."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin and where it comes from."""
+
+    name: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".rstrip()
+
+
+@dataclass(frozen=True)
+class Provided:
+    """One entry of a kind's table."""
+
+    kind: str
+    name: str
+    target: type | str
+    """the class, or `"module:Class"`"""
+    plugin: Plugin
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that could not be loaded."""
+
+    plugin: Plugin
+    error: BaseException
+
+    def __str__(self) -> str:
+        reason = " ".join(str(self.error).split())
+        kind = "" if isinstance(self.error, PluginError) else f"{type(self.error).__name__}: "
+        return f"plugin {self.plugin.name!r} of {self.plugin} failed to load: {kind}{reason}"
+
+
+class Registry:
+    """The plugins of this process.
+
+    Args:
+        autoload: load the entry points of installed distributions. Off, only the built-ins and `load` are there.
+        blocked: plugin names that are not loaded.
+        load: names of entry points or importable modules to load whatever `autoload` says.
+
+    Raises:
+        UsageError: `blocked` or `load` name something that does not exist.
+        PluginError: a plugin failed to load, in strict mode only.
+    """
+
+    def __init__(self, autoload: bool = True, blocked: Collection[str] = (), load: Sequence[str] = ()) -> None:
+        self.plugins: dict[str, Plugin] = {}
+        """what was loaded, by plugin name"""
+        self.broken: list[Broken] = []
+        self.blocked = frozenset(blocked)
+        self._strict = os.environ.get("RLHF_STRICT_PLUGINS") == "1"
+        self._tables: dict[str, dict[str, list[Provided]]] = {kind: {} for kind in KINDS}
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        self._manager.add_hookcall_monitoring(lambda *_: None, _name_the_culprit)
+        self.hook = self._manager.hook
+        """the observer hooks: `registry.hook.rlhf_step_end(run=…, step=…, metrics=…)`"""
+
+        self._entry_points = list(metadata.entry_points(group=GROUP))
+        self._check_blocked()
+        for name, module in BUILTIN.items():
+            if name not in self.blocked:
+                self.register(import_module(module), name, "rlhf-core", metadata.version("rlhf-core"))
+        off = not autoload or os.environ.get("RLHF_DISABLE_PLUGIN_AUTOLOAD") == "1"
+        for entry_point in self._entry_points:
+            if entry_point.name not in self.blocked and (not off or entry_point.name in load):
+                self._load(entry_point)
+        for name in load:
+            if name not in {entry_point.name for entry_point in self._entry_points}:
+                self._load_module(name)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # loading
+
+    def register(self, plugin: object, name: str, distribution: str = "(local)", version: str = "") -> None:
+        """Add a plugin: a module or any object with `@hookimpl` functions.
+
+        Raises:
+            PluginError: it breaks the contract; the message says how. Nothing of it stays behind.
+        """
+        known = Plugin(name, distribution, version)
+        if name in self.plugins:
+            raise PluginError(f"the plugin name is taken by {self.plugins[name]}, which was loaded first")
+        _check_marked(plugin)
+        self._manager.register(plugin, name)
+        try:
+            self._manager.check_pending()
+            provided = [each for kind in KINDS for each in self._ask(kind, known)]
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(plugin)
+            raise PluginError(_unknown_hook(plugin) or str(error)) from error
+        except BaseException:
+            self._manager.unregister(plugin)
+            raise
+        for each in provided:
+            self._tables[each.kind].setdefault(each.name, []).append(each)
+        self.plugins[name] = known
+
+    @contextmanager
+    def watching(self, observers: Sequence[object]) -> Iterator[None]:
+        """While it is open, the observer hooks of these objects are called like those of plugins."""
+        for observer in observers:
+            _check_marked(observer)
+            self._manager.register(observer)
+        try:
+            self._manager.check_pending()
+            yield
+        finally:
+            for observer in observers:
+                self._manager.unregister(observer)
+
+    def _load(self, entry_point: metadata.EntryPoint) -> None:
+        """Load one entry point; a failure is recorded and not raised, unless in strict mode."""
+        assert entry_point.dist is not None, "entry points of installed distributions know them"
+        plugin = Plugin(entry_point.name, entry_point.dist.name, entry_point.dist.version)
+        try:
+            self.register(entry_point.load(), plugin.name, plugin.distribution, plugin.version)
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does at import
+            broken = Broken(plugin, error)
+            if self._strict:
+                raise PluginError(str(broken)) from error
+            self.broken.append(broken)
+
+    def _load_module(self, name: str) -> None:
+        """Load the module that `-p NAME` asks for."""
+        targets.add_working_folder()
+        try:
+            self.register(import_module(name), name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            known = [*self.plugins, *(entry_point.name for entry_point in self._entry_points)]
+            raise UsageError(f"-p {name}: no plugin or module is called {name!r}{did_you_mean(name, known)}") from None
+
+    def _check_blocked(self) -> None:
+        known = sorted({*BUILTIN, *(entry_point.name for entry_point in self._entry_points)})
+        for name in self.blocked:
+            if name == "core":
+                raise UsageError("-p no:core: the plugin 'core' cannot be blocked")
+            if name not in known:
+                raise UsageError(f"-p no:{name}: no plugin is called {name!r}; plugins are {', '.join(known)}")
+
+    def _ask(self, kind: str, plugin: Plugin) -> Iterator[Provided]:
+        """What the plugin provides of `kind`."""
+        for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
+            if implementation.plugin_name != plugin.name:
+                continue
+            table = implementation.function()
+            if not isinstance(table, Mapping):
+                raise PluginError(f"rlhf_{kind}() must return {{name: provider}}, not {type(table).__name__}")
+            for name, target in table.items():
+                targets.check_provided(kind, name, target)
+                yield Provided(kind, name, target, plugin)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # looking up
+
+    def table(self, kind: str) -> dict[str, Provided]:
+        """Every name of a kind, sorted; of a clash, what was loaded first."""
+        return {name: entries[0] for name, entries in sorted(self._tables[kind].items())}
+
+    @property
+    def conflicts(self) -> list[list[Provided]]:
+        """The names that more than one plugin provides."""
+        return [entries for kind in KINDS for entries in self._tables[kind].values() if len(entries) > 1]
+
+    def observers(self) -> list[tuple[Plugin, str]]:
+        """The plugins with observer hooks, and what they say about themselves."""
+        watching = {each.plugin_name for hook in OBSERVERS for each in getattr(self.hook, hook).get_hookimpls()}
+        objects = {name: self._manager.get_plugin(name) for name in self.plugins if name in watching}
+        return [(self.plugins[name], (plugin.__doc__ or "").strip()) for name, plugin in objects.items()]
+
+    def metrics(self) -> list[tuple[Plugin, str, str]]:
+        """Every metric that a plugin documents: who, its name, `"unit: meaning"`."""
+        asked = getattr(self._manager.hook, METRICS).get_hookimpls()
+        told = {each.plugin_name: each.function() for each in asked}
+        return [
+            (plugin, metric, said)
+            for name, plugin in self.plugins.items()
+            for metric, said in told.get(name, {}).items()
+        ]
+
+    def resolve(self, kind: str, name: str) -> type:
+        """The provider class called `name`, or the class that `module:Class` names (working folder first).
+
+        Raises:
+            UnknownName, NameConflict, MissingPackage: no such name; two of them; its package or an import is absent.
+            ContractError: what the plugin names is no frozen dataclass.
+        """
+        if ":" in name:
+            targets.add_working_folder()
+            return targets.check_class(kind, name, targets.load_local(kind, name))
+        entries = self._tables[kind].get(name, [])
+        if not entries:
+            raise self._unknown(kind, name)
+        if len(entries) > 1:
+            plugins = " and ".join(f"{each.plugin} (plugin {each.plugin.name!r})" for each in entries)
+            raise NameConflict(f"{kind} {name!r} is provided by {plugins}; block one with -p no:PLUGIN")
+        (entry,) = entries
+        if not isinstance(entry.target, str):
+            return entry.target
+        return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
+
+    def provenance(self, kind: str, name: str) -> Plugin:
+        """The plugin that provides `name`; one called `(local)` for `module:Class`."""
+        entries = self._tables[kind].get(name)
+        return entries[0].plugin if entries else Plugin("(local)", "(local)", "")
+
+    def name_of(self, kind: str, cls: type) -> str:
+        """The name under which `cls` is registered, or its `module:Class`."""
+        path = f"{cls.__module__}:{cls.__qualname__}"
+        for name, entry in self.table(kind).items():
+            if entry.target in (cls, path):
+                return name
+        return path
+
+    def _load_target(self, entry: Provided, target: str) -> Any:
+        """Import a `"module:Class"` that a plugin registered."""
+        who = f"{entry.kind} {entry.name!r} of {entry.plugin}"
+        try:
+            return targets.load(target)
+        except ModuleNotFoundError as error:
+            raise MissingPackage(f"{who} needs the module {error.name!r}, which is not installed") from error
+        except Exception as error:
+            error.add_note(f"while importing {target} for {who}")
+            raise
+
+    def _unknown(self, kind: str, name: str) -> UsageError:
+        """Why there is no such name, and what to do."""
+        installed = sorted(self._tables[kind])
+        broken = "".join(f"; {each}" for each in self.broken)
+        has = f"; installed: {', '.join(installed)}" if installed else f"; no {kind} is installed"
+        distribution = INSTALL.get(kind, {}).get(name)
+        if distribution is None:
+            meant = did_you_mean(name, [*installed, *INSTALL.get(kind, {})])
+            return UnknownName(f"no {kind} is called {name!r}{meant}{has}{broken}")
+        plugins = [each.name for each in self._entry_points if each.dist is not None and each.dist.name == distribution]
+        if plugins and not any(each.plugin.distribution == distribution for each in self.broken):
+            return UnknownName(
+                f"{kind} {name!r} comes with {distribution}, whose plugin {or_list(plugins)} is not loaded: "
+                f"drop -p no:{plugins[0]}, or pass -p {plugins[0]} where autoloading is off{has}"
+            )
+        get = f"python3 -m pip install {distribution}"
+        return MissingPackage(f"{kind} {name!r} comes with {distribution}: {get}{has}{broken}")
+
+
+@lru_cache(maxsize=1)
+def default_registry() -> Registry:
+    """The registry of everything installed, made once."""
+    return Registry()
+
+
+def _check_marked(plugin: object) -> None:
+    """A function that is named like a hook but not marked would be ignored in silence."""
+    for name in HOOKS:
+        function = getattr(plugin, name, None)
+        if isinstance(function, (FunctionType, MethodType)) and not hasattr(function, f"{GROUP}_impl"):
+            raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl)")
+
+
+def _unknown_hook(plugin: object) -> str:
+    """Which marked function of the plugin no specification knows."""
+    for name in dir(plugin):
+        if hasattr(getattr(plugin, name), f"{GROUP}_impl") and name not in HOOKS:
+            return f"{name}() is not a hook{did_you_mean(name, HOOKS)}; hooks are {', '.join(HOOKS)}"
+    return ""
+
+
+def _name_the_culprit(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[Any], _: object) -> None:
+    """Note on an exception out of a hook which plugin raised it; pluggy does not say."""
+    error = outcome.exception
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        for implementation in implementations:
+            if getattr(implementation.function, "__code__", None) is trace.tb_frame.f_code:
+                assert error is not None
+                error.add_note(f"in {hook}() of the plugin {implementation.plugin_name!r}")
+                return
+        trace = trace.tb_next

@@ -1,0 +1,86 @@
+"""Ends that are nobody's bug: numbers that are no longer finite, a full disk, no memory left. One line each, and what to do.
+
+The newest checkpoint stays as it is in all of them: a run that stops here writes none, and a checkpoint that could not be
+written whole leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped
+from rlhf_core.training.determinism import REFUSED
+from rlhf_core.training.nonfinite import keep_samples
+from rlhf_core.training.token_budget import error_chain, is_out_of_memory, requested_memory
+
+if TYPE_CHECKING:
+    from rlhf_core.run.run import Run
+
+__all__ = ["translate_failures"]
+
+FULL = re.compile(
+    r"No space left on device|Disk quota exceeded|StorageFull|PytorchStreamWriter failed writing|iostream error"
+)
+"""How libraries that hide the operating system's error say it."""
+
+SMALLER_BATCHES = "lower --micro-tokens or --chunk, or add --on-oom halve (results stay the same in all three)"
+LESS_MEMORY = {
+    "rollout": "lower --sampling.max-new-tokens, --sampling.n or --batch-size",
+    "train": SMALLER_BATCHES,
+    "needs": SMALLER_BATCHES,
+    "checkpoint": "leave out --save-async, lower --micro-tokens or choose a smaller --model",
+}
+"""Three things that would help, by phase."""
+
+
+@contextmanager
+def translate_failures(run: Run) -> Iterator[None]:
+    """Turns such ends into `RunStopped`; anything else passes."""
+    try:
+        yield
+    except NotFinite as error:
+        raise RunStopped(_not_finite(run, error)) from error
+    except Exception as error:
+        if _is_full(error):
+            raise RunStopped(
+                f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest(run)}; free some, then "
+                "continue with --resume (--keep 1 needs the least)"
+            ) from error
+        if is_out_of_memory(error):
+            wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
+            advice = LESS_MEMORY.get(run.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model")
+            raise RunStopped(
+                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest(run)}; {advice}"
+            ) from error
+        if REFUSED in str(error):
+            raise RunStopped(
+                f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.doing}, step {run.step + 1}); leave "
+                "--deterministic out, or what needs it (docs/reliability.md names some)"
+            ) from error
+        raise
+
+
+def _not_finite(run: Run, error: NotFinite) -> str:
+    """Save the samples; what to say."""
+    path = keep_samples(run.output, run.step + 1, error)
+    saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
+    advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
+    return f"step {run.step + 1}: {error}; {saved}; {_newest(run)}; {advice}, or go on with --on-nonfinite skip"
+
+
+def _newest(run: Run) -> str:
+    """The checkpoint that is left, in words."""
+    from rlhf_core.checkpoint import valid_checkpoints
+
+    found = valid_checkpoints(run.output)
+    return f"the newest checkpoint is {found[-1].name}" if found else "there is no checkpoint yet (--save-every)"
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is a full disk or quota."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return any((isinstance(e, OSError) and e.errno in numbers) or FULL.search(str(e)) for e in error_chain(error))

@@ -1,0 +1,99 @@
+"""What is done with OUTPUT/model when a run ends: its card says how it was made and how well it does, and it goes to the
+Hugging Face hub if that was asked for.
+
+Uploads are private, and the token is the environment's (HF_TOKEN) or that of `hf auth login`; it is no option, so that no file
+of a run holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.options import TrainedOptions
+from rlhf_core.errors import UsageError
+from rlhf_core.util.atomic_files import write_text
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.run.run import Run
+
+__all__ = ["check_hub", "publish"]
+
+AVERAGE = "These weights are an exponential moving average; evaluations were made with the trained weights themselves."
+
+
+def check_hub(config: RunConfig) -> None:
+    """Check that an upload can work before anything is trained for it.
+
+    Raises:
+        UsageError: nobody is logged in.
+    """
+    if not config.push_to_hub:
+        return
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UsageError(f"--push-to-hub {config.push_to_hub} needs a login: set HF_TOKEN, or run hf auth login")
+
+
+def publish(run: Run) -> None:
+    """Complete the cards of the exported folders and upload the model if asked."""
+    options = run.plan.roles[run.plan.trained[0]].options
+    instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
+    model, average = run.output / "model", run.output / "model-ema"
+    _write_card(run, model, AVERAGE if instead else "")
+    if average.is_dir():
+        _write_card(run, average, AVERAGE)
+    if run.config.push_to_hub:
+        _push(model, run.config.push_to_hub)
+
+
+def _write_card(run: Run, folder: Path, note: str) -> None:
+    from rlhf_core.models.export.card import Card
+
+    card = Card(
+        base=run.plan.roles[run.plan.trained[0]].options.model,
+        algorithm=run.config.names.get("algorithm", ""),
+        steps=run.step,
+        data=_describe_data(run),
+        evaluation=run.evaluations[-1][1] if run.evaluations else {},
+        note=note,
+    )
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        classifier = json.loads(adapter.read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS"
+        write_text(folder / "README.md", card.text("LoRA", True, classifier))
+    elif (folder / "config.json").is_file():  # what simulates a model has none
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        write_text(folder / "README.md", card.text(name, False, name.endswith("ForSequenceClassification")))
+
+
+def _describe_data(run: Run) -> str:
+    """The data in words: its reader, and what that cannot do without. Of paths, only the last part."""
+    provider = run.config.providers.get("data")
+    given = [
+        str(getattr(provider, each.name))
+        for each in (dataclasses.fields(provider) if dataclasses.is_dataclass(provider) else ())
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+    ]
+    names = ", ".join(Path(value).name if Path(value).exists() else value for value in given)
+    rows = f", {run.config.batch_size} rows a step"
+    return f"Read by `{run.config.names.get('data', '')}`{': ' + names if names else ''}{rows}."
+
+
+def _push(folder: Path, name: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Trained by rlhf-core")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{folder} is saved, but not on the hub: {first}; try again with hf upload {name} {folder}"
+        ) from error

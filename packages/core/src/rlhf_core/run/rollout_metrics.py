@@ -1,0 +1,73 @@
+"""What a run measures of itself: sampled completions and their rewards, and the time, speed and memory of a step.
+
+What each metric means stands in `rlhf_core.plugins.metric_catalogue`; docs/metrics.md is made from it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rlhf_core.data.sources import means_by_source
+from rlhf_core.lazy import torch
+from rlhf_core.reward.output import total_rewards
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.batch import Batch, Rollouts
+    from rlhf_core.contract.results import RewardOutput
+    from rlhf_core.run.run import Run
+
+__all__ = ["log_completions", "log_rewards", "measure_step"]
+
+GIB = 2.0**30
+
+
+def log_completions(run: Run, source: str, rollouts: Rollouts) -> None:
+    """Log what was sampled from `source`.
+
+    The entropy costs no forward pass: -log p of a sampled token is an unbiased estimate of its distribution's entropy.
+    """
+    prefix = "completion" if source == run.plan.sources[0] else f"{source}/completion"
+    run.log_batch(f"{prefix}/length", rollouts.lengths_N.float())
+    run.log_batch(f"{prefix}/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
+    if run.config.sampling.temperature > 0:
+        surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
+        run.log({f"{prefix}/entropy": run.world_sum(surprise) / run.world_sum(float(rollouts.mask_NT.sum()))})
+    run.log({"rollout/staleness": float(run.roles[source].version - rollouts.version)})
+    if "kept_mass" in rollouts.scalars:
+        tokens = float(rollouts.mask_NT.sum())
+        kept = run.world_sum(rollouts.scalars["kept_mass"] * tokens)
+        run.log({"rollout/kept_mass": kept / run.world_sum(tokens)})
+
+
+def log_rewards(run: Run, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
+    """Log what completions earned."""
+    whole_N = total_rewards(rewards)
+    mean = run.log_batch(f"{prefix}/mean", whole_N)
+    run.log_batch(f"{prefix}/variance", (whole_N - mean).square())
+    run.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, run.world))
+    for name, values_N in rewards.metrics.items():
+        run.log_batch(f"{prefix}/{name}", values_N)
+
+
+def measure_step(tokens: float, seconds: float) -> dict[str, float]:
+    """Time, speed and memory of a step of this process, which trained on `tokens` of all ranks."""
+    metrics = {"tokens": tokens, "time/step": seconds, "speed/tokens": tokens / max(seconds, 1e-9)}
+    return metrics | {"memory/process": peak_rss() / GIB} | _device_memory()
+
+
+def peak_rss() -> float:
+    """The most memory that this process has held so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+
+
+def _device_memory() -> dict[str, float]:
+    """The most memory that tensors held on this process's device since the step before, if it has one."""
+    if not torch.cuda.is_available():
+        return {}
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"memory/device": peak / GIB}

@@ -1,0 +1,79 @@
+"""Stopping politely: the first signal lets the step finish and a checkpoint be written, the second stops at once.
+
+SIGINT (Ctrl-C)   exit code 130
+SIGTERM           exit code 143
+SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
+
+Before the first step and after the last there is no step to finish: SIGUSR1 exits with its code at once, and the others do what
+they do in any program.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["EXIT_CODES", "StopSignals", "exit_on_preemption"]
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+
+
+class StopSignals:
+    """While the block runs, remembers the first signal and lets the second through.
+
+    Outside the main thread (a run driven from a notebook's worker, say) signals stay with whoever has them.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._first) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with; 0 if no signal came."""
+        return EXIT_CODES[self.received] if self.received is not None else 0
+
+    def _first(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        for (
+            again
+        ) in self._previous:  # a second one does what it does in any program, ignored or not where this one began
+            signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
+        name = "Ctrl-C" if number == signal.SIGINT else self.received.name
+        print(f"rlhf-run: {name}: finishing this step, then saving; again to stop at once", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def exit_on_preemption() -> Iterator[None]:
+    """While the block runs, and `StopSignals` does not, SIGUSR1 ends the process with its exit code."""
+
+    def stop(*_: object) -> None:
+        print(
+            "rlhf-run: SIGUSR1: no step is running, so there is nothing to save; continue with --resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_CODES[signal.SIGUSR1])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)

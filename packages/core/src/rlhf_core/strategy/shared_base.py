@@ -1,0 +1,64 @@
+"""A frozen role that is another's model without its adapters, and so costs no memory: the reference of a LoRA run.
+
+What a strategy's trainable returns from `shared_base()`. The launcher asks for it where the plan says that the two roles are the
+same model (`Plan.base_owner`); a launcher or strategy that keeps its roles apart loads the model twice and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.roles import Trainable
+
+__all__ = ["SharedBase"]
+
+
+class SharedBase:
+    """The model of `base_owner`, its adapters switched off whenever this answers."""
+
+    def __init__(self, base_owner: Trainable) -> None:
+        self.base_owner = base_owner
+        self.world = base_owner.world
+        self.module: Any = base_owner.module
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        with self.module.adapters.off():
+            return self.base_owner.forward(batch, wants)
+
+    def backward(self, loss: Tensor) -> NoReturn:
+        raise AssertionError("a frozen role is not trained")
+
+    def step(self) -> NoReturn:
+        raise AssertionError("a frozen role is not trained")
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        with self.module.adapters.off():
+            yield from self.base_owner.weights()
+
+    @contextmanager
+    def _gathered(self, part: nn.Module | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.module.adapters.off())
+            stack.enter_context(self.base_owner.gathered(part))
+            yield
+
+    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        return self._gathered(part)
+
+    def save(self, folder: str) -> None:
+        """Nothing: a frozen role is loaded again from where it came."""
+
+    def load(self, folder: str) -> None:
+        """Nothing: a frozen role is loaded again from where it came."""
+
+    def offload(self) -> None:
+        """Nothing: where the model is, is the base_owner's business."""
+
+    def reload(self) -> None:
+        """Nothing: where the model is, is the base_owner's business."""

@@ -1,0 +1,168 @@
+"""Needs and credit: from sampled or read batches to what the losses train on.
+
+Each credit, a (source, advantage), is computed once a step on whole groups, before anything is cut into micro-batches.
+What it needs is computed by the roles that provide it, once per source, and only if it is not already at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.contract.batch import Batch, Example
+from rlhf_core.contract.plan import DATA, CreditSpec, Plan
+from rlhf_core.contract.providers import Advantage
+from rlhf_core.contract.results import Credit, Metric, RewardOutput
+from rlhf_core.contract.roles import Role
+from rlhf_core.contract.terms import Term
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.training.kl import kl_values
+from rlhf_core.training.reduction import Means
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+
+__all__ = ["assign_credit", "check_rows", "compute_needs", "prepare_rows"]
+
+
+def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
+    """Check that the first row of data has the completions that losses on data compare; of a stream, none is read yet.
+
+    Raises:
+        UsageError: it has not. So models need not be loaded for that to be said; later rows are checked in their step.
+    """
+    terms = [term for term in plan.terms if term.source == DATA]
+    if not terms or not isinstance(rows, Sequence) or not rows:
+        return
+    completions = len(rows[0].completions)
+    _check_alike(terms, pairs=completions > 1)
+    if completions == 1 and any(term.unit > 1 for term in terms):
+        raise UsageError(
+            "this loss compares pairs, and the data has prompts without a rejected completion: "
+            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+        )
+
+
+def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
+    """Check that rejected completions are not taken for good ones."""
+    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.wants]
+    if pairs and alike and len(alike) == len(terms):
+        raise UsageError(
+            f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
+            "ones; pass --data.completion-key chosen (or the column's name), or an algorithm for pairs"
+        )
+
+
+def prepare_rows(plan: Plan, batch: Batch) -> Batch:
+    """Rows of data with those that credits add to them.
+
+    Raises:
+        UsageError: they are pairs, and what is trained would take rejected completions for good ones.
+    """
+    _check_alike([term for term in plan.terms if term.source == DATA], len(batch.group_N.unique()) < len(batch))
+    for spec in plan.credits.values():
+        prepare: Any = getattr(spec.advantage, "prepare", None)
+        if spec.source == DATA and prepare is not None:
+            batch = prepare(batch)
+    return batch
+
+
+def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch) -> Batch:
+    """`batch` with every extra that the credits on `source` need and that it does not have yet.
+
+    One forward pass per role gives all outputs asked of it. Old log-probabilities are left out when the training pass
+    itself yields them (one optimiser step per batch, no KL in the reward, and the trained role is the one that sampled).
+    """
+    wanted: dict[tuple[str, str], list[str]] = {}
+    credits = [credit for credit in plan.credits.values() if credit.source == source]
+    for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
+        if need.role and need.name not in batch and not _is_live(plan, credit, need.name):
+            wanted.setdefault((need.role, need.output), []).append(need.name)
+        elif not need.role and need.name not in batch and not _is_earned(need.name):
+            raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
+    extras: dict[str, Tensor] = {}
+    for role in dict.fromkeys(role for role, _ in wanted):
+        learns = any((term.role, term.source) == (role, source) for term in plan.terms)
+        asked = frozenset(output for owner, output in wanted if owner == role)
+        outputs = roles[role].infer(batch, asked, source if learns else "")
+        for (owner, output), names in wanted.items():
+            if owner == role:
+                extras |= dict.fromkeys(names, outputs[output])
+    return batch.with_extras(**extras)
+
+
+def _is_live(plan: Plan, credit: CreditSpec, name: str) -> bool:
+    """Whether the training pass itself gives `name`, and nothing reads it before."""
+    in_reward = plan.kl is not None and plan.kl.where == "reward"
+    return (
+        name == "old_logprobs_NT"
+        and plan.on_policy
+        and not in_reward
+        and name not in getattr(credit.advantage, "needs", ())
+    )
+
+
+def _is_earned(name: str) -> bool:
+    """Whether credit itself produces `name`."""
+    return name in ("advantages_NT", "returns_NT", "rewards_NT", "scores_N")
+
+
+def assign_credit(
+    plan: Plan, spec: CreditSpec, batch: Batch, rewards: RewardOutput | None, kl_coef: float
+) -> tuple[Batch, dict[str, float]]:
+    """The batch that the terms of `spec` train on, and the metrics of its credit.
+
+    The KL penalty in the reward is added here, per token and before the advantage:
+    r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
+    """
+    batch = batch.with_extras()
+    batch.scalars["kl_coef"] = kl_coef
+    if spec.advantage is None:
+        return batch, {}
+    if rewards is None:  # rows of data, which nobody scores: KTO's credit reads their labels
+        rewards = RewardOutput(torch.zeros(len(batch)))
+    completions: Any = batch  # rollouts, or rows of data
+    rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
+    extras = dict(batch.extras)
+    penalised = plan.kl is not None and plan.kl.where == "reward" and not getattr(spec.advantage, "raw_rewards", False)
+    if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
+        kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
+        extras["penalty_NT"] = kl_coef * kl_NT
+        rewards_NT = rewards_NT - extras["penalty_NT"]
+    shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
+    credit = _check_credit(spec.advantage, spec.advantage(shaped, completions, extras), batch)
+    earned = {"advantages_NT": credit.advantages_NT}
+    if credit.returns_NT is not None:
+        earned["returns_NT"] = credit.returns_NT
+    batch = batch.with_extras(**earned)
+    return batch if credit.rows is None else batch.rows(credit.rows), _credit_metrics(credit, batch.world)
+
+
+def _credit_metrics(credit: Credit, world: World | None) -> dict[str, float]:
+    """The metrics of a credit, over all ranks."""
+    means = Means()
+    for name, value in credit.metrics.items():
+        if isinstance(value, Metric):
+            means.add_metric(name, value)
+        else:
+            means.add(name, value)
+    return means.reduced(world if world is not None and world.size > 1 else None)
+
+
+def _check_credit(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:
+    """`result` as a `Credit`, if it keeps the contract of an advantage."""
+    who = f"advantage {type(advantage).__qualname__} of {type(advantage).__module__}"
+    credit = result if isinstance(result, Credit) else Credit(result)
+    for name, values in (("advantages_NT", credit.advantages_NT), ("returns_NT", credit.returns_NT)):
+        if values is None and name == "returns_NT":
+            continue
+        if not isinstance(values, torch.Tensor) or values.shape != batch.mask_NT.shape:
+            raise ContractError(f"{who}: {name} must be a tensor of shape {tuple(batch.mask_NT.shape)}")
+        if values.requires_grad:
+            raise ContractError(f"{who}: {name} must not carry a gradient")
+        if bool((values[~batch.mask_NT] != 0).any()):
+            raise ContractError(f"{who}: {name} must be zero outside the mask")
+    return credit

@@ -1,0 +1,65 @@
+"""What a loss says: whether it keeps its contract, and what it says of each datasource alone.
+
+Whatever couples rows is credit, computed before, so that a loss of some rows is the loss that they have among others. It
+is asked again, without a gradient, for the rows of each `datasource` of a batch of data; beside the forward pass that
+costs nothing. What is sampled has its rewards split instead (`data.sources`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.results import LossTerms, Outputs, Reduction
+from rlhf_core.contract.terms import Term
+from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
+from rlhf_core.training.reduction import Means, count, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["add_by_source", "check_loss_terms"]
+
+
+def check_loss_terms(term: Term, result: LossTerms, micro: Batch) -> LossTerms:
+    """`result`, if it keeps the contract of a loss."""
+    who = f"loss {type(term.loss).__qualname__} of {type(term.loss).__module__}"
+    if not isinstance(result, LossTerms) or not isinstance(result.reduction, Reduction):
+        raise ContractError(f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))")
+    per_sample = result.reduction.per == "sample"
+    expected = (len(micro) // term.unit,) if per_sample else tuple(micro.mask_NT.shape)
+    if tuple(result.values.shape) != expected:
+        raise ContractError(
+            f"{who} returned values of shape {tuple(result.values.shape)}; "
+            f"reduction {result.reduction.per!r} needs {expected}"
+        )
+    if not result.values.requires_grad:
+        raise ContractError(f"{who} returned values without a gradient; compute them from `outputs`")
+    return result
+
+
+def add_by_source(means: Means, role: str, term: Term, part: str, outputs: Outputs, micro: Batch) -> None:
+    """Add the loss and the metrics of each datasource's rows, as `loss/<role>/<datasource>` and `<role>/<name>/<datasource>`.
+
+    Rows that do not say where they are from count nowhere. `part` tells the role's terms apart, whose losses are added.
+    """
+    own = [str(each["datasource"]) if "datasource" in each else None for each in micro.meta]
+    for source in sorted({each for each in own if each is not None}):
+        rows = torch.tensor([i for i, each in enumerate(own) if each == source])
+        some = micro.rows(rows)
+        with torch.no_grad():
+            said = term.loss({name: _rows(name, values, rows, some) for name, values in outputs.items()}, some)
+        if said.reduction.per != "sum":  # that of some rows is no mean over them
+            total = term.weight * float(weighted_sum(said.values, said.reduction, some))
+            means.add(f"loss/{role}/{source}", total, count(said.reduction, some, term.unit), part=part)
+        for name, metric in said.metrics.items():
+            means.add_metric(f"{role}/{name}/{source}", metric)
+
+
+def _rows(name: str, values: Tensor, rows: Tensor, some: Batch) -> Tensor:
+    """An output of these rows, trimmed as their batch is; one that is of no row as it is."""
+    if not values.dim():
+        return values.detach()
+    picked = values.detach()[rows.to(values.device)]
+    return picked[:, : some.tokens_NT.shape[1]] if name.endswith("_NT") else picked

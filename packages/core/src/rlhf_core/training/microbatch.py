@@ -1,0 +1,118 @@
+"""Cutting a batch into micro-batches by token budget, and into minibatches by group.
+
+Rows are sorted by length first, so that a micro-batch holds rows of like length and little of it is padding. Where padding
+is what costs time, further micro-batches keep it below a share. No cut changes a result (see `reduce`); the budget only
+trades memory for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.contract.batch import Batch
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+
+__all__ = ["bearable_padding", "micro_batch", "micro_rows", "minibatches", "padding_share"]
+
+CHEAP = 32
+"""Cells of padding that cost less than one more micro-batch does, even of a small model."""
+
+
+def bearable_padding(module: Any) -> float:
+    """The share of a forward pass of `module` that may be padding before a further micro-batch is cheaper.
+
+    On a CPU time is cells. An accelerator waits for launches as long as micro-batches are small, and where rows are packed
+    nothing is padded: there, as few micro-batches as fit.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    packs = getattr(module, "packs", False)  # strategies may train other modules than ours
+    return 0.05 if on_cpu and not packs else 1.0
+
+
+def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float = 1.0) -> list[Tensor]:
+    """Row numbers of each micro-batch: at most `tokens` cells, padding included, but always at least one unit.
+
+    A unit is `rows_per_unit` adjacent rows (a chosen/rejected pair). Longest first, so that memory peaks at once. Of the
+    cells at most the share `padding` (or a few cells in all) are units shorter than the first.
+    """
+    if not len(batch):
+        return []
+    if len(batch) % rows_per_unit:
+        raise UsageError(
+            f"the loss compares {rows_per_unit} completions of each prompt, and the data has prompts with another number: "
+            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+        )
+    lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
+    order_U = torch.argsort(lengths_U, descending=True, stable=True)
+    cuts: list[list[int]] = []
+    widest = spare = 0
+    for unit, length in zip(order_U.tolist(), lengths_U[order_U].tolist(), strict=True):
+        cells = (len(cuts[-1]) + 1) * rows_per_unit * widest if cuts else 0
+        spare += rows_per_unit * (widest - length)
+        if not cuts or cells > tokens or spare > max(CHEAP, padding * cells):
+            cuts.append([])
+            widest, spare = length, 0
+        cuts[-1].append(unit)
+    rows_in_unit = torch.arange(rows_per_unit)
+    return [(torch.tensor(units)[:, None] * rows_per_unit + rows_in_unit).flatten() for units in cuts]
+
+
+def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batch:
+    """The i-th micro-batch. Past the last, on a rank that has fewer than another, the last again, to be given no weight; on
+    one that has none, a unit of one token each, without texts or labels, and with zero for every extra."""
+    if cuts:
+        return batch.rows(cuts[min(i, len(cuts) - 1)])
+    one_N, token_NT = torch.ones(unit, dtype=torch.long), torch.zeros(unit, 1, dtype=torch.long)
+    lists: dict[str, Any] = {name: [None] * unit for name in batch._per_row()}
+    return replace(
+        batch,
+        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": []},
+        prompt_NL=token_NT,
+        prompt_lengths_N=one_N,
+        tokens_NT=token_NT,
+        lengths_N=one_N,
+        mask_NT=torch.ones(unit, 1, dtype=torch.bool),
+        group_N=torch.zeros(unit, dtype=torch.long),
+        extras={
+            name: torch.zeros((unit, 1) if name.endswith("_NT") else (unit,), dtype=tensor.dtype)
+            for name, tensor in batch.extras.items()
+        },
+        scalars=dict(batch.scalars),
+    )
+
+
+def padding_share(batch: Batch, cuts: list[Tensor], packs: bool = False) -> float:
+    """The share of a forward pass's cells that are padding, 0..1; where it packs, only rows with images are padded."""
+    if packs and not any(batch.images):
+        return 0.0
+    lengths_N = batch.prompt_lengths_N + batch.lengths_N
+    padded = [not packs or any(batch.images[row] for row in rows) for rows in cuts]
+    cells = sum(
+        int(lengths_N[rows].max()) * len(rows) if each else int(lengths_N[rows].sum())
+        for rows, each in zip(cuts, padded, strict=True)
+    )
+    return 1 - float(lengths_N.sum()) / max(cells, 1)
+
+
+def minibatches(batch: Batch, parts: int, seed: int, world: World) -> Iterator[Batch]:
+    """`batch` in `parts` parts of whole groups, in an order drawn from `seed`; itself if there is one part.
+
+    The parts are cut from the groups of all ranks of `world` together, so how many ranks there are changes no part; a rank
+    may hold none of one. Groups are told apart by their prompts' numbers (`uids_N`) where the batch has them.
+    """
+    if parts == 1:
+        yield batch
+        return
+    ids_N = batch.extras.get("uids_N", batch.group_N)
+    everyone = torch.tensor(sorted(set().union(*world.gather(ids_N.unique().tolist()))))
+    order = everyone[torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))]
+    for chosen in order.tensor_split(parts):
+        yield batch.rows(torch.isin(ids_N, chosen).nonzero().flatten())

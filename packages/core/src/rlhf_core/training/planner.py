@@ -1,0 +1,145 @@
+"""What a configuration means, worked out before anything heavy starts: roles, sources, credits and needs.
+
+A plan is plain data. It is the same in every process: a worker builds it again from names and options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rlhf_core.contract import requirements as needs_
+from rlhf_core.contract.options import KL, RunConfig
+from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
+from rlhf_core.contract.requirements import LANGUAGE
+from rlhf_core.contract.terms import ProviderChoices, Term
+from rlhf_core.errors import UsageError
+
+__all__ = ["make_plan"]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Work `config` out.
+
+    Raises:
+        UsageError: terms, needs and roles do not fit together.
+    """
+    choices = ProviderChoices(
+        advantage=config.providers.get("advantage"),
+        loss=config.providers.get("loss"),
+        sampling=config.sampling,
+        providers=config.providers,
+    )
+    if config.minibatches > config.batch_size:
+        raise UsageError(
+            f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size; lower the one or "
+            "raise the other"
+        )
+    terms = config.algorithm(choices)
+    kl = getattr(config.algorithm, "kl", None)
+    kl = kl if kl is not None and kl.coef > 0 else None
+    credits: dict[str, CreditSpec] = {}
+    keyed: list[tuple[str, Term]] = []
+    for term in terms:
+        key = _credit_key(credits, term)
+        credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage, every=term.every))
+        credits[key] = _add_needs(credit, term, kl)
+        keyed.append((key, term))
+    launcher = config.providers.get("launcher")
+    for term in terms:
+        if term.partners and launcher is not None and not getattr(launcher, "one_process", False):
+            raise UsageError(
+                f"the loss {type(term.loss).__qualname__} compares whole distributions of {term.role} and "
+                f"{', '.join(sorted(term.partners))}, which the launcher {type(launcher).__qualname__} puts into different "
+                "processes; use --launcher local"
+            )
+    also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
+    sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
+    return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources), kl)
+
+
+def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
+    """The key of the term's credit: an existing one with the same source, advantage and cadence, or a new one."""
+    same_source = [credit for credit in credits.values() if credit.source == term.source]
+    for credit in same_source:
+        if (credit.advantage, credit.every) == (term.advantage, term.every):
+            return credit.key
+    return f"{term.source}#{len(same_source)}" if same_source else term.source
+
+
+def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
+    """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
+    asked: list[tuple[str, object]] = [
+        (name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))
+    ]
+    raw = getattr(term.advantage, "raw_rewards", False)
+    if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
+        asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
+    have = {need.name: need for need in credit.needs}
+    earned = sorted(name for name in term.needs if name in CREDIT)
+    if term.advantage is None and earned:
+        raise UsageError(
+            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, and the term {term.role} <- {term.source} assigns no "
+            "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
+        )
+    for name, asker in asked:
+        need = needs_.resolve(
+            name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker
+        )
+        have.setdefault(name, need)
+    return replace(credit, needs=tuple(have.values()))
+
+
+def _roles(
+    config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec], sources: tuple[str, ...]
+) -> dict[str, RoleSpec]:
+    """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
+    outputs: dict[str, set[str]] = {}
+    for _, term in keyed:
+        outputs.setdefault(term.role, set()).update(name for name in term.wants if "." not in name)
+        for other in term.partners:
+            for role in (term.role, other):
+                outputs.setdefault(role, set()).add("logprobs_NT")
+    for source in sources:
+        if source != DATA:
+            outputs.setdefault(source, set()).add("logprobs_NT")
+    needs = [need for credit in credits.values() for need in credit.needs]
+    evaluators = config.providers.get("evaluator", ())
+    for evaluator in evaluators:
+        first = keyed[0][1].role if keyed else next(iter(config.roles))
+        needs += [needs_.resolve(name, first, evaluator) for name in sorted(getattr(evaluator, "needs", ()))]
+    for need in needs:
+        if need.role:
+            outputs.setdefault(need.role, set()).add(need.output)
+    readers = set(outputs)
+    opponents = {name for evaluator in evaluators for name in getattr(evaluator, "opponents", ())}
+    for name in opponents:
+        outputs.setdefault(name, set()).add("logprobs_NT")
+    unknown = [name for name in outputs if name not in config.roles]
+    if unknown:
+        raise UsageError(
+            f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
+            f"{', '.join(config.roles)}; choose an advantage, loss or evaluator, or options of theirs, without that need"
+        )
+    online = any(source != DATA for source in sources)
+    temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
+    given = [term.role for _, term in keyed if term.source == DATA and term.wants & LANGUAGE]
+    if given and temperature != 1:
+        raise UsageError(
+            f"the {given[0]} learns samples at --sampling.temperature {temperature:g}, and the data's completions at 1; pass "
+            "--sampling.temperature 1, or no option that learns from data too (ptx, say): a role has one temperature"
+        )
+    return {
+        name: RoleSpec(
+            name=name,
+            options=replace(
+                config.roles[name], model=config.roles[name].model or config.model, add_tokens=config.add_tokens
+            ),
+            outputs=frozenset(outputs[name]),
+            terms=tuple((key, term) for key, term in keyed if term.role == name),
+            sampled=name in {*sources, *opponents},
+            reads=name in readers,
+            temperature=temperature,
+        )
+        for name in outputs
+    }

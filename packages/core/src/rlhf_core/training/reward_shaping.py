@@ -1,0 +1,92 @@
+"""Reward shaping: a reward's scale, and what is added to or taken from it because of how a completion ended.
+
+An algorithm that has a field `shaping` gets it; the scores that filters and pass rates read stay as the provider gave them.
+The state of a running normalisation is the run's (`Moments`), so that checkpoints have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_core.training.running_moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.results import RewardOutput
+
+__all__ = ["RewardShaping"]
+
+
+MIN_STD = 1e-4  # equal rewards have no scale; this keeps 0 / 0 at 0 and lets no first batch be blown up
+
+
+@dataclass(frozen=True)
+class RewardShaping:
+    """Scale, penalties and bounds of rewards, applied in the order of the fields."""
+
+    normalise: Literal["none", "running", "fixed"] = "none"
+    """subtract a mean and divide by a deviation: of all rewards of the run so far, over all ranks, or `mean` and `std`"""
+    mean: float = 0.0
+    """what `fixed` subtracts"""
+    std: float = 1.0
+    """what `fixed` divides by"""
+    overlong_buffer: int = 0
+    """tokens before --sampling.max-new-tokens over which the penalty grows from 0 (Yu et al. 2025, eq. 13); 0 is off"""
+    overlong_factor: float = 1.0
+    """the penalty at max-new-tokens"""
+    stop_properly: float | None = None
+    """of a completion that was cut: from 0 to 1 its reward is multiplied by this, below 0 it is this; absent is off"""
+    clip: float | None = None
+    """rewards are cut to -clip and clip"""
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise UsageError(f"std must be above 0, not {self.std}")
+        if self.overlong_buffer < 0:
+            raise UsageError(f"overlong_buffer must be at least 0 tokens, not {self.overlong_buffer}")
+        if self.stop_properly is not None and not self.stop_properly <= 1:
+            raise UsageError(f"stop_properly must be at most 1, not {self.stop_properly}")
+        if self.clip is not None and not self.clip > 0:
+            raise UsageError(f"clip must be above 0, not {self.clip}")
+
+    def __call__(
+        self, rewards: RewardOutput, rollouts: Rollouts, max_new_tokens: int, seen: Moments | None = None
+    ) -> RewardOutput:
+        """`rewards` with `rewards_N` shaped; `seen` are those of the run so far, and take these in."""
+        if self.overlong_buffer > max_new_tokens:
+            raise UsageError(
+                f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of --sampling.max-new-tokens"
+            )
+        shaped_N = self._normalised(rewards.rewards_N, rollouts, seen or Moments())
+        if self.overlong_buffer:
+            over_N = (_spans(rollouts.mask_NT) - (max_new_tokens - self.overlong_buffer)).clamp(0, self.overlong_buffer)
+            shaped_N = shaped_N - self.overlong_factor * over_N / self.overlong_buffer
+        if self.stop_properly is not None:
+            cut_N = torch.tensor([reason == "length" for reason in rollouts.finish])
+            instead_N = shaped_N * self.stop_properly if self.stop_properly >= 0 else self.stop_properly
+            shaped_N = torch.where(cut_N, instead_N, shaped_N)
+        if self.clip is not None:
+            shaped_N = shaped_N.clamp(-self.clip, self.clip)
+        scores_N = rewards.rewards_N if rewards.scores_N is None else rewards.scores_N
+        return replace(rewards, rewards_N=shaped_N, scores_N=scores_N)
+
+    def _normalised(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
+        """On the scale that was chosen; a running one has these rewards in it already."""
+        if self.normalise == "none":
+            return rewards_N
+        if self.normalise == "fixed":
+            return (rewards_N - self.mean) / self.std
+        seen.update(rewards_N, rollouts.world)
+        return (rewards_N - seen.mean) / max(seen.std, MIN_STD)
+
+
+def _spans(mask_NT: Tensor) -> Tensor:
+    """Tokens from the first sampled one to the last, what others said between them included; (N,) float32."""
+    number_T = torch.arange(1, mask_NT.shape[1] + 1)
+    last_N = (number_T * mask_NT).amax(1)
+    return (last_N - mask_NT.float().argmax(1) * mask_NT.any(1)).float()

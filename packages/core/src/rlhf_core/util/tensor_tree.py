@@ -1,0 +1,128 @@
+"""Trees of plain values and tensors: written to one safetensors file, read back, and copied into CPU memory.
+
+A tree is what `state_dict()` returns: dictionaries, lists and tuples around tensors, numbers, texts and None. Its tensors
+are stored under their paths (`state.0.exp_avg`), each memory once however many names it has (tied weights); the rest
+stands as JSON in the file's metadata. Nothing here pickles, so reading a file runs no code of whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Copies", "read_tree", "write_tree"]
+
+
+def write_tree(path: str | Path, tree: Any) -> None:
+    """Write `tree` to the safetensors file `path`."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}
+
+    def name(where: str, tensor: Tensor) -> _Name:
+        first = names.setdefault(_memory(tensor), where)
+        if first == where:
+            assert where not in tensors, f"two tensors are called {where}"
+            tensors[where] = tensor.detach().contiguous()
+        return _Name(first)
+
+    skeleton = json.dumps(_to_json(_map_tensors(name, tree)))
+    save_file(tensors, path, metadata={"tree": skeleton})
+
+
+def read_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The tree in `path`, its tensors on `device`."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt", device=str(device)) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+        return _from_json(json.loads(file.metadata()["tree"]), tensors)
+
+
+class Copies:
+    """CPU memory that a tree's tensors are copied into, again and again: fresh memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def of(self, tree: Any) -> Any:
+        """`tree` with its tensors in memory of their own, until the next call. Memory with two names is copied once."""
+        taken: dict[Any, Tensor] = {}
+
+        def copy(where: str, tensor: Tensor) -> Tensor:
+            memory = _memory(tensor)
+            if memory not in taken:
+                taken[memory] = self._buffer(where, tensor).copy_(tensor.detach(), non_blocking=True)
+            return taken[memory]
+
+        copied = _map_tensors(copy, tree)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies into pinned memory only began
+        return copied
+
+    def _buffer(self, where: str, tensor: Tensor) -> Tensor:
+        """Memory for the tensor at `where`: that of last time, if it still fits. Pinned for what is on a GPU."""
+        old = self._buffers.get(where)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            old = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[where] = old
+        return old
+
+
+class _Name(str):
+    """Stands for a tensor in a skeleton."""
+
+
+def _memory(tensor: Tensor) -> Any:
+    """What two names of one tensor have in common; nothing else has it."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _map_tensors(change: Callable[[str, Tensor], Any], tree: Any, path: str = "") -> Any:
+    """`tree` with each tensor replaced by `change(path, tensor)`."""
+    if isinstance(tree, torch.Tensor):
+        return change(path, tree)
+    below = f"{path}." if path else ""
+    if isinstance(tree, dict):
+        return {key: _map_tensors(change, value, f"{below}{key}") for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_map_tensors(change, value, f"{below}{i}") for i, value in enumerate(tree))
+    return tree
+
+
+def _to_json(tree: Any) -> Any:
+    """`tree` in what JSON has: keys of any kind, tuples and names of tensors keep their types."""
+    match tree:
+        case _Name():
+            return {"tensor": str(tree)}
+        case dict():
+            return {"dict": [[key, _to_json(value)] for key, value in tree.items()]}
+        case tuple():
+            return {"tuple": [_to_json(value) for value in tree]}
+        case list():
+            return [_to_json(value) for value in tree]
+    return tree
+
+
+def _from_json(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_to_json` was given."""
+    match tree:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"dict": items}:
+            return {key: _from_json(value, tensors) for key, value in items}
+        case {"tuple": values}:
+            return tuple(_from_json(value, tensors) for value in values)
+        case list():
+            return [_from_json(value, tensors) for value in tree]
+    return tree

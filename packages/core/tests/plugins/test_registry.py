@@ -1,0 +1,336 @@
+"""The registry finds plugins, survives broken ones, and says what to do about a name it does not have."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_core import plugin as core
+from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
+from rlhf_core.plugins.known_packages import INSTALL
+from rlhf_core.plugins.registry import Registry
+
+Install = Callable[..., None]
+
+GOOD = '''
+from dataclasses import dataclass
+from rlhf_core import hookimpl
+
+@dataclass(frozen=True)
+class Terse:
+    """Likes few words. Really."""
+
+    def __call__(self, rollouts):
+        return []
+
+@hookimpl
+def rlhf_reward():
+    return {"terse": Terse}
+'''
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Put a distribution on the path as an installer would: metadata, entry point, module. Module names are unique."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def add(dist: str, source: str, entry: str = "", version: str = "1.0") -> None:
+        module = dist.replace("-", "_")
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[rlhf]\n{entry or module} = {module}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return add
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A provider that does nothing."""
+
+    def __call__(self) -> None: ...
+
+
+def plugin(**tables: dict[str, Any]) -> Any:
+    """A plugin object with one hook per keyword."""
+
+    def hook(name: str, table: dict[str, Any]) -> Any:
+        def function() -> dict[str, Any]:
+            return table
+
+        function.__name__ = name
+        return hookimpl(function)
+
+    return SimpleNamespace(**{f"rlhf_{kind}": hook(f"rlhf_{kind}", table) for kind, table in tables.items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# finding
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_installed_plugin_is_found_with_its_distribution_and_version(install: Install) -> None:
+    install("rlhf-terse", GOOD, "terse", "1.2")
+    registry = Registry()
+    assert registry.resolve("reward", "terse").__name__ == "Terse"
+    found = registry.provenance("reward", "terse")
+    assert (found.name, found.distribution, found.version) == ("terse", "rlhf-terse", "1.2")
+    assert not registry.broken
+
+
+def test_built_ins_come_through_the_same_hooks_and_name_core() -> None:
+    registry = Registry(autoload=False)
+    assert list(registry.table("reward")) == sorted(core.rlhf_reward())
+    assert registry.provenance("reward", "length").distribution == "rlhf-core"
+    assert registry.resolve("reward", "length").__name__ == "Length"
+
+
+def test_every_built_in_name_leads_to_a_provider() -> None:
+    registry = Registry(autoload=False)
+    tables = [registry.table(kind) for kind in ("data", "rollout", "reward", "strategy", "launcher", "evaluator")]
+    for entry in (entry for table in tables for entry in table.values()):
+        assert callable(registry.resolve(entry.kind, entry.name))
+
+
+def test_a_string_target_is_imported_when_it_is_chosen_and_not_before(install: Install) -> None:
+    install(
+        "heavy-impl", GOOD.replace("@hookimpl", "").replace("def rlhf_reward", "def _unused"), "not-a-plugin-module"
+    )
+    hook = "from rlhf_core import hookimpl\n@hookimpl\ndef rlhf_reward():\n    return {'late': 'heavy_impl:Terse'}\n"
+    install("rlhf-light", hook, "light")
+    registry = Registry(blocked=["not-a-plugin-module"])
+    assert "heavy_impl" not in sys.modules
+    assert registry.resolve("reward", "late").__module__ == "heavy_impl"
+
+
+def test_module_and_class_name_a_provider_without_packaging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("local_rewards.py").write_text(GOOD)
+    registry = Registry(autoload=False)
+    assert registry.resolve("reward", "local_rewards:Terse").__name__ == "Terse"
+    assert str(registry.provenance("reward", "local_rewards:Terse")) == "(local)"
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_the_name_of_a_class_is_its_registered_one_else_its_path() -> None:
+    registry = Registry(autoload=False)
+    registry.register(plugin(reward={"fake": Fake}), "mine")
+    assert registry.name_of("reward", Fake) == "fake"
+    assert registry.name_of("reward", registry.resolve("reward", "length")) == "length"
+    assert registry.name_of("loss", Fake) == f"{__name__}:Fake"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# isolating
+# ----------------------------------------------------------------------------------------------------------------------
+
+BREAKS = {
+    "import-fails": ("import package_that_is_absent", "ModuleNotFoundError: No module named 'package_that_is_absent'"),
+    "exits": ("import sys\nsys.exit('I need Windows')", "SystemExit: I need Windows"),
+    "misspelt-hook": (
+        GOOD.replace("rlhf_reward", "rlhf_rewards"),
+        "rlhf_rewards() is not a hook (did you mean 'rlhf_reward'?); hooks are",
+    ),
+    "forgot-the-mark": (GOOD.replace("@hookimpl", ""), "rlhf_reward() lacks @hookimpl"),
+    "takes-an-argument": (GOOD.replace("rlhf_reward()", "rlhf_reward(config)"), "Argument(s) {'config'} are declared"),
+    "returns-a-list": (GOOD.replace('{"terse": Terse}', "[Terse]"), "must return {name: provider}, not list"),
+    "bad-name": (GOOD.replace('"terse"', '"very terse"'), "names are letters, digits and _ . + -"),
+    "bad-target": (GOOD.replace("Terse}", "'terse'}"), "gives 'terse' as 'terse', which is not 'module:Class'"),
+    "no-dataclass": (GOOD.replace("Terse}", "int}"), "neither a dataclass nor 'module:Class'"),
+    "raises": (GOOD.replace("return {", "raise OSError('no disk'); {"), "OSError: no disk"),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_broken_plugin_is_listed_with_its_reason_and_the_rest_work(install: Install, case: str) -> None:
+    source, reason = BREAKS[case]
+    install(f"rlhf-{case}", source, case, "9.9")
+    install("rlhf-terse2", GOOD, "terse2")
+    registry = Registry()
+    (broken,) = registry.broken
+    assert str(broken).startswith(f"plugin '{case}' of rlhf-{case} 9.9 failed to load: ")
+    assert reason in str(broken)
+    assert "\n" not in str(broken)
+    assert registry.provenance("reward", "terse").distribution == "rlhf-terse2"
+    assert case not in registry.plugins
+
+
+def test_a_broken_plugin_leaves_nothing_behind(install: Install) -> None:
+    two = GOOD + "\n@hookimpl\ndef rlhf_step_end():\n    raise OSError\n\n@hookimpl\ndef rlhf_loss():\n    return 3\n"
+    install("rlhf-half", two, "half")
+    registry = Registry()
+    assert len(registry.broken) == 1
+    assert "terse" not in registry.table("reward")
+    assert "half" not in [each.plugin_name for each in registry.hook.rlhf_step_end.get_hookimpls()]
+
+
+def test_strict_mode_raises_what_would_be_listed(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("rlhf-strict", "import package_that_is_absent", "strict")
+    monkeypatch.setenv("RLHF_STRICT_PLUGINS", "1")
+    with pytest.raises(PluginError, match="plugin 'strict' of rlhf-strict 1.0 failed to load") as caught:
+        Registry()
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_two_distributions_with_one_entry_point_name_are_both_reported(install: Install) -> None:
+    install("rlhf-first", GOOD, "same")
+    install("rlhf-second", GOOD.replace('"terse"', '"other"'), "same")
+    registry = Registry()
+    (broken,) = registry.broken
+    assert {registry.plugins["same"].distribution, broken.plugin.distribution} == {"rlhf-first", "rlhf-second"}
+    assert str(registry.plugins["same"]) in str(broken)
+
+
+def test_a_clash_matters_only_to_whoever_chooses_the_name(install: Install) -> None:
+    install("rlhf-one", GOOD, "one")
+    install("rlhf-two", GOOD, "two", "2.0")
+    registry = Registry()
+    assert registry.resolve("reward", "length")
+    assert [entry.name for entries in registry.conflicts for entry in entries] == ["terse", "terse"]
+    with pytest.raises(NameConflict, match="block one with -p no:PLUGIN") as caught:
+        registry.resolve("reward", "terse")
+    assert "rlhf-one 1.0 (plugin 'one')" in str(caught.value)
+    assert "rlhf-two 2.0 (plugin 'two')" in str(caught.value)
+    assert Registry(blocked=["two"]).resolve("reward", "terse").__module__ == "rlhf_one"
+
+
+def test_an_exception_in_an_observer_says_whose_it_is() -> None:
+    def failing(step: int) -> None:
+        raise OSError("disk full")
+
+    failing.__name__ = "rlhf_step_end"
+    registry = Registry(autoload=False, blocked=["console", "files"])
+    registry.register(SimpleNamespace(rlhf_step_end=hookimpl(failing)), "tracker")
+    registry.register(SimpleNamespace(rlhf_step_end=hookimpl(lambda metrics: None)), "innocent")
+    with pytest.raises(OSError, match="disk full") as caught:
+        registry.hook.rlhf_step_end(run=None, step=1, metrics={})
+    assert caught.value.__notes__ == ["in rlhf_step_end() of the plugin 'tracker'"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# blocking and loading by hand
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_blocked_plugin_is_not_even_imported(install: Install) -> None:
+    install("rlhf-noisy", "raise OSError", "noisy")
+    assert not Registry(blocked=["noisy"]).broken
+
+
+def test_autoload_can_be_switched_off_and_a_plugin_asked_for(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("rlhf-asked", GOOD, "asked")
+    install("rlhf-unasked", GOOD.replace('"terse"', '"unasked"'), "unasked")
+    monkeypatch.setenv("RLHF_DISABLE_PLUGIN_AUTOLOAD", "1")
+    assert set(Registry().plugins) == {"core", "console", "files"}
+    assert set(Registry(load=["asked"]).plugins) == {"core", "console", "files", "asked"}
+
+
+def test_a_module_that_is_no_entry_point_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("loose_plugin.py").write_text(GOOD)
+    assert "terse" in Registry(autoload=False, load=["loose_plugin"]).table("reward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocked": ["core"]}, "-p no:core: the plugin 'core' cannot be blocked"),
+        ({"blocked": ["nobody"]}, "-p no:nobody: no plugin is called 'nobody'; plugins are "),
+        ({"load": ["no_such_module"]}, "-p no_such_module: no plugin or module is called 'no_such_module'"),
+    ],
+)
+def test_asking_for_a_plugin_that_is_not_there_is_a_users_mistake(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Registry(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what to say
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_answered_with_the_near_and_the_installed_ones() -> None:
+    with pytest.raises(UnknownName) as caught:
+        Registry(autoload=False).resolve("reward", "lenght")
+    installed = ", ".join(sorted(core.rlhf_reward()))
+    assert str(caught.value) == f"no reward is called 'lenght' (did you mean 'length'?); installed: {installed}"
+
+
+def test_a_known_name_whose_package_is_absent_says_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_core.plugins.registry.INSTALL", {"rollout": {"warp": "rlhf-rollout-warp"}})
+    with pytest.raises(MissingPackage) as caught:
+        Registry(autoload=False).resolve("rollout", "warp")
+    installed = ", ".join(sorted(core.rlhf_rollout()))
+    assert str(caught.value) == (
+        f"rollout 'warp' comes with rlhf-rollout-warp: python3 -m pip install rlhf-rollout-warp; installed: {installed}"
+    )
+
+
+def test_a_known_name_whose_plugin_is_not_loaded_says_so(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("rlhf-warp", GOOD, "warp")
+    monkeypatch.setattr("rlhf_core.plugins.registry.INSTALL", {"reward": {"terse": "rlhf-warp"}})
+    with pytest.raises(UnknownName, match="comes with rlhf-warp, whose plugin 'warp' is not loaded: drop -p no:warp"):
+        Registry(autoload=False).resolve("reward", "terse")
+
+
+def test_an_unknown_name_mentions_the_plugin_that_may_have_had_it(install: Install) -> None:
+    install("rlhf-torn", "import package_that_is_absent", "torn", "9.9")
+    with pytest.raises(UnknownName) as caught:
+        Registry().resolve("reward", "broken_one")
+    assert str(caught.value).endswith(
+        "; plugin 'torn' of rlhf-torn 9.9 failed to load: ModuleNotFoundError: No module named 'package_that_is_absent'"
+    )
+
+
+def test_a_target_that_cannot_be_imported_names_kind_provider_and_distribution() -> None:
+    registry = Registry(autoload=False)
+    registry.register(plugin(loss={"gone": "absent_module:Loss"}), "mine", "rlhf-mine", "0.3")
+    with pytest.raises(MissingPackage) as caught:
+        registry.resolve("loss", "gone")
+    assert str(caught.value) == (
+        "loss 'gone' of rlhf-mine 0.3 needs the module 'absent_module', which is not installed"
+    )
+
+
+def test_the_table_of_names_and_packages_is_what_the_packages_provide() -> None:
+    tool = Path(__file__).parents[4] / "tools/install_table.py"
+    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert INSTALL["rollout"]["vllm"] == "rlhf-rollout-vllm"
+    assert INSTALL["algorithm"]["grpo"] == "rlhf-algos"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("absent_module:X", "--reward absent_module:X: no module is called 'absent_module' here or in the environment"),
+        ("json:JSONDecodr", "--reward json:JSONDecodr: json has no 'JSONDecodr' (did you mean 'JSONDecoder'?)"),
+        ("json:", "--reward json:: expected a provider's name or module:Class"),
+        ("json:JSONDecoder", "reward json:JSONDecoder is not a frozen dataclass"),
+    ],
+)
+def test_a_local_target_that_does_not_work_says_why(target: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Registry(autoload=False).resolve("reward", target)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_error_inside_the_users_module_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("users_module.py").write_text("import package_that_is_absent")
+    with pytest.raises(ModuleNotFoundError, match="package_that_is_absent"):
+        Registry(autoload=False).resolve("reward", "users_module:Anything")

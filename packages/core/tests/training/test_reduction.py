@@ -1,0 +1,184 @@
+"""Reductions: the mean over the whole optimiser step, however it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.results import Metric, Reduction, RewardOutput
+from rlhf_core.run.rollout_metrics import log_completions, log_rewards
+from rlhf_core.testing.batches import make_batch, values_like
+from rlhf_core.training.microbatch import bearable_padding, micro_rows, minibatches, padding_share
+from rlhf_core.training.reduction import Means, count, weighted_sum
+
+LENGTHS = [3, 1, 4, 2]
+
+
+def by_hand(per: str, values: list[list[float]]) -> float:
+    """Each reduction in plain Python, from its definition."""
+    rows = [row[:n] for row, n in zip(values, LENGTHS, strict=True)]
+    flat = [x for row in rows for x in row]
+    return {
+        "token": sum(flat) / len(flat),
+        "sequence": sum(sum(row) / len(row) for row in rows) / len(rows),
+        "prompt": sum(flat) / 2,  # rows 0, 1 and rows 2, 3 share a prompt
+        "constant": sum(flat) / (len(rows) * 7),
+        "sum": sum(flat),
+    }[per]
+
+
+@pytest.mark.parametrize("per", ["token", "sequence", "prompt", "constant", "sum"])
+def test_a_reduction_is_its_definition_and_padding_cannot_leak_in(per: str) -> None:
+    batch = make_batch(LENGTHS, groups=[0, 0, 1, 1])
+    values_NT = values_like(batch).masked_fill(~batch.mask_NT, float("nan"))
+    reduction = Reduction(per, length=7)  # type: ignore[arg-type]
+    result = weighted_sum(values_NT, reduction, batch) / count(reduction, batch)
+    assert float(result) == pytest.approx(by_hand(per, values_NT.tolist()), rel=1e-6)
+
+
+def test_pairs_are_averaged_over_pairs() -> None:
+    batch = make_batch(LENGTHS)
+    reduction = Reduction("sample")
+    values = torch.tensor([2.0, 4.0])
+    assert float(weighted_sum(values, reduction, batch)) / count(reduction, batch, rows_per_unit=2) == 3.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    budget=st.integers(1, 60),
+    per=st.sampled_from(["token", "sequence", "constant", "sum"]),
+)
+def test_cutting_into_micro_batches_changes_no_reduction(lengths: list[int], budget: int, per: str) -> None:
+    batch = make_batch(lengths)
+    batch.extras["values_NT"] = values_like(batch)
+    reduction = Reduction(per, length=5)  # type: ignore[arg-type]
+    whole = weighted_sum(batch["values_NT"], reduction, batch)
+    cuts = micro_rows(batch, budget)
+    parts = sum(weighted_sum(micro["values_NT"], reduction, micro) for micro in map(batch.rows, cuts))
+    assert sorted(torch.cat(cuts).tolist()) == list(range(len(lengths)))
+    assert float(parts) == pytest.approx(float(whole), rel=1e-5, abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=12).filter(lambda x: len(x) % 2 == 0),
+    budget=st.integers(1, 80),
+)
+def test_micro_batches_keep_pairs_together_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
+    batch = make_batch(lengths)
+    for rows in micro_rows(batch, budget, rows_per_unit=2):
+        pairs = rows.view(-1, 2)
+        assert torch.equal(pairs[:, 1], pairs[:, 0] + 1)
+        assert len(pairs) == 1 or len(rows) * (2 + max(lengths[i] for i in rows.tolist())) <= budget
+
+
+def test_rows_of_like_length_share_a_micro_batch() -> None:
+    """Sorted by length: eight rows of 1 and eight of 99 in budgets of 816 tokens hold no padding at all."""
+    batch = make_batch([1, 99] * 8)
+    cuts = micro_rows(batch, 816)
+    assert padding_share(batch, cuts) == 0
+    assert padding_share(batch, [torch.arange(16)]) == pytest.approx(1 - (8 * 3 + 8 * 101) / (16 * 101))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 900), min_size=1, max_size=64), budget=st.integers(1, 4096))
+def test_where_padding_costs_time_a_twentieth_of_each_micro_batch_is_the_most(lengths: list[int], budget: int) -> None:
+    """Or less than one row of the usual length: a few cells are cheaper than another micro-batch."""
+    batch = make_batch(lengths)
+    cuts = micro_rows(batch, budget, padding=0.05)
+    assert sorted(torch.cat(cuts).tolist()) == list(range(len(lengths)))
+    for rows in cuts:
+        totals = [2 + lengths[i] for i in rows.tolist()]
+        cells = len(rows) * max(totals)
+        assert cells - sum(totals) <= max(0.05 * cells, 32)
+        assert len(rows) == 1 or cells <= budget
+
+
+def test_padding_is_borne_where_it_costs_nothing_or_where_launches_cost_more() -> None:
+    layer = torch.nn.Linear(1, 1)
+    assert bearable_padding(layer) == 0.05
+    assert bearable_padding(layer.to("meta")) == 1.0
+    layer = torch.nn.Linear(1, 1)
+    layer.packs = True  # type: ignore[assignment]
+    assert bearable_padding(layer) == 1.0
+
+
+def test_minibatches_hold_whole_groups_and_every_row_once() -> None:
+    batch = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2])
+    parts = list(minibatches(batch, 3, 5, World()))
+    assert sorted(text for part in parts for text in part.texts) == batch.texts
+    assert all(len(part.group_N.unique()) == 1 and len(part) == 2 for part in parts)
+    again = [part.texts for part in minibatches(batch, 3, 5, World())]
+    assert again == [part.texts for part in parts] != [part.texts for part in minibatches(batch, 3, 6, World())]
+
+
+def test_metrics_are_means_with_their_own_denominators() -> None:
+    means = Means()
+    means.add_metric("clip", Metric.over(torch.tensor([1.0, 0.0]), torch.tensor([True, True])))
+    means.add_metric("clip", Metric.over(torch.tensor([1.0, 5.0]), torch.tensor([True, False])))
+    means.add_metric("never", Metric.over(torch.tensor([1.0]), torch.tensor([False])))
+    means.add_sum("time/train", 1.5)
+    means.add_sum("time/train", 0.5)
+    assert means.reduced() == {"clip": pytest.approx(2 / 3), "time/train": 2.0}
+
+
+class OneOfTwo(World):
+    """A rank that knows what both hold."""
+
+    size = 2
+
+    def __init__(self, held: list[list[int]]) -> None:
+        self.held = held
+
+    def gather(self, thing: object) -> list[object]:
+        assert thing in self.held
+        return list(self.held)
+
+
+def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_part() -> None:
+    whole = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2]).with_extras(
+        uids_N=torch.tensor([7, 7, 8, 8, 9, 9])
+    )
+    alone = [set(part.texts) for part in minibatches(whole, 2, 5, World())]
+    ranks = [whole.rows([0, 1, 4, 5]), whole.rows([2, 3])]
+    world = OneOfTwo([[7, 9], [8]])
+    split = [[set(part.texts) for part in minibatches(rank, 2, 5, world)] for rank in ranks]
+    assert [a | b for a, b in zip(*split, strict=True)] == alone
+
+
+def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
+    """Half of the probability of 3 tokens here, and all of that of 1 token there: 2.5 of 4."""
+    theirs = {1.5: 1.0, 3.0: 1.0}
+    logged: dict[str, float] = {}
+    run: Any = SimpleNamespace(
+        plan=SimpleNamespace(sources=("actor",)),
+        config=SimpleNamespace(sampling=SimpleNamespace(temperature=0.0)),
+        roles={"actor": SimpleNamespace(version=0)},
+        log=logged.update,
+        log_batch=lambda name, values_N: 0.0,
+        world_sum=lambda value: value + theirs[value],
+    )
+    log_completions(run, "actor", replace(make_batch([2, 1]), scalars={"kept_mass": 0.5}))
+    assert logged["rollout/kept_mass"] == 0.625
+
+
+def test_the_mean_reward_counts_what_tokens_earned() -> None:
+    """1 + (2 + 3) and 4: mean 5, variance 1."""
+    logged: dict[str, Any] = {}
+
+    def log_batch(name: str, values_N: torch.Tensor) -> float:
+        logged[name] = float(values_N.mean())
+        return float(values_N.mean())
+
+    run: Any = SimpleNamespace(log=logged.update, log_batch=log_batch, world=World())
+    rewards = RewardOutput(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
+    log_rewards(run, "reward", rewards, make_batch([2, 1]))
+    assert logged == {"reward/mean": 5.0, "reward/variance": 1.0}
