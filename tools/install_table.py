@@ -1,4 +1,4 @@
-"""Writes packages/core/src/rlhf_core/install_table.py: which distribution provides which name.
+"""Writes packages/core/src/rlhf_core/plugins/known_packages.py: which distribution provides which name.
 
 Core must say "pip install rlhf-rollout-vllm" for a name whose package is absent, so it has to know the names of its
 siblings. They are read from the siblings' own plugin modules, never typed twice.
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "packages/core/s
 from rlhf_core.contract.hooks import KINDS  # of this checkout, whichever is installed
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "packages/core/src/rlhf_core/install_table.py"
+TARGET = ROOT / "packages/core/src/rlhf_core/plugins/known_packages.py"
 
 HEAD = '''"""Which sibling distribution provides which name. Written by tools/install_table.py: do not edit."""
 

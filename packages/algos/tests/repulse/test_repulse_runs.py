@@ -43,9 +43,9 @@ def planned(algorithm: Any = "repulse", **options: Any) -> Any:
 def test_the_terms_are_the_paper_s():
     plan = planned()
     assert [(t.role, t.source, type(t.advantage).__name__, type(t.loss).__name__) for t in plan.terms] == [
-        ("actor", "actor", "RLOO", "Reinforce"),
-        ("actor", "proposal", "Negative", "WeightedNLL"),
-        ("proposal", "proposal", "CTL", "WeightedNLL"),
+        ("actor", "actor", "RLOOAdvantage", "ReinforceLoss"),
+        ("actor", "proposal", "NegativeAdvantage", "WeightedNLLLoss"),
+        ("proposal", "proposal", "CTLAdvantage", "WeightedNLLLoss"),
     ]
     assert set(plan.roles) == {"actor", "proposal"}, "no penalty, no reference"
     assert plan.trained[0] == "actor", "the policy is what is exported"

@@ -147,11 +147,11 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
 WRITER = """
 import sys
 from rlhf_core.data.cache import RowCache
-from rlhf_core.data.encoder import Completion, Row
+from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 cache = RowCache(sys.argv[1], "f")
 print("open", flush=True)
 for start in range(0, 100_000, 50):
-    row = lambda n: Row(str(n), [n], (Completion(str(n), [n, n], [True, False]),))
+    row = lambda n: TokenizedRow(str(n), [n], (TokenizedCompletion(str(n), [n, n], [True, False]),))
     cache.put({f"{n:016d}".encode(): row(n) for n in range(start, start + 50)})
 """
 

@@ -80,7 +80,7 @@ def nothing_left(monkeypatch: Any) -> Iterator[None]:
     def new(*args: Any) -> Workers:
         return made.setdefault(args, Workers(*args))
 
-    monkeypatch.setattr(rlhf_core.reward.func, "shared", new)
+    monkeypatch.setattr(rlhf_core.reward.func, "shared_workers", new)
     yield
     for workers in made.values():
         workers.close()

@@ -70,7 +70,8 @@ def curve(output: Path) -> list[dict[str, float]]:
 def run(ranks: int, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """The command on one process or several."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    folders = [Path(__file__).parent, Path(__file__).parents[1] / "checkpoint"]  # of the advantage in WORDS too
+    here = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *torchrun, "-m", "rlhf_core", *WORDS, "--output", str(output), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

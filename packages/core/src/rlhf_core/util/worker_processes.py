@@ -223,6 +223,14 @@ def _die_with_parent(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def reason(error: BaseException) -> str:
+    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
+    ours = Path(__file__).parents[1]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ours not in Path(frame.filename).parents]
+    place = f"line {frames[-1].lineno}: " if frames else ""
+    return " ".join(f"{place}{type(error).__name__}: {error}".split())
+
+
 if __name__ == "__main__":
     sys.path[:] = sys.argv[2].split(os.pathsep)
     sys.modules["rlhf_core.util.worker_processes"] = sys.modules[
@@ -230,11 +238,3 @@ if __name__ == "__main__":
     ]  # so that Failure is one class on both ends
     Failure.__module__ = "rlhf_core.util.worker_processes"
     _serve(sys.argv[1], int(sys.argv[3]))
-
-
-def reason(error: BaseException) -> str:
-    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
-    ours = Path(__file__).parents[1]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ours not in Path(frame.filename).parents]
-    place = f"line {frames[-1].lineno}: " if frames else ""
-    return " ".join(f"{place}{type(error).__name__}: {error}".split())
