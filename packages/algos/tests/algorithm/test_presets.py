@@ -109,7 +109,11 @@ def terms(plan: Plan) -> list[str]:
         ("rejection_sampling", ["actor <- actor : SFTLoss"], {"actor"}),
         (
             "repulse",
-            ["actor <- actor : ReinforceLoss", "actor <- proposal : WeightedNLLLoss", "proposal <- proposal : WeightedNLLLoss"],
+            [
+                "actor <- actor : ReinforceLoss",
+                "actor <- proposal : WeightedNLLLoss",
+                "proposal <- proposal : WeightedNLLLoss",
+            ],
             {"actor", "proposal"},
         ),
     ],
