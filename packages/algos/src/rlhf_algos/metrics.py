@@ -1,4 +1,4 @@
-"""The metrics of this package's losses, advantages and evaluator: name, unit and meaning; see `rlhf_core.plugins.metric_catalogue`."""
+"""Metrics of this package's losses, advantages and evaluators, as in `rlhf_core.plugins.metric_catalogue`."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
 
 
 def with_texts(sample: Mapping[str, Any], batches: Iterable[Batch]) -> dict[str, Any]:
-    """A sample that a worker describes (`rlhf_core.training.nonfinite.row_as_dict`) with the texts of its row, which has its prompt's
+    """A sample that a worker describes (`nonfinite.row_as_dict`) with the texts of its row, which has its prompt's
     number and its tokens."""
     for batch in batches:
         for row, length in enumerate(batch.lengths_N.tolist()):

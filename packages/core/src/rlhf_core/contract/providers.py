@@ -81,7 +81,7 @@ class Reward(Protocol):
 class Advantage(Protocol):
     """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
 
-    It may have two attributes: `needs` names the extras it reads (see `rlhf_core.contract.requirements`; `extras` holds them), and
+    It may have two attributes: `needs` names the extras it reads (see `contract.requirements`; `extras` holds them), and
     `raw_rewards = True` spares it a KL penalty in the reward. `rollouts.world` sums statistics over ranks.
 
     It may have a method `prepare(batch) -> Batch`: on rows of data, before anything is computed about them, it adds rows of its

@@ -23,8 +23,8 @@ class Trainable(Protocol):
 
     It may have more methods, which options ask for:
 
-    * `shared_base() -> Trainable` (`--<role>.lora.rank`): the model without its adapters, as a frozen role; see `strategy.lent`. Where
-      it is missing, that role loads the model again.
+    * `shared_base() -> Trainable` (`--<role>.lora.rank`): the model without its adapters, as a frozen role.
+      Where it is missing, that role loads the model again.
     * `snapshot() -> Callable[[str], None]` (`--save-async`): copies what `save` would write, and returns what writes the copy
       to a folder. Every rank takes the snapshot; only the first writes it, in another thread while training goes on, and
       before the next snapshot is taken.

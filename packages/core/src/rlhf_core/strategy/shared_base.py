@@ -1,7 +1,7 @@
 """A frozen role that is another's model without its adapters, and so costs no memory: the reference of a LoRA run.
 
-What a strategy's trainable returns from `shared_base()`. The launcher asks for it where the plan says that the two roles are the
-same model (`Plan.base_owner`); a launcher or strategy that keeps its roles apart loads the model twice and gets the same numbers.
+A strategy's trainable returns it from `shared_base()`. The launcher asks for it where the plan finds that two roles are
+the same model (`Plan.base_owner`). A launcher or strategy that keeps roles apart loads the model twice, with equal numbers.
 """
 
 from __future__ import annotations
