@@ -24,7 +24,7 @@ from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import Drawn
-from rlhf_core.models.loading.load import load_tokenizer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 ROWS, PREPARED, BLOCK, STEPS = 20_000, 4096, 512, 15
 WORDS = "the a river walks slowly over green stones and nobody in town knows why it sings at night".split()

@@ -26,7 +26,8 @@ import torch
 
 from rlhf_core import Registry, Run, make_config
 from rlhf_core.contract.options import ModelOptions
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer
+from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 PROMPTS, SAMPLES, TOKENS = 8, 4, 32
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.module import build_module
 from rlhf_core.training.microbatch import bearable_padding, micro_rows, padding_share
 
 WANTS = frozenset({"logprobs_NT"})

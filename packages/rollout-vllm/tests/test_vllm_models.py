@@ -68,7 +68,7 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
     """A role that trains a random model of this architecture, loaded from a folder."""
     import transformers
 
-    from rlhf_core.models.loading.tokenizer import EOS, byte_tokenizer
+    from rlhf_core.models.loading.byte_tokenizer import EOS, byte_tokenizer
 
     made = getattr(transformers, f"{architecture}Config")(**config, bos_token_id=None, eos_token_id=EOS)
     model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)

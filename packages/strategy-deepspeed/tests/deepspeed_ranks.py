@@ -29,7 +29,7 @@ from rlhf_core.contract.roles import Trainable
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import join_world
-from rlhf_core.models.module import build_module
+from rlhf_core.models.build import build_module
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing import check_strategy
 from rlhf_core.testing.tiny import tiny_rollouts

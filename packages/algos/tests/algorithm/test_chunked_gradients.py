@@ -10,8 +10,9 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.terms import Term
+from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.module import RoleModule
 from rlhf_core.plugins.registry import default_registry
 from rlhf_core.testing import tiny_extras, tiny_rollouts
 from rlhf_core.training.reduction import count, weighted_sum

@@ -18,9 +18,10 @@ from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.models.build import build_module
 from rlhf_core.models.heads.compare import Comparison
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.module import RoleModule
 from rlhf_core.testing import tiny_rollouts
 from rlhf_core.training.local_role import _compare
 from rlhf_core.training.planner import make_plan

@@ -28,7 +28,8 @@ def greedy(text: str, tokens: int) -> str:
     import torch
 
     from rlhf_core.contract.options import ModelOptions
-    from rlhf_core.models.loading.load import load_model, load_tokenizer
+    from rlhf_core.models.loading.load import load_model
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer("tiny", ModelOptions()), load_model("tiny", ModelOptions()).eval()
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -41,9 +42,9 @@ def greedy(text: str, tokens: int) -> str:
 @pytest.fixture
 def template(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Give the model `tiny` another chat template, or none."""
-    from rlhf_core.models.loading import load
+    from rlhf_core.models.loading import tokenizer as loading
 
-    plain = load.load_tokenizer
+    plain = loading.load_tokenizer
 
     def use(text: str | None) -> None:
         def tokenizer(name: str, options: Any) -> Any:
@@ -51,7 +52,7 @@ def template(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
             made.chat_template = text
             return made
 
-        monkeypatch.setattr(load, "load_tokenizer", tokenizer)
+        monkeypatch.setattr(loading, "load_tokenizer", tokenizer)
 
     return use
 

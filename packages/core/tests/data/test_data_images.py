@@ -23,7 +23,8 @@ from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.preview import render_row
 from rlhf_core.data.rows import TokenizedRow
 from rlhf_core.errors import DataError
-from rlhf_core.models.loading.load import load_reader, load_tokenizer
+from rlhf_core.models.loading.image_reader import load_reader
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 Rows = list[dict[str, Any]]
 

@@ -17,7 +17,7 @@ from rlhf_core.data.hf import HuggingFaceData
 from rlhf_core.data.json import Json
 from rlhf_core.data.stream import Stream
 from rlhf_core.errors import UsageError
-from rlhf_core.models.loading.load import load_tokenizer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 
 def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:

@@ -28,7 +28,7 @@ from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 from rlhf_core.data.stream import Stream
 from rlhf_core.errors import DataError, UsageError
-from rlhf_core.models.loading.load import load_tokenizer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 TURNS = ({"role": "assistant", "content": "1"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "2"})
 EXAMPLES = [

@@ -19,7 +19,7 @@ from rlhf_core.contract.options import ModelOptions
 from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.data.hf import HuggingFaceData
 from rlhf_core.data.json import Json
-from rlhf_core.models.loading.load import load_tokenizer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 USER = {"role": "user", "content": "Hi?"}
 ASSISTANT = {"role": "assistant", "content": "Yes."}

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import Optim
+from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.inputs.features import Features
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.module import RoleModule
 from rlhf_core.strategy.torch import TorchTrainable
 
 SCORES, VALUES = frozenset({"scores_N"}), frozenset({"values_NT"})

@@ -16,12 +16,14 @@ from rlhf_core.contract.options import Lora, ModelOptions, Optim, RunConfig, Tra
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.launcher.local import Local
+from rlhf_core.models.build import build_module
 from rlhf_core.models.export.folder import export
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer
+from rlhf_core.models.loading.byte_tokenizer import EOS, TOKENS, byte_tokenizer
+from rlhf_core.models.loading.load import load_model, load_scorer
 from rlhf_core.models.loading.optional_imports import quiet_bitsandbytes
-from rlhf_core.models.loading.tokenizer import EOS, TOKENS, byte_tokenizer
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.models.module import RoleModule
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyLoss
 from rlhf_core.training.local_role import LocalRole

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rlhf_core.contract.options import Lora, ModelOptions
 from rlhf_core.errors import UsageError
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer
-from rlhf_core.models.loading.tokenizer import TOKENS, byte_tokenizer
-from rlhf_core.models.module import build_module
+from rlhf_core.models.build import build_module
+from rlhf_core.models.loading.byte_tokenizer import TOKENS, byte_tokenizer
+from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.testing import tiny_run
 
 

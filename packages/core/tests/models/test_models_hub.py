@@ -14,10 +14,12 @@ from rlhf_core.cli.merge_lora import MergeLora
 from rlhf_core.contract.options import Lora, ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.errors import UsageError
+from rlhf_core.models.build import build_module
 from rlhf_core.models.export.folder import export
+from rlhf_core.models.heads.modules import HEADS_FILE
 from rlhf_core.models.loading import hub
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer
-from rlhf_core.models.module import HEADS_FILE, build_module
+from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.plugins.registry import Registry
 
 peft = pytest.importorskip("peft")

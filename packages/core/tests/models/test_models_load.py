@@ -16,12 +16,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.models.build import build_module
 from rlhf_core.models.export.folder import export
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading import convert, names
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer
-from rlhf_core.models.loading.tokenizer import SPECIAL, TOKENS, byte_tokenizer
-from rlhf_core.models.module import build_module
+from rlhf_core.models.loading.byte_tokenizer import SPECIAL, TOKENS, byte_tokenizer
+from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.testing.tiny import tiny_rollouts
 
 OPTIONS = ModelOptions()

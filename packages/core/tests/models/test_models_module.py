@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from rlhf_core.errors import UsageError
-from rlhf_core.models import module as module_file
+from rlhf_core.models import build
+from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.loading.tokenizer import EOS, PAD, TOKENS, byte_tokenizer
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS, byte_tokenizer
+from rlhf_core.models.module import RoleModule
 
 ALL = frozenset({"logprobs_NT", "entropy_NT", "values_NT", "scores_N"})
 
@@ -162,7 +163,7 @@ def test_an_architecture_without_a_classifier_gets_a_head_of_its_own(folder: Pat
 
 def test_a_model_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that scales its logits in a way unknown here would train on wrong numbers."""
-    monkeypatch.setattr(module_file, "head_options", lambda config: {"scale": 2.0})
+    monkeypatch.setattr(build, "head_options", lambda config: {"scale": 2.0})
     with pytest.raises(UsageError, match="computes its logits in a way that is not supported"):
         build_module(spec("logprobs_NT", model="tiny"))
 

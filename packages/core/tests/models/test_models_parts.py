@@ -17,12 +17,12 @@ from rlhf_core.contract.options import Lora, ModelOptions, Optim, RunConfig, Tra
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
+from rlhf_core.models.build import build_module
 from rlhf_core.models.ema import Average
 from rlhf_core.models.freezing import matches_pattern, parameter_size
 from rlhf_core.models.inputs.arrange import arrange_inputs
+from rlhf_core.models.loading.byte_tokenizer import TOKENS
 from rlhf_core.models.loading.load import load_model
-from rlhf_core.models.loading.tokenizer import TOKENS
-from rlhf_core.models.module import build_module
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 from rlhf_core.training.local_role import LocalRole

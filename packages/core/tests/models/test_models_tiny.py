@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core.contract.options import ModelOptions
 from rlhf_core.errors import UsageError
-from rlhf_core.models.loading.load import load_model, load_scorer, load_tokenizer, render_chat
-from rlhf_core.models.loading.tokenizer import EOS, byte_tokenizer
+from rlhf_core.models.loading.byte_tokenizer import EOS, byte_tokenizer
+from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer, render_chat
 
 TOKENIZER = byte_tokenizer()
 OPTIONS = ModelOptions()

@@ -24,10 +24,11 @@ from transformers import (
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs import packed as packed_file
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.loading.tokenizer import EOS, PAD, TOKENS, byte_tokenizer
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS, byte_tokenizer
+from rlhf_core.models.module import RoleModule
 
 LENGTHS = [(3, 5), (7, 1), (1, 4), (2, 0), (4, 9), (4, 9), (5, 3)]
 """Prompt and completion tokens of each row: an empty completion, equal rows side by side, equal sums elsewhere."""

@@ -19,10 +19,12 @@ from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
 from rlhf_core.errors import UsageError
+from rlhf_core.models.build import build_module
 from rlhf_core.models.export.folder import export
 from rlhf_core.models.inputs.arrange import arrange_inputs
-from rlhf_core.models.loading.load import load_reader, load_tokenizer
-from rlhf_core.models.module import RoleModule, build_module
+from rlhf_core.models.loading.image_reader import load_reader
+from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.models.module import RoleModule
 from rlhf_core.rollout.sampler import sample
 from rlhf_core.training.microbatch import micro_rows
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rlhf_core.models.inputs.processor import _without_video
-from rlhf_core.models.loading.tokenizer import EOS, PAD, byte_tokenizer
+from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, byte_tokenizer
 
 TEXT: dict[str, Any] = {
     "vocab_size": 272,

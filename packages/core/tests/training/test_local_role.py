@@ -17,7 +17,8 @@ from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import ContractError
 from rlhf_core.strategy.fake import FakeStrategy
 from rlhf_core.testing.batches import make_batch
-from rlhf_core.training.local_role import LocalRole, _to_batch_device
+from rlhf_core.training.local_role import LocalRole
+from rlhf_core.training.optimizer_step import _to_batch_device
 from rlhf_core.training.planner import make_plan
 
 

@@ -50,7 +50,7 @@ class Engine:
     """the prompts that engine and trainer are compared on"""
 
     def __init__(self, options: VLLM, role: Role) -> None:
-        from rlhf_core.models.loading.load import load_tokenizer
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()
         self.options = options
@@ -271,7 +271,7 @@ def _description(options: ModelOptions, folder: str) -> str:
     from rlhf_core.models.loading.adapters import read_base_model
     from rlhf_core.models.loading.convert import convert_gguf
     from rlhf_core.models.loading.hub import resolve_name
-    from rlhf_core.models.loading.load import load_tokenizer
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
 
     name = options.model
     while (source := resolve_name(name)).kind == "adapter":  # its weights are merged into those of its base

@@ -36,7 +36,9 @@ class Chat:
 
     def __call__(self, registry: Registry) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
-        from rlhf_core.models.loading.load import load_model, load_reader, load_tokenizer, render_chat
+        from rlhf_core.models.loading.image_reader import load_reader
+        from rlhf_core.models.loading.load import load_model
+        from rlhf_core.models.loading.tokenizer import load_tokenizer, render_chat
 
         options = ModelOptions(model=self.model)
         tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)

@@ -45,11 +45,15 @@ class MergeLora:
     def _merge(self, adapter: Path) -> None:
         from rlhf_core.contract.options import ModelOptions
         from rlhf_core.lazy import torch
+        from rlhf_core.models.build import set_pad
         from rlhf_core.models.export.card import Card
         from rlhf_core.models.export.folder import padding_like
+        from rlhf_core.models.heads.modules import HEADS_FILE
         from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
-        from rlhf_core.models.loading.load import load_model, load_reader, load_scorer, load_tokenizer, no_progress_bars
-        from rlhf_core.models.module import HEADS_FILE, set_pad
+        from rlhf_core.models.loading.image_reader import load_reader
+        from rlhf_core.models.loading.load import load_model, load_scorer
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
+        from rlhf_core.models.loading.transformers_calls import no_progress_bars
         from rlhf_core.util.atomic_files import fresh_folder
 
         options, base = ModelOptions(), self.base or read_base_model(adapter)

@@ -60,7 +60,8 @@ class WinRate:
     def _sampled(self, run: Run, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
         from rlhf_core.data.encoder import Encoder
-        from rlhf_core.models.loading.load import load_reader, load_tokenizer
+        from rlhf_core.models.loading.image_reader import load_reader
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         spec = run.plan.roles[name]
         tokenizer = load_tokenizer(spec.options.model, spec.options)

@@ -103,8 +103,8 @@ def _load(reward: RewardModel) -> _Loaded:
         UsageError: there is no such model, or it has no score head.
     """
     from rlhf_core.contract.plan import RoleSpec
-    from rlhf_core.models.loading.load import load_tokenizer
-    from rlhf_core.models.module import build_module
+    from rlhf_core.models.build import build_module
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
 
     options = ModelOptions(
         model=reward.model,

@@ -364,7 +364,8 @@ class Run(Meter):
     def encoder(self) -> Encoder:
         """From rows to token ids, with the tokenizer of the role that reads them."""
         from rlhf_core.data.encoder import Encoder
-        from rlhf_core.models.loading.load import load_reader, load_tokenizer
+        from rlhf_core.models.loading.image_reader import load_reader
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         spec = self.plan.roles[self.plan.tokenizer_role]
         tokenizer = load_tokenizer(spec.options.model, spec.options)

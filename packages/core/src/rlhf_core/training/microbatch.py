@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.distributed import World
 
-__all__ = ["bearable_padding", "micro_batch", "micro_rows", "minibatches", "padding_share"]
+__all__ = ["bearable_padding", "joint_rounds", "micro_batch", "micro_rows", "minibatches", "padding_share"]
 
 CHEAP = 32
 """Cells of padding that cost less than one more micro-batch does, even of a small model."""
@@ -87,6 +87,14 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
         },
         scalars=dict(batch.scalars),
     )
+
+
+def joint_rounds(cuts: list[Tensor], world: World) -> int:
+    """Return how many forward passes every rank runs for this rank's micro-batches `cuts`.
+
+    Ranks step together, since weights may be sharded over them: one that has fewer repeats rows with no weight.
+    """
+    return max(world.gather(len(cuts))) if world.size > 1 else len(cuts)
 
 
 def padding_share(batch: Batch, cuts: list[Tensor], packs: bool = False) -> float:

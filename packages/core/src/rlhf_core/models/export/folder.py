@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.models.export.card import Card
-from rlhf_core.models.loading.load import load_model, no_progress_bars
+from rlhf_core.models.loading.load import load_model
 from rlhf_core.models.loading.names import find
+from rlhf_core.models.loading.transformers_calls import no_progress_bars
 from rlhf_core.util.atomic_files import fresh_folder
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def export(
     """
     from safetensors.torch import save_file
 
-    from rlhf_core.models.module import HEADS_FILE
+    from rlhf_core.models.heads.modules import HEADS_FILE
 
     model, adapters = module.model, module.adapters
     with fresh_folder(Path(folder)) as target, no_progress_bars():

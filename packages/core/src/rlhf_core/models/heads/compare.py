@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +24,19 @@ from rlhf_core.models.heads.logprobs import CPU_LOGITS
 if TYPE_CHECKING:
     from rlhf_core.models.heads.modules import ChunkedHead
     from rlhf_core.models.inputs.arrange import Inputs
-    from rlhf_core.models.module import RoleModule
 
-__all__ = ["Comparison"]
+__all__ = ["ComparedModule", "Comparison"]
+
+
+class ComparedModule(Protocol):
+    """The part of a role's module that a comparison reads."""
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face causal language model, its output embeddings a `ChunkedHead`."""
+
+    def states_of(self, inputs: Inputs) -> Tensor:
+        """Return the states that predict completion tokens (M, H)."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,11 @@ class Comparison:
     """What one output of a role is made of.
 
     Args:
-        other: the role it is compared with.
+        other: the module of the role it is compared with.
         function: (logits, the other's logits), float32 (m, V) each, to one number a row (m,); differentiable in the first.
     """
 
-    other: RoleModule
+    other: ComparedModule
     function: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, head: ChunkedHead, states_MH: Tensor, inputs: Inputs) -> Tensor:

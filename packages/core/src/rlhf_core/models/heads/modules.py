@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from rlhf_core.errors import UsageError
 from rlhf_core.models.heads.logprobs import Head, token_logprobs
 
-__all__ = ["ChunkedHead", "ScalarHead", "check_logits", "generator_for", "head_options"]
+__all__ = ["HEADS_FILE", "ChunkedHead", "ScalarHead", "check_logits", "generator_for", "head_options"]
+
+HEADS_FILE = "heads.safetensors"
+"""Scalar heads that are no part of the Hugging Face model, beside its weights."""
 
 
 class _Shared(nn.Linear):

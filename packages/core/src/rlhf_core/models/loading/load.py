@@ -1,4 +1,4 @@
-"""Loading models and tokenizers by name, with one line for each thing that can be wrong with a name.
+"""Loading models by name, with one line for each thing that can be wrong with a name.
 
 Trained models are always float32, the master weights; their strategy computes in `options.dtype` by autocast. Frozen
 models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
@@ -13,39 +13,27 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.models.inputs.vision import is_vision, placeholder
+from rlhf_core.models.inputs.vision import is_vision
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
 from rlhf_core.models.loading.foreign import foreign_head
-from rlhf_core.models.loading.hub import find_companion_file, offline_if_unreachable, resolve_name
+from rlhf_core.models.loading.hub import find_companion_file, resolve_name
 from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.optional_imports import quiet_bitsandbytes
+from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.models.loading.transformers_calls import loadable_path, read_config, silence, translate_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from transformers import PretrainedConfig, PreTrainedModel
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from rlhf_core.contract.batch import Message
     from rlhf_core.contract.options import ModelOptions
-    from rlhf_core.models.inputs.processor import ImageReader
 
-__all__ = [
-    "has_scorer",
-    "load_model",
-    "load_reader",
-    "load_scorer",
-    "load_tokenizer",
-    "no_progress_bars",
-    "render_chat",
-]
+__all__ = ["has_scorer", "load_model", "load_scorer"]
 
 
 def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> PreTrainedModel:
@@ -66,7 +54,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
         _check_tiny(name, options)
         made = tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
         return _fit_embedding(name, source, made, options)
-    auto = AutoModelForImageTextToText if is_vision(_config(name, source, options)) else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if is_vision(read_config(name, source, options)) else AutoModelForCausalLM
     model, missing = _from_pretrained(auto, name, source, options, trained)
     if missing:
         raise UsageError(
@@ -116,79 +104,11 @@ def has_scorer(name: str, options: ModelOptions) -> bool:
         return True
     if source.kind == "adapter":
         return has_scorer(_base(source, options), options)
-    config = _config(name, source, options)
+    config = read_config(name, source, options)
     remote = getattr(config, "auto_map", None) or {}
     return type(config) in AutoModelForSequenceClassification._model_mapping or (
         options.trust_remote_code and AutoModelForSequenceClassification.__name__ in remote
     )
-
-
-def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model called `name`. One without a padding token pads with its EOS.
-
-    Raises:
-        UsageError, MissingPackage: as `load_model`.
-    """
-    from transformers import AutoTokenizer
-
-    from rlhf_core.models.loading.tokenizer import byte_tokenizer
-
-    source = resolve_name(name)
-    if source.kind == "tiny":
-        size = tiny.parse(name)
-        return _add_tokens(byte_tokenizer(size.vocab, size.context), options)
-    if source.kind == "adapter" and not (Path(source.location) / "tokenizer_config.json").is_file():
-        return load_tokenizer(read_base_model(Path(source.location)), options)
-    with _translate_errors(name), _silence(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            _place(source), trust_remote_code=options.trust_remote_code
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UsageError(
-                f"the tokenizer of {name} has no end token, so that no completion could end, and none that pads; "
-                'write "eos_token" into its tokenizer_config.json'
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return _add_tokens(tokenizer, options)
-
-
-def load_reader(
-    name: str, options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None = None
-) -> ImageReader | None:
-    """What reads prompts with images for the model called `name`, with its own tokenizer if none is given; None where it reads
-    text alone.
-
-    Raises:
-        UsageError, MissingPackage: as `load_model`.
-    """
-    source = resolve_name(name)
-    if source.kind == "adapter":
-        return load_reader(read_base_model(Path(source.location)), options, tokenizer)
-    if source.kind == "tiny" or not is_vision(config := _config(name, source, options)):
-        return None
-    from rlhf_core.models.inputs.processor import ImageReader
-
-    token = placeholder(config)
-    assert token is not None
-    return ImageReader(_place(source), options, tokenizer or load_tokenizer(name, options), token)
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> str:
-    """The chat as text, ending with what opens the assistant's turn if `generation`.
-
-    Raises:
-        UsageError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise UsageError(
-            "the model's tokenizer has no chat template: pass --data.encoding.template-file FILE with one, "
-            "or use an instruction-tuned model"
-        )
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
-    )
-    return str(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,13 +118,13 @@ def _from_pretrained(
     auto: Any, name: str, source: Source, options: ModelOptions, trained: bool, **overrides: Any
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model and the names of the weights that its checkpoint lacks, sorted."""
-    config = _config(name, source, options, **overrides)
+    config = read_config(name, source, options, **overrides)
     labels = overrides.get("num_labels")
-    if labels and _is_classifier(config) and (found := _config(name, source, options).num_labels) != labels:
+    if labels and _is_classifier(config) and (found := read_config(name, source, options).num_labels) != labels:
         raise UsageError(f"{name} tells {found} classes apart; a reward model has one score")
-    with _translate_errors(name), _silence(source):
+    with translate_errors(name), silence(source):
         model, info = auto.from_pretrained(
-            _place(source),
+            loadable_path(source),
             config=config,
             dtype=_dtype(options, trained),
             attn_implementation=_attention(name, config, options),
@@ -220,15 +140,6 @@ def _from_pretrained(
     return model, sorted(info["missing_keys"])
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens that the run adds."""
-    if options.add_tokens:
-        from rlhf_core.models.loading.grow import add_tokens
-
-        add_tokens(tokenizer, options.add_tokens)
-    return tokenizer
-
-
 def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
     """The model with an embedding for every token of its tokenizer, if it has one."""
     beside = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -238,16 +149,6 @@ def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: M
 
         grow(name, model, load_tokenizer(name, options))
     return model
-
-
-def _config(name: str, source: Source, options: ModelOptions, **overrides: Any) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    with _translate_errors(name), _silence(source):
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            _place(source), trust_remote_code=options.trust_remote_code, **overrides
-        )
-    return config
 
 
 def _attention(name: str, config: PretrainedConfig, options: ModelOptions) -> str:
@@ -287,15 +188,6 @@ def _is_classifier(config: PretrainedConfig) -> bool:
     return any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
 
 
-def _place(source: Source) -> str:
-    """What transformers loads from."""
-    if source.kind == "gguf":
-        from rlhf_core.models.loading.convert import convert_gguf
-
-        return str(convert_gguf(Path(source.location)))
-    return source.location
-
-
 def _base(source: Source, options: ModelOptions) -> str:
     """The name of an adapter's base."""
     if options.quantize != "none":
@@ -318,75 +210,3 @@ def _check_tiny(name: str, options: ModelOptions) -> None:
 def _check_attention(options: ModelOptions) -> None:
     if options.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise MissingPackage("attention flash_attention_2 needs a package: pip install flash-attn, or choose sdpa")
-
-
-@contextmanager
-def _silence(source: Source) -> Iterator[None]:
-    """No progress bars (but of downloads) and no tables of weights: what they warn of is checked and raised here."""
-    from transformers.utils import logging
-
-    if source.kind == "hub":
-        offline_if_unreachable()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with nullcontext() if source.kind == "hub" else no_progress_bars():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """No bars of transformers inside: what it reads or writes in a second is not news."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _translate_errors(name: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise about a name into one line."""
-    from huggingface_hub import errors as hub
-
-    try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        causes = _chain(error)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if any(isinstance(each, hub.GatedRepoError) for each in causes):
-            reason = "the hub asks for a login: accept its terms on its page and set HF_TOKEN"
-        elif any(isinstance(each, hub.RepositoryNotFoundError) for each in causes):
-            reason = "the hub has no such model (a private one needs HF_TOKEN), and there is no such folder"
-        elif any(isinstance(each, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)) for each in causes):
-            reason = (
-                "there is no such folder (a typo?), and the hub cannot be reached (offline?); pass a folder, a GGUF file "
-                "or 'tiny'"
-            )
-        elif "trust_remote_code" in str(error):
-            reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
-        elif "backend tokenizer" in str(error):
-            reason = "it has no tokenizer that transformers can read"
-        elif isinstance(error, RuntimeError) and "size mismatch" not in str(error).lower():
-            raise
-        else:
-            reason = first
-        raise UsageError(f"cannot load {name!r}: {reason}") from error
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """`error` and what led to it."""
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain

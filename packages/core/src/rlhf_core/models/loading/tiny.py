@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.models.loading.tokenizer import EOS, PAD, TOKENS
+from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS
 from rlhf_core.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:

@@ -1,56 +1,77 @@
-"""A tokenizer whose tokens are bytes, for models that were never trained: any text becomes tokens and comes back unchanged.
-
-Token b is the byte b, for all 256; three special tokens follow, and a chat template in the ChatML manner. It is an ordinary
-fast tokenizer: a folder saved with it loads with `AutoTokenizer`.
-"""
+"""Loading the tokenizer of a model by name, and its chat template as text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.models.loading import tiny
+from rlhf_core.models.loading.adapters import read_base_model
+from rlhf_core.models.loading.hub import resolve_name
+from rlhf_core.models.loading.transformers_calls import loadable_path, silence, translate_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EOS", "PAD", "TOKENS", "byte_tokenizer"]
+    from rlhf_core.contract.batch import Message
+    from rlhf_core.contract.options import ModelOptions
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PAD, _, EOS = range(256, 259)
-"""Ids of `<|endoftext|>`, which pads, and `<|im_end|>`, which ends a turn."""
-
-TOKENS = 256 + len(SPECIAL)
-"""Size of the vocabulary."""
-
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+__all__ = ["load_tokenizer", "render_chat"]
 
 
-def byte_tokenizer(vocab: int = TOKENS, context: int = 4096) -> PreTrainedTokenizerBase:
-    """The tokenizer. Tokens from 259 up to `vocab` can be decoded, as `<|number|>`, but no text becomes them."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model called `name`. One without a padding token pads with its EOS.
 
-    letters = [*_letters(), *SPECIAL, *(f"<|{number}|>" for number in range(TOKENS, vocab))]
-    bare = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bare.decoder = decoders.ByteLevel()
-    bare.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bare,
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[2],
-        additional_special_tokens=[SPECIAL[1]],
-        chat_template=TEMPLATE,
-        model_max_length=context,
-        clean_up_tokenization_spaces=False,
+    Raises:
+        UsageError, MissingPackage: as `load_model`.
+    """
+    from transformers import AutoTokenizer
+
+    from rlhf_core.models.loading.byte_tokenizer import byte_tokenizer
+
+    source = resolve_name(name)
+    if source.kind == "tiny":
+        size = tiny.parse(name)
+        return _add_tokens(byte_tokenizer(size.vocab, size.context), options)
+    if source.kind == "adapter" and not (Path(source.location) / "tokenizer_config.json").is_file():
+        return load_tokenizer(read_base_model(Path(source.location)), options)
+    with translate_errors(name), silence(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            loadable_path(source), trust_remote_code=options.trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"the tokenizer of {name} has no end token, so that no completion could end, and none that pads; "
+                'write "eos_token" into its tokenizer_config.json'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return _add_tokens(tokenizer, options)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = True) -> str:
+    """The chat as text, ending with what opens the assistant's turn if `generation`.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "the model's tokenizer has no chat template: pass --data.encoding.template-file FILE with one, "
+            "or use an instruction-tuned model"
+        )
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
     )
+    return str(text)
 
 
-def _letters() -> list[str]:
-    """What each byte is called inside byte-level BPE: itself where it is printable, else a letter from 256 on (GPT-2)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens that the run adds."""
+    if options.add_tokens:
+        from rlhf_core.models.loading.grow import add_tokens
+
+        add_tokens(tokenizer, options.add_tokens)
+    return tokenizer

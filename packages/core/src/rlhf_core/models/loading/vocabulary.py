@@ -20,7 +20,7 @@ def check_vocabularies(plan: Plan) -> None:
     Raises:
         UsageError: a role's model has another vocabulary.
     """
-    from rlhf_core.models.loading.load import load_tokenizer
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
 
     first = plan.roles[plan.tokenizer_role]
     others = [spec for spec in plan.roles.values() if spec.reads and spec.options.model != first.options.model]

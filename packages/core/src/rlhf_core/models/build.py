@@ -1,0 +1,167 @@
+"""Building the module of a role: its model loaded by name, the heads that its outputs need, adapters, and frozen parts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rlhf_core.contract.requirements import LANGUAGE
+from rlhf_core.errors import UsageError
+from rlhf_core.models.ema import Average
+from rlhf_core.models.freezing import freeze
+from rlhf_core.models.heads.modules import HEADS_FILE, ChunkedHead, ScalarHead, check_logits, head_options
+from rlhf_core.models.heads.router import check_router
+from rlhf_core.models.inputs.packed import can_pack
+from rlhf_core.models.inputs.vision import Vision
+from rlhf_core.models.loading.hub import find_companion_file
+from rlhf_core.models.loading.image_reader import load_reader
+from rlhf_core.models.loading.load import has_scorer, load_model, load_scorer
+from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.models.lora import adapt
+from rlhf_core.models.module import RoleModule
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import TrainedOptions
+    from rlhf_core.contract.plan import RoleSpec
+
+__all__ = ["build_module", "set_pad"]
+
+SCALAR = {"scores_N": "score", "values_NT": "value"}
+"""Outputs of scalar heads, and the heads' names."""
+
+
+def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, seed: int = 0) -> RoleModule:
+    """The module of a role, in eval mode on the CPU; trained roles in float32 with gradients, frozen ones without.
+
+    Args:
+        spec: the role; its options name the model, its outputs decide the heads.
+        chunk: completion tokens whose logits are held at a time; 0 holds all.
+        temperature: divides the logits.
+        seed: of new scalar heads, together with the names of role and head; `--seed` of the run.
+
+    Raises:
+        UsageError: the model cannot be loaded, or a frozen role's model lacks the head it is asked for.
+    """
+    options = spec.options
+    adapted = bool(spec.trained and options.lora.rank)  # type: ignore[attr-defined]  # what is trained has them
+    vision = _vision(spec)
+    model, heads = _with_heads(spec, seed, wide=spec.trained and not adapted)
+    new_tokens: int = getattr(model, "new_tokens", 0)
+    if adapted and new_tokens:
+        raise UsageError(
+            f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
+            f"--{spec.name}.lora.rank first, and put adapters on what comes out"
+        )
+    if _needs_language_head(spec):
+        model.set_output_embeddings(
+            ChunkedHead(model.get_output_embeddings(), chunk, temperature, **head_options(model.config))
+        )
+        check_logits(options.model, model)
+    _no_dropout(model)
+    packing = options.packing and can_pack(model)
+    adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
+    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision).eval()
+    module.requires_grad_(spec.trained and not adapted)
+    if adapters is not None:
+        for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):
+            part.float().requires_grad_(True)
+    if spec.trained:
+        _train(module, options, spec.name)  # type: ignore[arg-type]  # what is trained has them
+    return module
+
+
+def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
+    """What is asked of a trained role's module beside its adapters."""
+    if options.gradient_checkpointing:
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.router_aux_coef:
+        check_router(module.model, role)
+    module.frozen = freeze(module, options.freeze, role)
+    if options.ema:
+        module.average = Average(module, options.ema)
+
+
+def _vision(spec: RoleSpec) -> Vision | None:
+    """How the role's model takes images; None where it reads text alone.
+
+    Raises:
+        UsageError: it should give values or scores of them.
+    """
+    options = spec.options
+    reader = load_reader(options.model, options)
+    if reader is None or (not _needs_language_head(spec) and has_scorer(options.model, options)):
+        return None  # transformers' classifiers of such models have the text's part alone
+    if spec.outputs & SCALAR.keys():
+        raise UsageError(
+            f"the {spec.name} would value what {options.model} reads, and models with images have no such head here: choose an "
+            f"algorithm without a critic (grpo, rloo), or a --{spec.name}.model of texts"
+        )
+    return Vision(reader, reader.token)
+
+
+def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, ScalarHead]]:
+    """The role's model, and the scalar heads beside it. `wide`: in float32 whatever it computes in."""
+    options = spec.options
+    scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
+    if _needs_language_head(spec) or not has_scorer(options.model, options):
+        model: Any = load_model(options.model, options, trained=wide)
+        return model, _own_heads(spec, model, scalars, seed)
+    model, found = load_scorer(options.model, options, trained=wide)
+    heads = _own_heads(spec, model, scalars[1:], seed)
+    model.score = ScalarHead(model.score)
+    if not found:
+        _new_head(spec, model.score, scalars[0], seed)
+    if spec.trained:
+        set_pad(model.config, load_tokenizer(options.model, options))
+    return model, heads
+
+
+def _needs_language_head(spec: RoleSpec) -> bool:
+    """Whether the role needs a language-model head."""
+    return spec.sampled or bool(spec.outputs & LANGUAGE)
+
+
+def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:
+    """Scalar heads that are no part of the model, loaded if they lie beside it."""
+    file = find_companion_file(spec.options.model, HEADS_FILE) if names else None
+    saved = load_file(file) if file else {}
+    heads = {}
+    for name in names:
+        heads[name] = ScalarHead.new(model.config.get_text_config().hidden_size, model.dtype)
+        if f"{name}.weight" in saved:
+            heads[name].load_state_dict({"weight": saved[f"{name}.weight"]})
+        else:
+            _new_head(spec, heads[name], name, seed)
+    return heads
+
+
+def _new_head(spec: RoleSpec, head: ScalarHead, name: str, seed: int) -> None:
+    """Draw a head's weights; a frozen role has nothing to learn them with, unless it is random altogether."""
+    model = spec.options.model
+    if not spec.trained and not model.startswith("tiny"):
+        raise UsageError(
+            f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
+            f"(--{spec.name}.model)"
+        )
+    head.reset(f"{seed}/{spec.name}/{name}")
+
+
+def set_pad(config: Any, tokenizer: Any) -> None:
+    """Choose a padding token that is not EOS: transformers' classifiers read the last token that is not padding."""
+    text = config.get_text_config()
+    ids = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
+    known = [each for each in (*ids, *tokenizer.all_special_ids) if each is not None]
+    text.pad_token_id = next((each for each in known if each != tokenizer.eos_token_id), None)
+
+
+def _no_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in layers and where attention functions read it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

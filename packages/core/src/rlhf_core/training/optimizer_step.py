@@ -1,0 +1,213 @@
+"""One optimiser step of a role over its terms.
+
+For every micro-batch there is one forward pass per credited batch, shared by all terms on it; each term's values become
+`weight * weighted_sum / count`, where the count is that of the whole step; and the gradients of everything are summed before
+one update.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite, lcm
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.plan import DATA, Plan, RoleSpec
+from rlhf_core.contract.requirements import ROUTER_LOSS
+from rlhf_core.contract.roles import Trainable
+from rlhf_core.contract.terms import Term
+from rlhf_core.errors import NotFinite
+from rlhf_core.lazy import torch
+from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
+from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
+from rlhf_core.training.nonfinite import SKIP, Watch, keep_samples, term_name
+from rlhf_core.training.reduction import Means, count, weighted_sum
+from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
+from rlhf_core.training.token_budget import TokenBudget, release_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+
+__all__ = ["OptimizerStep"]
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """The optimiser steps of one role: gradients of its terms, then an update of its weights.
+
+    Args:
+        plan: the run.
+        spec: the role.
+        trainable: its model under a strategy.
+        budget: tokens that a micro-batch may hold.
+        forward_cache: forward passes that were computed with a gradient before; taken instead of computing them again.
+    """
+
+    plan: Plan
+    spec: RoleSpec
+    trainable: Trainable
+    budget: TokenBudget
+    forward_cache: ForwardCache
+
+    @property
+    def name(self) -> str:
+        """The role's name."""
+        return self.spec.name
+
+    @property
+    def world(self) -> World:
+        """The ranks that train the role together."""
+        return self.trainable.world
+
+    @property
+    def module(self) -> Any:
+        """The role's `RoleModule`."""
+        return self.trainable.module
+
+    @property
+    def average(self) -> Any:
+        """The moving average of the weights, if there is one."""
+        return getattr(self.module, "average", None)
+
+    def run(self, work: Mapping[str, Batch], means: Means) -> None:
+        """One optimiser step on a minibatch of each credited batch, or none where something is not finite and the run was
+        told to go on."""
+        config, found = self.plan.config, Means()
+        try:
+            if not any(batch.scalars.get(SKIP) for batch in work.values()):
+                self._update(work, found)
+                means.merge(found)
+                if config.on_oom == "halve":
+                    means.add(f"micro_tokens/{self.name}", self.budget.tokens)
+                return
+        except NotFinite as error:  # on every rank
+            if config.on_nonfinite == "stop":
+                raise
+            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            step = round(next(iter(work.values())).scalars.get("step", 0))
+            path = keep_samples(config.output, step, error)
+            print(f"rlhf-run: step {step} goes without an update: {error}; samples are in {path}", file=sys.stderr)
+        means.add_sum(f"skipped/{self.name}", 1.0)
+
+    def _update(self, work: Mapping[str, Batch], means: Means) -> None:
+        """Gradients of everything, then one update of the weights; none where no rank has a row, since credit may select
+        none: momentum and decay would move the weights all the same.
+
+        Raises:
+            NotFinite: the loss or the gradient is not; the weights are as they were.
+        """
+        total, watch = self._gradients(work, means)
+        if not watch.micro_batches:
+            means.add_sum(f"skipped/{self.name}", 1.0)
+            return
+        watch.check_loss(total)
+        means.add(f"loss/{self.name}", total)
+        metrics = dict(self.trainable.step())
+        if metrics.get("loss_scale", 0.0) > 1 and not isfinite(
+            metrics["grad_norm"]
+        ):  # of float16: the next one is less
+            del metrics["grad_norm"]
+            means.add_sum(f"skipped/{self.name}", 1.0)
+        else:
+            watch.check_gradient(metrics["grad_norm"], work)
+            if self.average is not None:
+                self.average.update()
+        for name, value in metrics.items():
+            means.add(f"{name}/{self.name}", value)
+
+    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Watch]:
+        """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
+
+        Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
+        """
+        while True:
+            total, watch, found = 0.0, Watch(self.name), Means()
+            try:
+                for keys in group_same_rows(work):
+                    terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
+                    total += self._accumulate(terms, work[keys[0]], found, watch)
+                means.merge(found)
+                return self.world_total(total), watch
+            except Exception as error:
+                if not self.budget.halve(error):
+                    raise
+            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            self.forward_cache.clear()
+            release_memory()
+
+    def world_total(self, value: float) -> float:
+        """A number summed over the ranks of this role."""
+        if self.world.size == 1:
+            return value
+        return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, watch: Watch) -> float:
+        """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
+        unit = lcm(*(term.unit for term, _ in terms))
+        wants = frozenset[str]().union(*(term.wants for term, _ in terms))
+        cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
+        coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
+        wants |= {ROUTER_LOSS} if coef else set()
+        tokens = self.world_total(_tokens(batch)) if coef else 0.0
+        if cuts:
+            packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
+            means.add("padding", padding_share(batch, cuts, packs))
+        counts: dict[int, float] = {}
+        total = 0.0
+        for i in range(joint_rounds(cuts, self.world)):
+            live = float(i < len(cuts))
+            micro = micro_batch(batch, cuts, i, unit)
+            self.budget.trying(micro, unit)
+            outputs = _to_batch_device(
+                micro, self.forward_cache.take(micro, wants) or self.trainable.forward(micro, wants)
+            )
+            loss: Tensor | float = 0.0
+            values: dict[str, Tensor] = {}
+            for k, (term, credited) in enumerate(terms):
+                own = micro if credited is batch else micro_batch(credited, cuts, i, unit)
+                own = self._with_old_logprobs(term, own, outputs)
+                result = check_loss_terms(term, term.loss(outputs, own), own)
+                if k not in counts:
+                    counts[k] = self.world_total(count(result.reduction, batch, term.unit))
+                share = weighted_sum(result.values, result.reduction, own) / max(counts[k], 1e-12)
+                loss = loss + live * term.weight * share
+                values[term_name(term)] = result.values
+                if live:
+                    for name, metric in result.metrics.items():
+                        means.add_metric(f"{self.name}/{name}", metric)
+                    if term.source == DATA:
+                        part = next(str(i) for i, (_, each) in enumerate(self.spec.terms) if each is term)
+                        add_by_source(means, self.name, term, part, outputs, own)
+            if coef:
+                here = live * _tokens(micro)
+                loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
+                means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
+            assert isinstance(loss, torch.Tensor)
+            self.trainable.backward(loss)
+            reached = float(loss.detach())
+            watch.micro_batch(reached, values, micro)
+            total += reached
+        return total
+
+    def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
+        """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
+        are the live ones, detached, at no cost and with a ratio of exactly one. A batch sampled by another role keeps
+        what that role recorded."""
+        if "old_logprobs_NT" in term.needs and term.source in ("data", self.name) and self.plan.on_policy:
+            return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
+        return micro
+
+
+def _tokens(batch: Batch) -> float:
+    """Tokens that a forward pass reads, padding left out."""
+    return float((batch.prompt_lengths_N + batch.lengths_N).sum())
+
+
+def _to_batch_device(micro: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`outputs` on the device of the rows that losses compare them with, the CPU: a few numbers a token, and the gradient
+    finds its way back."""
+    return {name: values.to(micro.tokens_NT.device) for name, values in outputs.items()}
