@@ -17,7 +17,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.models.inputs.vision import Images
+    from rlhf_core.models.inputs.images import Images
 
 __all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_texts"]
 

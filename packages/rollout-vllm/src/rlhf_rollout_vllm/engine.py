@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError
+from rlhf_rollout_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -27,43 +28,13 @@ __all__ = ["VLLM"]
 
 
 @dataclass(frozen=True)
-class VLLM:
+class VLLM(VLLMOptions):
     """Samples with vLLM in this process, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
     temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the mean share of the
     probability that they kept is returned as the scalar `kept_mass`, measured on a few completions of each batch.
     """
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """what the engine computes in; `auto` takes the role's dtype"""
-    max_model_len: int = 0
-    """longest prompt and completion together, in tokens; 0 takes what the model and the cache allow"""
-    max_num_seqs: int = 256
-    """completions that are sampled at a time; more wait"""
-    kv_cache_gib: float = 0.0
-    """size of the key-value cache in GiB; 0 takes what `gpu_memory_utilization` leaves, and 4 on the CPU"""
-    gpu_memory_utilization: float = 0.5
-    """share of the GPU's memory for the engine, weights and cache, 0 to 1; training shares the device. CPU: not read"""
-    enforce_eager: bool | None = None
-    """run without compilation and CUDA graphs: slower, quicker to start. By default on the CPU only"""
-    enable_prefix_caching: bool = True
-    """compute a prompt once for all its completions (and again only after an update)"""
-    enable_sleep: bool = False
-    """let the engine's weights and cache leave the GPU when it is put to sleep, which no launcher does yet; one sampled role,
-    not on the CPU"""
-    max_logprob_diff: float = 0.0
-    """the run stops if engine and trainer differ by more than this in the mean log-probability of the same tokens, after
-    opening or after the first update; 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never stops"""
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "kv_cache_gib", "max_logprob_diff"):
-            if not getattr(self, name) >= 0:  # written so that nan fails
-                raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.max_num_seqs < 1:
-            raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
 
     def check(self) -> None:
         """Whether vLLM is installed, in the version whose weight loading we know; before any model is loaded."""

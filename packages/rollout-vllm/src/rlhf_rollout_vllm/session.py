@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.options import ModelOptions, Sampling
     from rlhf_core.contract.roles import Role
-    from rlhf_rollout_vllm.engine import VLLM
+    from rlhf_rollout_vllm.options import VLLMOptions
 
 __all__ = ["Engine"]
 
@@ -49,7 +49,7 @@ class Engine:
     probe: Prompts
     """the prompts that engine and trainer are compared on"""
 
-    def __init__(self, options: VLLM, role: Role) -> None:
+    def __init__(self, options: VLLMOptions, role: Role) -> None:
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()

@@ -17,7 +17,7 @@ from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Optim
-    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+    from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["configuration"]
 
@@ -41,7 +41,7 @@ REFUSED = {
 """Keys a user's file may not switch on, and what to use instead."""
 
 
-def configuration(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
+def configuration(options: DeepSpeedOptions, dtype: str, optim: Optim | None) -> Json:
     """What `deepspeed.initialize` gets for a role that computes in `dtype`; `optim` is None for a frozen one.
 
     Raises:
@@ -56,7 +56,7 @@ def configuration(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
     return _merge(_merge(free, user), fixed)
 
 
-def _fixed_settings(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json:
+def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: Optim | None) -> Json:
     """What follows from the run's options, and from how core trains."""
     zero: Json = {"stage": options.stage}
     if options.bucket is not None:
@@ -85,7 +85,7 @@ def _fixed_settings(options: DeepSpeed, dtype: str, optim: Optim | None) -> Json
     return fixed
 
 
-def _defaults(options: DeepSpeed) -> Json:
+def _defaults(options: DeepSpeedOptions) -> Json:
     """What a user's file may change."""
     zero: Json = dict.fromkeys(_bucket_keys(options.stage), 50_000_000)
     zero["overlap_comm"] = options.stage >= 2

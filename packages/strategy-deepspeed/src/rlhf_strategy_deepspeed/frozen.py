@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+    from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["FrozenShards"]
 
@@ -23,7 +23,7 @@ __all__ = ["FrozenShards"]
 class FrozenShards:
     """A module that only answers."""
 
-    def __init__(self, options: DeepSpeed, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, options: DeepSpeedOptions, module: nn.Module, device: torch.device) -> None:
         config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
         if options.show_config:
             show("a frozen role", config)

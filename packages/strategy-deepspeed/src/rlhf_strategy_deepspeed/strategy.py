@@ -1,4 +1,4 @@
-"""The strategy `deepspeed`: its options, and which kind of trainable a role gets.
+"""The strategy `deepspeed`: the kind of trainable that each role gets.
 
 Built in: ZeRO 0 to 3 in float32 and bfloat16, on one process or many, started by `deepspeed`, `torchrun` or Ray. Left for
 later, and refused in a configuration file with one line: offload of optimiser and parameters during training, float16,
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import MissingPackage
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
+from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,31 +32,8 @@ LOWEST = (0, 19, 8)
 
 
 @dataclass(frozen=True)
-class DeepSpeed:
+class DeepSpeed(DeepSpeedOptions):
     """DeepSpeed ZeRO: optimiser states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
-
-    stage: Literal[0, 1, 2, 3] = 2
-    """what is sharded: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too"""
-    bucket: int | None = None
-    """elements that are reduced or gathered in one call; 50 million where absent"""
-    overlap: bool | None = None
-    """communicate while the backward pass runs (stages 2 and 3); yes where absent"""
-    persist: int | None = None
-    """stage 3: weights with fewer elements stay whole on every rank; 100,000 where absent"""
-    config: str = ""
-    """JSON file with further DeepSpeed settings; may say "auto" for, but not contradict, what the run decides itself"""
-    show_config: bool = False
-    """print the DeepSpeed configuration of each role before it is built"""
-
-    def __post_init__(self) -> None:
-        for name in ("bucket", "persist"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
-        if self.overlap and self.stage < 2:
-            raise UsageError(
-                f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass"
-            )
 
     def check(self) -> None:
         """Whether DeepSpeed is installed, and new enough; before any model is loaded."""

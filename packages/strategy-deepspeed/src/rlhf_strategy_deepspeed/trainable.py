@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.options import Optim
-    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+    from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["DeepSpeedTrainable"]
 
@@ -46,7 +46,7 @@ class DeepSpeedTrainable:
     """A module, its optimiser and its schedule, sharded as `options.stage` says."""
 
     def __init__(
-        self, options: DeepSpeed, module: nn.Module, optim: Optim, total_steps: int, device: torch.device
+        self, options: DeepSpeedOptions, module: nn.Module, optim: Optim, total_steps: int, device: torch.device
     ) -> None:
         dtype = str(module.compute_dtype).removeprefix("torch.")
         if dtype == "float16":

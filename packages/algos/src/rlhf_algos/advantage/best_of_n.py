@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.results import Credit, Metric
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ class BestOfNAdvantage:
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        whole_N = total_rewards(rewards)
+        whole_N = rewards.total_N
         best_N = rank_in_group(whole_N, rollouts.group_N) < self.keep
         rows = best_N.nonzero().flatten()
         metrics = {"reward/kept": Metric.over(whole_N[rows])}

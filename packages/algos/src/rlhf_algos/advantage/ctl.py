@@ -11,7 +11,6 @@ from rlhf_algos.importance import group_log_softmax, log_weights, twist_log_weig
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
 from rlhf_core.contract.results import Credit
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +51,7 @@ class CTLAdvantage:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
         policy_NT, proposal_NT = extras["actor.logprobs_NT"].double(), extras["old_logprobs_NT"].double()
-        potential_N = self.target.log_potential(total_rewards(rewards), rollouts.scalars)
+        potential_N = self.target.log_potential(rewards.total_N, rollouts.scalars)
         log_w_N = log_weights(policy_NT, proposal_NT, potential_N, mask_NT)
         log_psi_NT = log_psi(self.psi, policy_NT, proposal_NT, extras, mask_NT)
         w_N1 = group_log_softmax(log_w_N, group_N).exp()[:, None]

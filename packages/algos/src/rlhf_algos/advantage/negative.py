@@ -11,7 +11,6 @@ from rlhf_algos.importance import group_log_softmax, log_weights, weight_metrics
 from rlhf_algos.target import FLOOR, Target, anneal
 from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +52,7 @@ class NegativeAdvantage:
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
-        rewards_N = total_rewards(rewards)
+        rewards_N = rewards.total_N
         log_w_N = potential_N = self.target.log_potential(rewards_N, rollouts.scalars)
         if self.weighting == "importance":
             log_w_N = log_weights(extras["actor.logprobs_NT"], extras["old_logprobs_NT"], potential_N, mask_NT)

@@ -10,7 +10,6 @@ from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +40,7 @@ class PairsAdvantage:
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        scores_N, group_N = total_rewards(rewards).float(), rollouts.group_N
+        scores_N, group_N = rewards.total_N.float(), rollouts.group_N
         rank_N = rank_in_group(scores_N, group_N)
         best = (rank_N == 0).nonzero().flatten()
         worst = (rank_N == group_sizes(group_N).long() - 1).nonzero().flatten()

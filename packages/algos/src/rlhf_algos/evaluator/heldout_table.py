@@ -14,7 +14,6 @@ from rlhf_core.analysis.tables import check_parquet, write_parquet
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import policy
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -100,7 +99,7 @@ class HeldoutTable:
 
     def _columns(self, run: Run, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
         """What is known of each completion."""
-        rewards_N = total_rewards(run.reward_of(rollouts))
+        rewards_N = run.reward_of(rollouts).total_N
         now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()
         kl_N = rewards_N.new_zeros(len(rollouts))
         if self.kl_coef:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
-from rlhf_core.reward.output import to_reward_output, total_rewards
+from rlhf_core.reward.output import to_reward_output
 from rlhf_core.reward.weighted import Sum
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class KeepBad:
             raise UsageError("--reward keep_bad keeps tokens and no images; choose the reward by itself")
         output = to_reward_output(self._reward(rollouts), rollouts, self)
         rows = []
-        for i, reward in enumerate(total_rewards(output).tolist()):
+        for i, reward in enumerate(output.total_N.tolist()):
             if reward < self.threshold:
                 ids = [
                     rollouts.prompt_NL[i, : rollouts.prompt_lengths_N[i]],

@@ -40,7 +40,7 @@ class Score:
     roles: ClassVar[Mapping[str, Any]] = {}
 
     def __call__(self, config: RunConfig, registry: Registry) -> int:
-        from rlhf_core.reward.output import to_reward_output, total_rewards
+        from rlhf_core.reward.output import to_reward_output
 
         reward = config.providers["reward"]
         if hasattr(reward, "check"):
@@ -57,7 +57,7 @@ class Score:
         while batch := list(islice(rows, self.batch_size)):
             rollouts = make_rollouts(batch)
             output = to_reward_output(reward(rollouts), rollouts, reward)
-            added = [{"reward": float(value)} for value in total_rewards(output).float()]
+            added = [{"reward": float(value)} for value in output.total_N.float()]
             if output.scores_N is not None:
                 added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])

@@ -27,6 +27,12 @@ class RewardOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """further numbers per completion (N), logged as `reward/<name>` means"""
 
+    @property
+    def total_N(self) -> Tensor:
+        """Rewards of whole completions (N,), float64: `rewards_N` and what `rewards_NT` gives token by token."""
+        whole_N = self.rewards_N.double()
+        return whole_N if self.rewards_NT is None else whole_N + self.rewards_NT.double().sum(1)
+
 
 @dataclass(frozen=True)
 class Credit:

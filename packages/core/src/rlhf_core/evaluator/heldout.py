@@ -10,7 +10,6 @@ from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import mean_and_error
 from rlhf_core.lazy import torch
 from rlhf_core.observer.files import sample
-from rlhf_core.reward.output import total_rewards
 from rlhf_core.util.jsonl import append_line
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Heldout:
         prompts = run.encoder.prompts([rows[i] for i in mine], mine)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         rollouts = run.rollouts(source, prompts, sampling)
-        rewards_N = total_rewards(run.reward_of(rollouts))
+        rewards_N = run.reward_of(rollouts).total_N
         means_P = torch.cat(run.world.gather(rewards_N.view(-1, self.n).double().mean(1)))
         if run.leader:
             rollouts.extras["rewards_N"] = rewards_N

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import by_datasource, sample_heldout
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.run.run import Run
@@ -37,7 +36,7 @@ class PassAtK:
         """`pass@1`, `pass@<k>`, their standard errors over prompts as `…_se`, and `…/<datasource>`."""
         rollouts = sample_heldout(run, "pass_at_k", self.prompts, self.n)
         output = run.reward_of(rollouts)
-        scores_N = total_rewards(output) if output.scores_N is None else output.scores_N
+        scores_N = output.total_N if output.scores_N is None else output.scores_N
         right_P = (scores_N.view(-1, self.n) >= self.threshold).sum(1).tolist()
         gathered = run.world.gather((right_P, rollouts.meta[:: self.n]))
         right = [count for counts, _ in gathered for count in counts]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -45,7 +44,7 @@ class WinRate:
         own, other = (
             side.rows([i for i, uid in enumerate(side["uids_N"].tolist()) if uid in common]) for side in sides
         )
-        own_Pn, other_Pn = (total_rewards(run.reward_of(side)).view(-1, self.n) for side in (own, other))
+        own_Pn, other_Pn = (run.reward_of(side).total_N.view(-1, self.n) for side in (own, other))
         wins_P = ((own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)).mean(1)
         told = (wins_P.tolist(), own_Pn.mean(1).tolist(), other_Pn.mean(1).tolist(), own.meta[:: self.n])
         wins, ours, theirs, meta = (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch
 
-__all__ = ["excerpt", "require_labels", "to_reward_output", "total_rewards", "without_nan"]
+__all__ = ["excerpt", "require_labels", "to_reward_output", "without_nan"]
 
 
 def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
@@ -77,12 +77,6 @@ def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
     optional = {name: zeroed(v) for name in ("rewards_NT", "scores_N") if (v := getattr(output, name)) is not None}
     metrics = {name: zeroed(value) for name, value in output.metrics.items()}
     return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
-
-
-def total_rewards(rewards: RewardOutput) -> Tensor:
-    """The rewards of whole completions, float64: the final ones and what was given token by token."""
-    whole_N = rewards.rewards_N.double()
-    return whole_N if rewards.rewards_NT is None else whole_N + rewards.rewards_NT.double().sum(1)
 
 
 def require_labels(rollouts: Batch, reward: str) -> None:

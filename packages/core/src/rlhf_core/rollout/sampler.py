@@ -22,7 +22,8 @@ import numpy as np
 
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.models.inputs.vision import Images, Vision, stack_images
+from rlhf_core.models.inputs.images import Images, stack_images
+from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.rollout.attention import shared_heads
 from rlhf_core.rollout.warp import draw, warp
 

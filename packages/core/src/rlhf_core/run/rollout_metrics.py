@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch, Rollouts
@@ -42,7 +41,7 @@ def log_completions(run: Run, source: str, rollouts: Rollouts) -> None:
 
 def log_rewards(run: Run, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
     """Log what completions earned."""
-    whole_N = total_rewards(rewards)
+    whole_N = rewards.total_N
     mean = run.log_batch(f"{prefix}/mean", whole_N)
     run.log_batch(f"{prefix}/variance", (whole_N - mean).square())
     run.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, run.world))

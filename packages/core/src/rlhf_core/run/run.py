@@ -28,7 +28,7 @@ from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import NotFiniteReward, RunStopped, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
-from rlhf_core.reward.output import to_reward_output, total_rewards, without_nan
+from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.publishing import check_hub, publish
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards, measure_step
@@ -260,7 +260,7 @@ class Run(Meter):
         prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
         shaping = getattr(self.config.algorithm, "shaping", None)
         if shaping not in (None, RewardShaping()):
-            self.log_batch(f"{prefix}/unshaped", total_rewards(rewards))
+            self.log_batch(f"{prefix}/unshaped", rewards.total_N)
             rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, self.moments[source])
         log_rewards(self, prefix, rewards, rollouts)
         rollouts.extras["rewards_N"] = rewards.rewards_N

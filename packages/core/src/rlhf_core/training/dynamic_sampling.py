@@ -18,7 +18,6 @@ from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.stream import Drawn
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.reward.output import total_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +80,9 @@ def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling)
         begun = []
         with run.phase("reward"):
             rewards = run.judge(sampled)
-        run.log_batch("dynamic/reward", total_rewards(rewards))
+        run.log_batch("dynamic/reward", rewards.total_N)
         scored = _with_rewards(sampled, rewards)
-        scores_N = total_rewards(rewards) if rewards.scores_N is None else rewards.scores_N
+        scores_N = rewards.total_N if rewards.scores_N is None else rewards.scores_N
         rounds.append(scored.rows(dynamic.accepted(scores_N, sampled.group_N).nonzero().flatten()))
         prompts += run.world_sum(_groups(sampled))
         kept += run.world_sum(_groups(rounds[-1]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Self
 
 from rlhf_core.lazy import torch
-from rlhf_core.models.inputs.vision import stack_images
+from rlhf_core.models.inputs.images import stack_images
 
 if TYPE_CHECKING:
     from torch import Tensor

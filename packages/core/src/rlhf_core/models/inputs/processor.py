@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import DataError, MissingPackage, UsageError
-from rlhf_core.models.inputs.vision import PER_TOKEN
+from rlhf_core.models.inputs.images import PER_TOKEN
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,6 +1,6 @@
 """Models that read images beside the text: what they are given besides tokens, everywhere the same way.
 
-A processor (`models.processor`) makes a prompt with images into tokens, some of which stand for pieces of the images, and
+A processor (`models.inputs.processor`) makes a prompt with images into tokens, some of which are pieces of the images, and
 tensors by name: `pixel_values` and whatever else its model asks for. Those go with each sample as they are; a micro-batch has
 them one after another along the first dimension, whether that counts images (LLaVA), patches of all images (Qwen2-VL) or
 samples (Idefics). What is smaller than its neighbours is filled with zeros, as processors themselves do. Names that end in
@@ -17,25 +17,18 @@ Left out on purpose: video and audio; scalar heads on such models (critics, rewa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.models.inputs.arrange import Inputs
+    from rlhf_core.models.inputs.images import Images
     from rlhf_core.models.inputs.processor import ImageReader
 
-__all__ = ["Images", "Vision", "is_vision", "stack_images"]
+__all__ = ["Vision", "is_vision", "placeholder"]
 
-Images = Mapping[str, "Tensor"]
-"""Tensors by name that a model reads for the images of one prompt, or of several rows."""
-
-PER_TOKEN = "token_type_ids"
-"""How names end whose tensors have one number a token."""
 READ_AS = 0
 """The token that an image's token is read as in a completion."""
 
@@ -56,35 +49,6 @@ def placeholder(config: Any) -> int | None:
 
 def _encodes(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
-
-
-def stack_images(images: Sequence[Images], width: int, left: bool = False) -> dict[str, Tensor]:
-    """What rows read for their images, as one tensor a name; nothing where no row has an image.
-
-    Args:
-        images: of each row.
-        width: tokens of the longest row.
-        left: whether rows are padded on the left.
-    """
-    names = dict.fromkeys(name for each in images for name in each)
-    found: dict[str, Tensor] = {}
-    for name in names:
-        parts = [each[name] for each in images if name in each]
-        if name.endswith(PER_TOKEN):
-            empty = parts[0].new_zeros(0)
-            rows = [each.get(name, empty) for each in images]
-            found[name] = torch.stack([_pad(row, [width], left) for row in rows])
-        else:
-            sizes = [max(part.shape[d] for part in parts) for d in range(1, parts[0].dim())]
-            found[name] = torch.cat([_pad(part, [len(part), *sizes]) for part in parts])
-    return found
-
-
-def _pad(tensor: Tensor, sizes: Sequence[int], left: bool = False) -> Tensor:
-    """`tensor` filled with zeros to these sizes."""
-    short = [size - own for size, own in zip(sizes, tensor.shape, strict=True)]
-    sides = [side for each in reversed(short) for side in ((each, 0) if left else (0, each))]
-    return torch.nn.functional.pad(tensor, sides) if any(short) else tensor
 
 
 @dataclass(frozen=True)
