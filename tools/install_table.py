@@ -58,6 +58,6 @@ def text() -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv and text() != TARGET.read_text(encoding="utf-8"):
-        sys.exit("install_table.py is not current: run python tools/install_table.py")
+        sys.exit("known_packages.py is not current: run python tools/install_table.py")
     if "--check" not in sys.argv:
         TARGET.write_text(text(), encoding="utf-8")

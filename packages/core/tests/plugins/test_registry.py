@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_core import plugin as core
+from rlhf_core.cli import main
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins.known_packages import INSTALL
@@ -140,7 +141,7 @@ BREAKS = {
     "exits": ("import sys\nsys.exit('I need Windows')", "SystemExit: I need Windows"),
     "misspelt-hook": (
         GOOD.replace("rlhf_reward", "rlhf_rewards"),
-        "rlhf_rewards() is not a hook (did you mean 'rlhf_reward'?); hooks are",
+        "rlhf_rewards() is not a hook (did you mean 'rlhf_reward'?) (rlhf_misspelt_hook.py, line 12)",
     ),
     "forgot-the-mark": (GOOD.replace("@hookimpl", ""), "rlhf_reward() lacks @hookimpl"),
     "takes-an-argument": (GOOD.replace("rlhf_reward()", "rlhf_reward(config)"), "Argument(s) {'config'} are declared"),
@@ -198,11 +199,26 @@ def test_a_clash_matters_only_to_whoever_chooses_the_name(install: Install) -> N
     registry = Registry()
     assert registry.resolve("reward", "length")
     assert [entry.name for entries in registry.conflicts for entry in entries] == ["terse", "terse"]
-    with pytest.raises(NameConflict, match="block one with -p no:PLUGIN") as caught:
+    with pytest.raises(NameConflict, match="choose 'one/terse' or 'two/terse', or block one with -p no:two") as caught:
         registry.resolve("reward", "terse")
     assert "rlhf-one 1.0 (plugin 'one')" in str(caught.value)
     assert "rlhf-two 2.0 (plugin 'two')" in str(caught.value)
     assert Registry(blocked=["two"]).resolve("reward", "terse").__module__ == "rlhf_one"
+
+
+def test_a_name_of_core_that_a_stranger_provides_too_can_still_be_chosen(install: Install) -> None:
+    """Else one installed package could take `--reward length` away from everybody."""
+    install("rlhf-grab", GOOD.replace('"terse"', '"length"'), "grab")
+    registry = Registry()
+    with pytest.raises(NameConflict, match="choose 'core/length' or 'grab/length', or block one with -p no:grab"):
+        registry.resolve("reward", "length")
+    assert registry.resolve("reward", "core/length").__module__ == "rlhf_core.reward.length"
+    assert registry.resolve("reward", "grab/length").__module__ == "rlhf_grab"
+    assert registry.provenance("reward", "grab/length").distribution == "rlhf-grab"
+    assert registry.name_of("reward", registry.resolve("reward", "core/length")) == "core/length"
+    assert Registry(blocked=["grab"]).resolve("reward", "length").__module__ == "rlhf_core.reward.length"
+    with pytest.raises(UnknownName, match="no reward is called 'grab/regex'"):
+        registry.resolve("reward", "grab/regex")
 
 
 def test_an_exception_in_an_observer_says_whose_it_is() -> None:
@@ -216,6 +232,23 @@ def test_an_exception_in_an_observer_says_whose_it_is() -> None:
     with pytest.raises(OSError, match="disk full") as caught:
         registry.hook.rlhf_step_end(run=None, step=1, metrics={})
     assert caught.value.__notes__ == ["in rlhf_step_end() of the plugin 'tracker'"]
+
+
+def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
+    """And not the address of an object."""
+
+    def failing(step: int) -> None:
+        raise OSError("disk full")
+
+    failing.__name__ = "rlhf_step_end"
+    registry = Registry(autoload=False, blocked=["console", "files"])
+    with (
+        registry.watching([("quiet", SimpleNamespace()), ("tracker", SimpleNamespace(rlhf_step_end=hookimpl(failing)))]),
+        pytest.raises(OSError, match="disk full") as caught,
+    ):
+        registry.hook.rlhf_step_end(run=None, step=1, metrics={})
+    assert caught.value.__notes__ == ["in rlhf_step_end() of observer 'tracker'"]
+    assert registry.hook.rlhf_step_end(run=None, step=1, metrics={}) == [], "closed, nothing watches"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,6 +274,30 @@ def test_a_module_that_is_no_entry_point_can_be_loaded(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("loose_plugin.py").write_text(GOOD)
     assert "terse" in Registry(autoload=False, load=["loose_plugin"]).table("reward")
+
+
+@pytest.mark.parametrize("case", [case for case in BREAKS if case != "import-fails"])
+def test_a_broken_module_that_is_asked_for_is_one_line_too(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-p MODULE` answers as an installed plugin does: no traceback, and no silent exit of a module that exits."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    source, reason = BREAKS[case]
+    name = f"asked_{case.replace('-', '_')}"
+    Path(f"{name}.py").write_text(source)
+    assert main(["-p", name, "plugins"]) == 2
+    printed = capsys.readouterr()
+    start = f"rlhf-run: -p {name}: plugin '{name}' of (local) failed to load: "
+    assert printed.err.startswith(start) and printed.err.count("\n") == 1
+    assert reason.partition(" (rlhf_")[0] in printed.err
+    assert f"{name}.py, line " in printed.err or case == "takes-an-argument"
+
+
+def test_the_line_that_failed_is_named(install: Install, tmp_path: Path) -> None:
+    install("rlhf-lines", "import json\n\n\njson.loads('{')\n", "lines")
+    (broken,) = Registry().broken
+    assert str(broken).endswith(" (rlhf_lines.py, line 4)")
 
 
 @pytest.mark.parametrize(
@@ -286,13 +343,25 @@ def test_a_known_name_whose_plugin_is_not_loaded_says_so(install: Install, monke
         Registry(autoload=False).resolve("reward", "terse")
 
 
-def test_an_unknown_name_mentions_the_plugin_that_may_have_had_it(install: Install) -> None:
+def test_an_unknown_name_mentions_the_plugins_that_may_have_had_it(install: Install) -> None:
     install("rlhf-torn", "import package_that_is_absent", "torn", "9.9")
+    registry = Registry()
     with pytest.raises(UnknownName) as caught:
-        Registry().resolve("reward", "broken_one")
-    assert str(caught.value).endswith(
-        "; plugin 'torn' of rlhf-torn 9.9 failed to load: ModuleNotFoundError: No module named 'package_that_is_absent'"
-    )
+        registry.resolve("reward", "xyzzy")
+    assert str(caught.value).endswith("; plugins that failed to load: torn (see rlhf-run plugins)")
+    with pytest.raises(UnknownName) as caught:
+        registry.resolve("reward", "torn")
+    assert "; plugin 'torn' of rlhf-torn 9.9 failed to load: ModuleNotFoundError: No module" in str(caught.value)
+    with pytest.raises(UnknownName) as caught:
+        registry.resolve("reward", "lenght")
+    assert "torn" not in str(caught.value), "a slip has nothing to do with it"
+
+
+@pytest.mark.parametrize("hook", ["rlhf_frobnicator", "rlhf_dashboard"])
+def test_a_hook_that_resembles_none_is_not_compared_by_the_prefix_of_all(hook: str) -> None:
+    with pytest.raises(PluginError) as caught:
+        Registry(autoload=False).register(plugin(**{hook.removeprefix("rlhf_"): {}}), "mine")
+    assert str(caught.value).startswith(f"{hook}() is not a hook; hooks are rlhf_data, ")
 
 
 def test_a_target_that_cannot_be_imported_names_kind_provider_and_distribution() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.config.docstrings import first_line
 from rlhf_core.contract.hooks import KINDS
+from rlhf_core.plugins.registry import conflict_text
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -48,8 +49,7 @@ class Plugins:
             left = f"{row.kind:{wide[0]}}  {row.name:{wide[1]}}  {f'{row.distribution} {row.version}':{origin}}"
             print(f"{left}  {row.description}".rstrip())
         for entries in registry.conflicts:
-            who = " and ".join(str(entry.plugin) for entry in entries)
-            print(f"conflict: {entries[0].kind} {entries[0].name!r} is provided by {who}; block one with -p no:PLUGIN")
+            print(f"conflict: {conflict_text(entries)}")
         for broken in registry.broken:
             print(f"broken: {broken}")
         return 0

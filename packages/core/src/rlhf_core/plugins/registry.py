@@ -4,6 +4,8 @@ Plugins are the built-in modules and the entry points of the group `rlhf`, loade
 in `broken` with its distribution and its exception, and the rest go on. Provider hooks are asked once, here; afterwards
 names are looked up in plain tables. A clash of two distributions over one name matters only to whoever chooses it.
 
+`PLUGIN/NAME` is the name as that plugin provides it: `core/length` is core's own, whoever else has a `length`.
+
     RLHF_DISABLE_PLUGIN_AUTOLOAD=1   load no entry point but those asked for with `-p NAME`
     RLHF_STRICT_PLUGINS=1            raise `PluginError` where a plugin would be listed as broken (for authors and CI)
 
@@ -15,9 +17,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module, metadata
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -25,12 +27,13 @@ import pluggy
 
 from rlhf_core.contract import hooks as hookspecs
 from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
+from rlhf_core.contract.provided import Broken, Plugin, Provided
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins import import_paths as targets
 from rlhf_core.plugins.known_packages import INSTALL
-from rlhf_core.util.suggestions import did_you_mean, or_list
+from rlhf_core.util.suggestions import closest_names, did_you_mean, or_list
 
-__all__ = ["Broken", "Plugin", "Provided", "Registry", "default_registry"]
+__all__ = ["Broken", "Plugin", "Provided", "Registry", "conflict_text", "default_registry"]
 
 BUILTIN = {
     "core": "rlhf_core.plugin",
@@ -39,44 +42,11 @@ BUILTIN = {
 }
 """Plugins of core by name; the first cannot be blocked."""
 
+LOCAL = "(local)"
+"""The distribution of plugins and classes that come from no distribution."""
+
 HOOKS = (*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS)
 """What a plugin may have."""
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """A plugin and where it comes from."""
-
-    name: str
-    distribution: str
-    version: str
-
-    def __str__(self) -> str:
-        return f"{self.distribution} {self.version}".rstrip()
-
-
-@dataclass(frozen=True)
-class Provided:
-    """One entry of a kind's table."""
-
-    kind: str
-    name: str
-    target: type | str
-    """the class, or `"module:Class"`"""
-    plugin: Plugin
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A plugin that could not be loaded."""
-
-    plugin: Plugin
-    error: BaseException
-
-    def __str__(self) -> str:
-        reason = " ".join(str(self.error).split())
-        kind = "" if isinstance(self.error, PluginError) else f"{type(self.error).__name__}: "
-        return f"plugin {self.plugin.name!r} of {self.plugin} failed to load: {kind}{reason}"
 
 
 class Registry:
@@ -88,7 +58,7 @@ class Registry:
         load: names of entry points or importable modules to load whatever `autoload` says.
 
     Raises:
-        UsageError: `blocked` or `load` name something that does not exist.
+        UsageError: `blocked` or `load` name something that does not exist, or a plugin of `load` failed to load.
         PluginError: a plugin failed to load, in strict mode only.
     """
 
@@ -113,7 +83,7 @@ class Registry:
         off = not autoload or os.environ.get("RLHF_DISABLE_PLUGIN_AUTOLOAD") == "1"
         for entry_point in self._entry_points:
             if entry_point.name not in self.blocked and (not off or entry_point.name in load):
-                self._load(entry_point)
+                self._load(entry_point, entry_point.name in load)
         for name in load:
             if name not in {entry_point.name for entry_point in self._entry_points}:
                 self._load_module(name)
@@ -121,7 +91,7 @@ class Registry:
     # ------------------------------------------------------------------------------------------------------------------
     # loading
 
-    def register(self, plugin: object, name: str, distribution: str = "(local)", version: str = "") -> None:
+    def register(self, plugin: object, name: str, distribution: str = LOCAL, version: str = "") -> None:
         """Add a plugin: a module or any object with `@hookimpl` functions.
 
         Raises:
@@ -146,29 +116,31 @@ class Registry:
         self.plugins[name] = known
 
     @contextmanager
-    def watching(self, observers: Sequence[object]) -> Iterator[None]:
-        """While it is open, the observer hooks of these objects are called like those of plugins."""
-        for observer in observers:
+    def watching(self, observers: Sequence[tuple[str, object]]) -> Iterator[None]:
+        """Call the observer hooks of these objects like those of plugins while the context is open.
+
+        Args:
+            observers: (name, object) of each; the name is what a note on an exception calls it.
+        """
+        for number, (name, observer) in enumerate(observers):
             _check_marked(observer)
-            self._manager.register(observer)
+            again = any(name == other for other, _ in observers[:number])  # `--observer alarm,alarm`
+            self._manager.register(observer, f"observer {name!r}{f' ({number})' if again else ''}")
         try:
             self._manager.check_pending()
             yield
         finally:
-            for observer in observers:
+            for _, observer in observers:
                 self._manager.unregister(observer)
 
-    def _load(self, entry_point: metadata.EntryPoint) -> None:
-        """Load one entry point; a failure is recorded and not raised, unless in strict mode."""
+    def _load(self, entry_point: metadata.EntryPoint, wanted: bool) -> None:
+        """Load one entry point. A failure is recorded; it is raised if `-p` asks for the plugin, or in strict mode."""
         assert entry_point.dist is not None, "entry points of installed distributions know them"
         plugin = Plugin(entry_point.name, entry_point.dist.name, entry_point.dist.version)
         try:
             self.register(entry_point.load(), plugin.name, plugin.distribution, plugin.version)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does at import
-            broken = Broken(plugin, error)
-            if self._strict:
-                raise PluginError(str(broken)) from error
-            self.broken.append(broken)
+            self._fail(Broken(plugin, error), wanted)
 
     def _load_module(self, name: str) -> None:
         """Load the module that `-p NAME` asks for."""
@@ -177,9 +149,19 @@ class Registry:
             self.register(import_module(name), name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                raise
+                return self._fail(Broken(Plugin(name, LOCAL, ""), error), wanted=True)
             known = [*self.plugins, *(entry_point.name for entry_point in self._entry_points)]
             raise UsageError(f"-p {name}: no plugin or module is called {name!r}{did_you_mean(name, known)}") from None
+        except (Exception, SystemExit) as error:
+            self._fail(Broken(Plugin(name, LOCAL, ""), error), wanted=True)
+
+    def _fail(self, broken: Broken, wanted: bool) -> None:
+        """Record a plugin that failed to load, or raise."""
+        if self._strict:
+            raise PluginError(str(broken)) from broken.error
+        if wanted:
+            raise UsageError(f"-p {broken.plugin.name}: {broken}; RLHF_STRICT_PLUGINS=1 shows the traceback")
+        self.broken.append(broken)
 
     def _check_blocked(self) -> None:
         known = sorted({*BUILTIN, *(entry_point.name for entry_point in self._entry_points)})
@@ -194,11 +176,14 @@ class Registry:
         for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
             if implementation.plugin_name != plugin.name:
                 continue
-            table = implementation.function()
+            table, place = implementation.function(), _place(implementation.function)
             if not isinstance(table, Mapping):
-                raise PluginError(f"rlhf_{kind}() must return {{name: provider}}, not {type(table).__name__}")
+                raise PluginError(f"rlhf_{kind}() must return {{name: provider}}, not {type(table).__name__}{place}")
             for name, target in table.items():
-                targets.check_provided(kind, name, target)
+                try:
+                    targets.check_provided(kind, name, target)
+                except PluginError as error:
+                    raise PluginError(f"{error}{place}") from None
                 yield Provided(kind, name, target, plugin)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -207,6 +192,11 @@ class Registry:
     def table(self, kind: str) -> dict[str, Provided]:
         """Every name of a kind, sorted; of a clash, what was loaded first."""
         return {name: entries[0] for name, entries in sorted(self._tables[kind].items())}
+
+    def entries(self, kind: str) -> Iterator[Provided]:
+        """Yield every entry of a kind, those of a clash included."""
+        for entries in self._tables[kind].values():
+            yield from entries
 
     @property
     def conflicts(self) -> list[list[Provided]]:
@@ -239,28 +229,33 @@ class Registry:
         if ":" in name:
             targets.add_working_folder()
             return targets.check_class(kind, name, targets.load_local(kind, name))
-        entries = self._tables[kind].get(name, [])
+        entries = self._entries(kind, name)
         if not entries:
             raise self._unknown(kind, name)
         if len(entries) > 1:
-            plugins = " and ".join(f"{each.plugin} (plugin {each.plugin.name!r})" for each in entries)
-            raise NameConflict(f"{kind} {name!r} is provided by {plugins}; block one with -p no:PLUGIN")
+            raise NameConflict(conflict_text(entries))
         (entry,) = entries
         if not isinstance(entry.target, str):
             return entry.target
         return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
 
+    def _entries(self, kind: str, name: str) -> list[Provided]:
+        """Return who provides `NAME`, or `PLUGIN/NAME` of one plugin."""
+        plugin, _, bare = name.rpartition("/")
+        entries = self._tables[kind].get(bare, [])
+        return [entry for entry in entries if not plugin or entry.plugin.name == plugin]
+
     def provenance(self, kind: str, name: str) -> Plugin:
         """The plugin that provides `name`; one called `(local)` for `module:Class`."""
-        entries = self._tables[kind].get(name)
-        return entries[0].plugin if entries else Plugin("(local)", "(local)", "")
+        entries = self._entries(kind, name)
+        return entries[0].plugin if entries else Plugin(LOCAL, LOCAL, "")
 
     def name_of(self, kind: str, cls: type) -> str:
-        """The name under which `cls` is registered, or its `module:Class`."""
+        """The name under which `cls` is registered (`PLUGIN/NAME` if others have that name), or its `module:Class`."""
         path = f"{cls.__module__}:{cls.__qualname__}"
-        for name, entry in self.table(kind).items():
+        for entry in self.entries(kind):
             if entry.target in (cls, path):
-                return name
+                return entry.name if len(self._tables[kind][entry.name]) == 1 else f"{entry.plugin.name}/{entry.name}"
         return path
 
     def _load_target(self, entry: Provided, target: str) -> Any:
@@ -275,22 +270,32 @@ class Registry:
             raise
 
     def _unknown(self, kind: str, name: str) -> UsageError:
-        """Why there is no such name, and what to do."""
+        """Return the error for a name that does not exist: the reason, and the remedy."""
         installed = sorted(self._tables[kind])
-        broken = "".join(f"; {each}" for each in self.broken)
         has = f"; installed: {', '.join(installed)}" if installed else f"; no {kind} is installed"
         distribution = INSTALL.get(kind, {}).get(name)
         if distribution is None:
             meant = did_you_mean(name, [*installed, *INSTALL.get(kind, {})])
-            return UnknownName(f"no {kind} is called {name!r}{meant}{has}{broken}")
+            return UnknownName(f"no {kind} is called {name!r}{meant}{has}{self._suspects(name, bool(meant))}")
+        if broken := [each for each in self.broken if each.plugin.distribution == distribution]:
+            return MissingPackage(f"{kind} {name!r} comes with {distribution}: {broken[0]}")
         plugins = [each.name for each in self._entry_points if each.dist is not None and each.dist.name == distribution]
-        if plugins and not any(each.plugin.distribution == distribution for each in self.broken):
+        if plugins:
             return UnknownName(
                 f"{kind} {name!r} comes with {distribution}, whose plugin {or_list(plugins)} is not loaded: "
                 f"drop -p no:{plugins[0]}, or pass -p {plugins[0]} where autoloading is off{has}"
             )
-        get = f"python3 -m pip install {distribution}"
-        return MissingPackage(f"{kind} {name!r} comes with {distribution}: {get}{has}{broken}")
+        return MissingPackage(f"{kind} {name!r} comes with {distribution}: python3 -m pip install {distribution}{has}")
+
+    def _suspects(self, name: str, spelled_nearly: bool) -> str:
+        """Name the broken plugins that may provide `name`: those of its name, or all of them if nothing is near it."""
+        named = [each for each in self.broken if name in f"{each.plugin.name} {each.plugin.distribution}"]
+        if named:
+            return f"; {named[0]}"
+        if spelled_nearly or not self.broken:
+            return ""
+        names = ", ".join(each.plugin.name for each in self.broken)
+        return f"; plugins that failed to load: {names} (see rlhf-run plugins)"
 
 
 @lru_cache(maxsize=1)
@@ -304,15 +309,34 @@ def _check_marked(plugin: object) -> None:
     for name in HOOKS:
         function = getattr(plugin, name, None)
         if isinstance(function, (FunctionType, MethodType)) and not hasattr(function, f"{GROUP}_impl"):
-            raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl)")
+            raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl){_place(function)}")
 
 
 def _unknown_hook(plugin: object) -> str:
-    """Which marked function of the plugin no specification knows."""
+    """Describe the marked function of the plugin that no specification knows."""
     for name in dir(plugin):
-        if hasattr(getattr(plugin, name), f"{GROUP}_impl") and name not in HOOKS:
-            return f"{name}() is not a hook{did_you_mean(name, HOOKS)}; hooks are {', '.join(HOOKS)}"
+        function = getattr(plugin, name)
+        if hasattr(function, f"{GROUP}_impl") and name not in HOOKS:
+            words = {hook.removeprefix("rlhf_"): hook for hook in HOOKS}  # the common prefix makes everything look alike
+            close = [words[each] for each in closest_names(name.removeprefix("rlhf_"), words)]
+            meant = f" (did you mean {or_list(close)}?)" if close else f"; hooks are {', '.join(HOOKS)}"
+            return f"{name}() is not a hook{meant}{_place(function)}"
     return ""
+
+
+def _place(function: Any) -> str:
+    """Return ` (FILE, line N)` of a function; empty if it has no code."""
+    code = getattr(function, "__code__", None)
+    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code is not None else ""
+
+
+def conflict_text(entries: Sequence[Provided]) -> str:
+    """Describe several entries of one name, and the ways to choose among them."""
+    entries = sorted(entries, key=lambda each: (each.plugin.name != "core", each.plugin.name))
+    plugins = " and ".join(f"{each.plugin} (plugin {each.plugin.name!r})" for each in entries)
+    names = or_list([f"{each.plugin.name}/{each.name}" for each in entries])
+    kind, name, blocked = entries[0].kind, entries[0].name, entries[-1].plugin.name
+    return f"{kind} {name!r} is provided by {plugins}; choose {names}, or block one with -p no:{blocked}"
 
 
 def _name_the_culprit(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[Any], _: object) -> None:
@@ -323,6 +347,7 @@ def _name_the_culprit(outcome: pluggy.Result[Any], hook: str, implementations: S
         for implementation in implementations:
             if getattr(implementation.function, "__code__", None) is trace.tb_frame.f_code:
                 assert error is not None
-                error.add_note(f"in {hook}() of the plugin {implementation.plugin_name!r}")
+                name = implementation.plugin_name
+                error.add_note(f"in {hook}() of {name if name.startswith('observer ') else f'the plugin {name!r}'}")
                 return
         trace = trace.tb_next

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped
+from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.training.determinism import REFUSED
 from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.token_budget import error_chain, is_out_of_memory, requested_memory
@@ -45,6 +46,7 @@ def translate_failures(run: Run) -> Iterator[None]:
     except NotFinite as error:
         raise RunStopped(_not_finite(run, error)) from error
     except Exception as error:
+        note_provider(error, run.registry, run.config)
         if _is_full(error):
             raise RunStopped(
                 f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest(run)}; free some, then "

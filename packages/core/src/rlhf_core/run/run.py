@@ -141,8 +141,10 @@ class Run(Meter):
             if self.config.resume:
                 checkpoint.restore(self)
             if self.leader:
-                self.observers = [observer(self) for observer in self.config.providers.get("observer", ())]
-                watched.enter_context(self.registry.watching(self.observers))
+                chosen = self.config.providers.get("observer", ())
+                self.observers = [observer(self) for observer in chosen]
+                names = [self.registry.name_of("observer", type(observer)) for observer in chosen]
+                watched.enter_context(self.registry.watching(list(zip(names, self.observers, strict=True))))
                 self.registry.hook.rlhf_run_start(run=self)
             yield self
         except BaseException as caught:

@@ -1,0 +1,115 @@
+"""The registry's facts: plugins, the names that they provide, and the plugins that failed to load.
+
+`RegistryView` is the part of the registry that commands and ingredients may use.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlhf_core.errors import PluginError
+
+__all__ = ["Broken", "Plugin", "Provided", "RegistryView", "failure_place"]
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin and where it comes from."""
+
+    name: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".rstrip()
+
+
+@dataclass(frozen=True)
+class Provided:
+    """One entry of a kind's table."""
+
+    kind: str
+    name: str
+    target: type | str
+    """the class, or `"module:Class"`"""
+    plugin: Plugin
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r} of {self.plugin}"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that could not be loaded."""
+
+    plugin: Plugin
+    error: BaseException
+
+    @property
+    def reason(self) -> str:
+        """The error in one line, with the file and line of the plugin that raised it."""
+        text = " ".join(str(self.error).split())
+        kind = "" if isinstance(self.error, PluginError) else f"{type(self.error).__name__}: "
+        return f"{kind}{text}{failure_place(self.error)}"
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin.name!r} of {self.plugin} failed to load: {self.reason}"
+
+
+def failure_place(error: BaseException) -> str:
+    """Return ` (FILE, line N)` for the innermost line outside host and standard library; empty if there is none."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return ""  # Python's own text names them
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    outside = [(file, line) for file, line in frames if not _is_host(file)]
+    return f" ({Path(outside[-1][0]).name}, line {outside[-1][1]})" if outside else ""
+
+
+def _is_host(file: str) -> bool:
+    """Return True for a file of core, of pluggy, or of Python itself."""
+    file = file.replace("\\", "/")
+    is_library = file.startswith(sysconfig.get_paths()["stdlib"]) and "site-packages" not in file
+    return is_library or any(part in file for part in ("/rlhf_core/", "/pluggy/", "<frozen "))
+
+
+class RegistryView(Protocol):
+    """The installed plugins and providers, as commands and ingredients see them."""
+
+    @property
+    def plugins(self) -> Mapping[str, Plugin]:
+        """The loaded plugins by name."""
+        ...
+
+    @property
+    def broken(self) -> Sequence[Broken]:
+        """The plugins that failed to load."""
+        ...
+
+    @property
+    def conflicts(self) -> Sequence[Sequence[Provided]]:
+        """The entries of every name that more than one plugin provides."""
+        ...
+
+    def table(self, kind: str) -> Mapping[str, Provided]:
+        """Return every name of a kind, sorted."""
+        ...
+
+    def resolve(self, kind: str, name: str) -> type:
+        """Return the provider class called `name`, or the class that `module:Class` names."""
+        ...
+
+    def provenance(self, kind: str, name: str) -> Plugin:
+        """Return the plugin that provides `name`."""
+        ...
+
+    def observers(self) -> Sequence[tuple[Plugin, str]]:
+        """Return the plugins that have observer hooks, with their docstrings."""
+        ...
+
+    def metrics(self) -> Sequence[tuple[Plugin, str, str]]:
+        """Return every documented metric: the plugin, the name, and `"unit: meaning"`."""
+        ...
