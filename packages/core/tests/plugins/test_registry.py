@@ -243,7 +243,9 @@ def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
     failing.__name__ = "rlhf_step_end"
     registry = Registry(autoload=False, blocked=["console", "files"])
     with (
-        registry.watching([("quiet", SimpleNamespace()), ("tracker", SimpleNamespace(rlhf_step_end=hookimpl(failing)))]),
+        registry.watching(
+            [("quiet", SimpleNamespace()), ("tracker", SimpleNamespace(rlhf_step_end=hookimpl(failing)))]
+        ),
         pytest.raises(OSError, match="disk full") as caught,
     ):
         registry.hook.rlhf_step_end(run=None, step=1, metrics={})

@@ -16,6 +16,7 @@ from rlhf_core.errors import PluginError
 
 __all__ = ["Broken", "Plugin", "Provided", "RegistryView", "failure_place"]
 
+
 @dataclass(frozen=True)
 class Plugin:
     """A plugin and where it comes from."""

@@ -317,7 +317,9 @@ def _unknown_hook(plugin: object) -> str:
     for name in dir(plugin):
         function = getattr(plugin, name)
         if hasattr(function, f"{GROUP}_impl") and name not in HOOKS:
-            words = {hook.removeprefix("rlhf_"): hook for hook in HOOKS}  # the common prefix makes everything look alike
+            words = {
+                hook.removeprefix("rlhf_"): hook for hook in HOOKS
+            }  # the common prefix makes everything look alike
             close = [words[each] for each in closest_names(name.removeprefix("rlhf_"), words)]
             meant = f" (did you mean {or_list(close)}?)" if close else f"; hooks are {', '.join(HOOKS)}"
             return f"{name}() is not a hook{meant}{_place(function)}"
