@@ -83,7 +83,7 @@ def test_the_innermost_of_two_providers_is_named_once() -> None:
 
 def test_errors_on_purpose_and_errors_of_nobody_get_no_note() -> None:
     for error in (UsageError("do this instead"), ValueError("elsewhere")):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011  # both are, and their texts are above
+        with pytest.raises(ValueError) as caught:  # both are, and their texts are above
             raise error
         note_provider(caught.value, Registry(autoload=False))
         assert not hasattr(caught.value, "__notes__")
