@@ -116,21 +116,23 @@ class Registry:
         self.plugins[name] = known
 
     @contextmanager
-    def watching(self, observers: Sequence[tuple[str, object]]) -> Iterator[None]:
+    def watching(self, observers: Sequence[object], providers: Sequence[object]) -> Iterator[None]:
         """Call the observer hooks of these objects like those of plugins while the context is open.
 
         Args:
-            observers: (name, object) of each; the name is what a note on an exception calls it.
+            observers: objects with observer hooks.
+            providers: the provider that made each of them; its name is what a note on an exception calls the observer.
         """
-        for number, (name, observer) in enumerate(observers):
+        for number, (observer, provider) in enumerate(zip(observers, providers, strict=True)):
             _check_marked(observer)
-            again = any(name == other for other, _ in observers[:number])  # `--observer alarm,alarm`
-            self._manager.register(observer, f"observer {name!r}{f' ({number})' if again else ''}")
+            name = self.name_of("observer", type(provider))
+            again = f" ({number})" if provider in providers[:number] else ""  # `--observer alarm,alarm`
+            self._manager.register(observer, f"observer {name!r}{again}")
         try:
             self._manager.check_pending()
             yield
         finally:
-            for _, observer in observers:
+            for observer in observers:
                 self._manager.unregister(observer)
 
     def _load(self, entry_point: metadata.EntryPoint, wanted: bool) -> None:

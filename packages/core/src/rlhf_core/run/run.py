@@ -143,8 +143,7 @@ class Run(Meter):
             if self.leader:
                 chosen = self.config.providers.get("observer", ())
                 self.observers = [observer(self) for observer in chosen]
-                names = [self.registry.name_of("observer", type(observer)) for observer in chosen]
-                watched.enter_context(self.registry.watching(list(zip(names, self.observers, strict=True))))
+                watched.enter_context(self.registry.watching(self.observers, chosen))
                 self.registry.hook.rlhf_run_start(run=self)
             yield self
         except BaseException as caught:
