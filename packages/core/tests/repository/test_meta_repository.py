@@ -1,4 +1,4 @@
-"""What the repository promises about its own code, kept by reading it."""
+"""Promises of the repository about its own code, checked by reading it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf_core.plugins.known_packages import INSTALL
 ROOT = Path(__file__).resolve().parents[4]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 SOURCES = sorted(ROOT.glob("packages/*/src/**/*.py"))
+TESTS = sorted(ROOT.glob("packages/*/tests/**/*.py"))
 SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
 SKIPPED = {".nox", ".venv", ".git", "output", "runs", "demo", "build", "dist", "__pycache__"}
 TEXTS = sorted(
@@ -32,35 +34,45 @@ def short(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(text(path))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # size
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=short)
-def test_no_file_is_longer_than_400_lines(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def lines(path: Path) -> int:
+    return len(text(path).splitlines())
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("packages/*/tests/**/*.py")), ids=short)
-def test_no_file_of_tests_is_longer_than_500_lines(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+def test_no_file_is_longer_than_400_lines() -> None:
+    assert not [f"{short(path)}: {lines(path)} lines" for path in [*SOURCES, *SCRIPTS] if lines(path) > 400]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=short)
-def test_no_function_is_longer_than_a_screen(path: Path) -> None:
+def test_no_file_of_tests_is_longer_than_500_lines() -> None:
+    assert not [f"{short(path)}: {lines(path)} lines" for path in TESTS if lines(path) > 500]
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
     long = [
-        node.name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        f"{short(path)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in ast.walk(parse(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60
     ]
     assert not long
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=short)
-def test_every_module_says_what_it_is(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(source)) or not source
+def test_every_module_has_a_docstring() -> None:
+    assert not [short(path) for path in SOURCES if text(path) and not ast.get_docstring(parse(path))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +106,7 @@ def attributes_read(tree: ast.AST) -> Iterator[str]:
 
 def test_no_option_is_dead() -> None:
     """By name, which is enough to catch an option that is announced, accepted and forgotten."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    trees = [parse(path) for path in SOURCES]
     read = {name for tree in trees for name in attributes_read(tree)}
     options = [each for tree in trees for each in options_of(tree)]
     assert len(options) > 100
@@ -142,10 +154,9 @@ def branches_on_names(tree: ast.AST) -> Iterator[str]:
                 yield f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=short)
-def test_nothing_branches_on_the_name_of_a_provider(path: Path) -> None:
-    """What a component needs it declares; nobody asks what it is called."""
-    assert not list(branches_on_names(ast.parse(path.read_text(encoding="utf-8"))))
+def test_nothing_branches_on_the_name_of_a_provider() -> None:
+    """A component declares its needs; no code compares its name."""
+    assert not [f"{short(path)}: {branch}" for path in SOURCES for branch in branches_on_names(parse(path))]
 
 
 @pytest.mark.parametrize(
@@ -167,20 +178,23 @@ def test_and_does_not_see_what_is_not_there(code: str) -> None:
     assert not list(branches_on_names(ast.parse(code)))
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if "packages/core/" in path.as_posix()], ids=short)
-def test_core_imports_no_package_that_builds_on_it(path: Path) -> None:
-    imported = {
-        name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    assert not [name for name in imported if name.startswith("rlhf_") and name.split(".")[0] != "rlhf_core"]
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Yield the modules that a file imports, wherever in the file it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_core_imports_no_package_that_builds_on_it() -> None:
+    core = [path for path in SOURCES if "packages/core/" in path.as_posix()]
+    assert not [
+        f"{short(path)} imports {name}"
+        for path in core
+        for name in imported_modules(parse(path))
+        if name.startswith("rlhf_") and name.split(".")[0] != "rlhf_core"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,8 +223,7 @@ def test_the_public_names_exist_and_are_sorted_in_every_group() -> None:
             assert getattr(module, name) is not None
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=short)
-def test_no_file_names_a_place_on_somebodys_machine(path: Path) -> None:
+def test_no_file_names_a_place_on_somebodys_machine() -> None:
     """Registry hosts and folders of one machine do not belong into the repository."""
     places = r"(?<![\w.])/(opt|root|work|home)/\w|[.]{2}/[s]hared|pypi[.]org|python[h]osted"
-    assert not re.search(places, path.read_text(encoding="utf-8"))
+    assert not [f"{short(path)}: {match[0]}" for path in TEXTS if (match := re.search(places, text(path)))]
