@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rlhf_core import Run, checkpoint, make_config
+from rlhf_core import Run, make_config
 from rlhf_core.util.atomic_files import fsync_tree
 
 
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         for k in range(options.rounds + 1):
             for name in list(sides) if k % 2 else list(sides)[::-1]:
                 took = sides[name]()
-                checkpoint.finish_background_save(run, wait=True)
+                run.checkpoints.background.wait()
                 if k:  # the first round warms up: memory for the copy, the page cache
                     seconds[name].append(took)
     ratio = {n: median(a / b for a, b in zip(seconds[n], seconds["plain"], strict=True)) for n in ("waiting", "beside")}
@@ -80,14 +80,14 @@ def one_step(run: Run, step: int) -> None:
     from rlhf_core.loop import collect, credit, update
 
     update(run, credit(run, *collect(run)))
-    run.step = step
+    run.state.step = step
 
 
 def plain_tensors(run: Run) -> dict[str, torch.Tensor]:
     """Weights and moments under names of their own, as a checkpoint of the run holds them."""
     from safetensors.torch import load_file
 
-    checkpoint.save(run)
+    run.save()
     roles: dict[str, Any] = {}
     for path in (run.output / "checkpoints").glob("step-*/roles/*/*.safetensors"):
         roles |= {f"{path.parent.name}.{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
@@ -107,11 +107,11 @@ def plain(tensors: dict[str, torch.Tensor], folder: Path) -> float:
 def ours(run: Run, beside: bool) -> float:
     """Save; the seconds until the loop could go on. Checkpoints before it are removed outside of that time."""
     object.__setattr__(run.config, "save_async", beside)
-    run.step += 1
+    run.state.step += 1
     for old in (run.output / "checkpoints").glob("step-*"):
         shutil.rmtree(old)
     started = time.perf_counter()
-    checkpoint.save(run)
+    run.save()
     return time.perf_counter() - started
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["forget", "threshold", "watch"]
 
@@ -27,7 +27,7 @@ def threshold(n: int) -> float:
     return 1 + SHARE * (n - 1)
 
 
-def watch(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+def watch(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     """Warn if this step's effective sample size is below the threshold, unless that was said lately."""
     ess, n = metrics.get("repulse/ess"), run.config.sampling.n
     last = _said.get(id(run))
@@ -43,6 +43,6 @@ def watch(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
     )
 
 
-def forget(run: Run) -> None:
+def forget(run: RunView) -> None:
     """The run has ended."""
     _said.pop(id(run), None)

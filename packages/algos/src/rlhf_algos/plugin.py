@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.hooks import Providers, hookimpl
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = [
     "rlhf_advantage",
@@ -139,7 +139,7 @@ def rlhf_metrics() -> Mapping[str, str]:
 
 
 @hookimpl
-def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     if "repulse/ess" in metrics:
         from rlhf_algos.collapse import watch
 
@@ -147,7 +147,7 @@ def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
 
 
 @hookimpl
-def rlhf_run_end(run: Run) -> None:
+def rlhf_run_end(run: RunView) -> None:
     from rlhf_algos.collapse import forget
 
     forget(run)

@@ -71,7 +71,7 @@ def test_sft_learns_to_tell_red_from_blue(tmp_path: Path, made: Callable[[Path],
     run = Run(make_config(**options_of("sft", tmp_path, made, output=str(tmp_path / "run"), steps=60, save_every=0)))
     with run.opened():
         loop.train(run)
-        examples = list(run.rows)[:2]
+        examples = list(run.data.rows)[:2]
         greedy = Sampling(n=1, max_new_tokens=8, temperature=0.0)
         prompts = run.encoder.prompts(examples, [0, 1])
         from rlhf_core.rollout.hf import HuggingFaceRollout

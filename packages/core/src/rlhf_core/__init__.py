@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
+    from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
         ContractError,
@@ -62,9 +63,11 @@ __all__ = [
     "RewardOutput",
     "RlhfError",
     "Rollouts",
+    "RowEncoder",
     "Run",
     "RunConfig",
     "RunStopped",
+    "RunView",
     "Sampling",
     "Secret",
     "Term",
@@ -83,6 +86,7 @@ _HOMES = {
     "contract.hooks": "Providers hookimpl",
     "contract.options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
+    "contract.run_view": "RowEncoder RunView",
     "contract.terms": "ProviderChoices Term",
     "errors": (
         "ContractError DataError MissingPackage NameConflict PluginError RlhfError RunStopped UnknownName UsageError"

@@ -38,7 +38,7 @@ def collect(run: Run) -> tuple[dict[str, Batch], dict[str, RewardOutput]]:
     batches: dict[str, Batch] = {}
     rewards: dict[str, RewardOutput] = {}
     rows = run.next_rows()
-    for source in run.now.sources:
+    for source in run.active_plan.sources:
         if source == DATA:
             batches[source] = run.read(rows)
         else:
@@ -51,9 +51,11 @@ def credit(run: Run, batches: dict[str, Batch], rewards: dict[str, RewardOutput]
     """A batch per credit: with what its losses and advantage need, and what each token earned."""
     credited: dict[str, Batch] = {}
     with run.phase("needs"):
-        batches = {source: compute_needs(run.now, run.roles, source, batch) for source, batch in batches.items()}
+        batches = {
+            source: compute_needs(run.active_plan, run.roles, source, batch) for source, batch in batches.items()
+        }
     with run.phase("credit"):
-        for key, spec in run.now.credits.items():
+        for key, spec in run.active_plan.credits.items():
             reward = rewards.get(spec.source)
             credited[key], metrics = assign_credit(run.plan, spec, batches[spec.source], reward, run.kl_coef)
             run.log(metrics)
@@ -63,7 +65,7 @@ def credit(run: Run, batches: dict[str, Batch], rewards: dict[str, RewardOutput]
 
 def update(run: Run, credited: dict[str, Batch]) -> None:
     """Each trained role takes its optimiser steps; then sampling sees the new weights."""
-    for name in run.now.trained:
+    for name in run.active_plan.trained:
         with run.phase("train"):
             work = {key: credited[key] for key, _ in run.plan.roles[name].terms if key in credited}
             run.log(run.roles[name].train(work))

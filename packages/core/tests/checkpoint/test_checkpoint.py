@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.checkpoint import restore, valid_checkpoints
+from rlhf_core.checkpoint import valid_checkpoints
 from rlhf_core.errors import UsageError
 from rlhf_core.testing import tiny_run
 
@@ -60,8 +60,8 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
             for damage in DAMAGES:
                 shutil.copytree(newest, output / "whole")
                 damage(newest / name)
-                run.step = 0
-                restore(run)
+                run.state.step = 0
+                run.restore()
                 assert run.step == 1
                 line = capsys.readouterr().err
                 what = line.partition("(")[2].partition(")")[0]

@@ -183,7 +183,7 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(tmp_path: Path, monkeypa
 def test_a_strategy_that_cannot_copy_saves_in_the_loop(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, model=MODEL, strategy="fake", rollout="fake", steps=2, save_every=1, save_async=True)
     started: list[object] = []
-    run.saving.start = started.append  # type: ignore[method-assign,assignment]
+    run.checkpoints.background.start = started.append  # type: ignore[method-assign,assignment]
     run.train()
     assert not started
     assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step-1", "step-2"]

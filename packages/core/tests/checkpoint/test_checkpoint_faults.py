@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_core.checkpoint import finish_background_save, restore, save, valid_checkpoints
+from rlhf_core.checkpoint import valid_checkpoints
 from rlhf_core.errors import UsageError
 from rlhf_core.run.run import Run
 from rlhf_core.testing import tiny_run
@@ -53,9 +53,9 @@ def disk() -> Disk:
 
 def saved(run: Run, step: int) -> None:
     """Save the open run as if it had come to `step`."""
-    run.step = step
-    save(run)
-    finish_background_save(run, wait=True)
+    run.state.step = step
+    run.save()
+    run.checkpoints.background.wait()
 
 
 @pytest.mark.parametrize("save_async", [False, True], ids=["waiting", "beside"])
@@ -97,7 +97,7 @@ def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:
     again = tiny_run(tmp_path / "run", model=MODEL, steps=2, resume=True)
     with again.opened():
         assert again.step == 2 and again.last_metrics == run.last_metrics
-        restore(again)
+        again.restore()
         saved_before = (tmp_path / "run" / "checkpoints" / "step-2").rename(tmp_path / "before")
         saved(again, 2)
         for path in sorted(p for p in saved_before.rglob("*") if p.is_file()):

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,8 +137,6 @@ def test_a_metric_that_nobody_measures_ends_the_run_with_its_first_step(tmp_path
 @pytest.mark.parametrize("metrics", [{"skipped/actor": 1.0}, {"loss/actor": 0.1, "reward/mean": 0.5}])
 def test_a_step_that_could_not_measure_it_is_no_reason_to_end(metrics: dict[str, float]) -> None:
     """Without an update nothing is known of the step, and not every step has rows of every datasource."""
-    plan, config = SimpleNamespace(trained=["actor"]), SimpleNamespace(keep_best="reward/mean/maths")
-    run: Any = SimpleNamespace(plan=plan, config=config, evaluations=[])
-    check_metric(run, metrics)
+    check_metric("reward/mean/maths", ["actor"], metrics, [])
     with pytest.raises(UsageError, match="no such metric"):
-        check_metric(run, {"loss/actor": 0.1})
+        check_metric("reward/mean/maths", ["actor"], {"loss/actor": 0.1}, [])

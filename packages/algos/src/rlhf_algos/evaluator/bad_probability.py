@@ -24,7 +24,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["BadProbability", "Enumerated", "enumerate_bad", "log_bad_probability"]
 
@@ -55,7 +55,7 @@ class BadProbability:
         if self.tokens not in (1, 2):
             raise UsageError(f"bad_probability enumerates outputs of 1 or 2 tokens, not {self.tokens}")
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`bad/logprob`, `bad/logprob_bound` above it and `bad/logprob_eos_unaware`, natural; and `bad/probability`.
 
         The bound is that of the rest being bad altogether: the same number where nothing is left out.

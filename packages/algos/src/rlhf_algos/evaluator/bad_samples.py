@@ -15,7 +15,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["BadSamples"]
 
@@ -34,7 +34,7 @@ class BadSamples:
     """nothing is sampled"""
     needs: ClassVar[frozenset[str]] = frozenset({f"{TRAINED}.logprobs_NT"})
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`bad_samples/logprob`, the mean over samples, and `bad_samples/log_mass`, the mean over prompts of the log of the
         probability that any of their samples is given; natural logarithms."""
         rows = self._rows()

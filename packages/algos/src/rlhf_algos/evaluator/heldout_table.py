@@ -17,7 +17,7 @@ from rlhf_core.evaluator.sampled import policy
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["HeldoutTable"]
 
@@ -56,7 +56,7 @@ class HeldoutTable:
         """Parquet can be written."""
         check_parquet()
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`heldout_table/reward`, `…/return` and `…/worst`, and how many `…/samples`; nothing before the end."""
         if run.plan.trained and run.step < run.config.steps and not self.always:
             return {}
@@ -90,14 +90,14 @@ class HeldoutTable:
         for start in range(0, most, self.batch):
             yield mine[start : start + self.batch]
 
-    def _sampled(self, run: Run, rows: Sequence[Example], asked: list[int], number: int) -> Rollouts:
+    def _sampled(self, run: RunView, rows: Sequence[Example], asked: list[int], number: int) -> Rollouts:
         """Completions of the prompts `asked`; their seeds depend on the run's seed, the pass and the prompt alone."""
         seed = Sampling(seed=run.config.seed).seed_for(number, -1)
         sampling = replace(run.config.sampling, n=self.n, seed=seed)
         prompts = run.encoder.prompts([rows[i] for i in asked], asked)
         return run.rollouts(policy(run, "heldout_table"), prompts, sampling)
 
-    def _columns(self, run: Run, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
+    def _columns(self, run: RunView, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
         """What is known of each completion."""
         rewards_N = run.reward_of(rollouts).total_N
         now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()

@@ -7,15 +7,15 @@
         manifest.json        size and checksum of every file above, and of this list
     OUTPUT/checkpoints/best.json   which one is best by `--keep-best`, and its value
 
-`saving` writes one, in the loop or beside it (`background`); `rotation` removes what is no longer wanted; `restoring` finds
-the newest one that `manifest` calls whole.
+`Checkpoints` is the object that a run holds. `saving` writes one, in the loop or in the background; `rotation` removes what is
+no longer wanted; `restoring` finds the newest one that `manifest` calls whole.
 """
 
 from __future__ import annotations
 
+from rlhf_core.checkpoint.checkpoints import Checkpoints
 from rlhf_core.checkpoint.manifest import valid_checkpoints
-from rlhf_core.checkpoint.restoring import prepare_output, restore
-from rlhf_core.checkpoint.rotation import check_metric, rotate
-from rlhf_core.checkpoint.saving import finish_background_save, save
+from rlhf_core.checkpoint.restoring import prepare_output
+from rlhf_core.checkpoint.rotation import check_metric
 
-__all__ = ["check_metric", "finish_background_save", "prepare_output", "restore", "rotate", "save", "valid_checkpoints"]
+__all__ = ["Checkpoints", "check_metric", "prepare_output", "valid_checkpoints"]

@@ -8,25 +8,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
 from rlhf_core.checkpoint.random_states import set_random_states
 from rlhf_core.errors import UsageError
-from rlhf_core.training.running_moments import Moments
 from rlhf_core.util.atomic_files import check_links, write_text
 from rlhf_core.util.tensor_tree import read_tree
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.roles import Role
 
 __all__ = ["prepare_output", "restore"]
 
 
-def prepare_output(run: Run) -> None:
+def prepare_output(config: RunConfig) -> None:
     """Make the output folder and write the resolved configuration. Of several ranks, all look and the first writes.
 
     Raises:
@@ -36,56 +38,50 @@ def prepare_output(run: Run) -> None:
     from rlhf_core.config.builder import to_toml
     from rlhf_core.config.resume import check_resume
 
-    if run.output.exists() and not run.output.is_dir():
-        raise UsageError(f"--output {run.output} is a file; name a folder")
-    check_links(run.output)
-    begun = any((run.output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
-    if begun and not run.config.resume:
-        raise UsageError(f"{run.output} already holds a run; add --resume to continue it, or name another --output")
-    if run.config.resume:
-        check_resume(run.config)
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file; name a folder")
+    check_links(output)
+    begun = any((output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
+    if begun and not config.resume:
+        raise UsageError(f"{output} already holds a run; add --resume to continue it, or name another --output")
+    if config.resume:
+        check_resume(config)
     if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
         return
     try:
-        run.output.mkdir(parents=True, exist_ok=True)
-        for leftover in (run.output / "checkpoints").glob(".step-*"):  # of a process killed while it saved
+        output.mkdir(parents=True, exist_ok=True)
+        for leftover in (output / "checkpoints").glob(".step-*"):  # of a process killed while it saved
             rmtree(leftover)
-        write_text(run.output / "config.toml", to_toml(replace(run.config, resume=False, resume_changed=False)))
+        write_text(output / "config.toml", to_toml(replace(config, resume=False, resume_changed=False)))
     except OSError as error:
-        raise UsageError(f"cannot write to --output {run.output}: {error.strerror}") from None
+        raise UsageError(f"cannot write to --output {output}: {error.strerror}") from None
 
 
-def restore(run: Run) -> None:
-    """Continue from the newest valid checkpoint; from the start if none was written. Says which, and what was damaged.
+def restore(output: Path, strategy: str, roles: Mapping[str, Role], world: World) -> dict[str, Any] | None:
+    """Load the newest valid checkpoint into `roles`, and the random states; return its state. Report what was damaged.
+
+    Returns:
+        the plain data that was saved; None if no checkpoint was written.
 
     Raises:
         UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
     """
-    found = run.world.gather(_newest_valid(run.output) if run.leader else None)[0]  # one rank looks, for all
+    found = world.gather(_newest_valid(output) if world.rank == 0 else None)[0]  # one rank looks, for all
     if isinstance(found, str):
         raise UsageError(found)
     if found is None:
-        return
-    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
-    now = run.config.names.get("strategy", "")
-    if state["strategy"] != now:
+        return None
+    state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    if state["strategy"] != strategy:
         raise UsageError(
-            f"{found} was written by --strategy {state['strategy']}, which {now} cannot read; resume with it"
+            f"{found} was written by --strategy {state['strategy']}, which {strategy} cannot read; resume with it"
         )
-    for name in run.plan.trained:
-        run.roles[name].load(str(found / "roles" / name))
-        run.roles[name].version = state["versions"][name]
-    run.step = state["step"]
-    run.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
-    run.stream.load_state_dict(state["stream"])
-    if run.kl is not None:
-        run.kl.coef = state["kl_coef"]
-    for source, moments in state["moments"].items():
-        run.moments[source] = Moments(*moments)
-    run.last_metrics = state["metrics"]
+    for name, role in roles.items():
+        role.load(str(found / "roles" / name))
     states = read_tree(found / "random.safetensors")
-    set_random_states(states[min(run.world.rank, len(states) - 1)])  # a rank that was not there goes on as the last one
-    run.sync()
+    set_random_states(states[min(world.rank, len(states) - 1)])  # a rank that was not there continues as the last one
+    return state
 
 
 def _newest_valid(output: Path) -> Path | str | None:

@@ -10,17 +10,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf_core.checkpoint.manifest import list_checkpoints, step_number
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import discard, write_text
 from rlhf_core.util.suggestions import did_you_mean
 
-if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
-
-__all__ = ["Rotation", "check_metric", "rotate"]
+__all__ = ["Rotation", "check_metric"]
 
 
 @dataclass(frozen=True)
@@ -76,31 +73,22 @@ class Rotation:
         return value if isinstance(value, (int, float)) and value == value else None
 
 
-def read_rotation(run: Run) -> Rotation:
-    """What `run` was told to keep."""
-    config = run.config
-    name = config.keep_best
-    measured = {step: float(metrics[name]) for step, metrics in run.evaluations if name in metrics}
-    return Rotation(config.keep, config.keep_gb, name, config.keep_best_mode, measured)
-
-
-def rotate(run: Run) -> None:
-    """Remove what is no longer wanted of the checkpoints of `run`, with all that is known of them now."""
-    if run.leader:
-        read_rotation(run)(run.output)
-
-
-def check_metric(run: Run, metrics: Mapping[str, float]) -> None:
+def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:
     """Check that `--keep-best` names something that is measured: in a step, or by an evaluator.
 
-    A step that leaves an update out, or in which a role rests, says nothing; nor does one without a row of some datasource.
+    A step that leaves an update out, or in which a role rests, proves nothing; nor does one without a row of some datasource.
+
+    Args:
+        name: the metric that `--keep-best` names; nothing is checked where it is empty.
+        trained: names of the trained roles.
+        metrics: those of a finished step.
+        evaluated: names of the metrics of the last evaluation.
 
     Raises:
         UsageError: it does not.
     """
-    name = run.config.keep_best
-    known = {*metrics, *(run.evaluations[-1][1] if run.evaluations else ())}
-    partial = any(f"loss/{role}" not in metrics for role in run.plan.trained)
+    known = {*metrics, *evaluated}
+    partial = any(f"loss/{role}" not in metrics for role in trained)
     if name and not partial and not {name, name.rpartition("/")[0]} & known:
         raise UsageError(
             f"--keep-best {name}: no such metric{did_you_mean(name, known)}; metrics.jsonl has the names of those there are"

@@ -26,6 +26,12 @@ class World:
         """The sum of `tensor` over ranks; every rank gets it. Collective: all ranks call it in the same order."""
         return tensor
 
+    def total(self, value: float) -> float:
+        """The sum of a number over ranks, in float64. Collective, like `sum`."""
+        if self.size == 1:
+            return value
+        return float(self.sum(torch.tensor(value, dtype=torch.float64)))
+
     def gather(self, thing: Any) -> list[Any]:
         """One picklable thing per rank, in rank order; every rank gets all."""
         return [thing]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
 
@@ -140,7 +140,7 @@ def rlhf_metrics() -> Mapping[str, str]:
 
 
 @hookspec
-def rlhf_run_start(run: Run) -> None:
+def rlhf_run_start(run: RunView) -> None:
     """Called once after roles are placed and a checkpoint is restored, before the first step.
 
     Args:
@@ -149,7 +149,7 @@ def rlhf_run_start(run: Run) -> None:
 
 
 @hookspec
-def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
+def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
     """Called after each optimiser step and before the checkpoint of that step.
 
     Args:
@@ -163,7 +163,7 @@ def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> bool | str
 
 
 @hookspec
-def rlhf_run_end(run: Run, error: BaseException | None) -> None:
+def rlhf_run_end(run: RunView, error: BaseException | None) -> None:
     """Called once when the run ends, also by an error or a signal.
 
     Args:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, Trainable
+    from rlhf_core.contract.run_view import RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
-    from rlhf_core.run.run import Run
 
 __all__ = [
     "Advantage",
@@ -144,4 +144,4 @@ class Evaluator(Protocol):
     samples), and `samples = False` if it samples nothing.
     """
 
-    def __call__(self, run: Run) -> Mapping[str, float]: ...
+    def __call__(self, run: RunView) -> Mapping[str, float]: ...

@@ -13,7 +13,7 @@ from rlhf_core.observer.files import sample
 from rlhf_core.util.jsonl import append_line
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Heldout"]
 
@@ -29,7 +29,7 @@ class Heldout:
     shown: int = 3
     """completions written to evaluations.jsonl, the same prompts each time"""
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`heldout/reward`, its standard error `…_se`, `…/<datasource>`, mean length and the share cut at the limit.
 
         Seeds depend on the run's seed and the prompt alone, so evaluations at two steps differ by the policy only.
@@ -53,12 +53,12 @@ class Heldout:
                 asked = rollouts.meta[i].get("prompt")
                 question = {"question": asked} if isinstance(asked, str) else {}
                 append_line(run.output / "evaluations.jsonl", {"step": run.step, **question, **sample(rollouts, i)})
-        completions = run.world_sum(len(rollouts))
+        completions = run.world.total(len(rollouts))
         mean, error = mean_and_error(means_P.tolist())
         return {
             "heldout/reward": mean,
             "heldout/reward_se": error,
-            "heldout/length": run.world_sum(float(rollouts.lengths_N.sum())) / completions,
-            "heldout/truncated": run.world_sum(float(sum(f == "length" for f in rollouts.finish))) / completions,
+            "heldout/length": run.world.total(float(rollouts.lengths_N.sum())) / completions,
+            "heldout/truncated": run.world.total(float(sum(f == "length" for f in rollouts.finish))) / completions,
             **means_by_source("heldout/reward", rewards_N, rollouts.meta, run.world),
         }

@@ -10,7 +10,7 @@ from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.sampled import by_datasource, sample_heldout
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["PassAtK", "pass_at_k"]
 
@@ -32,7 +32,7 @@ class PassAtK:
         if not 1 <= self.k <= self.n:
             raise UsageError(f"k must be from 1 to n ({self.n}), not {self.k}")
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`pass@1`, `pass@<k>`, their standard errors over prompts as `…_se`, and `…/<datasource>`."""
         rollouts = sample_heldout(run, "pass_at_k", self.prompts, self.n)
         output = run.reward_of(rollouts)

@@ -10,7 +10,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["PolicyStats"]
 
@@ -27,7 +27,7 @@ class PolicyStats:
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
     """a reference is placed because of it, even where no term has one"""
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`policy/kl` per completion (k1: the sum of log pi - log ref) with its error, `kl_token` (k3), lengths.
 
         The KL is of the distributions at the sampling temperature, before any truncation.
@@ -44,7 +44,7 @@ class PolicyStats:
         return {
             "policy/kl": mean,
             "policy/kl_se": error,
-            "policy/kl_token": run.world_sum(float(k3_NT.sum())) / run.world_sum(float(rollouts.mask_NT.sum())),
+            "policy/kl_token": run.world.total(float(k3_NT.sum())) / run.world.total(float(rollouts.mask_NT.sum())),
             "policy/length": float(lengths_N.mean()),
             "policy/length_median": float(lengths_N.quantile(0.5)),
             "policy/length_max": float(lengths_N.max()),

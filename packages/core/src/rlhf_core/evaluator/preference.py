@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Preference"]
 
@@ -41,7 +41,7 @@ class Preference:
         """The roles' outputs that are compared."""
         return NEEDS[self.by]
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`preference/accuracy` (a tie counts half), `…_se`, `…/<datasource>`, and `preference/margin`."""
         rows = run.heldout(self.pairs)
         if any(len(row.completions) != 2 for row in rows):
@@ -59,7 +59,7 @@ class Preference:
             "preference/margin": mean_and_error(margins)[0],
         }
 
-    def _values(self, run: Run, batch: Batch) -> Tensor:
+    def _values(self, run: RunView, batch: Batch) -> Tensor:
         """What is compared, per completion."""
         name = run.plan.trained[0] if run.plan.trained else next(iter(run.plan.roles))
         if self.by == "scores":

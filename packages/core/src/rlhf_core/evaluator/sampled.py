@@ -14,12 +14,12 @@ from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["by_datasource", "mean_and_error", "policy", "sample_heldout"]
 
 
-def policy(run: Run, evaluator: str) -> str:
+def policy(run: RunView, evaluator: str) -> str:
     """The role that is sampled."""
     for name in run.plan.sources:
         if name in run.plan.roles:
@@ -27,7 +27,7 @@ def policy(run: Run, evaluator: str) -> str:
     raise UsageError(f"evaluator {evaluator} samples the policy, but this run has no rollout; remove --evaluator")
 
 
-def sample_heldout(run: Run, evaluator: str, prompts: int, n: int) -> Rollouts:
+def sample_heldout(run: RunView, evaluator: str, prompts: int, n: int) -> Rollouts:
     """This rank's share of `n` completions for each of the first `prompts` held-out rows."""
     source = policy(run, evaluator)
     rows = run.heldout(prompts)

@@ -9,7 +9,7 @@ from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["WinRate"]
 
@@ -31,7 +31,7 @@ class WinRate:
     opponents: ClassVar[frozenset[str]] = frozenset({OPPONENT})
     """placed and sampled because of it"""
 
-    def __call__(self, run: Run) -> dict[str, float]:
+    def __call__(self, run: RunView) -> dict[str, float]:
         """`win_rate` (a tie counts half), its standard error over prompts `…_se`, `…/<datasource>`, and both mean rewards."""
         rows = run.heldout(self.prompts)
         mine = list(range(run.world.rank, len(rows), run.world.size))
@@ -56,7 +56,7 @@ class WinRate:
             "win_rate/reward_reference": mean_and_error(theirs)[0],
         }
 
-    def _sampled(self, run: Run, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
+    def _sampled(self, run: RunView, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
         from rlhf_core.data.encoder import Encoder
         from rlhf_core.models.loading.image_reader import load_reader

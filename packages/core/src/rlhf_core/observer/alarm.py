@@ -13,7 +13,7 @@ from rlhf_core.errors import UsageError
 from rlhf_core.util.jsonl import append_line, cut_lines
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Alarm"]
 
@@ -53,7 +53,7 @@ class Alarm:
         if not list(self.bands()):
             raise UsageError("an alarm without a band watches nothing; give --observer.kl LEAST GREATEST, say")
 
-    def __call__(self, run: Run) -> _Watch:
+    def __call__(self, run: RunView) -> _Watch:
         return _Watch(self)
 
     def bands(self) -> Iterator[tuple[str, Band]]:
@@ -77,7 +77,7 @@ class _Watch:
         self._outside: dict[str, int] = {}
 
     @hookimpl
-    def rlhf_run_start(self, run: Run) -> None:
+    def rlhf_run_start(self, run: RunView) -> None:
         for name in ("alarms.jsonl", "metrics.jsonl"):
             cut_lines(run.output / name, lambda step: step <= run.step)
         past = run.output / "metrics.jsonl"
@@ -86,7 +86,7 @@ class _Watch:
             list(self._seen(row["step"], row))  # the count goes on where it was
 
     @hookimpl
-    def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, Any]) -> str | None:
+    def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> str | None:
         alarms = []
         for metric, before, said in self._seen(step, metrics):
             now, value = self._outside[metric], metrics[metric]

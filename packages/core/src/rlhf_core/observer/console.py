@@ -13,7 +13,7 @@ from rlhf_core.contract.hooks import hookimpl
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["evaluation_samples", "evaluation_table", "step_line", "truncation"]
 
@@ -22,7 +22,7 @@ _clock: dict[int, tuple[float, int]] = {}
 
 
 @hookimpl
-def rlhf_run_start(run: Run) -> None:
+def rlhf_run_start(run: RunView) -> None:
     _clock[id(run)] = (time.perf_counter(), run.step)
     roles = ", ".join(f"{name}{'' if spec.trained else ' (frozen)'}" for name, spec in run.plan.roles.items())
     if run.step:
@@ -33,14 +33,14 @@ def rlhf_run_start(run: Run) -> None:
 
 
 @hookimpl
-def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     began, first = _clock[id(run)]
     left = (time.perf_counter() - began) / max(1, step - first) * (run.config.steps - step)
     _say(step_line(step, run.config.steps, metrics, left))
 
 
 @hookimpl
-def rlhf_run_end(run: Run, error: BaseException | None) -> None:
+def rlhf_run_end(run: RunView, error: BaseException | None) -> None:
     _clock.pop(id(run), None)
     if error is not None:
         return

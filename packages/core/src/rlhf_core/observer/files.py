@@ -19,7 +19,7 @@ from rlhf_core.util.secrets import redact_tree
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["samples"]
 
@@ -27,7 +27,7 @@ SAMPLES_PER_STEP = 4
 
 
 @hookimpl
-def rlhf_run_start(run: Run) -> None:
+def rlhf_run_start(run: RunView) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_lines(run.output / name, lambda step: step <= run.step)
     evaluated = {step for step, _ in run.evaluations}
@@ -35,20 +35,20 @@ def rlhf_run_start(run: Run) -> None:
 
 
 @hookimpl
-def rlhf_step_end(run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     append_line(run.output / "metrics.jsonl", {"step": step, **metrics})
     for row in samples(run):
         append_line(run.output / "samples.jsonl", row)
 
 
 @hookimpl
-def rlhf_run_end(run: Run) -> None:
+def rlhf_run_end(run: RunView) -> None:
     lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
     if lines:  # the first and the last are of no step
         write_bytes(run.output / "evaluation-metrics.jsonl", "".join(lines).encode())
 
 
-def samples(run: Run) -> Iterator[dict[str, Any]]:
+def samples(run: RunView) -> Iterator[dict[str, Any]]:
     """Some rows of each batch of the last step, as plain values with the same names."""
     for key, batch in run.samples.items():
         for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["MLflow"]
 
@@ -35,14 +35,14 @@ class MLflow:
         """Whether the package is installed."""
         needs_package("mlflow", "mlflow", "mlflow")
 
-    def __call__(self, run: Run) -> Tracker:
+    def __call__(self, run: RunView) -> Tracker:
         return _Sending(self, run)
 
 
 class _Sending(Tracker):
     """Sends one run. A resumed run sends only what is new: what comes after its checkpoint has the same numbers."""
 
-    def __init__(self, options: MLflow, run: Run) -> None:
+    def __init__(self, options: MLflow, run: RunView) -> None:
         from mlflow import MlflowClient
 
         super().__init__()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.observer.tracker import Tracker, needs_package
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["TensorBoard"]
 
@@ -25,14 +25,14 @@ class TensorBoard:
         """Whether the package is installed."""
         needs_package("tensorboard", "tensorboard", "tensorboard")
 
-    def __call__(self, run: Run) -> Tracker:
+    def __call__(self, run: RunView) -> Tracker:
         return _Writing(run, self.samples_every)
 
 
 class _Writing(Tracker):
     """Writes one folder. What an interrupted run wrote beyond its checkpoint is purged by TensorBoard when it reads."""
 
-    def __init__(self, run: Run, samples_every: int) -> None:
+    def __init__(self, run: RunView, samples_every: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         super().__init__(samples_every)

@@ -18,7 +18,7 @@ from rlhf_core.observer.files import samples
 from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Tracker", "needs_package", "options_of_run", "tracker_run_id"]
 
@@ -45,11 +45,11 @@ class Tracker:
         """Write what is still held, and end."""
 
     @hookimpl
-    def rlhf_run_start(self, run: Run) -> None:
+    def rlhf_run_start(self, run: RunView) -> None:
         self._evaluated = len(run.evaluations)  # those before the checkpoint were handed on then
 
     @hookimpl
-    def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, Any]) -> None:
+    def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
         self._hand_on_evaluations(run, before=step)
         self._evaluated = len(run.evaluations)  # this step's stand in its metrics
         self.log(step, {name: value for name, value in metrics.items() if name != "step"})
@@ -57,11 +57,11 @@ class Tracker:
             self.show(step, list(samples(run)))
 
     @hookimpl
-    def rlhf_run_end(self, run: Run, error: BaseException | None) -> None:
+    def rlhf_run_end(self, run: RunView, error: BaseException | None) -> None:
         self._hand_on_evaluations(run, before=run.step + 1)
         self.close(failed=error is not None)
 
-    def _hand_on_evaluations(self, run: Run, before: int) -> None:
+    def _hand_on_evaluations(self, run: RunView, before: int) -> None:
         for step, metrics in run.evaluations[self._evaluated :]:
             if step < before:
                 self.log(step, metrics)
@@ -78,7 +78,7 @@ def needs_package(module: str, name: str, extra: str) -> None:
         raise MissingPackage(f"--observer {name} needs {module}: python3 -m pip install 'rlhf-core[{extra}]'")
 
 
-def options_of_run(run: Run) -> dict[str, Any]:
+def options_of_run(run: RunView) -> dict[str, Any]:
     """The run's configuration as plain data; secrets are masked."""
     import tomllib
 
@@ -87,7 +87,7 @@ def options_of_run(run: Run) -> dict[str, Any]:
     return tomllib.loads(to_toml(run.config))
 
 
-def tracker_run_id(run: Run, tracker: str, given: str = "") -> str:
+def tracker_run_id(run: RunView, tracker: str, given: str = "") -> str:
     """The id of the tracker's run: that of before if the run is resumed, else `given`, or a new one; kept in the folder."""
     path = run.output / "trackers.json"
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if run.config.resume and path.exists() else {}

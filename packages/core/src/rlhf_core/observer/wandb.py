@@ -16,7 +16,7 @@ from rlhf_core.errors import UsageError
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Wandb"]
 
@@ -64,7 +64,7 @@ class Wandb:
         except wandb.errors.Error as error:
             raise UsageError(f"--observer wandb: {error} (or keep it here with --observer.mode offline)") from None
 
-    def __call__(self, run: Run) -> Tracker:
+    def __call__(self, run: RunView) -> Tracker:
         return _Sending(self, run, self._mode())
 
     def _mode(self) -> str:
@@ -74,7 +74,7 @@ class Wandb:
 class _Sending(Tracker):
     """Sends one run. A resumed run sends nothing again: what comes after its checkpoint has the same numbers."""
 
-    def __init__(self, options: Wandb, run: Run, mode: str) -> None:
+    def __init__(self, options: Wandb, run: RunView, mode: str) -> None:
         import wandb
 
         super().__init__(options.samples_every)

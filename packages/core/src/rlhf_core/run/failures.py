@@ -10,7 +10,7 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped
 from rlhf_core.plugins.attribution import note_provider
@@ -19,9 +19,9 @@ from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.token_budget import error_chain, is_out_of_memory, requested_memory
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from pathlib import Path
 
-__all__ = ["translate_failures"]
+__all__ = ["Progress", "translate_failures"]
 
 FULL = re.compile(
     r"No space left on device|Disk quota exceeded|StorageFull|PytorchStreamWriter failed writing|iostream error"
@@ -38,8 +38,27 @@ LESS_MEMORY = {
 """Three things that would help, by phase."""
 
 
+class Progress(Protocol):
+    """The state of a run that a message about its failure needs."""
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps."""
+        ...
+
+    @property
+    def doing(self) -> str:
+        """The phase that the run is in, or failed in."""
+        ...
+
+
 @contextmanager
-def translate_failures(run: Run) -> Iterator[None]:
+def translate_failures(run: Progress) -> Iterator[None]:
     """Turns such ends into `RunStopped`; anything else passes."""
     try:
         yield
@@ -66,7 +85,7 @@ def translate_failures(run: Run) -> Iterator[None]:
         raise
 
 
-def _not_finite(run: Run, error: NotFinite) -> str:
+def _not_finite(run: Progress, error: NotFinite) -> str:
     """Save the samples; what to say."""
     path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
@@ -74,7 +93,7 @@ def _not_finite(run: Run, error: NotFinite) -> str:
     return f"step {run.step + 1}: {error}; {saved}; {_newest(run)}; {advice}, or go on with --on-nonfinite skip"
 
 
-def _newest(run: Run) -> str:
+def _newest(run: Progress) -> str:
     """The checkpoint that is left, in words."""
     from rlhf_core.checkpoint import valid_checkpoints
 

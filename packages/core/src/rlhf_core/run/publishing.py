@@ -18,7 +18,7 @@ from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["check_hub", "publish"]
 
@@ -39,7 +39,7 @@ def check_hub(config: RunConfig) -> None:
         raise UsageError(f"--push-to-hub {config.push_to_hub} needs a login: set HF_TOKEN, or run hf auth login")
 
 
-def publish(run: Run) -> None:
+def publish(run: RunView) -> None:
     """Complete the cards of the exported folders and upload the model if asked."""
     options = run.plan.roles[run.plan.trained[0]].options
     instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
@@ -51,7 +51,7 @@ def publish(run: Run) -> None:
         _push(model, run.config.push_to_hub)
 
 
-def _write_card(run: Run, folder: Path, note: str) -> None:
+def _write_card(run: RunView, folder: Path, note: str) -> None:
     from rlhf_core.models.export.card import Card
 
     card = Card(
@@ -71,7 +71,7 @@ def _write_card(run: Run, folder: Path, note: str) -> None:
         write_text(folder / "README.md", card.text(name, False, name.endswith("ForSequenceClassification")))
 
 
-def _describe_data(run: Run) -> str:
+def _describe_data(run: RunView) -> str:
     """The data in words: its reader, and what that cannot do without. Of paths, only the last part."""
     provider = run.config.providers.get("data")
     given = [

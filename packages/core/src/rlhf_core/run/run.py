@@ -10,30 +10,32 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core import checkpoint, loop
-from rlhf_core.checkpoint.background import Background
+from rlhf_core import loop
+from rlhf_core.checkpoint import Checkpoints, check_metric, prepare_output
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.options import RunConfig, Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
-from rlhf_core.errors import NotFiniteReward, RunStopped, UsageError
+from rlhf_core.errors import NotFiniteReward, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.reward.output import to_reward_output, without_nan
+from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.publishing import check_hub, publish
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards, measure_step
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
+from rlhf_core.run.state import RunState
 from rlhf_core.run.step_metrics import Meter
+from rlhf_core.run.stopping import Stop
 from rlhf_core.training.credit import check_rows, prepare_rows
 from rlhf_core.training.dynamic_sampling import keep_sampling
 from rlhf_core.training.kl import KLController
@@ -72,29 +74,20 @@ class Run(Meter):
         self.plan = make_plan(config)
         self.registry = registry or Registry()
         self.output = Path(config.output)
-        self.step = 0
-        """finished steps"""
-        self.kl = KLController(self.plan.kl) if self.plan.kl is not None else None
+        self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
+        self.data = RunData(self.plan)
+        self.checkpoints = Checkpoints(config)
         self.samples: dict[str, Batch] = {}
         """the credited batches of the last step"""
-        self.evaluations: list[tuple[int, dict[str, float]]] = []
-        """(step, metrics) of every evaluation"""
         self.observers: list[Any] = []
         """what the chosen observers watch with, while the run is open, in the first process"""
         self.placed: Placement | None = None
-        self.moments: defaultdict[str, Moments] = defaultdict(Moments)
-        """of all rewards so far, by source, where an algorithm's shaping normalises by them"""
         self._scored: dict[str, RewardOutput] = {}
         self._unscored = False
         """whether this rank has completions of this step without a finite reward"""
         super().__init__()
-        self.saving = Background()
-        """a checkpoint that is written beside the loop"""
         self.signals = StopSignals()
-        self._stop = False
-        self._exit_code = 0
-        self._alarm = ""
-        """why an observer stopped the run"""
+        self.stop = Stop()
 
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run
@@ -107,21 +100,12 @@ class Run(Meter):
             with self.signals:
                 loop.train(self)
                 self.save()  # before evaluating: what was trained is safe, however that ends
-                checkpoint.finish_background_save(self, wait=True)
-            self._exit_code = max(self.world.gather(self.signals.exit_code))  # of the last save too
-            if self._exit_code:
-                raise RunStopped(
-                    f"stopped after step {self.step} of {self.config.steps}; "
-                    f"continue with --resume --output {self.output}",
-                    self._exit_code,
-                )
-            if self._alarm:
-                raise RunStopped(
-                    f"stopped after step {self.step} of {self.config.steps}, which is saved: {self._alarm}"
-                )
+                self._add_background(self.checkpoints.background.wait)
+            self.stop.check(self.signals, self.world, f"step {self.step} of {self.config.steps}", self.output)
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
-                checkpoint.rotate(self)  # the last one may turn out to be the best
+                if self.leader:
+                    self.checkpoints.rotate(self.evaluations)  # the last one may turn out to be the best
             self.export()
         return self.last_metrics
 
@@ -129,17 +113,16 @@ class Run(Meter):
     def opened(self) -> Iterator[Run]:
         """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
         self.check()
-        check_rows(self.plan, self.rows)  # reads the data's beginning: said before anything is written
-        checkpoint.prepare_output(self)
+        check_rows(self.plan, self.data.rows)  # reads the data's beginning: said before anything is written
+        prepare_output(self.config)
         torch.manual_seed(self.config.seed)
         self.placed = self.config.providers["launcher"](self.plan)
         cache_frozen_roles(self.placed, self.plan)
-        self.last_metrics: dict[str, float] = {}
         error: BaseException | None = None
         watched = ExitStack()
         try:
             if self.config.resume:
-                checkpoint.restore(self)
+                self.restore()
             if self.leader:
                 chosen = self.config.providers.get("observer", ())
                 self.observers = [observer(self) for observer in chosen]
@@ -166,7 +149,7 @@ class Run(Meter):
         if error is not None and not isinstance(error, Exception):
             return
         try:
-            self.saving.wait()
+            self.checkpoints.background.wait()
         except Exception as failed:
             if error is None:
                 raise
@@ -183,29 +166,26 @@ class Run(Meter):
 
     def steps(self) -> Iterator[int]:
         """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
-        while self.step < self.config.steps and not self._stop:
+        while self.step < self.config.steps and not self.stop:
             self._started = time.perf_counter()
             yield self.step + 1
 
     def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
         """Close a step: count it, measure, tell observers, and save if it is time."""
-        self.step = step
+        self.state.step, self.state.stream = step, self.stream.state_dict()
         self.samples = dict(credited)
-        checkpoint.finish_background_save(self, wait=False)
+        self._add_background(self.checkpoints.background.poll)
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
         self.log(measure_step(self.world_sum(tokens), time.perf_counter() - self._started) | self.stream.metrics())
         metrics = self._metrics.reduced(None)
         self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
-        self.last_metrics = {"step": step, **metrics}
-        checkpoint.check_metric(self, metrics)
+        self.state.last_metrics = {"step": step, **metrics}
+        evaluated = self.evaluations[-1][1] if self.evaluations else ()
+        check_metric(self.config.keep_best, self.plan.trained, metrics, evaluated)
         said = self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics) if self.leader else []
-        self._alarm = next((each for each in said if isinstance(each, str)), "")
-        told = self.world.gather((self.signals.exit_code, any(said), self._alarm))
-        self._exit_code = max(code for code, _, _ in told)
-        _, asked, self._alarm = told[0]
-        self._stop = asked or self._exit_code > 0
+        self.stop.agree(said, self.signals, self.world)
         if self.config.save_every and step % self.config.save_every == 0:
             self.save()
 
@@ -262,7 +242,9 @@ class Run(Meter):
         shaping = getattr(self.config.algorithm, "shaping", None)
         if shaping not in (None, RewardShaping()):
             self.log_batch(f"{prefix}/unshaped", rewards.total_N)
-            rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, self.moments[source])
+            rewards = shaping(
+                rewards, rollouts, self.config.sampling.max_new_tokens, self.state.moments.setdefault(source, Moments())
+            )
         log_rewards(self, prefix, rewards, rollouts)
         rollouts.extras["rewards_N"] = rewards.rewards_N
         return rewards
@@ -296,9 +278,9 @@ class Run(Meter):
 
     def watch_kl(self, batches: Mapping[str, Batch]) -> None:
         """Log the KL to the reference and let an adaptive coefficient follow it."""
-        if self.kl is not None:
+        if self.state.kl is not None:
             for batch in batches.values():
-                self.log(self.kl.watch(batch, self.world_sum))
+                self.log(self.state.kl.watch(batch, self.world.total))
 
     def sync(self) -> None:
         """Let the rollout engine take the new weights."""
@@ -314,13 +296,41 @@ class Run(Meter):
         for evaluator in self.config.providers.get("evaluator", ()):
             metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
         if metrics:
-            self.evaluations.append((self.step, metrics))
+            self.state.evaluations.append((self.step, metrics))
         return metrics
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
+        trained = {name: self.roles[name] for name in self.plan.trained}
+        self.state.versions = {name: role.version for name, role in trained.items()}
+        self.state.stream = self.state.stream or self.stream.state_dict()
         with self.phase("checkpoint"):
-            checkpoint.save(self)
+            seconds = self.checkpoints.save(self.state.state_dict(), trained, self.world)
+        if seconds:
+            self.add_seconds("checkpoint_background", seconds)
+
+    def restore(self) -> None:
+        """Continue from the newest valid checkpoint; from the start if none was written.
+
+        Raises:
+            UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
+        """
+        trained = {name: self.roles[name] for name in self.plan.trained}
+        state = self.checkpoints.restore(trained, self.world)
+        if state is None:
+            return
+        self.state.load_state_dict(state)
+        for name, role in trained.items():
+            role.version = self.state.versions[name]
+        self.stream.load_state_dict(self.state.stream)
+        self.sync()
+
+    def _add_background(self, finished: Callable[[], float]) -> None:
+        """Count the seconds of a background save that is over. Raises what it raised."""
+        with self.phase("checkpoint"):
+            seconds = finished()
+        if seconds:
+            self.add_seconds("checkpoint_background", seconds)
 
     def export(self) -> None:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
@@ -335,9 +345,24 @@ class Run(Meter):
     # what the run holds
 
     @property
-    def now(self) -> Plan:
+    def active_plan(self) -> Plan:
         """The part of the plan that the step at hand is about."""
         return self.plan.at(self.step + 1)
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps."""
+        return self.state.step
+
+    @property
+    def evaluations(self) -> list[tuple[int, dict[str, float]]]:
+        """(step, metrics) of every evaluation."""
+        return self.state.evaluations
+
+    @property
+    def last_metrics(self) -> dict[str, float]:
+        """The metrics of the last finished step."""
+        return self.state.last_metrics
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -359,42 +384,18 @@ class Run(Meter):
     @property
     def kl_coef(self) -> float:
         """The KL coefficient in force; 0 without a penalty."""
-        return self.kl.coef if self.kl is not None else 0.0
+        return self.state.kl_coef
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
-        """From rows to token ids, with the tokenizer of the role that reads them."""
-        from rlhf_core.data.encoder import Encoder
-        from rlhf_core.models.loading.image_reader import load_reader
-        from rlhf_core.models.loading.tokenizer import load_tokenizer
-
-        spec = self.plan.roles[self.plan.tokenizer_role]
-        tokenizer = load_tokenizer(spec.options.model, spec.options)
-        reader = load_reader(spec.options.model, spec.options, tokenizer)
-        return Encoder.of(self.config.providers["data"], tokenizer, self.config.max_prompt_tokens, reader)
-
-    @cached_property
-    def rows(self) -> Iterable[Example]:
-        """The data's training rows."""
-        rows: Iterable[Example] = self.config.providers["data"]("train")
-        return rows
+        """The encoder of the role that reads the data."""
+        return self.data.encoder
 
     @cached_property
     def stream(self) -> Ahead:
         """This rank's rows, shuffled by the seed, at the position of the run."""
-        from rlhf_core.data.ahead import Ahead
-
-        config, data = self.config, self.config.providers["data"]
-        return Ahead.of(self.rows, self.encoder, data, DATA not in self.plan.sources, config, self.world)
+        return self.data.stream(self.world)
 
     def heldout(self, most: int | None = None) -> Sequence[Example]:
-        """The held-out rows of the data, the first `most` of them; at least one for each rank."""
-        rows = list(self.config.providers["data"]("heldout"))
-        if not rows:
-            raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
-        if len(rows[:most]) < self.world.size:
-            raise UsageError(
-                f"{len(rows[:most])} held-out rows are fewer than the {self.world.size} ranks that share them; evaluate on "
-                "more rows, or start fewer ranks"
-            )
-        return rows[:most]
+        """Return the held-out rows of the data, the first `most` of them; at least one for each rank."""
+        return self.data.heldout(most, self.world)

@@ -1,0 +1,75 @@
+"""The checkpoints of one run: the object that saves, restores and rotates them, whatever runs the loop.
+
+It knows neither the run nor its state: the state is plain data, and roles write themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.checkpoint.background import Background
+from rlhf_core.checkpoint.restoring import restore
+from rlhf_core.checkpoint.rotation import Rotation
+from rlhf_core.checkpoint.saving import SharedState, save
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.roles import Role
+
+__all__ = ["Checkpoints"]
+
+Evaluations = Iterable[tuple[int, Mapping[str, float]]]
+
+
+class Checkpoints:
+    """OUTPUT/checkpoints of a run.
+
+    Args:
+        config: options of the run; it reads `output`, `keep*`, `save_async` and the strategy's name.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        self.strategy = config.names.get("strategy", "")
+        self.background = Background()
+        """a checkpoint that is being written in the background"""
+
+    def save(self, state: Mapping[str, Any], roles: Mapping[str, Role], world: World) -> float:
+        """Write OUTPUT/checkpoints/step-N unless it exists, then remove what is not kept. Every rank takes part.
+
+        With `--save-async`, and a strategy that can copy its state, the writing goes to the background.
+
+        Args:
+            state: plain data with the keys `step`, `metrics` and `evaluations`, and whatever else the run needs.
+            roles: the trained roles by name.
+            world: the ranks that save together.
+
+        Returns:
+            the seconds that an earlier background save took and nobody has asked for yet.
+        """
+        seconds = self.background.wait()  # one at a time
+        rotation = self._rotation(state["evaluations"])
+        shared = SharedState({**state, "strategy": self.strategy}, self.output)
+        save(shared, roles, world, rotation, self.background if self.config.save_async else None)
+        return seconds
+
+    def restore(self, roles: Mapping[str, Role], world: World) -> dict[str, Any] | None:
+        """Load the newest valid checkpoint into `roles` and return the state saved with it; None if there is none.
+
+        Raises:
+            UsageError: every checkpoint is damaged, or another strategy wrote it.
+        """
+        return restore(self.output, self.strategy, roles, world)
+
+    def rotate(self, evaluations: Evaluations) -> None:
+        """Remove the checkpoints that are not kept, given all that was measured so far. The leader calls this."""
+        self._rotation(evaluations)(self.output)
+
+    def _rotation(self, evaluations: Evaluations) -> Rotation:
+        config, name = self.config, self.config.keep_best
+        measured = {step: float(metrics[name]) for step, metrics in evaluations if name in metrics}
+        return Rotation(config.keep, config.keep_gb, name, config.keep_best_mode, measured)

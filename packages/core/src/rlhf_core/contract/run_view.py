@@ -1,0 +1,135 @@
+"""The part of a run that its callees may use: evaluators, observers, and ingredients of recipes.
+
+A `Run` has every member below. All others are private to core and may change. Nothing here changes a run, except
+`samples` and the metrics that `log` adds to the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig, Sampling
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.results import RewardOutput
+    from rlhf_core.contract.roles import Role
+
+__all__ = ["RowEncoder", "RunView"]
+
+
+class RowEncoder(Protocol):
+    """The encoder of a run: from rows of data to token ids, with the tokenizer of the role that reads them."""
+
+    tokenizer: Any
+    """the Hugging Face tokenizer"""
+
+    def fits_prompt(self, example: Example) -> bool:
+        """Return True if the row's prompt is within `--max-prompt-tokens`."""
+        ...
+
+    def prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
+        """Return P prompts for a rollout engine. `uids` number the rows; seeds are derived from them."""
+        ...
+
+    def batch(self, examples: Sequence[Example], uids: Sequence[int]) -> Batch:
+        """Return N rows with their completions for a role to read."""
+        ...
+
+
+class RunView(Protocol):
+    """A run as its callees see it. Every member is for reading; on several ranks, each rank has its own view."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved options and the chosen providers."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """The terms, sources, credits and roles that the configuration means."""
+        ...
+
+    @property
+    def active_plan(self) -> Plan:
+        """The part of `plan` that takes part in the step at hand; terms with a cadence rest in other steps."""
+        ...
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run; only the leader writes into it."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps; 0 before the first one."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """The ranks that run this same loop."""
+        ...
+
+    @property
+    def leader(self) -> bool:
+        """True in the one process that writes files and calls observers."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The placed roles by name: `run.roles["actor"].infer(batch, outputs)`. Every rank asks in the same order."""
+        ...
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """The encoder of the role that reads the data."""
+        ...
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient in force; 0 without a penalty."""
+        ...
+
+    @property
+    def samples(self) -> Mapping[str, Batch]:
+        """The credited batches of the last step by credit key (`Plan.credits`), this rank's rows."""
+        ...
+
+    @property
+    def evaluations(self) -> Sequence[tuple[int, Mapping[str, float]]]:
+        """(step, metrics) of every evaluation so far, those before a resume included."""
+        ...
+
+    @property
+    def last_metrics(self) -> Mapping[str, float]:
+        """The metrics of the last finished step; empty before the first one."""
+        ...
+
+    def heldout(self, most: int | None = None) -> Sequence[Example]:
+        """Return the held-out rows of the data, the first `most` of them; at least one for each rank.
+
+        Raises:
+            UsageError: there are none, or fewer than ranks.
+        """
+        ...
+
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Return `sampling.n` completions of the role `source` per prompt; collective over ranks."""
+        ...
+
+    def reward_of(self, rollouts: Batch) -> RewardOutput:
+        """Return what the run's reward gives to completions, checked against its contract.
+
+        Raises:
+            UsageError: the run has no reward.
+            NotFiniteReward: a reward is not finite.
+        """
+        ...
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the step at hand. Numbers must be those of all ranks: sum with `world.total` first."""
+        ...

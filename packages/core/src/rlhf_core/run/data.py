@@ -1,0 +1,67 @@
+"""The data of a run: its training rows, its held-out rows, and the encoder and the stream that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.plan import DATA
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.batch import Example
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.data.ahead import Ahead
+    from rlhf_core.data.encoder import Encoder
+
+__all__ = ["RunData"]
+
+
+class RunData:
+    """What the data provider of `plan` gives; each part is made when it is first used."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The way from rows to token ids, with the tokenizer of the role that reads them."""
+        from rlhf_core.data.encoder import Encoder
+        from rlhf_core.models.loading.image_reader import load_reader
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+        config, spec = self.plan.config, self.plan.roles[self.plan.tokenizer_role]
+        tokenizer = load_tokenizer(spec.options.model, spec.options)
+        reader = load_reader(spec.options.model, spec.options, tokenizer)
+        return Encoder.of(config.providers["data"], tokenizer, config.max_prompt_tokens, reader)
+
+    @cached_property
+    def rows(self) -> Iterable[Example]:
+        """The training rows."""
+        rows: Iterable[Example] = self.plan.config.providers["data"]("train")
+        return rows
+
+    def stream(self, world: World) -> Ahead:
+        """Return this rank's rows, shuffled by the seed, from the first one on."""
+        from rlhf_core.data.ahead import Ahead
+
+        config, online = self.plan.config, DATA not in self.plan.sources
+        return Ahead.of(self.rows, self.encoder, config.providers["data"], online, config, world)
+
+    def heldout(self, most: int | None, world: World) -> Sequence[Example]:
+        """Return the held-out rows, the first `most` of them; at least one for each rank.
+
+        Raises:
+            UsageError: there are none, or fewer than ranks.
+        """
+        rows = list(self.plan.config.providers["data"]("heldout"))
+        if not rows:
+            raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
+        if len(rows[:most]) < world.size:
+            raise UsageError(
+                f"{len(rows[:most])} held-out rows are fewer than the {world.size} ranks that share them; evaluate on "
+                "more rows, or start fewer ranks"
+            )
+        return rows[:most]

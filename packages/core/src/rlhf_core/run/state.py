@@ -1,0 +1,62 @@
+"""The state of a run between two steps: exactly what a checkpoint holds besides roles and random states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.training.running_moments import Moments
+
+if TYPE_CHECKING:
+    from rlhf_core.training.kl import KLController
+
+__all__ = ["RunState"]
+
+
+@dataclass
+class RunState:
+    """What the steps so far have left behind."""
+
+    kl: KLController | None = None
+    """the KL coefficient in force and the rule that moves it; None without a penalty"""
+    step: int = 0
+    """finished steps"""
+    stream: dict[str, Any] = field(default_factory=dict)
+    """position of the data after the last finished step (`Stream.state_dict`)"""
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """running mean and deviation of all rewards so far, by source, where an algorithm's shaping normalises by them"""
+    versions: dict[str, int] = field(default_factory=dict)
+    """optimiser steps of each trained role"""
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """(step, metrics) of every evaluation"""
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    """metrics of the last finished step"""
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient in force; 0 without a penalty."""
+        return self.kl.coef if self.kl is not None else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data that JSON can hold."""
+        return {
+            "step": self.step,
+            "stream": dict(self.stream),
+            "kl_coef": self.kl_coef,
+            "moments": {source: moments.state() for source, moments in self.moments.items()},
+            "versions": dict(self.versions),
+            "metrics": dict(self.last_metrics),
+            "evaluations": list(self.evaluations),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.step = state["step"]
+        self.stream = dict(state["stream"])
+        if self.kl is not None:
+            self.kl.coef = state["kl_coef"]
+        self.moments = {source: Moments(*moments) for source, moments in state["moments"].items()}
+        self.versions = dict(state["versions"])
+        self.last_metrics = dict(state["metrics"])
+        self.evaluations = [(step, metrics) for step, metrics in state["evaluations"]]
