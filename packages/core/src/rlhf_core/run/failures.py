@@ -21,6 +21,9 @@ from rlhf_core.training.token_budget import error_chain, is_out_of_memory, reque
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.plugins.registry import Registry
+
 __all__ = ["Progress", "translate_failures"]
 
 FULL = re.compile(
@@ -40,6 +43,11 @@ LESS_MEMORY = {
 
 class Progress(Protocol):
     """The state of a run that a message about its failure needs."""
+
+    registry: Registry
+    """where the providers came from"""
+    config: RunConfig
+    """the chosen providers"""
 
     @property
     def output(self) -> Path:
