@@ -304,10 +304,7 @@ class Run(Meter):
         trained = {name: self.roles[name] for name in self.plan.trained}
         self.state.versions = {name: role.version for name, role in trained.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
-        with self.phase("checkpoint"):
-            seconds = self.checkpoints.save(self.state.state_dict(), trained, self.world)
-        if seconds:
-            self.add_seconds("checkpoint_background", seconds)
+        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), trained, self.world))
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
