@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from rlhf_core.config.builder import make_config
     from rlhf_core.config.value_types import Secret, reveal
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.distributed import TorchWorld, World
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
+    from rlhf_core.contract.roles import Role, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
         UnknownName,
         UsageError,
     )
+    from rlhf_core.models.inputs.arrange import arrange_inputs
+    from rlhf_core.models.module import RoleModule
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.run.run import Run
+    from rlhf_core.strategy.shared_base import SharedBase
+    from rlhf_core.training.optimizer import adamw, lr_factor
 
 __all__ = [
     "KL",
@@ -62,6 +68,8 @@ __all__ = [
     "Registry",
     "RewardOutput",
     "RlhfError",
+    "Role",
+    "RoleModule",
     "Rollouts",
     "RowEncoder",
     "Run",
@@ -70,11 +78,18 @@ __all__ = [
     "RunView",
     "Sampling",
     "Secret",
+    "SharedBase",
     "Term",
+    "TorchWorld",
+    "Trainable",
     "TrainedOptions",
     "UnknownName",
     "UsageError",
+    "World",
+    "adamw",
+    "arrange_inputs",
     "hookimpl",
+    "lr_factor",
     "make_config",
     "reveal",
 ]
@@ -83,16 +98,22 @@ _HOMES = {
     "config.builder": "make_config",
     "config.value_types": "Secret reveal",
     "contract.batch": "Batch Example Prompts Rollouts",
+    "contract.distributed": "TorchWorld World",
     "contract.hooks": "Providers hookimpl",
     "contract.options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
+    "contract.roles": "Role Trainable",
     "contract.run_view": "RowEncoder RunView",
     "contract.terms": "ProviderChoices Term",
     "errors": (
         "ContractError DataError MissingPackage NameConflict PluginError RlhfError RunStopped UnknownName UsageError"
     ),
+    "models.inputs.arrange": "arrange_inputs",
+    "models.module": "RoleModule",
     "plugins.registry": "Registry",
     "run.run": "Run",
+    "strategy.shared_base": "SharedBase",
+    "training.optimizer": "adamw lr_factor",
 }
 """The module of each public name."""
 

@@ -40,7 +40,7 @@ def disturbed(module: RoleModule, seed: int = 0) -> RoleModule:
     draw = torch.Generator().manual_seed(seed)
     assert module.adapters is not None
     with torch.no_grad():
-        for parameter in module.adapters.parameters():
+        for parameter in module.adapters.parameters(module.model):
             parameter.normal_(0.0, 0.05, generator=draw)
     return module
 
@@ -164,7 +164,7 @@ def test_recomputing_activations_changes_no_gradient(dropout: float) -> None:
         module = disturbed(build_module(spec("logprobs_NT", **options)))
         torch.manual_seed(0)  # what dropout draws
         module(arrange_inputs(rows()[0]), LOGPROBS)["logprobs_NT"].sum().backward()
-        gradients.append([p.grad for p in module.adapters.parameters()])  # type: ignore[union-attr]
+        gradients.append([p.grad for p in module.adapters.parameters(module.model)])  # type: ignore[union-attr]
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(*gradients, strict=True))
 
 
@@ -363,5 +363,5 @@ def test_weights_in_four_bits_are_whole_when_others_read_them(tmp_path: Path) ->
     module(arrange_inputs(rows()[0]), LOGPROBS)["logprobs_NT"].sum().backward()
     assert layer.lora_A["default"].weight.grad.abs().sum() > 0
     frozen = build_module(replace(spec("logprobs_NT", trained=False, model=base, quantize="nf4")))
-    with module.adapters.off():  # type: ignore[union-attr]
+    with module.without_adapters():
         assert torch.allclose(logprobs(module), logprobs(frozen), atol=1e-5)

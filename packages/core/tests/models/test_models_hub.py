@@ -51,7 +51,7 @@ def trained(base: str, folder: Path, output: str) -> torch.nn.Module:
     options = TrainedOptions(model=base, lora=Lora(rank=4))
     role = RoleSpec("actor", options, frozenset({output}), terms=(("data", None),))  # type: ignore[arg-type]
     module = build_module(role)
-    for parameter in module.adapters.parameters():  # type: ignore[union-attr]
+    for parameter in module.adapters.parameters(module.model):  # type: ignore[union-attr]
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10
     export(module, load_tokenizer(base, OPTIONS), folder, base=base, algorithm="sft")
     model: torch.nn.Module = module.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlhf_core.models.freezing import matches_pattern, parameter_size
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading.byte_tokenizer import TOKENS
 from rlhf_core.models.loading.load import load_model
-from rlhf_core.strategy.torch import TorchStrategy
+from rlhf_core.strategy.torch import TorchStrategy, TorchTrainable
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.planner import make_plan
@@ -69,11 +70,9 @@ def test_the_average_of_weights_that_move_evenly_lags_by_a_closed_form() -> None
     for t in range(1, 8):
         with torch.no_grad():
             module.weight += 1
-        average.update()
+        average.update(module)
         (held,) = average.buffers()
         assert float(held) == pytest.approx(t - decay * (1 - decay**t) / (1 - decay), rel=1e-6)
-        with average.in_place():
-            assert float(module.weight.detach()) == pytest.approx(float(held), rel=1e-6)
         assert float(module.weight.detach()) == t
 
 
@@ -83,6 +82,62 @@ def test_the_average_stays_in_float32_while_the_module_changes_its_dtype() -> No
     module.bfloat16()
     assert {buffer.dtype for buffer in module.average.buffers()} == {torch.float32}
     assert module.weight.dtype == torch.bfloat16
+
+
+class Replaced(TorchTrainable):
+    """Puts new objects in the place of the module's parameters, as strategies that shard do."""
+
+    def __init__(self, module: Any, *rest: Any) -> None:
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module.get_submodule(owner), leaf, fresh)
+        module.model.tie_weights()
+        super().__init__(module, *rest)
+
+
+@dataclass(frozen=True)
+class Replacing(TorchStrategy):
+    """A strategy that keeps none of the parameters it is given."""
+
+    def __call__(self, build: Any, optim: Any, total_steps: int) -> TorchTrainable:
+        return Replaced(build(), optim, total_steps, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("lora", [Lora(), Lora(rank=4)])
+def test_parameters_are_found_by_name_when_a_strategy_replaces_them(lora: Lora, tmp_path: Path) -> None:
+    """Adapters, merged weights and averages of a module whose parameters are other objects equal those of `torch`."""
+    if lora.rank:
+        pytest.importorskip("peft")
+    found, expected = role(Replacing(), ema=0.5, lora=lora), role(ema=0.5, lora=lora)
+    before = {name: tensor.clone() for name, tensor in expected.weights()}
+    for actor, name in ((found, "found"), (expected, "expected")):
+        actor.train({"data": rows()[0]})
+        actor.export(str(tmp_path / name))
+    weights, wanted = dict(found.weights()), dict(expected.weights())
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert any(not torch.equal(wanted[name], before[name]) for name in wanted), "training changed what is compared"
+    for folder in ("", "-ema"):
+        (file,) = (tmp_path / f"expected{folder}").glob("*model.safetensors")
+        ours, theirs = load_file(tmp_path / f"found{folder}" / file.name), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_average_is_refused_before_training_where_weights_are_held_nowhere() -> None:
+    class Freed(TorchTrainable):
+        """Frees weights between steps, as DeepSpeed's stage 3 does."""
+
+        sharded = True
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.new_empty(0)
+
+    with pytest.raises(UsageError, match=r"--actor.ema 0.9: strategy .* holds no weights between steps"):
+        role(lambda build, optim, steps: Freed(build(), optim, steps, torch.device("cpu")), ema=0.9)
 
 
 @pytest.mark.parametrize("lora", [Lora(), Lora(rank=4)])

@@ -37,6 +37,7 @@ __all__ = [
     "shard",
     "show",
     "silence_deepspeed",
+    "whole",
     "whole_weights",
 ]
 
@@ -103,9 +104,14 @@ def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.devi
 def whole_weights(module: nn.Module, elements: int) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under their Hugging Face names, gathered about `elements` at a time. Collective."""
     buckets = _Buckets(list(module.parameters()), elements)
-    for name, tensor in module.hf_weights(gather=buckets.opened):  # type: ignore[operator]
-        yield name, tensor.clone()  # its bucket's memory goes with the bucket
+    yield from module.hf_weights(buckets.full)  # type: ignore[operator]
     buckets.close()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """Return the whole of a sharded parameter. Collective."""
+    with library().zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 class _Buckets:
@@ -118,15 +124,14 @@ class _Buckets:
         self._open = ExitStack()
         self._whole: set[int] = set()
 
-    @contextmanager
-    def opened(self, parameter: nn.Parameter) -> Iterator[None]:
-        """`parameter` is whole: the bucket that begins with it is opened, unless it is in the open one."""
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return the whole of `parameter`: the bucket that begins with it is opened, unless it is in the open one."""
         if id(parameter) not in self._whole:
             self.close()
             bucket = self._from(self._places[id(parameter)])
             self._open.enter_context(library().zero.GatheredParameters(bucket))
             self._whole = {id(each) for each in bucket}
-        yield
+        return parameter.detach().clone()  # its bucket's memory goes with the bucket
 
     def close(self) -> None:
         """Release the open bucket."""
@@ -145,11 +150,16 @@ class _Buckets:
 
 
 @contextmanager
-def gather_weights(engine: Any, part: nn.Module | None = None) -> Iterator[None]:
-    """All weights of a stage 3 engine's module, or of a part of it, on every rank, and no hooks that would release them.
-    Collective when it opens and closes, and only then."""
+def gather_weights(engine: Any) -> Iterator[None]:
+    """Hold all weights of a stage 3 engine's module on every rank, without the hooks that would release them.
+
+    Collective when it opens and closes, and only then. Inside another such context it changes nothing.
+    """
     hooks = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    with library().zero.GatheredParameters(list((part or engine.module).parameters())):
+    if not hooks.forward_hooks:
+        yield
+        return
+    with library().zero.GatheredParameters(list(engine.module.parameters())):
         hooks._remove_module_hooks()
         hooks.forward_hooks.clear()
         hooks.backward_hooks.clear()

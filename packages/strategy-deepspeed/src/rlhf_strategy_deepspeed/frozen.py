@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.roles import Trainable
 from rlhf_strategy_deepspeed.config import configuration
-from rlhf_strategy_deepspeed.engine import forward, gather_weights, initialize, shard, show, whole_weights
+from rlhf_strategy_deepspeed.engine import forward, gather_weights, initialize, shard, show, whole, whole_weights
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["FrozenShards"]
 
 
-class FrozenShards:
+class FrozenShards(Trainable):
     """A module that only answers."""
+
+    sharded = True
 
     def __init__(self, options: DeepSpeedOptions, module: nn.Module, device: torch.device) -> None:
         config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
@@ -44,8 +47,11 @@ class FrozenShards:
     def step(self) -> NoReturn:
         raise AssertionError("a frozen role is not trained")
 
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        return gather_weights(self.engine, part)
+    def full(self, parameter: Tensor) -> Tensor:
+        return whole(parameter)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return gather_weights(self.engine)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from whole_weights(self.module, self.bucket)

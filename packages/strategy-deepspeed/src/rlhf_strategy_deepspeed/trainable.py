@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.training.optimizer import adamw, lr_factor
@@ -26,6 +27,7 @@ from rlhf_strategy_deepspeed.engine import (
     shard,
     show,
     silence_deepspeed,
+    whole,
     whole_weights,
 )
 
@@ -42,7 +44,7 @@ TAG = "deepspeed"
 """The folder inside a checkpoint folder that DeepSpeed writes."""
 
 
-class DeepSpeedTrainable:
+class DeepSpeedTrainable(Trainable):
     """A module, its optimiser and its schedule, sharded as `options.stage` says."""
 
     def __init__(
@@ -58,6 +60,7 @@ class DeepSpeedTrainable:
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.options = optim
         self.stage = options.stage
+        self.sharded = options.stage == 3
         self.total_steps = total_steps
         self.steps_done = 0
         self.device = device
@@ -99,8 +102,11 @@ class DeepSpeedTrainable:
             for parameter in parameters:
                 parameter.grad = None
 
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        return gather_weights(self.engine, part) if self.stage == 3 else nullcontext()
+    def full(self, parameter: Tensor) -> Tensor:
+        return whole(parameter) if self.sharded else parameter.detach()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return gather_weights(self.engine) if self.stage == 3 else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.stage == 3:

@@ -34,6 +34,15 @@ class Trainable(Protocol):
 
     world: World
     module: nn.Module
+    sharded: bool = False
+    """True if a rank may hold a share of a parameter only, so that whole ones come from `full` and all ranks work together"""
+
+    def full(self, parameter: Tensor) -> Tensor:
+        """Return the whole of a parameter of `module`, or of a tensor sharded like one, without gradient.
+
+        It is valid until the next call. Collective: every rank calls it for the same parameters in the same order.
+        """
+        return parameter.detach()
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
@@ -55,8 +64,8 @@ class Trainable(Protocol):
         """Full tensors under their Hugging Face names, gathered if sharded."""
         ...
 
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        """While it is open, `part` (all of `module` where absent) holds full weights and each rank may use it by itself."""
+    def gathered(self) -> AbstractContextManager[None]:
+        """While it is open, `module` holds full weights and each rank may use it by itself. Calls nest."""
         ...
 
     def save(self, folder: str) -> None:

@@ -66,8 +66,10 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision).eval()
     module.requires_grad_(spec.trained and not adapted)
     if adapters is not None:
-        for part in (adapters.parameters(), module.heads, getattr(model, "score", nn.Module())):
-            part.float().requires_grad_(True)
+        heads_too = nn.ModuleList(module.scalar_heads()).parameters()
+        for parameter in (*adapters.parameters(model), *heads_too):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
     if spec.trained:
         _train(module, options, spec.name)  # type: ignore[arg-type]  # what is trained has them
     return module

@@ -2,12 +2,14 @@
 
 It begins at the first weights, is kept in float32 whatever the model is in, and is a part of the module: checkpoints have it
 and devices move it. It is never trained and nothing samples from it; an export may write it.
+
+Parameters are looked up by name at each use, since a strategy may put other objects in their place. Under one that shards, the
+average is sharded in the same way (`begin`), and an export gathers it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -22,33 +24,32 @@ class Average(nn.Module):
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self._followed = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        for name, parameter in self._followed:
-            self.register_buffer(_key(name), parameter.detach().float().clone())
+        self.names = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+        for name in self.names:
+            self.register_buffer(_key(name), _wide_copy(module.get_parameter(name)))
+
+    def follows(self, module: nn.Module) -> bool:
+        """Return False if `module` no longer holds its parameters, or their shares, under their own names and shapes.
+
+        Some strategies flatten parameters, or free them between forward passes (DeepSpeed's stage 3).
+        """
+        now = dict(module.named_parameters(remove_duplicate=False))
+        return all(name in now and now[name].shape == average.shape for name, average in self.named().items())
+
+    def begin(self, module: nn.Module) -> None:
+        """Start at the weights as a strategy has placed them: sharded where they are."""
+        for name in self.names:
+            setattr(self, _key(name), _wide_copy(module.get_parameter(name)))
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, module: nn.Module) -> None:
         """Take the weights as they are now into the average."""
-        for average, parameter in self._pairs():
-            average.lerp_(parameter.float(), 1 - self.decay)
+        for name, average in self.named().items():
+            average.lerp_(module.get_parameter(name).float(), 1 - self.decay)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The module with the averages as its weights, inside."""
-        with torch.no_grad():
-            kept = [parameter.clone() for _, parameter in self._followed]
-            for average, parameter in self._pairs():
-                parameter.copy_(average)
-            try:
-                yield
-            finally:
-                for value, (_, parameter) in zip(kept, self._followed, strict=True):
-                    parameter.copy_(value)
-
-    def _pairs(self) -> Iterator[tuple[Tensor, nn.Parameter]]:
-        """Averages and what they are of."""
-        for name, parameter in self._followed:
-            yield getattr(self, _key(name)), parameter
+    def named(self) -> dict[str, Tensor]:
+        """Return the averages by their parameters' names, float32."""
+        return {name: self.get_buffer(_key(name)) for name in self.names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def wide(tensor: Tensor) -> Tensor:
@@ -59,6 +60,10 @@ class Average(nn.Module):
         return self
 
 
+def _wide_copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().float().clone()
+
+
 def _key(name: str) -> str:
-    """A parameter's name as a buffer's, which may have no dots."""
+    """Return a parameter's name as a buffer's, which may have no dots."""
     return name.replace(".", "/")

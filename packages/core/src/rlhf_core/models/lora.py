@@ -10,9 +10,9 @@ Left out on purpose: other kinds of adapters, and adapters on embeddings and on 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,71 +37,83 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class Site:
-    """One adapted matrix."""
+    """One adapted matrix, all by name: strategies may put other objects in the place of a module's parameters."""
 
     name: str
-    """the matrix's Hugging Face name without `.weight`"""
-    base: Tensor
-    A: nn.Parameter
-    """(rank, in)"""
-    B: nn.Parameter
-    """(out, rank)"""
+    """the matrix's Hugging Face name without `.weight`, and that of the layer that adapts it"""
+    base: str
+    """the name of the matrix in the model"""
+    A: str
+    """that of the factor (rank, in)"""
+    B: str
+    """that of the factor (out, rank)"""
     scale: float
     transposed: bool = False
-    """whether the matrix is (in, out), as GPT-2's are"""
+    """True if the matrix is (in, out), as GPT-2's are"""
 
     def merged(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """The weight that acts like base and adapter together, in the base's dtype; of whole tensors."""
+        """Return the weight that acts like base and adapter together, in the base's dtype; of whole tensors."""
         update = self.scale * (B.float() @ A.float())
-        return (dequantize(base).float() + (update.t() if self.transposed else update)).to(
-            base.dtype if base.dtype.is_floating_point else torch.float32
-        )
+        return (base.float() + (update.t() if self.transposed else update)).to(base.dtype)
 
 
 @dataclass
 class Adapters:
-    """The adapters of one model."""
+    """The adapters of one model. Layers and parameters are looked up in the model at each use."""
 
     config: Any
     """PEFT's `LoraConfig`"""
-    sites: list[Site]
-    layers: list[Any] = field(default_factory=list)
-    """PEFT's layers, and the head if it is adapted"""
+    sites: tuple[Site, ...] = ()
     on: bool = True
     """whether they act"""
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """The model without its adapters, inside: what it was before training."""
-        self._switch(False)
+    def off(self, model: nn.Module) -> Iterator[None]:
+        """Use `model` without its adapters inside the context: the model as it was before training."""
+        self._switch(model, False)
         try:
             yield
         finally:
-            self._switch(True)
+            self._switch(model, True)
 
-    def _switch(self, on: bool) -> None:
+    def _switch(self, model: nn.Module, on: bool) -> None:
         self.on = on
-        for layer in self.layers:
-            layer._disable_adapters = not on  # PEFT's `enable_adapters` would also say what is trained
+        for layer in self._layers(model):
+            layer._disable_adapters = not on  # PEFT's `enable_adapters` would also change what is trained
 
-    def parameters(self) -> nn.ParameterList:
-        """What the adapters consist of."""
-        return nn.ParameterList(each for site in self.sites for each in (site.A, site.B))
+    def _layers(self, model: nn.Module) -> Iterator[Any]:
+        """Yield PEFT's layers, and the head if it is adapted."""
+        for site in self.sites:
+            yield model.get_submodule(site.name)
 
-    def drop(self, active: bool) -> None:
-        """Let dropout act, or not."""
-        for layer in self.layers:
+    @property
+    def names(self) -> list[str]:
+        """The names of all factors in the model."""
+        return [name for site in self.sites for name in (site.A, site.B)]
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return all factors as `model` holds them now."""
+        return [model.get_parameter(name) for name in self.names]
+
+    def drop(self, model: nn.Module, active: bool) -> None:
+        """Switch the dropout of the adapters."""
+        for layer in self._layers(model):
             if not isinstance(layer, ChunkedHead):
                 layer.lora_dropout.train(active)
 
-    def save(self, folder: Path, base: str, classifier: nn.Module | None = None) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, with the classifier's head if there is one."""
+    def save(self, folder: Path, base: str, weights: Mapping[str, Tensor]) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+        Args:
+            folder: where.
+            base: the model that the adapters belong to.
+            weights: whole tensors by their names in the model: all factors, and a classifier's head (`score`) if there is one.
+        """
         tensors = {}
         for site in self.sites:
-            tensors[f"base_model.model.{site.name}.lora_A.weight"] = site.A
-            tensors[f"base_model.model.{site.name}.lora_B.weight"] = site.B
-        for name, parameter in (classifier or nn.Module()).named_parameters():
-            tensors[f"base_model.model.score.{name}"] = parameter
+            tensors[f"base_model.model.{site.name}.lora_A.weight"] = weights[site.A]
+            tensors[f"base_model.model.{site.name}.lora_B.weight"] = weights[site.B]
+        tensors |= {f"base_model.model.{name}": weights[name] for name in weights if name.startswith("score.")}
         self.config.base_model_name_or_path = base
         self.config.inference_mode = True
         self.config.save_pretrained(str(folder))
@@ -134,18 +146,14 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
         head.adapt(options.rank, options.alpha)
         config.target_modules = sorted({*targets, _name_of(model, head).rpartition(".")[2]})
     config.modules_to_save = None if head is not None else ["score"]  # before, PEFT would have copied the head
-    adapters = Adapters(config, [])
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            adapters.layers.append(module)
-            adapters.sites.append(_site(name, module))
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    adapters = Adapters(config, tuple(_site(name, layer) for name, layer in layers.items()))
     for site in adapters.sites:
-        bound = site.A.shape[1] ** -0.5  # PEFT's own, Kaiming's uniform with a = sqrt(5)
+        A, B = model.get_parameter(site.A), model.get_parameter(site.B)
+        bound = A.shape[1] ** -0.5  # PEFT's own, Kaiming's uniform with a = sqrt(5)
         with torch.no_grad():
-            site.A.data = torch.empty(site.A.shape).uniform_(
-                -bound, bound, generator=generator_for(f"{seed}/{site.name}")
-            )
-            site.B.data = torch.zeros(site.B.shape)
+            A.data = torch.empty(A.shape).uniform_(-bound, bound, generator=generator_for(f"{seed}/{site.name}"))
+            B.data = torch.zeros(B.shape)
     return adapters
 
 
@@ -161,13 +169,13 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def dequantize(weight: Tensor) -> Tensor:
-    """The weight itself; of one held in 4 bits, what it stands for."""
-    state = getattr(weight, "quant_state", None)
+def dequantize(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return `whole`, the weight of `parameter`; of one held in 4 bits, the matrix that it stands for."""
+    state = getattr(parameter, "quant_state", None)
     if state is None:
-        return weight
+        return whole
     functional: Any = importlib.import_module("bitsandbytes.functional")
-    found: Tensor = functional.dequantize_4bit(weight.data, state)
+    found: Tensor = functional.dequantize_4bit(parameter.data, state)
     return found
 
 
@@ -196,11 +204,11 @@ def _targets(model: Any, options: Lora, role: str) -> tuple[set[str], bool]:
 
 
 def _site(name: str, layer: Any) -> Site:
-    """What is adapted by a layer of PEFT's, or by the head."""
+    """Return the names of the matrix that a layer of PEFT's, or the head, adapts."""
     if isinstance(layer, ChunkedHead):
-        return Site(name, layer.weight, layer.lora_A, layer.lora_B, layer.update_scale)
-    A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return Site(name, layer.get_base_layer().weight, A, B, layer.scaling[ADAPTER], layer.fan_in_fan_out)
+        return Site(name, f"{name}.weight", f"{name}.lora_A", f"{name}.lora_B", layer.update_scale)
+    A, B = (f"{name}.{factor}.{ADAPTER}.weight" for factor in ("lora_A", "lora_B"))
+    return Site(name, f"{name}.base_layer.weight", A, B, layer.scaling[ADAPTER], layer.fan_in_fan_out)
 
 
 def _transposed(layer: nn.Module) -> bool:

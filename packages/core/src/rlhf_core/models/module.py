@@ -20,7 +20,7 @@ Left out on purpose: padding masks (`models.inputs`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ class RoleModule(nn.Module):
         self.frozen: dict[str, int] = {}
         """how many numbers each pattern of `freeze` stands for"""
         self.average: Average | None = None
+        self.sharded = False
+        """True if ranks hold shares of the parameters, and so must call the body together (`Trainable.sharded`)"""
 
     @property
     def causal_lm(self) -> Any:
@@ -123,7 +125,7 @@ class RoleModule(nn.Module):
     def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_read` gives; each row is read once where only heads are trained."""
         body, routed = self.model.base_model, ROUTER_LOSS in wants
-        if routed or inputs.images or not trains_only_heads(self, body):
+        if routed or inputs.images or self.sharded or not trains_only_heads(self, body):
             return self._read(inputs, routed)
         return *self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read), None
 
@@ -142,7 +144,7 @@ class RoleModule(nn.Module):
             rows, inputs = pack_rows(inputs)
             arguments = rows.arguments(self.flash)
         if self.adapters is not None:
-            self.adapters.drop(torch.is_grad_enabled())
+            self.adapters.drop(self.model, torch.is_grad_enabled())
         recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             body.train()  # transformers recomputes in training mode only; dropout is off in both
@@ -153,7 +155,7 @@ class RoleModule(nn.Module):
             body.eval()
             if self.adapters is not None:
                 self.adapters.drop(
-                    True
+                    self.model, True
                 )  # when its layers are computed again their dropout must draw, and draw the same
         padded = None if "position_ids" in arguments else inputs
         balance = balance_loss(self.model, found.router_logits, padded) if routed else None
@@ -181,35 +183,72 @@ class RoleModule(nn.Module):
         return bool(text._attn_implementation == "flash_attention_2")
 
     def hf_weights(
-        self, gather: Callable[[nn.Parameter], AbstractContextManager[object]] = nullcontext
+        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """The model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding.
+        """Yield the model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding.
 
-        Adapters are merged into a copy of the matrix they belong to. A strategy that shards parameters gives `gather`, a
-        context in which a parameter is whole.
+        Adapters are merged into a copy of the matrix they belong to.
+
+        Args:
+            full: the whole of a parameter; `Trainable.full` of a strategy that shards. Every rank calls it for every parameter.
+            averaged: give the moving average in the place of what is trained.
         """
-        adapters = self.adapters or Adapters(None, [])
-        sites = {id(site.base): site for site in adapters.sites if adapters.on}
-        updates = {id(each) for each in adapters.parameters()}
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) in updates:
+        adapters = self.adapters or Adapters(None)
+        sites = {site.base: site for site in adapters.sites if adapters.on}
+        averages = self._averages() if averaged else {}
+        named = dict(self.model.named_parameters())
+
+        def value(name: str) -> Tensor:
+            parameter = named[name]
+            if name in averages:
+                return full(averages[name]).to(parameter.dtype)
+            return dequantize(parameter, full(parameter))
+
+        for name in [name for name in named if name not in adapters.names]:
+            site = sites.get(name)
+            if site is None:
+                yield name.replace(".base_layer.", "."), value(name)
                 continue
-            site = sites.get(id(parameter))
-            update = [_copy_parameter(each, gather) for each in (site.A, site.B)] if site is not None else []
-            with gather(parameter):
-                value = dequantize(parameter).detach()
-                yield name.replace(".base_layer.", "."), value if site is None else site.merged(value, *update)
+            A, B = value(site.A).clone(), value(site.B).clone()  # they stay when another is gathered
+            base = value(name)
+            yield f"{site.name}.weight", site.merged(base if named[name].is_floating_point() else base.float(), A, B)
         persistent = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
             if name in persistent:
                 yield name, buffer
 
-    @property
-    def own_parts(self) -> nn.ModuleList:
-        """What an export reads beside `hf_weights`: heads, and of an adapted model all that is trained."""
-        if self.adapters is None:
-            return nn.ModuleList([self.heads])
-        return nn.ModuleList([self.heads, self.adapters.parameters(), getattr(self.model, "score", nn.Module())])
+    def own_weights(
+        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False
+    ) -> dict[str, Tensor]:
+        """Return what an export writes beside `hf_weights`: heads, and of an adapted model all that is trained.
+
+        Names are those of this module's parameters; the arguments are those of `hf_weights`.
+        """
+        trained = {f"model.{name}" for name in self.adapters.names} if self.adapters is not None else set()
+        scored = "model.score." if self.adapters is not None else "heads."
+        averages = {f"model.{name}": tensor for name, tensor in self._averages().items()} if averaged else {}
+        return {
+            name: full(averages[name]).to(parameter.dtype) if name in averages else full(parameter).clone()
+            for name, parameter in self.named_parameters()
+            if name in trained or name.startswith(("heads.", scored))
+        }
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the moving averages by the names that their parameters have in the model."""
+        named = self.average.named() if self.average is not None else {}
+        return {name.removeprefix("model."): tensor for name, tensor in named.items()}
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Use the model as it was before adapters were trained, inside the context."""
+        assert self.adapters is not None, "only a model with adapters has a base"
+        with self.adapters.off(self.model):
+            yield
+
+    def scalar_heads(self) -> list[nn.Module]:
+        """Return all scalar heads: the module's own, and a classifier's."""
+        score = getattr(self.model, "score", None)
+        return [*self.heads.values(), *([] if score is None else [score])]
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint needs: frozen weights are loaded again from where they came."""
@@ -233,14 +272,6 @@ class RoleModule(nn.Module):
         if not frozen or len(frozen) == len(named):
             return set(every)
         return {name for name in every if name in named or name in dict(self.named_buffers())} - frozen
-
-
-def _copy_parameter(
-    parameter: nn.Parameter, gather: Callable[[nn.Parameter], AbstractContextManager[object]]
-) -> Tensor:
-    """The whole of a parameter that stays when another is gathered."""
-    with gather(parameter):
-        return parameter.detach().clone()
 
 
 def _scatter_tokens(values_M: Tensor, inputs: Inputs) -> Tensor:

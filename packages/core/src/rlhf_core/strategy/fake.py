@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.roles import Trainable
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class FakeStrategy:
         return FakeTrainable(self, optim.lr if optim is not None else 0.0)
 
 
-class FakeTrainable:
+class FakeTrainable(Trainable):
     """`logprobs_NT = -(1 + token id mod 7) + w`, `entropy_NT = 1 + w`, `values_NT = w`, `scores_N = length * w`; SGD on w."""
 
     def __init__(self, options: FakeStrategy, lr: float) -> None:
@@ -48,7 +49,7 @@ class FakeTrainable:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
         self.module: Any = cast("Any", torch.nn.ParameterList([torch.zeros(())]))
-        self.module.heads = self.module.own_parts = torch.nn.ModuleDict()  # these are what an export reads
+        self.module.own_weights = lambda *_: {}  # these are what an export reads
         self.module.adapters = None
         self.module.model = FakeModel(self)
         self.steps_done = 0
@@ -86,7 +87,7 @@ class FakeTrainable:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield "w", self.w.detach()
 
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def save(self, folder: str) -> None:

@@ -7,28 +7,33 @@ the same model (`Plan.base_owner`). A launcher or strategy that keeps roles apar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rlhf_core.contract.roles import Trainable
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.roles import Trainable
 
 __all__ = ["SharedBase"]
 
 
-class SharedBase:
+class SharedBase(Trainable):
     """The model of `base_owner`, its adapters switched off whenever this answers."""
 
     def __init__(self, base_owner: Trainable) -> None:
         self.base_owner = base_owner
         self.world = base_owner.world
         self.module: Any = base_owner.module
+        self.sharded = base_owner.sharded
+
+    def full(self, parameter: Tensor) -> Tensor:
+        return self.base_owner.full(parameter)
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        with self.module.adapters.off():
+        with self.module.without_adapters():
             return self.base_owner.forward(batch, wants)
 
     def backward(self, loss: Tensor) -> NoReturn:
@@ -38,18 +43,13 @@ class SharedBase:
         raise AssertionError("a frozen role is not trained")
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        with self.module.adapters.off():
+        with self.module.without_adapters():
             yield from self.base_owner.weights()
 
     @contextmanager
-    def _gathered(self, part: nn.Module | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(self.module.adapters.off())
-            stack.enter_context(self.base_owner.gathered(part))
+    def gathered(self) -> Iterator[None]:
+        with self.module.without_adapters(), self.base_owner.gathered():
             yield
-
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
-        return self._gathered(part)
 
     def save(self, folder: str) -> None:
         """Nothing: a frozen role is loaded again from where it came."""

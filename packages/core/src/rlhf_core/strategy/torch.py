@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.roles import Trainable
 from rlhf_core.lazy import torch
 from rlhf_core.strategy.shared_base import SharedBase
 from rlhf_core.training.optimizer import adamw, lr_factor
@@ -41,7 +42,7 @@ class TorchStrategy:
         return TorchTrainable(build().to(device), optim, total_steps, torch.device(device))
 
 
-class TorchTrainable:
+class TorchTrainable(Trainable):
     """A module, its optimiser and its schedule."""
 
     keeps_graphs = True
@@ -109,7 +110,7 @@ class TorchTrainable:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.hf_weights()  # type: ignore[operator]
 
-    def gathered(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def shared_base(self) -> SharedBase:

@@ -91,13 +91,30 @@ class LocalRole:
 
     def _check_and_tell(self) -> None:
         """Say what is trained, where it is not everything."""
-        if self.average is not None and any(parameter.numel() == 0 for parameter in self.module.parameters()):
-            raise UsageError(f"--{self.name}.ema follows whole weights, and the strategy shards them; leave it out")
+        if self.trainable.sharded:
+            self.module.sharded = True
+            self._shard_average()
         frozen = getattr(self.module, "frozen", {})
         if self.world.rank == 0 and (frozen or getattr(self.module, "adapters", None) is not None):
             from rlhf_core.models.freezing import trained_share
 
             print(f"rlhf-run: the {self.name} trains {trained_share(self.module)}", file=sys.stderr)
+
+    def _shard_average(self) -> None:
+        """Let a moving average begin at the weights as the strategy has sharded them."""
+        strategy = self.plan.config.names.get("strategy", "")
+        if self.average is not None:
+            if not self.average.follows(self.module):
+                raise UsageError(
+                    f"--{self.name}.ema {self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
+                    "an average must follow them; leave it out, or choose a strategy that holds them (torch, fsdp2)"
+                )
+            self.average.begin(self.module)
+        if self.plan.config.on_oom == "halve" and self.world.size > 1:
+            raise UsageError(
+                f"--on-oom halve: ranks of strategy {strategy!r} wait for each other inside a forward pass, and one without "
+                "memory would stop all; leave it out, and lower --micro-tokens"
+            )
 
     def bind_comparisons(self, roles: Mapping[str, LocalRole]) -> None:
         """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
@@ -208,21 +225,22 @@ class LocalRole:
         if not instead:
             self._export(folder)
         if self.average is not None:
-            with self.average.in_place():
-                self._export(folder if instead else f"{folder}-ema")
+            self._export(folder if instead else f"{folder}-ema", averaged=True)
 
-    def _export(self, folder: str) -> None:
-        """Write the weights that the module has now."""
+    def _export(self, folder: str, averaged: bool = False) -> None:
+        """Write the weights that the module has now, or their moving average."""
         from rlhf_core.models.export.folder import export
 
         leads = self.world.rank == 0
-        adapted = self.module.adapters is not None  # then the model's own weights are where they came from
-        state = {} if adapted else {name: tensor.cpu() for name, tensor in self.weights() if leads}
-        with self.trainable.gathered(self.module.own_parts):
-            if leads:
-                card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
-                shard = self.plan.config.export_shard
-                export(self.module, self.tokenizer, folder, state=state, shard=shard, **card)
+        state = {}
+        if self.module.adapters is None:  # else the model's own weights are where they came from
+            weights = self.module.hf_weights(self.trainable.full, averaged) if averaged else self.weights()
+            state = {name: tensor.cpu() for name, tensor in weights if leads}
+        own = self.module.own_weights(self.trainable.full, averaged)
+        if leads:
+            card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
+            shard = self.plan.config.export_shard
+            export(self.module, self.tokenizer, folder, state=state, own=own, shard=shard, **card)
         self.world.barrier()
 
 

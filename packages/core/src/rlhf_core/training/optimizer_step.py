@@ -115,7 +115,7 @@ class OptimizerStep:
         else:
             watch.check_gradient(metrics["grad_norm"], work)
             if self.average is not None:
-                self.average.update()
+                self.average.update(self.module)
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 

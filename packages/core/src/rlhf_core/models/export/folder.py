@@ -37,6 +37,7 @@ def export(
     base: str,
     algorithm: str,
     state: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None,
     shard: str = SHARD,
 ) -> None:
     """Write `folder`, replacing it only when everything is on the disk.
@@ -48,6 +49,7 @@ def export(
         base: the model it was trained from, for the card and the adapters.
         algorithm: what it was trained with, for the card.
         state: the model's tensors by their Hugging Face names where a strategy gathered them; the module's own otherwise.
+        own: what `RoleModule.own_weights` gives, likewise.
         shard: largest weights file.
     """
     from safetensors.torch import save_file
@@ -55,15 +57,16 @@ def export(
     from rlhf_core.models.heads.modules import HEADS_FILE
 
     model, adapters = module.model, module.adapters
+    own = module.own_weights() if own is None else own
     with fresh_folder(Path(folder)) as target, no_progress_bars():
         if adapters is not None:
-            adapters.save(target, base, getattr(model, "score", None))
+            adapters.save(target, base, _inside(own, "model."))
             if find(base).kind == "tiny":
                 _save_tiny(base, target / "base")
         else:
             model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=shard)
-        if heads := dict(module.heads.state_dict()):
-            save_file({name: tensor.contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
+        if heads := _inside(own, "heads."):
+            save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
         vision = getattr(module, "vision", None)  # strategies may train other modules than ours
         if vision is not None:
             vision.reader.save(target)
@@ -81,6 +84,11 @@ def padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     return tokenizer
+
+
+def _inside(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _save_tiny(name: str, folder: Path) -> None:

@@ -39,9 +39,8 @@ class _Row(NamedTuple):
 
 
 def trains_only_heads(model: nn.Module, body: nn.Module) -> bool:
-    """Whether something of `model` is trained, nothing of its `body`, and no parameter is sharded."""
-    frozen = not any(p.requires_grad or hasattr(p, "ds_id") for p in body.parameters())
-    return frozen and any(p.requires_grad for p in model.parameters())
+    """Return True if something of `model` is trained, and nothing of its `body`."""
+    return not any(p.requires_grad for p in body.parameters()) and any(p.requires_grad for p in model.parameters())
 
 
 class Features:
