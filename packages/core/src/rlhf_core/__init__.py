@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from rlhf_core.config.builder import make_config
     from rlhf_core.config.value_types import Secret, reveal
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
     from rlhf_core.contract.hooks import Providers, hookimpl
+    from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
     from rlhf_core.contract.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
     from rlhf_core.contract.roles import Role, Trainable
@@ -47,11 +49,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KL",
+    "Artifact",
+    "ArtifactKind",
     "Batch",
+    "Command",
+    "CommandContext",
     "ContractError",
     "Credit",
     "DataError",
     "Example",
+    "Ingredient",
+    "IngredientContext",
     "Lora",
     "LossTerms",
     "Metric",
@@ -98,8 +106,10 @@ _HOMES = {
     "config.builder": "make_config",
     "config.value_types": "Secret reveal",
     "contract.batch": "Batch Example Prompts Rollouts",
+    "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
     "contract.hooks": "Providers hookimpl",
+    "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
     "contract.options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
     "contract.roles": "Role Trainable",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rlhf_core.contract.hooks import Providers, hookimpl
 
 __all__ = [
+    "rlhf_command",
     "rlhf_data",
     "rlhf_evaluator",
     "rlhf_launcher",
@@ -81,6 +82,24 @@ def rlhf_observer() -> Providers:
         "mlflow": "rlhf_core.observer.mlflow:MLflow",
         "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
         "wandb": "rlhf_core.observer.wandb:Wandb",
+    }
+
+
+@hookimpl
+def rlhf_command() -> Providers:
+    return {
+        "chat": "rlhf_core.cli.chat:Chat",
+        "curves": "rlhf_core.cli.curves:Curves",
+        "doctor": "rlhf_core.cli.doctor:Doctor",
+        "eval": "rlhf_core.cli.evaluate:Evaluate",
+        "frontier": "rlhf_core.cli.frontier:Frontier",
+        "generate": "rlhf_core.cli.generate:Generate",
+        "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",
+        "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
+        "plugins": "rlhf_core.cli.plugins:Plugins",
+        "score": "rlhf_core.cli.score:Score",
+        "serve-reward": "rlhf_core.reward.serve:ServeReward",
+        "sweep": "rlhf_core.cli.sweep:Sweep",
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_core import plugin as core
 from rlhf_core.cli import main
+from rlhf_core.contract.hooks import KINDS
 
 PLUGIN = '''
 from collections.abc import Mapping
@@ -128,8 +129,8 @@ FLAGS = {
     "online --rewrd brevity": "unknown flag --rewrd; did you mean --reward?",
     "online --stepz 3": "unknown flag --stepz; did you mean --steps INT, optimiser phases: each collects a batch and "
     "trains on it (default: 100)?",
-    "online --step 3": "algorithm 'online' has no step (did you mean 'steps'?), it uses data, rollout, reward, strategy, "
-    "launcher, evaluator, observer",
+    "online --step 3": "unknown flag --step; did you mean --steps INT, optimiser phases: each collects a batch and trains "
+    "on it (default: 100)?",
     "online --lr 3": "unknown flag --lr; did you mean --actor.optim.lr FLOAT, peak learning rate (default: 1e-06)?",
     "online --confg x": "unknown flag --confg; did you mean --config?",
     "online --zzz 3": "unknown flag --zzz; see rlhf-run online --help",
@@ -163,9 +164,11 @@ FLAGS = {
     "online --config missing.toml": "--config missing.toml: No such file or directory",
     "online --config .": "--config .: Is a directory",
     # commands
-    "plugins --kind rewards": "--kind expects {,data,rollout,reward,advantage,loss,algorithm,strategy,launcher,"
-    "evaluator,observer,step,metric}, not 'rewards'",
-    "plugins --jsn": "plugins has no flag --jsn; did you mean --json True|False, as JSON: providers, conflicts and "
+    "plugins --kind rewards": f"--kind expects {{,{','.join(KINDS)},metric}}, not 'rewards'",
+    "plugins --data x": "plugins has no data, see rlhf-run plugins --help",
+    "eval tiny": "eval needs --evaluator NAME; see rlhf-run plugins --kind evaluator",
+    "eval tiny --loss bare": "eval has no loss, it uses evaluator, data, reward, rollout, strategy, launcher",
+    "plugins --jsn": "unknown flag --jsn; did you mean --json True|False, as JSON: providers, conflicts and "
     "broken plugins (default: False)?",
     "plugins reward": "unexpected 'reward': rlhf-run plugins",
     "new-plugin": "new-plugin needs NAME, the provider's name: small letters, digits and dashes: rlhf-run new-plugin NAME",
@@ -174,7 +177,7 @@ FLAGS = {
     "new-plugin here": "new-plugin here: the folder rlhf-here exists already",
     "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`: rlhf-run chat MODEL",
     "chat tiny --temperature -1": "temperature must be at least 0, not -1.0",
-    "chat tiny --promt hi": "chat has no flag --promt; did you mean --prompt STR, answer only this and end "
+    "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, answer only this and end "
     "(default: empty)?",
 }
 

@@ -290,11 +290,6 @@ def test_an_observer_stops_a_run_with_a_reason_and_the_step_is_saved(tmp_path: P
     assert CALLED == [], "watchers of one run do not watch the next"
 
 
-def test_rlhf_step_brings_names_that_recipes_will_use() -> None:
-    registry = outside("step", Stopwatch)
-    assert registry.resolve("step", "mine") is Stopwatch
-
-
 def test_rlhf_metrics_documents_what_a_stranger_logs() -> None:
     def metrics() -> Mapping[str, str]:
         return {"reward/marks": "marks: exclamation marks of a completion, mean"}

@@ -22,7 +22,6 @@ from rlhf_core.testing import (
     check_loss,
     check_provider,
     check_reward,
-    check_step,
     tiny_rollouts,
 )
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyAlgorithm, TinyLoss
@@ -143,12 +142,6 @@ def test_a_good_provider_passes() -> None:
 def test_a_provider_that_breaks_a_rule_is_told_which(provider: object, clause: str) -> None:
     with pytest.raises(AssertionError, match=clause):
         check_provider(provider)
-
-
-def test_a_step_is_checked_as_a_provider() -> None:
-    check_step(Good())
-    with pytest.raises(AssertionError, match="must be frozen"):
-        check_step(Thawed())
 
 
 def test_modules_on_the_path_of_help_must_not_import_torch() -> None:

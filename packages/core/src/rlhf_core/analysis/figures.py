@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
+from rlhf_core.contract.commands import Command
 from rlhf_core.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Drawing", "figure"]
 
 
 @dataclass(frozen=True)
-class Drawing(ABC):
+class Drawing(Command, ABC):
     """A command that makes a figure of a sweep's runs, and the table of its numbers."""
 
     file: str
@@ -39,7 +40,7 @@ class Drawing(ABC):
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
         """The figure."""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         if self.formats:
             _check_matplotlib()
         rows, stem = self.rows(read_sweep(self.file)), Path(self.output)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_core.cli import help as help_
-from rlhf_core.cli.command import COMMANDS, JOBS, make_command, wants_help
 from rlhf_core.config.parsing import read
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry
+from rlhf_core.run.command import read_command, run_command
 from rlhf_core.util.secrets import redact, show_traceback
 from rlhf_core.util.suggestions import closest_names, or_list
 
@@ -56,22 +56,15 @@ def _run(argv: list[str]) -> int:
 
         print(version("rlhf-core"))
         return 0
-    if words and words[0] in COMMANDS:
-        if wants_help(words):
-            print(help_.command(words[0]))
-            return 0
-        return int(make_command(words[0], words[1:])(Registry(blocked=blocked, load=load)))
     registry = Registry(blocked=blocked, load=load)
-    if words and words[0] in JOBS:
-        from rlhf_core.cli.job import read_job, run_job
-
-        if wants_help(words):
-            print(help_.job(*read_job(words, registry), registry))
-            return 0
-        return run_job(words, registry)
     if not words or words[0] in ("-h", "--help"):
         print(help_.overview(registry))
         return 0
+    if registry.is_command(words[0]):
+        if wants_help(words):
+            print(help_.command(*read_command(words, registry), registry))
+            return 0
+        return run_command(words, registry)
     _check_first(words[0], registry)
     if wants_help(words):
         print(help_.algorithm(*read(words, registry), registry))
@@ -111,9 +104,14 @@ def _take_plugins(argv: Sequence[str]) -> tuple[list[str], list[str], list[str]]
 
 def _check_first(word: str, registry: Registry) -> None:
     """An unknown first word may be a command misspelt as well as an algorithm."""
-    algorithms = registry.table("algorithm")
+    algorithms, commands = registry.table("algorithm"), registry.table("command")
     if word.startswith("-") or ":" in word or word in algorithms:
         return
-    close = closest_names(word, [*COMMANDS, *JOBS, *algorithms])
-    if any(each in COMMANDS or each in JOBS for each in close):
+    close = closest_names(word, [*commands, *algorithms])
+    if any(each in commands for each in close):
         raise UnknownName(f"no algorithm or command is called {word!r}; did you mean {or_list(close)}?")
+
+
+def wants_help(words: Sequence[str]) -> bool:
+    """Return True if help is asked for."""
+    return "-h" in words or "--help" in words

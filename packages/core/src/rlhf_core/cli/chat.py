@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Chat"]
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Command):
     """Talk to a model: a line of input, an answer; works piped. Ctrl-D ends it."""
 
     model: str
@@ -34,7 +35,7 @@ class Chat:
     seed: int = 0
     """the same seed gives the same answers"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.load import load_model

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.commands import Command
 from rlhf_core.plugins.known_packages import INSTALL
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.contract.provided import RegistryView
 
 __all__ = ["Doctor", "missing_packages"]
 
@@ -22,16 +24,16 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plu
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Command):
     """Show versions, devices and plugins, and what is missing for which feature."""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         sections = {
-            "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(registry)],
+            "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(context.registry)],
             "devices": list(_devices()),
-            "plugins": [f"{plugin.name}: {plugin}" for plugin in registry.plugins.values()],
-            "broken plugins": [str(broken) for broken in registry.broken],
-            "missing, each for the feature it names": list(missing_packages(registry)),
+            "plugins": [f"{plugin.name}: {plugin}" for plugin in context.registry.plugins.values()],
+            "broken plugins": [str(broken) for broken in context.registry.broken],
+            "missing, each for the feature it names": list(missing_packages(context.registry)),
         }
         for title, lines in sections.items():
             if lines:
@@ -39,7 +41,7 @@ class Doctor:
         return 0
 
 
-def _versions(registry: Registry) -> Iterator[str]:
+def _versions(registry: RegistryView) -> Iterator[str]:
     ours = {plugin.distribution: plugin.version for plugin in registry.plugins.values()}
     yield from (f"{name} {version}" for name, version in ours.items())
     yield from (f"{name} {_version(name) or 'missing'}" for name in LIBRARIES)
@@ -65,7 +67,7 @@ def _devices() -> Iterator[str]:
         yield f"cuda: none that torch {torch.__version__} can use"
 
 
-def missing_packages(registry: Registry) -> Iterator[str]:
+def missing_packages(registry: RegistryView) -> Iterator[str]:
     """What is not installed: packages of ours, and the extras of those that are, with the pip command of each."""
     for kind, names in INSTALL.items():
         for name, distribution in names.items():

@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import Untrained, open_untrained
-from rlhf_core.contract.options import ModelOptions, RunConfig, Sampling
+from rlhf_core.contract.commands import Command
+from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.errors import UsageError
+from rlhf_core.run.untrained import Untrained
 from rlhf_core.training.planner import make_plan
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Evaluate"]
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Command):
     """Run evaluators on a model without training it, and print their metrics as one JSON object."""
 
     model: str
@@ -36,7 +37,7 @@ class Evaluate:
     sampling: Sampling = Sampling()
     """how completions are drawn, by evaluators that sample"""
 
-    kinds: ClassVar[Mapping[str, str | None]] = {
+    defaults: ClassVar[Mapping[str, str | None]] = {
         "evaluator": "",
         "data": "prompts",
         "reward": None,
@@ -46,7 +47,8 @@ class Evaluate:
     }
     roles: ClassVar[Mapping[str, Any]] = {"actor": ModelOptions(), "reference": ModelOptions()}
 
-    def __call__(self, config: RunConfig, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
+        config = context.config
         evaluators = config.providers["evaluator"]
         sampled = any(getattr(evaluator, "samples", True) for evaluator in evaluators)
         config = replace(config, algorithm=Untrained(("actor",) if sampled else ()))
@@ -55,7 +57,7 @@ class Evaluate:
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
         Path(self.output).mkdir(parents=True, exist_ok=True)
-        with open_untrained(config, registry) as run:
-            metrics = run.evaluate()
-        print(json.dumps({name: metrics[name] for name in sorted(metrics)}))
+        with context.open_run(config) as run:
+            metrics = {name: value for each in evaluators for name, value in each(run).items()}
+        print(json.dumps({f"eval/{name}": metrics[name] for name in sorted(metrics)}))
         return 0

@@ -15,22 +15,23 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, continue_output, open_untrained, read_lines
+from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
 from rlhf_core.contract.batch import Example
-from rlhf_core.contract.options import ModelOptions, RunConfig, Sampling
+from rlhf_core.contract.commands import Command
+from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
-    from rlhf_core.plugins.registry import Registry
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Generate"]
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Command):
     """Write a model's completions on the data's prompts to a JSONL file; started again, it goes on where it stopped."""
 
     model: str = "tiny"
@@ -52,7 +53,7 @@ class Generate:
     sampling: Sampling = Sampling(n=1)
     """how completions are drawn"""
 
-    kinds: ClassVar[Mapping[str, str | None]] = {
+    defaults: ClassVar[Mapping[str, str | None]] = {
         "data": "prompts",
         "rollout": "hf",
         "strategy": "torch",
@@ -65,8 +66,8 @@ class Generate:
         if not 0 <= i < n:
             raise UsageError(f"--shard must be i/n with i from 0 to n - 1, as 0/4, not {self.shard!r}")
 
-    def __call__(self, config: RunConfig, registry: Registry) -> int:
-        path = Path(self.output)
+    def __call__(self, context: CommandContext) -> int:
+        path, config = Path(self.output), context.config
         chosen = {kind: config.providers[kind] for kind in ("data", "rollout")}
         continue_output(
             path,
@@ -81,7 +82,7 @@ class Generate:
         done = self._done(path)
         rows = self._rows(config.providers["data"], done)
         left_out = 0
-        with open_untrained(config, registry) as run:
+        with context.open_run() as run:
             while batch := list(islice(rows, self.batch_size)):
                 fitting = [(uid, example) for uid, example in batch if run.encoder.fits_prompt(example)]
                 left_out += len(batch) - len(fitting)
@@ -114,7 +115,7 @@ class Generate:
             if uid % n == i and uid not in done:
                 yield uid, example
 
-    def _lines(self, run: Run, rows: list[tuple[int, Example]]) -> list[dict[str, Any]]:
+    def _lines(self, run: RunView, rows: list[tuple[int, Example]]) -> list[dict[str, Any]]:
         """Sample, and describe each completion."""
         prompts = run.encoder.prompts([example for _, example in rows], [uid for uid, _ in rows])
         rollouts = run.rollouts("actor", prompts, replace(self.sampling, seed=self.seed))

@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rlhf_core.cli.command import COMMANDS, JOBS, command_options
 from rlhf_core.config.docstrings import docs_of, first_line
 from rlhf_core.config.parsing import Settings
 from rlhf_core.config.schema import FIXED, Option, Schema, Section, flag, format_default
@@ -18,7 +17,7 @@ from rlhf_core.contract.options import RunConfig
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["algorithm", "command", "job", "overview"]
+__all__ = ["algorithm", "command", "overview"]
 
 LEFT = 34
 """Columns of names; what does not fit has its explanation on the next line."""
@@ -37,7 +36,7 @@ def overview(registry: Registry) -> str:
         ["algorithms"],
         _rows((name, first_line(each.target)) for name, each in registry.table("algorithm").items()),
         ["commands"],
-        _rows((name, first_line(target)) for name, target in {**COMMANDS, **JOBS}.items()),
+        _rows((name, first_line(each.target)) for name, each in registry.table("command").items()),
         ["flags of every algorithm"],
         _rows((flag(name), docs[name]) for name in main),
         _rows([("--config FILE", FIXED["config"]), ("--KIND NAME", "choose a provider; see rlhf-run plugins")]),
@@ -63,30 +62,22 @@ def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
     return _text(*blocks)
 
 
-def command(name: str) -> str:
-    """`rlhf-run COMMAND --help`."""
-    positional, optional = command_options(name)
+def command(schema: Schema, settings: Settings, registry: Registry) -> str:
+    """`rlhf-run COMMAND --help`: the command's own options, and those of the providers that it uses."""
+    (_, name), *kinds = schema.names.items()
+    own, *others = schema.sections
+    positional = [option for option in own.options if option.required]
     usage = " ".join([f"usage: rlhf-run {name}", *(option.path.upper() for option in positional), "[flags]"])
-    return _text(
-        [usage, "", *docs_of(COMMANDS[name]).doc.split("\n")],
-        ["options"] if positional or optional else [],
-        _rows((option.path.upper(), option.doc) for option in positional),
-        _rows(_row(option, {}) for option in optional),
-    )
-
-
-def job(schema: Schema, settings: Settings, registry: Registry) -> str:
-    """`rlhf-run generate --help` and its like: the command's own options, and those of the chosen providers."""
-    (name,) = (chosen for kind, chosen in schema.names.items() if kind == "algorithm")
-    own = schema.sections[0]
-    positional = [option.path.upper() for option in own.options if option.required]
-    choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in schema.names.items()]
-    blocks = [[" ".join([f"usage: rlhf-run {name}", *positional, "[flags]"]), "", *docs_of(own.cls).doc.split("\n")]]
-    blocks += [["providers, as chosen here"], _rows(choices[1:])]
-    for section in schema.sections:
+    blocks = [[usage, "", *docs_of(own.cls).doc.split("\n")]]
+    if kinds:
+        choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in kinds]
+        blocks += [["providers, as chosen here"], _rows(choices)]
+    if own.options:
+        blocks += [["options"], _rows((option.path.upper(), option.doc) for option in positional)]
+        blocks += [_rows(_row(option, settings) for option in own.options if not option.required)]
+    for section in others:
         if section.options:
-            title = "options" if section is own else _title(section)
-            blocks += [[title], _rows(_row(option, settings) for option in section.options)]
+            blocks += [[_title(section)], _rows(_row(option, settings) for option in section.options)]
     return _text(*blocks)
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.commands import Command
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["MergeLora"]
 
 
 @dataclass(frozen=True)
-class MergeLora:
+class MergeLora(Command):
     """Merge an adapter into its base: a folder that plain transformers loads. Language and reward models alike."""
 
     adapter: str
@@ -28,7 +29,7 @@ class MergeLora:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """of the weights that are written; merging itself is done in float32"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         from rlhf_core.models.loading.hub import resolve_name
 
         source = resolve_name(self.adapter)

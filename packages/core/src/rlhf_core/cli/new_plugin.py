@@ -9,16 +9,17 @@ from string import Template
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.cli import templates
+from rlhf_core.contract.commands import Command
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["NewPlugin"]
 
 
 @dataclass(frozen=True)
-class NewPlugin:
+class NewPlugin(Command):
     """Write a working plugin package with a test: the folder rlhf-NAME here."""
 
     name: str
@@ -26,7 +27,7 @@ class NewPlugin:
     kind: Literal["data", "reward", "advantage", "loss", "evaluator"] = "reward"
     """what it provides"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         words = self.name.removeprefix("rlhf-")
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", words):
             raise UsageError(f"new-plugin {self.name}: a name is small letters, digits and dashes, such as brevity")
@@ -34,7 +35,7 @@ class NewPlugin:
         if folder.exists():
             raise UsageError(f"new-plugin {self.name}: the folder {folder} exists already")
         name = words.replace("-", "_")
-        if (taken := registry.table(self.kind).get(name)) is not None:
+        if (taken := context.registry.table(self.kind).get(name)) is not None:
             raise UsageError(f"new-plugin {self.name}: {taken.plugin} already provides the {self.kind} {name!r}")
         values = {
             "kind": self.kind,

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.config.docstrings import first_line
-from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.commands import Command
+from rlhf_core.contract.hooks import KINDS, KindName
 from rlhf_core.plugins.registry import conflict_text
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.contract.provided import RegistryView
 
 __all__ = ["ListedProvider", "Plugins", "list_providers"]
 
@@ -27,18 +29,16 @@ class ListedProvider:
 
 
 @dataclass(frozen=True)
-class Plugins:
+class Plugins(Command):
     """List what is installed: kind, name, distribution, version and one line each; broken plugins last."""
 
-    kind: Literal[
-        "", "data", "rollout", "reward", "advantage", "loss", "algorithm", "strategy", "launcher", "evaluator",
-        "observer", "step", "metric",
-    ] = ""  # fmt: skip
+    kind: Literal["", KindName, "metric"] = ""
     """only this kind; all but metrics where empty"""
     json: bool = False
     """as JSON: providers, conflicts and broken plugins"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
+        registry = context.registry
         listed = [row for row in list_providers(registry, self.kind) if self.kind in ("", row.kind)]
         if self.json:
             self._print_json(registry, listed)
@@ -54,7 +54,7 @@ class Plugins:
             print(f"broken: {broken}")
         return 0
 
-    def _print_json(self, registry: Registry, listed: list[ListedProvider]) -> None:
+    def _print_json(self, registry: RegistryView, listed: list[ListedProvider]) -> None:
         import json
 
         conflicts = [[{"kind": e.kind, "name": e.name, **asdict(e.plugin)} for e in es] for es in registry.conflicts]
@@ -63,7 +63,7 @@ class Plugins:
         print(json.dumps(found, indent=2))
 
 
-def list_providers(registry: Registry, kind: str = "") -> list[ListedProvider]:
+def list_providers(registry: RegistryView, kind: str = "") -> list[ListedProvider]:
     """Every provider by kind and name, then the plugins that observe runs; metrics only where they are asked for."""
     found = [
         ListedProvider(each, name, entry.plugin.distribution, entry.plugin.version, first_line(entry.target))

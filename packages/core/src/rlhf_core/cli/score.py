@@ -13,20 +13,20 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.job import append_lines, continue_output, read_lines
+from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
 from rlhf_core.contract.batch import Rollouts
-from rlhf_core.contract.options import RunConfig
+from rlhf_core.contract.commands import Command
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Score", "make_rollouts"]
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Command):
     """Add `reward` to each line of a JSONL file of completions; started again, it goes on where it stopped."""
 
     file: str
@@ -36,13 +36,13 @@ class Score:
     batch_size: int = 64
     """completions scored, and then written, together"""
 
-    kinds: ClassVar[Mapping[str, str | None]] = {"reward": ""}
+    defaults: ClassVar[Mapping[str, str | None]] = {"reward": ""}
     roles: ClassVar[Mapping[str, Any]] = {}
 
-    def __call__(self, config: RunConfig, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         from rlhf_core.reward.output import to_reward_output
 
-        reward = config.providers["reward"]
+        reward = context.config.providers["reward"]
         if hasattr(reward, "check"):
             reward.check()
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))

@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_core.analysis.sweep import Member, SweepFile, read_sweep, write_configuration
+from rlhf_core.contract.commands import Command
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Sweep", "run_member", "status_table"]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Command):
     """Run a grid of settings for several seeds; started again, it resumes what failed and leaves what is finished."""
 
     file: str
@@ -52,7 +53,7 @@ class Sweep:
     ray: str = ""
     """write a script that submits a Ray job for each unfinished run to this file, and start none"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         sweep = read_sweep(self.file)
         if self.only >= len(sweep.members):
             raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")

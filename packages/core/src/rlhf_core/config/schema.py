@@ -103,7 +103,7 @@ class Schema:
     """All options of a run."""
 
     names: Mapping[str, str]
-    """the chosen name of each kind, `algorithm` first; empty where a kind is left out"""
+    """the name of the algorithm or command, then the chosen name of each kind; empty where a kind is left out"""
     sections: tuple[Section, ...]
     options: Mapping[str, Option] = field(default_factory=dict)
 
@@ -115,10 +115,11 @@ class Schema:
     def hint(self, path: str, spell: Callable[[str], str]) -> str:
         """What to say to somebody who wrote `path`, which is no option; `spell` writes a path as flag or key."""
         head = path.partition(".")[0]
-        kinds = [kind for kind in self.names if kind != "algorithm"]
+        (subject, name), *chosen = self.names.items()
+        kinds = [kind for kind, _ in chosen]
         section = next((each for each in self.sections if each.prefix == head), None)
         if head in KINDS and head not in self.names and section is None:
-            return f"; algorithm {self.names['algorithm']!r} has no {head}, it uses {', '.join(kinds)}"
+            return f"; {subject} {name!r} has no {head}{', it uses ' * bool(kinds)}{', '.join(kinds)}"
         if section is not None and not section.options:
             return f"; {section.title} has no options"
         group = self._group(path)
@@ -132,7 +133,7 @@ class Schema:
         if group:
             title = section.title if section is not None and group == f"{head}." else group[:-1]
             return f"; {title} has the options {', '.join(among)}"
-        return f"; see rlhf-run {self.names['algorithm']} --help"
+        return f"; see rlhf-run {name} --help"
 
     def _group(self, path: str) -> str:
         """The longest beginning of `path` that is right: `actor.optim.` of `actor.optim.lrr`."""

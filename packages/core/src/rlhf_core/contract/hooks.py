@@ -15,19 +15,19 @@ No hook is called per token or per sequence. This module imports nothing heavy: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pluggy
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "Providers", "hookimpl", "hookspec"]
+__all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "KindName", "Providers", "hookimpl", "hookspec"]
 
 GROUP = "rlhf"
 """The entry-point group in which plugins advertise themselves."""
 
-KINDS = (
+KindName = Literal[
     "data",
     "rollout",
     "reward",
@@ -38,9 +38,13 @@ KINDS = (
     "launcher",
     "evaluator",
     "observer",
-    "step",
-)
+    "command",
+    "ingredient",
+]
 """One word per kind: hook `rlhf_<kind>`, flag `--<kind>`, TOML table `[<kind>]`."""
+
+KINDS: tuple[str, ...] = get_args(KindName)
+"""Every kind."""
 
 SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
@@ -123,8 +127,14 @@ def rlhf_observer() -> Providers:
 
 
 @hookspec
-def rlhf_step() -> Providers:
-    """One ingredient of a recipe: `(context) -> outputs`. Reserved for the recipe engine; names may be registered now."""
+def rlhf_command() -> Providers:
+    """Commands of `rlhf-run`: `(context) -> exit code`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_ingredient() -> Providers:
+    """Steps of a recipe: `(context) -> {artifact name: Artifact}`, with typed inputs and outputs."""
     raise AssertionError("a specification is never called")
 
 

@@ -42,6 +42,9 @@ BUILTIN = {
 }
 """Plugins of core by name; the first cannot be blocked."""
 
+FIRST_WORDS = ("command", "algorithm")
+"""The kinds whose names are the first word of `rlhf-run`."""
+
 LOCAL = "(local)"
 """The distribution of plugins and classes that come from no distribution."""
 
@@ -105,6 +108,7 @@ class Registry:
         try:
             self._manager.check_pending()
             provided = [each for kind in KINDS for each in self._ask(kind, known)]
+            self._check_first_words(provided)
         except pluggy.PluginValidationError as error:
             self._manager.unregister(plugin)
             raise PluginError(_unknown_hook(plugin) or str(error)) from error
@@ -173,6 +177,18 @@ class Registry:
             if name not in known:
                 raise UsageError(f"-p no:{name}: no plugin is called {name!r}; plugins are {', '.join(known)}")
 
+    def _check_first_words(self, provided: Sequence[Provided]) -> None:
+        """Refuse what would make `rlhf-run NAME` ambiguous: a name of core's commands, or one name for two things."""
+        core = {each.name for each in self.entries("command") if each.plugin.name == "core"}
+        named = {kind: {each.name for each in provided if each.kind == kind} for kind in FIRST_WORDS}
+        for kind, names in named.items():
+            if taken := sorted(names & core):
+                raise PluginError(
+                    f"rlhf_{kind}() gives {taken[0]!r}, a command of rlhf-core that no plugin can replace"
+                )
+        if both := sorted(named["command"] & named["algorithm"]):
+            raise PluginError(f"rlhf_command() and rlhf_algorithm() both give {both[0]!r}; rename one")
+
     def _ask(self, kind: str, plugin: Plugin) -> Iterator[Provided]:
         """What the plugin provides of `kind`."""
         for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
@@ -202,8 +218,22 @@ class Registry:
 
     @property
     def conflicts(self) -> list[list[Provided]]:
-        """The names that more than one plugin provides."""
-        return [entries for kind in KINDS for entries in self._tables[kind].values() if len(entries) > 1]
+        """The entries of each name that more than one plugin provides; a command and an algorithm can clash too."""
+        first = {name for kind in FIRST_WORDS for name in self._tables[kind]}
+        words = [[each for kind in FIRST_WORDS for each in self._tables[kind].get(name, [])] for name in sorted(first)]
+        others = [entries for kind in KINDS if kind not in FIRST_WORDS for entries in self._tables[kind].values()]
+        return [entries for entries in [*words, *others] if len(entries) > 1]
+
+    def is_command(self, word: str) -> bool:
+        """Return True if `rlhf-run WORD` is a command.
+
+        Raises:
+            NameConflict: one plugin has a command and another one an algorithm of this name.
+        """
+        command, algorithm = (self._find(kind, word) for kind in FIRST_WORDS)
+        if command and algorithm:
+            raise NameConflict(conflict_text([*command, *algorithm]))
+        return bool(command)
 
     def observers(self) -> list[tuple[Plugin, str]]:
         """The plugins with observer hooks, and what they say about themselves."""
@@ -231,7 +261,7 @@ class Registry:
         if ":" in name:
             targets.add_working_folder()
             return targets.check_class(kind, name, targets.load_local(kind, name))
-        entries = self._entries(kind, name)
+        entries = self._find(kind, name)
         if not entries:
             raise self._unknown(kind, name)
         if len(entries) > 1:
@@ -241,7 +271,7 @@ class Registry:
             return entry.target
         return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
 
-    def _entries(self, kind: str, name: str) -> list[Provided]:
+    def _find(self, kind: str, name: str) -> list[Provided]:
         """Return who provides `NAME`, or `PLUGIN/NAME` of one plugin."""
         plugin, _, bare = name.rpartition("/")
         entries = self._tables[kind].get(bare, [])
@@ -249,7 +279,7 @@ class Registry:
 
     def provenance(self, kind: str, name: str) -> Plugin:
         """The plugin that provides `name`; one called `(local)` for `module:Class`."""
-        entries = self._entries(kind, name)
+        entries = self._find(kind, name)
         return entries[0].plugin if entries else Plugin(LOCAL, LOCAL, "")
 
     def name_of(self, kind: str, cls: type) -> str:
@@ -339,7 +369,8 @@ def conflict_text(entries: Sequence[Provided]) -> str:
     entries = sorted(entries, key=lambda each: (each.plugin.name != "core", each.plugin.name))
     plugins = " and ".join(f"{each.plugin} (plugin {each.plugin.name!r})" for each in entries)
     names = or_list([f"{each.plugin.name}/{each.name}" for each in entries])
-    kind, name, blocked = entries[0].kind, entries[0].name, entries[-1].plugin.name
+    kind = " and ".join(dict.fromkeys(each.kind for each in entries))
+    name, blocked = entries[0].name, entries[-1].plugin.name
     return f"{kind} {name!r} is provided by {plugins}; choose {names}, or block one with -p no:{blocked}"
 
 

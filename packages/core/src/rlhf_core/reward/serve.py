@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.contract.commands import Command
 from rlhf_core.data.chats import to_chat
 from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Sample", "ServeReward", "make_app", "serve"]
 
@@ -46,7 +47,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ServeReward:
+class ServeReward(Command):
     """Serve a reward model over HTTP, for --reward remote and OpenRLHF's clients."""
 
     model: str
@@ -70,7 +71,7 @@ class ServeReward:
     encoding: Encoding = Encoding(too_long="truncate")
     """how prompt and completion become the model's tokens"""
 
-    def __call__(self, registry: Registry) -> int:
+    def __call__(self, context: CommandContext) -> int:
         from rlhf_core.reward.model import RewardModel
 
         model = RewardModel(self.model, mean=self.mean, std=self.std, encoding=self.encoding)

@@ -13,12 +13,12 @@ compare those with a formula of your own. The kit is installed with core as a py
 from __future__ import annotations
 
 from rlhf_core.testing.algorithms import check_algorithm
+from rlhf_core.testing.commands import check_command, check_ingredient
 from rlhf_core.testing.engines import (
     check_evaluator,
     check_launcher,
     check_observer,
     check_rollout,
-    check_step,
     check_strategy,
 )
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
@@ -28,8 +28,10 @@ from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny
 __all__ = [
     "check_advantage",
     "check_algorithm",
+    "check_command",
     "check_data",
     "check_evaluator",
+    "check_ingredient",
     "check_launcher",
     "check_light",
     "check_loss",
@@ -37,7 +39,6 @@ __all__ = [
     "check_provider",
     "check_reward",
     "check_rollout",
-    "check_step",
     "check_strategy",
     "tiny_extras",
     "tiny_outputs",

@@ -1,5 +1,4 @@
-"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator, observer; and of
-recipe steps.
+"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator, observer.
 
 Each runs the real thing on the model `tiny` (a Llama of a few thousand random weights) and compares it with core's own,
 which are plain enough to be the reference: the same tokens for the same seed, the same gradient whole or in pieces, the
@@ -37,7 +36,6 @@ __all__ = [
     "check_launcher",
     "check_observer",
     "check_rollout",
-    "check_step",
     "check_strategy",
 ]
 
@@ -267,7 +265,7 @@ def _credited(batch: Rollouts) -> Rollouts:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# evaluator, observer, step
+# evaluator, observer
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -330,12 +328,3 @@ def check_observer(observer: Any) -> Run:
 
 class _Failure(Exception):
     """What ends a run early on purpose."""
-
-
-def check_step(step: Any) -> None:
-    """A recipe's step is a provider; what it is called with is still to come.
-
-    Raises:
-        AssertionError: it is not so.
-    """
-    check_provider(step)

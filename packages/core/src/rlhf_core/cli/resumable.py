@@ -1,0 +1,76 @@
+"""Files of JSON lines that a command adds to, so that it continues after a kill: used by `generate` and `score`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.util.atomic_files import force, write_bytes, write_text
+from rlhf_core.util.secrets import redact
+
+__all__ = ["append_lines", "continue_output", "read_lines"]
+
+
+def continue_output(path: Path, **options: object) -> None:
+    """Let a command write to `path`, and go on with what is there if the options that made it were these.
+
+    Fingerprints of the options are kept beside it, in PATH.options.json; those that change no result are left out.
+
+    Raises:
+        UsageError: nothing can be written there, or the file was begun with other options.
+    """
+    note = path.with_name(f"{path.name}.options.json")
+    told = {name: hashlib.sha256(repr(_plain(value)).encode()).hexdigest()[:16] for name, value in options.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(f"--output {path} is a folder; name a file")
+        begun = json.loads(note.read_bytes()) if path.exists() and note.exists() else told
+        write_text(note, json.dumps(begun, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from None
+    changed = [name for name in told if begun.get(name) != told[name]]
+    if changed:
+        raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
+
+
+def _plain(value: object) -> object:
+    """A provider's or role's options without those that change no result."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    free = {each.name: each.default for each in dataclasses.fields(value) if each.metadata.get("free")}
+    return dataclasses.replace(value, **free)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that an earlier run of the command left; a half-written last line is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+    except ValueError:
+        raise UsageError(f"{path} holds something else than JSON lines; name another --output") from None
+    if len(whole) != len(content):
+        write_bytes(path, whole)
+    return lines
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line per row in one write, and force it to the disk: what was killed leaves at most its last line half."""
+    content = redact("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)).encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    finally:
+        os.close(descriptor)
+    force(path)

@@ -1,0 +1,90 @@
+"""An ingredient of a recipe: a frozen dataclass that turns artifacts into artifacts, such as a data set into a model.
+
+    @dataclass(frozen=True)
+    class CountRows(Ingredient):
+        \"\"\"Count the rows of a data set.\"\"\"
+
+        inputs: ClassVar[Mapping[str, ArtifactKind]] = {"rows": "dataset"}
+        outputs: ClassVar[Mapping[str, ArtifactKind]] = {"counts": "metrics"}
+
+        def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
+            count = len(context.inputs["rows"].path.read_text().splitlines())
+            path = context.folder / "counts.json"
+            path.write_text(json.dumps({"rows": count}))
+            return {"counts": Artifact("metrics", path)}
+
+A recipe joins ingredients by the names and kinds of artifacts, so that it can be checked before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.provided import RegistryView
+
+__all__ = ["ARTIFACT_KINDS", "Artifact", "ArtifactKind", "Ingredient", "IngredientContext"]
+
+ArtifactKind = Literal["model", "dataset", "table", "metrics", "run"]
+"""`model`: a Hugging Face folder. `dataset`: a JSONL file that the data provider `json` reads. `table`: a CSV file.
+`metrics`: a JSON object of numbers by name. `run`: an OUTPUT folder of `rlhf-run`."""
+
+ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
+"""Every kind of artifact."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that an ingredient made or reads."""
+
+    kind: ArtifactKind
+    path: Path
+
+
+class IngredientContext(Protocol):
+    """Everything an ingredient may use while it works."""
+
+    @property
+    def folder(self) -> Path:
+        """The ingredient's own folder, which exists; every output lies in it."""
+        ...
+
+    @property
+    def inputs(self) -> Mapping[str, Artifact]:
+        """An artifact for each name of the ingredient's `inputs`, of the declared kind."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """The seed of the recipe: the same seed and inputs give the same outputs."""
+        ...
+
+    @property
+    def registry(self) -> RegistryView:
+        """The installed plugins and providers."""
+        ...
+
+    def config(self, algorithm: str | object, **options: Any) -> RunConfig:
+        """Return a run's configuration as `make_config` does, with `seed` and an `output` in `folder` unless given."""
+        ...
+
+
+class Ingredient:
+    """The base of ingredients."""
+
+    inputs: ClassVar[Mapping[str, ArtifactKind]] = {}
+    """the kind of each artifact that the ingredient reads, by name"""
+    outputs: ClassVar[Mapping[str, ArtifactKind]] = {}
+    """the kind of each artifact that the ingredient makes, by name"""
+
+    def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
+        """Do the work and return an artifact for each name of `outputs`.
+
+        Raises:
+            UsageError: an input does not hold what the ingredient reads.
+        """
+        raise NotImplementedError

@@ -1,0 +1,125 @@
+"""From the words of a command line to a command and its context: one way for core's commands and those of plugins.
+
+The words are read as those of a run are: fields of the command are options, and a command that uses providers and roles has
+their flags too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.config.builder import construct, split_sections
+from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags
+from rlhf_core.config.schema import Schema, Section, build_schema, flag, option_fields, provider_sections
+from rlhf_core.contract.commands import Command
+from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.options import RunConfig
+from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.plugins.attribution import note_provider
+from rlhf_core.run.untrained import Untrained, open_untrained
+
+if TYPE_CHECKING:
+    from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.run import Run
+
+__all__ = ["CommandRun", "context_of", "read_command", "run_command"]
+
+
+@dataclass(frozen=True)
+class CommandRun:
+    """A command with the plugins and the run that its flags describe; a `CommandContext`."""
+
+    registry: Registry
+    command: Command
+    names: Mapping[str, str] = field(default_factory=dict)
+    """the chosen provider of each kind"""
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """roles' options and providers, as a RunConfig holds them"""
+
+    @property
+    def config(self) -> RunConfig:
+        own = {each.name for each in option_fields(type(self.command))}
+        shared = {each.name for each in dataclasses.fields(RunConfig)} & own
+        values = {name: getattr(self.command, name) for name in shared}
+        return RunConfig(Untrained(), **{"names": self.names, "roles": {}, "providers": {}, **self.sections, **values})
+
+    def open_run(self, config: RunConfig | None = None) -> AbstractContextManager[Run]:
+        return open_untrained(self.config if config is None else config, self.registry)
+
+
+def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
+    """Return the options of the command `words[0]` and those that are set, without building anything.
+
+    Raises:
+        UsageError: a word too many or too few, an unknown flag, a value that does not fit.
+    """
+    name = words[0]
+    cls = registry.resolve("command", name)
+    if not issubclass(cls, Command):
+        raise ContractError(f"command {name!r} of {registry.provenance('command', name)} must inherit Command")
+    given, flags = split_flags(words[1:])
+    own = {each.name for each in option_fields(cls)}
+    kinds = [kind for kind in KINDS if kind in flags and kind not in own]
+    chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
+    asked_help = flags.pop("help", None) is not None
+    schema = _schema(name, cls, chosen, registry)
+    positional = [option for option in schema.sections[0].options if option.required]
+    usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)])
+    if len(given) > len(positional):
+        raise UsageError(f"unexpected {given[len(positional)]!r}: {usage}")
+    settings: Settings = {option.path: word for option, word in zip(positional, given)} | from_flags(flags, schema)
+    if not asked_help:
+        for option in positional:
+            if option.path not in settings:
+                raise UsageError(f"{name} needs {option.path.upper()}, {option.doc}: {usage}")
+        for kind, usual in cls.defaults.items():
+            if usual is not None and not schema.names[kind]:
+                raise UsageError(f"{name} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
+    return schema, settings
+
+
+def run_command(words: Sequence[str], registry: Registry) -> int:
+    """Read, build and call a command; return its exit code."""
+    schema, settings = read_command(words, registry)
+    made = construct(schema, settings)
+    names = {kind: name for kind, name in schema.names.items() if name and kind != "command"}
+    command: Command = made[""]
+    context = CommandRun(registry, command, {"algorithm": words[0], **names}, split_sections(schema, made))
+    try:
+        code: Any = command(context)
+    except Exception as error:
+        note_provider(error, registry, context.config if command.defaults else None)
+        raise
+    if not isinstance(code, int):
+        owner = registry.provenance("command", words[0])
+        raise ContractError(f"command {words[0]!r} of {owner} must return an exit code, not {code!r}")
+    return code
+
+
+def context_of(command: Command, registry: Registry) -> CommandRun:
+    """Return the context of a command that is given from Python, with its usual providers.
+
+    Raises:
+        UsageError: the command needs a provider that has no usual name.
+    """
+    schema = _schema("command", type(command), {}, registry)
+    if missing := [kind for kind, usual in command.defaults.items() if usual == ""]:
+        raise UsageError(f"{type(command).__qualname__} needs a {missing[0]}; pass a context that has one")
+    made = construct(dataclasses.replace(schema, sections=schema.sections[1:]), {})
+    return CommandRun(registry, command, dict(schema.names), split_sections(schema, {"": command, **made}))
+
+
+def _schema(name: str, cls: type[Command], chosen: Mapping[str, str], registry: Registry) -> Schema:
+    """The options of a command with the providers `chosen` by kind, its usual ones elsewhere."""
+    for kind in chosen:
+        if kind not in cls.defaults:
+            uses = f"it uses {', '.join(cls.defaults)}" if cls.defaults else f"see rlhf-run {name} --help"
+            raise UsageError(f"{name} has no {kind}, {uses}")
+    kinds = {kind: chosen.get(kind) or usual or "" for kind, usual in cls.defaults.items()}
+    sections = [Section("", name, cls)]
+    sections += [Section(role, f"role {role!r} (frozen)", type(base), base) for role, base in cls.roles.items()]
+    return build_schema({"command": name, **kinds}, [*sections, *provider_sections(kinds, registry)])
