@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.provided import RegistryView
 
-__all__ = ["ARTIFACT_KINDS", "Artifact", "ArtifactKind", "Ingredient", "IngredientContext"]
+__all__ = ["ARTIFACT_KINDS", "FOLDERS", "Artifact", "ArtifactKind", "Ingredient", "IngredientContext"]
 
 ArtifactKind = Literal["model", "dataset", "table", "metrics", "run"]
 """`model`: a Hugging Face folder. `dataset`: a JSONL file that the data provider `json` reads. `table`: a CSV file.
@@ -35,6 +35,9 @@ ArtifactKind = Literal["model", "dataset", "table", "metrics", "run"]
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 """Every kind of artifact."""
+
+FOLDERS: frozenset[ArtifactKind] = frozenset({"model", "run"})
+"""The kinds of artifacts that are folders; the others are files."""
 
 
 @dataclass(frozen=True)

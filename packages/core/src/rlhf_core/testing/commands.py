@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.commands import Command, CommandContext
-from rlhf_core.contract.ingredients import ARTIFACT_KINDS, Artifact, Ingredient
+from rlhf_core.contract.ingredients import ARTIFACT_KINDS, FOLDERS, Artifact, Ingredient
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.testing.providers import check_provider
 
@@ -77,7 +77,7 @@ def check_ingredient(ingredient: Ingredient, inputs: Mapping[str, Artifact] | No
         inputs: the artifacts that it reads, by name; they must match its `inputs`.
 
     Returns:
-        what it made; the folder is gone, the text of files stands in `Artifact.path` no more.
+        what it made; the files themselves are gone.
 
     Raises:
         AssertionError: it is not so; the message says what the contract asks.
@@ -107,7 +107,7 @@ def _content(name: str, output: str, artifact: Artifact, folder: Path) -> object
     path = artifact.path
     assert path.exists(), f"{name}: the output {output!r} is not there: {path}"
     assert path.resolve().is_relative_to(folder.resolve()), f"{name}: the output {output!r} must lie in context.folder"
-    if artifact.kind in ("model", "run"):
+    if artifact.kind in FOLDERS:
         assert path.is_dir(), f"{name}: the output {output!r} is a {artifact.kind}, which is a folder"
         return sorted(str(each.relative_to(path)) for each in path.rglob("*"))
     assert path.is_file(), f"{name}: the output {output!r} is a {artifact.kind}, which is a file"
