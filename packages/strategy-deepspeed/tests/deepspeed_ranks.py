@@ -21,7 +21,8 @@ import torch
 
 from rlhf_core import Run, make_config
 from rlhf_core.contract.batch import Batch, Rollouts
-from rlhf_core.contract.options import Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction, RewardOutput
@@ -72,7 +73,7 @@ class Plain:
     """An online algorithm that needs no package but core."""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "prompts", "rollout": "hf", "reward": "length"}
-    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=1e-3))}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         return (Term("actor", "actor", Both(), Fixed()),)
@@ -190,7 +191,7 @@ def main(folder: Path, *words: str) -> None:
             torch.save(result, folder / f"{name}.pt")
 
 
-def trainable(strategy: Strategy, dtype: str, optim: Optim, freeze: tuple[str, ...] = ()) -> Trainable:
+def trainable(strategy: Strategy, dtype: str, optim: AdamW, freeze: tuple[str, ...] = ()) -> Trainable:
     """A tiny model with two heads under `strategy`, outside any run."""
     outputs = frozenset({"logprobs_NT", "values_NT"})
     options = TrainedOptions(model="tiny", dtype=dtype, optim=optim, freeze=freeze)
@@ -201,7 +202,7 @@ def trainable(strategy: Strategy, dtype: str, optim: Optim, freeze: tuple[str, .
 def norms(strategy: Strategy) -> list[float]:
     """Gradient norms of steps whose micro-batches use different heads, with inference between forward and backward, and
     states that leave the device between steps and come back."""
-    role = trainable(strategy, "float32", Optim(lr=1e-2, max_grad_norm=0.1))
+    role = trainable(strategy, "float32", AdamW(lr=1e-2, max_grad_norm=0.1))
     rank, size = role.world.rank, role.world.size
     batch = tiny_rollouts(prompts=2, completions=4)
     found = []
@@ -220,7 +221,7 @@ def norms(strategy: Strategy) -> list[float]:
 
 def moved(strategy: Strategy) -> float:
     """Ten updates in bfloat16, each a tenth of the distance to the next number: the share of large weights that changed."""
-    role = trainable(strategy, "bfloat16", Optim(lr=1.2e-5, eps=1e-12))
+    role = trainable(strategy, "bfloat16", AdamW(lr=1.2e-5, eps=1e-12))
     batch = tiny_rollouts()
     before = {name: tensor.bfloat16().clone() for name, tensor in role.weights()}
     for _ in range(10):
@@ -239,7 +240,7 @@ def moved(strategy: Strategy) -> float:
 def broken(strategy: Strategy, dtype: str) -> dict[str, Any]:
     """A step whose gradient is not a number on the last rank, and one after it: whether the first changed weights, whether
     all are finite in the end, what was told, and how many steps the schedule counts."""
-    role: Any = trainable(strategy, dtype, Optim(lr=1e-2))
+    role: Any = trainable(strategy, dtype, AdamW(lr=1e-2))
     batch = tiny_rollouts()
     before = {name: tensor.clone() for name, tensor in role.weights()}
     bad = float("nan") if role.world.rank == role.world.size - 1 else 1.0
@@ -260,7 +261,7 @@ def broken(strategy: Strategy, dtype: str) -> dict[str, Any]:
 def slept(strategy: Strategy) -> tuple[bool, float]:
     """Whether a model whose embeddings are frozen has its very outputs after it left the device and came back, and the norm of
     the gradient then."""
-    role = trainable(strategy, "float32", Optim(lr=1e-2), freeze=("embed",))
+    role = trainable(strategy, "float32", AdamW(lr=1e-2), freeze=("embed",))
     batch, wants = tiny_rollouts(), frozenset({"logprobs_NT"})
     before = role.forward(batch, wants)["logprobs_NT"].detach().clone()
     role.offload()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core.contract.options import Optim
+from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import forward
 from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
-OPTIM = Optim(max_grad_norm=0.5)
+OPTIM = AdamW(max_grad_norm=0.5)
 
 
 def given(folder: Path, content: Any, **options: Any) -> DeepSpeed:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.loss.entropy import EntropyLoss
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.requirements import LANGUAGE
 from rlhf_core.contract.results import Reduction
 from rlhf_core.contract.terms import Term
@@ -32,7 +33,7 @@ OFFLINE: Mapping[str, str] = {"data": "json"}
 ONLINE: Mapping[str, str] = {"data": "prompts", "rollout": "hf", "reward": "length"}
 """Where completions are sampled and scored."""
 
-POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=Optim(lr=1e-6)), "reference": ModelOptions()}
+POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=AdamW(lr=1e-6)), "reference": ModelOptions()}
 """A policy, and the frozen model that a KL penalty is measured against."""
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import TorchWorld, World
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
-    from rlhf_core.contract.options import KL, Lora, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
+    from rlhf_core.contract.options import KL, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
     from rlhf_core.contract.roles import Role, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
@@ -45,10 +46,11 @@ if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.run.run import Run
     from rlhf_core.strategy.shared_base import SharedBase
-    from rlhf_core.training.optimizer import adamw, lr_factor
+    from rlhf_core.training.optimizer import Schedule, load_optimizer, lr_factor, make_optimizer
 
 __all__ = [
     "KL",
+    "AdamW",
     "Artifact",
     "ArtifactKind",
     "Batch",
@@ -66,7 +68,7 @@ __all__ = [
     "MissingPackage",
     "ModelOptions",
     "NameConflict",
-    "Optim",
+    "OptimizerProvider",
     "Outputs",
     "PluginError",
     "Prompts",
@@ -85,6 +87,7 @@ __all__ = [
     "RunStopped",
     "RunView",
     "Sampling",
+    "Schedule",
     "Secret",
     "SharedBase",
     "Term",
@@ -94,11 +97,13 @@ __all__ = [
     "UnknownName",
     "UsageError",
     "World",
-    "adamw",
     "arrange_inputs",
     "hookimpl",
+    "load_optimizer",
     "lr_factor",
     "make_config",
+    "make_optimizer",
+    "parameter_groups",
     "reveal",
 ]
 
@@ -110,7 +115,8 @@ _HOMES = {
     "contract.distributed": "TorchWorld World",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
-    "contract.options": "KL Lora ModelOptions Optim RunConfig Sampling TrainedOptions",
+    "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
+    "contract.options": "KL Lora ModelOptions RunConfig Sampling TrainedOptions",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
     "contract.roles": "Role Trainable",
     "contract.run_view": "RowEncoder RunView",
@@ -123,7 +129,7 @@ _HOMES = {
     "plugins.registry": "Registry",
     "run.run": "Run",
     "strategy.shared_base": "SharedBase",
-    "training.optimizer": "adamw lr_factor",
+    "training.optimizer": "Schedule load_optimizer lr_factor make_optimizer",
 }
 """The module of each public name."""
 

@@ -13,6 +13,7 @@ __all__ = [
     "rlhf_launcher",
     "rlhf_metrics",
     "rlhf_observer",
+    "rlhf_optimizer",
     "rlhf_reward",
     "rlhf_rollout",
     "rlhf_strategy",
@@ -83,6 +84,11 @@ def rlhf_observer() -> Providers:
         "tensorboard": "rlhf_core.observer.tensorboard:TensorBoard",
         "wandb": "rlhf_core.observer.wandb:Wandb",
     }
+
+
+@hookimpl
+def rlhf_optimizer() -> Providers:
+    return {"adamw": "rlhf_core.contract.optimizers:AdamW"}
 
 
 @hookimpl

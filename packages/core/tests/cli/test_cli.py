@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_core import ModelOptions, Optim, Sampling, TrainedOptions, hookimpl
+from rlhf_core import ModelOptions, AdamW, Sampling, TrainedOptions, hookimpl
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Online:
     """where the ratio is cut"""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "rows", "reward": "brevity", "rollout": "rows"}
-    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=3e-5)), "reference": ModelOptions()}
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=3e-5)), "reference": ModelOptions()}
     config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=6)}
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from rlhf_core.config.builder import parse
 from rlhf_core.config.value_types import Secret
 from rlhf_core.contract.hooks import hookimpl
-from rlhf_core.contract.options import KL, ModelOptions, Optim, RunConfig, Sampling, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, Sampling, TrainedOptions
 from rlhf_core.plugins.registry import Registry
 
 
@@ -106,7 +107,7 @@ class Online:
     """the leash"""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "asks", "rollout": "plain", "reward": "rich"}
-    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=3e-5)), "reference": ModelOptions()}
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=3e-5)), "reference": ModelOptions()}
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "sampling": Sampling(n=2)}
 
 

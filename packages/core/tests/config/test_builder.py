@@ -14,7 +14,8 @@ import pytest
 from config_fakes import Colour, Guarded, Inner, Online, Plain, Rich, fake_registry, from_file, run
 
 from rlhf_core.config.builder import from_names, make_config, parse, to_names
-from rlhf_core.contract.options import ModelOptions, Optim, Sampling, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, Sampling, TrainedOptions
 from rlhf_core.errors import ContractError
 from rlhf_core.plugins.registry import Registry
 
@@ -61,13 +62,13 @@ def test_flags_a_file_and_python_build_the_same_run(tmp_path: Path, registry: Re
         resume=True,
         data={"where": "here"},
         reward=Rich(number=0.25, words=("a", "b"), inner=Inner(4)),
-        actor={"optim": Optim(lr=1e-4)},
+        actor={"optim": AdamW(lr=1e-4)},
         sampling=Sampling(n=6),
     )
     assert flags == file == python
     assert flags.algorithm == Online(clip=0.1, kl=None)
     assert flags.providers["reward"] == Rich(number=0.25, words=("a", "b"), inner=Inner(4))
-    assert flags.roles == {"actor": TrainedOptions(optim=Optim(lr=1e-4)), "reference": ModelOptions()}
+    assert flags.roles == {"actor": TrainedOptions(optim=AdamW(lr=1e-4)), "reference": ModelOptions()}
     assert (flags.steps, flags.resume, flags.batch_size, flags.sampling.n) == (7, True, 8, 6)
 
 
@@ -89,7 +90,7 @@ def test_only_what_the_algorithm_uses_is_there(registry: Registry) -> None:
     config = run("offline --data.where here --reward.optim.lr 1", registry)
     assert set(config.providers) == {"data", "strategy", "launcher"}
     assert dict(config.names) == {"algorithm": "offline", "data": "asks", "strategy": "torch", "launcher": "local"}
-    assert config.roles["reward"] == TrainedOptions(optim=Optim(lr=1))
+    assert config.roles["reward"] == TrainedOptions(optim=AdamW(lr=1))
 
 
 def test_evaluators_are_a_tuple_with_their_options_by_name_where_there_are_several(registry: Registry) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from rlhf_core.config.builder import from_names, make_config, parse, to_names, to_toml
 from rlhf_core.config.value_types import reveal
-from rlhf_core.contract.options import KL, Optim, RunConfig, Sampling
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import KL, RunConfig, Sampling
 from rlhf_core.errors import UsageError
 from rlhf_core.plugins.registry import Registry
 
@@ -95,10 +96,10 @@ def _kinds_of_values(value: Any) -> set[type]:
 
 def test_every_option_of_the_run_is_written(registry: Registry) -> None:
     names = to_names(run("online --data.where x", registry))
-    own = {each.name for each in fields(RunConfig)} - {"algorithm", "providers", "names", "roles"}
+    own = {each.name for each in fields(RunConfig)} - {"algorithm", "providers", "names", "roles", "uses"}
     assert own <= set(names)
     assert set(names["reward"]) == {"use", *(each.name for each in fields(Rich))}
-    assert set(names["actor"]["optim"]) == {each.name for each in fields(Optim)}
+    assert set(names["actor"]["optim"]) == {"use", *(each.name for each in fields(AdamW))}
     assert names["evaluator"] == "none"
     assert "seed" not in names["sampling"], "the loop sets it: it is no option"
 

@@ -38,7 +38,7 @@ from rlhf_core.testing.tiny import tiny_run
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyLoss
 
 if TYPE_CHECKING:
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
 
 CALLED: list[str] = []
 """Who was called in the test that runs."""
@@ -198,7 +198,7 @@ def test_rlhf_algorithm_brings_terms_and_the_roles_they_train(tmp_path: Path) ->
 class Counting(TorchStrategy):
     """Counts the models it is given."""
 
-    def __call__(self, build: Callable[[], Any], optim: Optim | None, total_steps: int) -> TorchTrainable:
+    def __call__(self, build: Callable[[], Any], optim: OptimizerProvider | None, total_steps: int) -> TorchTrainable:
         CALLED.append(f"{'trained' if optim else 'frozen'} {total_steps}")
         return super().__call__(build, optim, total_steps)
 

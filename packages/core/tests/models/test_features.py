@@ -8,7 +8,7 @@ from test_packing import rows, spec
 from torch import Tensor
 
 from rlhf_core.contract.batch import Batch
-from rlhf_core.contract.options import Optim
+from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.models.build import build_module
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.inputs.features import Features
@@ -33,7 +33,7 @@ def heads_only(*outputs: str, kept: bool = True, packing: bool = True) -> tuple[
 
 def train(module: RoleModule, batch: Batch, wants: frozenset[str], steps: int = 3) -> list[Tensor]:
     """The outputs of some steps of gradient descent on half of the rows each, and of all rows at the end."""
-    trainable = TorchTrainable(module, Optim(lr=0.1), steps, torch.device("cpu"))
+    trainable = TorchTrainable(module, AdamW(lr=0.1), steps, torch.device("cpu"))
     outputs = []
     for step in range(steps):
         micro = batch.rows(range(step % 2, len(batch), 2))

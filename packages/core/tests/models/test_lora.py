@@ -12,7 +12,8 @@ import torch
 from model_rows import rows, spec
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, MistralConfig
 
-from rlhf_core.contract.options import Lora, ModelOptions, Optim, RunConfig, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import Lora, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.launcher.local import Local
@@ -226,7 +227,7 @@ class Anchored:
 
 def placed(reference: ModelOptions | None = None, **options: Any) -> tuple[LocalRole, LocalRole]:
     """An adapted actor and its reference, as the launcher of one process places them."""
-    chosen = {"lora": Lora(rank=4), "optim": Optim(lr=1e-2), **options}
+    chosen = {"lora": Lora(rank=4), "optim": AdamW(lr=1e-2), **options}
     roles = {"actor": TrainedOptions(**chosen), "reference": reference or ModelOptions()}
     config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles)  # type: ignore[arg-type]
     local: Any = Local()(make_plan(config)).roles

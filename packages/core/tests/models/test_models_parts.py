@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig
 
 from rlhf_core.contract.batch import Batch
-from rlhf_core.contract.options import Lora, ModelOptions, Optim, RunConfig, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import Lora, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
@@ -50,7 +51,7 @@ class Once:
 
 def role(strategy: Any = None, micro_tokens: int = 8192, **options: Any) -> LocalRole:
     """An actor in this process."""
-    roles = {"actor": TrainedOptions(**{"model": "tiny", "optim": Optim(lr=1e-2), **options})}
+    roles = {"actor": TrainedOptions(**{"model": "tiny", "optim": AdamW(lr=1e-2), **options})}
     providers = {"strategy": strategy or TorchStrategy(device="cpu")}
     config = RunConfig(Once(), providers, {}, roles, micro_tokens=micro_tokens)  # type: ignore[arg-type]
     plan = make_plan(config)

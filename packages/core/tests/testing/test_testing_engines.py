@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core import Optim, Prompts, Rollouts, Run, Sampling
+from rlhf_core import AdamW, OptimizerProvider, Prompts, Rollouts, Run, Sampling
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.evaluator.heldout import Heldout
@@ -134,7 +134,7 @@ class Built(TorchStrategy):
     which: str = "AveragingTrainable"
     """its class"""
 
-    def __call__(self, build: Callable[[], Any], optim: Optim | None, total_steps: int) -> TorchTrainable:
+    def __call__(self, build: Callable[[], Any], optim: OptimizerProvider | None, total_steps: int) -> TorchTrainable:
         trainable: type[TorchTrainable] = globals()[self.which]
         return trainable(build(), optim, total_steps, torch.device("cpu"))
 
@@ -171,7 +171,7 @@ class Otherwise(Local):
 
     def __call__(self, plan: Plan) -> Placement:
         actor = plan.roles["actor"]
-        faster = replace(actor, options=replace(actor.options, optim=Optim(lr=0.1)))
+        faster = replace(actor, options=replace(actor.options, optim=AdamW(lr=0.1)))
         return super().__call__(replace(plan, roles={"actor": faster}))
 
 

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from rlhf_core import Run, make_config
 from rlhf_core.contract.batch import Batch
-from rlhf_core.contract.options import Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.loop import collect
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyAlgorithm, TinyLoss
 from rlhf_core.training.planner import make_plan
 
-FALLING = Optim(lr=1e-3, schedule="linear")
+FALLING = AdamW(lr=1e-3, schedule="linear")
 
 
 @dataclass(frozen=True)

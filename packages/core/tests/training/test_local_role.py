@@ -11,7 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_core.contract.batch import Batch
-from rlhf_core.contract.options import KL, Optim, RunConfig, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import KL, RunConfig, TrainedOptions
 from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import ContractError
@@ -57,7 +58,7 @@ class Given:
 
 
 def role_of(*terms: Term, lr: float = 0.1, **options: object) -> LocalRole:
-    roles = {"actor": TrainedOptions(optim=Optim(lr=lr))}
+    roles = {"actor": TrainedOptions(optim=AdamW(lr=lr))}
     config = RunConfig(Given(terms), {"strategy": FakeStrategy()}, {}, roles, **options)  # type: ignore[arg-type]
     return LocalRole(make_plan(config), "actor")
 

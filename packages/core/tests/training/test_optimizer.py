@@ -7,33 +7,34 @@ import math
 import pytest
 import torch
 
-from rlhf_core.contract.options import Optim
-from rlhf_core.training.optimizer import adamw, lr_factor, parameter_groups
+from rlhf_core.contract.optimizers import AdamW, parameter_groups
+from rlhf_core.training.optimizer import lr_factor, make_optimizer
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (Optim(), [1, 1, 1, 1, 1]),
-        (Optim(schedule="linear"), [1, 0.75, 0.5, 0.25, 0]),
-        (Optim(schedule="linear", min_lr_ratio=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
-        (Optim(schedule="cosine"), [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]),
+        (AdamW(), [1, 1, 1, 1, 1]),
+        (AdamW(schedule="linear"), [1, 0.75, 0.5, 0.25, 0]),
+        (AdamW(schedule="linear", min_lr_ratio=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
+        (AdamW(schedule="cosine"), [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]),
         (
-            Optim(schedule="cosine", min_lr_ratio=0.1),
+            AdamW(schedule="cosine", min_lr_ratio=0.1),
             [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)],
         ),
-        (Optim(warmup=2), [1 / 3, 2 / 3, 1, 1, 1]),
-        (Optim(warmup=0.4, schedule="linear"), [1 / 3, 2 / 3, 1, 0.5, 0]),
+        (AdamW(warmup=2), [1 / 3, 2 / 3, 1, 1, 1]),
+        (AdamW(warmup=0.4, schedule="linear"), [1 / 3, 2 / 3, 1, 0.5, 0]),
     ],
 )
-def test_a_schedule_has_these_values_over_five_steps(options: Optim, expected: list[float]) -> None:
+def test_a_schedule_has_these_values_over_five_steps(options: AdamW, expected: list[float]) -> None:
     assert [lr_factor(options, step, 5) for step in range(5)] == pytest.approx(expected)
 
 
 def test_biases_and_norms_are_not_decayed_and_frozen_parameters_are_left_out() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
     module[2].weight.requires_grad_(False)
-    decayed, free = parameter_groups(module, 0.1)
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decayed, free = parameter_groups(trained, 0.1)
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
     assert [tuple(p.shape) for p in free["params"]] == [(4,), (4,), (4,)]
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
@@ -43,8 +44,8 @@ def test_adamw_follows_the_papers_update() -> None:
     """Two steps of Loshchilov and Hutter's algorithm 2 by hand, in float64."""
     layer = torch.nn.Linear(1, 1, bias=False).double()
     torch.nn.init.constant_(layer.weight, 2.0)
-    options = Optim(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
-    optimizer = adamw(layer, options)
+    options = AdamW(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
+    optimizer = make_optimizer(layer, options, 2)
     w, m, v = 2.0, 0.0, 0.0
     for t, gradient in enumerate((3.0, -1.0), start=1):
         layer.weight.grad = torch.full((1, 1), gradient, dtype=torch.float64)

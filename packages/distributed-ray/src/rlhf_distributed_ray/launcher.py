@@ -210,7 +210,7 @@ class _Cluster:
         self._reserve()
         self._say_idle_gpus()
         names = to_names(self.plan.config)
-        expected = versions(Registry(), self.plan.config.names)
+        expected = versions(Registry(), self.plan.config.names, self.plan.config.uses)
         shipper = Shipper()
         roles: dict[str, RoleGroup] = {}
         for role, spec in self.plan.roles.items():

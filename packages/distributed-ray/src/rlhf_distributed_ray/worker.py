@@ -44,7 +44,7 @@ def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
 
     registry = Registry()
     config = from_names(names, registry)
-    mine = versions(registry, config.names)
+    mine = versions(registry, config.names, config.uses)
     if mine != expected:
         differing = sorted(kind for kind in {*mine, *expected} if mine.get(kind) != expected.get(kind))
         pairs = ", ".join(f"{kind}: {expected.get(kind)} here, {mine.get(kind)} there" for kind in differing)
@@ -54,9 +54,10 @@ def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
     return make_plan(config)
 
 
-def versions(registry: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """Distribution and version behind each chosen provider, by kind."""
+def versions(registry: Any, names: Mapping[str, str], uses: Mapping[str, str]) -> dict[str, str]:
+    """Distribution and version behind each chosen provider, by kind; of optimizers, by role (`actor.optim`)."""
     found = {kind: registry.provenance(kind, name) for kind, name in names.items() if isinstance(name, str)}
+    found |= {path: registry.provenance("optimizer", name) for path, name in uses.items()}
     return {
         kind: " ".join(map(str, source)) if isinstance(source, tuple) else str(source) for kind, source in found.items()
     }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["configuration"]
@@ -41,7 +41,7 @@ REFUSED = {
 """Keys a user's file may not switch on, and what to use instead."""
 
 
-def configuration(options: DeepSpeedOptions, dtype: str, optim: Optim | None) -> Json:
+def configuration(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider | None) -> Json:
     """What `deepspeed.initialize` gets for a role that computes in `dtype`; `optim` is None for a frozen one.
 
     Raises:
@@ -56,7 +56,7 @@ def configuration(options: DeepSpeedOptions, dtype: str, optim: Optim | None) ->
     return _merge(_merge(free, user), fixed)
 
 
-def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: Optim | None) -> Json:
+def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider | None) -> Json:
     """What follows from the run's options, and from how core trains."""
     zero: Json = {"stage": options.stage}
     if options.bucket is not None:

@@ -22,7 +22,7 @@ from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 if TYPE_CHECKING:
     from torch import nn
 
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.roles import Trainable
 
 __all__ = ["DeepSpeed"]
@@ -47,7 +47,7 @@ class DeepSpeed(DeepSpeedOptions):
                 f"deepspeed {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'deepspeed>=0.19.8'"
             )
 
-    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable:
+    def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
         self.check()
         device = prepare_process()

@@ -18,7 +18,7 @@ from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.training.optimizer import adamw, lr_factor
+from rlhf_core.training.optimizer import Schedule, make_optimizer
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import (
     forward,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["DeepSpeedTrainable"]
@@ -48,11 +48,21 @@ class DeepSpeedTrainable(Trainable):
     """A module, its optimiser and its schedule, sharded as `options.stage` says."""
 
     def __init__(
-        self, options: DeepSpeedOptions, module: nn.Module, optim: Optim, total_steps: int, device: torch.device
+        self,
+        options: DeepSpeedOptions,
+        module: nn.Module,
+        optim: OptimizerProvider,
+        total_steps: int,
+        device: torch.device,
     ) -> None:
         dtype = str(module.compute_dtype).removeprefix("torch.")
         if dtype == "float16":
             raise UsageError("strategy 'deepspeed' does not train in float16 in this version; use bfloat16 or float32")
+        if options.stage > 0 and not optim.elementwise:
+            raise UsageError(
+                f"strategy 'deepspeed' cuts matrices into flat shards at stage {options.stage}, and the optimizer "
+                f"{type(optim).__name__} reads whole ones; use --strategy.stage 0, the strategy torch, or the optimizer adamw"
+            )
         config = configuration(options, dtype, optim)
         if options.show_config:
             show("a trained role", config)
@@ -61,17 +71,19 @@ class DeepSpeedTrainable(Trainable):
         self.options = optim
         self.stage = options.stage
         self.sharded = options.stage == 3
-        self.total_steps = total_steps
         self.steps_done = 0
         self.device = device
         module.eval()  # no dropout: stored and live log-probabilities must agree
-        optimizer = adamw(module, optim)  # before sharding: afterwards a matrix looks like a vector
+        optimizer = make_optimizer(
+            module, optim, total_steps
+        )  # before sharding: afterwards a matrix looks like a vector
         self._norm: float | Tensor = 0.0
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         elif self.stage == 3:
             shard(module, config, device)
         self.engine = initialize(module, config, optimizer)
+        self.schedule = Schedule(self.engine.optimizer, optim, total_steps)
         self.module: nn.Module = self.engine.module
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
@@ -81,9 +93,7 @@ class DeepSpeedTrainable(Trainable):
         self.engine.backward(loss.to(self.device) * self.world.size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> dict[str, float]:
-        lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.schedule.set(self.steps_done)
         self.engine.step()
         if self.stage == 3:  # else a weight that the next step leaves out (an expert nobody asked) keeps this gradient
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.sft import SFTLoss
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["Distill"]
@@ -27,7 +28,7 @@ class Distill:
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "distill"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
-        "actor": TrainedOptions(optim=Optim(lr=1e-5, schedule="cosine")),
+        "actor": TrainedOptions(optim=AdamW(lr=1e-5, schedule="cosine")),
         "teacher": ModelOptions(),
     }
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.contract.options import FREE, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -26,7 +27,7 @@ class KTO:
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "advantage": "kto", "loss": "kto"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
-        "actor": TrainedOptions(optim=Optim(lr=5e-7, schedule="linear", warmup=0.1)),
+        "actor": TrainedOptions(optim=AdamW(lr=5e-7, schedule="linear", warmup=0.1)),
         "reference": ModelOptions(),
     }
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32}

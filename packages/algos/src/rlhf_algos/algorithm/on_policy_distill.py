@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, chosen_loss, policy_terms
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnPolicyDistill"]
@@ -23,7 +24,7 @@ class OnPolicyDistill:
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "teacher", "loss": "clip"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
-        "actor": TrainedOptions(optim=Optim(lr=1e-6)),
+        "actor": TrainedOptions(optim=AdamW(lr=1e-6)),
         "teacher": ModelOptions(),
     }
 

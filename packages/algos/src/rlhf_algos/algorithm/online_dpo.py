@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, Sampled, policy_terms
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnlineDPO"]
@@ -19,7 +20,7 @@ class OnlineDPO(Sampled):
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
-        "actor": TrainedOptions(optim=Optim(lr=5e-7)),
+        "actor": TrainedOptions(optim=AdamW(lr=5e-7)),
         "reference": ModelOptions(),
     }
 

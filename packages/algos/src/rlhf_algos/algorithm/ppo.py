@@ -11,7 +11,8 @@ from rlhf_algos.loss.delayed import delay_term
 from rlhf_algos.loss.sft import SFTLoss
 from rlhf_algos.loss.value import ValueLoss
 from rlhf_algos.ranges import check_ranges
-from rlhf_core.contract.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import KL, ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -37,7 +38,7 @@ class PPO(Sampled):
     """weight of the likelihood of the data's own completions (PPO-ptx, Ouyang et al. 2022, eq. 2); 0 needs none"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "gae", "loss": "clip"}
-    roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=Optim(lr=1e-5))}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=AdamW(lr=1e-5))}
     config_defaults: ClassVar[Mapping[str, Any]] = {"minibatches": 4}
 
     def __post_init__(self) -> None:

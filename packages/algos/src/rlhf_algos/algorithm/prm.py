@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["PRM"]
@@ -18,7 +19,7 @@ class PRM:
     """A process reward model from solutions whose steps are judged (Lightman et al. 2023): reward <- data : prm."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}
-    roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=Optim(lr=1e-6, schedule="cosine"))}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=AdamW(lr=1e-6, schedule="cosine"))}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         return (Term("reward", "data", chosen_loss(choices)),)

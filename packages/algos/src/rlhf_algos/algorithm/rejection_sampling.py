@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlhf_algos.compose import ONLINE, Sampled, policy_terms
-from rlhf_core.contract.options import ModelOptions, Optim, Sampling, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, Sampling, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["RejectionSampling"]
@@ -18,7 +19,7 @@ class RejectionSampling(Sampled):
     """Fine-tuning on each prompt's best sample (Dong et al. 2023, RAFT): actor <- actor : sft on the best of n."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "best_of_n", "loss": "sft"}
-    roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=Optim(lr=2e-6))}
+    roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=AdamW(lr=2e-6))}
     config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=8)}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

@@ -14,7 +14,8 @@ from rlhf_algos.loss.value import ValueLoss
 from rlhf_algos.loss.weighted_nll import WeightedNLLLoss
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi
-from rlhf_core.contract.options import KL, ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import KL, ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -65,8 +66,8 @@ class RePULSe:
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
         **POLICY_ROLES,
-        "proposal": TrainedOptions(optim=Optim(lr=1e-6)),
-        "critic": TrainedOptions(optim=Optim(lr=1e-5)),
+        "proposal": TrainedOptions(optim=AdamW(lr=1e-6)),
+        "critic": TrainedOptions(optim=AdamW(lr=1e-5)),
     }
 
     def __post_init__(self) -> None:

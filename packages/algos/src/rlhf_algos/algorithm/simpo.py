@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
-from rlhf_core.contract.options import ModelOptions, Optim, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["SimPO"]
@@ -19,7 +20,7 @@ class SimPO:
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "simpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
-        "actor": TrainedOptions(optim=Optim(lr=1e-6, schedule="cosine", warmup=0.1)),
+        "actor": TrainedOptions(optim=AdamW(lr=1e-6, schedule="cosine", warmup=0.1)),
     }
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

@@ -28,6 +28,7 @@ from rlhf_core.config.schema import (
     STRUCTURE,
     Schema,
     Section,
+    Use,
     annotation_of,
     default_of,
     flag,
@@ -35,7 +36,7 @@ from rlhf_core.config.schema import (
     option_fields,
 )
 from rlhf_core.config.value_types import MASK, is_secret, to_plain
-from rlhf_core.contract.hooks import KINDS, SEVERAL
+from rlhf_core.contract.hooks import CHOSEN, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import UsageError
 from rlhf_core.util.secrets import redact_tree
@@ -76,7 +77,7 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
     tree: dict[str, Any] = {}
     instances: dict[str, Any] = {}
     for name, value in {"algorithm": algorithm, **overrides}.items():
-        if name not in KINDS or name in roles or isinstance(value, (str, Mapping)):
+        if name not in CHOSEN or name in roles or isinstance(value, (str, Mapping)):
             tree[name] = value
             continue
         several = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -120,7 +121,8 @@ def _build(schema: Schema, settings: Settings) -> RunConfig:
     made = construct(schema, settings)
     run: RunConfig = made[""]
     names = {kind: name for kind, name in schema.names.items() if name}
-    return replace(run, algorithm=made["algorithm"], names=names, **split_sections(schema, made))
+    uses = {path: use.name for section in schema.sections for path, use in section.uses.items()}
+    return replace(run, algorithm=made["algorithm"], names=names, uses=uses, **split_sections(schema, made))
 
 
 def construct(schema: Schema, settings: Settings) -> dict[str, Any]:
@@ -146,24 +148,34 @@ def _construct_section(section: Section, settings: Settings) -> Any:
         if option.required and option.path not in settings:
             raise UsageError(f"{section.title} needs {option.described(flag(option.path)).removesuffix(' (required)')}")
     try:
-        return _construct(section.cls, section.base, section.prefix, settings, section.skip)
+        return _construct(section.cls, section.base, section.prefix, settings, section.skip, section.uses)
     except ValueError as error:  # a provider's __post_init__ refuses a value
         raise UsageError(f"{section.title}: {error}" if section.prefix else str(error)) from error
 
 
-def _construct(cls: type, base: Any, prefix: str, settings: Settings, skip: tuple[str, ...] = ()) -> Any:
-    """`base` with what is set under `prefix`; a new `cls` where there is no base."""
+def _construct(
+    cls: type,
+    base: Any,
+    prefix: str,
+    settings: Settings,
+    skip: tuple[str, ...] = (),
+    uses: Mapping[str, Use] | None = None,
+) -> Any:
+    """`base` with what is set under `prefix`; a new `cls` where there is no base, or only some of its values."""
     changes: dict[str, Any] = {}
     for each in option_fields(cls, skip):
         path = f"{prefix}.{each.name}".lstrip(".")
+        if uses and path in uses:
+            changes[each.name] = _construct(uses[path].cls, uses[path].base, path, settings)
+            continue
         inner, _ = nested_dataclass(annotation_of(cls, each.name))
         if path in settings:
             changes[each.name] = settings[path]
         elif inner is not None and any(known.startswith(f"{path}.") for known in settings):
             default = default_of(each, base)
             changes[each.name] = _construct(inner, None if default is MISSING else default, path, settings)
-    if base is None:
-        return cls(**changes)
+    if base is None or isinstance(base, Mapping):
+        return cls(**{**(base or {}), **changes})
     return replace(base, **changes) if changes else base
 
 
@@ -177,7 +189,7 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     names = config.names
     tree: dict[str, Any] = {"algorithm": {"use": names["algorithm"], **_plain(config.algorithm, "algorithm", masked)}}
     tree |= _plain(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
-    tree |= {role: _plain(options, role, masked) for role, options in config.roles.items()}
+    tree |= {role: _plain(options, role, masked, uses=config.uses) for role, options in config.roles.items()}
     for kind, provider in config.providers.items():
         tree[kind] = {"use": names[kind]}
         several = provider if isinstance(provider, tuple) else (provider,)
@@ -187,14 +199,17 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     return {**dict.fromkeys(SEVERAL, "none"), **tree}  # left out is said too: an algorithm may have usual ones
 
 
-def _plain(options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The options of a dataclass as plain data."""
+def _plain(
+    options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = (), uses: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The options of a dataclass as plain data, with the names of the providers inside it."""
     tree: dict[str, Any] = {}
     for each in option_fields(type(options), skip):
         value, path = getattr(options, each.name), f"{prefix}.{each.name}".lstrip(".")
         annotation = annotation_of(type(options), each.name)
         if nested_dataclass(annotation)[0] is not None and value is not None:
-            tree[each.name] = _plain(value, path, masked)
+            use = {"use": uses[path]} if uses and path in uses else {}
+            tree[each.name] = {**use, **_plain(value, path, masked)}
         elif masked and is_secret(annotation) and value and not str(value).startswith("env:"):
             tree[each.name] = MASK
         else:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.schema import Schema, flag, make_schema, option_fields
+from rlhf_core.config.schema import Schema, flag, make_schema, option_fields, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, is_secret, metavar
-from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +34,12 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     file = flags.pop("config", None)
     tree = _read_file(single_word("--config", file)) if file is not None else {}
     where = single_word("--config", file) if file is not None else ""
-    wanted = {kind: single_word(flag(kind), flags[kind]) for kind in KINDS if kind in flags and kind != "algorithm"}
+    wanted = {kind: single_word(flag(kind), flags[kind]) for kind in CHOSEN if kind in flags and kind != "algorithm"}
     flags = {path: words for path, words in flags.items() if path not in wanted and path != "help"}
     if words:
         wanted["algorithm"] = words[0]
-    schema, settings = read_tree(tree, registry, where=where, wanted=wanted)
+    uses = {path.removesuffix(".use"): single_word(flag(path), flags[path]) for path in flags if path.endswith(".use")}
+    schema, settings = read_tree(tree, registry, where=where, wanted=wanted, uses=uses)
     _merge(settings, from_flags(flags, schema))
     return schema, settings
 
@@ -88,6 +89,7 @@ def read_tree(
     instances: Mapping[str, Any] | None = None,
     where: str = "",
     wanted: Mapping[str, str] | None = None,
+    uses: Mapping[str, str] | None = None,
 ) -> tuple[Schema, Settings]:
     """The options there are and those a tree sets.
 
@@ -97,17 +99,19 @@ def read_tree(
         instances: ready-made providers by kind.
         where: the file, for error messages.
         wanted: names of providers by kind that replace the tree's own, options included.
+        uses: names of providers inside roles' options by path, likewise.
     """
-    instances, wanted = instances or {}, wanted or {}
+    instances, wanted, uses = instances or {}, wanted or {}, uses or {}
     algorithm = wanted.get("algorithm") or _use("algorithm", tree, where)
     if not algorithm:
         installed = ", ".join(registry.table("algorithm")) or "none"
         raise UsageError(f"name an algorithm first: rlhf-run ALGORITHM …; installed: {installed}")
     cls = type(instances["algorithm"]) if "algorithm" in instances else registry.resolve("algorithm", algorithm)
-    kinds = [kind for kind in KINDS if kind in tree and kind not in getattr(cls, "roles", {})]
+    roles: Mapping[str, Any] = getattr(cls, "roles", {})
+    kinds = [kind for kind in CHOSEN if kind in tree and kind not in roles]
     named = {kind: name for kind in kinds if (name := _use(kind, tree, where))}
-    schema = make_schema(algorithm, {**named, **wanted}, registry, instances)
-    values = dict(tree)
+    values, inside = _read_uses(tree, roles, registry, where, uses)
+    schema = make_schema(algorithm, {**named, **wanted}, registry, instances, inside)
     for kind in kinds:
         kept = isinstance(tree[kind], Mapping) and schema.names[kind] == named.get(kind, schema.names[kind])
         values[kind] = {key: value for key, value in tree[kind].items() if key != "use"} if kept else {}
@@ -116,11 +120,47 @@ def read_tree(
 
 def _use(kind: str, tree: Mapping[str, Any], where: str) -> str:
     """The name that a tree gives for a kind: `use` of its table, or the bare name; empty where it gives none."""
-    table = tree.get(kind, "")
+    return _name_in(tree.get(kind, ""), f"{_at(where)}{kind}")
+
+
+def _name_in(table: Any, path: str) -> str:
+    """`use` of a table, or the bare name."""
     name = table.get("use", "") if isinstance(table, Mapping) else table
     if not isinstance(name, str):
-        raise UsageError(f"{_at(where)}{kind} must be a name, or a table with a name as `use`, not {name!r}")
+        raise UsageError(f"{path} must be a name, or a table with a name as `use`, not {name!r}")
     return name
+
+
+def _read_uses(
+    tree: Mapping[str, Any], roles: Mapping[str, Any], registry: Registry, where: str, wanted: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A tree with the providers inside its roles as tables of their options, and the name of each by path.
+
+    A name in `wanted` replaces the tree's own, options included.
+    """
+    values, uses = dict(tree), {}
+    for role, options in roles.items():
+        given = _as_table(tree.get(role))
+        for name, kind in provider_fields(type(options)):
+            path, held = f"{role}.{name}", given.get(name, {})
+            if dataclasses.is_dataclass(held) and not isinstance(held, type):
+                held = {"use": registry.name_of(kind, type(held)), **_as_table(held)}
+            use = _name_in(held, f"{_at(where)}{path}")
+            uses[path] = wanted.get(path, use)
+            dropped = path in wanted and use != wanted[path]
+            table = {} if dropped or isinstance(held, str) else {k: v for k, v in held.items() if k != "use"}
+            if name in given:
+                given = {**given, name: table}
+        if role in tree and given:
+            values[role] = given
+    return values, {path: use for path, use in uses.items() if use}
+
+
+def _as_table(value: Any) -> dict[str, Any]:
+    """A table of options; of an instance, its fields. Empty where it is neither."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in option_fields(type(value))}
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _at(where: str) -> str:

@@ -37,6 +37,12 @@ def check_resume(config: RunConfig) -> None:
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}), so that nobody can tell what the run was; restore it") from None
     changed = changed_options(old, config)
+    switched = [each for each in changed if each.partition(" ")[0].endswith(".use")]
+    if switched:
+        raise UsageError(
+            f"the run in {config.output} has another optimizer: {', '.join(switched)}; the saved state of one optimizer fits "
+            f"no other, so resume with it, or start a new run with --model {config.output}/model"
+        )
     if not changed or config.resume_changed:
         return
     more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
@@ -66,8 +72,9 @@ def changed_options(old: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(path, before, now) of every value that differs; of tables that use different providers, only that."""
-    if old.get("use") != new.get("use"):
-        yield prefix.removesuffix("."), old.get("use"), new.get("use")
+    if old.get("use", new.get("use")) != new.get("use"):
+        kind = prefix.removesuffix(".")
+        yield (f"{prefix}use" if "." in kind else kind), old.get("use"), new.get("use")
         return
     for name in new:
         if name not in old:

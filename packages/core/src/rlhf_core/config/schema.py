@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from rlhf_core.config.docstrings import docs_of
 from rlhf_core.config.value_types import metavar
-from rlhf_core.contract.hooks import KINDS, SEVERAL
+from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.util.suggestions import closest_names, did_you_mean
@@ -32,6 +32,7 @@ __all__ = [
     "Option",
     "Schema",
     "Section",
+    "Use",
     "annotation_of",
     "build_schema",
     "flag",
@@ -40,10 +41,11 @@ __all__ = [
     "nested_dataclass",
     "option_fields",
     "options_of",
+    "provider_fields",
     "provider_sections",
 ]
 
-STRUCTURE = ("algorithm", "providers", "names", "roles")
+STRUCTURE = ("algorithm", "providers", "names", "roles", "uses")
 """Fields of RunConfig that are what the sections are made of, and not options."""
 
 ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}
@@ -83,6 +85,18 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Use:
+    """A provider that is chosen inside a section: `[actor.optim] use = "muon"`."""
+
+    name: str
+    cls: type
+    base: Any
+    """the instance whose values are the defaults, or some of them by name"""
+    names: tuple[str, ...]
+    """what can be chosen"""
+
+
+@dataclass(frozen=True)
 class Section:
     """The options of one thing."""
 
@@ -96,6 +110,8 @@ class Section:
     options: tuple[Option, ...] = ()
     kind: str = ""
     """the kind, where the section is a provider's"""
+    uses: Mapping[str, Use] = field(default_factory=dict)
+    """the providers inside it, by path"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,10 @@ class Schema:
         (subject, name), *chosen = self.names.items()
         kinds = [kind for kind, _ in chosen]
         section = next((each for each in self.sections if each.prefix == head), None)
-        if head in KINDS and head not in self.names and section is None:
+        if head in OF_ROLES:
+            paths = [each.removesuffix(".use") for each in self.options if each.endswith(".use")]
+            return f"; an optimizer belongs to a role: {' or '.join(f'{spell(each)}.use NAME' for each in paths)}"
+        if head in CHOSEN and head not in self.names and section is None:
             return f"; {subject} {name!r} has no {head}{', it uses ' * bool(kinds)}{', '.join(kinds)}"
         if section is not None and not section.options:
             return f"; {section.title} has no options"
@@ -199,17 +218,31 @@ def nested_dataclass(annotation: Any) -> tuple[type | None, bool]:
 
 def default_of(each: dataclasses.Field[Any], base: Any) -> Any:
     """What a field is unless it is set: its value in `base`, else its default; MISSING where there is neither."""
-    if base is not None:
+    if isinstance(base, Mapping) and each.name in base:
+        return base[each.name]
+    if base is not None and not isinstance(base, Mapping):
         return getattr(base, each.name)
     return each.default_factory() if each.default_factory is not MISSING else each.default
 
 
-def options_of(cls: type, base: Any = None, prefix: str = "", skip: tuple[str, ...] = ()) -> Iterator[Option]:
-    """Every option under `prefix`, nested dataclasses flattened."""
+def options_of(
+    cls: type,
+    base: Any = None,
+    prefix: str = "",
+    skip: tuple[str, ...] = (),
+    uses: Mapping[str, Use] | None = None,
+) -> Iterator[Option]:
+    """Every option under `prefix`, nested dataclasses flattened; of the providers in `uses`, those chosen there."""
     docs = docs_of(cls).fields
     for each in option_fields(cls, skip):
         path = f"{prefix}.{each.name}".lstrip(".")
         annotation, default = annotation_of(cls, each.name), default_of(each, base)
+        if uses and path in uses:
+            use = uses[path]
+            doc = f"{docs.get(each.name, 'provider')}: {', '.join(use.names)}, or module:Class"
+            yield Option(f"{path}.use", str, doc, use.name)
+            yield from options_of(use.cls, use.base, path)
+            continue
         inner, optional = nested_dataclass(annotation)
         if inner is None:
             yield Option(path, annotation, docs.get(each.name, ""), default)
@@ -226,11 +259,16 @@ def options_of(cls: type, base: Any = None, prefix: str = "", skip: tuple[str, .
 
 
 def make_schema(
-    algorithm: str, chosen: Mapping[str, str], registry: Registry, instances: Mapping[str, Any] | None = None
+    algorithm: str,
+    chosen: Mapping[str, str],
+    registry: Registry,
+    instances: Mapping[str, Any] | None = None,
+    uses: Mapping[str, str] | None = None,
 ) -> Schema:
     """The schema of a run of `algorithm` with the providers `chosen` by kind, its usual ones elsewhere.
 
-    `instances` are ready-made providers by kind; their values stand.
+    `instances` are ready-made providers by kind; their values stand. `uses` are names of providers inside roles' options,
+    by path (`actor.optim`).
 
     Raises:
         UsageError: a name is unknown, or a kind is chosen that the algorithm does not have.
@@ -244,7 +282,8 @@ def make_schema(
         if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
             raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
         what = "trained" if hasattr(options, "optim") else "frozen"
-        sections.append(Section(role, f"role {role!r} ({what})", type(options), options))
+        inside = _make_uses(role, options, uses or {}, registry)
+        sections.append(Section(role, f"role {role!r} ({what})", type(options), options, uses=inside))
     sections += provider_sections(names, registry, instances)
     return build_schema(names, sections)
 
@@ -263,9 +302,46 @@ def provider_sections(
             yield Section(prefix, f"{kind} {each!r}", provider, base, kind=kind)
 
 
+def provider_fields(cls: type) -> Iterator[tuple[str, str]]:
+    """The fields of a dataclass of options that hold a provider, each with its kind."""
+    for each in option_fields(cls):
+        if "kind" in each.metadata:
+            yield each.name, each.metadata["kind"]
+
+
+def _make_uses(role: str, options: Any, chosen: Mapping[str, str], registry: Registry) -> dict[str, Use]:
+    """The providers inside a role's options: those chosen, else the role's own.
+
+    A provider that takes the place of the role's own keeps the values of the fields that its kind has in common, but for
+    those that it declares itself: a schedule stays, and a learning rate that belongs to one method does not.
+    """
+    uses = {}
+    for name, kind in provider_fields(type(options)):
+        own, path = getattr(options, name), f"{role}.{name}"
+        use = chosen.get(path) or registry.name_of(kind, type(own))
+        cls = type(own) if use == registry.name_of(kind, type(own)) else registry.resolve(kind, use)
+        base: Any = own
+        if cls is not type(own):
+            common: Any = annotation_of(type(options), name)
+            if not issubclass(cls, common):
+                raise UsageError(f"{flag(path)}.use {use}: {cls.__qualname__} is no {common.__name__}; subclass it")
+            declared = [each for below in cls.__mro__[: cls.__mro__.index(common)] for each in _annotated(below)]
+            base = {each.name: getattr(own, each.name) for each in option_fields(common) if each.name not in declared}
+        uses[path] = Use(use, cls, base, tuple(registry.table(kind)))
+    return uses
+
+
+def _annotated(cls: type) -> Iterable[str]:
+    """The names that a class annotates itself."""
+    names: Mapping[str, Any] = vars(cls).get("__annotations__", {})
+    return names
+
+
 def build_schema(names: Mapping[str, str], sections: Iterable[Section]) -> Schema:
     """The schema of these sections, each with its options."""
-    full = tuple(dataclasses.replace(s, options=tuple(options_of(s.cls, s.base, s.prefix, s.skip))) for s in sections)
+    full = tuple(
+        dataclasses.replace(s, options=tuple(options_of(s.cls, s.base, s.prefix, s.skip, s.uses))) for s in sections
+    )
     return Schema(names, full, {option.path: option for section in full for option in section.options})
 
 
@@ -273,7 +349,7 @@ def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, st
     """The name of each kind the algorithm has."""
     usual = getattr(cls, "defaults", {})
     chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}
-    kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in KINDS if kind in usual or kind in ALWAYS}
+    kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in CHOSEN if kind in usual or kind in ALWAYS}
     for kind in chosen:
         if kind not in kinds:
             meant = did_you_mean(kind, [each.name for each in dataclasses.fields(RunConfig)])  # `--step` for `--steps`

@@ -22,7 +22,19 @@ import pluggy
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["GROUP", "KINDS", "METRICS", "OBSERVERS", "SEVERAL", "KindName", "Providers", "hookimpl", "hookspec"]
+__all__ = [
+    "CHOSEN",
+    "GROUP",
+    "KINDS",
+    "METRICS",
+    "OBSERVERS",
+    "OF_ROLES",
+    "SEVERAL",
+    "KindName",
+    "Providers",
+    "hookimpl",
+    "hookspec",
+]
 
 GROUP = "rlhf"
 """The entry-point group in which plugins advertise themselves."""
@@ -40,11 +52,18 @@ KindName = Literal[
     "observer",
     "command",
     "ingredient",
+    "optimizer",
 ]
-"""One word per kind: hook `rlhf_<kind>`, flag `--<kind>`, TOML table `[<kind>]`."""
+"""One word per kind: hook `rlhf_<kind>`."""
 
 KINDS: tuple[str, ...] = get_args(KindName)
 """Every kind."""
+
+OF_ROLES = ("optimizer",)
+"""Kinds that a run does not choose one of: an optimizer is chosen per role."""
+
+CHOSEN = tuple(kind for kind in KINDS if kind not in OF_ROLES)
+"""Kinds with a flag `--<kind>` and a TOML table `[<kind>]`."""
 
 SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
@@ -123,6 +142,12 @@ def rlhf_evaluator() -> Providers:
 @hookspec
 def rlhf_observer() -> Providers:
     """Trackers, alarms and other company of a run that is asked for by name: `(run) -> object with observer hooks`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_optimizer() -> Providers:
+    """Optimizers of roles (`--<role>.optim.use NAME`): `(named_parameters, total_steps) -> torch.optim.Optimizer`."""
     raise AssertionError("a specification is never called")
 
 

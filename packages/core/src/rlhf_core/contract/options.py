@@ -11,29 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
+from rlhf_core.contract.ranges import at_least, at_most
 from rlhf_core.errors import UsageError
 
-__all__ = ["KL", "Lora", "ModelOptions", "Optim", "RunConfig", "Sampling", "TrainedOptions"]
+__all__ = ["KL", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions"]
 
 INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
 
+OPTIMIZER = {"kind": "optimizer"}
+"""Metadata of a field that holds a provider of this kind: `use` beside its options names which."""
+
 FREE = {"free": True}
 """Metadata of an option that changes no result: a resumed run may have another value of it."""
-
-
-def _at_least(least: float, options: object, *names: str) -> None:
-    """Check that the named fields are at least `least`."""
-    for name in names:
-        if not getattr(options, name) >= least:  # written so that nan fails
-            raise UsageError(f"{name} must be at least {least:g}, not {getattr(options, name)}")
-
-
-def _at_most(most: float, options: object, *names: str) -> None:
-    """Check that the named fields are at most `most`."""
-    for name in names:
-        if not getattr(options, name) <= most:
-            raise UsageError(f"{name} must be at most {most:g}, not {getattr(options, name)}")
 
 
 @dataclass(frozen=True)
@@ -58,9 +49,9 @@ class Sampling:
     """base of the per-completion seeds; the loop sets it from the run's seed and the step"""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "n", "max_new_tokens")
-        _at_least(0, self, "temperature", "top_p", "top_k", "min_p")
-        _at_most(1, self, "top_p", "min_p")
+        at_least(1, self, "n", "max_new_tokens")
+        at_least(0, self, "temperature", "top_p", "top_k", "min_p")
+        at_most(1, self, "top_p", "min_p")
 
     def seed_for(self, uid: int, k: int) -> int:
         """The 63-bit seed of completion `k` of the prompt `uid`: the same on any engine, rank or batch composition."""
@@ -86,36 +77,10 @@ class KL:
     """completions over which the adaptive coefficient moves"""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "coef")
-        _at_least(1, self, "horizon")
+        at_least(0, self, "coef")
+        at_least(1, self, "horizon")
         if self.unbiased and self.where == "reward":
             raise UsageError("unbiased is about the gradient of a KL in the loss: set where to loss, or leave it out")
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW, its schedule and clipping. Biases, norms and other vectors are never decayed."""
-
-    lr: float = 1e-6
-    """peak learning rate"""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of the peak"""
-    warmup: float = 0.0
-    """warm-up: below 1 a share of all optimiser steps, from 1 a number of them"""
-    min_lr_ratio: float = 0.0
-    """where linear and cosine end, as a share of `lr`"""
-    weight_decay: float = 0.0
-    """decoupled decay of matrices"""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments"""
-    eps: float = 1e-8
-    """AdamW's epsilon"""
-    max_grad_norm: float = 1.0
-    """global gradient norm is clipped to this; 0 does not clip"""
-
-    def __post_init__(self) -> None:
-        _at_least(0, self, "lr", "warmup", "min_lr_ratio", "weight_decay", "eps", "max_grad_norm")
-        _at_most(1, self, "min_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -132,8 +97,8 @@ class Lora:
     """names of the linear layers that are adapted, as q_proj v_proj; all-linear is all of them but the heads"""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "rank", "dropout")
-        _at_least(1, self, "alpha")
+        at_least(0, self, "rank", "dropout")
+        at_least(1, self, "alpha")
         if not self.dropout < 1:
             raise UsageError(f"lora.dropout must be below 1, not {self.dropout}")
 
@@ -176,11 +141,11 @@ class TrainedOptions(ModelOptions):
     """decay a step of an exponential moving average of the weights, as 0.99; 0 keeps none"""
     ema_export: Literal["beside", "model"] = field(default="beside", metadata=FREE)
     """write the average to OUTPUT/model-ema beside the trained weights, or as OUTPUT/model in their place"""
-    optim: Optim = Optim()
-    """optimiser"""
+    optim: OptimizerProvider = field(default=AdamW(), metadata=OPTIMIZER)
+    """optimizer of this role"""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "router_aux_coef", "ema")
+        at_least(0, self, "router_aux_coef", "ema")
         if not self.ema < 1:
             raise UsageError(f"ema must be below 1, not {self.ema}")
         if self.quantize != "none" and not self.lora.rank:
@@ -201,6 +166,8 @@ class RunConfig:
     """the registered name (or `module:Class`) of each of them, `algorithm` included"""
     roles: Mapping[str, ModelOptions]
     """options per role"""
+    uses: Mapping[str, str] = field(default_factory=dict)
+    """the registered name (or `module:Class`) of each provider inside a role's options, by path: `actor.optim`"""
     model: str = "tiny"
     """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
     add_tokens: str = ""
@@ -256,5 +223,5 @@ class RunConfig:
     """how completions are drawn (online algorithms)"""
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")
-        _at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")
+        at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")
+        at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

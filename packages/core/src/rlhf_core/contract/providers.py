@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
-    from rlhf_core.contract.options import Optim, Sampling
+    from rlhf_core.contract.optimizers import OptimizerProvider
+    from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, Trainable
@@ -128,7 +129,9 @@ class Strategy(Protocol):
     start, say) or not at all.
     """
 
-    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> Trainable: ...
+    def __call__(
+        self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
+    ) -> Trainable: ...
 
 
 class Launcher(Protocol):

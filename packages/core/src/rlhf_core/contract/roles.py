@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.plan import RoleSpec
     from rlhf_core.contract.providers import Rollout
 
-__all__ = ["Placement", "Role", "Trainable"]
+__all__ = ["Placement", "Role", "SecondOrderTrainable", "Trainable"]
 
 
 class Trainable(Protocol):
@@ -82,6 +82,25 @@ class Trainable(Protocol):
 
     def reload(self) -> None:
         """Bring them back."""
+        ...
+
+
+class SecondOrderTrainable(Trainable, Protocol):
+    """What a strategy with `second_order` gives: a `Trainable` whose optimizer may read more than one gradient of a step."""
+
+    optimizer: Any
+    """the torch optimizer"""
+
+    def step(self, closure: Callable[[], float] | None = None) -> Mapping[str, float]:
+        """The step of a `Trainable`; with `closure`, the optimizer gets one.
+
+        Each call of `closure` after the first evaluates loss and gradients anew, which are then summed and clipped as those
+        at hand were.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step."""
         ...
 
 

@@ -16,7 +16,7 @@ from rlhf_core.config.builder import construct, split_sections
 from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags
 from rlhf_core.config.schema import Schema, Section, build_schema, flag, option_fields, provider_sections
 from rlhf_core.contract.commands import Command
-from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.plugins.attribution import note_provider
@@ -63,7 +63,7 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
         raise ContractError(f"command {name!r} of {registry.provenance('command', name)} must inherit Command")
     given, flags = split_flags(words[1:])
     own = {each.name for each in option_fields(cls)}
-    kinds = [kind for kind in KINDS if kind in flags and kind not in own]
+    kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
     chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
     asked_help = flags.pop("help", None) is not None
     schema = _schema(name, cls, chosen, registry)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
 
 __all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
 
@@ -36,7 +36,9 @@ class FakeStrategy:
     step_seconds: float = 0.0
     """time of an optimiser step"""
 
-    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> FakeTrainable:
+    def __call__(
+        self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
+    ) -> FakeTrainable:
         return FakeTrainable(self, optim.lr if optim is not None else 0.0)
 
 

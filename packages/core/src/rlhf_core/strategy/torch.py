@@ -8,20 +8,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.strategy.shared_base import SharedBase
-from rlhf_core.training.optimizer import adamw, lr_factor
+from rlhf_core.training.optimizer import Schedule, load_optimizer, make_optimizer
 from rlhf_core.util.tensor_tree import Copies, read_tree, write_tree
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.options import Optim
+    from rlhf_core.contract.optimizers import OptimizerProvider
 
 __all__ = ["TorchStrategy", "TorchTrainable"]
 
@@ -35,7 +36,11 @@ class TorchStrategy:
     device: str = "auto"
     """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device name"""
 
-    def __call__(self, build: Callable[[], nn.Module], optim: Optim | None, total_steps: int) -> TorchTrainable:
+    second_order: ClassVar[bool] = True
+
+    def __call__(
+        self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
+    ) -> TorchTrainable:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,18 +52,25 @@ class TorchTrainable(Trainable):
 
     keeps_graphs = True
 
-    def __init__(self, module: nn.Module, optim: Optim | None, total_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optim: OptimizerProvider | None, total_steps: int, device: torch.device
+    ) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
         self.module = module.eval()  # no dropout: stored and live log-probabilities must agree
         self.device = device
         self.options = optim
-        self.total_steps = total_steps
         self.steps_done = 0
         dtype: torch.dtype = module.compute_dtype  # type: ignore[assignment]
         self._autocast = dtype if dtype != torch.float32 and optim is not None else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim is not None and dtype == torch.float16)
-        self.optimizer = adamw(module, optim) if optim is not None else None
+        if self.scaler.is_enabled() and optim is not None and optim.closure:
+            raise UsageError(
+                f"the optimizer {type(optim).__name__} evaluates a step again, and float16 scales its loss; "
+                "use dtype bfloat16 or float32"
+            )
+        self.optimizer = make_optimizer(module, optim, total_steps) if optim is not None else None
+        self.schedule = Schedule(self.optimizer, optim, total_steps) if optim is not None else None
         self._copies = Copies()
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
@@ -71,22 +83,36 @@ class TorchTrainable(Trainable):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss.to(self.device)).backward()  # the scale lives where the weights do
 
-    def step(self) -> dict[str, float]:
-        assert self.optimizer is not None and self.options is not None, "a frozen role is not stepped"
-        lr = self.options.lr * lr_factor(self.options, self.steps_done, self.total_steps)
-        self._sum_gradients()  # before the scaler looks for overflow, so that all ranks see it and skip the step together
-        self.scaler.unscale_(self.optimizer)
-        limit = self.options.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
+    def step(self, closure: Callable[[], float] | None = None) -> dict[str, float]:
+        assert self.optimizer is not None and self.schedule is not None, "a frozen role is not stepped"
+        lr = self.schedule.set(self.steps_done)
+        norm = self._reduce()
         if self.scaler.is_enabled() or norm.isfinite():  # never into the weights; a scaler looks for itself
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.scaler.step(self.optimizer)
+            if closure is None:
+                self.scaler.step(self.optimizer)
+            else:
+                self.optimizer.step(partial(self._evaluate, closure, [False]))
         scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += int(norm.isfinite())  # the schedule follows the steps that were taken
         return {"grad_norm": float(norm), "lr": lr, **scale}
+
+    def _reduce(self) -> Tensor:
+        """Sum the gradients over ranks and clip them; returns their norm before."""
+        assert self.optimizer is not None and self.options is not None, "a frozen role is not stepped"
+        self._sum_gradients()  # before the scaler looks for overflow, so that all ranks see it and skip the step together
+        self.scaler.unscale_(self.optimizer)
+        limit = self.options.max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._trained(), limit)
+
+    def _evaluate(self, closure: Callable[[], float], called: list[bool]) -> float:
+        """What an optimizer calls as its closure; of the first call the gradients are at hand, summed and clipped."""
+        loss = closure()
+        if called[0]:
+            self._reduce()
+        called[0] = True
+        return loss
 
     def discard(self) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -134,7 +160,7 @@ class TorchTrainable(Trainable):
             return
         state = {name: read_tree(Path(folder) / f"{name}.safetensors") for name in ("module", "optimizer")}
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"]["optimizer"])
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
         self.steps_done = state["optimizer"]["steps_done"]
 

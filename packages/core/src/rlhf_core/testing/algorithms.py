@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.contract.hooks import KINDS
+from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import ModelOptions, RunConfig
 from rlhf_core.contract.plan import DATA, Plan
 from rlhf_core.contract.terms import Term
@@ -34,8 +34,8 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
     check_provider(algorithm)
     registry = registry or default_registry()
     name = type(algorithm).__qualname__
-    unknown = sorted(set(algorithm.defaults) - set(KINDS))
-    assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is no kind; kinds are {', '.join(KINDS)}"
+    unknown = sorted(set(algorithm.defaults) - set(CHOSEN))
+    assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is no kind; kinds are {', '.join(CHOSEN)}"
     for role, options in algorithm.roles.items():
         assert isinstance(options, ModelOptions), f"{name}.roles[{role!r}] must be ModelOptions or TrainedOptions"
     classes = {kind: registry.resolve(kind, use) for kind, use in algorithm.defaults.items() if kind not in chosen}

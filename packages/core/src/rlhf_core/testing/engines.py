@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import loop
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.hooks import OBSERVERS
-from rlhf_core.contract.options import Optim, Sampling
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 WANTS = frozenset({"logprobs_NT"})
-OPTIM = Optim(lr=1e-2)
+OPTIM = AdamW(lr=1e-2)
 SAMPLING = Sampling(n=3, max_new_tokens=6, seed=7)
 
 

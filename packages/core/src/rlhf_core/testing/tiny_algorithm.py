@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.contract.options import Optim, Sampling, TrainedOptions
+from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.options import Sampling, TrainedOptions
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.lazy import torch
@@ -63,7 +64,7 @@ class TinyAlgorithm:
         "advantage": "rlhf_core.testing.tiny_algorithm:TinyAdvantage",
         "loss": "rlhf_core.testing.tiny_algorithm:TinyLoss",
     }
-    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=Optim(lr=1e-3))}
+    roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=1e-3))}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         assert choices.loss is not None, "it has a default"

@@ -19,6 +19,7 @@ from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.training.determinism import be_deterministic
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, minibatches
+from rlhf_core.training.observation import check_second_order
 from rlhf_core.training.optimizer_step import OptimizerStep
 from rlhf_core.training.reduction import Means
 from rlhf_core.training.shared_forward import ForwardCache
@@ -58,6 +59,7 @@ class LocalRole:
         build = partial(_build, spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
+        check_second_order(strategy, config.names.get("strategy", ""), optim)
         self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
         self.budget = TokenBudget(config, name, self.world)

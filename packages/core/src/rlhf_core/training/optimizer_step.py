@@ -11,18 +11,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.optimizers import OptimizerProvider
+from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import DATA, Plan, RoleSpec
 from rlhf_core.contract.requirements import ROUTER_LOSS
-from rlhf_core.contract.roles import Trainable
+from rlhf_core.contract.roles import SecondOrderTrainable, Trainable
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
 from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
 from rlhf_core.training.nonfinite import SKIP, Watch, keep_samples, term_name
+from rlhf_core.training.observation import Evaluation, Observation
 from rlhf_core.training.reduction import Means, count, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
 from rlhf_core.training.token_budget import TokenBudget, release_memory
@@ -73,6 +76,13 @@ class OptimizerStep:
         """The moving average of the weights, if there is one."""
         return getattr(self.module, "average", None)
 
+    @property
+    def optim(self) -> OptimizerProvider:
+        """The provider of the role's optimizer."""
+        options = self.spec.options
+        assert isinstance(options, TrainedOptions), "a role that is trained has an optimizer"
+        return options.optim
+
     def run(self, work: Mapping[str, Batch], means: Means) -> None:
         """One optimiser step on a minibatch of each credited batch, or none where something is not finite and the run was
         told to go on."""
@@ -100,13 +110,13 @@ class OptimizerStep:
         Raises:
             NotFinite: the loss or the gradient is not; the weights are as they were.
         """
-        total, watch = self._gradients(work, means)
+        total, watch, observation = self._gradients(work, means)
         if not watch.micro_batches:
             means.add_sum(f"skipped/{self.name}", 1.0)
             return
         watch.check_loss(total)
         means.add(f"loss/{self.name}", total)
-        metrics = dict(self.trainable.step())
+        metrics = dict(self._step(work, total, observation))
         if metrics.get("loss_scale", 0.0) > 1 and not isfinite(
             metrics["grad_norm"]
         ):  # of float16: the next one is less
@@ -119,19 +129,38 @@ class OptimizerStep:
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
-    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Watch]:
+    def _step(self, work: Mapping[str, Batch], total: float, observation: Observation) -> Mapping[str, float]:
+        """Update the weights; returns the strategy's metrics."""
+        if not (self.optim.observes or self.optim.closure):
+            return self.trainable.step()
+        trainable = cast("SecondOrderTrainable", self.trainable)  # `check_second_order` has asked the strategy
+        observation.hand_over(trainable.optimizer, self.world)
+        if not self.optim.closure:
+            return trainable.step()
+
+        def again() -> float:
+            trainable.discard()
+            self.forward_cache.clear()
+            loss, _, seen = self._gradients(work, Means())
+            seen.hand_over(trainable.optimizer, self.world)
+            return loss
+
+        return trainable.step(Evaluation(total, again))
+
+    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Watch, Observation]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
         """
         while True:
             total, watch, found = 0.0, Watch(self.name), Means()
+            observation = Observation(self.optim)
             try:
                 for keys in group_same_rows(work):
                     terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
-                    total += self._accumulate(terms, work[keys[0]], found, watch)
+                    total += self._accumulate(terms, work[keys[0]], found, watch, observation)
                 means.merge(found)
-                return self.world_total(total), watch
+                return self.world_total(total), watch, observation
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
@@ -145,10 +174,12 @@ class OptimizerStep:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, watch: Watch) -> float:
+    def _accumulate(
+        self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, watch: Watch, observation: Observation
+    ) -> float:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
-        wants = frozenset[str]().union(*(term.wants for term, _ in terms))
+        wants = observation.outputs.union(*(term.wants for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
         coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
         wants |= {ROUTER_LOSS} if coef else set()
@@ -187,6 +218,7 @@ class OptimizerStep:
                 loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
                 means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
             assert isinstance(loss, torch.Tensor)
+            observation.add(micro, outputs, values, live > 0)
             self.trainable.backward(loss)
             reached = float(loss.detach())
             watch.micro_batch(reached, values, micro)
