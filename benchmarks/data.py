@@ -23,7 +23,7 @@ from rlhf_core.contract.options import ModelOptions
 from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
 from rlhf_core.data.prepare import Preparer
-from rlhf_core.data.stream import Drawn
+from rlhf_core.data.stream import DrawnRows
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 
 ROWS, PREPARED, BLOCK, STEPS = 20_000, 4096, 512, 15
@@ -33,7 +33,7 @@ WORDS = "the a river walks slowly over green stones and nobody in town knows why
 class Unhurried(Run):
     """A run that makes its rows when they are asked for."""
 
-    def next_rows(self) -> Drawn:
+    def next_rows(self) -> DrawnRows:
         with self.phase("data"):
             return next(self.stream._stream)
 

@@ -135,7 +135,8 @@ def run(folder: Path, case: str, strategy: Any, name: str, **options: Any) -> di
     this.sampled, this.history = [], []
     this.train()
     weights = {
-        role: {key: tensor.float().clone() for key, tensor in this.roles[role].weights()} for role in this.plan.trained
+        role: {key: tensor.float().clone() for key, tensor in this.roles[role].weights()}
+        for role in this.plan.trained_roles
     }
     return {"metrics": this.history, "sampled": this.sampled, "weights": weights}
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.providers import Advantage, Loss
     from rlhf_core.contract.terms import ProviderChoices
 
-__all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "Sampled", "chosen_loss", "policy_terms"]
+__all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "OnlineOptions", "chosen_loss", "policy_terms"]
 
 OFFLINE: Mapping[str, str] = {"data": "json"}
 """Where completions come from data."""
@@ -38,7 +38,7 @@ POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=AdamW(
 
 
 @dataclass(frozen=True)
-class Sampled:
+class OnlineOptions:
     """What every online preset can do before credit is assigned. Not a preset itself."""
 
     shaping: RewardShaping = RewardShaping()
@@ -56,7 +56,7 @@ def policy_terms(choices: ProviderChoices, kl: KL | None = None, entropy: float 
             or compares pairs, and the credit selects none.
     """
     advantage, loss = _chosen_advantage(choices), chosen_loss(choices)
-    _fits(Term("actor", "actor", loss, advantage))
+    _check_fit(Term("actor", "actor", loss, advantage))
     per: Any = getattr(loss, "aggregate", "token")
     length = getattr(loss, "length", 0)
     terms = (
@@ -86,7 +86,7 @@ def _chosen_advantage(choices: ProviderChoices) -> Advantage:
     return advantage  # type: ignore[no-any-return]
 
 
-def _fits(term: Term) -> None:
+def _check_fit(term: Term) -> None:
     """Check that a policy can be trained with the term's loss on what its advantage leaves."""
     loss = type(term.loss).__qualname__
     strange = sorted(name for name in term.wants - LANGUAGE if "." not in name)

@@ -64,7 +64,7 @@ class Correction:
         """Weights (N, T), and how far apart sampler and trainer are."""
         mask_NT = batch.mask_NT
         log_ratio_NT = (batch["old_logprobs_NT"] - batch["sampler_logprobs_NT"]).masked_fill(~mask_NT, 0.0).detach()
-        tested_NT = self._tested(log_ratio_NT, mask_NT) if self.gate == "ratio" else self._distance(batch)
+        tested_NT = self._tested_ratio(log_ratio_NT, mask_NT) if self.gate == "ratio" else self._distance(batch)
         if self.mode == "clip":
             weights_NT = tested_NT.clamp(self.low, self.high)
             kept_NT = torch.ones_like(mask_NT)
@@ -78,7 +78,7 @@ class Correction:
             "sampler_kept": Metric.over(kept_NT, mask_NT),
         }
 
-    def _tested(self, log_ratio_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    def _tested_ratio(self, log_ratio_NT: Tensor, mask_NT: Tensor) -> Tensor:
         """The ratio that is compared with the bounds, at every token."""
         if self.level == "token":
             return _exp(log_ratio_NT)

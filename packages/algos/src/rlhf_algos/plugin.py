@@ -112,8 +112,8 @@ def rlhf_algorithm() -> Providers:
 @hookimpl
 def rlhf_data() -> Providers:
     return {
-        "conditional": "rlhf_algos.data.conditional:Conditional",
-        "selected": "rlhf_algos.data.selected:Selected",
+        "conditional": "rlhf_algos.data.conditional:ConditionalData",
+        "selected": "rlhf_algos.data.selected:SelectedData",
     }
 
 

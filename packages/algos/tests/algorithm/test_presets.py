@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_algos import plugin
-from rlhf_algos.loss.delayed import DelayedLoss
+from rlhf_algos.loss.delay import DelayedLoss
 from rlhf_core import Run
 from rlhf_core.config.builder import make_config
 from rlhf_core.contract.options import KL

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_algos.data.conditional import Conditional
+from rlhf_algos.data.conditional import ConditionalData
 from rlhf_core import Run, make_config
 from rlhf_core.cli import main
 from rlhf_core.errors import DataError, UsageError
@@ -29,17 +29,17 @@ def scored(path: Path) -> str:
 
 
 def test_the_prompt_says_the_reward_with_two_decimals(tmp_path: Path) -> None:
-    rows = Conditional(scored(tmp_path / "rows.jsonl"))("train")
+    rows = ConditionalData(scored(tmp_path / "rows.jsonl"))("train")
     assert [row.prompt for row in rows[:3]] == ["q0 <rm_score>: 1.00 ", "q1 <rm_score>: 2.50 ", "q2 <rm_score>: -4.00 "]
     assert [turn["content"] for turn in rows[3].prompt] == ["first", "x", "last <rm_score>: 0.12 "]
     assert rows[0].completions == ("a",)
-    check_data(Conditional(scored(tmp_path / "rows.jsonl")))
+    check_data(ConditionalData(scored(tmp_path / "rows.jsonl")))
 
 
 def test_normalised_rewards_are_on_the_scale_of_the_training_rows(tmp_path: Path) -> None:
     path = scored(tmp_path / "rows.jsonl")
     rewards = [1.0, 2.5, -4.0, 0.125]
-    rows = Conditional(path, normalise=True, condition="{reward}|{prompt}")("train")
+    rows = ConditionalData(path, normalise=True, condition="{reward}|{prompt}")("train")
     expected = [(r - statistics.mean(rewards)) / statistics.stdev(rewards) for r in rewards]
     assert [row.prompt for row in rows[:3]] == [f"{value:.2f}|q{i}" for i, value in enumerate(expected[:3])]
 
@@ -47,11 +47,11 @@ def test_normalised_rewards_are_on_the_scale_of_the_training_rows(tmp_path: Path
 def test_a_target_is_said_of_every_row_and_rows_need_no_reward(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "hello"}\n')
-    assert Conditional(str(path), target=5.0)("train")[0].prompt == "hello <rm_score>: 5.00 "
+    assert ConditionalData(str(path), target=5.0)("train")[0].prompt == "hello <rm_score>: 5.00 "
     with pytest.raises(DataError, match="expected a column 'reward'"):
-        Conditional(str(path))("train")
+        ConditionalData(str(path))("train")
     with pytest.raises(UsageError, match="needs {reward} somewhere"):
-        Conditional(str(path), condition="{prompt}")
+        ConditionalData(str(path), condition="{prompt}")
 
 
 def test_a_run_learns_to_answer_as_the_reward_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_algos.advantage.best_of_n import BestOfNAdvantage
 from rlhf_algos.advantage.pairs import PairsAdvantage
-from rlhf_algos.data.selected import Selected
+from rlhf_algos.data.selected import SelectedData
 from rlhf_core.cli import main
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, UsageError
@@ -31,21 +31,21 @@ def scored(folder: Path, **more: Any) -> str:
 
 def test_the_best_of_each_prompt_and_of_equal_ones_the_first(tmp_path: Path) -> None:
     path = scored(tmp_path)
-    assert [row.completions for row in Selected(path)("train")] == [("a1",), ("b0",), ("c0",), ("d1",)]
-    check_data(Selected(path))
+    assert [row.completions for row in SelectedData(path)("train")] == [("a1",), ("b0",), ("c0",), ("d1",)]
+    check_data(SelectedData(path))
 
 
 def test_a_pair_is_the_best_and_the_worst_and_equal_ones_are_none(tmp_path: Path) -> None:
     path = scored(tmp_path)
-    assert [row.completions for row in Selected(path, select="pairs")("train")] == [("a1", "a3"), ("d1", "d0")]
-    assert [row.completions for row in Selected(path, select="pairs", min_gap=0.5)("train")] == [("a1", "a3")]
+    assert [row.completions for row in SelectedData(path, select="pairs")("train")] == [("a1", "a3"), ("d1", "d0")]
+    assert [row.completions for row in SelectedData(path, select="pairs", min_gap=0.5)("train")] == [("a1", "a3")]
     with pytest.raises(DataError, match="no prompt has two completions whose rewards differ by more than 4"):
-        Selected(path, select="pairs", min_gap=4.0)("train")
+        SelectedData(path, select="pairs", min_gap=4.0)("train")
 
 
 def test_prompts_are_held_out_whole(tmp_path: Path) -> None:
     """Held-out rows are drawn among what was chosen, one a prompt."""
-    data = Selected(scored(tmp_path), heldout=1)
+    data = SelectedData(scored(tmp_path), heldout=1)
     train, heldout = ([row.completions[0] for row in data(split)] for split in ("train", "heldout"))
     assert sorted(train + heldout) == ["a1", "b0", "c0", "d1"]
     assert len(heldout) == 1
@@ -58,18 +58,18 @@ def test_files_and_samples_are_chosen_from_alike(tmp_path: Path) -> None:
     rewards = RewardOutput(torch.tensor([r for rs in SCORES.values() for r in rs]))
     rollouts = make_batch([1] * len(names), groups=groups)
     for select, advantage in (("best", BestOfNAdvantage()), ("pairs", PairsAdvantage())):
-        rows = Selected(scored(tmp_path), select=select)("train")  # type: ignore[arg-type]
+        rows = SelectedData(scored(tmp_path), select=select)("train")  # type: ignore[arg-type]
         indices = advantage(rewards, rollouts, {}).rows.tolist()  # type: ignore[attr-defined]
         assert [name for row in rows for name in row.completions] == [names[i] for i in indices]
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="limit must be at least 0"):
-        Selected("x", limit=-1)
+        SelectedData("x", limit=-1)
     with pytest.raises(DataError, match=r"scored.jsonl:1: expected a column 'score'"):
-        Selected(scored(tmp_path), reward_key="score")("train")
+        SelectedData(scored(tmp_path), reward_key="score")("train")
     with pytest.raises(DataError, match="expected one completion"):
-        Selected(scored(tmp_path, chosen="x", rejected="y"))("train")
+        SelectedData(scored(tmp_path, chosen="x", rejected="y"))("train")
 
 
 def test_generate_score_and_train_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

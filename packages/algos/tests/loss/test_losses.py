@@ -14,7 +14,7 @@ from rlhf_algos.correction import Correction
 from rlhf_algos.loss.bradley_terry import BradleyTerryLoss
 from rlhf_algos.loss.cispo import CISPOLoss
 from rlhf_algos.loss.clip import ClipLoss
-from rlhf_algos.loss.delayed import DelayedLoss
+from rlhf_algos.loss.delay import DelayedLoss
 from rlhf_algos.loss.dpo import DPOLoss
 from rlhf_algos.loss.grpo import GRPOLoss
 from rlhf_algos.loss.prm import PRMLoss

@@ -60,7 +60,7 @@ def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
     run = Run(made)
     run.train()
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    words = {"role": run.plan.trained, "source": run.plan.sources, "part": (), "k": ("1", "4")}
+    words = {"role": run.plan.trained_roles, "source": run.plan.sources, "part": (), "k": ("1", "4")}
     words["datasource"] = ("one/half", "two")
     return {name for line in lines for name in json.loads(line)}, words
 

@@ -48,7 +48,7 @@ def test_the_terms_are_the_paper_s():
         ("proposal", "proposal", "CTLAdvantage", "WeightedNLLLoss"),
     ]
     assert set(plan.roles) == {"actor", "proposal"}, "no penalty, no reference"
-    assert plan.trained[0] == "actor", "the policy is what is exported"
+    assert plan.trained_roles[0] == "actor", "the policy is what is exported"
 
 
 def test_the_base_model_as_proposal_is_no_second_model():

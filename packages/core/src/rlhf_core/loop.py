@@ -65,7 +65,7 @@ def credit(run: Run, batches: dict[str, Batch], rewards: dict[str, RewardOutput]
 
 def update(run: Run, credited: dict[str, Batch]) -> None:
     """Each trained role takes its optimiser steps; then sampling sees the new weights."""
-    for name in run.active_plan.trained:
+    for name in run.active_plan.trained_roles:
         with run.phase("train"):
             work = {key: credited[key] for key, _ in run.plan.roles[name].terms if key in credited}
             run.log(run.roles[name].train(work))

@@ -39,7 +39,7 @@ def rlhf_rollout() -> Providers:
 def rlhf_reward() -> Providers:
     return {
         "code": "rlhf_core.reward.code:Code",
-        "exact": "rlhf_core.reward.exact:Exact",
+        "exact": "rlhf_core.reward.exact:ExactMatch",
         "func": "rlhf_core.reward.func:Func",
         "judge": "rlhf_core.reward.judge:Judge",
         "json": "rlhf_core.reward.valid_json:ValidJson",

@@ -204,6 +204,6 @@ def test_shares_are_probabilities() -> None:
 def test_streamed_sets_are_drawn_as_known_ones_are(lengths: list[int], seed: int) -> None:
     sets = [[Example(f"{number}/{i}") for i in range(length)] for number, length in enumerate(lengths)]
     shares = [1.0] * len(sets)
-    known = list(mixture.Picked(sets, *mixture.order(lengths, shares, seed)))
+    known = list(mixture.PickedRows(sets, *mixture.order(lengths, shares, seed)))
     streamed: Iterator[Example] = mixture.draw_from_sets(sets, shares, seed)
     assert [row for row, _ in zip(streamed, known)] == known

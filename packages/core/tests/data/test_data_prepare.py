@@ -20,10 +20,10 @@ import pytest
 from rlhf_core import Run, make_config
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.options import ModelOptions
-from rlhf_core.data.ahead import DEPTH, Ahead
 from rlhf_core.data.cache import RowCache
 from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.data.json import Json
+from rlhf_core.data.prefetch import DEPTH, Prefetcher
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 from rlhf_core.data.stream import Stream
@@ -211,11 +211,11 @@ def test_processes_make_the_same_rows_and_end(tmp_path: Path) -> None:
 
 @pytest.fixture
 def opened() -> Iterator[Any]:
-    streams: list[Ahead] = []
+    streams: list[Prefetcher] = []
     before = set(threading.enumerate())  # a test before this one may have been cut off in the middle of a run
 
-    def ahead(stream: Stream) -> Ahead:
-        streams.append(Ahead(stream))
+    def ahead(stream: Stream) -> Prefetcher:
+        streams.append(Prefetcher(stream))
         return streams[-1]
 
     yield ahead

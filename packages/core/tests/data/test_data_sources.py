@@ -119,4 +119,4 @@ def test_parts_of_a_loss_are_added_and_ranks_may_know_different_names() -> None:
     means = Means()
     means.add("loss/web", 3.0, 2.0, part="0")
     means.add("loss/web", 0.25, 1.0, part="1")
-    assert means.reduced(Other()) == {"loss/mail": 2.0, "loss/web": 1.75}
+    assert means.reduce(Other()) == {"loss/mail": 2.0, "loss/web": 1.75}

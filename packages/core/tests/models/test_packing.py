@@ -25,7 +25,7 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.models.build import build_module
-from rlhf_core.models.inputs import packed as packed_file
+from rlhf_core.models.inputs import packing as packed_file
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS, byte_tokenizer
 from rlhf_core.models.module import RoleModule

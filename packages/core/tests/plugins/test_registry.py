@@ -86,7 +86,7 @@ def test_an_installed_plugin_is_found_with_its_distribution_and_version(install:
     assert registry.resolve("reward", "terse").__name__ == "Terse"
     found = registry.provenance("reward", "terse")
     assert (found.name, found.distribution, found.version) == ("terse", "rlhf-terse", "1.2")
-    assert not registry.broken
+    assert not registry.broken_plugins
 
 
 def test_built_ins_come_through_the_same_hooks_and_name_core() -> None:
@@ -159,7 +159,7 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_the_rest_work(install: In
     install(f"rlhf-{case}", source, case, "9.9")
     install("rlhf-terse2", GOOD, "terse2")
     registry = Registry()
-    (broken,) = registry.broken
+    (broken,) = registry.broken_plugins
     assert str(broken).startswith(f"plugin '{case}' of rlhf-{case} 9.9 failed to load: ")
     assert reason in str(broken)
     assert "\n" not in str(broken)
@@ -171,7 +171,7 @@ def test_a_broken_plugin_leaves_nothing_behind(install: Install) -> None:
     two = GOOD + "\n@hookimpl\ndef rlhf_step_end():\n    raise OSError\n\n@hookimpl\ndef rlhf_loss():\n    return 3\n"
     install("rlhf-half", two, "half")
     registry = Registry()
-    assert len(registry.broken) == 1
+    assert len(registry.broken_plugins) == 1
     assert "terse" not in registry.table("reward")
     assert "half" not in [each.plugin_name for each in registry.hook.rlhf_step_end.get_hookimpls()]
 
@@ -188,7 +188,7 @@ def test_two_distributions_with_one_entry_point_name_are_both_reported(install: 
     install("rlhf-first", GOOD, "same")
     install("rlhf-second", GOOD.replace('"terse"', '"other"'), "same")
     registry = Registry()
-    (broken,) = registry.broken
+    (broken,) = registry.broken_plugins
     assert {registry.plugins["same"].distribution, broken.plugin.distribution} == {"rlhf-first", "rlhf-second"}
     assert str(registry.plugins["same"]) in str(broken)
 
@@ -245,7 +245,7 @@ def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
     registry.register(plugin(observer={"tracker": Fake}), "mine")
     observers = [SimpleNamespace(), SimpleNamespace(rlhf_step_end=hookimpl(failing))]
     with (
-        registry.watching(observers, [Fake(), Fake()]),
+        registry.with_observers(observers, [Fake(), Fake()]),
         pytest.raises(OSError, match="disk full") as caught,
     ):
         registry.hook.rlhf_step_end(run=None, step=1, metrics={})
@@ -260,7 +260,7 @@ def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
 
 def test_a_blocked_plugin_is_not_even_imported(install: Install) -> None:
     install("rlhf-noisy", "raise OSError", "noisy")
-    assert not Registry(blocked=["noisy"]).broken
+    assert not Registry(blocked=["noisy"]).broken_plugins
 
 
 def test_autoload_can_be_switched_off_and_a_plugin_asked_for(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_a_broken_module_that_is_asked_for_is_one_line_too(
 
 def test_the_line_that_failed_is_named(install: Install, tmp_path: Path) -> None:
     install("rlhf-lines", "import json\n\n\njson.loads('{')\n", "lines")
-    (broken,) = Registry().broken
+    (broken,) = Registry().broken_plugins
     assert str(broken).endswith(" (rlhf_lines.py, line 4)")
 
 

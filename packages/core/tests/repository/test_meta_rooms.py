@@ -35,7 +35,7 @@ LEVELS = [
 """Rooms of core from the lowest level to the highest: folders, and the files in the root of the package. A room imports
 rooms of lower levels only. A new folder of core gets its level here."""
 
-PENDING = {(low, "run") for low in ("contract", "training", "observer", "checkpoint", "evaluator", "loop.py")}
+PENDING = {(low, "run") for low in ("training", "loop.py")}
 """Imports of `Run` for its type, until `RunView` takes their place."""
 
 START, END = "<!-- rooms: written by packages/core/tests/repository/test_meta_rooms.py -->", "<!-- end of rooms -->"

@@ -19,7 +19,7 @@ from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, MissingPackage, UsageError
 from rlhf_core.reward import sandbox
 from rlhf_core.reward.code import Code, program
-from rlhf_core.reward.exact import Exact
+from rlhf_core.reward.exact import ExactMatch
 from rlhf_core.reward.maths import Maths
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.reward.profanity import Profanity
@@ -67,7 +67,7 @@ def score(reward: Any, text: str, label: Any = None) -> float:
     ],
 )
 def test_exact(options: dict[str, Any], text: str, label: Any, expected: float) -> None:
-    assert score(Exact(**options), text, label) == expected
+    assert score(ExactMatch(**options), text, label) == expected
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_answer_that_cannot_be_compared_is_wrong_and_a_label_without_answer_a
 
 def test_a_sample_without_label_is_named_before_anything_is_compared() -> None:
     pytest.importorskip("math_verify")
-    for name, reward in (("exact", Exact()), ("math", Maths())):
+    for name, reward in (("exact", ExactMatch()), ("math", Maths())):
         with pytest.raises(DataError) as caught:
             output(reward, ("3", "3"), ("4", None))
         assert str(caught.value) == (

@@ -54,9 +54,9 @@ def rows(output: Path) -> list[dict[str, float]]:
 
 def test_a_step_is_planned_from_the_terms_whose_turn_it_is(tmp_path: Path) -> None:
     plan = run_of(tmp_path).plan
-    assert plan.at(3) is plan.at(6) is plan
-    resting = plan.at(4)
-    assert (resting.sources, resting.trained, list(resting.credits)) == (("scout",), ("scout",), ["scout#1"])
+    assert plan.for_step(3) is plan.for_step(6) is plan
+    resting = plan.for_step(4)
+    assert (resting.sources, resting.trained_roles, list(resting.credits)) == (("scout",), ("scout",), ["scout#1"])
     assert [plan.credits[key].every for key in plan.credits] == [3, 3, 1], "a credit has one cadence"
     assert [plan.optimiser_steps(role) for role in ("actor", "scout")] == [2, 7]
     twice = make_plan(make_config(Pair(3), model="tiny", steps=7, epochs=2, minibatches=3, sampling={"n": 2}))
@@ -65,7 +65,7 @@ def test_a_step_is_planned_from_the_terms_whose_turn_it_is(tmp_path: Path) -> No
 
 def test_with_a_cadence_of_one_nothing_changes(tmp_path: Path) -> None:
     plan = run_of(tmp_path, every=1).plan
-    assert plan.at(1) is plan
+    assert plan.for_step(1) is plan
     assert list(plan.credits) == ["actor", "scout"], "terms of one source and credit share it"
 
 

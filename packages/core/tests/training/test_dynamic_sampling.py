@@ -20,7 +20,7 @@ from rlhf_core.config.builder import make_config
 from rlhf_core.contract.batch import Example, Rollouts
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.data.stream import Drawn
+from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
@@ -44,7 +44,7 @@ GROUPS = torch.tensor([3, 3, 1, 1, 7, 7])
 )
 def test_prompts_are_kept_by_their_completions_scores(dynamic: DynamicSampling, kept: list[bool]) -> None:
     """One prompt half right, one all right, one all wrong."""
-    accepted_N = dynamic.accepted(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0]), GROUPS)
+    accepted_N = dynamic.accepted_N(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0]), GROUPS)
     assert accepted_N.tolist() == [each for each in kept for _ in range(2)]
 
 
@@ -84,13 +84,13 @@ class Few:
         self.config = type("Config", (), {"batch_size": 4})
         self.logged: dict[str, float] = {}
 
-    def next_rows(self) -> Drawn:
+    def next_rows(self) -> DrawnRows:
         share = 4 // self.world.size
         first = self.drawn + self.world.rank * share
         self.drawn += 4
-        return Drawn([Example(str(k)) for k in range(first, first + share)], list(range(first, first + share)))
+        return DrawnRows([Example(str(k)) for k in range(first, first + share)], list(range(first, first + share)))
 
-    def sample_once(self, source: str, drawn: Drawn) -> Rollouts:
+    def sample_once(self, source: str, drawn: DrawnRows) -> Rollouts:
         uids = [uid for uid in drawn.uids for _ in range(2)]
         batch = make_batch([1 + uid % 3 for uid in uids], groups=[i // 2 for i in range(len(uids))])
         return replace(batch, world=self.world).with_extras(uids_N=torch.tensor(uids))

@@ -61,7 +61,7 @@ def plan_of(*terms: Term, kl: KL = KL(coef=0.0), **options: object):
 def test_actor_and_critic_share_one_credit_and_the_critic_exists_because_values_are_needed() -> None:
     plan = plan_of(Term("actor", "actor", Policy(), Gae()), Term("critic", "actor", Value(), Gae()))
     assert list(plan.credits) == ["actor"]
-    assert plan.trained == ("actor", "critic")
+    assert plan.trained_roles == ("actor", "critic")
     assert plan.roles["critic"].outputs == {"values_NT"}
     assert plan.roles["critic"].options.model == "other" and plan.roles["actor"].options.model == "tiny"
     assert plan.roles["actor"].sampled and not plan.roles["critic"].sampled

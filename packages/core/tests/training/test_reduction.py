@@ -127,7 +127,7 @@ def test_metrics_are_means_with_their_own_denominators() -> None:
     means.add_metric("never", Metric.over(torch.tensor([1.0]), torch.tensor([False])))
     means.add_sum("time/train", 1.5)
     means.add_sum("time/train", 0.5)
-    assert means.reduced() == {"clip": pytest.approx(2 / 3), "time/train": 2.0}
+    assert means.reduce() == {"clip": pytest.approx(2 / 3), "time/train": 2.0}
 
 
 class OneOfTwo(World):

@@ -52,16 +52,16 @@ def test_a_tree_is_read_as_it_was_written_and_tied_tensors_are_stored_once(tmp_p
 
 def test_copies_stay_as_they_were_when_the_originals_change_and_use_their_memory_again(tmp_path: Path) -> None:
     tree, copies = a_tree(), Copies()
-    copied = copies.of(tree)
+    copied = copies.copy(tree)
     write_tree(tmp_path / "before", tree)
     tree["head"].add_(1)
     assert_same(copied, read_tree(tmp_path / "before"))
     assert copied["head"] is copied["embedding"]
     address = copied["head"].data_ptr()
-    again = copies.of(tree)
+    again = copies.copy(tree)
     assert_same(again, tree)
     assert again["head"].data_ptr() == address
-    grown = copies.of({"head": torch.ones(5)})
+    grown = copies.copy({"head": torch.ones(5)})
     assert_same(grown, {"head": torch.ones(5)})
 
 

@@ -239,7 +239,7 @@ class EngineGroup:
         count = 0
         for count, reference in enumerate(role.buckets(), start=1):
             self._each("receive", role.name, reference, count == 1)
-        metrics = self._each("synced", role.name, role.version)[0]
+        metrics = self._each("finish_sync", role.name, role.version)[0]
         return {**metrics, "sync/buckets": float(count)}
 
     def sleep(self) -> None:

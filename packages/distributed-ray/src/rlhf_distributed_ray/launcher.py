@@ -216,12 +216,14 @@ class _Cluster:
         for role, spec in self.plan.roles.items():
             seats = self.layout.seats[role]
             actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
-            roles[role] = RoleGroup(spec, actors, self._where(f"role {role}", actors), shipper, self.plan.config.output)
+            roles[role] = RoleGroup(
+                spec, actors, self._locations(f"role {role}", actors), shipper, self.plan.config.output
+            )
             check_devices(role, roles[role].call("devices"))
         engine = None
         if "engine" in self.layout.seats:
             actors = [self._actor(EngineWorker, seat, names, expected) for seat in self.layout.seats["engine"]]
-            engine = EngineGroup(actors, self._where("rollout engine", actors))
+            engine = EngineGroup(actors, self._locations("rollout engine", actors))
         for group in roles.values():
             group.call("start", *group.call("address")[0])
         return _RayPlaced(dict(roles), engine, World(), self)
@@ -289,7 +291,7 @@ class _Cluster:
         self.actors.append(handle)
         return handle
 
-    def _where(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
+    def _locations(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
         from rlhf_distributed_ray.group import gather_results
 
         return gather_results(who, [], [actor.prepare.remote() for actor in actors])

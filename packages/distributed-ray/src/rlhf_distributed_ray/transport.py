@@ -89,13 +89,13 @@ class Shipper:
 
     def columns(self, batch: Batch) -> Any:
         """The reference of the batch's columns, and of what its model reads for images."""
-        return self._once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images)
+        return self._put_once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images)
 
     def extras(self, batch: Batch, names: Iterable[str]) -> list[Any]:
         """The references of the named extras, in their order."""
-        return [self._once([batch[name]], ("",)) for name in names]
+        return [self._put_once([batch[name]], ("",)) for name in names]
 
-    def _once(self, tensors: list[Tensor], names: tuple[str, ...], images: Sequence[Images] = ()) -> Any:
+    def _put_once(self, tensors: list[Tensor], names: tuple[str, ...], images: Sequence[Images] = ()) -> Any:
         """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
         key = tuple(number for tensor in tensors for number in (id(tensor), _changes(tensor)))
         if key not in self._sent:

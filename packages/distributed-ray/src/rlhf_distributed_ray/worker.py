@@ -317,7 +317,7 @@ class EngineWorker(Worker):
         self._received = sum(array.nbytes for _, (_, array) in bucket) + (0 if first else self._received)
         self.mirrors[role].receive(bucket, first)
 
-    def synced(self, role: str, version: int) -> dict[str, float]:
+    def finish_sync(self, role: str, version: int) -> dict[str, float]:
         """All buckets are here: let the engine take them."""
         self.mirrors[role].version = version
         metrics = {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}

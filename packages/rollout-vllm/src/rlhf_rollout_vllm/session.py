@@ -179,7 +179,7 @@ class Engine:
         """
         started = time.perf_counter()
         self.wake()  # asleep, it has no memory for them
-        weights = _Counted(role.weights())
+        weights = _CountedWeights(role.weights())
         with torch.no_grad():
             self.llm.start_weight_update()
             self.llm.update_weights({"update_info": {"weights": weights}})
@@ -247,7 +247,7 @@ def _destroy_groups(all_of_them: bool) -> None:
         destroy_distributed_environment()
 
 
-class _Counted:
+class _CountedWeights:
     """The weights as they pass, and how many bytes they were."""
 
     def __init__(self, weights: Iterator[tuple[str, Tensor]]) -> None:

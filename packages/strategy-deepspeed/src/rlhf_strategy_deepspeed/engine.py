@@ -128,7 +128,7 @@ class _Buckets:
         """Return the whole of `parameter`: the bucket that begins with it is opened, unless it is in the open one."""
         if id(parameter) not in self._whole:
             self.close()
-            bucket = self._from(self._places[id(parameter)])
+            bucket = self._next_bucket(self._places[id(parameter)])
             self._open.enter_context(library().zero.GatheredParameters(bucket))
             self._whole = {id(each) for each in bucket}
         return parameter.detach().clone()  # its bucket's memory goes with the bucket
@@ -138,7 +138,7 @@ class _Buckets:
         self._open.close()
         self._whole = set()
 
-    def _from(self, place: int) -> list[nn.Parameter]:
+    def _next_bucket(self, place: int) -> list[nn.Parameter]:
         bucket: list[nn.Parameter] = []
         size = 0
         for parameter in self._parameters[place:]:

@@ -51,7 +51,7 @@ class DeepSpeed(DeepSpeedOptions):
         """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
         self.check()
         device = prepare_process()
-        from rlhf_strategy_deepspeed.frozen import FrozenShards
+        from rlhf_strategy_deepspeed.frozen_shards import FrozenShards
         from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
 
         if optim is not None:

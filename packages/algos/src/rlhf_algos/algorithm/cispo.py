@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions, Sampling
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["CISPO"]
 
 
 @dataclass(frozen=True)
-class CISPO(Sampled):
+class CISPO(OnlineOptions):
     """CISPO: clipped weights, so that no token loses its gradient (MiniMax 2025): actor <- actor : cispo, no critic.
 
     Rare tokens that turn a completion around keep teaching, where PPO's clip drops them.

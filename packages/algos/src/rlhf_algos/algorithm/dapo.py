@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions, Sampling
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.training.dynamic_sampling import DynamicSampling
@@ -16,7 +16,7 @@ __all__ = ["DAPO"]
 
 
 @dataclass(frozen=True)
-class DAPO(Sampled):
+class DAPO(OnlineOptions):
     """DAPO: higher upper clip bound, token mean, dynamic sampling, no KL (Yu et al. 2025): actor <- actor : dapo.
 
     The penalty for overlong completions is off until `shaping.overlong_buffer` is set, since it has to fit the longest

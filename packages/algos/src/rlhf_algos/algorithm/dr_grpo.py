@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions, Sampling
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["DrGRPO"]
 
 
 @dataclass(frozen=True)
-class DrGRPO(Sampled):
+class DrGRPO(OnlineOptions):
     """Dr. GRPO: no division by group deviation or length (Liu et al. 2025): actor <- actor : dr_grpo, no critic.
 
     Without them hard and easy prompts, short and long completions weigh alike.

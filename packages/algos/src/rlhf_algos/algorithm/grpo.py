@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions, Sampling
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["GRPO"]
 
 
 @dataclass(frozen=True)
-class GRPO(Sampled):
+class GRPO(OnlineOptions):
     """Group relative policy optimisation (Shao et al. 2024, DeepSeekMath, eq. 3-4): actor <- actor : grpo, no critic.
 
     The loss is the mean over completions of their token means, and the KL a k3 loss, as in the paper.

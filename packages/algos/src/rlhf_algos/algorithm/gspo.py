@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions, Sampling
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["GSPO"]
 
 
 @dataclass(frozen=True)
-class GSPO(Sampled):
+class GSPO(OnlineOptions):
     """GSPO: importance ratios of whole sequences (Zheng et al. 2025): actor <- actor : gspo, no critic.
 
     The stable choice for mixtures of experts, whose token ratios are noisy.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_algos.compose import ONLINE, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, OnlineOptions, policy_terms
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
@@ -15,7 +15,7 @@ __all__ = ["OnlineDPO"]
 
 
 @dataclass(frozen=True)
-class OnlineDPO(Sampled):
+class OnlineDPO(OnlineOptions):
     """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): actor <- actor : dpo on pairs."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
-from rlhf_algos.loss.delayed import delay_term
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
+from rlhf_algos.loss.delay import delay_term
 from rlhf_algos.loss.sft import SFTLoss
 from rlhf_algos.loss.value import ValueLoss
 from rlhf_algos.ranges import check_ranges
@@ -20,7 +20,7 @@ __all__ = ["PPO"]
 
 
 @dataclass(frozen=True)
-class PPO(Sampled):
+class PPO(OnlineOptions):
     """Clipped policy gradient with a learned critic (Schulman et al. 2017; Ouyang et al. 2022).
 
     actor <- actor : clip;  critic <- actor : value;  with ptx also actor <- data : sft.  One GAE serves both roles.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["Reinforce"]
 
 
 @dataclass(frozen=True)
-class Reinforce(Sampled):
+class Reinforce(OnlineOptions):
     """REINFORCE without a baseline (Williams 1992): actor <- actor : reinforce, no critic.
 
     With --advantage batch_mean it is OpenRLHF's `flash_reinforce`.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_algos.compose import ONLINE, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, OnlineOptions, policy_terms
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, Sampling, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
@@ -15,7 +15,7 @@ __all__ = ["RejectionSampling"]
 
 
 @dataclass(frozen=True)
-class RejectionSampling(Sampled):
+class RejectionSampling(OnlineOptions):
     """Fine-tuning on each prompt's best sample (Dong et al. 2023, RAFT): actor <- actor : sft on the best of n."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "best_of_n", "loss": "sft"}

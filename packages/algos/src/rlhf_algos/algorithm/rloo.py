@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_algos.compose import ONLINE, POLICY_ROLES, Sampled, policy_terms
+from rlhf_algos.compose import ONLINE, POLICY_ROLES, OnlineOptions, policy_terms
 from rlhf_core.contract.options import KL, ModelOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
@@ -14,7 +14,7 @@ __all__ = ["RLOO"]
 
 
 @dataclass(frozen=True)
-class RLOO(Sampled):
+class RLOO(OnlineOptions):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, eq. 6): actor <- actor : reinforce, no critic."""
 
     kl: KL = KL(coef=0.05, estimator="k1", where="reward")

@@ -10,11 +10,11 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
 from rlhf_core.errors import UsageError
 
-__all__ = ["Conditional"]
+__all__ = ["ConditionalData"]
 
 
 @dataclass(frozen=True)
-class Conditional(Json):
+class ConditionalData(Json):
     """Rows of a JSON file with the completion's reward in the prompt (Hu et al. 2023; OpenRLHF's csft).
 
     `rlhf-run generate` and `rlhf-run score` make such files. A model that was trained on them is asked for the best with
@@ -40,13 +40,13 @@ class Conditional(Json):
     def __call__(self, split: str) -> Sequence[Example]:
         if self.target is not None:
             target = self.target
-            return [self._conditioned(row, target) for row in super().__call__(split)]
+            return [self._add_condition(row, target) for row in super().__call__(split)]
         reading = replace(self, number_keys=(*self.number_keys, self.reward_key))
         rows = Json.__call__(reading, split)
         mean, std = (
             self._scale(rows if split == "train" else Json.__call__(reading, "train")) if self.normalise else (0, 1)
         )
-        return [self._conditioned(row, (row.fields[self.reward_key] - mean) / std) for row in rows]
+        return [self._add_condition(row, (row.fields[self.reward_key] - mean) / std) for row in rows]
 
     def _scale(self, rows: Sequence[Example]) -> tuple[float, float]:
         """Mean and unbiased standard deviation of the rewards of `rows`."""
@@ -54,12 +54,12 @@ class Conditional(Json):
         spread = stdev(rewards) if len(rewards) > 1 else 0.0
         return fmean(rewards), spread or 1.0  # equal rewards have no scale
 
-    def _conditioned(self, row: Example, reward: float) -> Example:
+    def _add_condition(self, row: Example, reward: float) -> Example:
         """The row with its reward said."""
         if isinstance(row.prompt, str):
-            return replace(row, prompt=self._said(row.prompt, reward))
+            return replace(row, prompt=self._render_condition(row.prompt, reward))
         *before, last = row.prompt
-        return replace(row, prompt=(*before, {**last, "content": self._said(str(last["content"]), reward)}))
+        return replace(row, prompt=(*before, {**last, "content": self._render_condition(str(last["content"]), reward)}))
 
-    def _said(self, prompt: str, reward: float) -> str:
+    def _render_condition(self, prompt: str, reward: float) -> str:
         return self.condition.replace("{prompt}", prompt).replace("{reward}", f"{reward:.2f}")

@@ -14,11 +14,11 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
 from rlhf_core.errors import DataError
 
-__all__ = ["Selected"]
+__all__ = ["SelectedData"]
 
 
 @dataclass(frozen=True)
-class Selected(Json):
+class SelectedData(Json):
     """Each prompt's best completion of a scored JSON file, as a demonstration; or its best and worst one, as a preference.
 
     Of equal rewards the earlier row counts as the better one; a prompt whose completions are all equally good gives no pair.

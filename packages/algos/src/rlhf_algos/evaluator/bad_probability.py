@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["BadProbability", "Enumerated", "enumerate_bad", "log_bad_probability"]
+__all__ = ["BadLogprobs", "BadProbability", "enumerate_bad", "log_bad_probability"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BadProbability:
         """
         from rlhf_core.rollout.hf import eos_ids
 
-        name = next((source for source in run.plan.sources if source in run.plan.roles), run.plan.trained[0])
+        name = next((source for source in run.plan.sources if source in run.plan.roles), run.plan.trained_roles[0])
         role: Any = run.roles[name]
         bad = self._bad_ids(role.tokenizer)
         prompt = run.encoder.prompts([Example(self.prompt)], [0]).token_ids[0]
@@ -100,7 +100,7 @@ class BadProbability:
 
 
 @dataclass(frozen=True)
-class Enumerated:
+class BadLogprobs:
     """Natural logarithms of probabilities."""
 
     logprob: float
@@ -130,7 +130,7 @@ def enumerate_bad(
     batch: int = 512,
     tolerance: float = 0.0,
     most: int = 0,
-) -> Enumerated:
+) -> BadLogprobs:
     """The probability that an output holds a token of `bad`, float64.
 
     Args:
@@ -164,7 +164,7 @@ def enumerate_bad(
                 found = _log_add(found, part_B[~over_B])
                 ended = _log_add(ended, part_B[over_B])
                 done, rest = done + len(tokens_B), -math.inf
-    return Enumerated(found, _log_add(found, ended), _log_add(found, rest))
+    return BadLogprobs(found, _log_add(found, ended), _log_add(found, rest))
 
 
 def _log_add(log: float, more: Tensor | float) -> float:

@@ -41,7 +41,7 @@ class BadSamples:
         prompts = sorted({str(row["prompt_ids"]) for row in rows})
         mine = set(prompts[run.world.rank :: run.world.size])
         own = [row for row in rows if str(row["prompt_ids"]) in mine] or rows[:1]  # ranks infer together
-        name = run.plan.trained[0] if run.plan.trained else next(iter(run.plan.roles))
+        name = run.plan.trained_roles[0] if run.plan.trained_roles else next(iter(run.plan.roles))
         logprobs_NT = run.roles[name].infer(make_batch(own), frozenset({"logprobs_NT"}))["logprobs_NT"]
         logprobs_N = logprobs_NT.double().sum(1).tolist()
         by_prompt: dict[str, list[float]] = {}
@@ -74,8 +74,8 @@ class BadSamples:
 
 def make_batch(rows: list[dict[str, Any]]) -> Batch:
     """Samples by token ids, for a role to read."""
-    prompt_NL, prompt_lengths_N = _padded([row["prompt_ids"] for row in rows])
-    tokens_NT, lengths_N = _padded([row["ids"] for row in rows])
+    prompt_NL, prompt_lengths_N = _pad_rows([row["prompt_ids"] for row in rows])
+    tokens_NT, lengths_N = _pad_rows([row["ids"] for row in rows])
     return Batch(
         prompts=[""] * len(rows),
         texts=[""] * len(rows),
@@ -90,7 +90,7 @@ def make_batch(rows: list[dict[str, Any]]) -> Batch:
     )
 
 
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """(N, longest) and the N lengths."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     lengths_N = torch.tensor([len(row) for row in rows])

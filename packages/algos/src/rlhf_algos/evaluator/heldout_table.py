@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.analysis.tables import check_parquet, write_parquet
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
-from rlhf_core.evaluator.sampled import policy
+from rlhf_core.evaluator.heldout_samples import policy
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -58,7 +58,7 @@ class HeldoutTable:
 
     def __call__(self, run: RunView) -> dict[str, float]:
         """`heldout_table/reward`, `…/return` and `…/worst`, and how many `…/samples`; nothing before the end."""
-        if run.plan.trained and run.step < run.config.steps and not self.always:
+        if run.plan.trained_roles and run.step < run.config.steps and not self.always:
             return {}
         rows = run.heldout(self.prompts or None)
         fitting = [i for i in range(len(rows)) if run.encoder.fits_prompt(rows[i])]
@@ -67,7 +67,7 @@ class HeldoutTable:
         columns: dict[str, list[Any]] = {}
         for number in range(self.passes):
             for asked in self._shares(fitting, run.world.rank, run.world.size):
-                found = self._columns(run, self._sampled(run, rows, asked or fitting[:1], number), number)
+                found = self._columns(run, self._sample(run, rows, asked or fitting[:1], number), number)
                 for name, values in found.items() if asked else ():
                     columns.setdefault(name, []).extend(values)
         gathered = run.world.gather(columns)
@@ -90,7 +90,7 @@ class HeldoutTable:
         for start in range(0, most, self.batch):
             yield mine[start : start + self.batch]
 
-    def _sampled(self, run: RunView, rows: Sequence[Example], asked: list[int], number: int) -> Rollouts:
+    def _sample(self, run: RunView, rows: Sequence[Example], asked: list[int], number: int) -> Rollouts:
         """Completions of the prompts `asked`; their seeds depend on the run's seed, the pass and the prompt alone."""
         seed = Sampling(seed=run.config.seed).seed_for(number, -1)
         sampling = replace(run.config.sampling, n=self.n, seed=seed)

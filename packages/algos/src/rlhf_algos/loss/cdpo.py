@@ -29,6 +29,6 @@ class CDPOLoss(PreferenceLoss):
         super().__post_init__()
         check_ranges(self, label_smoothing="[0, 0.5]")
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         log_sigmoid = torch.nn.functional.logsigmoid
         return -(1 - self.label_smoothing) * log_sigmoid(margin) - self.label_smoothing * log_sigmoid(-margin)

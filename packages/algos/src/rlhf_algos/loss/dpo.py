@@ -21,5 +21,5 @@ class DPOLoss(PreferenceLoss):
     Per pair, with h = log(pi / ref)(chosen) - log(pi / ref)(rejected), sums over tokens:  -log sigmoid(beta h)
     """
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         return -torch.nn.functional.logsigmoid(margin)

@@ -21,5 +21,5 @@ class HingeLoss(PreferenceLoss):
     Per pair:  max(0, 1 - beta h).  A pair that is right by enough no longer pulls.
     """
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         return torch.relu(1 - margin)

@@ -30,5 +30,5 @@ class IPOLoss(PreferenceLoss):
         ratios_N = super().ratios(outputs, batch)
         return ratios_N if self.per == "completion" else ratios_N / batch.mask_NT.sum(1).clamp(min=1)
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         return (margin / self.beta - 1 / (2 * self.beta)).square()

@@ -34,12 +34,12 @@ class PreferenceLoss:
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         chosen, rejected = split(self.beta * self.ratios(outputs, batch), batch)
-        return LossTerms(self.of(chosen - rejected), Reduction("sample"), pair_metrics(chosen, rejected))
+        return LossTerms(self.pair_loss(chosen - rejected), Reduction("sample"), pair_metrics(chosen, rejected))
 
     def ratios(self, outputs: Outputs, batch: Batch) -> Tensor:
         """log(pi / ref) of each completion (N,)."""
         return log_ratios(outputs, batch)
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         """The loss of each pair, from its margin beta h."""
         raise NotImplementedError

@@ -29,6 +29,6 @@ class RobustLoss(PreferenceLoss):
         super().__post_init__()
         check_ranges(self, label_smoothing="[0, 0.5)")
 
-    def of(self, margin: Tensor) -> Tensor:
+    def pair_loss(self, margin: Tensor) -> Tensor:
         log_sigmoid, s = torch.nn.functional.logsigmoid, self.label_smoothing
         return (-(1 - s) * log_sigmoid(margin) + s * log_sigmoid(-margin)) / (1 - 2 * s)

@@ -65,7 +65,7 @@ class KeepBad:
         return Sum((self.of,))
 
     @cached_property
-    def _known(self) -> set[str]:
+    def _known_rows(self) -> set[str]:
         """What the file has, of this run or an earlier one."""
         path = Path(self.path)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -76,10 +76,10 @@ class KeepBad:
 
     def _keep(self, rows: list[dict[str, Any]]) -> None:
         """Add the rows that are new, in one write: what is killed loses none, and ranks may share the file."""
-        new = {_key(row): row for row in rows if _key(row) not in self._known}
+        new = {_key(row): row for row in rows if _key(row) not in self._known_rows}
         if not new:
             return
-        self._known.update(new)
+        self._known_rows.update(new)
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with Path(self.path).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()))

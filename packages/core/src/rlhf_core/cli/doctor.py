@@ -16,7 +16,7 @@ from rlhf_core.plugins.known_packages import INSTALL
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
-    from rlhf_core.contract.provided import RegistryView
+    from rlhf_core.contract.registry_view import RegistryView
 
 __all__ = ["Doctor", "missing_packages"]
 
@@ -32,7 +32,7 @@ class Doctor(Command):
             "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(context.registry)],
             "devices": list(_devices()),
             "plugins": [f"{plugin.name}: {plugin}" for plugin in context.registry.plugins.values()],
-            "broken plugins": [str(broken) for broken in context.registry.broken],
+            "broken plugins": [str(broken) for broken in context.registry.broken_plugins],
             "missing, each for the feature it names": list(missing_packages(context.registry)),
         }
         for title, lines in sections.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.errors import UsageError
-from rlhf_core.run.untrained import Untrained
+from rlhf_core.run.no_training import NoTraining
 from rlhf_core.training.planner import make_plan
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Evaluate(Command):
         config = context.config
         evaluators = config.providers["evaluator"]
         sampled = any(getattr(evaluator, "samples", True) for evaluator in evaluators)
-        config = replace(config, algorithm=Untrained(("actor",) if sampled else ()))
+        config = replace(config, algorithm=NoTraining(("actor",) if sampled else ()))
         if "reference" in make_plan(config).roles and not config.roles["reference"].model:
             raise UsageError(
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"

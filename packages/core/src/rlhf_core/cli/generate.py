@@ -79,7 +79,7 @@ class Generate(Command):
             sampling=self.sampling,
             **chosen,
         )
-        done = self._done(path)
+        done = self._finished_rows(path)
         rows = self._rows(config.providers["data"], done)
         left_out = 0
         with context.open_run() as run:
@@ -92,7 +92,7 @@ class Generate(Command):
         print(f"{len(read_lines(path))} completions in {path}{note}")
         return 0
 
-    def _done(self, path: Path) -> set[int]:
+    def _finished_rows(self, path: Path) -> set[int]:
         """Rows that an earlier run finished; what it wrote of an unfinished one is taken away."""
         lines = read_lines(path)
         i, n = _shard(self.shard)

@@ -12,7 +12,7 @@ from rlhf_core.plugins.registry import conflict_text
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
-    from rlhf_core.contract.provided import RegistryView
+    from rlhf_core.contract.registry_view import RegistryView
 
 __all__ = ["ListedProvider", "Plugins", "list_providers"]
 
@@ -50,7 +50,7 @@ class Plugins(Command):
             print(f"{left}  {row.description}".rstrip())
         for entries in registry.conflicts:
             print(f"conflict: {conflict_text(entries)}")
-        for broken in registry.broken:
+        for broken in registry.broken_plugins:
             print(f"broken: {broken}")
         return 0
 
@@ -58,7 +58,7 @@ class Plugins(Command):
         import json
 
         conflicts = [[{"kind": e.kind, "name": e.name, **asdict(e.plugin)} for e in es] for es in registry.conflicts]
-        broken = [{**asdict(each.plugin), "error": str(each)} for each in registry.broken]
+        broken = [{**asdict(each.plugin), "error": str(each)} for each in registry.broken_plugins]
         found = {"providers": [asdict(row) for row in listed], "conflicts": conflicts, "broken": broken}
         print(json.dumps(found, indent=2))
 

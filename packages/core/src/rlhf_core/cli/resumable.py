@@ -26,7 +26,7 @@ def continue_output(path: Path, **options: object) -> None:
         UsageError: nothing can be written there, or the file was begun with other options.
     """
     note = path.with_name(f"{path.name}.options.json")
-    told = {name: hashlib.sha256(repr(_plain(value)).encode()).hexdigest()[:16] for name, value in options.items()}
+    told = {name: hashlib.sha256(repr(_plain_options(value)).encode()).hexdigest()[:16] for name, value in options.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -40,7 +40,7 @@ def continue_output(path: Path, **options: object) -> None:
         raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
 
 
-def _plain(value: object) -> object:
+def _plain_options(value: object) -> object:
     """A provider's or role's options without those that change no result."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value

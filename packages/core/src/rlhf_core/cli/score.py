@@ -96,8 +96,8 @@ def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
     texts = [str(row.get("text", row["prompt"])) for row in rows]
     ids = [list(row["completion"].encode()) for row in rows]
     ids = [(each + [0] * n)[:n] for each, n in zip(ids, (int(r.get("tokens", len(e))) for r, e in zip(rows, ids)))]
-    prompt_NL, prompt_lengths_N = _padded([list(text.encode()) for text in texts])
-    tokens_NT, lengths_N = _padded(ids)
+    prompt_NL, prompt_lengths_N = _pad_rows([list(text.encode()) for text in texts])
+    tokens_NT, lengths_N = _pad_rows(ids)
     return Rollouts(
         prompts=texts,
         texts=[row["completion"] for row in rows],
@@ -117,7 +117,7 @@ def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"datasource": row["datasource"]} if "datasource" in row else {}
 
 
-def _padded(rows: list[list[int]]) -> tuple[Any, Any]:
+def _pad_rows(rows: list[list[int]]) -> tuple[Any, Any]:
     """(N, longest) and the N lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     width = max(1, int(lengths.max()))

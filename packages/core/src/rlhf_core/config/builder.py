@@ -146,7 +146,7 @@ def _construct_section(section: Section, settings: Settings) -> Any:
     """The instance of a section; errors speak of it by its title."""
     for option in section.options:
         if option.required and option.path not in settings:
-            raise UsageError(f"{section.title} needs {option.described(flag(option.path)).removesuffix(' (required)')}")
+            raise UsageError(f"{section.title} needs {option.describe(flag(option.path)).removesuffix(' (required)')}")
     try:
         return _construct(section.cls, section.base, section.prefix, settings, section.skip, section.uses)
     except ValueError as error:  # a provider's __post_init__ refuses a value
@@ -187,19 +187,19 @@ def _construct(
 def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     """Every option of `config` as plain data."""
     names = config.names
-    tree: dict[str, Any] = {"algorithm": {"use": names["algorithm"], **_plain(config.algorithm, "algorithm", masked)}}
-    tree |= _plain(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
-    tree |= {role: _plain(options, role, masked, uses=config.uses) for role, options in config.roles.items()}
+    tree: dict[str, Any] = {"algorithm": {"use": names["algorithm"], **_plain_options(config.algorithm, "algorithm", masked)}}
+    tree |= _plain_options(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
+    tree |= {role: _plain_options(options, role, masked, uses=config.uses) for role, options in config.roles.items()}
     for kind, provider in config.providers.items():
         tree[kind] = {"use": names[kind]}
         several = provider if isinstance(provider, tuple) else (provider,)
         for name, each in zip(names[kind].split(","), several, strict=True):
-            plain = _plain(each, kind, masked)
+            plain = _plain_options(each, kind, masked)
             tree[kind] |= plain if len(several) == 1 else {name: plain}
     return {**dict.fromkeys(SEVERAL, "none"), **tree}  # left out is said too: an algorithm may have usual ones
 
 
-def _plain(
+def _plain_options(
     options: Any, prefix: str, masked: bool, skip: tuple[str, ...] = (), uses: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """The options of a dataclass as plain data, with the names of the providers inside it."""
@@ -209,7 +209,7 @@ def _plain(
         annotation = annotation_of(type(options), each.name)
         if nested_dataclass(annotation)[0] is not None and value is not None:
             use = {"use": uses[path]} if uses and path in uses else {}
-            tree[each.name] = {**use, **_plain(value, path, masked)}
+            tree[each.name] = {**use, **_plain_options(value, path, masked)}
         elif masked and is_secret(annotation) and value and not str(value).startswith("env:"):
             tree[each.name] = MASK
         else:

@@ -120,7 +120,7 @@ def read_tree(
 
 def _use(kind: str, tree: Mapping[str, Any], where: str) -> str:
     """The name that a tree gives for a kind: `use` of its table, or the bare name; empty where it gives none."""
-    return _name_in(tree.get(kind, ""), f"{_at(where)}{kind}")
+    return _name_in(tree.get(kind, ""), f"{_location(where)}{kind}")
 
 
 def _name_in(table: Any, path: str) -> str:
@@ -145,7 +145,7 @@ def _read_uses(
             path, held = f"{role}.{name}", given.get(name, {})
             if dataclasses.is_dataclass(held) and not isinstance(held, type):
                 held = {"use": registry.name_of(kind, type(held)), **_as_table(held)}
-            use = _name_in(held, f"{_at(where)}{path}")
+            use = _name_in(held, f"{_location(where)}{path}")
             uses[path] = wanted.get(path, use)
             dropped = path in wanted and use != wanted[path]
             table = {} if dropped or isinstance(held, str) else {k: v for k, v in held.items() if k != "use"}
@@ -163,7 +163,7 @@ def _as_table(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _at(where: str) -> str:
+def _location(where: str) -> str:
     return f"{where}: " if where else ""
 
 
@@ -176,20 +176,20 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
             value = {each.name: getattr(value, each.name) for each in option_fields(type(value))}
         if option is None or (isinstance(value, Mapping) and option.annotation is type(None)):
             if not schema.is_group(path):
-                raise UsageError(f"{_at(where)}unknown option {path!r}{schema.hint(path, str)}")
+                raise UsageError(f"{_location(where)}unknown option {path!r}{schema.hint(path, str)}")
             if not isinstance(value, Mapping):
-                raise UsageError(f"{_at(where)}{path} is a table of options, not {value!r}")
+                raise UsageError(f"{_location(where)}{path} is a table of options, not {value!r}")
             yield from _values(value, schema, where, path)
             continue
         if is_secret(option.annotation) and value == MASK:
-            raise UsageError(f"{_at(where)}{path} is masked; give it as {flag(path)} env:NAME")
+            raise UsageError(f"{_location(where)}{path} is masked; give it as {flag(path)} env:NAME")
         if any(isinstance(each, str) and "://" in each and MASK in each for each in [value, *_elements(value)]):
-            raise UsageError(f"{_at(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS")
+            raise UsageError(f"{_location(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS")
         try:
             yield path, from_plain(option.annotation, value)
         except ValueError:
             got = "" if is_secret(option.annotation) else f", not {value!r}"
-            raise UsageError(f"{_at(where)}{path} must be {metavar(option.annotation)}{got}") from None
+            raise UsageError(f"{_location(where)}{path} must be {metavar(option.annotation)}{got}") from None
 
 
 def _elements(value: Any) -> list[Any]:

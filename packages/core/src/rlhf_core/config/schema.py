@@ -73,7 +73,7 @@ class Option:
         """Whether it must be given."""
         return self.default is MISSING
 
-    def described(self, name: str) -> str:
+    def describe(self, name: str) -> str:
         """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
         doc = f", {self.doc}" if self.doc else ""
         return f"{name} {metavar(self.annotation)}{doc} ({self.note})"
@@ -147,7 +147,7 @@ class Schema:
         same = [known for known in among if known.endswith(f".{tail}")]  # `--lr` for `--actor.optim.lr`
         if close := same or closest_names(tail, among if group else [*among, *kinds, *FIXED]):
             right = group + close[0]
-            meant = self.options[right].described(spell(right)) if right in self.options else spell(right)
+            meant = self.options[right].describe(spell(right)) if right in self.options else spell(right)
             return f"; did you mean {meant}?"
         if group:
             title = section.title if section is not None and group == f"{head}." else group[:-1]

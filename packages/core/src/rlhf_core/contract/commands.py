@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
-    from rlhf_core.contract.provided import RegistryView
+    from rlhf_core.contract.registry_view import RegistryView
     from rlhf_core.contract.run_view import RunView
 
 __all__ = ["Command", "CommandContext"]

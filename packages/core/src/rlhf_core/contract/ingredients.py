@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
-    from rlhf_core.contract.provided import RegistryView
+    from rlhf_core.contract.registry_view import RegistryView
 
 __all__ = ["ARTIFACT_KINDS", "FOLDERS", "Artifact", "ArtifactKind", "Ingredient", "IngredientContext"]
 

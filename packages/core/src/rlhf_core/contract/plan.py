@@ -74,7 +74,7 @@ class Plan:
         """Whether any source samples."""
         return any(source != DATA for source in self.sources)
 
-    def at(self, step: int) -> Plan:
+    def for_step(self, step: int) -> Plan:
         """What takes part in a step, counted from 1: terms that have a cadence wait for their turn."""
         terms = tuple(term for term in self.terms if step % term.every == 0)
         if len(terms) == len(self.terms):
@@ -95,7 +95,7 @@ class Plan:
         return self.config.epochs == 1 and self.config.minibatches == 1
 
     @property
-    def trained(self) -> tuple[str, ...]:
+    def trained_roles(self) -> tuple[str, ...]:
         """Names of the trained roles, in the order of their terms."""
         return tuple(dict.fromkeys(term.role for term in self.terms))
 

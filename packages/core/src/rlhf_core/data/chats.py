@@ -55,7 +55,7 @@ def _message(item: Any, number: int) -> Message:
         speaker = item["from"]
         item = {"role": _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else None, "content": item["value"]}
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-        raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_short(item)}')
+        raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_excerpt(item)}')
     filled = {key: value for key, value in item.items() if value is not None}  # tables fill absent keys with null
     if not ("content" in filled or "tool_calls" in filled):
         raise ValueError(f"message {number} ({item['role']}) has no content")
@@ -68,7 +68,7 @@ def _parts(content: Sequence[Any], number: int) -> str | list[Any]:
     """A content given in parts: text alone becomes one text, which every template knows."""
     for part in content:
         if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise ValueError(f'message {number}: a part should be {{"type": "text", "text": …}}, not {_short(part)}')
+            raise ValueError(f'message {number}: a part should be {{"type": "text", "text": …}}, not {_excerpt(part)}')
     parts = [{key: value for key, value in part.items() if value is not None} for part in content]
     if all(part["type"] == "text" and isinstance(part.get("text"), str) for part in parts):
         return "".join(part["text"] for part in parts)
@@ -84,7 +84,7 @@ def find_unread_part(chat: Chat, seen: Collection[str] = ("text",)) -> str:
     return next((str(part["type"]) for part in parts if part["type"] not in seen), "")
 
 
-def _short(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

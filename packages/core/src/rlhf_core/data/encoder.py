@@ -49,7 +49,7 @@ class Encoder:
     Args:
         tokenizer: a Hugging Face tokenizer.
         max_prompt_tokens: longer prompts are dropped (or truncated) and counted.
-        encoding: how rows become tokens; `Encoder.of` takes it from a data provider.
+        encoding: how rows become tokens; `Encoder.for_data` takes it from a data provider.
         preview: so many of the first rows are printed.
         reader: what reads prompts with images, for a model that does.
     """
@@ -84,7 +84,7 @@ class Encoder:
         self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
     @classmethod
-    def of(
+    def for_data(
         cls,
         data: object,
         tokenizer: PreTrainedTokenizerBase,

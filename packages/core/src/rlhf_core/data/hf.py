@@ -82,7 +82,7 @@ class HuggingFaceData(Preparation, Columns):
             return mixture.limit_rows(rows, self.limit)
         known = [rows for rows in sets if isinstance(rows, Sequence)]
         if self.shares:
-            mixed = mixture.Picked(known, *mixture.order([len(rows) for rows in known], self.shares, self.mix_seed))
+            mixed = mixture.PickedRows(known, *mixture.order([len(rows) for rows in known], self.shares, self.mix_seed))
         else:
             mixed = mixture.concatenate(known)
         return mixture.limit_rows(mixed, self.limit)
@@ -116,7 +116,7 @@ class HuggingFaceData(Preparation, Columns):
         """The rows that are trained on (0) or held out (1)."""
         if not isinstance(rows, Sequence):
             raise UsageError("--data.heldout needs to know how many rows there are: use --data.heldout-split to stream")
-        return mixture.Picked.of(rows, hold_out(len(rows), self.heldout)[part])
+        return mixture.PickedRows.select(rows, hold_out(len(rows), self.heldout)[part])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data.columns import Columns
-from rlhf_core.data.mixture import Picked, drop_duplicates
+from rlhf_core.data.mixture import PickedRows, drop_duplicates
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, UsageError
 
@@ -46,7 +46,7 @@ class Json(Preparation, Columns):
                 raise UsageError("no rows are held out: pass --data.heldout 0.1 or --data.heldout-path FILE")
             return examples
         train, heldout = hold_out(len(examples), self.heldout)
-        return Picked.of(examples, heldout if split == "heldout" else train)
+        return PickedRows.select(examples, heldout if split == "heldout" else train)
 
     def _read(self, path: str) -> Sequence[Example]:
         rows = list(rows_of(Path(path)))

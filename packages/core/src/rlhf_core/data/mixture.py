@@ -16,13 +16,13 @@ import numpy as np
 from rlhf_core.contract.batch import Example
 from rlhf_core.errors import UsageError
 
-__all__ = ["Picked", "concatenate", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
+__all__ = ["PickedRows", "concatenate", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
 
 DRAWS = 4096
 """Random numbers drawn at a time."""
 
 
-class Picked(Sequence[Example]):
+class PickedRows(Sequence[Example]):
     """Rows of several sets in a given order; a row is made when it is asked for.
 
     Args:
@@ -39,7 +39,7 @@ class Picked(Sequence[Example]):
         self.duplicates: int = duplicates + sum(getattr(rows, "duplicates", 0) for rows in sets)
 
     @classmethod
-    def of(cls, rows: Sequence[Example], index: Sequence[int], duplicates: int = 0) -> Picked:
+    def select(cls, rows: Sequence[Example], index: Sequence[int], duplicates: int = 0) -> PickedRows:
         """Some rows of one set."""
         return cls([rows], np.zeros(len(index), int), np.array(index, int), duplicates)
 
@@ -49,21 +49,21 @@ class Picked(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> Picked: ...
-    def __getitem__(self, index: int | slice) -> Example | Picked:
+    def __getitem__(self, index: slice) -> PickedRows: ...
+    def __getitem__(self, index: int | slice) -> Example | PickedRows:
         if isinstance(index, slice):
             own = self.duplicates - sum(getattr(rows, "duplicates", 0) for rows in self._sets)
-            return Picked(self._sets, self._set_N[index], self._row_N[index], own)
+            return PickedRows(self._sets, self._set_N[index], self._row_N[index], own)
         return self._sets[int(self._set_N[index])][int(self._row_N[index])]
 
 
-def concatenate(sets: Sequence[Sequence[Example]]) -> Picked:
+def concatenate(sets: Sequence[Sequence[Example]]) -> PickedRows:
     """All rows of the first set, then all of the second, and so on."""
     set_N = np.concatenate([np.full(len(rows), number) for number, rows in enumerate(sets)])
-    return Picked(sets, set_N, np.concatenate([np.arange(len(rows)) for rows in sets]))
+    return PickedRows(sets, set_N, np.concatenate([np.arange(len(rows)) for rows in sets]))
 
 
-def drop_duplicates(rows: Sequence[Example], seen: set[bytes]) -> Picked:
+def drop_duplicates(rows: Sequence[Example], seen: set[bytes]) -> PickedRows:
     """The rows whose prompt and completions are not in `seen`; theirs are added to it."""
     first: list[int] = []
     for number, example in enumerate(rows):
@@ -71,7 +71,7 @@ def drop_duplicates(rows: Sequence[Example], seen: set[bytes]) -> Picked:
         if content not in seen:
             seen.add(content)
             first.append(number)
-    return Picked.of(rows, first, len(rows) - len(first))
+    return PickedRows.select(rows, first, len(rows) - len(first))
 
 
 def order(lengths: Sequence[int], shares: Sequence[float], seed: int) -> tuple[np.ndarray, np.ndarray]:

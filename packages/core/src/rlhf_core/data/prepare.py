@@ -1,6 +1,6 @@
 """Rows made ready for the loop: templated, tokenised and measured, in several processes or out of a cache if asked.
 
-    stream  ──examples──▶  Preparer  ──rows──▶  Ahead  ──batches──▶  loop
+    stream  ──examples──▶  Preparer  ──rows──▶  Prefetcher  ──batches──▶  loop
 
 What a row becomes depends on its prompt and completions, the tokenizer and the template, and on nothing else; lengths are
 checked afterwards, so that other limits find the same rows in the cache. A row that cannot be rendered is handed on as the
@@ -93,14 +93,14 @@ class Preparer:
         missing = [
             i for i, e in enumerate(bare) if not (known and keys[i] in known and (self._online or e.completions))
         ]
-        made = dict(zip(missing, self._made([bare[i] for i in missing])))
+        made = dict(zip(missing, self._encode_all([bare[i] for i in missing])))
         if self._cache:
             kept = {keys[i]: row for i, row in made.items() if not isinstance(row, DataError)}
             self._cache.put({key: row for key, row in kept.items() if not row.images})  # pixels are larger than images
         rows = [made[i] if i in made else known[keys[i]] for i in range(len(bare))]
         return [row if isinstance(row, DataError) else self._encoder.truncate(row) for row in rows]
 
-    def _made(self, examples: Sequence[Example]) -> list[TokenizedRow | DataError]:
+    def _encode_all(self, examples: Sequence[Example]) -> list[TokenizedRow | DataError]:
         if not self._count or len(examples) < 2:
             return _rows(self._encoder, examples, self._online)
         if self._workers is None:

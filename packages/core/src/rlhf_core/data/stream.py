@@ -20,10 +20,10 @@ from rlhf_core.errors import DataError, UsageError
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["Drawn", "Stream"]
+__all__ = ["DrawnRows", "Stream"]
 
 
-class Drawn(NamedTuple):
+class DrawnRows(NamedTuple):
     """A batch of data, as `Encoder.prompts` and `Encoder.batch` take it."""
 
     examples: list[Example]
@@ -80,12 +80,12 @@ class Stream:
     def __iter__(self) -> Stream:
         return self
 
-    def __next__(self) -> Drawn:
+    def __next__(self) -> DrawnRows:
         if self._walk is None:
             self._walk = self._rows()
         drawn = [next(self._walk) for _ in range(self.batch_size)][self._slice]
         examples, uids = [example for example, _, _ in drawn], [uid for _, uid, _ in drawn]
-        return Drawn(examples, uids, [row for *_, row in drawn if row is not None] if self._prepare else None)
+        return DrawnRows(examples, uids, [row for *_, row in drawn if row is not None] if self._prepare else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
@@ -101,7 +101,7 @@ class Stream:
         """Usable rows with their uids from the present position on, epoch after epoch."""
         while True:
             kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
-            for number, example, row in self._prepared():
+            for number, example, row in self._prepare_blocks():
                 self.row += 1
                 if isinstance(row, DataError):
                     raise row
@@ -122,7 +122,7 @@ class Stream:
             self.first_uid += self.row
             self.epoch, self.row = self.epoch + 1, 0
 
-    def _prepared(self) -> Iterator[tuple[int, Example, TokenizedRow | DataError | None]]:
+    def _prepare_blocks(self) -> Iterator[tuple[int, Example, TokenizedRow | DataError | None]]:
         """The rest of the present epoch, made ready a block at a time."""
         if self._prepare is None:
             yield from ((number, example, None) for number, example in self._epoch())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
-from rlhf_core.evaluator.sampled import mean_and_error
+from rlhf_core.evaluator.heldout_samples import mean_and_error
 from rlhf_core.lazy import torch
 from rlhf_core.observer.files import sample
 from rlhf_core.util.jsonl import append_line

@@ -7,7 +7,7 @@ from math import comb
 from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError
-from rlhf_core.evaluator.sampled import by_datasource, sample_heldout
+from rlhf_core.evaluator.heldout_samples import by_datasource, sample_heldout
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView

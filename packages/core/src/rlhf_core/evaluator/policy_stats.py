@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_core.evaluator.sampled import mean_and_error, policy, sample_heldout
+from rlhf_core.evaluator.heldout_samples import mean_and_error, policy, sample_heldout
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
 

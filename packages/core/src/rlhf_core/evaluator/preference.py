@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import UsageError
-from rlhf_core.evaluator.sampled import by_datasource, mean_and_error
+from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class Preference:
 
     def _values(self, run: RunView, batch: Batch) -> Tensor:
         """What is compared, per completion."""
-        name = run.plan.trained[0] if run.plan.trained else next(iter(run.plan.roles))
+        name = run.plan.trained_roles[0] if run.plan.trained_roles else next(iter(run.plan.roles))
         if self.by == "scores":
             return run.roles[name].infer(batch, frozenset({"scores_N"}))["scores_N"]
 

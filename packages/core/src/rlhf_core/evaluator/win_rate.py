@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_core.evaluator.sampled import by_datasource, mean_and_error, policy
+from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error, policy
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -35,9 +35,7 @@ class WinRate:
         """`win_rate` (a tie counts half), its standard error over prompts `…_se`, `…/<datasource>`, and both mean rewards."""
         rows = run.heldout(self.prompts)
         mine = list(range(run.world.rank, len(rows), run.world.size))
-        sides = [
-            self._sampled(run, name, [rows[i] for i in mine], mine) for name in (policy(run, "win_rate"), OPPONENT)
-        ]
+        sides = [self._sample(run, name, [rows[i] for i in mine], mine) for name in (policy(run, "win_rate"), OPPONENT)]
         common = set.intersection(
             *({*side["uids_N"].tolist()} for side in sides)
         )  # some prompt may be too long for one
@@ -56,7 +54,7 @@ class WinRate:
             "win_rate/reward_reference": mean_and_error(theirs)[0],
         }
 
-    def _sampled(self, run: RunView, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
+    def _sample(self, run: RunView, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
         from rlhf_core.data.encoder import Encoder
         from rlhf_core.models.loading.image_reader import load_reader
@@ -65,6 +63,6 @@ class WinRate:
         spec = run.plan.roles[name]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
         reader = load_reader(spec.options.model, spec.options, tokenizer)
-        encoder = Encoder.of(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens, reader)
+        encoder = Encoder.for_data(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens, reader)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         return run.rollouts(name, encoder.prompts(rows, uids), sampling)

@@ -14,7 +14,7 @@ from rlhf_core.models.ema import Average
 from rlhf_core.models.freezing import freeze
 from rlhf_core.models.heads.modules import HEADS_FILE, ChunkedHead, ScalarHead, check_logits, head_options
 from rlhf_core.models.heads.router import check_router
-from rlhf_core.models.inputs.packed import can_pack
+from rlhf_core.models.inputs.packing import can_pack
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.models.loading.hub import find_companion_file
 from rlhf_core.models.loading.image_reader import load_reader

@@ -51,7 +51,7 @@ class Site:
     transposed: bool = False
     """True if the matrix is (in, out), as GPT-2's are"""
 
-    def merged(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def merge(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return the weight that acts like base and adapter together, in the base's dtype; of whole tensors."""
         update = self.scale * (B.float() @ A.float())
         return (base.float() + (update.t() if self.transposed else update)).to(base.dtype)
@@ -68,7 +68,7 @@ class Adapters:
     """whether they act"""
 
     @contextmanager
-    def off(self, model: nn.Module) -> Iterator[None]:
+    def disable(self, model: nn.Module) -> Iterator[None]:
         """Use `model` without its adapters inside the context: the model as it was before training."""
         self._switch(model, False)
         try:
@@ -137,7 +137,7 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
         lora_dropout=options.dropout,
         target_modules=sorted(targets),
         task_type="CAUSAL_LM" if head is not None else "SEQ_CLS",
-        fan_in_fan_out=any(_transposed(layer) for layer in linear_layers(model).values()),
+        fan_in_fan_out=any(_is_transposed(layer) for layer in linear_layers(model).values()),
     )
     if targets:
         with torch.random.fork_rng(devices=[]):  # what it draws is drawn again below
@@ -211,7 +211,7 @@ def _site(name: str, layer: Any) -> Site:
     return Site(name, f"{name}.base_layer.weight", A, B, layer.scaling[ADAPTER], layer.fan_in_fan_out)
 
 
-def _transposed(layer: nn.Module) -> bool:
+def _is_transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 

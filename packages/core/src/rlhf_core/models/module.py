@@ -34,7 +34,7 @@ from rlhf_core.models.heads.modules import ChunkedHead, ScalarHead
 from rlhf_core.models.heads.router import balance_loss
 from rlhf_core.models.inputs.arrange import Inputs
 from rlhf_core.models.inputs.features import Features, trains_only_heads
-from rlhf_core.models.inputs.packed import pack_rows
+from rlhf_core.models.inputs.packing import pack_rows
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.models.lora import Adapters, dequantize
 
@@ -139,7 +139,7 @@ class RoleModule(nn.Module):
         inputs = self.vision.read(inputs) if self.vision is not None else inputs
         arguments: dict[str, Any] = {"input_ids": inputs.ids_NS}
         if inputs.images:
-            arguments |= self._sees.arguments(inputs.images, self.model)
+            arguments |= self._image_input.arguments(inputs.images, self.model)
         elif self.packs and len(inputs.ids_NS):
             rows, inputs = pack_rows(inputs)
             arguments = rows.arguments(self.flash)
@@ -162,7 +162,7 @@ class RoleModule(nn.Module):
         return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance
 
     @property
-    def _sees(self) -> Vision:
+    def _image_input(self) -> Vision:
         """How the model takes images; asked where rows have some."""
         if self.vision is None:
             raise UsageError(
@@ -211,7 +211,7 @@ class RoleModule(nn.Module):
                 continue
             A, B = value(site.A).clone(), value(site.B).clone()  # they stay when another is gathered
             base = value(name)
-            yield f"{site.name}.weight", site.merged(base if named[name].is_floating_point() else base.float(), A, B)
+            yield f"{site.name}.weight", site.merge(base if named[name].is_floating_point() else base.float(), A, B)
         persistent = self.model.state_dict().keys()
         for name, buffer in self.model.named_buffers():
             if name in persistent:
@@ -242,7 +242,7 @@ class RoleModule(nn.Module):
     def without_adapters(self) -> Iterator[None]:
         """Use the model as it was before adapters were trained, inside the context."""
         assert self.adapters is not None, "only a model with adapters has a base"
-        with self.adapters.off(self.model):
+        with self.adapters.disable(self.model):
             yield
 
     def scalar_heads(self) -> list[nn.Module]:
@@ -252,19 +252,19 @@ class RoleModule(nn.Module):
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint needs: frozen weights are loaded again from where they came."""
-        kept = self._kept()
+        kept = self._checkpoint_names()
         state = super().state_dict(*args, **options)
         return {name: value for name, value in state.items() if name in kept}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take what `state_dict` gave."""
-        kept = self._kept()
+        kept = self._checkpoint_names()
         if strict and kept != state.keys():
             odd = sorted(kept ^ state.keys())
             raise RuntimeError(f"{len(odd)} tensors are missing or unknown, {odd[0]} first")
         return super().load_state_dict(state, strict=False, assign=assign)
 
-    def _kept(self) -> set[str]:
+    def _checkpoint_names(self) -> set[str]:
         """Names of what a checkpoint holds: all of a module that is trained altogether, or not at all."""
         every = super().state_dict().keys()
         named = dict(self.named_parameters(remove_duplicate=False))

@@ -83,12 +83,12 @@ class _Watch:
         past = run.output / "metrics.jsonl"
         for line in past.read_bytes().splitlines() if past.is_file() else ():
             row = json.loads(line)
-            list(self._seen(row["step"], row))  # the count goes on where it was
+            list(self._count_step(row["step"], row))  # the count goes on where it was
 
     @hookimpl
     def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> str | None:
         alarms = []
-        for metric, before, said in self._seen(step, metrics):
+        for metric, before, said in self._count_step(step, metrics):
             now, value = self._outside[metric], metrics[metric]
             if now == self.alarm.patience:
                 alarms.append(said)
@@ -102,7 +102,7 @@ class _Watch:
         print(f"rlhf-run: alarm: {'; '.join(alarms)}; look at samples.jsonl", file=sys.stderr)
         return None
 
-    def _seen(self, step: int, metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+    def _count_step(self, step: int, metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
         """Count a step; for each metric watched: its name, how many steps it had been outside before, and what to say."""
         for metric, (least, greatest) in self.alarm.bands():
             if metric not in metrics:

@@ -59,13 +59,13 @@ def sample(batch: Batch, i: int) -> dict[str, Any]:
     """Row `i` as plain values: prompt, completion, reward and mean advantage."""
     row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": batch.texts[i]}
     if "rewards_N" in batch:
-        row["reward"] = _short(float(batch["rewards_N"][i]))
+        row["reward"] = _six_digits(float(batch["rewards_N"][i]))
     if "advantages_NT" in batch:
         tokens = max(1, int(batch.mask_NT[i].sum()))
-        row["advantage"] = _short(float(batch["advantages_NT"][i].sum()) / tokens)
+        row["advantage"] = _six_digits(float(batch["advantages_NT"][i].sum()) / tokens)
     return row
 
 
-def _short(value: float) -> float:
+def _six_digits(value: float) -> float:
     """Six digits of it, however small it is: an importance weight can be 1e-9."""
     return float(f"{value:.6g}")

@@ -60,7 +60,7 @@ class _Sending(Tracker):
             return
         name = options.name or run.output.name
         self._id = self._client.create_run(experiment, run_name=name, tags={TAG: ident}).info.run_id
-        for key, value in _flat(options_of_run(run)):
+        for key, value in _flatten(options_of_run(run)):
             self._client.log_param(self._id, key, value)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -80,10 +80,10 @@ class _Sending(Tracker):
         self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
-def _flat(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """Options as dotted names and text; MLflow takes at most 6,000 characters of each."""
     for key, value in options.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
+            yield from _flatten(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", str(value)[:6000]

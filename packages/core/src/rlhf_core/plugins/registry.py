@@ -27,13 +27,13 @@ import pluggy
 
 from rlhf_core.contract import hooks as hookspecs
 from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
-from rlhf_core.contract.provided import Broken, Plugin, Provided
+from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, RegisteredProvider
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins import import_paths as targets
 from rlhf_core.plugins.known_packages import INSTALL
 from rlhf_core.util.suggestions import closest_names, did_you_mean, or_list
 
-__all__ = ["Broken", "Plugin", "Provided", "Registry", "conflict_text", "default_registry"]
+__all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "Registry", "conflict_text", "default_registry"]
 
 BUILTIN = {
     "core": "rlhf_core.plugin",
@@ -68,10 +68,10 @@ class Registry:
     def __init__(self, autoload: bool = True, blocked: Collection[str] = (), load: Sequence[str] = ()) -> None:
         self.plugins: dict[str, Plugin] = {}
         """what was loaded, by plugin name"""
-        self.broken: list[Broken] = []
+        self.broken_plugins: list[BrokenPlugin] = []
         self.blocked = frozenset(blocked)
         self._strict = os.environ.get("RLHF_STRICT_PLUGINS") == "1"
-        self._tables: dict[str, dict[str, list[Provided]]] = {kind: {} for kind in KINDS}
+        self._tables: dict[str, dict[str, list[RegisteredProvider]]] = {kind: {} for kind in KINDS}
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
         self._manager.add_hookcall_monitoring(lambda *_: None, _name_the_culprit)
@@ -120,7 +120,7 @@ class Registry:
         self.plugins[name] = known
 
     @contextmanager
-    def watching(self, observers: Sequence[object], providers: Sequence[object]) -> Iterator[None]:
+    def with_observers(self, observers: Sequence[object], providers: Sequence[object]) -> Iterator[None]:
         """Call the observer hooks of these objects like those of plugins while the context is open.
 
         Args:
@@ -146,7 +146,7 @@ class Registry:
         try:
             self.register(entry_point.load(), plugin.name, plugin.distribution, plugin.version)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does at import
-            self._fail(Broken(plugin, error), wanted)
+            self._fail(BrokenPlugin(plugin, error), wanted)
 
     def _load_module(self, name: str) -> None:
         """Load the module that `-p NAME` asks for."""
@@ -155,19 +155,19 @@ class Registry:
             self.register(import_module(name), name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                return self._fail(Broken(Plugin(name, LOCAL, ""), error), wanted=True)
+                return self._fail(BrokenPlugin(Plugin(name, LOCAL, ""), error), wanted=True)
             known = [*self.plugins, *(entry_point.name for entry_point in self._entry_points)]
             raise UsageError(f"-p {name}: no plugin or module is called {name!r}{did_you_mean(name, known)}") from None
         except (Exception, SystemExit) as error:
-            self._fail(Broken(Plugin(name, LOCAL, ""), error), wanted=True)
+            self._fail(BrokenPlugin(Plugin(name, LOCAL, ""), error), wanted=True)
 
-    def _fail(self, broken: Broken, wanted: bool) -> None:
+    def _fail(self, broken: BrokenPlugin, wanted: bool) -> None:
         """Record a plugin that failed to load, or raise."""
         if self._strict:
             raise PluginError(str(broken)) from broken.error
         if wanted:
             raise UsageError(f"-p {broken.plugin.name}: {broken}; RLHF_STRICT_PLUGINS=1 shows the traceback")
-        self.broken.append(broken)
+        self.broken_plugins.append(broken)
 
     def _check_blocked(self) -> None:
         known = sorted({*BUILTIN, *(entry_point.name for entry_point in self._entry_points)})
@@ -177,7 +177,7 @@ class Registry:
             if name not in known:
                 raise UsageError(f"-p no:{name}: no plugin is called {name!r}; plugins are {', '.join(known)}")
 
-    def _check_first_words(self, provided: Sequence[Provided]) -> None:
+    def _check_first_words(self, provided: Sequence[RegisteredProvider]) -> None:
         """Refuse what would make `rlhf-run NAME` ambiguous: a name of core's commands, or one name for two things."""
         core = {each.name for each in self.entries("command") if each.plugin.name == "core"}
         named = {kind: {each.name for each in provided if each.kind == kind} for kind in FIRST_WORDS}
@@ -189,7 +189,7 @@ class Registry:
         if both := sorted(named["command"] & named["algorithm"]):
             raise PluginError(f"rlhf_command() and rlhf_algorithm() both give {both[0]!r}; rename one")
 
-    def _ask(self, kind: str, plugin: Plugin) -> Iterator[Provided]:
+    def _ask(self, kind: str, plugin: Plugin) -> Iterator[RegisteredProvider]:
         """What the plugin provides of `kind`."""
         for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
             if implementation.plugin_name != plugin.name:
@@ -202,22 +202,22 @@ class Registry:
                     targets.check_provided(kind, name, target)
                 except PluginError as error:
                     raise PluginError(f"{error}{place}") from None
-                yield Provided(kind, name, target, plugin)
+                yield RegisteredProvider(kind, name, target, plugin)
 
     # ------------------------------------------------------------------------------------------------------------------
     # looking up
 
-    def table(self, kind: str) -> dict[str, Provided]:
+    def table(self, kind: str) -> dict[str, RegisteredProvider]:
         """Every name of a kind, sorted; of a clash, what was loaded first."""
         return {name: entries[0] for name, entries in sorted(self._tables[kind].items())}
 
-    def entries(self, kind: str) -> Iterator[Provided]:
+    def entries(self, kind: str) -> Iterator[RegisteredProvider]:
         """Yield every entry of a kind, those of a clash included."""
         for entries in self._tables[kind].values():
             yield from entries
 
     @property
-    def conflicts(self) -> list[list[Provided]]:
+    def conflicts(self) -> list[list[RegisteredProvider]]:
         """The entries of each name that more than one plugin provides; a command and an algorithm can clash too."""
         first = {name for kind in FIRST_WORDS for name in self._tables[kind]}
         words = [[each for kind in FIRST_WORDS for each in self._tables[kind].get(name, [])] for name in sorted(first)]
@@ -271,7 +271,7 @@ class Registry:
             return entry.target
         return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
 
-    def _find(self, kind: str, name: str) -> list[Provided]:
+    def _find(self, kind: str, name: str) -> list[RegisteredProvider]:
         """Return who provides `NAME`, or `PLUGIN/NAME` of one plugin."""
         plugin, _, bare = name.rpartition("/")
         entries = self._tables[kind].get(bare, [])
@@ -290,7 +290,7 @@ class Registry:
                 return entry.name if len(self._tables[kind][entry.name]) == 1 else f"{entry.plugin.name}/{entry.name}"
         return path
 
-    def _load_target(self, entry: Provided, target: str) -> Any:
+    def _load_target(self, entry: RegisteredProvider, target: str) -> Any:
         """Import a `"module:Class"` that a plugin registered."""
         who = f"{entry.kind} {entry.name!r} of {entry.plugin}"
         try:
@@ -309,7 +309,7 @@ class Registry:
         if distribution is None:
             meant = did_you_mean(name, [*installed, *INSTALL.get(kind, {})])
             return UnknownName(f"no {kind} is called {name!r}{meant}{has}{self._suspects(name, bool(meant))}")
-        if broken := [each for each in self.broken if each.plugin.distribution == distribution]:
+        if broken := [each for each in self.broken_plugins if each.plugin.distribution == distribution]:
             return MissingPackage(f"{kind} {name!r} comes with {distribution}: {broken[0]}")
         plugins = [each.name for each in self._entry_points if each.dist is not None and each.dist.name == distribution]
         if plugins:
@@ -321,12 +321,12 @@ class Registry:
 
     def _suspects(self, name: str, spelled_nearly: bool) -> str:
         """Name the broken plugins that may provide `name`: those of its name, or all of them if nothing is near it."""
-        named = [each for each in self.broken if name in f"{each.plugin.name} {each.plugin.distribution}"]
+        named = [each for each in self.broken_plugins if name in f"{each.plugin.name} {each.plugin.distribution}"]
         if named:
             return f"; {named[0]}"
-        if spelled_nearly or not self.broken:
+        if spelled_nearly or not self.broken_plugins:
             return ""
-        names = ", ".join(each.plugin.name for each in self.broken)
+        names = ", ".join(each.plugin.name for each in self.broken_plugins)
         return f"; plugins that failed to load: {names} (see rlhf-run plugins)"
 
 
@@ -364,7 +364,7 @@ def _place(function: Any) -> str:
     return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code is not None else ""
 
 
-def conflict_text(entries: Sequence[Provided]) -> str:
+def conflict_text(entries: Sequence[RegisteredProvider]) -> str:
     """Describe several entries of one name, and the ways to choose among them."""
     entries = sorted(entries, key=lambda each: (each.plugin.name != "core", each.plugin.name))
     plugins = " and ".join(f"{each.plugin} (plugin {each.plugin.name!r})" for each in entries)

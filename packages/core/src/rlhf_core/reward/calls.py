@@ -68,10 +68,10 @@ def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
         raw = function(**{name: value for name, value in columns.items() if everything or name in names})
     else:
         raw = function(*(columns[name] for name in POSITIONAL))
-    return asyncio.run(_awaited(raw)) if inspect.isawaitable(raw) else raw
+    return asyncio.run(_await_result(raw)) if inspect.isawaitable(raw) else raw
 
 
-async def _awaited(result: Any) -> Any:
+async def _await_result(result: Any) -> Any:
     return await result
 
 

@@ -11,11 +11,11 @@ from rlhf_core.reward.output import require_labels
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
 
-__all__ = ["Exact"]
+__all__ = ["ExactMatch"]
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactMatch:
     """1 if the completion is the label (one of them, if it is a list), else 0; blanks around both do not count."""
 
     ignore_case: bool = True
@@ -32,8 +32,8 @@ class Exact:
             found = list(re.finditer(self.extract, text))
             text = found[-1].group(min(1, found[-1].re.groups)) or "" if found else ""
         references = label if isinstance(label, list) else [label]
-        return self._plain(text) in {self._plain(str(reference)) for reference in references}
+        return self._normalize(text) in {self._normalize(str(reference)) for reference in references}
 
-    def _plain(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         text = " ".join(text.split())
         return text.casefold() if self.ignore_case else text

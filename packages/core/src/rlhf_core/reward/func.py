@@ -79,7 +79,7 @@ class Func:
         for rows, failure in answers:
             if isinstance(failure, Failure):
                 known += self._one_by_one(rollouts, columns, rows, failure)
-        return self._joined(known, N)
+        return self._join(known, N)
 
     def _calls(self, columns: Columns, parts: Sequence[range]) -> list[Any]:
         """An `Answer` or a `Failure` for each part of the rows."""
@@ -107,7 +107,7 @@ class Func:
             raise UsageError(f"{self.path}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
 
-    def _joined(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
+    def _join(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
         """One output; rows without an answer, or with one that is not finite, get the fallback and are counted."""
         nothing = math.nan if self.fallback is None else self.fallback
         rewards, scores = [nothing] * N, [0.0] * N

@@ -27,7 +27,7 @@ LONGEST_WAIT = 30.0
 """Seconds between two tries at most."""
 
 
-class _Refused(urllib.request.HTTPRedirectHandler):
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
@@ -102,7 +102,7 @@ class Replicas:
         proxies: dict[str, str] | None = (
             {} if urlsplit(url).hostname in LOOPBACK else None
         )  # None: those of the environment
-        opener = urllib.request.build_opener(_Refused, urllib.request.ProxyHandler(proxies))
+        opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler(proxies))
         with opener.open(request, timeout=self._timeout) as response:
             return json.load(response)
 

@@ -74,8 +74,8 @@ class Judge:
         grades = _grades(self)
         questions = [self._question(rollouts, row) for row in range(len(rollouts))]
         with ThreadPoolExecutor(self.parallel) as threads:  # equal questions are asked once
-            list(threads.map(grades.of, dict.fromkeys(questions)))
-        replies = [grades.of(question) for question in questions]
+            list(threads.map(grades.reply, dict.fromkeys(questions)))
+        replies = [grades.reply(question) for question in questions]
         found = [self._read(reply) for reply in replies]
         if self.fallback is None and None in found:
             raise UsageError(
@@ -119,7 +119,7 @@ class _Grades:
         if self._file and Path(self._file).is_file():
             self._known = dict(_read_replies(Path(self._file)))
 
-    def of(self, question: str) -> str:
+    def reply(self, question: str) -> str:
         """The judge's reply."""
         key = hashlib.sha256(f"{self._model}\n{question}".encode()).hexdigest()
         if key not in self._known:

@@ -90,13 +90,13 @@ class RewardModel:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class _LoadedModel:
     module: Any
     encoder: Encoder
 
 
 @cache
-def _load(reward: RewardModel) -> _Loaded:
+def _load(reward: RewardModel) -> _LoadedModel:
     """Model and tokenizer, loaded at the first call.
 
     Raises:
@@ -114,7 +114,7 @@ def _load(reward: RewardModel) -> _Loaded:
     )
     tokenizer = load_tokenizer(reward.model, options)
     module = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
-    return _Loaded(module, Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding))
+    return _LoadedModel(module, Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding))
 
 
 def _example(prompt: Text, completion: str | None) -> Example:

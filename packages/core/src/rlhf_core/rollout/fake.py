@@ -24,7 +24,7 @@ __all__ = ["FakeRollout", "Letters"]
 
 
 @dataclass
-class _Held:
+class _EngineState:
     """What the engine holds; not an option."""
 
     w: float | None = None
@@ -50,7 +50,7 @@ class FakeRollout:
     """time to take new weights"""
     wake_seconds: float = 0.0
     """time to wake up, and to fall asleep"""
-    held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
+    held: _EngineState = field(default_factory=_EngineState, init=False, repr=False, compare=False)
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Letters, after the time it takes."""

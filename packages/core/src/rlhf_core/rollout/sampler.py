@@ -254,7 +254,7 @@ def _decode(
             keep = live_R.nonzero()[:, 0]
             state.select(keep)
             row_R, tokens_R = row_R[keep], tokens_R[keep]
-        read_R = tokens_R if state.vision is None else state.vision.said(tokens_R)
+        read_R = tokens_R if state.vision is None else state.vision.replace_image_tokens(tokens_R)
         _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")

@@ -21,7 +21,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Warped", "draw", "warp"]
+__all__ = ["WarpedDistribution", "draw", "warp"]
 
 BLOCK = 256
 """Tokens whose probabilities are added before the cumulative sum: a plain one over 49k tokens costs ten times as much."""
@@ -30,7 +30,7 @@ NUCLEUS = 256
 """Most likely tokens tried first for top-p: a full sort of the vocabulary is rarely needed."""
 
 
-class Warped(NamedTuple):
+class WarpedDistribution(NamedTuple):
     """The distribution that is sampled from."""
 
     logprobs_NV: Tensor
@@ -45,7 +45,9 @@ class Warped(NamedTuple):
         return self.logprobs_NV > -torch.inf
 
 
-def warp(logits_NV: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Warped:
+def warp(
+    logits_NV: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> WarpedDistribution:
     """Log-probabilities at `temperature` over the tokens that top-k, top-p and min-p all keep.
 
     top-k keeps the k most likely tokens. top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens with at
@@ -64,11 +66,11 @@ def warp(logits_NV: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k:
         if min_p > 0:
             floors.append(logprobs_NV.amax(-1, keepdim=True) + log(min_p))
     if not floors:
-        return Warped(logprobs_NV, logprobs_NV.new_zeros(len(logprobs_NV)))
+        return WarpedDistribution(logprobs_NV, logprobs_NV.new_zeros(len(logprobs_NV)))
     below_NV = logprobs_NV < torch.stack(floors).amax(0)
     kept_NV = logprobs_NV.masked_fill(below_NV, -torch.inf)
     log_mass_N1 = kept_NV.logsumexp(-1, keepdim=True)
-    return Warped(kept_NV - log_mass_N1, log_mass_N1[:, 0])
+    return WarpedDistribution(kept_NV - log_mass_N1, log_mass_N1[:, 0])
 
 
 def _nucleus_floor(logprobs_NV: Tensor, top_p: float) -> Tensor:

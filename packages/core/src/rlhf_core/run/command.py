@@ -20,7 +20,7 @@ from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.plugins.attribution import note_provider
-from rlhf_core.run.untrained import Untrained, open_untrained
+from rlhf_core.run.no_training import NoTraining, open_untrained
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -45,7 +45,7 @@ class CommandRun:
         own = {each.name for each in option_fields(type(self.command))}
         shared = {each.name for each in dataclasses.fields(RunConfig)} & own
         values = {name: getattr(self.command, name) for name in shared}
-        return RunConfig(Untrained(), **{"names": self.names, "roles": {}, "providers": {}, **self.sections, **values})
+        return RunConfig(NoTraining(), **{"names": self.names, "roles": {}, "providers": {}, **self.sections, **values})
 
     def open_run(self, config: RunConfig | None = None) -> AbstractContextManager[Run]:
         return open_untrained(self.config if config is None else config, self.registry)

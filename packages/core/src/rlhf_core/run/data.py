@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.data.ahead import Ahead
     from rlhf_core.data.encoder import Encoder
+    from rlhf_core.data.prefetch import Prefetcher
 
 __all__ = ["RunData"]
 
@@ -35,7 +35,7 @@ class RunData:
         config, spec = self.plan.config, self.plan.roles[self.plan.tokenizer_role]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
         reader = load_reader(spec.options.model, spec.options, tokenizer)
-        return Encoder.of(config.providers["data"], tokenizer, config.max_prompt_tokens, reader)
+        return Encoder.for_data(config.providers["data"], tokenizer, config.max_prompt_tokens, reader)
 
     @cached_property
     def rows(self) -> Iterable[Example]:
@@ -43,12 +43,12 @@ class RunData:
         rows: Iterable[Example] = self.plan.config.providers["data"]("train")
         return rows
 
-    def stream(self, world: World) -> Ahead:
+    def stream(self, world: World) -> Prefetcher:
         """Return this rank's rows, shuffled by the seed, from the first one on."""
-        from rlhf_core.data.ahead import Ahead
+        from rlhf_core.data.prefetch import Prefetcher
 
         config, online = self.plan.config, DATA not in self.plan.sources
-        return Ahead.of(self.rows, self.encoder, config.providers["data"], online, config, world)
+        return Prefetcher.for_data(self.rows, self.encoder, config.providers["data"], online, config, world)
 
     def heldout(self, most: int | None, world: World) -> Sequence[Example]:
         """Return the held-out rows, the first `most` of them; at least one for each rank.

@@ -76,14 +76,14 @@ def translate_failures(run: Progress) -> Iterator[None]:
         note_provider(error, run.registry, run.config)
         if _is_full(error):
             raise RunStopped(
-                f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest(run)}; free some, then "
+                f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest_checkpoint(run)}; free some, then "
                 "continue with --resume (--keep 1 needs the least)"
             ) from error
         if is_out_of_memory(error):
             wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
             advice = LESS_MEMORY.get(run.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model")
             raise RunStopped(
-                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest(run)}; {advice}"
+                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest_checkpoint(run)}; {advice}"
             ) from error
         if REFUSED in str(error):
             raise RunStopped(
@@ -98,10 +98,12 @@ def _not_finite(run: Progress, error: NotFinite) -> str:
     path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
     advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
-    return f"step {run.step + 1}: {error}; {saved}; {_newest(run)}; {advice}, or go on with --on-nonfinite skip"
+    return (
+        f"step {run.step + 1}: {error}; {saved}; {_newest_checkpoint(run)}; {advice}, or go on with --on-nonfinite skip"
+    )
 
 
-def _newest(run: Progress) -> str:
+def _newest_checkpoint(run: Progress) -> str:
     """The checkpoint that is left, in words."""
     from rlhf_core.checkpoint import valid_checkpoints
 

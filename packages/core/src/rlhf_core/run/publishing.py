@@ -41,7 +41,7 @@ def check_hub(config: RunConfig) -> None:
 
 def publish(run: RunView) -> None:
     """Complete the cards of the exported folders and upload the model if asked."""
-    options = run.plan.roles[run.plan.trained[0]].options
+    options = run.plan.roles[run.plan.trained_roles[0]].options
     instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
     model, average = run.output / "model", run.output / "model-ema"
     _write_card(run, model, AVERAGE if instead else "")
@@ -55,7 +55,7 @@ def _write_card(run: RunView, folder: Path, note: str) -> None:
     from rlhf_core.models.export.card import Card
 
     card = Card(
-        base=run.plan.roles[run.plan.trained[0]].options.model,
+        base=run.plan.roles[run.plan.trained_roles[0]].options.model,
         algorithm=run.config.names.get("algorithm", ""),
         steps=run.step,
         data=_describe_data(run),

@@ -48,9 +48,9 @@ from rlhf_core.training.running_moments import Moments
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.data.ahead import Ahead
     from rlhf_core.data.encoder import Encoder
-    from rlhf_core.data.stream import Drawn
+    from rlhf_core.data.prefetch import Prefetcher
+    from rlhf_core.data.stream import DrawnRows
     from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Run"]
@@ -126,7 +126,7 @@ class Run(Meter):
             if self.leader:
                 chosen = self.config.providers.get("observer", ())
                 self.observers = [observer(self) for observer in chosen]
-                watched.enter_context(self.registry.watching(self.observers, chosen))
+                watched.enter_context(self.registry.with_observers(self.observers, chosen))
                 self.registry.hook.rlhf_run_start(run=self)
             yield self
         except BaseException as caught:
@@ -177,13 +177,13 @@ class Run(Meter):
         self._add_background(self.checkpoints.background.poll)
         tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
         self.log(measure_step(self.world_sum(tokens), time.perf_counter() - self._started) | self.stream.metrics())
-        metrics = self._metrics.reduced(None)
+        metrics = self._metrics.reduce(None)
         self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
         self.state.last_metrics = {"step": step, **metrics}
         evaluated = self.evaluations[-1][1] if self.evaluations else ()
-        check_metric(self.config.keep_best, self.plan.trained, metrics, evaluated)
+        check_metric(self.config.keep_best, self.plan.trained_roles, metrics, evaluated)
         said = self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics) if self.leader else []
         self.stop.agree(said, self.signals, self.world)
         if self.config.save_every and step % self.config.save_every == 0:
@@ -192,18 +192,18 @@ class Run(Meter):
     # ------------------------------------------------------------------------------------------------------------------
     # the loop's verbs
 
-    def next_rows(self) -> Drawn:
+    def next_rows(self) -> DrawnRows:
         """This step's rows of data, made ready while the step before was at work."""
         with self.phase("data"):
             return next(self.stream)
 
-    def read(self, rows: Drawn) -> Batch:
+    def read(self, rows: DrawnRows) -> Batch:
         """Rows of data as a batch."""
         with self.phase("data"):
             batch = replace(self.encoder.batch(*rows), world=self.world, scalars=self._scalars())
             return prepare_rows(self.plan, batch)
 
-    def sample(self, source: str, rows: Drawn) -> Rollouts:
+    def sample(self, source: str, rows: DrawnRows) -> Rollouts:
         """Completions of `source` on the prompts of `rows`, or of fresh ones where `DynamicSampling` replaces some."""
         dynamic = getattr(self.config.algorithm, "dynamic", None)
         if dynamic is None or dynamic.keep == "all":
@@ -211,7 +211,7 @@ class Run(Meter):
         rollouts, self._scored[source] = keep_sampling(self, source, rows, dynamic)
         return rollouts
 
-    def sample_once(self, source: str, rows: Drawn) -> Rollouts:
+    def sample_once(self, source: str, rows: DrawnRows) -> Rollouts:
         """Completions of `source` on the prompts of `rows`."""
         with self.phase("rollout"):
             prompts = self.encoder.prompts(*rows)
@@ -301,7 +301,7 @@ class Run(Meter):
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
-        trained = {name: self.roles[name] for name in self.plan.trained}
+        trained = {name: self.roles[name] for name in self.plan.trained_roles}
         self.state.versions = {name: role.version for name, role in trained.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
         self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), trained, self.world))
@@ -312,7 +312,7 @@ class Run(Meter):
         Raises:
             UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
         """
-        trained = {name: self.roles[name] for name in self.plan.trained}
+        trained = {name: self.roles[name] for name in self.plan.trained_roles}
         state = self.checkpoints.restore(trained, self.world)
         if state is None:
             return
@@ -331,7 +331,7 @@ class Run(Meter):
 
     def export(self) -> None:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
-        self.roles[self.plan.trained[0]].export(str(self.output / "model"))
+        self.roles[self.plan.trained_roles[0]].export(str(self.output / "model"))
         if self.leader:
             publish(self)
 
@@ -344,7 +344,7 @@ class Run(Meter):
     @property
     def active_plan(self) -> Plan:
         """The part of the plan that the step at hand is about."""
-        return self.plan.at(self.step + 1)
+        return self.plan.for_step(self.step + 1)
 
     @property
     def step(self) -> int:
@@ -389,7 +389,7 @@ class Run(Meter):
         return self.data.encoder
 
     @cached_property
-    def stream(self) -> Ahead:
+    def stream(self) -> Prefetcher:
         """This rank's rows, shuffled by the seed, at the position of the run."""
         return self.data.stream(self.world)
 

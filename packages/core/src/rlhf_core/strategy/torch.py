@@ -104,7 +104,7 @@ class TorchTrainable(Trainable):
         self._sum_gradients()  # before the scaler looks for overflow, so that all ranks see it and skip the step together
         self.scaler.unscale_(self.optimizer)
         limit = self.options.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self._trained(), limit)
+        return torch.nn.utils.clip_grad_norm_(self._trained_parameters(), limit)
 
     def _evaluate(self, closure: Callable[[], float], called: list[bool]) -> float:
         """What an optimizer calls as its closure; of the first call the gradients are at hand, summed and clipped."""
@@ -117,17 +117,17 @@ class TorchTrainable(Trainable):
     def discard(self) -> None:
         self.module.zero_grad(set_to_none=True)
 
-    def _trained(self) -> list[nn.Parameter]:
+    def _trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def _sum_gradients(self) -> None:
         """Add the ranks' gradients, in buckets: a call per bucket, not per parameter."""
-        for parameter in self._trained():
+        for parameter in self._trained_parameters():
             if parameter.grad is None:  # another rank may have used it; and momentum moves it on one rank as on many
                 parameter.grad = torch.zeros_like(parameter)
         if self.world.size == 1:
             return
-        grads = [p.grad for p in self._trained() if p.grad is not None]
+        grads = [p.grad for p in self._trained_parameters() if p.grad is not None]
         for bucket in _buckets(grads):
             flat = self.world.sum(torch.cat([g.reshape(-1) for g in bucket]))
             for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):

@@ -247,7 +247,7 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
                 _close(name, f"placing {role_name}", values, here.infer(batch, wants)[output], atol)
             if not here.spec.trained or not wants:
                 continue
-            work = {key: _credited(batch) for key, _ in here.spec.terms}
+            work = {key: _with_advantages(batch) for key, _ in here.spec.terms}
             there_metrics, here_metrics = role.train(work), here.train(work)
             assert there_metrics.keys() >= {f"loss/{role_name}"}, f"{name}: train() must return loss/{role_name}"
             off = abs(there_metrics[f"loss/{role_name}"] - here_metrics[f"loss/{role_name}"])
@@ -259,7 +259,7 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
         placed.close()
 
 
-def _credited(batch: Rollouts) -> Rollouts:
+def _with_advantages(batch: Rollouts) -> Rollouts:
     """The batch with an advantage and the log-probabilities that were sampled with."""
     advantages_NT = torch.where(batch.mask_NT, torch.linspace(-1, 1, len(batch))[:, None], 0.0)
     return batch.with_extras(advantages_NT=advantages_NT, old_logprobs_NT=batch["sampler_logprobs_NT"])

@@ -79,9 +79,9 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
 
     check_provider(reward)
     rollouts = tiny_rollouts() if rollouts is None else rollouts
-    before = _frozen(rollouts)
+    before = _freeze(rollouts)
     output = to_reward_output(reward(rollouts), rollouts, reward)
-    assert _frozen(rollouts) == before, f"{_name(reward)} must leave the rollouts as they are"
+    assert _freeze(rollouts) == before, f"{_name(reward)} must leave the rollouts as they are"
     _finite(reward, "rewards_N", output.rewards_N)
     again = to_reward_output(reward(rollouts), rollouts, reward)
     assert torch.equal(output.rewards_N, again.rewards_N), f"{_name(reward)} must give the same rewards each time"
@@ -124,9 +124,9 @@ def check_advantage(advantage: Advantage, rollouts: Rollouts | None = None) -> C
 
 
 def _credit(advantage: Advantage, rewards: RewardOutput, rollouts: Rollouts) -> Credit:
-    before, rewarded = _frozen(rollouts), rewards.rewards_N.clone()
+    before, rewarded = _freeze(rollouts), rewards.rewards_N.clone()
     result = advantage(rewards, rollouts, rollouts.extras)
-    assert _frozen(rollouts) == before, f"{_name(advantage)} must leave the rollouts as they are"
+    assert _freeze(rollouts) == before, f"{_name(advantage)} must leave the rollouts as they are"
     assert torch.equal(rewards.rewards_N, rewarded), f"{_name(advantage)} must leave the rewards as they are"
     credit = result if isinstance(result, Credit) else Credit(result)
     for name, values_NT in (("advantages_NT", credit.advantages_NT), ("returns_NT", credit.returns_NT)):
@@ -163,9 +163,9 @@ def check_loss(loss: Loss, rollouts: Batch | None = None) -> LossTerms:
     batch = tiny_rollouts() if rollouts is None else rollouts
     batch = batch.with_extras(**tiny_extras(_needs(loss), batch))
     wants: frozenset[str] = getattr(loss, "wants", frozenset({"logprobs_NT"}))
-    outputs, before = tiny_outputs(wants, batch), _frozen(batch)
+    outputs, before = tiny_outputs(wants, batch), _freeze(batch)
     terms = loss(outputs, batch)
-    assert _frozen(batch) == before, f"{_name(loss)} must leave the batch as it is"
+    assert _freeze(batch) == before, f"{_name(loss)} must leave the batch as it is"
     inside = _check_terms(loss, terms, batch)
     _finite(loss, "the loss inside the mask", inside)
     grads = torch.autograd.grad(inside.sum(), list(outputs.values()), allow_unused=True)
@@ -237,7 +237,7 @@ def _finite(provider: Any, what: str, values: Tensor) -> None:
     assert torch.isfinite(values).all(), f"{_name(provider)}: {what} must be finite; it has nan or inf"
 
 
-def _frozen(batch: Batch) -> list[Any]:
+def _freeze(batch: Batch) -> list[Any]:
     """What must not change, in a form that compares."""
     tensors = [batch.tokens_NT, batch.mask_NT, batch.lengths_N, *(batch.extras[name] for name in sorted(batch.extras))]
     return [batch.texts.copy(), sorted(batch.extras), *(tensor.tolist() for tensor in tensors)]

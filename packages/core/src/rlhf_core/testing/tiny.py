@@ -35,8 +35,8 @@ def tiny_rollouts(prompts: int = 2, completions: int = 4) -> Rollouts:
     tokens = [[*text.encode(), EOS] for text in texts]
     tokens[-1] = tokens[-1][:-1] or [EOS]
     asked = [f"Question {i}?" + "?" * (i % 3) for i in range(prompts) for _ in range(completions)]
-    tokens_NT, lengths_N = _padded(tokens)
-    prompt_NL, prompt_lengths_N = _padded([list(text.encode()) for text in asked])
+    tokens_NT, lengths_N = _pad_rows(tokens)
+    prompt_NL, prompt_lengths_N = _pad_rows([list(text.encode()) for text in asked])
     mask_NT = torch.arange(tokens_NT.shape[1])[None] < lengths_N[:, None]
     longest = int(lengths_N.argmax())
     mask_NT[longest, 2:4] = False  # a tool answered here: part of the completion, not sampled
@@ -113,7 +113,7 @@ def _inside(batch: Batch) -> Tensor:
     return torch.arange(batch.tokens_NT.shape[1])[None] < batch.lengths_N[:, None]
 
 
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     return torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows]), lengths
 

@@ -149,7 +149,7 @@ def _credit_metrics(credit: Credit, world: World | None) -> dict[str, float]:
             means.add_metric(name, value)
         else:
             means.add(name, value)
-    return means.reduced(world if world is not None and world.size > 1 else None)
+    return means.reduce(world if world is not None and world.size > 1 else None)
 
 
 def _check_credit(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:

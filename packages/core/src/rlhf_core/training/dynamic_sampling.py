@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.data.stream import Drawn
+from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -53,7 +53,7 @@ class DynamicSampling:
         if not self.low < self.high:
             raise UsageError(f"low must be below high, not {self.low} and {self.high}")
 
-    def accepted(self, scores_N: Tensor, group_N: Tensor) -> Tensor:
+    def accepted_N(self, scores_N: Tensor, group_N: Tensor) -> Tensor:
         """Whether each completion's prompt is kept (N,)."""
         groups, index_N = torch.unique(group_N, return_inverse=True)
         scores_N = scores_N.double()
@@ -67,7 +67,7 @@ class DynamicSampling:
         return ((means > self.low) & (means < self.high))[index_N] | (self.keep == "all")
 
 
-def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling) -> tuple[Rollouts, RewardOutput]:
+def keep_sampling(run: Run, source: str, drawn: DrawnRows, dynamic: DynamicSampling) -> tuple[Rollouts, RewardOutput]:
     """Completions of enough prompts that `dynamic` accepts, and their rewards; `drawn` are the first prompts.
 
     Raises:
@@ -83,7 +83,7 @@ def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling)
         run.log_batch("dynamic/reward", rewards.total_N)
         scored = _with_rewards(sampled, rewards)
         scores_N = rewards.total_N if rewards.scores_N is None else rewards.scores_N
-        rounds.append(scored.rows(dynamic.accepted(scores_N, sampled.group_N).nonzero().flatten()))
+        rounds.append(scored.rows(dynamic.accepted_N(scores_N, sampled.group_N).nonzero().flatten()))
         prompts += run.world_sum(_groups(sampled))
         kept += run.world_sum(_groups(rounds[-1]))
     run.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
@@ -97,11 +97,11 @@ def keep_sampling(run: Run, source: str, drawn: Drawn, dynamic: DynamicSampling)
     return _without_rewards(_share_evenly(run, rounds))
 
 
-def _draw_batches(run: Run, begun: list[Drawn], batches: int) -> Drawn:
+def _draw_batches(run: Run, begun: list[DrawnRows], batches: int) -> DrawnRows:
     """So many batches of data as one, `begun` among them."""
     parts = [*begun, *(run.next_rows() for _ in range(batches - len(begun)))]
     ready = [part.rows for part in parts if part.rows is not None]
-    return Drawn(
+    return DrawnRows(
         examples=[example for part in parts for example in part.examples],
         uids=[uid for part in parts for uid in part.uids],
         rows=[row for rows in ready for row in rows] if ready else None,

@@ -150,7 +150,7 @@ class LocalRole:
         with torch.enable_grad() if later else torch.inference_mode():
             for i in range(joint_rounds(cuts, self.world)):
                 micro = micro_batch(batch, cuts, i)
-                self.budget.trying(micro)
+                self.budget.record_attempt(micro)
                 outputs = self.trainable.forward(micro, wants | later)
                 if later and not i:
                     self.forward_cache.add(micro, outputs)
@@ -186,7 +186,7 @@ class LocalRole:
                 step.run({key: next(part) for key, part in parts.items()}, means)
                 self.forward_cache.clear()
                 self.version += 1
-        return means.reduced(self.world if self.world.size > 1 else None)
+        return means.reduce(self.world if self.world.size > 1 else None)
 
     # ------------------------------------------------------------------------------------------------------------------
 

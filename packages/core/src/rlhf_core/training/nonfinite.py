@@ -84,16 +84,16 @@ def keep_samples(output: str | Path, step: int, error: NotFinite) -> Path:
     path = Path(output) / "failed" / f"step-{step}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     for row in error.samples:
-        append_line(path, _plain(row))
+        append_line(path, _to_json(row))
     return path
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """`value` as JSON can hold it: numbers that are not finite as texts."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [_to_json(each) for each in value]
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 

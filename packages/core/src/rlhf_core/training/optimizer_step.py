@@ -192,7 +192,7 @@ class OptimizerStep:
         for i in range(joint_rounds(cuts, self.world)):
             live = float(i < len(cuts))
             micro = micro_batch(batch, cuts, i, unit)
-            self.budget.trying(micro, unit)
+            self.budget.record_attempt(micro, unit)
             outputs = _to_batch_device(
                 micro, self.forward_cache.take(micro, wants) or self.trainable.forward(micro, wants)
             )

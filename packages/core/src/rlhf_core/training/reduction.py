@@ -78,7 +78,7 @@ class Means:
         for name, value in other._plain.items():
             self.add_sum(name, value)
 
-    def reduced(self, world: World | None = None) -> dict[str, float]:
+    def reduce(self, world: World | None = None) -> dict[str, float]:
         """The mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out."""
         keys = sorted(set(self._sums).union(*world.gather(set(self._sums)) if world is not None else ()))
         sums = torch.tensor([self._sums.get(key, (0.0, 0.0)) for key in keys], dtype=torch.float64).reshape(-1, 2)

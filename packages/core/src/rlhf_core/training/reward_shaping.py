@@ -62,7 +62,7 @@ class RewardShaping:
             raise UsageError(
                 f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of --sampling.max-new-tokens"
             )
-        shaped_N = self._normalised(rewards.rewards_N, rollouts, seen or Moments())
+        shaped_N = self._normalise(rewards.rewards_N, rollouts, seen or Moments())
         if self.overlong_buffer:
             over_N = (_spans(rollouts.mask_NT) - (max_new_tokens - self.overlong_buffer)).clamp(0, self.overlong_buffer)
             shaped_N = shaped_N - self.overlong_factor * over_N / self.overlong_buffer
@@ -75,7 +75,7 @@ class RewardShaping:
         scores_N = rewards.rewards_N if rewards.scores_N is None else rewards.scores_N
         return replace(rewards, rewards_N=shaped_N, scores_N=scores_N)
 
-    def _normalised(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
+    def _normalise(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
         """On the scale that was chosen; a running one has these rewards in it already."""
         if self.normalise == "none":
             return rewards_N

@@ -37,7 +37,7 @@ class TokenBudget:
         if self._may_halve and world.size > 1:
             raise UsageError(f"--on-oom halve works in one process, not {world.size}; lower --micro-tokens instead")
 
-    def trying(self, micro: Batch, unit: int = 1) -> None:
+    def record_attempt(self, micro: Batch, unit: int = 1) -> None:
         """A micro-batch is about to be used."""
         self._units = len(micro) // unit
         self._cells = len(micro) * int((micro.prompt_lengths_N + micro.lengths_N).max())

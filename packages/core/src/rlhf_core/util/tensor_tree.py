@@ -53,7 +53,7 @@ class Copies:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def of(self, tree: Any) -> Any:
+    def copy(self, tree: Any) -> Any:
         """`tree` with its tensors in memory of their own, until the next call. Memory with two names is copied once."""
         taken: dict[Any, Tensor] = {}
 

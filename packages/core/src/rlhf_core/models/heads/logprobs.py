@@ -45,21 +45,21 @@ class Head:
     """cap(x) = softcap * tanh(x / softcap), as in Gemma 2; None for none"""
 
     @property
-    def inner(self) -> float:
+    def inner_scale(self) -> float:
         """What the raw products are multiplied with (before the tanh, if there is one)."""
         return self.scale / (self.softcap or self.temperature)
 
     @property
-    def outer(self) -> float:
+    def outer_scale(self) -> float:
         """What the tanh is multiplied with."""
         return self.softcap / self.temperature if self.softcap else 1.0
 
-    def scaled(self, raw_MV: Tensor) -> Tensor:
+    def to_logits(self, raw_MV: Tensor) -> Tensor:
         """Logits from raw products, float32 (float64 for float64), with autograd."""
         z_MV = raw_MV.to(_softmax_dtype(raw_MV.dtype))
-        if self.inner != 1.0:
-            z_MV = z_MV * self.inner
-        return z_MV.tanh() * self.outer if self.softcap else z_MV
+        if self.inner_scale != 1.0:
+            z_MV = z_MV * self.inner_scale
+        return z_MV.tanh() * self.outer_scale if self.softcap else z_MV
 
     def logits(self, buffer: Tensor, hidden_MH: Tensor, weight_BH: Tensor, bias_B: Tensor | None) -> Tensor:
         """The logits of a block (M, B), written into the flat `buffer`. No autograd."""
@@ -68,9 +68,9 @@ class Head:
         _matmul_into(z_MB, hidden_MH, weight_BH.t())
         if bias_B is not None:
             z_MB.add_(bias_B)
-        if self.inner != 1.0:
-            z_MB.mul_(self.inner)
-        return z_MB.tanh_().mul_(self.outer) if self.softcap else z_MB
+        if self.inner_scale != 1.0:
+            z_MB.mul_(self.inner_scale)
+        return z_MB.tanh_().mul_(self.outer_scale) if self.softcap else z_MB
 
 
 def token_logprobs(
@@ -108,7 +108,7 @@ def token_logprobs(
     dtype = _matmul_dtype(weight_VH)
     inputs = [tensor for tensor in (hidden_MH, weight_VH, bias_V) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        logprobs_M, entropy_M = _Blocked.apply(  # type: ignore[no-untyped-call]
+        logprobs_M, entropy_M = _BlockwiseLogprobs.apply(  # type: ignore[no-untyped-call]
             hidden_MH, weight_VH, bias_V, targets_M, head, block, dtype, entropy
         )
         return logprobs_M, entropy_M
@@ -128,7 +128,7 @@ def full_logprobs(
     """The plain path: all logits at once, differentiated by autograd. What `chunk=0` means, and what tests compare with."""
     head = head or Head()
     raw_MV = torch.nn.functional.linear(hidden_MH.to(weight_VH.dtype), weight_VH, bias_V)
-    logprobs_MV = head.scaled(raw_MV).log_softmax(-1)
+    logprobs_MV = head.to_logits(raw_MV).log_softmax(-1)
     picked_M = logprobs_MV.gather(1, targets_M[:, None]).squeeze(1)
     return picked_M, -(logprobs_MV.exp() * logprobs_MV.clamp(min=LOWEST)).sum(-1) if entropy else None
 
@@ -187,7 +187,7 @@ def _sweep(
     return _Sweep(picked_M, peak_M + total_M.log(), total_M, entropy_M, buffer)
 
 
-class _Blocked(torch.autograd.Function):
+class _BlockwiseLogprobs(torch.autograd.Function):
     """`token_logprobs` with a backward pass that computes the logits again."""
 
     @staticmethod
@@ -232,11 +232,11 @@ class _Blocked(torch.autograd.Function):
                     slope_MB = None
                 else:
                     grad_MB = head.logits(buffer, low_MH, weight_BH, None if bias_V is None else bias_V[part])
-                    slope_MB = _tanh_slope(grad_MB / head.outer) if head.softcap else None
+                    slope_MB = _tanh_slope(grad_MB / head.outer_scale) if head.softcap else None
                     _logits_to_gradient(grad_MB, logsum_M, g_M, entropy_M, grad_entropy_M)
                 column_M1, here_M = _locate(targets_M, part)
                 grad_MB.scatter_add_(1, column_M1, (g_M * here_M)[:, None])
-                _scale_(grad_MB, head.inner * head.outer, slope_MB)
+                _scale_(grad_MB, head.inner_scale * head.outer_scale, slope_MB)
                 low_MB = grad_MB.to(dtype)
                 if grad_hidden_MH is not None:
                     _add_matmul(grad_hidden_MH, low_MB, weight_BH)

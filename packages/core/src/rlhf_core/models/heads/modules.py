@@ -22,7 +22,7 @@ HEADS_FILE = "heads.safetensors"
 """Scalar heads that are no part of the Hugging Face model, beside its weights."""
 
 
-class _Shared(nn.Linear):
+class _SharedLinear(nn.Linear):
     """A linear layer with another's parameters."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -31,7 +31,7 @@ class _Shared(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
 
-class ChunkedHead(_Shared):
+class ChunkedHead(_SharedLinear):
     """A language-model head that gives the log-probabilities of given tokens, or logits where none are given.
 
     Args:
@@ -64,14 +64,14 @@ class ChunkedHead(_Shared):
             head = Head(self.temperature, self.scale, self.softcap)
             if targets_M is not None:
                 wide = torch.promote_types(hidden.dtype, torch.float32)
-                logits_M = (hidden.to(wide) * self._acting().index_select(0, targets_M).to(wide)).sum(1)
-                return head.scaled(logits_M if self.bias is None else logits_M + self.bias[targets_M])
-            return head.scaled(nn.functional.linear(hidden.to(self.weight.dtype), self._acting(), self.bias))
+                logits_M = (hidden.to(wide) * self._acting_weight().index_select(0, targets_M).to(wide)).sum(1)
+                return head.to_logits(logits_M if self.bias is None else logits_M + self.bias[targets_M])
+            return head.to_logits(nn.functional.linear(hidden.to(self.weight.dtype), self._acting_weight(), self.bias))
         if targets_M is None:
-            return nn.functional.linear(hidden, self._acting(), self.bias)
+            return nn.functional.linear(hidden, self._acting_weight(), self.bias)
         return token_logprobs(
             hidden,
-            self._acting(),
+            self._acting_weight(),
             targets_M,
             bias_V=self.bias,
             temperature=self.temperature,
@@ -88,19 +88,19 @@ class ChunkedHead(_Shared):
         self.update_scale = alpha / rank
 
     @property
-    def adapted(self) -> bool:
+    def is_adapted(self) -> bool:
         """Whether there is an adapter."""
         return "lora_A" in self._parameters
 
-    def _acting(self) -> Tensor:
+    def _acting_weight(self) -> Tensor:
         """The matrix (V, H) that acts: with an adapter, a second one of this size for as long as it is used."""
-        if not self.adapted or self._disable_adapters:
+        if not self.is_adapted or self._disable_adapters:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.weight + (self.update_scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
 
 
-class ScalarHead(_Shared):
+class ScalarHead(_SharedLinear):
     """A linear layer to one number, computed in float32 whatever the model computes in."""
 
     def forward(self, hidden: Tensor) -> Tensor:

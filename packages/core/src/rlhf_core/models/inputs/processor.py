@@ -60,7 +60,7 @@ class ImageReader:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            processor = self._loaded()
+            processor = self._load()
         except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(f"cannot load the processor of {self.place!r}: {first}") from error
@@ -71,7 +71,7 @@ class ImageReader:
         processor.tokenizer = self.tokenizer
         return processor
 
-    def _loaded(self) -> Any:
+    def _load(self) -> Any:
         from transformers import AutoProcessor
 
         if importlib.util.find_spec("torchvision") is None and (kind := self._kind()) is not None:

@@ -38,7 +38,12 @@ def is_vision(config: Any) -> bool:
     from transformers import AutoModelForImageTextToText
 
     known = type(config) in AutoModelForImageTextToText._model_mapping
-    return known and hasattr(config, "vision_config") and placeholder(config) is not None and not _encodes(config)
+    return (
+        known
+        and hasattr(config, "vision_config")
+        and placeholder(config) is not None
+        and not _is_encoder_decoder(config)
+    )
 
 
 def placeholder(config: Any) -> int | None:
@@ -47,7 +52,7 @@ def placeholder(config: Any) -> int | None:
     return found
 
 
-def _encodes(config: Any) -> bool:
+def _is_encoder_decoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
@@ -71,7 +76,7 @@ class Vision:
             return inputs
         return replace(inputs, ids_NS=ids.index_fill(0, said, READ_AS).view_as(inputs.ids_NS))
 
-    def said(self, tokens: Tensor) -> Tensor:
+    def replace_image_tokens(self, tokens: Tensor) -> Tensor:
         """Sampled tokens as the model reads them."""
         return tokens.masked_fill(tokens == self.token, READ_AS)
 

@@ -26,9 +26,9 @@ def check_vocabularies(plan: Plan) -> None:
     others = [spec for spec in plan.roles.values() if spec.reads and spec.options.model != first.options.model]
     if not others:
         return
-    expected = _ordinary(load_tokenizer(first.options.model, first.options))
+    expected = _ordinary_tokens(load_tokenizer(first.options.model, first.options))
     for spec in others:
-        found = _ordinary(load_tokenizer(spec.options.model, spec.options))
+        found = _ordinary_tokens(load_tokenizer(spec.options.model, spec.options))
         if found != expected:
             raise UsageError(
                 f"the {spec.name}, {spec.options.model!r}, has another vocabulary ({len(found)} tokens) than the {first.name}, "
@@ -37,7 +37,7 @@ def check_vocabularies(plan: Plan) -> None:
             )
 
 
-def _ordinary(tokenizer: Any) -> dict[str, int]:
+def _ordinary_tokens(tokenizer: Any) -> dict[str, int]:
     """Tokens that text becomes, and their ids."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return {token: number for token, number in tokenizer.get_vocab().items() if number not in special}

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.run.run import Run
 
-__all__ = ["Untrained", "open_untrained"]
+__all__ = ["NoTraining", "open_untrained"]
 
 
 @dataclass(frozen=True)
-class Untrained:
+class NoTraining:
     """An algorithm without terms: roles that are sampled or asked, and never trained."""
 
     samples: tuple[str, ...] = ("actor",)

@@ -14,7 +14,7 @@ from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.prepare import Preparer
-from rlhf_core.data.stream import Drawn, Stream
+from rlhf_core.data.stream import DrawnRows, Stream
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.data.encoder import Encoder
 
-__all__ = ["Ahead"]
+__all__ = ["Prefetcher"]
 
 DEPTH = 2
 """Batches that wait for the loop."""
@@ -30,7 +30,7 @@ PAUSE = 0.1
 """Seconds after which a thread that waits looks whether it should end."""
 
 
-class Ahead:
+class Prefetcher:
     """A stream, read ahead by a thread of its own from the first batch on.
 
     Args:
@@ -41,15 +41,15 @@ class Ahead:
     def __init__(self, stream: Stream, close: Callable[[], None] | None = None) -> None:
         self._stream, self._close = stream, close
         self._state = stream.state_dict()
-        self._ready: Queue[tuple[Drawn, dict[str, Any]] | BaseException] = Queue(DEPTH)
+        self._ready: Queue[tuple[DrawnRows, dict[str, Any]] | BaseException] = Queue(DEPTH)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     @classmethod
-    def of(
+    def for_data(
         cls, rows: Iterable[Example], encoder: Encoder, data: object, online: bool, config: RunConfig, world: World
-    ) -> Ahead:
+    ) -> Prefetcher:
         """The rows of the provider `data`, prepared for this rank."""
         preparer = Preparer(encoder, online, data)
         stream = Stream(
@@ -64,7 +64,7 @@ class Ahead:
         )
         return cls(stream, preparer.close)
 
-    def __next__(self) -> Drawn:
+    def __next__(self) -> DrawnRows:
         if self._thread is None:
             self._thread = threading.Thread(target=self._read, name="data", daemon=True)
             self._thread.start()
@@ -100,7 +100,7 @@ class Ahead:
             self._close()
 
     def _read(self) -> None:
-        item: tuple[Drawn, dict[str, Any]] | BaseException
+        item: tuple[DrawnRows, dict[str, Any]] | BaseException
         while not self._closed.is_set():
             try:
                 item = next(self._stream), self._stream.state_dict()
@@ -125,6 +125,6 @@ class Ahead:
             ("data/dropped", f"rows {drawn} were dropped, being longer than {limits}"),
             ("data/truncated", f"rows {drawn} were truncated, being longer than {limits}"),
         ):
-            if counts[name] and name not in self._said and self._stream.leads:
-                self._said.add(name)
+            if counts[name] and name not in self._reported and self._stream.leads:
+                self._reported.add(name)
                 print(f"rlhf-run: {counts[name]:.0f} {what}; {name} counts them", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from rlhf_core.errors import PluginError
 
-__all__ = ["Broken", "Plugin", "Provided", "RegistryView", "failure_place"]
+__all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "RegistryView", "failure_place"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plugin:
 
 
 @dataclass(frozen=True)
-class Provided:
+class RegisteredProvider:
     """One entry of a kind's table."""
 
     kind: str
@@ -44,7 +44,7 @@ class Provided:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenPlugin:
     """A plugin that could not be loaded."""
 
     plugin: Plugin
@@ -86,16 +86,16 @@ class RegistryView(Protocol):
         ...
 
     @property
-    def broken(self) -> Sequence[Broken]:
+    def broken_plugins(self) -> Sequence[BrokenPlugin]:
         """The plugins that failed to load."""
         ...
 
     @property
-    def conflicts(self) -> Sequence[Sequence[Provided]]:
+    def conflicts(self) -> Sequence[Sequence[RegisteredProvider]]:
         """The entries of every name that more than one plugin provides."""
         ...
 
-    def table(self, kind: str) -> Mapping[str, Provided]:
+    def table(self, kind: str) -> Mapping[str, RegisteredProvider]:
         """Return every name of a kind, sorted."""
         ...
 
