@@ -34,7 +34,7 @@ class Average(nn.Module):
         Some strategies flatten parameters, or free them between forward passes (DeepSpeed's stage 3).
         """
         now = dict(module.named_parameters(remove_duplicate=False))
-        return all(name in now and now[name].shape == average.shape for name, average in self.named().items())
+        return all(name in now and now[name].shape == average.shape for name, average in self.by_name().items())
 
     def begin(self, module: nn.Module) -> None:
         """Start at the weights as a strategy has placed them: sharded where they are."""
@@ -44,10 +44,10 @@ class Average(nn.Module):
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take the weights as they are now into the average."""
-        for name, average in self.named().items():
+        for name, average in self.by_name().items():
             average.lerp_(module.get_parameter(name).float(), 1 - self.decay)
 
-    def named(self) -> dict[str, Tensor]:
+    def by_name(self) -> dict[str, Tensor]:
         """Return the averages by their parameters' names, float32."""
         return {name: self.get_buffer(_key(name)) for name in self.names}
 

@@ -235,7 +235,7 @@ class RoleModule(nn.Module):
 
     def _averages(self) -> dict[str, Tensor]:
         """Return the moving averages by the names that their parameters have in the model."""
-        named = self.average.named() if self.average is not None else {}
+        named = self.average.by_name() if self.average is not None else {}
         return {name.removeprefix("model."): tensor for name, tensor in named.items()}
 
     @contextmanager
