@@ -26,7 +26,9 @@ def continue_output(path: Path, **options: object) -> None:
         UsageError: nothing can be written there, or the file was begun with other options.
     """
     note = path.with_name(f"{path.name}.options.json")
-    told = {name: hashlib.sha256(repr(_plain_options(value)).encode()).hexdigest()[:16] for name, value in options.items()}
+    told = {
+        name: hashlib.sha256(repr(_plain_options(value)).encode()).hexdigest()[:16] for name, value in options.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
