@@ -187,7 +187,9 @@ def _construct(
 def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     """Every option of `config` as plain data."""
     names = config.names
-    tree: dict[str, Any] = {"algorithm": {"use": names["algorithm"], **_plain_options(config.algorithm, "algorithm", masked)}}
+    tree: dict[str, Any] = {
+        "algorithm": {"use": names["algorithm"], **_plain_options(config.algorithm, "algorithm", masked)}
+    }
     tree |= _plain_options(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
     tree |= {role: _plain_options(options, role, masked, uses=config.uses) for role, options in config.roles.items()}
     for kind, provider in config.providers.items():

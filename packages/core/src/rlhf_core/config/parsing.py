@@ -184,7 +184,9 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
         if is_secret(option.annotation) and value == MASK:
             raise UsageError(f"{_location(where)}{path} is masked; give it as {flag(path)} env:NAME")
         if any(isinstance(each, str) and "://" in each and MASK in each for each in [value, *_elements(value)]):
-            raise UsageError(f"{_location(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS")
+            raise UsageError(
+                f"{_location(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS"
+            )
         try:
             yield path, from_plain(option.annotation, value)
         except ValueError:
