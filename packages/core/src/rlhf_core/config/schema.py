@@ -325,13 +325,13 @@ def _make_uses(role: str, options: Any, chosen: Mapping[str, str], registry: Reg
             common: Any = annotation_of(type(options), name)
             if not issubclass(cls, common):
                 raise UsageError(f"{flag(path)}.use {use}: {cls.__qualname__} is no {common.__name__}; subclass it")
-            declared = [each for below in cls.__mro__[: cls.__mro__.index(common)] for each in _annotated(below)]
+            declared = [each for below in cls.__mro__[: cls.__mro__.index(common)] for each in _annotated_fields(below)]
             base = {each.name: getattr(own, each.name) for each in option_fields(common) if each.name not in declared}
         uses[path] = Use(use, cls, base, tuple(registry.table(kind)))
     return uses
 
 
-def _annotated(cls: type) -> Iterable[str]:
+def _annotated_fields(cls: type) -> Iterable[str]:
     """The names that a class annotates itself."""
     names: Mapping[str, Any] = vars(cls).get("__annotations__", {})
     return names

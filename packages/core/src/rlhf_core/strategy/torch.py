@@ -153,7 +153,7 @@ class TorchTrainable(Trainable):
     def snapshot(self) -> Callable[[str], None]:
         if self.optimizer is None or self.world.rank > 0:
             return partial(_write, {})
-        return partial(_write, self._copies.of(self._state()))
+        return partial(_write, self._copies.copy(self._state()))
 
     def load(self, folder: str) -> None:
         if self.optimizer is None:

@@ -36,7 +36,7 @@ def check_optimizer(optimizer: OptimizerProvider, rtol: float = 1e-2) -> None:
     check_provider(optimizer)
     name = type(optimizer).__qualname__
     assert isinstance(optimizer, OptimizerProvider), f"{name} must subclass OptimizerProvider"
-    batch = _credited(tiny_rollouts())
+    batch = _with_advantages(tiny_rollouts())
     for lora in ({}, {"rank": 2}):
         start = _weights(_role(optimizer, lora))
         straight = _role(optimizer, lora)
@@ -90,7 +90,7 @@ def _weights(role: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
 
 
-def _credited(batch: Rollouts) -> Rollouts:
+def _with_advantages(batch: Rollouts) -> Rollouts:
     """The batch with advantages between -1 and 1."""
     return batch.with_extras(advantages_NT=torch.where(batch.mask_NT, torch.linspace(-1, 1, len(batch))[:, None], 0.0))
 
