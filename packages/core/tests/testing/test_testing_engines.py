@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_core import AdamW, OptimizerProvider, Prompts, Rollouts, Run, Sampling
+from rlhf_core import AdamW, Prompts, Rollouts, Run, Sampling
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.evaluator.heldout import Heldout
 from rlhf_core.launcher.local import Local
 from rlhf_core.rollout.hf import HuggingFaceRollout
-from rlhf_core.strategy.torch import TorchStrategy, TorchTrainable
-from rlhf_core.testing import check_evaluator, check_launcher, check_rollout, check_strategy
+from rlhf_core.testing import check_evaluator, check_launcher, check_rollout
 
 
 def test_cores_own_engines_keep_the_contract() -> None:
     check_rollout(HuggingFaceRollout())
-    check_strategy(TorchStrategy())
     check_launcher(Local())
     check_evaluator(Heldout(prompts=4))
 
@@ -98,58 +96,6 @@ class Everywhere(HuggingFaceRollout):
 def test_a_rollout_that_breaks_a_rule_is_told_which(rollout: HuggingFaceRollout, clause: str) -> None:
     with pytest.raises(AssertionError, match=clause):
         check_rollout(rollout)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# strategy
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class AveragingTrainable(TorchTrainable):
-    def backward(self, loss: torch.Tensor) -> None:
-        self.calls = getattr(self, "calls", 0) + 1
-        super().backward(loss)
-
-    def step(self) -> dict[str, float]:
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= self.calls * 1e4  # past AdamW's scale invariance: its epsilon is felt
-        self.calls = 0
-        return super().step()
-
-
-class ForgetfulTrainable(TorchTrainable):
-    def load(self, folder: str) -> None: ...
-
-
-class LazyTrainable(TorchTrainable):
-    def step(self) -> dict[str, float]:
-        return {"grad_norm": 0.0, "lr": 0.0}
-
-
-@dataclass(frozen=True)
-class Built(TorchStrategy):
-    """Builds a broken trainable."""
-
-    which: str = "AveragingTrainable"
-    """its class"""
-
-    def __call__(self, build: Callable[[], Any], optim: OptimizerProvider | None, total_steps: int) -> TorchTrainable:
-        trainable: type[TorchTrainable] = globals()[self.which]
-        return trainable(build(), optim, total_steps, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("which", "clause"),
-    [
-        ("AveragingTrainable", "after one step"),
-        ("ForgetfulTrainable", "load after save"),
-        ("LazyTrainable", "must change the weights"),
-    ],
-)
-def test_a_strategy_that_breaks_a_rule_is_told_which(which: str, clause: str) -> None:
-    with pytest.raises(AssertionError, match=clause):
-        check_strategy(Built(which=which))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from rlhf_core.testing.engines import (
     check_launcher,
     check_observer,
     check_rollout,
-    check_strategy,
 )
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
 from rlhf_core.testing.optimizers import check_optimizer
 from rlhf_core.testing.providers import check_light, check_provider
+from rlhf_core.testing.strategies import check_strategy
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts, tiny_run
 
 __all__ = [

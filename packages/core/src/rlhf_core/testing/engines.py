@@ -1,4 +1,4 @@
-"""Checks of the kinds that hold models or processes: rollout, strategy, launcher, evaluator, observer.
+"""Checks of the kinds that hold models or processes: rollout, launcher, evaluator, observer.
 
 Each runs the real thing on the model `tiny` (a Llama of a few thousand random weights) and compares it with core's own,
 which are plain enough to be the reference: the same tokens for the same seed, the same gradient whole or in pieces, the
@@ -7,7 +7,6 @@ same numbers wherever a role runs. An engine that cannot load `tiny` is tested w
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Mapping
@@ -17,19 +16,17 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import loop
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.hooks import OBSERVERS
-from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
+from rlhf_core.testing.strategies import WANTS, assert_close, with_advantages
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_core.contract.batch import Prompts
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.contract.providers import Evaluator, Launcher, Rollout, Strategy
-    from rlhf_core.contract.roles import Role, Trainable
+    from rlhf_core.contract.providers import Evaluator, Launcher, Rollout
+    from rlhf_core.contract.roles import Role
     from rlhf_core.run.run import Run
 
 __all__ = [
@@ -37,11 +34,8 @@ __all__ = [
     "check_launcher",
     "check_observer",
     "check_rollout",
-    "check_strategy",
 ]
 
-WANTS = frozenset({"logprobs_NT"})
-OPTIM = AdamW(lr=1e-2)
 SAMPLING = Sampling(n=3, max_new_tokens=6, seed=7)
 
 
@@ -144,77 +138,6 @@ def _tiny_prompts(role: Any) -> Prompts:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# strategy
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def check_strategy(strategy: Strategy, atol: float = 1e-4) -> None:
-    """Forward, a step whole or in two halves, saved and restored, offloaded and reloaded: all as core's own `torch`.
-
-    Args:
-        strategy: the provider.
-        atol: how far log-probabilities may be from those of core's own strategy. 1e-4 is float32 in another order.
-
-    Raises:
-        AssertionError: it is not so.
-    """
-    from rlhf_core.strategy.torch import TorchStrategy
-
-    check_provider(strategy)
-    name = type(strategy).__qualname__
-    batch = tiny_rollouts()
-
-    def fresh(which: Strategy) -> Trainable:
-        return which(lambda: copy.deepcopy(module), OPTIM, 10)
-
-    module = _tiny_role().module
-    reference, whole, halves = fresh(TorchStrategy()), fresh(strategy), fresh(strategy)
-    start = _logprobs(whole, batch)
-    _close(name, "a forward pass", start, _logprobs(reference, batch), atol)
-    for trainable, parts in ((reference, 1), (whole, 1), (halves, 2)):
-        metrics = _train(trainable, batch, parts)
-        assert {"grad_norm", "lr"} <= set(metrics), f"{name}: step() must return grad_norm and lr"
-    trained = _logprobs(whole, batch)
-    assert (trained - start).abs().max() > atol, f"{name}: step() must change the weights"
-    _close(name, "one step", trained, _logprobs(reference, batch), atol)
-    _close(name, "one step from two backward passes", _logprobs(halves, batch), trained, atol)
-    with tempfile.TemporaryDirectory() as folder:
-        whole.save(folder)
-        _train(whole, batch, 1)
-        moved = _logprobs(whole, batch)
-        whole.load(folder)
-        _close(name, "load after save", _logprobs(whole, batch), trained, 0.0)
-        _train(whole, batch, 1)
-        _close(name, "a step after load", _logprobs(whole, batch), moved, atol)
-    whole.offload()
-    whole.reload()
-    _close(name, "reload after offload", _logprobs(whole, batch), _logprobs(whole, batch), 0.0)
-    names = [each for each, _ in whole.weights()]
-    expected = [each for each, _ in reference.weights()]
-    assert sorted(names) == sorted(expected), f"{name}: weights() must give the Hugging Face names of all weights"
-
-
-def _train(trainable: Trainable, batch: Rollouts, parts: int) -> Mapping[str, float]:
-    """One optimiser step on the mean log-probability, from `parts` backward passes."""
-    N, tokens = len(batch), int(batch.mask_NT.sum())
-    for i in range(parts):
-        part = batch.rows(list(range(i * N // parts, (i + 1) * N // parts)))
-        logprobs_NT = trainable.forward(part, WANTS)["logprobs_NT"]
-        trainable.backward(-(logprobs_NT * part.mask_NT.to(logprobs_NT.device)).sum() / tokens)
-    return trainable.step()
-
-
-def _logprobs(trainable: Trainable, batch: Rollouts) -> Tensor:
-    with torch.no_grad():
-        return trainable.forward(batch, WANTS)["logprobs_NT"].float().cpu() * batch.mask_NT
-
-
-def _close(name: str, what: str, found: Tensor, expected: Tensor, atol: float) -> None:
-    difference = float((found - expected).abs().max())
-    assert difference <= atol, f"{name}: log-probabilities after {what} are {difference:.2g} off, above {atol:g}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # launcher
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -244,25 +167,19 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
             assert role.name == role_name, f"{name}: the role {role_name!r} is called {role.name!r}"
             wants = here.spec.outputs & WANTS
             for output, values in role.infer(batch, wants).items():
-                _close(name, f"placing {role_name}", values, here.infer(batch, wants)[output], atol)
+                assert_close(name, f"placing {role_name}", values, here.infer(batch, wants)[output], atol)
             if not here.spec.trained or not wants:
                 continue
-            work = {key: _with_advantages(batch) for key, _ in here.spec.terms}
+            work = {key: with_advantages(batch) for key, _ in here.spec.terms}
             there_metrics, here_metrics = role.train(work), here.train(work)
             assert there_metrics.keys() >= {f"loss/{role_name}"}, f"{name}: train() must return loss/{role_name}"
             off = abs(there_metrics[f"loss/{role_name}"] - here_metrics[f"loss/{role_name}"])
             assert off <= atol, f"{name}: loss/{role_name} is {off:.2g} off that of the launcher local"
             found, expected = (each.infer(batch, WANTS)["logprobs_NT"] for each in (role, here))
-            _close(name, f"training {role_name}", found, expected, atol)
+            assert_close(name, f"training {role_name}", found, expected, atol)
             assert role.version == here.version, f"{name}: {role_name}.version must count its optimiser steps"
     finally:
         placed.close()
-
-
-def _with_advantages(batch: Rollouts) -> Rollouts:
-    """The batch with an advantage and the log-probabilities that were sampled with."""
-    advantages_NT = torch.where(batch.mask_NT, torch.linspace(-1, 1, len(batch))[:, None], 0.0)
-    return batch.with_extras(advantages_NT=advantages_NT, old_logprobs_NT=batch["sampler_logprobs_NT"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
