@@ -1,10 +1,10 @@
 from dataclasses import dataclass
 
-from rlhf_core import Rollouts, hookimpl
+from rlhf_core import Reward, Rollouts, hookimpl
 
 
 @dataclass(frozen=True)
-class Brevity:
+class Brevity(Reward):
     """1 for an empty answer, 0 at `limit` characters."""
 
     limit: int = 400

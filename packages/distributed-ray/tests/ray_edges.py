@@ -10,12 +10,13 @@ from typing import ClassVar
 import torch
 
 from rlhf_core.contract.batch import Batch, Rollouts
+from rlhf_core.contract.providers import Advantage, Loss
 from rlhf_core.contract.results import Credit, LossTerms, Reduction, RewardOutput
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 
 
 @dataclass(frozen=True)
-class Few:
+class Few(Advantage):
     """The reward less a half, of the completions of the first prompts only; in the second step of none."""
 
     prompts: int = 1
@@ -31,10 +32,10 @@ class Few:
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(Loss):
     """A policy gradient that is nan in the second step."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:

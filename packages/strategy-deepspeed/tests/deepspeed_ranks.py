@@ -24,7 +24,7 @@ from rlhf_core.contract.batch import Batch, Rollouts
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
-from rlhf_core.contract.providers import Strategy
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss, Strategy
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction, RewardOutput
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.contract.terms import ProviderChoices, Term
@@ -46,7 +46,7 @@ def reward_func(completions: list[str]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Advantage):
     """The reward less a half: coupled to nothing, so that ranks cannot change it."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -56,10 +56,10 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Both:
+class Both(Loss):
     """Policy gradient and a value of every token: two heads, one of them fresh."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT", "values_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT", "values_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
     rows_per_unit: ClassVar[int] = 1
 
@@ -69,7 +69,7 @@ class Both:
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Algorithm):
     """An online algorithm that needs no package but core."""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "prompts", "rollout": "hf", "reward": "length"}
@@ -263,11 +263,11 @@ def slept(strategy: Strategy) -> tuple[bool, float]:
     """Whether a model whose embeddings are frozen has its very outputs after it left the device and came back, and the norm of
     the gradient then."""
     role = trainable(strategy, "float32", AdamW(lr=1e-2), freeze=("embed",))
-    batch, wants = tiny_rollouts(), frozenset({"logprobs_NT"})
-    before = role.forward(batch, wants)["logprobs_NT"].detach().clone()
+    batch, names = tiny_rollouts(), frozenset({"logprobs_NT"})
+    before = role.forward(batch, names)["logprobs_NT"].detach().clone()
     role.offload()
     role.reload()
-    after = role.forward(batch, wants)["logprobs_NT"]
+    after = role.forward(batch, names)["logprobs_NT"]
     role.backward(after.sum() / role.world.size)
     return torch.equal(before, after.detach()), role.step()["grad_norm"]
 

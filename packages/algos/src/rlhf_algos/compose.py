@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_algos.loss.entropy import EntropyLoss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.requirements import LANGUAGE
 from rlhf_core.contract.results import Reduction
 from rlhf_core.contract.terms import Term
@@ -22,7 +23,6 @@ from rlhf_core.training.reward_shaping import RewardShaping
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import KL
-    from rlhf_core.contract.providers import Advantage, Loss
     from rlhf_core.contract.terms import ProviderChoices
 
 __all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "OnlineOptions", "chosen_loss", "policy_terms"]
@@ -38,7 +38,7 @@ POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=AdamW(
 
 
 @dataclass(frozen=True)
-class OnlineOptions:
+class OnlineOptions(Algorithm):
     """What every online preset can do before credit is assigned. Not a preset itself."""
 
     shaping: RewardShaping = RewardShaping()
@@ -57,8 +57,8 @@ def policy_terms(choices: ProviderChoices, kl: KL | None = None, entropy: float 
     """
     advantage, loss = _chosen_advantage(choices), chosen_loss(choices)
     _check_fit(Term("actor", "actor", loss, advantage))
-    per: Any = getattr(loss, "aggregate", "token")
-    length = getattr(loss, "length", 0)
+    per: Any = loss.aggregate or "token"
+    length = loss.length or 0
     terms = (
         Term("actor", "actor", loss, advantage),
         *kl_terms(kl, "actor", "actor", advantage, Reduction(per, length)),
@@ -69,7 +69,7 @@ def policy_terms(choices: ProviderChoices, kl: KL | None = None, entropy: float 
 def chosen_loss(choices: ProviderChoices) -> Loss:
     """The objective, with a constant length of 0 replaced by the longest completion that can be sampled."""
     loss: Any = choices.loss
-    if choices.sampling is not None and getattr(loss, "length", None) == 0:
+    if choices.sampling is not None and loss is not None and loss.length == 0:
         loss = replace(loss, length=choices.sampling.max_new_tokens)
     return loss  # type: ignore[no-any-return]
 
@@ -77,7 +77,7 @@ def chosen_loss(choices: ProviderChoices) -> Loss:
 def _chosen_advantage(choices: ProviderChoices) -> Advantage:
     """The credit, checked against the number of completions per prompt."""
     advantage: Any = choices.advantage
-    least, n = getattr(advantage, "min_samples", 1), choices.sampling.n if choices.sampling is not None else 1
+    least, n = advantage.min_samples, choices.sampling.n if choices.sampling is not None else 1
     if n < least:
         raise UsageError(
             f"{type(advantage).__name__} compares the completions of one prompt; "
@@ -89,13 +89,13 @@ def _chosen_advantage(choices: ProviderChoices) -> Advantage:
 def _check_fit(term: Term) -> None:
     """Check that a policy can be trained with the term's loss on what its advantage leaves."""
     loss = type(term.loss).__qualname__
-    strange = sorted(name for name in term.wants - LANGUAGE if "." not in name)
+    strange = sorted(name for name in term.outputs - LANGUAGE if "." not in name)
     if strange:
         raise UsageError(
             f"the loss {loss} trains {strange[0]}, which is nothing of a sampled policy; choose one that trains "
             "log-probabilities, see rlhf-run plugins --kind loss"
         )
-    selects = getattr(term.advantage, "selects", "")
+    selects = term.advantage.selects if term.advantage is not None else ""
     if term.unit > 1 and selects != "pairs":
         raise UsageError(
             f"the loss {loss} compares a chosen with a rejected completion, and the advantage "

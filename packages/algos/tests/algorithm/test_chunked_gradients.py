@@ -42,11 +42,11 @@ def test_chunks_change_no_gradient(name):
     batch = tiny_rollouts()
     batch = batch.with_extras(**tiny_extras(loss.needs, batch))
     options = TrainedOptions(model="tiny:hidden=16,layers=1")
-    spec = RoleSpec("actor", options, loss.wants, terms=(("data", Term("actor", "data", loss)),))
+    spec = RoleSpec("actor", options, loss.outputs, terms=(("data", Term("actor", "data", loss)),))
     gradients = []
     for chunk in (3, 0):
         module = build_module(spec, chunk=chunk)
-        outputs = module(arrange_inputs(batch), loss.wants) if chunk else plain_outputs(module, batch)
+        outputs = module(arrange_inputs(batch), loss.outputs) if chunk else plain_outputs(module, batch)
         result = loss(outputs, batch)
         total = weighted_sum(result.values, result.reduction, batch) / count(
             result.reduction, batch, loss.rows_per_unit

@@ -34,11 +34,11 @@ def passes(algorithm: str | dict[str, Any], output: Path, **options: Any) -> dic
     run, seen = Run(make_config(algorithm, **(small | options))), Counter[tuple[str, bool, int]]()
     original = TorchTrainable.forward
 
-    def forward(self: TorchTrainable, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self: TorchTrainable, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         (name,) = (name for name, role in run.roles.items() if role.trainable is self)  # type: ignore[attr-defined]
         assert not any(module.training for module in self.module.modules())
         seen[name, torch.is_grad_enabled(), len(batch)] += 1
-        return original(self, batch, wants)
+        return original(self, batch, names)
 
     with run.opened(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchTrainable, "forward", forward)

@@ -94,7 +94,7 @@ def with_noise(batch: Rollouts, noise: torch.Generator) -> Rollouts:
 def reduced(loss: Any, parts: list[Batch]) -> tuple[float, list[torch.Tensor]]:
     """The loss over parts of a batch, and the gradient of every row's wanted outputs, rows in the order of the parts."""
     unit = getattr(loss, "rows_per_unit", 1)
-    names = {name: f"out_{name.replace('teacher.forward', 'divergence')}" for name in sorted(loss.wants)}
+    names = {name: f"out_{name.replace('teacher.forward', 'divergence')}" for name in sorted(loss.outputs)}
     total, rows = torch.zeros(()).double(), []
     for part in parts:
         outputs = {name: part[extra].clone().requires_grad_() for name, extra in names.items()}

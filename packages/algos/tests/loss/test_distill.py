@@ -16,6 +16,7 @@ from rlhf_algos.loss.distill import DistillLoss
 from rlhf_core import Run, make_config
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.models.build import build_module
@@ -200,7 +201,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
         losses(tmp_path, "run", teacher={"model": "tiny:vocab=300"})
 
 
-class Elsewhere:
+class Elsewhere(Launcher):
     """A launcher that puts roles into processes of their own."""
 
 

@@ -67,7 +67,7 @@ def total(result: LossTerms, batch: Batch) -> torch.Tensor:
 
 
 def gradients(loss: Any, outputs: dict[str, torch.Tensor], batch: Batch) -> list[torch.Tensor]:
-    wanted = [outputs[name] for name in sorted(loss.wants)]
+    wanted = [outputs[name] for name in sorted(loss.outputs)]
     return list(torch.autograd.grad(total(loss(outputs, batch), batch), wanted))
 
 
@@ -76,10 +76,10 @@ def test_gradients_agree_with_finite_differences(loss):
     outputs, batch = example(seed=3)
 
     def function(*wanted: torch.Tensor) -> torch.Tensor:
-        values = loss(outputs | dict(zip(sorted(loss.wants), wanted)), batch).values
+        values = loss(outputs | dict(zip(sorted(loss.outputs), wanted)), batch).values
         return values[batch.mask_NT] if values.dim() == 2 else values
 
-    assert torch.autograd.gradcheck(function, tuple(outputs[name] for name in sorted(loss.wants)))
+    assert torch.autograd.gradcheck(function, tuple(outputs[name] for name in sorted(loss.outputs)))
 
 
 def test_the_weight_of_cispo_carries_no_gradient():

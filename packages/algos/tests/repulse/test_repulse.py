@@ -255,7 +255,7 @@ def test_an_unnormalised_twist_has_the_published_loss_and_a_negative_term_that_d
     ctl = CTLAdvantage(TARGET, psi="unnormalised")
     assert ctl.needs == {"actor.logprobs_NT", "old_logprobs_NT", "<trained>.logits_NT"}
     loss = replace(ORIGINAL, output="logits_NT")
-    assert loss.wants == {"logits_NT"}
+    assert loss.outputs == {"logits_NT"}
     batch = batch.with_extras(advantages_NT=credit(ctl, batch))
     value = reduced(loss({"logits_NT": logits(q, Q_SAMPLES) - p}, batch), batch)
     near(value, 0.0587506937)

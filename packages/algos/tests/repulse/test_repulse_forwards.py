@@ -38,12 +38,12 @@ def counted(run: Run) -> Iterator[Counter[tuple[str, str, bool]]]:
     sources: dict[str, str] = {}
     original = TorchTrainable.forward
 
-    def forward(self: TorchTrainable, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self: TorchTrainable, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         (name,) = (name for name, role in run.roles.items() if role.trainable is self)  # type: ignore[attr-defined]
         rows = sorted(map(str, batch.tokens_NT.tolist()))
         source = sources.get(str(rows), "part")
         seen[name, source, torch.is_grad_enabled()] += 1
-        return original(self, batch, wants)
+        return original(self, batch, names)
 
     def learn(batches: Mapping[str, Batch]) -> None:
         sources.update({str(sorted(map(str, batch.tokens_NT.tolist()))): name for name, batch in batches.items()})

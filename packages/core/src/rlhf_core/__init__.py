@@ -26,8 +26,21 @@ if TYPE_CHECKING:
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
     from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
     from rlhf_core.contract.options import KL, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.providers import (
+        Advantage,
+        Algorithm,
+        Data,
+        Evaluator,
+        Launcher,
+        Loss,
+        Observer,
+        Reward,
+        Rollout,
+        Strategy,
+    )
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
-    from rlhf_core.contract.roles import Role, Trainable
+    from rlhf_core.contract.roles import Placement, Role, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
@@ -51,6 +64,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KL",
     "AdamW",
+    "Advantage",
+    "Algorithm",
     "Artifact",
     "ArtifactKind",
     "Batch",
@@ -58,28 +73,37 @@ __all__ = [
     "CommandContext",
     "ContractError",
     "Credit",
+    "Data",
     "DataError",
+    "Evaluator",
     "Example",
     "Ingredient",
     "IngredientContext",
+    "Launcher",
     "Lora",
+    "Loss",
     "LossTerms",
     "Metric",
     "MissingPackage",
     "ModelOptions",
     "NameConflict",
+    "Observer",
     "OptimizerProvider",
     "Outputs",
+    "Placement",
+    "Plan",
     "PluginError",
     "Prompts",
     "ProviderChoices",
     "Providers",
     "Reduction",
     "Registry",
+    "Reward",
     "RewardOutput",
     "RlhfError",
     "Role",
     "RoleModule",
+    "Rollout",
     "Rollouts",
     "RowEncoder",
     "Run",
@@ -90,6 +114,7 @@ __all__ = [
     "Schedule",
     "Secret",
     "SharedBase",
+    "Strategy",
     "Term",
     "TorchWorld",
     "Trainable",
@@ -117,8 +142,10 @@ _HOMES = {
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
     "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
     "contract.options": "KL Lora ModelOptions RunConfig Sampling TrainedOptions",
+    "contract.plan": "Plan",
+    "contract.providers": "Advantage Algorithm Data Evaluator Launcher Loss Observer Reward Rollout Strategy",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
-    "contract.roles": "Role Trainable",
+    "contract.roles": "Placement Role Trainable",
     "contract.run_view": "RowEncoder RunView",
     "contract.terms": "ProviderChoices Term",
     "errors": (

@@ -16,11 +16,12 @@ import torch
 
 from rlhf_core.cli import main
 from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import RewardOutput
 
 
 @dataclass(frozen=True)
-class Uncoupled:
+class Uncoupled(Advantage):
     """The reward alone: what other rows a rank holds changes nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.checkpoint.rotation import Rotation, check_metric
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.run.run import Run
 from rlhf_core.testing import tiny_run
@@ -98,7 +99,7 @@ def test_a_checkpoint_with_a_damaged_state_is_not_the_best_and_a_marker_of_nothi
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Evaluator):
     """A number that is known beforehand, by step."""
 
     values: tuple[float, ...] = ()

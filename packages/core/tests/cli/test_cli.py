@@ -26,27 +26,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlhf_core import ModelOptions, AdamW, Sampling, TrainedOptions, hookimpl
+from rlhf_core import AdamW, Algorithm, Data, ModelOptions, Reward, Rollout, Sampling, TrainedOptions, hookimpl
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Data):
     """Rows of nothing."""
 
     path: str
     """where the rows are"""
 
+    def __call__(self, split):
+        return []
+
 
 @dataclass(frozen=True)
-class Brevity:
+class Engine(Rollout):
+    """Samples nothing."""
+
+    path: str
+    """where the engine is"""
+
+    def __call__(self, role, prompts, sampling):
+        return None
+
+
+@dataclass(frozen=True)
+class Brevity(Reward):
     """Short is good. Shorter is better."""
 
     limit: int = 400
     """characters at which the reward reaches zero"""
 
+    def __call__(self, rollouts):
+        return [0.0]
+
 
 @dataclass(frozen=True)
-class Online:
+class Online(Algorithm):
     """Samples and learns.
 
     As the paper says.
@@ -59,6 +76,9 @@ class Online:
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=3e-5)), "reference": ModelOptions()}
     config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=6)}
 
+    def __call__(self, choices):
+        return ()
+
 
 @hookimpl
 def rlhf_data():
@@ -67,7 +87,7 @@ def rlhf_data():
 
 @hookimpl
 def rlhf_rollout():
-    return {"rows": Rows}
+    return {"rows": Engine}
 
 
 @hookimpl

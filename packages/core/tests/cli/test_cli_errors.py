@@ -17,19 +17,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from rlhf_core import KL, ModelOptions, Secret, TrainedOptions, hookimpl
+from rlhf_core import KL, Algorithm, Data, Loss, ModelOptions, Reward, Rollout, Secret, TrainedOptions, hookimpl
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Data):
     """Rows of nothing."""
 
     path: str
     """where the rows are"""
 
+    def __call__(self, split):
+        return []
+
 
 @dataclass(frozen=True)
-class Brevity:
+class Brevity(Reward):
     """Short is good."""
 
     limit: int = 400
@@ -47,14 +50,44 @@ class Brevity:
         if self.limit < 1:
             raise ValueError(f"limit must be positive, not {self.limit}")
 
+    def __call__(self, rollouts):
+        return [0.0]
+
 
 @dataclass(frozen=True)
-class Bare:
+class BareData(Data):
     """Has no options."""
 
+    def __call__(self, split):
+        return []
+
 
 @dataclass(frozen=True)
-class Online:
+class BareRollout(Rollout):
+    """Has no options."""
+
+    def __call__(self, role, prompts, sampling):
+        return None
+
+
+@dataclass(frozen=True)
+class BareLoss(Loss):
+    """Has no options."""
+
+    def __call__(self, outputs, batch):
+        return None
+
+
+@dataclass(frozen=True)
+class BareReward(Reward):
+    """Has no options."""
+
+    def __call__(self, rollouts):
+        return [0.0]
+
+
+@dataclass(frozen=True)
+class Online(Algorithm):
     """Samples and learns."""
 
     kl: KL | None = KL()
@@ -62,33 +95,39 @@ class Online:
     defaults: ClassVar[Mapping[str, str]] = {"data": "rows", "reward": "brevity", "rollout": "bare"}
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(), "reference": ModelOptions()}
 
+    def __call__(self, choices):
+        return ()
+
 
 @dataclass(frozen=True)
-class Offline:
+class Offline(Algorithm):
     """Reads and learns."""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "", "loss": "bare"}
     roles: ClassVar[Mapping[str, Any]] = {"reward": TrainedOptions()}
 
+    def __call__(self, choices):
+        return ()
+
 
 @hookimpl
 def rlhf_data():
-    return {"rows": Rows, "bare": Bare}
+    return {"rows": Rows, "bare": BareData}
 
 
 @hookimpl
 def rlhf_rollout():
-    return {"bare": Bare}
+    return {"bare": BareRollout}
 
 
 @hookimpl
 def rlhf_loss():
-    return {"bare": Bare}
+    return {"bare": BareLoss}
 
 
 @hookimpl
 def rlhf_reward():
-    return {"brevity": Brevity, "bare": Bare, "late": "module_nobody_has:Late"}
+    return {"brevity": Brevity, "bare": BareReward, "late": "module_nobody_has:Late"}
 
 
 @hookimpl

@@ -17,6 +17,7 @@ import pytest
 from rlhf_core import Command, CommandContext, ModelOptions, NameConflict, PluginError, hookimpl
 from rlhf_core import plugin as core
 from rlhf_core.cli import main
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.models.loading.load import load_model
 from rlhf_core.plugins.registry import Registry
 
@@ -180,7 +181,7 @@ class Nothing(Command):
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Algorithm):
     """An algorithm without terms."""
 
     defaults: ClassVar[Mapping[str, str]] = {}

@@ -14,6 +14,7 @@ from rlhf_core.config.value_types import Secret
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, Sampling, TrainedOptions
+from rlhf_core.contract.providers import Algorithm, Data, Evaluator, Reward, Rollout
 from rlhf_core.plugins.registry import Registry
 
 
@@ -33,8 +34,8 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Rich:
-    """A reward with an option of every type."""
+class Options:
+    """An option of every type."""
 
     text: str = "a"
     """some text"""
@@ -69,7 +70,28 @@ class Rich:
 
 
 @dataclass(frozen=True)
-class Asks:
+class Rich(Options, Reward):
+    """A reward with an option of every type."""
+
+    def __call__(self, rollouts: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RichEvaluator(Options, Evaluator):
+    """An evaluator with an option of every type."""
+
+    def __call__(self, run: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class InnerEvaluator(Inner, Evaluator):
+    """An evaluator with one option."""
+
+    def __call__(self, run: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Asks(Data):
     """Data that must be told where."""
 
     where: str
@@ -77,9 +99,11 @@ class Asks:
     rows: int = 10
     """how many"""
 
+    def __call__(self, split: str) -> Any: ...
+
 
 @dataclass(frozen=True)
-class Guarded:
+class Guarded(Reward):
     """A reward with a key and an opinion."""
 
     key: Annotated[str, Secret()] = ""
@@ -91,14 +115,32 @@ class Guarded:
         if self.limit < 1:
             raise ValueError(f"limit must be positive, not {self.limit}")
 
-
-@dataclass(frozen=True)
-class Plain:
-    """A provider without options."""
+    def __call__(self, rollouts: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
-class Online:
+class Plain(Data):
+    """Data without options."""
+
+    def __call__(self, split: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PlainRollout(Rollout):
+    """An engine without options."""
+
+    def __call__(self, role: Any, prompts: Any, sampling: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PlainEvaluator(Evaluator):
+    """An evaluator without options."""
+
+    def __call__(self, run: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Online(Algorithm):
     """An algorithm that samples."""
 
     clip: float = 0.2
@@ -110,21 +152,25 @@ class Online:
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=3e-5)), "reference": ModelOptions()}
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 8, "sampling": Sampling(n=2)}
 
+    def __call__(self, choices: Any) -> Any: ...
+
 
 @dataclass(frozen=True)
-class Offline:
+class Offline(Algorithm):
     """An algorithm that reads."""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "asks"}
     roles: ClassVar[Mapping[str, Any]] = {"reward": TrainedOptions()}
 
+    def __call__(self, choices: Any) -> Any: ...
+
 
 TABLES: dict[str, dict[str, type]] = {
     "data": {"asks": Asks, "plain": Plain},
-    "rollout": {"plain": Plain},
+    "rollout": {"plain": PlainRollout},
     "reward": {"rich": Rich, "guarded": Guarded},
     "algorithm": {"online": Online, "offline": Offline},
-    "evaluator": {"inner": Inner, "rich": Rich, "plain": Plain},
+    "evaluator": {"inner": InnerEvaluator, "rich": RichEvaluator, "plain": PlainEvaluator},
 }
 
 

@@ -9,13 +9,27 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from config_fakes import Colour, Guarded, Inner, Online, Plain, Rich, fake_registry, from_file, run
+from config_fakes import (
+    Colour,
+    Guarded,
+    Inner,
+    InnerEvaluator,
+    Online,
+    PlainEvaluator,
+    Rich,
+    RichEvaluator,
+    fake_registry,
+    from_file,
+    run,
+)
 
 from rlhf_core.config.builder import from_names, make_config, parse, to_names
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, Sampling, TrainedOptions
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import ContractError
 from rlhf_core.plugins.registry import Registry
 
@@ -95,14 +109,16 @@ def test_only_what_the_algorithm_uses_is_there(registry: Registry) -> None:
 
 def test_evaluators_are_a_tuple_with_their_options_by_name_where_there_are_several(registry: Registry) -> None:
     one = run("offline --data.where x --evaluator inner --evaluator.depth 3", registry)
-    assert one.providers["evaluator"] == (Inner(3),)
+    assert one.providers["evaluator"] == (InnerEvaluator(3),)
     two = run(
         "offline --data.where x --evaluator inner,rich --evaluator.inner.depth 3 --evaluator.rich.count 9", registry
     )
-    assert two.providers["evaluator"] == (Inner(3), Rich(count=9))
-    assert two == make_config("offline", registry, data={"where": "x"}, evaluator=[Inner(3), Rich(count=9)])
+    assert two.providers["evaluator"] == (InnerEvaluator(3), RichEvaluator(count=9))
+    assert two == make_config(
+        "offline", registry, data={"where": "x"}, evaluator=[InnerEvaluator(3), RichEvaluator(count=9)]
+    )
     bare = run("offline --data.where x --evaluator plain,inner", registry)
-    assert bare.providers["evaluator"] == (Plain(), Inner())
+    assert bare.providers["evaluator"] == (PlainEvaluator(), InnerEvaluator())
     for config in (one, two, bare):
         assert from_names(to_names(config), registry) == config
     assert "evaluator" not in run("offline --data.where x --evaluator none", registry).providers
@@ -158,8 +174,10 @@ def test_words_are_read_by_the_type_of_the_option(flags: str, registry: Registry
 
 def test_an_unregistered_instance_is_named_by_its_module_and_class(registry: Registry) -> None:
     @dataclass(frozen=True)
-    class Mine:
+    class Mine(Reward):
         """Not registered."""
+
+        def __call__(self, rollouts: Any) -> Any: ...
 
     config = make_config("online", registry, data="plain", reward=Mine())
     assert config.providers["reward"] == Mine()
@@ -168,11 +186,13 @@ def test_an_unregistered_instance_is_named_by_its_module_and_class(registry: Reg
 
 def test_an_option_whose_type_exists_only_for_checkers_is_the_authors_mistake(registry: Registry) -> None:
     @dataclass(frozen=True)
-    class Blind:
+    class Blind(Reward):
         """Its option has a type that nobody knows."""
 
         option: Unknown = 1  # type: ignore[name-defined]  # noqa: F821
         """cannot be read"""
+
+        def __call__(self, rollouts: Any) -> Any: ...
 
     with pytest.raises(
         ContractError, match=r"Blind\.option: the type 'Unknown' of an option must be known at run time"

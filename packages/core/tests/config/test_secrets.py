@@ -28,12 +28,12 @@ import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from rlhf_core import Secret, hookimpl
+from rlhf_core import Reward, Secret, hookimpl
 from rlhf_core.config.value_types import reveal
 
 
 @dataclass(frozen=True)
-class Leaky:
+class Leaky(Reward):
     """A reward that gives its secrets away."""
 
     token: Annotated[str, Secret()] = ""

@@ -28,6 +28,17 @@ from rlhf_core import (
 from rlhf_core.contract.batch import Batch, Prompts
 from rlhf_core.contract.options import Sampling, TrainedOptions
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import (
+    Advantage,
+    Algorithm,
+    Data,
+    Evaluator,
+    Launcher,
+    Loss,
+    Observer,
+    Reward,
+    Rollout,
+)
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.contract.terms import ProviderChoices
 from rlhf_core.launcher.local import Local
@@ -78,7 +89,7 @@ def run_with(tmp_path: Path, registry: Registry, **options: Any) -> list[dict[st
 
 
 @dataclass(frozen=True)
-class Greetings:
+class Greetings(Data):
     """Greets."""
 
     def __call__(self, split: str) -> Iterable[Example]:
@@ -94,7 +105,7 @@ def test_rlhf_data_brings_rows_that_are_sampled_from(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Echo:
+class Echo(Rollout):
     """Answers every prompt with the same token, as often as it is told."""
 
     times: int = 3
@@ -128,7 +139,7 @@ def test_rlhf_rollout_brings_an_engine_that_samples_follows_the_weights_and_is_c
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Reward):
     """Rewards everything alike."""
 
     value: float = 0.25
@@ -144,7 +155,7 @@ def test_rlhf_reward_brings_what_is_maximised(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Nothing(Advantage):
     """Gives no credit to anybody."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -159,10 +170,10 @@ def test_rlhf_advantage_brings_credit_and_no_credit_means_no_gradient(tmp_path: 
 
 
 @dataclass(frozen=True)
-class One:
+class One(Loss):
     """A loss of one per token, wherever the policy is."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 1
 
@@ -176,7 +187,7 @@ def test_rlhf_loss_brings_values_that_core_averages(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Twins:
+class Twins(Algorithm):
     """Trains the actor and a second model, the twin, on what the actor samples."""
 
     defaults: ClassVar[Mapping[str, str]] = {"data": "prompts", "rollout": "hf", "reward": "length"}
@@ -209,7 +220,7 @@ def test_rlhf_strategy_brings_what_trains_each_role(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class Elsewhere(Launcher):
     """Places everything here, and says so."""
 
     def __call__(self, plan: Plan) -> Placement:
@@ -223,7 +234,7 @@ def test_rlhf_launcher_brings_the_roles_of_the_plan_to_their_place(tmp_path: Pat
 
 
 @dataclass(frozen=True)
-class Stopwatch:
+class Stopwatch(Evaluator):
     """Measures how far the run is."""
 
     def __call__(self, run: Run) -> Mapping[str, float]:
@@ -238,7 +249,7 @@ def test_rlhf_evaluator_brings_measurements_at_the_start_and_at_the_end(tmp_path
 
 
 @dataclass(frozen=True)
-class Diary:
+class Diary(Observer):
     """Writes down what it sees."""
 
     word: str = "saw"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_core import RunView
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.testing import tiny_run
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -28,7 +29,7 @@ def test_every_member_of_a_view_says_what_it_is() -> None:
 
 
 @dataclass(frozen=True)
-class Through:
+class Through(Evaluator):
     """An evaluator that gets at a run by the members of the view alone: anything else is an error."""
 
     def __call__(self, run: RunView) -> Mapping[str, float]:

@@ -38,7 +38,7 @@ def run_with(rollouts: Any, **more: Any) -> Any:
 
 
 def role(**outputs: torch.Tensor) -> Any:
-    return SimpleNamespace(infer=lambda batch, wants: {name: outputs[name] for name in wants})
+    return SimpleNamespace(infer=lambda batch, names: {name: outputs[name] for name in names})
 
 
 @pytest.mark.parametrize("right", range(6))

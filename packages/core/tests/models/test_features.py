@@ -31,28 +31,28 @@ def heads_only(*outputs: str, kept: bool = True, packing: bool = True) -> tuple[
     return module, read
 
 
-def train(module: RoleModule, batch: Batch, wants: frozenset[str], steps: int = 3) -> list[Tensor]:
+def train(module: RoleModule, batch: Batch, names: frozenset[str], steps: int = 3) -> list[Tensor]:
     """The outputs of some steps of gradient descent on half of the rows each, and of all rows at the end."""
     trainable = TorchTrainable(module, AdamW(lr=0.1), steps, torch.device("cpu"))
     outputs = []
     for step in range(steps):
         micro = batch.rows(range(step % 2, len(batch), 2))
-        (name,) = wants
-        values = trainable.forward(micro, wants)[name]
+        (name,) = names
+        values = trainable.forward(micro, names)[name]
         trainable.backward((values - 1).square().sum())
         trainable.step()
         outputs.append(values.detach())
     with torch.inference_mode():
-        outputs.append(trainable.forward(batch, wants)[name])
+        outputs.append(trainable.forward(batch, names)[name])
     return outputs
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("wants", [SCORES, VALUES])
-def test_training_is_the_same_with_and_without_kept_rows(wants: frozenset[str], packing: bool) -> None:
-    (kept, read), (fresh, again) = (heads_only(*wants, kept=kept, packing=packing) for kept in (True, False))
+@pytest.mark.parametrize("names", [SCORES, VALUES])
+def test_training_is_the_same_with_and_without_kept_rows(names: frozenset[str], packing: bool) -> None:
+    (kept, read), (fresh, again) = (heads_only(*names, kept=kept, packing=packing) for kept in (True, False))
     batch = rows()
-    for found, expected in zip(train(kept, batch, wants), train(fresh, batch, wants), strict=True):
+    for found, expected in zip(train(kept, batch, names), train(fresh, batch, names), strict=True):
         torch.testing.assert_close(found, expected)
     assert len(read) == 2, "the two halves of the rows were read once each"
     assert len(again) == 4

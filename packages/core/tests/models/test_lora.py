@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import Lora, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.launcher.local import Local
@@ -215,7 +216,7 @@ def test_a_reward_model_can_start_from_an_adapted_policy(tmp_path: Path) -> None
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Anchored:
+class Anchored(Algorithm):
     """A policy gradient that reads a reference."""
 
     def __init__(self, needs: frozenset[str] = frozenset({"ref_logprobs_NT"})) -> None:

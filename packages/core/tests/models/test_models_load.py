@@ -213,16 +213,16 @@ def test_a_fresh_process_reads_the_same_numbers_from_exports(tmp_path: Path) -> 
     inputs = arrange_inputs(batch)
     expected = {}
     for output in ("logprobs_NT", "scores_N"):
-        module, wants = build_module(spec("tiny", output), seed=1), frozenset({output})
-        module(inputs, wants)[output].sum().backward()
+        module, names = build_module(spec("tiny", output), seed=1), frozenset({output})
+        module(inputs, names)[output].sum().backward()
         with torch.no_grad():
             for parameter in module.parameters():
                 assert parameter.grad is not None
                 parameter -= 0.01 * parameter.grad / parameter.grad.norm()
-            expected[output] = module(inputs, wants)[output]
+            expected[output] = module(inputs, names)[output]
         export(module, byte_tokenizer(), tmp_path / output, base="tiny", algorithm="ppo")
         again = build_module(spec(str(tmp_path / output), output, trained=False))
-        torch.testing.assert_close(again(inputs, wants)[output], expected[output])
+        torch.testing.assert_close(again(inputs, names)[output], expected[output])
     assert "# tiny, trained with ppo" in (tmp_path / "scores_N" / "README.md").read_text()
     lengths = list(zip(batch.prompt_lengths_N.tolist(), batch.lengths_N.tolist(), strict=True))
     rows = [(batch.prompt_NL[i, :p].tolist(), batch.tokens_NT[i, :c].tolist()) for i, (p, c) in enumerate(lengths)]
@@ -236,13 +236,13 @@ def test_a_fresh_process_reads_the_same_numbers_from_exports(tmp_path: Path) -> 
 
 def test_heads_that_are_no_part_of_the_model_are_kept_beside_it(tmp_path: Path) -> None:
     """A policy with a value head: a language model for everybody, and a value head for us."""
-    wants = frozenset({"logprobs_NT", "values_NT"})
-    module = build_module(spec("tiny", *wants), seed=1)
+    names = frozenset({"logprobs_NT", "values_NT"})
+    module = build_module(spec("tiny", *names), seed=1)
     export(module, byte_tokenizer(), tmp_path, base="tiny", algorithm="ppo")
-    again = build_module(spec(str(tmp_path), *wants), seed=2)
+    again = build_module(spec(str(tmp_path), *names), seed=2)
     inputs = arrange_inputs(tiny_rollouts())
-    for name, values in module(inputs, wants).items():
-        torch.testing.assert_close(again(inputs, wants)[name], values)
+    for name, values in module(inputs, names).items():
+        torch.testing.assert_close(again(inputs, names)[name], values)
     load_model(str(tmp_path), OPTIONS)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MixtralConfig, Mixt
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import Lora, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
@@ -42,7 +43,7 @@ class Likelihood(TinyLoss):
         return LossTerms(-outputs["logprobs_NT"], Reduction("token"))
 
 
-class Once:
+class Once(Algorithm):
     """One term on given completions."""
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

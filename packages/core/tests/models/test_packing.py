@@ -81,12 +81,12 @@ def rows(lengths: list[tuple[int, int]] = LENGTHS) -> Batch:
     )
 
 
-def results(module: RoleModule, batch: Batch, wants: frozenset[str] = ALL) -> dict[str, Tensor]:
+def results(module: RoleModule, batch: Batch, names: frozenset[str] = ALL) -> dict[str, Tensor]:
     """Outputs, and the gradients of a sum of them with random weights."""
     module.zero_grad()
-    outputs = module(arrange_inputs(batch), wants)
+    outputs = module(arrange_inputs(batch), names)
     draw = torch.Generator().manual_seed(1)
-    sum((outputs[name] * torch.randn(outputs[name].shape, generator=draw)).sum() for name in sorted(wants)).backward()  # type: ignore[union-attr]
+    sum((outputs[name] * torch.randn(outputs[name].shape, generator=draw)).sum() for name in sorted(names)).backward()  # type: ignore[union-attr]
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in outputs.items()} | gradients
 

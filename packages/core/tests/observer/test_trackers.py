@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import pytest
 
 from rlhf_core import Rollouts, Run, Secret, UsageError
+from rlhf_core.contract.providers import Evaluator, Reward
 from rlhf_core.errors import MissingPackage
 from rlhf_core.observer.mlflow import MLflow
 from rlhf_core.observer.tensorboard import TensorBoard
@@ -27,7 +28,7 @@ MLFLOW_WARNS = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarn
 
 
 @dataclass(frozen=True)
-class Ends:
+class Ends(Evaluator):
     """How far the run is: an evaluator whose numbers are known."""
 
     def __call__(self, run: Run) -> Mapping[str, float]:
@@ -35,7 +36,7 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Guarded:
+class Guarded(Reward):
     """A reward that has a secret."""
 
     token: Annotated[str, Secret()] = ""

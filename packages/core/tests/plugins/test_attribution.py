@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_core import Example, Rollouts, UsageError, hookimpl
+from rlhf_core.contract.providers import Data, Reward
 from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.testing import tiny_run
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Reward):
     """A reward that looks for what no row has."""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
@@ -28,7 +29,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Torn:
+class Torn(Data):
     """Data that cannot be read."""
 
     def __call__(self, split: str) -> Sequence[Example]:

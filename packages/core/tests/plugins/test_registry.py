@@ -15,6 +15,7 @@ import pytest
 from rlhf_core import plugin as core
 from rlhf_core.cli import main
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins.known_packages import INSTALL
 from rlhf_core.plugins.registry import Registry
@@ -23,10 +24,10 @@ Install = Callable[..., None]
 
 GOOD = '''
 from dataclasses import dataclass
-from rlhf_core import hookimpl
+from rlhf_core import Reward, hookimpl
 
 @dataclass(frozen=True)
-class Terse:
+class Terse(Reward):
     """Likes few words. Really."""
 
     def __call__(self, rollouts):
@@ -56,10 +57,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 @dataclass(frozen=True)
-class Fake:
+class Fake(Reward):
     """A provider that does nothing."""
 
-    def __call__(self) -> None: ...
+    def __call__(self, rollouts: Any) -> Any: ...
 
 
 def plugin(**tables: dict[str, Any]) -> Any:

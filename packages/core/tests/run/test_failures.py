@@ -19,6 +19,7 @@ import torch
 from rlhf_core.checkpoint import valid_checkpoints
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.errors import RunStopped
 from rlhf_core.plugins.registry import Registry
@@ -31,13 +32,13 @@ MODEL = "tiny:hidden=16,layers=1"
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(Loss):
     """A policy gradient that breaks at the second step, in the completion 1: in its loss, or only in its gradient."""
 
     gradient: bool = False
     """the loss stays finite"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:

@@ -13,7 +13,7 @@ from rlhf_core.strategy.torch import TorchTrainable
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
 from rlhf_core.training.local_role import LocalRole
 
-WANTS = frozenset({"logprobs_NT"})
+OUTPUTS = frozenset({"logprobs_NT"})
 
 
 def trainable(dtype: str = "float32", **optim: Any) -> TorchTrainable:
@@ -27,7 +27,7 @@ def trainable(dtype: str = "float32", **optim: Any) -> TorchTrainable:
 def loss_of(actor: TorchTrainable) -> Tensor:
     """Minus the mean log-probability of a small batch, with a gradient."""
     batch = tiny_rollouts()
-    logprobs_NT = actor.forward(batch, WANTS)["logprobs_NT"]
+    logprobs_NT = actor.forward(batch, OUTPUTS)["logprobs_NT"]
     return -(logprobs_NT * batch.mask_NT).sum() / batch.mask_NT.sum()
 
 

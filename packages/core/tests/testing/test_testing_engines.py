@@ -11,6 +11,7 @@ import torch
 
 from rlhf_core import AdamW, Prompts, Rollouts, Run, Sampling
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.evaluator.heldout import Heldout
 from rlhf_core.launcher.local import Local
@@ -132,7 +133,7 @@ def test_a_launcher_that_breaks_a_rule_is_told_which(launcher: Local, clause: st
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Evaluator):
     """Measures what it is told to."""
 
     value: float | str = 1.0

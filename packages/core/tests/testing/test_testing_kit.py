@@ -12,6 +12,7 @@ import torch
 
 from rlhf_core import Batch, Credit, Example, LossTerms, Metric, Outputs, Reduction, RewardOutput, Rollouts, Run, Term
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.terms import ProviderChoices
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.testing import (
@@ -31,7 +32,7 @@ def does(call: Callable[..., Any], **attributes: Any) -> Any:
     """A provider that keeps every general rule and, when called, does `call`."""
     attributes = {"__doc__": "Does what the test says.", "__call__": staticmethod(call), **attributes}
     Does.__call__ = attributes.pop("__call__")  # type: ignore[method-assign]
-    for name in ("needs", "wants", "rows_per_unit", "defaults", "roles"):
+    for name in ("needs", "outputs", "rows_per_unit", "defaults", "roles"):
         if name in attributes:
             setattr(Does, name, attributes[name])
         elif name in vars(Does):
@@ -40,7 +41,7 @@ def does(call: Callable[..., Any], **attributes: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Does:
+class Does(Loss):
     """Does what the test says."""
 
     def __call__(self, *args: Any) -> Any: ...
@@ -286,7 +287,7 @@ def pairs(outputs: Outputs, batch: Batch) -> LossTerms:
 
 def test_good_losses_pass() -> None:
     check_loss(TinyLoss())
-    check_loss(does(pairs, wants=frozenset({"scores_N"}), rows_per_unit=2))
+    check_loss(does(pairs, outputs=frozenset({"scores_N"}), rows_per_unit=2))
 
 
 def averaged(outputs: Outputs, batch: Batch) -> LossTerms:

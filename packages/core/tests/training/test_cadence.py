@@ -16,6 +16,7 @@ from rlhf_core import Run, make_config
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.loop import collect
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyAlgorithm, TinyLoss
@@ -25,7 +26,7 @@ FALLING = AdamW(lr=1e-3, schedule="linear")
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Algorithm):
     """A scout that learns in every step, and an actor that learns from both in every `every`-th."""
 
     every: int = 3

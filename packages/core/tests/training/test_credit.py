@@ -14,6 +14,7 @@ from rlhf_core.contract.batch import Batch, Rollouts
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import ContractError, UsageError
@@ -23,9 +24,9 @@ from rlhf_core.training.planner import make_plan
 
 
 @dataclass(frozen=True)
-class Loss:
+class Ratio(Loss):
     needs: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT"})
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     rows_per_unit: ClassVar[int] = 1
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
@@ -33,7 +34,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class PerToken:
+class PerToken(Advantage):
     """Each token earns its own reward, the final one the completion's as well."""
 
     result: Any = None
@@ -48,7 +49,7 @@ class PerToken:
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Algorithm):
     terms: tuple[Term, ...]
     kl: KL
 
@@ -62,12 +63,12 @@ class Spy:
     def __init__(self, value: float) -> None:
         self.value, self.asked = value, []
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
-        self.asked.append(sorted(wants))
-        return {name: torch.full(batch.mask_NT.shape, self.value) * batch.mask_NT for name in wants}
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
+        self.asked.append(sorted(names))
+        return {name: torch.full(batch.mask_NT.shape, self.value) * batch.mask_NT for name in names}
 
 
-def plan_of(advantage: PerToken, kl: KL = KL(coef=0.0), loss: Loss = Loss(), **options: Any) -> Plan:
+def plan_of(advantage: PerToken, kl: KL = KL(coef=0.0), loss: Loss = Ratio(), **options: Any) -> Plan:
     roles = {"actor": TrainedOptions(), "reference": ModelOptions(), "critic": TrainedOptions()}
     terms = (Term("actor", "actor", loss, advantage),)
     return make_plan(RunConfig(Given(terms, kl), {}, {}, roles, **options))
@@ -177,7 +178,7 @@ def test_an_advantage_that_breaks_the_contract_is_named(result: object, message:
 
 def test_a_number_the_data_does_not_have_is_named() -> None:
     @dataclass(frozen=True)
-    class Margin(Loss):
+    class Margin(Ratio):
         needs: ClassVar[frozenset[str]] = frozenset({"margin_N"})
 
     plan = plan_of(PerToken(), loss=Margin())

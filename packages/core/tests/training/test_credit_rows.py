@@ -13,13 +13,14 @@ from test_nonfinite import Watching, lines
 from test_nonfinite_ranks import curve, run
 
 from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, RewardOutput
 from rlhf_core.testing import tiny_rollouts, tiny_run
 from rlhf_core.training.microbatch import micro_batch
 
 
 @dataclass(frozen=True)
-class FirstPrompt:
+class FirstPrompt(Advantage):
     """Only the completions of the prompt with the least number are trained on, which are on one rank."""
 
     never_at: int = 0

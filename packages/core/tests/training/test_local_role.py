@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, RunConfig, TrainedOptions
+from rlhf_core.contract.providers import Algorithm, Loss
 from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import ContractError
@@ -24,12 +25,12 @@ from rlhf_core.training.planner import make_plan
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(Loss):
     """(logprob - target)^2 with a reduction of choice."""
 
     per: str = "token"
     target: float = 1.0
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 1
 
@@ -49,7 +50,7 @@ class Ratio(Square):
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Algorithm):
     terms: tuple[Term, ...]
     kl: KL = KL(coef=0.0)
 

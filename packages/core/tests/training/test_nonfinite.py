@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.providers import Loss, Reward
 from rlhf_core.contract.results import LossTerms, Reduction, RewardOutput
 from rlhf_core.errors import RunStopped
 from rlhf_core.run.run import Run
@@ -27,13 +28,13 @@ OPTIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Broken:
+class Broken(Loss):
     """A policy gradient whose loss or gradient is nan at the second step."""
 
     gradient: bool = False
     """only the gradient"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
@@ -45,7 +46,7 @@ class Broken:
 
 
 @dataclass(frozen=True)
-class NanReward:
+class NanReward(Reward):
     """Lengths; of the second step's completions, one has none."""
 
     bad: float = math.nan

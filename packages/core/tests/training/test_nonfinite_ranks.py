@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.providers import Loss, Reward
 from rlhf_core.contract.results import LossTerms, Reduction, RewardOutput
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 
@@ -39,10 +40,10 @@ def last_rank() -> bool:
 
 
 @dataclass(frozen=True)
-class BrokenLoss:
+class BrokenLoss(Loss):
     """A policy gradient that is nan at the second step, on the last rank."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
@@ -52,7 +53,7 @@ class BrokenLoss:
 
 
 @dataclass(frozen=True)
-class BrokenReward:
+class BrokenReward(Reward):
     """Lengths; at the third step the last rank's last completion has none."""
 
     def __call__(self, rollouts: Batch) -> RewardOutput:

@@ -33,8 +33,8 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     forward, backward = TorchTrainable.forward, TorchTrainable.backward
     sizes: list[int] = []
 
-    def small_forward(self: TorchTrainable, batch: Batch, wants: frozenset[str]) -> dict[str, torch.Tensor]:
-        outputs = forward(self, batch, wants)
+    def small_forward(self: TorchTrainable, batch: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:
+        outputs = forward(self, batch, names)
         sizes.append(cells(batch))
         return outputs
 
@@ -105,18 +105,18 @@ def test_inference_is_done_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from rlhf_core.testing import tiny_rollouts
     from rlhf_core.training.local_role import LocalRole
 
-    batch, wants = tiny_rollouts(), frozenset({"logprobs_NT"})
+    batch, names = tiny_rollouts(), frozenset({"logprobs_NT"})
     role = LocalRole(tiny_run(tmp_path, on_oom="halve", **OPTIONS).plan, "actor")
-    expected = role.infer(batch, wants)["logprobs_NT"]
+    expected = role.infer(batch, names)["logprobs_NT"]
     forward = TorchTrainable.forward
 
-    def small(self: TorchTrainable, micro: Batch, wants: frozenset[str]) -> dict[str, torch.Tensor]:
+    def small(self: TorchTrainable, micro: Batch, names: frozenset[str]) -> dict[str, torch.Tensor]:
         if len(micro) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(self, micro, wants)
+        return forward(self, micro, names)
 
     monkeypatch.setattr(TorchTrainable, "forward", small)
-    assert torch.allclose(role.infer(batch, wants)["logprobs_NT"], expected, atol=1e-5)
+    assert torch.allclose(role.infer(batch, names)["logprobs_NT"], expected, atol=1e-5)
     assert role.budget.tokens < 1000
 
 

@@ -8,38 +8,39 @@ from typing import ClassVar
 import pytest
 
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, Sampling, TrainedOptions
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 from rlhf_core.training.planner import make_plan
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(Loss):
     clip: float = 0.2
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT", "advantages_NT"})
     rows_per_unit: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
 class Value(Policy):
-    wants: ClassVar[frozenset[str]] = frozenset({"values_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"returns_NT"})
 
 
 @dataclass(frozen=True)
-class Gae:
+class Gae(Advantage):
     lam: float = 0.95
     needs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
 
 
 @dataclass(frozen=True)
-class Baseline:
+class Baseline(Advantage):
     needs: ClassVar[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
-class Two:
+class Two(Algorithm):
     """An algorithm whose terms are given from outside."""
 
     terms: tuple[Term, ...]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts
 from rlhf_core.contract.plan import RoleSpec
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.contract.roles import Role
 from rlhf_core.errors import NotFinite, RlhfError, RunStopped
 from rlhf_core.lazy import torch
@@ -109,17 +110,17 @@ class RoleGroup:
         """Call `method` on every rank at once; results in rank order."""
         return gather_results(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
         reference = self.shipper.columns(batch)
         shares = split_groups(batch, len(self.actors))
         busy = next(rows for rows in shares if rows)
         # ranks step together, since weights may be sharded over them: one without rows of its own repeats another's
         calls = [
-            actor.infer.remote(reference, rows or busy, sorted(wants))
+            actor.infer.remote(reference, rows or busy, sorted(names))
             for actor, rows in zip(self.actors, shares, strict=True)
         ]
-        found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in wants}
+        found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in names}
         answers = gather_results(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
             for name, values in outputs.items() if rows else ():
@@ -206,7 +207,7 @@ class RoleGroup:
         self.call("export", folder)
 
 
-class EngineGroup:
+class EngineGroup(Rollout):
     """Rollout engines, each an actor; prompts are dealt to them in turn."""
 
     def __init__(self, actors: list[Any], where: list[tuple[str, int]]) -> None:

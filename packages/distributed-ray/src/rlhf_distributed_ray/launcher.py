@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
@@ -37,7 +38,7 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two b
 
 
 @dataclass(frozen=True)
-class RayLauncher:
+class RayLauncher(Launcher):
     """Roles and rollout engines as groups of Ray actors."""
 
     address: str = ""

@@ -131,9 +131,9 @@ class RoleWorker(Worker):
         torch.manual_seed(self.plan.config.seed)  # as the loop does in its process
         self.role = LocalRole(self.plan, self.role_name)
 
-    def infer(self, packed: Mapping[str, Any], rows: list[int], wants: list[str]) -> dict[str, Any]:
+    def infer(self, packed: Mapping[str, Any], rows: list[int], names: list[str]) -> dict[str, Any]:
         """Outputs of these rows, as arrays."""
-        outputs = self.role.infer(unpack(packed, rows), frozenset(wants))
+        outputs = self.role.infer(unpack(packed, rows), frozenset(names))
         return {name: values.numpy() for name, values in outputs.items()}
 
     def train(
@@ -267,9 +267,9 @@ class MirrorRole:
         """While it is open, the module holds full weights."""
         return self.local.gathered()
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs under the mirrored weights."""
-        return self.local.infer(batch, wants)
+        return self.local.infer(batch, names)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What the last sync brought; the initial weights before the first."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 
 __all__ = ["GCG"]
 
 
 @dataclass(frozen=True)
-class GCG:
+class GCG(Evaluator):
     """Attacks the policy with GCG suffixes (Zou et al. 2023, arXiv:2307.15043, algorithm 1)."""
 
     def __call__(self, *args: Any) -> NoReturn:

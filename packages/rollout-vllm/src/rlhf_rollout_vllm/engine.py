@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError
 from rlhf_rollout_vllm.options import VLLMOptions
 
@@ -28,7 +29,7 @@ __all__ = ["VLLM"]
 
 
 @dataclass(frozen=True)
-class VLLM(VLLMOptions):
+class VLLM(VLLMOptions, Rollout):
     """Samples with vLLM in this process, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with

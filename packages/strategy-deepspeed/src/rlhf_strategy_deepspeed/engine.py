@@ -87,7 +87,7 @@ def show(whose: str, config: Json) -> None:
         print(f"deepspeed, {whose}: {json.dumps(config, indent=1)}", file=sys.stderr)
 
 
-def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.device) -> dict[str, Tensor]:
+def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.device) -> dict[str, Tensor]:
     """The module's outputs, through the engine."""
     from rlhf_core.models.inputs.arrange import arrange_inputs
 
@@ -97,7 +97,7 @@ def forward(engine: Any, batch: Batch, wants: frozenset[str], device: torch.devi
     differentiate = torch.is_grad_enabled()
     # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards
     with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
-        outputs: dict[str, Tensor] = engine(arrange_inputs(batch).to(device), wants)
+        outputs: dict[str, Tensor] = engine(arrange_inputs(batch).to(device), names)
     return outputs
 
 

@@ -38,8 +38,8 @@ class FrozenShards(Trainable):
         self.engine = initialize(module, config)
         self.module: nn.Module = self.engine.module
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        return forward(self.engine, batch, wants, self.device)
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
+        return forward(self.engine, batch, names, self.device)
 
     def backward(self, loss: Tensor) -> NoReturn:
         raise AssertionError("a frozen role is not trained")

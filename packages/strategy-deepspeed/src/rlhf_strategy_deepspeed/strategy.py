@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.providers import Strategy
 from rlhf_core.errors import MissingPackage
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
@@ -32,7 +33,7 @@ LOWEST = (0, 19, 8)
 
 
 @dataclass(frozen=True)
-class DeepSpeed(DeepSpeedOptions):
+class DeepSpeed(DeepSpeedOptions, Strategy):
     """DeepSpeed ZeRO: optimiser states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
 
     def check(self) -> None:

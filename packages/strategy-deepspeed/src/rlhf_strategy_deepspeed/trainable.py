@@ -86,8 +86,8 @@ class DeepSpeedTrainable(Trainable):
         self.schedule = Schedule(self.engine.optimizer, optim, total_steps)
         self.module: nn.Module = self.engine.module
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
-        return forward(self.engine, batch, wants, self.device)
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
+        return forward(self.engine, batch, names, self.device)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss.to(self.device) * self.world.size)  # DeepSpeed takes the mean over ranks

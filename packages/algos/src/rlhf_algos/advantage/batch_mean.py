@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import place_scores
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import whiten
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 from rlhf_core.lazy import torch
 
@@ -22,7 +23,7 @@ __all__ = ["BatchMeanAdvantage"]
 
 
 @dataclass(frozen=True)
-class BatchMeanAdvantage:
+class BatchMeanAdvantage(Advantage):
     """Scores minus the mean score of the whole batch, all ranks (OpenRLHF 0.11's `flash_reinforce`).
 
     The cheapest baseline: no critic, no groups, one completion per prompt is enough.

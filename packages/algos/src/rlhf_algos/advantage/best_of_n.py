@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["BestOfNAdvantage"]
 
 
 @dataclass(frozen=True)
-class BestOfNAdvantage:
+class BestOfNAdvantage(Advantage):
     """Selects each prompt's completions of highest reward: what rejection sampling trains on (Touvron et al. 2023).
 
     Their advantage is 1; the others are not trained on. Of equal rewards the first sampled wins.

@@ -10,6 +10,7 @@ from rlhf_algos.groups import require_groups
 from rlhf_algos.importance import group_log_softmax, log_weights, twist_log_weights, weight_metrics
 from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["CTLAdvantage"]
 
 
 @dataclass(frozen=True)
-class CTLAdvantage:
+class CTLAdvantage(Advantage):
     """Contrastive twist learning of a proposal q (Zhao et al. 2024; RePULSe, Zhao et al. 2025, eq. 7).
 
     The loss -sum_t (w - v_t) log psi_t has grad log psi_t = grad log q_t where psi is read off q, so (w - v_t) is a

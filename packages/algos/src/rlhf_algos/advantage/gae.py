@@ -10,6 +10,7 @@ from rlhf_algos.groups import place_scores
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import gae
 from rlhf_algos.whitening import Whiten, whiten
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["GAEAdvantage"]
 
 
 @dataclass(frozen=True)
-class GAEAdvantage:
+class GAEAdvantage(Advantage):
     """Generalised advantage estimation with a critic (Schulman et al. 2016, eq. 16).
 
     Environment tokens are skipped: after a turn's last action comes the critic's value at the next turn's first one.

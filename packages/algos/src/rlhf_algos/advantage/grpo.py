@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_mean, group_std, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ EPS = 1e-9  # equal scores have no deviation; this keeps 0 / 0 at 0 and moves no
 
 
 @dataclass(frozen=True)
-class GRPOAdvantage:
+class GRPOAdvantage(Advantage):
     """Scores relative to the other completions of the prompt (Shao et al. 2024, DeepSeekMath, section 4.1.2).
 
     Every token gets A = (R - mean) / std of its group, std unbiased, plus what per-token rewards still come after it.

@@ -10,6 +10,7 @@ from rlhf_algos.pairs import sequence_logprobs
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -26,7 +27,7 @@ MISMATCHED = "mismatched_N"
 
 
 @dataclass(frozen=True)
-class KTOAdvantage:
+class KTOAdvantage(Advantage):
     """+ for desirable and - for undesirable rows, and the point z they are compared with (Ethayarajh et al. 2024).
 
     Reads the data's label: true or a positive number is desirable; of pairs the chosen one is, and the rejected one is not.

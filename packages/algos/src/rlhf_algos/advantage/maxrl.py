@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_mean, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 from rlhf_core.errors import UsageError
 
@@ -21,7 +22,7 @@ __all__ = ["MaxRLAdvantage"]
 
 
 @dataclass(frozen=True)
-class MaxRLAdvantage:
+class MaxRLAdvantage(Advantage):
     """Scores minus the prompt's mean score, divided by that mean (Tajwar et al. 2026, MaxRL).
 
     With n completions and scores of 0 and 1 this maximises the sum over k < n of pass@k / k instead of pass@1: what log p is

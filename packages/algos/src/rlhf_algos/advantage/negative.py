@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from rlhf_algos.groups import group_sum, require_groups
 from rlhf_algos.importance import group_log_softmax, log_weights, weight_metrics
 from rlhf_algos.target import FLOOR, Target, anneal
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
 
@@ -22,7 +23,7 @@ __all__ = ["NegativeAdvantage"]
 
 
 @dataclass(frozen=True)
-class NegativeAdvantage:
+class NegativeAdvantage(Advantage):
     """Minus alpha times each sample's weight under the target: gradient descent on E_target[log p] (RePULSe, eq. 4).
 
     The weights of a prompt sum to one, so the loss that fits is `weighted_nll`.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_sizes, rank_in_group, require_groups
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric
 from rlhf_core.lazy import torch
 
@@ -21,7 +22,7 @@ __all__ = ["PairsAdvantage"]
 
 
 @dataclass(frozen=True)
-class PairsAdvantage:
+class PairsAdvantage(Advantage):
     """Selects each prompt's best and worst completion as a preference pair (Guo et al. 2024, online DPO).
 
     Advantages are +1 and -1. A prompt whose completions are all equally good gives no pair.

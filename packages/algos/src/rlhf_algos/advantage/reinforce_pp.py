@@ -10,6 +10,7 @@ from rlhf_algos.groups import place_scores
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import Whiten, whiten
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ __all__ = ["ReinforcePPAdvantage"]
 
 
 @dataclass(frozen=True)
-class ReinforcePPAdvantage:
+class ReinforcePPAdvantage(Advantage):
     """Discounted returns, whitened over all tokens of the batch (Hu et al. 2025, REINFORCE++, eq. 3 and 5).
 
     No critic and no groups: the batch is the baseline. One completion per prompt is enough.

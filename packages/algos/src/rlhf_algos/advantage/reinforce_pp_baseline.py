@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import group_mean, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import Whiten, whiten
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["ReinforcePPBaselineAdvantage"]
 
 
 @dataclass(frozen=True)
-class ReinforcePPBaselineAdvantage:
+class ReinforcePPBaselineAdvantage(Advantage):
     """Scores minus their group's mean, whitened over the batch's tokens (Hu et al. 2025, REINFORCE++, section 3.2).
 
     Unlike GRPO's, the scale is that of the whole batch: an easy prompt with one odd sample is not blown up.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.groups import leave_one_out, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["RLOOAdvantage"]
 
 
 @dataclass(frozen=True)
-class RLOOAdvantage:
+class RLOOAdvantage(Advantage):
     """Scores minus the mean score of the prompt's other completions (Kool et al. 2019; Ahmadian et al. 2024, eq. 6).
 
     The baseline does not depend on the completion it serves, so the policy gradient stays unbiased.

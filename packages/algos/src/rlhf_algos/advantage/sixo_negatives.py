@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.groups import group_sizes, require_groups
 from rlhf_algos.twist import Psi, log_psi, psi_needs, to_tokens
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.contract.results import Credit
 
@@ -23,7 +24,7 @@ OWN = f"{TRAINED}.logprobs_NT"
 
 
 @dataclass(frozen=True)
-class SixoNegativesAdvantage:
+class SixoNegativesAdvantage(Advantage):
     """SIXO's exact negatives: samples of the policy, told from the target's by a twist (Lawson et al. 2022).
 
     The gradient of -(1/N) log(1 - sigmoid(log psi_t)) on a prompt's N samples, for the loss `weighted_nll`.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_algos.groups import place_scores, split_rewards
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.returns import discounted_returns
+from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["TeacherAdvantage"]
 
 
 @dataclass(frozen=True)
-class TeacherAdvantage:
+class TeacherAdvantage(Advantage):
     """log teacher - log sampler of every sampled token: descends KL(policy || teacher) (Agarwal et al. 2024; Lu 2025).
 
     The policy samples, so it learns from its own mistakes; the teacher only scores, one forward pass. Both read the same

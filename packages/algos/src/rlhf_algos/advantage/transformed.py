@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.groups import split_rewards
 from rlhf_core.config.provider_spec import make_from_spec
+from rlhf_core.contract.providers import Advantage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ MAX_EXPONENT = 80.0  # exp(80) is 5e34: beyond it float32 overflows
 
 
 @dataclass(frozen=True)
-class TransformedAdvantage:
+class TransformedAdvantage(Advantage):
     """Another advantage, of r - alpha exp(beta r), or of r - alpha 1[r < threshold] (RePULSe, appendix C.3).
 
     With `rloo` this is RePULSe with the policy as its own proposal, in expectation and up to the prompt's constant Z. The KL

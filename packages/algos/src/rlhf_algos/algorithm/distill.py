@@ -10,13 +10,14 @@ from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.sft import SFTLoss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["Distill"]
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Algorithm):
     """A student takes over a teacher's distributions on the data's completions (Hinton et al. 2015): actor <- data : distill.
 
     The completions may be anybody's: those of a data set, or the teacher's own (`rlhf-run generate`, then --data.path). On

@@ -10,6 +10,7 @@ from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.chosen_nll import ChosenNLLLoss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -17,7 +18,7 @@ __all__ = ["DPO"]
 
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(Algorithm):
     """Direct preference optimisation on pairs (Rafailov et al. 2023): actor <- data : dpo, with a reference.
 
     Works with every loss on pairs: --loss robust, hinge, …

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -16,7 +17,7 @@ __all__ = ["KTO"]
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(Algorithm):
     """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): actor <- data : kto.
 
     Data with labels, one completion a row; or pairs, whose chosen completions are desirable and rejected ones not.

@@ -9,13 +9,14 @@ from typing import ClassVar
 from rlhf_algos.compose import ONLINE, chosen_loss, policy_terms
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnPolicyDistill"]
 
 
 @dataclass(frozen=True)
-class OnPolicyDistill:
+class OnPolicyDistill(Algorithm):
     """A teacher scores every token of the student's own samples (Agarwal et al. 2024; Lu 2025): actor <- actor : clip.
 
     Set the teacher with --teacher.model. The reward is reported; --advantage.reward adds it to what is learned. With

@@ -9,13 +9,14 @@ from typing import ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["ORPO"]
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(Algorithm):
     """Supervised fine-tuning and preference in one step (Hong et al. 2024): actor <- data : orpo, no reference."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "orpo"}

@@ -9,13 +9,14 @@ from typing import ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["PRM"]
 
 
 @dataclass(frozen=True)
-class PRM:
+class PRM(Algorithm):
     """A process reward model from solutions whose steps are judged (Lightman et al. 2023): reward <- data : prm."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}

@@ -16,6 +16,7 @@ from rlhf_algos.target import Target
 from rlhf_algos.twist import Psi
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -26,7 +27,7 @@ __all__ = ["RePULSe"]
 
 
 @dataclass(frozen=True)
-class RePULSe:
+class RePULSe(Algorithm):
     """Reduces the probability of rare bad outputs (Zhao et al. 2025): a proposal finds them, the policy unlearns them.
 
     proposal <- proposal : CTL credit; actor <- actor : the chosen advantage and loss (RLOO, REINFORCE); actor <- proposal :

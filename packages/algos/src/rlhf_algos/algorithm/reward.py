@@ -9,13 +9,14 @@ from typing import ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["RewardModeling"]
 
 
 @dataclass(frozen=True)
-class RewardModeling:
+class RewardModeling(Algorithm):
     """A reward model from preference pairs (Ouyang et al. 2022): reward <- data : bradley_terry."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "bradley_terry"}

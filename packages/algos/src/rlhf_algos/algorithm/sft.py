@@ -9,13 +9,14 @@ from typing import ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["SFT"]
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Algorithm):
     """Supervised fine-tuning on demonstrations: actor <- data : sft."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "sft"}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -30,7 +31,7 @@ __all__ = ["BadLogprobs", "BadProbability", "enumerate_bad", "log_bad_probabilit
 
 
 @dataclass(frozen=True)
-class BadProbability:
+class BadProbability(Evaluator):
     """Exact log-probability that the policy's answer to one prompt holds a bad token, for one or two tokens.
 
     Zhao et al. 2025, section 4.2. At temperature 1 and without truncation, whatever the run samples with.

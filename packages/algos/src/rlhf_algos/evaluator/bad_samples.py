@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
@@ -21,7 +22,7 @@ __all__ = ["BadSamples"]
 
 
 @dataclass(frozen=True)
-class BadSamples:
+class BadSamples(Evaluator):
     """Log-probability of saved bad samples, one by one and together for each prompt (RePULSe's negative data).
 
     At the run's --sampling.temperature, as everything that a role says; `bad_probability` is at 1.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.analysis.tables import check_parquet, write_parquet
 from rlhf_core.contract.options import Sampling
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import policy
 
@@ -25,7 +26,7 @@ LOGPROBS = frozenset({"logprobs_NT"})
 
 
 @dataclass(frozen=True)
-class HeldoutTable:
+class HeldoutTable(Evaluator):
     """Sample held-out prompts many times and keep every reward and return: OUTPUT/heldout.parquet, for `rlhf-run frontier`.
 
     Zhao et al. 2025, section 4.3. Columns: pass, uid, k, prompt, completion, tokens, finish, reward, kl, return, logprob.

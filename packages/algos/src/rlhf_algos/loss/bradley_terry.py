@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import pair_metrics, split
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.lazy import torch
 
@@ -17,7 +18,7 @@ __all__ = ["BradleyTerryLoss"]
 
 
 @dataclass(frozen=True)
-class BradleyTerryLoss:
+class BradleyTerryLoss(Loss):
     """Logistic loss on the difference of two scores (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
 
     Per pair:  -log sigmoid(r_chosen - r_rejected - margin) + centre (r_chosen + r_rejected)^2
@@ -30,7 +31,7 @@ class BradleyTerryLoss:
     centre: float = 0.0
     """weight of a pull of the pair's sum to zero (Eisenstein et al. 2023), 0.01 say: scores then have a fixed origin"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"scores_N"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"scores_N"})
     rows_per_unit: ClassVar[int] = 2
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, split
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
@@ -16,10 +17,10 @@ __all__ = ["ChosenNLLLoss"]
 
 
 @dataclass(frozen=True)
-class ChosenNLLLoss:
+class ChosenNLLLoss(Loss):
     """Mean negative log-likelihood per token of each pair's chosen completion (Pang et al. 2024, eq. 1)."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 2
 

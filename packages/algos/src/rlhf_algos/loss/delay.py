@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.terms import Term
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.providers import Loss
     from rlhf_core.contract.results import LossTerms, Outputs
 
 __all__ = ["DelayedLoss", "delay_term"]
 
 
 @dataclass(frozen=True)
-class DelayedLoss:
+class DelayedLoss(Loss):
     """Another loss, times zero until a share of the run has passed; its metrics are reported throughout."""
 
     loss: Loss
@@ -25,21 +25,16 @@ class DelayedLoss:
     """share of the run's steps after which it counts, 0 to 1"""
 
     @property
-    def _term(self) -> Term:
-        """A term with the delayed loss: it knows what a loss that says nothing wants."""
-        return Term("", "", self.loss)
-
-    @property
-    def wants(self) -> frozenset[str]:
-        return self._term.wants
+    def outputs(self) -> frozenset[str]:
+        return self.loss.outputs
 
     @property
     def needs(self) -> frozenset[str]:
-        return self._term.needs
+        return self.loss.needs
 
     @property
     def rows_per_unit(self) -> int:
-        return self._term.unit
+        return self.loss.rows_per_unit
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         result = self.loss(outputs, batch)

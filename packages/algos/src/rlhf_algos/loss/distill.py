@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -21,7 +22,7 @@ NEVER = -1e8  # stands for a log-probability of -inf: its exp is 0, and 0 times 
 
 
 @dataclass(frozen=True)
-class DistillLoss:
+class DistillLoss(Loss):
     """Divergence from a teacher over the whole vocabulary at every token (Hinton et al. 2015; Agarwal et al. 2024, GKD).
 
     With teacher p and student q:  forward KL(p || q);  reverse KL(q || p);  js, with m = beta p + (1 - beta) q,
@@ -47,7 +48,7 @@ class DistillLoss:
             raise UsageError(f"temperature must be above 0, not {self.temperature}")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def outputs(self) -> frozenset[str]:
         return frozenset({f"teacher.{self.divergence}_NT"})
 
     def compare(self, student_mV: Tensor, teacher_mV: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class DistillLoss:
         return square * (self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m))
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        (name,) = self.wants
+        (name,) = self.outputs
         metrics = {"divergence": Metric.over(outputs[name], batch.mask_NT)}
         return LossTerms(outputs[name], Reduction(self.aggregate), metrics)
 

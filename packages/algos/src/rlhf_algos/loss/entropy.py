@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.loss.policy import Aggregate
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ __all__ = ["EntropyLoss"]
 
 
 @dataclass(frozen=True)
-class EntropyLoss:
+class EntropyLoss(Loss):
     """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
 
     aggregate: Aggregate = "token"
@@ -24,7 +25,7 @@ class EntropyLoss:
     length: int = 0
     """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"entropy_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"entropy_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 1
 

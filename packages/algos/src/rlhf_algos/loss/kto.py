@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
 
@@ -20,7 +21,7 @@ __all__ = ["KTOLoss"]
 
 
 @dataclass(frozen=True)
-class KTOLoss:
+class KTOLoss(Loss):
     """The human value of a completion, relative to a reference point (Ethayarajh et al. 2024, eq. 8).
 
     Per completion, with h = log(pi / ref) and the weight w and reference point z of --advantage kto:
@@ -30,7 +31,7 @@ class KTOLoss:
     beta: float = 0.1
     """strength of the pull to the reference, and aversion to risk; larger stays nearer"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT", "advantages_NT", "returns_NT"})
     rows_per_unit: ClassVar[int] = 1
 

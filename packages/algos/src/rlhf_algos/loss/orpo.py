@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
 
@@ -22,7 +23,7 @@ NEAREST_TO_ONE = -1e-6  # the odds of a certain completion are infinite; float32
 
 
 @dataclass(frozen=True)
-class ORPOLoss:
+class ORPOLoss(Loss):
     """Likelihood of the chosen completion and odds ratio of the pair; no reference (Hong et al. 2024, eq. 6-7).
 
     Per pair, with p the geometric mean of token probabilities and odds = p / (1 - p):
@@ -32,7 +33,7 @@ class ORPOLoss:
     lam: float = 0.1
     """lambda: weight of the odds ratio"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 2
 

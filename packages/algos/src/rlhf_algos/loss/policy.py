@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.correction import Correction
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Aggregate = Literal["token", "sequence", "constant", "sum"]
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyLoss(Loss):
     """The options of every policy objective."""
 
     aggregate: Aggregate = "token"
@@ -34,7 +35,7 @@ class PolicyLoss:
     correction: Correction = Correction()
     """importance weights for a sampler that differs from the policy"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     reads: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT", "advantages_NT"})
     """what the objective needs, whatever its options"""
     rows_per_unit: ClassVar[int] = 1

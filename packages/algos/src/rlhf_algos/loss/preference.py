@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import log_ratios, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ __all__ = ["PreferenceLoss"]
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
+class PreferenceLoss(Loss):
     """A function of h = log(pi / ref)(chosen) - log(pi / ref)(rejected), sums over tokens."""
 
     beta: float = 0.1
     """strength of the pull to the reference; larger stays nearer"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})
     rows_per_unit: ClassVar[int] = 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -22,7 +23,7 @@ GOOD, BAD = "+", "-"
 
 
 @dataclass(frozen=True)
-class PRMLoss:
+class PRMLoss(Loss):
     """Cross-entropy of a step's predicted and given probability of being right (Lightman et al. 2023; Wang et al. 2024).
 
     A step ends at a placeholder token; the model reads all before it and gives one logit. Row labels are lists, one
@@ -32,7 +33,7 @@ class PRMLoss:
     placeholder: int
     """token id that ends each step"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"values_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ __all__ = ["SFTLoss"]
 
 
 @dataclass(frozen=True)
-class SFTLoss:
+class SFTLoss(Loss):
     """Negative log-likelihood of the completions; the prompt is not learned."""
 
     aggregate: Literal["token", "sequence"] = "token"
     """mean over all tokens of the step, or over completions of their token means"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 1
 

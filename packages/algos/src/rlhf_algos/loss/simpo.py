@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.lazy import torch
 
@@ -18,7 +19,7 @@ __all__ = ["SimPOLoss"]
 
 
 @dataclass(frozen=True)
-class SimPOLoss:
+class SimPOLoss(Loss):
     """Logistic loss on mean log-probabilities, beyond a margin; no reference (Meng et al. 2024, eq. 6).
 
     Per pair:  -log sigmoid(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)
@@ -29,7 +30,7 @@ class SimPOLoss:
     gamma: float = 1.0
     """wanted margin; the paper uses 0.3 to 0.5 times beta on instruction-tuned models"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()
     rows_per_unit: ClassVar[int] = 2
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
 
@@ -17,7 +18,7 @@ __all__ = ["ValueLoss"]
 
 
 @dataclass(frozen=True)
-class ValueLoss:
+class ValueLoss(Loss):
     """Squared error of the critic against returns, clipped around its old prediction (Schulman et al. 2017, baselines).
 
     Per token:  max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2) / 2
@@ -28,7 +29,7 @@ class ValueLoss:
     aggregate: Literal["token", "sequence"] = "token"
     """mean over tokens, or over completions of their token means"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"values_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"returns_NT", "values_NT"})
     rows_per_unit: ClassVar[int] = 1
 

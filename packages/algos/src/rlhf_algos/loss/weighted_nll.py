@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["WeightedNLLLoss"]
 
 
 @dataclass(frozen=True)
-class WeightedNLLLoss:
+class WeightedNLLLoss(Loss):
     """Minus credit times log-likelihood, for self-normalised weights (RePULSe's CTL and negative term)."""
 
     scale: Literal["prompt", "sequence"] = "prompt"
@@ -29,7 +30,7 @@ class WeightedNLLLoss:
     rows_per_unit: ClassVar[int] = 1
 
     @property
-    def wants(self) -> frozenset[str]:
+    def outputs(self) -> frozenset[str]:
         """The one output."""
         return frozenset({self.output})
 

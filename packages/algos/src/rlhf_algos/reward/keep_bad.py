@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import UsageError
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.reward.weighted import Sum
@@ -26,7 +27,7 @@ __all__ = ["KeepBad"]
 
 
 @dataclass(frozen=True)
-class KeepBad:
+class KeepBad(Reward):
     """Another reward, unchanged; samples that it scores below a threshold are kept in a JSONL file."""
 
     of: str

@@ -55,11 +55,11 @@ _DATA = '''\
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf_core import Example, hookimpl
+from rlhf_core import Data, Example, hookimpl
 
 
 @dataclass(frozen=True)
-class $cls:
+class $cls(Data):
     """Sums of small numbers, with their answers."""
 
     rows: int = 100
@@ -79,11 +79,11 @@ def rlhf_data() -> dict[str, type]:
 _REWARD = '''\
 from dataclasses import dataclass
 
-from rlhf_core import Rollouts, hookimpl
+from rlhf_core import Reward, Rollouts, hookimpl
 
 
 @dataclass(frozen=True)
-class $cls:
+class $cls(Reward):
     """1 for an empty answer, 0 from `limit` characters on."""
 
     limit: int = 400
@@ -103,22 +103,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from rlhf_core import RewardOutput, Rollouts, hookimpl
+from rlhf_core import Advantage, RewardOutput, Rollouts, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class $cls:
+class $cls(Advantage):
     """The reward minus a fixed baseline, on every sampled token."""
 
     baseline: float = 0.0
     """what is subtracted from each reward"""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
         return (rewards.rewards_N - self.baseline)[:, None] * rollouts.mask_NT
@@ -135,19 +133,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rlhf_core import Batch, LossTerms, Outputs, Reduction, hookimpl
+from rlhf_core import Batch, Loss, LossTerms, Outputs, Reduction, hookimpl
 
 
 @dataclass(frozen=True)
-class $cls:
+class $cls(Loss):
     """Advantage times negative log-likelihood (Williams 1992), averaged over tokens."""
 
     scale: float = 1.0
     """multiplies the loss"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
-    rows_per_unit: ClassVar[int] = 1
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         return LossTerms(-self.scale * batch["advantages_NT"] * outputs["logprobs_NT"], Reduction("token"))
@@ -164,11 +160,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rlhf_core import Run, hookimpl
+from rlhf_core import Evaluator, Run, hookimpl
 
 
 @dataclass(frozen=True)
-class $cls:
+class $cls(Evaluator):
     """The length of the policy's parameter vector: how far it moves while it is trained."""
 
     digits: int = 6

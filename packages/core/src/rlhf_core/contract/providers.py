@@ -1,21 +1,28 @@
-"""What a provider of each kind is called with, and what roles and trainables can do: the contract as types.
+"""The base class of each kind of provider: how it is called, and every capability that core reads, with its default.
 
-Providers are frozen dataclasses: fields are options, calling does the work. Any of them may have `check()`, called once
-before a run starts anything heavy, which raises `UsageError` for what is missing. Shape letters are those of
-`rlhf_core.contract.batch`, which also exports every name here. Nothing is imported but for typing.
+A provider is a frozen dataclass that subclasses its kind's base: fields are its options, and calling it does the work.
+
+    @dataclass(frozen=True)
+    class Brevity(Reward):
+        limit: int = 40
+        def __call__(self, rollouts): ...
+
+Each property here is a capability. A provider declares another value by a class attribute, such as `min_samples = 2`, a
+property, or where it is an option of users, a field. Shape letters are those of `rlhf_core.contract.batch`. Nothing is
+imported but for typing, and no base has fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
     from rlhf_core.contract.optimizers import OptimizerProvider
-    from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.options import KL, ModelOptions, Sampling
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, Trainable
@@ -23,128 +30,301 @@ if TYPE_CHECKING:
     from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = [
+    "BASES",
     "Advantage",
     "Algorithm",
+    "Capability",
     "Data",
     "Evaluator",
     "Launcher",
     "Loss",
+    "Observer",
+    "Provider",
     "Reward",
     "Rollout",
     "Strategy",
 ]
 
-
-class Data(Protocol):
-    """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
-
-    def __call__(self, split: str) -> Iterable[Example]:
-        """The rows of a split (`train`, or `heldout` for evaluation). Raises `DataError` naming file and row."""
-        ...
+Base = TypeVar("Base")
 
 
-@runtime_checkable
-class Rollout(Protocol):
-    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`.
+class Capability:
+    """A default of a base class, which a subclass replaces by a class attribute, a property or a field.
 
-    An engine whose log-probabilities are the trainer's own (the same weights and the same arithmetic) may say so with a class
-    attribute `exact = True`; where the role computes in float32 they then serve as old log-probabilities, and no forward pass
-    computes those.
+    Unlike a property it leaves instances free to hold a field of its name, and a field without a default stays required.
     """
 
+    def __init__(self, default: Callable[[Any], Any]) -> None:
+        self.default = default
+        self.__doc__ = default.__doc__
+
+    def __get__(self, provider: object, owner: type) -> Any:
+        if provider is None:  # `dataclass` looks there for the default of a field
+            raise AttributeError(f"{owner.__name__} declares this per instance")
+        return self.default(provider)
+
+
+def _replaceable(base: type[Base]) -> type[Base]:
+    """Turn the properties of `base` into capabilities; type checkers keep seeing properties."""
+    for name, value in list(vars(base).items()):
+        if isinstance(value, property):
+            assert value.fget is not None
+            setattr(base, name, Capability(value.fget))
+    return base
+
+
+class Provider:
+    """What providers of all kinds have in common."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what is missing (a package, a key, a file). Called once, before anything heavy starts."""
+
+
+@_replaceable
+class Data(Provider):
+    """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
+
+    @property
+    def shuffle_buffer(self) -> int:
+        """Rows of a stream that are held and drawn from by chance; 0 reads it in order."""
+        return 0
+
+    def __call__(self, split: str) -> Iterable[Example]:
+        """Return the rows of a split (`train`, or `heldout` for evaluation). Raises `DataError` naming file and row."""
+        raise NotImplementedError
+
+
+@_replaceable
+class Rollout(Provider):
+    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`."""
+
+    @property
+    def exact(self) -> bool:
+        """True if sampler log-probabilities are the trainer's own: the same weights and the same arithmetic.
+
+        Where the role computes in float32 they then serve as old log-probabilities, and no forward pass computes those.
+        """
+        return False
+
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """`sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
-        ...
+        """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
+        raise NotImplementedError
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Take the role's present weights (`role.weights()`). Called after every update; returns metrics."""
-        ...
+        return {}
 
     def sleep(self) -> None:
         """Give device memory back until `wake`."""
-        ...
 
     def wake(self) -> None:
         """Be ready to sample again."""
-        ...
 
     def close(self) -> None:
         """Free everything."""
-        ...
 
 
-class Reward(Protocol):
-    """Scores completions. May have `close()`."""
+@_replaceable
+class Reward(Provider):
+    """Scores completions."""
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]: ...
+    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]:
+        """Return one number per completion (N,), or a `RewardOutput`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what is open: processes, connections, models. Called when the run ends."""
 
 
-class Advantage(Protocol):
+@_replaceable
+class Advantage(Provider):
     """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
 
-    It may have two attributes: `needs` names the extras it reads (see `contract.requirements`; `extras` holds them), and
-    `raw_rewards = True` spares it a KL penalty in the reward. `rollouts.world` sums statistics over ranks.
-
-    It may have a method `prepare(batch) -> Batch`: on rows of data, before anything is computed about them, it adds rows of its
-    own, which `Credit.rows` leaves out again.
+    `rollouts.world` sums statistics over ranks.
     """
 
-    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor: ...
+    @property
+    def needs(self) -> frozenset[str]:
+        """Extras that it reads, such as `values_NT`; see `rlhf_core.contract.requirements`."""
+        return frozenset()
+
+    @property
+    def min_samples(self) -> int:
+        """Completions per prompt that it compares at least."""
+        return 1
+
+    @property
+    def raw_rewards(self) -> bool:
+        """True if the KL penalty is never subtracted from its rewards."""
+        return False
+
+    @property
+    def selects(self) -> str:
+        """Rows that its `Credit.rows` leaves: `pairs` (chosen, rejected), `rows` (some of them), or empty for all."""
+        return ""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Add rows of its own to rows of data, before anything is computed about them; `Credit.rows` leaves them out again."""
+        return batch
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor:
+        """Return the credit of each token, (N, T)."""
+        raise NotImplementedError
 
 
-class Loss(Protocol):
+@_replaceable
+class Loss(Provider):
     """An objective. Pure; differentiable only in `outputs`.
 
-    It may have three attributes: `wants` names the outputs of the trained role it differentiates (`{"logprobs_NT"}` where
-    absent), `needs` the extras it reads from the batch (none), and `rows_per_unit` adjacent rows (2 for pairs: chosen,
-    rejected; else 1) are never split over micro-batches.
-
-    A wanted output `"<role>.<name>_NT"` is a function of both roles' whole next-token distributions at every token: the loss's
-    method `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
+    An output `"<role>.<name>_NT"` is a function of both roles' whole next-token distributions at every token: the method
+    `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
     """
 
-    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms: ...
+    @property
+    def outputs(self) -> frozenset[str]:
+        """Outputs of the trained role that it differentiates."""
+        return frozenset({"logprobs_NT"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Extras that it reads from the batch, such as `old_logprobs_NT`."""
+        return frozenset()
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Adjacent rows that are never split over micro-batches: 2 for pairs (chosen, rejected)."""
+        return 1
+
+    @property
+    def aggregate(self) -> str | None:
+        """How its values are averaged, where that is an option of it (`Reduction.per`)."""
+        return None
+
+    @property
+    def length(self) -> int | None:
+        """Tokens that `aggregate constant` divides by, where that is an option of it; 0 is the longest possible completion."""
+        return None
+
+    def compare(self, logits: Tensor, other_logits: Tensor) -> Tensor:
+        """Return one number per token (m,) of two roles' logits (m, V); for outputs `"<role>.<name>_NT"` only."""
+        raise NotImplementedError
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
+        """Return the values of the objective and the reduction they ask for."""
+        raise NotImplementedError
 
 
-class Algorithm(Protocol):
-    """Composes terms.
+@_replaceable
+class Algorithm(Provider):
+    """Composes terms. A role exists in a run only if a term trains it, a source samples it, or something needs its output."""
 
-    `defaults` names the providers it uses unless the user chooses others, by kind: exactly these kinds have flags.
-    `roles` gives the roles' default options: exactly these roles have flags. A role exists in a run only if a term
-    trains it, a source samples it, or something needs its output.
-    """
+    defaults: ClassVar[Mapping[str, str]] = {}
+    """names of the providers that it uses unless the user chooses others, by kind: exactly these kinds have flags"""
+    roles: ClassVar[Mapping[str, ModelOptions]] = {}
+    """default options of its roles: exactly these roles have flags"""
+    config_defaults: ClassVar[Mapping[str, Any]] = {}
+    """core's own options (fields of `RunConfig`) that have another default under this algorithm"""
 
-    defaults: ClassVar[Mapping[str, str]]
-    roles: ClassVar[Mapping[str, Any]]
+    @property
+    def kl(self) -> KL | None:
+        """The penalty that keeps the policy near the reference."""
+        return None
+
+    @property
+    def shaping(self) -> Any:
+        """A `RewardShaping`: scale and penalties of rewards."""
+        return None
+
+    @property
+    def dynamic(self) -> Any:
+        """A `DynamicSampling`: which prompts are trained on."""
+        return None
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """Roles that are sampled though no term trains on their samples."""
+        return ()
+
+    @property
+    def cache(self) -> str:
+        """Folder where the outputs of frozen roles on rows of data are kept for later runs; empty keeps none."""
+        return ""
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
-        """The terms. Raises `UsageError` for a combination that cannot work."""
-        ...
+        """Return the terms. Raises `UsageError` for a combination that cannot work."""
+        raise NotImplementedError
 
 
-class Strategy(Protocol):
-    """Turns a role's module (and optimiser options, None for a frozen role) into a `Trainable`.
+@_replaceable
+class Strategy(Provider):
+    """Turns a role's module (and optimizer options, None for a frozen role) into a `Trainable`.
 
     `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
-    start, say) or not at all.
+    start, for example) or not at all.
     """
 
-    def __call__(
-        self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
-    ) -> Trainable: ...
+    def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
+        """Return the model under this strategy."""
+        raise NotImplementedError
 
 
-class Launcher(Protocol):
+@_replaceable
+class Launcher(Provider):
     """Places the roles of a plan."""
 
-    def __call__(self, plan: Plan) -> Placement: ...
+    @property
+    def one_process(self) -> bool:
+        """True if all roles are in the process of the loop, so that one may read another's logits."""
+        return False
+
+    def __call__(self, plan: Plan) -> Placement:
+        """Return the placed roles and the rollout engine."""
+        raise NotImplementedError
 
 
-class Evaluator(Protocol):
-    """Measures a policy. Metric names are logged as `eval/<name>`.
+@_replaceable
+class Evaluator(Provider):
+    """Measures a policy. Metric names are logged as `eval/<name>`."""
 
-    It may have three attributes: `needs` (outputs of roles that it asks for, as in an advantage), `opponents` (roles that it
-    samples), and `samples = False` if it samples nothing.
-    """
+    @property
+    def needs(self) -> frozenset[str]:
+        """Outputs of roles that it asks for, such as `ref_logprobs_NT`."""
+        return frozenset()
 
-    def __call__(self, run: RunView) -> Mapping[str, float]: ...
+    @property
+    def opponents(self) -> frozenset[str]:
+        """Roles that it samples besides the policy."""
+        return frozenset()
+
+    @property
+    def samples(self) -> bool:
+        """False if it samples nothing."""
+        return True
+
+    def __call__(self, run: RunView) -> Mapping[str, float]:
+        """Return metrics by name."""
+        raise NotImplementedError
+
+
+@_replaceable
+class Observer(Provider):
+    """Watches a run that asks for it by name: trackers, alarms."""
+
+    def __call__(self, run: RunView) -> object:
+        """Return an object with observer hooks, methods marked `@hookimpl`. Called when the roles are placed."""
+        raise NotImplementedError
+
+
+BASES: Mapping[str, type[Provider]] = {
+    "data": Data,
+    "rollout": Rollout,
+    "reward": Reward,
+    "advantage": Advantage,
+    "loss": Loss,
+    "algorithm": Algorithm,
+    "strategy": Strategy,
+    "launcher": Launcher,
+    "evaluator": Evaluator,
+    "observer": Observer,
+}
+"""The base class that a provider of each kind subclasses."""

@@ -44,7 +44,7 @@ class Trainable(Protocol):
         """
         return parameter.detach()
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
         ...
 
@@ -111,7 +111,7 @@ class Role(Protocol):
     spec: RoleSpec
     version: int
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows: eval mode, no gradient, on the CPU.
 
         `source` is said if the role is about to be trained on this very batch, which came from there: one that can keep

@@ -32,24 +32,24 @@ class Term:
     """takes part in the steps that are multiples of this; in others nothing is sampled or trained because of it"""
 
     @property
-    def wants(self) -> frozenset[str]:
-        """Outputs of the trained role that the loss differentiates: log-probabilities unless it says otherwise."""
-        return frozenset(getattr(self.loss, "wants", ("logprobs_NT",)))
+    def outputs(self) -> frozenset[str]:
+        """Outputs of the trained role that the loss differentiates."""
+        return self.loss.outputs
 
     @property
     def partners(self) -> frozenset[str]:
-        """Roles whose whole distributions the loss compares with: those of wanted `<role>.<output>`s."""
-        return frozenset(name.partition(".")[0] for name in self.wants if "." in name)
+        """Roles whose whole distributions the loss compares with: those of outputs `<role>.<output>`."""
+        return frozenset(name.partition(".")[0] for name in self.outputs if "." in name)
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extras that the loss reads: none unless it says otherwise."""
-        return frozenset(getattr(self.loss, "needs", ()))
+        """Extras that the loss reads."""
+        return self.loss.needs
 
     @property
     def unit(self) -> int:
-        """Adjacent rows that the loss reads together: one unless it says otherwise."""
-        return int(getattr(self.loss, "rows_per_unit", 1))
+        """Adjacent rows that the loss reads together."""
+        return self.loss.rows_per_unit
 
 
 @dataclass(frozen=True)

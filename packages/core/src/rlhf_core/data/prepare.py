@@ -15,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.options import FREE
+from rlhf_core.contract.providers import Data
 from rlhf_core.data.cache import RowCache
 from rlhf_core.data.render import Encoding
 from rlhf_core.errors import DataError, UsageError
@@ -34,7 +35,7 @@ TARGET = "rlhf_core.data.prepare:_in_worker"
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preparation(Data):
     """How a reader's rows become tokens, for readers to inherit from."""
 
     _: KW_ONLY

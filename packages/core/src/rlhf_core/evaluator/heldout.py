@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import mean_and_error
@@ -19,7 +20,7 @@ __all__ = ["Heldout"]
 
 
 @dataclass(frozen=True)
-class Heldout:
+class Heldout(Evaluator):
     """Mean reward, KL-free, on held-out prompts, with the standard error over prompts."""
 
     prompts: int = 64

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import by_datasource, sample_heldout
 
@@ -16,7 +17,7 @@ __all__ = ["PassAtK", "pass_at_k"]
 
 
 @dataclass(frozen=True)
-class PassAtK:
+class PassAtK(Evaluator):
     """pass@1 and pass@k on held-out prompts from the reward's scores (Chen et al. 2021, unbiased), by data source."""
 
     k: int = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.evaluator.heldout_samples import mean_and_error, policy, sample_heldout
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
@@ -16,7 +17,7 @@ __all__ = ["PolicyStats"]
 
 
 @dataclass(frozen=True)
-class PolicyStats:
+class PolicyStats(Evaluator):
     """KL to the reference, response lengths and the share cut at the limit, on held-out prompts."""
 
     prompts: int = 64
@@ -33,9 +34,9 @@ class PolicyStats:
         The KL is of the distributions at the sampling temperature, before any truncation.
         """
         rollouts = sample_heldout(run, "policy_stats", self.prompts, self.n)
-        wants = frozenset({"logprobs_NT"})
-        now_NT = run.roles[policy(run, "policy_stats")].infer(rollouts, wants)["logprobs_NT"]
-        ref_NT = run.roles["reference"].infer(rollouts, wants)["logprobs_NT"]
+        names = frozenset({"logprobs_NT"})
+        now_NT = run.roles[policy(run, "policy_stats")].infer(rollouts, names)["logprobs_NT"]
+        ref_NT = run.roles["reference"].infer(rollouts, names)["logprobs_NT"]
         k1_NT, k3_NT = (kl_values(now_NT, ref_NT, rollouts.mask_NT, estimator) for estimator in ("k1", "k3"))
         mine = (k1_NT.sum(1).tolist(), rollouts.lengths_N.tolist(), [float(f == "length") for f in rollouts.finish])
         kl, lengths, truncated = ([x for part in parts for x in part] for parts in zip(*run.world.gather(mine)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error
@@ -25,7 +26,7 @@ NEEDS = {
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Evaluator):
     """Pair accuracy on held-out preferences: of a reward model's scores, or of DPO's implicit rewards."""
 
     by: Literal["scores", "implicit", "likelihood"] = "implicit"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error, policy
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ OPPONENT = "reference"
 
 
 @dataclass(frozen=True)
-class WinRate:
+class WinRate(Evaluator):
     """How often the policy's answers get a higher reward than the reference model's, on held-out prompts.
 
     Both answer with their own template and tokenizer, so the two may be of different families.

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -16,7 +17,7 @@ __all__ = ["Local"]
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Launcher):
     """All roles in one process; under torchrun or deepspeed, one rank of each in every process."""
 
     one_process: ClassVar[bool] = True

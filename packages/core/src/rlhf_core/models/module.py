@@ -90,44 +90,44 @@ class RoleModule(nn.Module):
         """The head called `name`: the module's own, or else the classifier's."""
         return self.heads[name] if name in self.heads else self.model.score  # noqa: SIM401  a ModuleDict has no `get`
 
-    def forward(self, inputs: Inputs, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, names: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs, float32, zero outside the completions."""
-        states, states_M, last_N, balance = self._states(inputs, wants)
+        states, states_M, last_N, balance = self._states(inputs, names)
         outputs: dict[str, Tensor] = {}
         if balance is not None:
             outputs[ROUTER_LOSS] = balance
-        if wants & LANGUAGE or "values_NT" in wants:
+        if names & LANGUAGE or "values_NT" in names:
             states_MH = states.index_select(0, states_M)
-        if "logits_NT" in wants:
+        if "logits_NT" in names:
             head = self.causal_lm.get_output_embeddings()
             outputs["logits_NT"] = _scatter_tokens(head(states_MH, inputs.targets_M, scaled=True), inputs)
-        if wants & {"logprobs_NT", "entropy_NT"}:
+        if names & {"logprobs_NT", "entropy_NT"}:
             head = self.causal_lm.get_output_embeddings()
-            logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in wants)
+            logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in names)
             outputs["logprobs_NT"] = _scatter_tokens(logprobs_M, inputs)
             if entropy_M is not None:
                 outputs["entropy_NT"] = _scatter_tokens(entropy_M, inputs)
-        if "values_NT" in wants:
+        if "values_NT" in names:
             outputs["values_NT"] = _scatter_tokens(self.scalar_head("value")(states_MH).squeeze(1), inputs)
-        if "scores_N" in wants:
+        if "scores_N" in names:
             outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, last_N)).squeeze(1)
-        for name in wants & self.comparisons.keys():
+        for name in names & self.comparisons.keys():
             head = self.causal_lm.get_output_embeddings()
             values_M = self.comparisons[name](head, states.index_select(0, states_M), inputs)
             outputs[name] = _scatter_tokens(values_M, inputs)
-        return {name: outputs[name] for name in wants}
+        return {name: outputs[name] for name in names}
 
     def states_of(self, inputs: Inputs) -> Tensor:
         """The states that predict completion tokens (M, H)."""
         states, states_M, *_ = self._states(inputs, LANGUAGE)
         return states.index_select(0, states_M)
 
-    def _states(self, inputs: Inputs, wants: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _states(self, inputs: Inputs, names: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What `_read` gives; each row is read once where only heads are trained."""
-        body, routed = self.model.base_model, ROUTER_LOSS in wants
+        body, routed = self.model.base_model, ROUTER_LOSS in names
         if routed or inputs.images or self.sharded or not trains_only_heads(self, body):
             return self._read(inputs, routed)
-        return *self._features(inputs, wants != {"scores_N"}, body.parameters(), self._read), None
+        return *self._features(inputs, names != {"scores_N"}, body.parameters(), self._read), None
 
     def _read(self, inputs: Inputs, routed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,);

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.contract.providers import Observer
 from rlhf_core.errors import UsageError
 from rlhf_core.util.jsonl import append_line, cut_lines
 
@@ -24,7 +25,7 @@ METRICS = {"kl": "kl/mean", "length": "completion/length", "entropy": "completio
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alarm(Observer):
     """Warns, or stops the run, when a metric has left its band for some steps; see OUTPUT/alarms.jsonl."""
 
     kl: Band | None = (-0.05, 0.5)

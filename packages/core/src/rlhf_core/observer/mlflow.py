@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Observer
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TAG = "rlhf.run"
 
 
 @dataclass(frozen=True)
-class MLflow:
+class MLflow(Observer):
     """A run of MLflow: every metric, and the options as parameters. In OUTPUT/mlflow.db, or where MLFLOW_TRACKING_URI says."""
 
     experiment: str = "rlhf"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Observer
 from rlhf_core.observer.tracker import Tracker, needs_package
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["TensorBoard"]
 
 
 @dataclass(frozen=True)
-class TensorBoard:
+class TensorBoard(Observer):
     """Event files of TensorBoard, in OUTPUT/tensorboard: every metric, and samples as text."""
 
     samples_every: int = 10

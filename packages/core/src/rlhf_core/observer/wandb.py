@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.providers import Observer
 from rlhf_core.errors import UsageError
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
@@ -34,7 +35,7 @@ COLLECTS_NOTHING = {
 
 
 @dataclass(frozen=True)
-class Wandb:
+class Wandb(Observer):
     """A run of Weights & Biases: every metric, the options, and a table of samples. The key: `wandb login`."""
 
     project: str = "rlhf"

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.contract.providers import BASES
 from rlhf_core.errors import PluginError, UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -32,9 +33,19 @@ def check_provided(kind: str, name: object, target: object) -> None:
 
 
 def check_class(kind: str, who: str, target: Any) -> type:
-    """`target`, if it is the frozen dataclass that a provider has to be."""
+    """Return `target` if it is what a provider of `kind` has to be.
+
+    Raises:
+        UsageError: it is no frozen dataclass, or does not subclass the base of its kind.
+    """
     if not (isinstance(target, type) and is_dataclass(target) and target.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UsageError(f"{kind} {who} is not a frozen dataclass; write @dataclass(frozen=True) above the class")
+    base = BASES.get(kind)
+    if base is not None and not issubclass(target, base):
+        raise UsageError(
+            f"{kind} {who} does not subclass {base.__name__}; write class {target.__name__}({base.__name__}): "
+            f"(from rlhf_core import {base.__name__})"
+        )
     return target
 
 

@@ -268,7 +268,7 @@ class Registry:
             raise NameConflict(conflict_text(entries))
         (entry,) = entries
         if not isinstance(entry.target, str):
-            return entry.target
+            return targets.check_class(kind, f"{name!r} of {entry.plugin}", entry.target)
         return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
 
     def _find(self, kind: str, name: str) -> list[RegisteredProvider]:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
@@ -30,7 +31,7 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Reward):
     """Unit tests of the Python program in the completion; the label holds the tests: 1 if all pass, else 0."""
 
     partial: bool = False

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.reward.output import require_labels
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["ExactMatch"]
 
 
 @dataclass(frozen=True)
-class ExactMatch:
+class ExactMatch(Reward):
     """1 if the completion is the label (one of them, if it is a list), else 0; blanks around both do not count."""
 
     ignore_case: bool = True

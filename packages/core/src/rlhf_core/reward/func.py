@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -35,7 +36,7 @@ TARGET = "rlhf_core.reward.calls:call"
 
 
 @dataclass(frozen=True)
-class Func:
+class Func(Reward):
     """A Python function: of a file, reward_func(queries, prompts, labels), or module:name."""
 
     path: str

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.chats import format_dialogue
 from rlhf_core.data.images import has_images
@@ -40,7 +41,7 @@ INSTRUCTION = (
 
 
 @dataclass(frozen=True)
-class Judge:
+class Judge(Reward):
     """A language model that grades completions, at an OpenAI-compatible endpoint; 0 is its lowest grade, 1 its highest."""
 
     url: tuple[str, ...]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from rlhf_core.contract.providers import Reward
+
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
 
@@ -13,7 +15,7 @@ __all__ = ["Length"]
 
 
 @dataclass(frozen=True)
-class Length:
+class Length(Reward):
     """Nearness to a wanted length: 0 at the target, falling by 1 for each target's length away."""
 
     target: int = 32

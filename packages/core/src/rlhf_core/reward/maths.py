@@ -10,6 +10,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, MissingPackage
 from rlhf_core.lazy import torch
@@ -29,7 +30,7 @@ Where = Literal["any", "boxed", "marked"]
 
 
 @dataclass(frozen=True)
-class Maths:
+class Maths(Reward):
     """1 if the completion's final answer equals the label's (after "####", boxed, or a bare expression), else 0."""
 
     where: Where = "any"

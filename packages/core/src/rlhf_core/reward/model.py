@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.options import ModelOptions
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.errors import ContractError
@@ -29,7 +30,7 @@ __all__ = ["RewardModel"]
 
 
 @dataclass(frozen=True)
-class RewardModel:
+class RewardModel(Reward):
     """A trained reward model: hub name or folder of a sequence classifier with one score."""
 
     model: str

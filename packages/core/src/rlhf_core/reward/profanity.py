@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import MissingPackage
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["Profanity"]
 
 
 @dataclass(frozen=True)
-class Profanity:
+class Profanity(Reward):
     """Minus the probability that the completion is offensive, from -1 to 0, by alt-profanity-check."""
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.reasoning import ENTRY, library
 from rlhf_core.errors import UsageError
@@ -18,7 +19,7 @@ __all__ = ["ReasoningReward"]
 
 
 @dataclass(frozen=True)
-class ReasoningReward:
+class ReasoningReward(Reward):
     """What reasoning-gym's verifier gives the answer, 0 to 1; for --data reasoning."""
 
     extract: str = r"<answer>(.*?)</answer>"

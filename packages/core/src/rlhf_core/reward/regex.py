@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["Regex"]
 
 
 @dataclass(frozen=True)
-class Regex:
+class Regex(Reward):
     """1 if the completion matches a regular expression, else 0."""
 
     pattern: str

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -28,7 +29,7 @@ OPTION = "--reward.url"
 
 
 @dataclass(frozen=True)
-class Remote:
+class Remote(Reward):
     """A reward server over HTTP, or several replicas of it; speaks OpenRLHF's format."""
 
     url: tuple[str, ...]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import MissingPackage
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["Sentiment"]
 
 
 @dataclass(frozen=True)
-class Sentiment:
+class Sentiment(Reward):
     """VADER's compound sentiment of the completion, from -1 (most negative) to 1 (most positive)."""
 
     def check(self) -> None:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from rlhf_core.contract.providers import Reward
+
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
 
@@ -16,7 +18,7 @@ FENCE = re.compile(r"\s*```(?:json)?[ \t]*\n(.*)```\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class ValidJson:
+class ValidJson(Reward):
     """1 if the completion is valid JSON, else 0."""
 
     keys: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_core.config.provider_spec import make_from_spec
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.reward.output import to_reward_output
@@ -25,7 +26,7 @@ __all__ = ["Sum"]
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Reward):
     """Several rewards, weighted and added up; each is logged under its name, numbered where one comes twice."""
 
     parts: tuple[str, ...]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import ContractError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class _EngineState:
 
 
 @dataclass(frozen=True)
-class FakeRollout:
+class FakeRollout(Rollout):
     """No model: completions that follow from their seeds, stated times.
 
     Completion `k` of a prompt has `1 + s mod max_new_tokens` tokens, where `s = sampling.seed_for(uid, k)`: letters of the

@@ -12,6 +12,7 @@ from functools import partial
 from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -24,7 +25,7 @@ __all__ = ["HuggingFaceRollout"]
 
 
 @dataclass(frozen=True)
-class HuggingFaceRollout:
+class HuggingFaceRollout(Rollout):
     """Batched sampling from the role's own weights, in process.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with

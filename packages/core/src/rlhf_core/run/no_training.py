@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.options import RunConfig
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -20,7 +21,7 @@ __all__ = ["NoTraining", "open_untrained"]
 
 
 @dataclass(frozen=True)
-class NoTraining:
+class NoTraining(Algorithm):
     """An algorithm without terms: roles that are sampled or asked, and never trained."""
 
     samples: tuple[str, ...] = ("actor",)

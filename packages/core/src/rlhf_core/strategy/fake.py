@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.lazy import torch
 
@@ -28,7 +29,7 @@ __all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
 
 
 @dataclass(frozen=True)
-class FakeStrategy:
+class FakeStrategy(Strategy):
     """No model: one number is trained, outputs follow from it, stated times."""
 
     forward_seconds: float = 0.0
@@ -63,7 +64,7 @@ class FakeTrainable(Trainable):
         (parameter,) = self.module.parameters()
         return parameter
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         time.sleep(self.options.forward_seconds * float((batch.prompt_lengths_N + batch.lengths_N).sum()) / 1000)
         real_NT = (torch.arange(batch.tokens_NT.shape[1]) < batch.lengths_N[:, None]).float()
         outputs = {
@@ -72,7 +73,7 @@ class FakeTrainable(Trainable):
             "values_NT": self.w * real_NT,
             "scores_N": self.w * batch.lengths_N,
         }
-        return {name: outputs[name] for name in wants}
+        return {name: outputs[name] for name in names}
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

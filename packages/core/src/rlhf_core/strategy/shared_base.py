@@ -32,9 +32,9 @@ class SharedBase(Trainable):
     def full(self, parameter: Tensor) -> Tensor:
         return self.base_owner.full(parameter)
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         with self.module.without_adapters():
-            return self.base_owner.forward(batch, wants)
+            return self.base_owner.forward(batch, names)
 
     def backward(self, loss: Tensor) -> NoReturn:
         raise AssertionError("a frozen role is not trained")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -30,7 +31,7 @@ BUCKET_ELEMENTS = 2**25  # 128 MiB of float32 gradients a reduction: few calls, 
 
 
 @dataclass(frozen=True)
-class TorchStrategy:
+class TorchStrategy(Strategy):
     """Float32 master weights, autocast to the role's dtype, gradients summed over ranks."""
 
     device: str = "auto"
@@ -73,11 +74,11 @@ class TorchTrainable(Trainable):
         self.schedule = Schedule(self.optimizer, optim, total_steps) if optim is not None else None
         self._copies = Copies()
 
-    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         from rlhf_core.models.inputs.arrange import arrange_inputs
 
         with torch.autocast(self.device.type, self._autocast) if self._autocast else contextlib.nullcontext():
-            outputs: dict[str, Tensor] = self.module(arrange_inputs(batch).to(self.device), wants)
+            outputs: dict[str, Tensor] = self.module(arrange_inputs(batch).to(self.device), names)
         return outputs
 
     def backward(self, loss: Tensor) -> None:

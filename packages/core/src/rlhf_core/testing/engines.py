@@ -19,7 +19,7 @@ from rlhf_core.contract.hooks import OBSERVERS
 from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
-from rlhf_core.testing.strategies import WANTS, assert_close, with_advantages
+from rlhf_core.testing.strategies import COMPARED, assert_close, with_advantages
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def check_rollout(
         assert all(same), (
             f"{name} must sample the same for a prompt whatever else is in the batch: use sampling.seed_for"
         )
-        logprobs_NT = role.infer(first, WANTS)["logprobs_NT"]
+        logprobs_NT = role.infer(first, COMPARED)["logprobs_NT"]
         difference = (first["sampler_logprobs_NT"] - logprobs_NT)[first.mask_NT].abs().max()
         assert difference <= atol, (
             f"{name}: sampler_logprobs_NT differ from the role's by {difference:.2g}, above {atol:g}"
@@ -165,17 +165,17 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
         for role_name, role in placed.roles.items():
             here = LocalRole(plan, role_name)
             assert role.name == role_name, f"{name}: the role {role_name!r} is called {role.name!r}"
-            wants = here.spec.outputs & WANTS
-            for output, values in role.infer(batch, wants).items():
-                assert_close(name, f"placing {role_name}", values, here.infer(batch, wants)[output], atol)
-            if not here.spec.trained or not wants:
+            names = here.spec.outputs & COMPARED
+            for output, values in role.infer(batch, names).items():
+                assert_close(name, f"placing {role_name}", values, here.infer(batch, names)[output], atol)
+            if not here.spec.trained or not names:
                 continue
             work = {key: with_advantages(batch) for key, _ in here.spec.terms}
             there_metrics, here_metrics = role.train(work), here.train(work)
             assert there_metrics.keys() >= {f"loss/{role_name}"}, f"{name}: train() must return loss/{role_name}"
             off = abs(there_metrics[f"loss/{role_name}"] - here_metrics[f"loss/{role_name}"])
             assert off <= atol, f"{name}: loss/{role_name} is {off:.2g} off that of the launcher local"
-            found, expected = (each.infer(batch, WANTS)["logprobs_NT"] for each in (role, here))
+            found, expected = (each.infer(batch, COMPARED)["logprobs_NT"] for each in (role, here))
             assert_close(name, f"training {role_name}", found, expected, atol)
             assert role.version == here.version, f"{name}: {role_name}.version must count its optimiser steps"
     finally:

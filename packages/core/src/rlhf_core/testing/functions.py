@@ -162,15 +162,15 @@ def check_loss(loss: Loss, rollouts: Batch | None = None) -> LossTerms:
     check_provider(loss)
     batch = tiny_rollouts() if rollouts is None else rollouts
     batch = batch.with_extras(**tiny_extras(_needs(loss), batch))
-    wants: frozenset[str] = getattr(loss, "wants", frozenset({"logprobs_NT"}))
-    outputs, before = tiny_outputs(wants, batch), _freeze(batch)
+    names = loss.outputs
+    outputs, before = tiny_outputs(names, batch), _freeze(batch)
     terms = loss(outputs, batch)
     assert _freeze(batch) == before, f"{_name(loss)} must leave the batch as it is"
     inside = _check_terms(loss, terms, batch)
     _finite(loss, "the loss inside the mask", inside)
     grads = torch.autograd.grad(inside.sum(), list(outputs.values()), allow_unused=True)
     assert any(grad is not None for grad in grads), (
-        f"{_name(loss)} must be differentiable in what it wants: {sorted(wants)}"
+        f"{_name(loss)} must be differentiable in its outputs {sorted(names)}"
     )
     for name, grad in zip(outputs, grads, strict=True):
         if grad is not None:

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from rlhf_core.contract.roles import Trainable
     from rlhf_core.training.local_role import LocalRole
 
-__all__ = ["WANTS", "assert_close", "check_strategy", "with_advantages"]
+__all__ = ["COMPARED", "assert_close", "check_strategy", "with_advantages"]
 
-WANTS = frozenset({"logprobs_NT"})
+COMPARED = frozenset({"logprobs_NT"})
 OPTIM = AdamW(lr=1e-2)
 SMOOTH = AdamW(lr=1e-2, eps=1e-2)
 """With a large epsilon AdamW does not turn the rounding of a small gradient into a large step."""
@@ -152,7 +152,7 @@ def _train(trainable: Trainable, batch: Rollouts, parts: int) -> Mapping[str, fl
     own, tokens = _rows_of(trainable.world, batch), int(batch.mask_NT.sum())
     for i in range(parts):
         part = own.rows(list(range(i * len(own) // parts, (i + 1) * len(own) // parts)))
-        logprobs_NT = trainable.forward(part, WANTS)["logprobs_NT"]
+        logprobs_NT = trainable.forward(part, COMPARED)["logprobs_NT"]
         trainable.backward(-(logprobs_NT * part.mask_NT.to(logprobs_NT.device)).sum() / tokens)
     return trainable.step()
 
@@ -161,7 +161,7 @@ def _logprobs(trainable: Trainable, batch: Rollouts) -> Tensor:
     """Log-probabilities of all rows (N, T), from every rank's own rows."""
     own = _rows_of(trainable.world, batch)
     with torch.no_grad():
-        mine_nT = trainable.forward(own, WANTS)["logprobs_NT"].float().cpu() * own.mask_NT
+        mine_nT = trainable.forward(own, COMPARED)["logprobs_NT"].float().cpu() * own.mask_NT
     logprobs_NT = torch.zeros(batch.mask_NT.shape)
     for rank, theirs_nT in enumerate(trainable.world.gather(mine_nT)):
         logprobs_NT[rank :: trainable.world.size, : theirs_nT.shape[1]] = theirs_nT

@@ -71,9 +71,9 @@ def tiny_extras(needs: Iterable[str], batch: Batch) -> dict[str, Tensor]:
     return {name: _plausible(name, batch) for name in sorted(needs)}
 
 
-def tiny_outputs(wants: Iterable[str], batch: Batch) -> dict[str, Tensor]:
+def tiny_outputs(names: Iterable[str], batch: Batch) -> dict[str, Tensor]:
     """What a forward pass would give: leaves that collect gradients."""
-    return {name: _plausible(name, batch).requires_grad_() for name in sorted(wants)}
+    return {name: _plausible(name, batch).requires_grad_() for name in sorted(names)}
 
 
 def tiny_run(output: str | Path, algorithm: Any = None, registry: Registry | None = None, **options: Any) -> Run:

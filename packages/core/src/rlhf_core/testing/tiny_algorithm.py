@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import Sampling, TrainedOptions
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.lazy import torch
@@ -28,7 +29,7 @@ TINY_SAMPLING = Sampling(n=2, max_new_tokens=8)
 
 
 @dataclass(frozen=True)
-class TinyAdvantage:
+class TinyAdvantage(Advantage):
     """The reward less the batch's mean, on every token."""
 
     scale: float = 1.0
@@ -42,10 +43,10 @@ class TinyAdvantage:
 
 
 @dataclass(frozen=True)
-class TinyLoss:
+class TinyLoss(Loss):
     """Policy gradient: minus advantage times log-probability (Williams 1992), averaged over tokens."""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
     rows_per_unit: ClassVar[int] = 1
 
@@ -54,7 +55,7 @@ class TinyLoss:
 
 
 @dataclass(frozen=True)
-class TinyAlgorithm:
+class TinyAlgorithm(Algorithm):
     """A policy gradient with a baseline, for tests."""
 
     defaults: ClassVar[Mapping[str, str]] = {

@@ -48,7 +48,7 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
 
 def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
     """Check that rejected completions are not taken for good ones."""
-    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.wants]
+    alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.outputs]
     if pairs and alike and len(alike) == len(terms):
         raise UsageError(
             f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "

@@ -15,6 +15,7 @@ from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import Term
 from rlhf_core.lazy import torch
@@ -48,7 +49,7 @@ def kl_values(
 
 
 @dataclass(frozen=True)
-class KLLoss:
+class KLLoss(Loss):
     """The penalty as a loss with a live gradient, times the coefficient in force (`batch.scalars["kl_coef"]`)."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -58,7 +59,7 @@ class KLLoss:
     unbiased: bool = False
     """see `KL.unbiased`"""
 
-    wants: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
+    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     rows_per_unit: ClassVar[int] = 1
 
     @property

@@ -121,40 +121,40 @@ class LocalRole:
     def bind_comparisons(self, roles: Mapping[str, LocalRole]) -> None:
         """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
         for _, term in self.spec.terms:
-            for name in term.wants:
+            for name in term.outputs:
                 other, _, _ = name.rpartition(".")
                 if other:
                     _compare(self.module, name, roles[other].module, term.loss)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion.
 
         `source` is said if this role is about to be trained on the batch, which came from there.
         """
         while True:
             try:
-                return self._infer(batch, wants, source)
+                return self._infer(batch, names, source)
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
             self.forward_cache.clear()
             release_memory()  # not before the error, which holds what was computed, is gone
 
-    def _infer(self, batch: Batch, wants: frozenset[str], source: str) -> dict[str, Tensor]:
+    def _infer(self, batch: Batch, names: frozenset[str], source: str) -> dict[str, Tensor]:
         """The same within the token budget as it is."""
-        found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in wants}
+        found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in names}
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
-        later = self._later_wants(source) if len(cuts) == 1 else frozenset()
+        later = self._later_outputs(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
             for i in range(joint_rounds(cuts, self.world)):
                 micro = micro_batch(batch, cuts, i)
                 self.budget.record_attempt(micro)
-                outputs = self.trainable.forward(micro, wants | later)
+                outputs = self.trainable.forward(micro, names | later)
                 if later and not i:
                     self.forward_cache.add(micro, outputs)
-                for rows, name in product(cuts[i : i + 1], wants):
+                for rows, name in product(cuts[i : i + 1], names):
                     values = outputs[name].detach()
                     if name.endswith("_NT"):
                         found[name][rows, : values.shape[1]] = values.float().cpu()
@@ -162,14 +162,14 @@ class LocalRole:
                         found[name][rows] = values.float().cpu()
         return found
 
-    def _later_wants(self, source: str) -> frozenset[str]:
+    def _later_outputs(self, source: str) -> frozenset[str]:
         """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
         lora = getattr(self.spec.options, "lora", None)
         if not (source and self.plan.on_policy and getattr(self.trainable, "keeps_graphs", False)):
             return frozenset()
         if lora is not None and lora.rank and lora.dropout:  # then training computes something else
             return frozenset()
-        return frozenset[str]().union(*(term.wants for _, term in self.spec.terms if term.source == source))
+        return frozenset[str]().union(*(term.outputs for _, term in self.spec.terms if term.source == source))
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         """`epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""

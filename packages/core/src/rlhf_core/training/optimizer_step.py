@@ -179,10 +179,10 @@ class OptimizerStep:
     ) -> float:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
-        wants = observation.outputs.union(*(term.wants for term, _ in terms))
+        names = observation.outputs.union(*(term.outputs for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
         coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
-        wants |= {ROUTER_LOSS} if coef else set()
+        names |= {ROUTER_LOSS} if coef else set()
         tokens = self.world_total(_tokens(batch)) if coef else 0.0
         if cuts:
             packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
@@ -194,7 +194,7 @@ class OptimizerStep:
             micro = micro_batch(batch, cuts, i, unit)
             self.budget.record_attempt(micro, unit)
             outputs = _to_batch_device(
-                micro, self.forward_cache.take(micro, wants) or self.trainable.forward(micro, wants)
+                micro, self.forward_cache.take(micro, names) or self.trainable.forward(micro, names)
             )
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}

@@ -96,7 +96,7 @@ def _roles(
     """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
     outputs: dict[str, set[str]] = {}
     for _, term in keyed:
-        outputs.setdefault(term.role, set()).update(name for name in term.wants if "." not in name)
+        outputs.setdefault(term.role, set()).update(name for name in term.outputs if "." not in name)
         for other in term.partners:
             for role in (term.role, other):
                 outputs.setdefault(role, set()).add("logprobs_NT")
@@ -123,7 +123,7 @@ def _roles(
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
-    given = [term.role for _, term in keyed if term.source == DATA and term.wants & LANGUAGE]
+    given = [term.role for _, term in keyed if term.source == DATA and term.outputs & LANGUAGE]
     if given and temperature != 1:
         raise UsageError(
             f"the {given[0]} learns samples at --sampling.temperature {temperature:g}, and the data's completions at 1; pass "

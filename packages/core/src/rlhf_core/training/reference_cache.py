@@ -67,18 +67,18 @@ class CachedRole:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)
 
-    def infer(self, batch: Batch, wants: frozenset[str], source: str = "") -> dict[str, Tensor]:
+    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows, computed where they are not known. Ranks that know all go along with the others."""
-        keys = {name: [self._key(batch, i, name) for i in range(len(batch))] for name in wants}
+        keys = {name: [self._key(batch, i, name) for i in range(len(batch))] for name in names}
         known = self._get([key for column in keys.values() for key in column])
-        missing = [i for i in range(len(batch)) if any(keys[name][i] not in known for name in wants)]
+        missing = [i for i in range(len(batch)) if any(keys[name][i] not in known for name in names)]
         if any(self._world.gather(bool(missing))):
             rows = missing or [0]
-            fresh = self._role.infer(batch if len(rows) == len(batch) else batch.rows(rows), wants)
-            new = {keys[name][i]: _bytes(fresh[name][k], batch, i, name) for name in wants for k, i in enumerate(rows)}
+            fresh = self._role.infer(batch if len(rows) == len(batch) else batch.rows(rows), names)
+            new = {keys[name][i]: _bytes(fresh[name][k], batch, i, name) for name in names for k, i in enumerate(rows)}
             self._put(new)
             known = new | known
-        return {name: _tensor([known[key] for key in keys[name]], batch, name) for name in wants}
+        return {name: _tensor([known[key] for key in keys[name]], batch, name) for name in names}
 
     def _key(self, batch: Batch, i: int, name: str) -> bytes:
         """Of one output of one row."""

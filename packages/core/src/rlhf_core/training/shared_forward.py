@@ -33,11 +33,11 @@ class ForwardCache:
         """Keep the outputs for these rows, graph and all."""
         self._passes.append((micro, outputs))
 
-    def take(self, micro: Batch, wants: frozenset[str]) -> Mapping[str, Tensor] | None:
+    def take(self, micro: Batch, names: frozenset[str]) -> Mapping[str, Tensor] | None:
         """The outputs for these rows, if they were kept with everything wanted; a graph serves one backward pass."""
         for i, (rows, outputs) in enumerate(self._passes):
             same = all(torch.equal(getattr(rows, c), getattr(micro, c)) for c in COLUMNS)
-            if wants <= outputs.keys() and same and all(map(_same_images, rows.images, micro.images)):
+            if names <= outputs.keys() and same and all(map(_same_images, rows.images, micro.images)):
                 del self._passes[i]
                 return outputs
         return None
