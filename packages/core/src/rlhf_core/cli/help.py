@@ -96,6 +96,8 @@ def _row(option: Option, settings: Settings) -> tuple[str, str]:
     note = f"set: {format_default(settings[option.path])}" if option.path in settings else option.note
     if is_secret(option.annotation):
         note = "secret; give it as env:NAME"
+    if option.elsewhere:
+        return option.path, f"{option.doc} ({option.elsewhere}; {note})".lstrip()
     return f"{flag(option.path)} {metavar(option.annotation)}", f"{option.doc} ({note})".lstrip()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.schema import Schema, flag, make_schema, option_fields, provider_fields
-from rlhf_core.config.value_types import MASK, from_plain, from_words, is_secret, metavar
+from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.errors import UsageError
 
@@ -191,6 +191,8 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
             yield path, from_plain(option.annotation, value)
         except ValueError:
             got = "" if is_secret(option.annotation) else f", not {value!r}"
+            if where and given_by(option.annotation) == "python":
+                raise UsageError(f"{_location(where)}{path} is set from Python only") from None
             raise UsageError(f"{_location(where)}{path} must be {metavar(option.annotation)}{got}") from None
 
 
@@ -205,6 +207,8 @@ def from_flags(flags: Mapping[str, Sequence[str]], schema: Schema) -> Settings:
         option = schema.options.get(path)
         if option is None:
             raise UsageError(f"unknown flag {flag(path)}{schema.hint(path, flag)}")
+        if option.elsewhere:
+            raise UsageError(f"{flag(path)} is no flag: {path} is set {option.elsewhere}")
         try:
             settings[path] = from_words(option.annotation, words)
         except ValueError:

@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from rlhf_core.config.docstrings import docs_of
-from rlhf_core.config.value_types import metavar
+from rlhf_core.config.value_types import given_by, metavar
 from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError
@@ -76,12 +76,21 @@ class Option:
     def describe(self, name: str) -> str:
         """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
         doc = f", {self.doc}" if self.doc else ""
+        if self.elsewhere:
+            return f"{self.path}{doc} ({self.elsewhere}; {self.note})"
         return f"{name} {metavar(self.annotation)}{doc} ({self.note})"
 
     @property
     def note(self) -> str:
         """`required`, or the default in the words that would give it."""
         return "required" if self.required else f"default: {format_default(self.default)}"
+
+    @property
+    def elsewhere(self) -> str:
+        """The places that can give the option, if a flag cannot; empty if one can."""
+        return {"flag": "", "file": "from a file or Python only", "python": "from Python only"}[
+            given_by(self.annotation)
+        ]
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,8 @@ def format_default(value: Any) -> str:
             return " ".join(map(format_default, value)) or "empty"
         case Mapping():
             return " ".join(f"{key}={format_default(each)}" for key, each in value.items()) or "empty"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return value.__qualname__  # and no address in memory
     return "given" if dataclasses.is_dataclass(value) else str(value)
 
 

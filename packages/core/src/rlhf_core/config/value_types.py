@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from rlhf_core.errors import UsageError
 from rlhf_core.util.secrets import MASK, hide
 
-__all__ = ["MASK", "Secret", "from_plain", "from_words", "is_secret", "metavar", "reveal", "to_plain"]
+__all__ = ["MASK", "Secret", "from_plain", "from_words", "given_by", "is_secret", "metavar", "reveal", "to_plain"]
 
 NONE = "none"
 
@@ -112,6 +112,27 @@ def metavar(annotation: Any) -> str:
         return "{" + ",".join(member.name for member in bare) + "}"
     names = {str: "STR", int: "INT", float: "FLOAT", bool: "True|False", types.NoneType: NONE, Any: "VALUE"}
     return names.get(bare) or getattr(bare, "__name__", str(bare)).upper()
+
+
+def given_by(annotation: Any) -> str:
+    """Return what can give an option of this type: `flag`, `file` (or Python), or `python` alone."""
+    if _is_readable(annotation, nested=False):
+        return "flag"
+    return "file" if _is_readable(annotation, nested=True) else "python"
+
+
+def _is_readable(annotation: Any, nested: bool, inside: bool = False) -> bool:
+    """Return True if plain values can give this type; a flag has no values `nested` in values."""
+    if (members := _members(annotation)) is not None:
+        return any(_is_readable(each, nested, inside) for each in members if each is not types.NoneType)
+    bare, origin, arguments = _strip_annotated(annotation), _origin(annotation), get_args(_strip_annotated(annotation))
+    if origin in (*_MANY, dict, Mapping):
+        elements = [
+            each for each in (arguments[1:] if origin in (dict, Mapping) else arguments) if each is not Ellipsis
+        ]
+        return (nested or not inside) and all(_is_readable(each, nested, inside=True) for each in elements)
+    is_enum = isinstance(bare, type) and issubclass(bare, Enum)
+    return origin is Literal or is_enum or bare in (str, int, float, bool, Path, types.NoneType, Any)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
