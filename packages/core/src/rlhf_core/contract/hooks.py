@@ -29,6 +29,7 @@ __all__ = [
     "METRICS",
     "OBSERVERS",
     "OF_ROLES",
+    "OUTSIDE_RUNS",
     "SEVERAL",
     "KindName",
     "Providers",
@@ -62,7 +63,10 @@ KINDS: tuple[str, ...] = get_args(KindName)
 OF_ROLES = ("optimizer",)
 """Kinds that a run does not choose one of: an optimizer is chosen per role."""
 
-CHOSEN = tuple(kind for kind in KINDS if kind not in OF_ROLES)
+OUTSIDE_RUNS = ("command", "ingredient")
+"""Kinds that no run has."""
+
+CHOSEN = tuple(kind for kind in KINDS if kind not in (*OF_ROLES, *OUTSIDE_RUNS))
 """Kinds with a flag `--<kind>` and a TOML table `[<kind>]`."""
 
 SEVERAL = ("evaluator", "observer")
