@@ -6,7 +6,7 @@
 An algorithm is its terms, (role trained, source, advantage, loss); the loop knows no algorithm. Whether roles live in this
 process, in ranks beside it or in Ray actors is the launcher's business; the loop cannot tell.
 
-Not here on purpose: tokenising (`encode`), reductions and micro-batches (`roles`), checkpoints and observers (`run`).
+Not here on purpose: tokenizing (`data.encoder`), reductions and micro-batches (`training`), checkpoints and observers (`run`).
 """
 
 from __future__ import annotations

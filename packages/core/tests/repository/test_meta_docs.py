@@ -54,3 +54,41 @@ def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path
     text = "\n".join([readme, *((package / link).read_text(encoding="utf-8") for link in linked)])
     assert names
     assert not [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
+
+
+ROOMS = ROOT / "packages" / "core" / "src" / "rlhf_core"
+PROSE = [*DOCUMENTS, *sorted(ROOT.glob("packages/*/src/**/*.py"))]
+FOLDERS = sorted(path.name for path in ROOMS.iterdir() if path.is_dir() and path.name != "__pycache__")
+SCRIPTS = {  # names of all files
+    path.name for folder in ("packages", "examples", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")
+}
+FILE = re.compile(rf"`((?:{'|'.join(FOLDERS)}|packages|benchmarks|docs|examples|tools)/[\w/-]*\.py|\w+\.py)`")
+MODULE = re.compile(
+    rf"`(?:rlhf_core\.)?((?:{'|'.join(set(FOLDERS) - {'data', 'run', 'reward', 'config'})})(?:\.(?!py`)\w+)+)`"
+)
+
+
+def missing_places(text: str) -> list[str]:
+    """Return the files and modules that a text names between backticks and that core does not have."""
+    found = []
+    for name in FILE.findall(text):
+        known = (ROOMS / name).exists() or (ROOT / name).exists() or ("/" not in name and name in SCRIPTS)
+        if not known:
+            found.append(name)
+    for name in MODULE.findall(text):
+        parts = name.split(".")
+        places = [ROOMS.joinpath(*parts[:k]) for k in range(2, len(parts) + 1)]
+        public = parts[1] in (ROOMS / parts[0] / "__init__.py").read_text("utf-8")
+        if not public and not any(place.with_suffix(".py").exists() or place.is_dir() for place in places):
+            found.append(name)
+    return found
+
+
+def test_files_and_modules_that_prose_names_exist() -> None:
+    found = {str(path.relative_to(ROOT)): missing_places(path.read_text("utf-8")) for path in PROSE}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_a_place_that_is_gone_is_seen() -> None:
+    text = "`models/packed.py`, `models.average`, `training.reduction.Means`, `loop.py` and `training/credit.py`"
+    assert missing_places(text) == ["models/packed.py", "models.average"]

@@ -63,7 +63,7 @@ class Prompts:
     uids: list[int]
     """P numbers that stay with a prompt for the whole run; seeds are derived from them"""
     images: list[Mapping[str, Tensor]] = field(default_factory=list)
-    """P tensors by name that the model reads for the images (`models.vision`); an empty list where it reads text alone"""
+    """P tensors by name that the model reads for images (`models.inputs.images`); an empty list where it reads text alone"""
 
     def __len__(self) -> int:
         return len(self.texts)

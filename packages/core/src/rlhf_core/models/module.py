@@ -14,7 +14,7 @@ Dropout is switched off: log-probabilities that are compared must come from the 
 
 With adapters (`models.lora`) only they and the heads are trained, and only what is trained is in a checkpoint.
 
-Left out on purpose: padding masks (`models.inputs`).
+Left out on purpose: padding masks (`models.inputs.arrange`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RoleModule(nn.Module):
         heads: scalar heads that are not part of it, by name.
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
         adapters: those inside `model`, if it has any.
-        packing: whether attention can keep packed rows apart (`models.packed.can_pack`).
+        packing: whether attention can keep packed rows apart (`models.inputs.packing.can_pack`).
         vision: how the model takes images, if it does.
     """
 
@@ -172,8 +172,10 @@ class RoleModule(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """Whether a forward pass computes no padding (`models.packed`): not sdpa on an accelerator, where one call a row
-        would cost more than the padding of rows of like length."""
+        """Return True if a forward pass computes no padding (`models.inputs.packing`).
+
+        Under sdpa on an accelerator, one call per row would cost more than the padding of rows of similar length.
+        """
         return self.packing and (self.flash or self.model.device.type == "cpu")
 
     @property

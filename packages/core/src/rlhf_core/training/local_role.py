@@ -81,7 +81,7 @@ class LocalRole:
 
     @property
     def average(self) -> Any:
-        """The moving average of the weights, if there is one; see `models.average`."""
+        """The moving average of the weights, if there is one; see `models.ema`."""
         return getattr(self.module, "average", None)
 
     @cached_property

@@ -1,8 +1,8 @@
 """Cutting a batch into micro-batches by token budget, and into minibatches by group.
 
 Rows are sorted by length first, so that a micro-batch holds rows of like length and little of it is padding. Where padding
-is what costs time, further micro-batches keep it below a share. No cut changes a result (see `reduce`); the budget only
-trades memory for speed.
+is what costs time, further micro-batches keep it below a share. No cut changes a result (see `training.reduction`); the
+budget only trades memory for speed.
 """
 
 from __future__ import annotations

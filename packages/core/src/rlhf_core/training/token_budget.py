@@ -1,8 +1,8 @@
 """How many tokens a role takes at a time; with `--on-oom halve`, fewer after memory ran out.
 
 A micro-batch that does not fit halves the budget, and the whole optimiser step (or inference) is done again. How a batch is
-cut changes no result beyond rounding (see `reduce`), so that only memory and speed differ. Left out: several ranks, which
-would have to agree in the middle of a step in which some of them wait for others.
+cut changes no result beyond rounding (see `training.reduction`), so that only memory and speed differ. Left out: several
+ranks, which would have to agree in the middle of a step in which some of them wait for others.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Inputs:
     tokens_NT: Tensor
     """int64, the batch's completion tokens; only their shape is used"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
-    """what the model reads for the images of all rows, by name (`models.vision`); empty where no row has one"""
+    """what the model reads for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""

@@ -4,7 +4,7 @@ Trained models are always float32, the master weights; their strategy computes i
 models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
 not run unless asked for. torch and transformers are imported when something is loaded, not before.
 
-An adapter, in a folder or on the hub, is its base with the adapter merged (`models.adapters`).
+An adapter, in a folder or on the hub, is its base with the adapter merged (`models.loading.adapters`).
 
 Left out on purpose: checkpoints that are quantised already, and sharding over devices, which is a strategy's business.
 """
