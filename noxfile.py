@@ -13,6 +13,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -22,6 +23,8 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 PACKAGES = ["core", "algos", "rollout-vllm", "strategy-deepspeed", "distributed-ray", "eval-gcg"]
+EXAMPLES = sorted(path.parent.name for path in ROOT.glob("examples/plugins/*/pyproject.toml"))
+"""Plugins that a stranger could have written."""
 CORE_EXTRAS = "[datasets,gguf,images,math,plot,profanity,qlora,reasoning,sentiment,serve,tensorboard,wandb]"
 """Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
@@ -115,10 +118,10 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def wheels(session: nox.Session) -> None:
-    """Wheels of every package and of the example plugin in .nox/dist."""
+    """Wheels of every package and of every example plugin in .nox/dist."""
     shutil.rmtree(WHEELS, ignore_errors=True)
     session.install(*PINNED, "hatchling")
-    sources = [*(f"./packages/{name}" for name in PACKAGES), "./examples/plugin"]
+    sources = [*(f"./packages/{name}" for name in PACKAGES), *(f"./examples/plugins/{name}" for name in EXAMPLES)]
     session.run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(WHEELS), *sources)
 
 
@@ -154,10 +157,12 @@ def alone(session: nox.Session, package: str) -> None:
 
 @nox.session(requires=["wheels"], reuse_venv=False)
 def thirdparty(session: nox.Session) -> None:
-    """A stranger's plugin, the README's, installed as a wheel: listed, documented, used, and passing its own test."""
-    session.install(*PINNED, wheel("core"), wheel("algos"), wheel("brevity"), "pytest")
-    if "rlhf-brevity" not in plugins(session):
-        session.error("rlhf-run plugins does not list rlhf-brevity")
+    """Every plugin under examples/plugins as a wheel in one environment: listed, and passing its own tests."""
+    distributions = {name: project(f"examples/plugins/{name}")["name"] for name in EXAMPLES}
+    built = [wheel(name.removeprefix("rlhf-")) for name in distributions.values()]
+    session.install(*PINNED, wheel("core"), wheel("algos"), *built, *TESTING)
+    if unlisted := set(distributions.values()) - plugins(session):
+        session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}")
     help_ = session.run("rlhf-run", "grpo", "--reward", "brevity", "--help", silent=True, env=QUIET)
     if "characters at which the reward reaches zero" not in " ".join(re.findall(r"[\w.,-]+", str(help_))):
         session.error(f"--help does not document the option of the plugin:\n{help_}")
@@ -170,7 +175,8 @@ def thirdparty(session: nox.Session) -> None:
     rows = [json.loads(line) for line in Path(tmp, "run", "metrics.jsonl").read_text().splitlines()]
     if not any("reward/mean" in row for row in rows):
         session.error("the run logged no reward/mean")
-    session.run("pytest", "examples/plugin", env=QUIET)
+    session.run("pytest", "packages/core/tests/repository/test_examples.py", env=QUIET)  # public imports only
+    session.run("pytest", "-m", "not slow and not gpu", "--durations=10", "examples/plugins", env=QUIET)
     discard(session)
 
 
@@ -219,7 +225,14 @@ def audit(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, strict, on all sources."""
     sources = [f"packages/{name}/src" for name in PACKAGES]
-    run_in_develop(session, "mypy", *sources, "examples/plugin/rlhf_brevity.py", "noxfile.py", "docs/run_commands.py")
+    run_in_develop(
+        session,
+        "mypy",
+        *sources,
+        "examples/plugins/reward-brevity/rlhf_brevity.py",
+        "noxfile.py",
+        "docs/run_commands.py",
+    )
 
 
 @nox.session
@@ -275,11 +288,17 @@ def plugins(session: nox.Session) -> set[str]:
 
 def floors(name: str, *extras: str) -> list[str]:
     """`dist==lowest` for every dependency of a package but its siblings and torch, and for those of some extras."""
-    project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]
-    optional = project.get("optional-dependencies", {})
-    wanted = [*project["dependencies"], *(dep for extra in extras for dep in optional.get(extra, []))]
+    table = project(f"packages/{name}")
+    optional = table.get("optional-dependencies", {})
+    wanted = [*table["dependencies"], *(dep for extra in extras for dep in optional.get(extra, []))]
     matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith(("rlhf-", "torch>"))]
     return [f"{match[1]}=={match[2]}" for match in matches if match]
+
+
+def project(folder: str) -> dict[str, Any]:
+    """The table `project` of a package's pyproject.toml."""
+    table: dict[str, Any] = tomllib.loads((ROOT / folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
 
 
 def pinned(name: str) -> str:

@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[4]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md")])
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("*/*/README.md"),
+        *ROOT.glob("examples/plugins/*/README.md"),
+    ]
+)
 
 
 @pytest.mark.parametrize("session", ["demo", "tests"])
@@ -28,11 +35,11 @@ def test_ci_runs_the_test_command_of_the_readme_literally() -> None:
 def test_the_plugin_in_the_readme_is_the_one_that_is_installed(name: str) -> None:
     match = re.search(rf"`{re.escape(name)}`\n\n```\w+\n(.*?)```", README, re.DOTALL)
     assert match is not None
-    assert match[1] == (ROOT / "examples" / "plugin" / name).read_text(encoding="utf-8")
+    assert match[1] == (ROOT / "examples/plugins/reward-brevity" / name).read_text(encoding="utf-8")
 
 
 def test_a_whole_plugin_is_about_thirty_lines() -> None:
-    folder = ROOT / "examples" / "plugin"
+    folder = ROOT / "examples/plugins/reward-brevity"
     files = [folder / "pyproject.toml", folder / "rlhf_brevity.py"]
     assert sum(bool(line.strip()) for file in files for line in file.read_text(encoding="utf-8").splitlines()) <= 30
 

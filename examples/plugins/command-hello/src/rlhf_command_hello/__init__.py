@@ -1,0 +1,1 @@
+"""Two commands for `rlhf-run`: `hello` and `likelihood`."""
