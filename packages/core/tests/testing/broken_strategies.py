@@ -59,7 +59,7 @@ class EagerAverageTrainable(TorchTrainable):
     """Gives the weights where their average is asked for."""
 
     def full(self, parameter: Tensor) -> Tensor:
-        named = self.module.average.named() if self.module.average is not None else {}  # type: ignore[union-attr]
+        named = self.module.average.by_name() if self.module.average is not None else {}  # type: ignore[union-attr]
         names = [name for name, average in named.items() if average is parameter]  # type: ignore[operator, union-attr]
         return self.module.get_parameter(names[0]).detach() if names else parameter.detach()
 
@@ -109,10 +109,10 @@ class AverageLosingTrainable(TorchTrainable):
 
     def load(self, folder: str) -> None:
         average: Any = self.module.average
-        kept = {name: tensor.clone() for name, tensor in average.named().items()} if average is not None else {}
+        kept = {name: tensor.clone() for name, tensor in average.by_name().items()} if average is not None else {}
         super().load(folder)
         for name, tensor in kept.items():
-            average.named()[name].copy_(tensor)
+            average.by_name()[name].copy_(tensor)
 
 
 class LonelyTrainable(TorchTrainable):

@@ -235,7 +235,7 @@ def _weights(role: LocalRole) -> dict[str, Tensor]:
 
 def _averages(role: LocalRole) -> dict[str, Tensor]:
     """Return the whole moving averages, by the names of their parameters."""
-    named = role.average.named() if role.average is not None else {}
+    named = role.average.by_name() if role.average is not None else {}
     return {key: role.trainable.full(tensor).cpu().clone() for key, tensor in named.items()}
 
 
