@@ -52,7 +52,10 @@ def test_likelihood_is_that_of_the_model(tmp_path: Path, capsys: pytest.CaptureF
     assert check_command(Likelihood("The sky is", " blue", model=folder)) == 0
     printed = json.loads(capsys.readouterr().out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The sky is", " blue"))
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The sky is"}], tokenize=False, add_generation_prompt=True
+    )
+    prompt, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chat, " blue"))
     ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
     logprobs = model(ids).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
     expected = logprobs.detach()[range(len(completion) + 1), ids[0, len(prompt) :]].mean()
