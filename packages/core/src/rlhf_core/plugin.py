@@ -51,7 +51,7 @@ def rlhf_reward() -> Providers:
         "regex": "rlhf_core.reward.regex:Regex",
         "remote": "rlhf_core.reward.remote:Remote",
         "sentiment": "rlhf_core.reward.sentiment:Sentiment",
-        "sum": "rlhf_core.reward.weighted:Sum",
+        "sum": "rlhf_core.reward.sum:Sum",
     }
 
 

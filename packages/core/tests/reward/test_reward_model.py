@@ -17,7 +17,7 @@ from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.reward.model import RewardModel
 from rlhf_core.reward.output import to_reward_output
-from rlhf_core.reward.weighted import Sum
+from rlhf_core.reward.sum import Sum
 
 SPECIAL = ["<pad>", "<end>"]
 TEMPLATE = (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.providers import Reward
 from rlhf_core.errors import UsageError
 from rlhf_core.reward.output import to_reward_output
-from rlhf_core.reward.weighted import Sum
+from rlhf_core.reward.sum import Sum
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
