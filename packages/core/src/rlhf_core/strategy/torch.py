@@ -86,9 +86,10 @@ class TorchTrainable(Trainable):
 
     def step(self, closure: Callable[[], float] | None = None) -> dict[str, float]:
         assert self.optimizer is not None and self.schedule is not None, "a frozen role is not stepped"
-        lr = self.schedule.set(self.steps_done)
+        lr = self.schedule.lr(self.steps_done)
         norm = self._reduce()
         if self.scaler.is_enabled() or norm.isfinite():  # never into the weights; a scaler looks for itself
+            self.schedule.set(self.steps_done)
             if closure is None:
                 self.scaler.step(self.optimizer)
             else:

@@ -77,12 +77,16 @@ class Schedule:
         self.total_steps = total_steps
         self._peaks = [group["lr"] for group in optimizer.param_groups]
 
+    def lr(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step`, counted from 0, where the peak is `optim.lr`."""
+        return self.optim.lr * lr_factor(self.optim, step, self.total_steps)
+
     def set(self, step: int) -> float:
         """Set every group's learning rate for optimizer step `step`, counted from 0; return that of `optim.lr`."""
         factor = lr_factor(self.optim, step, self.total_steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        return self.optim.lr * factor
+        return self.lr(step)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
