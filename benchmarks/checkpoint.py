@@ -50,9 +50,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         micro_tokens=256, output=str(folder / "run"), keep=1,
     )  # fmt: skip
     run = Run(config)
-    with run.opened():
-        for step in run.steps():
-            one_step(run, step)
+    with run.open():
+        one_step(run)
         tensors = plain_tensors(run)
         gigabytes = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9
         sides: dict[str, Callable[[], float]] = {
@@ -75,12 +74,12 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     )
 
 
-def one_step(run: Run, step: int) -> None:
+def one_step(run: Run) -> None:
     """A step of the loop, without its end."""
     from rlhf_core.loop import collect, credit, update
 
-    update(run, credit(run, *collect(run)))
-    run.state.step = step
+    update(run, credit(run, next(run.iterations(collect))))
+    run.state.step += 1
 
 
 def plain_tensors(run: Run) -> dict[str, torch.Tensor]:

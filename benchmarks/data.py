@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from rlhf_core import Run, make_config
@@ -22,6 +23,7 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.contract.options import ModelOptions
 from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
+from rlhf_core.data.prefetch import Prefetcher
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import DrawnRows
 from rlhf_core.models.loading.tokenizer import load_tokenizer
@@ -30,12 +32,21 @@ ROWS, PREPARED, BLOCK, STEPS = 20_000, 4096, 512, 15
 WORDS = "the a river walks slowly over green stones and nobody in town knows why it sings at night".split()
 
 
-class Unhurried(Run):
-    """A run that makes its rows when they are asked for."""
+class Lazy(Prefetcher):
+    """A stream that makes its rows when they are asked for."""
 
-    def next_rows(self) -> DrawnRows:
-        with self.phase("data"):
-            return next(self.stream._stream)
+    def __next__(self) -> DrawnRows:
+        return next(self._stream)
+
+
+class Unhurried(Run):
+    """A run that waits for its rows."""
+
+    @cached_property
+    def stream(self) -> Prefetcher:
+        return Lazy.for_data(
+            self.data.rows, self.encoder, self.config.providers["data"], False, self.config, self.world
+        )
 
 
 def text(words: int) -> str:

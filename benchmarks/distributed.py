@@ -121,8 +121,8 @@ def child(args: argparse.Namespace) -> None:
     steps: list[dict[str, float]] = []
 
     class Watched(Run):
-        def finish(self, step: int, credited: Any) -> None:
-            super().finish(step, credited)
+        def finish(self, iteration: Any, credited: Any) -> None:
+            super().finish(iteration, credited)
             cpu = sum(self.world.gather(cpu_seconds()))
             moved = crossed.taken() + self.last_metrics.get("sync/bytes", 0.0)
             steps.append({"seconds": self.last_metrics["time/step"], "cpu": cpu, "bytes": moved})

@@ -111,13 +111,12 @@ class Loop:
             sampling={"n": SAMPLES, "max_new_tokens": TOKENS}, output=tempfile.mkdtemp(),
         )  # fmt: skip
         run = Run(config, registry)
-        with run.opened():
-            for step in run.steps():
-                started = time.perf_counter()
-                credited = credit(run, *collect(run))
+        with run.open():
+            for iteration in run.iterations(collect):
+                credited = credit(run, iteration)
                 update(run, credited)
-                seconds = time.perf_counter() - started
-                run.finish(step, credited)
+                seconds = time.perf_counter() - iteration.started
+                run.finish(iteration, credited)
                 yield seconds
 
 

@@ -209,11 +209,11 @@ def ours(job: str, folder: Path, steps: int, mark: Callable[[], None]) -> dict[s
     )  # fmt: skip
     flops: list[float] = []
     run = Run(config, registry)
-    with run.opened():
-        for step in run.steps():
-            credited = credit(run, *collect(run))
+    with run.open():
+        for iteration in run.iterations(collect):
+            credited = credit(run, iteration)
             update(run, credited)
-            run.finish(step, credited)
+            run.finish(iteration, credited)
             mark()
             flops += [products(job, batch) for batch in credited.values()]
     return {"imports": imports, "flops": median(flops)}

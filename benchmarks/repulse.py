@@ -37,20 +37,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sampling = {"n": SAMPLES, "max_new_tokens": TOKENS}
         config = make_config("repulse", model=options.model, output=folder, batch_size=PROMPTS, sampling=sampling)
-        with Run(config).opened() as run:
+        with Run(config).open() as run:
             compare(run, options)
 
 
 def compare(run: Run, options: argparse.Namespace) -> None:
     """Print the medians and their ratio."""
-    batches, rewards = collect(run)
+    iteration = next(run.iterations(collect))
+    batches = iteration.batches
     for role in run.roles.values():
         role.module.eval()  # type: ignore[attr-defined]
     models: dict[str, Any] = {name: role.causal_lm for name, role in run.roles.items()}  # type: ignore[attr-defined]
     optimisers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
 
     def ours() -> None:
-        update(run, credit(run, batches, rewards))
+        update(run, credit(run, iteration))
 
     def bare() -> None:
         for name, sources in {"actor": ("actor", "proposal"), "proposal": ("proposal",)}.items():

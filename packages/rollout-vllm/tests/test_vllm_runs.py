@@ -27,14 +27,14 @@ GREEDY = Sampling(n=1, max_new_tokens=12, temperature=0.0)
 def test_after_training_steps_both_engines_sample_the_trained_model(tmp_path: Path) -> None:
     fast = {"optim": {"lr": 0.02}}
     run = tiny_run(tmp_path / "run", rollout=VLLM(kv_cache_gib=0.25, max_num_seqs=16), steps=3, actor=fast)
-    with run.opened():
+    with run.open():
         before = {name: tensor.clone() for name, tensor in run.roles["actor"].weights()}
         loop.train(run)
         role: Any = run.roles["actor"]
         assert any((tensor - before[name]).abs().max() > 0.01 for name, tensor in role.weights()), (
             "it learned something"
         )
-        prompts = run.encoder.prompts(*run.next_rows())
+        prompts = run.encoder.prompts(*next(run.stream))
         ours, theirs = run.rollouts("actor", prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
         assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
         torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)

@@ -31,6 +31,7 @@ from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import join_world
 from rlhf_core.models.build import build_module
+from rlhf_core.run.iteration import Iteration
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing import check_strategy
 from rlhf_core.testing.tiny import tiny_rollouts
@@ -114,14 +115,14 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
 class Recording(Run):
     """A run that remembers its metrics and what was sampled, in the order of the prompts."""
 
-    def sample(self, *args: Any) -> Rollouts:
-        rollouts = super().sample(*args)
+    def rollouts(self, *args: Any) -> Rollouts:
+        rollouts = super().rollouts(*args)
         rows = [row[:length].tolist() for row, length in zip(rollouts.tokens_NT, rollouts.lengths_N, strict=True)]
         self.sampled.append([row for rank in self.world.gather(rows) for row in rank])
         return rollouts
 
-    def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
-        super().finish(step, credited)
+    def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
+        super().finish(iteration, credited)
         self.history.append(dict(self.last_metrics))
 
 

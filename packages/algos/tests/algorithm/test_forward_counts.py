@@ -40,9 +40,9 @@ def passes(algorithm: str | dict[str, Any], output: Path, **options: Any) -> dic
         seen[name, torch.is_grad_enabled(), len(batch)] += 1
         return original(self, batch, names)
 
-    with run.opened(), pytest.MonkeyPatch.context() as patch:
+    with run.open(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchTrainable, "forward", forward)
-        update(run, credit(run, *collect(run)))
+        update(run, credit(run, next(run.iterations(collect))))
     return dict(seen)
 
 

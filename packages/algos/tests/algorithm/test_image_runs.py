@@ -69,7 +69,7 @@ def metrics(output: Path) -> list[dict[str, float]]:
 def test_sft_learns_to_tell_red_from_blue(tmp_path: Path, made: Callable[[Path], str]) -> None:
     """The questions are the same, so that the picture alone tells the answers apart."""
     run = Run(make_config(**options_of("sft", tmp_path, made, output=str(tmp_path / "run"), steps=60, save_every=0)))
-    with run.opened():
+    with run.open():
         loop.train(run)
         examples = list(run.data.rows)[:2]
         greedy = Sampling(n=1, max_new_tokens=8, temperature=0.0)

@@ -98,7 +98,7 @@ def test_a_merged_adapter_is_the_policy_that_was_trained(tmp_path: Path) -> None
     options = options_of("sft", tmp_path, output=str(tmp_path / "run"))
     run = Run(make_config(**options))
     ids = torch.tensor([[5, 6, 7, 8]])
-    with run.opened():
+    with run.open():
         from rlhf_core import loop
 
         loop.train(run)

@@ -73,7 +73,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
     pytest.importorskip("pyarrow")
     run = run_of(tmp_path, steps=0, max_prompt_tokens=8, evaluator=HeldoutTable(n=1))
     lengths = {}
-    with run.opened():
+    with run.open():
         for uid, row in enumerate(run.heldout()):
             lengths[uid] = len(run.encoder.prompt_row(row).ids)
     limit = min(lengths.values())
@@ -164,7 +164,7 @@ def test_the_policy_is_measured_on_the_bad_samples_that_a_run_found(tmp_path):
     keep = {"use": "keep_bad", "of": "length target=3", "threshold": 0.0, "path": path}
     run = run_of(tmp_path / "run", reward=keep, evaluator=BadSamples(path), steps=1)
     Path(path).write_text('{"prompt_ids": [5, 6], "ids": [7]}\n{"prompt_ids": [5, 6], "ids": [8, 9]}\n')
-    with run.opened():
+    with run.open():
         found = BadSamples(path)(run)
         role: Any = run.roles["actor"]
         with torch.inference_mode():

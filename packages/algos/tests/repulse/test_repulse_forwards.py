@@ -57,15 +57,15 @@ def counted(run: Run) -> Iterator[Counter[tuple[str, str, bool]]]:
 def one_step(run: Run) -> Counter[tuple[str, str, bool]]:
     """The forward passes of a step after sampling."""
     with counted(run) as seen:
-        batches, rewards = collect(run)
-        seen.learn(batches)  # type: ignore[attr-defined]
-        update(run, credit(run, batches, rewards))
+        iteration = next(run.iterations(collect))
+        seen.learn(iteration.batches)  # type: ignore[attr-defined]
+        update(run, credit(run, iteration))
     return seen
 
 
 @pytest.mark.parametrize("contrast", ["prefix", "sixo", "sixo_exact"])
 def test_no_role_reads_the_same_tokens_twice_with_the_same_weights(contrast, tmp_path):
-    with run_of(tmp_path, RePULSe(contrast=contrast, kl=KL(coef=0.1))).opened() as run:
+    with run_of(tmp_path, RePULSe(contrast=contrast, kl=KL(coef=0.1))).open() as run:
         seen = one_step(run)
     expected = {("actor", "actor", True), ("actor", "proposal", True), ("proposal", "proposal", True)}
     expected |= {("reference", "actor", False)}
@@ -76,7 +76,7 @@ def test_no_role_reads_the_same_tokens_twice_with_the_same_weights(contrast, tmp
 
 
 def test_the_policy_s_own_samples_are_read_once_where_it_is_its_own_proposal(tmp_path):
-    with run_of(tmp_path, RePULSe(proposal="base")).opened() as run:
+    with run_of(tmp_path, RePULSe(proposal="base")).open() as run:
         seen = one_step(run)
     assert seen == {("actor", "actor", True): 1}, "both credits of the same samples share the pass"
 
@@ -85,7 +85,7 @@ def test_a_pass_that_was_kept_trains_as_one_that_is_made_again(tmp_path, monkeyp
     weights = []
     for k, keeps in enumerate((True, False)):
         monkeypatch.setattr(TorchTrainable, "keeps_graphs", keeps)
-        with run_of(tmp_path / str(k), RePULSe(contrast="sixo_exact")).opened() as run:
+        with run_of(tmp_path / str(k), RePULSe(contrast="sixo_exact")).open() as run:
             seen = one_step(run)
             assert (("actor", "proposal", False) in seen) == (not keeps)
             weights.append(
@@ -98,7 +98,7 @@ def test_a_pass_that_was_kept_trains_as_one_that_is_made_again(tmp_path, monkeyp
 def test_a_batch_of_several_micro_batches_is_read_twice_and_teaches_the_same(tmp_path):
     weights = []
     for k, tokens in enumerate((8192, 1)):
-        with run_of(tmp_path / str(k), RePULSe(), micro_tokens=tokens).opened() as run:
+        with run_of(tmp_path / str(k), RePULSe(), micro_tokens=tokens).open() as run:
             one_step(run)
             weights.append({key: w.clone() for key, w in run.roles["proposal"].weights()})
     for name, tensor in weights[0].items():
@@ -120,9 +120,8 @@ def test_several_proposal_updates_need_a_proposal(tmp_path):
 
 @pytest.mark.parametrize("contrast", ["prefix", "sixo_exact"])
 def test_an_unnormalised_twist_trains_on_logits_that_are_log_probabilities_before_the_softmax(contrast, tmp_path):
-    with run_of(tmp_path, RePULSe(psi="unnormalised", contrast=contrast)).opened() as run:
-        batches, rewards = collect(run)
-        credited = credit(run, batches, rewards)
+    with run_of(tmp_path, RePULSe(psi="unnormalised", contrast=contrast)).open() as run:
+        credited = credit(run, next(run.iterations(collect)))
         batch = next(each for key, each in credited.items() if "<trained>.logits_NT" in each)
         role: Any = run.roles["proposal"]
         ids = torch.cat([batch.prompt_NL[:1, : batch.prompt_lengths_N[0]], batch.tokens_NT[:1]], 1)

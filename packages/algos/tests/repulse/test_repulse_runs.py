@@ -82,10 +82,10 @@ def test_the_proposal_and_the_negative_term_join_ppo_with_its_critic(tmp_path):
     assert [(term.role, term.source) for term in run.plan.terms] == [
         ("actor", "actor"), ("actor", "proposal"), ("critic", "actor"), ("proposal", "proposal"),
     ]  # fmt: skip
-    with run.opened():
+    with run.open():
         before = weights(run)
-        batches, rewards = collect(run)
-        update(run, credit(run, batches, rewards))
+        iteration = next(run.iterations(collect))
+        update(run, credit(run, iteration))
         after = weights(run)
     for name in ("actor", "critic", "proposal"):
         assert any(not torch.equal(after[name][key], tensor) for key, tensor in before[name].items()), name
@@ -124,15 +124,15 @@ def weights(run: Run) -> dict[str, dict[str, Tensor]]:
 )
 def test_one_iteration_touches_exactly_the_right_models(algorithm, moved, samples, tmp_path):
     """And RePULSe samples twice as much: 2N per prompt."""
-    with run_of(tmp_path, algorithm).opened() as run:
+    with run_of(tmp_path, algorithm).open() as run:
         before = weights(run)
-        batches, rewards = collect(run)
-        update(run, credit(run, batches, rewards))
+        iteration = next(run.iterations(collect))
+        update(run, credit(run, iteration))
         after = weights(run)
     changed = {name for name in before if any(not torch.equal(after[name][key], t) for key, t in before[name].items())}
     assert changed == moved
     assert set(before) == moved | {"reference"}
-    assert sum(len(batch) for batch in batches.values()) == samples
+    assert sum(len(batch) for batch in iteration.batches.values()) == samples
 
 
 def test_a_run_logs_what_the_weights_say_and_leaves_a_policy(tmp_path):
@@ -199,7 +199,7 @@ def test_the_evaluator_enumerates_a_transformer_s_outputs(tmp_path):
     from rlhf_core.rollout.hf import eos_ids
 
     run = run_of(tmp_path, evaluator=EVALUATOR)
-    with run.opened():
+    with run.open():
         found = check_evaluator(EVALUATOR, run)
         role: Any = run.roles["actor"]
         size = role.causal_lm.config.vocab_size
@@ -240,7 +240,7 @@ def outputs_of(role: Any, pairs: Tensor, prompt: list[int]) -> Tensor:
     ],
 )
 def test_mistakes_are_answered_in_one_line(evaluator, message, tmp_path):
-    with run_of(tmp_path).opened() as run, pytest.raises(UsageError, match=message):
+    with run_of(tmp_path).open() as run, pytest.raises(UsageError, match=message):
         evaluator(run)
     with pytest.raises(UsageError, match="1 or 2 tokens"):
         BadProbability(tokens=3)
@@ -253,7 +253,7 @@ def test_mistakes_are_answered_in_one_line(evaluator, message, tmp_path):
 
 def test_weights_and_ctl_have_their_expectations_on_a_transformer(tmp_path):
     """All 259 x 259 outputs, each weighed by q's probability: golden checks A2, C1 and C2, with this package's weights."""
-    with run_of(tmp_path).opened() as run:
+    with run_of(tmp_path).open() as run:
         policy, proposal, prompt = run.roles["actor"], run.roles["proposal"], prompt_ids(run)
         size = policy.causal_lm.config.vocab_size  # type: ignore[attr-defined]
         pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
@@ -287,7 +287,7 @@ def test_weights_and_ctl_have_their_expectations_on_a_transformer(tmp_path):
 def test_the_negative_term_in_expectation_is_a_reward_transformation_on_a_transformer(tmp_path):
     """-E_p[(r - b) grad log p] + alpha E_target[grad log p] is REINFORCE on r - (alpha / Z) phi, for any proposal's weights
     (R8); and a penalty in the reward has the gradient of the divergence itself (R5)."""
-    with run_of(tmp_path).opened() as run:
+    with run_of(tmp_path).open() as run:
         policy: Any = run.roles["actor"]
         lm, prompt = policy.causal_lm.double(), prompt_ids(run)
         size = lm.config.vocab_size

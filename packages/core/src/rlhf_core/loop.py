@@ -6,66 +6,60 @@
 An algorithm is its terms, (role trained, source, advantage, loss); the loop knows no algorithm. Whether roles live in this
 process, in ranks beside it or in Ray actors is the launcher's business; the loop cannot tell.
 
-Not here on purpose: tokenizing (`data.encoder`), reductions and micro-batches (`training`), checkpoints and observers (`run`).
+Not here on purpose: tokenizing (`data.encoder`), sampling and scoring (`run.iteration`), reductions and micro-batches
+(`training`), checkpoints and observers (`run`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.plan import DATA
-from rlhf_core.contract.results import RewardOutput
 from rlhf_core.training.credit import assign_credit, compute_needs
 
 if TYPE_CHECKING:
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.loop_view import LoopIteration, LoopRun
 
-__all__ = ["train"]
+__all__ = ["collect", "credit", "train", "update"]
 
 
-def train(run: Run) -> None:
-    """Every remaining step of `run`."""
-    for step in run.steps():
-        batches, rewards = collect(run)
-        credited = credit(run, batches, rewards)
+def train(run: LoopRun) -> None:
+    """Train on every remaining iteration of `run`."""
+    for iteration in run.iterations(collect):
+        credited = credit(run, iteration)
         update(run, credited)
-        run.finish(step, credited)
+        run.finish(iteration, credited)
 
 
-def collect(run: Run) -> tuple[dict[str, Batch], dict[str, RewardOutput]]:
-    """A batch per source: read from data, or sampled from a role on this step's prompts and scored."""
-    batches: dict[str, Batch] = {}
-    rewards: dict[str, RewardOutput] = {}
-    rows = run.next_rows()
-    for source in run.active_plan.sources:
+def collect(iteration: LoopIteration) -> None:
+    """Give each source its batch: read from data, or sampled from a role on this step's prompts and scored."""
+    for source in iteration.plan.sources:
         if source == DATA:
-            batches[source] = run.read(rows)
+            iteration.read()
         else:
-            batches[source] = run.sample(source, rows)
-            rewards[source] = run.score(source, batches[source])
-    return batches, rewards
+            iteration.score(source, iteration.sample(source))
 
 
-def credit(run: Run, batches: dict[str, Batch], rewards: dict[str, RewardOutput]) -> dict[str, Batch]:
-    """A batch per credit: with what its losses and advantage need, and what each token earned."""
+def credit(run: LoopRun, iteration: LoopIteration) -> dict[str, Batch]:
+    """Return a batch per credit: with what its losses and advantage need, and what each token earned."""
+    plan = iteration.plan
     credited: dict[str, Batch] = {}
     with run.phase("needs"):
-        batches = {
-            source: compute_needs(run.active_plan, run.roles, source, batch) for source, batch in batches.items()
-        }
+        batches = {name: compute_needs(plan, run.roles, name, batch) for name, batch in iteration.batches.items()}
     with run.phase("credit"):
-        for key, spec in run.active_plan.credits.items():
-            reward = rewards.get(spec.source)
-            credited[key], metrics = assign_credit(run.plan, spec, batches[spec.source], reward, run.kl_coef)
+        for key, spec in plan.credits.items():
+            rewards = iteration.rewards.get(spec.source)
+            credited[key], metrics = assign_credit(run.plan, spec, batches[spec.source], rewards, run.kl_coef)
             run.log(metrics)
     run.watch_kl(batches)
     return credited
 
 
-def update(run: Run, credited: dict[str, Batch]) -> None:
-    """Each trained role takes its optimiser steps; then sampling sees the new weights."""
+def update(run: LoopRun, credited: dict[str, Batch]) -> None:
+    """Let each trained role take its optimiser steps; then sampling sees the new weights."""
     for name in run.active_plan.trained_roles:
+        run.notify("rlhf_before_update", role=name)
         with run.phase("train"):
             work = {key: credited[key] for key, _ in run.plan.roles[name].terms if key in credited}
             run.log(run.roles[name].train(work))

@@ -54,7 +54,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
     run = tiny_run(output, model=MODEL, resume=True)
     names = [str(path.relative_to(newest)) for path in files_of(newest)]
     assert {"manifest.json", "state.json", "random.safetensors", "roles/actor/optimizer.safetensors"} < set(names)
-    with run.opened():
+    with run.open():
         capsys.readouterr()
         for name in names:
             for damage in DAMAGES:

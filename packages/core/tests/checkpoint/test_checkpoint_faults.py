@@ -64,7 +64,7 @@ def test_a_full_disk_at_any_operation_leaves_the_checkpoint_before_whole(
 ) -> None:
     run = tiny_run(tmp_path, model=MODEL, save_async=save_async, keep=2)
     checkpoints = tmp_path / "checkpoints"
-    with run.opened():
+    with run.open():
         saved(run, 1)
         with disk.watched(checkpoints):
             saved(run, 2)
@@ -95,7 +95,7 @@ def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", model=MODEL, steps=2)
     run.train()
     again = tiny_run(tmp_path / "run", model=MODEL, steps=2, resume=True)
-    with again.opened():
+    with again.open():
         assert again.step == 2 and again.last_metrics == run.last_metrics
         again.restore()
         saved_before = (tmp_path / "run" / "checkpoints" / "step-2").rename(tmp_path / "before")

@@ -27,7 +27,6 @@ def run_with(rollouts: Any, **more: Any) -> Any:
 
     return SimpleNamespace(
         world=World(),
-        world_sum=lambda value: value,
         plan=SimpleNamespace(sources=("actor",), roles={"actor": None}, trained=("actor",)),
         config=SimpleNamespace(sampling=Sampling(), seed=0),
         heldout=lambda most: [SimpleNamespace(completions=("a", "b"))] * 2,

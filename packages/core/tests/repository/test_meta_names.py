@@ -31,7 +31,6 @@ ALLOWED = {
     "distributed": "the field's word, as in `torch.distributed`",
     "transformed": "the file of the provider `transformed`",
     "selected": "the file of the provider `selected`",
-    "opened": "`with run.opened():`, everything that a run holds is open inside",
     "over": "`Metric.over(values, mask)`: a mean over values",
     "say": "a line on the console",
     "to": "`inputs.to(device)`, as tensors have it",

@@ -19,6 +19,7 @@ from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.loop import collect
+from rlhf_core.run.iteration import Iteration
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyAlgorithm, TinyLoss
 from rlhf_core.training.planner import make_plan
 
@@ -78,8 +79,8 @@ def test_resting_roles_are_neither_sampled_nor_moved_and_keep_their_own_schedule
     assert all("loss/scout" in row for row in found)
     assert [row["lr/actor"] for row in found if "lr/actor" in row] == [1e-3, 0.0], "linear over its two updates"
     assert found[6]["lr/scout"] == 0.0
-    with run_of(tmp_path / "other").opened() as run:
-        assert set(collect(run)[0]) == {"scout"}
+    with run_of(tmp_path / "other").open() as run:
+        assert set(next(run.iterations(collect)).batches) == {"scout"}
 
 
 def test_a_killed_run_resumes_in_the_middle_of_a_cadence(tmp_path: Path) -> None:
@@ -87,9 +88,9 @@ def test_a_killed_run_resumes_in_the_middle_of_a_cadence(tmp_path: Path) -> None
     killed = run_of(tmp_path / "parts", save_every=4)
     finish = killed.finish
 
-    def die_after_step_5(step: int, credited: Mapping[str, Batch]) -> None:
-        finish(step, credited)
-        if step == 5:  # past the checkpoint of step 4, between two updates of the actor
+    def die_after_step_5(iteration: Iteration, credited: Mapping[str, Batch]) -> None:
+        finish(iteration, credited)
+        if iteration.step == 5:  # past the checkpoint of step 4, between two updates of the actor
             raise KeyboardInterrupt
 
     killed.finish = die_after_step_5  # type: ignore[method-assign]

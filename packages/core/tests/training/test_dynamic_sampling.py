@@ -19,7 +19,7 @@ from rlhf_core import Registry, Run, hookimpl
 from rlhf_core.config.builder import make_config
 from rlhf_core.contract.batch import Example, Rollouts
 from rlhf_core.contract.distributed import World
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import RewardOutput, ScoredRollouts
 from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
@@ -27,6 +27,7 @@ from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
+from rlhf_core.training.step_metrics import Meter
 
 GROUPS = torch.tensor([3, 3, 1, 1, 7, 7])
 
@@ -77,14 +78,14 @@ class Ranks(World):
 
 
 class Few:
-    """What `keep_sampling` asks of a run: 4 prompts a batch, of which number k is worth keeping if k is in `good`."""
+    """What `keep_sampling` asks of an iteration: 4 prompts a batch, of which number k is worth keeping if k is in `good`."""
 
-    def __init__(self, good: set[int], world: World, step: int = 0) -> None:
+    def __init__(self, good: set[int], world: World, step: int = 1) -> None:
         self.good, self.world, self.step, self.drawn = good, world, step, 0
         self.config = type("Config", (), {"batch_size": 4})
-        self.logged: dict[str, float] = {}
+        self.meter = Meter(world)
 
-    def next_rows(self) -> DrawnRows:
+    def draw(self) -> DrawnRows:
         share = 4 // self.world.size
         first = self.drawn + self.world.rank * share
         self.drawn += 4
@@ -95,29 +96,15 @@ class Few:
         batch = make_batch([1 + uid % 3 for uid in uids], groups=[i // 2 for i in range(len(uids))])
         return replace(batch, world=self.world).with_extras(uids_N=torch.tensor(uids))
 
-    def judge(self, rollouts: Rollouts) -> RewardOutput:
+    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
         rewards_N = torch.tensor(
             [float(uid in self.good and k % 2) for k, uid in enumerate(rollouts["uids_N"].tolist())]
         )
         rewards_NT = rewards_N[:, None] * rollouts.mask_NT
-        return RewardOutput(rewards_N, rewards_NT, metrics={"twice": 2 * rewards_N})
-
-    def phase(self, name: str) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext()
-
-    def world_sum(self, value: float) -> float:
-        return float(self.world.sum(torch.tensor(float(value))))
-
-    def log_batch(self, name: str, values_N: torch.Tensor) -> None:
-        self.logged[name] = self.world_sum(float(values_N.sum())) / self.world_sum(len(values_N))
-
-    def log(self, metrics: dict[str, float]) -> None:
-        self.logged |= metrics
+        return ScoredRollouts(rollouts, RewardOutput(rewards_N, rewards_NT, metrics={"twice": 2 * rewards_N}))
 
 
-def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 0) -> tuple[list[list[int]], Few]:
+def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 1) -> tuple[list[list[int]], Few]:
     """The prompts that each rank keeps, and the first rank's run."""
     barrier, board = threading.Barrier(size), [None] * size
     runs = [Few(good, Ranks(rank, board, barrier) if size > 1 else World(), step) for rank in range(size)]
@@ -125,7 +112,8 @@ def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 0)
 
     def one(rank: int) -> None:
         run: Any = runs[rank]
-        rollouts, rewards = keep_sampling(run, "actor", run.next_rows(), dynamic)
+        scored = keep_sampling(run, "actor", run.draw(), dynamic)
+        rollouts, rewards = scored.rollouts, scored.rewards
         assert rewards.rewards_N.tolist() == [0.0, 1.0] * (len(rollouts) // 2) or not good
         assert rewards.metrics["twice"].tolist() == (2 * rewards.rewards_N).tolist()
         assert rewards.rewards_NT is not None
@@ -144,14 +132,15 @@ def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 0)
 def test_rounds_go_on_until_enough_is_kept_and_nothing_kept_is_lost() -> None:
     (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling("varied"))
     assert uids == [1, 2, 6, 9, 10, 11], "three rounds: 2, then 1, then 3, and all six are trained on"
-    assert run.logged["dynamic/rounds"] == 3 and run.logged["dynamic/prompts"] == 12
-    assert run.logged["dynamic/kept"] == 0.5
+    logged = run.meter.take()
+    assert logged["dynamic/rounds"] == 3 and logged["dynamic/prompts"] == 12
+    assert logged["dynamic/kept"] == 0.5
     assert run.drawn == 12, "the data stands where the next step begins"
 
 
 def test_over_sampling_needs_fewer_rounds() -> None:
     (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling("varied", oversample=3))
-    assert uids == [1, 2, 6, 9, 10, 11] and run.logged["dynamic/rounds"] == 1
+    assert uids == [1, 2, 6, 9, 10, 11] and run.meter.take()["dynamic/rounds"] == 1
 
 
 def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
@@ -162,8 +151,8 @@ def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
 def test_finding_nothing_is_a_mistake_at_first_and_survived_later() -> None:
     run: Any = Few(set(), World())
     with pytest.raises(UsageError, match=r"of 8 prompts none gave .* --algorithm.dynamic.keep varied"):
-        keep_sampling(run, "actor", run.next_rows(), DynamicSampling("varied", rounds=2))
-    (uids,), _ = kept(set(), DynamicSampling("varied", rounds=2), step=5)
+        keep_sampling(run, "actor", run.draw(), DynamicSampling("varied", rounds=2))
+    (uids,), _ = kept(set(), DynamicSampling("varied", rounds=2), step=6)
     assert uids == [4, 5, 6, 7], "the last round as it is: equal scores, so no credit"
 
 

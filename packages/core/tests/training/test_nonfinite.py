@@ -16,6 +16,7 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.providers import Loss, Reward
 from rlhf_core.contract.results import LossTerms, Reduction, RewardOutput
 from rlhf_core.errors import RunStopped
+from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.run import Run
 from rlhf_core.testing import tiny_run
 from rlhf_core.testing.tiny_algorithm import TinyLoss
@@ -65,10 +66,10 @@ class NanReward(Reward):
 class Watching(Run):
     """Remembers weights, moments and schedule after each step."""
 
-    def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
+    def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
         trainable: Any = self.roles["actor"].trainable  # type: ignore[attr-defined]
         self.states: list[Any] = [*getattr(self, "states", []), json.dumps(flat(trainable._state()))]
-        super().finish(step, credited)
+        super().finish(iteration, credited)
 
 
 def flat(state: Any) -> Any:
@@ -143,10 +144,10 @@ def test_a_float16_overflow_is_counted_and_one_that_no_scale_helps_stops_the_run
     assert run.states[0] != run.states[2]
 
     class Unscaled(Run):
-        def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
+        def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
             trainable: Any = self.roles["actor"].trainable  # type: ignore[attr-defined]
             trainable.scaler.update(1.0)
-            super().finish(step, credited)
+            super().finish(iteration, credited)
 
     config = tiny_run(tmp_path / "stopped", **OPTIONS | {"actor": actor}, loss=Broken(gradient=True)).config
     with pytest.raises(RunStopped, match="step 2: the gradient of role 'actor' has norm nan"):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.results import Metric, Reduction, RewardOutput
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.testing.batches import make_batch, values_like
@@ -158,15 +159,13 @@ def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
     """Half of the probability of 3 tokens here, and all of that of 1 token there: 2.5 of 4."""
     theirs = {1.5: 1.0, 3.0: 1.0}
     logged: dict[str, float] = {}
-    run: Any = SimpleNamespace(
-        plan=SimpleNamespace(sources=("actor",)),
-        config=SimpleNamespace(sampling=SimpleNamespace(temperature=0.0)),
-        roles={"actor": SimpleNamespace(version=0)},
+    meter: Any = SimpleNamespace(
         log=logged.update,
         log_batch=lambda name, values_N: 0.0,
-        world_sum=lambda value: value + theirs[value],
+        world=SimpleNamespace(total=lambda value: value + theirs[value]),
     )
-    log_completions(run, "actor", replace(make_batch([2, 1]), scalars={"kept_mass": 0.5}))
+    rollouts: Any = replace(make_batch([2, 1]), scalars={"kept_mass": 0.5})
+    log_completions(meter, "completion", rollouts, Sampling(temperature=0.0))
     assert logged["rollout/kept_mass"] == 0.625
 
 
@@ -178,7 +177,7 @@ def test_the_mean_reward_counts_what_tokens_earned() -> None:
         logged[name] = float(values_N.mean())
         return float(values_N.mean())
 
-    run: Any = SimpleNamespace(log=logged.update, log_batch=log_batch, world=World())
+    meter: Any = SimpleNamespace(log=logged.update, log_batch=log_batch, world=World())
     rewards = RewardOutput(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
-    log_rewards(run, "reward", rewards, make_batch([2, 1]))
+    log_rewards(meter, "reward", rewards, make_batch([2, 1]))
     assert logged == {"reward/mean": 5.0, "reward/variance": 1.0}

@@ -140,7 +140,7 @@ def test_rlhf_optimizer_brings_optimizers_that_roles_choose_by_name(tmp_path: Pa
     registry = Registry(autoload=False)
     registry.register(Plugin(), "sgd-plugin")
     run = tiny_run(tmp_path, registry=registry, actor={"optim": {"use": "sgd", "lr": 0.5}})
-    with run.opened():
+    with run.open():
         actor: Any = run.roles["actor"]
         assert type(actor.trainable.optimizer) is torch.optim.SGD
     assert 'use = "sgd"' in (tmp_path / "config.toml").read_text()

@@ -6,8 +6,9 @@ group `rlhf`. Two families:
 * provider hooks run once at start-up and return `{name: provider}`. A provider is a frozen dataclass (its fields are its
   options, calling it does the work) or the string `"module:Class"` where importing it should wait until it is chosen.
   What a provider of each kind is called with stands in `rlhf_core.contract.batch`.
-* observer hooks are called during a run, at most once a step. All implementations are called; none can change the run
-  but by what it returns from `rlhf_step_end`, which may end it after the step.
+* observer hooks are called during a run, a few times per step. All implementations are called; none can change the run
+  but by what it returns from `rlhf_step_end`, which may end it after the step. They are called in the first process only; an
+  observer that declares `all_ranks = True`, or a plugin that does, is called in every process.
 
 No hook is called per token or per sequence. This module imports nothing heavy: it is read by every `rlhf-run --help`.
 """
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import pluggy
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import RewardOutput
     from rlhf_core.contract.run_view import RunView
 
 __all__ = [
@@ -72,7 +75,15 @@ CHOSEN = tuple(kind for kind in KINDS if kind not in (*OF_ROLES, *OUTSIDE_RUNS))
 SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
 
-OBSERVERS = ("rlhf_run_start", "rlhf_step_end", "rlhf_run_end")
+OBSERVERS = (
+    "rlhf_run_start",
+    "rlhf_rollouts_ready",
+    "rlhf_before_update",
+    "rlhf_evaluated",
+    "rlhf_step_end",
+    "rlhf_run_end",
+)
+"""The hooks of observers, in the order of their first call."""
 
 METRICS = "rlhf_metrics"
 """The hook that provides nothing, and documents what providers log."""
@@ -174,7 +185,7 @@ def rlhf_metrics() -> Mapping[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# observers: called during a run, once a step or more rarely; every implementation is called
+# observers: called during a run, a few times per step or more rarely; every implementation is called
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +195,41 @@ def rlhf_run_start(run: RunView) -> None:
 
     Args:
         run: the run, with its resolved `config`, `plan`, `output` folder and `step`.
+    """
+
+
+@hookspec
+def rlhf_rollouts_ready(run: RunView, source: str, rollouts: Batch, rewards: RewardOutput) -> None:
+    """Called for each sampled source of a step when its completions are scored and shaped, before credit and updates.
+
+    Args:
+        run: the run; `run.step` counts the steps before this one.
+        source: the role that was sampled.
+        rollouts: N completions, this rank's; `rollouts["rewards_N"]` are what credit reads.
+        rewards: what they earned, after shaping.
+    """
+
+
+@hookspec
+def rlhf_before_update(run: RunView, role: str) -> None:
+    """Called before each trained role takes the optimiser steps of a step.
+
+    Args:
+        run: the run.
+        role: name of the role; `run.roles[role]` has the weights before the update.
+    """
+
+
+@hookspec
+def rlhf_evaluated(run: RunView, step: int, metrics: Mapping[str, float]) -> None:
+    """Called after each evaluation: before the first step, every `--eval-every` steps, and at the end.
+
+    Within a step it comes before `rlhf_step_end`, whose metrics include these.
+
+    Args:
+        run: the run; `run.evaluations` holds this evaluation too.
+        step: number of finished steps, from 0.
+        metrics: every metric of the evaluators by its full name, `eval/<name>`.
     """
 
 

@@ -310,6 +310,11 @@ class Evaluator(Provider):
 class Observer(Provider):
     """Watches a run that asks for it by name: trackers, alarms."""
 
+    @property
+    def all_ranks(self) -> bool:
+        """True if it is made, and its object's hooks are called, in every process instead of the first one only."""
+        return False
+
     def __call__(self, run: RunView) -> object:
         """Return an object with observer hooks, methods marked `@hookimpl`. Called when the roles are placed."""
         raise NotImplementedError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.lazy import torch
@@ -11,7 +11,9 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Credit", "LossTerms", "Metric", "Outputs", "Reduction", "RewardOutput"]
+    from rlhf_core.contract.batch import Rollouts
+
+__all__ = ["Credit", "LossTerms", "Metric", "Outputs", "Reduction", "RewardOutput", "ScoredRollouts"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,70 @@ class RewardOutput:
         """Rewards of whole completions (N,), float64: `rewards_N` and what `rewards_NT` gives token by token."""
         whole_N = self.rewards_N.double()
         return whole_N if self.rewards_NT is None else whole_N + self.rewards_NT.double().sum(1)
+
+    def rows(self, index: Tensor | Sequence[int]) -> RewardOutput:
+        """Return the rewards of the completions at `index`, in that order."""
+        index = torch.as_tensor(index, dtype=torch.long)
+        return self._each(lambda values: values[index])
+
+    @classmethod
+    def cat(cls, outputs: Sequence[RewardOutput]) -> RewardOutput:
+        """Return the rewards of all completions, per-token ones padded with zeros to the longest."""
+        first = outputs[0]
+
+        def stack(name: str) -> Tensor | None:
+            parts = [getattr(each, name) for each in outputs]
+            return None if parts[0] is None else _stack(parts)
+
+        metrics = {name: _stack([each.metrics[name] for each in outputs]) for name in first.metrics}
+        return cls(_stack([each.rewards_N for each in outputs]), stack("rewards_NT"), stack("scores_N"), metrics)
+
+    def with_tokens(self, count: int) -> RewardOutput:
+        """Return the same rewards with `rewards_NT` cut to `count` tokens, where there are any."""
+        return self if self.rewards_NT is None else replace(self, rewards_NT=self.rewards_NT[:, :count])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
+        """Return a copy with every tensor changed."""
+        optional = {
+            name: change(values) for name in ("rewards_NT", "scores_N") if (values := getattr(self, name)) is not None
+        }
+        metrics = {name: change(values_N) for name, values_N in self.metrics.items()}
+        return replace(self, rewards_N=change(self.rewards_N), metrics=metrics, **optional)
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """Completions together with what they earned: rows of both are picked and joined at once."""
+
+    rollouts: Rollouts
+    """N completions"""
+    rewards: RewardOutput
+    """their rewards"""
+    failed: bool = False
+    """True if a reward of these or of other completions of the step is not finite on this rank, and stands as 0"""
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def rows(self, index: Tensor | Sequence[int]) -> ScoredRollouts:
+        """Return the rows at `index`, in that order, trimmed to their longest prompt and completion."""
+        rollouts = self.rollouts.rows(index)
+        return replace(self, rollouts=rollouts, rewards=self.rewards.rows(index).with_tokens(rollouts.mask_NT.shape[1]))
+
+    @classmethod
+    def cat(cls, parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
+        """Return all rows, padded to the longest. Group numbers are shifted so that groups stay apart."""
+        rollouts = type(parts[0].rollouts).cat([part.rollouts for part in parts])
+        rewards = RewardOutput.cat([part.rewards for part in parts])
+        return cls(rollouts, rewards, any(part.failed for part in parts))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors of shape (N,), or (N, T) padded with zeros to the widest."""
+    if tensors[0].dim() == 1:
+        return torch.cat(list(tensors))
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +86,9 @@ class Prefetcher:
         self._stream.load_state_dict(state)
         self._state = self._stream.state_dict()
 
-    def metrics(self) -> dict[str, float]:
-        """Counts since the run began."""
-        counts = {f"data/{name}": float(self._state[name]) for name in ("dropped", "truncated")}
+    def metrics(self, position: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """Return counts since the run began, up to `position`, or to the last batch taken where it is absent."""
+        counts = {f"data/{name}": float((position or self._state)[name]) for name in ("dropped", "truncated")}
         return counts | {"data/duplicates": float(getattr(self._stream.examples, "duplicates", 0))}
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
 
-When a run ends, evaluation-metrics.jsonl has the metrics of every evaluation, that before the first step included.
+evaluation-metrics.jsonl has the metrics of every evaluation so far, that before the first step included.
 
 On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
 of evaluations that the checkpoint does not know.
@@ -42,10 +42,9 @@ def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
 
 
 @hookimpl
-def rlhf_run_end(run: RunView) -> None:
+def rlhf_evaluated(run: RunView) -> None:
     lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
-    if lines:  # the first and the last are of no step
-        write_bytes(run.output / "evaluation-metrics.jsonl", "".join(lines).encode())
+    write_bytes(run.output / "evaluation-metrics.jsonl", "".join(lines).encode())
 
 
 def samples(run: RunView) -> Iterator[dict[str, Any]]:

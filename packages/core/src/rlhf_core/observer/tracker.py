@@ -32,7 +32,8 @@ class Tracker:
 
     def __init__(self, samples_every: int = 0) -> None:
         self.samples_every = samples_every
-        self._evaluated = 0
+        self._evaluated: frozenset[str] = frozenset()
+        """names of the metrics that were handed on since the last step ended"""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the numbers of a step. Steps never go back; one may come twice, with other names."""
@@ -45,27 +46,21 @@ class Tracker:
         """Write what is still held, and end."""
 
     @hookimpl
-    def rlhf_run_start(self, run: RunView) -> None:
-        self._evaluated = len(run.evaluations)  # those before the checkpoint were handed on then
+    def rlhf_evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.log(step, metrics)
+        self._evaluated = frozenset(metrics)
 
     @hookimpl
     def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
-        self._hand_on_evaluations(run, before=step)
-        self._evaluated = len(run.evaluations)  # this step's stand in its metrics
-        self.log(step, {name: value for name, value in metrics.items() if name != "step"})
+        new = {name: value for name, value in metrics.items() if name != "step" and name not in self._evaluated}
+        self._evaluated = frozenset()
+        self.log(step, new)
         if self.samples_every and (step % self.samples_every == 0 or step == run.config.steps):
             self.show(step, list(samples(run)))
 
     @hookimpl
-    def rlhf_run_end(self, run: RunView, error: BaseException | None) -> None:
-        self._hand_on_evaluations(run, before=run.step + 1)
+    def rlhf_run_end(self, error: BaseException | None) -> None:
         self.close(failed=error is not None)
-
-    def _hand_on_evaluations(self, run: RunView, before: int) -> None:
-        for step, metrics in run.evaluations[self._evaluated :]:
-            if step < before:
-                self.log(step, metrics)
-        self._evaluated = len(run.evaluations)
 
 
 def needs_package(module: str, name: str, extra: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.plugins.registry import Registry
+    from rlhf_core.training.step_metrics import Meter
 
 __all__ = ["Progress", "translate_failures"]
 
@@ -48,6 +49,8 @@ class Progress(Protocol):
     """where the providers came from"""
     config: RunConfig
     """the chosen providers"""
+    meter: Meter
+    """the metrics of the step at hand; it knows the phase that the run is in, or failed in"""
 
     @property
     def output(self) -> Path:
@@ -57,11 +60,6 @@ class Progress(Protocol):
     @property
     def step(self) -> int:
         """The number of finished steps."""
-        ...
-
-    @property
-    def doing(self) -> str:
-        """The phase that the run is in, or failed in."""
         ...
 
 
@@ -76,18 +74,21 @@ def translate_failures(run: Progress) -> Iterator[None]:
         note_provider(error, run.registry, run.config)
         if _is_full(error):
             raise RunStopped(
-                f"no space is left for {run.output} ({run.doing}, step {run.step}); {_newest_checkpoint(run)}; free some, then "
-                "continue with --resume (--keep 1 needs the least)"
+                f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; free "
+                "some, then continue with --resume (--keep 1 needs the least)"
             ) from error
         if is_out_of_memory(error):
             wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
-            advice = LESS_MEMORY.get(run.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model")
+            advice = LESS_MEMORY.get(
+                run.meter.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model"
+            )
             raise RunStopped(
-                f"out of memory in phase {run.doing!r} of step {run.step + 1}{wanted}; {_newest_checkpoint(run)}; {advice}"
+                f"out of memory in phase {run.meter.doing!r} of step {run.step + 1}{wanted}; "
+                f"{_newest_checkpoint(run)}; {advice}"
             ) from error
         if REFUSED in str(error):
             raise RunStopped(
-                f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.doing}, step {run.step + 1}); leave "
+                f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.meter.doing}, step {run.step + 1}); leave "
                 "--deterministic out, or what needs it (docs/reliability.md names some)"
             ) from error
         raise

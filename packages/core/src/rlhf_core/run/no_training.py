@@ -11,7 +11,6 @@ from rlhf_core.contract.options import RunConfig
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
-from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -37,11 +36,7 @@ def open_untrained(config: RunConfig, registry: Registry) -> Iterator[Run]:
 
     run = Run(config, registry)
     run.check()
-    torch.manual_seed(config.seed)
-    run.placed = config.providers["launcher"](run.plan)
-    try:
+    with run.place():
         if run.world.size > 1:
             raise UsageError("start this command as one process; split the work with --shard where it has one")
         yield run
-    finally:
-        run.placed.close()

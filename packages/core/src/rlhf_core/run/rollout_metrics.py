@@ -13,40 +13,39 @@ from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch, Rollouts
+    from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.results import RewardOutput
-    from rlhf_core.run.run import Run
+    from rlhf_core.training.step_metrics import Meter
 
 __all__ = ["log_completions", "log_rewards", "measure_step"]
 
 GIB = 2.0**30
 
 
-def log_completions(run: Run, source: str, rollouts: Rollouts) -> None:
-    """Log what was sampled from `source`.
+def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sampling) -> None:
+    """Log what was sampled.
 
     The entropy costs no forward pass: -log p of a sampled token is an unbiased estimate of its distribution's entropy.
     """
-    prefix = "completion" if source == run.plan.sources[0] else f"{source}/completion"
-    run.log_batch(f"{prefix}/length", rollouts.lengths_N.float())
-    run.log_batch(f"{prefix}/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
-    if run.config.sampling.temperature > 0:
+    total = meter.world.total
+    meter.log_batch(f"{prefix}/length", rollouts.lengths_N.float())
+    meter.log_batch(f"{prefix}/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
+    if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
-        run.log({f"{prefix}/entropy": run.world_sum(surprise) / run.world_sum(float(rollouts.mask_NT.sum()))})
-    run.log({"rollout/staleness": float(run.roles[source].version - rollouts.version)})
+        meter.log({f"{prefix}/entropy": total(surprise) / total(float(rollouts.mask_NT.sum()))})
     if "kept_mass" in rollouts.scalars:
         tokens = float(rollouts.mask_NT.sum())
-        kept = run.world_sum(rollouts.scalars["kept_mass"] * tokens)
-        run.log({"rollout/kept_mass": kept / run.world_sum(tokens)})
+        meter.log({"rollout/kept_mass": total(rollouts.scalars["kept_mass"] * tokens) / total(tokens)})
 
 
-def log_rewards(run: Run, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
+def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
     """Log what completions earned."""
     whole_N = rewards.total_N
-    mean = run.log_batch(f"{prefix}/mean", whole_N)
-    run.log_batch(f"{prefix}/variance", (whole_N - mean).square())
-    run.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, run.world))
+    mean = meter.log_batch(f"{prefix}/mean", whole_N)
+    meter.log_batch(f"{prefix}/variance", (whole_N - mean).square())
+    meter.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, meter.world))
     for name, values_N in rewards.metrics.items():
-        run.log_batch(f"{prefix}/{name}", values_N)
+        meter.log_batch(f"{prefix}/{name}", values_N)
 
 
 def measure_step(tokens: float, seconds: float) -> dict[str, float]:

@@ -8,55 +8,48 @@ run.train()
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import loop
-from rlhf_core.checkpoint import Checkpoints, check_metric, prepare_output
+from rlhf_core.checkpoint import Checkpoints, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.options import RunConfig, Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
-from rlhf_core.errors import NotFiniteReward, UsageError
-from rlhf_core.lazy import torch
-from rlhf_core.models.loading.vocabulary import check_vocabularies
-from rlhf_core.reward.output import to_reward_output, without_nan
+from rlhf_core.errors import UsageError
+from rlhf_core.reward.output import to_reward_output
+from rlhf_core.run import lifetime
 from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
-from rlhf_core.run.publishing import check_hub, publish
-from rlhf_core.run.rollout_metrics import log_completions, log_rewards, measure_step
+from rlhf_core.run.iteration import Iteration
+from rlhf_core.run.observing import Observers
+from rlhf_core.run.publishing import publish
+from rlhf_core.run.rollout_metrics import measure_step
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
-from rlhf_core.run.step_metrics import Meter
 from rlhf_core.run.stopping import Stop
-from rlhf_core.training.credit import check_rows, prepare_rows
-from rlhf_core.training.dynamic_sampling import keep_sampling
 from rlhf_core.training.kl import KLController
-from rlhf_core.training.nonfinite import SKIP, keep_samples
 from rlhf_core.training.planner import make_plan
-from rlhf_core.training.reduction import Means
-from rlhf_core.training.reference_cache import cache_frozen_roles
-from rlhf_core.training.reward_shaping import RewardShaping
-from rlhf_core.training.running_moments import Moments
+from rlhf_core.training.step_metrics import Meter
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from rlhf_core.contract.distributed import World
     from rlhf_core.contract.plan import Plan
     from rlhf_core.data.encoder import Encoder
     from rlhf_core.data.prefetch import Prefetcher
-    from rlhf_core.data.stream import DrawnRows
     from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Run"]
 
 
-class Run(Meter):
+class Run:
     """One training run, from its configuration to the files it leaves in `config.output`.
 
     Args:
@@ -77,24 +70,21 @@ class Run(Meter):
         self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
         self.data = RunData(self.plan)
         self.checkpoints = Checkpoints(config)
-        self.samples: dict[str, Batch] = {}
-        """the credited batches of the last step"""
-        self.observers: list[Any] = []
-        """what the chosen observers watch with, while the run is open, in the first process"""
-        self.placed: Placement | None = None
-        self._scored: dict[str, RewardOutput] = {}
-        self._unscored = False
-        """whether this rank has completions of this step without a finite reward"""
-        super().__init__()
+        self.observers = Observers(self.registry)
         self.signals = StopSignals()
         self.stop = Stop()
+        self.meter = Meter()
+        """the metrics of the step at hand, from credit on; what was collected for it is in its iteration"""
+        self.samples: dict[str, Batch] = {}
+        """the credited batches of the last step"""
+        self.placed: Placement | None = None
 
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run
 
     def train(self) -> dict[str, float]:
-        """Train to the last step, evaluate, save and export; returns the last step's metrics."""
-        with translate_failures(self), exit_on_preemption(), self.opened():
+        """Train to the last step, evaluate, save and export; return the last step's metrics."""
+        with translate_failures(self), exit_on_preemption(), self.open():
             if self.step == 0:
                 self.evaluate()
             with self.signals:
@@ -109,172 +99,37 @@ class Run(Meter):
             self.export()
         return self.last_metrics
 
-    @contextmanager
-    def opened(self) -> Iterator[Run]:
-        """Roles placed, checkpoint restored, observers told; everything closed at the end, whatever happens."""
-        self.check()
-        check_rows(self.plan, self.data.rows)  # reads the data's beginning: said before anything is written
-        prepare_output(self.config)
-        torch.manual_seed(self.config.seed)
-        self.placed = self.config.providers["launcher"](self.plan)
-        cache_frozen_roles(self.placed, self.plan)
-        error: BaseException | None = None
-        watched = ExitStack()
-        try:
-            if self.config.resume:
-                self.restore()
-            if self.leader:
-                chosen = self.config.providers.get("observer", ())
-                self.observers = [observer(self) for observer in chosen]
-                watched.enter_context(self.registry.with_observers(self.observers, chosen))
-                self.registry.hook.rlhf_run_start(run=self)
-            yield self
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self._end_saving(error)
-            with watched:
-                if self.leader:
-                    self.registry.hook.rlhf_run_end(run=self, error=error)
-            reward = self.config.providers.get("reward")
-            if reward is not None and hasattr(reward, "close"):
-                reward.close()
-            if "stream" in self.__dict__:
-                self.stream.close()
-            self.placed.close()
-
-    def _end_saving(self, error: BaseException | None) -> None:
-        """Let a checkpoint that is being written beside the loop be finished, but where a second signal stops at once."""
-        if error is not None and not isinstance(error, Exception):
-            return
-        try:
-            self.checkpoints.background.wait()
-        except Exception as failed:
-            if error is None:
-                raise
-            print(f"rlhf-run: the checkpoint that was being written failed too: {failed}", file=sys.stderr)
-
     def check(self) -> None:
-        """Let every provider say what it misses, before anything heavy starts."""
-        for chosen in self.config.providers.values():
-            for provider in chosen if isinstance(chosen, tuple) else (chosen,):
-                if hasattr(provider, "check"):
-                    provider.check()
-        check_vocabularies(self.plan)
-        check_hub(self.config)
+        """Let every provider report what it misses, before anything heavy starts."""
+        lifetime.check(self.plan)
 
-    def steps(self) -> Iterator[int]:
-        """The numbers of the remaining steps, from 1; ends early when an observer asked for it."""
-        while self.step < self.config.steps and not self.stop:
-            self._started = time.perf_counter()
-            yield self.step + 1
+    def open(self) -> AbstractContextManager[Run]:
+        """Place roles, restore a checkpoint and call observers; close everything at the end, whatever happens."""
+        return lifetime.open_run(self)
 
-    def finish(self, step: int, credited: Mapping[str, Batch]) -> None:
-        """Close a step: count it, measure, tell observers, and save if it is time."""
-        self.state.step, self.state.stream = step, self.stream.state_dict()
-        self.samples = dict(credited)
-        self._add_background(self.checkpoints.background.poll)
-        tokens = sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values())
-        self.log(measure_step(self.world_sum(tokens), time.perf_counter() - self._started) | self.stream.metrics())
-        metrics = self._metrics.reduce(None)
-        self._metrics = Means()  # of the next step: time/checkpoint there is that of the save below
-        if self.config.eval_every and step % self.config.eval_every == 0:
-            metrics |= self.evaluate()
-        self.state.last_metrics = {"step": step, **metrics}
-        evaluated = self.evaluations[-1][1] if self.evaluations else ()
-        check_metric(self.config.keep_best, self.plan.trained_roles, metrics, evaluated)
-        said = self.registry.hook.rlhf_step_end(run=self, step=step, metrics=self.last_metrics) if self.leader else []
-        self.stop.agree(said, self.signals, self.world)
-        if self.config.save_every and step % self.config.save_every == 0:
-            self.save()
+    def place(self) -> AbstractContextManager[Run]:
+        """Place roles and free them at the end; for a run that is not trained, so no file is written."""
+        return lifetime.place_roles(self)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the loop's verbs
 
-    def next_rows(self) -> DrawnRows:
-        """This step's rows of data, made ready while the step before was at work."""
-        with self.phase("data"):
-            return next(self.stream)
+    def iterations(self, collect: Callable[[Iteration], None]) -> Iterator[Iteration]:
+        """Yield the remaining iterations, each collected; end early when a signal came or an observer asks for it.
 
-    def read(self, rows: DrawnRows) -> Batch:
-        """Rows of data as a batch."""
-        with self.phase("data"):
-            batch = replace(self.encoder.batch(*rows), world=self.world, scalars=self._scalars())
-            return prepare_rows(self.plan, batch)
-
-    def sample(self, source: str, rows: DrawnRows) -> Rollouts:
-        """Completions of `source` on the prompts of `rows`, or of fresh ones where `DynamicSampling` replaces some."""
-        dynamic = getattr(self.config.algorithm, "dynamic", None)
-        if dynamic is None or dynamic.keep == "all":
-            return self.sample_once(source, rows)
-        rollouts, self._scored[source] = keep_sampling(self, source, rows, dynamic)
-        return rollouts
-
-    def sample_once(self, source: str, rows: DrawnRows) -> Rollouts:
-        """Completions of `source` on the prompts of `rows`."""
-        with self.phase("rollout"):
-            prompts = self.encoder.prompts(*rows)
-            seed = Sampling(seed=self.config.seed).seed_for(self.step, self.plan.sources.index(source))
-            rollouts = self.rollouts(source, prompts, replace(self.config.sampling, seed=seed))
-        exact = getattr(self.config.providers["rollout"], "exact", False) and self.config.sampling.temperature > 0
-        narrow = self.plan.roles[source].options.dtype != "float32"  # rounds token by token otherwise than in one pass
-        if exact and not narrow and "kept_mass" not in rollouts.scalars:
-            rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
-        self._metrics.add_sum("samples", self.world_sum(len(rollouts)))
-        log_completions(self, source, rollouts)
-        return replace(rollouts, world=self.world, scalars=rollouts.scalars | self._scalars())
-
-    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Completions of the role `source`; also for evaluators."""
-        assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
-        return self.placed.rollout(self.roles[source], prompts, sampling)
-
-    def score(self, source: str, rollouts: Batch) -> RewardOutput:
-        """Rewards of completions, checked and shaped; logged for the policy."""
-        with self.phase("reward"):
-            rewards = self._scored.pop(source, None) or self.judge(rollouts)
-        if self.config.on_nonfinite == "skip" and self.world_sum(float(self._unscored)):
-            self._unscored = False
-            rollouts.scalars[SKIP] = 1.0  # by every rank
-            return rewards
-        prefix = "reward" if source == self.plan.sources[0] else f"{source}/reward"
-        shaping = getattr(self.config.algorithm, "shaping", None)
-        if shaping not in (None, RewardShaping()):
-            self.log_batch(f"{prefix}/unshaped", rewards.total_N)
-            rewards = shaping(
-                rewards, rollouts, self.config.sampling.max_new_tokens, self.state.moments.setdefault(source, Moments())
-            )
-        log_rewards(self, prefix, rewards, rollouts)
-        rollouts.extras["rewards_N"] = rewards.rewards_N
-        return rewards
-
-    def judge(self, rollouts: Batch) -> RewardOutput:
-        """The reward of completions that will be trained on: of those that have none, it can be noted and the step skipped."""
-        raw = self._reward(rollouts)
-        try:
-            return to_reward_output(raw, rollouts, self._reward)
-        except NotFiniteReward as error:
-            if self.config.on_nonfinite == "stop":
+        An error in `collect` is raised here, at the iteration that had it.
+        """
+        while self.step < self.config.steps and not self.stop:
+            iteration = Iteration(self, self.step + 1, self.kl_coef, self.state.moments)
+            try:
+                iteration.begin()
+                collect(iteration)
+            except BaseException:
+                self.meter.doing = iteration.meter.doing  # the phase that failed
                 raise
-            path = keep_samples(self.output, self.step + 1, error)
-            print(
-                f"rlhf-run: step {self.step + 1} is skipped: {error}; all such samples are in {path}", file=sys.stderr
-            )
-            self._unscored = True
-            return to_reward_output(without_nan(raw), rollouts, self._reward)
-
-    def reward_of(self, rollouts: Batch) -> RewardOutput:
-        """The reward provider's answer, checked against its contract."""
-        return to_reward_output(self._reward(rollouts), rollouts, self._reward)
-
-    @property
-    def _reward(self) -> Any:
-        """The reward provider."""
-        reward = self.config.providers.get("reward")
-        if reward is None:
-            raise UsageError("an evaluator asks for rewards, but none was chosen; pass --reward NAME")
-        return reward
+            for source, rewards in iteration.rewards.items():
+                self.notify("rlhf_rollouts_ready", source=source, rollouts=iteration.batches[source], rewards=rewards)
+            yield iteration
 
     def watch_kl(self, batches: Mapping[str, Batch]) -> None:
         """Log the KL to the reference and let an adaptive coefficient follow it."""
@@ -290,21 +145,43 @@ class Run(Meter):
                 if name != DATA and self.plan.roles[name].trained:
                     self.log(self.placed.rollout.sync(self.roles[name]) or {})
 
+    def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
+        """Close a step: take over the state of its iteration, measure, call observers, and save if it is time."""
+        step = iteration.step
+        self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
+        self.samples = dict(credited)
+        self._add_background(self.checkpoints.background.poll)
+        tokens = self.world.total(sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values()))
+        self.meter.merge(iteration.meter)
+        self.log(measure_step(tokens, time.perf_counter() - iteration.started))
+        self.log(self.stream.metrics(iteration.position))
+        metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
+        if self.config.eval_every and step % self.config.eval_every == 0:
+            metrics |= self.evaluate()
+        self.state.last_metrics = {"step": step, **metrics}
+        check_metric(
+            self.config.keep_best, self.plan.trained_roles, metrics, self.evaluations[-1][1] if self.evaluations else ()
+        )
+        answers = self.notify("rlhf_step_end", step=step, metrics=self.last_metrics)
+        self.stop.agree(answers, self.signals, self.world)
+        if self.config.save_every and step % self.config.save_every == 0:
+            self.save()
+
     def evaluate(self) -> dict[str, float]:
-        """Every chosen evaluator's metrics, as `eval/<name>`."""
+        """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
         metrics: dict[str, float] = {}
         for evaluator in self.config.providers.get("evaluator", ()):
             metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
         if metrics:
             self.state.evaluations.append((self.step, metrics))
+            self.notify("rlhf_evaluated", step=self.step, metrics=metrics)
         return metrics
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
-        trained = {name: self.roles[name] for name in self.plan.trained_roles}
-        self.state.versions = {name: role.version for name, role in trained.items()}
+        self.state.versions = {name: role.version for name, role in self._trained.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
-        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), trained, self.world))
+        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._trained, self.world))
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
@@ -312,12 +189,11 @@ class Run(Meter):
         Raises:
             UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
         """
-        trained = {name: self.roles[name] for name in self.plan.trained_roles}
-        state = self.checkpoints.restore(trained, self.world)
+        state = self.checkpoints.restore(self._trained, self.world)
         if state is None:
             return
         self.state.load_state_dict(state)
-        for name, role in trained.items():
+        for name, role in self._trained.items():
             role.version = self.state.versions[name]
         self.stream.load_state_dict(self.state.stream)
         self.sync()
@@ -327,7 +203,7 @@ class Run(Meter):
         with self.phase("checkpoint"):
             seconds = finished()
         if seconds:
-            self.add_seconds("checkpoint_background", seconds)
+            self.meter.add_seconds("checkpoint_background", seconds)
 
     def export(self) -> None:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
@@ -335,11 +211,12 @@ class Run(Meter):
         if self.leader:
             publish(self)
 
-    def _scalars(self) -> dict[str, float]:
-        return {"progress": self.step / max(1, self.config.steps), "kl_coef": self.kl_coef, "step": self.step + 1}
+    def notify(self, hook: str, **arguments: Any) -> list[Any]:
+        """Call an observer hook with this run and `arguments`; return the answers that are not None."""
+        return self.observers.notify(hook, self, **arguments)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # what the run holds
+    # what evaluators and observers see: `RunView` documents each of these
 
     @property
     def active_plan(self) -> Plan:
@@ -362,26 +239,30 @@ class Run(Meter):
         return self.state.last_metrics
 
     @property
+    def kl_coef(self) -> float:
+        """The KL coefficient in force; 0 without a penalty."""
+        return self.state.kl_coef
+
+    @property
     def roles(self) -> Mapping[str, Role]:
         """The placed roles by name."""
         assert self.placed is not None, "roles exist while the run is open"
         return self.placed.roles
 
     @property
-    def world(self) -> Any:
+    def _trained(self) -> dict[str, Role]:
+        return {name: self.roles[name] for name in self.plan.trained_roles}
+
+    @property
+    def world(self) -> World:
         """The ranks that run this same loop."""
         assert self.placed is not None
         return self.placed.world
 
     @property
     def leader(self) -> bool:
-        """Whether this process is the one that tells observers and writes files."""
-        return bool(self.world.rank == 0)
-
-    @property
-    def kl_coef(self) -> float:
-        """The KL coefficient in force; 0 without a penalty."""
-        return self.state.kl_coef
+        """True in the process that writes files and calls observers."""
+        return self.world.rank == 0
 
     @property
     def encoder(self) -> Encoder:
@@ -393,6 +274,31 @@ class Run(Meter):
         """This rank's rows, shuffled by the seed, at the position of the run."""
         return self.data.stream(self.world)
 
+    @property
+    def reward(self) -> Any:
+        """The reward provider."""
+        reward = self.config.providers.get("reward")
+        if reward is None:
+            raise UsageError("an evaluator asks for rewards, but none was chosen; pass --reward NAME")
+        return reward
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Add the time inside to `time/<name>` of the step at hand."""
+        return self.meter.phase(name)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the step at hand."""
+        self.meter.log(metrics)
+
     def heldout(self, most: int | None = None) -> Sequence[Example]:
         """Return the held-out rows of the data, the first `most` of them; at least one for each rank."""
         return self.data.heldout(most, self.world)
+
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Return completions of the role `source`."""
+        assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
+        return self.placed.rollout(self.roles[source], prompts, sampling)
+
+    def reward_of(self, rollouts: Batch) -> RewardOutput:
+        """Return what the reward provider gives to completions, checked against its contract."""
+        return to_reward_output(self.reward(rollouts), rollouts, self.reward)

@@ -192,14 +192,14 @@ def check_evaluator(evaluator: Evaluator, run: Run | None = None) -> Mapping[str
 
     Args:
         evaluator: the provider.
-        run: an opened run (`with run.opened(): …`); a tiny one in a temporary folder if absent.
+        run: an open run (`with run.open(): …`); a tiny one in a temporary folder if absent.
 
     Raises:
         AssertionError: it is not so.
     """
     check_provider(evaluator)
     if run is None:
-        with tempfile.TemporaryDirectory() as folder, tiny_run(folder, evaluator=evaluator).opened() as opened:
+        with tempfile.TemporaryDirectory() as folder, tiny_run(folder, evaluator=evaluator).open() as opened:
             return check_evaluator(evaluator, opened)
     name = type(evaluator).__qualname__
     before = {key: value.clone() for key, value in _policy(run).weights()}
@@ -233,8 +233,8 @@ def check_observer(observer: Any) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             run = tiny_run(folder, observer=observer)
             try:
-                with run.opened():
-                    watching = [name for each in run.observers for name in OBSERVERS if hasattr(each, name)]
+                with run.open():
+                    watching = [name for each in run.observers.objects for name in OBSERVERS if hasattr(each, name)]
                     assert watching, f"{type(observer).__qualname__} must return an object with a hook of {OBSERVERS}"
                     if fails:
                         raise _Failure

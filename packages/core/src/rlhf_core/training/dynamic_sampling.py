@@ -5,16 +5,15 @@ are kept as the step wants. All that are kept are trained on in the step that sa
 grows stale, and a checkpoint needs no more than the data's position. So a step has at least --batch-size prompts, and fewer
 only where the rounds ran out. Ranks decide together, and share what was kept evenly.
 
-An algorithm that has a field `dynamic` gets it. The loop knows nothing of it: `Run.sample` asks here.
+An algorithm that has a field `dynamic` gets it. The loop knows nothing of it: `Iteration.sample` asks here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from rlhf_core.contract.batch import Rollouts
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import ScoredRollouts
 from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
@@ -22,12 +21,12 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.run.run import Run
+    from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.training.step_metrics import Meter
 
 __all__ = ["DynamicSampling", "keep_sampling"]
-
-METRIC = "metric/"
-"""Before the names of a reward's metrics while they travel with their rows."""
 
 
 @dataclass(frozen=True)
@@ -67,39 +66,67 @@ class DynamicSampling:
         return ((means > self.low) & (means < self.high))[index_N] | (self.keep == "all")
 
 
-def keep_sampling(run: Run, source: str, drawn: DrawnRows, dynamic: DynamicSampling) -> tuple[Rollouts, RewardOutput]:
-    """Completions of enough prompts that `dynamic` accepts, and their rewards; `drawn` are the first prompts.
+class PromptSampler(Protocol):
+    """What the rounds ask of an iteration."""
+
+    config: RunConfig
+    """the resolved options"""
+    world: World
+    """the ranks that decide together"""
+    step: int
+    """the step that is sampled for, from 1"""
+
+    @property
+    def meter(self) -> Meter:
+        """Where metrics go."""
+        ...
+
+    def draw(self) -> DrawnRows:
+        """Return the next rows of data."""
+        ...
+
+    def sample_once(self, source: str, rows: DrawnRows) -> Rollouts:
+        """Return completions on the prompts of `rows`."""
+        ...
+
+    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
+        """Return completions with their rewards."""
+        ...
+
+
+def keep_sampling(iteration: PromptSampler, source: str, drawn: DrawnRows, dynamic: DynamicSampling) -> ScoredRollouts:
+    """Return scored completions of enough prompts that `dynamic` accepts; `drawn` are the first prompts.
 
     Raises:
         UsageError: the run's first step finds not a single one. A later step trains on its last round then, as it is.
     """
-    begun, rounds = [drawn], list[Rollouts]()
+    meter, total = iteration.meter, iteration.world.total
+    begun, rounds = [drawn], list[ScoredRollouts]()
     prompts = kept = 0.0
-    while len(rounds) < dynamic.rounds and kept < run.config.batch_size:
-        sampled = run.sample_once(source, _draw_batches(run, begun, dynamic.oversample))
-        begun = []
-        with run.phase("reward"):
-            rewards = run.judge(sampled)
-        run.log_batch("dynamic/reward", rewards.total_N)
-        scored = _with_rewards(sampled, rewards)
+    failed = False
+    while len(rounds) < dynamic.rounds and kept < iteration.config.batch_size:
+        scored = iteration.judge(iteration.sample_once(source, _draw_batches(iteration, begun, dynamic.oversample)))
+        begun, failed = [], failed or scored.failed
+        rewards, group_N = scored.rewards, scored.rollouts.group_N
+        meter.log_batch("dynamic/reward", rewards.total_N)
         scores_N = rewards.total_N if rewards.scores_N is None else rewards.scores_N
-        rounds.append(scored.rows(dynamic.accepted_N(scores_N, sampled.group_N).nonzero().flatten()))
-        prompts += run.world_sum(_groups(sampled))
-        kept += run.world_sum(_groups(rounds[-1]))
-    run.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
-    if kept < run.world.size:
-        if run.step == 0:
+        rounds.append(scored.rows(dynamic.accepted_N(scores_N, group_N).nonzero().flatten()))
+        prompts += total(_groups(scored))
+        kept += total(_groups(rounds[-1]))
+    meter.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
+    if kept < iteration.world.size:
+        if iteration.step == 1:
             raise UsageError(
                 f"of {prompts:.0f} prompts none gave completions that --algorithm.dynamic.keep {dynamic.keep} keeps: "
                 "choose other prompts, another reward, a larger --sampling.n, or --algorithm.dynamic.keep all"
             )
         rounds = [scored]
-    return _without_rewards(_share_evenly(run, rounds))
+    return replace(_share_evenly(rounds, iteration.world), failed=failed)
 
 
-def _draw_batches(run: Run, begun: list[DrawnRows], batches: int) -> DrawnRows:
-    """So many batches of data as one, `begun` among them."""
-    parts = [*begun, *(run.next_rows() for _ in range(batches - len(begun)))]
+def _draw_batches(iteration: PromptSampler, begun: list[DrawnRows], batches: int) -> DrawnRows:
+    """Return so many batches of data as one, `begun` among them."""
+    parts = [*begun, *(iteration.draw() for _ in range(batches - len(begun)))]
     ready = [part.rows for part in parts if part.rows is not None]
     return DrawnRows(
         examples=[example for part in parts for example in part.examples],
@@ -108,39 +135,16 @@ def _draw_batches(run: Run, begun: list[DrawnRows], batches: int) -> DrawnRows:
     )
 
 
-def _groups(rollouts: Rollouts) -> int:
-    return len(rollouts.group_N.unique())
+def _groups(scored: ScoredRollouts) -> int:
+    return len(scored.rollouts.group_N.unique())
 
 
-def _share_evenly(run: Run, rounds: list[Rollouts]) -> Rollouts:
-    """This rank's even share of the prompts that all ranks kept."""
-    everyone = run.world.gather([replace(part, world=None) for part in rounds])
+def _share_evenly(rounds: list[ScoredRollouts], world: World) -> ScoredRollouts:
+    """Return this rank's even share of the prompts that all ranks kept."""
+    everyone = world.gather([replace(part, rollouts=replace(part.rollouts, world=None)) for part in rounds])
     parts = [ranks[k] for k in range(len(rounds)) for ranks in everyone if len(ranks[k])]
-    whole = Rollouts.cat(parts)
-    mine = whole.group_N.unique().tensor_split(run.world.size)[run.world.rank]
-    share = whole.rows(torch.isin(whole.group_N, mine).nonzero().flatten())
-    return replace(share, world=rounds[0].world)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# rewards travel with their rows, as extras
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _with_rewards(rollouts: Rollouts, rewards: RewardOutput) -> Rollouts:
-    extras: dict[str, Any] = {"rewards_N": rewards.rewards_N}
-    extras |= {f"{METRIC}{name}_N": values_N for name, values_N in rewards.metrics.items()}
-    for name in ("rewards_NT", "scores_N"):
-        if (values := getattr(rewards, name)) is not None:
-            extras[name] = values
-    return rollouts.with_extras(**extras)
-
-
-def _without_rewards(rollouts: Rollouts) -> tuple[Rollouts, RewardOutput]:
-    extras = dict(rollouts.extras)
-    names = [name for name in extras if name.startswith(METRIC)]
-    metrics = {name.removeprefix(METRIC).removesuffix("_N"): extras.pop(name) for name in names}
-    output = RewardOutput(
-        extras.pop("rewards_N"), extras.pop("rewards_NT", None), extras.pop("scores_N", None), metrics
-    )
-    return replace(rollouts, extras=extras), output
+    whole = ScoredRollouts.cat(parts)
+    groups = whole.rollouts.group_N
+    mine = groups.unique().tensor_split(world.size)[world.rank]
+    share = whole.rows(torch.isin(groups, mine).nonzero().flatten())
+    return replace(share, rollouts=replace(share.rollouts, world=world))

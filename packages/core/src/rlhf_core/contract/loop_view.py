@@ -1,0 +1,93 @@
+"""What the loop asks of a run and of its iterations: the verbs that `rlhf_core.loop` calls, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from rlhf_core.contract.batch import Batch, Rollouts
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.results import RewardOutput, ScoredRollouts
+    from rlhf_core.contract.roles import Role
+
+__all__ = ["LoopIteration", "LoopRun"]
+
+
+class LoopIteration(Protocol):
+    """One pass of the loop, on its way from data to credit."""
+
+    step: int
+    """the step that it becomes, from 1"""
+    plan: Plan
+    """the part of the plan that takes part in this step"""
+    batches: dict[str, Batch]
+    """a batch per source, read or sampled"""
+    rewards: dict[str, RewardOutput]
+    """what sampled batches earned, by source"""
+
+    def read(self) -> None:
+        """Turn the rows of data into the batch of the source `data`."""
+        ...
+
+    def sample(self, source: str) -> Rollouts | ScoredRollouts:
+        """Return completions of the role `source` on the rows' prompts; scored ones where scores chose the prompts."""
+        ...
+
+    def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:
+        """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
+        ...
+
+
+class LoopRun(Protocol):
+    """An open run."""
+
+    @property
+    def plan(self) -> Plan:
+        """The whole plan."""
+        ...
+
+    @property
+    def active_plan(self) -> Plan:
+        """The part of the plan that takes part in the step at hand."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The placed roles by name."""
+        ...
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient in force."""
+        ...
+
+    def iterations(self, collect: Callable[[Any], None]) -> Iterator[Any]:
+        """Yield the remaining iterations (`LoopIteration`), each collected."""
+        ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Add the time inside to `time/<name>` of the step at hand."""
+        ...
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the step at hand."""
+        ...
+
+    def watch_kl(self, batches: Mapping[str, Batch]) -> None:
+        """Log the KL to the reference and let an adaptive coefficient follow it."""
+        ...
+
+    def notify(self, hook: str, **arguments: Any) -> list[Any]:
+        """Call an observer hook."""
+        ...
+
+    def sync(self) -> None:
+        """Let the rollout engine take the new weights."""
+        ...
+
+    def finish(self, iteration: Any, credited: Mapping[str, Batch]) -> None:
+        """Close a step: measure, call observers, and save if it is time."""
+        ...

@@ -1,0 +1,206 @@
+"""One pass of the loop: an iteration owns its step, rows, batches, rewards and metrics, and the state of the data after it.
+
+It reads only what stays the same while a run is open, so that several iterations can be under way. The run takes over the
+iteration's metrics and state when it has been trained on (`Run.finish`); what was collected for an iteration that is never
+trained on leaves no trace.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf_core.contract.options import Sampling
+from rlhf_core.contract.plan import DATA
+from rlhf_core.contract.results import ScoredRollouts
+from rlhf_core.errors import NotFiniteReward
+from rlhf_core.reward.output import to_reward_output, without_nan
+from rlhf_core.run.rollout_metrics import log_completions, log_rewards
+from rlhf_core.training.credit import prepare_rows
+from rlhf_core.training.dynamic_sampling import keep_sampling
+from rlhf_core.training.nonfinite import SKIP, keep_samples
+from rlhf_core.training.reward_shaping import RewardShaping
+from rlhf_core.training.running_moments import Moments
+from rlhf_core.training.step_metrics import Meter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rlhf_core.contract.batch import Batch, Prompts, Rollouts
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.results import RewardOutput
+    from rlhf_core.contract.roles import Role
+    from rlhf_core.data.encoder import Encoder
+    from rlhf_core.data.prefetch import Prefetcher
+    from rlhf_core.data.stream import DrawnRows
+
+__all__ = ["Iteration", "Services"]
+
+
+class Services(Protocol):
+    """The parts of an open run that no step changes; an iteration sees no other."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved options."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """The whole plan."""
+        ...
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        ...
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """The placed roles."""
+        ...
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the role that reads the data."""
+        ...
+
+    @property
+    def stream(self) -> Prefetcher:
+        """This rank's rows; the one thing that iterations take from in turn."""
+        ...
+
+    @property
+    def reward(self) -> Any:
+        """The reward provider. Raises `UsageError` if none was chosen."""
+        ...
+
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Return completions of a role."""
+        ...
+
+
+class Iteration:
+    """A step on its way from data to credit.
+
+    Args:
+        run: the services of the open run.
+        step: the step that it becomes, from 1.
+        kl_coef: the KL coefficient in force when it begins.
+        moments: running moments of rewards by source, before it.
+    """
+
+    def __init__(self, run: Services, step: int, kl_coef: float, moments: Mapping[str, Moments]) -> None:
+        self.run = run
+        self.config = run.config
+        self.world = run.world
+        self.step = step
+        self.plan = run.plan.for_step(step)
+        """the part of the plan that takes part in this step"""
+        self.scalars = {"progress": (step - 1) / max(1, run.config.steps), "kl_coef": kl_coef, "step": step}
+        """numbers that every batch of this iteration carries"""
+        self.meter = Meter(run.world)
+        self.started = time.perf_counter()
+        self.batches: dict[str, Batch] = {}
+        """a batch per source, read or sampled"""
+        self.rewards: dict[str, RewardOutput] = {}
+        """what sampled batches earned, by source"""
+        self.moments = {source: Moments(*each.state()) for source, each in moments.items()}
+        """running moments of rewards after this iteration"""
+        self.position: Mapping[str, Any] = {}
+        """position of the data after this iteration"""
+        self.rows: DrawnRows
+        """this rank's rows of data; dynamic sampling may draw more"""
+
+    def begin(self) -> None:
+        """Draw the rows of the step."""
+        self.rows = self.draw()
+
+    def draw(self) -> DrawnRows:
+        """Return the next rows of data, made ready while earlier steps were at work."""
+        with self.meter.phase("data"):
+            drawn = next(self.run.stream)
+        self.position = self.run.stream.state_dict()
+        return drawn
+
+    def read(self) -> None:
+        """Turn the rows into the batch of the source `data`."""
+        with self.meter.phase("data"):
+            batch = self.run.encoder.batch(*self.rows)
+            batch = replace(batch, world=self.world, scalars=dict(self.scalars))
+            self.batches[DATA] = prepare_rows(self.run.plan, batch)
+
+    def sample(self, source: str) -> Rollouts | ScoredRollouts:
+        """Return completions of `source` on the rows' prompts; scored ones where dynamic sampling has replaced prompts."""
+        dynamic = self.config.algorithm.dynamic
+        if dynamic is None or dynamic.keep == "all":
+            return self.sample_once(source, self.rows)
+        return keep_sampling(self, source, self.rows, dynamic)
+
+    def sample_once(self, source: str, rows: DrawnRows) -> Rollouts:
+        """Return completions of `source` on the prompts of `rows`."""
+        config = self.config
+        with self.meter.phase("rollout"):
+            prompts = self.run.encoder.prompts(*rows)
+            seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
+            rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed))
+        exact = config.providers["rollout"].exact and config.sampling.temperature > 0
+        narrow = self.plan.roles[source].options.dtype != "float32"  # rounds token by token otherwise than in one pass
+        if exact and not narrow and "kept_mass" not in rollouts.scalars:
+            rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
+        self.meter.add_sum("samples", self.world.total(len(rollouts)))
+        log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
+        self.meter.log({"rollout/staleness": float(self.run.roles[source].version - rollouts.version)})
+        return replace(rollouts, world=self.world, scalars=rollouts.scalars | self.scalars)
+
+    def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:
+        """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
+        scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(sampled)
+        rollouts, rewards = scored.rollouts, scored.rewards
+        if self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed)):
+            self.batches[source] = replace(rollouts, scalars=rollouts.scalars | {SKIP: 1.0})  # by every rank
+            self.rewards[source] = rewards
+            return
+        prefix = self.prefix(source, "reward")
+        shaping = self.config.algorithm.shaping
+        if shaping not in (None, RewardShaping()):
+            self.meter.log_batch(f"{prefix}/unshaped", rewards.total_N)
+            seen = self.moments.setdefault(source, Moments())
+            rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, seen)
+        log_rewards(self.meter, prefix, rewards, rollouts)
+        self.batches[source] = rollouts.with_extras(rewards_N=rewards.rewards_N)
+        self.rewards[source] = rewards
+
+    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
+        """Return completions with their rewards. With `--on-nonfinite skip`, a reward that is not finite is reported and 0.
+
+        Raises:
+            NotFiniteReward: a reward is not finite, and the run stops at that.
+        """
+        reward = self.run.reward
+        with self.meter.phase("reward"):
+            raw = reward(rollouts)
+            try:
+                return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward))
+            except NotFiniteReward as error:
+                if self.config.on_nonfinite == "stop":
+                    raise
+                path = keep_samples(self.run.output, self.step, error)
+                print(
+                    f"rlhf-run: step {self.step} is skipped: {error}; all such samples are in {path}", file=sys.stderr
+                )
+                return ScoredRollouts(rollouts, to_reward_output(without_nan(raw), rollouts, reward), failed=True)
+
+    def prefix(self, source: str, what: str) -> str:
+        """Return the prefix of metrics about `what`: without the source's name for the first source of the plan."""
+        return what if source == self.run.plan.sources[0] else f"{source}/{what}"
