@@ -140,17 +140,10 @@ class Registry:
                 self._manager.unregister(observer)
 
     def notify(self, hook: str, leader: bool, **arguments: Any) -> list[Any]:
-        """Call an observer hook of every plugin and observer, and return the answers that are not None.
-
-        Args:
-            hook: its name.
-            leader: False in the processes where only plugins that declare `all_ranks = True` are called. The observers in
-                `watching` are called in any case.
-            arguments: what the hook is called with, by name.
-        """
-        if leader:
-            return list(getattr(self.hook, hook)(**arguments))
-        others = [plugin for name in self.plugins if not _all_ranks(plugin := self._manager.get_plugin(name))]
+        """Call an observer hook and return the answers that are not None; of plugins, the leader calls all, and other
+        processes those with a global `all_ranks = True`."""
+        plugins = [] if leader else [self._manager.get_plugin(name) for name in self.plugins]
+        others = [plugin for plugin in plugins if not getattr(plugin, "all_ranks", False)]
         return list(self._manager.subset_hook_caller(hook, others)(**arguments))
 
     def _load(self, entry_point: metadata.EntryPoint, wanted: bool) -> None:
@@ -348,11 +341,6 @@ class Registry:
 def default_registry() -> Registry:
     """The registry of everything installed, made once."""
     return Registry()
-
-
-def _all_ranks(plugin: object) -> bool:
-    """Return True if a plugin, a module or any object, declares that its observer hooks are called in every process."""
-    return bool(getattr(plugin, "all_ranks", False))
 
 
 def _check_marked(plugin: object) -> None:
