@@ -1,0 +1,1 @@
+"""PyTorch FSDP2 as a training strategy for rlhf-core."""
