@@ -31,12 +31,12 @@ def test_a_worker_goes_where_the_run_was_started_or_says_that_it_cannot(
 ) -> None:
     monkeypatch.setattr(worker_module, "plan_from", lambda *_: None)
     monkeypatch.chdir("/")
-    assert RoleWorker({}, {}, str(tmp_path), "actor", 0, 1).prepare() == (socket.gethostname(), os.getpid())
+    assert RoleWorker({}, {}, str(tmp_path), "actor", 0, 1).initialize() == (socket.gethostname(), os.getpid())
     assert Path.cwd() == tmp_path
     with pytest.raises(
         UsageError, match=r"^node .* has no folder /not/here \(No such .*\); start the run in a folder that"
     ):
-        RoleWorker({}, {}, "/not/here", "actor", 0, 1).prepare()
+        RoleWorker({}, {}, "/not/here", "actor", 0, 1).initialize()
 
 
 def started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RoleWorker:

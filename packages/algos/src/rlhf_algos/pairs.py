@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.results import Outputs
 
-__all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "sequence_logprobs", "split"]
+__all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "sequence_logprobs", "split_pairs"]
 
 
-def split(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def split_pairs(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Chosen and rejected, (N / 2,) each.
 
     Raises:

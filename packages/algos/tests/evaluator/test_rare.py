@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_algos.evaluator.bad_samples import BadSamples, make_batch
+from rlhf_algos.evaluator.bad_samples import BadSamples, samples_as_batch
 from rlhf_algos.evaluator.heldout_table import HeldoutTable
 from rlhf_algos.reward.keep_bad import KeepBad
 from rlhf_core import Run, make_config
@@ -186,6 +186,6 @@ def test_a_file_without_samples_is_refused_in_one_line(content, message, tmp_pat
 
 
 def test_saved_samples_are_read_by_their_ids():
-    batch = make_batch([{"prompt_ids": [1], "ids": [2, 3]}, {"prompt_ids": [4, 5], "ids": [6]}])
+    batch = samples_as_batch([{"prompt_ids": [1], "ids": [2, 3]}, {"prompt_ids": [4, 5], "ids": [6]}])
     assert batch.mask_NT.tolist() == [[True, True], [True, False]]
     assert batch.prompt_lengths_N.tolist() == [1, 2]

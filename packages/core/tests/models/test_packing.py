@@ -149,7 +149,7 @@ def test_a_model_that_raises_on_packed_rows_stays_padded(monkeypatch: pytest.Mon
     def refuse(*_: object, **__: object) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(packed_file.Rows, "arguments", refuse)
+    monkeypatch.setattr(packed_file.PackedRows, "arguments", refuse)
     assert not build_module(spec("tiny", "logprobs_NT")).packs
 
 

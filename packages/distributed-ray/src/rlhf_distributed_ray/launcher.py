@@ -209,7 +209,7 @@ class _Cluster:
         from rlhf_distributed_ray.worker import EngineWorker, RoleWorker, versions
 
         self._reserve()
-        self._say_idle_gpus()
+        self._report_idle_gpus()
         names = to_names(self.plan.config)
         expected = versions(Registry(), self.plan.config.names, self.plan.config.uses)
         shipper = Shipper()
@@ -261,7 +261,7 @@ class _Cluster:
                 "free resources, or use --launcher.strategy PACK"
             )
 
-    def _say_idle_gpus(self) -> None:
+    def _report_idle_gpus(self) -> None:
         """GPUs that nobody asks for are not used, which is hardly meant."""
         import ray
 
@@ -295,7 +295,7 @@ class _Cluster:
     def _locations(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
         from rlhf_distributed_ray.group import gather_results
 
-        return gather_results(who, [], [actor.prepare.remote() for actor in actors])
+        return gather_results(who, [], [actor.initialize.remote() for actor in actors])
 
     def close(self) -> None:
         """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""

@@ -73,7 +73,7 @@ class Worker:
         self._build = names, expected
         self._folder = folder
 
-    def prepare(self) -> tuple[str, int]:
+    def initialize(self) -> tuple[str, int]:
         """Go to the folder that the run was started in, whose relative paths are meant, and build the plan; host name and
         process id, for messages.
 
@@ -297,9 +297,9 @@ class MirrorRole:
 class EngineWorker(Worker):
     """A rollout engine with mirrors of the roles it samples."""
 
-    def prepare(self) -> tuple[str, int]:
+    def initialize(self) -> tuple[str, int]:
         """The same, and the mirrors of the roles."""
-        where = super().prepare()
+        where = super().initialize()
         self.engine = self.plan.config.providers["rollout"]
         self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
         self._received = 0

@@ -43,7 +43,7 @@ class BadSamples(Evaluator):
         mine = set(prompts[run.world.rank :: run.world.size])
         own = [row for row in rows if str(row["prompt_ids"]) in mine] or rows[:1]  # ranks infer together
         name = run.plan.trained_roles[0] if run.plan.trained_roles else next(iter(run.plan.roles))
-        logprobs_NT = run.roles[name].infer(make_batch(own), frozenset({"logprobs_NT"}))["logprobs_NT"]
+        logprobs_NT = run.roles[name].infer(samples_as_batch(own), frozenset({"logprobs_NT"}))["logprobs_NT"]
         logprobs_N = logprobs_NT.double().sum(1).tolist()
         by_prompt: dict[str, list[float]] = {}
         for row, logprob in zip(own, logprobs_N, strict=True):
@@ -73,7 +73,7 @@ class BadSamples(Evaluator):
         return rows
 
 
-def make_batch(rows: list[dict[str, Any]]) -> Batch:
+def samples_as_batch(rows: list[dict[str, Any]]) -> Batch:
     """Samples by token ids, for a role to read."""
     prompt_NL, prompt_lengths_N = _pad_rows([row["prompt_ids"] for row in rows])
     tokens_NT, lengths_N = _pad_rows([row["ids"] for row in rows])

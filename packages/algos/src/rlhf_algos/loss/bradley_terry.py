@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import pair_metrics, split
+from rlhf_algos.pairs import pair_metrics, split_pairs
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.lazy import torch
@@ -39,10 +39,10 @@ class BradleyTerryLoss(Loss):
         return frozenset({"margin_N"} if self.margin else ())
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        chosen, rejected = split(outputs["scores_N"], batch)
+        chosen, rejected = split_pairs(outputs["scores_N"], batch)
         difference = chosen - rejected
         if self.margin:
-            difference = difference - split(batch["margin_N"], batch)[0]
+            difference = difference - split_pairs(batch["margin_N"], batch)[0]
         values = -torch.nn.functional.logsigmoid(difference)
         if self.centre:
             values = values + self.centre * (chosen + rejected).square()

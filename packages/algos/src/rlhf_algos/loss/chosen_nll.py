@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import mean_logprobs, split
+from rlhf_algos.pairs import mean_logprobs, split_pairs
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 
@@ -25,5 +25,5 @@ class ChosenNLLLoss(Loss):
     rows_per_unit: ClassVar[int] = 2
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        chosen, _ = split(-mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
+        chosen, _ = split_pairs(-mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
         return LossTerms(chosen, Reduction("sample"), {"nll": Metric.over(chosen)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
+from rlhf_algos.pairs import mean_logprobs, pair_metrics, split_pairs
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
@@ -42,8 +42,8 @@ class ORPOLoss(Loss):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         means_N = mean_logprobs(outputs["logprobs_NT"], batch.mask_NT)
-        chosen, rejected = split(_log_odds(means_N), batch)
-        likelihood, _ = split(means_N, batch)
+        chosen, rejected = split_pairs(_log_odds(means_N), batch)
+        likelihood, _ = split_pairs(means_N, batch)
         values = -likelihood - self.lam * torch.nn.functional.logsigmoid(chosen - rejected)
         metrics = {**pair_metrics(chosen, rejected), "nll": Metric.over(-likelihood)}
         return LossTerms(values, Reduction("sample"), metrics)

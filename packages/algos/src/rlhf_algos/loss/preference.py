@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import log_ratios, pair_metrics, split
+from rlhf_algos.pairs import log_ratios, pair_metrics, split_pairs
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
@@ -34,7 +34,7 @@ class PreferenceLoss(Loss):
         check_ranges(self, beta="(0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        chosen, rejected = split(self.beta * self.ratios(outputs, batch), batch)
+        chosen, rejected = split_pairs(self.beta * self.ratios(outputs, batch), batch)
         return LossTerms(self.pair_loss(chosen - rejected), Reduction("sample"), pair_metrics(chosen, rejected))
 
     def ratios(self, outputs: Outputs, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import mean_logprobs, pair_metrics, split
+from rlhf_algos.pairs import mean_logprobs, pair_metrics, split_pairs
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Reduction
@@ -38,6 +38,6 @@ class SimPOLoss(Loss):
         check_ranges(self, beta="(0, inf)")
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        chosen, rejected = split(self.beta * mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
+        chosen, rejected = split_pairs(self.beta * mean_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
         values = -torch.nn.functional.logsigmoid(chosen - rejected - self.gamma)
         return LossTerms(values, Reduction("sample"), pair_metrics(chosen, rejected))

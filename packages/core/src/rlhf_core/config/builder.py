@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.parsing import Settings, read, read_tree
+from rlhf_core.config.parsing import Settings, parse_tree, read
 from rlhf_core.config.schema import (
     STRUCTURE,
     Schema,
@@ -86,14 +86,14 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
         for use, each in zip(uses, several, strict=True):
             if not isinstance(each, str):
                 instances[name if len(several) == 1 else f"{name}.{use}"] = each
-    return _build(*read_tree(tree, registry, instances=instances))
+    return _build(*parse_tree(tree, registry, instances=instances))
 
 
 def from_names(tree: Mapping[str, Any], registry: Registry | None = None) -> RunConfig:
     """The run that `to_names` described, in any process that has the same plugins."""
     from rlhf_core.plugins.registry import default_registry
 
-    return _build(*read_tree(tree, registry or default_registry()))
+    return _build(*parse_tree(tree, registry or default_registry()))
 
 
 def to_names(config: RunConfig) -> dict[str, Any]:

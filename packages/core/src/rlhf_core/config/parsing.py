@@ -20,7 +20,7 @@ from rlhf_core.errors import UsageError
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Settings", "from_flags", "read", "read_tree", "single_word", "split_flags"]
+__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags"]
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -39,7 +39,7 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     if words:
         wanted["algorithm"] = words[0]
     uses = {path.removesuffix(".use"): single_word(flag(path), flags[path]) for path in flags if path.endswith(".use")}
-    schema, settings = read_tree(tree, registry, where=where, wanted=wanted, uses=uses)
+    schema, settings = parse_tree(tree, registry, where=where, wanted=wanted, uses=uses)
     _merge(settings, from_flags(flags, schema))
     return schema, settings
 
@@ -82,7 +82,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise UsageError(f"{path}: nested too deeply") from None
 
 
-def read_tree(
+def parse_tree(
     tree: Mapping[str, Any],
     registry: Registry,
     *,

@@ -25,7 +25,7 @@ __all__ = [
     "is_dialogue",
     "parse_dialogue",
     "plain_text",
-    "split",
+    "split_chat",
     "to_chat",
 ]
 
@@ -118,7 +118,7 @@ def format_dialogue(chat: Chat) -> str:
     return "".join(turns)
 
 
-def split(chat: Chat, turns: Turns = "last") -> tuple[Chat, tuple[Text, ...]]:
+def split_chat(chat: Chat, turns: Turns = "last") -> tuple[Chat, tuple[Text, ...]]:
     """Prompt and completion of a chat that ends with an answer; without one it is a prompt.
 
     Args:

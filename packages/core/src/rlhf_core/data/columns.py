@@ -22,7 +22,7 @@ from rlhf_core.data.chats import (
     is_dialogue,
     parse_dialogue,
     plain_text,
-    split,
+    split_chat,
     to_chat,
 )
 from rlhf_core.data.images import attach_images, has_images, make_paths_absolute
@@ -160,7 +160,9 @@ class Columns:
         if self.completion_key:
             return prompt, (_answer(row, self.completion_key, prompt),)
         return (
-            (prompt, ()) if isinstance(prompt, str) else _with_column_name(self.prompt_key, split, prompt, self.turns)
+            (prompt, ())
+            if isinstance(prompt, str)
+            else _with_column_name(self.prompt_key, split_chat, prompt, self.turns)
         )
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:

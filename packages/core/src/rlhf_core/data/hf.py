@@ -96,7 +96,7 @@ class HuggingFaceData(Preparation, Columns):
         columns: Columns = self.infer_columns(first, f"{name}:1")
         columns.example(first, f"{name}:1")
         source = name if mixed else ""
-        return _Stream(table, columns, name, source) if self.streaming else _Rows(table, columns, name, source)
+        return _Stream(table, columns, name, source) if self.streaming else _TableRows(table, columns, name, source)
 
     def _distinct(self, names: Sequence[str], sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
         """The sets without rows that came before, in any of them."""
@@ -120,7 +120,7 @@ class HuggingFaceData(Preparation, Columns):
 
 
 @dataclass(frozen=True)
-class _Rows(Sequence[Example]):
+class _TableRows(Sequence[Example]):
     """The rows of a memory-mapped set, made into examples when they are asked for."""
 
     table: Any
@@ -134,8 +134,8 @@ class _Rows(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> _Rows: ...
-    def __getitem__(self, index: int | slice) -> Example | _Rows:
+    def __getitem__(self, index: slice) -> _TableRows: ...
+    def __getitem__(self, index: int | slice) -> Example | _TableRows:
         if isinstance(index, slice):
             return replace(self, table=self.table.select(range(*index.indices(len(self)))))
         return _example(self, self.table[index], index)
@@ -168,7 +168,7 @@ class _Again(Iterable[Example]):
         return (row for rows in self.sets for row in rows)
 
 
-def _example(rows: _Rows | _Stream, row: Mapping[str, Any], number: int) -> Example:
+def _example(rows: _TableRows | _Stream, row: Mapping[str, Any], number: int) -> Example:
     example = rows.columns.example(
         {key: _without_nulls(value) for key, value in row.items()}, f"{rows.name}:{number + 1}"
     )

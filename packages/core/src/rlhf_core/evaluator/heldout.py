@@ -10,7 +10,7 @@ from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import mean_and_error
 from rlhf_core.lazy import torch
-from rlhf_core.observer.files import sample
+from rlhf_core.observer.files import sample_record
 from rlhf_core.util.jsonl import append_line
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class Heldout(Evaluator):
             for i in range(0, min(self.shown * self.n, len(rollouts)), self.n):
                 asked = rollouts.meta[i].get("prompt")
                 question = {"question": asked} if isinstance(asked, str) else {}
-                append_line(run.output / "evaluations.jsonl", {"step": run.step, **question, **sample(rollouts, i)})
+                append_line(
+                    run.output / "evaluations.jsonl", {"step": run.step, **question, **sample_record(rollouts, i)}
+                )
         completions = run.world.total(len(rollouts))
         mean, error = mean_and_error(means_P.tolist())
         return {

@@ -51,10 +51,10 @@ def samples(run: RunView) -> Iterator[dict[str, Any]]:
     """Some rows of each batch of the last step, as plain values with the same names."""
     for key, batch in run.samples.items():
         for i in range(0, len(batch), max(1, len(batch) // SAMPLES_PER_STEP)):
-            yield redact_tree({"step": run.step, "source": key, **sample(batch, i)})
+            yield redact_tree({"step": run.step, "source": key, **sample_record(batch, i)})
 
 
-def sample(batch: Batch, i: int) -> dict[str, Any]:
+def sample_record(batch: Batch, i: int) -> dict[str, Any]:
     """Row `i` as plain values: prompt, completion, reward and mean advantage."""
     row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": batch.texts[i]}
     if "rewards_N" in batch:

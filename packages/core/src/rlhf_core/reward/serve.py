@@ -105,7 +105,7 @@ def serve(app: Any, host: str, port: int, note: str = "") -> None:
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
-class _Together:
+class _RequestBatcher:
     """Collects samples of several requests and scores them in one call, in a thread of its own."""
 
     def __init__(self, score: Score, wait: float, batch: int) -> None:
@@ -161,7 +161,7 @@ def make_app(score: Score, token: str = "", wait: float = 0.005, batch: int = 64
         from fastapi.responses import JSONResponse, PlainTextResponse
     except ImportError:
         raise MissingPackage("serve-reward needs packages: pip install 'rlhf-core[serve]'") from None
-    together = _Together(score, wait, batch)
+    together = _RequestBatcher(score, wait, batch)
 
     @asynccontextmanager
     async def working(_: Any) -> AsyncIterator[None]:

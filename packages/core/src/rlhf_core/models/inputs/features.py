@@ -32,7 +32,7 @@ Read = Callable[["Inputs"], tuple[Any, ...]]
 """States of all cells, which cells predict completion tokens, rows' last cells, and whatever else there is."""
 
 
-class _Row(NamedTuple):
+class _RowStates(NamedTuple):
     states_TH: Tensor
     """of its completion tokens; none where only scores are wanted"""
     last_H: Tensor
@@ -49,7 +49,7 @@ class Features:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self.held = 0
-        self._rows: OrderedDict[bytes, _Row] = OrderedDict()
+        self._rows: OrderedDict[bytes, _RowStates] = OrderedDict()
         self._versions: list[int] = []
 
     def __call__(
@@ -82,7 +82,7 @@ class Features:
         at = torch.arange(len(states_MH) + len(keys), device=device)
         return torch.cat([states_MH, last_NH]).to(device), at[: len(states_MH)], at[len(states_MH) :]
 
-    def _keep(self, key: bytes, row: _Row) -> None:
+    def _keep(self, key: bytes, row: _RowStates) -> None:
         """Hold a row as the one used last."""
         if key in self._rows:
             self._rows.move_to_end(key)
@@ -93,7 +93,7 @@ class Features:
             self.held -= _size(self._rows.popitem(last=False)[1])
 
 
-def _size(row: _Row) -> int:
+def _size(row: _RowStates) -> int:
     return sum(each.untyped_storage().nbytes() for each in row)
 
 
@@ -130,10 +130,10 @@ def _pick(inputs: Inputs, rows: list[int]) -> Inputs:
     )
 
 
-def _read(inputs: Inputs, tokens: bool, read: Read) -> list[_Row]:
+def _read(inputs: Inputs, tokens: bool, read: Read) -> list[_RowStates]:
     """Each row's states, in storage of their own."""
     states, states_M, last_N, *_ = read(inputs)
     counts = _counts(inputs) if tokens else [0] * len(inputs.ids_NS)
     wanted_MH = states.index_select(0, states_M if tokens else states_M[:0]).cpu()
     last_NH = states.index_select(0, last_N).cpu()
-    return [_Row(part.clone(), last.clone()) for part, last in zip(wanted_MH.split(counts), last_NH, strict=True)]
+    return [_RowStates(part.clone(), last.clone()) for part, last in zip(wanted_MH.split(counts), last_NH, strict=True)]

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from rlhf_core.models.inputs.arrange import Inputs
 
-__all__ = ["NAME", "Rows", "can_pack", "pack_rows", "rows_attention"]
+__all__ = ["NAME", "PackedRows", "can_pack", "pack_rows", "rows_attention"]
 
 NAME = "rlhf_rows"
 """The attention function below, among transformers' implementations."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """What the body of a model reads."""
 
     ids_1S: Tensor
@@ -59,13 +59,13 @@ class Rows:
         }
 
 
-def pack_rows(inputs: Inputs) -> tuple[Rows, Inputs]:
+def pack_rows(inputs: Inputs) -> tuple[PackedRows, Inputs]:
     """The rows without their padding, and `inputs` with its positions counted in them."""
     N, S = inputs.ids_NS.shape
     lengths_N = inputs.last_N - torch.arange(N, device=inputs.last_N.device) * S + 1
     real_NS = torch.arange(S, device=lengths_N.device) < lengths_N[:, None]
     place_NS = real_NS.flatten().cumsum(0) - 1
-    rows = Rows(
+    rows = PackedRows(
         ids_1S=inputs.ids_NS[real_NS][None],
         positions_1S=torch.arange(S, device=lengths_N.device).expand(N, S)[real_NS][None],
         bounds=torch.nn.functional.pad(lengths_N.cumsum(0), (1, 0)).int(),
@@ -106,7 +106,7 @@ def _isolates_rows(model: Any) -> bool:
     body = model.base_model
     ids_NS = torch.tensor([[1, 2, 3], [4, 5, 6]], device=model.device)
     lengths = torch.tensor([0, 3, 6], dtype=torch.int32, device=model.device)
-    rows = Rows(ids_NS.view(1, 6), torch.arange(3, device=model.device).repeat(2)[None], lengths, 3)
+    rows = PackedRows(ids_NS.view(1, 6), torch.arange(3, device=model.device).repeat(2)[None], lengths, 3)
     try:
         together = body(use_cache=False, **rows.arguments(flash=False))[0].view(2, 3, -1)
         apart = body(input_ids=ids_NS, use_cache=False)[0]
