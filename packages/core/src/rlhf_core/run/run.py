@@ -179,9 +179,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
-        self.state.versions = {name: role.version for name, role in self._trained.items()}
+        self.state.versions = {name: role.version for name, role in self._trained_roles.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
-        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._trained, self.world))
+        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._trained_roles, self.world))
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
@@ -189,11 +189,11 @@ class Run:
         Raises:
             UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
         """
-        state = self.checkpoints.restore(self._trained, self.world)
+        state = self.checkpoints.restore(self._trained_roles, self.world)
         if state is None:
             return
         self.state.load_state_dict(state)
-        for name, role in self._trained.items():
+        for name, role in self._trained_roles.items():
             role.version = self.state.versions[name]
         self.stream.load_state_dict(self.state.stream)
         self.sync()
@@ -250,7 +250,7 @@ class Run:
         return self.placed.roles
 
     @property
-    def _trained(self) -> dict[str, Role]:
+    def _trained_roles(self) -> dict[str, Role]:
         return {name: self.roles[name] for name in self.plan.trained_roles}
 
     @property
