@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from rlhf_core.testing import check_light, check_strategy
 from rlhf_strategy_fsdp2.strategy import FSDP2
 
 RANKS = Path(__file__).with_name("fsdp2_ranks.py")
-WRITE_DATA = "import pathlib, sys, fsdp2_ranks; fsdp2_ranks.write_data(pathlib.Path(sys.argv[1]))"
+sys.path.append(str(RANKS.parent))
+import fsdp2_ranks  # noqa: E402  the module that the ranks run
+
 MEASURED = ("time", "speed", "memory")
 """First parts of metrics that depend on the machine."""
 
@@ -27,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, by two ranks that are started once."""
     folder = tmp_path_factory.mktemp("fsdp2")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", WRITE_DATA, folder], cwd=RANKS.parent, env=environment, check=True)
+    fsdp2_ranks.write_data(folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, RANKS, folder], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -91,6 +94,14 @@ def test_a_resumed_run_equals_a_straight_one_to_the_bit(case: str, runs: Path) -
     assert len(metrics(resumed)) == 4
     for name in ("model", "model-ema"):
         assert furthest(weights(resumed / name), weights(straight / name)) == 0.0
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(runs: Path) -> None:
+    shutil.copytree(runs / "grpo-straight", runs / "grpo-alone")
+    shutil.rmtree(runs / "grpo-alone" / "checkpoints" / "step-4")
+    fsdp2_ranks.run(runs, "grpo", "fsdp2", "grpo-alone", steps=4, save_every=2, resume=True)
+    for row, wanted in zip(metrics(runs / "grpo-alone"), metrics(runs / "grpo-straight"), strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6, abs=1e-6)
 
 
 def test_bfloat16_follows_torch_within_its_rounding(runs: Path) -> None:
