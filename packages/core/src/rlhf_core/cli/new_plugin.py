@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.cli import templates
 from rlhf_core.contract.commands import Command
+from rlhf_core.contract.hooks import KindName
 from rlhf_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class NewPlugin(Command):
 
     name: str
     """the provider's name: small letters, digits and dashes"""
-    kind: Literal["data", "reward", "advantage", "loss", "evaluator"] = "reward"
+    kind: KindName = "reward"
     """what it provides"""
 
     def __call__(self, context: CommandContext) -> int:
@@ -37,23 +39,24 @@ class NewPlugin(Command):
         name = words.replace("-", "_")
         if (taken := context.registry.table(self.kind).get(name)) is not None:
             raise UsageError(f"new-plugin {self.name}: {taken.plugin} already provides the {self.kind} {name!r}")
+        template: Any = import_module(f"{templates.__name__}.{self.kind}")
         values = {
             "kind": self.kind,
             "name": name,
             "dist": folder.name,
             "module": f"rlhf_{name}",
             "cls": "".join(word.capitalize() for word in words.split("-")),
-            "run": templates.RUN[self.kind],
+            "run": template.RUN,
         }
         files = {
             "pyproject.toml": templates.PYPROJECT,
             "README.md": templates.README,
-            f"rlhf_{name}.py": templates.MODULES[self.kind],
-            f"test_rlhf_{name}.py": templates.TEST,
+            f"rlhf_{name}.py": template.MODULE,
+            f"test_rlhf_{name}.py": template.TEST,
         }
         folder.mkdir()
-        for file, template in files.items():
-            text = Template(Template(template).substitute(values)).substitute(values)  # `run` has names in it too
+        for file, content in files.items():
+            text = Template(Template(content).substitute(values)).substitute(values)  # `run` has names in it too
             (folder / file).write_text(text, encoding="utf-8")
         print(f"{folder} is ready: python3 -m pip install -e {folder} && python3 -m pytest {folder}")
         return 0

@@ -23,6 +23,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from rlhf_core.contract.providers import Provider
+
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.registry_view import RegistryView
@@ -59,7 +61,7 @@ class CommandContext(Protocol):
         ...
 
 
-class Command:
+class Command(Provider):
     """The base of commands."""
 
     defaults: ClassVar[Mapping[str, str | None]] = {}

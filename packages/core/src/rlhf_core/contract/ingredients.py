@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
+from rlhf_core.contract.providers import Provider
+
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.registry_view import RegistryView
@@ -76,7 +78,7 @@ class IngredientContext(Protocol):
         ...
 
 
-class Ingredient:
+class Ingredient(Provider):
     """The base of ingredients."""
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {}

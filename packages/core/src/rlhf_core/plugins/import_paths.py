@@ -9,7 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.contract.providers import BASES
+from rlhf_core.contract import providers
+from rlhf_core.contract.commands import Command
+from rlhf_core.contract.ingredients import Ingredient
+from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.errors import PluginError, UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -17,6 +20,9 @@ __all__ = ["add_working_folder", "check_class", "check_provided", "load", "load_
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 """A provider's name: no colon, comma or space, which mean something on the command line."""
+
+BASES = {**providers.BASES, "command": Command, "ingredient": Ingredient, "optimizer": OptimizerProvider}
+"""The base class of every kind."""
 
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 

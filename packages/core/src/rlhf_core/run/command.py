@@ -58,9 +58,7 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
         UsageError: a word too many or too few, an unknown flag, a value that does not fit.
     """
     name = words[0]
-    cls = registry.resolve("command", name)
-    if not issubclass(cls, Command):
-        raise ContractError(f"command {name!r} of {registry.provenance('command', name)} must inherit Command")
+    cls: type[Command] = registry.resolve("command", name)
     given, flags = split_flags(words[1:])
     own = {each.name for each in option_fields(cls)}
     kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
@@ -90,6 +88,7 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
     command: Command = made[""]
     context = CommandRun(registry, command, {"algorithm": words[0], **names}, split_sections(schema, made))
     try:
+        command.check()
         code: Any = command(context)
     except Exception as error:
         note_provider(error, registry, context.config if command.defaults else None)

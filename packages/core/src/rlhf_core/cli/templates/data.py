@@ -1,0 +1,42 @@
+"""What `new-plugin --kind data` writes: a data and its test."""
+
+from __future__ import annotations
+
+__all__ = ["MODULE", "RUN", "TEST"]
+
+RUN = "rlhf-run sft --model tiny --data $name --steps 3"
+
+MODULE = '''\
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_core import Data, Example, hookimpl
+
+
+@dataclass(frozen=True)
+class $cls(Data):
+    """Sums of small numbers, with their answers."""
+
+    rows: int = 100
+    """how many rows"""
+
+    def __call__(self, split: str) -> Sequence[Example]:
+        offset = 0 if split == "train" else self.rows
+        numbers = range(offset, offset + self.rows)
+        return [Example(f"{i} + {i} =", (f" {i + i}",), label=i + i, origin=f"$name:{i}") for i in numbers]
+
+
+@hookimpl
+def rlhf_data() -> dict[str, type]:
+    return {"$name": $cls}
+'''
+
+TEST = """\
+from $module import $cls
+
+from rlhf_core.testing import check_data
+
+
+def test_it_keeps_the_contract() -> None:
+    check_data($cls())
+"""
