@@ -36,9 +36,9 @@ def rlhf_advantage() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_advantage
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

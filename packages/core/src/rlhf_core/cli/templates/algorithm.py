@@ -83,9 +83,9 @@ def rlhf_algorithm() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_algorithm
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

@@ -42,9 +42,9 @@ def rlhf_command() -> dict[str, type]:
 
 TEST = """\
 import pytest
-from $module import $cls
-
 from rlhf_core.testing import check_command
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,9 +32,9 @@ def rlhf_data() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_data
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

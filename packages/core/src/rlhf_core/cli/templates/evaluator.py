@@ -34,9 +34,9 @@ def rlhf_evaluator() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_evaluator
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

@@ -44,10 +44,10 @@ def rlhf_ingredient() -> dict[str, type]:
 TEST = """\
 from pathlib import Path
 
-from $module import $cls
-
 from rlhf_core import Artifact
 from rlhf_core.testing import check_ingredient
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract(tmp_path: Path) -> None:

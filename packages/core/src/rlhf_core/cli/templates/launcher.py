@@ -44,9 +44,9 @@ def rlhf_launcher() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_launcher
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

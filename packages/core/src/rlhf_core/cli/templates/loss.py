@@ -34,9 +34,9 @@ def rlhf_loss() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_loss
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

@@ -45,9 +45,9 @@ def rlhf_observer() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_observer
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

@@ -29,9 +29,9 @@ def rlhf_reward() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_reward
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

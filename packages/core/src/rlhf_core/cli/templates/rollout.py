@@ -39,9 +39,9 @@ def rlhf_rollout() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_rollout
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:

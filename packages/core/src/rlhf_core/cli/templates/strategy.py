@@ -49,9 +49,9 @@ def rlhf_strategy() -> dict[str, type]:
 '''
 
 TEST = """\
-from $module import $cls
-
 from rlhf_core.testing import check_strategy
+
+from $module import $cls
 
 
 def test_it_keeps_the_contract() -> None:
