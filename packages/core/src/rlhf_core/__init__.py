@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
     from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
     from rlhf_core.contract.options import KL, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.outputs import Output, States
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.providers import (
         Advantage,
@@ -89,6 +90,7 @@ __all__ = [
     "NameConflict",
     "Observer",
     "OptimizerProvider",
+    "Output",
     "Outputs",
     "Placement",
     "Plan",
@@ -114,6 +116,7 @@ __all__ = [
     "Schedule",
     "Secret",
     "SharedBase",
+    "States",
     "Strategy",
     "Term",
     "TorchWorld",
@@ -140,6 +143,7 @@ _HOMES = {
     "contract.distributed": "TorchWorld World",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
+    "contract.outputs": "Output States",
     "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
     "contract.options": "KL Lora ModelOptions RunConfig Sampling TrainedOptions",
     "contract.plan": "Plan",

@@ -14,6 +14,7 @@ __all__ = [
     "rlhf_metrics",
     "rlhf_observer",
     "rlhf_optimizer",
+    "rlhf_output",
     "rlhf_reward",
     "rlhf_rollout",
     "rlhf_strategy",
@@ -89,6 +90,19 @@ def rlhf_observer() -> Providers:
 @hookimpl
 def rlhf_optimizer() -> Providers:
     return {"adamw": "rlhf_core.contract.optimizers:AdamW"}
+
+
+@hookimpl
+def rlhf_output() -> Providers:
+    return {
+        "entropy_NT": "rlhf_core.models.heads.outputs:Entropy",
+        "features_NH": "rlhf_core.models.heads.outputs:Features",
+        "features_NTH": "rlhf_core.models.heads.outputs:TokenFeatures",
+        "logits_NT": "rlhf_core.models.heads.outputs:Logits",
+        "logprobs_NT": "rlhf_core.models.heads.outputs:Logprobs",
+        "scores_N": "rlhf_core.models.heads.outputs:Scores",
+        "values_NT": "rlhf_core.models.heads.outputs:Values",
+    }
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.providers import Rollout
+from rlhf_core.contract.requirements import place
 from rlhf_core.contract.roles import Role
 from rlhf_core.errors import NotFinite, RlhfError, RunStopped
 from rlhf_core.lazy import torch
@@ -120,14 +121,11 @@ class RoleGroup:
             actor.infer.remote(reference, rows or busy, sorted(names))
             for actor, rows in zip(self.actors, shares, strict=True)
         ]
-        found = {n: torch.zeros(batch.tokens_NT.shape if n.endswith("_NT") else (len(batch),)) for n in names}
+        found: dict[str, Tensor] = {}
         answers = gather_results(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
             for name, values in outputs.items() if rows else ():
-                if name.endswith("_NT"):
-                    found[name][rows, : values.shape[1]] = torch.from_numpy(values.copy())
-                else:
-                    found[name][rows] = torch.from_numpy(values.copy())
+                place(found, name, rows, torch.from_numpy(values.copy()), batch.tokens_NT.shape)
         return found
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:

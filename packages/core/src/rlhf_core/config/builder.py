@@ -53,7 +53,7 @@ def parse(argv: Sequence[str], registry: Registry) -> RunConfig:
     Raises:
         UsageError: in one line, what is wrong and what to do.
     """
-    return _build(*read(argv, registry))
+    return _build(*read(argv, registry), registry)
 
 
 def make_config(algorithm: str | object, registry: Registry | None = None, **overrides: Any) -> RunConfig:
@@ -86,14 +86,15 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
         for use, each in zip(uses, several, strict=True):
             if not isinstance(each, str):
                 instances[name if len(several) == 1 else f"{name}.{use}"] = each
-    return _build(*parse_tree(tree, registry, instances=instances))
+    return _build(*parse_tree(tree, registry, instances=instances), registry)
 
 
 def from_names(tree: Mapping[str, Any], registry: Registry | None = None) -> RunConfig:
     """The run that `to_names` described, in any process that has the same plugins."""
     from rlhf_core.plugins.registry import default_registry
 
-    return _build(*parse_tree(tree, registry or default_registry()))
+    registry = registry or default_registry()
+    return _build(*parse_tree(tree, registry), registry)
 
 
 def to_names(config: RunConfig) -> dict[str, Any]:
@@ -116,13 +117,14 @@ def to_toml(config: RunConfig) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _build(schema: Schema, settings: Settings) -> RunConfig:
+def _build(schema: Schema, settings: Settings, registry: Registry) -> RunConfig:
     """The run of a schema with these settings."""
     made = construct(schema, settings)
     run: RunConfig = made[""]
     names = {kind: name for kind, name in schema.names.items() if name}
     uses = {path: use.name for section in schema.sections for path, use in section.uses.items()}
-    return replace(run, algorithm=made["algorithm"], names=names, uses=uses, **split_sections(schema, made))
+    sections = split_sections(schema, made)
+    return replace(run, algorithm=made["algorithm"], names=names, uses=uses, registry=registry, **sections)
 
 
 def construct(schema: Schema, settings: Settings) -> dict[str, Any]:

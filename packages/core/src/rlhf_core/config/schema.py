@@ -45,7 +45,7 @@ __all__ = [
     "provider_sections",
 ]
 
-STRUCTURE = ("algorithm", "providers", "names", "roles", "uses")
+STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry")
 """Fields of RunConfig that are what the sections are made of, and not options."""
 
 ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}

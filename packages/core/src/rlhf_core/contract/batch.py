@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from rlhf_core.contract.requirements import per_token, trim
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class Prompts:
 class Batch:
     """N completions with their prompts, and everything computed about them so far.
 
-    `batch["name"]` reads an extra: `advantages_NT`, `ref_logprobs_NT`, `values_NT`, `rewards_N`, … Extras whose name
-    ends in `_NT` are per completion token, in `_N` per completion.
+    `batch["name"]` reads an extra: `advantages_NT`, `ref_logprobs_NT`, `values_NT`, `rewards_N`, … An extra whose name
+    ends in `_NT` (`_NTH`, …) has a value per completion token, in `_N` (`_NH`, …) per completion.
     """
 
     prompts: list[str]
@@ -105,7 +106,7 @@ class Batch:
     images: list[Mapping[str, Tensor]] = field(default_factory=list)
     """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """tensors by name, suffix `_NT` or `_N`"""
+    """tensors by name, whose suffix says the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
     """numbers that hold for the whole batch: `progress` (0..1 of the run), `kl_coef`, …"""
     world: World | None = None
@@ -135,8 +136,7 @@ class Batch:
         L, T = (int(lengths.max()) if len(picked) else 0 for lengths in (prompt_lengths_N, lengths_N))
 
         def take(tensor: Tensor, name: str) -> Tensor:
-            rows = tensor[index]
-            return rows[:, :T] if name.endswith("_NT") else rows
+            return trim(name, tensor[index], T)
 
         lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in picked] for name in self._per_row()}
         return replace(
@@ -161,11 +161,12 @@ class Batch:
         """One batch of all rows, padded to the longest. Group numbers are shifted so that groups stay apart."""
         first = batches[0]
 
-        def stack(tensors: Sequence[Tensor]) -> Tensor:
-            if tensors[0].dim() == 1:
+        def stack(name: str, tensors: Sequence[Tensor]) -> Tensor:
+            if name != "prompt_NL" and not per_token(name):
                 return torch.cat(list(tensors))
             width = max(tensor.shape[1] for tensor in tensors)
-            return torch.cat([torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+            after = (0, 0) * (tensors[0].dim() - 2)  # `pad` begins with the last dimension
+            return torch.cat([torch.nn.functional.pad(each, (*after, 0, width - each.shape[1])) for each in tensors])
 
         groups, offset = [], 0
         for batch in batches:
@@ -174,13 +175,13 @@ class Batch:
         tensors = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT")
         columns: dict[str, Any] = {
             **{name: [row for batch in batches for row in getattr(batch, name)] for name in first._per_row()},
-            **{name: stack([getattr(batch, name) for batch in batches]) for name in tensors},
+            **{name: stack(name, [getattr(batch, name) for batch in batches]) for name in tensors},
         }
         return replace(
             first,
             **columns,
             group_N=torch.cat(groups),
-            extras={name: stack([batch.extras[name] for batch in batches]) for name in first.extras},
+            extras={name: stack(name, [batch.extras[name] for batch in batches]) for name in first.extras},
             scalars=dict(first.scalars),
         )
 

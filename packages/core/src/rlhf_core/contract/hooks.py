@@ -57,14 +57,15 @@ KindName = Literal[
     "command",
     "ingredient",
     "optimizer",
+    "output",
 ]
 """One word per kind: hook `rlhf_<kind>`."""
 
 KINDS: tuple[str, ...] = get_args(KindName)
 """Every kind."""
 
-OF_ROLES = ("optimizer",)
-"""Kinds that a run does not choose one of: an optimizer is chosen per role."""
+OF_ROLES = ("optimizer", "output")
+"""Kinds that a run does not choose one of: an optimizer is chosen per role, and outputs are asked for by their names."""
 
 OUTSIDE_RUNS = ("command", "ingredient")
 """Kinds that no run has."""
@@ -163,6 +164,12 @@ def rlhf_observer() -> Providers:
 @hookspec
 def rlhf_optimizer() -> Providers:
     """Optimizers of roles (`--<role>.optim.use NAME`): `(named_parameters, total_steps) -> torch.optim.Optimizer`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_output() -> Providers:
+    """What a role's forward pass can give, by its name with shape (`quantiles_NTK`): `(states, head) -> Tensor`."""
     raise AssertionError("a specification is never called")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from rlhf_core.contract.providers import Provider
 from rlhf_core.contract.ranges import at_least, at_most
 from rlhf_core.lazy import torch
 
@@ -25,7 +26,7 @@ __all__ = ["AdamW", "OptimizerProvider", "parameter_groups"]
 
 
 @dataclass(frozen=True)
-class OptimizerProvider:
+class OptimizerProvider(Provider):
     """An optimizer of a role, with the schedule and clipping that core applies around it.
 
     A subclass is a frozen dataclass; its fields are options under `--<role>.optim`. Where a user chooses it in place of the

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.contract.ranges import at_least, at_most
+from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.errors import UsageError
 
 __all__ = ["KL", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions"]
@@ -168,6 +169,8 @@ class RunConfig:
     """options per role"""
     uses: Mapping[str, str] = field(default_factory=dict)
     """the registered name (or `module:Class`) of each provider inside a role's options, by path: `actor.optim`"""
+    registry: RegistryView | None = field(default=None, compare=False, repr=False)
+    """where outputs are looked up by name; everything installed where absent"""
     model: str = "tiny"
     """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
     add_tokens: str = ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.outputs import Output
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.requirements import LANGUAGE, Need
 from rlhf_core.contract.terms import Term
@@ -49,11 +50,18 @@ class RoleSpec:
     """whether it is given the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
     temperature: float = 1.0
     """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
+    providers: Mapping[str, Output] = field(default_factory=dict)
+    """those of `outputs` that plugins bring, by name"""
 
     @property
     def trained(self) -> bool:
         """Whether a term trains it."""
         return bool(self.terms)
+
+    @property
+    def needs_language_head(self) -> bool:
+        """True if it is sampled, or some output reads the language-model head."""
+        return self.sampled or bool(self.outputs & LANGUAGE) or any(each.language for each in self.providers.values())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.requirements import split_output
+
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.providers import Advantage, Loss
@@ -39,7 +41,7 @@ class Term:
     @property
     def partners(self) -> frozenset[str]:
         """Roles whose whole distributions the loss compares with: those of outputs `<role>.<output>`."""
-        return frozenset(name.partition(".")[0] for name in self.outputs if "." in name)
+        return frozenset(role for role, _ in map(split_output, self.outputs) if role)
 
     @property
     def needs(self) -> frozenset[str]:

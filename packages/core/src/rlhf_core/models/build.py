@@ -8,11 +8,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rlhf_core.contract.requirements import LANGUAGE
 from rlhf_core.errors import UsageError
 from rlhf_core.models.ema import Average
 from rlhf_core.models.freezing import freeze
-from rlhf_core.models.heads.modules import HEADS_FILE, ChunkedHead, ScalarHead, check_logits, head_options
+from rlhf_core.models.heads.modules import (
+    HEADS_FILE,
+    SCALAR,
+    ChunkedHead,
+    ScalarHead,
+    check_logits,
+    generator_for,
+    head_options,
+)
 from rlhf_core.models.heads.router import check_router
 from rlhf_core.models.inputs.packing import can_pack
 from rlhf_core.models.inputs.vision import Vision
@@ -28,9 +35,6 @@ if TYPE_CHECKING:
     from rlhf_core.contract.plan import RoleSpec
 
 __all__ = ["build_module", "set_pad"]
-
-SCALAR = {"scores_N": "score", "values_NT": "value"}
-"""Outputs of scalar heads, and the heads' names."""
 
 
 def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, seed: int = 0) -> RoleModule:
@@ -55,7 +59,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
             f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
             f"--{spec.name}.lora.rank first, and put adapters on what comes out"
         )
-    if _needs_language_head(spec):
+    if spec.needs_language_head:
         model.set_output_embeddings(
             ChunkedHead(model.get_output_embeddings(), chunk, temperature, **head_options(model.config))
         )
@@ -63,7 +67,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     _no_dropout(model)
     packing = options.packing and can_pack(model)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
-    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision).eval()
+    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision, spec.providers).eval()
     module.requires_grad_(spec.trained and not adapted)
     if adapters is not None:
         heads_too = nn.ModuleList(module.scalar_heads()).parameters()
@@ -94,7 +98,7 @@ def _vision(spec: RoleSpec) -> Vision | None:
     """
     options = spec.options
     reader = load_reader(options.model, options)
-    if reader is None or (not _needs_language_head(spec) and has_scorer(options.model, options)):
+    if reader is None or (not spec.needs_language_head and has_scorer(options.model, options)):
         return None  # transformers' classifiers of such models have the text's part alone
     if spec.outputs & SCALAR.keys():
         raise UsageError(
@@ -104,11 +108,11 @@ def _vision(spec: RoleSpec) -> Vision | None:
     return Vision(reader, reader.token)
 
 
-def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, ScalarHead]]:
-    """The role's model, and the scalar heads beside it. `wide`: in float32 whatever it computes in."""
+def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, nn.Module]]:
+    """The role's model, and the heads beside it. `wide`: in float32 whatever it computes in."""
     options = spec.options
     scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
-    if _needs_language_head(spec) or not has_scorer(options.model, options):
+    if spec.needs_language_head or not scalars or not has_scorer(options.model, options):
         model: Any = load_model(options.model, options, trained=wide)
         return model, _own_heads(spec, model, scalars, seed)
     model, found = load_scorer(options.model, options, trained=wide)
@@ -121,26 +125,28 @@ def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, S
     return model, heads
 
 
-def _needs_language_head(spec: RoleSpec) -> bool:
-    """Whether the role needs a language-model head."""
-    return spec.sampled or bool(spec.outputs & LANGUAGE)
-
-
-def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, ScalarHead]:
-    """Scalar heads that are no part of the model, loaded if they lie beside it."""
-    file = find_companion_file(spec.options.model, HEADS_FILE) if names else None
+def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, nn.Module]:
+    """Heads that are no part of the model, those of plugins' outputs included; loaded if they lie beside it."""
+    hidden = model.config.get_text_config().hidden_size
+    heads: dict[str, nn.Module] = {name: ScalarHead.new(hidden, model.dtype) for name in names}
+    for name, output in spec.providers.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_for(f"{seed}/{spec.name}/{name}").initial_seed())
+            head = output.head(hidden)
+        if head is not None:
+            heads[name] = head.to(model.dtype)
+    file = find_companion_file(spec.options.model, HEADS_FILE) if heads else None
     saved = load_file(file) if file else {}
-    heads = {}
-    for name in names:
-        heads[name] = ScalarHead.new(model.config.get_text_config().hidden_size, model.dtype)
-        if f"{name}.weight" in saved:
-            heads[name].load_state_dict({"weight": saved[f"{name}.weight"]})
+    for name, head in heads.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+        if own:
+            head.load_state_dict(own)
         else:
-            _new_head(spec, heads[name], name, seed)
+            _new_head(spec, head, name, seed)
     return heads
 
 
-def _new_head(spec: RoleSpec, head: ScalarHead, name: str, seed: int) -> None:
+def _new_head(spec: RoleSpec, head: nn.Module, name: str, seed: int) -> None:
     """Draw a head's weights; a frozen role has nothing to learn them with, unless it is random altogether."""
     model = spec.options.model
     if not spec.trained and not model.startswith("tiny"):
@@ -148,7 +154,8 @@ def _new_head(spec: RoleSpec, head: ScalarHead, name: str, seed: int) -> None:
             f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
             f"(--{spec.name}.model)"
         )
-    head.reset(f"{seed}/{spec.name}/{name}")
+    if isinstance(head, ScalarHead):  # a plugin's was drawn when it was made
+        head.reset(f"{seed}/{spec.name}/{name}")
 
 
 def set_pad(config: Any, tokenizer: Any) -> None:

@@ -1,9 +1,6 @@
 """A role's model with the heads its outputs need: one forward pass of the body, then only the states that are asked for.
 
-    logprobs_NT, entropy_NT    the language-model head, in chunks
-    logits_NT                  the sampled tokens' own logits, before the softmax
-    values_NT                  a scalar head on the state before each completion token
-    scores_N                   a scalar head on the state of a completion's last token, its EOS included
+What can be asked for is in `models.heads.outputs`, and what plugins add to it (`contract.outputs`).
 
 A role that gives log-probabilities, or is sampled, is a causal language model. One that gives only values or scores is
 the sequence classifier of the same architecture, whose head `score` gives them: it saves and loads as such, a reward model
@@ -26,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.contract.outputs import Output
 from rlhf_core.contract.requirements import LANGUAGE, ROUTER_LOSS
 from rlhf_core.errors import UsageError
 from rlhf_core.models.ema import Average
 from rlhf_core.models.heads.compare import Comparison
-from rlhf_core.models.heads.modules import ChunkedHead, ScalarHead
+from rlhf_core.models.heads.modules import SCALAR, ChunkedHead
+from rlhf_core.models.heads.outputs import CORE, ModelStates, check_output, scatter_tokens
 from rlhf_core.models.heads.router import balance_loss
 from rlhf_core.models.inputs.arrange import Inputs
 from rlhf_core.models.inputs.features import Features, trains_only_heads
@@ -46,11 +45,12 @@ class RoleModule(nn.Module):
 
     Args:
         model: causal language model or sequence classifier, its heads already a `ChunkedHead` or `ScalarHead`.
-        heads: scalar heads that are not part of it, by name.
+        heads: heads that are not part of it, by name; those of plugins' outputs by the output's.
         compute_dtype: what the forward pass computes in; a strategy casts to it where the weights are wider.
         adapters: those inside `model`, if it has any.
         packing: whether attention can keep packed rows apart (`models.inputs.packing.can_pack`).
         vision: how the model takes images, if it does.
+        outputs: those that plugins bring, by name.
     """
 
     model: Any
@@ -58,19 +58,21 @@ class RoleModule(nn.Module):
     def __init__(
         self,
         model: Any,
-        heads: dict[str, ScalarHead],
+        heads: Mapping[str, nn.Module],
         compute_dtype: torch.dtype = torch.float32,
         adapters: Adapters | None = None,
         packing: bool = False,
         vision: Vision | None = None,
+        outputs: Mapping[str, Output] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict(dict(heads))
         self.compute_dtype = compute_dtype
         self.adapters = adapters
         self.comparisons: dict[str, Comparison] = {}
         """outputs that are functions of this role's and another's distributions, by name; see `LocalRole.bind_comparisons`"""
+        self.outputs: Mapping[str, Output] = {**CORE, **(outputs or {})}
         self.packing = packing
         self.vision = vision
         self._features = Features()
@@ -91,31 +93,30 @@ class RoleModule(nn.Module):
         return self.heads[name] if name in self.heads else self.model.score  # noqa: SIM401  a ModuleDict has no `get`
 
     def forward(self, inputs: Inputs, names: frozenset[str]) -> dict[str, Tensor]:
-        """The wanted outputs, float32, zero outside the completions."""
+        """The outputs of these names, float32, zero outside the completions."""
         states, states_M, last_N, balance = self._states(inputs, names)
         outputs: dict[str, Tensor] = {}
         if balance is not None:
             outputs[ROUTER_LOSS] = balance
-        if names & LANGUAGE or "values_NT" in names:
-            states_MH = states.index_select(0, states_M)
-        if "logits_NT" in names:
-            head = self.causal_lm.get_output_embeddings()
-            outputs["logits_NT"] = _scatter_tokens(head(states_MH, inputs.targets_M, scaled=True), inputs)
-        if names & {"logprobs_NT", "entropy_NT"}:
-            head = self.causal_lm.get_output_embeddings()
-            logprobs_M, entropy_M = head(states_MH, inputs.targets_M, entropy="entropy_NT" in names)
-            outputs["logprobs_NT"] = _scatter_tokens(logprobs_M, inputs)
-            if entropy_M is not None:
-                outputs["entropy_NT"] = _scatter_tokens(entropy_M, inputs)
-        if "values_NT" in names:
-            outputs["values_NT"] = _scatter_tokens(self.scalar_head("value")(states_MH).squeeze(1), inputs)
-        if "scores_N" in names:
-            outputs["scores_N"] = self.scalar_head("score")(states.index_select(0, last_N)).squeeze(1)
+        given = ModelStates(states, states_M, last_N, inputs, self._language_head, "entropy_NT" in names)
+        for name, output in self.outputs.items():
+            if name in names:
+                outputs[name] = check_output(name, output, output(given, self._head_of(name)), inputs)
         for name in names & self.comparisons.keys():
-            head = self.causal_lm.get_output_embeddings()
-            values_M = self.comparisons[name](head, states.index_select(0, states_M), inputs)
-            outputs[name] = _scatter_tokens(values_M, inputs)
+            values_M = self.comparisons[name](self._language_head(), states.index_select(0, states_M), inputs)
+            outputs[name] = scatter_tokens(values_M, inputs)
         return {name: outputs[name] for name in names}
+
+    def _language_head(self) -> ChunkedHead:
+        """The language-model head."""
+        head: ChunkedHead = self.causal_lm.get_output_embeddings()
+        return head
+
+    def _head_of(self, name: str) -> nn.Module | None:
+        """The head of an output, if it has one."""
+        if name in SCALAR:
+            return self.scalar_head(SCALAR[name])
+        return self.heads[name] if name in self.heads else None  # noqa: SIM401  a ModuleDict has no `get`
 
     def states_of(self, inputs: Inputs) -> Tensor:
         """The states that predict completion tokens (M, H)."""
@@ -127,7 +128,8 @@ class RoleModule(nn.Module):
         body, routed = self.model.base_model, ROUTER_LOSS in names
         if routed or inputs.images or self.sharded or not trains_only_heads(self, body):
             return self._read(inputs, routed)
-        return *self._features(inputs, names != {"scores_N"}, body.parameters(), self._read), None
+        tokens = any(name not in self.outputs or not self.outputs[name].last_only for name in names)
+        return *self._features(inputs, tokens, body.parameters(), self._read), None
 
     def _read(self, inputs: Inputs, routed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Last hidden states of all rows (cells, H); of which cells predict completion tokens (M,); rows' last cells (N,);
@@ -274,9 +276,3 @@ class RoleModule(nn.Module):
         if not frozen or len(frozen) == len(named):
             return set(every)
         return {name for name in every if name in named or name in dict(self.named_buffers())} - frozen
-
-
-def _scatter_tokens(values_M: Tensor, inputs: Inputs) -> Tensor:
-    """Values of completion tokens in their places (N, T)."""
-    flat = values_M.new_zeros(inputs.tokens_NT.numel())
-    return flat.index_put((inputs.slots_M,), values_M).view(inputs.tokens_NT.shape)

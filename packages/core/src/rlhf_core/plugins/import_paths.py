@@ -13,6 +13,7 @@ from rlhf_core.contract import providers
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.ingredients import Ingredient
 from rlhf_core.contract.optimizers import OptimizerProvider
+from rlhf_core.contract.outputs import Output
 from rlhf_core.errors import PluginError, UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -21,7 +22,13 @@ __all__ = ["add_working_folder", "check_class", "check_provided", "load", "load_
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 """A provider's name: no colon, comma or space, which mean something on the command line."""
 
-BASES = {**providers.BASES, "command": Command, "ingredient": Ingredient, "optimizer": OptimizerProvider}
+BASES = {
+    **providers.BASES,
+    "command": Command,
+    "ingredient": Ingredient,
+    "optimizer": OptimizerProvider,
+    "output": Output,
+}
 """The base class of every kind."""
 
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")

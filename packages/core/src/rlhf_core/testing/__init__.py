@@ -22,6 +22,7 @@ from rlhf_core.testing.engines import (
 )
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
 from rlhf_core.testing.optimizers import check_optimizer
+from rlhf_core.testing.outputs import check_output
 from rlhf_core.testing.providers import check_light, check_provider
 from rlhf_core.testing.strategies import check_strategy
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts, tiny_run
@@ -38,6 +39,7 @@ __all__ = [
     "check_loss",
     "check_observer",
     "check_optimizer",
+    "check_output",
     "check_provider",
     "check_reward",
     "check_rollout",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Example
-from rlhf_core.contract.requirements import resolve
+from rlhf_core.contract.requirements import resolve, trim
 from rlhf_core.contract.results import Credit, LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
@@ -206,7 +206,7 @@ def _check_parts(loss: Loss, whole: LossTerms, outputs: dict[str, Tensor], batch
     rows = list(range(unit * max(1, len(batch) // unit // 2)))
     part = batch.rows(rows)
     T = part.tokens_NT.shape[1]
-    cut = {name: value[rows, :T] if name.endswith("_NT") else value[rows] for name, value in outputs.items()}
+    cut = {name: trim(name, value[rows], T) for name, value in outputs.items()}
     alone = loss(cut, part).values
     if whole.reduction.per == "sample":
         same = torch.allclose(alone, whole.values[: len(rows) // unit], atol=1e-6)

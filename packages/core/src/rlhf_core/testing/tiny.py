@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.lazy import torch
 
@@ -96,16 +97,18 @@ def tiny_run(output: str | Path, algorithm: Any = None, registry: Registry | Non
 
 
 def _plausible(name: str, batch: Batch) -> Tensor:
-    noise = torch.randn(batch.mask_NT.shape if name.endswith("_NT") else (len(batch),), generator=_generator(name))
-    if not name.endswith("_NT"):
-        return noise.sigmoid()
+    sizes = {"H": 8, "K": 3}
+    rest = [sizes.get(letter, 5) for letter in letters(name)[2 if per_token(name) else 1 :]]
+    noise = torch.randn(shape_of(name, batch.mask_NT.shape, rest), generator=_generator(name))
+    if not per_token(name):
+        return noise.sigmoid() if letters(name) in ("N", "") else noise
     if name.endswith("logprobs_NT"):  # near each other, as those of a policy and its past are
         common = torch.rand(batch.mask_NT.shape, generator=_generator("logprobs"))
         noise = -2 * common - 0.05 * noise.abs()
     elif name.endswith("entropy_NT"):
         noise = noise.abs()
     inside = batch.mask_NT if name in ("advantages_NT", "returns_NT") else _inside(batch)
-    return torch.where(inside, noise, 0.0)
+    return torch.where(inside.view(*inside.shape, *(1 for _ in rest)), noise, 0.0)
 
 
 def _inside(batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import Lora, TrainedOptions
 from rlhf_core.contract.plan import Plan, RoleSpec
 from rlhf_core.contract.providers import Strategy
+from rlhf_core.contract.requirements import place, shape_of, split_output
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.lazy import torch
@@ -122,7 +123,7 @@ class LocalRole:
         """Let outputs that compare with another role be computed: `<role>.<output>`, by the `compare` of the loss."""
         for _, term in self.spec.terms:
             for name in term.outputs:
-                other, _, _ = name.rpartition(".")
+                other, _ = split_output(name)
                 if other:
                     _compare(self.module, name, roles[other].module, term.loss)
 
@@ -144,7 +145,7 @@ class LocalRole:
 
     def _infer(self, batch: Batch, names: frozenset[str], source: str) -> dict[str, Tensor]:
         """The same within the token budget as it is."""
-        found = {name: torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),)) for name in names}
+        found: dict[str, Tensor] = {}
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_outputs(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
@@ -155,11 +156,9 @@ class LocalRole:
                 if later and not i:
                     self.forward_cache.add(micro, outputs)
                 for rows, name in product(cuts[i : i + 1], names):
-                    values = outputs[name].detach()
-                    if name.endswith("_NT"):
-                        found[name][rows, : values.shape[1]] = values.float().cpu()
-                    else:
-                        found[name][rows] = values.float().cpu()
+                    place(found, name, rows, outputs[name].detach().float().cpu(), batch.tokens_NT.shape)
+        for name in names - found.keys():  # no rows at all
+            found[name] = torch.zeros(shape_of(name, batch.tokens_NT.shape))
         return found
 
     def _later_outputs(self, source: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.requirements import trim
 from rlhf_core.contract.results import LossTerms, Outputs, Reduction
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import ContractError
@@ -62,4 +63,4 @@ def _rows(name: str, values: Tensor, rows: Tensor, some: Batch) -> Tensor:
     if not values.dim():
         return values.detach()
     picked = values.detach()[rows.to(values.device)]
-    return picked[:, : some.tokens_NT.shape[1]] if name.endswith("_NT") else picked
+    return trim(name, picked, some.tokens_NT.shape[1])

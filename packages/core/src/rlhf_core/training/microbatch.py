@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.requirements import rest_of, shape_of
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -82,7 +83,7 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
         mask_NT=torch.ones(unit, 1, dtype=torch.bool),
         group_N=torch.zeros(unit, dtype=torch.long),
         extras={
-            name: torch.zeros((unit, 1) if name.endswith("_NT") else (unit,), dtype=tensor.dtype)
+            name: torch.zeros(shape_of(name, (unit, 1), rest_of(name, tensor)), dtype=tensor.dtype)
             for name, tensor in batch.extras.items()
         },
         scalars=dict(batch.scalars),

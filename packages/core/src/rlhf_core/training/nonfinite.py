@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.requirements import per_token
 from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
 from rlhf_core.util.jsonl import append_line
@@ -72,7 +73,7 @@ def row_as_dict(batch: Batch, row: int) -> dict[str, Any]:
     """A row as plain values: its texts, tokens, label, and every number that is known of it, per completion token too."""
     length = int(batch.lengths_N[row])
     known: dict[str, Any] = {
-        name: (tensor[row, :length] if name.endswith("_NT") else tensor[row]).tolist()
+        name: (tensor[row, :length] if per_token(name) else tensor[row]).tolist()
         for name, tensor in batch.extras.items()
     }
     tokens = batch.tokens_NT[row, :length].tolist()

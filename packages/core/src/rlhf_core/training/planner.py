@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rlhf_core.contract import requirements as needs_
-from rlhf_core.contract.options import KL, RunConfig
+from rlhf_core.contract.optimizers import OptimizerProvider
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
-from rlhf_core.contract.requirements import LANGUAGE
+from rlhf_core.contract.requirements import LANGUAGE, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
+from rlhf_core.training.output_table import OutputTable
 
 __all__ = ["make_plan"]
 
@@ -38,12 +40,13 @@ def make_plan(config: RunConfig) -> Plan:
     terms = config.algorithm(choices)
     kl = getattr(config.algorithm, "kl", None)
     kl = kl if kl is not None and kl.coef > 0 else None
+    table = OutputTable(config.registry)
     credits: dict[str, CreditSpec] = {}
     keyed: list[tuple[str, Term]] = []
     for term in terms:
         key = _credit_key(credits, term)
         credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage, every=term.every))
-        credits[key] = _add_needs(credit, term, kl)
+        credits[key] = _add_needs(credit, term, kl, table)
         keyed.append((key, term))
     launcher = config.providers.get("launcher")
     for term in terms:
@@ -55,7 +58,7 @@ def make_plan(config: RunConfig) -> Plan:
             )
     also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
-    return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources), kl)
+    return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources, table), kl)
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
@@ -67,7 +70,7 @@ def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
     return f"{term.source}#{len(same_source)}" if same_source else term.source
 
 
-def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
+def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable) -> CreditSpec:
     """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
     asked: list[tuple[str, object]] = [
         (name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))
@@ -83,20 +86,26 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None) -> CreditSpec:
             "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
         )
     for name, asker in asked:
-        need = needs_.resolve(
-            name, term.source if name == "old_logprobs_NT" and term.source != DATA else term.role, asker
-        )
+        role = term.source if name == "old_logprobs_NT" and term.source != DATA else term.role
+        need = needs_.resolve(name, role, asker, table.names)
         have.setdefault(name, need)
     return replace(credit, needs=tuple(have.values()))
 
 
 def _roles(
-    config: RunConfig, keyed: list[tuple[str, Term]], credits: Mapping[str, CreditSpec], sources: tuple[str, ...]
+    config: RunConfig,
+    keyed: list[tuple[str, Term]],
+    credits: Mapping[str, CreditSpec],
+    sources: tuple[str, ...],
+    table: OutputTable,
 ) -> dict[str, RoleSpec]:
     """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
     outputs: dict[str, set[str]] = {}
     for _, term in keyed:
-        outputs.setdefault(term.role, set()).update(name for name in term.outputs if "." not in name)
+        own: list[tuple[str, object]] = [(name, term.loss) for name in term.outputs if not split_output(name)[0]]
+        if optim := _optimizer_of(config.roles.get(term.role)):
+            own += [(name, optim) for name in optim.outputs if optim.observes]
+        outputs.setdefault(term.role, set()).update(table.check(name, asker) for name, asker in own)
         for other in term.partners:
             for role in (term.role, other):
                 outputs.setdefault(role, set()).add("logprobs_NT")
@@ -107,7 +116,9 @@ def _roles(
     evaluators = config.providers.get("evaluator", ())
     for evaluator in evaluators:
         first = keyed[0][1].role if keyed else next(iter(config.roles))
-        needs += [needs_.resolve(name, first, evaluator) for name in sorted(getattr(evaluator, "needs", ()))]
+        needs += [
+            needs_.resolve(name, first, evaluator, table.names) for name in sorted(getattr(evaluator, "needs", ()))
+        ]
     for need in needs:
         if need.role:
             outputs.setdefault(need.role, set()).add(need.output)
@@ -140,6 +151,12 @@ def _roles(
             sampled=name in {*sources, *opponents},
             reads=name in readers,
             temperature=temperature,
+            providers=table.providers(outputs[name]),
         )
         for name in outputs
     }
+
+
+def _optimizer_of(options: ModelOptions | None) -> OptimizerProvider | None:
+    """The optimizer of a role that has options for one."""
+    return options.optim if isinstance(options, TrainedOptions) else None

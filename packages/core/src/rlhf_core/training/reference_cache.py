@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -135,16 +136,17 @@ def _model_files(options: Any) -> list[Path]:
 
 def _bytes(value: Tensor, batch: Batch, i: int, name: str) -> bytes:
     """One row's output without padding."""
-    return value[: int(batch.lengths_N[i])].numpy().tobytes() if name.endswith("_NT") else value.numpy().tobytes()
+    return (value[: int(batch.lengths_N[i])] if per_token(name) else value).numpy().tobytes()
 
 
 def _tensor(values: list[bytes], batch: Batch, name: str) -> Tensor:
     """Rows' outputs as `infer` gives them."""
-    found = torch.zeros(batch.tokens_NT.shape if name.endswith("_NT") else (len(batch),))
-    for i, value in enumerate(values):
-        row = torch.frombuffer(bytearray(value), dtype=torch.float32)
-        if name.endswith("_NT"):
-            found[i, : len(row)] = row
-        else:
-            found[i] = row[0]
+    lengths_N = batch.lengths_N.tolist()
+    rows = [torch.frombuffer(bytearray(value), dtype=torch.float32) for value in values]
+    if not per_token(name):
+        return torch.stack(rows).view(shape_of(name, (len(rows), 0), (-1,) * (len(letters(name)) - 1)))
+    rows = [row.view(length, *(-1,) * (len(letters(name)) - 2)) for row, length in zip(rows, lengths_N, strict=True)]
+    found = torch.zeros(shape_of(name, batch.tokens_NT.shape, rows[0].shape[1:]))
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
     return found

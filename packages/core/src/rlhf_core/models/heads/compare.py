@@ -64,7 +64,7 @@ class Comparison:
             V = min(own_mV.shape[1], theirs_mV.shape[1])
             return self.function(own_mV[:, :V], theirs_mV[:, :V])
 
-        rows = _rows(head, states_MH)
+        rows = rows_at_a_time(head, states_MH)
         pairs = zip(states_MH.split(rows), theirs_MH.split(rows), strict=True)
         if not torch.is_grad_enabled() or not head.chunk:
             return torch.cat([at(own_mH, theirs_mH) for own_mH, theirs_mH in pairs])
@@ -72,8 +72,8 @@ class Comparison:
         return torch.cat(parts)
 
 
-def _rows(head: ChunkedHead, states_MH: Tensor) -> int:
-    """How many rows of logits to hold at a time; all where the head holds all."""
+def rows_at_a_time(head: ChunkedHead, states_MH: Tensor) -> int:
+    """Return the number of rows of logits to hold at a time; all where the head holds all."""
     held = head.chunk or len(states_MH)
     if head.chunk and states_MH.device.type == "cpu":
         held = min(held, CPU_LOGITS // len(head.weight))

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from rlhf_core.errors import UsageError
 from rlhf_core.models.heads.logprobs import Head, token_logprobs
 
-__all__ = ["HEADS_FILE", "ChunkedHead", "ScalarHead", "check_logits", "generator_for", "head_options"]
+__all__ = ["HEADS_FILE", "SCALAR", "ChunkedHead", "ScalarHead", "check_logits", "generator_for", "head_options"]
+
+SCALAR = {"scores_N": "score", "values_NT": "value"}
+"""Outputs of scalar heads, and the heads' names."""
 
 HEADS_FILE = "heads.safetensors"
 """Scalar heads that are no part of the Hugging Face model, beside its weights."""
