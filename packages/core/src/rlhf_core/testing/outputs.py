@@ -104,7 +104,8 @@ class _NoFullLogits:
                     )
                 return found
 
-        self._watch = Watch()
+        watch: Any = Watch
+        self._watch: Any = watch()
 
     def __enter__(self) -> None:
         self._watch.__enter__()
