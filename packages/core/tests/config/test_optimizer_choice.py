@@ -119,7 +119,10 @@ def test_a_flag_that_chooses_another_optimizer_drops_the_options_of_the_files_on
         ("--actor.optim.momentum 0.5", "unknown flag --actor.optim.momentum"),
         ("--actor.optim.use momentum --actor.optim.betas 0 0", "unknown flag --actor.optim.betas"),
         ("--optimizer momentum", "unknown flag --optimizer; an optimizer belongs to a role: --actor.optim.use NAME"),
-        ("--actor.optim.use none", "--actor.optim.use none: NoOptimizer is no OptimizerProvider; subclass it"),
+        (
+            "--actor.optim.use none",
+            "optimizer 'none' of (local) does not subclass OptimizerProvider; write class NoOptimizer(",
+        ),
         ("--actor.optim.use momentum --actor.optim.lr -1", "role 'actor' (trained): lr must be at least 0, not -1.0"),
         (
             "--actor.optim.use trust_region",

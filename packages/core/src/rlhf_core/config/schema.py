@@ -334,8 +334,6 @@ def _make_uses(role: str, options: Any, chosen: Mapping[str, str], registry: Reg
         base: Any = own
         if cls is not type(own):
             common: Any = annotation_of(type(options), name)
-            if not issubclass(cls, common):
-                raise UsageError(f"{flag(path)}.use {use}: {cls.__qualname__} is no {common.__name__}; subclass it")
             declared = [each for below in cls.__mro__[: cls.__mro__.index(common)] for each in _annotated_fields(below)]
             base = {each.name: getattr(own, each.name) for each in option_fields(common) if each.name not in declared}
         uses[path] = Use(use, cls, base, tuple(registry.table(kind)))
