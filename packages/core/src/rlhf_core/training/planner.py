@@ -92,16 +92,12 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable
     return replace(credit, needs=tuple(have.values()))
 
 
-def _roles(
-    config: RunConfig,
-    keyed: list[tuple[str, Term]],
-    credits: Mapping[str, CreditSpec],
-    sources: tuple[str, ...],
-    table: OutputTable,
-) -> dict[str, RoleSpec]:
-    """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
+def _term_outputs(
+    config: RunConfig, terms: list[Term], sources: tuple[str, ...], table: OutputTable
+) -> dict[str, set[str]]:
+    """The outputs that losses, optimizers and sampling ask of each role."""
     outputs: dict[str, set[str]] = {}
-    for _, term in keyed:
+    for term in terms:
         own: list[tuple[str, object]] = [(name, term.loss) for name in term.outputs if not split_output(name)[0]]
         if optim := _optimizer_of(config.roles.get(term.role)):
             own += [(name, optim) for name in optim.outputs if optim.observes]
@@ -112,6 +108,18 @@ def _roles(
     for source in sources:
         if source != DATA:
             outputs.setdefault(source, set()).add("logprobs_NT")
+    return outputs
+
+
+def _roles(
+    config: RunConfig,
+    keyed: list[tuple[str, Term]],
+    credits: Mapping[str, CreditSpec],
+    sources: tuple[str, ...],
+    table: OutputTable,
+) -> dict[str, RoleSpec]:
+    """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
+    outputs = _term_outputs(config, [term for _, term in keyed], sources, table)
     needs = [need for credit in credits.values() for need in credit.needs]
     evaluators = config.providers.get("evaluator", ())
     for evaluator in evaluators:
