@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
     from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
+    from rlhf_core.contract.episode import Action, Feedback, Session
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
     from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
-    from rlhf_core.contract.options import KL, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.options import KL, EpisodeLimits, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
     from rlhf_core.contract.outputs import Output, States
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.providers import (
         Advantage,
         Algorithm,
         Data,
+        Environment,
         Evaluator,
         Launcher,
         Loss,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KL",
+    "Action",
     "AdamW",
     "Advantage",
     "Algorithm",
@@ -76,8 +79,11 @@ __all__ = [
     "Credit",
     "Data",
     "DataError",
+    "Environment",
+    "EpisodeLimits",
     "Evaluator",
     "Example",
+    "Feedback",
     "Ingredient",
     "IngredientContext",
     "Launcher",
@@ -115,6 +121,7 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Secret",
+    "Session",
     "SharedBase",
     "States",
     "Strategy",
@@ -141,13 +148,14 @@ _HOMES = {
     "contract.batch": "Batch Example Prompts Rollouts",
     "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
+    "contract.episode": "Action Feedback Session",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
     "contract.outputs": "Output States",
     "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
-    "contract.options": "KL Lora ModelOptions RunConfig Sampling TrainedOptions",
+    "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling TrainedOptions",
     "contract.plan": "Plan",
-    "contract.providers": "Advantage Algorithm Data Evaluator Launcher Loss Observer Reward Rollout Strategy",
+    "contract.providers": "Advantage Algorithm Data Environment Evaluator Launcher Loss Observer Reward Rollout Strategy",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
     "contract.roles": "Placement Role Trainable",
     "contract.run_view": "RowEncoder RunView",

@@ -40,6 +40,7 @@ def rlhf_rollout() -> Providers:
 def rlhf_reward() -> Providers:
     return {
         "code": "rlhf_core.reward.code:Code",
+        "environment": "rlhf_core.reward.environment:EnvironmentReward",
         "exact": "rlhf_core.reward.exact:ExactMatch",
         "func": "rlhf_core.reward.func:Func",
         "judge": "rlhf_core.reward.judge:Judge",

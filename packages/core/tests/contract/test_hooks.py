@@ -47,6 +47,7 @@ from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.strategy.torch import TorchStrategy, TorchTrainable
 from rlhf_core.testing.tiny import tiny_run
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyLoss
+from rlhf_core.testing.tiny_environment import TinyEnvironment
 
 if TYPE_CHECKING:
     from rlhf_core.contract.optimizers import OptimizerProvider
@@ -136,6 +137,15 @@ def test_rlhf_rollout_brings_an_engine_that_samples_follows_the_weights_and_is_c
     assert [row["echo/synced"] for row in rows] == [1.0, 2.0]
     samples = [json.loads(line)["completion"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert set(samples) == {"echo"}
+
+
+def test_rlhf_environment_brings_what_answers_between_turns(tmp_path: Path) -> None:
+    """Without an environment chosen there is none; with one, its rewards are those that are trained on."""
+    rows = run_with(tmp_path / "none", outside("environment", TinyEnvironment))
+    assert "completion/turns" not in rows[-1]
+    rows = run_with(tmp_path / "mine", outside("environment", TinyEnvironment), environment="mine")
+    assert rows[-1]["completion/turns"] >= 1
+    assert rows[-1]["reward/even"] == rows[-1]["reward/mean"]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ ways to open an `Engine`; this file is what the loop sees of all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.providers import Rollout
@@ -59,6 +61,20 @@ class VLLM(VLLMOptions, Rollout):
             UsageError: it cannot run this model, or a prompt is too long for it.
             RunStopped: engine and trainer disagree about the first completions.
         """
+        return self._sample(role, prompts, sampling, measured=True)
+
+    @contextmanager
+    def session(self, role: Role) -> Iterator[Callable[[Prompts, Sampling], Rollouts]]:
+        """Measure the kept probability in the first turn alone: all ranks take part in that forward pass."""
+        turns = count()
+
+        def sample(prompts: Prompts, sampling: Sampling) -> Rollouts:
+            return self._sample(role, prompts, sampling, measured=next(turns) == 0)
+
+        yield sample
+
+    def _sample(self, role: Role, prompts: Prompts, sampling: Sampling, measured: bool) -> Rollouts:
+        """Sample, and measure the probability that truncation kept if `measured`."""
         if any(prompts.images):
             raise UsageError("--rollout vllm passes no images on: use --rollout hf for prompts with images")
         from rlhf_rollout_vllm.agreement import check, kept_mass
@@ -73,7 +89,7 @@ class VLLM(VLLMOptions, Rollout):
             engine.update(role)
         rollouts = engine.sample(prompts, sampling)
         truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-        if truncated and sampling.temperature == role.spec.temperature:
+        if measured and truncated and sampling.temperature == role.spec.temperature:
             rollouts.scalars["kept_mass"] = kept_mass(role, rollouts)
         return rollouts
 

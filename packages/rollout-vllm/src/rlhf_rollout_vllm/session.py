@@ -132,15 +132,20 @@ class Engine:
                 f"vLLM does not sample at a temperature of {sampling.temperature:g}; give --sampling.temperature 0 or at least "
                 f"{TEMPERATURE_LEAST:g}, or use --rollout hf"
             )
-        longest = max(map(len, prompts.token_ids))
-        if longest + sampling.max_new_tokens > self.window:
+        limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
+        longest, room = max(zip(map(len, prompts.token_ids), limits, strict=True), key=sum)
+        if longest + room > self.window:
             raise UsageError(
-                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the {self.window} positions of "
+                f"a prompt of {longest} tokens and {room} new ones exceed the {self.window} positions of "
                 "the engine; lower --max-prompt-tokens or --sampling.max-new-tokens, or raise --rollout.max-model-len or "
                 "--rollout.kv-cache-gib"
             )
         asked = [{"prompt_token_ids": ids} for ids in prompts.token_ids for _ in range(sampling.n)]
-        how = [self._params(sampling, sampling.seed_for(uid, k)) for uid in prompts.uids for k in range(sampling.n)]
+        how = [
+            self._params(sampling, sampling.seed_for(uid, k), limit)
+            for uid, limit in zip(prompts.uids, limits, strict=True)
+            for k in range(sampling.n)
+        ]
         with preserve_process_state():
             answers = self.llm.generate(asked, how, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
@@ -154,14 +159,14 @@ class Engine:
             per_token={"sampler_logprobs_NT": [each.logprobs.logprobs for each in completions]},
         )
 
-    def _params(self, sampling: Sampling, seed: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> Any:
         """One completion's sampling parameters; never shared. EOS and the model's other end tokens are vLLM's to add."""
         return self.vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=max(sampling.top_p, TOP_P_LEAST),
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=max_tokens,
             stop=list(sampling.stop),
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),  # only to find stop strings

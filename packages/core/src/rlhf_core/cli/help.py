@@ -11,7 +11,7 @@ from rlhf_core.config.docstrings import docs_of, first_line
 from rlhf_core.config.parsing import Settings
 from rlhf_core.config.schema import FIXED, Option, Schema, Section, flag, format_default
 from rlhf_core.config.value_types import is_secret, metavar
-from rlhf_core.contract.hooks import SEVERAL
+from rlhf_core.contract.hooks import OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def command(schema: Schema, settings: Settings, registry: Registry) -> str:
 
 def _choices(kind: str, registry: Registry) -> str:
     names = list(registry.table(kind))
-    return ", ".join(["none", *names] if kind in SEVERAL else names)
+    return ", ".join(["none", *names] if kind in (*SEVERAL, *OPTIONAL) else names)
 
 
 def _title(section: Section) -> str:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.parsing import Settings, parse_tree, read
 from rlhf_core.config.schema import (
-    STRUCTURE,
     Schema,
     Section,
     Use,
@@ -34,9 +33,10 @@ from rlhf_core.config.schema import (
     flag,
     nested_dataclass,
     option_fields,
+    unused_fields,
 )
 from rlhf_core.config.value_types import MASK, is_secret, to_plain
-from rlhf_core.contract.hooks import CHOSEN, SEVERAL
+from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import UsageError
 from rlhf_core.util.secrets import redact_tree
@@ -192,7 +192,7 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "algorithm": {"use": names["algorithm"], **_plain_options(config.algorithm, "algorithm", masked)}
     }
-    tree |= _plain_options(config, "", masked, STRUCTURE if "rollout" in names else (*STRUCTURE, "sampling"))
+    tree |= _plain_options(config, "", masked, unused_fields(names))
     tree |= {role: _plain_options(options, role, masked, uses=config.uses) for role, options in config.roles.items()}
     for kind, provider in config.providers.items():
         tree[kind] = {"use": names[kind]}
@@ -200,7 +200,8 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
         for name, each in zip(names[kind].split(","), several, strict=True):
             plain = _plain_options(each, kind, masked)
             tree[kind] |= plain if len(several) == 1 else {name: plain}
-    return {**dict.fromkeys(SEVERAL, "none"), **tree}  # left out is said too: an algorithm may have usual ones
+    absent = (*SEVERAL, *(OPTIONAL if "rollout" in names else ()))
+    return {**dict.fromkeys(absent, "none"), **tree}  # left out is said too: an algorithm may have usual ones
 
 
 def _plain_options(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from rlhf_core.config.docstrings import docs_of
 from rlhf_core.config.value_types import given_by, metavar
-from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, SEVERAL
+from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.util.suggestions import closest_names, did_you_mean
@@ -43,6 +43,7 @@ __all__ = [
     "options_of",
     "provider_fields",
     "provider_sections",
+    "unused_fields",
 ]
 
 STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry")
@@ -50,6 +51,9 @@ STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry")
 
 ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}
 """Kinds that every algorithm has, with their usual providers."""
+
+FOLLOWING = {"environment": {"reward": "environment"}}
+"""Usual providers of other kinds for a run that has one of this kind."""
 
 FIXED = {
     "config": "TOML file with options; flags win over it",
@@ -288,7 +292,7 @@ def make_schema(
     made = instances.get("algorithm")
     cls = type(made) if made is not None else registry.resolve("algorithm", algorithm)
     names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
-    sections = [_run_section(cls, "rollout" in names)]
+    sections = [_run_section(cls, unused_fields(names))]
     for role, options in getattr(cls, "roles", {}).items():
         if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
             raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
@@ -357,20 +361,33 @@ def build_schema(names: Mapping[str, str], sections: Iterable[Section]) -> Schem
 def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
     """The name of each kind the algorithm has."""
     usual = getattr(cls, "defaults", {})
+    if "rollout" in usual:
+        usual = {**dict.fromkeys(OPTIONAL, ""), **usual}
     chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}
     kinds = {kind: usual.get(kind, ALWAYS.get(kind)) for kind in CHOSEN if kind in usual or kind in ALWAYS}
     for kind in chosen:
         if kind not in kinds:
             meant = did_you_mean(kind, [each.name for each in dataclasses.fields(RunConfig)])  # `--step` for `--steps`
             raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}, it uses {', '.join(kinds)}")
+    may_lack = (*SEVERAL, *OPTIONAL)
     names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
+    names = {kind: "" if kind in may_lack and name == "none" else name for kind, name in names.items()}
+    for kind in filter(names.get, FOLLOWING):
+        names |= {other: name for other, name in FOLLOWING[kind].items() if other in names and other not in chosen}
     for kind, name in names.items():
-        if not name and kind not in SEVERAL:
+        if not name and kind not in may_lack:
             raise UsageError(f"algorithm {algorithm!r} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
-    return {kind: "" if kind in SEVERAL and name == "none" else name for kind, name in names.items()}
+    return names
 
 
-def _run_section(cls: type, samples: bool) -> Section:
+def unused_fields(names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the fields of `RunConfig` that are no options of a run with these providers."""
+    needed = {"sampling": "rollout", "episode": "environment"}
+    kinds = {kind for kind, name in names.items() if name}
+    return (*STRUCTURE, *(name for name, kind in needed.items() if kind not in kinds))
+
+
+def _run_section(cls: type, skip: tuple[str, ...]) -> Section:
     """Core's own options, with the algorithm's defaults for them."""
     prototype = RunConfig(None, {}, {}, {}, **getattr(cls, "config_defaults", {}))
-    return Section("", "run", RunConfig, prototype, STRUCTURE if samples else (*STRUCTURE, "sampling"))
+    return Section("", "run", RunConfig, prototype, skip)

@@ -65,14 +65,17 @@ class Prompts:
     """P numbers that stay with a prompt for the whole run; seeds are derived from them"""
     images: list[Mapping[str, Tensor]] = field(default_factory=list)
     """P tensors by name that the model reads for images (`models.inputs.images`); an empty list where it reads text alone"""
+    limits: list[int] = field(default_factory=list)
+    """P numbers of tokens after which a completion is cut, none above `Sampling.max_new_tokens`; empty where that holds for
+    all. An engine may pass them over: core cuts what is longer"""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def rows(self, index: Sequence[int]) -> Prompts:
         """The prompts at `index`, in that order."""
-        columns: tuple[list[Any], ...] = (self.texts, self.token_ids, self.examples, self.uids, self.images)
-        return Prompts(*([column[i] for i in index] if column else [] for column in columns))
+        every: tuple[list[Any], ...] = (self.texts, self.token_ids, self.examples, self.uids, self.images, self.limits)
+        return Prompts(*([column[i] for i in index] if column else [] for column in every))
 
 
 @dataclass
@@ -190,8 +193,9 @@ class Batch:
 class Rollouts(Batch):
     """Completions that a rollout engine sampled. `extras["sampler_logprobs_NT"]` are the engine's log-probabilities."""
 
-    finish: list[Literal["stop", "length"]] = field(default_factory=list)
-    """N reasons: `stop` (EOS or a stop string), `length` (cut at max_new_tokens)"""
+    finish: list[Literal["stop", "length", "turns", "seconds"]] = field(default_factory=list)
+    """N reasons: `stop` (EOS or a stop string; of an episode: its environment ended it), `length` (cut at max_new_tokens), and
+    of an episode `turns` or `seconds` (cut by these limits)"""
     version: int = 0
     """the policy version that sampled: optimiser steps of the role so far"""
 

@@ -32,6 +32,7 @@ __all__ = [
     "METRICS",
     "OBSERVERS",
     "OF_ROLES",
+    "OPTIONAL",
     "OUTSIDE_RUNS",
     "SEVERAL",
     "KindName",
@@ -46,6 +47,7 @@ GROUP = "rlhf"
 KindName = Literal[
     "data",
     "rollout",
+    "environment",
     "reward",
     "advantage",
     "loss",
@@ -75,6 +77,9 @@ CHOSEN = tuple(kind for kind in KINDS if kind not in (*OF_ROLES, *OUTSIDE_RUNS))
 
 SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
+
+OPTIONAL = ("environment",)
+"""Kinds of which a run has one or none."""
 
 OBSERVERS = (
     "rlhf_run_start",
@@ -110,6 +115,12 @@ def rlhf_data() -> Providers:
 @hookspec
 def rlhf_rollout() -> Providers:
     """Sampling engines: `(role, prompts, sampling) -> Rollouts`, with `sync`, `sleep`, `wake` and `close`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_environment() -> Providers:
+    """Environments that answer a policy between its turns: `(example, seed) -> Session`."""
     raise AssertionError("a specification is never called")
 
 

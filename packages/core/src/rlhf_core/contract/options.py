@@ -16,7 +16,7 @@ from rlhf_core.contract.ranges import at_least, at_most
 from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.errors import UsageError
 
-__all__ = ["KL", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions"]
+__all__ = ["KL", "EpisodeLimits", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions", "turn_uid"]
 
 INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
@@ -35,7 +35,8 @@ class Sampling:
     n: int = 4
     """completions per prompt"""
     max_new_tokens: int = 128
-    """tokens after which a completion is cut (its finish reason is then `length`)"""
+    """tokens after which a completion is cut (its finish reason is then `length`); with an environment those of the whole
+    episode, feedback included"""
     temperature: float = 1.0
     """divides the logits; 0 is greedy. Training log-probabilities use the same temperature"""
     top_p: float = 1.0
@@ -54,10 +55,41 @@ class Sampling:
         at_least(0, self, "temperature", "top_p", "top_k", "min_p")
         at_most(1, self, "top_p", "min_p")
 
-    def seed_for(self, uid: int, k: int) -> int:
-        """The 63-bit seed of completion `k` of the prompt `uid`: the same on any engine, rank or batch composition."""
-        digest = hashlib.blake2b(f"{self.seed}/{uid}/{k}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 1
+    def seed_for(self, uid: int, k: int, turn: int = 0) -> int:
+        """Return the 63-bit seed of a turn of completion `k` of the prompt `uid`.
+
+        It is the same on any engine, rank or batch composition. Engines leave `turn` out: a later turn reaches them as a prompt
+        of its own, with the number `turn_uid(uid, k, turn)` and one completion.
+        """
+        if turn:
+            uid, k = turn_uid(uid, k, turn), 0
+        return _number(f"{self.seed}/{uid}/{k}")
+
+
+def turn_uid(uid: int, k: int, turn: int) -> int:
+    """Return the number of the prompt that asks for a later turn (from 1) of completion `k` of the prompt `uid`."""
+    return _number(f"{uid}/{k}/{turn}")
+
+
+def _number(text: str) -> int:
+    """Return 63 bits that follow from `text`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """When an episode ends though its environment does not say so. `--sampling.max-new-tokens` limits its tokens."""
+
+    turns: int = 8
+    """turns of the policy after which an episode ends"""
+    turn_tokens: int = 0
+    """tokens after which one turn of the policy is cut; 0 leaves a turn what is left of the episode"""
+    seconds: float = 0.0
+    """seconds after which no episode of a batch gets another turn; results then depend on the machine. 0 is no limit"""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "turns")
+        at_least(0, self, "turn_tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -224,6 +256,8 @@ class RunConfig:
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
     """how completions are drawn (online algorithms)"""
+    episode: EpisodeLimits = field(default_factory=EpisodeLimits)
+    """limits of an episode (with an environment)"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")

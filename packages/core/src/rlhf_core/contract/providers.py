@@ -14,13 +14,16 @@ imported but for typing, and no base has fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.episode import Session
     from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.options import KL, ModelOptions, Sampling
     from rlhf_core.contract.plan import Plan
@@ -35,6 +38,7 @@ __all__ = [
     "Algorithm",
     "Capability",
     "Data",
+    "Environment",
     "Evaluator",
     "Launcher",
     "Loss",
@@ -120,8 +124,40 @@ class Rollout(Provider):
     def wake(self) -> None:
         """Be ready to sample again."""
 
+    def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:
+        """While it is open, its result samples `role` without collective operations between ranks.
+
+        It is open over all turns of a batch of episodes, and ranks sample different numbers of turns. An engine that gathers
+        sharded weights does so when it is opened. All ranks open it, sample the first turn, and close it.
+        """
+        return nullcontext(partial(self, role))
+
     def close(self) -> None:
         """Free everything."""
+
+
+@_replaceable
+class Environment(Provider):
+    """Answers a policy between its turns. State is in the sessions; see `rlhf_core.contract.episode`."""
+
+    @property
+    def messages(self) -> bool:
+        """True if feedback has chat messages; the chat template is then checked before models are loaded."""
+        return False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the numbers in `Feedback.metrics`."""
+        return ()
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a turn, in addition to `--sampling.stop`; they stay in it."""
+        return ()
+
+    def __call__(self, example: Example, seed: int) -> Session | Awaitable[Session]:
+        """Begin an episode on a row of data. The completions of a prompt have one seed, so that their rewards compare."""
+        raise NotImplementedError
 
 
 @_replaceable
@@ -323,6 +359,7 @@ class Observer(Provider):
 BASES: Mapping[str, type[Provider]] = {
     "data": Data,
     "rollout": Rollout,
+    "environment": Environment,
     "reward": Reward,
     "advantage": Advantage,
     "loss": Loss,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
     from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.episode import Feedback
     from rlhf_core.contract.options import RunConfig, Sampling
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import RewardOutput
@@ -38,6 +39,10 @@ class RowEncoder(Protocol):
 
     def batch(self, examples: Sequence[Example], uids: Sequence[int]) -> Batch:
         """Return N rows with their completions for a role to read."""
+        ...
+
+    def feedback(self, example: Example, feedback: Feedback, turn_ids: Sequence[int]) -> list[int]:
+        """Return the tokens of an environment's feedback to a turn of `example`'s episode, sampled as `turn_ids`."""
         ...
 
 

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Example, Prompts
+from rlhf_core.contract.episode import Feedback
 from rlhf_core.data.chats import Text
 from rlhf_core.data.images import images_of, open_image
 from rlhf_core.data.preview import render_row
@@ -224,6 +225,24 @@ class Encoder:
         length = len(mask) - mask[::-1].index(True)
         said = completion if isinstance(completion, str) else self.tokenizer.decode(ids, skip_special_tokens=True)
         return TokenizedCompletion(str(said), ids[:length], mask[:length])
+
+    def feedback(self, example: Example, feedback: Feedback, turn_ids: Sequence[int]) -> list[int]:
+        """Return the tokens of `feedback` to a turn of `example`'s episode whose sampled tokens are `turn_ids`.
+
+        Before messages stands what closes the turn: all of it after a turn that was cut, else what follows its end token.
+
+        Raises:
+            DataError: the template cannot render the messages.
+        """
+        if feedback.token_ids:
+            return list(feedback.token_ids)
+        if not feedback.messages:
+            return self._ids(feedback.text, example.origin) if feedback.text else []
+        closing, opening = self._renderer.continuation(example, feedback.messages)
+        ids = self._ids(closing, example.origin)
+        if turn_ids[-1] in self._special:
+            ids = ids[self._end(ids) or 0 :]
+        return [*ids, *self._ids(opening, example.origin)]
 
     def _end(self, ids: list[int]) -> int | None:
         """The length of `ids` up to the special token that ends them, blanks after it allowed; None without one."""

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoding", "Renderer"]
 
+PROBE = "probe-7c1d0f"
+"""An assistant's turn that stands for a sampled one: what the template writes after it is found by this text."""
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -106,6 +109,26 @@ class Renderer:
                 yield before[len(done) :], False
             done = self._render(example, (*prompt, *turns[: i + 1]), generation=False)
             yield _assistant_text(done, before, message.get("content"), example.origin), True
+
+    def continuation(self, example: Example, messages: Chat) -> tuple[str, str]:
+        """Return the text that closes an assistant's turn, and the text of `messages` up to where the next turn begins.
+
+        The sampled turn itself is never rendered: its tokens stay as they are. A template that changes earlier turns when
+        others follow (one that removes reasoning, for example) can therefore be used.
+
+        Raises:
+            DataError: the template does not write `messages` after the turn that they answer.
+        """
+        prompt = self._chat(example) or ({"role": "user", "content": example.prompt},)
+        chat = (*prompt, {"role": "assistant", "content": PROBE})
+        closed = self._render(example, chat, generation=False).rpartition(PROBE)
+        answered = self._render(example, (*chat, *messages), generation=True).rpartition(PROBE)
+        if not closed[1] or not answered[1] or not answered[2].startswith(closed[2]):
+            raise DataError(
+                f"{example.origin}: the chat template does not write messages after the assistant's turn that they answer; "
+                "pass --data.encoding.template-file FILE, or choose an environment whose feedback is plain text"
+            )
+        return closed[2], answered[2][len(closed[2]) :]
 
     def _wraps(self, example: Example) -> bool:
         return bool(self._input_template and example.prompt)  # an empty prompt is pre-training text

@@ -62,6 +62,6 @@ class Heldout(Evaluator):
             "heldout/reward": mean,
             "heldout/reward_se": error,
             "heldout/length": run.world.total(float(rollouts.lengths_N.sum())) / completions,
-            "heldout/truncated": run.world.total(float(sum(f == "length" for f in rollouts.finish))) / completions,
+            "heldout/truncated": run.world.total(float(sum(f != "stop" for f in rollouts.finish))) / completions,
             **means_by_source("heldout/reward", rewards_N, rollouts.meta, run.world),
         }

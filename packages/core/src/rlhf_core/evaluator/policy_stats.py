@@ -38,7 +38,7 @@ class PolicyStats(Evaluator):
         now_NT = run.roles[policy(run, "policy_stats")].infer(rollouts, names)["logprobs_NT"]
         ref_NT = run.roles["reference"].infer(rollouts, names)["logprobs_NT"]
         k1_NT, k3_NT = (kl_values(now_NT, ref_NT, rollouts.mask_NT, estimator) for estimator in ("k1", "k3"))
-        mine = (k1_NT.sum(1).tolist(), rollouts.lengths_N.tolist(), [float(f == "length") for f in rollouts.finish])
+        mine = (k1_NT.sum(1).tolist(), rollouts.lengths_N.tolist(), [float(f != "stop") for f in rollouts.finish])
         kl, lengths, truncated = ([x for part in parts for x in part] for parts in zip(*run.world.gather(mine)))
         mean, error = mean_and_error(kl)
         lengths_N = torch.tensor(lengths, dtype=torch.float64)

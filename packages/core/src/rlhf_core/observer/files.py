@@ -57,6 +57,8 @@ def samples(run: RunView) -> Iterator[dict[str, Any]]:
 def sample_record(batch: Batch, i: int) -> dict[str, Any]:
     """Row `i` as plain values: prompt, completion, reward and mean advantage."""
     row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": batch.texts[i]}
+    if "transcript" in batch.meta[i]:  # an episode: who wrote what
+        row["transcript"] = batch.meta[i]["transcript"]
     if "rewards_N" in batch:
         row["reward"] = _six_digits(float(batch["rewards_N"][i]))
     if "advantages_NT" in batch:

@@ -33,7 +33,10 @@ _RUN = {
     "kl/completion": "nats a completion: the same, summed over each completion; what an adaptive coefficient follows",
     "kl/coef": "factor: the KL coefficient in force",
     "[<source>/]completion/length": "tokens: mean length of the sampled completions",
-    "[<source>/]completion/truncated": "share 0..1: of completions cut at --sampling.max-new-tokens",
+    "[<source>/]completion/truncated": "share 0..1: of completions cut at --sampling.max-new-tokens (with an "
+    "environment: or at a limit of --episode)",
+    "[<source>/]completion/turns": "turns: mean number in an episode; with an environment only",
+    "[<source>/]completion/feedback": "tokens: of a completion that the environment wrote, mean; with an environment only",
     "[<source>/]completion/entropy": "nats a token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "

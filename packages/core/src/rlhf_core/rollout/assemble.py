@@ -22,38 +22,43 @@ __all__ = ["assemble", "decode", "pad_id"]
 def assemble(
     prompts: Prompts,
     tokens: Sequence[Sequence[int]],
-    finish: Sequence[Literal["stop", "length"]],
+    finish: Sequence[Literal["stop", "length", "turns", "seconds"]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     version: int = 0,
     per_token: Mapping[str, Sequence[Sequence[float]]],
     scalars: Mapping[str, float] | None = None,
+    mask: Sequence[Sequence[bool]] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Rollouts:
     """P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
 
     Args:
         prompts: what was asked.
-        tokens: N sequences, all of them sampled, the EOS that ends one included.
+        tokens: N sequences, the EOS that ends one included; all of them sampled unless `mask` is given.
         finish: N reasons.
         tokenizer: makes the texts.
         version: of the policy that sampled.
         per_token: extras by name, `sampler_logprobs_NT` say, as N sequences with a number per token.
         scalars: numbers that hold for the whole batch.
+        mask: N sequences, true where the policy sampled a token.
+        texts: N texts; decoded from the tokens where absent.
     """
     filler = pad_id(tokenizer)
     group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
     tokens_NT = _pad_rows(tokens, filler, torch.long)
     lengths_N = torch.tensor([len(row) for row in tokens])
     examples = [prompts.examples[p] for p in group]
+    inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
         prompts=[prompts.texts[p] for p in group],
-        texts=decode(tokenizer, tokens),
+        texts=decode(tokenizer, tokens) if texts is None else list(texts),
         prompt_NL=_pad_rows([prompts.token_ids[p] for p in group], filler, torch.long),
         prompt_lengths_N=torch.tensor([len(prompts.token_ids[p]) for p in group]),
         tokens_NT=tokens_NT,
         lengths_N=lengths_N,
-        mask_NT=torch.arange(tokens_NT.shape[1]) < lengths_N[:, None],
+        mask_NT=inside_NT if mask is None else _pad_rows(mask, False, torch.bool),
         group_N=torch.tensor(group),
         labels=[example.label for example in examples],
         meta=[example.meta for example in examples],

@@ -62,8 +62,12 @@ class FakeRollout(Rollout):
         if self.held.w is None:
             self.sync(role)
         assert self.held.w is not None
-        seeds = [sampling.seed_for(uid, k) for uid in prompts.uids for k in range(sampling.n)]
-        tokens = [_letters(seed, sampling.max_new_tokens) for seed in seeds]
+        limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
+        tokens = [
+            _letters(sampling.seed_for(uid, k), limit)
+            for uid, limit in zip(prompts.uids, limits, strict=True)
+            for k in range(sampling.n)
+        ]
         finish = [("stop" if row[-1] == Letters.eos_token_id else "length") for row in tokens]
         logprobs = [[self.held.w - 1 - token % 7 for token in row] for row in tokens]
         time.sleep(

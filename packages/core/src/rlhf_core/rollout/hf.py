@@ -5,8 +5,8 @@ No copy of the weights and nothing to synchronise: what samples is what is train
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import exp
@@ -44,15 +44,25 @@ class HuggingFaceRollout(Rollout):
     """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """`sampling.n` completions of each prompt."""
+        """Return `sampling.n` completions of each prompt."""
+        with self.session(role) as sample:
+            return sample(prompts, sampling)
+
+    @contextmanager
+    def session(self, role: Role) -> Iterator[Callable[[Prompts, Sampling], Rollouts]]:
+        """Hold sharded weights whole while it is open: ranks stop at different lengths, and after different turns."""
+        local: Any = role  # only roles of this process have a model
+        with local.gathered():
+            yield partial(self._sample, local)
+
+    def _sample(self, role: Any, prompts: Prompts, sampling: Sampling) -> Rollouts:
+        """Sample from whole weights."""
         from rlhf_core.rollout.assemble import assemble, decode, pad_id
         from rlhf_core.rollout.sampler import sample
 
-        local: Any = role  # only roles of this process have a model
-        model, tokenizer = local.causal_lm, local.tokenizer
+        model, tokenizer = role.causal_lm, role.tokenizer
         _check_window(model.config, prompts, sampling)
-        # sharded weights are whole here: ranks stop at different lengths
-        with local.gathered(), _computing(model, local.module.compute_dtype):
+        with _computing(model, role.module.compute_dtype):
             completions = sample(
                 model,
                 prompts.token_ids,
@@ -63,8 +73,9 @@ class HuggingFaceRollout(Rollout):
                 decode=partial(decode, tokenizer),
                 wave_tokens=self.wave_tokens,
                 compact=self.compact,
-                vision=getattr(local.module, "vision", None),  # strategies may train other modules than ours
+                vision=getattr(role.module, "vision", None),  # strategies may train other modules than ours
                 images=prompts.images,
+                limits=prompts.limits,
             )
         tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}
@@ -103,11 +114,12 @@ def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:
-    """The longest prompt and its completions have positions in the model."""
+    """Check that the longest prompt and its completions have positions in the model."""
     window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(map(len, prompts.token_ids))
-    if window is not None and longest + sampling.max_new_tokens > window:
+    limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
+    longest, room = max(zip(map(len, prompts.token_ids), limits, strict=True), key=sum)
+    if window is not None and longest + room > window:
         raise UsageError(
-            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones exceed the {window} positions of the "
+            f"a prompt of {longest} tokens and {room} new ones exceed the {window} positions of the "
             f"model; lower --max-prompt-tokens or --sampling.max-new-tokens"
         )

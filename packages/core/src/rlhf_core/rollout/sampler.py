@@ -69,6 +69,7 @@ def sample(
     compact: float = 0.25,
     vision: Vision | None = None,
     images: Sequence[Images] = (),
+    limits: Sequence[int] = (),
 ) -> list[SampledCompletion]:
     """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
 
@@ -87,6 +88,7 @@ def sample(
         compact: ended completions are dropped from the batch once they are this share of it.
         vision: how the model takes images, if it does.
         images: what it reads for those of each prompt; none where it reads text alone.
+        limits: tokens after which the completions of each prompt are cut; none where `sampling.max_new_tokens` holds for all.
 
     Raises:
         RunStopped: the model's output is not finite.
@@ -105,7 +107,8 @@ def sample(
                 seen = [images[piece.prompt] for piece in wave] if images else []
                 state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
-                found.update(zip(rows, _decode(model, state, draws, sampling, stops, compact), strict=True))
+                most = [limits[prompt] if limits else sampling.max_new_tokens for prompt, _ in rows]
+                found.update(zip(rows, _decode(model, state, draws, most, sampling, stops, compact), strict=True))
     finally:
         if was_training:
             model.train()
@@ -230,25 +233,35 @@ def _supported_arguments(forward: Callable[..., Any], optional: Collection[str])
 
 
 def _decode(
-    model: Any, state: _State, uniforms_BT: Tensor, sampling: Sampling, stops: _Stops, compact: float
+    model: Any,
+    state: _State,
+    uniforms_BT: Tensor,
+    limits: Sequence[int],
+    sampling: Sampling,
+    stops: _Stops,
+    compact: float,
 ) -> list[SampledCompletion]:
-    """Extend every row of `state` token by token until it ends."""
+    """Extend every row of `state` token by token until it ends or has its limit."""
     B, T = uniforms_BT.shape
     device = state.logits_RV.device
     uniforms_BT = uniforms_BT.to(device)
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logprobs_BT, log_mass_BT = torch.zeros(2, B, T, device=device)
+    limits_B = torch.tensor(limits, device=device)
     ends_B = torch.zeros(B, dtype=torch.long, device=device)  # length of what has ended, 0 for the rest
+    stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
     row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
     for t in range(T):
         tokens_R, logprobs_R, log_mass_R = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling)
         tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, log_mass_R
         live_R = ends_B[row_R] == 0
-        ended_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
+        stopped_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
+        stopped_B[row_R[stopped_R]] = True
+        ended_R = live_R & (stopped_R | (limits_B[row_R] <= t + 1))
         ends_B[row_R[ended_R]] = t + 1
         live_R &= ~ended_R
         live = int(live_R.sum())
-        if live == 0 or t == T - 1:
+        if live == 0:
             break
         if live <= (1 - compact) * len(row_R):
             keep = live_R.nonzero()[:, 0]
@@ -258,10 +271,10 @@ def _decode(
         _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
-    columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B))
+    columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B, stopped_B))
     return [
-        SampledCompletion(tokens[: end or T], logprobs[: end or T], log_mass[: end or T], "stop" if end else "length")
-        for tokens, logprobs, log_mass, end in zip(*columns, strict=True)
+        SampledCompletion(tokens[:end], logprobs[:end], log_mass[:end], "stop" if stopped else "length")
+        for tokens, logprobs, log_mass, end, stopped in zip(*columns, strict=True)
     ]
 
 

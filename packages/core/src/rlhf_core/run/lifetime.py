@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.checkpoint import prepare_output
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
+from rlhf_core.rollout.episodes import check_messages
 from rlhf_core.run.publishing import check_hub
 from rlhf_core.training.credit import check_rows
 from rlhf_core.training.reference_cache import cache_frozen_roles
@@ -45,6 +46,7 @@ def open_run(run: Run) -> Iterator[Run]:
     """Check providers and rows, place roles, restore a checkpoint and call observers; close everything at the end."""
     check(run.plan)
     check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
+    check_messages(run.config, run.data)
     prepare_output(run.config)
     with ExitStack() as stack:
         stack.enter_context(place_roles(run))

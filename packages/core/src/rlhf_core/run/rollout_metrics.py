@@ -29,7 +29,10 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
     """
     total = meter.world.total
     meter.log_batch(f"{prefix}/length", rollouts.lengths_N.float())
-    meter.log_batch(f"{prefix}/truncated", torch.tensor([float(f == "length") for f in rollouts.finish]))
+    meter.log_batch(f"{prefix}/truncated", torch.tensor([float(f != "stop") for f in rollouts.finish]))
+    if "turns_N" in rollouts:
+        meter.log_batch(f"{prefix}/turns", rollouts["turns_N"].float())
+        meter.log_batch(f"{prefix}/feedback", (rollouts.lengths_N - rollouts.mask_NT.sum(1)).float())
     if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
         meter.log({f"{prefix}/entropy": total(surprise) / total(float(rollouts.mask_NT.sum()))})

@@ -23,6 +23,7 @@ from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import UsageError
 from rlhf_core.reward.output import to_reward_output
+from rlhf_core.rollout.episodes import complete
 from rlhf_core.run import lifetime
 from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
@@ -295,9 +296,9 @@ class Run:
         return self.data.heldout(most, self.world)
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Return completions of the role `source`."""
+        """Return completions of the role `source`; with an environment, each is an episode."""
         assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
-        return self.placed.rollout(self.roles[source], prompts, sampling)
+        return complete(self.config, self.placed.rollout, self.roles[source], prompts, sampling, self.encoder)
 
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""

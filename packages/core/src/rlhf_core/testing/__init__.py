@@ -20,6 +20,7 @@ from rlhf_core.testing.engines import (
     check_observer,
     check_rollout,
 )
+from rlhf_core.testing.environments import check_environment
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
 from rlhf_core.testing.optimizers import check_optimizer
 from rlhf_core.testing.outputs import check_output
@@ -32,6 +33,7 @@ __all__ = [
     "check_algorithm",
     "check_command",
     "check_data",
+    "check_environment",
     "check_evaluator",
     "check_ingredient",
     "check_launcher",

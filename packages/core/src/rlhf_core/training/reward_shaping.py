@@ -67,7 +67,7 @@ class RewardShaping:
             over_N = (_spans(rollouts.mask_NT) - (max_new_tokens - self.overlong_buffer)).clamp(0, self.overlong_buffer)
             shaped_N = shaped_N - self.overlong_factor * over_N / self.overlong_buffer
         if self.stop_properly is not None:
-            cut_N = torch.tensor([reason == "length" for reason in rollouts.finish])
+            cut_N = torch.tensor([reason != "stop" for reason in rollouts.finish])
             instead_N = shaped_N * self.stop_properly if self.stop_properly >= 0 else self.stop_properly
             shaped_N = torch.where(cut_N, instead_N, shaped_N)
         if self.clip is not None:

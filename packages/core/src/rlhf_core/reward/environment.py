@@ -1,0 +1,45 @@
+"""`--reward environment`: what the environment gave in each episode. It is the usual reward of a run with an environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.contract.providers import Reward
+from rlhf_core.contract.results import RewardOutput
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.batch import Rollouts
+
+__all__ = ["EnvironmentReward"]
+
+METRIC = "environment/"
+"""Before the names of the environment's metrics among the extras of a batch."""
+
+
+@dataclass(frozen=True)
+class EnvironmentReward(Reward):
+    """The rewards, scores and metrics that `--environment` gave to the turns of each episode."""
+
+    per: Literal["episode", "turn"] = "episode"
+    """episode: the sum over turns is the reward of the completion; turn: the last turn's is, and that of an earlier turn is
+    given at its last token, for advantages that discount (gae, reinforce++)"""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        if "environment_rewards_NT" not in rollouts:
+            raise UsageError("--reward environment needs episodes; pass --environment NAME, or choose another reward")
+        rewards_NT = rollouts["environment_rewards_NT"]
+        final_NT = rewards_NT
+        if self.per == "turn":
+            final_NT = rewards_NT.where(rollouts["turns_NT"] == rollouts["turns_N"][:, None] - 1, 0.0)
+        return RewardOutput(
+            rewards_N=final_NT.sum(1),
+            rewards_NT=rewards_NT - final_NT if self.per == "turn" else None,
+            scores_N=rollouts["environment_scores_N"],
+            metrics={
+                name.removeprefix(METRIC).removesuffix("_N"): values_N
+                for name, values_N in rollouts.extras.items()
+                if name.startswith(METRIC)
+            },
+        )

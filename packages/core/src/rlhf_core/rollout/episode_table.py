@@ -1,0 +1,142 @@
+"""The episodes of a batch while they are played, and the `Rollouts` that they become.
+
+In the batch
+
+* `tokens_NT` holds the tokens of the policy and of the environment, and `mask_NT` is true where the policy sampled;
+* `sampler_logprobs_NT` and other numbers of the engine are zero at tokens of the environment;
+* `turns_NT` is the number of the turn, from 0 (feedback has that of the turn that it answers), and `turns_N` counts turns;
+* `environment_rewards_NT` has each turn's reward at the turn's last token;
+* `environment_scores_N` is the last score, or the sum of rewards where there is none;
+* `environment/<name>_N` is a metric, added up over turns;
+* `texts` is what the policy wrote, and `meta["transcript"]` lists turns and feedback.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlhf_core.contract.batch import Example, Prompts, Rollouts
+from rlhf_core.contract.episode import Session
+from rlhf_core.contract.options import EpisodeLimits, Sampling
+from rlhf_core.lazy import torch
+from rlhf_core.rollout.assemble import assemble
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.providers import Environment
+    from rlhf_core.contract.run_view import RowEncoder
+
+__all__ = ["EpisodeState", "EpisodeTable", "to_rollouts"]
+
+
+@dataclass
+class EpisodeState:
+    """One episode, as far as it went."""
+
+    prompt: int
+    """the number of its prompt in the batch"""
+    k: int
+    """which of the prompt's completions it is"""
+    session: Session
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    """the turn of each token"""
+    rewards: list[float] = field(default_factory=list)
+    """of each token"""
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    """what the engine returned for each token, by name"""
+    texts: list[str] = field(default_factory=list)
+    """of the policy's turns"""
+    transcript: list[dict[str, Any]] = field(default_factory=list)
+    score: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    finish: Literal["stop", "length", "turns", "seconds"] | None = None
+    """why it ended; None while it goes on"""
+
+    def append(
+        self, tokens: Sequence[int], mask: Sequence[bool], turn: int, numbers: Mapping[str, list[float]]
+    ) -> None:
+        """Add tokens of a turn, and the engine's numbers for each."""
+        self.tokens += tokens
+        self.mask += mask
+        self.turns += [turn] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+        for name, values in numbers.items():
+            self.numbers.setdefault(name, []).extend(values)
+
+
+class EpisodeTable:
+    """All episodes of a batch, and what they are played with."""
+
+    def __init__(
+        self, environment: Environment, prompts: Prompts, sampling: Sampling, limits: EpisodeLimits, encoder: RowEncoder
+    ) -> None:
+        self.environment = environment
+        self.prompts = prompts
+        self.sampling = replace(sampling, stop=(*sampling.stop, *environment.stop))
+        self.limits = limits
+        self.encoder = encoder
+        self.deadline = time.monotonic() + limits.seconds if limits.seconds else None
+        self.episodes: list[EpisodeState] = []
+        self.sampled: list[Rollouts] = []
+        """what the engine returned, turn by turn"""
+
+    @property
+    def going(self) -> list[EpisodeState]:
+        """Episodes that are not over."""
+        return [each for each in self.episodes if each.finish is None]
+
+    def example(self, episode: EpisodeState) -> Example:
+        """The row of data that an episode began with."""
+        return self.prompts.examples[episode.prompt]
+
+    def time_left(self) -> float | None:
+        """The seconds until no episode gets another turn; None without such a limit."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+
+def to_rollouts(table: EpisodeTable) -> Rollouts:
+    """Put the episodes together as one batch."""
+    episodes = table.episodes
+    names = [name for name in table.sampled[0].extras if name.endswith("_NT")]
+    rollouts = assemble(
+        table.prompts,
+        [each.tokens for each in episodes],
+        [each.finish or "stop" for each in episodes],
+        table.encoder.tokenizer,
+        version=min(each.version for each in table.sampled),
+        per_token={
+            **{name: [each.numbers[name] for each in episodes] for name in names},
+            "environment_rewards_NT": [each.rewards for each in episodes],
+            "turns_NT": [each.turns for each in episodes],
+        },
+        scalars=_scalars(table.sampled),
+        mask=[each.mask for each in episodes],
+        texts=["".join(each.texts) for each in episodes],
+    )
+    extras = rollouts.extras
+    for name in names:
+        extras[name] = extras[name].to(table.sampled[0][name].dtype)
+    extras["turns_NT"] = extras["turns_NT"].long()
+    extras["turns_N"] = torch.tensor([each.turns[-1] + 1 for each in episodes])
+    earned = [sum(each.rewards) if each.score is None else each.score for each in episodes]
+    extras["environment_scores_N"] = torch.tensor(earned, dtype=torch.float32)
+    for name in table.environment.metrics:
+        extras[f"environment/{name}_N"] = torch.tensor([each.metrics.get(name, 0.0) for each in episodes])
+    meta: list[Mapping[str, Any]] = [
+        {**row, "transcript": each.transcript} for row, each in zip(rollouts.meta, episodes, strict=True)
+    ]
+    return replace(rollouts, meta=meta)
+
+
+def _scalars(sampled: Sequence[Rollouts]) -> dict[str, float]:
+    """Return the engine's numbers for the whole batch; means over tokens are taken over the tokens of all turns."""
+    scalars = dict(sampled[0].scalars)
+    if "kept_mass" in scalars:
+        tokens = [float(each.mask_NT.sum()) for each in sampled if "kept_mass" in each.scalars]
+        kept = [each.scalars["kept_mass"] for each in sampled if "kept_mass" in each.scalars]
+        scalars["kept_mass"] = sum(map(float.__mul__, kept, tokens)) / sum(tokens)
+    return scalars

@@ -1,0 +1,265 @@
+"""Plays episodes: a role and an environment take turns, over any rollout engine.
+
+All episodes of a batch take their turns together: one call of the engine samples a turn of every episode that goes on. Its
+prompts are then the first prompts with everything that followed. Token ids are never decoded and encoded again: sampled ones
+stay as they are, and feedback is tokenised once and appended. `rlhf_core.rollout.episode_table` describes the batch.
+
+An episode ends with a token of the policy: feedback after its last turn is in the transcript alone.
+
+Not here yet: sampling some episodes while the environment answers others, harnesses that drive the policy themselves, and
+images in feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf_core.contract.batch import Example, Prompts, Rollouts
+from rlhf_core.contract.episode import Action, Feedback, Session
+from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_uid
+from rlhf_core.errors import ContractError
+from rlhf_core.rollout.assemble import decode
+from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
+from rlhf_core.util.event_loop import LATE, EventLoop
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.providers import Environment, Rollout
+    from rlhf_core.contract.roles import Role
+    from rlhf_core.contract.run_view import RowEncoder
+
+__all__ = ["Sampler", "check_messages", "complete", "play"]
+
+Sampler = Callable[[Prompts, Sampling], Rollouts]
+"""Samples one role; `Rollout.session` gives it."""
+
+
+class Rows(Protocol):
+    """The data of a run."""
+
+    @property
+    def rows(self) -> Iterable[Example]:
+        """The training rows."""
+        ...
+
+    @property
+    def encoder(self) -> RowEncoder:
+        """What tokenises them."""
+        ...
+
+
+def check_messages(config: RunConfig, data: Rows) -> None:
+    """Check that the chat template writes messages after the turn that they answer, if the run's environment sends any.
+
+    Raises:
+        DataError: it does not.
+    """
+    environment: Environment | None = config.providers.get("environment")
+    if environment is not None and environment.messages:
+        example = data.rows[0] if isinstance(data.rows, Sequence) and data.rows else Example("Hello")
+        data.encoder.feedback(example, Feedback(messages=({"role": "user", "content": "…"},)), (0,))
+
+
+def complete(
+    config: RunConfig, rollout: Rollout, role: Role, prompts: Prompts, sampling: Sampling, encoder: RowEncoder
+) -> Rollouts:
+    """Return completions of `prompts`: what the engine samples, or episodes if the run has an environment."""
+    environment: Environment | None = config.providers.get("environment")
+    if environment is None:
+        return rollout(role, prompts, sampling)
+    with rollout.session(role) as sample:
+        return play(sample, environment, prompts, sampling, config.episode, encoder)
+
+
+def play(
+    sample: Sampler,
+    environment: Environment,
+    prompts: Prompts,
+    sampling: Sampling,
+    limits: EpisodeLimits,
+    encoder: RowEncoder,
+) -> Rollouts:
+    """Play `sampling.n` episodes for each prompt.
+
+    Args:
+        sample: an engine with a role, open over all turns (`Rollout.session`).
+        environment: makes a session for each completion.
+        prompts: what the episodes begin with.
+        sampling: how turns are drawn; `max_new_tokens` limits a whole episode, feedback included.
+        limits: the other limits.
+        encoder: tokenises feedback; the one that tokenised the prompts.
+
+    Raises:
+        ContractError: the environment breaks its contract.
+    """
+    table = EpisodeTable(environment, prompts, sampling, limits, encoder)
+    with EventLoop() as loop:
+        try:
+            _open(table, loop)
+            while table.going:
+                _respond(table, loop, _take_turn(table, sample))
+        finally:
+            loop.results([episode.session.close() for episode in table.episodes])
+    return to_rollouts(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the environment's side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _open(table: EpisodeTable, loop: EventLoop) -> None:
+    """Begin an episode for each completion. The completions of a prompt meet the same environment, so they can be compared."""
+    prompts = table.prompts
+    calls = [
+        (example, "", partial(table.environment, example, table.sampling.seed_for(uid, -1)))
+        for example, uid in zip(prompts.examples, prompts.uids, strict=True)
+        for _ in range(table.sampling.n)
+    ]
+    for i, session in enumerate(_answers(table, loop, calls)):
+        if not isinstance(session, Session):
+            raise _contract_error(
+                table, prompts.examples[i // table.sampling.n], f"returned {session!r}, which is no Session"
+            )
+        table.episodes.append(EpisodeState(i // table.sampling.n, i % table.sampling.n, session))
+
+
+def _respond(table: EpisodeTable, loop: EventLoop, actions: Sequence[Action]) -> None:
+    """Let the environment answer the turns of the episodes that go on."""
+    going = table.going
+    calls = [
+        (table.example(episode), f"turn {action.turn}", partial(episode.session.respond, action))
+        for episode, action in zip(going, actions, strict=True)
+    ]
+    for episode, action, answer in zip(going, actions, _answers(table, loop, calls, table.time_left()), strict=True):
+        if answer is LATE:
+            episode.finish = "seconds"
+            continue
+        _take_feedback(table, episode, action, _check_feedback(table, episode, answer))
+
+
+def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, feedback: Feedback) -> None:
+    """Add what the environment answered to the episode, which may end here. Feedback that nobody reads is not added."""
+    episode.rewards[-1] += feedback.reward
+    episode.score = episode.score if feedback.score is None else feedback.score
+    for name, value in feedback.metrics.items():
+        episode.metrics[name] = episode.metrics.get(name, 0.0) + value
+    shown: Any = feedback.text or list(feedback.messages) or list(feedback.token_ids)
+    if shown:
+        episode.transcript.append({"from": "environment", "turn": action.turn, "text": shown})
+    ids = [] if feedback.done else table.encoder.feedback(table.example(episode), feedback, action.token_ids)
+    if feedback.done:
+        episode.finish = "stop"
+    elif len(episode.tokens) + len(ids) >= table.sampling.max_new_tokens:
+        episode.finish = "length"  # no token would be left for another turn
+    elif action.turn + 1 == table.limits.turns:
+        episode.finish = "turns"
+    elif table.time_left() == 0.0:
+        episode.finish = "seconds"
+    if episode.finish is not None:
+        return
+    nothing = {name: [0.0] * len(ids) for name in episode.numbers}
+    episode.append(ids, [False] * len(ids), action.turn, nothing)
+
+
+def _check_feedback(table: EpisodeTable, episode: EpisodeState, feedback: object) -> Feedback:
+    """Return `feedback` if it keeps the contract."""
+    example, environment = table.example(episode), table.environment
+    if not isinstance(feedback, Feedback):
+        raise _contract_error(table, example, f"returned {feedback!r}, which is no Feedback")
+    if (bool(feedback.text), bool(feedback.messages), bool(feedback.token_ids)).count(True) > 1:
+        raise _contract_error(table, example, "returned feedback with more than one of text, messages and token_ids")
+    if feedback.messages and not environment.messages:
+        raise _contract_error(
+            table, example, "returned messages and does not declare it; give the class `messages = True`"
+        )
+    for name in feedback.metrics:
+        if name not in environment.metrics:
+            raise _contract_error(
+                table, example, f"returned a metric {name!r}, which is not among its `metrics`: {environment.metrics}"
+            )
+    return feedback
+
+
+def _contract_error(table: EpisodeTable, example: Example, how: str) -> ContractError:
+    return ContractError(f"{_describe(table, example)} {how}")
+
+
+def _describe(table: EpisodeTable, example: Example) -> str:
+    """Name the environment and the example."""
+    kind = type(table.environment)
+    prompt = str(example.prompt)
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}…"
+    origin = f" of {example.origin}" if example.origin else ""
+    return f"environment {kind.__qualname__} of {kind.__module__}, on the prompt {shown!r}{origin},"
+
+
+def _answers(
+    table: EpisodeTable,
+    loop: EventLoop,
+    calls: Sequence[tuple[Example, str, Callable[[], Any]]],
+    seconds: float | None = None,
+) -> list[Any]:
+    """Return what the calls answer, awaited. An exception gets a note of the environment, the example and the turn."""
+
+    @contextmanager
+    def named(example: Example, turn: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in the {_describe(table, example)} {turn}".rstrip(" ,"))
+            raise
+
+    async def waited(answer: Awaitable[Any], example: Example, turn: str) -> Any:
+        with named(example, turn):
+            return await answer
+
+    answers = []
+    for example, turn, call in calls:
+        with named(example, turn):
+            answer = call()
+        answers.append(waited(answer, example, turn) if isawaitable(answer) else answer)
+    return loop.results(answers, seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the policy's side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _take_turn(table: EpisodeTable, sample: Sampler) -> list[Action]:
+    """Sample a turn of every episode that goes on. The first is asked for as any completions are, with the same seeds."""
+    going, prompts, turn = table.going, table.prompts, len(table.sampled)
+    left = [table.sampling.max_new_tokens - len(episode.tokens) for episode in going]
+    limits = [min(each, table.limits.turn_tokens or each) for each in left]
+    sampling = replace(table.sampling, max_new_tokens=max(limits))
+    if turn:
+        rows = [episode.prompt for episode in going]
+        sampling = replace(sampling, n=1)
+        prompts = replace(
+            prompts.rows(rows),
+            token_ids=[[*prompts.token_ids[each.prompt], *each.tokens] for each in going],
+            uids=[turn_uid(prompts.uids[each.prompt], each.k, turn) for each in going],
+            limits=limits,
+        )
+    sampled = sample(prompts, sampling)
+    table.sampled.append(sampled)
+    return [_add_turn(table, episode, sampled, i, limit, turn) for i, (episode, limit) in enumerate(zip(going, limits))]
+
+
+def _add_turn(table: EpisodeTable, episode: EpisodeState, sampled: Rollouts, i: int, limit: int, turn: int) -> Action:
+    """Add row `i` of what the engine sampled to its episode; what is longer than `limit` is cut."""
+    length = min(int(sampled.lengths_N[i]), limit)
+    tokens = sampled.tokens_NT[i, :length].tolist()
+    text, finish = sampled.texts[i], sampled.finish[i]
+    if length < int(sampled.lengths_N[i]):
+        (text,), finish = decode(table.encoder.tokenizer, [tokens]), "length"
+    numbers = {name: values[i, :length].tolist() for name, values in sampled.extras.items() if name.endswith("_NT")}
+    episode.append(tokens, sampled.mask_NT[i, :length].tolist(), turn, numbers)
+    episode.texts.append(text)
+    episode.transcript.append({"from": "policy", "turn": turn, "text": text})
+    return Action(text, tuple(tokens), "stop" if finish == "stop" else "length", turn)
