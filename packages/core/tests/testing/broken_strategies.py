@@ -80,6 +80,12 @@ class StaleTrainable(TorchTrainable):
         yield from self.first.items()
 
 
+class DeafTrainable(TorchTrainable):
+    """Takes no weights from elsewhere."""
+
+    def assign(self, parameter: Tensor, whole: Tensor) -> None: ...
+
+
 class HalfTrainable(TorchTrainable):
     """Shows a sampler half of the head."""
 

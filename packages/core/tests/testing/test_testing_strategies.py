@@ -24,6 +24,7 @@ def test_cores_own_strategy_keeps_the_contract_on_two_ranks_and_in_one_process()
         ("StaleTrainable", r"weights\(\) after training: .* off that of torch"),
         ("EagerAverageTrainable", "the exported moving average equals the weights"),
         ("AverageLosingTrainable", "the moving average after load: .* off"),
+        ("DeafTrainable", r"load_weights\(\), which gives every parameter to assign"),
         ("HalfTrainable", r"logits of the inner model inside gathered\(\)"),
     ],
 )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Json",
+    "assign",
     "forward",
     "gather_weights",
     "initialize",
@@ -112,6 +113,15 @@ def whole(parameter: Tensor) -> Tensor:
     """Return the whole of a sharded parameter. Collective."""
     with library().zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Write a whole tensor into a sharded parameter. Collective; a buffer is whole on every rank."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(whole)
+        return
+    with library().zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(whole)
 
 
 class _Buckets:

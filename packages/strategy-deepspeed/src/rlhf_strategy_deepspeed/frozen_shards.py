@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, NoReturn
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
 from rlhf_strategy_deepspeed.config import configuration
-from rlhf_strategy_deepspeed.engine import forward, gather_weights, initialize, shard, show, whole, whole_weights
+from rlhf_strategy_deepspeed.engine import (
+    assign,
+    forward,
+    gather_weights,
+    initialize,
+    shard,
+    show,
+    whole,
+    whole_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +58,9 @@ class FrozenShards(Trainable):
 
     def full(self, parameter: Tensor) -> Tensor:
         return whole(parameter)
+
+    def assign(self, parameter: Tensor, whole: Tensor) -> None:
+        assign(parameter, whole)
 
     def gathered(self) -> AbstractContextManager[None]:
         return gather_weights(self.engine)

@@ -21,6 +21,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.training.optimizer import Schedule, make_optimizer
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import (
+    assign,
     forward,
     gather_weights,
     initialize,
@@ -114,6 +115,9 @@ class DeepSpeedTrainable(Trainable):
 
     def full(self, parameter: Tensor) -> Tensor:
         return whole(parameter) if self.sharded else parameter.detach()
+
+    def assign(self, parameter: Tensor, whole: Tensor) -> None:
+        assign(parameter, whole)
 
     def gathered(self) -> AbstractContextManager[None]:
         return gather_weights(self.engine) if self.stage == 3 else nullcontext()

@@ -3,8 +3,7 @@
 Each layer is a unit of `torch.distributed.fsdp.fully_shard`; embeddings and language-model head are in the root unit. A unit
 gathers its weights before it runs and frees them after (Zhao et al. 2023).
 
-Left out on purpose: 4-bit weights, float16, asynchronous checkpoints, and images on several ranks, where a rank without an
-image would leave the others waiting for its share of the vision tower.
+Left out on purpose: 4-bit weights, float16, asynchronous checkpoints, images on several ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class FSDP2(Strategy):
 class FSDP2Trainable(Trainable):
     """A sharded module, its optimizer and its schedule."""
 
-    sharded = True
+    sharded = discards = True
 
     def __init__(self, module: RoleModule, optim: OptimizerProvider | None, total_steps: int, reshard: bool) -> None:
         if optim is not None and module.compute_dtype == torch.float16:
@@ -63,8 +62,7 @@ class FSDP2Trainable(Trainable):
         if any(batch.images) and self.world.size > 1:
             raise UsageError("strategy 'fsdp2' takes images in one process only: use strategy 'torch', or one rank")
         differentiate = torch.is_grad_enabled()
-        # not in inference mode: weights that are gathered there could never be trained
-        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
+        with torch.inference_mode(False), torch.set_grad_enabled(differentiate):  # gathered weights may be trained
             outputs: dict[str, Tensor] = self.module(arrange_inputs(batch).to(self.device), names)
         if not differentiate:
             self._free()
@@ -78,7 +76,6 @@ class FSDP2Trainable(Trainable):
         loss.to(self.device).backward()
 
     def step(self) -> dict[str, float]:
-        assert self.optimizer and self.options and self.schedule, "a frozen role is not stepped"
         lr = self.schedule.set(self.steps_done)
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -96,17 +93,22 @@ class FSDP2Trainable(Trainable):
         self.module.zero_grad(set_to_none=True)
 
     def full(self, parameter: Tensor) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
         with torch.no_grad():
-            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+    def assign(self, parameter: Tensor, whole: Tensor) -> None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):  # every rank has the whole and takes its own share
+            mesh, whole = parameter.device_mesh, whole.to(self.device, parameter.dtype)
+            whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+        parameter.data.copy_(whole)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.hf_weights(self.full)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold all weights on every rank, and let units run without a collective call. Calls nest."""
         if not self._gathered:
             with torch.inference_mode(False), torch.no_grad():
                 for unit in self.units:
@@ -131,12 +133,11 @@ class FSDP2Trainable(Trainable):
             checkpoint.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: str) -> None:
-        from torch.distributed import checkpoint
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         if self.optimizer is not None:
             state = self._state()
-            checkpoint.load(state, checkpoint_id=folder)
+            torch.distributed.checkpoint.load(state, checkpoint_id=folder)
             self.module.load_state_dict(state["module"])
             set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
             self.steps_done = state["steps_done"]

@@ -21,21 +21,18 @@ __all__ = ["Placement", "Role", "SecondOrderTrainable", "Trainable"]
 class Trainable(Protocol):
     """A model under a strategy, inside one process (one rank of `world`).
 
-    It may have more methods, which options ask for:
-
-    * `shared_base() -> Trainable` (`--<role>.lora.rank`): the model without its adapters, as a frozen role.
-      Where it is missing, that role loads the model again.
-    * `snapshot() -> Callable[[str], None]` (`--save-async`): copies what `save` would write, and returns what writes the copy
-      to a folder. Every rank takes the snapshot; only the first writes it, in another thread while training goes on, and
-      before the next snapshot is taken.
-    * `discard()` (`--on-nonfinite skip`, `--on-oom halve`): forgets the gradients since the last step. Where it exists, `step`
-      leaves weights, optimiser and schedule as they are if the gradient is not finite.
+    Strategies subclass it. `sharded`, `full`, `assign` and what options ask for (`shared_base`, `snapshot`, `discard`) have
+    defaults.
     """
 
     world: World
     module: nn.Module
     sharded: bool = False
     """True if a rank may hold a share of a parameter only, so that whole ones come from `full` and all ranks work together"""
+    discards: bool = False
+    """True if `discard` works and `step` leaves weights, optimizer and schedule alone where the gradient is not finite"""
+    keeps_graphs: bool = False
+    """True if the graph of a forward pass stays usable while further passes are made, until the next step"""
 
     def full(self, parameter: Tensor) -> Tensor:
         """Return the whole of a parameter of `module`, or of a tensor sharded like one, without gradient.
@@ -43,6 +40,29 @@ class Trainable(Protocol):
         It is valid until the next call. Collective: every rank calls it for the same parameters in the same order.
         """
         return parameter.detach()
+
+    def assign(self, parameter: Tensor, whole: Tensor) -> None:
+        """Write a whole tensor into a parameter or buffer of `module`; where it is sharded, this rank's share of it.
+
+        Collective, like `full`.
+        """
+        parameter.data.copy_(whole)
+
+    def shared_base(self) -> Trainable | None:
+        """Return the model without its adapters, as a frozen role (`SharedBase`); None: that role loads the model again."""
+        return None
+
+    def snapshot(self) -> Callable[[str], None] | None:
+        """Copy what `save` would write, and return what writes the copy to a folder (`--save-async`); None saves in the loop.
+
+        Every rank takes the snapshot. Only the first writes it, in another thread while training continues, and before the next
+        snapshot is taken.
+        """
+        return None
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step (`--on-nonfinite skip`, `--on-oom halve`), where `discards` is true."""
+        raise AssertionError("`discards` is false: this strategy takes no step back")
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
@@ -97,10 +117,6 @@ class SecondOrderTrainable(Trainable, Protocol):
         Each call of `closure` after the first evaluates loss and gradients anew, which are then summed and clipped as those
         at hand were.
         """
-        ...
-
-    def discard(self) -> None:
-        """Forget the gradients since the last step."""
         ...
 
 

@@ -221,6 +221,14 @@ class RoleModule(nn.Module):
             if name in persistent:
                 yield name, buffer
 
+    def hf_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters and saved buffers that `hf_weights` reads, by its names, as the module holds them now."""
+        adapters = self.adapters or Adapters(None)
+        named = {name: each for name, each in self.model.named_parameters() if name not in adapters.names}
+        persistent = self.model.state_dict().keys()
+        named |= {name: buffer for name, buffer in self.model.named_buffers() if name in persistent}
+        return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items()}
+
     def own_weights(
         self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False
     ) -> dict[str, Tensor]:

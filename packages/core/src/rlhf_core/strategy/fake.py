@@ -52,6 +52,7 @@ class FakeTrainable(Trainable):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.world: World = TorchWorld() if distributed else World()
         self.module: Any = cast("Any", torch.nn.ParameterList([torch.zeros(())]))
+        self.module.hf_parameters = lambda: {"w": self.w}
         self.module.own_weights = lambda *_: {}  # these are what an export reads
         self.module.adapters = None
         self.module.model = FakeModel(self)

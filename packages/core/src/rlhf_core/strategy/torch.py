@@ -51,7 +51,7 @@ class TorchStrategy(Strategy):
 class TorchTrainable(Trainable):
     """A module, its optimiser and its schedule."""
 
-    keeps_graphs = True
+    keeps_graphs = discards = True
 
     def __init__(
         self, module: nn.Module, optim: OptimizerProvider | None, total_steps: int, device: torch.device

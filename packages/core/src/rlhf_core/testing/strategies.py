@@ -191,7 +191,7 @@ def _check_role(name: str, strategy: Strategy, lora: Lora, atol: float) -> None:
         averaged, role = False, _role(strategy, lora, ema=0.0)
     reference = _role(TorchStrategy("cpu"), lora, ema=0.5 * averaged)
     batch = tiny_rollouts()
-    start = _logprobs(role.trainable, batch)
+    start, first = _logprobs(role.trainable, batch), _weights(role)
     for each in (role, reference, role, reference):
         each.train({key: with_advantages(_rows_of(each.world, batch)) for key, _ in each.spec.terms})
     expected = _logprobs(reference.trainable, batch)
@@ -200,7 +200,7 @@ def _check_role(name: str, strategy: Strategy, lora: Lora, atol: float) -> None:
     _check_export(what, role, reference, atol, averaged)
     _check_gathered(what, role.trainable, reference.trainable, batch, atol)
     if lora.rank:
-        base = role.trainable.shared_base() if hasattr(role.trainable, "shared_base") else None
+        base = role.trainable.shared_base()
         if base is not None:
             assert_close(
                 what, "shared_base(), which is the model before training,", _logprobs(base, batch), start, atol
@@ -212,6 +212,10 @@ def _check_role(name: str, strategy: Strategy, lora: Lora, atol: float) -> None:
         role.train({key: with_advantages(_rows_of(role.world, batch)) for key, _ in role.spec.terms})
         role.load(folder)
     assert_close(what, "load after save", _logprobs(role.trainable, batch), trained, 0.0)
+    if not lora.rank:
+        role.load_weights(first.items())
+        again = _logprobs(role.trainable, batch)
+        assert_close(what, "load_weights(), which gives every parameter to assign(),", again, start, atol)
     _compare_tensors(f"{what}: the moving average after load", _averages(role), averages, 0.0)
 
 

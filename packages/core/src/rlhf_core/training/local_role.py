@@ -51,8 +51,9 @@ class LocalRole:
         config = plan.config
         if config.deterministic:
             be_deterministic()
-        if base_owner is not None and hasattr(base_owner.trainable, "shared_base"):
-            self.trainable: Trainable = base_owner.trainable.shared_base()
+        shared = base_owner.trainable.shared_base() if base_owner is not None else None
+        if shared is not None:
+            self.trainable: Trainable = shared
             self.world = self.trainable.world
             self.budget = TokenBudget(config, name, self.world)
             return
@@ -66,7 +67,7 @@ class LocalRole:
         self.budget = TokenBudget(config, name, self.world)
         self._check_and_tell()
         for option, chosen in (("on-oom", config.on_oom), ("on-nonfinite", config.on_nonfinite)):
-            if optim is not None and chosen != "stop" and not hasattr(self.trainable, "discard"):
+            if optim is not None and chosen != "stop" and not self.trainable.discards:
                 strategy_name = config.names.get("strategy", "")
                 raise UsageError(f"--strategy {strategy_name} cannot take a step back; leave out --{option} {chosen}")
 
@@ -164,7 +165,7 @@ class LocalRole:
     def _later_outputs(self, source: str) -> frozenset[str]:
         """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
         lora = getattr(self.spec.options, "lora", None)
-        if not (source and self.plan.on_policy and getattr(self.trainable, "keeps_graphs", False)):
+        if not (source and self.plan.on_policy and self.trainable.keeps_graphs):
             return frozenset()
         if lora is not None and lora.rank and lora.dropout:  # then training computes something else
             return frozenset()
@@ -198,11 +199,11 @@ class LocalRole:
         return self.trainable.gathered()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take weights under their Hugging Face names: what keeps a copy of a role trained elsewhere up to date."""
-        own = dict(self.weights())
+        """Take whole weights under their Hugging Face names, to follow a role elsewhere. Every rank calls it."""
+        own = self.module.hf_parameters()
         with torch.no_grad():
             for name, tensor in weights:
-                own[name].copy_(tensor)
+                self.trainable.assign(own[name], tensor)
 
     def save(self, folder: str) -> None:
         """Checkpoint state: model, optimiser, schedule."""
@@ -210,8 +211,7 @@ class LocalRole:
 
     def snapshot(self) -> Callable[[str], None] | None:
         """A copy of what `save` would write, as what writes it; None where the strategy takes none (see `Trainable`)."""
-        snapshot: Callable[[], Callable[[str], None]] | None = getattr(self.trainable, "snapshot", None)
-        return snapshot() if snapshot is not None else None
+        return self.trainable.snapshot()
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote."""

@@ -97,7 +97,7 @@ class OptimizerStep:
         except NotFinite as error:  # on every rank
             if config.on_nonfinite == "stop":
                 raise
-            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            self.trainable.discard()  # checked at the start
             step = round(next(iter(work.values())).scalars.get("step", 0))
             path = keep_samples(config.output, step, error)
             print(f"rlhf-run: step {step} goes without an update: {error}; samples are in {path}", file=sys.stderr)
@@ -164,7 +164,7 @@ class OptimizerStep:
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
-            self.trainable.discard()  # type: ignore[attr-defined]  # checked at the start
+            self.trainable.discard()  # checked at the start
             self.forward_cache.clear()
             release_memory()
 
