@@ -49,7 +49,7 @@ def test_a_new_plugin_of_any_kind_is_listed_and_passes_its_own_test(
     capsys.readouterr()
     assert main([*load, "plugins"]) == 0
     listed = capsys.readouterr().out
-    assert not [kind for kind in KINDS if not re.search(rf"^{kind} +my_{kind} +\(local\) +\S", listed, re.MULTILINE)]
+    assert not [kind for kind in KINDS if not re.search(rf"^{kind} +my_{kind}\w* +\(local\) +\S", listed, re.MULTILINE)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
     test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=20", *map(str, packages)]
     done = subprocess.run(test, env=environment, capture_output=True, text=True, check=False)
