@@ -59,7 +59,7 @@ def test_every_way_to_fail_is_one_line(
     with pytest.raises(UsageError) as caught:
         RayLauncher(address="cluster:6379")._open()
     message = str(caught.value)
-    assert message.startswith(f"--launcher.address cluster:6379: {told}") and "\n" not in message
+    assert message.startswith(f"address cluster:6379: {told}") and "\n" not in message
     assert capfd.readouterr().err == ""
 
 
@@ -100,4 +100,4 @@ def test_a_death_is_told_with_its_cause_and_not_what_the_other_ranks_made_of_it(
         group.gather_results("role actor", [("here", 7), ("there", 8)], list(answers))
     message = str(caught.value)
     assert message.startswith(f"role actor rank 1 on node there (process 8) died: {cause}") and "\n" not in message
-    assert message.endswith("; continue from the last checkpoint with --resume") and len(message) < 400
+    assert message.endswith("; continue from the last checkpoint with resume = true") and len(message) < 400

@@ -89,15 +89,13 @@ def test_an_offline_run_has_no_engine() -> None:
     ],
 )
 def test_shapes_are_workers_or_nodes_times_devices(text: str, shape: Shape) -> None:
-    assert parse_shape(text, "--launcher.workers") == shape
+    assert parse_shape(text, "workers") == shape
 
 
 @pytest.mark.parametrize("text", ["", "0", "2x", "x2", "-1", "2x2x2", "two", "2x0", "2:WIDE"])
 def test_other_shapes_are_refused(text: str) -> None:
-    with pytest.raises(
-        UsageError, match=r"^--launcher.workers .*: give a number of workers, or NODESxDEVICES such as 2x4$"
-    ):
-        parse_shape(text, "--launcher.workers")
+    with pytest.raises(UsageError, match=r"^workers .*: give a number of workers, or NODESxDEVICES such as 2x4$"):
+        parse_shape(text, "workers")
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:

@@ -140,5 +140,5 @@ def test_prompts_with_images_are_refused_before_an_engine_opens() -> None:
     images: Any = [{}, {"pixel_values": torch.zeros(1)}]
     prompts = Prompts(["a", "b"], [[1], [2]], [Example("a"), Example("b")], [0, 1], images)
     nobody: Any = None
-    with pytest.raises(UsageError, match="--rollout vllm passes no images on: use --rollout hf"):
+    with pytest.raises(UsageError, match='rollout vllm passes no images on: use rollout = "hf"'):
         VLLM()(nobody, prompts, Sampling())

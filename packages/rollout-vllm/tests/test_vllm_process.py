@@ -85,7 +85,5 @@ def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(session, "_open_engines", [object()])
-    with pytest.raises(
-        UsageError, match=r"^--rollout.enable-sleep is for runs that sample one role: .*; leave it out$"
-    ):
+    with pytest.raises(UsageError, match=r"enable_sleep.* is for runs that sample one role: .*; leave it out$"):
         Sleeper()._open("unread", trust_remote_code=False)

@@ -71,7 +71,7 @@ def test_a_file_adds_settings_and_changes_defaults_and_may_leave_the_rest_to_us(
         ({"zero_optimization": {"stage": 3}}, {}, "zero_optimization.stage is 3, but the run's own options make it 2"),
         ({"zero_optimization": {"reduce_bucket_size": 7}}, {"bucket": 9}, "reduce_bucket_size is 7, but .* make it 9"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the run's own options make it False"),
-        ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by --batch-size"),
+        ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by batch_size"),
         ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimiser is the role's"),
         ({"fp16": {"enabled": True}}, {}, "take fp16.enabled out: train in bfloat16 or float32"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "offload during training is not part"),
@@ -94,7 +94,7 @@ def test_a_file_that_switches_a_refused_section_off_is_fine(tmp_path: Path) -> N
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot read --strategy.config .*none.json: No such file"):
+    with pytest.raises(UsageError, match="cannot read config .*none.json: No such file"):
         configuration(DeepSpeed(config=str(tmp_path / "none.json")), "float32", OPTIM)
 
 
@@ -103,5 +103,5 @@ def test_images_in_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     batch = make_batch([2, 3], groups=[0, 1])
     batch.images = [{}, {"pixel_values": torch.zeros(1)}]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UsageError, match="takes images in one process only: use --strategy torch, or one rank"):
+    with pytest.raises(UsageError, match='takes images in one process only: use strategy = "torch", or one rank'):
         forward(None, batch, frozenset(), torch.device("cpu"))

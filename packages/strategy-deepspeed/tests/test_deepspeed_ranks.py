@@ -186,7 +186,7 @@ def test_frozen_weights_leave_the_device_and_come_back_too(size: int, quick: dic
 
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
-    assert told["batch"] == "--batch-size 3 does not divide over 2 ranks"
+    assert told["batch"] == "batch_size=… 3 does not divide over 2 ranks"
     assert "was written under stage 1 by 2 ranks, this run has stage 2 and 2; resume with the same" in told["layout"]
     assert "use bfloat16 or float32" in told["dtype"]
 

@@ -6,9 +6,11 @@ warnings is counted in steps, so that a long run is not drowned.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import run_option
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
@@ -34,13 +36,13 @@ def watch(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     if ess is None or ess >= threshold(n) or (last is not None and step - last < QUIET):
         return
     _said[id(run)] = step
-    print(
-        f"rlhf-run: step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
-        "from the proposal. Bring --algorithm.target.beta nearer to 0 or anneal it with start-beta, or raise --sampling.n, "
-        "--algorithm.proposal-updates or --proposal.optim.lr",
-        file=sys.stderr,
-        flush=True,
+    message = (
+        f"step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
+        f"from the proposal. Bring {run_option('algorithm.target.beta')} nearer to 0 or anneal it with "
+        f"start-beta, or raise {run_option('sampling.n')}, "
+        f"{run_option('algorithm.proposal_updates')} or {run_option('proposal.optim.lr')}"
     )
+    log.warning(run.config.option_names.render(message))
 
 
 def forget(run: RunView) -> None:

@@ -16,7 +16,7 @@ from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.requirements import LANGUAGE
 from rlhf_core.contract.results import Reduction
 from rlhf_core.contract.terms import Term
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.training.dynamic_sampling import DynamicSampling
 from rlhf_core.training.kl import kl_terms
 from rlhf_core.training.reward_shaping import RewardShaping
@@ -81,7 +81,7 @@ def _chosen_advantage(choices: ProviderChoices) -> Advantage:
     if n < least:
         raise UsageError(
             f"{type(advantage).__name__} compares the completions of one prompt; "
-            f"set --sampling.n to {least} or more (it is {n})"
+            f"set {run_option('sampling.n')} to {least} or more (it is {n})"
         )
     return advantage  # type: ignore[no-any-return]
 
@@ -99,10 +99,11 @@ def _check_fit(term: Term) -> None:
     if term.unit > 1 and selects != "pairs":
         raise UsageError(
             f"the loss {loss} compares a chosen with a rejected completion, and the advantage "
-            f"{type(term.advantage).__qualname__} selects no pairs; choose --advantage pairs, or a loss of single completions"
+            f"{type(term.advantage).__qualname__} selects no pairs; choose {run_option('advantage', 'pairs')}, "
+            "or a loss of single completions"
         )
     if term.advantage is not None and "advantages_NT" not in term.needs and not selects:
         raise UsageError(
             f"the loss {loss} reads no advantages, so every sample would be learned alike; choose a policy loss, or "
-            "--advantage best_of_n"
+            f"{run_option('advantage', 'best_of_n')}"
         )

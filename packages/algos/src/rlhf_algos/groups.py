@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def require_groups(rollouts: Rollouts, asker: object) -> None:
     if len(rollouts) and float(group_sizes(rollouts.group_N).max()) < 2:
         raise UsageError(
             f"{type(asker).__name__} compares the completions of one prompt and got one per prompt: "
-            "set --sampling.n to 2 or more"
+            f"set {run_option('sampling.n')} to 2 or more"
         )
 
 

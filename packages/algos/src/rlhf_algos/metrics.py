@@ -22,7 +22,7 @@ METRICS: Mapping[str, str] = {
     "<role>/sampler_weight": "weight: the importance correction's, mean over tokens",
     "<role>/sampler_kept": "share 0..1: of tokens that the correction keeps",
     "<role>/entropy": "nats a token: exact entropy of the trained policy on sampled tokens, where a loss asks for it",
-    "<role>/divergence": "nats a token: from the teacher, as --loss.divergence says",
+    "<role>/divergence": "nats a token: from the teacher, as loss.divergence says",
     "<role>/value_error": "reward squared: of the critic's values against their returns",
     "<role>/value": "reward: mean value",
     "<role>/return": "reward: mean return, what values should be",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.results import Metric
+from rlhf_core.contract.terms import PAIRS_ADVICE
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -26,8 +27,7 @@ def split_pairs(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if len(batch) % 2 or not torch.equal(batch.group_N[0::2], batch.group_N[1::2]):
         raise UsageError(
-            "this loss compares pairs, and the data has prompts without a rejected completion: "
-            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+            f"this loss compares pairs, and the data has prompts without a rejected completion: {PAIRS_ADVICE}"
         )
     return values_N[0::2], values_N[1::2]
 

@@ -246,7 +246,7 @@ def test_whitening_is_over_all_ranks(advantage):
 )
 def test_comparing_needs_someone_to_compare_with(advantage):
     rollouts = make_batch([2, 2])
-    with pytest.raises(UsageError, match="set --sampling"):
+    with pytest.raises(UsageError, match="set sampling"):
         Given(rollouts, RewardOutput(torch.tensor([1.0, 2.0])), torch.zeros(2, 2)).credit(advantage)
 
 

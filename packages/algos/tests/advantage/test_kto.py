@@ -73,7 +73,7 @@ def test_no_row_is_longer_than_the_longest_of_the_batch() -> None:
 
 
 def test_one_prompt_alone_has_no_other() -> None:
-    with pytest.raises(UsageError, match="raise --batch-size"):
+    with pytest.raises(UsageError, match="raise batch_size"):
         add_mismatched_rows(make_batch([2, 2], groups=[0, 0]))
 
 

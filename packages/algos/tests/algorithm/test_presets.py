@@ -161,12 +161,12 @@ def test_critic_warmup_delays_the_policy_and_not_the_critic():
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp_baseline", "online_dpo", "rejection_sampling"])
 def test_one_completion_per_prompt_is_refused_where_they_are_compared(name):
-    with pytest.raises(UsageError, match=r"set --sampling.n to 2 or more \(it is 1\)"):
+    with pytest.raises(UsageError, match=r"set sampling.n to 2 or more \(it is 1\)"):
         planned(name, sampling={"n": 1})
 
 
 def test_ppo_without_a_use_for_its_critic_is_refused():
-    with pytest.raises(UsageError, match="choose --advantage gae"):
+    with pytest.raises(UsageError, match='choose advantage = "gae"'):
         planned("ppo", advantage="grpo")
 
 
@@ -188,7 +188,7 @@ def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refuse
             {"loss": "dpo"},
             "DPOLoss compares a chosen with a rejected completion, and the advantage GRPOAdvantage selects no pairs",
         ),
-        ("online_dpo", {"advantage": "rloo"}, "selects no pairs; choose --advantage pairs"),
+        ("online_dpo", {"advantage": "rloo"}, 'selects no pairs; choose advantage = "pairs"'),
         ("ppo", {"loss": "bradley_terry"}, "BradleyTerryLoss trains scores_N, which is nothing of a sampled policy"),
         ("grpo", {"loss": "value"}, "ValueLoss trains values_NT"),
         ("grpo", {"loss": "sft"}, "SFTLoss reads no advantages, so every sample would be learned alike"),
@@ -213,7 +213,7 @@ def test_supervised_learning_does_not_take_rejected_completions_for_good_ones(tm
     data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
     options = {"model": MODEL, "batch_size": 2, "steps": 1}
     with pytest.raises(
-        UsageError, match="would learn rejected completions like chosen ones; pass --data.completion-key chosen"
+        UsageError, match='would learn rejected completions like chosen ones; pass data.completion_key = "chosen"'
     ):
         Run(make_config("sft", data=data, output=str(tmp_path / "pairs"), **options)).train()
     assert not (tmp_path / "pairs").exists(), "said before anything is written"
@@ -234,7 +234,7 @@ def test_demonstrations_are_no_preferences_and_no_model_is_loaded_to_say_so(algo
 
 @pytest.mark.parametrize("batch_size", [3, 4])
 def test_rows_without_a_rejected_completion_are_found_among_preferences_too(batch_size, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf_core.run.run.check_rows", lambda plan, rows: None)  # which sees the first row only
+    monkeypatch.setattr("rlhf_core.run.lifetime.check_rows", lambda plan, rows: None)  # which sees the first row only
     rows = [{"prompt": "a", "response": "b"} for _ in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
@@ -282,7 +282,7 @@ def test_the_data_s_completions_are_not_learned_at_the_temperature_that_samples(
         assert make_plan(make_config(ppo, sampling={"temperature": temperature})).roles["actor"].temperature == 1.0
     with pytest.raises(
         UsageError,
-        match=r"^the actor learns samples at --sampling.temperature 0.5, and the data's completions at 1",
+        match=r"^the actor learns samples at sampling.temperature 0.5, and the data's completions at 1",
     ):
         make_plan(make_config(ppo, sampling={"temperature": 0.5}))
 

@@ -80,7 +80,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
     run_of(tmp_path / "some", steps=0, max_prompt_tokens=limit, evaluator=HeldoutTable(n=1)).train()
     found = read_columns(tmp_path / "some" / "heldout.parquet", ["uid"])["uid"]
     assert found == [uid for uid, length in lengths.items() if length <= limit]
-    with pytest.raises(UsageError, match="no held-out prompt fits; raise --max-prompt-tokens"):
+    with pytest.raises(UsageError, match="no held-out prompt fits; raise max_prompt_tokens=…"):
         run_of(tmp_path / "none", steps=0, max_prompt_tokens=limit - 1, evaluator=HeldoutTable(n=1)).train()
 
 

@@ -196,7 +196,7 @@ def test_micro_batches_and_chunks_change_no_number_of_a_run(tmp_path: Path) -> N
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"the teacher, 'tiny:vocab=300', has another vocabulary .* pass --teacher.model"
+        UsageError, match=r"the teacher, 'tiny:vocab=300', has another vocabulary .* pass teacher.model"
     ):
         losses(tmp_path, "run", teacher={"model": "tiny:vocab=300"})
 
@@ -208,7 +208,7 @@ class Elsewhere(Launcher):
 def test_roles_in_different_processes_cannot_be_compared(tmp_path: Path) -> None:
     config = make_config("distill", data=rows(tmp_path))
     with pytest.raises(
-        UsageError, match=r"DistillLoss compares whole distributions of actor and teacher, .* --launcher local"
+        UsageError, match=r"DistillLoss compares whole distributions of actor and teacher, .* use launcher.*local"
     ):
         make_plan(replace(config, providers={**config.providers, "launcher": Elsewhere()}))
 

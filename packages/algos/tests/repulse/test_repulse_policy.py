@@ -141,7 +141,7 @@ def test_ppo_s_reward_is_transformed_too():
     assert set(plan.roles) >= {"actor", "critic"}
     with pytest.raises(UsageError, match="ppo trains a critic"):
         make_plan(make_config("ppo", model="tiny", advantage="transformed"))
-    with pytest.raises(UsageError, match="--advantage.of 'gae lamb=1': gae has no option 'lamb'"):
+    with pytest.raises(UsageError, match="of 'gae lamb=1': gae has no option 'lamb'"):
         TransformedAdvantage(of="gae lamb=1").needs  # noqa: B018  the property is what asks
 
 

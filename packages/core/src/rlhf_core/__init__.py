@@ -51,11 +51,16 @@ if TYPE_CHECKING:
         DataError,
         MissingPackage,
         NameConflict,
+        OptionError,
         PluginError,
         RlhfError,
         RunStopped,
         UnknownName,
         UsageError,
+        advice,
+        option,
+        options_under,
+        run_option,
     )
     from rlhf_core.models.inputs.arrange import arrange_inputs
     from rlhf_core.models.module import RoleModule
@@ -96,6 +101,7 @@ __all__ = [
     "NameConflict",
     "Observer",
     "OptimizerProvider",
+    "OptionError",
     "Output",
     "Outputs",
     "Placement",
@@ -132,14 +138,18 @@ __all__ = [
     "UnknownName",
     "UsageError",
     "World",
+    "advice",
     "arrange_inputs",
     "hookimpl",
     "load_optimizer",
     "lr_factor",
     "make_config",
     "make_optimizer",
+    "option",
+    "options_under",
     "parameter_groups",
     "reveal",
+    "run_option",
 ]
 
 _HOMES = {
@@ -161,7 +171,8 @@ _HOMES = {
     "contract.run_view": "RowEncoder RunView",
     "contract.terms": "ProviderChoices Term",
     "errors": (
-        "ContractError DataError MissingPackage NameConflict PluginError RlhfError RunStopped UnknownName UsageError"
+        "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped UnknownName "
+        "UsageError advice option options_under run_option"
     ),
     "models.inputs.arrange": "arrange_inputs",
     "models.module": "RoleModule",

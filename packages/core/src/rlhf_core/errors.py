@@ -2,6 +2,7 @@
 
     RlhfError
     ├── UsageError (also ValueError)     a user's mistake: `rlhf-run` prints the message and exits with 2, no traceback
+    │   ├── OptionError                  the value of an option is wrong; names it as the user wrote it
     │   ├── UnknownName                  no provider, role or option of that name; says what is near
     │   ├── NameConflict                 two distributions provide the chosen name
     │   ├── MissingPackage               something optional is not installed; says the pip command
@@ -17,7 +18,11 @@ A message is one line that says what to do next. Anything else that escapes is a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from rlhf_core.option_text import OptionNames, advice, option, place_options, render_options, run_option
 
 __all__ = [
     "ContractError",
@@ -26,20 +31,62 @@ __all__ = [
     "NameConflict",
     "NotFinite",
     "NotFiniteReward",
+    "OptionError",
     "PluginError",
     "RlhfError",
     "RunStopped",
     "UnknownName",
     "UsageError",
+    "advice",
+    "option",
+    "options_under",
+    "run_option",
+    "spell_options",
+    "text_of",
 ]
 
 
 class RlhfError(Exception):
-    """The root of every error that rlhf-core raises on purpose."""
+    """The root of every error that rlhf-core raises on purpose.
+
+    A message may name options by `option` and `run_option`; `str` writes them as the run's user does.
+    """
+
+    option_names: OptionNames | None = None
+    """the spelling of the run's user; dotted paths where it is absent"""
+
+    def __str__(self) -> str:
+        return render_options(text_of(self), self.option_names)
 
 
 class UsageError(RlhfError, ValueError):
     """A user's mistake. The message says what to do; the process exits with 2."""
+
+
+class OptionError(UsageError):
+    """The value of an option is wrong.
+
+        raise OptionError("url", f"{url}: expected an http address")
+
+    Args:
+        field: the option, relative to the provider: `url`, `encoding.template`; several are a sequence.
+        message: the rest of the sentence that the option's name begins.
+    """
+
+    def __init__(self, field: str | Sequence[str], message: str = "") -> None:
+        fields = [field] if isinstance(field, str) else field
+        space = "" if message.startswith((":", ",")) else " "
+        super().__init__(f"{' and '.join(map(option, fields))}{space}{message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), text_of(self))
+
+
+def _rebuild(cls: type[OptionError], message: str) -> OptionError:
+    """An unpickled OptionError."""
+    error = cls.__new__(cls)
+    error.args = (message,)
+    return error
 
 
 class UnknownName(UsageError):
@@ -79,7 +126,7 @@ class NotFinite(RlhfError):
         self.samples = samples
 
     def __reduce__(self) -> tuple[type[NotFinite], tuple[str, list[dict[str, Any]]]]:
-        return type(self), (str(self), self.samples)
+        return type(self), (text_of(self), self.samples)
 
 
 class NotFiniteReward(NotFinite, ContractError):
@@ -99,4 +146,34 @@ class RunStopped(RlhfError):
         self.exit_code = exit_code
 
     def __reduce__(self) -> tuple[type[RunStopped], tuple[str, int]]:
-        return type(self), (str(self), self.exit_code)
+        return type(self), (text_of(self), self.exit_code)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# names of options in messages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def text_of(error: BaseException) -> str:
+    """The message of `error` with the marks of its options, for a message around it."""
+    return str(error.args[0]) if isinstance(error, RlhfError) and error.args else Exception.__str__(error)
+
+
+@contextmanager
+def options_under(path: str) -> Iterator[None]:
+    """Place the options that errors from inside name: under `path`, `parts[0]`; `/reward` begins at the run."""
+    try:
+        yield
+    except RlhfError as error:
+        error.args = (place_options(text_of(error), path), *error.args[1:])
+        raise
+
+
+@contextmanager
+def spell_options(names: OptionNames) -> Iterator[None]:
+    """Let errors from inside name options as the user of a run does; the innermost run decides."""
+    try:
+        yield
+    except RlhfError as error:
+        error.option_names = error.option_names or names
+        raise

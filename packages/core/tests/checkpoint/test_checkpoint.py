@@ -106,7 +106,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_started_over_and_all_are_na
     gone = "random.safetensors is missing"
     assert str(caught.value) == (
         f"every checkpoint in {output / 'checkpoints'} is damaged (step-2: {gone}; step-1: {gone}); "
-        "begin again with another --output"
+        "begin again with another output=…"
     )
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2, "what was measured is still there"
 
@@ -132,22 +132,22 @@ def refusal(output: Path, **options: object) -> str:
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     said = refusal(tmp_path / "none", model=MODEL)
-    assert said == f"there is no run in {tmp_path / 'none'} to resume; leave --resume out to begin one"
+    assert said == f"there is no run in {tmp_path / 'none'} to resume; leave resume=True out to begin one"
     assert not (tmp_path / "none").exists()
 
 
 def test_options_that_change_results_are_listed_and_refused(output: Path) -> None:
     before = (output / "config.toml").read_bytes()
     said = refusal(output, model=MODEL, seed=7, actor={"optim": {"lr": 0.5}}, reward={"use": "length", "target": 9})
-    for change in ("--seed 0 -> 7", "--actor.optim.lr 0.001 -> 0.5", "--reward.target 32 -> 9"):
+    for change in ("seed=… 0 -> 7", "actor.optim.lr 0.001 -> 0.5", "reward.target 32 -> 9"):
         assert change in said
-    assert said.endswith("; give them as they were, or add --resume-changed to go on with the new ones")
+    assert said.endswith("; give them as they were, or add resume_changed=True to go on with the new ones")
     assert (output / "config.toml").read_bytes() == before
 
 
 def test_another_provider_is_one_difference_whatever_its_options(output: Path) -> None:
     said = refusal(output, model=MODEL, reward={"use": "regex", "pattern": "a"})
-    assert said.startswith(f"the run in {output} began with other options: --reward length -> regex; ")
+    assert said.startswith(f"the run in {output} began with other options: reward=… length -> regex; ")
 
 
 def test_options_that_change_no_result_may_change_and_more_steps_be_added(output: Path) -> None:
@@ -161,7 +161,7 @@ def test_options_that_change_no_result_may_change_and_more_steps_be_added(output
 def test_steps_are_no_free_choice_where_a_schedule_is_laid_over_them(tmp_path: Path) -> None:
     options = {"model": MODEL, "actor": {"optim": {"schedule": "linear"}}}
     tiny_run(tmp_path / "run", **options).train()
-    assert "--steps 2 -> 3" in refusal(tmp_path / "run", steps=3, **options)
+    assert "steps=… 2 -> 3" in refusal(tmp_path / "run", steps=3, **options)
 
 
 def test_changed_options_can_be_insisted_on(output: Path) -> None:

@@ -82,12 +82,12 @@ def test_a_full_disk_at_any_operation_leaves_the_checkpoint_before_whole(
 def test_another_strategy_is_refused_in_one_line(tmp_path: Path) -> None:
     tiny_run(tmp_path, model=MODEL).train()
     options: dict[str, Any] = {"model": MODEL, "rollout": "fake", "strategy": "fake", "resume": True}
-    with pytest.raises(UsageError, match="began with other options: .*--strategy torch -> fake"):
+    with pytest.raises(UsageError, match="began with other options: .*strategy=… torch -> fake"):
         tiny_run(tmp_path, **options).train()
     with pytest.raises(UsageError) as caught:
         tiny_run(tmp_path, resume_changed=True, **options).train()
     newest = tmp_path / "checkpoints" / "step-2"
-    assert str(caught.value) == f"{newest} was written by --strategy torch, which fake cannot read; resume with it"
+    assert str(caught.value) == f"{newest} was written by strategy torch, which fake cannot read; resume with it"
 
 
 def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:

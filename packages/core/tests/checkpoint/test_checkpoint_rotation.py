@@ -130,7 +130,7 @@ def test_a_run_keeps_the_checkpoint_that_did_best(
 
 
 def test_a_metric_that_nobody_measures_ends_the_run_with_its_first_step(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--keep-best reward/meen: no such metric \(did you mean 'reward/mean'\?\)"):
+    with pytest.raises(UsageError, match=r"keep_best=… reward/meen: no such metric \(did you mean 'reward/mean'\?\)"):
         tiny_run(tmp_path, model=MODEL, steps=9, keep_best="reward/meen").train()
     assert not (tmp_path / "checkpoints").exists()
 

@@ -189,10 +189,10 @@ FLAGS = {
     "online --reward.shape 1": "--reward.shape expects INT INT, not '1'",
     "online --reward.weights a": "--reward.weights expects [NAME=FLOAT ...]|none, not 'a'",
     "online --reward.key hunter2": "--reward.key expects INT",
-    "online --data.path x --steps -1": "steps must be at least 0, not -1",
-    "online --data.path x --sampling.top-p 1.5": "top_p must be at most 1, not 1.5",
+    "online --data.path x --steps -1": "--steps must be at least 0, not -1",
+    "online --data.path x --sampling.top-p 1.5": "--sampling.top-p must be at most 1, not 1.5",
     "online --data.path x --reward.limit 0": "reward 'brevity': limit must be positive, not 0",
-    "online --data.path x --actor.optim.lr nan": "role 'actor' (trained): lr must be at least 0, not nan",
+    "online --data.path x --actor.optim.lr nan": "--actor.optim.lr must be at least 0, not nan",
     "online": "data 'rows' needs --data.path STR, where the rows are",
     # -p
     "-p": "-p takes a plugin to load, or no:NAME to block one",
@@ -215,7 +215,7 @@ FLAGS = {
     "new-plugin brevity": "new-plugin brevity: (local) already provides the reward 'brevity'",
     "new-plugin here": "new-plugin here: the folder rlhf-here exists already",
     "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`: rlhf-run chat MODEL",
-    "chat tiny --temperature -1": "temperature must be at least 0, not -1.0",
+    "chat tiny --temperature -1": "--temperature must be at least 0, not -1.0",
     "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, answer only this and end "
     "(default: empty)?",
 }

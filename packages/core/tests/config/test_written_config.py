@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.config.builder import from_names, make_config, parse, to_names, to_toml
+from rlhf_core.config.schema import STRUCTURE
 from rlhf_core.config.value_types import reveal
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, RunConfig, Sampling
@@ -96,8 +97,7 @@ def _kinds_of_values(value: Any) -> set[type]:
 
 def test_every_option_of_the_run_is_written(registry: Registry) -> None:
     names = to_names(run("online --data.where x", registry))
-    alone = {"registry", "episode"}  # the latter is an option with an environment only
-    own = {each.name for each in fields(RunConfig)} - {"algorithm", "providers", "names", "roles", "uses"} - alone
+    own = {each.name for each in fields(RunConfig)} - {*STRUCTURE, "episode"}  # which needs an environment
     assert own <= set(names)
     assert set(names["reward"]) == {"use", *(each.name for each in fields(Rich))}
     assert set(names["actor"]["optim"]) == {"use", *(each.name for each in fields(AdamW))}

@@ -268,8 +268,8 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         [{"prompt": "a", "answer": "b"}],
         {"encoding": {"max_tokens": 8}},
         (
-            "all 1 rows of a batch are too long: raise --max-prompt-tokens (1024) or "
-            "--data.encoding.max-tokens (8), or pass --data.encoding.too-long truncate"
+            "all 1 rows of a batch are too long, for 1024 tokens of a prompt and 8 in all: raise --max-prompt-tokens or "
+            "--data.encoding.max-tokens, or pass --data.encoding.too-long truncate"
         ),
     ),
     (

@@ -159,11 +159,11 @@ def test_a_streamed_set_is_continued_at_its_position(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "options", "message"),
     [
-        ("nowhere.csv", {}, "--data.path nowhere.csv: there is no such file"),
-        ("a,b", {"shares": (1.0,)}, "--data.shares has 1 numbers for the 2 sets"),
-        ("ROWS,ROWS", {"shares": (1.0, 0.0)}, "--data.shares 1 0: each should be above 0"),
+        ("nowhere.csv", {}, "path nowhere.csv: there is no such file"),
+        ("a,b", {"shares": (1.0,)}, "shares has 1 numbers for the 2 sets"),
+        ("ROWS,ROWS", {"shares": (1.0, 0.0)}, "shares 1 0: each should be above 0"),
         ("ROWS", {"split": "dev"}, "split 'dev': "),
-        ("ROWS", {"heldout": 0.5, "streaming": True}, "use --data.heldout-split to stream"),
+        ("ROWS", {"heldout": 0.5, "streaming": True}, "use heldout_split to stream"),
         ("ROWS", {"prompt_key": "x"}, "rows.jsonl:1: expected a column 'x'; there are question, answer"),
     ],
 )

@@ -16,8 +16,9 @@ from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.data.hf import HuggingFaceData
 from rlhf_core.data.json import Json
 from rlhf_core.data.stream import Stream
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.option_text import OptionNames
 
 
 def written(folder: Path, *rows: Any, name: str = "rows.jsonl") -> str:
@@ -49,7 +50,7 @@ def answered(folder: Path, rows: list[Any], options: dict[str, Any]) -> str:
     reader: Any = HuggingFaceData if options.pop("hf", False) else Json
     split = options.pop("split_asked", "train")
     where = options.pop("path", "FILE").replace("FILE", path).replace("DIR", str(folder))
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError) as caught, spell_options(OptionNames(language="flags")), options_under("/data"):
         examples = list(reader(where, **options)(split))
         encoder = Encoder(load_tokenizer("tiny", ModelOptions()), encoding=Encoding(**words))
         encoder.batch(*next(Stream(examples, len(examples)))[:2])

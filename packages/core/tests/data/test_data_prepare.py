@@ -81,7 +81,7 @@ def test_a_prompt_is_no_row_to_train_on_whatever_the_cache_has_of_it(tmp_path: P
         (row,) = preparer([asked])
         preparer.close()
         assert isinstance(row, TokenizedRow if online else DataError)
-    assert str(row) == "rows:1: no completion to train on; pass --data.completion-key if there is one"
+    assert str(row) == "rows:1: no completion to train on; pass data.completion_key if there is one"
 
 
 def test_the_limits_of_a_run_are_not_in_the_cache(tmp_path: Path) -> None:
@@ -135,12 +135,10 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
     file.close()
     assert prepared(cache=str(tmp_path)) == expected
     path.write_bytes(b"not a database, but long enough to look like one" * 100)
-    with pytest.raises(
-        UsageError, match=r"--data\.cache: .*\.sqlite cannot be used \(file is not a database\); remove"
-    ):
+    with pytest.raises(UsageError, match=r"cache: .*\.sqlite cannot be used \(file is not a database\); remove"):
         prepared(cache=str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--data\.cache .*file.* name a folder that can be written"):
+    with pytest.raises(UsageError, match=r"cache .*file.* name a folder that can be written"):
         prepared(cache=str(tmp_path / "file" / "inside"))
 
 
@@ -313,5 +311,5 @@ def test_a_run_has_the_same_numbers_with_cache_and_processes(tmp_path: Path, cap
     assert plain[-1]["data/duplicates"] == 3
     assert plain[-1]["data/dropped"] == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "rlhf-run:" in line]
-    assert said[0] == "rlhf-run: 3 rows came before and were left out (--data.unique); data/duplicates counts them"
+    assert said[0] == "rlhf-run: 3 rows came before and were left out (data.unique); data/duplicates counts them"
     assert len(said) == 6  # two lines a run

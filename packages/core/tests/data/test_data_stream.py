@@ -65,7 +65,7 @@ def test_ranks_share_each_batch_of_one_process(world_size: int) -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UsageError, match="--batch-size 4 cannot be shared by 3 ranks"):
+    with pytest.raises(UsageError, match="batch_size 4 cannot be shared by 3 ranks"):
         Stream(ROWS, 4, world_size=3)
 
 

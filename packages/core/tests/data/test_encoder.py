@@ -195,7 +195,7 @@ def test_earlier_turns_that_a_template_rewrites_cannot_all_be_trained() -> None:
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "2"},
     )
-    with pytest.raises(DataError, match=r"rows:3: the chat template .*--data.encoding.template-file"):
+    with pytest.raises(DataError, match=r"rows:3: the chat template .*data.encoding.template_file"):
         Encoder(tokenizer(last)).batch([Example("Hi", (turns,), origin="rows:3")], [0])
 
 
@@ -228,7 +228,10 @@ def test_rows_that_are_too_long_are_dropped_and_counted() -> None:
     prompts = encoder.prompts([Example("abcdefgh"), Example("ab"), Example("zzzzzz")], [5, 6, 7])
     assert (prompts.texts, prompts.uids, encoder.dropped) == (["ab"], [6], 2)
     assert [encoder.fits_prompt(Example(text)) for text in ("ab", "zzzzzz")] == [True, False]
-    with pytest.raises(UsageError, match=r"all 1 rows of a batch are too long: raise --max-prompt-tokens \(3\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"all 1 rows of a batch are too long, for 3 tokens of a prompt and 2048 in all: raise max_prompt_tokens",
+    ):
         encoder.prompts([Example("zzzzzz")], [0])
 
 

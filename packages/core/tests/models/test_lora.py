@@ -307,7 +307,7 @@ def test_a_copy_that_takes_merged_weights_has_no_adapters() -> None:
     [
         (
             Lora(4, targets=("q_prj",)),
-            "--actor.lora.targets q_prj: no linear layer of the model has this name; there are",
+            "actor.lora.targets q_prj: no linear layer of the model has this name; there are",
         ),
         (Lora(4, targets=("lm_head",)), "this model's head is its embedding (tied)"),
         (Lora(4, targets=("embed_tokens",)), "no linear layer"),

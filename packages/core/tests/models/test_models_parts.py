@@ -250,7 +250,7 @@ def test_adapters_of_frozen_layers_are_frozen_too() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layer.0", "--actor.freeze layer.0 matches no parameter of the model"),
+        ("layer.0", "actor.freeze layer.0 matches no parameter of the model"),
         ("embed_token", "did you mean 'embed_tokens'?"),
         ("*", "leaves nothing to train"),
     ],

@@ -173,8 +173,8 @@ def test_online_without_a_key_ends_before_anything_is_started(tmp_path: Path, mo
     with pytest.raises(UsageError) as caught:
         train(tmp_path / "run", observer=Wandb(mode="online"))
     assert str(caught.value) == (
-        "--observer wandb: No API key configured. Use `wandb login` to log in. (or keep it here with "
-        "--observer.mode offline)"
+        "observer wandb: No API key configured. Use `wandb login` to log in. (or keep it here with "
+        'Wandb(mode="offline"))'
     )
     assert not (tmp_path / "run").exists()
 

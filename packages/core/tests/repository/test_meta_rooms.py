@@ -19,6 +19,7 @@ PACKAGES = {path.name: path for path in ROOT.glob("packages/*/src/*") if path.is
 PAGE = ROOT / "docs" / "architecture.md"
 
 LEVELS = [
+    ["option_text.py"],
     ["errors.py", "lazy.py"],
     ["util"],
     ["contract"],

@@ -177,7 +177,7 @@ def test_a_sum_is_the_weighted_sum_and_logs_its_parts() -> None:
         (Sum(("length targt=3",)), "length has no option 'targt' .*did you mean 'target'"),
         (Sum(("length target=many",)), "'many' does not fit target"),
         (Sum(("regex",)), "missing 1 required positional argument: 'pattern'"),
-        (Sum(("length",), (1.0, 2.0)), "--reward.weights has 2 numbers for the 1 parts"),
+        (Sum(("length",), (1.0, 2.0)), "weights has 2 numbers for the 1 parts"),
     ],
 )
 def test_parts_that_cannot_be_made_are_named(reward: Sum, message: str) -> None:

@@ -154,7 +154,7 @@ def test_when_all_are_gone_each_says_why_in_one_line(serving: Any) -> None:
     with pytest.raises(UsageError) as caught:
         Remote((dead, server.url), tries=2, backoff=0.01)(rollouts("a"))
     message = str(caught.value)
-    assert message.startswith("--reward.url: no server answered in 2 tries: ")
+    assert message.startswith("url: no server answered in 2 tries: ")
     assert f"{dead}: " in message
     assert "refused" in message
     assert f'{server.url}: 500 Internal Server Error: {{"error": "out of memory"}}' in message
@@ -293,7 +293,7 @@ def test_64_clients_get_each_reward_once_while_replicas_are_killed_until_all_are
 
     with ThreadPoolExecutor(64) as threads:
         for line in threads.map(told, range(64)):
-            assert line.startswith("--reward.url: no server answered in 2 tries: ")
+            assert line.startswith("url: no server answered in 2 tries: ")
             assert all(f"{url}: " in line for _, url in replicas)
             assert "\n" not in line
 
@@ -355,4 +355,4 @@ def lengths_of_nothing(_: dict[str, Any]) -> tuple[int, Any]:
 
 def test_replicas_need_an_address() -> None:
     with pytest.raises(UsageError, match="needs at least one address"):
-        Replicas([], "--reward.url")
+        Replicas([])

@@ -85,7 +85,7 @@ def test_regex(pattern: str, match: Any, text: str, expected: float) -> None:
 
 
 def test_a_pattern_that_is_none_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--reward.pattern '\(' is not a regular expression"):
+    with pytest.raises(UsageError, match=r"pattern '\(' is not a regular expression"):
         score(Regex("("), "")
 
 
@@ -150,7 +150,7 @@ def test_a_sample_without_label_is_named_before_anything_is_compared() -> None:
         with pytest.raises(DataError) as caught:
             output(reward, ("3", "3"), ("4", None))
         assert str(caught.value) == (
-            f"--reward {name} needs labels: pass --data.label-key; there is none for sample 1, prompt 'p', completion '4'"
+            f"reward {name} needs labels: pass data.label_key; there is none for sample 1, prompt 'p', completion '4'"
         )
 
 

@@ -177,7 +177,7 @@ def test_a_failure_that_no_sample_shows_alone_names_the_batch(tmp_path: Path) ->
 
 
 def test_a_timeout_needs_a_process_that_can_be_killed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--reward.timeout needs .* --reward.workers 1"):
+    with pytest.raises(UsageError, match=r"timeout needs .* workers = 1"):
         Func(written(tmp_path, "pass"), timeout=1.0)(rollouts("a"))
 
 

@@ -124,7 +124,7 @@ def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_it_is_whole(
         tiny_run(output, registry=registry, model=MODEL, steps=3, save_every=1, save_async=save_async).train()
     assert str(caught.value).replace("step 3", "step 2") == (  # beside the training it may be noticed in the next step
         f"no space is left for {output} (checkpoint, step 2); the newest checkpoint is step-1; free some, then continue "
-        "with --resume (--keep 1 needs the least)"
+        "with resume=True (keep=1 needs the least)"
     )
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-1"]
     filler.unlink()
@@ -154,8 +154,8 @@ def test_out_of_memory_says_in_which_phase_and_what_to_lower(
 
     monkeypatch.setattr("rlhf_core.training.local_role.LocalRole.train", fail)
     assert broken_run(tmp_path) == (
-        f"out of memory in phase 'train' of step 1{wanted}; there is no checkpoint yet (--save-every); lower --micro-tokens "
-        "or --chunk, or add --on-oom halve (results stay the same in all three)"
+        f"out of memory in phase 'train' of step 1{wanted}; there is no checkpoint yet (save_every=…); lower micro_tokens=… "
+        'or chunk=…, or add on_oom="halve" (results stay the same in all three)'
     )
 
 
@@ -193,7 +193,7 @@ def test_the_first_signal_lets_the_step_finish_and_saves(number: signal.Signals,
     with pytest.raises(RunStopped) as caught:
         tiny_run(tmp_path, registry=signalled([number]), model=MODEL, steps=2).train()
     assert caught.value.exit_code == code
-    assert str(caught.value) == f"stopped after step 1 of 2; continue with --resume --output {tmp_path}"
+    assert str(caught.value) == f'stopped after step 1 of 2; continue with resume=True output="{tmp_path}"'
     assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step-1"]
     assert signal.getsignal(number) == before
     tiny_run(tmp_path, model=MODEL, steps=2, resume=True).train()

@@ -150,7 +150,7 @@ def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
 
 def test_finding_nothing_is_a_mistake_at_first_and_survived_later() -> None:
     run: Any = Few(set(), World())
-    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* --algorithm.dynamic.keep varied"):
+    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* algorithm.dynamic.keep varied"):
         keep_sampling(run, "actor", run.draw(), DynamicSampling("varied", rounds=2))
     (uids,), _ = kept(set(), DynamicSampling("varied", rounds=2), step=6)
     assert uids == [4, 5, 6, 7], "the last round as it is: equal scores, so no credit"

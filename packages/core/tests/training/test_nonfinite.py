@@ -126,7 +126,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_its_samples_are_kept(tmp_
 
 
 def test_a_run_that_stopped_can_go_on_by_skipping(tmp_path: Path) -> None:
-    with pytest.raises(RunStopped, match="or go on with --on-nonfinite skip"):
+    with pytest.raises(RunStopped, match='or go on with on_nonfinite="skip"'):
         watched(tmp_path, reward=NanReward(), save_every=1)
     watched(tmp_path, reward=NanReward(), save_every=1, on_nonfinite="skip", resume=True)
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]

@@ -7,7 +7,6 @@ the trained role to the engines through the store in buckets and never pass thro
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,10 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.contract.requirements import place
 from rlhf_core.contract.roles import Role
-from rlhf_core.errors import NotFinite, RlhfError, RunStopped
+from rlhf_core.errors import NotFinite, RlhfError, RunStopped, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.atomic_files import write_text
+from rlhf_core.util.messages import PREFIX, log, progress
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
 from rlhf_distributed_ray.worker import from_array
 
@@ -79,7 +79,8 @@ def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) 
     memory = next((line for line in lines if "memory" in line), lines[-1])  # Ray kills workers before the system does
     cause = memory if len(memory) <= CAUSE else f"{memory[:CAUSE]} …"
     return RunStopped(
-        f"{who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint with --resume"
+        f"{who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint "
+        f"with {run_option('resume', True)}"
     )
 
 
@@ -154,7 +155,10 @@ class RoleGroup:
             raise
         notices = dict.fromkeys(line for *_, said in answers for line in said.splitlines())
         for line in notices:
-            print(line, file=sys.stderr)
+            if line.startswith(PREFIX):
+                log.warning(line.removeprefix(PREFIX))
+            else:
+                progress.info(line)
         if notices:
             self._tell_texts(work)
         metrics, self._version, _ = answers[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import MissingPackage, OptionError, UsageError, option, run_option
+from rlhf_core.util.messages import log
 from rlhf_distributed_ray.placement import Layout, Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
 
 if TYPE_CHECKING:
@@ -85,25 +85,27 @@ class RayLauncher(Launcher):
 
     def _shapes(self, plan: Plan) -> dict[str, Shape]:
         """Workers of each role of the plan."""
-        shapes = dict.fromkeys(plan.roles, parse_shape(self.workers, "--launcher.workers"))
+        shapes = dict.fromkeys(plan.roles, parse_shape(self.workers, "workers"))
         for text in self.role_workers:
             role, _, shape = text.partition("=")
             if role not in shapes:
-                raise UsageError(
-                    f"--launcher.role-workers {text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
+                raise OptionError(
+                    "role_workers", f"{text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
                 )
-            shapes[role] = parse_shape(shape, "--launcher.role-workers")
+            shapes[role] = parse_shape(shape, "role_workers")
             if shapes[role].strategy and self.placement == "together":
-                raise UsageError(
-                    f"--launcher.role-workers {text!r}: roles that are placed together are laid out together; "
-                    "use --launcher.strategy, or --launcher.placement separate"
+                raise OptionError(
+                    "role_workers",
+                    f"{text!r}: roles that are placed together are laid out together; "
+                    f"use {option('strategy')}, or {option('placement', 'separate')}",
                 )
         if self.engines < 1:
-            raise UsageError(f"--launcher.engines {self.engines}: at least 1")
+            raise OptionError("engines", f"{self.engines}: at least 1")
         for role, laid in shapes.items():
             if plan.config.batch_size % laid.workers:
-                raise UsageError(
-                    f"--batch-size {plan.config.batch_size} does not divide over the {laid.workers} workers of role {role}"
+                raise OptionError(
+                    "/batch_size",
+                    f"{plan.config.batch_size} does not divide over the {laid.workers} workers of role {role}",
                 )
         return shapes
 
@@ -139,11 +141,12 @@ class RayLauncher(Launcher):
                 reason = " ".join(str(error).split())[:REASON] or type(error).__name__
                 refused = isinstance(error, ray.exceptions.AuthenticationError)
         if refused or b"Unauthenticated" in said:
-            raise UsageError(
-                f"--launcher.address {self.address}: the cluster refuses this token; set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them"
+            raise OptionError(
+                "address",
+                f"{self.address}: the cluster refuses this token; set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them",
             )
-        raise UsageError(f"--launcher.address {self.address or 'local'}: no Ray cluster answers ({reason})")
+        raise OptionError("address", f"{self.address or 'local'}: no Ray cluster answers ({reason})")
 
 
 def _ray_version() -> tuple[int, ...]:
@@ -179,7 +182,7 @@ def _is_listening(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise UsageError(f"--launcher.address {address}: no Ray cluster answers ({error})") from None
+        raise OptionError("address", f"{address}: no Ray cluster answers ({error})") from None
 
 
 def _disconnect(started: bool) -> None:
@@ -258,7 +261,7 @@ class _Cluster:
         if waiting:
             raise UsageError(
                 f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {PLACEMENT_SECONDS} s; "
-                "free resources, or use --launcher.strategy PACK"
+                f"free resources, or use {option('strategy', 'PACK')}"
             )
 
     def _report_idle_gpus(self) -> None:
@@ -267,10 +270,8 @@ class _Cluster:
 
         idle = ray.cluster_resources().get("GPU", 0.0)
         if idle and not self.options.gpus:
-            print(
-                f"rlhf-run: the cluster has {idle:g} GPUs and --launcher.gpus is 0, so all workers compute on the CPU",
-                file=sys.stderr,
-            )
+            gpus = self.plan.config.option_names.render(run_option("launcher.gpus"))
+            log.warning(f"the cluster has {idle:g} GPUs and {gpus} is 0, so all workers compute on the CPU")
 
     def _actor(self, body: type, seat: Seat, names: Mapping[str, Any], expected: Mapping[str, str], *args: Any) -> Any:
         """One actor in its seat."""

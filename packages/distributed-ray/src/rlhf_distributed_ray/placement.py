@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 
 __all__ = ["STRATEGIES", "Layout", "Seat", "Shape", "check_capacity", "check_devices", "lay_out", "parse_shape"]
 
@@ -62,7 +62,7 @@ class Layout:
     """sets of groups that must be on different nodes"""
 
 
-def parse_shape(text: str, flag: str) -> Shape:
+def parse_shape(text: str, field: str) -> Shape:
     """`2` workers, each in a bundle of its own; `2x4`: nodes x devices; either with a strategy: `2x4:STRICT_SPREAD`.
 
     Raises:
@@ -73,7 +73,7 @@ def parse_shape(text: str, flag: str) -> Shape:
     numbers = [int(part) for part in parts if part.isdigit()]
     if len(parts) <= 2 and len(numbers) == len(parts) and all(numbers) and strategy.upper() in ("", *STRATEGIES):
         return Shape(numbers[0], numbers[1] if len(numbers) == 2 else 1, strategy.upper())
-    raise UsageError(f"{flag} {text!r}: give a number of workers, or NODESxDEVICES such as 2x4")
+    raise OptionError(field, f"{text!r}: give a number of workers, or NODESxDEVICES such as 2x4")
 
 
 def lay_out(
@@ -116,7 +116,7 @@ def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
     """
     people = ", ".join(f"{len(seats)} x {name}" for name, seats in layout.seats.items())
     for resource in ("CPU", "GPU"):
-        advice = f"lower --launcher.workers, --launcher.engines or --launcher.{resource.lower()}s"
+        advice = f"lower {option('workers')}, {option('engines')} or {option(f'{resource.lower()}s')}"
         wanted = _sum(resource, (bundle for group in layout.groups for bundle in group))
         have = _sum(resource, nodes)
         if wanted > have + 1e-9:
@@ -148,7 +148,7 @@ def check_devices(role: str, devices: Sequence[Iterable[tuple[str, str]]]) -> No
             if device in taken:
                 raise UsageError(
                     f"ranks {taken[device]} and {rank} of role {role} were given the same GPU {device[1]} of node "
-                    f"{device[0]}; use --launcher.gpus 1"
+                    f"{device[0]}; use {option('gpus', 1)}"
                 )
             taken[device] = rank
 

@@ -19,6 +19,7 @@ from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.planner import make_plan
+from rlhf_core.util.messages import install_console
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.transport import unpack
 
@@ -89,6 +90,7 @@ class Worker:
                 f"node {socket.gethostname()} has no folder {self._folder} ({error.strerror}); start the run in a folder "
                 "that all nodes see"
             ) from None
+        install_console()
         self.plan = plan_from(*self._build)
         return socket.gethostname(), os.getpid()
 

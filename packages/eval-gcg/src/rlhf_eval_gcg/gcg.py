@@ -25,4 +25,4 @@ class GCG(Evaluator):
         Raises:
             UsageError: always; the message says what to do.
         """
-        raise UsageError("evaluator 'gcg' is announced but not part of version 0.1.0; leave --evaluator out")
+        raise UsageError("evaluator 'gcg' is announced but not part of version 0.1.0; remove the evaluator")

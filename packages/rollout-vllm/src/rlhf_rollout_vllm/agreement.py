@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.options import Sampling
-from rlhf_core.errors import RunStopped
+from rlhf_core.errors import RunStopped, option, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -52,8 +52,9 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     if not mean <= bound:  # written so that nan stops
         raise RunStopped(
             f"after {when}, log-probabilities of rollout 'vllm' differ from those of role {role.name!r} by {mean:.2g} on "
-            f"average and {largest:.2g} at most, above --rollout.max-logprob-diff {bound:g}: the weights did not arrive "
-            "as they are, or vLLM computes this model differently; use --rollout hf"
+            f"average and {largest:.2g} at most, above {option('max_logprob_diff')} {bound:g}: the weights did "
+            "not arrive "
+            f"as they are, or vLLM computes this model differently; use {run_option('rollout', 'hf')}"
         )
     return {"sync/logprob_diff_mean": mean, "sync/logprob_diff_max": largest}
 

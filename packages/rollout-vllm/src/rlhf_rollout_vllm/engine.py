@@ -18,7 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.providers import Rollout
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_rollout_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ class VLLM(VLLMOptions, Rollout):
     def _sample(self, role: Role, prompts: Prompts, sampling: Sampling, measured: bool) -> Rollouts:
         """Sample, and measure the probability that truncation kept if `measured`."""
         if any(prompts.images):
-            raise UsageError("--rollout vllm passes no images on: use --rollout hf for prompts with images")
+            raise UsageError(
+                f"rollout vllm passes no images on: use {run_option('rollout', 'hf')} for prompts with images"
+            )
         from rlhf_rollout_vllm.agreement import check, kept_mass
         from rlhf_rollout_vllm.session import Engine
 

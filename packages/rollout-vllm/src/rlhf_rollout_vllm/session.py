@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_rollout_vllm.install import import_vllm
 
@@ -80,8 +80,9 @@ class Engine:
         eager = cpu if self.options.enforce_eager is None else self.options.enforce_eager
         self._sleeps = self.options.enable_sleep and not cpu
         if self._sleeps and _open_engines:
-            raise UsageError(
-                "--rollout.enable-sleep is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out"
+            raise OptionError(
+                "enable_sleep",
+                "is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out",
             )
         try:
             llm = self.vllm.LLM(
@@ -110,7 +111,7 @@ class Engine:
         if kind.startswith("Transformers"):
             raise UsageError(
                 f"vLLM has no {llm.model_config.architecture} of its own, and the one that it borrows from transformers "
-                "would change the model that is trained in this process; use --rollout hf"
+                f"would change the model that is trained in this process; use {run_option('rollout', 'hf')}"
             )
         return llm
 
@@ -129,16 +130,18 @@ class Engine:
 
         if 0 < sampling.temperature < TEMPERATURE_LEAST:
             raise UsageError(
-                f"vLLM does not sample at a temperature of {sampling.temperature:g}; give --sampling.temperature 0 or at least "
-                f"{TEMPERATURE_LEAST:g}, or use --rollout hf"
+                f"vLLM does not sample at a temperature of {sampling.temperature:g}; give "
+                f"{run_option('sampling.temperature', 0)} or at least "
+                f"{TEMPERATURE_LEAST:g}, or use {run_option('rollout', 'hf')}"
             )
         limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
         longest, room = max(zip(map(len, prompts.token_ids), limits, strict=True), key=sum)
         if longest + room > self.window:
             raise UsageError(
                 f"a prompt of {longest} tokens and {room} new ones exceed the {self.window} positions of "
-                "the engine; lower --max-prompt-tokens or --sampling.max-new-tokens, or raise --rollout.max-model-len or "
-                "--rollout.kv-cache-gib"
+                f"the engine; lower {run_option('max_prompt_tokens')} or "
+                f"{run_option('sampling.max_new_tokens')}, or raise {option('max_model_len')} or "
+                f"{option('kv_cache_gib')}"
             )
         asked = [{"prompt_token_ids": ids} for ids in prompts.token_ids for _ in range(sampling.n)]
         how = [

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.optimizers import OptimizerProvider
@@ -24,9 +24,9 @@ __all__ = ["configuration"]
 Json = dict[str, Any]
 
 REFUSED = {
-    "train_batch_size": "batches are cut by --batch-size and --micro-tokens",
-    "train_micro_batch_size_per_gpu": "batches are cut by --batch-size and --micro-tokens",
-    "gradient_accumulation_steps": "batches are cut by --batch-size and --micro-tokens",
+    "train_batch_size": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
+    "train_micro_batch_size_per_gpu": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
+    "gradient_accumulation_steps": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
     "optimizer": "the optimiser is the role's (--<role>.optim…)",
     "scheduler": "the schedule is the role's (--<role>.optim.schedule)",
     "fp16": "train in bfloat16 or float32 (--<role>.dtype)",
@@ -34,7 +34,7 @@ REFUSED = {
     "zero_optimization.offload_param": "offload during training is not part of this version",
     "tensor_parallel": "tensor parallelism is not part of this version",
     "sequence_parallel_size": "sequence parallelism is not part of this version",
-    "hybrid_engine": "completions are sampled by --rollout",
+    "hybrid_engine": "completions are sampled by the rollout engine",
     "elasticity": "the world size is that of the launcher",
     "checkpoint.load_universal": "universal checkpoints are not part of this version",
 }
@@ -103,11 +103,11 @@ def _read(path: str) -> Json:
     try:
         user = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read --strategy.config {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {option('config')} {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"--strategy.config {path} is not JSON: {error}") from None
+        raise OptionError("config", f"{path} is not JSON: {error}") from None
     if not isinstance(user, dict):
-        raise UsageError(f"--strategy.config {path} must hold a JSON object, not {type(user).__name__}")
+        raise OptionError("config", f"{path} must hold a JSON object, not {type(user).__name__}")
     return user
 
 
@@ -118,10 +118,10 @@ def _check(user: Json, fixed: Json, path: str) -> None:
         refused = next((why for name, why in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
         off = key.endswith(".enabled") and value is False
         if refused is not None and not off and not _is_disabled(user, key):
-            raise UsageError(f"--strategy.config {path}: take {key} out: {refused}")
+            raise OptionError("config", f"{path}: take {key} out: {refused}")
         if key in decided and decided[key] != value:
-            raise UsageError(
-                f"--strategy.config {path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out"
+            raise OptionError(
+                "config", f"{path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out"
             )
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.util.messages import progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,7 +85,7 @@ def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer
 def show(whose: str, config: Json) -> None:
     """Print a configuration on the first rank, to standard error."""
     if torch.distributed.get_rank() == 0:
-        print(f"deepspeed, {whose}: {json.dumps(config, indent=1)}", file=sys.stderr)
+        progress.info(f"deepspeed, {whose}: {json.dumps(config, indent=1)}")
 
 
 def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.device) -> dict[str, Tensor]:
@@ -94,7 +94,9 @@ def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.devi
 
     if any(batch.images) and torch.distributed.get_world_size() > 1:
         # a rank whose rows have none would not take part in what is gathered and reduced for the vision tower
-        raise UsageError("--strategy deepspeed takes images in one process only: use --strategy torch, or one rank")
+        raise UsageError(
+            f"strategy deepspeed takes images in one process only: use {run_option('strategy', 'torch')}, or one rank"
+        )
     differentiate = torch.is_grad_enabled()
     # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards
     with torch.inference_mode(False), torch.set_grad_enabled(differentiate):

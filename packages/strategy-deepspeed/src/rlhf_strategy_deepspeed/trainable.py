@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, option
 from rlhf_core.lazy import torch
 from rlhf_core.training.optimizer import Schedule, make_optimizer
 from rlhf_strategy_deepspeed.config import configuration
@@ -62,7 +62,8 @@ class DeepSpeedTrainable(Trainable):
         if options.stage > 0 and not optim.elementwise:
             raise UsageError(
                 f"strategy 'deepspeed' cuts matrices into flat shards at stage {options.stage}, and the optimizer "
-                f"{type(optim).__name__} reads whole ones; use --strategy.stage 0, the strategy torch, or the optimizer adamw"
+                f"{type(optim).__name__} reads whole ones; use {option('stage')} 0, the strategy torch, or the "
+                "optimizer adamw"
             )
         config = configuration(options, dtype, optim)
         if options.show_config:

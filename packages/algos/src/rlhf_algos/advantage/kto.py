@@ -12,7 +12,7 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, advice, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class KTOAdvantage(Advantage):
             kind = "desirable" if good else "undesirable"
             raise UsageError(
                 f"KTO needs desirable and undesirable rows, and the first batch has only {kind} ones: "
-                "check --data.label-key (true or false), or raise --batch-size"
+                f"check the labels{advice(' (' + run_option('data.label_key') + ')')}, true or false, or raise "
+                f"{run_option('batch_size')}"
             )
         points = {
             "mismatched": (strange_sum / max(strange, 1),) * 2,
@@ -100,7 +101,9 @@ def add_mismatched_rows(batch: Batch) -> Batch:
     unit = 2 if _is_paired(batch) else 1
     firsts = world.gather(replace(batch.rows(range(min(unit, len(batch)))), world=None))
     if len(batch) * world.size <= unit:
-        raise UsageError("KTO pairs completions with other prompts, and the batch has one prompt; raise --batch-size")
+        raise UsageError(
+            f"KTO pairs completions with other prompts, and the batch has one prompt; raise {run_option('batch_size')}"
+        )
     others = Batch.cat([batch, firsts[(world.rank + 1) % world.size]]).rows(range(unit, unit + len(batch)))
     room = max(world.gather(int((batch.prompt_lengths_N + batch.lengths_N).max())))
     lengths_N = torch.minimum(others.lengths_N, (room - batch.prompt_lengths_N).clamp(min=1))

@@ -10,7 +10,7 @@ from rlhf_algos.groups import group_mean, place_scores, require_groups
 from rlhf_algos.returns import discounted_returns
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,8 @@ class MaxRLAdvantage(Advantage):
         scores_N = rewards.rewards_N
         if bool((scores_N < 0).any()):
             raise UsageError(
-                "--advantage maxrl divides by a prompt's mean reward, and a reward is negative; use a reward of 0 and 1, or "
-                "--advantage grpo"
+                "advantage maxrl divides by a prompt's mean reward, and a reward is negative; use a reward of 0 and 1, or "
+                f"{run_option('advantage', 'grpo')}"
             )
         mean_N = group_mean(scores_N, rollouts.group_N)
         shaped_N = (scores_N - mean_N) / mean_N.masked_fill(mean_N == 0, 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_algos.groups import split_rewards
 from rlhf_core.config.provider_spec import make_from_spec
 from rlhf_core.contract.providers import Advantage
+from rlhf_core.errors import options_under
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,12 +53,13 @@ class TransformedAdvantage(Advantage):
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
         transformed = replace(rewards, rewards_N=self.transform(rewards.rewards_N + own_N) - own_N)
-        credit: Credit = self._other(transformed, rollouts, extras)
+        with options_under("of"):
+            credit: Credit = self._other(transformed, rollouts, extras)
         return credit
 
     @property
     def _other(self) -> Any:
-        return make_from_spec("advantage", self.of, "--advantage.of")
+        return make_from_spec("advantage", self.of, "of")
 
     def transform(self, rewards_N: Tensor) -> Tensor:
         """The transformed rewards."""

@@ -11,7 +11,7 @@ from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 __all__ = ["KTO"]
 
@@ -37,6 +37,7 @@ class KTO(Algorithm):
         term = Term("actor", "data", chosen_loss(choices), choices.advantage)
         if "advantages_NT" not in term.needs:
             raise UsageError(
-                f"the loss {type(term.loss).__qualname__} does not read which rows are desirable; use --loss kto"
+                f"the loss {type(term.loss).__qualname__} does not read which rows are desirable; use "
+                f"{run_option('loss', 'kto')}"
             )
         return (term,)

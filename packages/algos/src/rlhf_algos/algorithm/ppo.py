@@ -14,7 +14,7 @@ from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, ModelOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 __all__ = ["PPO"]
 
@@ -48,7 +48,8 @@ class PPO(OnlineOptions):
         if "values_NT" not in getattr(choices.advantage, "needs", ()):
             raise UsageError(
                 f"ppo trains a critic, which the advantage {type(choices.advantage).__name__} does not use: "
-                "choose --advantage gae, or an algorithm without a critic such as reinforce_pp or grpo"
+                f"choose {run_option('advantage', 'gae')}, or an algorithm without a critic such as "
+                "reinforce_pp or grpo"
             )
         terms = policy_terms(choices, self.kl, self.entropy)
         if self.ptx:

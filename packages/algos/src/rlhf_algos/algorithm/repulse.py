@@ -18,7 +18,7 @@ from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import KL, ModelOptions, TrainedOptions
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.providers import Loss
@@ -75,7 +75,7 @@ class RePULSe(Algorithm):
         if self.proposal_updates < 1:
             raise UsageError(f"proposal_updates must be at least 1, not {self.proposal_updates}")
         if self.proposal == "base" and self.proposal_updates > 1:
-            raise UsageError("with --algorithm.proposal base there is no proposal to update; drop proposal-updates")
+            raise UsageError(f"with {option('proposal', 'base')} there is no proposal to update; drop proposal-updates")
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         if self.compat == "original":
@@ -111,6 +111,6 @@ class RePULSe(Algorithm):
 def _sequence_means(loss: Loss | None) -> Loss:
     """The chosen policy loss, averaged as the released code does."""
     if not hasattr(loss, "aggregate"):
-        raise UsageError(f"--algorithm.compat original sets a loss's aggregate, and {type(loss).__name__} has none")
+        raise UsageError(f"{option('compat', 'original')} sets a loss's aggregate, and {type(loss).__name__} has none")
     averaged: Any = replace(loss, aggregate="sequence")  # type: ignore[type-var]
     return averaged  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 __all__ = ["ConditionalData"]
 
@@ -35,7 +35,7 @@ class ConditionalData(Json):
         super().__post_init__()
         for name in ("{prompt}", "{reward}"):
             if name not in self.condition:
-                raise UsageError(f"--data.condition needs {name} somewhere; it is {self.condition!r}")
+                raise OptionError("condition", f"needs {name} somewhere; it is {self.condition!r}")
 
     def __call__(self, split: str) -> Sequence[Example]:
         if self.target is not None:

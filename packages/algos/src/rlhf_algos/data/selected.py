@@ -12,7 +12,7 @@ from typing import Literal
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data.json import Json
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, run_option
 
 __all__ = ["SelectedData"]
 
@@ -44,7 +44,7 @@ class SelectedData(Json):
         if not chosen:
             raise DataError(
                 f"{path}: no prompt has two completions whose rewards differ by more than {self.min_gap:g}; generate more of "
-                "each with --sampling.n"
+                f"each with {run_option('sampling.n')}"
             )
         return chosen
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.providers import Evaluator
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -87,14 +87,14 @@ class BadProbability(Evaluator):
         """The bad tokens' numbers."""
         if not self.prompt or not (self.words or self.ids):
             raise UsageError(
-                "evaluator bad_probability needs --evaluator.prompt, and --evaluator.words or --evaluator.ids"
+                f"evaluator bad_probability needs {option('prompt')}, and {option('words')} or {option('ids')}"
             )
         found = list(self.ids)
         for word in self.words:
             pieces = tokenizer.encode(word, add_special_tokens=False)
             if len(pieces) != 1:
                 raise UsageError(
-                    f"bad_probability: {word!r} is {len(pieces)} tokens; give one token per word, or --evaluator.ids"
+                    f"bad_probability: {word!r} is {len(pieces)} tokens; give one token per word, or {option('ids')}"
                 )
             found += pieces
         return sorted(set(found))

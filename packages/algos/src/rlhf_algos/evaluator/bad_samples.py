@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.requirements import TRAINED
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, OptionError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class BadSamples(Evaluator):
         try:
             lines = Path(self.path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
-            raise UsageError(f"--evaluator.path {self.path}: {error.strerror}") from None
+            raise OptionError("path", f"{self.path}: {error.strerror}") from None
         rows = []
         for number, line in enumerate(lines, start=1):
             try:
@@ -69,7 +69,7 @@ class BadSamples(Evaluator):
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{self.path}:{number}: expected an object with prompt_ids and ids") from None
         if not rows:
-            raise UsageError(f"--evaluator.path {self.path} holds no samples")
+            raise OptionError("path", f"{self.path} holds no samples")
         return rows
 
 

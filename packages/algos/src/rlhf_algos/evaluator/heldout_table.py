@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.analysis.tables import check_parquet, write_parquet
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.providers import Evaluator
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.evaluator.heldout_samples import policy
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class HeldoutTable(Evaluator):
         rows = run.heldout(self.prompts or None)
         fitting = [i for i in range(len(rows)) if run.encoder.fits_prompt(rows[i])]
         if not fitting:
-            raise UsageError("no held-out prompt fits; raise --max-prompt-tokens")
+            raise UsageError(f"no held-out prompt fits; raise {run_option('max_prompt_tokens')}")
         columns: dict[str, list[Any]] = {}
         for number in range(self.passes):
             for asked in self._shares(fitting, run.world.rank, run.world.size):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, advice, option, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class PRMLoss(Loss):
             if not isinstance(labels, (list, tuple)) or len(labels) != steps:
                 raise UsageError(
                     f"{batch.texts[i][:40]!r} has {steps} steps that end in token {self.placeholder} and the labels "
-                    f"{labels!r}: give one label a step (--data.label-key, --loss.placeholder)"
+                    f"{labels!r}: give one label a step "
+                    f"({advice(run_option('data.label_key') + ', ')}{option('placeholder')})"
                 )
             targets_NT[i, ends_NT[i]] = torch.tensor([_probability(label) for label in labels], device=ends_NT.device)
         return targets_NT

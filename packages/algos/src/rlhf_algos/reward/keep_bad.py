@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.providers import Reward
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.reward.sum import Sum
 
@@ -47,7 +47,7 @@ class KeepBad(Reward):
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if any(rollouts.images):
-            raise UsageError("--reward keep_bad keeps tokens and no images; choose the reward by itself")
+            raise UsageError("reward keep_bad keeps tokens and no images; choose the reward by itself")
         output = to_reward_output(self._reward(rollouts), rollouts, self)
         rows = []
         for i, reward in enumerate(output.total_N.tolist()):
@@ -63,7 +63,7 @@ class KeepBad(Reward):
 
     @cached_property
     def _reward(self) -> Any:
-        return Sum((self.of,))
+        return Sum((self.of,), path="of")
 
     @cached_property
     def _known_rows(self) -> set[str]:
@@ -73,7 +73,7 @@ class KeepBad(Reward):
         try:
             return {_key(json.loads(line)) for line in lines}
         except (ValueError, KeyError):
-            raise UsageError(f"--reward.path {path} holds something else than bad samples; name another file") from None
+            raise OptionError("path", f"{path} holds something else than bad samples; name another file") from None
 
     def _keep(self, rows: list[dict[str, Any]]) -> None:
         """Add the rows that are new, in one write: what is killed loses none, and ranks may share the file."""

@@ -47,7 +47,7 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
         DataError: it has no such column.
     """
     if not path.exists():
-        raise UsageError(f"{path} is not there; let the run leave it with --evaluator heldout_table")
+        raise UsageError(f"{path} is not there; let the run write it with the evaluator heldout_table")
     if path.suffix == ".parquet":
         table = check_parquet().read_table(path)
         found = {name: table[name].to_pylist() for name in names if name in table.column_names}

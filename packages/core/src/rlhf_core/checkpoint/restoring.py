@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
 from rlhf_core.checkpoint.random_states import set_random_states
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.util.atomic_files import check_links, write_text
+from rlhf_core.util.messages import log
 from rlhf_core.util.tensor_tree import read_tree
 
 if TYPE_CHECKING:
@@ -40,11 +40,14 @@ def prepare_output(config: RunConfig) -> None:
 
     output = Path(config.output)
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file; name a folder")
+        raise OptionError("/output", f"{output} is a file; name a folder")
     check_links(output)
     begun = any((output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
     if begun and not config.resume:
-        raise UsageError(f"{output} already holds a run; add --resume to continue it, or name another --output")
+        raise UsageError(
+            f"{output} already holds a run; add {run_option('resume', True)} to continue it, or name another "
+            f"{run_option('output')}"
+        )
     if config.resume:
         check_resume(config)
     if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
@@ -55,7 +58,7 @@ def prepare_output(config: RunConfig) -> None:
             rmtree(leftover)
         write_text(output / "config.toml", to_toml(replace(config, resume=False, resume_changed=False)))
     except OSError as error:
-        raise UsageError(f"cannot write to --output {output}: {error.strerror}") from None
+        raise UsageError(f"cannot write to {run_option('output')} {output}: {error.strerror}") from None
 
 
 def restore(output: Path, strategy: str, roles: Mapping[str, Role], world: World) -> dict[str, Any] | None:
@@ -75,7 +78,7 @@ def restore(output: Path, strategy: str, roles: Mapping[str, Role], world: World
     state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
     if state["strategy"] != strategy:
         raise UsageError(
-            f"{found} was written by --strategy {state['strategy']}, which {strategy} cannot read; resume with it"
+            f"{found} was written by strategy {state['strategy']}, which {strategy} cannot read; resume with it"
         )
     for name, role in roles.items():
         role.load(str(found / "roles" / name))
@@ -99,9 +102,10 @@ def _newest_valid(output: Path) -> Path | str | None:
             aside = broken.with_name(f"damaged-{broken.name}")
             rmtree(aside, ignore_errors=True)
             broken.rename(aside)
-            print(f"rlhf-run: {broken} is damaged ({what}), now {aside.name}; using {folder.name}", file=sys.stderr)
+            log.warning(f"{broken} is damaged ({what}), now {aside.name}; using {folder.name}")
         return folder
     if damages:
         listed = "; ".join(f"{folder.name}: {what}" for folder, what in damages)
-        return f"every checkpoint in {output / 'checkpoints'} is damaged ({listed}); begin again with another --output"
+        another = f"begin again with another {run_option('output')}"
+        return f"every checkpoint in {output / 'checkpoints'} is damaged ({listed}); {another}"
     return None

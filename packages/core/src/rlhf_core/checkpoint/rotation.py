@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_core.checkpoint.manifest import list_checkpoints, step_number
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 from rlhf_core.util.atomic_files import discard, write_text
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -90,8 +90,9 @@ def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float]
     known = {*metrics, *evaluated}
     partial = any(f"loss/{role}" not in metrics for role in trained)
     if name and not partial and not {name, name.rpartition("/")[0]} & known:
-        raise UsageError(
-            f"--keep-best {name}: no such metric{did_you_mean(name, known)}; metrics.jsonl has the names of those there are"
+        raise OptionError(
+            "/keep_best",
+            f"{name}: no such metric{did_you_mean(name, known)}; metrics.jsonl has the names of those there are",
         )
 
 

@@ -15,6 +15,7 @@ from rlhf_core.config.parsing import read
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.run.command import read_command, run_command
+from rlhf_core.util.messages import console_messages
 from rlhf_core.util.secrets import redact, show_traceback
 from rlhf_core.util.suggestions import closest_names, or_list
 
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     sys.excepthook = show_traceback  # of a bug
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        with console_messages():
+            code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a reader that has gone away is caught
         return code
     except UsageError as error:

@@ -19,18 +19,17 @@ A file has one table per section, and `use` names the provider of a kind (`rewar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.parsing import Settings, parse_tree, read
+from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
 from rlhf_core.config.schema import (
     Schema,
     Section,
     Use,
     annotation_of,
     default_of,
-    flag,
     nested_dataclass,
     option_fields,
     unused_fields,
@@ -38,7 +37,7 @@ from rlhf_core.config.schema import (
 from rlhf_core.config.value_types import MASK, is_secret, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
 from rlhf_core.util.secrets import redact_tree
 
 if TYPE_CHECKING:
@@ -86,7 +85,18 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
         for use, each in zip(uses, several, strict=True):
             if not isinstance(each, str):
                 instances[name if len(several) == 1 else f"{name}.{use}"] = each
-    return _build(*parse_tree(tree, registry, instances=instances), registry)
+    schema, settings = parse_tree(tree, registry, instances=instances)
+    made = {**instances, **{name: value for name, value in overrides.items() if name not in CHOSEN}}
+    return _build(with_spelling(schema, "python", classes=dict(_classes(made))), settings, registry)
+
+
+def _classes(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """The class by the path of every options object among `values`, for messages."""
+    for name, value in values.items():
+        path = f"{above}.{name}".lstrip(".")
+        if is_dataclass(value) and not isinstance(value, type):
+            yield path, type(value).__name__
+            yield from _classes({each.name: getattr(value, each.name) for each in option_fields(type(value))}, path)
 
 
 def from_names(tree: Mapping[str, Any], registry: Registry | None = None) -> RunConfig:
@@ -123,13 +133,14 @@ def _build(schema: Schema, settings: Settings, registry: Registry) -> RunConfig:
     run: RunConfig = made[""]
     names = {kind: name for kind, name in schema.names.items() if name}
     uses = {path: use.name for section in schema.sections for path, use in section.uses.items()}
-    sections = split_sections(schema, made)
-    return replace(run, algorithm=made["algorithm"], names=names, uses=uses, registry=registry, **sections)
+    given: dict[str, Any] = {"names": names, "uses": uses, "registry": registry, "option_names": schema.option_names}
+    return replace(run, algorithm=made["algorithm"], **given, **split_sections(schema, made))
 
 
 def construct(schema: Schema, settings: Settings) -> dict[str, Any]:
     """The instance of every section, by prefix."""
-    return {section.prefix: _construct_section(section, settings) for section in schema.sections}
+    with spell_options(schema.option_names):
+        return {section.prefix: _construct_section(section, settings) for section in schema.sections}
 
 
 def split_sections(schema: Schema, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,11 +159,14 @@ def _construct_section(section: Section, settings: Settings) -> Any:
     """The instance of a section; errors speak of it by its title."""
     for option in section.options:
         if option.required and option.path not in settings:
-            raise UsageError(f"{section.title} needs {option.describe(flag(option.path)).removesuffix(' (required)')}")
+            wanted = option.describe(run_option(option.path)).removesuffix(" (required)")
+            raise UsageError(f"{section.title} needs {wanted}")
     try:
         return _construct(section.cls, section.base, section.prefix, settings, section.skip, section.uses)
+    except OptionError:  # names the option
+        raise
     except ValueError as error:  # a provider's __post_init__ refuses a value
-        raise UsageError(f"{section.title}: {error}" if section.prefix else str(error)) from error
+        raise UsageError(f"{section.title}: {text_of(error)}" if section.prefix else text_of(error)) from error
 
 
 def _construct(
@@ -176,9 +190,10 @@ def _construct(
         elif inner is not None and any(known.startswith(f"{path}.") for known in settings):
             default = default_of(each, base)
             changes[each.name] = _construct(inner, None if default is MISSING else default, path, settings)
-    if base is None or isinstance(base, Mapping):
-        return cls(**{**(base or {}), **changes})
-    return replace(base, **changes) if changes else base
+    with options_under(f"/{prefix}"):
+        if base is None or isinstance(base, Mapping):
+            return cls(**{**(base or {}), **changes})
+        return replace(base, **changes) if changes else base
 
 
 # ----------------------------------------------------------------------------------------------------------------------

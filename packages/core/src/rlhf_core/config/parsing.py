@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.config.schema import Schema, flag, make_schema, option_fields, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
 from rlhf_core.contract.hooks import CHOSEN
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, spell_options
+from rlhf_core.option_text import OptionNames
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags"]
+__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags", "with_spelling"]
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -39,9 +40,20 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     if words:
         wanted["algorithm"] = words[0]
     uses = {path.removesuffix(".use"): single_word(flag(path), flags[path]) for path in flags if path.endswith(".use")}
-    schema, settings = parse_tree(tree, registry, where=where, wanted=wanted, uses=uses)
-    _merge(settings, from_flags(flags, schema))
-    return schema, settings
+    in_file = frozenset(kind for kind in CHOSEN if kind in tree)
+    with spell_options(OptionNames(language="flags", flags=frozenset(wanted), file=where, in_file=in_file)):
+        schema, settings = parse_tree(tree, registry, where=where, wanted=wanted, uses=uses)
+    in_file |= frozenset(settings)
+    set_by_flags = from_flags(flags, schema)
+    _merge(settings, set_by_flags)
+    given = frozenset(set_by_flags) | frozenset(wanted)
+    return with_spelling(schema, "flags", flags=given, file=where, in_file=in_file - given), settings
+
+
+def with_spelling(schema: Schema, language: str, **sources: Any) -> Schema:
+    """The schema for a user who writes options in `language`; `sources` are further fields of OptionNames."""
+    names = OptionNames(frozenset(schema.options), frozenset(filter(None, schema.names)), language, **sources)
+    return dataclasses.replace(schema, option_names=names)
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -8,15 +8,20 @@ from typing import Any
 
 from rlhf_core.config.schema import annotation_of, option_fields
 from rlhf_core.config.value_types import from_words
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, options_under
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["make_from_spec"]
 
 
 @cache
-def make_from_spec(kind: str, text: str, flag: str) -> Any:
-    """The provider that `text` describes; made once, so that a model in it is loaded once. `flag` is what a user wrote.
+def make_from_spec(kind: str, text: str, field: str) -> Any:
+    """The provider that `text` describes; made once, so that a model in it is loaded once.
+
+    Args:
+        kind: of the provider.
+        text: its name and options.
+        field: the option that holds `text`, relative to the provider that calls.
 
     Raises:
         UsageError: there is no such provider or option, or the value does not fit.
@@ -31,14 +36,15 @@ def make_from_spec(kind: str, text: str, flag: str) -> Any:
         key, equals, value = word.partition("=")
         key = key.replace("-", "_")
         if not equals or key not in known:
-            raise UsageError(
-                f"{flag} {text!r}: {name} has no option {key!r}{did_you_mean(key, known)}; write option=value"
+            raise OptionError(
+                field, f"{text!r}: {name} has no option {key!r}{did_you_mean(key, known)}; write option=value"
             )
         try:
             options[key] = from_words(annotation_of(cls, key), value.split(","))
         except ValueError:
-            raise UsageError(f"{flag} {text!r}: {value!r} does not fit {key}") from None
+            raise OptionError(field, f"{text!r}: {value!r} does not fit {key}") from None
     try:
-        return cls(**options)
+        with options_under(field):
+            return cls(**options)
     except TypeError as error:
-        raise UsageError(f"{flag} {text!r}: {error}") from None
+        raise OptionError(field, f"{text!r}: {error}") from None

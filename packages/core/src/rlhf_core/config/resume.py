@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.config.schema import flag
 from rlhf_core.contract.options import RunConfig
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
+from rlhf_core.option_text import render_options
 
 __all__ = ["changed_options", "check_resume"]
 
@@ -33,22 +33,24 @@ def check_resume(config: RunConfig) -> None:
     try:
         old = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"there is no run in {config.output} to resume; leave --resume out to begin one") from None
+        raise UsageError(
+            f"there is no run in {config.output} to resume; leave {run_option('resume', True)} out to begin one"
+        ) from None
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}), so that nobody can tell what the run was; restore it") from None
     changed = changed_options(old, config)
-    switched = [each for each in changed if each.partition(" ")[0].endswith(".use")]
+    switched = [each for each in changed if render_options(each).partition(" ")[0].endswith(".use")]
     if switched:
         raise UsageError(
             f"the run in {config.output} has another optimizer: {', '.join(switched)}; the saved state of one optimizer fits "
-            f"no other, so resume with it, or start a new run with --model {config.output}/model"
+            f"no other, so resume with it, or start a new run with {run_option('model', f'{config.output}/model')}"
         )
     if not changed or config.resume_changed:
         return
     more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
     raise UsageError(
         f"the run in {config.output} began with other options: {', '.join(changed[:LISTED])}{more}; "
-        "give them as they were, or add --resume-changed to go on with the new ones"
+        f"give them as they were, or add {run_option('resume_changed', True)} to go on with the new ones"
     )
 
 
@@ -64,7 +66,7 @@ def changed_options(old: Mapping[str, Any], config: RunConfig) -> list[str]:
     if not any(_follows_steps(options) for options in config.roles.values()):
         free.add("steps")
     return [
-        f"{flag(path)} {_word(before)} -> {_word(now)}"
+        f"{run_option(path)} {_word(before)} -> {_word(now)}"
         for path, before, now in _differences(old, new)
         if path.partition(".")[0] not in free and not _is_free(path, config)
     ]

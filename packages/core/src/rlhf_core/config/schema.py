@@ -22,7 +22,8 @@ from rlhf_core.config.docstrings import docs_of
 from rlhf_core.config.value_types import given_by, metavar
 from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
-from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.errors import ContractError, UsageError, run_option
+from rlhf_core.option_text import OptionNames
 from rlhf_core.util.suggestions import closest_names, did_you_mean
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ __all__ = [
     "unused_fields",
 ]
 
-STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry")
+STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry", "option_names")
 """Fields of RunConfig that are what the sections are made of, and not options."""
 
 ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}
@@ -135,6 +136,8 @@ class Schema:
     """the name of the algorithm or command, then the chosen name of each kind; empty where a kind is left out"""
     sections: tuple[Section, ...]
     options: Mapping[str, Option] = field(default_factory=dict)
+    option_names: OptionNames = OptionNames()
+    """how the user who chose them writes these options"""
 
     def is_group(self, path: str) -> bool:
         """Whether there can be options under `path`."""
@@ -376,7 +379,9 @@ def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, st
         names |= {other: name for other, name in FOLLOWING[kind].items() if other in names and other not in chosen}
     for kind, name in names.items():
         if not name and kind not in may_lack:
-            raise UsageError(f"algorithm {algorithm!r} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
+            raise UsageError(
+                f"algorithm {algorithm!r} needs {run_option(kind, 'NAME')}; see rlhf-run plugins --kind {kind}"
+            )
     return names
 
 

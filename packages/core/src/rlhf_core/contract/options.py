@@ -7,14 +7,15 @@ Core's own options are few; everything else belongs to the provider or the role 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.contract.ranges import at_least, at_most
 from rlhf_core.contract.registry_view import RegistryView
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, option
+from rlhf_core.option_text import OptionNames
 
 __all__ = ["KL", "EpisodeLimits", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions", "turn_uid"]
 
@@ -113,7 +114,9 @@ class KL:
         at_least(0, self, "coef")
         at_least(1, self, "horizon")
         if self.unbiased and self.where == "reward":
-            raise UsageError("unbiased is about the gradient of a KL in the loss: set where to loss, or leave it out")
+            raise OptionError(
+                "unbiased", f"is about the gradient of a KL in the loss: set {option('where', 'loss')}, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Lora:
         at_least(0, self, "rank", "dropout")
         at_least(1, self, "alpha")
         if not self.dropout < 1:
-            raise UsageError(f"lora.dropout must be below 1, not {self.dropout}")
+            raise OptionError("dropout", f"must be below 1, not {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -180,10 +183,10 @@ class TrainedOptions(ModelOptions):
     def __post_init__(self) -> None:
         at_least(0, self, "router_aux_coef", "ema")
         if not self.ema < 1:
-            raise UsageError(f"ema must be below 1, not {self.ema}")
+            raise OptionError("ema", f"must be below 1, not {self.ema}")
         if self.quantize != "none" and not self.lora.rank:
-            raise UsageError(
-                f"quantize {self.quantize} cannot be trained by itself; add adapters with lora.rank 16, say"
+            raise OptionError(
+                "quantize", f"{self.quantize} cannot be trained alone; add adapters, such as {option('lora.rank', 16)}"
             )
 
 
@@ -258,6 +261,19 @@ class RunConfig:
     """how completions are drawn (online algorithms)"""
     episode: EpisodeLimits = field(default_factory=EpisodeLimits)
     """limits of an episode (with an environment)"""
+    option_names: OptionNames = field(default=OptionNames(), metadata=INTERNAL, compare=False, repr=False)
+    """how the user writes these options, for messages"""
+
+    def provider_paths(self, *kinds: str) -> Iterator[tuple[str, Any]]:
+        """Every chosen provider (of `kinds`, if given) with the path of its options: `/reward`, `/evaluator.heldout`."""
+        for kind in kinds or self.providers:
+            chosen = self.providers.get(kind, ())
+            several = chosen if isinstance(chosen, tuple) else (chosen,)
+            names = self.names.get(kind, "").split(",")
+            for name, provider in (
+                zip(names, several, strict=True) if len(several) > 1 else [("", each) for each in several]
+            ):
+                yield f"/{kind}.{name}".rstrip("."), provider
 
     def __post_init__(self) -> None:
         at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.requirements import split_output
+from rlhf_core.errors import advice, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.providers import Advantage, Loss
 
-__all__ = ["ProviderChoices", "Term"]
+__all__ = ["PAIRS_ADVICE", "ProviderChoices", "Term"]
+
+PAIRS_ADVICE = "use data with the columns chosen and rejected" + advice(
+    f" (or name them with {run_option('data.chosen_key')} and {run_option('data.rejected_key')})"
+)
+"""Of errors about data without pairs."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -46,7 +46,7 @@ class RowCache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--data.cache {folder}: {error.strerror}; name a folder that can be written") from None
+            raise OptionError("/data.cache", f"{folder}: {error.strerror}; name a folder that can be written") from None
         self._open: sqlite3.Connection | None = None
         self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
 
@@ -88,7 +88,7 @@ class RowCache:
                 return run(statement, values).fetchall()
         except sqlite3.Error as error:
             self.close()
-            raise UsageError(f"--data.cache: {self._path} cannot be used ({error}); remove it") from None
+            raise UsageError(f"{run_option('data.cache')}: {self._path} cannot be used ({error}); remove it") from None
 
 
 def _check(data: bytes) -> bytes:

@@ -26,7 +26,7 @@ from rlhf_core.data.chats import (
     to_chat,
 )
 from rlhf_core.data.images import attach_images, has_images, make_paths_absolute
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, option
 
 __all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
 
@@ -100,7 +100,7 @@ class Columns:
         chosen, rejected = first(self.chosen_key, "chosen"), first(self.rejected_key, "rejected")
         if bool(chosen) != bool(rejected):
             if self.chosen_key or self.rejected_key:
-                raise DataError(f"{origin}: a preference needs --data.chosen-key and --data.rejected-key")
+                raise DataError(f"{origin}: a preference needs {option('chosen_key')} and {option('rejected_key')}")
             chosen = rejected = ""
         completion = self.completion_key if chosen else first(self.completion_key, *COMPLETION)
         prompt = first(self.prompt_key, *(PROMPT if completion or chosen else (*CHATS, *PROMPT)))
@@ -117,7 +117,9 @@ class Columns:
             return found
         if TEXT in free:
             return replace(found, text_key=TEXT)
-        raise DataError(f"{origin}: no prompt among the columns {', '.join(map(str, row))}; pass --data.prompt-key")
+        raise DataError(
+            f"{origin}: no prompt among the columns {', '.join(map(str, row))}; pass {option('prompt_key')}"
+        )
 
     def example(self, row: Any, origin: str) -> Example:
         """The example in `row`; call it on what `found_in` returned.
@@ -177,7 +179,7 @@ class Columns:
             )
         if not self.prompt_key:
             raise ValueError(
-                f"{self.chosen_key!r} is an answer, so a prompt is expected too (--data.prompt-key); "
+                f"{self.chosen_key!r} is an answer, so a prompt is expected too ({option('prompt_key')}); "
                 f"the columns are {', '.join(map(str, row))}"
             )
         prompt = _prompt(row, self.prompt_key)
@@ -187,14 +189,16 @@ class Columns:
         """The prompt with the images of the row's column, and every file of its images found."""
         if self.images_key not in ("", "none") and (column := lookup(row, self.images_key)):
             if self.text_key:
-                raise ValueError(f"{self.images_key!r}: images need a prompt to stand in (--data.prompt-key)")
+                raise ValueError(f"{self.images_key!r}: images need a prompt to stand in ({option('prompt_key')})")
             try:
                 prompt = attach_images(prompt, column)
             except ValueError as error:
-                hint = "; --data.images-key none leaves the column out"
+                hint = f"; {option('images_key', 'none')} leaves the column out"
                 raise ValueError(f"{self.images_key!r}: {error}{hint}") from None
         if any(map(has_images, completions)):
-            raise ValueError("an image after the first trained answer; images stand in the prompt (--data.turns last)")
+            raise ValueError(
+                f"an image after the first trained answer; images stand in the prompt ({option('turns', 'last')})"
+            )
         return (
             make_paths_absolute(prompt, origin, self.max_images)
             if not isinstance(prompt, str) and has_images(prompt)

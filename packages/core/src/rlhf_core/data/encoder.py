@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +24,11 @@ from rlhf_core.contract.episode import Feedback
 from rlhf_core.data.chats import Text
 from rlhf_core.data.images import images_of, open_image
 from rlhf_core.data.preview import render_row
-from rlhf_core.data.render import Encoding, Renderer
+from rlhf_core.data.render import LIMITS_ADVICE, Encoding, Renderer
 from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, UsageError, advice, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.util.messages import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,9 @@ __all__ = ["Encoder", "Encoding"]
 
 FORMAT = 1
 """Raise it when a row becomes other tokens than before: what is cached then counts no more."""
+COMPLETION_ADVICE = advice(
+    f"pass {run_option('data.completion_key')} if there is one", "choose data that has completions"
+)
 DEFAULT = Encoding()
 """How rows become tokens where the data provider does not say."""
 
@@ -168,7 +171,7 @@ class Encoder:
             DataError: it has no completion, or the template cannot render it.
         """
         if not example.completions:
-            raise DataError(f"{example.origin}: no completion to train on; pass --data.completion-key if there is one")
+            raise DataError(f"{example.origin}: no completion to train on; {COMPLETION_ADVICE}")
         with self._lock:
             row = self._prompt(example)
             completions = tuple(self._completion(example, row.text, completion) for completion in example.completions)
@@ -293,17 +296,15 @@ class Encoder:
         self.truncated += sum(row.cut for row, _ in kept)
         if not kept:
             raise UsageError(
-                f"all {len(rows)} rows of a batch are too long: raise --max-prompt-tokens ({self.max_prompt_tokens}) "
-                f"or --data.encoding.max-tokens ({self.encoding.max_tokens}), or pass --data.encoding.too-long truncate"
+                f"all {len(rows)} rows of a batch are too long, for {self.max_prompt_tokens} tokens of a prompt and "
+                f"{self.encoding.max_tokens} in all: {LIMITS_ADVICE}"
             )
         return [row for row, _ in kept], [i for _, i in kept]
 
     def _show(self, rows: Sequence[TokenizedRow]) -> None:
         """Print rows while some are still to be shown."""
         for row in rows[: self._to_show]:
-            print(
-                render_row(row, self.tokenizer, self.reader.token if self.reader is not None else None), file=sys.stderr
-            )
+            progress.info(render_row(row, self.tokenizer, self.reader.token if self.reader is not None else None))
         self._to_show = max(0, self._to_show - len(rows))
 
 

@@ -17,7 +17,7 @@ from rlhf_core.data import mixture
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.json import hold_out
 from rlhf_core.data.prepare import Preparation
-from rlhf_core.errors import DataError, MissingPackage, UsageError
+from rlhf_core.errors import DataError, MissingPackage, OptionError, UsageError, option
 
 __all__ = ["HuggingFaceData"]
 
@@ -63,7 +63,8 @@ class HuggingFaceData(Preparation, Columns):
             return self._read(self.heldout_split)
         if not self.heldout:
             raise UsageError(
-                "no rows are held out: pass --data.heldout-split NAME, --data.heldout-path or --data.heldout 0.1"
+                f"no rows are held out: pass {option('heldout_split', 'NAME')}, {option('heldout_path')} or "
+                f"{option('heldout', 0.1)}"
             )
         return self._part(self._read(self.split), 1)
 
@@ -71,7 +72,7 @@ class HuggingFaceData(Preparation, Columns):
         """All sets as one."""
         names = [name.strip() for name in self.path.split(",")]
         if self.shares and len(self.shares) != len(names):
-            raise UsageError(f"--data.shares has {len(self.shares)} numbers for the {len(names)} sets of --data.path")
+            raise OptionError("shares", f"has {len(self.shares)} numbers for the {len(names)} sets of {option('path')}")
         sets = [mixture.limit_rows(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
         if self.unique:
             sets = self._distinct(names, sets)
@@ -101,21 +102,25 @@ class HuggingFaceData(Preparation, Columns):
     def _distinct(self, names: Sequence[str], sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
         """The sets without rows that came before, in any of them."""
         if self.streaming:
-            raise UsageError("--data.unique needs to see all rows first: leave out --data.streaming")
+            raise OptionError("unique", f"needs to see all rows first: leave out {option('streaming')}")
         seen: set[bytes] = set()
         kept: list[Iterable[Example]] = []
         for name, rows in zip(names, sets):
             assert isinstance(rows, Sequence)
             new = mixture.drop_duplicates(rows, seen)
             if not new:
-                raise UsageError(f"--data.unique leaves no row of {name}: all came before; leave it out of --data.path")
+                raise OptionError(
+                    "unique", f"leaves no row of {name}: all came before; leave it out of {option('path')}"
+                )
             kept.append(new)
         return kept
 
     def _part(self, rows: Iterable[Example], part: int) -> Sequence[Example]:
         """The rows that are trained on (0) or held out (1)."""
         if not isinstance(rows, Sequence):
-            raise UsageError("--data.heldout needs to know how many rows there are: use --data.heldout-split to stream")
+            raise OptionError(
+                "heldout", f"needs to know how many rows there are: use {option('heldout_split')} to stream"
+            )
         return mixture.PickedRows.select(rows, hold_out(len(rows), self.heldout)[part])
 
 
@@ -191,7 +196,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     try:
         import datasets
     except ImportError:
-        raise MissingPackage("--data hf needs a package: pip install 'rlhf-core[datasets]'") from None
+        raise MissingPackage("data hf needs a package: pip install 'rlhf-core[datasets]'") from None
     folder = Path(name)
     try:
         if (folder / "state.json").is_file():
@@ -207,7 +212,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UsageError(f"--data.path {name}, split {split!r}: {reason}") from error
+        raise OptionError("path", f"{name}, split {split!r}: {reason}") from error
 
 
 def _without_decoding(table: Any) -> Any:
@@ -234,7 +239,7 @@ def _source(name: str) -> dict[str, Any]:
     suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
     if suffix in BUILDERS:
         if not path.is_file():
-            raise UsageError(f"--data.path {name}: there is no such file")
+            raise OptionError("path", f"{name}: there is no such file")
         return {"path": BUILDERS[suffix], "data_files": name, **({"sep": "\t"} if suffix == ".tsv" else {})}
     hub, _, config = name.partition(":")
     return {"path": hub, **({"name": config} if config else {})}

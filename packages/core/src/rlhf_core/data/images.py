@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from rlhf_core.contract.batch import Message
-from rlhf_core.errors import DataError
+from rlhf_core.errors import DataError, run_option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -150,7 +150,7 @@ def make_paths_absolute(chat: Chat, origin: str, most: int) -> Chat:
     """
     count = sum(1 for _ in images_of(chat))
     if most and count > most:
-        raise ValueError(f"the prompt has {count} images, more than --data.max-images {most}")
+        raise ValueError(f"the prompt has {count} images, more than {run_option('data.max_images')} {most}")
     folder = base_folder(origin)
     return tuple(
         {**message, "content": [_make_path_absolute(part, folder) for part in message["content"]]}

@@ -18,7 +18,7 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.mixture import PickedRows, drop_duplicates
 from rlhf_core.data.prepare import Preparation
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, OptionError, UsageError, option
 
 __all__ = ["Json", "rows_of"]
 
@@ -43,7 +43,9 @@ class Json(Preparation, Columns):
         examples = self._read(self.path)
         if self.heldout_path or not self.heldout:
             if split == "heldout":
-                raise UsageError("no rows are held out: pass --data.heldout 0.1 or --data.heldout-path FILE")
+                raise UsageError(
+                    f"no rows are held out: pass {option('heldout', 0.1)} or {option('heldout_path', 'FILE')}"
+                )
             return examples
         train, heldout = hold_out(len(examples), self.heldout)
         return PickedRows.select(examples, heldout if split == "heldout" else train)
@@ -108,8 +110,8 @@ def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:
     """Row numbers of train and held-out, both ascending; the draw depends on nothing but the two arguments."""
     count = round(rows * heldout) if heldout < 1 else int(heldout)
     if not 0 < count < rows:
-        raise UsageError(
-            f"--data.heldout {heldout:g} leaves {rows - count} of {rows} rows to train on and {count} held out"
+        raise OptionError(
+            "heldout", f"{heldout:g} leaves {rows - count} of {rows} rows to train on and {count} held out"
         )
     order = np.random.default_rng(0).permutation(rows)
     return sorted(order[count:].tolist()), sorted(order[:count].tolist())

@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 
 from rlhf_core.contract.batch import Example
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 __all__ = ["PickedRows", "concatenate", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
 
@@ -109,7 +109,7 @@ def draw_from_sets(sets: Sequence[Iterable[Example]], shares: Sequence[float], s
 def _draw_set_numbers(shares: Sequence[float], seed: int) -> Iterator[int]:
     """Set numbers, endlessly."""
     if any(share <= 0 for share in shares):
-        raise UsageError(f"--data.shares {' '.join(f'{share:g}' for share in shares)}: each should be above 0")
+        raise OptionError("shares", f"{' '.join(f'{share:g}' for share in shares)}: each should be above 0")
     probabilities = np.array(shares) / sum(shares)
     generator = np.random.default_rng(seed)
     while True:

@@ -7,7 +7,6 @@ goes wrong while reading ahead is raised when the loop gets to it. Rows that are
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from queue import Full, Queue
@@ -15,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import DrawnRows, Stream
+from rlhf_core.errors import advice, run_option
+from rlhf_core.option_text import OptionNames
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -36,10 +38,13 @@ class Prefetcher:
     Args:
         stream: what to read; from then on only through here.
         close: called at the end.
+        names: of the user's options, for messages.
     """
 
-    def __init__(self, stream: Stream, close: Callable[[], None] | None = None) -> None:
-        self._stream, self._close = stream, close
+    def __init__(
+        self, stream: Stream, close: Callable[[], None] | None = None, names: OptionNames | None = None
+    ) -> None:
+        self._stream, self._close, self._names = stream, close, names or OptionNames()
         self._state = stream.state_dict()
         self._ready: Queue[tuple[DrawnRows, dict[str, Any]] | BaseException] = Queue(DEPTH)
         self._closed = threading.Event()
@@ -62,7 +67,7 @@ class Prefetcher:
             block=preparer.block,
             buffer=getattr(data, "shuffle_buffer", 0),
         )
-        return cls(stream, preparer.close)
+        return cls(stream, preparer.close, config.option_names)
 
     def __next__(self) -> DrawnRows:
         if self._thread is None:
@@ -118,13 +123,13 @@ class Prefetcher:
     def _say(self) -> None:
         """Tell once that rows were left out, dropped or cut."""
         counts = self.metrics()
-        limits = "--max-prompt-tokens or --data.encoding.max-tokens"
+        limits = run_option("max_prompt_tokens") + advice(f" or {run_option('data.encoding.max_tokens')}")
         drawn = f"of the first {self._state['first_uid'] + self._state['row']} drawn"
         for name, what in (
-            ("data/duplicates", "rows came before and were left out (--data.unique)"),
+            ("data/duplicates", f"rows came before and were left out ({run_option('data.unique')})"),
             ("data/dropped", f"rows {drawn} were dropped, being longer than {limits}"),
             ("data/truncated", f"rows {drawn} were truncated, being longer than {limits}"),
         ):
             if counts[name] and name not in self._reported and self._stream.leads:
                 self._reported.add(name)
-                print(f"rlhf-run: {counts[name]:.0f} {what}; {name} counts them", file=sys.stderr)
+                log.info(self._names.render(f"{counts[name]:.0f} {what}; {name} counts them"))

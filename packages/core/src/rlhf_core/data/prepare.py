@@ -18,7 +18,7 @@ from rlhf_core.contract.options import FREE
 from rlhf_core.contract.providers import Data
 from rlhf_core.data.cache import RowCache
 from rlhf_core.data.render import Encoding
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -59,9 +59,7 @@ class Preparation(Data):
         }  # of whichever reader this is
         for each in fields(self):
             if each.name in counts and getattr(self, each.name) < 0:
-                raise UsageError(
-                    f"--data.{each.name.replace('_', '-')} must be at least 0, not {getattr(self, each.name)}"
-                )
+                raise OptionError(each.name, f"must be at least 0, not {getattr(self, each.name)}")
 
 
 class Preparer:

@@ -13,7 +13,7 @@ from typing import Any, overload
 from rlhf_core.contract.batch import Example
 from rlhf_core.data.mixture import concatenate
 from rlhf_core.data.prepare import Preparation
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import MissingPackage, UsageError, option
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["ENTRY", "ReasoningData", "library"]
@@ -76,7 +76,7 @@ def _generator(name: str, seed: int, size: int) -> Any:
     gym = library()
     known = gym.factory.DATASETS
     if name not in known:
-        raise UsageError(f"--data.tasks: reasoning-gym has no task {name!r}{did_you_mean(name, known)}")
+        raise UsageError(f"{option('tasks')}: reasoning-gym has no task {name!r}{did_you_mean(name, known)}")
     return gym.create_dataset(name, seed=seed, size=size)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example, Message
 from rlhf_core.data.chats import Chat, Text, find_unread_part, format_dialogue
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, OptionError, UsageError, advice, run_option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,12 @@ __all__ = ["Encoding", "Renderer"]
 
 PROBE = "probe-7c1d0f"
 """An assistant's turn that stands for a sampled one: what the template writes after it is found by this text."""
+
+
+LIMITS_ADVICE = f"raise {run_option('max_prompt_tokens')}" + advice(
+    f" or {run_option('data.encoding.max_tokens')}, or pass {run_option('data.encoding.too_long', 'truncate')}"
+)
+"""Of errors about rows that are too long."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class Renderer:
             if not before.startswith(done):
                 raise DataError(
                     f"{example.origin}: the chat template rewrites earlier turns, so they cannot all be trained on; "
-                    "pass --data.turns last, or another --data.encoding.template-file"
+                    f"{advice('pass ' + run_option('data.turns', 'last') + ', or ')}another "
+                    f"{run_option('data.encoding.template_file')}"
                 )
             if before != done:
                 yield before[len(done) :], False
@@ -126,7 +133,8 @@ class Renderer:
         if not closed[1] or not answered[1] or not answered[2].startswith(closed[2]):
             raise DataError(
                 f"{example.origin}: the chat template does not write messages after the assistant's turn that they answer; "
-                "pass --data.encoding.template-file FILE, or choose an environment whose feedback is plain text"
+                f"pass {run_option('data.encoding.template_file', 'FILE')}, or choose an environment whose "
+                "feedback is plain text"
             )
         return closed[2], answered[2][len(closed[2]) :]
 
@@ -181,26 +189,31 @@ def _assistant_text(after: str, before: str, content: Any, origin: str) -> str:
     if isinstance(content, str) and content.strip() and content.strip() in after:
         return after[after.rindex(content.strip()) :]  # what opens a turn says more than a past turn shows: <think>
     raise DataError(
-        f"{origin}: the chat template does not show the assistant's turn; pass --data.encoding.template-file"
+        f"{origin}: the chat template does not show the assistant's turn; pass "
+        f"{run_option('data.encoding.template_file')}"
     )
 
 
 def _template(own: str | dict[str, str] | None, encoding: Encoding) -> str | None:
     """The chat template in force, None for raw text."""
     if encoding.template == "chat" and encoding.input_template:
-        raise UsageError("--data.encoding.input-template is for raw prompts; leave out --data.encoding.template chat")
+        raise OptionError(
+            "/data.encoding.input_template",
+            f"is for raw prompts; leave out {run_option('data.encoding.template', 'chat')}",
+        )
     if encoding.input_template and "{}" not in encoding.input_template:
-        raise UsageError("--data.encoding.input-template needs {} where the prompt goes")
+        raise OptionError("/data.encoding.input_template", "needs {} where the prompt goes")
     if encoding.template == "raw" or encoding.input_template:
         return None
     if encoding.template_file:
         try:
             return Path(encoding.template_file).read_text(encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"--data.encoding.template-file {encoding.template_file}: {error.strerror}") from None
+            raise OptionError("/data.encoding.template_file", f"{encoding.template_file}: {error.strerror}") from None
     own = own.get("default") if isinstance(own, dict) else own
     if not own and encoding.template == "chat":
         raise UsageError(
-            "there is no chat template: pass --data.encoding.template-file FILE, or --data.encoding.template raw"
+            f"there is no chat template: pass {run_option('data.encoding.template_file', 'FILE')}, or "
+            f"{run_option('data.encoding.template', 'raw')}"
         )
     return own or None

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rlhf_core.contract.batch import Example
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.data.render import LIMITS_ADVICE
+from rlhf_core.errors import DataError, OptionError, UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
@@ -64,7 +65,9 @@ class Stream:
         buffer: int = 0,
     ) -> None:
         if batch_size % world_size:
-            raise UsageError(f"--batch-size {batch_size} cannot be shared by {world_size} ranks: use a multiple of it")
+            raise OptionError(
+                "/batch_size", f"{batch_size} cannot be shared by {world_size} ranks: use a multiple of it"
+            )
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
@@ -115,10 +118,7 @@ class Stream:
                 again = f" when read again for epoch {self.epoch + 1}; give a sequence" if self.epoch else ""
                 raise UsageError(f"the data has no rows{again}")
             if not kept:
-                raise UsageError(
-                    f"none of the {self.row} rows can be used: all are too long; raise --max-prompt-tokens or "
-                    "--data.encoding.max-tokens, or pass --data.encoding.too-long truncate"
-                )
+                raise UsageError(f"none of the {self.row} rows can be used: all are too long; {LIMITS_ADVICE}")
             self.first_uid += self.row
             self.epoch, self.row = self.epoch + 1, 0
 

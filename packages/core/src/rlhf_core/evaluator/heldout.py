@@ -37,7 +37,7 @@ class Heldout(Evaluator):
         """
         if not run.plan.online:
             raise UsageError(
-                "evaluator heldout samples the policy, but this algorithm has no rollout; remove --evaluator"
+                "evaluator heldout samples the policy, but this algorithm has no rollout; remove the evaluator"
             )
         source = next(name for name in run.plan.sources if name in run.plan.roles)
         rows = run.heldout(self.prompts)

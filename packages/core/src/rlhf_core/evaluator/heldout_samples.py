@@ -24,7 +24,7 @@ def policy(run: RunView, evaluator: str) -> str:
     for name in run.plan.sources:
         if name in run.plan.roles:
             return name
-    raise UsageError(f"evaluator {evaluator} samples the policy, but this run has no rollout; remove --evaluator")
+    raise UsageError(f"evaluator {evaluator} samples the policy, but this run has no rollout; remove the evaluator")
 
 
 def sample_heldout(run: RunView, evaluator: str, prompts: int, n: int) -> Rollouts:

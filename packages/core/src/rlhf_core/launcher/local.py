@@ -10,7 +10,7 @@ from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError
 from rlhf_core.lazy import torch
 
 __all__ = ["Local"]
@@ -28,7 +28,7 @@ class Local(Launcher):
 
         world = join_world()
         if plan.config.batch_size % world.size:
-            raise UsageError(f"--batch-size {plan.config.batch_size} does not divide over {world.size} ranks")
+            raise OptionError("/batch_size", f"{plan.config.batch_size} does not divide over {world.size} ranks")
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
             roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))

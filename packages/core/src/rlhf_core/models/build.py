@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.models.ema import Average
 from rlhf_core.models.freezing import freeze
 from rlhf_core.models.heads.modules import (
@@ -57,7 +57,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     if adapted and new_tokens:
         raise UsageError(
             f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
-            f"--{spec.name}.lora.rank first, and put adapters on what comes out"
+            f"{run_option(f'{spec.name}.lora.rank')} first, and put adapters on what comes out"
         )
     if spec.needs_language_head:
         model.set_output_embeddings(
@@ -103,7 +103,7 @@ def _vision(spec: RoleSpec) -> Vision | None:
     if spec.outputs & SCALAR.keys():
         raise UsageError(
             f"the {spec.name} would value what {options.model} reads, and models with images have no such head here: choose an "
-            f"algorithm without a critic (grpo, rloo), or a --{spec.name}.model of texts"
+            f"algorithm without a critic (grpo, rloo), or a {run_option(f'{spec.name}.model')} of texts"
         )
     return Vision(reader, reader.token)
 
@@ -152,7 +152,7 @@ def _new_head(spec: RoleSpec, head: nn.Module, name: str, seed: int) -> None:
     if not spec.trained and not model.startswith("tiny"):
         raise UsageError(
             f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
-            f"(--{spec.name}.model)"
+            f"({run_option(f'{spec.name}.model')})"
         )
     if isinstance(head, ScalarHead):  # a plugin's was drawn when it was made
         head.reset(f"{seed}/{spec.name}/{name}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["freeze", "matches_pattern", "parameter_size", "trained_share"]
@@ -36,7 +36,7 @@ def freeze(module: Any, patterns: Iterable[str], role: str) -> dict[str, int]:
     named = dict(module.named_parameters())
     counts = {word: _freeze(module, named, word, role) for word in words}
     if words and not any(parameter.requires_grad for parameter in named.values()):
-        raise UsageError(f"--{role}.freeze {' '.join(words)} leaves nothing to train")
+        raise OptionError(f"/{role}.freeze", f"{' '.join(words)} leaves nothing to train")
     return counts
 
 
@@ -80,7 +80,7 @@ def _freeze(module: Any, named: Mapping[str, nn.Parameter], pattern: str, role: 
     if not chosen:
         parts = sorted({part for name in named for part in name.split(".") if not part.isdecimal()})
         hint = did_you_mean(pattern.rpartition(".")[2], parts) or f"; names have the parts {', '.join(parts)}"
-        raise UsageError(f"--{role}.freeze {pattern} matches no parameter of the model{hint}")
+        raise OptionError(f"/{role}.freeze", f"{pattern} matches no parameter of the model{hint}")
     for parameter in chosen:
         parameter.requires_grad_(False)
     return sum(map(parameter_size, chosen))

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, run_option
 from rlhf_core.models.heads.modules import ChunkedHead, generator_for
 from rlhf_core.models.loading.optional_imports import import_peft
 
@@ -128,7 +128,7 @@ def adapt(model: Any, options: Lora, role: str, seed: str) -> Adapters:
         UsageError: the targets name no linear layer of the model, or a head that is tied to the embedding.
         MissingPackage: PEFT is not installed.
     """
-    peft = import_peft(f"--{role}.lora")
+    peft = import_peft(run_option(f"{role}.lora"))
     head = model.get_output_embeddings()
     targets, on_head = _targets(model, options, role)
     config = peft.LoraConfig(
@@ -191,14 +191,16 @@ def _targets(model: Any, options: Lora, role: str) -> tuple[set[str], bool]:
         is_head = bool(head_name) and f".{head_name}".endswith(f".{wanted}")
         if not found and not is_head:
             known = sorted({name.rpartition(".")[2] for name in names})
-            raise UsageError(
-                f"--{role}.lora.targets {wanted}: no linear layer of the model has this name; there are {', '.join(known)}"
+            raise OptionError(
+                f"/{role}.lora.targets",
+                f"{wanted}: no linear layer of the model has this name; there are {', '.join(known)}",
             )
         on_head |= is_head
     if on_head and head.weight is model.get_input_embeddings().weight:
-        raise UsageError(
-            f"--{role}.lora.targets {head_name}: this model's head is its embedding (tied), which an adapter on the head "
-            "would change too; leave it out"
+        raise OptionError(
+            f"/{role}.lora.targets",
+            f"{head_name}: this model's head is its embedding (tied), which an adapter on the head "
+            "would change too; leave it out",
         )
     return targets, on_head
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.contract.providers import Observer
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, option, run_option
 from rlhf_core.util.jsonl import append_line, cut_lines
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
@@ -52,7 +52,7 @@ class Alarm(Observer):
                     f"the band of {metric} goes from {least:g} to {greatest:g}; the first must be the lesser"
                 )
         if not list(self.bands()):
-            raise UsageError("an alarm without a band watches nothing; give --observer.kl LEAST GREATEST, say")
+            raise UsageError(f"an alarm without a band watches nothing; give {option('kl')} LEAST GREATEST, say")
 
     def __call__(self, run: RunView) -> _Watch:
         return _Watch(self)
@@ -95,12 +95,12 @@ class _Watch:
                 alarms.append(said)
                 append_line(run.output / "alarms.jsonl", {"step": step, "metric": metric, "value": value})
             elif not now and before >= self.alarm.patience:
-                print(f"rlhf-run: {metric} is back in its band at step {step}: {value:.4g}", file=sys.stderr)
+                log.info(f"{metric} is back in its band at step {step}: {value:.4g}")
         if not alarms:
             return None
         if self.alarm.action == "stop":
-            return f"{'; '.join(alarms)}; look at samples.jsonl; --resume goes on"
-        print(f"rlhf-run: alarm: {'; '.join(alarms)}; look at samples.jsonl", file=sys.stderr)
+            return f"{'; '.join(alarms)}; look at samples.jsonl; {run_option('resume', True)} goes on"
+        log.warning(f"alarm: {'; '.join(alarms)}; look at samples.jsonl")
         return None
 
     def _count_step(self, step: int, metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:

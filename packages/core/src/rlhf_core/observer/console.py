@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.util.messages import progress
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
@@ -118,4 +118,4 @@ def _one_line(text: str, width: int = 200) -> str:
 
 def _say(text: str) -> None:
     if text:
-        print(text, file=sys.stderr, flush=True)
+        progress.info(text)

@@ -70,7 +70,7 @@ def needs_package(module: str, name: str, extra: str) -> None:
         MissingPackage: it is not.
     """
     if find_spec(module) is None:
-        raise MissingPackage(f"--observer {name} needs {module}: python3 -m pip install 'rlhf-core[{extra}]'")
+        raise MissingPackage(f"observer {name} needs {module}: python3 -m pip install 'rlhf-core[{extra}]'")
 
 
 def options_of_run(run: RunView) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.providers import Observer
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, option
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Wandb(Observer):
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            raise UsageError(f"--observer wandb: {error} (or keep it here with --observer.mode offline)") from None
+            raise UsageError(f"observer wandb: {error} (or keep it here with {option('mode', 'offline')})") from None
 
     def __call__(self, run: RunView) -> Tracker:
         return _Sending(self, run, self._mode())

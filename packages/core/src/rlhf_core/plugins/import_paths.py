@@ -14,7 +14,7 @@ from rlhf_core.contract.commands import Command
 from rlhf_core.contract.ingredients import Ingredient
 from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.outputs import Output
-from rlhf_core.errors import PluginError, UsageError
+from rlhf_core.errors import PluginError, UsageError, run_option
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["add_working_folder", "check_class", "check_provided", "load", "load_local"]
@@ -75,16 +75,18 @@ def load_local(kind: str, target: str) -> Any:
     """What the user's `module:Class` names. An error inside the user's module stays what it is."""
     module, _, name = target.partition(":")
     if not TARGET.fullmatch(target):
-        raise UsageError(f"--{kind} {target}: expected a provider's name or module:Class")
+        raise UsageError(f"{run_option(kind)} {target}: expected a provider's name or module:Class")
     try:
         found: Any = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise UsageError(f"--{kind} {target}: no module is called {error.name!r} here or in the environment") from None
+        raise UsageError(
+            f"{run_option(kind)} {target}: no module is called {error.name!r} here or in the environment"
+        ) from None
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"--{kind} {target}: {module} has no {part!r}{did_you_mean(part, vars(found))}")
+            raise UsageError(f"{run_option(kind)} {target}: {module} has no {part!r}{did_you_mean(part, vars(found))}")
         found = getattr(found, part)
     return found
 

@@ -25,16 +25,16 @@ _RUN = {
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
     "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
-    "--on-nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
+    "on_nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
     "update has no loss/<role>",
     "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
-    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with --on-oom halve",
-    "kl/mean": "nats a token: KL to the reference by --algorithm.kl.estimator, over sampled tokens",
+    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with on_oom halve",
+    "kl/mean": "nats a token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
     "kl/completion": "nats a completion: the same, summed over each completion; what an adaptive coefficient follows",
     "kl/coef": "factor: the KL coefficient in force",
     "[<source>/]completion/length": "tokens: mean length of the sampled completions",
-    "[<source>/]completion/truncated": "share 0..1: of completions cut at --sampling.max-new-tokens (with an "
-    "environment: or at a limit of --episode)",
+    "[<source>/]completion/truncated": "share 0..1: of completions cut at sampling.max_new_tokens (with an "
+    "environment: or at a limit of episode)",
     "[<source>/]completion/turns": "turns: mean number in an episode; with an environment only",
     "[<source>/]completion/feedback": "tokens: of a completion that the environment wrote, mean; with an environment only",
     "[<source>/]completion/entropy": "nats a token: entropy of the distribution that was sampled (temperature and truncation "
@@ -87,7 +87,7 @@ _PROVIDERS = {
     "reward/ungraded": "share 0..1: of completions for which the judge gave no grade",
     "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
     "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
-    "reward/<part>": "reward: of one part of --reward sum, before weighing; its own metrics follow as reward/<part>/<name>",
+    "reward/<part>": "reward: of one part of reward sum, before weighing; its own metrics follow as reward/<part>/<name>",
     "eval/heldout/reward": "reward: mean over held-out prompts",
     "eval/heldout/reward_se": "reward: its standard error",
     "eval/heldout/reward/<datasource>": "reward: the same over the prompts that say they come from there",

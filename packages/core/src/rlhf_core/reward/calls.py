@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 __all__ = ["Answer", "Columns", "answer_of", "call", "load_function"]
 
@@ -116,7 +116,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     """
     if Path(path).suffix == ".py":
         if not Path(path).is_file():
-            raise UsageError(f"--reward.path {path}: there is no such file")
+            raise OptionError("path", f"{path}: there is no such file")
         module_name = f"rlhf_reward_{Path(path).stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None
@@ -127,14 +127,14 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     else:
         module_name, _, name = path.partition(":")
         if not name:
-            raise UsageError(f"--reward.path {path}: expected a .py file or module:name")
+            raise OptionError("path", f"{path}: expected a .py file or module:name")
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name and module_name.startswith(error.name):
-                raise UsageError(f"--reward.path {path}: there is no module {module_name!r}") from None
+                raise OptionError("path", f"{path}: there is no module {module_name!r}") from None
             raise
     function = getattr(module, name, None)
     if not callable(function):
-        raise UsageError(f"--reward.path {path}: there is no function {name!r} in it")
+        raise OptionError("path", f"{path}: there is no function {name!r} in it")
     return function  # type: ignore[no-any-return]  # getattr gives Any

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.errors import DataError, UsageError, advice, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.reward import sandbox
 
@@ -82,8 +82,8 @@ class Code(Reward):
                 process.communicate()
         if process.returncode == sandbox.CANNOT:
             raise UsageError(
-                "--reward code: this kernel lets no process confine itself (Landlock is missing); "
-                "run it inside a container with --reward.confine False"
+                "reward code: this kernel lets no process confine itself (Landlock is missing); "
+                f"run it inside a container with {option('confine', False)}"
             )
         return _read(answer, nonce) or [False] * len(tests)
 
@@ -107,5 +107,6 @@ def tests_of(label: Any) -> list[str]:
     """The tests in a label: code, or a list of pieces of code that are counted one by one."""
     tests = [label] if isinstance(label, str) else label
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise DataError(f"--reward code: a label should be test code or a list of it (--data.label-key), not {label!r}")
+        column = advice(f" ({run_option('data.label_key')})")
+        raise DataError(f"reward code: a label should be test code or a list of it{column}, not {label!r}")
     return tests

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -28,7 +28,9 @@ class EnvironmentReward(Reward):
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if "environment_rewards_NT" not in rollouts:
-            raise UsageError("--reward environment needs episodes; pass --environment NAME, or choose another reward")
+            raise UsageError(
+                f"reward environment needs episodes; pass {run_option('environment', 'NAME')}, or choose another reward"
+            )
         rewards_NT = rollouts["environment_rewards_NT"]
         final_NT = rewards_NT
         if self.per == "turn":

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.lazy import torch
 from rlhf_core.reward.calls import Answer, Columns, call, load_function
 from rlhf_core.reward.output import excerpt
@@ -55,7 +55,7 @@ class Func(Reward):
     def check(self) -> None:
         """A wrong path is the user's mistake before it is a worker's failure."""
         if self.timeout and not self.workers:
-            raise UsageError("--reward.timeout needs a process that can be killed: pass --reward.workers 1 too")
+            raise OptionError("timeout", f"needs a process that can be killed: pass {option('workers', 1)} too")
         load_function(self.path, self.name)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 __all__ = ["Replicas"]
 
@@ -37,7 +37,6 @@ class Replicas:
 
     Args:
         urls: full addresses.
-        option: the flag they came from, for messages.
         token: sent as a bearer token, if any.
         timeout: seconds for one answer.
         tries: how often all of them may fail one question.
@@ -47,7 +46,6 @@ class Replicas:
     def __init__(
         self,
         urls: Sequence[str],
-        option: str,
         token: str = "",
         timeout: float = 180,
         tries: int = 5,
@@ -55,10 +53,10 @@ class Replicas:
     ) -> None:
         for url in urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise UsageError(f"{option} {url}: expected an address like http://127.0.0.1:5000/get_reward")
+                raise OptionError("url", f"{url}: expected an address like http://127.0.0.1:5000/get_reward")
         if not urls:
-            raise UsageError(f"{option} needs at least one address")
-        self._urls, self._option, self._token = list(urls), option, token
+            raise OptionError("url", "needs at least one address")
+        self._urls, self._token = list(urls), token
         self._timeout, self._tries, self._backoff = timeout, tries, backoff
         self._lock = threading.Lock()
         self._next = 0
@@ -79,12 +77,12 @@ class Replicas:
                     return self._post(url, question)
                 except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON
                     if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
-                        raise UsageError(f"{self._option}: {url} refused: {_error_line(error)}") from None
+                        raise OptionError("url", f": {url} refused: {_error_line(error)}") from None
                     reasons[url] = _error_line(error) if isinstance(error, urllib.error.HTTPError) else f"{error}"
                     with self._lock:
                         self._failed_at[url] = time.monotonic()
         told = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
-        raise UsageError(f"{self._option}: no server answered in {self._tries} tries: {told}")
+        raise OptionError("url", f": no server answered in {self._tries} tries: {told}")
 
     def _in_turn(self) -> list[str]:
         """All of them, beginning with the next; those that failed lately come last."""

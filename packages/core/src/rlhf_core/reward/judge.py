@@ -22,7 +22,7 @@ from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.chats import format_dialogue
 from rlhf_core.data.images import has_images
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.reward.http import Replicas
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Judge"]
 
-OPTION = "--reward.url"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 INSTRUCTION = (
     "Grade how helpful, correct and clear the answer to the prompt is, from {low} to {high}.\n\n"
@@ -80,7 +79,7 @@ class Judge(Reward):
         found = [self._read(reply) for reply in replies]
         if self.fallback is None and None in found:
             raise UsageError(
-                f"--reward judge: no grade from {self.low:g} to {self.high:g} in {replies[found.index(None)]!r}"
+                f"reward judge: no grade from {self.low:g} to {self.high:g} in {replies[found.index(None)]!r}"
             )
         return RewardOutput(
             rewards_N=torch.tensor([self.fallback if grade is None else grade for grade in found]),
@@ -90,7 +89,9 @@ class Judge(Reward):
     def _question(self, rollouts: Rollouts, row: int) -> str:
         prompt = rollouts.meta[row].get("prompt", rollouts.prompts[row])
         if has_images(prompt):
-            raise UsageError("--reward judge sends texts alone, and a prompt has images: use --reward func or remote")
+            raise UsageError(
+                f"reward judge sends texts alone, and a prompt has images: use {run_option('reward', 'func')} or remote"
+            )
         filled = {
             "prompt": prompt if isinstance(prompt, str) else format_dialogue(prompt).strip(),
             "completion": rollouts.texts[row],
@@ -114,7 +115,7 @@ class _Grades:
 
     def __init__(self, judge: Judge) -> None:
         self._model, self._file = judge.model, judge.cache_file
-        self._replicas = Replicas(judge.url, OPTION, reveal(judge.token), judge.timeout, judge.tries)
+        self._replicas = Replicas(judge.url, reveal(judge.token), judge.timeout, judge.tries)
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if self._file and Path(self._file).is_file():
@@ -149,7 +150,7 @@ def _content(answer: Any) -> str:
     try:
         return str(answer["choices"][0]["message"]["content"])
     except (KeyError, IndexError, TypeError):
-        raise UsageError(f"{OPTION}: expected an OpenAI chat completion, not {str(answer)[:80]!r}") from None
+        raise OptionError("url", f": expected an OpenAI chat completion, not {str(answer)[:80]!r}") from None
 
 
 @cache

@@ -43,7 +43,7 @@ class Maths(Reward):
     def check(self) -> None:
         """Whether the comparing package is installed."""
         if importlib.util.find_spec("math_verify") is None:
-            raise MissingPackage("--reward math compares with math-verify: pip install 'rlhf-core[math]'")
+            raise MissingPackage("reward math compares with math-verify: pip install 'rlhf-core[math]'")
 
     def close(self) -> None:
         """End the processes; the next call starts them again."""
@@ -55,7 +55,7 @@ class Maths(Reward):
         calls = [(text, str(label), self.where) for text, label in zip(rollouts.texts, rollouts.labels)]
         grades = shared_workers(self.workers, TARGET, ()).map(calls, self.timeout)
         if None in grades:
-            raise DataError(f"--reward math: the label {rollouts.labels[grades.index(None)]!r} has no answer in it")
+            raise DataError(f"reward math: the label {rollouts.labels[grades.index(None)]!r} has no answer in it")
         gave_up = [isinstance(grade, Failure) for grade in grades]
         right, answered = zip(*((0.0, 0.0) if late else grade for grade, late in zip(grades, gave_up)))
         return RewardOutput(

@@ -120,7 +120,7 @@ def _load(reward: RewardModel) -> _LoadedModel:
 
 def _example(prompt: Text, completion: str | None) -> Example:
     if completion is not None:
-        return Example(prompt, (completion,), origin="--reward model")
+        return Example(prompt, (completion,), origin="reward model")
     assert isinstance(prompt, str)
     return Example("", (prompt,))
 
@@ -128,5 +128,5 @@ def _example(prompt: Text, completion: str | None) -> Example:
 def _prompt(meta: Any) -> Any:
     """The prompt as the data had it."""
     if "prompt" not in meta:
-        raise ContractError("--reward model reads meta['prompt'] of each row, which the rollout engine must pass on")
+        raise ContractError("reward model reads meta['prompt'] of each row, which the rollout engine must pass on")
     return meta["prompt"]

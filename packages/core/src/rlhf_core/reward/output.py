@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import ContractError, DataError, NotFiniteReward
+from rlhf_core.errors import ContractError, DataError, NotFiniteReward, advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.nonfinite import row_as_dict
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
 
 __all__ = ["excerpt", "require_labels", "to_reward_output", "without_nan"]
+
+
+LABEL_ADVICE = advice(f"pass {run_option('data.label_key')}", "choose data that has them")
+"""Of errors about rows without labels."""
 
 
 def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
@@ -87,9 +91,7 @@ def require_labels(rollouts: Batch, reward: str) -> None:
     """
     if None in rollouts.labels:
         row = rollouts.labels.index(None)
-        raise DataError(
-            f"--reward {reward} needs labels: pass --data.label-key; there is none for {excerpt(rollouts, row)}"
-        )
+        raise DataError(f"reward {reward} needs labels: {LABEL_ADVICE}; there is none for {excerpt(rollouts, row)}")
 
 
 def excerpt(rollouts: Batch, row: int) -> str:

@@ -35,5 +35,5 @@ def _classifier() -> Any:
     try:
         from profanity_check import predict_prob
     except ImportError:
-        raise MissingPackage("--reward profanity needs a classifier: pip install 'rlhf-core[profanity]'") from None
+        raise MissingPackage("reward profanity needs a classifier: pip install 'rlhf-core[profanity]'") from None
     return predict_prob

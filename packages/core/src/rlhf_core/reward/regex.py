@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.contract.providers import Reward
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -28,7 +28,7 @@ class Regex(Reward):
         try:
             pattern = re.compile(self.pattern, re.DOTALL)
         except re.error as error:
-            raise UsageError(f"--reward.pattern {self.pattern!r} is not a regular expression: {error}") from None
+            raise OptionError("pattern", f"{self.pattern!r} is not a regular expression: {error}") from None
         if self.match == "whole":
             return [float(pattern.fullmatch(text.strip()) is not None) for text in rollouts.texts]
         return [float((pattern.search(text) is None) == (self.match == "none")) for text in rollouts.texts]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rlhf_core.config.value_types import Secret, reveal
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 from rlhf_core.lazy import torch
 from rlhf_core.reward.calls import Answer, answer_of
 from rlhf_core.reward.http import Replicas
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
 
 __all__ = ["Remote"]
-
-OPTION = "--reward.url"
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Remote(Reward):
 @cache
 def _replicas(reward: Remote) -> Replicas:
     """The servers of this process, which remember who failed."""
-    return Replicas(reward.url, OPTION, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
+    return Replicas(reward.url, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
 
 
 def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
@@ -89,8 +87,8 @@ def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
     }
     raw = replicas.ask(question)
     if isinstance(raw, dict) and raw.get("ids", ids) != ids:
-        raise UsageError(f"{OPTION}: a server answered for samples {raw['ids']}, but was asked for {ids}")
+        raise OptionError("url", f": a server answered for samples {raw['ids']}, but was asked for {ids}")
     try:
         return answer_of(raw, len(ids))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{OPTION}: a server {error}") from None
+        raise OptionError("url", f": a server {error}") from None

@@ -39,5 +39,5 @@ def _analyser() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise MissingPackage("--reward sentiment needs a lexicon: pip install 'rlhf-core[sentiment]'") from None
+        raise MissingPackage("reward sentiment needs a lexicon: pip install 'rlhf-core[sentiment]'") from None
     return SentimentIntensityAnalyzer()

@@ -7,14 +7,15 @@ Each part is logged under its own name. From Python, a few lines of `__call__` d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.provider_spec import make_from_spec
+from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, options_under
 from rlhf_core.reward.output import to_reward_output
 
 if TYPE_CHECKING:
@@ -33,31 +34,37 @@ class Sum(Reward):
     """rewards by name, each with its options: "length target=40" """
     weights: tuple[float, ...] = ()
     """of the parts, in their order; all 1 where absent"""
+    path: str = field(default="", metadata=INTERNAL)
+    """the option of another provider that holds the only part, for messages"""
 
     def check(self) -> None:
         """Make the parts, and let each say what it misses."""
         if self.weights and len(self.weights) != len(self.parts):
-            raise UsageError(f"--reward.weights has {len(self.weights)} numbers for the {len(self.parts)} parts")
-        for part in self.parts:
-            provider = make_from_spec("reward", part, "--reward.parts")
+            raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
+        for path, provider in self._providers():
             if hasattr(provider, "check"):
-                provider.check()
+                with options_under(path):
+                    provider.check()
 
     def close(self) -> None:
         """Free what the parts hold."""
-        for part in self.parts:
-            provider = make_from_spec("reward", part, "--reward.parts")
+        for _, provider in self._providers():
             if hasattr(provider, "close"):
                 provider.close()
+
+    def _providers(self) -> Iterator[tuple[str, Any]]:
+        """Each part with the path of its options."""
+        for number, part in enumerate(self.parts):
+            path = self.path or f"parts[{number}]"
+            yield path, make_from_spec("reward", part, path)
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.check()
         weights = self.weights or (1.0,) * len(self.parts)
-        providers = [
-            (name, make_from_spec("reward", part, "--reward.parts"))
-            for name, part in zip(_names(self.parts), self.parts)
-        ]
-        outputs = [(name, to_reward_output(provider(rollouts), rollouts, provider)) for name, provider in providers]
+        outputs = []
+        for name, (path, provider) in zip(_names(self.parts), self._providers(), strict=True):
+            with options_under(path):
+                outputs.append((name, to_reward_output(provider(rollouts), rollouts, provider)))
         metrics: dict[str, Tensor] = {}
         for name, output in outputs:
             metrics |= {name: output.rewards_N, **{f"{name}/{key}": value for key, value in output.metrics.items()}}

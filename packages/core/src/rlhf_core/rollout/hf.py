@@ -13,7 +13,7 @@ from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.providers import Rollout
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -121,5 +121,5 @@ def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:
     if window is not None and longest + room > window:
         raise UsageError(
             f"a prompt of {longest} tokens and {room} new ones exceed the {window} positions of the "
-            f"model; lower --max-prompt-tokens or --sampling.max-new-tokens"
+            f"model; lower {run_option('max_prompt_tokens')} or {run_option('sampling.max_new_tokens')}"
         )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.errors import RunStopped, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.models.inputs.images import Images, stack_images
 from rlhf_core.models.inputs.vision import Vision
@@ -226,7 +226,8 @@ def _supported_arguments(forward: Callable[..., Any], optional: Collection[str])
     parameters = inspect.signature(forward).parameters
     if "cache_params" in parameters:
         raise UsageError(
-            "this purely recurrent model keeps its state in a way that --rollout hf cannot fill; use another"
+            f"this purely recurrent model keeps its state in a way that {run_option('rollout', 'hf')} cannot "
+            "fill; use another"
         )
     passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return frozenset(name for name in optional if passes_on or name in parameters)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.builder import construct, split_sections
-from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags
+from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags, with_spelling
 from rlhf_core.config.schema import Schema, Section, build_schema, flag, option_fields, provider_sections
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import RunConfig
-from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.errors import ContractError, UsageError, options_under, spell_options
+from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.run.no_training import NoTraining, open_untrained
 
@@ -39,13 +40,22 @@ class CommandRun:
     """the chosen provider of each kind"""
     sections: Mapping[str, Any] = field(default_factory=dict)
     """roles' options and providers, as a RunConfig holds them"""
+    option_names: OptionNames = OptionNames()
+    """how the user writes options, for messages"""
 
     @property
     def config(self) -> RunConfig:
         own = {each.name for each in option_fields(type(self.command))}
         shared = {each.name for each in dataclasses.fields(RunConfig)} & own
         values = {name: getattr(self.command, name) for name in shared}
-        return RunConfig(NoTraining(), **{"names": self.names, "roles": {}, "providers": {}, **self.sections, **values})
+        values |= {
+            "names": self.names,
+            "roles": {},
+            "providers": {},
+            **self.sections,
+            "option_names": self.option_names,
+        }
+        return RunConfig(NoTraining(), **values)
 
     def open_run(self, config: RunConfig | None = None) -> AbstractContextManager[Run]:
         return open_untrained(self.config if config is None else config, self.registry)
@@ -76,8 +86,8 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
                 raise UsageError(f"{name} needs {option.path.upper()}, {option.doc}: {usage}")
         for kind, usual in cls.defaults.items():
             if usual is not None and not schema.names[kind]:
-                raise UsageError(f"{name} needs --{kind} NAME; see rlhf-run plugins --kind {kind}")
-    return schema, settings
+                raise UsageError(f"{name} needs {flag(kind)} NAME; see rlhf-run plugins --kind {kind}")
+    return with_spelling(schema, "flags", flags=frozenset(settings)), settings
 
 
 def run_command(words: Sequence[str], registry: Registry) -> int:
@@ -86,10 +96,13 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
     made = construct(schema, settings)
     names = {kind: name for kind, name in schema.names.items() if name and kind != "command"}
     command: Command = made[""]
-    context = CommandRun(registry, command, {"algorithm": words[0], **names}, split_sections(schema, made))
+    sections, spelling = split_sections(schema, made), schema.option_names
+    context = CommandRun(registry, command, {"algorithm": words[0], **names}, sections, spelling)
     try:
-        command.check()
-        code: Any = command(context)
+        with spell_options(spelling):
+            with options_under("/"):
+                command.check()
+            code: Any = command(context)
     except Exception as error:
         note_provider(error, registry, context.config if command.defaults else None)
         raise

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.plan import DATA
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, options_under
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -40,7 +40,8 @@ class RunData:
     @cached_property
     def rows(self) -> Iterable[Example]:
         """The training rows."""
-        rows: Iterable[Example] = self.plan.config.providers["data"]("train")
+        with options_under("/data"):
+            rows: Iterable[Example] = self.plan.config.providers["data"]("train")
         return rows
 
     def stream(self, world: World) -> Prefetcher:
@@ -56,7 +57,8 @@ class RunData:
         Raises:
             UsageError: there are none, or fewer than ranks.
         """
-        rows = list(self.plan.config.providers["data"]("heldout"))
+        with options_under("/data"):
+            rows = list(self.plan.config.providers["data"]("heldout"))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
         if len(rows[:most]) < world.size:

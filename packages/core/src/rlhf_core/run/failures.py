@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped
+from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped, run_option, text_of
 from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.training.determinism import REFUSED
 from rlhf_core.training.nonfinite import keep_samples
@@ -32,12 +32,20 @@ FULL = re.compile(
 )
 """How libraries that hide the operating system's error say it."""
 
-SMALLER_BATCHES = "lower --micro-tokens or --chunk, or add --on-oom halve (results stay the same in all three)"
+SMALLER_BATCHES = (
+    f"lower {run_option('micro_tokens')} or {run_option('chunk')}, or add {run_option('on_oom', 'halve')} "
+    "(results stay the "
+    "same in all three)"
+)
 LESS_MEMORY = {
-    "rollout": "lower --sampling.max-new-tokens, --sampling.n or --batch-size",
+    "rollout": f"lower {run_option('sampling.max_new_tokens')}, {run_option('sampling.n')} or "
+    f"{run_option('batch_size')}",
     "train": SMALLER_BATCHES,
     "needs": SMALLER_BATCHES,
-    "checkpoint": "leave out --save-async, lower --micro-tokens or choose a smaller --model",
+    "checkpoint": (
+        f"leave out {run_option('save_async')}, lower {run_option('micro_tokens')} or choose a smaller "
+        f"{run_option('model')}"
+    ),
 }
 """Three things that would help, by phase."""
 
@@ -75,13 +83,12 @@ def translate_failures(run: Progress) -> Iterator[None]:
         if _is_full(error):
             raise RunStopped(
                 f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; free "
-                "some, then continue with --resume (--keep 1 needs the least)"
+                f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
             ) from error
         if is_out_of_memory(error):
             wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
-            advice = LESS_MEMORY.get(
-                run.meter.doing, "lower --micro-tokens or --batch-size, or choose a smaller --model"
-            )
+            batches = f"{run_option('micro_tokens')} or {run_option('batch_size')}"
+            advice = LESS_MEMORY.get(run.meter.doing, f"lower {batches}, or choose a smaller {run_option('model')}")
             raise RunStopped(
                 f"out of memory in phase {run.meter.doing!r} of step {run.step + 1}{wanted}; "
                 f"{_newest_checkpoint(run)}; {advice}"
@@ -89,7 +96,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
         if REFUSED in str(error):
             raise RunStopped(
                 f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.meter.doing}, step {run.step + 1}); leave "
-                "--deterministic out, or what needs it (docs/reliability.md names some)"
+                f"{run_option('deterministic')} out, or what needs it (docs/reliability.md names some)"
             ) from error
         raise
 
@@ -99,9 +106,8 @@ def _not_finite(run: Progress, error: NotFinite) -> str:
     path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
     advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
-    return (
-        f"step {run.step + 1}: {error}; {saved}; {_newest_checkpoint(run)}; {advice}, or go on with --on-nonfinite skip"
-    )
+    skip = run_option("on_nonfinite", "skip")
+    return f"step {run.step + 1}: {text_of(error)}; {saved}; {_newest_checkpoint(run)}; {advice}, or go on with {skip}"
 
 
 def _newest_checkpoint(run: Progress) -> str:
@@ -109,7 +115,11 @@ def _newest_checkpoint(run: Progress) -> str:
     from rlhf_core.checkpoint import valid_checkpoints
 
     found = valid_checkpoints(run.output)
-    return f"the newest checkpoint is {found[-1].name}" if found else "there is no checkpoint yet (--save-every)"
+    return (
+        f"the newest checkpoint is {found[-1].name}"
+        if found
+        else f"there is no checkpoint yet ({run_option('save_every')})"
+    )
 
 
 def _is_full(error: BaseException) -> bool:

@@ -7,7 +7,6 @@ trained on leaves no trace.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import ScoredRollouts
-from rlhf_core.errors import NotFiniteReward
+from rlhf_core.errors import NotFiniteReward, options_under
 from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
@@ -25,6 +24,7 @@ from rlhf_core.training.nonfinite import SKIP, keep_samples
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,7 +128,7 @@ class Iteration:
 
     def draw(self) -> DrawnRows:
         """Return the next rows of data, made ready while earlier steps were at work."""
-        with self.meter.phase("data"):
+        with self.meter.phase("data"), options_under("/data"):
             drawn = next(self.run.stream)
         self.position = self.run.stream.state_dict()
         return drawn
@@ -189,16 +189,15 @@ class Iteration:
         """
         reward = self.run.reward
         with self.meter.phase("reward"):
-            raw = reward(rollouts)
+            with options_under("/reward"):
+                raw = reward(rollouts)
             try:
                 return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward))
             except NotFiniteReward as error:
                 if self.config.on_nonfinite == "stop":
                     raise
                 path = keep_samples(self.run.output, self.step, error)
-                print(
-                    f"rlhf-run: step {self.step} is skipped: {error}; all such samples are in {path}", file=sys.stderr
-                )
+                log.warning(f"step {self.step} is skipped: {error}; all such samples are in {path}")
                 return ScoredRollouts(rollouts, to_reward_output(without_nan(raw), rollouts, reward), failed=True)
 
     def prefix(self, source: str, what: str) -> str:

@@ -5,12 +5,12 @@ Each part is entered into one `ExitStack` as soon as it exists, so that an error
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint import prepare_output
+from rlhf_core.errors import options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
@@ -18,6 +18,7 @@ from rlhf_core.run.publishing import check_hub
 from rlhf_core.training.credit import check_rows
 from rlhf_core.training.reference_cache import cache_frozen_roles
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.checkpoint.background import Background
@@ -34,19 +35,22 @@ def check(plan: Plan) -> None:
     Raises:
         UsageError: a package, a key or a file is missing, or roles do not fit together.
     """
-    for _, provider in _providers(plan.config):
-        if hasattr(provider, "check"):
-            provider.check()
-    check_vocabularies(plan)
-    check_hub(plan.config)
+    with spell_options(plan.config.option_names):
+        for path, provider in plan.config.provider_paths():
+            if hasattr(provider, "check"):
+                with options_under(path):
+                    provider.check()
+        check_vocabularies(plan)
+        check_hub(plan.config)
 
 
 @contextmanager
 def open_run(run: Run) -> Iterator[Run]:
     """Check providers and rows, place roles, restore a checkpoint and call observers; close everything at the end."""
     check(run.plan)
-    check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
-    check_messages(run.config, run.data)
+    with options_under("/data"):
+        check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
+        check_messages(run.config, run.data)
     prepare_output(run.config)
     with ExitStack() as stack:
         stack.enter_context(place_roles(run))
@@ -64,7 +68,8 @@ def place_roles(run: Run) -> Iterator[Run]:
     """Place the roles; at the end free them and what providers hold open. Nothing is written, no observer is called."""
     torch.manual_seed(run.config.seed)
     with ExitStack() as stack:
-        run.placed = run.config.providers["launcher"](run.plan)
+        with options_under("/launcher"):
+            run.placed = run.config.providers["launcher"](run.plan)
         stack.callback(run.placed.close)
         run.meter = Meter(run.world)
         for kind, provider in _providers(run.config):
@@ -98,7 +103,7 @@ def _finish_saving(background: Background, error: BaseException | None) -> None:
     except Exception as failed:
         if error is None:
             raise
-        print(f"rlhf-run: the checkpoint that was being written failed too: {failed}", file=sys.stderr)
+        log.error(f"the checkpoint that was being written failed too: {failed}")
 
 
 def _providers(config: RunConfig) -> Iterator[tuple[str, Any]]:

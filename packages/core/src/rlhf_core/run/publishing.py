@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.options import TrainedOptions
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError
 from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_hub(config: RunConfig) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise UsageError(f"--push-to-hub {config.push_to_hub} needs a login: set HF_TOKEN, or run hf auth login")
+        raise OptionError("/push_to_hub", f"{config.push_to_hub} needs a login: set HF_TOKEN, or run hf auth login")
 
 
 def publish(run: RunView) -> None:

@@ -21,7 +21,7 @@ from rlhf_core.contract.options import RunConfig, Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, options_under, run_option, spell_options
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.rollout.episodes import complete
 from rlhf_core.run import lifetime
@@ -37,6 +37,7 @@ from rlhf_core.run.stopping import Stop
 from rlhf_core.training.kl import KLController
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.util.messages import install_console
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -64,8 +65,10 @@ class Run:
     def __init__(self, config: RunConfig, registry: Registry | None = None) -> None:
         from rlhf_core.plugins.registry import Registry
 
+        install_console()
         self.config = config
-        self.plan = make_plan(config)
+        with spell_options(config.option_names):
+            self.plan = make_plan(config)
         self.registry = registry or Registry()
         self.output = Path(config.output)
         self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
@@ -85,7 +88,8 @@ class Run:
 
     def train(self) -> dict[str, float]:
         """Train to the last step, evaluate, save and export; return the last step's metrics."""
-        with translate_failures(self), exit_on_preemption(), self.open():
+        names = self.config.option_names
+        with spell_options(names), translate_failures(self), exit_on_preemption(names), self.open():
             if self.step == 0:
                 self.evaluate()
             with self.signals:
@@ -144,7 +148,8 @@ class Run:
         if self.placed.rollout is not None:
             for name in self.plan.sources:
                 if name != DATA and self.plan.roles[name].trained:
-                    self.log(self.placed.rollout.sync(self.roles[name]) or {})
+                    with options_under("/rollout"):
+                        self.log(self.placed.rollout.sync(self.roles[name]) or {})
 
     def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
         """Close a step: take over the state of its iteration, measure, call observers, and save if it is time."""
@@ -171,8 +176,9 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
         metrics: dict[str, float] = {}
-        for evaluator in self.config.providers.get("evaluator", ()):
-            metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
+        for path, evaluator in self.config.provider_paths("evaluator"):
+            with options_under(path):
+                metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
         if metrics:
             self.state.evaluations.append((self.step, metrics))
             self.notify("rlhf_evaluated", step=self.step, metrics=metrics)
@@ -280,7 +286,7 @@ class Run:
         """The reward provider."""
         reward = self.config.providers.get("reward")
         if reward is None:
-            raise UsageError("an evaluator asks for rewards, but none was chosen; pass --reward NAME")
+            raise UsageError(f"an evaluator asks for rewards, but none was chosen; pass {run_option('reward', 'NAME')}")
         return reward
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -298,8 +304,10 @@ class Run:
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return completions of the role `source`; with an environment, each is an episode."""
         assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
-        return complete(self.config, self.placed.rollout, self.roles[source], prompts, sampling, self.encoder)
+        with options_under("/rollout"):
+            return complete(self.config, self.placed.rollout, self.roles[source], prompts, sampling, self.encoder)
 
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""
-        return to_reward_output(self.reward(rollouts), rollouts, self.reward)
+        with options_under("/reward"):
+            return to_reward_output(self.reward(rollouts), rollouts, self.reward)

@@ -11,12 +11,15 @@ they do in any program.
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from rlhf_core.errors import run_option
+from rlhf_core.option_text import OptionNames
+from rlhf_core.util.messages import log
 
 __all__ = ["EXIT_CODES", "StopSignals", "exit_on_preemption"]
 
@@ -55,18 +58,20 @@ class StopSignals:
         ) in self._previous:  # a second one does what it does in any program, ignored or not where this one began
             signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
-        print(f"rlhf-run: {name}: finishing this step, then saving; again to stop at once", file=sys.stderr, flush=True)
+        log.warning(f"{name}: finishing this step, then saving; again to stop at once")
 
 
 @contextmanager
-def exit_on_preemption() -> Iterator[None]:
-    """While the block runs, and `StopSignals` does not, SIGUSR1 ends the process with its exit code."""
+def exit_on_preemption(names: OptionNames) -> Iterator[None]:
+    """While the block runs, and `StopSignals` does not, SIGUSR1 ends the process with its exit code.
+
+    Args:
+        names: of the user's options, for the message.
+    """
 
     def stop(*_: object) -> None:
-        print(
-            "rlhf-run: SIGUSR1: no step is running, so there is nothing to save; continue with --resume",
-            file=sys.stderr,
-        )
+        go_on = names.render(run_option("resume", True))
+        log.warning(f"SIGUSR1: no step is running, so there is nothing to save; continue with {go_on}")
         raise SystemExit(EXIT_CODES[signal.SIGUSR1])
 
     if threading.current_thread() is not threading.main_thread():

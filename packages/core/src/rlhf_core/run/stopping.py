@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import RunStopped
+from rlhf_core.errors import RunStopped, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
@@ -45,6 +45,9 @@ class Stop:
         """
         self.exit_code = max(world.gather(signals.exit_code))  # of the last save too
         if self.exit_code:
-            raise RunStopped(f"stopped after {done}; continue with --resume --output {output}", self.exit_code)
+            raise RunStopped(
+                f"stopped after {done}; continue with {run_option('resume', True)} {run_option('output', output)}",
+                self.exit_code,
+            )
         if self.alarm:
             raise RunStopped(f"stopped after {done}, which is saved: {self.alarm}")

@@ -14,8 +14,8 @@ from rlhf_core.contract.plan import DATA, CreditSpec, Plan
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric, RewardOutput
 from rlhf_core.contract.roles import Role
-from rlhf_core.contract.terms import Term
-from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.contract.terms import PAIRS_ADVICE, Term
+from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
 from rlhf_core.training.reduction import Means
@@ -41,8 +41,7 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
     _check_alike(terms, pairs=completions > 1)
     if completions == 1 and any(term.unit > 1 for term in terms):
         raise UsageError(
-            "this loss compares pairs, and the data has prompts without a rejected completion: "
-            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+            f"this loss compares pairs, and the data has prompts without a rejected completion: {PAIRS_ADVICE}"
         )
 
 
@@ -52,7 +51,8 @@ def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
     if pairs and alike and len(alike) == len(terms):
         raise UsageError(
             f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
-            "ones; pass --data.completion-key chosen (or the column's name), or an algorithm for pairs"
+            f"ones; pass {run_option('data.completion_key', 'chosen')} (or the column's name), or an algorithm "
+            "for pairs"
         )
 
 

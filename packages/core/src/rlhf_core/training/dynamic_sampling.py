@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from rlhf_core.contract.results import ScoredRollouts
 from rlhf_core.data.stream import DrawnRows
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -117,8 +117,10 @@ def keep_sampling(iteration: PromptSampler, source: str, drawn: DrawnRows, dynam
     if kept < iteration.world.size:
         if iteration.step == 1:
             raise UsageError(
-                f"of {prompts:.0f} prompts none gave completions that --algorithm.dynamic.keep {dynamic.keep} keeps: "
-                "choose other prompts, another reward, a larger --sampling.n, or --algorithm.dynamic.keep all"
+                f"of {prompts:.0f} prompts none gave completions that {run_option('algorithm.dynamic.keep')} "
+                f"{dynamic.keep} keeps: "
+                f"choose other prompts, another reward, a larger {run_option('sampling.n')}, or "
+                f"{run_option('algorithm.dynamic.keep', 'all')}"
             )
         rounds = [scored]
     return replace(_share_evenly(rounds, iteration.world), failed=failed)

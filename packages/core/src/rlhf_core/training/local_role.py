@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from rlhf_core.contract.plan import Plan, RoleSpec
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.requirements import place, shape_of, split_output
 from rlhf_core.contract.roles import Trainable
-from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.errors import ContractError, OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.determinism import be_deterministic
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, minibatches
@@ -25,6 +24,7 @@ from rlhf_core.training.optimizer_step import OptimizerStep
 from rlhf_core.training.reduction import Means
 from rlhf_core.training.shared_forward import ForwardCache
 from rlhf_core.training.token_budget import TokenBudget, release_memory
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,14 +62,15 @@ class LocalRole:
         strategy: Strategy = config.providers["strategy"]
         optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
         check_second_order(strategy, config.names.get("strategy", ""), optim)
-        self.trainable = strategy(build, optim, plan.optimiser_steps(name))
+        with options_under("/strategy"):
+            self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
         self.budget = TokenBudget(config, name, self.world)
         self._check_and_tell()
-        for option, chosen in (("on-oom", config.on_oom), ("on-nonfinite", config.on_nonfinite)):
+        for name, chosen in (("on_oom", config.on_oom), ("on_nonfinite", config.on_nonfinite)):
             if optim is not None and chosen != "stop" and not self.trainable.discards:
-                strategy_name = config.names.get("strategy", "")
-                raise UsageError(f"--strategy {strategy_name} cannot take a step back; leave out --{option} {chosen}")
+                strategy_name, leave_out = config.names.get("strategy", ""), run_option(name, chosen)
+                raise UsageError(f"strategy {strategy_name!r} cannot take a step back; leave out {leave_out}")
 
     @property
     def module(self) -> Any:
@@ -102,22 +103,24 @@ class LocalRole:
         if self.world.rank == 0 and (frozen or getattr(self.module, "adapters", None) is not None):
             from rlhf_core.models.freezing import trained_share
 
-            print(f"rlhf-run: the {self.name} trains {trained_share(self.module)}", file=sys.stderr)
+            log.info(f"the {self.name} trains {trained_share(self.module)}")
 
     def _shard_average(self) -> None:
         """Let a moving average begin at the weights as the strategy has sharded them."""
         strategy = self.plan.config.names.get("strategy", "")
         if self.average is not None:
             if not self.average.follows(self.module):
-                raise UsageError(
-                    f"--{self.name}.ema {self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
-                    "an average must follow them; leave it out, or choose a strategy that holds them (torch, fsdp2)"
+                raise OptionError(
+                    f"/{self.name}.ema",
+                    f"{self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
+                    "an average must follow them; leave it out, or choose a strategy that holds them (torch, fsdp2)",
                 )
             self.average.begin(self.module)
         if self.plan.config.on_oom == "halve" and self.world.size > 1:
             raise UsageError(
-                f"--on-oom halve: ranks of strategy {strategy!r} wait for each other inside a forward pass, and one without "
-                "memory would stop all; leave it out, and lower --micro-tokens"
+                f"{run_option('on_oom', 'halve')}: ranks of strategy {strategy!r} wait for each other inside a "
+                "forward pass, and one without "
+                f"memory would stop all; leave it out, and lower {run_option('micro_tokens')}"
             )
 
     def bind_comparisons(self, roles: Mapping[str, LocalRole]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.requirements import rest_of, shape_of
+from rlhf_core.contract.terms import PAIRS_ADVICE
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -49,7 +50,7 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float
     if len(batch) % rows_per_unit:
         raise UsageError(
             f"the loss compares {rows_per_unit} completions of each prompt, and the data has prompts with another number: "
-            "use data with the columns chosen and rejected (or say which with --data.chosen-key, --data.rejected-key)"
+            f"{PAIRS_ADVICE}"
         )
     lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
     order_U = torch.argsort(lengths_U, descending=True, stable=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.optimizers import OptimizerProvider
-from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def check_second_order(strategy: Any, name: str, optim: OptimizerProvider | None
     """
     if optim is not None and (optim.observes or optim.closure) and not getattr(strategy, "second_order", False):
         raise UsageError(
-            f"the optimizer {type(optim).__name__} reads more than the gradient of a step, which --strategy {name} does not "
-            "give it; use --strategy torch, or another optimizer"
+            f"the optimizer {type(optim).__name__} reads more than the gradient of a step, which strategy {name} does not "
+            f"give it; use {run_option('strategy', 'torch')}, or another optimizer"
         )
 
 

@@ -7,7 +7,6 @@ one update.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, lcm
@@ -29,6 +28,7 @@ from rlhf_core.training.observation import Evaluation, Observation
 from rlhf_core.training.reduction import Means, count, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
 from rlhf_core.training.token_budget import TokenBudget, release_memory
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ class OptimizerStep:
             self.trainable.discard()  # checked at the start
             step = round(next(iter(work.values())).scalars.get("step", 0))
             path = keep_samples(config.output, step, error)
-            print(f"rlhf-run: step {step} goes without an update: {error}; samples are in {path}", file=sys.stderr)
+            log.warning(f"step {step} goes without an update: {error}; samples are in {path}")
         means.add_sum(f"skipped/{self.name}", 1.0)
 
     def _update(self, work: Mapping[str, Batch], means: Means) -> None:

@@ -14,7 +14,7 @@ from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptio
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
 from rlhf_core.contract.requirements import LANGUAGE, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.training.output_table import OutputTable
 
 __all__ = ["make_plan"]
@@ -33,9 +33,11 @@ def make_plan(config: RunConfig) -> Plan:
         providers=config.providers,
     )
     if config.minibatches > config.batch_size:
-        raise UsageError(
-            f"--minibatches {config.minibatches} is more than the {config.batch_size} rows of --batch-size; lower the one or "
-            "raise the other"
+        raise OptionError(
+            "/minibatches",
+            f"{config.minibatches} is more than the {config.batch_size} rows of {run_option('batch_size')}; "
+            "lower the one or "
+            "raise the other",
         )
     terms = config.algorithm(choices)
     kl = getattr(config.algorithm, "kl", None)
@@ -54,7 +56,7 @@ def make_plan(config: RunConfig) -> Plan:
             raise UsageError(
                 f"the loss {type(term.loss).__qualname__} compares whole distributions of {term.role} and "
                 f"{', '.join(sorted(term.partners))}, which the launcher {type(launcher).__qualname__} puts into different "
-                "processes; use --launcher local"
+                f"processes; use {run_option('launcher', 'local')}"
             )
     also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
@@ -145,8 +147,10 @@ def _roles(
     given = [term.role for _, term in keyed if term.source == DATA and term.outputs & LANGUAGE]
     if given and temperature != 1:
         raise UsageError(
-            f"the {given[0]} learns samples at --sampling.temperature {temperature:g}, and the data's completions at 1; pass "
-            "--sampling.temperature 1, or no option that learns from data too (ptx, say): a role has one temperature"
+            f"the {given[0]} learns samples at {run_option('sampling.temperature')} {temperature:g}, and the "
+            "data's completions at 1; pass "
+            f"{run_option('sampling.temperature', 1)}, or no option that learns from data too (ptx, say): a "
+            "role has one temperature"
         )
     return {
         name: RoleSpec(

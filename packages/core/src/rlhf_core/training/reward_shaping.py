@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.running_moments import Moments
 
@@ -60,7 +60,8 @@ class RewardShaping:
         """`rewards` with `rewards_N` shaped; `seen` are those of the run so far, and take these in."""
         if self.overlong_buffer > max_new_tokens:
             raise UsageError(
-                f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of --sampling.max-new-tokens"
+                f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of "
+                f"{run_option('sampling.max_new_tokens')}"
             )
         shaped_N = self._normalise(rewards.rewards_N, rollouts, seen or Moments())
         if self.overlong_buffer:

@@ -8,12 +8,12 @@ ranks, which would have to agree in the middle of a step in which some of them w
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
@@ -31,11 +31,14 @@ class TokenBudget:
 
     def __init__(self, config: RunConfig, role: str, world: World) -> None:
         self.tokens = config.micro_tokens
-        self._role = role
+        self._role, self._names = role, config.option_names
         self._may_halve = config.on_oom == "halve"
         self._cells = self._units = 0
         if self._may_halve and world.size > 1:
-            raise UsageError(f"--on-oom halve works in one process, not {world.size}; lower --micro-tokens instead")
+            raise UsageError(
+                f"{run_option('on_oom', 'halve')} works in one process, not {world.size}; lower "
+                f"{run_option('micro_tokens')} instead"
+            )
 
     def record_attempt(self, micro: Batch, unit: int = 1) -> None:
         """A micro-batch is about to be used."""
@@ -47,11 +50,11 @@ class TokenBudget:
         if not self._may_halve or self._units < 2 or not is_out_of_memory(error):
             return False
         self.tokens = self._cells // 2
-        print(
-            f"rlhf-run: role {self._role!r} ran out of memory with {self._cells} tokens at a time; going on with "
-            f"{self.tokens} (--micro-tokens {self.tokens} would begin with that)",
-            file=sys.stderr,
+        message = (
+            f"role {self._role!r} ran out of memory with {self._cells} tokens at a time; going on with "
+            f"{self.tokens} ({run_option('micro_tokens', self.tokens)} would begin with that)"
         )
+        log.warning(self._names.render(message))
         return True
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 __all__ = [
     "check_links",
@@ -126,4 +126,6 @@ def check_links(folder: Path) -> None:
             written += [Path(at, name) for at, folders, files in os.walk(own) for name in (*folders, *files)]
     for path in written:
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise UsageError(f"{path} is a link that leads out of {folder}; remove it, or name another --output")
+            raise UsageError(
+                f"{path} is a link that leads out of {folder}; remove it, or name another {run_option('output')}"
+            )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,9 @@ def check_router(model: Any, role: str) -> None:
     """
     records = getattr(model.base_model, "_can_record_outputs", None) or {}
     if _function(model) is None or "router_logits" not in records:
-        raise UsageError(f"--{role}.router-aux-coef: {type(model).__name__} has no auxiliary router loss; leave it out")
+        raise OptionError(
+            f"/{role}.router_aux_coef", f"{type(model).__name__} has no auxiliary router loss; leave it out"
+        )
 
 
 def _function(model: Any) -> Any:

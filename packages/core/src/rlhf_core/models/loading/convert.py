@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import os
 import struct
-import sys
 import tempfile
 from contextlib import redirect_stderr
 from io import StringIO
@@ -21,6 +20,7 @@ from typing import Any
 
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.util.atomic_files import fsync_tree
+from rlhf_core.util.messages import progress
 
 __all__ = ["convert_gguf"]
 
@@ -62,7 +62,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     from rlhf_core.lazy import torch
 
-    print(f"converting {file.name} to {folder.parent}, once", file=sys.stderr)
+    progress.info(f"converting {file.name} to {folder.parent}, once")
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with redirect_stderr(StringIO()):  # its progress bar has no switch

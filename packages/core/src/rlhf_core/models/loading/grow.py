@@ -8,13 +8,13 @@ process, which keeps a policy and its reference alike.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +32,10 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UsageError(f"--add-tokens {file}: {reason}; it is a text file with one token a line") from None
+        raise OptionError("/add_tokens", f"{file}: {reason}; it is a text file with one token a line") from None
     tokens = [line for line in dict.fromkeys(lines) if line]
     if not tokens:
-        raise UsageError(f"--add-tokens {file} has no tokens; write one a line")
+        raise OptionError("/add_tokens", f"{file} has no tokens; write one a line")
     tokenizer.add_tokens(tokens)
 
 
@@ -55,6 +55,4 @@ def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     if getattr(head, "bias", None) is not None:
         head.bias[before:] = head.bias[:before].float().mean()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"rlhf-run: {name} has {model.new_tokens} new tokens, whose embeddings begin at the mean", file=sys.stderr
-        )
+        log.info(f"{name} has {model.new_tokens} new tokens, whose embeddings begin at the mean")

@@ -12,7 +12,6 @@ Left out on purpose: checkpoints that are quantised already, and sharding over d
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.optional_imports import quiet_bitsandbytes
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.models.loading.transformers_calls import loadable_path, read_config, silence, translate_errors
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -154,7 +154,7 @@ def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: M
 def _attention(name: str, config: PretrainedConfig, options: ModelOptions) -> str:
     """The attention to use: sdpa has no cap on attention logits, and transformers leaves it out without a word."""
     if options.attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        print(f"rlhf-run: {name} caps attention logits, which sdpa cannot: it computes with eager", file=sys.stderr)
+        log.info(f"{name} caps attention logits, which sdpa cannot: it computes with eager")
         return "eager"
     return options.attention
 

@@ -58,10 +58,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
         UsageError: the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise UsageError(
-            "the model's tokenizer has no chat template: pass --data.encoding.template-file FILE with one, "
-            "or use an instruction-tuned model"
-        )
+        raise UsageError("the model's tokenizer has no chat template: use an instruction-tuned model")
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -32,8 +32,8 @@ def check_vocabularies(plan: Plan) -> None:
         if found != expected:
             raise UsageError(
                 f"the {spec.name}, {spec.options.model!r}, has another vocabulary ({len(found)} tokens) than the {first.name}, "
-                f"{first.options.model!r} ({len(expected)}), whose token ids it is to read; pass --{spec.name}.model of the "
-                "same family"
+                f"{first.options.model!r} ({len(expected)}), whose token ids it is to read; pass "
+                f"{run_option(f'{spec.name}.model')} of the same family"
             )
 
 

@@ -1,0 +1,60 @@
+"""Messages of a run, through `logging`: the logger `rlhf`, and a handler that writes them to the console.
+
+A handler is installed by the command line, and by a run that finds none. From Python, this silences all but errors:
+
+    logging.getLogger("rlhf").setLevel(logging.ERROR)
+
+A handler of the caller, on `rlhf` or on the root logger, receives the messages in place of the console.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["PREFIX", "console", "console_messages", "install_console", "log", "progress"]
+
+PREFIX = "rlhf-run: "
+"""What an event begins with on the console."""
+log = logging.getLogger("rlhf")
+"""Events: `rlhf-run: …` on the console."""
+progress = logging.getLogger("rlhf.progress")
+"""The lines of a run that goes well: its head, its steps, its result; they stand on the console as they are."""
+
+
+class _Console(logging.Handler):
+    """Writes to the standard error of the moment, so that whoever redirects it gets the messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            prefix = "" if record.name == progress.name else PREFIX
+            print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+console = _Console()
+"""The handler that writes to the console."""
+
+
+def install_console() -> None:
+    """Write messages to the console, unless a handler of `rlhf` or of the root logger takes them."""
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(console)
+
+
+@contextmanager
+def console_messages() -> Iterator[None]:
+    """Write messages to the console, once, whatever handlers a library adds: for a process of the command line."""
+    before = (log.level, log.propagate, list(log.handlers))
+    log.setLevel(logging.INFO)
+    log.propagate, log.handlers = False, [console]
+    try:
+        yield
+    finally:
+        log.setLevel(before[0])
+        log.propagate, log.handlers = before[1:]
