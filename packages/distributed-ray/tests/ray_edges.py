@@ -26,7 +26,7 @@ class Few(Advantage):
     selects: ClassVar[str] = "rows"
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, torch.Tensor]) -> Credit:
-        keep = 0 if rollouts.scalars["step"] == 2 else self.prompts
+        keep = 0 if rollouts.step.number == 2 else self.prompts
         rows = (rollouts.group_N < keep).nonzero().flatten()
         return Credit(torch.where(rollouts.mask_NT, rewards.rewards_N[:, None] + 0.5, 0.0), rows=rows)
 
@@ -40,4 +40,4 @@ class Broken(Loss):
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
-        return LossTerms(values_NT * math.nan if batch.scalars["step"] == 2 else values_NT, Reduction("token"))
+        return LossTerms(values_NT * math.nan if batch.step.number == 2 else values_NT, Reduction("token"))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_distributed_ray.transport import COLUMNS, Shipper, sources_of, split_groups, unpack
 from rlhf_distributed_ray.worker import buckets, from_array
@@ -37,12 +37,12 @@ def test_packed_rows_are_the_batchs_rows_without_texts_labels_or_other_extras() 
     batch.extras["a_NT"] = values_like(batch)
     ship, store = shipper()
     columns, (extra,) = store[ship.columns(batch)], ship.extras(batch, ["a_NT"])
-    part = unpack(columns, [2, 0], {"a_NT": store[extra][""]}, {"kl_coef": 0.5})
+    part = unpack(columns, [2, 0], {"a_NT": store[extra][""]}, StepInfo(3, kl_coef=0.5))
     direct = batch.rows([2, 0])
     for name in ("prompt_NL", "tokens_NT", "mask_NT", "lengths_N", "group_N"):
         assert torch.equal(getattr(part, name), getattr(direct, name))
     assert torch.equal(part["a_NT"], direct["a_NT"])
-    assert part.texts == ["", ""] and "secret_N" not in part and part.scalars["kl_coef"] == 0.5
+    assert part.texts == ["", ""] and "secret_N" not in part and part.step == StepInfo(3, kl_coef=0.5)
 
 
 def test_images_go_with_their_rows_and_those_of_one_prompt_cross_once() -> None:

@@ -12,8 +12,6 @@ from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 __all__ = ["FLOOR", "Target", "anneal"]
@@ -41,20 +39,20 @@ class Target:
     def __post_init__(self) -> None:
         _same_sign("beta", self.beta, self.start_beta)
 
-    def log_potential(self, rewards_N: Tensor, scalars: Mapping[str, float]) -> Tensor:
-        """log phi of every completion, float64. `scalars["progress"]` is read if beta is annealed."""
+    def log_potential(self, rewards_N: Tensor, progress: float) -> Tensor:
+        """log phi of every completion, float64. `progress`, 0..1 of the run, is read if beta is annealed."""
         rewards_N = rewards_N.double()
         if self.reward_cap is not None:
             rewards_N = rewards_N.clamp(max=self.reward_cap)
         if self.potential == "indicator":
             return ((rewards_N < self.threshold).double() + FLOOR).log()
         score_N = rewards_N if self.potential == "reward" else -torch.nn.functional.softplus(rewards_N)
-        return anneal(self.start_beta, self.beta, scalars) * score_N
+        return anneal(self.start_beta, self.beta, progress) * score_N
 
 
-def anneal(start: float | None, end: float, scalars: Mapping[str, float]) -> float:
+def anneal(start: float | None, end: float, progress: float) -> float:
     """`end`, or its geometric interpolation from `start` at this point of the run."""
-    return end if start is None else float(start * (end / start) ** scalars["progress"])
+    return end if start is None else float(start * (end / start) ** progress)
 
 
 def _same_sign(name: str, end: float, start: float | None) -> None:

@@ -28,6 +28,7 @@ from rlhf_algos.advantage.reinforce_pp_baseline import ReinforcePPBaselineAdvant
 from rlhf_algos.advantage.rloo import RLOOAdvantage
 from rlhf_algos.advantage.teacher import TeacherAdvantage
 from rlhf_algos.returns import discounted_returns, scan
+from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import Credit, Metric, RewardOutput
 from rlhf_core.errors import UsageError
@@ -258,7 +259,7 @@ def test_comparing_needs_someone_to_compare_with(advantage):
 def judged(advantage: KTOAdvantage, labels: list[object], progress: float = 0.5) -> Credit:
     """Log-ratios of 2, 1, -4 and 3 nats over two tokens each."""
     rollouts = make_batch([2] * 4)
-    rollouts.labels, rollouts.scalars["progress"] = labels, progress
+    rollouts.labels, rollouts.step = labels, StepInfo(progress=progress)
     logprobs_NT = torch.tensor([[1.0, 1.0], [0.5, 0.5], [-1.0, -3.0], [3.0, 0.0]]) - 7
     extras = {"actor.logprobs_NT": logprobs_NT, "ref_logprobs_NT": torch.full((4, 2), -7.0)}
     return advantage(RewardOutput(torch.zeros(4)), rollouts, extras)

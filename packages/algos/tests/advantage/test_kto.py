@@ -13,7 +13,7 @@ import torch
 
 from rlhf_algos.advantage.kto import KTOAdvantage, add_mismatched_rows
 from rlhf_core import Run, make_config
-from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
@@ -41,7 +41,7 @@ def rows(pairs: bool = False) -> Batch:
     """Four rows of different lengths, each judged; or two pairs."""
     batch = make_batch([3, 1, 2, 4], [2, 4, 1, 3], [0, 0, 1, 1] if pairs else [0, 1, 2, 3])
     batch.labels = [None] * 4 if pairs else [True, False, True, False]
-    batch.scalars["progress"] = 0.5
+    batch.step = StepInfo(progress=0.5)
     return batch
 
 

@@ -13,6 +13,7 @@ from rlhf_algos import plugin
 from rlhf_algos.loss.delay import DelayedLoss
 from rlhf_core import Run
 from rlhf_core.config.builder import make_config
+from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.options import KL
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.terms import Term
@@ -257,7 +258,7 @@ def test_penalty_and_entropy_are_averaged_as_the_objective_is(name, per_completi
     algorithm = replace(resolve("algorithm", name), kl=KL(coef=0.3, estimator="k3", where="loss"), entropy=0.1)
     _, penalty, bonus = make_plan(make_config(algorithm, sampling={"n": 2, "max_new_tokens": 128})).terms
     batch = make_batch([1, 99])
-    batch.scalars["kl_coef"] = 0.3
+    batch.step = StepInfo(kl_coef=0.3)
     now_NT, ref_NT, entropy_NT = torch.rand(3, 2, 99, generator=torch.Generator().manual_seed(0))
     batch.extras["ref_logprobs_NT"] = -ref_NT
 

@@ -35,7 +35,7 @@ from rlhf_algos.loss.sft import SFTLoss
 from rlhf_algos.loss.simpo import SimPOLoss
 from rlhf_algos.loss.value import ValueLoss
 from rlhf_algos.loss.weighted_nll import WeightedNLLLoss
-from rlhf_core.contract.batch import Batch, Rollouts
+from rlhf_core.contract.batch import Batch, Rollouts, StepInfo
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.kl import KLLoss
@@ -86,7 +86,7 @@ def with_noise(batch: Rollouts, noise: torch.Generator) -> Rollouts:
     extras = {name: 0.4 * normal(*shape) - 2 * name.endswith("logprobs_NT") for name in EXTRAS}
     outputs = {f"out_{name}_NT": 0.4 * normal(*shape) for name in ("values", "entropy", "divergence")}
     outputs |= {"out_logprobs_NT": 0.4 * normal(*shape) - 2, "out_scores_N": normal(len(batch))}
-    batch.scalars["kl_coef"] = 0.3
+    batch.step = StepInfo(kl_coef=0.3)
     rewards = {"rewards_N": normal(len(batch)), "rewards_NT": 0.1 * normal(*shape) * batch.mask_NT}
     return batch.with_extras(**extras, **outputs, **rewards)
 

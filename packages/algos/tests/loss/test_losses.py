@@ -20,7 +20,7 @@ from rlhf_algos.loss.grpo import GRPOLoss
 from rlhf_algos.loss.prm import PRMLoss
 from rlhf_algos.loss.reinforce import ReinforceLoss
 from rlhf_algos.loss.value import ValueLoss
-from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.results import LossTerms, Reduction
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
@@ -94,7 +94,7 @@ def test_the_weight_of_cispo_carries_no_gradient():
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.29, 0.0), (0.3, 1.0), (1.0, 1.0)])
 def test_a_delayed_loss_weighs_nothing_until_its_time(progress, share):
     outputs, batch = example()
-    batch.scalars["progress"] = progress
+    batch.step = StepInfo(progress=progress)
     delayed, now = DelayedLoss(ClipLoss(), 0.3)(outputs, batch), ClipLoss()(outputs, batch)
     assert torch.equal(delayed.values, share * now.values)
     assert delayed.reduction == now.reduction

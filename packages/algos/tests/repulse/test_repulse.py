@@ -58,7 +58,7 @@ def test_the_fixture_is_the_published_one():
 
 def test_weights_average_to_the_normaliser_under_any_proposal():
     target, log_z = sigma(-1)
-    every = log_weights(P(ALL), Q(ALL), TARGET.log_potential(reward(ALL), {}), torch.ones(64, 2).bool())
+    every = log_weights(P(ALL), Q(ALL), TARGET.log_potential(reward(ALL), 0.0), torch.ones(64, 2).bool())
     q = Q(ALL).sum(1).exp()
     near(q @ every.exp(), log_z.exp(), 1e-12)
     near(q @ every, log_z - q @ (q.log() - target.log()), 1e-12)

@@ -212,10 +212,10 @@ def test_an_indicator_weighs_bad_samples_only_and_none_without_one():
 
 def test_potentials():
     r = torch.tensor([-3.0, 0.5], dtype=torch.float64)
-    near(Target(beta=-2.0).log_potential(r, {}), -2 * r)
-    near(Target(beta=-2.0, reward_cap=0.0).log_potential(r, {}), [6.0, 0.0])
-    near(Target(beta=2.0, potential="toxicity").log_potential(r, {}), 2 * (1 - r.sigmoid()).log())
-    near(Target(beta=-8.0, start_beta=-2.0).log_potential(r, {"progress": 0.5}), -4 * r)
-    near(anneal(0.01, 1.0, {"progress": 0.25}), 10**-1.5)
+    near(Target(beta=-2.0).log_potential(r, 0.0), -2 * r)
+    near(Target(beta=-2.0, reward_cap=0.0).log_potential(r, 0.0), [6.0, 0.0])
+    near(Target(beta=2.0, potential="toxicity").log_potential(r, 0.0), 2 * (1 - r.sigmoid()).log())
+    near(Target(beta=-8.0, start_beta=-2.0).log_potential(r, 0.5), -4 * r)
+    near(anneal(0.01, 1.0, 0.25), 10**-1.5)
     with pytest.raises(UsageError, match="both positive or both negative"):
         Target(beta=-8.0, start_beta=2.0)

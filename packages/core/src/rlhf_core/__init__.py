@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_core.config.builder import make_config
     from rlhf_core.config.value_types import Secret, reveal
-    from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts, StepInfo
     from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
     from rlhf_core.contract.episode import Action, Feedback, Session
@@ -130,6 +130,7 @@ __all__ = [
     "Session",
     "SharedBase",
     "States",
+    "StepInfo",
     "Strategy",
     "Term",
     "TorchWorld",
@@ -155,7 +156,7 @@ __all__ = [
 _HOMES = {
     "config.builder": "make_config",
     "config.value_types": "Secret reveal",
-    "contract.batch": "Batch Example Prompts Rollouts",
+    "contract.batch": "Batch Example Prompts Rollouts StepInfo",
     "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
     "contract.episode": "Action Feedback Session",

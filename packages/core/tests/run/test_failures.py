@@ -43,7 +43,7 @@ class Broken(Loss):
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
-        if batch.scalars["progress"] > 0:
+        if batch.step.progress > 0:
             zeros_NT = (outputs["logprobs_NT"] - outputs["logprobs_NT"].detach()).abs()
             broken_NT = zeros_NT.sqrt() if self.gradient else torch.log(zeros_NT)  # sqrt'(0) and log(0) are infinite
             values_NT = torch.where((torch.arange(len(batch)) == 1)[:, None], broken_NT, values_NT)

@@ -41,7 +41,7 @@ def test_collecting_needs_the_services_of_a_run_and_changes_nothing_of_its_state
     assert run.state.state_dict() == before
     assert run.meter.take() == {}
     assert set(iteration.batches) == set(iteration.rewards) == {"actor"}
-    assert iteration.batches["actor"].scalars["step"] == 1
+    assert iteration.batches["actor"].step.number == 1
 
 
 def test_an_iteration_collected_ahead_changes_neither_the_one_before_it_nor_its_checkpoint(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class FirstPrompt(Advantage):
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, torch.Tensor]) -> Credit:
         ids_N = rollouts.extras["uids_N"]
         parts = rollouts.world.gather(ids_N.tolist()) if rollouts.world is not None else [ids_N.tolist()]
-        none = rollouts.scalars.get("step") == self.never_at
+        none = rollouts.step.number == self.never_at
         chosen_N = (ids_N == min(min(part) for part in parts)) & (not none)
         advantages_NT = torch.where(rollouts.mask_NT, 0.5 + rewards.rewards_N[:, None], 0.0)
         return Credit(advantages_NT, rows=chosen_N.nonzero().flatten())

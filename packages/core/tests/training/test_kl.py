@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.options import KL
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.kl import KLController, KLLoss, kl_terms, kl_values
@@ -47,7 +48,7 @@ def test_the_unbiased_form_has_the_gradient_of_the_kl_on_samples_of_an_older_pol
     logits, old, ref = draw(3).requires_grad_(), draw(5).log_softmax(0), draw(4).log_softmax(0)
     (exact,) = torch.autograd.grad((logits.softmax(0) * (logits.log_softmax(0) - ref)).sum(), logits)
     batch = make_batch([1] * 6).with_extras(ref_logprobs_NT=ref[:, None], old_logprobs_NT=old[:, None])
-    batch.scalars["kl_coef"] = 1.0
+    batch.step = StepInfo(kl_coef=1.0)
     loss = KLLoss(estimator, unbiased=True)  # type: ignore[arg-type]
     values = loss({"logprobs_NT": logits.log_softmax(0)[:, None]}, batch).values
     plain = kl_values(logits.log_softmax(0)[:, None], ref[:, None], batch.mask_NT, estimator)  # type: ignore[arg-type]
@@ -79,7 +80,7 @@ def test_the_adaptive_coefficient_has_the_published_value() -> None:
 def test_the_penalty_as_a_loss_is_the_coefficient_times_the_estimate() -> None:
     batch = make_batch([2, 1])
     batch.extras["ref_logprobs_NT"] = torch.zeros(2, 2)
-    batch.scalars["kl_coef"] = 0.5
+    batch.step = StepInfo(kl_coef=0.5)
     result = KLLoss("k2")({"logprobs_NT": torch.full((2, 2), 2.0, requires_grad=True)}, batch)
     assert result.values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
     assert result.reduction.per == "token"

@@ -40,7 +40,7 @@ class Broken(Loss):
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
-        if batch.scalars["step"] == 2:
+        if batch.step.number == 2:
             zeros_NT = (outputs["logprobs_NT"] - outputs["logprobs_NT"].detach()).abs()
             values_NT = values_NT + (zeros_NT.sqrt() if self.gradient else torch.log(zeros_NT))
         return LossTerms(values_NT, Reduction("token"))
@@ -58,7 +58,7 @@ class NanReward(Reward):
     def __call__(self, rollouts: Batch) -> RewardOutput:
         lengths_N = rollouts.lengths_N.float()
         rewards_N = lengths_N.clone()
-        if rollouts.scalars.get("step") == self.at:
+        if rollouts.step.number == self.at:
             rewards_N[1] = self.bad
         return RewardOutput(rewards_N, metrics={"half": lengths_N / 2})
 

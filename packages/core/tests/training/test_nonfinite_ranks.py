@@ -48,7 +48,7 @@ class BrokenLoss(Loss):
 
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
-        broken = batch.scalars["step"] == 2 and last_rank()
+        broken = batch.step.number == 2 and last_rank()
         return LossTerms(values_NT * math.nan if broken else values_NT, Reduction("token"))
 
 
@@ -58,7 +58,7 @@ class BrokenReward(Reward):
 
     def __call__(self, rollouts: Batch) -> RewardOutput:
         rewards_N = rollouts.lengths_N.float()
-        if rollouts.scalars.get("step") == 3 and last_rank():
+        if rollouts.step.number == 3 and last_rank():
             rewards_N[-1] = math.nan
         return RewardOutput(rewards_N)
 

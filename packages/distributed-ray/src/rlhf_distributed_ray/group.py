@@ -142,12 +142,12 @@ class RoleGroup:
             for key, batch in work.items()
             for reference in (self.shipper.columns(batch), *self.shipper.extras(batch, read[key]))
         ]
-        scalars = {key: dict(batch.scalars) for key, batch in work.items()}
+        steps = {key: batch.step for key, batch in work.items()}
         calls = []
         for rank, actor in enumerate(self.actors):
             rows = {key: shares[key][rank] for key in work}
             sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
-            calls += [actor.train.remote(*sent, read=read, rows=rows, scalars=scalars, sources=sources)]
+            calls += [actor.train.remote(*sent, read=read, rows=rows, steps=steps, sources=sources)]
         try:
             answers = gather_results(f"role {self.name}", self.where, calls)
         except NotFinite as error:
@@ -166,7 +166,7 @@ class RoleGroup:
 
     def _tell_texts(self, work: Mapping[str, Batch]) -> None:
         """Complete the samples that workers kept of a step that was skipped."""
-        step = round(max(batch.scalars.get("step", 0) for batch in work.values()))
+        step = max(batch.step.number for batch in work.values())
         path = Path(self.output) / "failed" / f"step-{step}.jsonl"
         if path.exists():
             rows = [with_texts(json.loads(line), work.values()) for line in path.read_text("utf-8").splitlines()]

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def unpack(
     packed: Arrays,
     rows: list[int],
     extras: Arrays | None = None,
-    scalars: Arrays | None = None,
+    step: StepInfo | None = None,
     sources: list[Any] | None = None,
 ) -> Batch:
     """Rows of packed columns and extras as a batch; texts and labels are empty, and metadata but for the rows' `sources`."""
@@ -52,7 +52,7 @@ def unpack(
         images=[{name: torch.from_numpy(array.copy()) for name, array in seen[row].items()} for row in rows if seen],
         **own,
         extras={name: column(array) for name, array in (extras or {}).items()},
-        scalars=dict(scalars or {}),
+        step=step or StepInfo(),
     )
     return whole.rows(range(n))  # trimmed to the longest of these rows
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
-from rlhf_core.contract.batch import Batch, Prompts, Rollouts
+from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.plan import Plan
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
@@ -143,7 +143,7 @@ class RoleWorker(Worker):
         *sent: Mapping[str, Any],
         read: Mapping[str, list[str]],
         rows: Mapping[str, list[int]],
-        scalars: Mapping[str, Mapping[str, float]],
+        steps: Mapping[str, StepInfo],
         sources: Mapping[str, list[Any] | None],
     ) -> tuple[dict[str, float], int, str]:
         """Optimiser steps on these rows of each credited batch; metrics, the new version, and what was said meanwhile.
@@ -155,7 +155,7 @@ class RoleWorker(Worker):
         for key, names in read.items():
             columns = next(arriving)
             extras = {name: next(arriving)[""] for name in names}
-            work[key] = unpack(columns, rows[key], extras, scalars[key], sources[key])
+            work[key] = unpack(columns, rows[key], extras, steps[key], sources[key])
             work[key].world = self.role.world
         with redirect_stderr(io.StringIO()) as said:  # nobody reads a worker's
             metrics = self.role.train(work)

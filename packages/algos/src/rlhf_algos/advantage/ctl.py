@@ -52,7 +52,7 @@ class CTLAdvantage(Advantage):
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
         policy_NT, proposal_NT = extras["actor.logprobs_NT"].double(), extras["old_logprobs_NT"].double()
-        potential_N = self.target.log_potential(rewards.total_N, rollouts.scalars)
+        potential_N = self.target.log_potential(rewards.total_N, rollouts.step.progress)
         log_w_N = log_weights(policy_NT, proposal_NT, potential_N, mask_NT)
         log_psi_NT = log_psi(self.psi, policy_NT, proposal_NT, extras, mask_NT)
         w_N1 = group_log_softmax(log_w_N, group_N).exp()[:, None]

@@ -67,7 +67,7 @@ class KTOAdvantage(Advantage):
         sums = torch.stack([value for kind_N in kinds for value in (ratios_N[kind_N].sum(), kind_N.sum().double())])
         summed = (rollouts.world.sum(sums) if rollouts.world is not None else sums).tolist()
         good_sum, good, bad_sum, bad, strange_sum, strange = summed
-        if not (good and bad) and rollouts.scalars.get("progress", 0.0) == 0.0:
+        if not (good and bad) and rollouts.step.progress == 0.0:
             kind = "desirable" if good else "undesirable"
             raise UsageError(
                 f"KTO needs desirable and undesirable rows, and the first batch has only {kind} ones: "

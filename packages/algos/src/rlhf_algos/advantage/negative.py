@@ -54,7 +54,7 @@ class NegativeAdvantage(Advantage):
         require_groups(rollouts, self)
         mask_NT, group_N = rollouts.mask_NT, rollouts.group_N
         rewards_N = rewards.total_N
-        log_w_N = potential_N = self.target.log_potential(rewards_N, rollouts.scalars)
+        log_w_N = potential_N = self.target.log_potential(rewards_N, rollouts.step.progress)
         if self.weighting == "importance":
             log_w_N = log_weights(extras["actor.logprobs_NT"], extras["old_logprobs_NT"], potential_N, mask_NT)
         elif self.weighting == "uniform":
@@ -62,7 +62,7 @@ class NegativeAdvantage(Advantage):
         w_N = group_log_softmax(log_w_N, group_N).exp()
         if self.target.potential == "indicator":  # a prompt without a bad sample teaches nothing
             w_N = w_N.masked_fill(potential_N.exp() <= 2 * FLOOR, 0.0)
-        credit_N = -anneal(self.start_alpha, self.alpha, rollouts.scalars) * w_N
+        credit_N = -anneal(self.start_alpha, self.alpha, rollouts.step.progress) * w_N
         if self.objective == "reinforce":
             credit_N = -credit_N * (rewards_N - group_sum(w_N * rewards_N, group_N))
         metrics: dict[str, float | Metric] = {"repulse/weighted_reward": Metric((w_N * rewards_N).sum(), w_N.sum())}

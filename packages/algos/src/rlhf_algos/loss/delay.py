@@ -38,7 +38,7 @@ class DelayedLoss(Loss):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         result = self.loss(outputs, batch)
-        return replace(result, values=result.values * float(batch.scalars["progress"] >= self.start))
+        return replace(result, values=result.values * float(batch.step.progress >= self.start))
 
 
 def delay_term(term: Term, start: float) -> Term:

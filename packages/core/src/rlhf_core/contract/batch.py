@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.distributed import World
 
-__all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts"]
+__all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts", "StepInfo"]
 
 Message = Mapping[str, Any]
 """One turn of a chat: `{"role": "user", "content": "…"}`, and whatever else the template knows."""
@@ -78,6 +78,20 @@ class Prompts:
         return Prompts(*([column[i] for i in index] if column else [] for column in every))
 
 
+@dataclass(frozen=True)
+class StepInfo:
+    """The step of a run that a batch belongs to."""
+
+    number: int = 0
+    """the step, from 1; 0 outside of steps, such as in an evaluation"""
+    progress: float = 0.0
+    """share of the run's steps that are finished, 0..1"""
+    kl_coef: float = 0.0
+    """the KL coefficient in force"""
+    skip: bool = False
+    """True if the batch must not be trained on, because a reward is not finite on some rank"""
+
+
 @dataclass
 class Batch:
     """N completions with their prompts, and everything computed about them so far.
@@ -111,7 +125,9 @@ class Batch:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """tensors by name, whose suffix says the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
-    """numbers that hold for the whole batch: `progress` (0..1 of the run), `kl_coef`, …"""
+    """numbers of an engine about the whole batch, such as `kept_mass`"""
+    step: StepInfo = StepInfo()
+    """the step that the batch belongs to"""
     world: World | None = None
     """the ranks that share this batch: whitening and other batch statistics are summed over it"""
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import ScoredRollouts
@@ -20,7 +21,7 @@ from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import keep_sampling
-from rlhf_core.training.nonfinite import SKIP, keep_samples
+from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
@@ -107,8 +108,8 @@ class Iteration:
         self.step = step
         self.plan = run.plan.for_step(step)
         """the part of the plan that takes part in this step"""
-        self.scalars = {"progress": (step - 1) / max(1, run.config.steps), "kl_coef": kl_coef, "step": step}
-        """numbers that every batch of this iteration carries"""
+        self.info = StepInfo(step, (step - 1) / max(1, run.config.steps), kl_coef)
+        """the step, as every batch of this iteration knows it"""
         self.meter = Meter(run.world)
         self.started = time.perf_counter()
         self.batches: dict[str, Batch] = {}
@@ -137,7 +138,7 @@ class Iteration:
         """Turn the rows into the batch of the source `data`."""
         with self.meter.phase("data"):
             batch = self.run.encoder.batch(*self.rows)
-            batch = replace(batch, world=self.world, scalars=dict(self.scalars))
+            batch = replace(batch, world=self.world, step=self.info)
             self.batches[DATA] = prepare_rows(self.run.plan, batch)
 
     def sample(self, source: str) -> Rollouts | ScoredRollouts:
@@ -161,14 +162,14 @@ class Iteration:
         self.meter.add_sum("samples", self.world.total(len(rollouts)))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
         self.meter.log({"rollout/staleness": float(self.run.roles[source].version - rollouts.version)})
-        return replace(rollouts, world=self.world, scalars=rollouts.scalars | self.scalars)
+        return replace(rollouts, world=self.world, step=self.info)
 
     def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:
         """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
         scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(sampled)
         rollouts, rewards = scored.rollouts, scored.rewards
         if self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed)):
-            self.batches[source] = replace(rollouts, scalars=rollouts.scalars | {SKIP: 1.0})  # by every rank
+            self.batches[source] = replace(rollouts, step=replace(self.info, skip=True))  # by every rank
             self.rewards[source] = rewards
             return
         prefix = self.prefix(source, "reward")

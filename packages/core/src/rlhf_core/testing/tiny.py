@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.batch import Rollouts, StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.contract.results import RewardOutput
@@ -53,7 +53,7 @@ def tiny_rollouts(prompts: int = 2, completions: int = 4) -> Rollouts:
         group_N=group_N,
         labels=[f"label {i}" for i in group_N.tolist()],
         meta=[{"datasource": "tiny"} for _ in range(N)],
-        scalars={"progress": 0.5, "kl_coef": 0.1},
+        step=StepInfo(progress=0.5, kl_coef=0.1),
         world=World(),
         finish=["length" if i == N - 1 else "stop" for i in range(N)],
     )

@@ -7,6 +7,7 @@ What it needs is computed by the roles that provide it, once per source, and onl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Example
@@ -118,8 +119,7 @@ def assign_credit(
     The KL penalty in the reward is added here, per token and before the advantage:
     r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
     """
-    batch = batch.with_extras()
-    batch.scalars["kl_coef"] = kl_coef
+    batch = replace(batch, step=replace(batch.step, kl_coef=kl_coef))
     if spec.advantage is None:
         return batch, {}
     if rewards is None:  # rows of data, which nobody scores: KTO's credit reads their labels

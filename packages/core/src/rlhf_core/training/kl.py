@@ -50,7 +50,7 @@ def kl_values(
 
 @dataclass(frozen=True)
 class KLLoss(Loss):
-    """The penalty as a loss with a live gradient, times the coefficient in force (`batch.scalars["kl_coef"]`)."""
+    """The penalty as a loss with a live gradient, times the coefficient in force (`batch.step.kl_coef`)."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """see `KL.estimator`"""
@@ -75,7 +75,7 @@ class KLLoss(Loss):
             weight_NT = log_weight_NT.clamp(max=log(MAX_WEIGHT)).exp()
             slope_NT = weight_NT * kl_values(logprobs_NT, ref_NT, mask_NT, "k2")
             kl_NT = kl_NT.detach() + slope_NT - slope_NT.detach()
-        return LossTerms(batch.scalars["kl_coef"] * kl_NT, self.reduction, metrics)
+        return LossTerms(batch.step.kl_coef * kl_NT, self.reduction, metrics)
 
 
 def kl_terms(

@@ -88,6 +88,7 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
             for name, tensor in batch.extras.items()
         },
         scalars=dict(batch.scalars),
+        step=batch.step,
     )
 
 

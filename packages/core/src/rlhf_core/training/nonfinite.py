@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.terms import Term
 
-__all__ = ["SKIP", "Watch", "keep_samples", "row_as_dict", "term_name"]
-
-
-SKIP = "skip"
-"""The scalar of a batch that must not be trained on, since something of it is not finite on some rank."""
+__all__ = ["Watch", "keep_samples", "row_as_dict", "term_name"]
 
 
 class Watch:

@@ -23,7 +23,7 @@ from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
 from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
-from rlhf_core.training.nonfinite import SKIP, Watch, keep_samples, term_name
+from rlhf_core.training.nonfinite import Watch, keep_samples, term_name
 from rlhf_core.training.observation import Evaluation, Observation
 from rlhf_core.training.reduction import Means, count, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
@@ -88,7 +88,7 @@ class OptimizerStep:
         told to go on."""
         config, found = self.plan.config, Means()
         try:
-            if not any(batch.scalars.get(SKIP) for batch in work.values()):
+            if not any(batch.step.skip for batch in work.values()):
                 self._update(work, found)
                 means.merge(found)
                 if config.on_oom == "halve":
@@ -98,7 +98,7 @@ class OptimizerStep:
             if config.on_nonfinite == "stop":
                 raise
             self.trainable.discard()  # checked at the start
-            step = round(next(iter(work.values())).scalars.get("step", 0))
+            step = next(iter(work.values())).step.number
             path = keep_samples(config.output, step, error)
             log.warning(f"step {step} goes without an update: {error}; samples are in {path}")
         means.add_sum(f"skipped/{self.name}", 1.0)
