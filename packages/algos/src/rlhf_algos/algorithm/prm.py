@@ -20,6 +20,7 @@ class PRM(Algorithm):
     """A process reward model from solutions whose steps are judged (Lightman et al. 2023): reward <- data : prm."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}
+    policy: ClassVar[str] = "reward"
     roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=AdamW(lr=1e-6, schedule="cosine"))}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

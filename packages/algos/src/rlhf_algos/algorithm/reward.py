@@ -20,6 +20,7 @@ class RewardModeling(Algorithm):
     """A reward model from preference pairs (Ouyang et al. 2022): reward <- data : bradley_terry."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "bradley_terry"}
+    policy: ClassVar[str] = "reward"
     roles: ClassVar[Mapping[str, ModelOptions]] = {"reward": TrainedOptions(optim=AdamW(lr=1e-5, schedule="cosine"))}
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

@@ -74,6 +74,10 @@ class Plan:
     """distinct sources, in the order of their terms"""
     credits: Mapping[str, CreditSpec]
     roles: Mapping[str, RoleSpec]
+    policy: str
+    """the role that OUTPUT/model is (`Algorithm.policy`)"""
+    exports: tuple[str, ...] = ()
+    """roles that are written to OUTPUT/<role> besides"""
     kl: KL | None = field(default=None)
     """the penalty in force; None when its coefficient is 0"""
 
@@ -124,7 +128,5 @@ class Plan:
 
     @property
     def tokenizer_role(self) -> str:
-        """The role whose tokenizer reads the data."""
-        if not self.sources:  # nothing is trained or sampled: evaluators ask a model about rows
-            return next(iter(self.roles))
-        return self.terms[0].role if self.sources[0] == DATA else self.sources[0]
+        """The role whose tokenizer reads the data: the policy, or where a command has none, its first role."""
+        return self.policy if self.policy in self.roles else next(iter(self.roles))

@@ -260,6 +260,8 @@ class Algorithm(Provider):
     """default options of its roles: exactly these roles have flags"""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """core's own options (fields of `RunConfig`) that have another default under this algorithm"""
+    policy: ClassVar[str] = "actor"
+    """the trained role that OUTPUT/model is; the data's tokenizer is its own, and its metrics have no role's name in front"""
 
     @property
     def kl(self) -> KL | None:
@@ -279,6 +281,11 @@ class Algorithm(Provider):
     @property
     def samples(self) -> tuple[str, ...]:
         """Roles that are sampled though no term trains on their samples."""
+        return ()
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Roles that are written to OUTPUT/<role> at the end, besides the policy."""
         return ()
 
     @property

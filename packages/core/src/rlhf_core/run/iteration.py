@@ -202,5 +202,5 @@ class Iteration:
                 return ScoredRollouts(rollouts, to_reward_output(without_nan(raw), rollouts, reward), failed=True)
 
     def prefix(self, source: str, what: str) -> str:
-        """Return the prefix of metrics about `what`: without the source's name for the first source of the plan."""
-        return what if source == self.run.plan.sources[0] else f"{source}/{what}"
+        """Return the prefix of metrics about `what`: without the source's name if the policy is sampled."""
+        return what if source == self.run.plan.policy else f"{source}/{what}"

@@ -41,21 +41,22 @@ def check_hub(config: RunConfig) -> None:
 
 def publish(run: RunView) -> None:
     """Complete the cards of the exported folders and upload the model if asked."""
-    options = run.plan.roles[run.plan.trained_roles[0]].options
-    instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
-    model, average = run.output / "model", run.output / "model-ema"
-    _write_card(run, model, AVERAGE if instead else "")
-    if average.is_dir():
-        _write_card(run, average, AVERAGE)
+    for name, role in {"model": run.plan.policy, **{name: name for name in run.plan.exports}}.items():
+        options = run.plan.roles[role].options
+        instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
+        _write_card(run, run.output / name, role, AVERAGE if instead else "")
+        average = run.output / f"{name}-ema"
+        if average.is_dir():
+            _write_card(run, average, role, AVERAGE)
     if run.config.push_to_hub:
-        _push(model, run.config.push_to_hub)
+        _push(run.output / "model", run.config.push_to_hub)
 
 
-def _write_card(run: RunView, folder: Path, note: str) -> None:
+def _write_card(run: RunView, folder: Path, role: str, note: str) -> None:
     from rlhf_core.models.export.card import Card
 
     card = Card(
-        base=run.plan.roles[run.plan.trained_roles[0]].options.model,
+        base=run.plan.roles[role].options.model,
         algorithm=run.config.names.get("algorithm", ""),
         steps=run.step,
         data=_describe_data(run),

@@ -213,8 +213,10 @@ class Run:
             self.meter.add_seconds("checkpoint_background", seconds)
 
     def export(self) -> None:
-        """Write the trained policy as a Hugging Face folder, OUTPUT/model."""
-        self.roles[self.plan.trained_roles[0]].export(str(self.output / "model"))
+        """Write the trained policy as a Hugging Face folder, OUTPUT/model, and other roles that are exported beside it."""
+        self.roles[self.plan.policy].export(str(self.output / "model"))
+        for name in self.plan.exports:
+            self.roles[name].export(str(self.output / name))
         if self.leader:
             publish(self)
 

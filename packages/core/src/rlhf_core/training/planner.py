@@ -19,6 +19,9 @@ from rlhf_core.training.output_table import OutputTable
 
 __all__ = ["make_plan"]
 
+RUN_FOLDERS = frozenset({"checkpoints", "failed", "mlartifacts", "model", "model-ema", "tensorboard", "wandb"})
+"""Folders in OUTPUT that a run and its trackers write."""
+
 
 def make_plan(config: RunConfig) -> Plan:
     """Work `config` out.
@@ -60,7 +63,25 @@ def make_plan(config: RunConfig) -> Plan:
             )
     also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
-    return Plan(config, terms, sources, credits, _roles(config, keyed, credits, sources, table), kl)
+    roles = _roles(config, keyed, credits, sources, table)
+    plan = Plan(config, terms, sources, credits, roles, config.algorithm.policy, tuple(config.algorithm.exports), kl)
+    _check_exports(plan)
+    return plan
+
+
+def _check_exports(plan: Plan) -> None:
+    """Check that the policy is trained, and that every role to export has weights of its own and a folder of its own."""
+    algorithm, trained = type(plan.config.algorithm).__qualname__, plan.trained_roles
+    if trained and plan.policy not in trained:
+        raise UsageError(
+            f"{algorithm}: the policy is the role {plan.policy!r}, which no term trains (trained: {', '.join(trained)}); "
+            "let the algorithm declare another `policy`"
+        )
+    for name in plan.exports:
+        if name not in trained:
+            raise UsageError(f"{algorithm} exports the role {name!r}, which no term trains; leave it out of `exports`")
+        if name in RUN_FOLDERS or f"{name}-ema" in RUN_FOLDERS:
+            raise UsageError(f"{algorithm} exports the role {name!r} to OUTPUT/{name}, a name of the run's own; rename it")
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
@@ -125,7 +146,7 @@ def _roles(
     needs = [need for credit in credits.values() for need in credit.needs]
     evaluators = config.providers.get("evaluator", ())
     for evaluator in evaluators:
-        first = keyed[0][1].role if keyed else next(iter(config.roles))
+        first = config.algorithm.policy if keyed else next(iter(config.roles))
         needs += [
             needs_.resolve(name, first, evaluator, table.names) for name in sorted(getattr(evaluator, "needs", ()))
         ]
