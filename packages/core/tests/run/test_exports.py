@@ -10,7 +10,17 @@ from typing import Any, ClassVar
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rlhf_core import AdamW, Algorithm, ModelOptions, ProviderChoices, Run, Term, TrainedOptions, UsageError, make_config
+from rlhf_core import (
+    AdamW,
+    Algorithm,
+    ModelOptions,
+    ProviderChoices,
+    Run,
+    Term,
+    TrainedOptions,
+    UsageError,
+    make_config,
+)
 from rlhf_core.testing.tiny_algorithm import TinyAdvantage, TinyAlgorithm, TinyLoss
 from rlhf_core.util.tensor_tree import read_tree
 
@@ -75,8 +85,14 @@ def test_the_policys_tokenizer_reads_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        (NoPolicy(), "NoPolicy: the policy is the role 'poet', which no term trains .trained: scout, actor.; let the algo"),
-        (ScoutFirst(("judge",)), "ScoutFirst exports the role 'judge', which no term trains; leave it out of `exports`"),
+        (
+            NoPolicy(),
+            "NoPolicy: the policy is the role 'poet', which no term trains .trained: scout, actor.; let the algo",
+        ),
+        (
+            ScoutFirst(("judge",)),
+            "ScoutFirst exports the role 'judge', which no term trains; leave it out of `exports`",
+        ),
         (ScoutFirst(("failed",)), "ScoutFirst exports the role 'failed' to OUTPUT/failed, a name of the run's own"),
     ],
 )

@@ -81,7 +81,9 @@ def _check_exports(plan: Plan) -> None:
         if name not in trained:
             raise UsageError(f"{algorithm} exports the role {name!r}, which no term trains; leave it out of `exports`")
         if name in RUN_FOLDERS or f"{name}-ema" in RUN_FOLDERS:
-            raise UsageError(f"{algorithm} exports the role {name!r} to OUTPUT/{name}, a name of the run's own; rename it")
+            raise UsageError(
+                f"{algorithm} exports the role {name!r} to OUTPUT/{name}, a name of the run's own; rename it"
+            )
 
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
