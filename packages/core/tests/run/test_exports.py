@@ -1,4 +1,4 @@
-"""OUTPUT/model is the policy that the algorithm declares, whatever the order of its terms; other roles go beside it on request."""
+"""OUTPUT/model is the policy that an algorithm declares, in any order of its terms; other roles are exported on request."""
 
 from __future__ import annotations
 
