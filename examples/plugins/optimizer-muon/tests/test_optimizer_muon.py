@@ -7,43 +7,48 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_core import OptimizerProvider, UsageError, make_optimizer
+from rlhf_core import OptimizerProvider, Run, UsageError, make_config, make_optimizer
 from rlhf_core.testing import check_light, check_optimizer
 from rlhf_optimizer_muon.muon import MuonOptimizer, newton_schulz
 from rlhf_optimizer_muon.provider import Muon
 
 HERE = Path(__file__).parent
-GRPO = "grpo --model tiny:hidden=16,layers=1 --reward length --batch-size 2 --sampling.n 2 --sampling.max-new-tokens 6"
+GRPO = {"model": "tiny:hidden=16,layers=1", "reward": "length", "batch_size": 2}
+SAMPLING = {"n": 2, "max_new_tokens": 6}
+MUON = Muon(lr=3e-2)
 
 
-def start(*words: str, ranks: int = 1) -> None:
-    """Run a module in a process of its own, or in several under torchrun."""
+def rlhf_run(*words: str, ranks: int = 1) -> str:
+    """What `rlhf-run` prints, in a process of its own or in several under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    plugin = [] if entry_points(group="rlhf", name="muon") else ["-p", "rlhf_optimizer_muon.plugin"]
+    return start(*torchrun, "-m", "rlhf_core", *plugin, *words)
+
+
+def start(*words: str) -> str:
+    """What Python prints with these words."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *torchrun, *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def train(output: Path, steps: int, *flags: str, ranks: int = 1) -> list[float]:
-    """Losses of a run with Muon."""
-    words = ["-m", "rlhf_core", "-p", "rlhf_optimizer_muon.plugin", *GRPO.split()]
-    words += [
-        "--actor.optim.use",
-        "muon",
-        "--actor.optim.lr",
-        "3e-2",
-        "--steps",
-        str(steps),
-        "--output",
-        str(output),
-        *flags,
-    ]
-    start(*words, ranks=ranks)
+def train(output: Path, steps: int, optim: Muon = MUON, resume: bool = False, rank: int = 0) -> list[float]:
+    """Losses and gradient norms of a run of grpo in this process; `rank` of adapters."""
+    actor = {"optim": optim, "lora": {"rank": rank}}
+    options = {"steps": steps, "output": str(output), "resume": resume, "actor": actor, "sampling": SAMPLING}
+    Run(make_config("grpo", **GRPO, **options)).train()
+    return curve(output)
+
+
+def curve(output: Path) -> list[float]:
+    """Losses and gradient norms of a run."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [row["loss/actor"] for row in rows] + [row["grad_norm/actor"] for row in rows]
 
@@ -158,20 +163,34 @@ def test_a_mistake_is_one_line() -> None:
         Muon(momentum=1.0)
 
 
+def test_rlhf_run_knows_its_name_and_documents_its_options() -> None:
+    text = " ".join(rlhf_run("grpo", "--actor.optim.use", "muon", "--help").split())
+    assert "--actor.optim.use STR optimizer of this role: adamw, muon, or module:Class" in text
+    assert "--actor.optim.momentum FLOAT decay of the momentum (default: 0.95)" in text
+    assert "--actor.optim.lr FLOAT peak learning rate (default: 1e-06)" in text, "the algorithm's"
+
+
 def test_a_resumed_run_of_grpo_equals_a_straight_one(tmp_path: Path) -> None:
     straight = train(tmp_path / "straight", 4)
     train(tmp_path / "run", 2)
-    assert train(tmp_path / "run", 4, "--resume") == straight
-    assert train(tmp_path / "adamw", 4, "--actor.optim.scale", "spectral") != straight, "options reach the optimizer"
+    assert train(tmp_path / "run", 4, resume=True) == straight
+    assert train(tmp_path / "other", 4, Muon(lr=3e-2, scale="spectral")) != straight, "options reach the optimizer"
+    with pytest.raises(UsageError, match="has another optimizer: --actor.optim.use "):
+        Run(make_config("grpo", **GRPO, steps=5, output=str(tmp_path / "run"), resume=True, sampling=SAMPLING)).train()
 
 
-def test_two_ranks_of_grpo_equal_one(tmp_path: Path) -> None:
-    for flags in ([], ["--actor.lora.rank", "2"]):
-        name = "lora" if flags else "full"
-        one = train(tmp_path / f"{name}1", 3, *flags)
-        two = train(tmp_path / f"{name}2", 3, *flags, ranks=2)
-        assert two == pytest.approx(one, rel=2e-3, abs=1e-4)
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_two_ranks_of_grpo_equal_one(rank: int, tmp_path: Path) -> None:
+    one = train(tmp_path / "one", 3, rank=rank)
+    words = (
+        "grpo --model tiny:hidden=16,layers=1 --reward length --batch-size 2 --sampling.n 2 --sampling.max-new-tokens 6"
+    )
+    words += (
+        f" --actor.optim.use muon --actor.optim.lr 3e-2 --actor.lora.rank {rank} --steps 3 --output {tmp_path / 'two'}"
+    )
+    rlhf_run(*words.split(), ranks=2)
+    assert curve(tmp_path / "two") == pytest.approx(one, rel=2e-3, abs=1e-4)
 
 
 def test_matrices_that_fsdp2_shards_take_the_same_steps() -> None:
-    start(str(HERE / "muon_ranks.py"), ranks=2)
+    start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "muon_ranks.py"))
