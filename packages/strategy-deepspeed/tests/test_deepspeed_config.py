@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_core.contract.optimizers import AdamW
+from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import forward
 from rlhf_strategy_deepspeed.strategy import DeepSpeed
+from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
 
 OPTIM = AdamW(max_grad_norm=0.5)
+
+
+@dataclass(frozen=True)
+class WholeMatrices(OptimizerProvider):
+    """An optimizer that needs whole matrices."""
 
 
 def given(folder: Path, content: Any, **options: Any) -> DeepSpeed:
@@ -36,6 +43,17 @@ def test_backward_never_ends_a_step_and_master_weights_are_float32(stage: Any, d
     assert config["bf16"] == {"enabled": low and stage > 0}
     assert config.get("data_types", {}) == ({"grad_accum_dtype": "fp32"} if low and stage > 0 else {})
     assert ("torch_autocast" in config) == (low and stage == 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_of_whole_matrices_is_refused_where_they_are_cut(stage: Any) -> None:
+    module = torch.nn.Linear(2, 2)
+    module.compute_dtype = torch.float32  # type: ignore[assignment]
+    with pytest.raises(
+        UsageError, match=f"cuts matrices into flat shards at stage {stage}, and the optimizer"
+    ) as caught:
+        DeepSpeedTrainable(DeepSpeed(stage=stage), module, WholeMatrices(), 1, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
 
 
 def test_only_stages_that_tell_the_norm_clip_by_themselves() -> None:

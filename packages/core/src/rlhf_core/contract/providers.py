@@ -306,6 +306,11 @@ class Strategy(Provider):
     start, for example) or not at all.
     """
 
+    @property
+    def second_order(self) -> bool:
+        """True if its trainables are `SecondOrderTrainable`: an optimizer may observe a step and evaluate it again."""
+        return False
+
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """Return the model under this strategy."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.optimizers import OptimizerProvider
+from rlhf_core.contract.providers import Strategy
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "Observation", "check_second_order"]
 
 
-def check_second_order(strategy: Any, name: str, optim: OptimizerProvider | None) -> None:
+def check_second_order(strategy: Strategy, name: str, optim: OptimizerProvider | None) -> None:
     """Check that the strategy called `name` can serve what `optim` asks for beyond a gradient.
 
     Raises:
         UsageError: it cannot.
     """
-    if optim is not None and (optim.observes or optim.closure) and not getattr(strategy, "second_order", False):
+    if optim is not None and (optim.observes or optim.closure) and not strategy.second_order:
         raise UsageError(
             f"the optimizer {type(optim).__name__} reads more than the gradient of a step, which strategy {name} does not "
             f"give it; use {run_option('strategy', 'torch')}, or another optimizer"
