@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from rlhf_core.models.inputs.arrange import arrange_inputs
     from rlhf_core.models.module import RoleModule
     from rlhf_core.plugins.registry import Registry
+    from rlhf_core.rollout.assemble import assemble
     from rlhf_core.run.run import Run
     from rlhf_core.strategy.shared_base import SharedBase
     from rlhf_core.training.optimizer import Schedule, load_optimizer, lr_factor, make_optimizer
@@ -141,6 +142,7 @@ __all__ = [
     "World",
     "advice",
     "arrange_inputs",
+    "assemble",
     "hookimpl",
     "load_optimizer",
     "lr_factor",
@@ -178,6 +180,7 @@ _HOMES = {
     "models.inputs.arrange": "arrange_inputs",
     "models.module": "RoleModule",
     "plugins.registry": "Registry",
+    "rollout.assemble": "assemble",
     "run.run": "Run",
     "strategy.shared_base": "SharedBase",
     "training.optimizer": "Schedule load_optimizer lr_factor make_optimizer",

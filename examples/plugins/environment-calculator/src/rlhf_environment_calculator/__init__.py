@@ -1,0 +1,1 @@
+"""A calculator that a policy may use over several turns."""
