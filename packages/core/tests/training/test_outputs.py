@@ -40,7 +40,9 @@ from rlhf_core.contract.plan import Plan
 from rlhf_core.errors import ContractError
 from rlhf_core.testing import check_output, tiny_rollouts, tiny_run
 from rlhf_core.testing.tiny_algorithm import TINY_SAMPLING
+from rlhf_core.training import reference_cache
 from rlhf_core.training.local_role import LocalRole
+from rlhf_core.training.microbatch import micro_batch
 from rlhf_core.training.planner import make_plan
 
 K = 4
@@ -371,3 +373,19 @@ def test_rows_are_picked_joined_and_trimmed_with_extras_of_every_shape() -> None
     back = Batch.cat([batch.rows(rest), one])
     assert torch.equal(back["x_NTK"], batch["x_NTK"][[*rest, short]])
     assert torch.equal(back["y_NH"], batch["y_NH"][[*rest, short]])
+
+
+def test_a_rank_without_rows_and_a_cache_on_disk_keep_the_shapes_of_extras() -> None:
+    batch = tiny_rollouts()
+    N, T = batch.mask_NT.shape
+    inside_NT1 = (torch.arange(T)[None] < batch.lengths_N[:, None])[..., None]
+    values = {
+        "x_NTK": torch.randn(N, T, K) * inside_NT1,
+        "y_NH": torch.randn(N, 3),
+        "z_NT": torch.randn(N, T) * inside_NT1[..., 0],
+    }
+    empty = micro_batch(batch.with_extras(**values).rows([]), [], 0, unit=2)
+    assert {name: tuple(empty[name].shape) for name in values} == {"x_NTK": (2, 1, K), "y_NH": (2, 3), "z_NT": (2, 1)}
+    for name, expected in values.items():
+        stored = [reference_cache._bytes(expected[i], batch, i, name) for i in range(N)]
+        assert torch.equal(reference_cache._tensor(stored, batch, name), expected)
