@@ -279,6 +279,13 @@ def test_a_module_that_is_no_entry_point_can_be_loaded(tmp_path: Path, monkeypat
     assert "terse" in Registry(autoload=False, load=["loose_plugin"]).table("reward")
 
 
+def test_the_module_of_an_installed_plugin_is_loaded_once(install: Install) -> None:
+    install("rlhf-once", GOOD, "once")
+    registry = Registry(load=["rlhf_once"])
+    assert registry.provenance("reward", "terse").distribution == "rlhf-once"
+    assert registry.conflicts == [] and "rlhf_once" not in registry.plugins
+
+
 @pytest.mark.parametrize("case", [case for case in BREAKS if case != "import-fails"])
 def test_a_broken_module_that_is_asked_for_is_one_line_too(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

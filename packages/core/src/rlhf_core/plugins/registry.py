@@ -159,7 +159,9 @@ class Registry:
         """Load the module that `-p NAME` asks for."""
         targets.add_working_folder()
         try:
-            self.register(import_module(name), name)
+            module = import_module(name)
+            if not self._manager.is_registered(module):  # an installed plugin may be named by its module too
+                self.register(module, name)
         except ModuleNotFoundError as error:
             if error.name != name:
                 return self._fail(BrokenPlugin(Plugin(name, LOCAL, ""), error), wanted=True)
