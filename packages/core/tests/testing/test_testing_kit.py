@@ -12,7 +12,7 @@ import torch
 
 from rlhf_core import Batch, Credit, Example, LossTerms, Metric, Outputs, Reduction, RewardOutput, Rollouts, Run, Term
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
-from rlhf_core.contract.providers import Loss
+from rlhf_core.contract.providers import Advantage, Algorithm, Data, Loss, Reward
 from rlhf_core.contract.terms import ProviderChoices
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.testing import (
@@ -41,7 +41,7 @@ def does(call: Callable[..., Any], **attributes: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Does(Loss):
+class Does(Data, Reward, Advantage, Loss, Algorithm):
     """Does what the test says."""
 
     def __call__(self, *args: Any) -> Any: ...
@@ -349,7 +349,7 @@ class Needy(TinyAdvantage):
         (
             lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),
             {"roles": {"actor": ModelOptions()}},
-            "need `optim`",
+            "must be `TrainedOptions`",
         ),
         (lambda chosen: (Term("critic", "data", TinyLoss(), TinyAdvantage()),), {}, "needs a role 'critic'"),
         (lambda chosen: (Term("actor", "actor", TinyLoss(), Needy()),), {}, "needs a role 'critic'"),

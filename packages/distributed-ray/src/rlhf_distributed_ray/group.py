@@ -84,7 +84,7 @@ def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) 
     )
 
 
-class RoleGroup:
+class RoleGroup(Role):
     """The role `spec.name`, held by `actors` (one per rank), of the run that writes to `output`."""
 
     def __init__(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.roles import Role
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
@@ -222,7 +223,7 @@ def from_array(packed: Any) -> Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-class MirrorRole:
+class MirrorRole(Role):
     """A role as its rollout engine sees it from another process: the same weights, taken at each sync, never trained."""
 
     def __init__(self, plan: Plan, name: str) -> None:

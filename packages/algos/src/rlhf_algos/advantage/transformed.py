@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_algos.groups import split_rewards
 from rlhf_core.config.provider_spec import make_from_spec
@@ -42,24 +42,23 @@ class TransformedAdvantage(Advantage):
     @property
     def needs(self) -> frozenset[str]:
         """What the other advantage needs: a critic's values, say."""
-        needs: frozenset[str] = getattr(self._other, "needs", frozenset())
-        return needs
+        return self._other.needs
 
     @property
     def min_samples(self) -> int:
         """Completions per prompt that the other advantage compares."""
-        return int(getattr(self._other, "min_samples", 1))
+        return self._other.min_samples
 
-    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor:
         own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
         transformed = replace(rewards, rewards_N=self.transform(rewards.rewards_N + own_N) - own_N)
         with options_under("of"):
-            credit: Credit = self._other(transformed, rollouts, extras)
-        return credit
+            return self._other(transformed, rollouts, extras)
 
     @property
-    def _other(self) -> Any:
-        return make_from_spec("advantage", self.of, "of")
+    def _other(self) -> Advantage:
+        other: Advantage = make_from_spec("advantage", self.of, "of")
+        return other
 
     def transform(self, rewards_N: Tensor) -> Tensor:
         """The transformed rewards."""

@@ -45,7 +45,7 @@ class PPO(OnlineOptions):
         check_ranges(self, critic_warmup="[0, 1]", ptx="[0, inf)")
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
-        if "values_NT" not in getattr(choices.advantage, "needs", ()):
+        if choices.advantage is None or "values_NT" not in choices.advantage.needs:
             raise UsageError(
                 f"ppo trains a critic, which the advantage {type(choices.advantage).__name__} does not use: "
                 f"choose {run_option('advantage', 'gae')}, or an algorithm without a critic such as "

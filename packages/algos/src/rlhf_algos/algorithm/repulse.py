@@ -84,7 +84,7 @@ class RePULSe(Algorithm):
         learned = self.proposal == "learned"
         negative = Term("actor", "proposal" if learned else "actor", weighted, self._negative(learned))
         terms = (*policy_terms(choices, self.kl), negative)
-        if "values_NT" in getattr(choices.advantage, "needs", ()):
+        if choices.advantage is not None and "values_NT" in choices.advantage.needs:
             terms += (Term("critic", "actor", self._value(), choices.advantage),)
         if not learned:
             return terms
@@ -110,7 +110,7 @@ class RePULSe(Algorithm):
 
 def _sequence_means(loss: Loss | None) -> Loss:
     """The chosen policy loss, averaged as the released code does."""
-    if not hasattr(loss, "aggregate"):
+    if loss is None or loss.aggregate is None:
         raise UsageError(f"{option('compat', 'original')} sets a loss's aggregate, and {type(loss).__name__} has none")
     averaged: Any = replace(loss, aggregate="sequence")  # type: ignore[type-var]
     return averaged  # type: ignore[no-any-return]

@@ -84,8 +84,7 @@ def _snapshots(roles: Mapping[str, Role]) -> dict[str, Writer] | None:
     """A copy of every trained role as what writes it; None if one of them cannot be copied."""
     writers: dict[str, Writer] = {}
     for name, role in roles.items():
-        snapshot: Callable[[], Writer | None] | None = getattr(role, "snapshot", None)
-        writer = snapshot() if snapshot is not None else None
+        writer = role.snapshot()
         if writer is None:
             return None
         writers[name] = writer

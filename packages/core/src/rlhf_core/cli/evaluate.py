@@ -50,7 +50,7 @@ class Evaluate(Command):
     def __call__(self, context: CommandContext) -> int:
         config = context.config
         evaluators = config.providers["evaluator"]
-        sampled = any(getattr(evaluator, "samples", True) for evaluator in evaluators)
+        sampled = any(evaluator.samples for evaluator in evaluators)
         config = replace(config, algorithm=NoTraining(("actor",) if sampled else ()))
         if "reference" in make_plan(config).roles and not config.roles["reference"].model:
             raise UsageError(

@@ -43,8 +43,7 @@ class Score(Command):
         from rlhf_core.reward.output import to_reward_output
 
         reward = context.config.providers["reward"]
-        if hasattr(reward, "check"):
-            reward.check()
+        reward.check()
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
         if path.resolve() == Path(self.file).resolve():
             raise UsageError(f"--output {path} is the file that is read; name another")
@@ -62,8 +61,7 @@ class Score(Command):
                 added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
             total += len(batch)
-        if hasattr(reward, "close"):
-            reward.close()
+        reward.close()
         print(f"{total} rewards in {path}")
         return 0
 

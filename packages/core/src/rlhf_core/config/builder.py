@@ -38,6 +38,7 @@ from rlhf_core.config.value_types import MASK, is_secret, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
+from rlhf_core.plugins.provider_checks import class_of
 from rlhf_core.util.secrets import redact_tree
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
     from rlhf_core.plugins.registry import default_registry
 
     registry = registry or default_registry()
-    roles = getattr(_provider_class("algorithm", algorithm, registry), "roles", {})
+    roles = _algorithm_class(algorithm, registry).roles
     tree: dict[str, Any] = {}
     instances: dict[str, Any] = {}
     for name, value in {"algorithm": algorithm, **overrides}.items():
@@ -243,8 +244,9 @@ def _plain_options(
     return tree
 
 
-def _provider_class(kind: str, given: Any, registry: Registry) -> type:
-    """The class of a provider given as name, table or instance."""
+def _algorithm_class(given: Any, registry: Registry) -> type[Any]:
+    """The class of an algorithm given as name, table or instance."""
     if isinstance(given, Mapping):
         given = given.get("use", "")
-    return registry.resolve(kind, given) if isinstance(given, str) else type(given)
+    name, instance = (given, None) if isinstance(given, str) else ("", given)
+    return class_of("algorithm", name, instance, registry)

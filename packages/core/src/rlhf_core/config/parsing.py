@@ -17,6 +17,7 @@ from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by,
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.errors import UsageError, spell_options
 from rlhf_core.option_text import OptionNames
+from rlhf_core.plugins.provider_checks import class_of
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -118,8 +119,8 @@ def parse_tree(
     if not algorithm:
         installed = ", ".join(registry.table("algorithm")) or "none"
         raise UsageError(f"name an algorithm first: rlhf-run ALGORITHM …; installed: {installed}")
-    cls = type(instances["algorithm"]) if "algorithm" in instances else registry.resolve("algorithm", algorithm)
-    roles: Mapping[str, Any] = getattr(cls, "roles", {})
+    cls = class_of("algorithm", algorithm, instances.get("algorithm"), registry)
+    roles: Mapping[str, Any] = cls.roles
     kinds = [kind for kind in CHOSEN if kind in tree and kind not in roles]
     named = {kind: name for kind in kinds if (name := _use(kind, tree, where))}
     values, inside = _read_uses(tree, roles, registry, where, uses)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.contract.options import RunConfig
+from rlhf_core.contract.options import RunConfig, TrainedOptions
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.option_text import render_options
 
@@ -98,8 +98,9 @@ def _is_free(path: str, config: RunConfig) -> bool:
 
 def _follows_steps(options: Any) -> bool:
     """Whether a role's learning rate depends on how many steps there are."""
-    optim = getattr(options, "optim", None)
-    return optim is not None and (optim.schedule != "constant" or 0 < optim.warmup < 1)
+    if not isinstance(options, TrainedOptions):
+        return False
+    return options.optim.schedule != "constant" or 0 < options.optim.warmup < 1
 
 
 def _word(value: Any) -> str:

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 from rlhf_core.config.docstrings import docs_of
 from rlhf_core.config.value_types import given_by, metavar
 from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, OPTIONAL, SEVERAL
-from rlhf_core.contract.options import RunConfig
+from rlhf_core.contract.options import RunConfig, TrainedOptions
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.option_text import OptionNames
+from rlhf_core.plugins.provider_checks import class_of
 from rlhf_core.util.suggestions import closest_names, did_you_mean
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.providers import Algorithm
     from rlhf_core.plugins.registry import Registry
 
 __all__ = [
@@ -293,13 +295,13 @@ def make_schema(
     """
     instances = instances or {}
     made = instances.get("algorithm")
-    cls = type(made) if made is not None else registry.resolve("algorithm", algorithm)
+    cls = class_of("algorithm", algorithm, made, registry)
     names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
     sections = [_run_section(cls, unused_fields(names))]
-    for role, options in getattr(cls, "roles", {}).items():
+    for role, options in cls.roles.items():
         if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
             raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
-        what = "trained" if hasattr(options, "optim") else "frozen"
+        what = "trained" if isinstance(options, TrainedOptions) else "frozen"
         inside = _make_uses(role, options, uses or {}, registry)
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options, uses=inside))
     sections += provider_sections(names, registry, instances)
@@ -316,7 +318,7 @@ def provider_sections(
         for each in filter(None, several):
             prefix = kind if len(several) == 1 else f"{kind}.{each}"
             base = instances.get(prefix)
-            provider = type(base) if base is not None else registry.resolve(kind, each)
+            provider = class_of(kind, each, base, registry)
             yield Section(prefix, f"{kind} {each!r}", provider, base, kind=kind)
 
 
@@ -361,9 +363,9 @@ def build_schema(names: Mapping[str, str], sections: Iterable[Section]) -> Schem
     return Schema(names, full, {option.path: option for section in full for option in section.options})
 
 
-def _names(cls: type, algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
+def _names(cls: type[Algorithm], algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
     """The name of each kind the algorithm has."""
-    usual = getattr(cls, "defaults", {})
+    usual = cls.defaults
     if "rollout" in usual:
         usual = {**dict.fromkeys(OPTIONAL, ""), **usual}
     chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}
@@ -392,7 +394,7 @@ def unused_fields(names: Mapping[str, str]) -> tuple[str, ...]:
     return (*STRUCTURE, *(name for name, kind in needed.items() if kind not in kinds))
 
 
-def _run_section(cls: type, skip: tuple[str, ...]) -> Section:
+def _run_section(cls: type[Algorithm], skip: tuple[str, ...]) -> Section:
     """Core's own options, with the algorithm's defaults for them."""
-    prototype = RunConfig(None, {}, {}, {}, **getattr(cls, "config_defaults", {}))
+    prototype = RunConfig(None, {}, {}, {}, **cls.config_defaults)
     return Section("", "run", RunConfig, prototype, skip)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASES",
+    "OPTIONAL",
     "Advantage",
     "Algorithm",
     "Capability",
@@ -82,6 +83,9 @@ class Provider:
 
     def check(self) -> None:
         """Raise `UsageError` for what is missing (a package, a key, a file). Called once, before anything heavy starts."""
+
+    def close(self) -> None:
+        """Free what is open: processes, connections, models. Called when the run ends."""
 
 
 @_replaceable
@@ -132,9 +136,6 @@ class Rollout(Provider):
         """
         return nullcontext(partial(self, role))
 
-    def close(self) -> None:
-        """Free everything."""
-
 
 @_replaceable
 class Environment(Provider):
@@ -167,9 +168,6 @@ class Reward(Provider):
     def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]:
         """Return one number per completion (N,), or a `RewardOutput`."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Free what is open: processes, connections, models. Called when the run ends."""
 
 
 @_replaceable
@@ -382,3 +380,10 @@ BASES: Mapping[str, type[Provider]] = {
     "observer": Observer,
 }
 """The base class that a provider of each kind subclasses."""
+
+OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "data": ("shuffle_buffer",),
+    "loss": ("aggregate", "length"),
+    "algorithm": ("kl", "shaping", "dynamic", "cache"),
+}
+"""Capabilities by kind that a provider may leave to its users, as an option of that name."""

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_core.errors import PluginError
 
@@ -99,7 +99,7 @@ class RegistryView(Protocol):
         """Return every name of a kind, sorted."""
         ...
 
-    def resolve(self, kind: str, name: str) -> type:
+    def resolve(self, kind: str, name: str) -> type[Any]:
         """Return the provider class called `name`, or the class that `module:Class` names."""
         ...
 

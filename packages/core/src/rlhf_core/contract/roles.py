@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Placement", "Role", "SecondOrderTrainable", "Trainable"]
 
 
-class Trainable(Protocol):
+class Trainable:
     """A model under a strategy, inside one process (one rank of `world`).
 
     Strategies subclass it. `sharded`, `full`, `assign` and what options ask for (`shared_base`, `snapshot`, `discard`) have
     defaults.
+
+    `module` is the `RoleModule` that `build` made, or one with its attributes `adapters`, `average`, `frozen`, `packs`
+    and `vision`.
     """
 
     world: World
@@ -66,11 +69,11 @@ class Trainable(Protocol):
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
         """The wanted outputs for the rows of `batch`, with gradient unless called under `torch.no_grad`."""
-        ...
+        raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`. Gradients are summed over micro-batches and over the ranks of `world`."""
-        ...
+        raise NotImplementedError
 
     def step(self) -> Mapping[str, float]:
         """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`.
@@ -78,34 +81,34 @@ class Trainable(Protocol):
         A gradient that is not finite must not reach the weights: its norm is returned, and the run stops unless the role
         computes in float16, whose loss scaling overflows now and then and adapts.
         """
-        ...
+        raise NotImplementedError
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names, gathered if sharded."""
-        ...
+        raise NotImplementedError
 
     def gathered(self) -> AbstractContextManager[None]:
         """While it is open, `module` holds full weights and each rank may use it by itself. Calls nest."""
-        ...
+        raise NotImplementedError
 
     def save(self, folder: str) -> None:
         """Write model, optimiser and schedule state for `load`; every rank calls it."""
-        ...
+        raise NotImplementedError
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote."""
-        ...
+        raise NotImplementedError
 
     def offload(self) -> None:
         """Move all states out of device memory until `reload`."""
-        ...
+        raise NotImplementedError
 
     def reload(self) -> None:
         """Bring them back."""
-        ...
+        raise NotImplementedError
 
 
-class SecondOrderTrainable(Trainable, Protocol):
+class SecondOrderTrainable(Trainable):
     """What a strategy with `second_order` gives: a `Trainable` whose optimizer may read more than one gradient of a step."""
 
     optimizer: Any
@@ -117,10 +120,10 @@ class SecondOrderTrainable(Trainable, Protocol):
         Each call of `closure` after the first evaluates loss and gradients anew, which are then summed and clipped as those
         at hand were.
         """
-        ...
+        raise NotImplementedError
 
 
-class Role(Protocol):
+class Role:
     """A named model with a purpose: what the loop and the rollout engines see, local or remote."""
 
     name: str
@@ -133,27 +136,31 @@ class Role(Protocol):
         `source` is said if the role is about to be trained on this very batch, which came from there: one that can keep
         the pass for that need not make it again.
         """
-        ...
+        raise NotImplementedError
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         """One pass of optimiser steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
-        ...
+        raise NotImplementedError
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names."""
-        ...
+        raise NotImplementedError
 
     def save(self, folder: str) -> None:
         """Checkpoint state."""
-        ...
+        raise NotImplementedError
+
+    def snapshot(self) -> Callable[[str], None] | None:
+        """Copy the checkpoint state, and return what writes the copy to a folder; None: it can only be saved."""
+        return None
 
     def load(self, folder: str) -> None:
         """Restore checkpoint state."""
-        ...
+        raise NotImplementedError
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_core.contract.providers import Data
     from rlhf_core.models.inputs.processor import ImageReader
 
 __all__ = ["Encoder", "Encoding"]
@@ -90,14 +91,17 @@ class Encoder:
     @classmethod
     def for_data(
         cls,
-        data: object,
+        data: Data,
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int = 1024,
         reader: ImageReader | None = None,
     ) -> Encoder:
-        """The encoder that `data`, a data provider, asks for by its fields `encoding` and `preview`."""
-        encoding, preview = getattr(data, "encoding", DEFAULT), getattr(data, "preview", 0)
-        return cls(tokenizer, max_prompt_tokens, encoding, preview, reader)
+        """The encoder that `data`, a data provider, asks for by the fields `encoding` and `preview` of a `Preparation`."""
+        from rlhf_core.data.prepare import Preparation
+
+        if not isinstance(data, Preparation):
+            return cls(tokenizer, max_prompt_tokens, reader=reader)
+        return cls(tokenizer, max_prompt_tokens, data.encoding, data.preview, reader)
 
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""

@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_core.contract.batch import Example
 from rlhf_core.errors import OptionError
 
-__all__ = ["PickedRows", "concatenate", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
+__all__ = ["PickedRows", "concatenate", "count_duplicates", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
 
 DRAWS = 4096
 """Random numbers drawn at a time."""
@@ -36,7 +36,7 @@ class PickedRows(Sequence[Example]):
         self, sets: Sequence[Sequence[Example]], set_N: np.ndarray, row_N: np.ndarray, duplicates: int = 0
     ) -> None:
         self._sets, self._set_N, self._row_N = sets, set_N, row_N
-        self.duplicates: int = duplicates + sum(getattr(rows, "duplicates", 0) for rows in sets)
+        self.duplicates: int = duplicates + sum(map(count_duplicates, sets))
 
     @classmethod
     def select(cls, rows: Sequence[Example], index: Sequence[int], duplicates: int = 0) -> PickedRows:
@@ -52,9 +52,14 @@ class PickedRows(Sequence[Example]):
     def __getitem__(self, index: slice) -> PickedRows: ...
     def __getitem__(self, index: int | slice) -> Example | PickedRows:
         if isinstance(index, slice):
-            own = self.duplicates - sum(getattr(rows, "duplicates", 0) for rows in self._sets)
+            own = self.duplicates - sum(map(count_duplicates, self._sets))
             return PickedRows(self._sets, self._set_N[index], self._row_N[index], own)
         return self._sets[int(self._set_N[index])][int(self._row_N[index])]
+
+
+def count_duplicates(rows: Iterable[Example]) -> int:
+    """Return how many rows were left out because they came before."""
+    return rows.duplicates if isinstance(rows, PickedRows) else 0
 
 
 def concatenate(sets: Sequence[Sequence[Example]]) -> PickedRows:

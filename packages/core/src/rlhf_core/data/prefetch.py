@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.stream import DrawnRows, Stream
 from rlhf_core.errors import advice, run_option
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.providers import Data
     from rlhf_core.data.encoder import Encoder
 
 __all__ = ["Prefetcher"]
@@ -53,7 +55,7 @@ class Prefetcher:
 
     @classmethod
     def for_data(
-        cls, rows: Iterable[Example], encoder: Encoder, data: object, online: bool, config: RunConfig, world: World
+        cls, rows: Iterable[Example], encoder: Encoder, data: Data, online: bool, config: RunConfig, world: World
     ) -> Prefetcher:
         """The rows of the provider `data`, prepared for this rank."""
         preparer = Preparer(encoder, online, data)
@@ -65,7 +67,7 @@ class Prefetcher:
             world.size,
             prepare=preparer,
             block=preparer.block,
-            buffer=getattr(data, "shuffle_buffer", 0),
+            buffer=data.shuffle_buffer,
         )
         return cls(stream, preparer.close, config.option_names)
 
@@ -94,7 +96,7 @@ class Prefetcher:
     def metrics(self, position: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Return counts since the run began, up to `position`, or to the last batch taken where it is absent."""
         counts = {f"data/{name}": float((position or self._state)[name]) for name in ("dropped", "truncated")}
-        return counts | {"data/duplicates": float(getattr(self._stream.examples, "duplicates", 0))}
+        return counts | {"data/duplicates": float(count_duplicates(self._stream.examples))}
 
     def close(self) -> None:
         """End the thread."""

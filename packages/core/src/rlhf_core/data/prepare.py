@@ -68,14 +68,14 @@ class Preparer:
     Args:
         encoder: of the role that reads them.
         online: prepare prompts only, for completions to be sampled.
-        data: the data provider, whose `cache` and `workers` hold if it has them.
+        data: the data provider, whose `cache` and `workers` hold if it is a `Preparation`.
     """
 
-    def __init__(self, encoder: Encoder, online: bool, data: object = None) -> None:
+    def __init__(self, encoder: Encoder, online: bool, data: Data | None = None) -> None:
         self._encoder, self._online = encoder, online
-        folder = getattr(data, "cache", "")
+        folder = data.cache if isinstance(data, Preparation) else ""
         self._cache = RowCache(folder, encoder.fingerprint()) if folder else None
-        self._count: int = getattr(data, "workers", 0)
+        self._count = data.workers if isinstance(data, Preparation) else 0
         self._workers: Workers | None = None
 
     @property

@@ -68,7 +68,7 @@ def _freeze(module: Any, named: Mapping[str, nn.Parameter], pattern: str, role: 
         chosen = list(module.model.get_input_embeddings().parameters())
     elif pattern == "body":
         chosen = list(module.model.base_model.parameters())
-    elif pattern == "vision" and getattr(module, "vision", None) is not None:
+    elif pattern == "vision" and module.vision is not None:
         text = {id(parameter) for parameter in module.model.get_decoder().parameters()}
         chosen = [parameter for parameter in module.model.base_model.parameters() if id(parameter) not in text]
     else:

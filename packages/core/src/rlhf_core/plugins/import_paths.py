@@ -9,27 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.contract import providers
-from rlhf_core.contract.commands import Command
-from rlhf_core.contract.ingredients import Ingredient
-from rlhf_core.contract.optimizers import OptimizerProvider
-from rlhf_core.contract.outputs import Output
 from rlhf_core.errors import PluginError, UsageError, run_option
 from rlhf_core.util.suggestions import did_you_mean
 
-__all__ = ["add_working_folder", "check_class", "check_provided", "load", "load_local"]
+__all__ = ["add_working_folder", "check_provided", "load", "load_local"]
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 """A provider's name: no colon, comma or space, which mean something on the command line."""
-
-BASES = {
-    **providers.BASES,
-    "command": Command,
-    "ingredient": Ingredient,
-    "optimizer": OptimizerProvider,
-    "output": Output,
-}
-"""The base class of every kind."""
 
 TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -43,23 +29,6 @@ def check_provided(kind: str, name: object, target: object) -> None:
             raise PluginError(f"rlhf_{kind}() gives {name!r} as {target!r}, which is not 'module:Class'")
     elif not (isinstance(target, type) and is_dataclass(target)):
         raise PluginError(f"rlhf_{kind}() gives {name!r} as {target!r}, neither a dataclass nor 'module:Class'")
-
-
-def check_class(kind: str, who: str, target: Any) -> type:
-    """Return `target` if it is what a provider of `kind` has to be.
-
-    Raises:
-        UsageError: it is no frozen dataclass, or does not subclass the base of its kind.
-    """
-    if not (isinstance(target, type) and is_dataclass(target) and target.__dataclass_params__.frozen):  # type: ignore[attr-defined]
-        raise UsageError(f"{kind} {who} is not a frozen dataclass; write @dataclass(frozen=True) above the class")
-    base = BASES.get(kind)
-    if base is not None and not issubclass(target, base):
-        raise UsageError(
-            f"{kind} {who} does not subclass {base.__name__}; write class {target.__name__}({base.__name__}): "
-            f"(from rlhf_core import {base.__name__})"
-        )
-    return target
 
 
 def load(target: str) -> Any:

@@ -31,6 +31,7 @@ from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, RegisteredPro
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins import import_paths as targets
 from rlhf_core.plugins.known_packages import INSTALL
+from rlhf_core.plugins.provider_checks import check_class
 from rlhf_core.util.suggestions import closest_names, did_you_mean, or_list
 
 __all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "Registry", "conflict_text", "default_registry"]
@@ -260,7 +261,7 @@ class Registry:
             for metric, said in told.get(name, {}).items()
         ]
 
-    def resolve(self, kind: str, name: str) -> type:
+    def resolve(self, kind: str, name: str) -> type[Any]:
         """The provider class called `name`, or the class that `module:Class` names (working folder first).
 
         Raises:
@@ -269,7 +270,7 @@ class Registry:
         """
         if ":" in name:
             targets.add_working_folder()
-            return targets.check_class(kind, name, targets.load_local(kind, name))
+            return check_class(kind, name, targets.load_local(kind, name))
         entries = self._find(kind, name)
         if not entries:
             raise self._unknown(kind, name)
@@ -277,8 +278,8 @@ class Registry:
             raise NameConflict(conflict_text(entries))
         (entry,) = entries
         if not isinstance(entry.target, str):
-            return targets.check_class(kind, f"{name!r} of {entry.plugin}", entry.target)
-        return targets.check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
+            return check_class(kind, f"{name!r} of {entry.plugin}", entry.target)
+        return check_class(kind, f"{name!r} of {entry.plugin}", self._load_target(entry, entry.target))
 
     def _find(self, kind: str, name: str) -> list[RegisteredProvider]:
         """Return who provides `NAME`, or `PLUGIN/NAME` of one plugin."""

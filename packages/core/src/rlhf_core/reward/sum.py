@@ -42,15 +42,13 @@ class Sum(Reward):
         if self.weights and len(self.weights) != len(self.parts):
             raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
         for path, provider in self._providers():
-            if hasattr(provider, "check"):
-                with options_under(path):
-                    provider.check()
+            with options_under(path):
+                provider.check()
 
     def close(self) -> None:
         """Free what the parts hold."""
         for _, provider in self._providers():
-            if hasattr(provider, "close"):
-                provider.close()
+            provider.close()
 
     def _providers(self) -> Iterator[tuple[str, Any]]:
         """Each part with the path of its options."""

@@ -73,7 +73,7 @@ class HuggingFaceRollout(Rollout):
                 decode=partial(decode, tokenizer),
                 wave_tokens=self.wave_tokens,
                 compact=self.compact,
-                vision=getattr(role.module, "vision", None),  # strategies may train other modules than ours
+                vision=role.module.vision,
                 images=prompts.images,
                 limits=prompts.limits,
             )

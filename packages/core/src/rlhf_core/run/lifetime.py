@@ -37,9 +37,8 @@ def check(plan: Plan) -> None:
     """
     with spell_options(plan.config.option_names):
         for path, provider in plan.config.provider_paths():
-            if hasattr(provider, "check"):
-                with options_under(path):
-                    provider.check()
+            with options_under(path):
+                provider.check()
         check_vocabularies(plan)
         check_hub(plan.config)
 
@@ -73,7 +72,7 @@ def place_roles(run: Run) -> Iterator[Run]:
         stack.callback(run.placed.close)
         run.meter = Meter(run.world)
         for kind, provider in _providers(run.config):
-            if kind != "rollout" and hasattr(provider, "close"):  # the placement closes its engine
+            if kind != "rollout":  # the placement closes its engine
                 stack.callback(provider.close)
         cache_frozen_roles(run.placed, run.plan)
         yield run

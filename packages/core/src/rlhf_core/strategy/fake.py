@@ -54,7 +54,8 @@ class FakeTrainable(Trainable):
         self.module: Any = cast("Any", torch.nn.ParameterList([torch.zeros(())]))
         self.module.hf_parameters = lambda: {"w": self.w}
         self.module.own_weights = lambda *_: {}  # these are what an export reads
-        self.module.adapters = None
+        self.module.adapters = self.module.average = self.module.vision = None
+        self.module.frozen, self.module.packs = {}, False
         self.module.model = FakeModel(self)
         self.steps_done = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import CHOSEN
-from rlhf_core.contract.options import ModelOptions, RunConfig
+from rlhf_core.contract.options import ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.plan import DATA, Plan
 from rlhf_core.contract.terms import Term
 from rlhf_core.testing.providers import check_provider
@@ -53,7 +53,7 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
         assert term.source == DATA or term.source in plan.roles, (
             f"{name}: source {term.source!r} is neither data nor a role"
         )
-        assert hasattr(algorithm.roles[term.role], "optim"), (
-            f"{name}: role {term.role!r} is trained, so its options need `optim`"
+        assert isinstance(algorithm.roles[term.role], TrainedOptions), (
+            f"{name}: role {term.role!r} is trained, so its options must be `TrainedOptions`"
         )
     return plan

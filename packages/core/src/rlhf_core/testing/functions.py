@@ -186,7 +186,7 @@ def _check_terms(loss: Loss, terms: LossTerms, batch: Batch) -> Tensor:
     if terms.reduction.per == "constant":
         assert terms.reduction.length > 0, f"{_name(loss)}: the reduction `constant` needs a length"
     per_sample = terms.reduction.per == "sample"
-    expected = (len(batch) // _rows_per_unit(loss),) if per_sample else tuple(batch.mask_NT.shape)
+    expected = (len(batch) // loss.rows_per_unit,) if per_sample else tuple(batch.mask_NT.shape)
     shape = tuple(terms.values.shape)
     assert shape == expected, f"{_name(loss)}: values have shape {shape}, but {terms.reduction.per!r} needs {expected}"
     assert terms.values.requires_grad, f"{_name(loss)}: values must be computed from `outputs`, with their gradient"
@@ -202,7 +202,7 @@ def _check_terms(loss: Loss, terms: LossTerms, batch: Batch) -> Tensor:
 
 def _check_parts(loss: Loss, whole: LossTerms, outputs: dict[str, Tensor], batch: Batch) -> None:
     """The first units of the batch alone have the values that they have in the whole."""
-    unit = _rows_per_unit(loss)
+    unit = loss.rows_per_unit
     rows = list(range(unit * max(1, len(batch) // unit // 2)))
     part = batch.rows(rows)
     T = part.tokens_NT.shape[1]
@@ -223,14 +223,10 @@ def _check_parts(loss: Loss, whole: LossTerms, outputs: dict[str, Tensor], batch
 
 def _needs(asker: Any) -> frozenset[str]:
     """What it needs, if all of it can be provided. Raises UsageError if not."""
-    needs: frozenset[str] = getattr(asker, "needs", frozenset())
+    needs: frozenset[str] = asker.needs
     for name in needs:
         resolve(name, "actor", asker)
     return needs
-
-
-def _rows_per_unit(loss: Loss) -> int:
-    return getattr(loss, "rows_per_unit", 1)
 
 
 def _finite(provider: Any, what: str, values: Tensor) -> None:

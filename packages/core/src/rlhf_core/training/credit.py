@@ -65,9 +65,8 @@ def prepare_rows(plan: Plan, batch: Batch) -> Batch:
     """
     _check_alike([term for term in plan.terms if term.source == DATA], len(batch.group_N.unique()) < len(batch))
     for spec in plan.credits.values():
-        prepare: Any = getattr(spec.advantage, "prepare", None)
-        if spec.source == DATA and prepare is not None:
-            batch = prepare(batch)
+        if spec.source == DATA and spec.advantage is not None:
+            batch = spec.advantage.prepare(batch)
     return batch
 
 
@@ -102,7 +101,7 @@ def _is_live(plan: Plan, credit: CreditSpec, name: str) -> bool:
         name == "old_logprobs_NT"
         and plan.on_policy
         and not in_reward
-        and name not in getattr(credit.advantage, "needs", ())
+        and (credit.advantage is None or name not in credit.advantage.needs)
     )
 
 
@@ -127,7 +126,7 @@ def assign_credit(
     completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
     extras = dict(batch.extras)
-    penalised = plan.kl is not None and plan.kl.where == "reward" and not getattr(spec.advantage, "raw_rewards", False)
+    penalised = plan.kl is not None and plan.kl.where == "reward" and not spec.advantage.raw_rewards
     if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
         kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
         extras["penalty_NT"] = kl_coef * kl_NT

@@ -14,7 +14,7 @@ from rlhf_core.contract.options import Lora, TrainedOptions
 from rlhf_core.contract.plan import Plan, RoleSpec
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.requirements import place, shape_of, split_output
-from rlhf_core.contract.roles import Trainable
+from rlhf_core.contract.roles import Role, Trainable
 from rlhf_core.errors import ContractError, OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.determinism import be_deterministic
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalRole"]
 
 
-class LocalRole:
+class LocalRole(Role):
     """The role `name` of `plan`, held by this process.
 
     Args:
@@ -60,7 +60,8 @@ class LocalRole:
         spec = _without_adapters(self.spec) if frozen else self.spec
         build = partial(_build, spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
-        optim = getattr(self.spec.options, "optim", None) if self.spec.trained and not frozen else None
+        options = self.spec.options
+        optim = options.optim if isinstance(options, TrainedOptions) and self.spec.trained and not frozen else None
         check_second_order(strategy, config.names.get("strategy", ""), optim)
         with options_under("/strategy"):
             self.trainable = strategy(build, optim, plan.optimiser_steps(name))
@@ -85,7 +86,7 @@ class LocalRole:
     @property
     def average(self) -> Any:
         """The moving average of the weights, if there is one; see `models.ema`."""
-        return getattr(self.module, "average", None)
+        return self.module.average
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -99,8 +100,7 @@ class LocalRole:
         if self.trainable.sharded:
             self.module.sharded = True
             self._shard_average()
-        frozen = getattr(self.module, "frozen", {})
-        if self.world.rank == 0 and (frozen or getattr(self.module, "adapters", None) is not None):
+        if self.world.rank == 0 and (self.module.frozen or self.module.adapters is not None):
             from rlhf_core.models.freezing import trained_share
 
             log.info(f"the {self.name} trains {trained_share(self.module)}")
@@ -167,10 +167,12 @@ class LocalRole:
 
     def _later_outputs(self, source: str) -> frozenset[str]:
         """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
-        lora = getattr(self.spec.options, "lora", None)
+        options = self.spec.options
         if not (source and self.plan.on_policy and self.trainable.keeps_graphs):
             return frozenset()
-        if lora is not None and lora.rank and lora.dropout:  # then training computes something else
+        if (
+            isinstance(options, TrainedOptions) and options.lora.rank and options.lora.dropout
+        ):  # then training computes something else
             return frozenset()
         return frozenset[str]().union(*(term.outputs for _, term in self.spec.terms if term.source == source))
 

@@ -35,8 +35,7 @@ def bearable_padding(module: Any) -> float:
     nothing is padded: there, as few micro-batches as fit.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
-    packs = getattr(module, "packs", False)  # strategies may train other modules than ours
-    return 0.05 if on_cpu and not packs else 1.0
+    return 0.05 if on_cpu and not module.packs else 1.0
 
 
 def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float = 1.0) -> list[Tensor]:

@@ -74,7 +74,7 @@ class OptimizerStep:
     @property
     def average(self) -> Any:
         """The moving average of the weights, if there is one."""
-        return getattr(self.module, "average", None)
+        return self.module.average
 
     @property
     def optim(self) -> OptimizerProvider:
@@ -97,7 +97,7 @@ class OptimizerStep:
         except NotFinite as error:  # on every rank
             if config.on_nonfinite == "stop":
                 raise
-            self.trainable.discard()  # checked at the start
+            self.trainable.discard()
             step = next(iter(work.values())).step.number
             path = keep_samples(config.output, step, error)
             log.warning(f"step {step} goes without an update: {error}; samples are in {path}")
@@ -164,7 +164,7 @@ class OptimizerStep:
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
-            self.trainable.discard()  # checked at the start
+            self.trainable.discard()
             self.forward_cache.clear()
             release_memory()
 
@@ -181,12 +181,12 @@ class OptimizerStep:
         unit = lcm(*(term.unit for term, _ in terms))
         names = observation.outputs.union(*(term.outputs for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
-        coef: float = getattr(self.spec.options, "router_aux_coef", 0.0)
+        options = self.spec.options
+        coef = options.router_aux_coef if isinstance(options, TrainedOptions) else 0.0
         names |= {ROUTER_LOSS} if coef else set()
         tokens = self.world_total(_tokens(batch)) if coef else 0.0
         if cuts:
-            packs = getattr(self.module, "packs", False)  # strategies may train other modules than ours
-            means.add("padding", padding_share(batch, cuts, packs))
+            means.add("padding", padding_share(batch, cuts, self.module.packs))
         counts: dict[int, float] = {}
         total = 0.0
         for i in range(joint_rounds(cuts, self.world)):

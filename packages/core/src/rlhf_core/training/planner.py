@@ -43,7 +43,7 @@ def make_plan(config: RunConfig) -> Plan:
             "raise the other",
         )
     terms = config.algorithm(choices)
-    kl = getattr(config.algorithm, "kl", None)
+    kl: KL | None = config.algorithm.kl
     kl = kl if kl is not None and kl.coef > 0 else None
     table = OutputTable(config.registry)
     credits: dict[str, CreditSpec] = {}
@@ -55,13 +55,13 @@ def make_plan(config: RunConfig) -> Plan:
         keyed.append((key, term))
     launcher = config.providers.get("launcher")
     for term in terms:
-        if term.partners and launcher is not None and not getattr(launcher, "one_process", False):
+        if term.partners and launcher is not None and not launcher.one_process:
             raise UsageError(
                 f"the loss {type(term.loss).__qualname__} compares whole distributions of {term.role} and "
                 f"{', '.join(sorted(term.partners))}, which the launcher {type(launcher).__qualname__} puts into different "
                 f"processes; use {run_option('launcher', 'local')}"
             )
-    also = getattr(config.algorithm, "samples", ())  # roles that are sampled though no term trains on it
+    also = config.algorithm.samples  # roles that are sampled though no term trains on it
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
     roles = _roles(config, keyed, credits, sources, table)
     plan = Plan(config, terms, sources, credits, roles, config.algorithm.policy, tuple(config.algorithm.exports), kl)
@@ -98,9 +98,9 @@ def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
 def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable) -> CreditSpec:
     """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
     asked: list[tuple[str, object]] = [
-        (name, asker) for asker in (term.advantage, term.loss) for name in sorted(getattr(asker, "needs", ()))
+        (name, asker) for asker in (term.advantage, term.loss) if asker is not None for name in sorted(asker.needs)
     ]
-    raw = getattr(term.advantage, "raw_rewards", False)
+    raw = term.advantage is not None and term.advantage.raw_rewards
     if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
         asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
     have = {need.name: need for need in credit.needs}
@@ -149,14 +149,12 @@ def _roles(
     evaluators = config.providers.get("evaluator", ())
     for evaluator in evaluators:
         first = config.algorithm.policy if keyed else next(iter(config.roles))
-        needs += [
-            needs_.resolve(name, first, evaluator, table.names) for name in sorted(getattr(evaluator, "needs", ()))
-        ]
+        needs += [needs_.resolve(name, first, evaluator, table.names) for name in sorted(evaluator.needs)]
     for need in needs:
         if need.role:
             outputs.setdefault(need.role, set()).add(need.output)
     readers = set(outputs)
-    opponents = {name for evaluator in evaluators for name in getattr(evaluator, "opponents", ())}
+    opponents = {name for evaluator in evaluators for name in evaluator.opponents}
     for name in opponents:
         outputs.setdefault(name, set()).add("logprobs_NT")
     unknown = [name for name in outputs if name not in config.roles]

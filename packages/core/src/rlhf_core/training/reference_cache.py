@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.requirements import letters, per_token, shape_of
+from rlhf_core.contract.roles import Role
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.contract.roles import Placement, Role
+    from rlhf_core.contract.roles import Placement
 
 __all__ = ["CachedRole", "cache_frozen_roles"]
 
@@ -38,14 +39,13 @@ AT_ONCE = 500
 
 def cache_frozen_roles(placed: Placement, plan: Plan) -> None:
     """Let frozen roles remember, if the algorithm names a folder for that (its field `cache`)."""
-    folder = getattr(plan.config.algorithm, "cache", "")
+    folder = plan.config.algorithm.cache
     for name, spec in plan.roles.items():
         if folder and not spec.trained:
-            role: Any = CachedRole(placed.roles[name], folder, placed.world)
-            placed.roles[name] = role
+            placed.roles[name] = CachedRole(placed.roles[name], folder, placed.world)
 
 
-class CachedRole:
+class CachedRole(Role):
     """A frozen role that remembers; everything but `infer` is the role's own.
 
     Args:
@@ -67,6 +67,24 @@ class CachedRole:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)
+
+    def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
+        return self._role.train(work)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self._role.weights()
+
+    def save(self, folder: str) -> None:
+        self._role.save(folder)
+
+    def snapshot(self) -> Callable[[str], None] | None:
+        return self._role.snapshot()
+
+    def load(self, folder: str) -> None:
+        self._role.load(folder)
+
+    def export(self, folder: str) -> None:
+        self._role.export(folder)
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows, computed where they are not known. Ranks that know all go along with the others."""

@@ -67,9 +67,8 @@ def export(
             model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=shard)
         if heads := _inside(own, "heads."):
             save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
-        vision = getattr(module, "vision", None)  # strategies may train other modules than ours
-        if vision is not None:
-            vision.reader.save(target)
+        if module.vision is not None:
+            module.vision.reader.save(target)
         else:
             padding_like(model, tokenizer).save_pretrained(target)
         card = Card(base, algorithm).text(type(model).__name__, adapters is not None, hasattr(model, "score"))
