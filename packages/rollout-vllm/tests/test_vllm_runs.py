@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf_core import loop
 from rlhf_core.contract.options import Sampling
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
+from rlhf_core.testing.tiny_environment import TinyEnvironment
 from rlhf_rollout_vllm.engine import VLLM
 
 pytestmark = pytest.mark.vllm
@@ -42,6 +44,27 @@ def test_after_training_steps_both_engines_sample_the_trained_model(tmp_path: Pa
     assert [row["sync/calls"] for row in rows] == [4, 4, 4]
     assert 0 <= rows[0]["sync/logprob_diff_mean"] <= rows[0]["sync/logprob_diff_max"] < 1e-3
     assert "sync/logprob_diff_max" not in rows[1], "only the first update is compared"
+
+
+def test_episodes_are_sampled_turn_by_turn_within_their_limits(tmp_path: Path) -> None:
+    """The trainer, which reads an episode once, computes the log-probabilities that vLLM sampled with, turn by turn."""
+    run = tiny_run(
+        tmp_path / "run",
+        rollout=VLLM(kv_cache_gib=0.25, max_num_seqs=16),
+        environment=TinyEnvironment(),
+        sampling={"n": 4, "max_new_tokens": 20},
+        episode={"turn_tokens": 4},
+    )
+    with run.open():
+        prompts = run.encoder.prompts(*next(run.stream))
+        played = run.rollouts("actor", prompts, replace(run.config.sampling, seed=3))
+        logprobs_NT = run.roles["actor"].infer(played, frozenset({"logprobs_NT"}))["logprobs_NT"]
+    mask_NT = played.mask_NT
+    torch.testing.assert_close(played["sampler_logprobs_NT"][mask_NT], logprobs_NT[mask_NT], atol=1e-3, rtol=0)
+    assert int(played["turns_N"].max()) > 1
+    assert int(played.lengths_N.max()) <= 20
+    for turn in range(int(played["turns_N"].max())):
+        assert int((mask_NT & (played["turns_NT"] == turn)).sum(1).max()) <= 4
 
 
 def test_nothing_of_the_engine_is_left_behind() -> None:
