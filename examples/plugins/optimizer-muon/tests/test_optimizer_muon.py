@@ -175,7 +175,7 @@ def test_a_resumed_run_of_grpo_equals_a_straight_one(tmp_path: Path) -> None:
     train(tmp_path / "run", 2)
     assert train(tmp_path / "run", 4, resume=True) == straight
     assert train(tmp_path / "other", 4, Muon(lr=3e-2, scale="spectral")) != straight, "options reach the optimizer"
-    with pytest.raises(UsageError, match="has another optimizer: --actor.optim.use "):
+    with pytest.raises(UsageError, match="has another optimizer: "):
         Run(make_config("grpo", **GRPO, steps=5, output=str(tmp_path / "run"), resume=True, sampling=SAMPLING)).train()
 
 
