@@ -135,3 +135,17 @@ def test_the_seed_of_a_completion_depends_on_run_prompt_and_number_only() -> Non
     seeds = {sampling.seed_for(uid, k) for uid in range(50) for k in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
     assert replace(sampling, n=9).seed_for(1, 2) == sampling.seed_for(1, 2) != replace(sampling, seed=4).seed_for(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("terms", "kl", "message"),
+    [
+        ([Term("actor", "data", Policy())], None, r"the algorithm Two returned \[.*; return a tuple of Terms"),
+        (None, None, "the algorithm Two returned None; return a tuple of Terms"),
+        ((), 0.1, "the algorithm Two has kl = 0.1, which core reads as a KL; give it that type, or rename it"),
+    ],
+)
+def test_an_algorithm_that_core_would_misread_is_told_so(terms: object, kl: object, message: str) -> None:
+    config = RunConfig(Two(terms, kl), {}, {"algorithm": "two"}, ROLES)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=message):
+        make_plan(config)

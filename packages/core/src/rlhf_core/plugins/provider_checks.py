@@ -178,7 +178,9 @@ def _check_value(kind: str, who: str, name: str, value: Any, declared: Any) -> N
             f"{kind} {who}: {name} is a {type(value).__name__}, not a set of names; write {name} = frozenset({{…}})"
         )
     if isinstance(usual, (bool, int, str)) and not isinstance(value, type(usual)):
-        raise UsageError(f"{kind} {who}: {name} is {value!r}; it is a {type(usual).__name__}, such as {usual!r}")
+        raise UsageError(
+            f"{kind} {who}: {name} is {value!r}; write a value of type {type(usual).__name__}, such as {usual!r}"
+        )
 
 
 def _check_signature(kind: str, who: str, target: type, base: type[Any]) -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint import prepare_output
-from rlhf_core.errors import options_under, spell_options
+from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
@@ -46,6 +46,11 @@ def check(plan: Plan) -> None:
 @contextmanager
 def open_run(run: Run) -> Iterator[Run]:
     """Check providers and rows, place roles, restore a checkpoint and call observers; close everything at the end."""
+    if not run.plan.terms:
+        raise UsageError(
+            f"the algorithm {type(run.config.algorithm).__qualname__} gives no terms, so that nothing would be trained; "
+            "return at least one Term"
+        )
     check(run.plan)
     with options_under("/data"):
         check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written

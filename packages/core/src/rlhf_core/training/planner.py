@@ -12,10 +12,13 @@ from rlhf_core.contract import requirements as needs_
 from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
+from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.requirements import LANGUAGE, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import OptionError, UsageError, run_option
+from rlhf_core.training.dynamic_sampling import DynamicSampling
 from rlhf_core.training.output_table import OutputTable
+from rlhf_core.training.reward_shaping import RewardShaping
 
 __all__ = ["make_plan"]
 
@@ -42,7 +45,7 @@ def make_plan(config: RunConfig) -> Plan:
             "lower the one or "
             "raise the other",
         )
-    terms = config.algorithm(choices)
+    terms = _terms(config.algorithm, choices)
     kl: KL | None = config.algorithm.kl
     kl = kl if kl is not None and kl.coef > 0 else None
     table = OutputTable(config.registry)
@@ -67,6 +70,26 @@ def make_plan(config: RunConfig) -> Plan:
     plan = Plan(config, terms, sources, credits, roles, config.algorithm.policy, tuple(config.algorithm.exports), kl)
     _check_exports(plan)
     return plan
+
+
+def _terms(algorithm: Algorithm, choices: ProviderChoices) -> tuple[Term, ...]:
+    """Return the terms of `algorithm`, if it and its capabilities are what core takes them for."""
+    name, terms = type(algorithm).__qualname__, algorithm(choices)
+    if not (isinstance(terms, tuple) and all(isinstance(term, Term) for term in terms)):
+        raise UsageError(f"the algorithm {name} returned {terms!r}; return a tuple of Terms")
+    expected: Mapping[str, type] = {"kl": KL, "shaping": RewardShaping, "dynamic": DynamicSampling}
+    found = {"kl": algorithm.kl, "shaping": algorithm.shaping, "dynamic": algorithm.dynamic}
+    for each, value in found.items():
+        if value is not None and not isinstance(value, expected[each]):
+            raise UsageError(
+                f"the algorithm {name} has {each} = {value!r}, which core reads as a {expected[each].__name__}; give it "
+                "that type, or rename it"
+            )
+    if not isinstance(algorithm.cache, str):
+        raise UsageError(
+            f"the algorithm {name} has cache = {algorithm.cache!r}, which core reads as a folder; give it a text, or rename it"
+        )
+    return terms
 
 
 def _check_exports(plan: Plan) -> None:
