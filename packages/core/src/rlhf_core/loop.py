@@ -52,7 +52,7 @@ def credit(run: LoopRun, iteration: LoopIteration) -> dict[str, Batch]:
             rewards = iteration.rewards.get(spec.source)
             credited[key], metrics = assign_credit(run.plan, spec, batches[spec.source], rewards, run.kl_coef)
             run.log(metrics)
-    run.watch_kl(batches)
+    run.watch(batches)
     return credited
 
 

@@ -207,13 +207,21 @@ class Batch:
 
 @dataclass
 class Rollouts(Batch):
-    """Completions that a rollout engine sampled. `extras["sampler_logprobs_NT"]` are the engine's log-probabilities."""
+    """Completions that a rollout engine sampled.
+
+    `extras["sampler_logprobs_NT"]` are the engine's log-probabilities, `extras["versions_NT"]` (int64) the policy versions
+    that sampled: optimiser steps of the role by then. Both are 0 outside the mask.
+    """
 
     finish: list[Literal["stop", "length", "turns", "seconds"]] = field(default_factory=list)
     """N reasons: `stop` (EOS or a stop string; of an episode: its environment ended it), `length` (cut at max_new_tokens), and
     of an episode `turns` or `seconds` (cut by these limits)"""
-    version: int = 0
-    """the policy version that sampled: optimiser steps of the role so far"""
+
+    @property
+    def version(self) -> int:
+        """The oldest policy version among the sampled tokens (`versions_NT`): optimiser steps of the role by then."""
+        versions = self["versions_NT"][self.mask_NT]
+        return int(versions.min()) if len(versions) else 0
 
     def _per_row(self) -> tuple[str, ...]:
         return (*super()._per_row(), "finish")

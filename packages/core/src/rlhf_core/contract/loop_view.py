@@ -76,8 +76,8 @@ class LoopRun(Protocol):
         """Add metrics to the step at hand."""
         ...
 
-    def watch_kl(self, batches: Mapping[str, Batch]) -> None:
-        """Log the KL to the reference and let an adaptive coefficient follow it."""
+    def watch(self, batches: Mapping[str, Batch]) -> None:
+        """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
         ...
 
     def notify(self, hook: str, **arguments: Any) -> list[Any]:

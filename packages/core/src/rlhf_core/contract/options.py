@@ -234,6 +234,11 @@ class RunConfig:
     """out of memory in training or inference: stop, or halve the role's token budget and do the step again (one process)"""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
     """a reward, loss or gradient is nan or infinite: stop, or leave the role's optimiser step out; samples are kept"""
+    max_mismatch: float = field(default=0.0, metadata=FREE)
+    """largest mean difference between the log-probabilities of rollout engine and trainer on a step's tokens; 0 is 0.001 for
+    roles in float32 and 0.05 for others"""
+    on_mismatch: Literal["warn", "stop"] = field(default="warn", metadata=FREE)
+    """a larger difference: log a warning in each such step, or stop before the weights are updated"""
     chunk: int = field(default=1024, metadata=FREE)
     """completion tokens whose logits are held at a time; changes memory and speed, never results"""
     max_prompt_tokens: int = 1024

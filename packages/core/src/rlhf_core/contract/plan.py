@@ -102,8 +102,8 @@ class Plan:
         return turns * self.config.epochs * self.config.minibatches
 
     @property
-    def on_policy(self) -> bool:
-        """One optimiser step per batch: the policy that is trained is the one that sampled."""
+    def single_update(self) -> bool:
+        """True if each batch gets one optimiser step. Whether a batch is on-policy is read from its versions."""
         return self.config.epochs == 1 and self.config.minibatches == 1
 
     @property

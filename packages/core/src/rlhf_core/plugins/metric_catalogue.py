@@ -41,7 +41,12 @@ _RUN = {
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
     "truncate: importance ratios are biased by it",
-    "rollout/staleness": "optimiser steps: between the weights that sampled and those at hand when the completions arrive",
+    "rollout/staleness": "optimiser steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
+    "rollout/staleness_max": "optimiser steps: age of the oldest sampled token that the step trains on",
+    "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "
+    "tokens of the step's first update that its weights sampled; see --max-mismatch",
+    "<role>/mismatch_max": "nats: the largest such difference",
+    "<role>/mismatch_kl": "nats a token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximised",
     "[<source>/]reward/mean/<datasource>": "reward: the same over the rows that say they come from there",
     "[<source>/]reward/variance": "reward squared: variance over the batch",

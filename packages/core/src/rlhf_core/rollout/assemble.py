@@ -26,6 +26,7 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     *,
     version: int = 0,
+    versions: Sequence[Sequence[int]] | None = None,
     per_token: Mapping[str, Sequence[Sequence[float]]],
     scalars: Mapping[str, float] | None = None,
     mask: Sequence[Sequence[bool]] | None = None,
@@ -39,6 +40,7 @@ def assemble(
         finish: N reasons.
         tokenizer: makes the texts.
         version: of the policy that sampled.
+        versions: N sequences with a version per token, if weights were updated while the engine sampled.
         per_token: extras by name, `sampler_logprobs_NT` say, as N sequences with a number per token.
         scalars: numbers that hold for the whole batch.
         mask: N sequences, true where the policy sampled a token.
@@ -50,6 +52,8 @@ def assemble(
     lengths_N = torch.tensor([len(row) for row in tokens])
     examples = [prompts.examples[p] for p in group]
     inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
+    mask_NT = inside_NT if mask is None else _pad_rows(mask, False, torch.bool)
+    versions_NT = torch.full(tokens_NT.shape, version) if versions is None else _pad_rows(versions, 0, torch.long)
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
         prompts=[prompts.texts[p] for p in group],
@@ -58,19 +62,19 @@ def assemble(
         prompt_lengths_N=torch.tensor([len(prompts.token_ids[p]) for p in group]),
         tokens_NT=tokens_NT,
         lengths_N=lengths_N,
-        mask_NT=inside_NT if mask is None else _pad_rows(mask, False, torch.bool),
+        mask_NT=mask_NT,
         group_N=torch.tensor(group),
         labels=[example.label for example in examples],
         meta=[example.meta for example in examples],
         images=[prompts.images[p] for p in group] if prompts.images else [],
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
+            "versions_NT": versions_NT.masked_fill(~mask_NT, 0),
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
             **{name: _pad_rows(rows, 0.0, torch.float32) for name, rows in per_token.items()},
         },
         scalars=dict(scalars or {}),
         finish=list(finish),
-        version=version,
     )
 
 

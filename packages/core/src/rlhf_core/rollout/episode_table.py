@@ -107,7 +107,6 @@ def to_rollouts(table: EpisodeTable) -> Rollouts:
         [each.tokens for each in episodes],
         [each.finish or "stop" for each in episodes],
         table.encoder.tokenizer,
-        version=min(each.version for each in table.sampled),
         per_token={
             **{name: [each.numbers[name] for each in episodes] for name in names},
             "environment_rewards_NT": [each.rewards for each in episodes],

@@ -22,6 +22,7 @@ from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
+from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
@@ -155,13 +156,10 @@ class Iteration:
             prompts = self.run.encoder.prompts(*rows)
             seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
             rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed))
-        exact = config.providers["rollout"].exact and config.sampling.temperature > 0
-        narrow = self.plan.roles[source].options.dtype != "float32"  # rounds token by token otherwise than in one pass
-        if exact and not narrow and "kept_mass" not in rollouts.scalars:
-            rollouts.extras["old_logprobs_NT"] = rollouts["sampler_logprobs_NT"]
+        dtype = self.plan.roles[source].options.dtype
+        rollouts = keep_exact(rollouts, config.providers["rollout"], config.sampling.temperature, dtype)
         self.meter.add_sum("samples", self.world.total(len(rollouts)))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
-        self.meter.log({"rollout/staleness": float(self.run.roles[source].version - rollouts.version)})
         return replace(rollouts, world=self.world, step=self.info)
 
     def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:

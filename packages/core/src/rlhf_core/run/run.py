@@ -35,6 +35,7 @@ from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
 from rlhf_core.training.kl import KLController
+from rlhf_core.training.old_logprobs import staleness
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.util.messages import install_console
@@ -136,8 +137,14 @@ class Run:
                 self.notify("rlhf_rollouts_ready", source=source, rollouts=iteration.batches[source], rewards=rewards)
             yield iteration
 
-    def watch_kl(self, batches: Mapping[str, Batch]) -> None:
-        """Log the KL to the reference and let an adaptive coefficient follow it."""
+    def watch(self, batches: Mapping[str, Batch]) -> None:
+        """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
+        ages = [
+            staleness(batch, self.roles[name].version, self.world) for name, batch in batches.items() if name != DATA
+        ]
+        if ages:
+            self.log({"rollout/staleness": sum(mean for mean, _ in ages) / len(ages)})
+            self.log({"rollout/staleness_max": max(oldest for _, oldest in ages)})
         if self.state.kl is not None:
             for batch in batches.values():
                 self.log(self.state.kl.watch(batch, self.world.total))

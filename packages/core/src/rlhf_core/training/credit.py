@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Example
+from rlhf_core.contract.distributed import World
 from rlhf_core.contract.plan import DATA, CreditSpec, Plan
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric, RewardOutput
@@ -19,12 +20,12 @@ from rlhf_core.contract.terms import PAIRS_ADVICE, Term
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
+from rlhf_core.training.old_logprobs import OLD, is_live, late_tokens, replace_late
 from rlhf_core.training.reduction import Means
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.contract.distributed import World
 
 __all__ = ["assign_credit", "check_rows", "compute_needs", "prepare_rows"]
 
@@ -73,13 +74,13 @@ def prepare_rows(plan: Plan, batch: Batch) -> Batch:
 def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch) -> Batch:
     """`batch` with every extra that the credits on `source` need and that it does not have yet.
 
-    One forward pass per role gives all outputs asked of it. Old log-probabilities are left out when the training pass
-    itself yields them (one optimiser step per batch, no KL in the reward, and the trained role is the one that sampled).
+    One forward pass per role gives all outputs asked of it. For old log-probabilities see `training.old_logprobs`.
     """
     wanted: dict[tuple[str, str], list[str]] = {}
+    late = 0.0 if source == DATA else late_tokens(batch, roles[source].version, batch.world or World())
     credits = [credit for credit in plan.credits.values() if credit.source == source]
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
-        if need.role and need.name not in batch and not _is_live(plan, credit, need.name):
+        if need.role and need.name not in batch and not is_live(plan, credit, need.name, late):
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _is_earned(need.name):
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
@@ -91,18 +92,9 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
         for (owner, output), names in wanted.items():
             if owner == role:
                 extras |= dict.fromkeys(names, outputs[output])
+    if OLD in extras and late:
+        extras[OLD] = replace_late(batch, extras[OLD], roles[source].version)
     return batch.with_extras(**extras)
-
-
-def _is_live(plan: Plan, credit: CreditSpec, name: str) -> bool:
-    """Whether the training pass itself gives `name`, and nothing reads it before."""
-    in_reward = plan.kl is not None and plan.kl.where == "reward"
-    return (
-        name == "old_logprobs_NT"
-        and plan.on_policy
-        and not in_reward
-        and (credit.advantage is None or name not in credit.advantage.needs)
-    )
 
 
 def _is_earned(name: str) -> bool:

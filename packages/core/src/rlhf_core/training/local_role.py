@@ -168,7 +168,7 @@ class LocalRole(Role):
     def _later_outputs(self, source: str) -> frozenset[str]:
         """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
         options = self.spec.options
-        if not (source and self.plan.on_policy and self.trainable.keeps_graphs):
+        if not (source and self.plan.single_update and self.trainable.keeps_graphs):
             return frozenset()
         if (
             isinstance(options, TrainedOptions) and options.lora.rank and options.lora.dropout
@@ -179,8 +179,10 @@ class LocalRole(Role):
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         """`epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
         config = self.plan.config
-        step = OptimizerStep(self.plan, self.spec, self.trainable, self.budget, self.forward_cache)
+        step = OptimizerStep(self.plan, self.spec, self.trainable, self.budget, self.forward_cache, self.version)
         means = Means()
+        options = self.spec.options
+        noisy = isinstance(options, TrainedOptions) and options.lora.rank > 0 and options.lora.dropout > 0
         if config.on_nonfinite == "skip":
             means.add_sum(f"skipped/{self.name}", 0.0)
         for _ in range(config.epochs):
@@ -188,7 +190,8 @@ class LocalRole(Role):
             keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
             parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}
             for _ in range(config.minibatches):
-                step.run({key: next(part) for key, part in parts.items()}, means)
+                compare = self.version == step.version and not noisy
+                step.run({key: next(part) for key, part in parts.items()}, means, compare)
                 self.forward_cache.clear()
                 self.version += 1
         return means.reduce(self.world if self.world.size > 1 else None)

@@ -23,8 +23,10 @@ from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
 from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
+from rlhf_core.training.mismatch import Mismatch
 from rlhf_core.training.nonfinite import Watch, keep_samples, term_name
 from rlhf_core.training.observation import Evaluation, Observation
+from rlhf_core.training.old_logprobs import OLD, with_live
 from rlhf_core.training.reduction import Means, count, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
 from rlhf_core.training.token_budget import TokenBudget, release_memory
@@ -55,6 +57,8 @@ class OptimizerStep:
     trainable: Trainable
     budget: TokenBudget
     forward_cache: ForwardCache
+    version: int
+    """of the weights before these steps"""
 
     @property
     def name(self) -> str:
@@ -83,13 +87,13 @@ class OptimizerStep:
         assert isinstance(options, TrainedOptions), "a role that is trained has an optimizer"
         return options.optim
 
-    def run(self, work: Mapping[str, Batch], means: Means) -> None:
+    def run(self, work: Mapping[str, Batch], means: Means, compare: bool = False) -> None:
         """One optimiser step on a minibatch of each credited batch, or none where something is not finite and the run was
         told to go on."""
         config, found = self.plan.config, Means()
         try:
             if not any(batch.step.skip for batch in work.values()):
-                self._update(work, found)
+                self._update(work, found, compare)
                 means.merge(found)
                 if config.on_oom == "halve":
                     means.add(f"micro_tokens/{self.name}", self.budget.tokens)
@@ -103,19 +107,23 @@ class OptimizerStep:
             log.warning(f"step {step} goes without an update: {error}; samples are in {path}")
         means.add_sum(f"skipped/{self.name}", 1.0)
 
-    def _update(self, work: Mapping[str, Batch], means: Means) -> None:
+    def _update(self, work: Mapping[str, Batch], means: Means, compare: bool) -> None:
         """Gradients of everything, then one update of the weights; none where no rank has a row, since credit may select
         none: momentum and decay would move the weights all the same.
 
         Raises:
             NotFinite: the loss or the gradient is not; the weights are as they were.
         """
-        total, watch, observation = self._gradients(work, means)
+        total, seen = self._gradients(work, means)
+        watch, observation = seen.watch, seen.observation
         if not watch.micro_batches:
             means.add_sum(f"skipped/{self.name}", 1.0)
             return
         watch.check_loss(total)
         means.add(f"loss/{self.name}", total)
+        if compare:
+            for name, value in seen.mismatch.measure(self.world).items():
+                means.add(name, value)
         metrics = dict(self._step(work, total, observation))
         if metrics.get("loss_scale", 0.0) > 1 and not isfinite(
             metrics["grad_norm"]
@@ -141,26 +149,26 @@ class OptimizerStep:
         def again() -> float:
             trainable.discard()
             self.forward_cache.clear()
-            loss, _, seen = self._gradients(work, Means())
-            seen.hand_over(trainable.optimizer, self.world)
+            loss, seen = self._gradients(work, Means())
+            seen.observation.hand_over(trainable.optimizer, self.world)
             return loss
 
         return trainable.step(Evaluation(total, again))
 
-    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Watch, Observation]:
+    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Seen]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
         """
         while True:
-            total, watch, found = 0.0, Watch(self.name), Means()
-            observation = Observation(self.optim)
+            total, found = 0.0, Means()
+            seen = Seen(Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version))
             try:
                 for keys in group_same_rows(work):
                     terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
-                    total += self._accumulate(terms, work[keys[0]], found, watch, observation)
+                    total += self._accumulate(terms, work[keys[0]], found, seen)
                 means.merge(found)
-                return self.world_total(total), watch, observation
+                return self.world_total(total), seen
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
@@ -174,12 +182,10 @@ class OptimizerStep:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(
-        self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, watch: Watch, observation: Observation
-    ) -> float:
+    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, seen: Seen) -> float:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
-        names = observation.outputs.union(*(term.outputs for term, _ in terms))
+        names = seen.observation.outputs.union(*(term.outputs for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
         options = self.spec.options
         coef = options.router_aux_coef if isinstance(options, TrainedOptions) else 0.0
@@ -218,20 +224,29 @@ class OptimizerStep:
                 loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
                 means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
             assert isinstance(loss, torch.Tensor)
-            observation.add(micro, outputs, values, live > 0)
+            seen.observation.add(micro, outputs, values, live > 0)
+            if live and any(term.source == self.name for term, _ in terms) and "logprobs_NT" in outputs:
+                seen.mismatch.add(micro, outputs["logprobs_NT"])
             self.trainable.backward(loss)
             reached = float(loss.detach())
-            watch.micro_batch(reached, values, micro)
+            seen.watch.micro_batch(reached, values, micro)
             total += reached
         return total
 
     def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
-        """With one optimiser step per batch the policy that is trained is the one that sampled: its log-probabilities
-        are the live ones, detached, at no cost and with a ratio of exactly one. A batch sampled by another role keeps
-        what that role recorded."""
-        if "old_logprobs_NT" in term.needs and term.source in ("data", self.name) and self.plan.on_policy:
-            return micro.with_extras(old_logprobs_NT=outputs["logprobs_NT"].detach())
-        return micro
+        """Give a term the log-probabilities of this very pass as old ones, where `training.old_logprobs` says so. A batch
+        sampled by another role keeps what that role recorded."""
+        live = OLD in term.needs and term.source in (DATA, self.name) and self.plan.single_update
+        return with_live(micro, outputs["logprobs_NT"], self.version) if live else micro
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Records of one optimiser step, before its update."""
+
+    watch: Watch
+    observation: Observation
+    mismatch: Mismatch
 
 
 def _tokens(batch: Batch) -> float:

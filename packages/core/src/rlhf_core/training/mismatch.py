@@ -1,0 +1,99 @@
+"""Agreement of sampler and trainer: both computed the log-probabilities of the same tokens from the same weights.
+
+Weights that did not arrive, another attention mask, a wrong template or precision all show here, in the first step. The
+numbers cost no forward pass: the engine sent its own with every token, and the trainer's are those of its training pass
+before the first update of a step. Late tokens are left out, since other weights sampled them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.batch import Batch
+from rlhf_core.errors import RunStopped
+from rlhf_core.lazy import torch
+from rlhf_core.training.old_logprobs import current_mask
+from rlhf_core.util.messages import log
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.plan import RoleSpec
+
+__all__ = ["Mismatch", "bound_of"]
+
+BOUND = 1e-3  # float32 engines agree to 1e-5 on average; a layer whose weights did not arrive differs by more than this
+NARROW_BOUND = 0.05  # 16-bit engines differ by 0.01 to 0.03 on average
+
+
+def bound_of(config: RunConfig, spec: RoleSpec) -> float:
+    """Return the largest mean difference that passes: the option's, or that of the role's dtype."""
+    return config.max_mismatch or (BOUND if spec.options.dtype == "float32" else NARROW_BOUND)
+
+
+class Mismatch:
+    """The differences that one role saw in one optimiser step.
+
+    Args:
+        config: how large they may be, and what happens beyond that.
+        spec: the role.
+        version: of its weights in this step.
+    """
+
+    def __init__(self, config: RunConfig, spec: RoleSpec, version: int) -> None:
+        self.config = config
+        self.spec = spec
+        self.version = version
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        """absolute differences, their k3 estimates of KL(sampler || trainer), tokens"""
+        self.largest = 0.0
+
+    def add(self, micro: Batch, logprobs_NT: Tensor) -> None:
+        """Count the sampled tokens of a micro-batch: `logprobs_NT` are the trainer's.
+
+        With d = log trainer - log sampler, exp(d) - 1 - d estimates KL(sampler || trainer) (Schulman 2020). Truncated sampling
+        reports probabilities over the kept tokens: the log of the kept mass is added, and without it nothing is counted.
+        """
+        if "sampler_logprobs_NT" not in micro or "versions_NT" not in micro:
+            return
+        sampler_NT = micro["sampler_logprobs_NT"]
+        if "sampler_log_mass_NT" in micro:
+            sampler_NT = sampler_NT + micro["sampler_log_mass_NT"]
+        elif "kept_mass" in micro.scalars:
+            return
+        d = (logprobs_NT.detach() - sampler_NT)[micro.mask_NT & current_mask(micro, self.version)].double()
+        if len(d):
+            self.sums += torch.stack(
+                [d.abs().sum(), (d.clamp(max=20.0).exp() - 1 - d).sum(), torch.tensor(float(len(d)))]
+            )
+            self.largest = max(self.largest, float(d.abs().max()))
+
+    def measure(self, world: World) -> dict[str, float]:
+        """Return mean, largest and KL of the differences over all ranks; nothing if no token was comparable.
+
+        Raises:
+            RunStopped: the mean is beyond the bound, and the run stops at that.
+        """
+        sums = world.sum(self.sums) if world.size > 1 else self.sums
+        largest = max(world.gather(self.largest)) if world.size > 1 else self.largest
+        total, kl, tokens = sums.tolist()
+        if not tokens:
+            return {}
+        mean, bound, name = total / tokens, bound_of(self.config, self.spec), self.spec.name
+        if not mean <= bound:  # written so that nan does not pass
+            self._report(mean, largest, bound, world)
+        return {f"{name}/mismatch": mean, f"{name}/mismatch_max": largest, f"{name}/mismatch_kl": kl / tokens}
+
+    def _report(self, mean: float, largest: float, bound: float, world: World) -> None:
+        """Warn, or stop the run."""
+        text = (
+            f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on average "
+            f"and {largest:.2g} at most, above {bound:g}: the engine does not have the role's weights, or computes the "
+            "model differently. Compare with --rollout hf, or raise --max-mismatch"
+        )
+        if self.config.on_mismatch == "stop":
+            raise RunStopped(text)
+        if world.rank == 0:
+            log.warning(text)

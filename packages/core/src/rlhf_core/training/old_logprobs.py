@@ -1,0 +1,117 @@
+"""Old log-probabilities: log pi_old of the sampled tokens, the denominator of every importance ratio. One rule, stated here.
+
+pi_old is the policy that sampled. Each token takes its log-probability from the first of these that applies:
+
+1. The engine's own, if the engine computes exactly what the trainer computes (`Rollout.exact`). They cost nothing and hold
+   however old the sample is.
+2. Those of the training pass itself, detached: the ratio is exactly 1. It applies if the present weights sampled the token
+   (its version is the role's), the batch gets one optimiser step, and nothing reads the values before that step.
+3. Those that the role computes before its update, if the present weights sampled the token.
+4. The engine's, if older weights sampled the token: the present weights cannot say what those computed.
+
+Whether a batch is on-policy is read from its versions (`versions_NT`), never from options. Rows of data have no version: no
+policy sampled them, and the present weights count as their sampler.
+
+    iteration   keep_exact     rule 1, when completions arrive
+    credit      is_live        rules 2 and 3, before needs are computed
+    credit      replace_late   rule 4, after they are
+    optimizer   with_live      rule 2, inside the training pass
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.batch import Batch, Rollouts
+from rlhf_core.contract.plan import CreditSpec, Plan
+from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.providers import Rollout
+
+__all__ = ["OLD", "current_mask", "is_live", "keep_exact", "late_tokens", "replace_late", "staleness", "with_live"]
+
+OLD = "old_logprobs_NT"
+SAMPLER = "sampler_logprobs_NT"
+VERSIONS = "versions_NT"
+
+
+def current_mask(batch: Batch, version: int) -> Tensor:
+    """Return where a token was sampled by the weights of `version`: bool (N, T), true everywhere for rows of data."""
+    if VERSIONS not in batch:
+        return torch.ones_like(batch.mask_NT)
+    current_NT: Tensor = batch[VERSIONS] == version
+    return current_NT | ~batch.mask_NT
+
+
+def late_tokens(batch: Batch, version: int, world: World) -> float:
+    """Return the number of sampled tokens, on all ranks, that other weights than those of `version` sampled."""
+    return world.total(float((~current_mask(batch, version)).sum())) if VERSIONS in batch else 0.0
+
+
+def keep_exact(rollouts: Rollouts, engine: Rollout, temperature: float, dtype: str) -> Rollouts:
+    """Return `rollouts` with the engine's log-probabilities as the old ones, if they are what the trainer computes.
+
+    A narrow dtype rounds token by token otherwise than in one pass, at temperature 0 the engine reports another distribution
+    than it sampled, and truncated sampling reports probabilities over the kept tokens only.
+    """
+    exact = engine.exact and temperature > 0 and dtype == "float32" and "kept_mass" not in rollouts.scalars
+    return rollouts.with_extras(**{OLD: rollouts[SAMPLER]}) if exact else rollouts
+
+
+def is_live(plan: Plan, credit: CreditSpec, name: str, late: float) -> bool:
+    """Return True if the training pass itself gives the need `name` of `credit`, and nothing reads it before.
+
+    Args:
+        plan: the run.
+        credit: what asks for it.
+        name: of the need.
+        late: tokens of the batch, on all ranks, that other weights sampled (`late_tokens`).
+    """
+    in_reward = plan.kl is not None and plan.kl.where == "reward"
+    read_before = credit.advantage is not None and name in credit.advantage.needs
+    return name == OLD and plan.single_update and not late and not in_reward and not read_before
+
+
+def replace_late(batch: Batch, computed_NT: Tensor, version: int) -> Tensor:
+    """Return old log-probabilities (N, T): `computed_NT` of the present weights, and the engine's where others sampled.
+
+    Raises:
+        ContractError: other weights sampled, and the engine gave no log-probabilities.
+    """
+    current_NT = current_mask(batch, version)
+    if bool(current_NT.all()):
+        return computed_NT
+    if SAMPLER not in batch:
+        raise ContractError(f"late completions need {SAMPLER}, which the rollout engine did not give")
+    return torch.where(current_NT, computed_NT, batch[SAMPLER])
+
+
+def with_live(micro: Batch, logprobs_NT: Tensor, version: int) -> Batch:
+    """Return a micro-batch whose old log-probabilities are those of the training pass where its weights sampled.
+
+    Args:
+        micro: rows in training, with old log-probabilities if any of them is late.
+        logprobs_NT: of the training pass; the result has no gradient.
+        version: of the weights in training.
+    """
+    current_NT = current_mask(micro, version)
+    live_NT = logprobs_NT.detach()
+    return micro.with_extras(
+        **{OLD: live_NT if bool(current_NT.all()) else torch.where(current_NT, live_NT, micro[OLD])}
+    )
+
+
+def staleness(batch: Batch, version: int, world: World) -> tuple[float, float]:
+    """Return the mean and largest age of the sampled tokens of all ranks, in optimiser steps.
+
+    It is the age when the batch is trained on: `version` is that of the weights that the next update changes.
+    """
+    ages = version - batch[VERSIONS][batch.mask_NT]
+    tokens = world.total(float(len(ages)))
+    oldest = max(world.gather(int(ages.max()) if len(ages) else 0))
+    return world.total(float(ages.sum())) / max(tokens, 1.0), float(oldest)
