@@ -60,6 +60,8 @@ class Given(Algorithm):
 class Spy:
     """A role that answers with a constant and counts its forward passes."""
 
+    version = 0
+
     def __init__(self, value: float) -> None:
         self.value, self.asked = value, []
 

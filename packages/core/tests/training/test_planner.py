@@ -121,13 +121,13 @@ def test_a_role_without_options_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "steps", "on_policy"), [({}, 100, True), ({"epochs": 2, "minibatches": 3}, 600, False)]
+    ("change", "steps", "single_update"), [({}, 100, True), ({"epochs": 2, "minibatches": 3}, 600, False)]
 )
 def test_optimiser_steps_are_counted_over_epochs_and_minibatches(
-    change: dict[str, int], steps: int, on_policy: bool
+    change: dict[str, int], steps: int, single_update: bool
 ) -> None:
     plan = plan_of(Term("actor", "actor", Policy(), Baseline()), **change)
-    assert (plan.optimiser_steps("actor"), plan.on_policy) == (steps, on_policy)
+    assert (plan.optimiser_steps("actor"), plan.single_update) == (steps, single_update)
 
 
 def test_the_seed_of_a_completion_depends_on_run_prompt_and_number_only() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
-from rlhf_core.errors import RunStopped
+from rlhf_core.errors import RunStopped, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.old_logprobs import current_mask
 from rlhf_core.util.messages import log
@@ -91,7 +91,7 @@ class Mismatch:
         text = (
             f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on average "
             f"and {largest:.2g} at most, above {bound:g}: the engine does not have the role's weights, or computes the "
-            "model differently. Compare with --rollout hf, or raise --max-mismatch"
+            f"model differently. Compare with {run_option('rollout', 'hf')}, or raise {run_option('max_mismatch')}"
         )
         if self.config.on_mismatch == "stop":
             raise RunStopped(text)
