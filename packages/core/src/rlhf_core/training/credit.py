@@ -20,7 +20,7 @@ from rlhf_core.contract.terms import PAIRS_ADVICE, Term
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
-from rlhf_core.training.old_logprobs import OLD, is_live, late_tokens, replace_late
+from rlhf_core.training.old_logprobs import OLD, VERSIONS, is_live, late_tokens, replace_late
 from rlhf_core.training.reduction import Means
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
     One forward pass per role gives all outputs asked of it. For old log-probabilities see `training.old_logprobs`.
     """
     wanted: dict[tuple[str, str], list[str]] = {}
-    late = 0.0 if source == DATA else late_tokens(batch, roles[source].version, batch.world or World())
+    late = late_tokens(batch, roles[source].version, batch.world or World()) if VERSIONS in batch else 0.0
     credits = [credit for credit in plan.credits.values() if credit.source == source]
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
         if need.role and need.name not in batch and not is_live(plan, credit, need.name, late):

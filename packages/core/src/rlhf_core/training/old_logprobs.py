@@ -33,7 +33,17 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.providers import Rollout
 
-__all__ = ["OLD", "current_mask", "is_live", "keep_exact", "late_tokens", "replace_late", "staleness", "with_live"]
+__all__ = [
+    "OLD",
+    "VERSIONS",
+    "current_mask",
+    "is_live",
+    "keep_exact",
+    "late_tokens",
+    "replace_late",
+    "staleness",
+    "with_live",
+]
 
 OLD = "old_logprobs_NT"
 SAMPLER = "sampler_logprobs_NT"
@@ -50,7 +60,7 @@ def current_mask(batch: Batch, version: int) -> Tensor:
 
 def late_tokens(batch: Batch, version: int, world: World) -> float:
     """Return the number of sampled tokens, on all ranks, that other weights than those of `version` sampled."""
-    return world.total(float((~current_mask(batch, version)).sum())) if VERSIONS in batch else 0.0
+    return world.total(float((~current_mask(batch, version)).sum()))
 
 
 def keep_exact(rollouts: Rollouts, engine: Rollout, temperature: float, dtype: str) -> Rollouts:
