@@ -155,14 +155,14 @@ class OptimizerStep:
 
         return trainable.step(Evaluation(total, again))
 
-    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, Seen]:
+    def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, StepRecord]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
 
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
         """
         while True:
             total, found = 0.0, Means()
-            seen = Seen(Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version))
+            seen = StepRecord(Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version))
             try:
                 for keys in group_same_rows(work):
                     terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
@@ -182,7 +182,7 @@ class OptimizerStep:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, seen: Seen) -> float:
+    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, seen: StepRecord) -> float:
         """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
         names = seen.observation.outputs.union(*(term.outputs for term, _ in terms))
@@ -241,8 +241,8 @@ class OptimizerStep:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Records of one optimiser step, before its update."""
+class StepRecord:
+    """Measurements of one optimizer step before its update."""
 
     watch: Watch
     observation: Observation
