@@ -162,7 +162,9 @@ class OptimizerStep:
         """
         while True:
             total, found = 0.0, Means()
-            seen = StepRecord(Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version))
+            seen = StepRecord(
+                Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version)
+            )
             try:
                 for keys in group_same_rows(work):
                     terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
