@@ -21,6 +21,12 @@ STEPS = 3
 ACTOR = {"optim": {"lr": 1e-3, "max_grad_norm": 0.5, "weight_decay": 0.1}}
 ONLINE: dict[str, Any] = {"batch_size": 4, "sampling": {"n": 2, "max_new_tokens": 6}, "reward": "length"}
 KL_GRPO = {"use": "grpo", "kl": {"coef": 0.1}}  # its reference is the actor without adapters
+EPISODES: dict[str, Any] = {  # ranks sample different numbers of turns from the gathered weights
+    "environment": "rlhf_core.testing.tiny_environment:TinyEnvironment",
+    "reward": "environment",
+    "sampling": {"n": 2, "max_new_tokens": 24},
+    "episode": {"turn_tokens": 3},
+}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "grpo": ("grpo", {**ONLINE, "actor": {**ACTOR, "ema": 0.5}}),
     "ppo": ("ppo", {**ONLINE, "actor": ACTOR, "critic": ACTOR, "epochs": 2}),
@@ -28,6 +34,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpo": ("dpo", {"batch_size": 4, "actor": ACTOR}),
     "distill": ("distill", {"batch_size": 4, "actor": ACTOR, "teacher": {"model": "tiny:layers=1"}}),
     "lora": (KL_GRPO, {**ONLINE, "actor": {**ACTOR, "ema": 0.5, "lora": {"rank": 4}}}),
+    "episodes": ("grpo", {**ONLINE, **EPISODES, "actor": ACTOR}),
     "bf16": ("grpo", {**ONLINE, "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }
 """Algorithm and options of each case."""
