@@ -78,7 +78,8 @@ def one_step(run: Run) -> None:
     """A step of the loop, without its end."""
     from rlhf_core.loop import collect, credit, update
 
-    update(run, credit(run, next(run.iterations(collect))))
+    iteration = next(run.iterations(collect))
+    update(run, iteration, credit(run, iteration))
     run.state.step += 1
 
 

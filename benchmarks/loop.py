@@ -114,7 +114,7 @@ class Loop:
         with run.open():
             for iteration in run.iterations(collect):
                 credited = credit(run, iteration)
-                update(run, credited)
+                update(run, iteration, credited)
                 seconds = time.perf_counter() - iteration.started
                 run.finish(iteration, credited)
                 yield seconds

@@ -212,7 +212,7 @@ def ours(job: str, folder: Path, steps: int, mark: Callable[[], None]) -> dict[s
     with run.open():
         for iteration in run.iterations(collect):
             credited = credit(run, iteration)
-            update(run, credited)
+            update(run, iteration, credited)
             run.finish(iteration, credited)
             mark()
             flops += [products(job, batch) for batch in credited.values()]

@@ -51,7 +51,7 @@ def compare(run: Run, options: argparse.Namespace) -> None:
     optimisers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
 
     def ours() -> None:
-        update(run, credit(run, iteration))
+        update(run, iteration, credit(run, iteration))
 
     def bare() -> None:
         for name, sources in {"actor": ("actor", "proposal"), "proposal": ("proposal",)}.items():

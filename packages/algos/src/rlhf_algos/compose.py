@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.loss.entropy import EntropyLoss
 from rlhf_core.contract.optimizers import AdamW
-from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.options import ModelOptions, TrackingOptions, TrainedOptions
 from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.requirements import LANGUAGE
 from rlhf_core.contract.results import Reduction
@@ -33,7 +33,10 @@ OFFLINE: Mapping[str, str] = {"data": "json"}
 ONLINE: Mapping[str, str] = {"data": "prompts", "rollout": "hf", "reward": "length"}
 """Where completions are sampled and scored."""
 
-POLICY_ROLES: Mapping[str, ModelOptions] = {"actor": TrainedOptions(optim=AdamW(lr=1e-6)), "reference": ModelOptions()}
+POLICY_ROLES: Mapping[str, ModelOptions] = {
+    "actor": TrainedOptions(optim=AdamW(lr=1e-6)),
+    "reference": TrackingOptions(),
+}
 """A policy, and the frozen model that a KL penalty is measured against."""
 
 

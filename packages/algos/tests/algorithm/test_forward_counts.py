@@ -42,7 +42,8 @@ def passes(algorithm: str | dict[str, Any], output: Path, **options: Any) -> dic
 
     with run.open(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchTrainable, "forward", forward)
-        update(run, credit(run, next(run.iterations(collect))))
+        iteration = next(run.iterations(collect))
+        update(run, iteration, credit(run, iteration))
     return dict(seen)
 
 

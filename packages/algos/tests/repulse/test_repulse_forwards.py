@@ -59,7 +59,7 @@ def one_step(run: Run) -> Counter[tuple[str, str, bool]]:
     with counted(run) as seen:
         iteration = next(run.iterations(collect))
         seen.learn(iteration.batches)  # type: ignore[attr-defined]
-        update(run, credit(run, iteration))
+        update(run, iteration, credit(run, iteration))
     return seen
 
 
@@ -121,7 +121,8 @@ def test_several_proposal_updates_need_a_proposal(tmp_path):
 @pytest.mark.parametrize("contrast", ["prefix", "sixo_exact"])
 def test_an_unnormalised_twist_trains_on_logits_that_are_log_probabilities_before_the_softmax(contrast, tmp_path):
     with run_of(tmp_path, RePULSe(psi="unnormalised", contrast=contrast)).open() as run:
-        credited = credit(run, next(run.iterations(collect)))
+        iteration = next(run.iterations(collect))
+        credited = credit(run, iteration)
         batch = next(each for key, each in credited.items() if "<trained>.logits_NT" in each)
         role: Any = run.roles["proposal"]
         ids = torch.cat([batch.prompt_NL[:1, : batch.prompt_lengths_N[0]], batch.tokens_NT[:1]], 1)
@@ -130,5 +131,5 @@ def test_an_unnormalised_twist_trains_on_logits_that_are_log_probabilities_befor
         expected = after.gather(1, batch.tokens_NT[0][:, None])[:, 0] * batch.mask_NT[0]
         torch.testing.assert_close(batch["<trained>.logits_NT"][0], expected, rtol=0, atol=1e-5)
         before = {key: tensor.clone() for key, tensor in role.weights()}
-        update(run, credited)
+        update(run, iteration, credited)
         assert any(not torch.equal(before[key], tensor) for key, tensor in role.weights())

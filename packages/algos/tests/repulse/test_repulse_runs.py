@@ -85,7 +85,7 @@ def test_the_proposal_and_the_negative_term_join_ppo_with_its_critic(tmp_path):
     with run.open():
         before = weights(run)
         iteration = next(run.iterations(collect))
-        update(run, credit(run, iteration))
+        update(run, iteration, credit(run, iteration))
         after = weights(run)
     for name in ("actor", "critic", "proposal"):
         assert any(not torch.equal(after[name][key], tensor) for key, tensor in before[name].items()), name
@@ -127,7 +127,7 @@ def test_one_iteration_touches_exactly_the_right_models(algorithm, moved, sample
     with run_of(tmp_path, algorithm).open() as run:
         before = weights(run)
         iteration = next(run.iterations(collect))
-        update(run, credit(run, iteration))
+        update(run, iteration, credit(run, iteration))
         after = weights(run)
     changed = {name for name in before if any(not torch.equal(after[name][key], t) for key, t in before[name].items())}
     assert changed == moved

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
     from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
-    from rlhf_core.contract.options import KL, EpisodeLimits, Lora, ModelOptions, RunConfig, Sampling, TrainedOptions
+    from rlhf_core.contract.options import (
+        KL,
+        EpisodeLimits,
+        Lora,
+        ModelOptions,
+        RunConfig,
+        Sampling,
+        Tracking,
+        TrackingOptions,
+        TrainedOptions,
+    )
     from rlhf_core.contract.outputs import Output, States
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.providers import (
@@ -135,6 +145,8 @@ __all__ = [
     "Strategy",
     "Term",
     "TorchWorld",
+    "Tracking",
+    "TrackingOptions",
     "Trainable",
     "TrainedOptions",
     "UnknownName",
@@ -166,7 +178,7 @@ _HOMES = {
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
     "contract.outputs": "Output States",
     "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
-    "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling TrainedOptions",
+    "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling Tracking TrackingOptions TrainedOptions",
     "contract.plan": "Plan",
     "contract.providers": "Advantage Algorithm Data Environment Evaluator Launcher Loss Observer Reward Rollout Strategy",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",

@@ -28,7 +28,7 @@ def train(run: LoopRun) -> None:
     """Train on every remaining iteration of `run`."""
     for iteration in run.iterations(collect):
         credited = credit(run, iteration)
-        update(run, credited)
+        update(run, iteration, credited)
         run.finish(iteration, credited)
 
 
@@ -41,27 +41,36 @@ def collect(iteration: LoopIteration) -> None:
             iteration.score(source, iteration.sample(source))
 
 
-def credit(run: LoopRun, iteration: LoopIteration) -> dict[str, Batch]:
-    """Return a batch per credit: with what its losses and advantage need, and what each token earned."""
+def credit(run: LoopRun, iteration: LoopIteration, after: str = "") -> dict[str, Batch]:
+    """Return a batch per credit: with what its losses and advantage need, and what each token earned.
+
+    `after` names a role that has just been updated, for the terms that wait for it (`Term.after`).
+    """
     plan = iteration.plan
     credited: dict[str, Batch] = {}
+    specs = [spec for spec in plan.credits.values() if spec.after == after]
+    if after and not specs:
+        return credited
     with run.phase("needs"):
-        batches = {name: compute_needs(plan, run.roles, name, batch) for name, batch in iteration.batches.items()}
+        for source, batch in iteration.batches.items():
+            iteration.batches[source] = compute_needs(plan, run.roles, source, batch, after)
     with run.phase("credit"):
-        for key, spec in plan.credits.items():
-            rewards = iteration.rewards.get(spec.source)
-            credited[key], metrics = assign_credit(run.plan, spec, batches[spec.source], rewards, run.kl_coef)
+        for spec in specs:
+            batch, rewards = iteration.batches[spec.source], iteration.rewards.get(spec.source)
+            credited[spec.key], metrics = assign_credit(run.plan, spec, batch, rewards, run.kl_coef)
             run.log(metrics)
-    run.watch(batches)
+    if not after:
+        run.watch(iteration.batches)
     return credited
 
 
-def update(run: LoopRun, credited: dict[str, Batch]) -> None:
+def update(run: LoopRun, iteration: LoopIteration, credited: dict[str, Batch]) -> None:
     """Let each trained role take its optimiser steps; then sampling sees the new weights."""
-    for name in run.active_plan.trained_roles:
+    for name in iteration.plan.trained_roles:
         run.notify("rlhf_before_update", role=name)
         with run.phase("train"):
             work = {key: credited[key] for key, _ in run.plan.roles[name].terms if key in credited}
             run.log(run.roles[name].train(work))
+        credited |= credit(run, iteration, after=name)
     with run.phase("sync"):
         run.sync()

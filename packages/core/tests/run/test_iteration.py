@@ -53,7 +53,7 @@ def test_an_iteration_collected_ahead_changes_neither_the_one_before_it_nor_its_
         first, second = begun(run, 1), begun(run, 2)
         assert first.batches["actor"].prompts != second.batches["actor"].prompts
         credited = credit(run, first)
-        update(run, credited)
+        update(run, first, credited)
         run.finish(first, credited)
         untimed = [
             {name: value for name, value in metrics.items() if not name.startswith(("time/", "speed/", "memory/"))}

@@ -7,7 +7,7 @@ the trained role to the engines through the store in buckets and never pass thro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ from rlhf_core.lazy import torch
 from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.messages import PREFIX, log, progress
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
-from rlhf_distributed_ray.worker import from_array
+from rlhf_distributed_ray.worker import buckets, from_array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.options import Sampling
 
-__all__ = ["EngineGroup", "RoleGroup", "gather_results"]
+__all__ = ["EngineGroup", "RoleGroup", "StoredWeights", "gather_results"]
 
 CAUSE = 240  # characters of what Ray says
 GRACE_SECONDS = 5.0
@@ -187,14 +187,18 @@ class RoleGroup(Role):
             more = gather_results(f"role {self.name}", self.where, [flag for _, flag in answers])[0]
             yield answers[0][0]
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> StoredWeights:
         """Full tensors under their Hugging Face names."""
-        self.call("open_weights")
-        more = True
-        while more:
-            bucket, more = self.call("next_weights")[0]
-            for name, packed in bucket:
-                yield name, from_array(packed)
+        return StoredWeights(self.buckets())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
+        """Take another role's weights in buckets; those of a group go from its workers to these, past the controller."""
+        import ray
+
+        stored = weights.buckets if isinstance(weights, StoredWeights) else map(ray.put, buckets(iter(weights)))
+        for count, reference in enumerate(stored):
+            self.call("take_weights", reference, decay, count == 0)
+        self.call("check_weights")
 
     def save(self, folder: str) -> None:
         """Checkpoint state; every rank writes its part (a folder that all nodes see)."""
@@ -207,6 +211,28 @@ class RoleGroup(Role):
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder."""
         self.call("export", folder)
+
+
+class StoredWeights(Iterator[tuple[str, "Tensor"]]):
+    """Weights in the object store, as references to buckets; tensors come here only if somebody iterates over them.
+
+    Args:
+        buckets: the references, each valid until the next one is asked for.
+    """
+
+    def __init__(self, buckets: Iterator[Any]) -> None:
+        self.buckets = buckets
+        self._tensors = self._read()
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._tensors)
+
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
+        import ray
+
+        for reference in self.buckets:
+            for name, packed in ray.get(reference):
+                yield name, from_array(packed)
 
 
 class EngineGroup(Rollout):

@@ -20,6 +20,7 @@ from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.planner import make_plan
+from rlhf_core.training.taken_weights import TakenWeights
 from rlhf_core.util.messages import install_console
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.transport import unpack
@@ -105,6 +106,7 @@ class RoleWorker(Worker):
         super().__init__(names, expected, folder)
         self.role_name, self.rank, self.size = role, rank, size
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
+        self._taken: TakenWeights | None = None
 
     def address(self) -> tuple[str, int]:
         """This node's address, as the cluster knows it, and a free port, for the process group."""
@@ -176,6 +178,17 @@ class RoleWorker(Worker):
         bucket = next(self._bucket, [])
         return (bucket if self.rank == 0 else []), bool(bucket)
 
+    def take_weights(self, bucket: list[tuple[str, Any]], decay: float, first: bool) -> None:
+        """Take one bucket of another role's weights; every rank gets it and takes its share."""
+        tensors = ((name, from_array(packed)) for name, packed in bucket)
+        self._taken = self.role.take_weights(tensors, decay, None if first else self._taken)
+
+    def check_weights(self) -> None:
+        """After the last bucket: check that nothing was left out."""
+        assert self._taken is not None, "take_weights comes first"
+        self._taken.check_complete()
+        self._taken = None
+
     def save(self, folder: str) -> None:
         """Checkpoint state of this rank, its random states too."""
         self.role.save(folder)
@@ -242,7 +255,7 @@ class MirrorRole(Role):
         """The model itself, for engines that sample from it; built when first asked for, with what was received so far."""
         local = LocalRole(self.plan, self.name, frozen=True)
         for bucket in self._received:
-            local.load_weights((name, from_array(packed)) for name, packed in bucket)
+            local.take_weights((name, from_array(packed)) for name, packed in bucket)
         return local
 
     def release(self) -> None:
@@ -292,7 +305,7 @@ class MirrorRole(Role):
         if first:
             self._received, self._inside = [], "local" in self.__dict__
         if self._inside:
-            self.local.load_weights((name, from_array(packed)) for name, packed in bucket)
+            self.local.take_weights((name, from_array(packed)) for name, packed in bucket)
         else:
             self._received.append(bucket)
 

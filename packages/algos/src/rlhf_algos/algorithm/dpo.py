@@ -9,7 +9,7 @@ from typing import ClassVar
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.chosen_nll import ChosenNLLLoss
 from rlhf_core.contract.optimizers import AdamW
-from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
+from rlhf_core.contract.options import FREE, ModelOptions, TrackingOptions, TrainedOptions
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
@@ -32,7 +32,7 @@ class DPO(Algorithm):
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
         "actor": TrainedOptions(optim=AdamW(lr=5e-7, schedule="linear", warmup=0.1)),
-        "reference": ModelOptions(),
+        "reference": TrackingOptions(),
     }
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_core.contract.optimizers import AdamW
-from rlhf_core.contract.options import FREE, ModelOptions, TrainedOptions
+from rlhf_core.contract.options import FREE, ModelOptions, TrackingOptions, TrainedOptions
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError, run_option
@@ -29,7 +29,7 @@ class KTO(Algorithm):
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "advantage": "kto", "loss": "kto"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
         "actor": TrainedOptions(optim=AdamW(lr=5e-7, schedule="linear", warmup=0.1)),
-        "reference": ModelOptions(),
+        "reference": TrackingOptions(),
     }
     config_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32}
 

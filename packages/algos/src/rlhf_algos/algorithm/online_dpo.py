@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from rlhf_algos.compose import ONLINE, OnlineOptions, policy_terms
 from rlhf_core.contract.optimizers import AdamW
-from rlhf_core.contract.options import ModelOptions, TrainedOptions
+from rlhf_core.contract.options import ModelOptions, TrackingOptions, TrainedOptions
 from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = ["OnlineDPO"]
@@ -21,7 +21,7 @@ class OnlineDPO(OnlineOptions):
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {
         "actor": TrainedOptions(optim=AdamW(lr=5e-7)),
-        "reference": ModelOptions(),
+        "reference": TrackingOptions(),
     }
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:

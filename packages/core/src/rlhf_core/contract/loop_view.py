@@ -50,11 +50,6 @@ class LoopRun(Protocol):
         ...
 
     @property
-    def active_plan(self) -> Plan:
-        """The part of the plan that takes part in the step at hand."""
-        ...
-
-    @property
     def roles(self) -> Mapping[str, Role]:
         """The placed roles by name."""
         ...

@@ -17,7 +17,18 @@ from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
 
-__all__ = ["KL", "EpisodeLimits", "Lora", "ModelOptions", "RunConfig", "Sampling", "TrainedOptions", "turn_uid"]
+__all__ = [
+    "KL",
+    "EpisodeLimits",
+    "Lora",
+    "ModelOptions",
+    "RunConfig",
+    "Sampling",
+    "Tracking",
+    "TrackingOptions",
+    "TrainedOptions",
+    "turn_uid",
+]
 
 INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
@@ -158,6 +169,32 @@ class ModelOptions:
     """run model code that comes with the weights; only for models you trust"""
     add_tokens: str = field(default="", metadata=INTERNAL)
     """the run's"""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Weights that follow another role's: an opponent, a target network, a moving reference."""
+
+    of: str = ""
+    """trained role whose weights are taken, at the start and then every so many steps; empty keeps the weights as they are"""
+    every: int = 100
+    """optimiser steps of that role from one update of these weights to the next, counted at the end of a step of the run"""
+    decay: float = 0.0
+    """0 copies; above, an exponential moving average, decay * these weights + (1 - decay) * that role's"""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every")
+        at_least(0, self, "decay")
+        if not self.decay < 1:
+            raise OptionError("decay", f"must be below 1, not {self.decay}")
+
+
+@dataclass(frozen=True)
+class TrackingOptions(ModelOptions):
+    """The model of a role that no term trains and that may follow one."""
+
+    track: Tracking = Tracking()
+    """weights that follow another role's"""
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, Tracking, TrackingOptions, TrainedOptions
 from rlhf_core.contract.outputs import Output
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.requirements import LANGUAGE, Need
-from rlhf_core.contract.terms import Term
+from rlhf_core.contract.terms import Term, update_order
 
 __all__ = ["CREDIT", "DATA", "CreditSpec", "Plan", "RoleSpec"]
 
@@ -32,6 +32,8 @@ class CreditSpec:
     """what must be in the batch before credit and losses run"""
     every: int = 1
     """its terms take part in the steps that are multiples of this"""
+    after: str = ""
+    """the role whose update comes first (`Term.after`)"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class RoleSpec:
     def trained(self) -> bool:
         """Whether a term trains it."""
         return bool(self.terms)
+
+    @property
+    def tracking(self) -> Tracking | None:
+        """How its weights follow another role's; None if they do not."""
+        options = self.options
+        return options.track if isinstance(options, TrackingOptions) and options.track.of else None
 
     @property
     def needs_language_head(self) -> bool:
@@ -92,7 +100,12 @@ class Plan:
         if len(terms) == len(self.terms):
             return self
         resting = {term.source for term in self.terms} - {term.source for term in terms}
-        credits = {key: credit for key, credit in self.credits.items() if step % credit.every == 0}
+        trained = {term.role for term in terms}
+        credits = {
+            key: credit if credit.after in trained else replace(credit, after="")
+            for key, credit in self.credits.items()
+            if step % credit.every == 0
+        }
         return replace(self, terms=terms, credits=credits, sources=tuple(s for s in self.sources if s not in resting))
 
     def optimiser_steps(self, role: str) -> int:
@@ -108,14 +121,29 @@ class Plan:
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
-        """Names of the trained roles, in the order of their terms."""
-        return tuple(dict.fromkeys(term.role for term in self.terms))
+        """Names of the trained roles, in the order of their updates (`update_order`)."""
+        return update_order(self.terms)
+
+    def updated_by(self, role: str) -> tuple[str, ...]:
+        """Return the roles that have new weights in a step once `role` has; none for an empty name."""
+        order = self.trained_roles
+        return order[: order.index(role) + 1] if role else ()
+
+    @property
+    def tracking_roles(self) -> tuple[str, ...]:
+        """Names of the roles whose weights follow a trained role's."""
+        return tuple(name for name, spec in self.roles.items() if spec.tracking)
+
+    @property
+    def changing_roles(self) -> tuple[str, ...]:
+        """Names of the roles whose weights change in the run, which checkpoints hold: trained and tracking ones."""
+        return (*self.trained_roles, *self.tracking_roles)
 
     def base_owner(self, name: str) -> str:
         """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
         frozen = self.roles[name]
         beside = any(name in term.partners for term in self.terms)  # both are asked at once
-        if frozen.trained or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
+        if frozen.trained or frozen.tracking or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
             return ""
         same = [each.name for each in fields(ModelOptions)]
         for spec in self.roles.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,6 +145,16 @@ class Role:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names."""
         raise NotImplementedError
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
+        """Take the weights that another role's `weights` yields: decay * own + (1 - decay) * those; a copy with decay 0.
+
+        Every rank calls it. It is for roles that no term trains here: an optimizer is not told.
+
+        Raises:
+            UsageError: names or shapes are not those of this role's model.
+        """
+        ...
 
     def save(self, folder: str) -> None:
         """Checkpoint state."""

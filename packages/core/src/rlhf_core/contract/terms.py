@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.requirements import split_output
-from rlhf_core.errors import advice, run_option
+from rlhf_core.errors import UsageError, advice, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.providers import Advantage, Loss
 
-__all__ = ["PAIRS_ADVICE", "ProviderChoices", "Term"]
+__all__ = ["PAIRS_ADVICE", "ProviderChoices", "Term", "update_order"]
 
 PAIRS_ADVICE = "use data with the columns chosen and rejected" + advice(
     f" (or name them with {run_option('data.chosen_key')} and {run_option('data.rejected_key')})"
@@ -38,6 +38,8 @@ class Term:
     weight: float = 1.0
     every: int = 1
     """takes part in the steps that are multiples of this; in others nothing is sampled or trained because of it"""
+    after: str = ""
+    """a role that is updated first in the same step: needs and credit of this term are computed with its new weights"""
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -58,6 +60,24 @@ class Term:
     def unit(self) -> int:
         """Adjacent rows that the loss reads together."""
         return self.loss.rows_per_unit
+
+
+def update_order(terms: Iterable[Term]) -> tuple[str, ...]:
+    """Return the trained roles in the order of their updates: that of their terms, but none before those it comes `after`.
+
+    Raises:
+        UsageError: roles wait for each other.
+    """
+    terms = tuple(terms)
+    waits = {term.role: {each.after for each in terms if each.role == term.role} - {term.role} for term in terms}
+    order: list[str] = []
+    while len(order) < len(waits):
+        ready = [role for role in waits if role not in order and waits[role] & waits.keys() <= set(order)]
+        if not ready:
+            rest = [role for role in waits if role not in order]
+            raise UsageError(f"the updates of {' and '.join(rest)} wait for each other: change `after` of their terms")
+        order.append(ready[0])
+    return tuple(order)
 
 
 @dataclass(frozen=True)

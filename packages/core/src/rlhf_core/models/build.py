@@ -149,7 +149,7 @@ def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[
 def _new_head(spec: RoleSpec, head: nn.Module, name: str, seed: int) -> None:
     """Draw a head's weights; a frozen role has nothing to learn them with, unless it is random altogether."""
     model = spec.options.model
-    if not spec.trained and not model.startswith("tiny"):
+    if not spec.trained and not spec.tracking and not model.startswith("tiny"):
         raise UsageError(
             f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
             f"({run_option(f'{spec.name}.model')})"

@@ -27,6 +27,7 @@ _RUN = {
     "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
     "on_nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
     "update has no loss/<role>",
+    "staleness/<role>": "optimiser steps: that the role which this one tracks has taken since it gave its weights",
     "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with on_oom halve",
     "kl/mean": "nats a token: KL to the reference by algorithm.kl.estimator, over sampled tokens",

@@ -18,6 +18,7 @@ from rlhf_core.run.publishing import check_hub
 from rlhf_core.training.credit import check_rows
 from rlhf_core.training.reference_cache import cache_frozen_roles
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.training.tracking import begin_tracking
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def place_roles(run: Run) -> Iterator[Run]:
             if kind != "rollout":  # the placement closes its engine
                 stack.callback(provider.close)
         cache_frozen_roles(run.placed, run.plan)
+        begin_tracking(run.plan, run.roles)
         yield run
 
 

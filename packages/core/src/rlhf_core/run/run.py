@@ -9,7 +9,7 @@ run.train()
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from rlhf_core import loop
 from rlhf_core.checkpoint import Checkpoints, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.options import RunConfig, Sampling
-from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import UsageError, options_under, run_option, spell_options
@@ -38,6 +37,7 @@ from rlhf_core.training.kl import KLController
 from rlhf_core.training.old_logprobs import staleness
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.training.tracking import follow_roles, steps_behind
 from rlhf_core.util.messages import install_console
 
 if TYPE_CHECKING:
@@ -150,11 +150,17 @@ class Run:
                 self.log(self.state.kl.watch(batch, self.world.total))
 
     def sync(self) -> None:
-        """Let the rollout engine take the new weights."""
+        """Let tracking roles follow those that were trained, then let the rollout engine take the new weights."""
+        moved = follow_roles(self.plan, self.roles)
+        self.log({f"staleness/{name}": float(steps) for name, steps in steps_behind(self.plan, self.roles).items()})
+        self._sync_engine({*self.plan.trained_roles, *moved})
+
+    def _sync_engine(self, changed: Collection[str]) -> None:
+        """Let the rollout engine take the weights of those roles that it samples."""
         assert self.placed is not None
         if self.placed.rollout is not None:
             for name in self.plan.sources:
-                if name != DATA and self.plan.roles[name].trained:
+                if name in changed:
                     with options_under("/rollout"):
                         self.log(self.placed.rollout.sync(self.roles[name]) or {})
 
@@ -193,9 +199,9 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
-        self.state.versions = {name: role.version for name, role in self._trained_roles.items()}
+        self.state.versions = {name: role.version for name, role in self._changing_roles.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
-        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._trained_roles, self.world))
+        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._changing_roles, self.world))
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
@@ -203,14 +209,14 @@ class Run:
         Raises:
             UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
         """
-        state = self.checkpoints.restore(self._trained_roles, self.world)
+        state = self.checkpoints.restore(self._changing_roles, self.world)
         if state is None:
             return
         self.state.load_state_dict(state)
-        for name, role in self._trained_roles.items():
+        for name, role in self._changing_roles.items():
             role.version = self.state.versions[name]
         self.stream.load_state_dict(self.state.stream)
-        self.sync()
+        self._sync_engine(self._changing_roles)
 
     def _add_background(self, finished: Callable[[], float]) -> None:
         """Count the seconds of a background save that is over. Raises what it raised."""
@@ -266,8 +272,8 @@ class Run:
         return self.placed.roles
 
     @property
-    def _trained_roles(self) -> dict[str, Role]:
-        return {name: self.roles[name] for name in self.plan.trained_roles}
+    def _changing_roles(self) -> dict[str, Role]:
+        return {name: self.roles[name] for name in self.plan.changing_roles}
 
     @property
     def world(self) -> World:

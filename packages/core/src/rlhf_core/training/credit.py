@@ -71,22 +71,29 @@ def prepare_rows(plan: Plan, batch: Batch) -> Batch:
     return batch
 
 
-def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch) -> Batch:
+def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch, after: str = "") -> Batch:
     """`batch` with every extra that the credits on `source` need and that it does not have yet.
 
     One forward pass per role gives all outputs asked of it. For old log-probabilities see `training.old_logprobs`.
+
+    Needs that an update changes before their credit is assigned (`Term.after`) wait for it: they are computed when `after` is
+    the role that it waits for. All others are computed before any update, when `after` is empty.
     """
     wanted: dict[tuple[str, str], list[str]] = {}
-    late = late_tokens(batch, roles[source].version, batch.world or World()) if VERSIONS in batch else 0.0
+    late = late_tokens(batch, roles[source].version, batch.world or World()) if VERSIONS in batch and not after else 0.0
     credits = [credit for credit in plan.credits.values() if credit.source == source]
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
-        if need.role and need.name not in batch and not is_live(plan, credit, need.name, late):
+        waits = need.name != OLD and need.role in plan.updated_by(credit.after)
+        if (credit.after if waits else "") != after:
+            continue
+        if need.role and (after or need.name not in batch) and not is_live(plan, credit, need.name, late):
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _is_earned(need.name):
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
     extras: dict[str, Tensor] = {}
     for role in dict.fromkeys(role for role, _ in wanted):
-        learns = any((term.role, term.source) == (role, source) for term in plan.terms)
+        trains = any((term.role, term.source) == (role, source) for term in plan.terms)
+        learns = trains and role not in plan.updated_by(after)  # still to come in this step
         asked = frozenset(output for owner, output in wanted if owner == role)
         outputs = roles[role].infer(batch, asked, source if learns else "")
         for (owner, output), names in wanted.items():

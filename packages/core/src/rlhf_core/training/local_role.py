@@ -23,6 +23,7 @@ from rlhf_core.training.observation import check_second_order
 from rlhf_core.training.optimizer_step import OptimizerStep
 from rlhf_core.training.reduction import Means
 from rlhf_core.training.shared_forward import ForwardCache
+from rlhf_core.training.taken_weights import TakenWeights, read_weights, snapshot_weights
 from rlhf_core.training.token_budget import TokenBudget, release_memory
 from rlhf_core.util.messages import log
 
@@ -206,24 +207,40 @@ class LocalRole(Role):
         """While it is open, the module holds full weights, and each rank may use it by itself."""
         return self.trainable.gathered()
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take whole weights under their Hugging Face names, to follow a role elsewhere. Every rank calls it."""
-        own = self.module.hf_parameters()
-        with torch.no_grad():
-            for name, tensor in weights:
-                self.trainable.assign(own[name], tensor)
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
+        """Take all weights of a role of the same architecture; see `Role.load_weights`. Every rank calls it."""
+        self.take_weights(weights, decay).check_complete()
+
+    def take_weights(
+        self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0, taken: TakenWeights | None = None
+    ) -> TakenWeights:
+        """Take some of the weights; return what has been taken, `taken` included, so that a whole may come in parts."""
+        taken = taken or TakenWeights(self.name, self.trainable, self.module)
+        taken.add(weights, decay)
+        return taken
 
     def save(self, folder: str) -> None:
-        """Checkpoint state: model, optimiser, schedule."""
-        self.trainable.save(folder)
+        """Checkpoint state: model, optimiser, schedule; of a role that tracks another one, its weights."""
+        if self.spec.tracking is None:
+            self.trainable.save(folder)
+        else:
+            self._snapshot_weights()(folder)
 
     def snapshot(self) -> Callable[[str], None] | None:
         """A copy of what `save` would write, as what writes it; None where the strategy takes none (see `Trainable`)."""
-        return self.trainable.snapshot()
+        if self.spec.tracking is None:
+            return self.trainable.snapshot()
+        return self._snapshot_weights()
+
+    def _snapshot_weights(self) -> Callable[[str], None]:
+        return snapshot_weights(self.weights(), self.world.rank == 0)
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote."""
-        self.trainable.load(folder)
+        if self.spec.tracking is None:
+            self.trainable.load(folder)
+        else:
+            self.load_weights(read_weights(folder, self.name))
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part.

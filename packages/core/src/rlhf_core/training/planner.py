@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from rlhf_core.contract import requirements as needs_
 from rlhf_core.contract.optimizers import OptimizerProvider
-from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrainedOptions
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrackingOptions, TrainedOptions
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
 from rlhf_core.contract.providers import Algorithm
 from rlhf_core.contract.requirements import LANGUAGE, split_output
@@ -53,7 +53,9 @@ def make_plan(config: RunConfig) -> Plan:
     keyed: list[tuple[str, Term]] = []
     for term in terms:
         key = _credit_key(credits, term)
-        credit = credits.setdefault(key, CreditSpec(key, term.source, term.advantage, every=term.every))
+        credit = credits.setdefault(
+            key, CreditSpec(key, term.source, term.advantage, every=term.every, after=term.after)
+        )
         credits[key] = _add_needs(credit, term, kl, table)
         keyed.append((key, term))
     launcher = config.providers.get("launcher")
@@ -68,7 +70,9 @@ def make_plan(config: RunConfig) -> Plan:
     sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
     roles = _roles(config, keyed, credits, sources, table)
     plan = Plan(config, terms, sources, credits, roles, config.algorithm.policy, tuple(config.algorithm.exports), kl)
+    _check_order(plan)
     _check_exports(plan)
+    _check_tracking(plan)
     return plan
 
 
@@ -92,6 +96,18 @@ def _terms(algorithm: Algorithm, choices: ProviderChoices) -> tuple[Term, ...]:
     return terms
 
 
+def _check_order(plan: Plan) -> None:
+    """Check that terms come after roles that are trained, and that some role can be the first."""
+    trained = plan.trained_roles
+    for term in plan.terms:
+        if term.after and (term.after not in trained or term.after == term.role):
+            which = "which it trains itself" if term.after == term.role else "which no term trains"
+            raise UsageError(
+                f"{type(plan.config.algorithm).__qualname__}: the term {term.role} <- {term.source} comes after the update "
+                f"of {term.after!r}, {which}; change its `after`"
+            )
+
+
 def _check_exports(plan: Plan) -> None:
     """Check that the policy is trained, and that every role to export has weights of its own and a folder of its own."""
     algorithm, trained = type(plan.config.algorithm).__qualname__, plan.trained_roles
@@ -101,7 +117,7 @@ def _check_exports(plan: Plan) -> None:
             "let the algorithm declare another `policy`"
         )
     for name in plan.exports:
-        if name not in trained:
+        if name not in plan.changing_roles:
             raise UsageError(f"{algorithm} exports the role {name!r}, which no term trains; leave it out of `exports`")
         if name in RUN_FOLDERS or f"{name}-ema" in RUN_FOLDERS:
             raise UsageError(
@@ -109,11 +125,32 @@ def _check_exports(plan: Plan) -> None:
             )
 
 
+def _check_tracking(plan: Plan) -> None:
+    """Check that tracking roles follow trained ones, and can hold what they take."""
+    for name in plan.tracking_roles:
+        options, track = plan.roles[name].options, plan.roles[name].tracking
+        assert track is not None
+        if plan.terms and track.of not in plan.trained_roles:
+            raise UsageError(
+                f"{run_option(f'{name}.track.of')} {track.of}: no term trains a role {track.of!r} in this run; name one "
+                f"of {', '.join(plan.trained_roles)}"
+            )
+        if options.quantize != "none":
+            raise UsageError(
+                f"the {name} tracks the {track.of}, and 4-bit weights take none: leave out {run_option(f'{name}.quantize')}"
+            )
+        if track.decay and options.dtype != "float32":
+            raise UsageError(
+                f"the {name} averages the weights of the {track.of}, and in {options.dtype} small changes are lost: pass "
+                f"{run_option(f'{name}.dtype', 'float32')}, or {run_option(f'{name}.track.decay', 0)}"
+            )
+
+
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
-    """The key of the term's credit: an existing one with the same source, advantage and cadence, or a new one."""
+    """The key of the term's credit: an existing one with the same source, advantage, cadence and place, or a new one."""
     same_source = [credit for credit in credits.values() if credit.source == term.source]
     for credit in same_source:
-        if (credit.advantage, credit.every) == (term.advantage, term.every):
+        if (credit.advantage, credit.every, credit.after) == (term.advantage, term.every, term.after):
             return credit.key
     return f"{term.source}#{len(same_source)}" if same_source else term.source
 
@@ -199,9 +236,7 @@ def _roles(
     return {
         name: RoleSpec(
             name=name,
-            options=replace(
-                config.roles[name], model=config.roles[name].model or config.model, add_tokens=config.add_tokens
-            ),
+            options=replace(config.roles[name], model=_model_of(config, name), add_tokens=config.add_tokens),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
             sampled=name in {*sources, *opponents},
@@ -211,6 +246,13 @@ def _roles(
         )
         for name in outputs
     }
+
+
+def _model_of(config: RunConfig, name: str) -> str:
+    """The model of a role: its own, else that of the role it tracks, else the run's."""
+    options = config.roles[name]
+    tracked = config.roles.get(options.track.of) if isinstance(options, TrackingOptions) else None
+    return options.model or (tracked.model if tracked is not None else "") or config.model
 
 
 def _optimizer_of(options: ModelOptions | None) -> OptimizerProvider | None:

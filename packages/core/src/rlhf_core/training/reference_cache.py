@@ -40,8 +40,8 @@ AT_ONCE = 500
 def cache_frozen_roles(placed: Placement, plan: Plan) -> None:
     """Let frozen roles remember, if the algorithm names a folder for that (its field `cache`)."""
     folder = plan.config.algorithm.cache
-    for name, spec in plan.roles.items():
-        if folder and not spec.trained:
+    for name in plan.roles:
+        if folder and name not in plan.changing_roles:
             placed.roles[name] = CachedRole(placed.roles[name], folder, placed.world)
 
 
