@@ -154,7 +154,7 @@ class Role:
         Raises:
             UsageError: names or shapes are not those of this role's model.
         """
-        ...
+        raise NotImplementedError
 
     def save(self, folder: str) -> None:
         """Checkpoint state."""
