@@ -18,6 +18,7 @@ from rlhf_core import loop
 from rlhf_core.checkpoint import Checkpoints, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.options import RunConfig, Sampling
+from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import UsageError, options_under, run_option, spell_options
