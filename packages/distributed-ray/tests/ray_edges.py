@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from rlhf_core.contract.batch import Batch, Rollouts
 from rlhf_core.contract.providers import Advantage, Loss
 from rlhf_core.contract.results import Credit, LossTerms, Reduction, RewardOutput
+from rlhf_core.contract.roles import Trainable
+from rlhf_core.strategy.torch import TorchStrategy, TorchTrainable
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 
 
@@ -41,3 +43,21 @@ class Broken(Loss):
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
         return LossTerms(values_NT * math.nan if batch.step.number == 2 else values_NT, Reduction("token"))
+
+
+class ZeroedTrainable(TorchTrainable):
+    """Sends every `down_proj` as zeros, as an engine would see it if that weight had not arrived."""
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in super().weights():
+            yield name, torch.zeros_like(tensor) if "down_proj" in name else tensor
+
+
+@dataclass(frozen=True)
+class Zeroed(TorchStrategy):
+    """The strategy torch, with a fault planted in what it sends."""
+
+    def __call__(self, build: Any, optim: Any, total_steps: int) -> Trainable:
+        trainable = super().__call__(build, optim, total_steps)
+        trainable.__class__ = ZeroedTrainable
+        return trainable

@@ -208,6 +208,19 @@ def test_a_step_of_few_rows_or_none_goes_on_as_in_one_process(edges: None, prefe
     assert_equal_runs(local, run([*words, *WORKERS, "--launcher.workers", "2"]))
 
 
+def test_a_weight_that_does_not_arrive_is_caught_in_the_first_step_that_samples_with_it(
+    edges: None, preferences: Path, tmp_path: Path
+) -> None:
+    """Engines build the model themselves; what they are sent after step 1 lacks every `down_proj`."""
+    words = [*words_of("grpo", preferences, tmp_path / "run", 3), *WORKERS, "--on-mismatch", "stop"]
+    sound = run(words)
+    assert all(row["actor/mismatch"] < 1e-5 for row in sound)
+    with pytest.raises(RunStopped, match="differ from those of role 'actor'"):
+        run([*words, "--strategy", "ray_edges:Zeroed", "--output", str(tmp_path / "planted")])
+    planted = (tmp_path / "planted" / "metrics.jsonl").read_text().splitlines()
+    assert len(planted) == 1, "step 2 is not trained"
+
+
 def test_a_loss_that_is_not_finite_is_told_as_in_one_process(edges: None, preferences: Path, tmp_path: Path) -> None:
     """One line, and samples with their texts, which workers do not have; or a step that is left out."""
     words = [*words_of("grpo", preferences, tmp_path / "run", 3), "--loss", "ray_edges:Broken", *WORKERS]

@@ -18,6 +18,7 @@ from rlhf_core.contract.requirements import place
 from rlhf_core.contract.roles import Role
 from rlhf_core.errors import NotFinite, RlhfError, RunStopped, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.training.mismatch import compared_extras
 from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.messages import PREFIX, log, progress
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
@@ -173,9 +174,9 @@ class RoleGroup(Role):
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
     def _read(self, key: str, batch: Batch) -> list[str]:
-        """The extras that this role's terms read from the credited batch `key`."""
+        """The extras that this role's terms read from the credited batch `key`, and those that core reads in every step."""
         needed = {name for term_key, term in self.spec.terms if term_key == key for name in term.needs}
-        return sorted((needed | {"uids_N"}) & set(batch.extras))
+        return sorted((needed | {"uids_N", "versions_NT"} | compared_extras(batch)) & set(batch.extras))
 
     def buckets(self) -> Iterator[Any]:
         """References to buckets of weights on rank 0; the last may be empty."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
-from rlhf_core.errors import RunStopped, run_option
+from rlhf_core.errors import RunStopped
 from rlhf_core.lazy import torch
 from rlhf_core.training.old_logprobs import current_mask
 from rlhf_core.util.messages import log
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import RoleSpec
 
-__all__ = ["Mismatch", "bound_of"]
+__all__ = ["Mismatch", "bound_of", "compared_extras"]
 
 BOUND = 1e-3  # float32 engines agree to 1e-5 on average; a layer whose weights did not arrive differs by more than this
 NARROW_BOUND = 0.05  # 16-bit engines differ by 0.01 to 0.03 on average
@@ -31,6 +31,15 @@ NARROW_BOUND = 0.05  # 16-bit engines differ by 0.01 to 0.03 on average
 def bound_of(config: RunConfig, spec: RoleSpec) -> float:
     """Return the largest mean difference that passes: the option's, or that of the role's dtype."""
     return config.max_mismatch or (BOUND if spec.options.dtype == "float32" else NARROW_BOUND)
+
+
+def compared_extras(batch: Batch) -> frozenset[str]:
+    """Return the names of the extras that the comparison reads; none if the batch's numbers cannot be compared."""
+    names = frozenset({"sampler_logprobs_NT", "versions_NT"})
+    if "sampler_log_mass_NT" in batch:
+        return names | {"sampler_log_mass_NT"}
+    comparable = names <= batch.extras.keys() and "kept_mass" not in batch.scalars
+    return names if comparable else frozenset()
 
 
 class Mismatch:
@@ -56,13 +65,12 @@ class Mismatch:
         With d = log trainer - log sampler, exp(d) - 1 - d estimates KL(sampler || trainer) (Schulman 2020). Truncated sampling
         reports probabilities over the kept tokens: the log of the kept mass is added, and without it nothing is counted.
         """
-        if "sampler_logprobs_NT" not in micro or "versions_NT" not in micro:
+        names = compared_extras(micro)
+        if not names:
             return
         sampler_NT = micro["sampler_logprobs_NT"]
-        if "sampler_log_mass_NT" in micro:
+        if "sampler_log_mass_NT" in names:
             sampler_NT = sampler_NT + micro["sampler_log_mass_NT"]
-        elif "kept_mass" in micro.scalars:
-            return
         d = (logprobs_NT.detach() - sampler_NT)[micro.mask_NT & current_mask(micro, self.version)].double()
         if len(d):
             self.sums += torch.stack(
@@ -91,7 +99,7 @@ class Mismatch:
         text = (
             f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on average "
             f"and {largest:.2g} at most, above {bound:g}: the engine does not have the role's weights, or computes the "
-            f"model differently. Compare with {run_option('rollout', 'hf')}, or raise {run_option('max_mismatch')}"
+            "model differently. Compare with the rollout hf, or raise max_mismatch"
         )
         if self.config.on_mismatch == "stop":
             raise RunStopped(text)
