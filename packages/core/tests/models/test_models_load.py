@@ -153,7 +153,7 @@ def test_a_tokenizer_without_an_end_is_told_what_to_write(tmp_path: Path) -> Non
 
 def test_a_frozen_reward_role_refuses_a_model_without_a_score_head(checkpoint: Path) -> None:
     """A random head would be silent noise."""
-    with pytest.raises(UsageError, match=r"has no score head, so its scores would be noise.*--reward\.model"):
+    with pytest.raises(UsageError, match=r"has no score head, so its scores would be noise.*\(reward\.model\)"):
         build_module(spec(str(checkpoint), "scores_N", name="reward", trained=False))
     assert build_module(spec(str(checkpoint), "scores_N", name="reward")).model.score.weight.abs().max() > 0
 

@@ -138,7 +138,7 @@ def test_an_average_is_refused_before_training_where_weights_are_held_nowhere() 
             for parameter in self.module.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
-    with pytest.raises(UsageError, match=r"--actor.ema 0.9: strategy .* holds no weights between steps"):
+    with pytest.raises(UsageError, match=r"actor.ema 0.9: strategy .* holds no weights between steps"):
         role(lambda build, optim, steps: Freed(build(), optim, steps, torch.device("cpu")), ema=0.9)
 
 

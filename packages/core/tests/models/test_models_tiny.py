@@ -48,7 +48,7 @@ def test_a_chat_is_rendered_in_the_chatml_manner() -> None:
 def test_a_tokenizer_without_a_template_says_what_to_pass() -> None:
     bare = byte_tokenizer()
     bare.chat_template = None
-    with pytest.raises(UsageError, match=r"--data\.encoding\.template-file"):
+    with pytest.raises(UsageError, match="no chat template: use an instruction-tuned model"):
         render_chat(bare, [{"role": "user", "content": "hi"}])
 
 

@@ -191,7 +191,7 @@ def test_a_package_that_is_missing_is_one_line_before_anything_is_started(
     monkeypatch.setattr("rlhf_core.observer.tracker.find_spec", lambda module: None)
     with pytest.raises(MissingPackage) as caught:
         train(tmp_path / "run", observer=tracker)
-    assert str(caught.value) == f"--observer {name} needs {name}: python3 -m pip install 'rlhf-core[{name}]'"
+    assert str(caught.value) == f"observer {name} needs {name}: python3 -m pip install 'rlhf-core[{name}]'"
     assert not (tmp_path / "run").exists()
 
 
