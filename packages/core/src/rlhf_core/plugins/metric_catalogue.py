@@ -45,7 +45,7 @@ _RUN = {
     "rollout/staleness": "optimiser steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimiser steps: age of the oldest sampled token that the step trains on",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "
-    "tokens of the step's first update that its weights sampled; see --max-mismatch",
+    "tokens of the step's first update that its weights sampled; see max_mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats a token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximised",
