@@ -236,8 +236,8 @@ FILES = {
     'algorithm = "online"\ncritic.model = "x"': "run.toml: unknown option 'critic'; see rlhf-run online --help",
     'algorithm = "online"\nreward.key = "hunter2"': "run.toml: reward.key must be INT",
     'algorithm = "online"\nreward.key = "***"': "run.toml: reward.key is masked; give it as --reward.key env:NAME",
-    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, rollout, environment, reward, strategy, "
-    "launcher, evaluator, observer",
+    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, rollout, environment, "
+    "reward, strategy, launcher, evaluator, observer",
     'algorithm = "online"\n[reward]\nuse = "rwd"': f"no reward is called 'rwd'; installed: {NAMES}",
 }
 
