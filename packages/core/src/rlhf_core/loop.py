@@ -57,7 +57,8 @@ def credit(run: LoopRun, iteration: LoopIteration, after: str = "") -> dict[str,
     with run.phase("credit"):
         for spec in specs:
             batch, rewards = iteration.batches[spec.source], iteration.rewards.get(spec.source)
-            credited[spec.key], metrics = assign_credit(run.plan, spec, batch, rewards, run.kl_coef)
+            engine = run.advantages.get(spec.key)
+            credited[spec.key], metrics = assign_credit(run.plan, spec, batch, rewards, run.kl_coef, engine)
             run.log(metrics)
     if not after:
         run.watch(iteration.batches)

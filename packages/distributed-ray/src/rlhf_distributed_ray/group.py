@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.contract.requirements import place
 from rlhf_core.contract.roles import Role
-from rlhf_core.errors import NotFinite, RlhfError, RunStopped, run_option
+from rlhf_core.errors import NotFinite, RlhfError, RunStopped, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.mismatch import compared_extras
 from rlhf_core.util.atomic_files import write_text
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["EngineGroup", "RoleGroup", "StoredWeights", "gather_results"]
 
 CAUSE = 240  # characters of what Ray says
+CLOSE_SECONDS = 10.0
+"""What rollout engines have to close."""
 GRACE_SECONDS = 5.0
 """What other ranks have to fail too, once one did."""
 
@@ -280,9 +283,33 @@ class EngineGroup(Rollout):
         """Be ready to sample again."""
         self._each("wake")
 
+    def state_dict(self) -> Mapping[str, Any]:
+        """The states of the engines, by number."""
+        states = self._each("state_dict")
+        return {str(number): state for number, state in enumerate(states) if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let each engine continue from its own.
+
+        Raises:
+            UsageError: there were more engines.
+        """
+        if len(state) > len(self.actors):
+            raise UsageError(
+                f"the checkpoint has the states of {len(state)} rollout engines, and this run has {len(self.actors)}; start as "
+                "many"
+            )
+        calls = [self.actors[int(number)].load_state_dict.remote(each) for number, each in state.items()]
+        gather_results("rollout engine", self.where, calls)
+
     def close(self) -> None:
-        """Free everything."""
-        self._each("close")
+        """Let the engines free what they hold, for a while: the launcher ends their processes afterwards."""
+        import ray
+
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.RaySystemError):  # who is gone holds nothing
+            calls = [actor.close.remote() for actor in self.actors]
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
+            ray.get(ready)
 
     def _each(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(actor, method).remote(*args) for actor in self.actors]

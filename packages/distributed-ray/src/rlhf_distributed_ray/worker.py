@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.plan import Plan
-from rlhf_core.contract.roles import Role
+from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
@@ -316,8 +318,11 @@ class EngineWorker(Worker):
     def initialize(self) -> tuple[str, int]:
         """The same, and the mirrors of the roles."""
         where = super().initialize()
-        self.engine = self.plan.config.providers["rollout"]
+        config = self.plan.config
         self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
+        self.engines = Engines(config.seed, Path(config.output), self.plan)
+        self.engines.bind(Placement(dict[str, Any](self.mirrors), None, World()))
+        self.engine = self.engines.open(config.providers["rollout"], "rollout")
         self._received = 0
         self._compared: set[tuple[str, str]] = set()
         return where
@@ -355,6 +360,14 @@ class EngineWorker(Worker):
         """Be ready again."""
         self.engine.wake()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the engine and those inside it, by place."""
+        return self.engines.state_dict(clone=True)
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Continue from them."""
+        self.engines.load_state_dict(states)
+
     def close(self) -> None:
         """Free everything."""
-        self.engine.close()
+        self.engines.close()

@@ -4,6 +4,7 @@
         state.json           step, data position, KL coefficient, role versions, metrics, evaluations so far
         random.safetensors   random states of torch, numpy and Python, per rank
         roles/<name>/        what the role's strategy saves
+        providers/rank-R/    states of engines (`rlhf_core.contract.engines`) of each rank, a file per engine
         manifest.json        size and checksum of every file above, and of this list
     OUTPUT/checkpoints/best.json   which one is best by `--keep-best`, and its value
 

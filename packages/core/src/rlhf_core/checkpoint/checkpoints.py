@@ -5,7 +5,7 @@ It knows neither the run nor its state: the state is plain data, and roles write
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,13 @@ class Checkpoints:
         self.background = Background()
         """a checkpoint that is being written in the background"""
 
-    def save(self, state: Mapping[str, Any], roles: Mapping[str, Role], world: World) -> float:
+    def save(
+        self,
+        state: Mapping[str, Any],
+        roles: Mapping[str, Role],
+        engine_states: Callable[[], Mapping[str, Any]],
+        world: World,
+    ) -> float:
         """Write OUTPUT/checkpoints/step-N unless it exists, then remove what is not kept. Every rank takes part.
 
         With `--save-async`, and a strategy that can copy its state, the writing goes to the background.
@@ -46,6 +52,7 @@ class Checkpoints:
         Args:
             state: plain data with the keys `step`, `metrics` and `evaluations`, and whatever else the run needs.
             roles: the trained roles by name.
+            engine_states: returns this rank's states of engines by place, in memory of their own; called if one is written.
             world: the ranks that save together.
 
         Returns:
@@ -54,14 +61,17 @@ class Checkpoints:
         seconds = self.background.wait()  # one at a time
         rotation = self._rotation(state["evaluations"])
         shared = SharedState({**state, "strategy": self.strategy}, self.output)
-        save(shared, roles, world, rotation, self.background if self.config.save_async else None)
+        save(shared, roles, engine_states, world, rotation, self.background if self.config.save_async else None)
         return seconds
 
-    def restore(self, roles: Mapping[str, Role], world: World) -> dict[str, Any] | None:
-        """Load the newest valid checkpoint into `roles` and return the state saved with it; None if there is none.
+    def restore(self, roles: Mapping[str, Role], world: World) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Load the newest valid checkpoint into `roles`.
+
+        Returns:
+            the state saved with it, and the states of this rank's engines by place; None if there is no checkpoint.
 
         Raises:
-            UsageError: every checkpoint is damaged, or another strategy wrote it.
+            UsageError: every checkpoint is damaged, another strategy wrote it, or ranks cannot share what it has of engines.
         """
         return restore(self.output, self.strategy, roles, world)
 

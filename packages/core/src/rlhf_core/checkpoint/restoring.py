@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.checkpoint.engine_states import read_states
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
 from rlhf_core.checkpoint.random_states import set_random_states
 from rlhf_core.errors import OptionError, UsageError, run_option
@@ -61,14 +62,17 @@ def prepare_output(config: RunConfig) -> None:
         raise UsageError(f"cannot write to {run_option('output')} {output}: {error.strerror}") from None
 
 
-def restore(output: Path, strategy: str, roles: Mapping[str, Role], world: World) -> dict[str, Any] | None:
+def restore(
+    output: Path, strategy: str, roles: Mapping[str, Role], world: World
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Load the newest valid checkpoint into `roles`, and the random states; return its state. Report what was damaged.
 
     Returns:
-        the plain data that was saved; None if no checkpoint was written.
+        the plain data that was saved, and the states of this rank's engines by place; None if no checkpoint was written.
 
     Raises:
-        UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
+        UsageError: there are checkpoints, but each is damaged, another strategy wrote them, or the states of engines are
+            of another number of ranks and differ.
     """
     found = world.gather(_newest_valid(output) if world.rank == 0 else None)[0]  # one rank looks, for all
     if isinstance(found, str):
@@ -80,11 +84,12 @@ def restore(output: Path, strategy: str, roles: Mapping[str, Role], world: World
         raise UsageError(
             f"{found} was written by strategy {state['strategy']}, which {strategy} cannot read; resume with it"
         )
+    states = read_tree(found / "random.safetensors")
+    engine_states = read_states(found, len(states), world.rank, world.size)
     for name, role in roles.items():
         role.load(str(found / "roles" / name))
-    states = read_tree(found / "random.safetensors")
     set_random_states(states[min(world.rank, len(states) - 1)])  # a rank that was not there continues as the last one
-    return state
+    return state, engine_states
 
 
 def _newest_valid(output: Path) -> Path | str | None:

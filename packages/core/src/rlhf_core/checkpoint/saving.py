@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.checkpoint.engine_states import write_states
 from rlhf_core.checkpoint.manifest import seal
 from rlhf_core.checkpoint.random_states import get_random_states
 from rlhf_core.util.atomic_files import force, fresh_folder, temporary_name, write_text
@@ -39,6 +40,8 @@ class SharedState:
     """the folder of the run"""
     random_states: list[Any] = field(default_factory=list)
     """of every rank"""
+    engine_states: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """states of engines by rank, then by place; of those ranks that do not write their own"""
 
     @property
     def folder(self) -> Path:
@@ -48,6 +51,8 @@ class SharedState:
     def write(self, folder: Path) -> None:
         """Write it, and the manifest of everything in `folder`."""
         write_tree(folder / "random.safetensors", self.random_states)
+        for rank, states in self.engine_states.items():
+            write_states(folder, rank, states)
         write_text(folder / "state.json", json.dumps(self.state, indent=1))
         seal(folder)
         for log in self.output.glob("*.jsonl"):  # lines up to this step must not be lost when it is not
@@ -57,6 +62,7 @@ class SharedState:
 def save(
     shared: SharedState,
     roles: Mapping[str, Role],
+    engine_states: Callable[[], Mapping[str, Any]],
     world: World,
     rotate: Callable[[Path], None],
     background: Background | None = None,
@@ -64,6 +70,7 @@ def save(
     """Write the checkpoint unless it exists, then `rotate`. Every rank takes part.
 
     With `background`, and roles that can be copied, only the copy is made now and the leader writes it there.
+    `engine_states` returns this rank's, which nobody changes afterwards.
     """
     leader = world.rank == 0
     if world.gather(shared.folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
@@ -73,10 +80,12 @@ def save(
     shared = replace(shared, random_states=world.gather(get_random_states()))
     writers = _snapshots(roles) if background is not None else None
     if background is None or writers is None:
-        _write_together(shared, roles, world)
+        _write_together(shared, roles, engine_states(), world)
         if leader:
             rotate(shared.output)
-    elif leader:
+        return
+    shared = replace(shared, engine_states=dict(enumerate(world.gather(engine_states()))))
+    if leader:
         background.start(partial(_write_copies, shared, writers, rotate))
 
 
@@ -91,13 +100,16 @@ def _snapshots(roles: Mapping[str, Role]) -> dict[str, Writer] | None:
     return writers
 
 
-def _write_together(shared: SharedState, roles: Mapping[str, Role], world: World) -> None:
+def _write_together(
+    shared: SharedState, roles: Mapping[str, Role], engine_states: Mapping[str, Any], world: World
+) -> None:
     """Write every rank's part into a folder that the leader opens and closes."""
     leader = world.rank == 0
     with fresh_folder(shared.folder) if leader else nullcontext(temporary_name(shared.folder)) as temporary:
         world.barrier()  # the folder is there
         for name, role in roles.items():
             role.save(_role_folder(temporary, name))
+        write_states(temporary, world.rank, engine_states)
         world.barrier()  # every rank has saved
         if leader:
             shared.write(temporary)

@@ -55,6 +55,11 @@ class LoopRun(Protocol):
         ...
 
     @property
+    def advantages(self) -> Mapping[str, Any]:
+        """The engines of advantages by credit key."""
+        ...
+
+    @property
     def kl_coef(self) -> float:
         """The KL coefficient in force."""
         ...

@@ -317,6 +317,17 @@ class RunConfig:
             ):
                 yield f"/{kind}.{name}".rstrip("."), provider
 
+    def names_of(self, kind: str) -> list[str]:
+        """Return a name for each chosen provider of `kind`, in order; numbered where a name comes twice."""
+        chosen = self.providers.get(kind, ())
+        several = chosen if isinstance(chosen, tuple) else (chosen,)
+        names = self.names.get(kind, "").split(",") if several else []
+        if len(names) != len(several):
+            names = [type(provider).__qualname__ for provider in several]
+        return [
+            name if names.count(name) == 1 else f"{name}.{names[: i + 1].count(name)}" for i, name in enumerate(names)
+        ]
+
     def __post_init__(self) -> None:
         at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")
         at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

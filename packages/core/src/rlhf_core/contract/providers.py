@@ -17,12 +17,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_core.contract.capability import replaceable
+from rlhf_core.contract.engines import call_once
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+    from rlhf_core.contract.engines import Closeable, OpenContext
     from rlhf_core.contract.episode import Session
     from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.options import KL, ModelOptions, Sampling
@@ -37,7 +41,6 @@ __all__ = [
     "OPTIONAL",
     "Advantage",
     "Algorithm",
-    "Capability",
     "Data",
     "Environment",
     "Evaluator",
@@ -50,45 +53,29 @@ __all__ = [
     "Strategy",
 ]
 
-Base = TypeVar("Base")
-
-
-class Capability:
-    """A default of a base class, which a subclass replaces by a class attribute, a property or a field.
-
-    Unlike a property it leaves instances free to hold a field of its name, and a field without a default stays required.
-    """
-
-    def __init__(self, default: Callable[[Any], Any]) -> None:
-        self.default = default
-        self.__doc__ = default.__doc__
-
-    def __get__(self, provider: object, owner: type) -> Any:
-        if provider is None:  # `dataclass` looks there for the default of a field
-            raise AttributeError(f"{owner.__name__} declares this per instance")
-        return self.default(provider)
-
-
-def _replaceable(base: type[Base]) -> type[Base]:
-    """Turn the properties of `base` into capabilities; type checkers keep seeing properties."""
-    for name, value in list(vars(base).items()):
-        if isinstance(value, property):
-            assert value.fget is not None
-            setattr(base, name, Capability(value.fget))
-    return base
-
 
 class Provider:
-    """What providers of all kinds have in common."""
+    """What providers of all kinds have in common.
+
+    A provider that holds nothing is its own engine. One that holds something, or remembers something from step to step,
+    returns another object from `open`: see `rlhf_core.contract.engines`.
+    """
+
+    def open(self, context: OpenContext) -> Closeable:
+        """Return the engine that a run calls in this provider's place. Called once a run, after `check`.
+
+        Observers, algorithms, strategies and launchers are not opened: calling one makes what is open.
+        """
+        return self
+
+    def close(self) -> None:
+        """Do nothing: a provider that is its own engine holds nothing."""
 
     def check(self) -> None:
         """Raise `UsageError` for what is missing (a package, a key, a file). Called once, before anything heavy starts."""
 
-    def close(self) -> None:
-        """Free what is open: processes, connections, models. Called when the run ends."""
 
-
-@_replaceable
+@replaceable
 class Data(Provider):
     """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
 
@@ -102,9 +89,9 @@ class Data(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Rollout(Provider):
-    """Samples completions from a role. Heavy state is opened at the first call and freed by `close`."""
+    """Samples completions from a role. The engine that it opens has all of these methods."""
 
     @property
     def exact(self) -> bool:
@@ -137,7 +124,7 @@ class Rollout(Provider):
         return nullcontext(partial(self, role))
 
 
-@_replaceable
+@replaceable
 class Environment(Provider):
     """Answers a policy between its turns. State is in the sessions; see `rlhf_core.contract.episode`."""
 
@@ -161,16 +148,17 @@ class Environment(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Reward(Provider):
     """Scores completions."""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]:
         """Return one number per completion (N,), or a `RewardOutput`."""
-        raise NotImplementedError
+        output: RewardOutput | Tensor | Sequence[float] = call_once(self, rollouts)
+        return output
 
 
-@_replaceable
+@replaceable
 class Advantage(Provider):
     """Assigns credit to tokens. Whatever couples the samples of a group happens here, on whole groups.
 
@@ -203,10 +191,11 @@ class Advantage(Provider):
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor:
         """Return the credit of each token, (N, T)."""
-        raise NotImplementedError
+        credit: Credit | Tensor = call_once(self, rewards, rollouts, extras)
+        return credit
 
 
-@_replaceable
+@replaceable
 class Loss(Provider):
     """An objective. Pure; differentiable only in `outputs`.
 
@@ -248,7 +237,7 @@ class Loss(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Algorithm(Provider):
     """Composes terms. A role exists in a run only if a term trains it, a source samples it, or something needs its output."""
 
@@ -296,7 +285,7 @@ class Algorithm(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Strategy(Provider):
     """Turns a role's module (and optimizer options, None for a frozen role) into a `Trainable`.
 
@@ -314,7 +303,7 @@ class Strategy(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Launcher(Provider):
     """Places the roles of a plan."""
 
@@ -328,7 +317,7 @@ class Launcher(Provider):
         raise NotImplementedError
 
 
-@_replaceable
+@replaceable
 class Evaluator(Provider):
     """Measures a policy. Metric names are logged as `eval/<name>`."""
 
@@ -349,10 +338,11 @@ class Evaluator(Provider):
 
     def __call__(self, run: RunView) -> Mapping[str, float]:
         """Return metrics by name."""
-        raise NotImplementedError
+        metrics: Mapping[str, float] = call_once(self, run)
+        return metrics
 
 
-@_replaceable
+@replaceable
 class Observer(Provider):
     """Watches a run that asks for it by name: trackers, alarms."""
 

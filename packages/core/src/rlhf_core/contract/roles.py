@@ -175,13 +175,14 @@ class Role:
 
 @dataclass
 class Placement:
-    """What a launcher returns: roles and rollout engine, wherever they run."""
+    """What a launcher returns: roles and rollout engine, wherever they run.
+
+    `rollout` is the provider, which core opens and closes, or an object of that kind that stands for engines elsewhere.
+    """
 
     roles: dict[str, Role]
     rollout: Rollout | None
     world: World
 
     def close(self) -> None:
-        """Free the rollout engine; launchers with processes extend this."""
-        if self.rollout is not None:
-            self.rollout.close()
+        """Free what the launcher holds, after everything else; by default nothing."""

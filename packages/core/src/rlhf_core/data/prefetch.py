@@ -55,9 +55,16 @@ class Prefetcher:
 
     @classmethod
     def for_data(
-        cls, rows: Iterable[Example], encoder: Encoder, data: Data, online: bool, config: RunConfig, world: World
+        cls,
+        rows: Iterable[Example],
+        encoder: Encoder,
+        data: Data,
+        online: bool,
+        config: RunConfig,
+        world: World,
+        readers: Callable[[], Mapping[str, Any]] | None = None,
     ) -> Prefetcher:
-        """The rows of the provider `data`, prepared for this rank."""
+        """The rows of the provider `data`, prepared for this rank; `readers` as `Stream` takes it."""
         preparer = Preparer(encoder, online, data)
         stream = Stream(
             rows,
@@ -68,6 +75,7 @@ class Prefetcher:
             prepare=preparer,
             block=preparer.block,
             buffer=data.shuffle_buffer,
+            readers=readers,
         )
         return cls(stream, preparer.close, config.option_names)
 

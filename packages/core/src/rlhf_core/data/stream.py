@@ -3,12 +3,13 @@
 Every epoch is a permutation of the rows drawn from (seed, epoch) alone. All ranks walk the same permutation and each
 takes its slice of every batch, so ranks change who reads a row and never when it is read. Batches are always full: one
 may begin in an epoch and end in the next. A source without a length (streaming) is read in its own order, or shuffled
-within a buffer by (seed, epoch); on resume it is read again up to the position, which makes the same buffer again.
+within a buffer by (seed, epoch); on resume it is read again up to the position, which makes the same buffer again. A
+reader with a state continues from that by itself, and is read row by row, so that its state belongs to the last row drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Stream:
         prepare: makes rows of examples (`Preparer`): None for those to be passed over, an error for those to stop at.
         block: how many examples to prepare at a time, if that is more than a batch.
         buffer: rows to shuffle a source without a length within; 0 keeps its order.
+        readers: returns a copy of what readers with a state remember, by place; None if no reader has one.
     """
 
     dropped: int
@@ -63,7 +65,10 @@ class Stream:
         prepare: Callable[[Sequence[Example]], Sequence[TokenizedRow | DataError | None]] | None = None,
         block: int = 0,
         buffer: int = 0,
+        readers: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
+        if readers is not None and buffer:
+            raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
         if batch_size % world_size:
             raise OptionError(
                 "/batch_size", f"{batch_size} cannot be shared by {world_size} ranks: use a multiple of it"
@@ -75,8 +80,9 @@ class Stream:
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
         self._prepare = prepare
-        self._block = max(block, batch_size)
+        self._block = max(block, batch_size) if readers is None else 1
         self._buffer = buffer
+        self._readers = readers
         self._walk: Iterator[tuple[Example, int, TokenizedRow | None]] | None = None
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
 
@@ -92,12 +98,13 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
-        return {name: getattr(self, name) for name in ("epoch", "row", "first_uid", "dropped", "truncated")}
+        position = {name: getattr(self, name) for name in ("epoch", "row", "first_uid", "dropped", "truncated")}
+        return position if self._readers is None else position | {"readers": self._readers()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position; seed and data must be those it came from."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Continue from a position; seed and data must be those it came from. Readers have got their states before."""
+        for name in ("epoch", "row", "first_uid", "dropped", "truncated"):
+            setattr(self, name, state[name])
         self._walk = None
 
     def _rows(self) -> Iterator[tuple[Example, int, TokenizedRow | None]]:
@@ -140,6 +147,9 @@ class Stream:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.examples))
             for number in order[self.row :].tolist():
                 yield number, self.examples[number]
+            return
+        if self._readers is not None:
+            yield from enumerate(self.examples, self.row)
             return
         rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
         if self._buffer:

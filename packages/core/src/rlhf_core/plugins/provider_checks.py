@@ -13,13 +13,14 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract import providers
+from rlhf_core.contract.capability import Capability
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import KINDS
 from rlhf_core.contract.ingredients import Ingredient
 from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.options import ModelOptions, RunConfig
 from rlhf_core.contract.outputs import Output
-from rlhf_core.contract.providers import OPTIONAL, Algorithm, Capability
+from rlhf_core.contract.providers import OPTIONAL, Algorithm, Provider
 from rlhf_core.errors import UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -186,10 +187,11 @@ def _check_value(kind: str, who: str, name: str, value: Any, declared: Any) -> N
 def _check_signature(kind: str, who: str, target: type, base: type[Any]) -> None:
     """Check that what core calls takes what core passes."""
     methods = {name: value for name, value in capabilities(base).items() if isinstance(value, FunctionType)}
+    opens = issubclass(target, Provider) and target.open is not Provider.open
     for name, declared in {"__call__": vars(base)["__call__"], **methods}.items():
         own = inspect.getattr_static(target, name)
         if own is declared:
-            if name == "__call__":
+            if name == "__call__" and not opens:  # else core calls what it opens
                 raise UsageError(f"{kind} {who} cannot be called; write def __call__{_words(declared)}:")
             continue
         if not isinstance(own, FunctionType):

@@ -65,14 +65,19 @@ def check_messages(config: RunConfig, data: Rows) -> None:
 
 
 def complete(
-    config: RunConfig, rollout: Rollout, role: Role, prompts: Prompts, sampling: Sampling, encoder: RowEncoder
+    rollout: Rollout,
+    environment: Environment | None,
+    role: Role,
+    prompts: Prompts,
+    sampling: Sampling,
+    limits: EpisodeLimits,
+    encoder: RowEncoder,
 ) -> Rollouts:
-    """Return completions of `prompts`: what the engine samples, or episodes if the run has an environment."""
-    environment: Environment | None = config.providers.get("environment")
+    """Return completions of `prompts`: what the engine samples, or episodes if there is an environment."""
     if environment is None:
         return rollout(role, prompts, sampling)
     with rollout.session(role) as sample:
-        return play(sample, environment, prompts, sampling, config.episode, encoder)
+        return play(sample, environment, prompts, sampling, limits, encoder)
 
 
 def play(

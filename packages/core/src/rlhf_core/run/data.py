@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.plan import DATA
@@ -12,6 +12,7 @@ from rlhf_core.errors import UsageError, options_under
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.engines import Engines
     from rlhf_core.contract.plan import Plan
     from rlhf_core.data.encoder import Encoder
     from rlhf_core.data.prefetch import Prefetcher
@@ -20,10 +21,11 @@ __all__ = ["RunData"]
 
 
 class RunData:
-    """What the data provider of `plan` gives; each part is made when it is first used."""
+    """What the reader of a run gives, while it is open; each part is made when it is first used."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, engines: Engines) -> None:
         self.plan = plan
+        self.engines = engines
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -41,7 +43,7 @@ class RunData:
     def rows(self) -> Iterable[Example]:
         """The training rows."""
         with options_under("/data"):
-            rows: Iterable[Example] = self.plan.config.providers["data"]("train")
+            rows: Iterable[Example] = self.engines["data"]("train")
         return rows
 
     def stream(self, world: World) -> Prefetcher:
@@ -49,7 +51,8 @@ class RunData:
         from rlhf_core.data.prefetch import Prefetcher
 
         config, online = self.plan.config, DATA not in self.plan.sources
-        return Prefetcher.for_data(self.rows, self.encoder, config.providers["data"], online, config, world)
+        readers = partial(self.engines.state_dict, "data", clone=True) if self.engines.stateful("data") else None
+        return Prefetcher.for_data(self.rows, self.encoder, config.providers["data"], online, config, world, readers)
 
     def heldout(self, most: int | None, world: World) -> Sequence[Example]:
         """Return the held-out rows, the first `most` of them; at least one for each rank.
@@ -58,7 +61,7 @@ class RunData:
             UsageError: there are none, or fewer than ranks.
         """
         with options_under("/data"):
-            rows = list(self.plan.config.providers["data"]("heldout"))
+            rows = list(self.engines["data"]("heldout"))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
         if len(rows[:most]) < world.size:

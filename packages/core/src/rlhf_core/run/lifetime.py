@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_core.checkpoint import prepare_output
 from rlhf_core.errors import UsageError, options_under, spell_options
@@ -23,11 +23,14 @@ from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.checkpoint.background import Background
-    from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import Plan
     from rlhf_core.run.run import Run
 
-__all__ = ["check", "open_run", "place_roles"]
+__all__ = ["check", "open_run", "open_untrained"]
+
+NOT_OPENED = frozenset({"advantage", "launcher", "loss", "observer", "rollout", "strategy"})
+"""Kinds that are not opened with the others: terms bring advantages, roles hold losses, a launcher places the rollout
+engine, and observers, strategies and launchers are opened by a call."""
 
 
 def check(plan: Plan) -> None:
@@ -53,36 +56,85 @@ def open_run(run: Run) -> Iterator[Run]:
             "return at least one Term"
         )
     check(run.plan)
-    with options_under("/data"):
-        check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
-        check_messages(run.config, run.data)
-    prepare_output(run.config)
     with ExitStack() as stack:
-        stack.enter_context(place_roles(run))
+        stack.enter_context(_open_providers(run))
+        with options_under("/data"):
+            check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
+            check_messages(run.config, run.data)
+        prepare_output(run.config)
+        _place_roles(run)
         stack.callback(run.stream.close)
         if run.config.resume:
             run.restore()
-        stack.enter_context(run.observers.watch(run))
+        stack.enter_context(run.observers.watch(run, run.engines))
+        _check_states_taken(run)
         stack.enter_context(_ending(run))
         run.notify("rlhf_run_start")
         yield run
 
 
 @contextmanager
-def place_roles(run: Run) -> Iterator[Run]:
-    """Place the roles; at the end free them and what providers hold open. Nothing is written, no observer is called."""
-    torch.manual_seed(run.config.seed)
-    with ExitStack() as stack:
-        with options_under("/launcher"):
-            run.placed = run.config.providers["launcher"](run.plan)
-        stack.callback(run.placed.close)
-        run.meter = Meter(run.world)
-        for kind, provider in _providers(run.config):
-            if kind != "rollout":  # the placement closes its engine
-                stack.callback(provider.close)
-        cache_frozen_roles(run.placed, run.plan)
-        begin_tracking(run.plan, run.roles)
+def open_untrained(run: Run) -> Iterator[Run]:
+    """Open providers and place roles; close everything at the end. Nothing is written, no observer is called."""
+    with _open_providers(run):
+        _place_roles(run)
         yield run
+
+
+@contextmanager
+def _open_providers(run: Run) -> Iterator[None]:
+    """Open the providers that the loop calls; at the end close all that is open, the placement last.
+
+    The rollout engine is not among them yet: it is opened over placed roles.
+    """
+    config = run.config
+    with ExitStack() as stack:
+        stack.callback(_free_placement, run)
+        stack.enter_context(run.engines)
+        for kind in (each for each in config.providers if each not in NOT_OPENED):
+            several = isinstance(config.providers[kind], tuple)
+            for (path, provider), name in zip(config.provider_paths(kind), config.names_of(kind), strict=True):
+                with options_under(path):
+                    run.engines.open(provider, f"{kind}.{name}" if several else kind)
+        for key, credit in run.plan.credits.items():
+            if credit.advantage is not None:
+                with options_under("/advantage"):
+                    run.engines.open(credit.advantage, f"advantage.{key}")
+        yield
+
+
+def _place_roles(run: Run) -> None:
+    """Place the roles, and open the rollout engine over them."""
+    torch.manual_seed(run.config.seed)
+    with options_under("/launcher"):
+        run.placed = run.config.providers["launcher"](run.plan)
+    run.engines.bind(run.placed)
+    run.meter = Meter(run.world)
+    if run.placed.rollout is not None:
+        with options_under("/rollout"):
+            run.engines.open(run.placed.rollout, "rollout")
+    cache_frozen_roles(run.placed, run.plan)
+    begin_tracking(run.plan, run.roles)
+
+
+def _free_placement(run: Run) -> None:
+    """Free the roles, if they were placed."""
+    if run.placed is not None:
+        run.placed.close()
+
+
+def _check_states_taken(run: Run) -> None:
+    """Check that each state in the checkpoint has found its engine; with `--resume-changed`, report those that have not.
+
+    Raises:
+        UsageError: one has not.
+    """
+    if not run.engines.waiting:
+        return
+    missing = f"the checkpoint has the state of {', '.join(run.engines.waiting)}, which this run does not open"
+    if not run.config.resume_changed:
+        raise UsageError(f"{missing}; resume with the providers and versions that wrote it")
+    log.warning(missing)
 
 
 @contextmanager
@@ -110,10 +162,3 @@ def _finish_saving(background: Background, error: BaseException | None) -> None:
         if error is None:
             raise
         log.error(f"the checkpoint that was being written failed too: {failed}")
-
-
-def _providers(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Yield every chosen provider with its kind."""
-    for kind, chosen in config.providers.items():
-        for provider in chosen if isinstance(chosen, tuple) else (chosen,):
-            yield kind, provider

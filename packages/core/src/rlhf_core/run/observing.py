@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.engines import Engines
     from rlhf_core.contract.run_view import RunView
     from rlhf_core.plugins.registry import Registry
 
@@ -29,10 +30,19 @@ class Observers:
         """the objects that the chosen observers watch with in this rank, while the run is open"""
 
     @contextmanager
-    def watch(self, run: RunView) -> Iterator[None]:
-        """Make the observers that the run names, and call their hooks while the context is open."""
-        chosen = [each for each in run.config.providers.get("observer", ()) if run.leader or each.all_ranks]
-        self.objects = [observer(run) for observer in chosen]
+    def watch(self, run: RunView, engines: Engines) -> Iterator[None]:
+        """Make the observers that the run names, and call their hooks while the context is open.
+
+        Their states are stored with those of `engines`.
+        """
+        config = run.config
+        named = list(zip(config.names_of("observer"), config.providers.get("observer", ()), strict=True))
+        chosen = [observer for _, observer in named if run.leader or observer.all_ranks]
+        self.objects = []
+        for name, observer in named:
+            if run.leader or observer.all_ranks:
+                self.objects.append(observer(run))
+                engines.add(self.objects[-1], f"observer.{name}", f"observer {name}")
         with self.registry.with_observers(self.objects, chosen):
             yield
 

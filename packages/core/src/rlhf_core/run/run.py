@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core import loop
 from rlhf_core.checkpoint import Checkpoints, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
+from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.options import RunConfig, Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
@@ -74,7 +75,9 @@ class Run:
         self.registry = registry or Registry()
         self.output = Path(config.output)
         self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
-        self.data = RunData(self.plan)
+        self.engines = Engines(config.seed, self.output, self.plan)
+        """what the providers have opened, while the run is open"""
+        self.data = RunData(self.plan, self.engines)
         self.checkpoints = Checkpoints(config)
         self.observers = Observers(self.registry)
         self.signals = StopSignals()
@@ -115,8 +118,8 @@ class Run:
         return lifetime.open_run(self)
 
     def place(self) -> AbstractContextManager[Run]:
-        """Place roles and free them at the end; for a run that is not trained, so no file is written."""
-        return lifetime.place_roles(self)
+        """Open providers and place roles, and free them at the end; for a run that is not trained, so no file is written."""
+        return lifetime.open_untrained(self)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the loop's verbs
@@ -158,12 +161,11 @@ class Run:
 
     def _sync_engine(self, changed: Collection[str]) -> None:
         """Let the rollout engine take the weights of those roles that it samples."""
-        assert self.placed is not None
-        if self.placed.rollout is not None:
+        if "rollout" in self.engines:
             for name in self.plan.sources:
                 if name in changed:
                     with options_under("/rollout"):
-                        self.log(self.placed.rollout.sync(self.roles[name]) or {})
+                        self.log(self.engines["rollout"].sync(self.roles[name]) or {})
 
     def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
         """Close a step: take over the state of its iteration, measure, call observers, and save if it is time."""
@@ -190,9 +192,10 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
         metrics: dict[str, float] = {}
-        for path, evaluator in self.config.provider_paths("evaluator"):
+        for (path, _), name in zip(self.config.provider_paths("evaluator"), self.config.names_of("evaluator")):
             with options_under(path):
-                metrics |= {f"eval/{name}": value for name, value in evaluator(self).items()}
+                measured = self.engines[f"evaluator.{name}"](self)
+            metrics |= {f"eval/{name}": value for name, value in measured.items()}
         if metrics:
             self.state.evaluations.append((self.step, metrics))
             self.notify("rlhf_evaluated", step=self.step, metrics=metrics)
@@ -202,7 +205,12 @@ class Run:
         """Write a checkpoint of this step, if there is none yet."""
         self.state.versions = {name: role.version for name, role in self._changing_roles.items()}
         self.state.stream = self.state.stream or self.stream.state_dict()
-        self._add_background(lambda: self.checkpoints.save(self.state.state_dict(), self._changing_roles, self.world))
+        state, roles = self.state.state_dict(), self._changing_roles
+        self._add_background(lambda: self.checkpoints.save(state, roles, self._engine_states, self.world))
+
+    def _engine_states(self) -> dict[str, Any]:
+        """Return this rank's states of engines by place: readers' as of the rows that were trained on, others' as they are."""
+        return self.engines.state_dict(clone=True) | dict(self.state.readers)
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
@@ -210,10 +218,12 @@ class Run:
         Raises:
             UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
         """
-        state = self.checkpoints.restore(self._changing_roles, self.world)
-        if state is None:
+        found = self.checkpoints.restore(self._changing_roles, self.world)
+        if found is None:
             return
+        state, engine_states = found
         self.state.load_state_dict(state)
+        self.engines.load_state_dict(engine_states)
         for name, role in self._changing_roles.items():
             role.version = self.state.versions[name]
         self.stream.load_state_dict(self.state.stream)
@@ -298,12 +308,16 @@ class Run:
         return self.data.stream(self.world)
 
     @property
+    def advantages(self) -> Mapping[str, Any]:
+        """The engines of advantages by credit key."""
+        return {key: self.engines[f"advantage.{key}"] for key, spec in self.plan.credits.items() if spec.advantage}
+
+    @property
     def reward(self) -> Any:
-        """The reward provider."""
-        reward = self.config.providers.get("reward")
-        if reward is None:
+        """The engine of the reward."""
+        if "reward" not in self.engines:
             raise UsageError(f"an evaluator asks for rewards, but none was chosen; pass {run_option('reward', 'NAME')}")
-        return reward
+        return self.engines["reward"]
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Add the time inside to `time/<name>` of the step at hand."""
@@ -319,9 +333,10 @@ class Run:
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return completions of the role `source`; with an environment, each is an episode."""
-        assert self.placed is not None and self.placed.rollout is not None, "only online runs sample"
+        environment = self.engines.get("environment")
         with options_under("/rollout"):
-            return complete(self.config, self.placed.rollout, self.roles[source], prompts, sampling, self.encoder)
+            engine, role = self.engines["rollout"], self.roles[source]
+            return complete(engine, environment, role, prompts, sampling, self.config.episode, self.encoder)
 
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["RunState"]
 
 
+READERS = "readers"
+"""Of a position of the data: the states of readers, which are stored with those of other engines."""
+
+
 @dataclass
 class RunState:
     """What the steps so far have left behind."""
@@ -23,7 +27,7 @@ class RunState:
     step: int = 0
     """finished steps"""
     stream: dict[str, Any] = field(default_factory=dict)
-    """position of the data after the last finished step (`Stream.state_dict`)"""
+    """position of the data after the last finished step (`Stream.state_dict`), with the states of readers that have one"""
     moments: dict[str, Moments] = field(default_factory=dict)
     """running mean and deviation of all rewards so far, by source, where an algorithm's shaping normalises by them"""
     versions: dict[str, int] = field(default_factory=dict)
@@ -38,11 +42,17 @@ class RunState:
         """The KL coefficient in force; 0 without a penalty."""
         return self.kl.coef if self.kl is not None else 0.0
 
+    @property
+    def readers(self) -> Mapping[str, Any]:
+        """The states of readers by place, as of the last finished step; what is read ahead has not changed them."""
+        states: Mapping[str, Any] = self.stream.get(READERS, {})
+        return states
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data that JSON can hold."""
+        """Return the state as plain data that JSON can hold; without `readers`, which are rank by rank."""
         return {
             "step": self.step,
-            "stream": dict(self.stream),
+            "stream": {name: value for name, value in self.stream.items() if name != READERS},
             "kl_coef": self.kl_coef,
             "moments": {source: moments.state() for source, moments in self.moments.items()},
             "versions": dict(self.versions),

@@ -110,9 +110,14 @@ def _is_earned(name: str) -> bool:
 
 
 def assign_credit(
-    plan: Plan, spec: CreditSpec, batch: Batch, rewards: RewardOutput | None, kl_coef: float
+    plan: Plan,
+    spec: CreditSpec,
+    batch: Batch,
+    rewards: RewardOutput | None,
+    kl_coef: float,
+    engine: Advantage | None = None,
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch that the terms of `spec` train on, and the metrics of its credit.
+    """The batch that the terms of `spec` train on, and the metrics of its credit, by the opened `engine` of its advantage.
 
     The KL penalty in the reward is added here, per token and before the advantage:
     r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
@@ -131,7 +136,7 @@ def assign_credit(
         extras["penalty_NT"] = kl_coef * kl_NT
         rewards_NT = rewards_NT - extras["penalty_NT"]
     shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
-    credit = _check_credit(spec.advantage, spec.advantage(shaped, completions, extras), batch)
+    credit = _check_credit(spec.advantage, (engine or spec.advantage)(shaped, completions, extras), batch)
     earned = {"advantages_NT": credit.advantages_NT}
     if credit.returns_NT is not None:
         earned["returns_NT"] = credit.returns_NT

@@ -8,7 +8,7 @@ stands as JSON in the file's metadata. Nothing here pickles, so reading a file r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Copies", "read_tree", "write_tree"]
+__all__ = ["Copies", "plain_tree", "read_tree", "same_tree", "write_tree"]
 
 
 def write_tree(path: str | Path, tree: Any) -> None:
@@ -28,9 +28,10 @@ def write_tree(path: str | Path, tree: Any) -> None:
     names: dict[Any, str] = {}
 
     def name(where: str, tensor: Tensor) -> _Name:
+        while where in tensors:  # of two keys such as "a.b" and "a" with "b" below it
+            where += "'"
         first = names.setdefault(_memory(tensor), where)
         if first == where:
-            assert where not in tensors, f"two tensors are called {where}"
             tensors[where] = tensor.detach().contiguous()
         return _Name(first)
 
@@ -45,6 +46,44 @@ def read_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
     with safe_open(path, "pt", device=str(device)) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
         return _from_json(json.loads(file.metadata()["tree"]), tensors)
+
+
+def plain_tree(tree: Any, clone: bool = False, where: str = "") -> Any:
+    """Return `tree` in new dictionaries and lists, as `write_tree` writes it; with `clone`, its tensors copied to the CPU.
+
+    Raises:
+        TypeError: it holds something that a file cannot, or a key that is neither a text nor a number; says where.
+    """
+    place = f" at {where.strip('.')!r}" if where else ""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True) if clone else tree.detach()
+    if isinstance(tree, Mapping):
+        for key in tree:
+            if not isinstance(key, (str, int, float)):
+                raise TypeError(f"the key {key!r}{place} is a {type(key).__name__}; use a text or a number")
+        return {key: plain_tree(value, clone, f"{where}.{key}") for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(plain_tree(value, clone, f"{where}.{i}") for i, value in enumerate(tree))
+    if tree is None or type(tree) in (bool, int, float, str):
+        return tree
+    raise TypeError(
+        f"a {type(tree).__name__}{place} cannot be stored; use dictionaries, lists, tuples, numbers, texts, None and tensors"
+    )
+
+
+def same_tree(one: Any, other: Any) -> bool:
+    """Return True if two plain trees are equal, their tensors bit for bit."""
+    if isinstance(one, torch.Tensor):
+        if not isinstance(other, torch.Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (one, other)))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same_tree(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_tree, one, other))
+    return bool(one == other) or (one != one and other != other)  # nan is nan
 
 
 class Copies:
