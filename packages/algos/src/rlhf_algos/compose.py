@@ -77,16 +77,17 @@ def chosen_loss(choices: ProviderChoices) -> Loss:
     return loss  # type: ignore[no-any-return]
 
 
-def _chosen_advantage(choices: ProviderChoices) -> Advantage:
-    """The credit, checked against the number of completions per prompt."""
-    advantage: Any = choices.advantage
-    least, n = advantage.min_samples, choices.sampling.n if choices.sampling is not None else 1
+def _chosen_advantage(choices: ProviderChoices) -> Advantage | None:
+    """The credit, checked against the number of completions per prompt; None where a loss needs none."""
+    advantage = choices.advantage
+    least = advantage.min_samples if advantage is not None else 1
+    n = choices.sampling.n if choices.sampling is not None else 1
     if n < least:
         raise UsageError(
             f"{type(advantage).__name__} compares the completions of one prompt; "
             f"set {run_option('sampling.n')} to {least} or more (it is {n})"
         )
-    return advantage  # type: ignore[no-any-return]
+    return advantage
 
 
 def _check_fit(term: Term) -> None:
