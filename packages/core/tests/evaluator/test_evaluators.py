@@ -27,7 +27,7 @@ def run_with(rollouts: Any, **more: Any) -> Any:
 
     return SimpleNamespace(
         world=World(),
-        plan=SimpleNamespace(sources=("actor",), roles={"actor": None}, trained=("actor",)),
+        plan=SimpleNamespace(sources=("actor",), roles={"actor": None}, trained_roles=("actor",)),
         config=SimpleNamespace(sampling=Sampling(), seed=0),
         heldout=lambda most: [SimpleNamespace(completions=("a", "b"))] * 2,
         encoder=SimpleNamespace(prompts=lambda rows, uids: None, batch=lambda rows, uids: rollouts),
@@ -132,7 +132,7 @@ def test_a_win_is_a_higher_reward_on_the_same_prompt_and_a_tie_counts_half(tmp_p
     evaluator = WinRate(n=2)
     run = run_with(None, reward_of=lambda batch: RewardOutput(batch["rewards_N"]))
     run.heldout = lambda most: [None] * 3
-    object.__setattr__(evaluator, "_sampled", lambda run, name, rows, uids: rollouts[name])
+    object.__setattr__(evaluator, "_sample", lambda run, name, rows, uids: rollouts[name])
     metrics = evaluator(run)
     assert metrics["win_rate"] == pytest.approx((0.75 + 0.5 + 0.0) / 3)
     assert metrics["win_rate/a"] == pytest.approx(0.625) and metrics["win_rate/b"] == 0.0

@@ -143,7 +143,9 @@ class Registry:
     def notify(self, hook: str, leader: bool, **arguments: Any) -> list[Any]:
         """Call an observer hook and return the answers that are not None; of plugins, the leader calls all, and other
         processes those with a global `all_ranks = True`."""
-        plugins = [] if leader else [self._manager.get_plugin(name) for name in self.plugins]
+        if leader:
+            return list(getattr(self._manager.hook, hook)(**arguments))
+        plugins = [self._manager.get_plugin(name) for name in self.plugins]
         others = [plugin for plugin in plugins if not getattr(plugin, "all_ranks", False)]
         return list(self._manager.subset_hook_caller(hook, others)(**arguments))
 
