@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_core.config.builder import make_config
+    from rlhf_core.config.provider_spec import make_from_spec
     from rlhf_core.config.value_types import Secret, reveal
-    from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts, StepInfo
+    from rlhf_core.contract.batch import Batch, Example, Message, Prompts, Rollouts, StepInfo
     from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
     from rlhf_core.contract.episode import Action, Feedback, Session
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
         TrainedOptions,
     )
     from rlhf_core.contract.outputs import Output, States
-    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.plan import CreditSpec, Plan, RoleSpec
     from rlhf_core.contract.providers import (
         Advantage,
         Algorithm,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
         Strategy,
     )
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
-    from rlhf_core.contract.roles import Placement, Role, Trainable
+    from rlhf_core.contract.roles import Placement, Role, SecondOrderTrainable, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
@@ -74,11 +75,16 @@ if TYPE_CHECKING:
     )
     from rlhf_core.models.inputs.arrange import arrange_inputs
     from rlhf_core.models.module import RoleModule
+    from rlhf_core.observer.tracker import Tracker
     from rlhf_core.plugins.registry import Registry
+    from rlhf_core.reward.output import to_reward_output
     from rlhf_core.rollout.assemble import assemble
     from rlhf_core.run.run import Run
     from rlhf_core.strategy.shared_base import SharedBase
+    from rlhf_core.training.dynamic_sampling import DynamicSampling
     from rlhf_core.training.optimizer import Schedule, load_optimizer, lr_factor, make_optimizer
+    from rlhf_core.training.reward_shaping import RewardShaping
+    from rlhf_core.util.padding import pad_rows
 
 __all__ = [
     "KL",
@@ -93,8 +99,10 @@ __all__ = [
     "CommandContext",
     "ContractError",
     "Credit",
+    "CreditSpec",
     "Data",
     "DataError",
+    "DynamicSampling",
     "Environment",
     "EpisodeLimits",
     "Evaluator",
@@ -106,6 +114,7 @@ __all__ = [
     "Lora",
     "Loss",
     "LossTerms",
+    "Message",
     "Metric",
     "MissingPackage",
     "ModelOptions",
@@ -125,9 +134,11 @@ __all__ = [
     "Registry",
     "Reward",
     "RewardOutput",
+    "RewardShaping",
     "RlhfError",
     "Role",
     "RoleModule",
+    "RoleSpec",
     "Rollout",
     "Rollouts",
     "RowEncoder",
@@ -137,6 +148,7 @@ __all__ = [
     "RunView",
     "Sampling",
     "Schedule",
+    "SecondOrderTrainable",
     "Secret",
     "Session",
     "SharedBase",
@@ -145,6 +157,7 @@ __all__ = [
     "Strategy",
     "Term",
     "TorchWorld",
+    "Tracker",
     "Tracking",
     "TrackingOptions",
     "Trainable",
@@ -159,43 +172,52 @@ __all__ = [
     "load_optimizer",
     "lr_factor",
     "make_config",
+    "make_from_spec",
     "make_optimizer",
     "option",
     "options_under",
+    "pad_rows",
     "parameter_groups",
     "reveal",
     "run_option",
+    "to_reward_output",
 ]
 
 _HOMES = {
     "config.builder": "make_config",
+    "config.provider_spec": "make_from_spec",
     "config.value_types": "Secret reveal",
-    "contract.batch": "Batch Example Prompts Rollouts StepInfo",
+    "contract.batch": "Batch Example Message Prompts Rollouts StepInfo",
     "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
     "contract.episode": "Action Feedback Session",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
-    "contract.outputs": "Output States",
     "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
     "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling Tracking TrackingOptions TrainedOptions",
-    "contract.plan": "Plan",
+    "contract.outputs": "Output States",
+    "contract.plan": "CreditSpec Plan RoleSpec",
     "contract.providers": "Advantage Algorithm Data Environment Evaluator Launcher Loss Observer Reward Rollout Strategy",
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
-    "contract.roles": "Placement Role Trainable",
+    "contract.roles": "Placement Role SecondOrderTrainable Trainable",
     "contract.run_view": "RowEncoder RunView",
     "contract.terms": "ProviderChoices Term",
     "errors": (
-        "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped UnknownName "
-        "UsageError advice option options_under run_option"
+        "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped "
+        "UnknownName UsageError advice option options_under run_option"
     ),
     "models.inputs.arrange": "arrange_inputs",
     "models.module": "RoleModule",
+    "observer.tracker": "Tracker",
     "plugins.registry": "Registry",
+    "reward.output": "to_reward_output",
     "rollout.assemble": "assemble",
     "run.run": "Run",
     "strategy.shared_base": "SharedBase",
+    "training.dynamic_sampling": "DynamicSampling",
     "training.optimizer": "Schedule load_optimizer lr_factor make_optimizer",
+    "training.reward_shaping": "RewardShaping",
+    "util.padding": "pad_rows",
 }
 """The module of each public name."""
 

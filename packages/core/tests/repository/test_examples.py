@@ -1,8 +1,10 @@
-"""The packages under examples/plugins are what a stranger would write: installable, and with public imports only."""
+"""The packages under examples/plugins and the code of the documents are what a stranger would write, with public names only."""
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -12,8 +14,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[4]
 PLUGINS = sorted(path.parent for path in ROOT.glob("examples/plugins/*/pyproject.toml"))
-PUBLIC = {name: set(import_module(name).__all__) for name in ("rlhf_core", "rlhf_core.testing", "rlhf_core.errors")}
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "*/*/README.md", "examples/plugins/*/README.md")
+    for path in ROOT.glob(pattern)
+)
+MODULES = ("rlhf_core", "rlhf_core.testing", "rlhf_core.errors", "rlhf_algos")
+PUBLIC = {name: set(import_module(name).__all__) for name in MODULES}
 PUBLIC["rlhf_core.lazy"] = {"torch"}
+
+
+def python_blocks(text: str) -> list[str]:
+    """Return the python blocks of a document, without their indentation."""
+    found = re.findall(r"^( *)```python\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", body, flags=re.MULTILINE) for indent, body in found]
 
 
 def private_imports(tree: ast.AST, own: set[str]) -> Iterator[str]:
@@ -45,6 +59,28 @@ def test_an_example_imports_public_names_only(folder: Path) -> None:
     assert files and not {name: lines for name, lines in found.items() if lines}
 
 
+def test_the_code_of_the_documents_imports_public_names_only() -> None:
+    blocks = 0
+    found = {}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        own = {Path(name).stem for name in re.findall(r"<!-- (?:file|append): (\S+) -->", text)}
+        for block in python_blocks(text):
+            blocks += 1
+            found[f"{document.name}: {block[:40]!r}"] = list(private_imports(ast.parse(block), own))
+    assert blocks >= 15
+    assert not {place: lines for place, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_can_be_imported_and_is_documented(name: str) -> None:
+    module = import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    objects = [getattr(module, each) for each in module.__all__]
+    described = [each for each in objects if inspect.isclass(each) or inspect.isfunction(each)]
+    assert not [each.__name__ for each in described if not (each.__doc__ or "").strip()]
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -67,6 +103,7 @@ def test_a_private_import_would_be_seen(code: str) -> None:
         "from rlhf_core import hookimpl, Run",
         "from rlhf_core.errors import UsageError",
         "from rlhf_core.lazy import torch",
+        "from rlhf_algos import gae",
         "import rlhf_core\nrlhf_core.make_config('grpo')",
         "from rlhf_mine.parts import Part",
         "import torch",

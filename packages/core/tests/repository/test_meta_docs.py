@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import rlhf_core
+
 ROOT = Path(__file__).resolve().parents[4]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(
@@ -99,3 +101,17 @@ def test_files_and_modules_that_prose_names_exist() -> None:
 def test_a_place_that_is_gone_is_seen() -> None:
     text = "`models/packed.py`, `models.average`, `training.reduction.Means`, `loop.py` and `training/credit.py`"
     assert missing_places(text) == ["models/packed.py", "models.average"]
+
+
+def test_every_public_name_has_a_place_in_the_table_of_hooks_md() -> None:
+    section = (
+        (ROOT / "docs" / "hooks.md")
+        .read_text(encoding="utf-8")
+        .partition("\n## Public names\n")[2]
+        .partition("\n## ")[0]
+    )
+    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| for |")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|", 2)[2])}
+    public = set(rlhf_core.__all__)
+    assert not public - listed, "add them to the table `Public names` of docs/hooks.md"
+    assert not [name for name in listed - public if name[0].isupper()]

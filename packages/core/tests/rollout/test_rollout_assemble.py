@@ -67,7 +67,7 @@ def role(tokenizer: PreTrainedTokenizerFast) -> Any:
     )
     return SimpleNamespace(
         causal_lm=LlamaForCausalLM(config).eval(),
-        module=SimpleNamespace(compute_dtype=torch.float32),
+        module=SimpleNamespace(compute_dtype=torch.float32, vision=None),
         gathered=nullcontext,
         tokenizer=tokenizer,
         version=5,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,13 @@ class RoleGroup(Role):
     def version(self, version: int) -> None:
         self._version = version
         self.call("set_version", version)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the role's model, in this process."""
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.spec.options.model, self.spec.options)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank at once; results in rank order."""

@@ -276,10 +276,12 @@ class MirrorRole(Role):
         """The Hugging Face model inside."""
         return self.module.causal_lm
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the role's model."""
-        return self.local.tokenizer
+        """The tokenizer of the role's model, which is not built for it."""
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.spec.options.model, self.spec.options)
 
     def gathered(self) -> AbstractContextManager[None]:
         """While it is open, the module holds full weights."""

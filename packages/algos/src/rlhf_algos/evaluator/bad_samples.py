@@ -12,10 +12,9 @@ from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import DataError, OptionError
 from rlhf_core.lazy import torch
+from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_core.contract.run_view import RunView
 
 __all__ = ["BadSamples"]
@@ -75,8 +74,8 @@ class BadSamples(Evaluator):
 
 def samples_as_batch(rows: list[dict[str, Any]]) -> Batch:
     """Samples by token ids, for a role to read."""
-    prompt_NL, prompt_lengths_N = _pad_rows([row["prompt_ids"] for row in rows])
-    tokens_NT, lengths_N = _pad_rows([row["ids"] for row in rows])
+    prompt_NL, prompt_lengths_N = pad_rows([row["prompt_ids"] for row in rows])
+    tokens_NT, lengths_N = pad_rows([row["ids"] for row in rows])
     return Batch(
         prompts=[""] * len(rows),
         texts=[""] * len(rows),
@@ -89,10 +88,3 @@ def samples_as_batch(rows: list[dict[str, Any]]) -> Batch:
         labels=[None] * len(rows),
         meta=[{}] * len(rows),
     )
-
-
-def _pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(N, longest) and the N lengths."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    lengths_N = torch.tensor([len(row) for row in rows])
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths_N

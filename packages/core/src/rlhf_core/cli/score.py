@@ -18,6 +18,7 @@ from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.commands import Command
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -94,8 +95,8 @@ def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
     texts = [str(row.get("text", row["prompt"])) for row in rows]
     ids = [list(row["completion"].encode()) for row in rows]
     ids = [(each + [0] * n)[:n] for each, n in zip(ids, (int(r.get("tokens", len(e))) for r, e in zip(rows, ids)))]
-    prompt_NL, prompt_lengths_N = _pad_rows([list(text.encode()) for text in texts])
-    tokens_NT, lengths_N = _pad_rows(ids)
+    prompt_NL, prompt_lengths_N = pad_rows([list(text.encode()) for text in texts], width=1)
+    tokens_NT, lengths_N = pad_rows(ids, width=1)
     return Rollouts(
         prompts=texts,
         texts=[row["completion"] for row in rows],
@@ -113,10 +114,3 @@ def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
 
 def _meta(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"datasource": row["datasource"]} if "datasource" in row else {}
-
-
-def _pad_rows(rows: list[list[int]]) -> tuple[Any, Any]:
-    """(N, longest) and the N lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = max(1, int(lengths.max()))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), lengths

@@ -129,6 +129,12 @@ class Role:
     name: str
     spec: RoleSpec
     version: int
+    """optimizer steps so far"""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the role's model."""
+        raise NotImplementedError
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows: eval mode, no gradient, on the CPU.

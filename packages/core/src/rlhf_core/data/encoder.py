@@ -29,6 +29,7 @@ from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 from rlhf_core.errors import DataError, UsageError, advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.messages import progress
+from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,9 +146,9 @@ class Encoder:
             examples, uids = [examples[i] for i in kept], [uids[i] for i in kept]
         self._show(rows)
         flat = [(group, row, side) for group, row in enumerate(rows) for side in row.completions]
-        prompt_NL, prompt_lengths_N = pad_token_rows([row.ids for _, row, _ in flat], self._pad_id)
-        tokens_NT, lengths_N = pad_token_rows([side.ids for *_, side in flat], self._pad_id)
-        mask_NT, _ = pad_token_rows([side.mask for *_, side in flat], False)
+        prompt_NL, prompt_lengths_N = pad_rows([row.ids for _, row, _ in flat], self._pad_id)
+        tokens_NT, lengths_N = pad_rows([side.ids for *_, side in flat], self._pad_id)
+        mask_NT, _ = pad_rows([side.mask for *_, side in flat], False, torch.bool)
         chosen = [examples[group] for group, *_ in flat]
         numbers = dict.fromkeys(name for example in chosen for name in example.fields)
         return Batch(
@@ -310,13 +311,6 @@ class Encoder:
         for row in rows[: self._to_show]:
             progress.info(render_row(row, self.tokenizer, self.reader.token if self.reader is not None else None))
         self._to_show = max(0, self._to_show - len(rows))
-
-
-def pad_token_rows(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """(N, longest) padded on the right, and the N lengths."""
-    width = max(map(len, rows))
-    padded = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
-    return padded, torch.tensor([len(row) for row in rows])
 
 
 def _meta(example: Example) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.lazy import torch
+from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["assemble", "decode", "pad_id"]
@@ -48,18 +48,18 @@ def assemble(
     """
     filler = pad_id(tokenizer)
     group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
-    tokens_NT = _pad_rows(tokens, filler, torch.long)
-    lengths_N = torch.tensor([len(row) for row in tokens])
+    tokens_NT, lengths_N = pad_rows(tokens, filler)
+    prompt_NL, prompt_lengths_N = pad_rows([prompts.token_ids[p] for p in group], filler)
     examples = [prompts.examples[p] for p in group]
     inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
-    mask_NT = inside_NT if mask is None else _pad_rows(mask, False, torch.bool)
-    versions_NT = torch.full(tokens_NT.shape, version) if versions is None else _pad_rows(versions, 0, torch.long)
+    mask_NT = inside_NT if mask is None else pad_rows(mask, False, torch.bool)[0]
+    versions_NT = torch.full(tokens_NT.shape, version) if versions is None else pad_rows(versions)[0]
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
         prompts=[prompts.texts[p] for p in group],
         texts=decode(tokenizer, tokens) if texts is None else list(texts),
-        prompt_NL=_pad_rows([prompts.token_ids[p] for p in group], filler, torch.long),
-        prompt_lengths_N=torch.tensor([len(prompts.token_ids[p]) for p in group]),
+        prompt_NL=prompt_NL,
+        prompt_lengths_N=prompt_lengths_N,
         tokens_NT=tokens_NT,
         lengths_N=lengths_N,
         mask_NT=mask_NT,
@@ -71,7 +71,7 @@ def assemble(
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             "versions_NT": versions_NT.masked_fill(~mask_NT, 0),
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
-            **{name: _pad_rows(rows, 0.0, torch.float32) for name, rows in per_token.items()},
+            **{name: pad_rows(rows, 0.0, torch.float32)[0] for name, rows in per_token.items()},
         },
         scalars=dict(scalars or {}),
         finish=list(finish),
@@ -90,9 +90,3 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills up short rows: the padding token, or EOS where there is none."""
     number: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return int(number)
-
-
-def _pad_rows(rows: Sequence[Sequence[float]], filler: float, dtype: torch.dtype) -> Tensor:
-    """(N, longest), padded on the right."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=dtype)

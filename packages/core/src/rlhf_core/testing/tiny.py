@@ -11,6 +11,7 @@ from rlhf_core.contract.distributed import World
 from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.lazy import torch
+from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +37,8 @@ def tiny_rollouts(prompts: int = 2, completions: int = 4) -> Rollouts:
     tokens = [[*text.encode(), EOS] for text in texts]
     tokens[-1] = tokens[-1][:-1] or [EOS]
     asked = [f"Question {i}?" + "?" * (i % 3) for i in range(prompts) for _ in range(completions)]
-    tokens_NT, lengths_N = _pad_rows(tokens)
-    prompt_NL, prompt_lengths_N = _pad_rows([list(text.encode()) for text in asked])
+    tokens_NT, lengths_N = pad_rows(tokens)
+    prompt_NL, prompt_lengths_N = pad_rows([list(text.encode()) for text in asked])
     mask_NT = torch.arange(tokens_NT.shape[1])[None] < lengths_N[:, None]
     longest = int(lengths_N.argmax())
     mask_NT[longest, 2:4] = False  # a tool answered here: part of the completion, not sampled
@@ -114,11 +115,6 @@ def _plausible(name: str, batch: Batch) -> Tensor:
 def _inside(batch: Batch) -> Tensor:
     """(N, T) where there is a completion, sampled or not."""
     return torch.arange(batch.tokens_NT.shape[1])[None] < batch.lengths_N[:, None]
-
-
-def _pad_rows(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows]), lengths
 
 
 def _generator(name: str) -> torch.Generator:

@@ -68,6 +68,10 @@ class CachedRole(Role):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)
 
+    @property
+    def tokenizer(self) -> Any:
+        return self._role.tokenizer
+
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
         return self._role.train(work)
 
