@@ -44,6 +44,11 @@ class Score(Command):
         from rlhf_core.reward.output import to_reward_output
 
         reward = context.config.providers["reward"]
+        if reward.needs:
+            raise UsageError(
+                f"the reward {type(reward).__qualname__} reads roles ({', '.join(sorted(reward.needs))}), which only a run "
+                "places; score with another one"
+            )
         reward.check()
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
         if path.resolve() == Path(self.file).resolve():

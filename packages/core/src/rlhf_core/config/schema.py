@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from rlhf_core.config.docstrings import docs_of
+from rlhf_core.config.roles import roles_of
 from rlhf_core.config.value_types import given_by, metavar
 from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig, TrainedOptions
@@ -298,9 +299,7 @@ def make_schema(
     cls = class_of("algorithm", algorithm, made, registry)
     names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
     sections = [_run_section(cls, unused_fields(names))]
-    for role, options in cls.roles.items():
-        if role in names or role in {each.name for each in dataclasses.fields(RunConfig)}:
-            raise ContractError(f"algorithm {algorithm!r} has a role {role!r}, a name that is taken")
+    for role, options in roles_of(cls, names, registry, instances).items():
         what = "trained" if isinstance(options, TrainedOptions) else "frozen"
         inside = _make_uses(role, options, uses or {}, registry)
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options, uses=inside))

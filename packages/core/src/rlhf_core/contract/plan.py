@@ -34,6 +34,8 @@ class CreditSpec:
     """its terms take part in the steps that are multiples of this"""
     after: str = ""
     """the role whose update comes first (`Term.after`)"""
+    parts: tuple[str, ...] = ()
+    """the two sources whose rows `source` has, where an advantage joins another one (`Advantage.joins`)"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Plan:
     """the role that OUTPUT/model is (`Algorithm.policy`)"""
     exports: tuple[str, ...] = ()
     """roles that are written to OUTPUT/<role> besides"""
+    reward_needs: tuple[Need, ...] = ()
+    """outputs of roles that the reward reads"""
     kl: KL | None = field(default=None)
     """the penalty in force; None when its coefficient is 0"""
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, Trainable
-    from rlhf_core.contract.run_view import RunView
+    from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = [
@@ -152,6 +152,23 @@ class Environment(Provider):
 class Reward(Provider):
     """Scores completions."""
 
+    roles: ClassVar[Mapping[str, ModelOptions]] = {}
+    """default options of roles that it brings, in addition to the algorithm's: a reward model, a judge"""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Outputs of roles that it reads, such as `judge.scores_N`: `rollouts["judge.scores_N"]` when it is called."""
+        return frozenset()
+
+    @property
+    def reads_texts(self) -> bool:
+        """True if its roles read rows that `role_rows` makes, with their own tokenizers; else they read the sampled tokens."""
+        return False
+
+    def role_rows(self, role: str, rollouts: Batch, encoder: RowEncoder) -> Batch:
+        """Return what `role` reads about each completion, one row each, encoded by its own `encoder`."""
+        raise NotImplementedError
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]:
         """Return one number per completion (N,), or a `RewardOutput`."""
         output: RewardOutput | Tensor | Sequence[float] = call_once(self, rollouts)
@@ -164,6 +181,9 @@ class Advantage(Provider):
 
     `rollouts.world` sums statistics over ranks.
     """
+
+    roles: ClassVar[Mapping[str, ModelOptions]] = {}
+    """default options of roles that it brings, in addition to the algorithm's"""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -185,6 +205,11 @@ class Advantage(Provider):
         """Rows that its `Credit.rows` leaves: `pairs` (chosen, rejected), `rows` (some of them), or empty for all."""
         return ""
 
+    @property
+    def joins(self) -> str:
+        """Another source, whose rows of a prompt follow those of the term's source; `joined_N` is 1 in them."""
+        return ""
+
     def prepare(self, batch: Batch) -> Batch:
         """Add rows of its own to rows of data, before anything is computed about them; `Credit.rows` leaves them out again."""
         return batch
@@ -202,6 +227,9 @@ class Loss(Provider):
     An output `"<role>.<name>_NT"` is a function of both roles' whole next-token distributions at every token: the method
     `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
     """
+
+    roles: ClassVar[Mapping[str, ModelOptions]] = {}
+    """default options of roles that it brings, in addition to the algorithm's"""
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -374,6 +402,6 @@ BASES: Mapping[str, type[Provider]] = {
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "data": ("shuffle_buffer",),
     "loss": ("aggregate", "length"),
-    "algorithm": ("kl", "shaping", "dynamic", "cache"),
+    "algorithm": ("kl", "shaping", "dynamic", "exports", "cache"),
 }
 """Capabilities by kind that a provider may leave to its users, as an option of that name."""

@@ -42,6 +42,11 @@ class Sum(Reward):
         if self.weights and len(self.weights) != len(self.parts):
             raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
         for path, provider in self._providers():
+            if provider.needs:
+                raise OptionError(
+                    "parts",
+                    f": {type(provider).__qualname__} reads roles, which no part can; choose it as the reward itself",
+                )
             with options_under(path):
                 provider.check()
 

@@ -26,6 +26,7 @@ class RunData:
     def __init__(self, plan: Plan, engines: Engines) -> None:
         self.plan = plan
         self.engines = engines
+        self._encoders: dict[str, Encoder] = {}
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -38,6 +39,17 @@ class RunData:
         tokenizer = load_tokenizer(spec.options.model, spec.options)
         reader = load_reader(spec.options.model, spec.options, tokenizer)
         return Encoder.for_data(config.providers["data"], tokenizer, config.max_prompt_tokens, reader)
+
+    def encoder_of(self, role: str) -> Encoder:
+        """Return the encoder of a role that reads texts, with its own tokenizer; what is too long is cut."""
+        if role not in self._encoders:
+            from rlhf_core.data.encoder import Encoder, Encoding
+            from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+            options, encoding = self.plan.roles[role].options, Encoding(too_long="truncate")
+            tokenizer = load_tokenizer(options.model, options)
+            self._encoders[role] = Encoder(tokenizer, encoding.max_tokens, encoding)
+        return self._encoders[role]
 
     @cached_property
     def rows(self) -> Iterable[Example]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.plan import DATA
-from rlhf_core.contract.results import ScoredRollouts
+from rlhf_core.contract.results import RewardOutput, ScoredRollouts
 from rlhf_core.errors import NotFiniteReward, options_under
+from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.contract.results import RewardOutput
     from rlhf_core.contract.roles import Role
     from rlhf_core.data.encoder import Encoder
     from rlhf_core.data.prefetch import Prefetcher
@@ -85,6 +85,10 @@ class Services(Protocol):
     @property
     def reward(self) -> Any:
         """The reward provider. Raises `UsageError` if none was chosen."""
+        ...
+
+    def reward_inputs(self, rollouts: Batch) -> Batch:
+        """Return completions with the outputs of roles that the reward reads."""
         ...
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
@@ -176,7 +180,8 @@ class Iteration:
             self.meter.log_batch(f"{prefix}/unshaped", rewards.total_N)
             seen = self.moments.setdefault(source, Moments())
             rewards = shaping(rewards, rollouts, self.config.sampling.max_new_tokens, seen)
-        log_rewards(self.meter, prefix, rewards, rollouts)
+        if "reward" in self.config.providers:
+            log_rewards(self.meter, prefix, rewards, rollouts)
         self.batches[source] = rollouts.with_extras(rewards_N=rewards.rewards_N)
         self.rewards[source] = rewards
 
@@ -186,10 +191,12 @@ class Iteration:
         Raises:
             NotFiniteReward: a reward is not finite, and the run stops at that.
         """
+        if "reward" not in self.config.providers:  # an algorithm of comparisons, which scores nothing
+            return ScoredRollouts(rollouts, RewardOutput(torch.zeros(len(rollouts))))
         reward = self.run.reward
         with self.meter.phase("reward"):
             with options_under("/reward"):
-                raw = reward(rollouts)
+                raw = reward(self.run.reward_inputs(rollouts))
             try:
                 return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward))
             except NotFiniteReward as error:

@@ -19,7 +19,6 @@ from rlhf_core.checkpoint import Checkpoints, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.options import RunConfig, Sampling
-from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import UsageError, options_under, run_option, spell_options
@@ -31,10 +30,12 @@ from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.publishing import publish
+from rlhf_core.run.reward_inputs import with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
+from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
 from rlhf_core.training.old_logprobs import staleness
 from rlhf_core.training.planner import make_plan
@@ -134,6 +135,7 @@ class Run:
             try:
                 iteration.begin()
                 collect(iteration)
+                iteration.batches |= join_sources(iteration.plan, iteration.batches)
             except BaseException:
                 self.meter.doing = iteration.meter.doing  # the phase that failed
                 raise
@@ -144,7 +146,9 @@ class Run:
     def watch(self, batches: Mapping[str, Batch]) -> None:
         """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
         ages = [
-            staleness(batch, self.roles[name].version, self.world) for name, batch in batches.items() if name != DATA
+            staleness(batch, self.roles[name].version, self.world)
+            for name, batch in batches.items()
+            if name in self.roles
         ]
         if ages:
             self.log({"rollout/staleness": sum(mean for mean, _ in ages) / len(ages)})
@@ -341,4 +345,8 @@ class Run:
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
-            return to_reward_output(self.reward(rollouts), rollouts, self.reward)
+            return to_reward_output(self.reward(self.reward_inputs(rollouts)), rollouts, self.reward)
+
+    def reward_inputs(self, rollouts: Batch) -> Batch:
+        """Return completions as the reward is called with them: with the outputs of roles that it needs."""
+        return with_reward_needs(self.plan, self.reward, rollouts, self.roles, self.data)

@@ -41,10 +41,15 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
         return
     completions = len(rows[0].completions)
     _check_alike(terms, pairs=completions > 1)
-    if completions == 1 and any(term.unit > 1 for term in terms):
+    if completions == 1 and any(term.unit > 1 and not _selects_pairs(term) for term in terms):
         raise UsageError(
             f"this loss compares pairs, and the data has prompts without a rejected completion: {PAIRS_ADVICE}"
         )
+
+
+def _selects_pairs(term: Term) -> bool:
+    """Return True if the term's advantage makes the pairs that its loss reads."""
+    return term.advantage is not None and term.advantage.selects == "pairs"
 
 
 def _check_alike(terms: Sequence[Term], pairs: bool) -> None:

@@ -12,8 +12,8 @@ from rlhf_core.contract import requirements as needs_
 from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrackingOptions, TrainedOptions
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
-from rlhf_core.contract.providers import Algorithm
-from rlhf_core.contract.requirements import LANGUAGE, split_output
+from rlhf_core.contract.providers import Algorithm, Reward
+from rlhf_core.contract.requirements import LANGUAGE, Need, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.training.dynamic_sampling import DynamicSampling
@@ -54,7 +54,7 @@ def make_plan(config: RunConfig) -> Plan:
     for term in terms:
         key = _credit_key(credits, term)
         credit = credits.setdefault(
-            key, CreditSpec(key, term.source, term.advantage, every=term.every, after=term.after)
+            key, CreditSpec(key, _source(term), term.advantage, every=term.every, after=term.after, parts=_parts(term))
         )
         credits[key] = _add_needs(credit, term, kl, table)
         keyed.append((key, term))
@@ -67,9 +67,11 @@ def make_plan(config: RunConfig) -> Plan:
                 f"processes; use {run_option('launcher', 'local')}"
             )
     also = config.algorithm.samples  # roles that are sampled though no term trains on it
-    sources = tuple(dict.fromkeys((*(term.source for term in terms), *also)))
-    roles = _roles(config, keyed, credits, sources, table)
-    plan = Plan(config, terms, sources, credits, roles, config.algorithm.policy, tuple(config.algorithm.exports), kl)
+    sources = tuple(dict.fromkeys((*(name for term in terms for name in _parts(term) or (term.source,)), *also)))
+    rewarding = _reward_needs(config, table)
+    roles = _roles(config, keyed, credits, sources, table, rewarding)
+    policy, exports = config.algorithm.policy, tuple(config.algorithm.exports)
+    plan = Plan(config, terms, sources, credits, roles, policy, exports, rewarding, kl)
     _check_order(plan)
     _check_exports(plan)
     _check_tracking(plan)
@@ -148,11 +150,21 @@ def _check_tracking(plan: Plan) -> None:
 
 def _credit_key(credits: Mapping[str, CreditSpec], term: Term) -> str:
     """The key of the term's credit: an existing one with the same source, advantage, cadence and place, or a new one."""
-    same_source = [credit for credit in credits.values() if credit.source == term.source]
+    same_source = [credit for credit in credits.values() if credit.source == _source(term)]
     for credit in same_source:
         if (credit.advantage, credit.every, credit.after) == (term.advantage, term.every, term.after):
             return credit.key
-    return f"{term.source}#{len(same_source)}" if same_source else term.source
+    return f"{_source(term)}#{len(same_source)}" if same_source else _source(term)
+
+
+def _parts(term: Term) -> tuple[str, ...]:
+    """The sources whose rows the term's advantage joins; none where it has those of one."""
+    return (term.source, term.advantage.joins) if term.advantage is not None and term.advantage.joins else ()
+
+
+def _source(term: Term) -> str:
+    """The name of the batch that the term's credit reads."""
+    return "+".join(_parts(term)) or term.source
 
 
 def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable) -> CreditSpec:
@@ -202,6 +214,7 @@ def _roles(
     credits: Mapping[str, CreditSpec],
     sources: tuple[str, ...],
     table: OutputTable,
+    rewarding: tuple[Need, ...],
 ) -> dict[str, RoleSpec]:
     """Every role that a term trains, a source samples, or a need (of a credit, or of an evaluator) asks for."""
     outputs = _term_outputs(config, [term for _, term in keyed], sources, table)
@@ -213,7 +226,11 @@ def _roles(
     for need in needs:
         if need.role:
             outputs.setdefault(need.role, set()).add(need.output)
-    readers = set(outputs)
+    reward: Reward | None = config.providers.get("reward")
+    own_rows = reward is not None and reward.reads_texts
+    readers = {*outputs, *(need.role for need in rewarding if not own_rows)}
+    for need in rewarding:
+        outputs.setdefault(need.role, set()).add(need.output)
     opponents = {name for evaluator in evaluators for name in evaluator.opponents}
     for name in opponents:
         outputs.setdefault(name, set()).add("logprobs_NT")
@@ -221,7 +238,7 @@ def _roles(
     if unknown:
         raise UsageError(
             f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
-            f"{', '.join(config.roles)}; choose an advantage, loss or evaluator, or options of theirs, without that need"
+            f"{', '.join(config.roles)}; choose an advantage, loss, reward or evaluator, or options, without that need"
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
@@ -253,6 +270,23 @@ def _model_of(config: RunConfig, name: str) -> str:
     options = config.roles[name]
     tracked = config.roles.get(options.track.of) if isinstance(options, TrackingOptions) else None
     return options.model or (tracked.model if tracked is not None else "") or config.model
+
+
+def _reward_needs(config: RunConfig, table: OutputTable) -> tuple[Need, ...]:
+    """Return the outputs of roles that the reward reads.
+
+    Raises:
+        UsageError: it needs something else, or numbers per token of rows that are its own.
+    """
+    reward: Reward | None = config.providers.get("reward")
+    if reward is None:
+        return ()
+    needs = tuple(needs_.resolve(name, config.algorithm.policy, reward, table.names) for name in sorted(reward.needs))
+    for need in needs:
+        if not need.role or (reward.reads_texts and needs_.per_token(need.output)):
+            what = "numbers per completion of its own rows" if need.role else "outputs of roles, as <role>.<output>"
+            raise UsageError(f"the reward {type(reward).__qualname__} needs {need.name!r}; a reward reads {what}")
+    return needs
 
 
 def _optimizer_of(options: ModelOptions | None) -> OptimizerProvider | None:

@@ -1,0 +1,1 @@
+"""SPIN: a policy learns to prefer demonstrations to the samples of its own past."""
