@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.config.docstrings import docs_of
-from rlhf_core.contract.capability import Capability
-from rlhf_core.contract.providers import BASES, OPTIONAL, Provider
+from rlhf_core.contract.capability import OPTIONAL, Capability
+from rlhf_core.contract.providers import BASES, Provider
 from rlhf_core.plugins.provider_checks import capabilities
 
 ROOT = Path(__file__).resolve().parents[4]

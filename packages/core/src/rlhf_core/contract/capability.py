@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["Capability", "replaceable"]
+__all__ = ["OPTIONAL", "Capability", "replaceable"]
 
 Base = TypeVar("Base")
 
@@ -33,3 +33,11 @@ def replaceable(base: type[Base]) -> type[Base]:
             assert value.fget is not None
             setattr(base, name, Capability(value.fget))
     return base
+
+
+OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "data": ("shuffle_buffer",),
+    "loss": ("aggregate", "length"),
+    "algorithm": ("kl", "shaping", "dynamic", "exports", "cache"),
+}
+"""Capabilities by kind that a provider may leave to its users, as an option of that name."""

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BASES",
-    "OPTIONAL",
     "Advantage",
     "Algorithm",
     "Data",
@@ -398,10 +397,3 @@ BASES: Mapping[str, type[Provider]] = {
     "observer": Observer,
 }
 """The base class that a provider of each kind subclasses."""
-
-OPTIONAL: Mapping[str, tuple[str, ...]] = {
-    "data": ("shuffle_buffer",),
-    "loss": ("aggregate", "length"),
-    "algorithm": ("kl", "shaping", "dynamic", "exports", "cache"),
-}
-"""Capabilities by kind that a provider may leave to its users, as an option of that name."""

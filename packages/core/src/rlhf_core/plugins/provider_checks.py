@@ -13,14 +13,14 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract import providers
-from rlhf_core.contract.capability import Capability
+from rlhf_core.contract.capability import OPTIONAL, Capability
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import KINDS
 from rlhf_core.contract.ingredients import Ingredient
 from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.options import ModelOptions, RunConfig
 from rlhf_core.contract.outputs import Output
-from rlhf_core.contract.providers import OPTIONAL, Algorithm, Provider
+from rlhf_core.contract.providers import Algorithm, Provider
 from rlhf_core.errors import UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
