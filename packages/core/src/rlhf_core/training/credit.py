@@ -49,7 +49,8 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
 
 def _selects_pairs(term: Term) -> bool:
     """Return True if the term's advantage makes the pairs that its loss reads."""
-    return term.advantage is not None and term.advantage.selects == "pairs"
+    selects = term.advantage.selects if term.advantage is not None else ""
+    return selects == "pairs"
 
 
 def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
