@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("rlhf_algos", reason="examples may import rlhf-algos")
+
 ROOT = Path(__file__).resolve().parents[4]
 PLUGINS = sorted(path.parent for path in ROOT.glob("examples/plugins/*/pyproject.toml"))
 DOCUMENTS = sorted(

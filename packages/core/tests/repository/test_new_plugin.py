@@ -11,6 +11,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("rlhf_algos", reason="the packages run algorithms of rlhf-algos")
+
 from test_examples import private_imports
 
 from rlhf_core.cli import main
