@@ -150,7 +150,8 @@ def test_prompts_whose_weight_rests_on_one_sample_are_counted():
 
 
 def test_a_collapse_is_said_once_in_a_while(capsys):
-    run: Any = SimpleNamespace(config=SimpleNamespace(sampling=SimpleNamespace(n=64)))
+    config = SimpleNamespace(sampling=SimpleNamespace(n=64), option_names=OptionNames())
+    run: Any = SimpleNamespace(config=config)
     for step in range(1, 302):
         collapse.watch(run, step, {"repulse/ess": 1.2 if step > 50 else 4.2})
     said = capsys.readouterr().err.splitlines()
