@@ -36,6 +36,7 @@ from rlhf_algos.advantage.ctl import CTLAdvantage
 from rlhf_algos.advantage.sixo_negatives import SixoNegativesAdvantage
 from rlhf_algos.importance import group_log_softmax, log_weights, twist_log_weights, weight_metrics
 from rlhf_algos.loss.weighted_nll import WeightedNLLLoss
+from rlhf_core.option_text import OptionNames
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the fixture itself, and the weights

@@ -234,8 +234,8 @@ def outputs_of(role: Any, pairs: Tensor, prompt: list[int]) -> Tensor:
 @pytest.mark.parametrize(
     ("evaluator", "message"),
     [
-        (BadProbability(), "needs --evaluator.prompt"),
-        (BadProbability(prompt="Hi"), "--evaluator.words or --evaluator.ids"),
+        (BadProbability(), "needs prompt, and words or ids"),
+        (BadProbability(prompt="Hi"), "and words or ids"),
         (BadProbability(prompt="Hi", words=("two",)), "is 3 tokens"),
     ],
 )
