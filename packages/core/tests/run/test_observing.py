@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_core import Evaluator, Registry, RewardOutput, Rollouts, RunView, hookimpl
+from rlhf_core import Evaluator, Registry, Reward, RewardOutput, Rollouts, RunView, hookimpl
 from rlhf_core.testing import tiny_run
 
 HERE = Path(__file__).parent
@@ -51,6 +52,25 @@ def test_rlhf_rollouts_ready_has_the_rewards_that_are_trained_on(tmp_path: Path)
 
     observed(tmp_path, {"rlhf_rollouts_ready": ready, "rlhf_step_end": end})
     assert len(seen) == 2
+
+
+@dataclass(frozen=True)
+class Undefined(Reward):
+    """nan for every completion."""
+
+    def __call__(self, rollouts: Rollouts) -> list[float]:
+        return [math.nan] * len(rollouts)
+
+
+def test_rlhf_rollouts_ready_has_rewards_of_zero_where_a_step_is_skipped(tmp_path: Path) -> None:
+    seen: list[list[float]] = []
+
+    def ready(rollouts: Rollouts) -> None:
+        assert rollouts.step.skip
+        seen.append(rollouts["rewards_N"].tolist())
+
+    observed(tmp_path, {"rlhf_rollouts_ready": ready}, reward=Undefined(), on_nonfinite="skip")
+    assert seen == [[0.0] * len(seen[0])] * 2
 
 
 def test_rlhf_before_update_sees_the_weights_before_each_update(tmp_path: Path) -> None:

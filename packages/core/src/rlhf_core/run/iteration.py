@@ -171,7 +171,8 @@ class Iteration:
         scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(sampled)
         rollouts, rewards = scored.rollouts, scored.rewards
         if self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed)):
-            self.batches[source] = replace(rollouts, step=replace(self.info, skip=True))  # by every rank
+            skipped = replace(rollouts, step=replace(self.info, skip=True))  # by every rank
+            self.batches[source] = skipped.with_extras(rewards_N=rewards.rewards_N)
             self.rewards[source] = rewards
             return
         prefix = self.prefix(source, "reward")
