@@ -34,6 +34,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpo": ("dpo", {"batch_size": 4, "actor": ACTOR}),
     "distill": ("distill", {"batch_size": 4, "actor": ACTOR, "teacher": {"model": "tiny:layers=1"}}),
     "lora": (KL_GRPO, {**ONLINE, "actor": {**ACTOR, "ema": 0.5, "lora": {"rank": 4}}}),
+    "tracking": (
+        KL_GRPO,
+        {**ONLINE, "actor": ACTOR, "reference": {"track": {"of": "actor", "every": 2, "decay": 0.5}}},
+    ),
     "episodes": ("grpo", {**ONLINE, **EPISODES, "actor": ACTOR}),
     "bf16": ("grpo", {**ONLINE, "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }

@@ -60,7 +60,7 @@ def test_it_keeps_the_contract_of_a_strategy_in_one_process_and_on_two_ranks() -
     check_strategy(FSDP2(), ranks=2)
 
 
-@pytest.mark.parametrize("case", ["grpo", "ppo", "reward", "dpo", "distill", "lora", "episodes"])
+@pytest.mark.parametrize("case", ["grpo", "ppo", "reward", "dpo", "distill", "lora", "tracking", "episodes"])
 def test_metrics_on_two_ranks_equal_those_of_torch(case: str, runs: Path) -> None:
     found, expected = metrics(runs / f"{case}-fsdp2"), metrics(runs / f"{case}-torch")
     assert len(expected) == 3
