@@ -155,6 +155,28 @@ def test_episodes_under_ray_are_those_of_one_process(preferences: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_roles_that_track_or_judge_have_the_numbers_of_one_process(
+    preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference that follows the actor, and a reward's own reward model: weights go from workers to workers; also resumed."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))))
+    tracking = ["--reference.track.of", "actor", "--reference.track.every", "2", "--algorithm.kl.coef", "0.1"]
+    flags = [*tracking, "--reward", "ray_judge:Judged", "--save-every", "3"]
+
+    def words(output: str, steps: int) -> list[str]:
+        return [*words_of("grpo", preferences, tmp_path / output, steps), *flags]
+
+    expected = run(words("one", 4))
+    assert [row["staleness/reference"] for row in expected] == [1, 0, 1, 0]
+    placed = [*WORKERS, "--launcher.workers", "2"]
+    assert_equal_runs(expected, run([*words("ray", 4), *placed]))
+    run([*words("resumed", 3), *placed])
+    assert_equal_runs(expected, run([*words("resumed", 4), *placed, "--resume"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "workers", "placement"), [*product(("sft", "dpo", "ppo", "grpo"), "12", ("together", "separate"))]
 )
