@@ -110,7 +110,7 @@ def test_a_model_is_no_distance_from_itself_and_prefers_nothing(
 def test_fewer_held_out_rows_than_ranks_are_refused_in_one_line(rows: int, most: int, few: int, tmp_path: Path) -> None:
     """A rank without a row would have nothing to sample, and under sharded weights the others would wait for it."""
     run = tiny_run(tmp_path / "run")
-    run.config.providers["data"] = lambda split: [SimpleNamespace()] * rows  # type: ignore[index]
+    run.data.engines = {"data": lambda split: [SimpleNamespace()] * rows}  # type: ignore[assignment]
     run.placed = SimpleNamespace(world=SimpleNamespace(rank=0, size=2))  # type: ignore[assignment]
     told = f"{few} held-out rows are fewer than the 2 ranks" if rows else "the data has no held-out rows"
     with pytest.raises(UsageError, match=rf"^{told}"):
