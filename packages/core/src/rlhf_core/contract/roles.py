@@ -137,10 +137,10 @@ class Role:
         raise NotImplementedError
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
-        """The wanted outputs of all rows: eval mode, no gradient, on the CPU.
+        """Return the outputs `names` of all rows: eval mode, no gradient, on the CPU.
 
-        `source` is said if the role is about to be trained on this very batch, which came from there: one that can keep
-        the pass for that need not make it again.
+        `source` names where the batch came from if the role is about to be trained on it. A role may then keep the pass for
+        training.
         """
         raise NotImplementedError
 

@@ -68,7 +68,7 @@ class LocalRole(Role):
             self.trainable = strategy(build, optim, plan.optimiser_steps(name))
         self.world = self.trainable.world
         self.budget = TokenBudget(config, name, self.world)
-        self._check_and_tell()
+        self._check_and_report()
         for name, chosen in (("on_oom", config.on_oom), ("on_nonfinite", config.on_nonfinite)):
             if optim is not None and chosen != "stop" and not self.trainable.discards:
                 strategy_name, leave_out = config.names.get("strategy", ""), run_option(name, chosen)
@@ -96,8 +96,8 @@ class LocalRole(Role):
 
         return load_tokenizer(self.spec.options.model, self.spec.options)
 
-    def _check_and_tell(self) -> None:
-        """Say what is trained, where it is not everything."""
+    def _check_and_report(self) -> None:
+        """Check what a sharding strategy cannot do, and log what is trained where it is not everything."""
         if self.trainable.sharded:
             self.module.sharded = True
             self._shard_average()
@@ -135,9 +135,9 @@ class LocalRole(Role):
     # ------------------------------------------------------------------------------------------------------------------
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
-        """The wanted outputs of all rows: no gradient, on the CPU, zero where there is no completion.
+        """Return the outputs `names` of all rows: no gradient, on the CPU, zero where there is no completion.
 
-        `source` is said if this role is about to be trained on the batch, which came from there.
+        `source` names where the batch came from if this role is about to be trained on it.
         """
         while True:
             try:
@@ -149,7 +149,7 @@ class LocalRole(Role):
             release_memory()  # not before the error, which holds what was computed, is gone
 
     def _infer(self, batch: Batch, names: frozenset[str], source: str) -> dict[str, Tensor]:
-        """The same within the token budget as it is."""
+        """Return what `infer` returns, within the present token budget."""
         found: dict[str, Tensor] = {}
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_outputs(source) if len(cuts) == 1 else frozenset()

@@ -50,11 +50,11 @@ def add_by_source(means: Means, role: str, term: Term, part: str, outputs: Outpu
         rows = torch.tensor([i for i, each in enumerate(own) if each == source])
         some = micro.rows(rows)
         with torch.no_grad():
-            said = term.loss({name: _rows(name, values, rows, some) for name, values in outputs.items()}, some)
-        if said.reduction.per != "sum":  # that of some rows is no mean over them
-            total = term.weight * float(weighted_sum(said.values, said.reduction, some))
-            means.add(f"loss/{role}/{source}", total, count(said.reduction, some, term.unit), part=part)
-        for name, metric in said.metrics.items():
+            terms = term.loss({name: _rows(name, values, rows, some) for name, values in outputs.items()}, some)
+        if terms.reduction.per != "sum":  # that of some rows is no mean over them
+            total = term.weight * float(weighted_sum(terms.values, terms.reduction, some))
+            means.add(f"loss/{role}/{source}", total, count(terms.reduction, some, term.unit), part=part)
+        for name, metric in terms.metrics.items():
             means.add_metric(f"{role}/{name}/{source}", metric)
 
 
