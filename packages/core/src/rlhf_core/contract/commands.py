@@ -53,7 +53,7 @@ class CommandContext(Protocol):
     def open_run(self, config: RunConfig | None = None) -> AbstractContextManager[RunView]:
         """Place the roles of `config` (the context's own if absent) and yield a run that trains nothing.
 
-        It writes no checkpoint and tells no observer; everything is closed at the end.
+        It writes no checkpoint and calls no observer; everything is closed at the end.
 
         Raises:
             UsageError: the configuration cannot work, or several processes were started.

@@ -5,7 +5,7 @@ group `rlhf`. Two families:
 
 * provider hooks run once at start-up and return `{name: provider}`. A provider is a frozen dataclass (its fields are its
   options, calling it does the work) or the string `"module:Class"` where importing it should wait until it is chosen.
-  What a provider of each kind is called with stands in `rlhf_core.contract.batch`.
+  `rlhf_core.contract.providers` has the base class of each kind: its call, and everything that core reads of it.
 * observer hooks are called during a run, a few times per step. All implementations are called; none can change the run
   but by what it returns from `rlhf_step_end`, which may end it after the step. They are called in the first process only; an
   observer that declares `all_ranks = True`, or a plugin that does, is called in every process.
@@ -144,7 +144,7 @@ def rlhf_loss() -> Providers:
 
 @hookspec
 def rlhf_algorithm() -> Providers:
-    """Compositions: `(chosen) -> tuple[Term, ...]`, which roles are trained, on what, by which credit and loss."""
+    """Compositions: `(choices) -> tuple[Term, ...]`, which roles are trained, on what, by which credit and loss."""
     raise AssertionError("a specification is never called")
 
 

@@ -155,7 +155,7 @@ class Role:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
         """Take the weights that another role's `weights` yields: decay * own + (1 - decay) * those; a copy with decay 0.
 
-        Every rank calls it. It is for roles that no term trains here: an optimizer is not told.
+        Every rank calls it. It is for roles that no term trains here, since no optimizer follows the change.
 
         Raises:
             UsageError: names or shapes are not those of this role's model.

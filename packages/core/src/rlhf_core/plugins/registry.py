@@ -1,7 +1,7 @@
 """Which plugins there are, and which class a name stands for.
 
 Plugins are the built-in modules and the entry points of the group `rlhf`, loaded one at a time: one that fails is kept
-in `broken` with its distribution and its exception, and the rest go on. Provider hooks are asked once, here; afterwards
+in `broken_plugins` with its distribution and exception; the others are loaded. Provider hooks are asked once, here; afterwards
 names are looked up in plain tables. A clash of two distributions over one name matters only to whoever chooses it.
 
 `PLUGIN/NAME` is the name as that plugin provides it: `core/length` is core's own, whoever else has a `length`.
