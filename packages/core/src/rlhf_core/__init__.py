@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, SecondOrderTrainable, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
+    from rlhf_core.contract.selection import Filter
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
         ContractError,
@@ -108,6 +109,7 @@ __all__ = [
     "Evaluator",
     "Example",
     "Feedback",
+    "Filter",
     "Ingredient",
     "IngredientContext",
     "Launcher",
@@ -201,6 +203,7 @@ _HOMES = {
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
     "contract.roles": "Placement Role SecondOrderTrainable Trainable",
     "contract.run_view": "RowEncoder RunView",
+    "contract.selection": "Filter",
     "contract.terms": "ProviderChoices Term",
     "errors": (
         "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped "

@@ -10,6 +10,7 @@ __all__ = [
     "rlhf_command",
     "rlhf_data",
     "rlhf_evaluator",
+    "rlhf_filter",
     "rlhf_launcher",
     "rlhf_metrics",
     "rlhf_observer",
@@ -55,6 +56,11 @@ def rlhf_reward() -> Providers:
         "sentiment": "rlhf_core.reward.sentiment:Sentiment",
         "sum": "rlhf_core.reward.sum:Sum",
     }
+
+
+@hookimpl
+def rlhf_filter() -> Providers:
+    return {"inside": "rlhf_core.training.filters:Inside", "varied": "rlhf_core.training.filters:Varied"}
 
 
 @hookimpl

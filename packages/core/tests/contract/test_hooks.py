@@ -14,6 +14,7 @@ import torch
 
 from rlhf_core import (
     Example,
+    Filter,
     LossTerms,
     Outputs,
     Providers,
@@ -162,6 +163,24 @@ class Constant(Reward):
 def test_rlhf_reward_brings_what_is_maximised(tmp_path: Path) -> None:
     rows = run_with(tmp_path, outside("reward", Constant), reward={"use": "mine", "value": 0.75})
     assert [row["reward/mean"] for row in rows] == [0.75, 0.75]
+
+
+@dataclass(frozen=True)
+class Every(Filter):
+    """Accepts the first `accepted` groups of each round."""
+
+    accepted: int = 1
+    """groups"""
+
+    def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> torch.Tensor:
+        return torch.arange(len(rollouts.group_N.unique())) < self.accepted
+
+
+def test_rlhf_filter_brings_the_choice_of_groups_that_are_trained_on(tmp_path: Path) -> None:
+    """One prompt of two is accepted, so that a step takes two rounds of two prompts; without a filter none are replaced."""
+    rows = run_with(tmp_path / "mine", outside("filter", Every), filter="mine")
+    assert [(row["dynamic/rounds"], row["dynamic/prompts"], row["dynamic/kept"]) for row in rows] == [(2, 4, 0.5)] * 2
+    assert "dynamic/rounds" not in run_with(tmp_path / "none", outside("filter", Every))[-1]
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from rlhf_core.config.builder import make_config
 from rlhf_core.contract.batch import Example, Rollouts
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import RewardOutput, ScoredRollouts
+from rlhf_core.contract.selection import Filter
 from rlhf_core.data.stream import DrawnRows
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
-from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
+from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter, keep_sampling
+from rlhf_core.training.filters import Inside, Varied, accepted_groups
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
@@ -33,26 +35,71 @@ GROUPS = torch.tensor([3, 3, 1, 1, 7, 7])
 
 
 @pytest.mark.parametrize(
-    ("dynamic", "kept"),
+    ("group_filter", "accepted"),
     [
-        (DynamicSampling(), [True] * 3),
-        (DynamicSampling("varied"), [True, False, False]),
-        (DynamicSampling("inside"), [True, False, False]),
-        (DynamicSampling("inside", low=-1.0, high=0.5), [False, False, True]),  # 0.5 itself is outside
-        (DynamicSampling("inside", low=-1.0, high=2.0), [True] * 3),
+        (Varied(), [False, True, False]),
+        (Inside(), [False, True, False]),
+        (Inside(low=-1.0, high=0.5), [False, False, True]),  # 0.5 itself is outside
+        (Inside(low=-1.0, high=2.0), [True] * 3),
     ],
     ids=str,
 )
-def test_prompts_are_kept_by_their_completions_scores(dynamic: DynamicSampling, kept: list[bool]) -> None:
-    """One prompt half right, one all right, one all wrong."""
-    accepted_N = dynamic.accepted_N(torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0]), GROUPS)
-    assert accepted_N.tolist() == [each for each in kept for _ in range(2)]
+def test_prompts_are_accepted_by_their_completions_scores(group_filter: Filter, accepted: list[bool]) -> None:
+    """Group 3 is half right, group 1 all right, group 7 all wrong; the answer is in the order 1, 3, 7."""
+    rollouts = replace(make_batch([1] * 6), group_N=GROUPS)
+    scores_N = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert accepted_groups(group_filter, rollouts, RewardOutput(scores_N)).tolist() == accepted
+    misleading_N = torch.tensor([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    assert accepted_groups(group_filter, rollouts, RewardOutput(misleading_N, scores_N=scores_N)).tolist() == accepted
+
+
+@dataclass(frozen=True)
+class Answers(Filter):
+    """Returns what it is given."""
+
+    kind: str = "list"
+    """the wrong answer"""
+
+    def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> torch.Tensor:
+        answers: dict[str, Any] = {"list": [True] * 3, "float": torch.ones(3), "N": torch.ones(6, dtype=torch.bool)}
+        return answers[self.kind]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("list", "filter Answers of .*test_dynamic_sampling must return a tensor, not list"),
+        ("float", r"filter Answers .* returned torch.float32 of shape \(3,\); return torch.bool of shape \(3,\)"),
+        ("N", r"filter Answers .* returned torch.bool of shape \(6,\); return torch.bool of shape \(3,\)"),
+    ],
+)
+def test_a_filter_that_returns_something_else_is_named(kind: str, message: str) -> None:
+    with pytest.raises(ContractError, match=message):
+        accepted_groups(Answers(kind), replace(make_batch([1] * 6), group_N=GROUPS), RewardOutput(torch.zeros(6)))
 
 
 def test_options_without_sense_are_refused() -> None:
     for wrong in ({"rounds": 0}, {"oversample": 0}, {"low": 1.0}):
         with pytest.raises(UsageError, match="must be"):
             DynamicSampling(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="low must be below high, not 1.0 and 1.0"):
+        Inside(low=1.0)
+
+
+def test_a_filter_by_name_takes_the_place_of_the_usual_one_and_not_of_one_that_was_set() -> None:
+    def chosen(algorithm: object, **options: Any) -> Filter | None:
+        return choose_filter(make_config(algorithm, model="tiny", **options))
+
+    assert chosen(Controlled()) == Varied()
+    assert chosen(Controlled(), filter="none") == Varied(), "`keep` is left"
+    assert chosen(Controlled(), filter={"use": "inside", "low": 0.25}) == Inside(low=0.25)
+    assert chosen(Controlled(dynamic=DynamicSampling("inside", high=0.75))) == Inside(high=0.75)
+    assert chosen(Controlled(dynamic=DynamicSampling()), filter="inside") == Inside()
+    assert chosen(Controlled(dynamic=DynamicSampling())) is None
+    assert chosen(TinyAlgorithm()) is None
+    assert chosen(TinyAlgorithm(), filter="varied") == Varied()
+    with pytest.raises(UsageError, match=r"keep.* inside and .*filter.* both choose; leave one out"):
+        chosen(Controlled(dynamic=DynamicSampling("inside")), filter="varied")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +159,7 @@ def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 1)
 
     def one(rank: int) -> None:
         run: Any = runs[rank]
-        scored = keep_sampling(run, "actor", run.draw(), dynamic)
+        scored = keep_sampling(run, "actor", run.draw(), Varied(), dynamic)
         rollouts, rewards = scored.rollouts, scored.rewards
         assert rewards.rewards_N.tolist() == [0.0, 1.0] * (len(rollouts) // 2) or not good
         assert rewards.metrics["twice"].tolist() == (2 * rewards.rewards_N).tolist()
@@ -130,7 +177,7 @@ def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 1)
 
 
 def test_rounds_go_on_until_enough_is_kept_and_nothing_kept_is_lost() -> None:
-    (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling("varied"))
+    (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling())
     assert uids == [1, 2, 6, 9, 10, 11], "three rounds: 2, then 1, then 3, and all six are trained on"
     logged = run.meter.take()
     assert logged["dynamic/rounds"] == 3 and logged["dynamic/prompts"] == 12
@@ -139,27 +186,27 @@ def test_rounds_go_on_until_enough_is_kept_and_nothing_kept_is_lost() -> None:
 
 
 def test_over_sampling_needs_fewer_rounds() -> None:
-    (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling("varied", oversample=3))
+    (uids,), run = kept({1, 2, 6, 9, 10, 11, 12}, DynamicSampling(oversample=3))
     assert uids == [1, 2, 6, 9, 10, 11] and run.meter.take()["dynamic/rounds"] == 1
 
 
 def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
-    (uids,), run = kept({0, 5}, DynamicSampling("varied", rounds=3))
+    (uids,), run = kept({0, 5}, DynamicSampling(rounds=3))
     assert uids == [0, 5] and run.drawn == 12
 
 
 def test_finding_nothing_is_a_mistake_at_first_and_survived_later() -> None:
     run: Any = Few(set(), World())
-    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* algorithm.dynamic.keep varied"):
-        keep_sampling(run, "actor", run.draw(), DynamicSampling("varied", rounds=2))
-    (uids,), _ = kept(set(), DynamicSampling("varied", rounds=2), step=6)
+    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* the filter Varied\(\) accepts"):
+        keep_sampling(run, "actor", run.draw(), Varied(), DynamicSampling(rounds=2))
+    (uids,), _ = kept(set(), DynamicSampling(rounds=2), step=6)
     assert uids == [4, 5, 6, 7], "the last round as it is: equal scores, so no credit"
 
 
 @settings(max_examples=15, deadline=None)
 @given(good=st.sets(st.integers(0, 40), min_size=9), oversample=st.integers(1, 2))
 def test_the_number_of_ranks_changes_who_trains_on_a_prompt_and_never_which(good: set[int], oversample: int) -> None:
-    dynamic = DynamicSampling("varied", oversample=oversample, rounds=12)
+    dynamic = DynamicSampling(oversample=oversample, rounds=12)
     (alone,), _ = kept(good, dynamic)
     shares, _ = kept(good, dynamic, size=2)
     assert sorted(uid for share in shares for uid in share) == sorted(alone)

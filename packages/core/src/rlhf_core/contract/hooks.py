@@ -49,6 +49,7 @@ KindName = Literal[
     "rollout",
     "environment",
     "reward",
+    "filter",
     "advantage",
     "loss",
     "algorithm",
@@ -78,7 +79,7 @@ CHOSEN = tuple(kind for kind in KINDS if kind not in (*OF_ROLES, *OUTSIDE_RUNS))
 SEVERAL = ("evaluator", "observer")
 """Kinds of which a run has any number: none, one, or names with commas between them."""
 
-OPTIONAL = ("environment",)
+OPTIONAL = ("environment", "filter")
 """Kinds of which a run has one or none."""
 
 OBSERVERS = (
@@ -127,6 +128,12 @@ def rlhf_environment() -> Providers:
 @hookspec
 def rlhf_reward() -> Providers:
     """Scores of completions: `(rollouts) -> RewardOutput`, a tensor of N rewards, or a list of N floats."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_filter() -> Providers:
+    """Choices of the groups that are trained on: `(rollouts, rewards) -> bool_P`; fresh prompts replace the others."""
     raise AssertionError("a specification is never called")
 
 

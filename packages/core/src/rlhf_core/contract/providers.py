@@ -289,7 +289,7 @@ class Algorithm(Provider):
 
     @property
     def dynamic(self) -> Any:
-        """A `DynamicSampling`: which prompts are trained on."""
+        """A `DynamicSampling`: how prompts that a filter rejects are replaced."""
         return None
 
     @property

@@ -35,6 +35,11 @@ class RewardOutput:
         whole_N = self.rewards_N.double()
         return whole_N if self.rewards_NT is None else whole_N + self.rewards_NT.double().sum(1)
 
+    @property
+    def outcome_N(self) -> Tensor:
+        """What filters and samplers compare (N,), float64: `scores_N`, or the rewards of whole completions where absent."""
+        return self.total_N if self.scores_N is None else self.scores_N.double()
+
     def rows(self, index: Tensor | Sequence[int]) -> RewardOutput:
         """Return the rewards of the completions at `index`, in that order."""
         index = torch.as_tensor(index, dtype=torch.long)

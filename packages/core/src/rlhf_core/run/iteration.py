@@ -21,7 +21,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
-from rlhf_core.training.dynamic_sampling import keep_sampling
+from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter, keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
@@ -147,11 +147,12 @@ class Iteration:
             self.batches[DATA] = prepare_rows(self.run.plan, batch)
 
     def sample(self, source: str) -> Rollouts | ScoredRollouts:
-        """Return completions of `source` on the rows' prompts; scored ones where dynamic sampling has replaced prompts."""
-        dynamic = self.config.algorithm.dynamic
-        if dynamic is None or dynamic.keep == "all":
+        """Return completions of `source` on the rows' prompts; scored ones where a filter has had prompts replaced."""
+        group_filter = choose_filter(self.config)
+        if group_filter is None:
             return self.sample_once(source, self.rows)
-        return keep_sampling(self, source, self.rows, dynamic)
+        dynamic = self.config.algorithm.dynamic or DynamicSampling()
+        return keep_sampling(self, source, self.rows, group_filter, dynamic)
 
     def sample_once(self, source: str, rows: DrawnRows) -> Rollouts:
         """Return completions of `source` on the prompts of `rows`."""

@@ -1,41 +1,41 @@
-"""Dynamic sampling: prompts that teach nothing are replaced by fresh ones before anything is trained.
+"""Dynamic sampling: prompts that a filter rejects are replaced by fresh ones before anything is trained.
 
-A round samples and scores a batch of prompts and keeps those whose completions are worth comparing; rounds go on until as many
-are kept as the step wants. All that are kept are trained on in the step that sampled them: nothing accepted is thrown away or
+A round samples and scores a batch of prompts and keeps those that the filter accepts; rounds go on until as many are kept as
+the step wants. All that are kept are trained on in the step that sampled them: nothing accepted is thrown away or
 grows stale, and a checkpoint needs no more than the data's position. So a step has at least --batch-size prompts, and fewer
 only where the rounds ran out. Ranks decide together, and share what was kept evenly.
 
-An algorithm that has a field `dynamic` gets it. The loop knows nothing of it: `Iteration.sample` asks here.
+An algorithm that has a field `dynamic` has options of it. The loop knows nothing of it: `Iteration.sample` asks here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from rlhf_core.contract.results import ScoredRollouts
 from rlhf_core.data.stream import DrawnRows
-from rlhf_core.errors import UsageError, run_option
+from rlhf_core.errors import OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.training.filters import Inside, Varied, accepted_groups
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.selection import Filter
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["DynamicSampling", "keep_sampling"]
+__all__ = ["DynamicSampling", "choose_filter", "keep_sampling"]
 
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """Which prompts are worth training on; fresh ones replace the others."""
+    """How prompts that a filter rejects are replaced by fresh ones."""
 
     keep: Literal["all", "varied", "inside"] = "all"
-    """prompts to train on: all, those whose completions do not all score the same (Yu et al. 2025, eq. 11, for any reward), or
-    those whose mean score lies strictly between `low` and `high`"""
+    """the filter where none is chosen by name: none, `varied` (prompts whose completions do not all score the same, Yu et al.
+    2025, eq. 11), or `inside` (those whose mean score lies strictly between `low` and `high`)"""
     low: float = 0.0
     """mean score at or below which a prompt is too hard for `inside`"""
     high: float = 1.0
@@ -52,18 +52,29 @@ class DynamicSampling:
         if not self.low < self.high:
             raise UsageError(f"low must be below high, not {self.low} and {self.high}")
 
-    def accepted_N(self, scores_N: Tensor, group_N: Tensor) -> Tensor:
-        """Whether each completion's prompt is kept (N,)."""
-        groups, index_N = torch.unique(group_N, return_inverse=True)
-        scores_N = scores_N.double()
-        if self.keep == "varied":
-            ends = [
-                torch.zeros(len(groups)).double().scatter_reduce(0, index_N, scores_N, how, include_self=False)
-                for how in ("amin", "amax")
-            ]
-            return (ends[0] < ends[1])[index_N]
-        means = torch.zeros(len(groups)).double().scatter_reduce(0, index_N, scores_N, "mean", include_self=False)
-        return ((means > self.low) & (means < self.high))[index_N] | (self.keep == "all")
+    @property
+    def filter(self) -> Filter | None:
+        """The filter that `keep` is short for."""
+        filters: dict[str, Filter] = {"varied": Varied(), "inside": Inside(self.low, self.high)}
+        return filters.get(self.keep)
+
+
+def choose_filter(config: RunConfig) -> Filter | None:
+    """Return the filter of a run: the one chosen by name, else what the algorithm's `dynamic.keep` is short for.
+
+    Raises:
+        UsageError: the user chose one by name, and another one by `keep`.
+    """
+    dynamic: DynamicSampling | None = config.algorithm.dynamic
+    chosen: Filter | None = config.providers.get("filter")
+    if dynamic is None or chosen is None:
+        return chosen if dynamic is None else chosen or dynamic.filter
+    usual = {each.name: each.default for each in fields(config.algorithm)}.get("dynamic")
+    if dynamic.filter is not None and (not isinstance(usual, DynamicSampling) or dynamic.filter != usual.filter):
+        raise OptionError(
+            "/algorithm.dynamic.keep", f"{dynamic.keep} and {run_option('filter')} both choose; leave one out"
+        )
+    return chosen
 
 
 class PromptSampler(Protocol):
@@ -94,8 +105,10 @@ class PromptSampler(Protocol):
         ...
 
 
-def keep_sampling(iteration: PromptSampler, source: str, drawn: DrawnRows, dynamic: DynamicSampling) -> ScoredRollouts:
-    """Return scored completions of enough prompts that `dynamic` accepts; `drawn` are the first prompts.
+def keep_sampling(
+    iteration: PromptSampler, source: str, drawn: DrawnRows, group_filter: Filter, dynamic: DynamicSampling
+) -> ScoredRollouts:
+    """Return scored completions of enough prompts that `group_filter` accepts; `drawn` are the first prompts.
 
     Raises:
         UsageError: the run's first step finds not a single one. A later step trains on its last round then, as it is.
@@ -107,20 +120,19 @@ def keep_sampling(iteration: PromptSampler, source: str, drawn: DrawnRows, dynam
     while len(rounds) < dynamic.rounds and kept < iteration.config.batch_size:
         scored = iteration.judge(iteration.sample_once(source, _draw_batches(iteration, begun, dynamic.oversample)))
         begun, failed = [], failed or scored.failed
-        rewards, group_N = scored.rewards, scored.rollouts.group_N
-        meter.log_batch("dynamic/reward", rewards.total_N)
-        scores_N = rewards.total_N if rewards.scores_N is None else rewards.scores_N
-        rounds.append(scored.rows(dynamic.accepted_N(scores_N, group_N).nonzero().flatten()))
+        meter.log_batch("dynamic/reward", scored.rewards.total_N)
+        with options_under("/filter"):
+            accepted_P = accepted_groups(group_filter, scored.rollouts, scored.rewards)
+        accepted_N = accepted_P[torch.unique(scored.rollouts.group_N, return_inverse=True)[1]]
+        rounds.append(scored.rows(accepted_N.nonzero().flatten()))
         prompts += total(_groups(scored))
         kept += total(_groups(rounds[-1]))
     meter.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
     if kept < iteration.world.size:
         if iteration.step == 1:
             raise UsageError(
-                f"of {prompts:.0f} prompts none gave completions that {run_option('algorithm.dynamic.keep')} "
-                f"{dynamic.keep} keeps: "
-                f"choose other prompts, another reward, a larger {run_option('sampling.n')}, or "
-                f"{run_option('algorithm.dynamic.keep', 'all')}"
+                f"of {prompts:.0f} prompts none gave completions that the filter {group_filter} accepts: choose other "
+                f"prompts, another reward, a larger {run_option('sampling.n')}, or another {run_option('filter')}"
             )
         rounds = [scored]
     return replace(_share_evenly(rounds, iteration.world), failed=failed)
