@@ -60,7 +60,7 @@ def rlhf_reward() -> Providers:
 
 @hookimpl
 def rlhf_filter() -> Providers:
-    return {"inside": "rlhf_core.training.filters:Inside", "varied": "rlhf_core.training.filters:Varied"}
+    return {"inside": "rlhf_core.training.filters:InsideFilter", "varied": "rlhf_core.training.filters:VariedFilter"}
 
 
 @hookimpl

@@ -26,7 +26,7 @@ from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
 from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter, keep_sampling
-from rlhf_core.training.filters import Inside, Varied, accepted_groups
+from rlhf_core.training.filters import InsideFilter, VariedFilter, accepted_groups
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
@@ -37,10 +37,10 @@ GROUPS = torch.tensor([3, 3, 1, 1, 7, 7])
 @pytest.mark.parametrize(
     ("group_filter", "accepted"),
     [
-        (Varied(), [False, True, False]),
-        (Inside(), [False, True, False]),
-        (Inside(low=-1.0, high=0.5), [False, False, True]),  # 0.5 itself is outside
-        (Inside(low=-1.0, high=2.0), [True] * 3),
+        (VariedFilter(), [False, True, False]),
+        (InsideFilter(), [False, True, False]),
+        (InsideFilter(low=-1.0, high=0.5), [False, False, True]),  # 0.5 itself is outside
+        (InsideFilter(low=-1.0, high=2.0), [True] * 3),
     ],
     ids=str,
 )
@@ -83,21 +83,21 @@ def test_options_without_sense_are_refused() -> None:
         with pytest.raises(UsageError, match="must be"):
             DynamicSampling(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="low must be below high, not 1.0 and 1.0"):
-        Inside(low=1.0)
+        InsideFilter(low=1.0)
 
 
 def test_a_filter_by_name_takes_the_place_of_the_usual_one_and_not_of_one_that_was_set() -> None:
     def chosen(algorithm: object, **options: Any) -> Filter | None:
         return choose_filter(make_config(algorithm, model="tiny", **options))
 
-    assert chosen(Controlled()) == Varied()
-    assert chosen(Controlled(), filter="none") == Varied(), "`keep` is left"
-    assert chosen(Controlled(), filter={"use": "inside", "low": 0.25}) == Inside(low=0.25)
-    assert chosen(Controlled(dynamic=DynamicSampling("inside", high=0.75))) == Inside(high=0.75)
-    assert chosen(Controlled(dynamic=DynamicSampling()), filter="inside") == Inside()
+    assert chosen(Controlled()) == VariedFilter()
+    assert chosen(Controlled(), filter="none") == VariedFilter(), "`keep` is left"
+    assert chosen(Controlled(), filter={"use": "inside", "low": 0.25}) == InsideFilter(low=0.25)
+    assert chosen(Controlled(dynamic=DynamicSampling("inside", high=0.75))) == InsideFilter(high=0.75)
+    assert chosen(Controlled(dynamic=DynamicSampling()), filter="inside") == InsideFilter()
     assert chosen(Controlled(dynamic=DynamicSampling())) is None
     assert chosen(TinyAlgorithm()) is None
-    assert chosen(TinyAlgorithm(), filter="varied") == Varied()
+    assert chosen(TinyAlgorithm(), filter="varied") == VariedFilter()
     with pytest.raises(UsageError, match=r"keep.* inside and .*filter.* both choose; leave one out"):
         chosen(Controlled(dynamic=DynamicSampling("inside")), filter="varied")
 
@@ -159,7 +159,7 @@ def kept(good: set[int], dynamic: DynamicSampling, size: int = 1, step: int = 1)
 
     def one(rank: int) -> None:
         run: Any = runs[rank]
-        scored = keep_sampling(run, "actor", run.draw(), Varied(), dynamic)
+        scored = keep_sampling(run, "actor", run.draw(), VariedFilter(), dynamic)
         rollouts, rewards = scored.rollouts, scored.rewards
         assert rewards.rewards_N.tolist() == [0.0, 1.0] * (len(rollouts) // 2) or not good
         assert rewards.metrics["twice"].tolist() == (2 * rewards.rewards_N).tolist()
@@ -197,8 +197,8 @@ def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
 
 def test_finding_nothing_is_a_mistake_at_first_and_survived_later() -> None:
     run: Any = Few(set(), World())
-    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* the filter Varied\(\) accepts"):
-        keep_sampling(run, "actor", run.draw(), Varied(), DynamicSampling(rounds=2))
+    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* the filter VariedFilter\(\) accepts"):
+        keep_sampling(run, "actor", run.draw(), VariedFilter(), DynamicSampling(rounds=2))
     (uids,), _ = kept(set(), DynamicSampling(rounds=2), step=6)
     assert uids == [4, 5, 6, 7], "the last round as it is: equal scores, so no credit"
 

@@ -17,7 +17,7 @@ from rlhf_core.contract.results import ScoredRollouts
 from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
-from rlhf_core.training.filters import Inside, Varied, accepted_groups
+from rlhf_core.training.filters import InsideFilter, VariedFilter, accepted_groups
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -55,7 +55,7 @@ class DynamicSampling:
     @property
     def filter(self) -> Filter | None:
         """The filter that `keep` is short for."""
-        filters: dict[str, Filter] = {"varied": Varied(), "inside": Inside(self.low, self.high)}
+        filters: dict[str, Filter] = {"varied": VariedFilter(), "inside": InsideFilter(self.low, self.high)}
         return filters.get(self.keep)
 
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["Inside", "Varied", "accepted_groups"]
+__all__ = ["InsideFilter", "VariedFilter", "accepted_groups"]
 
 
 @dataclass(frozen=True)
-class Varied(Filter):
+class VariedFilter(Filter):
     """Prompts whose completions do not all score the same (Yu et al. 2025, DAPO, eq. 11, for any reward)."""
 
     def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> Tensor:
@@ -28,7 +28,7 @@ class Varied(Filter):
 
 
 @dataclass(frozen=True)
-class Inside(Filter):
+class InsideFilter(Filter):
     """Prompts whose mean score lies strictly between two bounds."""
 
     low: float = 0.0
