@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.results import Credit, LossTerms, Metric, Outputs, Reduction, RewardOutput
     from rlhf_core.contract.roles import Placement, Role, SecondOrderTrainable, Trainable
     from rlhf_core.contract.run_view import RowEncoder, RunView
-    from rlhf_core.contract.selection import Filter
+    from rlhf_core.contract.selection import Filter, Sampler
     from rlhf_core.contract.terms import ProviderChoices, Term
     from rlhf_core.errors import (
         ContractError,
@@ -148,6 +148,7 @@ __all__ = [
     "RunConfig",
     "RunStopped",
     "RunView",
+    "Sampler",
     "Sampling",
     "Schedule",
     "SecondOrderTrainable",
@@ -203,7 +204,7 @@ _HOMES = {
     "contract.results": "Credit LossTerms Metric Outputs Reduction RewardOutput",
     "contract.roles": "Placement Role SecondOrderTrainable Trainable",
     "contract.run_view": "RowEncoder RunView",
-    "contract.selection": "Filter",
+    "contract.selection": "Filter Sampler",
     "contract.terms": "ProviderChoices Term",
     "errors": (
         "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped "

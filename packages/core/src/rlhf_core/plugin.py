@@ -18,6 +18,7 @@ __all__ = [
     "rlhf_output",
     "rlhf_reward",
     "rlhf_rollout",
+    "rlhf_sampler",
     "rlhf_strategy",
 ]
 
@@ -30,6 +31,11 @@ def rlhf_data() -> Providers:
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
         "reasoning": "rlhf_core.data.reasoning:ReasoningData",
     }
+
+
+@hookimpl
+def rlhf_sampler() -> Providers:
+    return {"shuffled": "rlhf_core.data.shuffled:ShuffledSampler"}
 
 
 @hookimpl

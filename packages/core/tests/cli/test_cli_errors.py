@@ -155,10 +155,10 @@ FLAGS = {
     "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' here or in the environment",
     "online --evaluator heldout,heldot": f"no evaluator is called 'heldot' (did you mean 'heldout'?); "
     f"installed: {EVALUATORS}",
-    "online --loss bare": "algorithm 'online' has no loss, it uses data, rollout, environment, reward, strategy, "
-    "launcher, evaluator, observer",
-    "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss, it uses data, rollout, environment, "
-    "reward, strategy, launcher, evaluator, observer",
+    "online --loss bare": "algorithm 'online' has no loss, it uses data, sampler, rollout, environment, reward, "
+    "filter, strategy, launcher, evaluator, observer",
+    "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss, it uses data, sampler, "
+    "rollout, environment, reward, filter, strategy, launcher, evaluator, observer",
     "offline": "algorithm 'offline' needs --data NAME; see rlhf-run plugins --kind data",
     # flags
     "online --reward.limt 3": f"unknown flag --reward.limt; did you mean {LIMIT}?",
@@ -236,8 +236,8 @@ FILES = {
     'algorithm = "online"\ncritic.model = "x"': "run.toml: unknown option 'critic'; see rlhf-run online --help",
     'algorithm = "online"\nreward.key = "hunter2"': "run.toml: reward.key must be INT",
     'algorithm = "online"\nreward.key = "***"': "run.toml: reward.key is masked; give it as --reward.key env:NAME",
-    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, rollout, environment, "
-    "reward, strategy, launcher, evaluator, observer",
+    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, sampler, "
+    "rollout, environment, reward, filter, strategy, launcher, evaluator, observer",
     'algorithm = "online"\n[reward]\nuse = "rwd"': f"no reward is called 'rwd'; installed: {NAMES}",
 }
 

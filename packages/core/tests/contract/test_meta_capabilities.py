@@ -14,10 +14,10 @@ from rlhf_core.config.docstrings import docs_of
 from rlhf_core.contract import providers
 from rlhf_core.contract.capability import OPTIONAL, Capability
 from rlhf_core.contract.providers import Provider
-from rlhf_core.contract.selection import Filter
+from rlhf_core.contract.selection import Filter, Sampler
 from rlhf_core.plugins.provider_checks import capabilities
 
-BASES: dict[str, type[Provider]] = {**providers.BASES, "filter": Filter}
+BASES: dict[str, type[Provider]] = {**providers.BASES, "filter": Filter, "sampler": Sampler}
 ROOT = Path(__file__).resolve().parents[4]
 
 FOREIGN = {

@@ -143,7 +143,7 @@ class Few:
         batch = make_batch([1 + uid % 3 for uid in uids], groups=[i // 2 for i in range(len(uids))])
         return replace(batch, world=self.world).with_extras(uids_N=torch.tensor(uids))
 
-    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
+    def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
         rewards_N = torch.tensor(
             [float(uid in self.good and k % 2) for k, uid in enumerate(rollouts["uids_N"].tolist())]
         )

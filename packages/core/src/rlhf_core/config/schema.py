@@ -364,7 +364,7 @@ def build_schema(names: Mapping[str, str], sections: Iterable[Section]) -> Schem
 
 def _names(cls: type[Algorithm], algorithm: str, chosen: Mapping[str, str]) -> dict[str, str]:
     """The name of each kind the algorithm has."""
-    usual = cls.defaults
+    usual = {**({"sampler": "shuffled"} if "data" in cls.defaults else {}), **cls.defaults}
     if "rollout" in usual:
         usual = {**dict.fromkeys(OPTIONAL, ""), **usual}
     chosen = {kind: name for kind, name in chosen.items() if kind != "algorithm"}

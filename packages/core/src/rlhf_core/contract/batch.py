@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rlhf_core.contract.requirements import per_token, trim
+from rlhf_core.errors import DataError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class Example:
     """numbers that losses read as `batch["<name>_N"]`: a margin, a rating"""
     origin: str = ""
     """`file:row`, for error messages"""
+    row: int = -1
+    """its number among the training rows, from 0; -1 for any other row"""
+
+    def __post_init__(self) -> None:
+        if "row" in self.fields or "uids" in self.fields:
+            raise DataError(f"{self.origin}: a number cannot be called 'row' or 'uids', names of core's own; rename it")
 
 
 @dataclass

@@ -46,6 +46,7 @@ GROUP = "rlhf"
 
 KindName = Literal[
     "data",
+    "sampler",
     "rollout",
     "environment",
     "reward",
@@ -110,6 +111,12 @@ hookimpl = pluggy.HookimplMarker("rlhf")
 @hookspec
 def rlhf_data() -> Providers:
     """Readers of prompts, demonstrations and preferences: `(split) -> Iterable[Example]`."""
+    raise AssertionError("a specification is never called")
+
+
+@hookspec
+def rlhf_sampler() -> Providers:
+    """Orders of rows: `(rows, seed) -> Iterator[int]`, endless; one that reacts is told what rows earned."""
     raise AssertionError("a specification is never called")
 
 

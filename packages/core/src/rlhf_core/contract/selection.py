@@ -1,12 +1,14 @@
-"""What a run learns from: the base class of filters, which choose among sampled groups.
+"""What a run learns from: the base classes of samplers, which choose rows of data, and filters, which choose sampled groups.
 
-A provider is a frozen dataclass that subclasses it, as for the kinds in `rlhf_core.contract.providers`.
+A provider is a frozen dataclass that subclasses one of them, as for the kinds in `rlhf_core.contract.providers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.capability import replaceable
 from rlhf_core.contract.providers import Provider
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.results import RewardOutput
 
-__all__ = ["Filter"]
+__all__ = ["Filter", "Sampler"]
 
 
 class Filter(Provider):
@@ -28,3 +30,37 @@ class Filter(Provider):
         shaped yet. Every rank calls it in the same rounds, so that it may sum over `rollouts.world`.
         """
         raise NotImplementedError
+
+
+@replaceable
+class Sampler(Provider):
+    """Chooses the rows that come next, by their numbers. Its engine is the same on every rank.
+
+    One that `reacts` remembers what rows earned, so its engine has `state_dict` and `load_state_dict`. After a resume it is
+    called anew and continues from its state. Of one that does not react, the numbers given before are skipped.
+    """
+
+    @property
+    def reacts(self) -> bool:
+        """True if scores change which rows come next; False if these follow from `rows` and `seed` alone."""
+        return True
+
+    @property
+    def lookahead(self) -> int:
+        """Batches of `--batch-size` rows that are drawn before the loop asks for them, if it reacts; 0 reacts at once."""
+        return 0
+
+    @property
+    def epochs(self) -> bool:
+        """True if every row comes once before any comes again; data without a length is then read in its own order."""
+        return False
+
+    def __call__(self, rows: int, seed: int) -> Iterator[int]:
+        """Return an endless iterator of row numbers, from 0 to `rows` - 1."""
+        raise NotImplementedError
+
+    def update(self, row_N: Tensor, scores_N: Tensor) -> None:
+        """Take in what rows earned: int64 and float64, one value per completion, those of all ranks in the order of drawing.
+
+        Called after each scoring. A row that was drawn and is never scored was too long.
+        """

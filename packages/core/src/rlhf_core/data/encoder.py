@@ -165,6 +165,7 @@ class Encoder:
             images=[row.images for _, row, _ in flat] if self.reader is not None else [],
             extras={
                 "uids_N": torch.tensor([uids[group] for group, *_ in flat]),
+                "row_N": torch.tensor([example.row for example in chosen]),
                 **{f"{name}_N": _column(chosen, name) for name in numbers},
             },
         )

@@ -1,5 +1,8 @@
 """Batches made ready while the loop works: a thread draws from the stream a little ahead.
 
+It draws a batch more whenever the loop takes one. If the sampler reacts to scores, its `lookahead` says how many are drawn
+ahead. An update waits until these are drawn, so that the order depends on no timing; a checkpoint holds their numbers.
+
 The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
 goes wrong while reading ahead is raised when the loop gets to it. Rows that are left out or cut are counted in
 `data/dropped` and `data/truncated` and said once.
@@ -7,19 +10,23 @@ goes wrong while reading ahead is raised when the loop gets to it. Rows that are
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from queue import Full, Queue
-from typing import TYPE_CHECKING, Any
+from queue import Queue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
+from rlhf_core.data.shuffled import SHUFFLED
 from rlhf_core.data.stream import DrawnRows, Stream
 from rlhf_core.errors import advice, run_option
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
@@ -29,9 +36,19 @@ if TYPE_CHECKING:
 __all__ = ["Prefetcher"]
 
 DEPTH = 2
-"""Batches that wait for the loop."""
-PAUSE = 0.1
-"""Seconds after which a thread that waits looks whether it should end."""
+"""Batches that wait for the loop, where rows do not depend on scores."""
+AHEAD = "ahead"
+"""Of a position of the data: the batches that are drawn and not taken."""
+
+
+class _Batch(NamedTuple):
+    """A batch that waits for the loop."""
+
+    rows: DrawnRows
+    places: list[tuple[int, int]]
+    """number and uid of the rows of all ranks"""
+    position: dict[str, Any]
+    """position of the data after it"""
 
 
 class Prefetcher:
@@ -41,15 +58,27 @@ class Prefetcher:
         stream: what to read; from then on only through here.
         close: called at the end.
         names: of the user's options, for messages.
+        update: takes in what rows earned, if the stream's sampler reacts.
     """
 
     def __init__(
-        self, stream: Stream, close: Callable[[], None] | None = None, names: OptionNames | None = None
+        self,
+        stream: Stream,
+        close: Callable[[], None] | None = None,
+        names: OptionNames | None = None,
+        update: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        self._stream, self._close, self._names = stream, close, names or OptionNames()
+        self._stream, self._close, self._names, self._update = stream, close, names or OptionNames(), update
         self._state = stream.state_dict()
-        self._ready: Queue[tuple[DrawnRows, dict[str, Any]] | BaseException] = Queue(DEPTH)
-        self._closed = threading.Event()
+        self._ready: Queue[_Batch | BaseException] = Queue()
+        self._again: list[Mapping[str, Any]] = []
+        """batches that a checkpoint had drawn ahead"""
+        self._lookahead = stream.sampler.lookahead if stream.sampler.reacts else DEPTH
+        self._due = 1 + self._lookahead
+        """batches to draw"""
+        self._drawn = 0
+        self._changed = threading.Condition()
+        self._closed = False
         self._thread: threading.Thread | None = None
         self._reported: set[str] = set()
 
@@ -63,8 +92,9 @@ class Prefetcher:
         config: RunConfig,
         world: World,
         readers: Callable[[], Mapping[str, Any]] | None = None,
+        sampler: Any = None,
     ) -> Prefetcher:
-        """The rows of the provider `data`, prepared for this rank; `readers` as `Stream` takes it."""
+        """The rows of the provider `data`, prepared for this rank; `readers` as `Stream` takes it, `sampler` is an engine."""
         preparer = Preparer(encoder, online, data)
         stream = Stream(
             rows,
@@ -76,30 +106,65 @@ class Prefetcher:
             block=preparer.block,
             buffer=data.shuffle_buffer,
             readers=readers,
+            sampler=config.providers.get("sampler", SHUFFLED),
+            engine=sampler,
         )
-        return cls(stream, preparer.close, config.option_names)
+        return cls(stream, preparer.close, config.option_names, sampler.update if stream.sampler.reacts else None)
 
     def __next__(self) -> DrawnRows:
         if self._thread is None:
             self._thread = threading.Thread(target=self._read, name="data", daemon=True)
             self._thread.start()
+        else:
+            with self._changed:
+                self._due += 1
+                self._changed.notify_all()
         item = self._ready.get()
         if isinstance(item, BaseException):
             self._ready.put(item)  # for whoever asks again
             raise item
-        drawn, self._state = item
+        self._state = item.position
         self._say()
-        return drawn
+        return item.rows
+
+    @property
+    def reacts(self) -> bool:
+        """True if scores change which rows come next."""
+        return self._update is not None
+
+    def update(self, row_N: Tensor, scores_N: Tensor) -> None:
+        """Let the sampler take in what rows earned, after it has drawn what it may draw ahead."""
+        assert self._update is not None, "the sampler does not react"
+        self._wait()
+        self._update(row_N, scores_N)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
         return self._state
 
+    def with_ahead(self, position: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the position after the last batch taken together with the batches that a sampler that reacts drew ahead."""
+        if not self.reacts or self._thread is None:
+            return dict(position)
+        self._wait()
+        waiting = [each for each in list(self._ready.queue) if isinstance(each, _Batch)]
+        fields = {name for name, value in position.items() if isinstance(value, int)}
+        ahead = [
+            {"places": each.places, "position": {name: each.position[name] for name in fields}} for each in waiting
+        ]
+        return {**position, AHEAD: ahead}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position, before the first batch."""
         assert self._thread is None, "batches are made ahead already"
+        self._again = list(state.get(AHEAD, ()))
         self._stream.load_state_dict(state)
         self._state = self._stream.state_dict()
+
+    def _wait(self) -> None:
+        """Wait until every batch that may be drawn is drawn, or one cannot be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._drawn >= self._due or self._closed)
 
     def metrics(self, position: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Return counts since the run began, up to `position`, or to the last batch taken where it is absent."""
@@ -108,27 +173,41 @@ class Prefetcher:
 
     def close(self) -> None:
         """End the thread."""
-        self._closed.set()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
         if self._close is not None:
             self._close()
 
     def _read(self) -> None:
-        item: tuple[DrawnRows, dict[str, Any]] | BaseException
-        while not self._closed.is_set():
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._drawn < self._due or self._closed)
+                if self._closed:
+                    return
             try:
-                item = next(self._stream), self._stream.state_dict()
+                item: _Batch | BaseException = self._draw()
             except BaseException as error:  # the loop's business
                 item = error
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(item, timeout=PAUSE)
-                    break
-                except Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
+            self._ready.put(item)
+            with self._changed:
+                self._drawn = (
+                    sys.maxsize if isinstance(item, BaseException) else self._drawn + 1
+                )  # nothing after an error
+                self._changed.notify_all()
+
+    def _draw(self) -> _Batch:
+        """The next batch: one that a checkpoint had drawn ahead, else a new one."""
+        if self._again:
+            again = self._again.pop(0)
+            drawn = self._stream.reread(again["places"])
+            self._stream.load_state_dict(again["position"])
+        else:
+            drawn = self._stream.draw()
+        places = [(row.example.row, row.uid) for row in drawn]
+        return _Batch(self._stream.share(drawn), places, self._stream.state_dict())
 
     def _say(self) -> None:
         """Tell once that rows were left out, dropped or cut."""

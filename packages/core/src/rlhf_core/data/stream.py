@@ -1,28 +1,41 @@
 """An endless stream of batches over rows, the same for any number of ranks, that can be stopped and continued anywhere.
 
-Every epoch is a permutation of the rows drawn from (seed, epoch) alone. All ranks walk the same permutation and each
-takes its slice of every batch, so ranks change who reads a row and never when it is read. Batches are always full: one
-may begin in an epoch and end in the next. A source without a length (streaming) is read in its own order, or shuffled
-within a buffer by (seed, epoch); on resume it is read again up to the position, which makes the same buffer again. A
-reader with a state continues from that by itself, and is read row by row, so that its state belongs to the last row drawn.
+A sampler gives the numbers of the rows; the usual one permutes them anew in every epoch, from (seed, epoch) alone. All
+ranks draw the same numbers and each takes its slice of every batch, so ranks change who reads a row and never when it is
+read. Batches are always full: one may begin in an epoch and end in the next. A source without a length (streaming) is read
+in its own order, or shuffled within a buffer by (seed, epoch); on resume it is read again up to the position, which makes
+the same buffer again. A reader with a state continues from that by itself, and is read row by row, so that its state
+belongs to the last row drawn. So are rows whose sampler reacts to scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.contract.selection import Sampler
 from rlhf_core.data.render import LIMITS_ADVICE
-from rlhf_core.errors import DataError, OptionError, UsageError
+from rlhf_core.data.shuffled import SHUFFLED
+from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["DrawnRows", "Stream"]
+__all__ = ["DrawnRows", "PreparedRow", "Stream"]
+
+
+class PreparedRow(NamedTuple):
+    """A row of data on its way into a batch."""
+
+    example: Example
+    uid: int
+    tokens: TokenizedRow | None
+    """the example tokenised, if rows are prepared"""
 
 
 class DrawnRows(NamedTuple):
@@ -39,7 +52,7 @@ class Stream:
     """Yields this rank's share of each batch.
 
     Args:
-        examples: a sequence (shuffled) or any iterable that can be read again (in order, or shuffled within `buffer`).
+        examples: a sequence, or any iterable that can be read again (in order, or shuffled within `buffer`).
         batch_size: rows per batch over all ranks.
         seed: of the shuffling.
         rank: whose slice to give.
@@ -48,6 +61,8 @@ class Stream:
         block: how many examples to prepare at a time, if that is more than a batch.
         buffer: rows to shuffle a source without a length within; 0 keeps its order.
         readers: returns a copy of what readers with a state remember, by place; None if no reader has one.
+        sampler: the provider that orders a sequence.
+        engine: what it has opened; the provider itself if absent.
     """
 
     dropped: int
@@ -66,6 +81,8 @@ class Stream:
         block: int = 0,
         buffer: int = 0,
         readers: Callable[[], Mapping[str, Any]] | None = None,
+        sampler: Sampler = SHUFFLED,
+        engine: Callable[[int, int], Iterator[int]] | None = None,
     ) -> None:
         if readers is not None and buffer:
             raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
@@ -73,28 +90,50 @@ class Stream:
             raise OptionError(
                 "/batch_size", f"{batch_size} cannot be shared by {world_size} ranks: use a multiple of it"
             )
+        if not sampler.epochs and not _is_indexed(examples):
+            raise OptionError(
+                "/sampler",
+                f"{type(sampler).__qualname__} chooses rows by number, and the data is a stream without a length",
+            )
         self.examples = examples
         self.batch_size = batch_size
+        self.sampler = sampler
         self.seed = seed
         self.leads = rank == 0
         share = batch_size // world_size
         self._slice = slice(rank * share, (rank + 1) * share)
         self._prepare = prepare
-        self._block = max(block, batch_size) if readers is None else 1
+        self._block = max(block, batch_size) if readers is None and not sampler.reacts else 1
         self._buffer = buffer
         self._readers = readers
-        self._walk: Iterator[tuple[Example, int, TokenizedRow | None]] | None = None
+        self._engine = engine or sampler
+        self._walk: Iterator[PreparedRow] | None = None
+        self._numbers: Iterator[int] | None = None
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> DrawnRows:
+        return self.share(self.draw())
+
+    def draw(self) -> list[PreparedRow]:
+        """Return the next rows of all ranks."""
         if self._walk is None:
             self._walk = self._rows()
-        drawn = [next(self._walk) for _ in range(self.batch_size)][self._slice]
-        examples, uids = [example for example, _, _ in drawn], [uid for _, uid, _ in drawn]
-        return DrawnRows(examples, uids, [row for *_, row in drawn if row is not None] if self._prepare else None)
+        return [next(self._walk) for _ in range(self.batch_size)]
+
+    def reread(self, places: Iterable[tuple[int, int]]) -> list[PreparedRow]:
+        """Return rows that were drawn before, by number and uid."""
+        examples = [self._example(number) for number, _ in places]
+        rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
+        return [PreparedRow(example, uid, row) for example, (_, uid), row in zip(examples, places, rows, strict=True)]
+
+    def share(self, drawn: Sequence[PreparedRow]) -> DrawnRows:
+        """Return this rank's rows of those that all ranks drew."""
+        mine = drawn[self._slice]
+        rows = [row.tokens for row in mine if row.tokens is not None] if self._prepare else None
+        return DrawnRows([row.example for row in mine], [row.uid for row in mine], rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
@@ -105,9 +144,9 @@ class Stream:
         """Continue from a position; seed and data must be those it came from. Readers have got their states before."""
         for name in ("epoch", "row", "first_uid", "dropped", "truncated"):
             setattr(self, name, state[name])
-        self._walk = None
+        self._walk = self._numbers = None
 
-    def _rows(self) -> Iterator[tuple[Example, int, TokenizedRow | None]]:
+    def _rows(self) -> Iterator[PreparedRow]:
         """Usable rows with their uids from the present position on, epoch after epoch."""
         while True:
             kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
@@ -120,7 +159,7 @@ class Stream:
                     continue
                 self.truncated += row is not None and row.cut
                 kept = True
-                yield example, self.first_uid + number, row
+                yield PreparedRow(example, self.first_uid + (number if self.sampler.epochs else self.row - 1), row)
             if not self.row:
                 again = f" when read again for epoch {self.epoch + 1}; give a sequence" if self.epoch else ""
                 raise UsageError(f"the data has no rows{again}")
@@ -141,20 +180,48 @@ class Stream:
 
     def _epoch(self) -> Iterator[tuple[int, Example]]:
         """(row number, example) of the present epoch from the present position on."""
-        if isinstance(self.examples, Sequence) or (
-            isinstance(self.examples, Sized) and hasattr(self.examples, "__getitem__")
-        ):
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.examples))
-            for number in order[self.row :].tolist():
-                yield number, self.examples[number]
+        if _is_indexed(self.examples):
+            for _ in range(self.row, len(self.examples)):
+                number = self._next_number(len(self.examples))
+                yield number, self._example(number)
             return
         if self._readers is not None:
-            yield from enumerate(self.examples, self.row)
-            return
-        rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
-        if self._buffer:
-            rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
-        yield from islice(rows, self.row, None)
+            rows: Iterator[tuple[int, Example]] = enumerate(self.examples, self.row)
+        else:
+            rows = enumerate(self.examples)
+            if self._buffer:
+                rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
+            rows = islice(rows, self.row, None)
+        yield from ((number, replace(example, row=number)) for number, example in rows)
+
+    def _example(self, number: int) -> Example:
+        """The row of this number, which it carries."""
+        examples: Any = self.examples
+        example: Example = examples[number]
+        return replace(example, row=number)
+
+    def _next_number(self, rows: int) -> int:
+        """The next number that the sampler gives.
+
+        Raises:
+            ContractError: it gives none, or none of a row.
+        """
+        who = f"sampler {type(self.sampler).__qualname__} of {type(self.sampler).__module__}"
+        if self._numbers is None:
+            drawn = 0 if self.sampler.reacts else self.first_uid + self.row  # one that reacts continues from its state
+            self._numbers = islice(self._engine(rows, self.seed), drawn, None)
+        try:
+            number = next(self._numbers)
+        except StopIteration:
+            raise ContractError(f"{who} has no more rows; its iterator must be endless") from None
+        if not isinstance(number, (int, np.integer)) or not 0 <= number < rows:
+            raise ContractError(f"{who} gave {number!r}, which is no row number from 0 to {rows - 1}")
+        return int(number)
+
+
+def _is_indexed(examples: Iterable[Example]) -> TypeGuard[Sequence[Example]]:
+    """Return True if rows are read by number."""
+    return isinstance(examples, Sequence) or (isinstance(examples, Sized) and hasattr(examples, "__getitem__"))
 
 
 def _shuffle(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:

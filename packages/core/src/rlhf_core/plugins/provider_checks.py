@@ -21,7 +21,7 @@ from rlhf_core.contract.optimizers import OptimizerProvider
 from rlhf_core.contract.options import ModelOptions, RunConfig
 from rlhf_core.contract.outputs import Output
 from rlhf_core.contract.providers import Algorithm, Provider
-from rlhf_core.contract.selection import Filter
+from rlhf_core.contract.selection import Filter, Sampler
 from rlhf_core.errors import UsageError
 from rlhf_core.util.suggestions import did_you_mean
 
@@ -34,6 +34,7 @@ BASES: Mapping[str, type[Any]] = {
     **providers.BASES,
     "command": Command,
     "filter": Filter,
+    "sampler": Sampler,
     "ingredient": Ingredient,
     "optimizer": OptimizerProvider,
     "output": Output,

@@ -69,6 +69,7 @@ def assemble(
         images=[prompts.images[p] for p in group] if prompts.images else [],
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
+            "row_N": torch.tensor([example.row for example in examples]),
             "versions_NT": versions_NT.masked_fill(~mask_NT, 0),
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
             **{name: pad_rows(rows, 0.0, torch.float32)[0] for name, rows in per_token.items()},

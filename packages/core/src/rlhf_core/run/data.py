@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.engines import Stateful
 from rlhf_core.contract.plan import DATA
-from rlhf_core.errors import UsageError, options_under
+from rlhf_core.data.shuffled import SHUFFLED
+from rlhf_core.errors import ContractError, UsageError, options_under
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -63,8 +65,28 @@ class RunData:
         from rlhf_core.data.prefetch import Prefetcher
 
         config, online = self.plan.config, DATA not in self.plan.sources
+        sampler = self._sampler()
         readers = partial(self.engines.state_dict, "data", clone=True) if self.engines.stateful("data") else None
-        return Prefetcher.for_data(self.rows, self.encoder, config.providers["data"], online, config, world, readers)
+        return Prefetcher.for_data(
+            self.rows, self.encoder, config.providers["data"], online, config, world, readers, sampler
+        )
+
+    def _sampler(self) -> Any:
+        """The engine that orders rows.
+
+        Raises:
+            ContractError: it reacts to scores and has no state, or the other way round.
+        """
+        provider = self.plan.config.providers.get("sampler", SHUFFLED)
+        engine = self.engines.get("sampler") or provider
+        if provider.reacts != isinstance(engine, Stateful):
+            wrong = (
+                "reacts to scores; let open() return an object with state_dict and load_state_dict"
+                if provider.reacts
+                else "has a state, and declares that it does not react; leave one of them out"
+            )
+            raise ContractError(f"sampler {type(provider).__qualname__} of {type(provider).__module__} {wrong}")
+        return engine
 
     def heldout(self, most: int | None, world: World) -> Sequence[Example]:
         """Return the held-out rows, the first `most` of them; at least one for each rank.

@@ -21,7 +21,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
-from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter, keep_sampling
+from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
@@ -80,6 +80,11 @@ class Services(Protocol):
     @property
     def stream(self) -> Prefetcher:
         """This rank's rows; the one thing that iterations take from in turn."""
+        ...
+
+    @property
+    def group_filter(self) -> Any:
+        """The filter of sampled groups; None if all are trained on."""
         ...
 
     @property
@@ -148,7 +153,7 @@ class Iteration:
 
     def sample(self, source: str) -> Rollouts | ScoredRollouts:
         """Return completions of `source` on the rows' prompts; scored ones where a filter has had prompts replaced."""
-        group_filter = choose_filter(self.config)
+        group_filter = self.run.group_filter
         if group_filter is None:
             return self.sample_once(source, self.rows)
         dynamic = self.config.algorithm.dynamic or DynamicSampling()
@@ -169,7 +174,7 @@ class Iteration:
 
     def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:
         """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
-        scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(sampled)
+        scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(source, sampled)
         rollouts, rewards = scored.rollouts, scored.rewards
         if self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed)):
             skipped = replace(rollouts, step=replace(self.info, skip=True))  # by every rank
@@ -187,7 +192,27 @@ class Iteration:
         self.batches[source] = rollouts.with_extras(rewards_N=rewards.rewards_N)
         self.rewards[source] = rewards
 
-    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
+    def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
+        """Return completions of `source` with their rewards, and let the sampler of rows know what the policy earned."""
+        scored = self._score_once(rollouts)
+        sampled = [name for name in self.run.plan.sources if name != DATA]
+        if self.run.stream.reacts and source == (
+            self.run.plan.policy if self.run.plan.policy in sampled else sampled[0]
+        ):
+            self._update_sampler(scored)
+        return scored
+
+    def _update_sampler(self, scored: ScoredRollouts) -> None:
+        """Give the sampler the scores of all ranks, in the order of drawing; none if a reward of them is not finite."""
+        mine = [scored.rollouts[name].cpu() for name in ("uids_N", "row_N")]
+        everyone = self.world.gather((*mine, scored.rewards.outcome_N.cpu(), scored.failed))
+        if not any(failed for *_, failed in everyone):
+            uids_N, row_N, scores_N = (torch.cat([each[k] for each in everyone]) for k in range(3))
+            order_N = uids_N.argsort(stable=True)
+            with options_under("/sampler"):
+                self.run.stream.update(row_N[order_N], scores_N[order_N])
+
+    def _score_once(self, rollouts: Rollouts) -> ScoredRollouts:
         """Return completions with their rewards. With `--on-nonfinite skip`, a reward that is not finite is reported and 0.
 
         Raises:

@@ -35,6 +35,7 @@ from rlhf_core.run.rollout_metrics import measure_step
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
+from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
 from rlhf_core.training.old_logprobs import staleness
@@ -208,7 +209,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
         self.state.versions = {name: role.version for name, role in self._changing_roles.items()}
-        self.state.stream = self.state.stream or self.stream.state_dict()
+        self.state.stream = self.stream.with_ahead(self.state.stream or self.stream.state_dict())
         state, roles = self.state.state_dict(), self._changing_roles
         self._add_background(lambda: self.checkpoints.save(state, roles, self._engine_states, self.world))
 
@@ -315,6 +316,11 @@ class Run:
     def advantages(self) -> Mapping[str, Any]:
         """The engines of advantages by credit key."""
         return {key: self.engines[f"advantage.{key}"] for key, spec in self.plan.credits.items() if spec.advantage}
+
+    @property
+    def group_filter(self) -> Any:
+        """The engine of the filter, or the one that the algorithm's options are short for; None without one."""
+        return self.engines.get("filter") or choose_filter(self.config)
 
     @property
     def reward(self) -> Any:

@@ -100,8 +100,8 @@ class PromptSampler(Protocol):
         """Return completions on the prompts of `rows`."""
         ...
 
-    def judge(self, rollouts: Rollouts) -> ScoredRollouts:
-        """Return completions with their rewards."""
+    def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
+        """Return completions of `source` with their rewards."""
         ...
 
 
@@ -118,7 +118,8 @@ def keep_sampling(
     prompts = kept = 0.0
     failed = False
     while len(rounds) < dynamic.rounds and kept < iteration.config.batch_size:
-        scored = iteration.judge(iteration.sample_once(source, _draw_batches(iteration, begun, dynamic.oversample)))
+        rows = _draw_batches(iteration, begun, dynamic.oversample)
+        scored = iteration.judge(source, iteration.sample_once(source, rows))
         begun, failed = [], failed or scored.failed
         meter.log_batch("dynamic/reward", scored.rewards.total_N)
         with options_under("/filter"):

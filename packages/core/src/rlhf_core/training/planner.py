@@ -16,7 +16,7 @@ from rlhf_core.contract.providers import Algorithm, Reward
 from rlhf_core.contract.requirements import LANGUAGE, Need, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import OptionError, UsageError, run_option
-from rlhf_core.training.dynamic_sampling import DynamicSampling
+from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter
 from rlhf_core.training.output_table import OutputTable
 from rlhf_core.training.reward_shaping import RewardShaping
 
@@ -46,6 +46,7 @@ def make_plan(config: RunConfig) -> Plan:
             "raise the other",
         )
     terms = _terms(config.algorithm, choices)
+    choose_filter(config)  # refuses two of them
     kl: KL | None = config.algorithm.kl
     kl = kl if kl is not None and kl.coef > 0 else None
     table = OutputTable(config.registry)

@@ -1,0 +1,1 @@
+"""A curriculum over the rows of data."""

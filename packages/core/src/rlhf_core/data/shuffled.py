@@ -1,0 +1,30 @@
+"""The usual order of rows: a new permutation in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+
+import numpy as np
+
+from rlhf_core.contract.selection import Sampler
+
+__all__ = ["SHUFFLED", "ShuffledSampler"]
+
+
+@dataclass(frozen=True)
+class ShuffledSampler(Sampler):
+    """Every row once per epoch, in an order that follows from the seed and the epoch."""
+
+    reacts: ClassVar[bool] = False
+    epochs: ClassVar[bool] = True
+
+    def __call__(self, rows: int, seed: int) -> Iterator[int]:
+        for epoch in count():
+            yield from np.random.default_rng([seed, epoch]).permutation(rows).tolist()
+
+
+SHUFFLED = ShuffledSampler()
+"""The usual sampler."""
