@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from rlhf_core import (
     Rollouts,
     Run,
     RunStopped,
+    Sampler,
     Term,
     hookimpl,
 )
@@ -104,6 +105,25 @@ def test_rlhf_data_brings_rows_that_are_sampled_from(tmp_path: Path) -> None:
     prompts = {json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}
     assert CALLED[0] == "train"
     assert all("Hello" in prompt for prompt in prompts)
+
+
+@dataclass(frozen=True)
+class Backwards(Sampler):
+    """Every row once, the last one first."""
+
+    reacts: ClassVar[bool] = False
+    epochs: ClassVar[bool] = True
+
+    def __call__(self, rows: int, seed: int) -> Iterator[int]:
+        while True:
+            yield from range(rows - 1, -1, -1)
+
+
+def test_rlhf_sampler_brings_the_order_of_rows(tmp_path: Path) -> None:
+    """Five rows, two a step, and two completions of each."""
+    run_with(tmp_path, outside("sampler", Backwards), sampler="mine", data=Greetings(), steps=3)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["row"] for sample in samples][::2] == [4, 3, 2, 1, 0, 4]
 
 
 @dataclass(frozen=True)
