@@ -35,7 +35,7 @@ def rlhf_data() -> Providers:
 
 @hookimpl
 def rlhf_sampler() -> Providers:
-    return {"shuffled": "rlhf_core.data.shuffled:ShuffledSampler"}
+    return {"shuffled": "rlhf_core.data.shuffling:ShuffledSampler"}
 
 
 @hookimpl

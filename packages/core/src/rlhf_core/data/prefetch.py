@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
-from rlhf_core.data.shuffled import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.data.stream import DrawnRows, Stream
 from rlhf_core.errors import advice, run_option
 from rlhf_core.option_text import OptionNames

@@ -20,7 +20,7 @@ import numpy as np
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
 from rlhf_core.data.render import LIMITS_ADVICE
-from rlhf_core.data.shuffled import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
 
 if TYPE_CHECKING:

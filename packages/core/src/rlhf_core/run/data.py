@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.engines import Stateful
 from rlhf_core.contract.plan import DATA
-from rlhf_core.data.shuffled import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.errors import ContractError, UsageError, options_under
 
 if TYPE_CHECKING:
