@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch, Example, Message, Prompts, Rollouts, StepInfo
     from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
+    from rlhf_core.contract.engines import Closeable, OpenContext, Stateful, open_provider
     from rlhf_core.contract.episode import Action, Feedback, Session
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
@@ -96,6 +97,7 @@ __all__ = [
     "Artifact",
     "ArtifactKind",
     "Batch",
+    "Closeable",
     "Command",
     "CommandContext",
     "ContractError",
@@ -122,6 +124,7 @@ __all__ = [
     "ModelOptions",
     "NameConflict",
     "Observer",
+    "OpenContext",
     "OptimizerProvider",
     "OptionError",
     "Output",
@@ -155,6 +158,7 @@ __all__ = [
     "Secret",
     "Session",
     "SharedBase",
+    "Stateful",
     "States",
     "StepInfo",
     "Strategy",
@@ -177,6 +181,7 @@ __all__ = [
     "make_config",
     "make_from_spec",
     "make_optimizer",
+    "open_provider",
     "option",
     "options_under",
     "pad_rows",
@@ -193,6 +198,7 @@ _HOMES = {
     "contract.batch": "Batch Example Message Prompts Rollouts StepInfo",
     "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
+    "contract.engines": "Closeable OpenContext Stateful open_provider",
     "contract.episode": "Action Feedback Session",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",

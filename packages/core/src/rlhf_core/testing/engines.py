@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core import loop
 from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.contract.hooks import OBSERVERS
 from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
@@ -51,7 +52,7 @@ def check_rollout(
     log-probabilities that the role itself computes too.
 
     Args:
-        rollout: the provider; it is closed at the end.
+        rollout: the provider; its engine is opened, and closed at the end.
         role: who is sampled; a tiny actor if absent.
         prompts: what is answered; three short ones if absent.
         atol: how far the engine's log-probabilities may be from the role's. 1e-3 is float32 in another order.
@@ -63,17 +64,17 @@ def check_rollout(
     name = type(rollout).__qualname__
     role = _tiny_role() if role is None else role
     prompts = _tiny_prompts(role) if prompts is None else prompts
-    try:
-        rollout.sync(role)
-        first = rollout(role, prompts, SAMPLING)
+    with open_provider(rollout, "rollout") as engine:
+        engine.sync(role)
+        first = engine(role, prompts, SAMPLING)
         _check_rollouts(name, first, prompts, SAMPLING)
         versions = set(first["versions_NT"][first.mask_NT].tolist())
         assert versions == {role.version}, f"{name}: versions_NT must be {role.version}, the role's, not {versions}"
-        again = rollout(role, prompts, SAMPLING)
+        again = engine(role, prompts, SAMPLING)
         assert torch.equal(first.tokens_NT, again.tokens_NT), f"{name} must sample the same tokens for the same seed"
-        other = rollout(role, prompts, replace(SAMPLING, seed=8))
+        other = engine(role, prompts, replace(SAMPLING, seed=8))
         assert other.tokens_NT.tolist() != first.tokens_NT.tolist(), f"{name} must sample other tokens for another seed"
-        alone = rollout(role, prompts.rows([1]), SAMPLING)
+        alone = engine(role, prompts.rows([1]), SAMPLING)
         same = [_ids(alone, i) == _ids(first, SAMPLING.n + i) for i in range(SAMPLING.n)]
         assert all(same), (
             f"{name} must sample the same for a prompt whatever else is in the batch: use sampling.seed_for"
@@ -83,12 +84,10 @@ def check_rollout(
         assert difference <= atol, (
             f"{name}: sampler_logprobs_NT differ from the role's by {difference:.2g}, above {atol:g}"
         )
-        rollout.sleep()
-        rollout.wake()
-        woken = rollout(role, prompts, SAMPLING)
+        engine.sleep()
+        engine.wake()
+        woken = engine(role, prompts, SAMPLING)
         assert torch.equal(first.tokens_NT, woken.tokens_NT), f"{name} must sample the same after sleep and wake"
-    finally:
-        rollout.close()
     return first
 
 
