@@ -1,0 +1,1 @@
+"""A rollout engine behind HTTP, and a small server that it works with."""
