@@ -66,7 +66,7 @@ def check_rollout(
     prompts = _tiny_prompts(role) if prompts is None else prompts
     with open_provider(rollout, "rollout") as engine:
         engine.sync(role)
-        first = engine(role, prompts, SAMPLING)
+        first: Rollouts = engine(role, prompts, SAMPLING)
         _check_rollouts(name, first, prompts, SAMPLING)
         versions = set(first["versions_NT"][first.mask_NT].tolist())
         assert versions == {role.version}, f"{name}: versions_NT must be {role.version}, the role's, not {versions}"
