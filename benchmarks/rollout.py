@@ -22,7 +22,7 @@ from rlhf_core.contract.options import Sampling
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 TEXT = "Explain in a few sentences why the number {} is interesting, and what it has to do with the colour of the sky."
 
@@ -36,9 +36,9 @@ def main() -> None:
     prompts = Prompts(
         texts, [role.tokenizer(t)["input_ids"] for t in texts], [Example(t) for t in texts], [*range(args.prompts)]
     )
-    rollout = VLLM(kv_cache_gib=args.kv_cache_gib)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=args.kv_cache_gib))
     engines: dict[str, Callable[[int], int]] = {
-        "vllm, bare": lambda seed: bare(rollout._engines["actor"], prompts, sampling),
+        "vllm, bare": lambda seed: bare(rollout.engines["actor"], prompts, sampling),
         "vllm": lambda seed: int(rollout(role, prompts, replace(sampling, seed=seed)).lengths_N.sum()),
     }
     if args.hf:

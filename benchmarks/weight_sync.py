@@ -18,7 +18,7 @@ from rlhf_core.contract.batch import Example, Prompts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def measure(model: str, dtype: str, repeats: int) -> None:
     """One line of the table: medians over repeats, sync and copy in turn."""
     role = LocalRole(tiny_run("unused", model=model).plan, "actor")
     ids = role.tokenizer("Hello")["input_ids"]
-    rollout = VLLM(dtype=dtype, kv_cache_gib=0.5, max_num_seqs=8)  # type: ignore[arg-type]
+    rollout = VLLMEngines(VLLM(dtype=dtype, kv_cache_gib=0.5, max_num_seqs=8))  # type: ignore[arg-type]
     rollout(role, Prompts(["Hello"], [ids], [Example("Hello")], [0]), Sampling(n=1, max_new_tokens=2))
     role.version += 1
     rollout.sync(role)  # compares with the trainer, once

@@ -13,7 +13,7 @@ from rlhf_core.contract.batch import Example, Prompts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 TEMPERATURE = 0.7
 TEXTS = ["Hello", "What is the colour of the sky?", "1 2 3", "x"]
@@ -33,9 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[VLLM]:
-    """The provider, with an engine for `role` once it has been called."""
-    provider = VLLM(kv_cache_gib=0.25, max_num_seqs=64)
+def engine() -> Iterator[VLLMEngines]:
+    """The open provider, with an engine for `role` once it has been called."""
+    provider = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=64))
     yield provider
     provider.close()
 

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.testing import check_light, check_provider, tiny_run
 from rlhf_rollout_vllm import install, plugin
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 from rlhf_rollout_vllm.install import import_vllm
 
 TINY = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
@@ -62,11 +64,13 @@ def test_it_is_a_provider() -> None:
     check_provider(VLLM(dtype="bfloat16", max_num_seqs=3))
 
 
-def test_it_travels_without_its_engines() -> None:
-    provider = VLLM()
-    provider._engines["actor"] = open  # type: ignore[assignment]  # stands for what cannot be pickled
-    assert pickle.loads(pickle.dumps(provider)) == VLLM()
-    assert pickle.loads(pickle.dumps(provider))._engines == {}
+def test_it_travels_without_what_it_has_opened() -> None:
+    provider = VLLM(max_num_seqs=3)
+    with open_provider(provider) as engines:
+        engines.engines["actor"] = SimpleNamespace(close=lambda last: None)
+        assert pickle.loads(pickle.dumps(provider)) == VLLM(max_num_seqs=3)
+    with open_provider(provider) as again:
+        assert again.engines == {}
 
 
 @pytest.mark.parametrize(
@@ -141,4 +145,4 @@ def test_prompts_with_images_are_refused_before_an_engine_opens() -> None:
     prompts = Prompts(["a", "b"], [[1], [2]], [Example("a"), Example("b")], [0, 1], images)
     nobody: Any = None
     with pytest.raises(UsageError, match='rollout vllm passes no images on: use rollout = "hf"'):
-        VLLM()(nobody, prompts, Sampling())
+        VLLMEngines(VLLM())(nobody, prompts, Sampling())

@@ -12,7 +12,7 @@ from rlhf_core.contract.options import Sampling
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import check_rollout, tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 
@@ -36,7 +36,7 @@ def test_weights_follow_the_trainer_and_survive_sleep(
 ) -> None:
     role: Any = LocalRole(tiny_run("unused").plan, "actor")
     prompts = make_prompts(role, ["Hello", "What is it?"])
-    rollout = VLLM(gpu_memory_utilization=0.3, max_num_seqs=16, enable_sleep=True)
+    rollout = VLLMEngines(VLLM(gpu_memory_utilization=0.3, max_num_seqs=16, enable_sleep=True))
     try:
         rollout(role, prompts, GREEDY)
         for seed in (1, 2):

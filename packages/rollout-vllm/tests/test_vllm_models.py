@@ -16,7 +16,7 @@ from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 pytestmark = pytest.mark.vllm
 
@@ -90,7 +90,7 @@ def test_every_tensor_reaches_the_engine(
     role = make_role(tmp_path, *ARCHITECTURES[name], actor={"attention": "eager"})  # sdpa knows no soft caps
     prompts = make_prompts(role, ["Hello", "What is it?", "1 2 3"])
     randomise(role, seed=0)
-    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     try:
         agree(rollout, role, prompts)
         for k, parameter in enumerate(role.module.parameters()):  # one tensor at a time: none is synced by chance
@@ -106,7 +106,7 @@ def test_every_tensor_reaches_the_engine(
         rollout.close()
 
 
-def agree(rollout: VLLM, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> None:
+def agree(rollout: VLLMEngines, role: LocalRole, prompts: Prompts, sampling: Sampling = GREEDY) -> None:
     """Greedy tokens and finish reasons are those of transformers, and log-probabilities too, up to float32 in another order."""
     ours, theirs = rollout(role, prompts, sampling), HuggingFaceRollout()(role, prompts, sampling)
     assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
@@ -143,7 +143,7 @@ def test_new_tokens_are_sampled_from_too_and_adapters_come_with_theirs(
     run = tiny_run("unused", model=name, add_tokens=str(file), sampling=replace(GREEDY, temperature=1.0))
     role = LocalRole(run.plan, "actor")
     randomise(role, seed=2)
-    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     try:
         prompts = make_prompts(role, ["Hello <new7>", "What is it?", "1 2 3"])
         assert max(prompts.token_ids[0]) > 260, "a new token"
@@ -157,7 +157,7 @@ def test_an_architecture_that_vllm_borrows_from_transformers_is_refused(
     tmp_path: Path, make_prompts: Callable[..., Prompts]
 ) -> None:
     role = make_role(tmp_path, "GPTNeoX", {key: value for key, value in COMMON.items() if "key_value" not in key})
-    rollout = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     with pytest.raises(UsageError, match="vLLM has no GPTNeoXForCausalLM of its own, .* use rollout"):
         rollout(role, make_prompts(role, ["Hello"]), GREEDY)
     rollout.close()
@@ -166,7 +166,7 @@ def test_an_architecture_that_vllm_borrows_from_transformers_is_refused(
 @pytest.mark.slow
 def test_sixteen_bits_agree_within_their_bound(tmp_path: Path, make_prompts: Callable[..., Prompts]) -> None:
     role = LocalRole(tiny_run("unused").plan, "actor")
-    rollout = VLLM(dtype="bfloat16", kv_cache_gib=0.25, max_num_seqs=8)
+    rollout = VLLMEngines(VLLM(dtype="bfloat16", kv_cache_gib=0.25, max_num_seqs=8))
     try:
         rollouts = rollout(role, make_prompts(role, ["Hello", "x"]), replace(GREEDY, temperature=1.0, n=8))
         apart = rollouts["sampler_logprobs_NT"] - role.infer(rollouts, frozenset({"logprobs_NT"}))["logprobs_NT"]
@@ -191,7 +191,7 @@ def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
     role = LocalRole(tiny_run("unused", model="smollm2-135m").plan, "actor")
     prompts = make_prompts(role, [f"Question {i}: what is {i} times {i + 3}, and why?" for i in range(64)])
     sampling = replace(GREEDY, max_new_tokens=12)
-    rollout = VLLM(kv_cache_gib=1, max_num_seqs=64)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=1, max_num_seqs=64))
     try:
         agree(rollout, role, prompts, sampling)
         with torch.no_grad():

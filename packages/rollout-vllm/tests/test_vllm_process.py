@@ -84,6 +84,7 @@ def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyP
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    monkeypatch.setattr(session, "_open_engines", [object()])
+    second = Sleeper()
+    second._others = {"actor": Sleeper()}
     with pytest.raises(UsageError, match=r"enable_sleep.* is for runs that sample one role: .*; leave it out$"):
-        Sleeper()._open("unread", trust_remote_code=False)
+        second._open("unread", trust_remote_code=False)

@@ -19,7 +19,7 @@ from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.rollout.warp import warp
 from rlhf_core.testing import check_rollout
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 pytestmark = pytest.mark.vllm
 
@@ -47,7 +47,9 @@ def test_it_keeps_the_contract_of_a_rollout() -> None:
     check_rollout(VLLM(kv_cache_gib=0.25, max_num_seqs=16))
 
 
-def test_a_temperature_that_vllm_would_replace_is_refused(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+def test_a_temperature_that_vllm_would_replace_is_refused(
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts
+) -> None:
     """It samples at 0.01 instead, and says so in a log that is off."""
     with pytest.raises(
         UsageError, match=r"does not sample at a temperature of 0.005; give sampling.temperature = 0 or at"
@@ -57,7 +59,7 @@ def test_a_temperature_that_vllm_would_replace_is_refused(engine: VLLM, role: Lo
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
-    engine: VLLM, role: LocalRole, prompts: Prompts, seed: int, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, seed: int, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=100 + seed)
     engine.sync(role)
@@ -71,7 +73,7 @@ def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
 
 
 def test_log_probabilities_are_the_roles_own_at_its_temperature(
-    engine: VLLM, role: LocalRole, prompts: Prompts
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts
 ) -> None:
     rollouts = engine(role, prompts, SAMPLED)
     torch.testing.assert_close(
@@ -82,7 +84,7 @@ def test_log_probabilities_are_the_roles_own_at_its_temperature(
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}])
 def test_truncated_log_probabilities_are_those_of_the_kept_set(
-    engine: VLLM, role: LocalRole, prompts: Prompts, cut: dict[str, float]
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, cut: dict[str, float]
 ) -> None:
     rollouts = engine(role, prompts, replace(SAMPLED, n=1, **cut))  # four completions: all are measured
     masses: list[float] = []
@@ -94,7 +96,9 @@ def test_truncated_log_probabilities_are_those_of_the_kept_set(
     assert rollouts.scalars["kept_mass"] == pytest.approx(sum(masses) / len(masses), abs=1e-3)
 
 
-def test_first_tokens_are_drawn_with_the_models_probabilities(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+def test_first_tokens_are_drawn_with_the_models_probabilities(
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts
+) -> None:
     one, draws = prompts.rows([0]), 4000
     rollouts = engine(role, one, Sampling(n=draws, max_new_tokens=1, temperature=TEMPERATURE, seed=3))
     probabilities = (logits_of(role, rollouts, 0)[0].double() / TEMPERATURE).softmax(-1)
@@ -107,7 +111,7 @@ def test_first_tokens_are_drawn_with_the_models_probabilities(engine: VLLM, role
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5, "five standard deviations"
 
 
-def test_a_seed_belongs_to_a_completion_not_to_a_batch(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+def test_a_seed_belongs_to_a_completion_not_to_a_batch(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> None:
     together = ended(engine(role, prompts, SAMPLED))
     alone = [tokens for i in (2, 0, 3, 1) for tokens in ended(engine(role, prompts.rows([i]), SAMPLED))]
     assert [together[n * i + k] for n in [SAMPLED.n] for i in (2, 0, 3, 1) for k in range(n)] == alone
@@ -116,7 +120,7 @@ def test_a_seed_belongs_to_a_completion_not_to_a_batch(engine: VLLM, role: Local
     assert len({tuple(tokens) for tokens in together[: SAMPLED.n]}) == SAMPLED.n, "completions of a prompt differ"
 
 
-def test_a_completion_ends_with_eos_and_keeps_it(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+def test_a_completion_ends_with_eos_and_keeps_it(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> None:
     eos = role.tokenizer.eos_token_id
     with torch.no_grad():
         role.causal_lm.get_input_embeddings().weight[eos] *= 3  # tied: often the likeliest, or the unlikeliest
@@ -129,7 +133,7 @@ def test_a_completion_ends_with_eos_and_keeps_it(engine: VLLM, role: LocalRole, 
         assert finish == "stop" or len(tokens) == 32
 
 
-def test_a_stop_string_ends_a_completion_and_is_kept(engine: VLLM, role: LocalRole, prompts: Prompts) -> None:
+def test_a_stop_string_ends_a_completion_and_is_kept(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> None:
     with torch.no_grad():
         role.causal_lm.get_input_embeddings().weight[128:] = 0  # tied: bytes below 128 are likelier, and are text
     role.version += 1
@@ -144,7 +148,7 @@ def test_a_stop_string_ends_a_completion_and_is_kept(engine: VLLM, role: LocalRo
 
 
 def test_more_completions_than_the_engine_runs_at_a_time_keep_their_order(
-    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any]
 ) -> None:
     texts = [f"{i} " * (1 + i % 7) for i in range(40)]
     prompts = make_prompts(role, texts)
@@ -156,7 +160,7 @@ def test_more_completions_than_the_engine_runs_at_a_time_keep_their_order(
 
 
 def test_prompts_that_do_not_fit_into_one_forward_pass_are_sampled_by_their_seeds_too(
-    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any]
 ) -> None:
     prompts = make_prompts(role, [f"{i}" + "long " * 600 for i in range(4)])
     sampling = replace(SAMPLED, n=1, max_new_tokens=4)
@@ -165,13 +169,13 @@ def test_prompts_that_do_not_fit_into_one_forward_pass_are_sampled_by_their_seed
 
 
 def test_a_prompt_is_read_once_for_all_its_completions(
-    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM tells how much of each prompt it found in its cache, in blocks of 128 tokens on the CPU."""
     prompts = make_prompts(role, [f"{i} " + "once upon a time " * 24 for i in range(3)])
     engine(role, prompts.rows([0]), GREEDY)  # opens it
     role.version += 1  # and so empties the cache before the next call
-    llm, cached = engine._engines["actor"].llm, []
+    llm, cached = engine.engines["actor"].llm, []
     generate = llm.generate
     monkeypatch.setattr(llm, "generate", lambda *a, **k: cached.extend(generate(*a, **k)) or cached)
     engine(role, prompts, replace(SAMPLED, n=4))
@@ -180,7 +184,7 @@ def test_a_prompt_is_read_once_for_all_its_completions(
 
 
 def test_a_prompt_that_is_too_long_is_a_users_mistake(
-    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any]
 ) -> None:
     prompts = make_prompts(role, ["x" * 4090])
     with pytest.raises(UsageError, match=r"4090 tokens and 7 new ones exceed the 4096 positions"):
@@ -188,7 +192,7 @@ def test_a_prompt_that_is_too_long_is_a_users_mistake(
 
 
 def test_sampling_leaves_the_processs_random_state_and_threads_alone(
-    engine: VLLM, role: LocalRole, prompts: Prompts
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts
 ) -> None:
     set_threads = torch.set_num_threads
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), torch.get_num_threads()

@@ -76,7 +76,6 @@ def test_nothing_of_the_engine_is_left_behind() -> None:
         "run.train()\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert sys.excepthook is hook\n"
-        "assert not run.config.providers['rollout']._engines\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=False)

@@ -13,7 +13,7 @@ from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import ContractError, RunStopped
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 pytestmark = pytest.mark.vllm
 
@@ -49,16 +49,16 @@ class Faulty:
 
 
 @pytest.fixture
-def opened(engine: VLLM, role: LocalRole, prompts: Prompts) -> Any:
+def opened(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> Any:
     """The open engine, as if it had not been updated yet."""
     engine(role, prompts, GREEDY)
-    session = engine._engines["actor"]
+    session = engine.engines["actor"]
     session.updates = 1
     return session
 
 
 def test_the_first_update_is_compared_and_all_are_measured(
-    engine: VLLM, role: LocalRole, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
 ) -> None:
     assert engine.sync(role) == {}, "the weights have not changed"
     randomise(role, seed=1007)
@@ -74,10 +74,10 @@ def test_the_first_update_is_compared_and_all_are_measured(
 
 
 def test_an_engine_that_is_not_open_has_nothing_to_take(role: LocalRole) -> None:
-    assert VLLM().sync(role) == {}
+    assert VLLMEngines(VLLM()).sync(role) == {}
 
 
-def test_calls_do_not_grow_with_the_model(engine: VLLM, role: LocalRole, opened: Any, monkeypatch: Any) -> None:
+def test_calls_do_not_grow_with_the_model(engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: Any) -> None:
     calls: list[str] = []
     core = opened.llm.llm_engine.engine_core
     for name in ("collective_rpc", "reset_prefix_cache"):
@@ -93,7 +93,7 @@ def test_calls_do_not_grow_with_the_model(engine: VLLM, role: LocalRole, opened:
 
 
 def test_weights_that_changed_without_a_sync_are_taken_before_sampling(
-    engine: VLLM, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=1009)
     rollouts = engine(role, prompts, GREEDY)
@@ -101,7 +101,7 @@ def test_weights_that_changed_without_a_sync_are_taken_before_sampling(
 
 
 def test_a_prompt_that_is_in_the_cache_is_read_again_after_an_update(
-    engine: VLLM, role: LocalRole, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
 ) -> None:
     """128 tokens are a block of the cache on the CPU; this prompt fills three."""
     prompts = make_prompts(role, ["once upon a time " * 24])
@@ -116,7 +116,7 @@ def test_a_prompt_that_is_in_the_cache_is_read_again_after_an_update(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tensor_that_stays_behind_stops_the_run(
-    engine: VLLM, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
 ) -> None:
     old = {each: tensor.clone() for each, tensor in role.weights()}
     assert name in old
@@ -130,7 +130,7 @@ def test_a_tensor_that_stays_behind_stops_the_run(
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_a_tensor_that_is_left_out_is_named(
-    engine: VLLM, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=10012)
     lacking = Faulty(role, lambda each, tensor: [] if each == name else [(each, tensor)])
@@ -141,7 +141,7 @@ def test_a_tensor_that_is_left_out_is_named(
 
 
 def test_a_tied_head_that_is_not_packed_again_stops_the_run(
-    engine: VLLM, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., Any]
 ) -> None:
     """What vLLM 0.32 does by itself on the CPU; when this test fails, `_repack_tied` has become needless."""
     monkeypatch.setattr("rlhf_rollout_vllm.transfer.InProcess._repack_tied", lambda self: None)
@@ -151,7 +151,7 @@ def test_a_tied_head_that_is_not_packed_again_stops_the_run(
 
 
 def test_numbers_that_are_not_numbers_stop_the_run(
-    engine: VLLM, role: LocalRole, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=10015)
     broken = Faulty(
@@ -162,9 +162,9 @@ def test_numbers_that_are_not_numbers_stop_the_run(
 
 
 def test_closing_one_engine_leaves_another_as_it_is(
-    engine: VLLM, role: LocalRole, prompts: Prompts, opened: Any
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any
 ) -> None:
-    other = VLLM(kv_cache_gib=0.25, max_num_seqs=8)
+    other = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     before = engine(role, prompts, GREEDY)
     assert other(role, prompts, GREEDY).tokens_NT.tolist() == before.tokens_NT.tolist()
     other.close()
@@ -173,7 +173,7 @@ def test_closing_one_engine_leaves_another_as_it_is(
     other.close()
 
 
-def test_updates_do_not_pile_up_in_memory(engine: VLLM, role: LocalRole, opened: Any) -> None:
+def test_updates_do_not_pile_up_in_memory(engine: VLLMEngines, role: LocalRole, opened: Any) -> None:
     from pathlib import Path
 
     def resident() -> int:

@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import run_option
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["forget", "threshold", "watch"]
+__all__ = ["CollapseWarning", "threshold"]
 
 SHARE = 0.05  # of the way from one sample to all of them
 QUIET = 100  # steps between two warnings
-
-_said: dict[int, int] = {}
-"""the step of each open run's last warning, by the run's id"""
 
 
 def threshold(n: int) -> float:
@@ -29,22 +27,23 @@ def threshold(n: int) -> float:
     return 1 + SHARE * (n - 1)
 
 
-def watch(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
-    """Warn if this step's effective sample size is below the threshold, unless that was said lately."""
-    ess, n = metrics.get("repulse/ess"), run.config.sampling.n
-    last = _said.get(id(run))
-    if ess is None or ess >= threshold(n) or (last is not None and step - last < QUIET):
-        return
-    _said[id(run)] = step
-    message = (
-        f"step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
-        f"from the proposal. Bring {run_option('algorithm.target.beta')} nearer to 0 or anneal it with "
-        f"start-beta, or raise {run_option('sampling.n')}, "
-        f"{run_option('algorithm.proposal_updates')} or {run_option('proposal.optim.lr')}"
-    )
-    log.warning(run.config.option_names.render(message))
+class CollapseWarning:
+    """Watches a run, and remembers the step of its last warning."""
 
+    def __init__(self) -> None:
+        self.last: int | None = None
 
-def forget(run: RunView) -> None:
-    """The run has ended."""
-    _said.pop(id(run), None)
+    @hookimpl
+    def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
+        """Warn if this step's effective sample size is below the threshold, unless there was a warning lately."""
+        ess, n = metrics.get("repulse/ess"), run.config.sampling.n
+        if ess is None or ess >= threshold(n) or (self.last is not None and step - self.last < QUIET):
+            return
+        self.last = step
+        message = (
+            f"step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
+            f"from the proposal. Bring {run_option('algorithm.target.beta')} nearer to 0 or anneal it with "
+            f"start-beta, or raise {run_option('sampling.n')}, "
+            f"{run_option('algorithm.proposal_updates')} or {run_option('proposal.optim.lr')}"
+        )
+        log.warning(run.config.option_names.render(message))

@@ -6,12 +6,8 @@ Names and strings: nothing is imported until it is chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import Providers, hookimpl
-
-if TYPE_CHECKING:
-    from rlhf_core.contract.run_view import RunView
 
 __all__ = [
     "rlhf_advantage",
@@ -21,8 +17,7 @@ __all__ = [
     "rlhf_loss",
     "rlhf_metrics",
     "rlhf_reward",
-    "rlhf_run_end",
-    "rlhf_step_end",
+    "rlhf_watch",
 ]
 
 
@@ -139,15 +134,7 @@ def rlhf_metrics() -> Mapping[str, str]:
 
 
 @hookimpl
-def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
-    if "repulse/ess" in metrics:
-        from rlhf_algos.collapse import watch
+def rlhf_watch() -> object:
+    from rlhf_algos.collapse import CollapseWarning
 
-        watch(run, step, metrics)
-
-
-@hookimpl
-def rlhf_run_end(run: RunView) -> None:
-    from rlhf_algos.collapse import forget
-
-    forget(run)
+    return CollapseWarning()

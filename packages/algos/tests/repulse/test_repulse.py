@@ -153,15 +153,16 @@ def test_prompts_whose_weight_rests_on_one_sample_are_counted():
 def test_a_collapse_is_said_once_in_a_while(capsys):
     config = SimpleNamespace(sampling=SimpleNamespace(n=64), option_names=OptionNames())
     run: Any = SimpleNamespace(config=config)
+    watching = collapse.CollapseWarning()
     for step in range(1, 302):
-        collapse.watch(run, step, {"repulse/ess": 1.2 if step > 50 else 4.2})
+        watching.rlhf_step_end(run, step, {"repulse/ess": 1.2 if step > 50 else 4.2})
     said = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in said] == ["step 51", "step 151", "step 251"]
     assert "(repulse/ess 1.20 of 64 samples)" in said[0]
-    collapse.forget(run)
-    collapse.watch(run, 302, {"repulse/ess": 4.1})
+    watching = collapse.CollapseWarning()  # of another run
+    watching.rlhf_step_end(run, 302, {"repulse/ess": 4.1})
     assert "step 302" in capsys.readouterr().err
-    collapse.watch(run, 900, {"reward/mean": 1.0})
+    watching.rlhf_step_end(run, 900, {"reward/mean": 1.0})
     assert not capsys.readouterr().err
 
 

@@ -375,6 +375,22 @@ def observed(tmp_path: Path, **hooks: Callable[..., Any]) -> Run:
     return run
 
 
+def test_rlhf_watch_returns_an_object_for_each_run_whose_hooks_are_called(tmp_path: Path) -> None:
+    class Counter:
+        steps = 0
+
+        @hookimpl
+        def rlhf_step_end(self) -> None:
+            self.steps += 1
+            CALLED.append(f"step {self.steps} of this watcher")
+
+    registry = Registry(autoload=False)
+    registry.register(plugin(rlhf_watch=lambda: Counter()), "watcher")
+    for name in ("first", "second"):
+        tiny_run(tmp_path / name, registry=registry).train()
+    assert CALLED == ["step 1 of this watcher", "step 2 of this watcher"] * 2
+
+
 def test_rlhf_run_start_is_called_once_before_the_first_step(tmp_path: Path) -> None:
     def start(run: Run) -> None:
         CALLED.append(f"start at {run.step} with {sorted(run.plan.roles)}")

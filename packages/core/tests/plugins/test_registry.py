@@ -244,13 +244,16 @@ def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
     failing.__name__ = "rlhf_step_end"
     registry = Registry(autoload=False, blocked=["console", "files"])
     registry.register(plugin(observer={"tracker": Fake}), "mine")
-    observers = [SimpleNamespace(), SimpleNamespace(rlhf_step_end=hookimpl(failing))]
+    observers = {
+        "observer 'tracker'": SimpleNamespace(),
+        "observer 'tracker.2'": SimpleNamespace(rlhf_step_end=hookimpl(failing)),
+    }
     with (
-        registry.with_observers(observers, [Fake(), Fake()]),
+        registry.with_observers(observers),
         pytest.raises(OSError, match="disk full") as caught,
     ):
         registry.hook.rlhf_step_end(run=None, step=1, metrics={})
-    assert caught.value.__notes__ == ["in rlhf_step_end() of observer 'tracker' (1)"]
+    assert caught.value.__notes__ == ["in rlhf_step_end() of observer 'tracker.2'"]
     assert registry.hook.rlhf_step_end(run=None, step=1, metrics={}) == [], "closed, nothing watches"
 
 

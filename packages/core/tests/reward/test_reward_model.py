@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.reward.model import RewardModel
@@ -99,7 +100,6 @@ def test_scores_are_those_of_plain_transformers_with_the_reward_models_own_templ
     reward = RewardModel(saved[0], micro_tokens=micro_tokens)
     output = to_reward_output(reward(BATCH), BATCH, reward)
     assert output.rewards_N.tolist() == pytest.approx(plain(saved[0]), abs=1e-5)
-    reward.close()
 
 
 def test_scores_are_normalised_and_raw_ones_logged(saved: tuple[str, str]) -> None:
@@ -136,10 +136,9 @@ def test_a_value_head_of_another_library_scores_with_its_own_weights(
         for text in RENDERED:
             last = model.model(**tokenizer()(text, return_tensors="pt")).last_hidden_state[0, -1]
             expected.append(float(sum((last @ v[0] if v.dim() == 2 else v[0]) for v in head.values())))
-    reward = RewardModel(str(tmp_path / "model"), offload=True)
-    for _ in range(2):  # offloaded in between
-        assert reward(BATCH).rewards_N.tolist() == pytest.approx(expected, abs=1e-5)
-    reward.close()
+    with open_provider(RewardModel(str(tmp_path / "model"), offload=True)) as reward:
+        for _ in range(2):  # offloaded in between
+            assert reward(BATCH).rewards_N.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_two_models_are_weighted_and_each_is_logged(saved: tuple[str, str]) -> None:
@@ -150,9 +149,8 @@ def test_two_models_are_weighted_and_each_is_logged(saved: tuple[str, str]) -> N
     torch.testing.assert_close(output.rewards_N, raw - 0.5 * (raw - 1) / 2, atol=1e-5, rtol=0)
     torch.testing.assert_close(output.metrics["model.1"], raw, atol=1e-5, rtol=0)
     torch.testing.assert_close(output.metrics["model.2"], (raw - 1) / 2, atol=1e-5, rtol=0)
-    reward.close()
-    with pytest.raises(UsageError, match="has no score head"):
-        Sum((f"model model={saved[1]}",)).check()  # before anything is sampled
+    with pytest.raises(UsageError, match="has no score head"), open_provider(Sum((f"model model={saved[1]}",))):
+        pass  # before anything is sampled
 
 
 def test_rollouts_without_the_unrendered_prompt_are_refused(saved: tuple[str, str]) -> None:

@@ -15,7 +15,7 @@ from judged import Given, Judged, NewActor, OtherJudge, PerToken, Surprise, Text
 
 from rlhf_core import ContractError, Run, UsageError, make_config
 from rlhf_core.config.builder import from_names, to_names
-from rlhf_core.reward.model import RewardModel
+from rlhf_core.reward.model import RewardModel, RewardModelEngine
 from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
 
 HERE = Path(__file__).parent
@@ -50,7 +50,9 @@ def test_a_role_that_reads_texts_scores_as_the_reward_model_provider_does(scorer
     with run.open():
         prompts = run.encoder.prompts(list(run.data.rows)[:3], [0, 1, 2])
         rollouts = run.rollouts("actor", prompts, run.config.sampling)
-        expected, _ = RewardModel(scorer).score([meta["prompt"] for meta in rollouts.meta], rollouts.texts)
+        expected, _ = RewardModelEngine(RewardModel(scorer)).score(
+            [meta["prompt"] for meta in rollouts.meta], rollouts.texts
+        )
         torch.testing.assert_close(run.reward_of(rollouts).rewards_N, expected, atol=1e-6, rtol=0)
         assert len(set(expected.tolist())) > 1
 

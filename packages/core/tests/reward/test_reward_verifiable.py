@@ -26,7 +26,6 @@ from rlhf_core.reward.profanity import Profanity
 from rlhf_core.reward.reasoning import ReasoningReward
 from rlhf_core.reward.regex import Regex
 from rlhf_core.reward.valid_json import ValidJson
-from rlhf_core.util.worker_processes import shared_workers
 
 
 def output(reward: Any, *pairs: tuple[str, Any]) -> RewardOutput:
@@ -130,7 +129,6 @@ def test_mathematics_is_compared_by_value_and_where_it_counts() -> None:
         cases = [(text, label, right) for w, text, label, right in MATHS if w == where]
         result = output(Maths(where=where), *((text, label) for text, label, _ in cases))
         assert result.rewards_N.tolist() == [right for *_, right in cases]
-    shared_workers(1, "rlhf_core.reward.maths:grade", ()).close()
 
 
 def test_an_answer_that_cannot_be_compared_is_wrong_and_a_label_without_answer_an_error() -> None:

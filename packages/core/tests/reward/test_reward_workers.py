@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-import rlhf_core.reward.func
 from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.reward.func import Func
 from rlhf_core.reward.output import to_reward_output
@@ -73,17 +73,9 @@ def written(folder: Path, bad: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(monkeypatch: Any) -> Iterator[None]:
-    """Every test ends its workers, and none is left among our children."""
-    made: dict[Any, Workers] = {}
-
-    def new(*args: Any) -> Workers:
-        return made.setdefault(args, Workers(*args))
-
-    monkeypatch.setattr(rlhf_core.reward.func, "shared_workers", new)
+def nothing_left() -> Iterator[None]:
+    """A call without a run opens and closes an engine: no worker is left among our children."""
     yield
-    for workers in made.values():
-        workers.close()
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     assert not children.exists() or "rlhf_core.util.worker_processes" not in str(
         [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()]
@@ -181,15 +173,14 @@ def test_a_timeout_needs_a_process_that_can_be_killed(tmp_path: Path) -> None:
         Func(written(tmp_path, "pass"), timeout=1.0)(rollouts("a"))
 
 
-def test_a_function_that_is_closed_leaves_nothing_and_can_be_called_again(tmp_path: Path) -> None:
+def test_a_function_that_is_closed_leaves_nothing_and_can_be_opened_again(tmp_path: Path) -> None:
     """What its calls had started ends too."""
     path = written(tmp_path, "subprocess.Popen(['sleep', '600'])")
-    reward = Func(path, workers=1)
     for _ in range(2):
-        pid = int(reward(rollouts("bad")).metrics["pid"][0])
-        group = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == pid]
-        assert len(group) == 2  # the worker and its sleep
-        reward.close()
+        with open_provider(Func(path, workers=1)) as reward:
+            pid = int(reward(rollouts("bad")).metrics["pid"][0])
+            group = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == pid]
+            assert len(group) == 2  # the worker and its sleep
         deadline = time.monotonic() + 10
         while any(path.exists() and _group(path) == pid for path in group) and time.monotonic() < deadline:
             time.sleep(0.05)

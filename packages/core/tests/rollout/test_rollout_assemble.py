@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf_core.contract.batch import Example, Prompts
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.rollout.assemble import assemble
-from rlhf_core.rollout.fake import FakeRollout
+from rlhf_core.rollout.fake import FakeEngine, FakeRollout
 from rlhf_core.rollout.hf import HuggingFaceRollout, eos_ids
 from rlhf_core.strategy.fake import FakeStrategy
 from rlhf_core.testing.engines import check_rollout
@@ -244,7 +245,7 @@ def fake_role(version: int = 0, w: float = 0.0) -> Any:
 
 def test_fake_completions_follow_from_their_seeds() -> None:
     sampling = Sampling(n=3, max_new_tokens=9, seed=2)
-    batch = FakeRollout()(fake_role(), PROMPTS, sampling)
+    batch = FakeEngine(FakeRollout())(fake_role(), PROMPTS, sampling)
     for i in range(9):
         seed = sampling.seed_for(100 + i // 3, i % 3)
         length = 1 + seed % 9
@@ -257,7 +258,7 @@ def test_fake_completions_follow_from_their_seeds() -> None:
 
 def test_fake_log_probabilities_are_those_of_the_fake_strategy_when_it_was_last_synced() -> None:
     """So a stale engine shows: by the version it stamps and by the difference of the number it took."""
-    engine, sampling = FakeRollout(), Sampling(n=2, max_new_tokens=9)
+    engine, sampling = FakeEngine(FakeRollout()), Sampling(n=2, max_new_tokens=9)
     role = fake_role(version=4, w=-0.25)
     fresh = engine(role, PROMPTS, sampling)
     exact_NT = role.trainable.forward(fresh, frozenset({"logprobs_NT"}))["logprobs_NT"].detach()
@@ -275,7 +276,7 @@ def test_fake_log_probabilities_are_those_of_the_fake_strategy_when_it_was_last_
 
 def test_fake_takes_the_time_it_is_told_to() -> None:
     """Longest completion times the step, prompt tokens by the thousand, and each of the other calls."""
-    engine, sampling = FakeRollout(0.005, 2.0, 0.03, 0.02), Sampling(n=4, max_new_tokens=8)
+    engine, sampling = FakeEngine(FakeRollout(0.005, 2.0, 0.03, 0.02)), Sampling(n=4, max_new_tokens=8)
     role = fake_role()
     longest = max(1 + sampling.seed_for(uid, k) % 8 for uid in PROMPTS.uids for k in range(4))
     expected = {"sync": 0.03, "call": 0.005 * longest + 2.0 * 10 / 1000, "sleep": 0.02, "wake": 0.02}
@@ -288,7 +289,7 @@ def test_fake_takes_the_time_it_is_told_to() -> None:
 
 
 def test_fake_refuses_to_sample_while_asleep() -> None:
-    engine = FakeRollout()
+    engine = FakeEngine(FakeRollout())
     engine.sleep()
     with pytest.raises(ContractError, match="asleep"):
         engine(fake_role(), PROMPTS, Sampling())
@@ -296,7 +297,11 @@ def test_fake_refuses_to_sample_while_asleep() -> None:
     assert len(engine(fake_role(), PROMPTS, Sampling(n=2))) == 6
 
 
-def test_fake_state_does_not_travel_as_an_option() -> None:
-    engine = FakeRollout(sync_seconds=0.5)
-    assert pickle.loads(pickle.dumps(engine)) == FakeRollout(sync_seconds=0.5)
-    assert "held" not in repr(engine)
+def test_what_a_fake_engine_holds_is_not_in_its_provider() -> None:
+    provider = FakeRollout(sync_seconds=0.05)
+    with open_provider(provider) as engine, open_provider(provider) as other:
+        engine.sync(fake_role(version=4, w=-0.25))
+        engine.sleep()
+        assert (engine.w, engine.version, engine.awake) == (-0.25, 4, False)
+        assert (other.w, other.version, other.awake) == (None, 0, True)
+    assert pickle.loads(pickle.dumps(provider)) == FakeRollout(sync_seconds=0.05)

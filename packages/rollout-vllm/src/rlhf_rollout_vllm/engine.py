@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,12 @@ from rlhf_rollout_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
-__all__ = ["VLLM"]
+__all__ = ["VLLM", "VLLMEngines"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,22 @@ class VLLM(VLLMOptions, Rollout):
 
         check_installed()
 
-    @cached_property
-    def _engines(self) -> dict[str, Engine]:
-        """Open engines by role. No field: options are compared, written down and sent to workers, engines are not."""
-        return {}
+    def open(self, context: OpenContext) -> VLLMEngines:
+        """Return engines that start vLLM for a role when it is first sampled."""
+        return VLLMEngines(self)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_engines"}
+
+class VLLMEngines(Rollout):
+    """One engine of vLLM per sampled role, all in this process.
+
+    Args:
+        options: the provider.
+    """
+
+    def __init__(self, options: VLLM) -> None:
+        self.options = options
+        self.engines: dict[str, Engine] = {}
+        """open engines by role"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """`sampling.n` completions of each prompt.
@@ -82,9 +91,9 @@ class VLLM(VLLMOptions, Rollout):
         from rlhf_rollout_vllm.agreement import check, kept_mass
         from rlhf_rollout_vllm.session import Engine
 
-        engine = self._engines.get(role.name)
+        engine = self.engines.get(role.name)
         if engine is None:
-            engine = self._engines[role.name] = Engine(self, role)
+            engine = self.engines[role.name] = Engine(self.options, role, self.engines)
             engine.update(role)
             check(engine, role, prompts, "loading")
         elif engine.version != role.version:  # a checkpoint was restored, say
@@ -108,7 +117,7 @@ class VLLM(VLLMOptions, Rollout):
         """
         from rlhf_rollout_vllm.agreement import check
 
-        engine = self._engines.get(role.name)
+        engine = self.engines.get(role.name)
         if engine is None or engine.version == role.version:
             return {}
         metrics = engine.update(role)
@@ -118,15 +127,16 @@ class VLLM(VLLMOptions, Rollout):
 
     def sleep(self) -> None:
         """Move the weights to host memory and drop the cache, with `enable_sleep`, until `wake`."""
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.sleep()
 
     def wake(self) -> None:
         """Be ready to sample again."""
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.wake()
 
     def close(self) -> None:
         """Shut the engines down and free what they hold."""
-        while self._engines:
-            self._engines.popitem()[1].close()
+        while self.engines:
+            _, engine = self.engines.popitem()
+            engine.close(last=not self.engines)

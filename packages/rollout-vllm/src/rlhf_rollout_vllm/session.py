@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,13 @@ class Engine:
     Args:
         options: the provider.
         role: whose model it runs; its weights are taken by `update`.
+        others: the engines that are open in this process; vLLM's process groups are shared by all of them.
     """
 
     probe: Prompts
     """the prompts that engine and trainer are compared on"""
 
-    def __init__(self, options: VLLMOptions, role: Role) -> None:
+    def __init__(self, options: VLLMOptions, role: Role, others: Mapping[str, Engine]) -> None:
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()
@@ -59,11 +60,11 @@ class Engine:
         """the role's version that its weights are from; None before the first `update`"""
         self.updates = 0
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
-        self._owns_groups = _owns_groups()
+        self._others = others
+        self._owns_groups = _owns_groups(others)
         self._asleep = False
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
-        _open_engines.append(self)
 
     def _open(self, model: str, trust_remote_code: bool) -> Any:
         """vLLM's engine, its weights still arbitrary.
@@ -79,7 +80,7 @@ class Engine:
         cache_gib = self.options.kv_cache_gib or (CPU_CACHE_GIB if cpu else 0.0)
         eager = cpu if self.options.enforce_eager is None else self.options.enforce_eager
         self._sleeps = self.options.enable_sleep and not cpu
-        if self._sleeps and _open_engines:
+        if self._sleeps and self._others:
             raise OptionError(
                 "enable_sleep",
                 "is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out",
@@ -213,9 +214,8 @@ class Engine:
             self.llm.wake_up()
             self._asleep = False
 
-    def close(self) -> None:
-        """Free everything; the process groups too, if vLLM made them and no other engine is open."""
-        _open_engines.remove(self)
+    def close(self, last: bool = True) -> None:
+        """Free everything; the process groups too, if vLLM made them and this is the `last` engine of the process."""
         client = self.llm.llm_engine.engine_core
         client._finalizer.detach()  # it would destroy the groups whoever uses them, the trainer's too
         client.engine_core.model_executor.shutdown()
@@ -225,12 +225,8 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if not _open_engines:
+        if last:
             _destroy_groups(self._owns_groups)
-
-
-_open_engines: list[Engine] = []
-"""vLLM's process groups belong to the process and are shared by its engines."""
 
 
 def _external_launcher() -> str | None:
@@ -239,10 +235,10 @@ def _external_launcher() -> str | None:
     return "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
-def _owns_groups() -> bool:
+def _owns_groups(others: Mapping[str, Engine]) -> bool:
     """Whether the default process group is, or will be, vLLM's."""
-    if _open_engines:
-        return _open_engines[0]._owns_groups
+    if others:
+        return next(iter(others.values()))._owns_groups
     return not torch.distributed.is_initialized()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_algos.groups import split_rewards
 from rlhf_core.config.provider_spec import make_from_spec
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.results import Credit, RewardOutput
 
 __all__ = ["TransformedAdvantage"]
@@ -49,11 +50,10 @@ class TransformedAdvantage(Advantage):
         """Completions per prompt that the other advantage compares."""
         return self._other.min_samples
 
-    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor:
-        own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
-        transformed = replace(rewards, rewards_N=self.transform(rewards.rewards_N + own_N) - own_N)
+    def open(self, context: OpenContext) -> TransformedEngine:
+        """Open the other advantage."""
         with options_under("of"):
-            return self._other(transformed, rollouts, extras)
+            return TransformedEngine(self, context.open(self._other, "of"))
 
     @property
     def _other(self) -> Advantage:
@@ -65,3 +65,21 @@ class TransformedAdvantage(Advantage):
         if self.threshold is not None:
             return rewards_N - self.alpha * (rewards_N < self.threshold)
         return rewards_N - self.alpha * (self.beta * rewards_N).clamp(max=MAX_EXPONENT).exp()
+
+
+@dataclass(frozen=True)
+class TransformedEngine:
+    """The transformation, and the open advantage of what it gives."""
+
+    advantage: TransformedAdvantage
+    other: Any
+
+    def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
+        own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
+        transformed = replace(rewards, rewards_N=self.advantage.transform(rewards.rewards_N + own_N) - own_N)
+        with options_under("of"):
+            credit: Credit = self.other(transformed, rollouts, extras)
+        return credit
+
+    def close(self) -> None:
+        """Nothing to do: the run closes the other advantage."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from rlhf_core.reward.sum import Sum
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.results import RewardOutput
 
 __all__ = ["KeepBad"]
@@ -38,20 +38,48 @@ class KeepBad(Reward):
     """file that samples are added to: prompt_ids, ids, prompt, completion, reward"""
 
     def check(self) -> None:
-        """What the reward says is missing."""
-        self._reward.check()
+        """Let the reward check what it needs."""
+        self._inner.check()
+
+    def open(self, context: OpenContext) -> KeepBadEngine:
+        """Open the reward, and read what the file has.
+
+        Raises:
+            OptionError: the file has something else than bad samples.
+        """
+        return KeepBadEngine(self, context.open(self._inner, "of"))
+
+    @property
+    def _inner(self) -> Sum:
+        return Sum((self.of,), path="of")
+
+
+class KeepBadEngine:
+    """An open reward, and the samples that the file has.
+
+    Args:
+        reward: the options.
+        inner: the open reward.
+    """
+
+    def __init__(self, reward: KeepBad, inner: Any) -> None:
+        self.reward, self.inner, self.path = reward, inner, Path(reward.path)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        try:
+            self.known = {_key(json.loads(line)) for line in lines}
+        except (ValueError, KeyError):
+            raise OptionError("path", f"{self.path} holds something else than bad samples; name another file") from None
 
     def close(self) -> None:
-        """Free what the reward holds."""
-        self._reward.close()
+        """Nothing to do: each write is complete, and the run closes the reward."""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if any(rollouts.images):
             raise UsageError("reward keep_bad keeps tokens and no images; choose the reward by itself")
-        output = to_reward_output(self._reward(rollouts), rollouts, self)
+        output = to_reward_output(self.inner(rollouts), rollouts, self.reward)
         rows = []
         for i, reward in enumerate(output.total_N.tolist()):
-            if reward < self.threshold:
+            if reward < self.reward.threshold:
                 ids = [
                     rollouts.prompt_NL[i, : rollouts.prompt_lengths_N[i]],
                     rollouts.tokens_NT[i, : rollouts.lengths_N[i]],
@@ -61,28 +89,14 @@ class KeepBad(Reward):
         self._keep(rows)
         return output
 
-    @cached_property
-    def _reward(self) -> Any:
-        return Sum((self.of,), path="of")
-
-    @cached_property
-    def _known_rows(self) -> set[str]:
-        """What the file has, of this run or an earlier one."""
-        path = Path(self.path)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:
-            return {_key(json.loads(line)) for line in lines}
-        except (ValueError, KeyError):
-            raise OptionError("path", f"{path} holds something else than bad samples; name another file") from None
-
     def _keep(self, rows: list[dict[str, Any]]) -> None:
         """Add the rows that are new, in one write: what is killed loses none, and ranks may share the file."""
-        new = {_key(row): row for row in rows if _key(row) not in self._known_rows}
+        new = {_key(row): row for row in rows if _key(row) not in self.known}
         if not new:
             return
-        self._known_rows.update(new)
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(self.path).open("a", encoding="utf-8") as file:
+        self.known.update(new)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()))
 
 

@@ -58,6 +58,6 @@ class Evaluate(Command):
             )
         Path(self.output).mkdir(parents=True, exist_ok=True)
         with context.open_run(config) as run:
-            metrics = {name: value for each in evaluators for name, value in each(run).items()}
-        print(json.dumps({f"eval/{name}": metrics[name] for name in sorted(metrics)}))
+            metrics = run.measure()
+        print(json.dumps({name: metrics[name] for name in sorted(metrics)}))
         return 0

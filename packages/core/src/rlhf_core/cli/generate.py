@@ -80,9 +80,9 @@ class Generate(Command):
             **chosen,
         )
         done = self._finished_rows(path)
-        rows = self._rows(config.providers["data"], done)
         left_out = 0
         with context.open_run() as run:
+            rows = self._rows(run, done)
             while batch := list(islice(rows, self.batch_size)):
                 fitting = [(uid, example) for uid, example in batch if run.encoder.fits_prompt(example)]
                 left_out += len(batch) - len(fitting)
@@ -108,10 +108,10 @@ class Generate(Command):
             write_text(path, "".join(kept))
         return done
 
-    def _rows(self, data: Any, done: set[int]) -> Iterator[tuple[int, Example]]:
+    def _rows(self, run: RunView, done: set[int]) -> Iterator[tuple[int, Example]]:
         """The rows to answer, with their numbers."""
         i, n = _shard(self.shard)
-        for uid, example in enumerate(islice(data(self.split), self.prompts or None)):
+        for uid, example in enumerate(islice(run.rows(self.split), self.prompts or None)):
             if uid % n == i and uid not in done:
                 yield uid, example
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.commands import Command
-from rlhf_core.errors import DataError, UsageError
+from rlhf_core.contract.engines import open_provider
+from rlhf_core.errors import DataError, UsageError, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.contract.providers import Reward
 
 __all__ = ["Score", "make_rollouts"]
 
@@ -41,15 +43,21 @@ class Score(Command):
     roles: ClassVar[Mapping[str, Any]] = {}
 
     def __call__(self, context: CommandContext) -> int:
-        from rlhf_core.reward.output import to_reward_output
-
         reward = context.config.providers["reward"]
         if reward.needs:
             raise UsageError(
                 f"the reward {type(reward).__qualname__} reads roles ({', '.join(sorted(reward.needs))}), which only a run "
                 "places; score with another one"
             )
-        reward.check()
+        with options_under("/reward"):
+            reward.check()
+            with open_provider(reward, "reward") as engine:
+                return self._score(reward, engine)
+
+    def _score(self, reward: Reward, engine: Any) -> int:
+        """Score the lines that have no reward yet, by the open reward."""
+        from rlhf_core.reward.output import to_reward_output
+
         path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
         if path.resolve() == Path(self.file).resolve():
             raise UsageError(f"--output {path} is the file that is read; name another")
@@ -61,13 +69,12 @@ class Score(Command):
         total = len(read_lines(path))
         while batch := list(islice(rows, self.batch_size)):
             rollouts = make_rollouts(batch)
-            output = to_reward_output(reward(rollouts), rollouts, reward)
+            output = to_reward_output(engine(rollouts), rollouts, reward)
             added = [{"reward": float(value)} for value in output.total_N.float()]
             if output.scores_N is not None:
                 added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
             total += len(batch)
-        reward.close()
         print(f"{total} rewards in {path}")
         return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from functools import cache
 from typing import Any
 
 from rlhf_core.config.schema import annotation_of, option_fields
@@ -14,9 +13,8 @@ from rlhf_core.util.suggestions import did_you_mean
 __all__ = ["make_from_spec"]
 
 
-@cache
 def make_from_spec(kind: str, text: str, field: str) -> Any:
-    """The provider that `text` describes; made once, so that a model in it is loaded once.
+    """The provider that `text` describes.
 
     Args:
         kind: of the provider.

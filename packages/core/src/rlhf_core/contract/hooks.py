@@ -84,6 +84,7 @@ OPTIONAL = ("environment", "filter")
 """Kinds of which a run has one or none."""
 
 OBSERVERS = (
+    "rlhf_watch",
     "rlhf_run_start",
     "rlhf_rollouts_ready",
     "rlhf_before_update",
@@ -219,6 +220,20 @@ def rlhf_metrics() -> Mapping[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # observers: called during a run, a few times per step or more rarely; every implementation is called
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def rlhf_watch(run: RunView) -> object | None:
+    """Called once per run when roles are placed and a checkpoint is restored, before `rlhf_run_start`.
+
+    For a plugin that watches every run and remembers something of each.
+
+    Args:
+        run: the run.
+
+    Returns:
+        an object with observer hooks (methods marked `@hookimpl`), which are called until the run ends; None watches nothing.
+    """
 
 
 @hookspec

@@ -6,7 +6,7 @@ A `Run` has every member below. All others are private to core and may change. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -112,6 +112,14 @@ class RunView(Protocol):
     @property
     def last_metrics(self) -> Mapping[str, float]:
         """The metrics of the last finished step; empty before the first one."""
+        ...
+
+    def rows(self, split: str) -> Iterable[Example]:
+        """Return the rows of a split of the data (`train`, or `heldout`). Raises `DataError` naming file and row."""
+        ...
+
+    def measure(self) -> Mapping[str, float]:
+        """Return the metrics of every evaluator that the configuration chose, as `eval/<name>`; collective over ranks."""
         ...
 
     def heldout(self, most: int | None = None) -> Sequence[Example]:

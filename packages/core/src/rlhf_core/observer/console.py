@@ -15,39 +15,44 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["evaluation_samples", "evaluation_table", "step_line", "truncation"]
-
-_clock: dict[int, tuple[float, int]] = {}
-"""when a run began and at which step, by its id"""
+__all__ = ["Console", "evaluation_samples", "evaluation_table", "step_line", "truncation"]
 
 
 @hookimpl
-def rlhf_run_start(run: RunView) -> None:
-    _clock[id(run)] = (time.perf_counter(), run.step)
-    roles = ", ".join(f"{name}{'' if spec.trained else ' (frozen)'}" for name, spec in run.plan.roles.items())
-    if run.step:
-        _say(f"resumed at step {run.step} of {run.config.steps} in {run.output}")
-    _say(f"{run.config.names['algorithm']} · model {run.config.model} · roles {roles} · output {run.output}")
-    if run.plan.online:
-        _say(truncation(run.config.sampling))
+def rlhf_watch(run: RunView) -> Console:
+    """Show every run."""
+    return Console(run)
 
 
-@hookimpl
-def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
-    began, first = _clock[id(run)]
-    left = (time.perf_counter() - began) / max(1, step - first) * (run.config.steps - step)
-    _say(step_line(step, run.config.steps, metrics, left))
+class Console:
+    """Shows a run, and measures how long its steps take."""
 
+    def __init__(self, run: RunView) -> None:
+        self.first, self.began = run.step, time.perf_counter()
 
-@hookimpl
-def rlhf_run_end(run: RunView, error: BaseException | None) -> None:
-    _clock.pop(id(run), None)
-    if error is not None:
-        return
-    if len(run.evaluations) > 1:
-        _say(evaluation_samples(run.output / "evaluations.jsonl"))
-        _say(evaluation_table(run.evaluations[0], run.evaluations[-1]))
-    _say(f"model saved in {run.output / 'model'}")
+    @hookimpl
+    def rlhf_run_start(self, run: RunView) -> None:
+        self.began = time.perf_counter()
+        roles = ", ".join(f"{name}{'' if spec.trained else ' (frozen)'}" for name, spec in run.plan.roles.items())
+        if run.step:
+            _say(f"resumed at step {run.step} of {run.config.steps} in {run.output}")
+        _say(f"{run.config.names['algorithm']} · model {run.config.model} · roles {roles} · output {run.output}")
+        if run.plan.online:
+            _say(truncation(run.config.sampling))
+
+    @hookimpl
+    def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
+        left = (time.perf_counter() - self.began) / max(1, step - self.first) * (run.config.steps - step)
+        _say(step_line(step, run.config.steps, metrics, left))
+
+    @hookimpl
+    def rlhf_run_end(self, run: RunView, error: BaseException | None) -> None:
+        if error is not None:
+            return
+        if len(run.evaluations) > 1:
+            _say(evaluation_samples(run.output / "evaluations.jsonl"))
+            _say(evaluation_table(run.evaluations[0], run.evaluations[-1]))
+        _say(f"model saved in {run.output / 'model'}")
 
 
 def truncation(sampling: Sampling) -> str:

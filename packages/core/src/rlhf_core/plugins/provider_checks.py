@@ -41,6 +41,15 @@ BASES: Mapping[str, type[Any]] = {
 }
 """The base class of every kind."""
 
+UNOPENED = {
+    "loss": "a loss is a pure function; let the advantage hold or remember things",
+    "algorithm": "an algorithm is asked once, for its terms; let the advantage hold or remember things",
+    "strategy": "calling a strategy makes what is open, a Trainable",
+    "launcher": "calling a launcher makes what is open, a Placement",
+    "observer": "calling an observer makes what is open, an object with hooks",
+}
+"""Kinds that are not opened, each with the reason."""
+
 FORMER = {"wants": "outputs"}
 """Capabilities that had another name."""
 
@@ -69,6 +78,7 @@ def check_class(kind: str, who: str, target: Any) -> type[Any]:
     known = capabilities(base)
     _check_fields(kind, who, target, known)
     for name, value in _own_attributes(target, base):
+        _check_place_of_state(kind, who, name)
         _check_name(kind, who, name, known)
         if name in known:
             _check_value(kind, who, name, value, known[name])
@@ -135,6 +145,15 @@ def _own_attributes(target: type, base: type) -> Iterator[tuple[str, Any]]:
             for name, value in vars(cls).items():
                 if not name.startswith("_") and name not in options:
                     yield name, value
+
+
+def _check_place_of_state(kind: str, who: str, name: str) -> None:
+    """Check that a provider has no state itself, and opens nothing where core would not ask it to."""
+    if name in ("state_dict", "load_state_dict"):
+        where = "it returns" if kind == "observer" else "open(context) returns"
+        raise UsageError(f"{kind} {who} is frozen and has {name}(); move it to the object that {where}")
+    if name == "open" and kind in UNOPENED:
+        raise UsageError(f"{kind} {who} has open(), which core does not call: {UNOPENED[kind]}")
 
 
 def _check_name(kind: str, who: str, name: str, known: Mapping[str, Any]) -> None:

@@ -121,23 +121,20 @@ class Registry:
         self.plugins[name] = known
 
     @contextmanager
-    def with_observers(self, observers: Sequence[object], providers: Sequence[object]) -> Iterator[None]:
+    def with_observers(self, observers: Mapping[str, object]) -> Iterator[None]:
         """Call the observer hooks of these objects like those of plugins while the context is open.
 
         Args:
-            observers: objects with observer hooks.
-            providers: the provider that made each of them; its name is what a note on an exception calls the observer.
+            observers: objects with observer hooks, by what a note on an exception calls them.
         """
-        for number, (observer, provider) in enumerate(zip(observers, providers, strict=True)):
+        for name, observer in observers.items():
             _check_marked(observer)
-            name = self.name_of("observer", type(provider))
-            again = f" ({number})" if provider in providers[:number] else ""  # `--observer alarm,alarm`
-            self._manager.register(observer, f"observer {name!r}{again}")
+            self._manager.register(observer, name)
         try:
             self._manager.check_pending()
             yield
         finally:
-            for observer in observers:
+            for observer in observers.values():
                 self._manager.unregister(observer)
 
     def notify(self, hook: str, leader: bool, **arguments: Any) -> list[Any]:

@@ -24,10 +24,11 @@ from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.lazy import torch
 from rlhf_core.reward.calls import Answer, Columns, call, load_function
 from rlhf_core.reward.output import excerpt
-from rlhf_core.util.worker_processes import Failure, reason, shared_workers
+from rlhf_core.util.worker_processes import Failure, Workers, reason
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
 
 __all__ = ["Func"]
 
@@ -58,13 +59,29 @@ class Func(Reward):
             raise OptionError("timeout", f"needs a process that can be killed: pass {option('workers', 1)} too")
         load_function(self.path, self.name)
 
+    def open(self, context: OpenContext) -> FuncEngine:
+        """Make the processes, if there are some; they start at the first call."""
+        return FuncEngine(self)
+
+
+class FuncEngine:
+    """The function, in this process or in others.
+
+    Args:
+        reward: its options.
+    """
+
+    def __init__(self, reward: Func) -> None:
+        self.reward = reward
+        self.workers = Workers(reward.workers, TARGET, (reward.path, reward.name)) if reward.workers else None
+
     def close(self) -> None:
-        """End the processes, with all they started; the next call starts them again."""
-        if self.workers:
-            shared_workers(self.workers, TARGET, (self.path, self.name)).close()
+        """End the processes, with all they started."""
+        if self.workers is not None:
+            self.workers.close()
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        self.check()
+        self.reward.check()
         columns: Columns = {
             "queries": [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts)],
             "prompts": rollouts.prompts,
@@ -73,7 +90,7 @@ class Func(Reward):
             "meta": rollouts.meta,
         }
         N = len(rollouts)
-        size = self.batch or (math.ceil(N / self.workers) if self.workers else N)
+        size = self.reward.batch or (math.ceil(N / self.reward.workers) if self.reward.workers else N)
         parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
         answers = list(zip(parts, self._calls(columns, parts)))
         known = [(rows, answer) for rows, answer in answers if isinstance(answer, Answer)]
@@ -85,11 +102,11 @@ class Func(Reward):
     def _calls(self, columns: Columns, parts: Sequence[range]) -> list[Any]:
         """An `Answer` or a `Failure` for each part of the rows."""
         calls = [
-            (self.path, self.name, {key: [column[i] for i in rows] for key, column in columns.items()})
+            (self.reward.path, self.reward.name, {key: [column[i] for i in rows] for key, column in columns.items()})
             for rows in parts
         ]
-        if self.workers:
-            return shared_workers(self.workers, TARGET, (self.path, self.name)).map(calls, self.timeout)
+        if self.workers is not None:
+            return self.workers.map(calls, self.reward.timeout)
         return [_call_guarded(arguments) for arguments in calls]
 
     def _one_by_one(
@@ -99,29 +116,29 @@ class Func(Reward):
         parts = [range(row, row + 1) for row in rows]
         answers = self._calls(columns, parts) if len(rows) > 1 else [failure]
         failed = {part[0]: answer for part, answer in zip(parts, answers) if isinstance(answer, Failure)}
-        if self.fallback is None:
+        if self.reward.fallback is None:
             row = min(failed, default=None)
             if row is None:
                 raise UsageError(
-                    f"{self.path}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
+                    f"{self.reward.path}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
                 )
-            raise UsageError(f"{self.path}: {failed[row].reason}, on {excerpt(rollouts, row)}")
+            raise UsageError(f"{self.reward.path}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
 
     def _join(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
         """One output; rows without an answer, or with one that is not finite, get the fallback and are counted."""
-        nothing = math.nan if self.fallback is None else self.fallback
+        nothing = math.nan if self.reward.fallback is None else self.reward.fallback
         rewards, scores = [nothing] * N, [0.0] * N
         answered = [False] * N
         logs: dict[str, list[float]] = {name: [0.0] * N for _, answer in known for name in answer.logs}
         for rows, answer in known:
             for at, row in enumerate(rows):
-                answered[row] = self.fallback is None or math.isfinite(answer.rewards[at])
+                answered[row] = self.reward.fallback is None or math.isfinite(answer.rewards[at])
                 rewards[row] = answer.rewards[at] if answered[row] else nothing
                 scores[row] = answer.scores[at] if answer.scores is not None and answered[row] else 0.0
                 for name, values in answer.logs.items():
                     logs[name][row] = values[at]
-        if self.fallback is not None:
+        if self.reward.fallback is not None:
             logs["failed"] = [float(not fine) for fine in answered]
         scored = any(answer.scores is not None for _, answer in known)
         return RewardOutput(

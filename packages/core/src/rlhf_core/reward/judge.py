@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +27,7 @@ from rlhf_core.reward.http import Replicas
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
 
 __all__ = ["Judge"]
 
@@ -66,27 +66,11 @@ class Judge(Reward):
     parallel: int = 16
     """questions under way at a time"""
 
-    def check(self) -> None:
-        """Look at the addresses, the token and the file."""
-        _grades(self)
+    def open(self, context: OpenContext) -> JudgeEngine:
+        """Look at the addresses and the token, and read the file."""
+        return JudgeEngine(self)
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        grades = _grades(self)
-        questions = [self._question(rollouts, row) for row in range(len(rollouts))]
-        with ThreadPoolExecutor(self.parallel) as threads:  # equal questions are asked once
-            list(threads.map(grades.reply, dict.fromkeys(questions)))
-        replies = [grades.reply(question) for question in questions]
-        found = [self._read(reply) for reply in replies]
-        if self.fallback is None and None in found:
-            raise UsageError(
-                f"reward judge: no grade from {self.low:g} to {self.high:g} in {replies[found.index(None)]!r}"
-            )
-        return RewardOutput(
-            rewards_N=torch.tensor([self.fallback if grade is None else grade for grade in found]),
-            metrics={"ungraded": torch.tensor([float(grade is None) for grade in found])},
-        )
-
-    def _question(self, rollouts: Rollouts, row: int) -> str:
+    def question(self, rollouts: Rollouts, row: int) -> str:
         prompt = rollouts.meta[row].get("prompt", rollouts.prompts[row])
         if has_images(prompt):
             raise UsageError(
@@ -101,8 +85,8 @@ class Judge(Reward):
         }
         return re.sub(r"\{(\w+)\}", lambda found: str(filled.get(found[1], found[0])), self.instruction)
 
-    def _read(self, reply: str) -> float | None:
-        """The grade in 0..1."""
+    def grade(self, reply: str) -> float | None:
+        """Return the grade in a reply, in 0..1; None if there is none."""
         numbers = NUMBER.findall(reply)
         grade = float(numbers[-1]) if numbers else None
         return (
@@ -110,16 +94,40 @@ class Judge(Reward):
         )
 
 
-class _Grades:
-    """A judge's replies, each asked for once."""
+class JudgeEngine:
+    """A judge's replies, each asked for once.
+
+    Args:
+        judge: its options.
+    """
 
     def __init__(self, judge: Judge) -> None:
+        self.judge = judge
         self._model, self._file = judge.model, judge.cache_file
         self._replicas = Replicas(judge.url, reveal(judge.token), judge.timeout, judge.tries)
         self._lock = threading.Lock()
         self._known: dict[str, str] = {}
         if self._file and Path(self._file).is_file():
             self._known = dict(_read_replies(Path(self._file)))
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        judge = self.judge
+        questions = [judge.question(rollouts, row) for row in range(len(rollouts))]
+        with ThreadPoolExecutor(judge.parallel) as threads:  # equal questions are asked once
+            list(threads.map(self.reply, dict.fromkeys(questions)))
+        replies = [self.reply(question) for question in questions]
+        found = [judge.grade(reply) for reply in replies]
+        if judge.fallback is None and None in found:
+            raise UsageError(
+                f"reward judge: no grade from {judge.low:g} to {judge.high:g} in {replies[found.index(None)]!r}"
+            )
+        return RewardOutput(
+            rewards_N=torch.tensor([judge.fallback if grade is None else grade for grade in found]),
+            metrics={"ungraded": torch.tensor([float(grade is None) for grade in found])},
+        )
+
+    def close(self) -> None:
+        """Nothing is open between calls."""
 
     def reply(self, question: str) -> str:
         """The judge's reply."""
@@ -151,8 +159,3 @@ def _content(answer: Any) -> str:
         return str(answer["choices"][0]["message"]["content"])
     except (KeyError, IndexError, TypeError):
         raise OptionError("url", f": expected an OpenAI chat completion, not {str(answer)[:80]!r}") from None
-
-
-@cache
-def _grades(judge: Judge) -> _Grades:
-    return _Grades(judge)

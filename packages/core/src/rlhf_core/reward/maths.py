@@ -15,10 +15,11 @@ from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, MissingPackage
 from rlhf_core.lazy import torch
 from rlhf_core.reward.output import require_labels
-from rlhf_core.util.worker_processes import Failure, shared_workers
+from rlhf_core.util.worker_processes import Failure, Workers
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
 
 __all__ = ["Maths", "grade"]
 
@@ -45,15 +46,27 @@ class Maths(Reward):
         if importlib.util.find_spec("math_verify") is None:
             raise MissingPackage("reward math compares with math-verify: pip install 'rlhf-core[math]'")
 
-    def close(self) -> None:
-        """End the processes; the next call starts them again."""
-        shared_workers(self.workers, TARGET, ()).close()
+    def open(self, context: OpenContext) -> MathsEngine:
+        """Make the processes, which start at the first call."""
+        return MathsEngine(self)
+
+
+class MathsEngine:
+    """The processes that compare.
+
+    Args:
+        reward: its options.
+    """
+
+    def __init__(self, reward: Maths) -> None:
+        self.reward = reward
+        self.workers = Workers(reward.workers, TARGET, ())
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        self.check()
+        self.reward.check()
         require_labels(rollouts, "math")
-        calls = [(text, str(label), self.where) for text, label in zip(rollouts.texts, rollouts.labels)]
-        grades = shared_workers(self.workers, TARGET, ()).map(calls, self.timeout)
+        calls = [(text, str(label), self.reward.where) for text, label in zip(rollouts.texts, rollouts.labels)]
+        grades = self.workers.map(calls, self.reward.timeout)
         if None in grades:
             raise DataError(f"reward math: the label {rollouts.labels[grades.index(None)]!r} has no answer in it")
         gave_up = [isinstance(grade, Failure) for grade in grades]
@@ -62,6 +75,10 @@ class Maths(Reward):
             rewards_N=torch.tensor(right),
             metrics={"answered": torch.tensor(answered), "gave_up": torch.tensor(gave_up).float()},
         )
+
+    def close(self) -> None:
+        """End the processes."""
+        self.workers.close()
 
 
 def prepare_worker() -> None:

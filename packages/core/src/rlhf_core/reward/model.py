@@ -7,7 +7,6 @@ wrote them, and are rendered and tokenised anew. The score is that of the last t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.data.chats import Text
 
-__all__ = ["RewardModel"]
+__all__ = ["RewardModel", "RewardModelEngine"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,42 @@ class RewardModel(Reward):
     encoding: Encoding = Encoding(too_long="truncate")
     """how prompt and completion become this model's tokens"""
 
+    def open(self, context: OpenContext) -> RewardModelEngine:
+        """Load the model: an error in it is raised before anything is sampled.
+
+        Raises:
+            UsageError: there is no such model, or it has no score head.
+        """
+        return RewardModelEngine(self)
+
+
+class RewardModelEngine:
+    """A reward model in memory, with its tokenizer.
+
+    Args:
+        reward: its options.
+    """
+
+    def __init__(self, reward: RewardModel) -> None:
+        from rlhf_core.contract.plan import RoleSpec
+        from rlhf_core.models.build import build_module
+        from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+        self.reward = reward
+        options = ModelOptions(
+            model=reward.model,
+            dtype=reward.dtype,
+            attention=reward.attention,
+            trust_remote_code=reward.trust_remote_code,
+        )
+        tokenizer = load_tokenizer(reward.model, options)
+        self.module: Any = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
+        self.encoder = Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding)
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         scores_N, cut = self.score([_prompt(meta) for meta in rollouts.meta], rollouts.texts)
-        metrics = {"score": scores_N * self.std + self.mean, "cut": torch.full_like(scores_N, cut)}
-        return RewardOutput(rewards_N=scores_N, metrics=metrics)
-
-    def check(self) -> None:
-        """Load the model: what is wrong with it is said before anything is sampled."""
-        _load(self)
+        unscaled_N = scores_N * self.reward.std + self.reward.mean
+        return RewardOutput(rewards_N=scores_N, metrics={"score": unscaled_N, "cut": torch.full_like(scores_N, cut)})
 
     def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:
         """Normalised scores, and the share of the rows that had to be cut.
@@ -69,53 +97,24 @@ class RewardModel(Reward):
         from rlhf_core.models.inputs.arrange import arrange_inputs
         from rlhf_core.training.microbatch import bearable_padding, micro_rows
 
-        loaded = _load(self)
         examples = [_example(prompt, completion) for prompt, completion in zip(prompts, completions)]
-        before = loaded.encoder.truncated
-        batch = loaded.encoder.batch(examples, range(len(examples)))
+        before = self.encoder.truncated
+        batch = self.encoder.batch(examples, range(len(examples)))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded.module.to(device)
+        self.module.to(device)
         scores_N = torch.empty(len(batch))
         with torch.inference_mode():
-            for rows in micro_rows(batch, self.micro_tokens, padding=bearable_padding(loaded.module)):
+            for rows in micro_rows(batch, self.reward.micro_tokens, padding=bearable_padding(self.module)):
                 inputs = arrange_inputs(batch.rows(rows)).to(device)
-                scores_N[rows] = loaded.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
-        if self.offload:
-            loaded.module.to("cpu")
-        cut = (loaded.encoder.truncated - before) / len(batch)
-        return (scores_N - self.mean) / self.std, cut
+                scores_N[rows] = self.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
+        if self.reward.offload:
+            self.module.to("cpu")
+        cut = (self.encoder.truncated - before) / len(batch)
+        return (scores_N - self.reward.mean) / self.reward.std, cut
 
     def close(self) -> None:
         """Free the model."""
-        _load.cache_clear()
-
-
-@dataclass(frozen=True)
-class _LoadedModel:
-    module: Any
-    encoder: Encoder
-
-
-@cache
-def _load(reward: RewardModel) -> _LoadedModel:
-    """Model and tokenizer, loaded at the first call.
-
-    Raises:
-        UsageError: there is no such model, or it has no score head.
-    """
-    from rlhf_core.contract.plan import RoleSpec
-    from rlhf_core.models.build import build_module
-    from rlhf_core.models.loading.tokenizer import load_tokenizer
-
-    options = ModelOptions(
-        model=reward.model,
-        dtype=reward.dtype,
-        attention=reward.attention,
-        trust_remote_code=reward.trust_remote_code,
-    )
-    tokenizer = load_tokenizer(reward.model, options)
-    module = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
-    return _LoadedModel(module, Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding))
+        self.module = None
 
 
 def _example(prompt: Text, completion: str | None) -> Example:

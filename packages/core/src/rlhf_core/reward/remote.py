@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
@@ -22,6 +21,7 @@ from rlhf_core.reward.http import Replicas
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
 
 __all__ = ["Remote"]
 
@@ -45,16 +45,27 @@ class Remote(Reward):
     parallel: int = 4
     """questions under way at a time, per address"""
 
-    def check(self) -> None:
+    def open(self, context: OpenContext) -> RemoteEngine:
         """Look at the addresses and the token; the servers may still be starting."""
-        _replicas(self)
+        return RemoteEngine(self)
+
+
+class RemoteEngine:
+    """The servers, and which of them have failed.
+
+    Args:
+        reward: their options.
+    """
+
+    def __init__(self, reward: Remote) -> None:
+        self.reward = reward
+        self.replicas = Replicas(reward.url, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        replicas = _replicas(self)
-        N = len(rollouts)
-        parts = [range(start, min(start + self.batch, N)) for start in range(0, N, self.batch)]
-        with ThreadPoolExecutor(self.parallel * len(self.url)) as threads:
-            answers = list(threads.map(lambda rows: _ask(replicas, rollouts, rows), parts))
+        N, size = len(rollouts), self.reward.batch
+        parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
+        with ThreadPoolExecutor(self.reward.parallel * len(self.reward.url)) as threads:
+            answers = list(threads.map(lambda rows: _ask(self.replicas, rollouts, rows), parts))
         scores = [score for answer in answers for score in answer.scores or ()]
         names = dict.fromkeys(name for answer in answers for name in answer.logs)
         return RewardOutput(
@@ -67,11 +78,8 @@ class Remote(Reward):
             },
         )
 
-
-@cache
-def _replicas(reward: Remote) -> Replicas:
-    """The servers of this process, which remember who failed."""
-    return Replicas(reward.url, reveal(reward.token), reward.timeout, reward.tries, reward.backoff)
+    def close(self) -> None:
+        """Nothing is open between calls."""
 
 
 def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:

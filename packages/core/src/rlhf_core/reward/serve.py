@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
 from rlhf_core.contract.commands import Command
+from rlhf_core.contract.engines import open_provider
 from rlhf_core.data.chats import to_chat
 from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.reward.model import RewardModelEngine
 
 __all__ = ["Sample", "ServeReward", "make_app", "serve"]
 
@@ -75,19 +77,23 @@ class ServeReward(Command):
         from rlhf_core.reward.model import RewardModel
 
         model = RewardModel(self.model, mean=self.mean, std=self.std, encoding=self.encoding)
-        model.check()  # before anybody connects
+        with open_provider(model, "reward") as engine:  # before anybody connects
+            self._serve(engine)
+        return 0
+
+    def _serve(self, engine: RewardModelEngine) -> None:
+        """Answer requests by the loaded model."""
 
         def score(samples: Sequence[Sample]) -> list[float]:
             """Samples without their raw prompt are scored as the text they are."""
             prompts = [sample.query if sample.prompt is None else sample.prompt for sample in samples]
             completions = [None if sample.prompt is None else sample.completion for sample in samples]
-            numbers: list[float] = model.score(prompts, completions)[0].tolist()
+            numbers: list[float] = engine.score(prompts, completions)[0].tolist()
             return numbers
 
         token = "" if self.token == "none" else reveal(self.token) or secrets.token_urlsafe(24)
         app = make_app(score, token, self.wait, self.batch, self.max_body << 20)
         serve(app, self.host, self.port, f"token {token}" if token and not self.token else "")
-        return 0
 
 
 def serve(app: Any, host: str, port: int, note: str = "") -> None:

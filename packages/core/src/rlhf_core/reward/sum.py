@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_core.config.provider_spec import make_from_spec
 from rlhf_core.contract.options import INTERNAL
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Rollouts
+    from rlhf_core.contract.engines import OpenContext
 
 __all__ = ["Sum"]
 
@@ -39,8 +40,7 @@ class Sum(Reward):
 
     def check(self) -> None:
         """Make the parts, and let each say what it misses."""
-        if self.weights and len(self.weights) != len(self.parts):
-            raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
+        self._check_weights()
         for path, provider in self._providers():
             if provider.needs:
                 raise OptionError(
@@ -50,10 +50,18 @@ class Sum(Reward):
             with options_under(path):
                 provider.check()
 
-    def close(self) -> None:
-        """Free what the parts hold."""
-        for _, provider in self._providers():
-            provider.close()
+    def open(self, context: OpenContext) -> SumEngine:
+        """Open the parts."""
+        self._check_weights()
+        parts = []
+        for name, (path, provider) in zip(_names(self.parts), self._providers(), strict=True):
+            with options_under(path):
+                parts.append(_Part(name, path, provider, context.open(provider, name)))
+        return SumEngine(parts, self.weights or (1.0,) * len(parts))
+
+    def _check_weights(self) -> None:
+        if self.weights and len(self.weights) != len(self.parts):
+            raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
 
     def _providers(self) -> Iterator[tuple[str, Any]]:
         """Each part with the path of its options."""
@@ -61,13 +69,32 @@ class Sum(Reward):
             path = self.path or f"parts[{number}]"
             yield path, make_from_spec("reward", part, path)
 
+
+class _Part(NamedTuple):
+    """An open part."""
+
+    name: str
+    """its name in metrics"""
+    path: str
+    """the path of its options"""
+    provider: Reward
+    engine: Any
+
+
+class SumEngine:
+    """Open rewards and their weights."""
+
+    def __init__(self, parts: Sequence[_Part], weights: Sequence[float]) -> None:
+        self.parts, self.weights = parts, weights
+
+    def close(self) -> None:
+        """Nothing to do: the run closes the parts."""
+
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        self.check()
-        weights = self.weights or (1.0,) * len(self.parts)
-        outputs = []
-        for name, (path, provider) in zip(_names(self.parts), self._providers(), strict=True):
-            with options_under(path):
-                outputs.append((name, to_reward_output(provider(rollouts), rollouts, provider)))
+        weights, outputs = self.weights, []
+        for part in self.parts:
+            with options_under(part.path):
+                outputs.append((part.name, to_reward_output(part.engine(rollouts), rollouts, part.provider)))
         metrics: dict[str, Tensor] = {}
         for name, output in outputs:
             metrics |= {name: output.rewards_N, **{f"{name}/{key}": value for key, value in output.metrics.items()}}

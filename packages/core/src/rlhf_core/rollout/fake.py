@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.providers import Rollout
@@ -18,20 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.roles import Role
 
-__all__ = ["FakeRollout", "Letters"]
-
-
-@dataclass
-class _EngineState:
-    """What the engine holds; not an option."""
-
-    w: float | None = None
-    """the number that the strategy `fake` trains, as last taken"""
-    version: int = 0
-    awake: bool = True
+__all__ = ["FakeEngine", "FakeRollout", "Letters"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +42,35 @@ class FakeRollout(Rollout):
     """time to take new weights"""
     wake_seconds: float = 0.0
     """time to wake up, and to fall asleep"""
-    held: _EngineState = field(default_factory=_EngineState, init=False, repr=False, compare=False)
+
+    def open(self, context: OpenContext) -> FakeEngine:
+        """Return an engine that is awake and has no weights yet."""
+        return FakeEngine(self)
+
+
+class FakeEngine(Rollout):
+    """What the engine holds.
+
+    Args:
+        options: the stated times.
+    """
+
+    def __init__(self, options: FakeRollout) -> None:
+        self.options = options
+        self.w: float | None = None
+        """the number that the strategy `fake` trains, as last taken"""
+        self.version = 0
+        self.awake = True
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Letters, after the time it takes."""
         from rlhf_core.rollout.assemble import assemble
 
-        if not self.held.awake:
+        if not self.awake:
             raise ContractError("the rollout engine 'fake' was called while asleep; call wake() first")
-        if self.held.w is None:
+        if self.w is None:
             self.sync(role)
-        assert self.held.w is not None
+        assert self.w is not None
         limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
         tokens = [
             _letters(sampling.seed_for(uid, k), limit)
@@ -69,36 +78,38 @@ class FakeRollout(Rollout):
             for k in range(sampling.n)
         ]
         finish = [("stop" if row[-1] == Letters.eos_token_id else "length") for row in tokens]
-        logprobs = [[self.held.w - 1 - token % 7 for token in row] for row in tokens]
-        time.sleep(
-            self.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000 + self.token_seconds * max(map(len, tokens))
-        )
+        logprobs = [[self.w - 1 - token % 7 for token in row] for row in tokens]
+        reading = self.options.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000
+        time.sleep(reading + self.options.token_seconds * max(map(len, tokens)))
         return assemble(
             prompts,
             tokens,
             cast("Any", finish),
             cast("PreTrainedTokenizerBase", Letters()),
-            version=self.held.version,
+            version=self.version,
             per_token={"sampler_logprobs_NT": logprobs},
         )
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Take the role's number and version."""
-        time.sleep(self.sync_seconds)
-        self.held.w = float(dict(role.weights())["w"])
-        self.held.version = role.version
+        time.sleep(self.options.sync_seconds)
+        self.w = float(dict(role.weights())["w"])
+        self.version = role.version
         return {}
 
     def sleep(self) -> None:
-        time.sleep(self.wake_seconds)
-        self.held.awake = False
+        """Fall asleep, in the time it takes."""
+        time.sleep(self.options.wake_seconds)
+        self.awake = False
 
     def wake(self) -> None:
-        time.sleep(self.wake_seconds)
-        self.held.awake = True
+        """Wake up, in the time it takes."""
+        time.sleep(self.options.wake_seconds)
+        self.awake = True
 
     def close(self) -> None:
-        self.held.w = None
+        """Forget the weights."""
+        self.w = None
 
 
 class Letters:

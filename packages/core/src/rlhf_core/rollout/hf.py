@@ -90,15 +90,6 @@ class HuggingFaceRollout(Rollout):
         """Nothing to do: the weights are the role's own."""
         return {}
 
-    def sleep(self) -> None:
-        """Nothing is held between calls."""
-
-    def wake(self) -> None:
-        """Nothing is held between calls."""
-
-    def close(self) -> None:
-        """Nothing is held between calls."""
-
 
 def eos_ids(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""

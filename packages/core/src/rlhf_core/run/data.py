@@ -56,8 +56,12 @@ class RunData:
     @cached_property
     def rows(self) -> Iterable[Example]:
         """The training rows."""
+        return self.read("train")
+
+    def read(self, split: str) -> Iterable[Example]:
+        """Return the rows of a split."""
         with options_under("/data"):
-            rows: Iterable[Example] = self.engines["data"]("train")
+            rows: Iterable[Example] = self.engines["data"](split)
         return rows
 
     def stream(self, world: World) -> Prefetcher:
@@ -95,7 +99,7 @@ class RunData:
             UsageError: there are none, or fewer than ranks.
         """
         with options_under("/data"):
-            rows = list(self.engines["data"]("heldout"))
+            rows = list(self.read("heldout"))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
         if len(rows[:most]) < world.size:

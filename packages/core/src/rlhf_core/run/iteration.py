@@ -89,7 +89,7 @@ class Services(Protocol):
 
     @property
     def reward(self) -> Any:
-        """The reward provider. Raises `UsageError` if none was chosen."""
+        """The engine of the reward. Raises `UsageError` if none was chosen."""
         ...
 
     def reward_inputs(self, rollouts: Batch) -> Batch:
@@ -220,10 +220,10 @@ class Iteration:
         """
         if "reward" not in self.config.providers:  # an algorithm of comparisons, which scores nothing
             return ScoredRollouts(rollouts, RewardOutput(torch.zeros(len(rollouts))))
-        reward = self.run.reward
+        engine, reward = self.run.reward, self.config.providers["reward"]
         with self.meter.phase("reward"):
             with options_under("/reward"):
-                raw = reward(self.run.reward_inputs(rollouts))
+                raw = engine(self.run.reward_inputs(rollouts))
             try:
                 return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward))
             except NotFiniteReward as error:

@@ -31,19 +31,24 @@ class Observers:
 
     @contextmanager
     def watch(self, run: RunView, engines: Engines) -> Iterator[None]:
-        """Make the observers that the run names, and call their hooks while the context is open.
+        """Make the observers that the run names and those of plugins, and call their hooks while the context is open.
 
         Their states are stored with those of `engines`.
         """
-        config = run.config
-        named = list(zip(config.names_of("observer"), config.providers.get("observer", ()), strict=True))
-        chosen = [observer for _, observer in named if run.leader or observer.all_ranks]
-        self.objects = []
-        for name, observer in named:
+        observers: dict[str, object] = {}
+        names, chosen = run.config.names_of("observer"), run.config.providers.get("observer", ())
+        for name, observer in zip(names, chosen, strict=True):
             if run.leader or observer.all_ranks:
-                self.objects.append(observer(run))
-                engines.add(self.objects[-1], f"observer.{name}", f"observer {name}")
-        with self.registry.with_observers(self.objects, chosen):
+                watching = observer(run)
+                engines.add(watching, f"observer.{name}", f"observer {name}")
+                observers[f"observer {name!r}"] = watching
+        self.objects = list(observers.values())
+        for watching in self.notify("rlhf_watch", run):
+            name = f"{type(watching).__module__}.{type(watching).__qualname__}"
+            name = name if name not in observers else f"{name}.{len(observers)}"
+            engines.add(watching, f"watch.{name}", name)
+            observers[name] = watching
+        with self.registry.with_observers(observers):
             yield
 
     def notify(self, hook: str, run: RunView, **arguments: Any) -> list[Any]:

@@ -9,7 +9,7 @@ run.train()
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,14 +196,19 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
+        metrics = self.measure()
+        if metrics:
+            self.state.evaluations.append((self.step, metrics))
+            self.notify("rlhf_evaluated", step=self.step, metrics=metrics)
+        return metrics
+
+    def measure(self) -> dict[str, float]:
+        """Return every chosen evaluator's metrics, as `eval/<name>`."""
         metrics: dict[str, float] = {}
         for (path, _), name in zip(self.config.provider_paths("evaluator"), self.config.names_of("evaluator")):
             with options_under(path):
                 measured = self.engines[f"evaluator.{name}"](self)
             metrics |= {f"eval/{name}": value for name, value in measured.items()}
-        if metrics:
-            self.state.evaluations.append((self.step, metrics))
-            self.notify("rlhf_evaluated", step=self.step, metrics=metrics)
         return metrics
 
     def save(self) -> None:
@@ -337,6 +342,10 @@ class Run:
         """Add metrics to the step at hand."""
         self.meter.log(metrics)
 
+    def rows(self, split: str) -> Iterable[Example]:
+        """Return the rows of a split of the data."""
+        return self.data.read(split)
+
     def heldout(self, most: int | None = None) -> Sequence[Example]:
         """Return the held-out rows of the data, the first `most` of them; at least one for each rank."""
         return self.data.heldout(most, self.world)
@@ -351,7 +360,8 @@ class Run:
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
-            return to_reward_output(self.reward(self.reward_inputs(rollouts)), rollouts, self.reward)
+            inputs, reward = self.reward_inputs(rollouts), self.config.providers["reward"]
+            return to_reward_output(self.reward(inputs), rollouts, reward)
 
     def reward_inputs(self, rollouts: Batch) -> Batch:
         """Return completions as the reward is called with them: with the outputs of roles that it needs."""

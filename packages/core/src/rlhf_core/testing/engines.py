@@ -19,6 +19,7 @@ from rlhf_core.contract.engines import open_provider
 from rlhf_core.contract.hooks import OBSERVERS
 from rlhf_core.contract.options import Sampling
 from rlhf_core.lazy import torch
+from rlhf_core.testing.opening import check_opening
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.strategies import COMPARED, assert_close, with_advantages
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
@@ -61,6 +62,7 @@ def check_rollout(
         AssertionError: it is not so.
     """
     check_provider(rollout)
+    check_opening(rollout)
     name = type(rollout).__qualname__
     role = _tiny_role() if role is None else role
     prompts = _tiny_prompts(role) if prompts is None else prompts
@@ -203,6 +205,7 @@ def check_evaluator(evaluator: Evaluator, run: Run | None = None) -> Mapping[str
         AssertionError: it is not so.
     """
     check_provider(evaluator)
+    check_opening(evaluator)
     if run is None:
         with tempfile.TemporaryDirectory() as folder, tiny_run(folder, evaluator=evaluator).open() as opened:
             return check_evaluator(evaluator, opened)

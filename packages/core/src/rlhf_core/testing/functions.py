@@ -7,13 +7,16 @@ finite numbers, inputs left alone, and a loss whose values do not depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.contract.engines import Stateful, open_provider
 from rlhf_core.contract.requirements import resolve, trim
 from rlhf_core.contract.results import Credit, LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
+from rlhf_core.testing.opening import check_opening, check_state
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts
 
@@ -39,10 +42,18 @@ def check_data(data: Data, split: str = "train") -> None:
         AssertionError: it is not so.
     """
     check_provider(data)
-    rows = data(split)
-    first, second = _rows(rows), _rows(data(split))
+    check_opening(data)
+    with open_provider(data) as engine, open_provider(data) as other:
+        rows = engine(split)
+        first, second = _rows(rows), _rows((other if isinstance(engine, Stateful) else engine)(split))
+        _check_rows(data, rows, first, second, split)
+    check_state(data, lambda engine: _rows(engine(split), 3), lambda one, other: one == other)
+
+
+def _check_rows(data: Data, rows: Any, first: list[Example], second: list[Example], split: str) -> None:
+    """What two engines read is the same, and each row is one."""
     assert first, f"{_name(data)} gave no row of the split {split!r}"
-    assert first == second, f"{_name(data)} must give the same rows in the same order each time it is called"
+    assert first == second, f"{_name(data)} must give the same rows in the same order each time it is opened"
     if isinstance(rows, Sequence):
         assert len(rows) >= len(first), f"{_name(data)}: len() must be the number of rows"
         assert rows[0] == first[0], f"{_name(data)}: rows[0] must be the first row"
@@ -78,17 +89,24 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
     from rlhf_core.reward.output import to_reward_output
 
     check_provider(reward)
+    check_opening(reward)
     rollouts = tiny_rollouts() if rollouts is None else rollouts
-    before = _freeze(rollouts)
-    output = to_reward_output(reward(rollouts), rollouts, reward)
-    assert _freeze(rollouts) == before, f"{_name(reward)} must leave the rollouts as they are"
-    _finite(reward, "rewards_N", output.rewards_N)
-    again = to_reward_output(reward(rollouts), rollouts, reward)
-    assert torch.equal(output.rewards_N, again.rewards_N), f"{_name(reward)} must give the same rewards each time"
-    first = rollouts.rows([i for i, group in enumerate(rollouts.group_N.tolist()) if group == rollouts.group_N[0]])
-    part = to_reward_output(reward(first), first, reward).rewards_N
-    same = torch.allclose(part, output.rewards_N[: len(part)], atol=1e-4)  # a model's scores differ a little by padding
-    assert same, f"{_name(reward)}: the reward of a completion must not depend on other prompts in the batch"
+
+    def score(engine: Any, batch: Rollouts = rollouts) -> RewardOutput:
+        return to_reward_output(engine(batch), batch, reward)
+
+    with open_provider(reward) as engine:
+        before = _freeze(rollouts)
+        output = score(engine)
+        assert _freeze(rollouts) == before, f"{_name(reward)} must leave the rollouts as they are"
+        _finite(reward, "rewards_N", output.rewards_N)
+        if not isinstance(engine, Stateful):
+            again = score(engine)
+            assert torch.equal(output.rewards_N, again.rewards_N), (
+                f"{_name(reward)} must give the same rewards each time"
+            )
+            _check_company(reward, partial(score, engine), rollouts, output)
+    check_state(reward, score, lambda one, other: torch.equal(one.rewards_N, other.rewards_N))
     if output.rewards_NT is not None:
         _finite(reward, "rewards_NT", output.rewards_NT)
         outside = output.rewards_NT[~rollouts.mask_NT]
@@ -97,6 +115,16 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
         inside = (output.scores_N >= 0) & (output.scores_N <= 1)
         assert inside.all(), f"{_name(reward)}: scores_N must lie in 0..1; put other numbers into metrics"
     return output
+
+
+def _check_company(
+    reward: Reward, score: Callable[[Rollouts], RewardOutput], rollouts: Rollouts, output: RewardOutput
+) -> None:
+    """The first group alone has the rewards that it has in the batch."""
+    first = rollouts.rows([i for i, group in enumerate(rollouts.group_N.tolist()) if group == rollouts.group_N[0]])
+    part = score(first).rewards_N
+    same = torch.allclose(part, output.rewards_N[: len(part)], atol=1e-4)  # a model's scores differ a little by padding
+    assert same, f"{_name(reward)}: the reward of a completion must not depend on other prompts in the batch"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,19 +141,28 @@ def check_advantage(advantage: Advantage, rollouts: Rollouts | None = None) -> C
         AssertionError, ContractError, UsageError: it is not so.
     """
     check_provider(advantage)
-    rollouts = tiny_rollouts() if rollouts is None else rollouts
-    rollouts = rollouts.with_extras(**tiny_extras(_needs(advantage), rollouts))
-    credit = _credit(advantage, tiny_rewards(rollouts), rollouts)
-    again = _credit(advantage, tiny_rewards(rollouts), rollouts)
-    same = torch.equal(credit.advantages_NT, again.advantages_NT)
-    assert same, f"{_name(advantage)} must give the same advantages each time"
-    _credit(advantage, tiny_rewards(rollouts, equal=True), rollouts)
+    check_opening(advantage)
+    given = tiny_rollouts() if rollouts is None else rollouts
+    batch = given.with_extras(**tiny_extras(_needs(advantage), given))
+
+    def assign(engine: Any, equal: bool = False) -> Credit:
+        return _credit(advantage, engine, tiny_rewards(batch, equal=equal), batch)
+
+    def same(one: Credit, other: Credit) -> bool:
+        return torch.equal(one.advantages_NT, other.advantages_NT)
+
+    with open_provider(advantage) as engine:
+        credit = assign(engine)
+        if not isinstance(engine, Stateful):
+            assert same(credit, assign(engine)), f"{_name(advantage)} must give the same advantages each time"
+        assign(engine, equal=True)
+    check_state(advantage, assign, same)
     return credit
 
 
-def _credit(advantage: Advantage, rewards: RewardOutput, rollouts: Rollouts) -> Credit:
+def _credit(advantage: Advantage, engine: Any, rewards: RewardOutput, rollouts: Rollouts) -> Credit:
     before, rewarded = _freeze(rollouts), rewards.rewards_N.clone()
-    result = advantage(rewards, rollouts, rollouts.extras)
+    result = engine(rewards, rollouts, rollouts.extras)
     assert _freeze(rollouts) == before, f"{_name(advantage)} must leave the rollouts as they are"
     assert torch.equal(rewards.rewards_N, rewarded), f"{_name(advantage)} must leave the rewards as they are"
     credit = result if isinstance(result, Credit) else Credit(result)

@@ -24,13 +24,12 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
-__all__ = ["Failure", "Workers", "reason", "shared_workers"]
+__all__ = ["Failure", "Workers", "reason"]
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,10 @@ class Workers:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes; a call after that starts them again."""
         for worker in self._all:
             worker.kill()
+        atexit.unregister(self.close)
 
 
 class _Worker:
@@ -137,12 +137,6 @@ class _Worker:
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-
-
-@cache
-def shared_workers(count: int, target: str, prepare: tuple[Any, ...] | None = None) -> Workers:
-    """The workers of this process for `target`: providers are values and hold no processes."""
-    return Workers(count, target, prepare)
 
 
 def _send(pipe: BinaryIO | Any, message: Any) -> None:
