@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_core
+from rlhf_core.contract import hooks
 
 ROOT = Path(__file__).resolve().parents[4]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,3 +116,61 @@ def test_every_public_name_has_a_place_in_the_table_of_hooks_md() -> None:
     public = set(rlhf_core.__all__)
     assert not public - listed, "add them to the table `Public names` of docs/hooks.md"
     assert not [name for name in listed - public if name[0].isupper()]
+
+
+SLIME = """
+--rollout-function-path --custom-generate-function-path --custom-rm-path --dynamic-sampling-filter-path --buffer-filter-path
+--rollout-sample-filter-path --rollout-all-samples-process-path --rollout-data-postprocess-path --custom-loss-function-path
+--custom-tis-function-path --custom-pg-loss-reducer-function-path --custom-reward-post-process-path
+--custom-convert-samples-to-train-data-path --custom-rollout-log-function-path --custom-eval-rollout-log-function-path
+--data-source-path --eval-function-path --custom-megatron-init-path --custom-megatron-before-log-prob-hook-path
+--custom-megatron-before-train-step-hook-path
+""".split()
+"""The interfaces that slime's page lists, in its order."""
+
+
+def sections(page: str) -> dict[str, list[list[str]]]:
+    """Return the cells of the table rows of a page of docs by their heading, the header left out."""
+    found: dict[str, list[list[str]]] = {}
+    for part in (ROOT / "docs" / page).read_text(encoding="utf-8").split("\n## ")[1:]:
+        rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")][2:]
+        found[part.splitlines()[0]] = [[cell.strip() for cell in row] for row in rows]
+    return found
+
+
+def kinds_and_hooks(text: str) -> tuple[set[str], set[str]]:
+    """Return what a text calls a kind and a hook."""
+    return set(re.findall(r"[Kk]ind `(\w+)`", text)), set(re.findall(r"[Hh]ook `(\w+)`", text))
+
+
+def test_each_interface_of_slime_is_a_kind_a_hook_or_a_no_with_its_reason() -> None:
+    rows = sections("customizing.md")["The 20 interfaces of slime"]
+    assert [row[1].strip("`") for row in rows] == SLIME
+    assert [row[0] for row in rows] == [str(i) for i in range(1, 21)]
+    for number, _, _, answer in rows:
+        refused = answer.startswith("**no**")
+        assert refused or any(kinds_and_hooks(answer)), f"row {number} names neither a kind nor a hook"
+        assert not refused or len(answer.split()) > 12, f"row {number} gives no reason"
+
+
+def test_the_page_on_customizing_names_every_kind_and_hook_and_no_other() -> None:
+    text = (ROOT / "docs" / "customizing.md").read_text(encoding="utf-8")
+    kinds, called = kinds_and_hooks(text)
+    assert kinds == set(hooks.KINDS)
+    assert called == {*hooks.OBSERVERS, hooks.METRICS}
+
+
+def test_the_page_on_customizing_lists_every_example_package_with_its_kind() -> None:
+    rows = sections("customizing.md")["Worked examples"]
+    listed = {re.findall(r"\[([\w-]+)\]", package)[0]: kind.strip("`") for package, kind, _ in rows}
+    folders = {path.parent.name for path in ROOT.glob("examples/plugins/*/pyproject.toml")} - {"reward-brevity"}
+    assert set(listed) == folders, "brevity is in the README; each other package has its row"
+    for name, kind in listed.items():
+        sources = "".join(
+            path.read_text(encoding="utf-8") for path in (ROOT / "examples/plugins" / name).glob("src/*/*.py")
+        )
+        assert f"def rlhf_{kind}(" in sources
+
+
+def test_a_word_that_is_no_kind_would_be_seen() -> None:
+    assert kinds_and_hooks("kind `stepper`, Kind `loss`; hook `rlhf_never`") == ({"stepper", "loss"}, {"rlhf_never"})
