@@ -360,8 +360,8 @@ class Run:
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
-            inputs, reward = self.reward_inputs(rollouts), self.config.providers["reward"]
-            return to_reward_output(self.reward(inputs), rollouts, reward)
+            engine = self.reward  # not chosen: an error that says so
+            return to_reward_output(engine(self.reward_inputs(rollouts)), rollouts, self.config.providers["reward"])
 
     def reward_inputs(self, rollouts: Batch) -> Batch:
         """Return completions as the reward is called with them: with the outputs of roles that it needs."""
