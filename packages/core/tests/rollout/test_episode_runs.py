@@ -104,7 +104,7 @@ def test_the_fake_engine_plays(tmp_path: Path) -> None:
 
 
 def test_the_environments_reward_without_an_environment_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--reward environment needs episodes; pass --environment NAME"):
+    with pytest.raises(UsageError, match="reward environment needs episodes; pass environment=NAME"):
         tiny_run(tmp_path, model=MODEL, reward="environment").train()
 
 
