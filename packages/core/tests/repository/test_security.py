@@ -144,7 +144,7 @@ def test_a_link_in_the_output_folder_that_leads_out_of_it_is_refused(name: str, 
     elsewhere.mkdir() if "." not in name else elsewhere.write_text("mine")
     (output / name).symlink_to(elsewhere)
     said = attempted(output)
-    assert said == f"{output / name} is a link that leads out of {output}; remove it, or name another --output"
+    assert said == f"{output / name} is a link that leads out of {output}; remove it, or name another output=…"
     assert elsewhere.read_text() == "mine" if elsewhere.is_file() else not list(elsewhere.iterdir())
 
 
