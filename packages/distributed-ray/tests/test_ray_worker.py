@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from rlhf_core.contract.engines import OpenContext
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError
 from rlhf_core.testing import tiny_run
 from rlhf_core.testing.tiny import tiny_rollouts
 from rlhf_core.training.local_role import LocalRole
 from rlhf_distributed_ray import worker as worker_module
-from rlhf_distributed_ray.worker import MirrorRole, RoleWorker, buckets
+from rlhf_distributed_ray.worker import EngineWorker, MirrorRole, RoleWorker, buckets
 
 LOGPROBS = frozenset({"logprobs_NT"})
 
@@ -97,3 +102,49 @@ def test_a_model_that_is_sampled_from_or_alone_has_the_weights_stays(plan: Plan)
         other.receive(bucket, first=k == 0)
     other.release()
     assert "local" in other.__dict__
+
+
+@dataclass(frozen=True)
+class Buffered(Rollout):
+    """An engine that remembers the versions it has taken, and is closed."""
+
+    def open(self, context: OpenContext) -> BufferedEngine:
+        return BufferedEngine(context)
+
+
+class BufferedEngine(Rollout):
+    def __init__(self, context: OpenContext) -> None:
+        self.context, self.versions, self.open_ = context, [], True
+
+    def sync(self, role: Any) -> Mapping[str, float]:
+        assert self.context.roles["actor"] is role and self.context.world.size == 1
+        self.versions.append(role.version)
+        return {}
+
+    def close(self) -> None:
+        self.open_ = False
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"versions": self.versions}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.versions = list(state["versions"])
+
+
+def test_the_worker_of_a_rollout_engine_opens_it_stores_its_state_and_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "plan_from", lambda *_: tiny_run(tmp_path / "run", rollout=Buffered()).plan)
+    monkeypatch.chdir(tmp_path)
+    worker, later = EngineWorker({}, {}, "."), EngineWorker({}, {}, ".")
+    worker.initialize()
+    for version in (1, 2):
+        worker.finish_sync("actor", version)
+    later.initialize()
+    later.load_state_dict(worker.state_dict())
+    later.finish_sync("actor", 3)
+    assert later.state_dict() == {"rollout": {"versions": [1, 2, 3]}}
+    engine = worker.engine
+    worker.close()
+    assert not engine.open_
+    assert later.engine.open_, "each worker has an engine of its own"

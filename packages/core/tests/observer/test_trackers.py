@@ -143,7 +143,7 @@ def test_wandb_offline_holds_every_number_the_options_and_tables_of_samples(
     assert [(row["_step"], row["eval/done"]) for row in logged if "eval/done" in row] == [(0, 0.0), (2, 2.0)]
     tables = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/completions_*.json"))
     table = json.loads(tables[0].read_text())
-    assert table["columns"] == ["step", "source", "prompt", "completion", "reward", "advantage"]
+    assert table["columns"] == ["step", "source", "prompt", "completion", "row", "reward", "advantage"]
     first = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
     assert table["data"][0] == list(first.values())
     for path in tmp_path.rglob("*"):
