@@ -67,7 +67,7 @@ def test_it_is_a_provider() -> None:
 def test_it_travels_without_what_it_has_opened() -> None:
     provider = VLLM(max_num_seqs=3)
     with open_provider(provider) as engines:
-        engines.engines["actor"] = SimpleNamespace(close=lambda last: None)
+        engines.engines["actor"] = SimpleNamespace(close=lambda: None)
         assert pickle.loads(pickle.dumps(provider)) == VLLM(max_num_seqs=3)
     with open_provider(provider) as again:
         assert again.engines == {}

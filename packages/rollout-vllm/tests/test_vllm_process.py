@@ -84,7 +84,6 @@ def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyP
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    second = Sleeper()
-    second._others = {"actor": Sleeper()}
+    monkeypatch.setattr(session._groups, "users", 1)
     with pytest.raises(UsageError, match=r"enable_sleep.* is for runs that sample one role: .*; leave it out$"):
-        second._open("unread", trust_remote_code=False)
+        Sleeper()._open("unread", trust_remote_code=False)

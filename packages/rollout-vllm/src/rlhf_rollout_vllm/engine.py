@@ -93,7 +93,7 @@ class VLLMEngines(Rollout):
 
         engine = self.engines.get(role.name)
         if engine is None:
-            engine = self.engines[role.name] = Engine(self.options, role, self.engines)
+            engine = self.engines[role.name] = Engine(self.options, role)
             engine.update(role)
             check(engine, role, prompts, "loading")
         elif engine.version != role.version:  # a checkpoint was restored, say
@@ -138,5 +138,4 @@ class VLLMEngines(Rollout):
     def close(self) -> None:
         """Shut the engines down and free what they hold."""
         while self.engines:
-            _, engine = self.engines.popitem()
-            engine.close(last=not self.engines)
+            self.engines.popitem()[1].close()

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,12 @@ class Engine:
     Args:
         options: the provider.
         role: whose model it runs; its weights are taken by `update`.
-        others: the engines that are open in this process; vLLM's process groups are shared by all of them.
     """
 
     probe: Prompts
     """the prompts that engine and trainer are compared on"""
 
-    def __init__(self, options: VLLMOptions, role: Role, others: Mapping[str, Engine]) -> None:
+    def __init__(self, options: VLLMOptions, role: Role) -> None:
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()
@@ -60,11 +59,11 @@ class Engine:
         """the role's version that its weights are from; None before the first `update`"""
         self.updates = 0
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
-        self._others = others
-        self._owns_groups = _owns_groups(others)
         self._asleep = False
+        _groups.prepare()
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
+        _groups.acquire()
 
     def _open(self, model: str, trust_remote_code: bool) -> Any:
         """vLLM's engine, its weights still arbitrary.
@@ -80,7 +79,7 @@ class Engine:
         cache_gib = self.options.kv_cache_gib or (CPU_CACHE_GIB if cpu else 0.0)
         eager = cpu if self.options.enforce_eager is None else self.options.enforce_eager
         self._sleeps = self.options.enable_sleep and not cpu
-        if self._sleeps and self._others:
+        if self._sleeps and _groups.users:
             raise OptionError(
                 "enable_sleep",
                 "is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out",
@@ -214,8 +213,8 @@ class Engine:
             self.llm.wake_up()
             self._asleep = False
 
-    def close(self, last: bool = True) -> None:
-        """Free everything; the process groups too, if vLLM made them and this is the `last` engine of the process."""
+    def close(self) -> None:
+        """Free everything; the process groups too, if no other engine of the process is open."""
         client = self.llm.llm_engine.engine_core
         client._finalizer.detach()  # it would destroy the groups whoever uses them, the trainer's too
         client.engine_core.model_executor.shutdown()
@@ -225,8 +224,7 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if last:
-            _destroy_groups(self._owns_groups)
+        _groups.release()
 
 
 def _external_launcher() -> str | None:
@@ -235,20 +233,37 @@ def _external_launcher() -> str | None:
     return "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
-def _owns_groups(others: Mapping[str, Engine]) -> bool:
-    """Whether the default process group is, or will be, vLLM's."""
-    if others:
-        return next(iter(others.values()))._owns_groups
-    return not torch.distributed.is_initialized()
+class _ProcessGroups:
+    """vLLM's process groups. vLLM keeps them in globals of its own, so that all engines of a process share them."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        """engines that are open in this process"""
+        self._own_default = False
+        """the default process group is vLLM's too"""
+
+    def prepare(self) -> None:
+        """Before an engine opens: remember whether vLLM will make the default process group."""
+        if not self.users:
+            self._own_default = not torch.distributed.is_initialized()
+
+    def acquire(self) -> None:
+        """Count an engine that has opened."""
+        self.users += 1
+
+    def release(self) -> None:
+        """After an engine has closed: destroy the groups if it was the last one; the default one only if it is vLLM's."""
+        self.users -= 1
+        if self.users:
+            return
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        destroy_model_parallel()
+        if self._own_default:
+            destroy_distributed_environment()
 
 
-def _destroy_groups(all_of_them: bool) -> None:
-    """vLLM's process groups; the default one too where it is vLLM's."""
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-    destroy_model_parallel()
-    if all_of_them:
-        destroy_distributed_environment()
+_groups = _ProcessGroups()
 
 
 class _CountedWeights:
