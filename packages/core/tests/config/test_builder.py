@@ -102,8 +102,9 @@ def test_a_flag_that_chooses_another_provider_drops_the_options_of_the_files_one
 
 def test_only_what_the_algorithm_uses_is_there(registry: Registry) -> None:
     config = run("offline --data.where here --reward.optim.lr 1", registry)
-    assert set(config.providers) == {"data", "strategy", "launcher"}
-    assert dict(config.names) == {"algorithm": "offline", "data": "asks", "strategy": "torch", "launcher": "local"}
+    assert set(config.providers) == {"data", "sampler", "strategy", "launcher"}
+    always = {"sampler": "shuffled", "strategy": "torch", "launcher": "local"}
+    assert dict(config.names) == {"algorithm": "offline", "data": "asks", **always}
     assert config.roles["reward"] == TrainedOptions(optim=AdamW(lr=1))
 
 
