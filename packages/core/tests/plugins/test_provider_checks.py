@@ -228,7 +228,7 @@ def test_the_command_line_answers_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("brokenreward.py").write_text(BROKEN)
-    assert main(["grpo", "--model", "no/such-model", "--reward", "brokenreward:X", "--output", "run"]) == 2
+    assert main(["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", "no/such-model", "--reward", "brokenreward:X", "--output", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "brokenreward:X: __call__(self, prompts, texts) is called with (self, rollouts)" in line
     assert not Path("run").exists()
@@ -236,7 +236,7 @@ def test_the_command_line_answers_before_a_model_is_loaded(
 
 def test_an_instance_from_python_is_checked_like_a_name() -> None:
     with pytest.raises(UsageError, match=r"reward Duck does not subclass Reward; write class Duck\(Reward\):"):
-        make_config("grpo", reward=Duck())
+        make_config("rlhf_core.testing.tiny_algorithm:TinyAlgorithm", reward=Duck())
 
 
 def test_a_class_that_a_plugin_registers_is_checked_when_it_is_chosen() -> None:
