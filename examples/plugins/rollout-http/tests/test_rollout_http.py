@@ -250,7 +250,7 @@ def test_a_slow_server_ends_the_run_at_the_deadline(model: str, tmp_path: Path) 
     with servers.up(servers.Altered(model, servers.slow)) as server:
         started = time.monotonic()
         line = message(model, tmp_path, server, timeout=1.0)
-    assert "gave no answer in 1 s" in line
+    assert "gave no answer in 1 s" in line or "timed out" in line  # the clock may run out while the connection opens
     assert time.monotonic() - started < 30
 
 
