@@ -228,7 +228,8 @@ def test_the_command_line_answers_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("brokenreward.py").write_text(BROKEN)
-    assert main(["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", "no/such-model", "--reward", "brokenreward:X", "--output", "run"]) == 2
+    words = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", "no/such-model"]
+    assert main([*words, "--reward", "brokenreward:X", "--output", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "brokenreward:X: __call__(self, prompts, texts) is called with (self, rollouts)" in line
     assert not Path("run").exists()
