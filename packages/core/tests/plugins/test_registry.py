@@ -313,6 +313,16 @@ def test_the_line_that_failed_is_named(install: Install, tmp_path: Path) -> None
     assert str(broken).endswith(" (rlhf_lines.py, line 4)")
 
 
+def test_the_line_is_the_authors_and_not_the_one_of_a_library_that_it_calls(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library.py").write_text("import sys\n\n\ndef leave(text):\n    raise SystemExit(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    install("rlhf-leaves", "import library\n\nlibrary.leave('enough')\n", "leaves")
+    (broken,) = Registry().broken_plugins
+    assert str(broken).endswith("SystemExit: enough (rlhf_leaves.py, line 3)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rlhf_core.config.docstrings import docs_of, first_line
+from rlhf_core.config.option_fields import Option, flag, format_default
 from rlhf_core.config.parsing import Settings
-from rlhf_core.config.schema import FIXED, Option, Schema, Section, flag, format_default
+from rlhf_core.config.schema import FIXED, Schema, Section
 from rlhf_core.config.value_types import is_secret, metavar
 from rlhf_core.contract.hooks import OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig

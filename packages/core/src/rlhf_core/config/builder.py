@@ -23,17 +23,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
 from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
-from rlhf_core.config.schema import (
-    Schema,
-    Section,
-    Use,
-    annotation_of,
-    default_of,
-    nested_dataclass,
-    option_fields,
-    unused_fields,
-)
+from rlhf_core.config.schema import Schema, Section, unused_fields
 from rlhf_core.config.value_types import MASK, is_secret, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.schema import Schema, flag, make_schema, option_fields, provider_fields
+from rlhf_core.config.option_fields import flag, option_fields
+from rlhf_core.config.schema import Schema, make_schema, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.errors import UsageError, spell_options

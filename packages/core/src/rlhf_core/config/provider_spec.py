@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from rlhf_core.config.schema import annotation_of, option_fields
+from rlhf_core.config.option_fields import annotation_of, option_fields
 from rlhf_core.config.value_types import from_words
 from rlhf_core.errors import OptionError, options_under
 from rlhf_core.util.suggestions import did_you_mean

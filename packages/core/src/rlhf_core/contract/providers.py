@@ -21,19 +21,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.capability import replaceable
 from rlhf_core.contract.engines import call_once
+from rlhf_core.contract.provider import Provider
+from rlhf_core.contract.run_providers import Evaluator, Launcher, Observer, Strategy
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
-    from rlhf_core.contract.engines import Closeable, OpenContext
     from rlhf_core.contract.episode import Session
-    from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.options import KL, ModelOptions, Sampling
-    from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
-    from rlhf_core.contract.roles import Placement, Role, Trainable
-    from rlhf_core.contract.run_view import RowEncoder, RunView
+    from rlhf_core.contract.roles import Role
+    from rlhf_core.contract.run_view import RowEncoder
     from rlhf_core.contract.terms import ProviderChoices, Term
 
 __all__ = [
@@ -51,27 +50,6 @@ __all__ = [
     "Rollout",
     "Strategy",
 ]
-
-
-class Provider:
-    """What providers of all kinds have in common.
-
-    A provider that holds nothing is its own engine. One that holds something, or remembers something from step to step,
-    returns another object from `open`: see `rlhf_core.contract.engines`.
-    """
-
-    def open(self, context: OpenContext) -> Closeable:
-        """Return the engine that a run calls in this provider's place. Called once a run, after `check`.
-
-        Observers, algorithms, strategies and launchers are not opened: calling one makes what is open.
-        """
-        return self
-
-    def close(self) -> None:
-        """Do nothing: a provider that is its own engine holds nothing."""
-
-    def check(self) -> None:
-        """Raise `UsageError` for what is missing (a package, a key, a file). Called once, before anything heavy starts."""
 
 
 @replaceable
@@ -309,77 +287,6 @@ class Algorithm(Provider):
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         """Return the terms. Raises `UsageError` for a combination that cannot work."""
-        raise NotImplementedError
-
-
-@replaceable
-class Strategy(Provider):
-    """Turns a role's module (and optimizer options, None for a frozen role) into a `Trainable`.
-
-    `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
-    start, for example) or not at all.
-    """
-
-    @property
-    def second_order(self) -> bool:
-        """True if its trainables are `SecondOrderTrainable`: an optimizer may observe a step and evaluate it again."""
-        return False
-
-    def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
-        """Return the model under this strategy."""
-        raise NotImplementedError
-
-
-@replaceable
-class Launcher(Provider):
-    """Places the roles of a plan."""
-
-    @property
-    def one_process(self) -> bool:
-        """True if all roles are in the process of the loop, so that one may read another's logits."""
-        return False
-
-    def __call__(self, plan: Plan) -> Placement:
-        """Return the placed roles and the rollout engine."""
-        raise NotImplementedError
-
-
-@replaceable
-class Evaluator(Provider):
-    """Measures a policy. Metric names are logged as `eval/<name>`."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Outputs of roles that it asks for, such as `ref_logprobs_NT`."""
-        return frozenset()
-
-    @property
-    def opponents(self) -> frozenset[str]:
-        """Roles that it samples besides the policy."""
-        return frozenset()
-
-    @property
-    def samples(self) -> bool:
-        """False if it samples nothing."""
-        return True
-
-    def __call__(self, run: RunView) -> Mapping[str, float]:
-        """Return metrics by name."""
-        metrics: Mapping[str, float] = call_once(self, run)
-        return metrics
-
-
-@replaceable
-class Observer(Provider):
-    """Watches a run that asks for it by name: trackers, alarms."""
-
-    @property
-    def all_ranks(self) -> bool:
-        """True if it is made, and its object's hooks are called, in every process instead of the first one only."""
-        return False
-
-    def __call__(self, run: RunView) -> object:
-        """Return an object with observer hooks, methods marked `@hookimpl`. Called when the roles are placed."""
         raise NotImplementedError
 
 

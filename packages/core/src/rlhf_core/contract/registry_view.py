@@ -62,12 +62,21 @@ class BrokenPlugin:
 
 
 def failure_place(error: BaseException) -> str:
-    """Return ` (FILE, line N)` for the innermost line outside host and standard library; empty if there is none."""
+    """Return ` (FILE, line N)` for the innermost line of the author's own code; empty if there is none.
+
+    That is the first file outside host and standard library, or one of its package. What it calls may be a library's, and
+    a library may have replaced a function of Python, as wandb does with `sys.exit`.
+    """
     if isinstance(error, SyntaxError) and error.filename is not None:
         return ""  # Python's own text names them
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    outside = [(file, line) for file, line in frames if not _is_host(file)]
-    return f" ({Path(outside[-1][0]).name}, line {outside[-1][1]})" if outside else ""
+    outside = [(Path(file), line) for file, line in frames if not _is_host(file)]
+    if not outside:
+        return ""
+    first = outside[0][0]
+    package = first.parent if (first.parent / "__init__.py").exists() else first
+    file, line = [place for place in outside if place[0].is_relative_to(package)][-1]
+    return f" ({file.name}, line {line})"
 
 
 def _is_host(file: str) -> bool:

@@ -19,8 +19,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module, metadata
-from pathlib import Path
-from types import FunctionType, MethodType
 from typing import Any
 
 import pluggy
@@ -30,9 +28,10 @@ from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
 from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, RegisteredProvider
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins import import_paths as targets
+from rlhf_core.plugins.hook_checks import check_marked, name_the_culprit, place_of, unknown_hook
 from rlhf_core.plugins.known_packages import INSTALL
 from rlhf_core.plugins.provider_checks import check_class
-from rlhf_core.util.suggestions import closest_names, did_you_mean, or_list
+from rlhf_core.util.suggestions import did_you_mean, or_list
 
 __all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "Registry", "conflict_text", "default_registry"]
 
@@ -48,9 +47,6 @@ FIRST_WORDS = ("command", "algorithm")
 
 LOCAL = "(local)"
 """The distribution of plugins and classes that come from no distribution."""
-
-HOOKS = (*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS)
-"""What a plugin may have."""
 
 
 class Registry:
@@ -75,7 +71,7 @@ class Registry:
         self._tables: dict[str, dict[str, list[RegisteredProvider]]] = {kind: {} for kind in KINDS}
         self._manager = pluggy.PluginManager(GROUP)
         self._manager.add_hookspecs(hookspecs)
-        self._manager.add_hookcall_monitoring(lambda *_: None, _name_the_culprit)
+        self._manager.add_hookcall_monitoring(lambda *_: None, name_the_culprit)
         self.hook = self._manager.hook
         """the observer hooks: `registry.hook.rlhf_step_end(run=…, step=…, metrics=…)`"""
 
@@ -104,7 +100,7 @@ class Registry:
         known = Plugin(name, distribution, version)
         if name in self.plugins:
             raise PluginError(f"the plugin name is taken by {self.plugins[name]}, which was loaded first")
-        _check_marked(plugin)
+        check_marked(plugin)
         self._manager.register(plugin, name)
         try:
             self._manager.check_pending()
@@ -112,7 +108,7 @@ class Registry:
             self._check_first_words(provided)
         except pluggy.PluginValidationError as error:
             self._manager.unregister(plugin)
-            raise PluginError(_unknown_hook(plugin) or str(error)) from error
+            raise PluginError(unknown_hook(plugin) or str(error)) from error
         except BaseException:
             self._manager.unregister(plugin)
             raise
@@ -128,7 +124,7 @@ class Registry:
             observers: objects with observer hooks, by what a note on an exception calls them.
         """
         for name, observer in observers.items():
-            _check_marked(observer)
+            check_marked(observer)
             self._manager.register(observer, name)
         try:
             self._manager.check_pending()
@@ -203,7 +199,7 @@ class Registry:
         for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
             if implementation.plugin_name != plugin.name:
                 continue
-            table, place = implementation.function(), _place(implementation.function)
+            table, place = implementation.function(), place_of(implementation.function)
             if not isinstance(table, Mapping):
                 raise PluginError(f"rlhf_{kind}() must return {{name: provider}}, not {type(table).__name__}{place}")
             for name, target in table.items():
@@ -345,34 +341,6 @@ def default_registry() -> Registry:
     return Registry()
 
 
-def _check_marked(plugin: object) -> None:
-    """A function that is named like a hook but not marked would be ignored in silence."""
-    for name in HOOKS:
-        function = getattr(plugin, name, None)
-        if isinstance(function, (FunctionType, MethodType)) and not hasattr(function, f"{GROUP}_impl"):
-            raise PluginError(f"{name}() lacks @hookimpl (from rlhf_core import hookimpl){_place(function)}")
-
-
-def _unknown_hook(plugin: object) -> str:
-    """Describe the marked function of the plugin that no specification knows."""
-    for name in dir(plugin):
-        function = getattr(plugin, name)
-        if hasattr(function, f"{GROUP}_impl") and name not in HOOKS:
-            words = {
-                hook.removeprefix("rlhf_"): hook for hook in HOOKS
-            }  # the common prefix makes everything look alike
-            close = [words[each] for each in closest_names(name.removeprefix("rlhf_"), words)]
-            meant = f" (did you mean {or_list(close)}?)" if close else f"; hooks are {', '.join(HOOKS)}"
-            return f"{name}() is not a hook{meant}{_place(function)}"
-    return ""
-
-
-def _place(function: Any) -> str:
-    """Return ` (FILE, line N)` of a function; empty if it has no code."""
-    code = getattr(function, "__code__", None)
-    return f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code is not None else ""
-
-
 def conflict_text(entries: Sequence[RegisteredProvider]) -> str:
     """Describe several entries of one name, and the ways to choose among them."""
     entries = sorted(entries, key=lambda each: (each.plugin.name != "core", each.plugin.name))
@@ -381,17 +349,3 @@ def conflict_text(entries: Sequence[RegisteredProvider]) -> str:
     kind = " and ".join(dict.fromkeys(each.kind for each in entries))
     name, blocked = entries[0].name, entries[-1].plugin.name
     return f"{kind} {name!r} is provided by {plugins}; choose {names}, or block one with -p no:{blocked}"
-
-
-def _name_the_culprit(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[Any], _: object) -> None:
-    """Note on an exception out of a hook which plugin raised it; pluggy does not say."""
-    error = outcome.exception
-    trace = error.__traceback__ if error is not None else None
-    while trace is not None:
-        for implementation in implementations:
-            if getattr(implementation.function, "__code__", None) is trace.tb_frame.f_code:
-                assert error is not None
-                name = implementation.plugin_name
-                error.add_note(f"in {hook}() of {name if name.startswith('observer ') else f'the plugin {name!r}'}")
-                return
-        trace = trace.tb_next

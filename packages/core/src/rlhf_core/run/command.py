@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.builder import construct, split_sections
+from rlhf_core.config.option_fields import flag, option_fields
 from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags, with_spelling
-from rlhf_core.config.schema import Schema, Section, build_schema, flag, option_fields, provider_sections
+from rlhf_core.config.schema import Schema, Section, build_schema, provider_sections
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import RunConfig

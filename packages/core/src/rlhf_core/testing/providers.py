@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from rlhf_core.config.docstrings import docs_of
-from rlhf_core.config.schema import annotation_of, option_fields
+from rlhf_core.config.option_fields import annotation_of, option_fields
 from rlhf_core.config.value_types import from_plain, to_plain
 
 __all__ = ["check_light", "check_provider"]

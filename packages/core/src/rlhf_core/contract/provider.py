@@ -1,0 +1,31 @@
+"""What providers of every kind have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.engines import Closeable, OpenContext
+
+__all__ = ["Provider"]
+
+
+class Provider:
+    """What providers of all kinds have in common.
+
+    A provider that holds nothing is its own engine. One that holds something, or remembers something from step to step,
+    returns another object from `open`: see `rlhf_core.contract.engines`.
+    """
+
+    def open(self, context: OpenContext) -> Closeable:
+        """Return the engine that a run calls in this provider's place. Called once a run, after `check`.
+
+        Observers, algorithms, strategies and launchers are not opened: calling one makes what is open.
+        """
+        return self
+
+    def close(self) -> None:
+        """Do nothing: a provider that is its own engine holds nothing."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for what is missing (a package, a key, a file). Called once, before anything heavy starts."""

@@ -1,0 +1,94 @@
+"""The base classes of providers that carry out a run and watch it: strategies, launchers, evaluators and observers.
+
+`rlhf_core.contract.providers` has those that a run computes with, and says what a capability is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.capability import replaceable
+from rlhf_core.contract.engines import call_once
+from rlhf_core.contract.provider import Provider
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rlhf_core.contract.optimizers import OptimizerProvider
+    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.roles import Placement, Trainable
+    from rlhf_core.contract.run_view import RunView
+
+__all__ = ["Evaluator", "Launcher", "Observer", "Strategy"]
+
+
+@replaceable
+class Strategy(Provider):
+    """Turns a role's module (and optimizer options, None for a frozen role) into a `Trainable`.
+
+    `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
+    start, for example) or not at all.
+    """
+
+    @property
+    def second_order(self) -> bool:
+        """True if its trainables are `SecondOrderTrainable`: an optimizer may observe a step and evaluate it again."""
+        return False
+
+    def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
+        """Return the model under this strategy."""
+        raise NotImplementedError
+
+
+@replaceable
+class Launcher(Provider):
+    """Places the roles of a plan."""
+
+    @property
+    def one_process(self) -> bool:
+        """True if all roles are in the process of the loop, so that one may read another's logits."""
+        return False
+
+    def __call__(self, plan: Plan) -> Placement:
+        """Return the placed roles and the rollout engine."""
+        raise NotImplementedError
+
+
+@replaceable
+class Evaluator(Provider):
+    """Measures a policy. Metric names are logged as `eval/<name>`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Outputs of roles that it asks for, such as `ref_logprobs_NT`."""
+        return frozenset()
+
+    @property
+    def opponents(self) -> frozenset[str]:
+        """Roles that it samples besides the policy."""
+        return frozenset()
+
+    @property
+    def samples(self) -> bool:
+        """False if it samples nothing."""
+        return True
+
+    def __call__(self, run: RunView) -> Mapping[str, float]:
+        """Return metrics by name."""
+        metrics: Mapping[str, float] = call_once(self, run)
+        return metrics
+
+
+@replaceable
+class Observer(Provider):
+    """Watches a run that asks for it by name: trackers, alarms."""
+
+    @property
+    def all_ranks(self) -> bool:
+        """True if it is made, and its object's hooks are called, in every process instead of the first one only."""
+        return False
+
+    def __call__(self, run: RunView) -> object:
+        """Return an object with observer hooks, methods marked `@hookimpl`. Called when the roles are placed."""
+        raise NotImplementedError
