@@ -107,7 +107,7 @@ class Loop:
         registry = Registry()
         config = make_config(
             self.options.algorithm, registry, model=self.options.model, data="prompts", reward="length", steps=100,
-            batch_size=PROMPTS, epochs=1, minibatches=1, micro_tokens=100_000,
+            batch_size=PROMPTS, update_epochs=1, minibatches=1, micro_tokens=100_000,
             sampling={"n": SAMPLES, "max_new_tokens": TOKENS}, output=tempfile.mkdtemp(),
         )  # fmt: skip
         run = Run(config, registry)

@@ -29,7 +29,7 @@ EPISODES: dict[str, Any] = {  # ranks sample different numbers of turns from the
 }
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "grpo": ("grpo", {**ONLINE, "actor": {**ACTOR, "ema": 0.5}}),
-    "ppo": ("ppo", {**ONLINE, "actor": ACTOR, "critic": ACTOR, "epochs": 2}),
+    "ppo": ("ppo", {**ONLINE, "actor": ACTOR, "critic": ACTOR, "update_epochs": 2}),
     "reward": ("reward", {"batch_size": 4, "reward": ACTOR}),
     "dpo": ("dpo", {"batch_size": 4, "actor": ACTOR}),
     "distill": ("distill", {"batch_size": 4, "actor": ACTOR, "teacher": {"model": "tiny:layers=1"}}),

@@ -70,12 +70,14 @@ def test_both_sides_of_a_pair_are_one_pass(pairs: dict[str, Any], tmp_path: Path
     [
         pytest.param({}, {("actor", True, SAMPLED): 1}, id="on-policy"),
         pytest.param(
-            {"epochs": 2}, {("actor", True, SAMPLED): 2}, id="two passes: the sampler's own log-probabilities are old"
+            {"update_epochs": 2},
+            {("actor", True, SAMPLED): 2},
+            id="two passes: the sampler's own log-probabilities are old",
         ),
         pytest.param({"minibatches": 2}, {("actor", True, SAMPLED // 2): 2}, id="two minibatches"),
         pytest.param(TRUNCATED, {("actor", True, SAMPLED): 1}, id="truncated on-policy: the live ones are old"),
         pytest.param(
-            {"epochs": 2, **TRUNCATED},
+            {"update_epochs": 2, **TRUNCATED},
             {("actor", False, SAMPLED): 1, ("actor", True, SAMPLED): 2},
             id="truncated, two passes: old ones are computed",
         ),
@@ -108,5 +110,5 @@ ACTOR_CRITIC = {("actor", True, SAMPLED): 1, ("critic", True, SAMPLED): 1}
 def test_actor_and_critic(
     options: dict[str, Any], expected: dict[Any, int], kl: dict[str, Any], reference: int, tmp_path: Path
 ) -> None:
-    found = passes({"use": "ppo", "kl": kl}, tmp_path, **(ONLINE | {"epochs": 1, "minibatches": 1} | options))
+    found = passes({"use": "ppo", "kl": kl}, tmp_path, **(ONLINE | {"update_epochs": 1, "minibatches": 1} | options))
     assert found == expected | ({("reference", False, SAMPLED): 1} if reference else {})

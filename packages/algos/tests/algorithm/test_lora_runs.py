@@ -43,7 +43,7 @@ def options_of(algorithm: str, folder: Path, **more: Any) -> dict[str, Any]:
         "save_every": 2,
     }
     if algorithm in ("ppo", "grpo"):
-        options |= {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 6}, "minibatches": 2, "epochs": 1}
+        options |= {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 6}, "minibatches": 2, "update_epochs": 1}
     if algorithm == "ppo":
         options["critic"] = trained
     return options | more

@@ -61,7 +61,7 @@ def test_a_step_is_planned_from_the_terms_whose_turn_it_is(tmp_path: Path) -> No
     assert (resting.sources, resting.trained_roles, list(resting.credits)) == (("scout",), ("scout",), ["scout#1"])
     assert [plan.credits[key].every for key in plan.credits] == [3, 3, 1], "a credit has one cadence"
     assert [plan.optimiser_steps(role) for role in ("actor", "scout")] == [2, 7]
-    twice = make_plan(make_config(Pair(3), model="tiny", steps=7, epochs=2, minibatches=3, sampling={"n": 2}))
+    twice = make_plan(make_config(Pair(3), model="tiny", steps=7, update_epochs=2, minibatches=3, sampling={"n": 2}))
     assert twice.optimiser_steps("actor") == 12
 
 
@@ -77,8 +77,8 @@ def test_resting_roles_are_neither_sampled_nor_moved_and_keep_their_own_schedule
     assert [row["samples"] for row in found] == [4, 4, 8, 4, 4, 8, 4]
     assert [step for step, row in enumerate(found, 1) if "loss/actor" in row] == [3, 6]
     assert all("loss/scout" in row for row in found)
-    assert [row["lr/actor"] for row in found if "lr/actor" in row] == [1e-3, 0.0], "linear over its two updates"
-    assert found[6]["lr/scout"] == 0.0
+    assert [row["lr/actor"] for row in found if "lr/actor" in row] == [1e-3, 5e-4], "linear over its two updates"
+    assert found[6]["lr/scout"] == pytest.approx(1e-3 / 7)
     with run_of(tmp_path / "other").open() as run:
         assert set(next(run.iterations(collect)).batches) == {"scout"}
 

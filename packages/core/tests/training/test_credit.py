@@ -84,7 +84,7 @@ def test_strictly_on_policy_nothing_is_scored_that_training_yields_itself() -> N
 
 def test_with_several_optimiser_steps_the_old_log_probabilities_are_scored_once() -> None:
     actor = Spy(-1.0)
-    batch = compute_needs(plan_of(PerToken(), epochs=2), {"actor": actor}, "actor", make_batch([2, 1]))  # type: ignore[dict-item]
+    batch = compute_needs(plan_of(PerToken(), update_epochs=2), {"actor": actor}, "actor", make_batch([2, 1]))  # type: ignore[dict-item]
     assert actor.asked == [["logprobs_NT"]]
     assert batch["old_logprobs_NT"].tolist() == [[-1.0, -1.0], [-1.0, 0.0]]
 
@@ -92,7 +92,7 @@ def test_with_several_optimiser_steps_the_old_log_probabilities_are_scored_once(
 def test_what_the_batch_already_has_is_not_computed_again() -> None:
     actor = Spy(-1.0)
     given = make_batch([2, 1]).with_extras(old_logprobs_NT=torch.full((2, 2), -5.0))
-    batch = compute_needs(plan_of(PerToken(), epochs=2), {"actor": actor}, "actor", given)  # type: ignore[dict-item]
+    batch = compute_needs(plan_of(PerToken(), update_epochs=2), {"actor": actor}, "actor", given)  # type: ignore[dict-item]
     assert actor.asked == [] and float(batch["old_logprobs_NT"][0, 0]) == -5.0
 
 

@@ -20,7 +20,7 @@ CHILD = """
 import sys
 from rlhf_core.testing import tiny_run
 sampling = {"n": 2, "max_new_tokens": 6, "top_p": 0.9}
-tiny_run(sys.argv[1], steps=3, epochs=2, minibatches=2, save_every=2, sampling=sampling).train()
+tiny_run(sys.argv[1], steps=3, update_epochs=2, minibatches=2, save_every=2, sampling=sampling).train()
 """
 
 

@@ -113,7 +113,7 @@ def test_on_policy_old_log_probabilities_are_the_live_ones() -> None:
 
 def test_epochs_and_minibatches_are_optimiser_steps() -> None:
     batch = make_batch(LENGTHS)
-    role = role_of(Term("actor", "data", Square("token")), epochs=2, minibatches=3)
+    role = role_of(Term("actor", "data", Square("token")), update_epochs=2, minibatches=3)
     role.train({"data": batch})
     assert role.version == role.trainable.steps_done == 6
 

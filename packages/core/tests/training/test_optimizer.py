@@ -15,19 +15,29 @@ from rlhf_core.training.optimizer import lr_factor, make_optimizer
     ("options", "expected"),
     [
         (AdamW(), [1, 1, 1, 1, 1]),
-        (AdamW(schedule="linear"), [1, 0.75, 0.5, 0.25, 0]),
-        (AdamW(schedule="linear", min_lr_ratio=0.2), [1, 0.8, 0.6, 0.4, 0.2]),
-        (AdamW(schedule="cosine"), [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)]),
+        (AdamW(schedule="linear"), [1, 0.8, 0.6, 0.4, 0.2]),
+        (AdamW(schedule="linear", min_lr_ratio=0.5), [1, 0.9, 0.8, 0.7, 0.6]),
+        (AdamW(schedule="cosine"), [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(5)]),
         (
             AdamW(schedule="cosine", min_lr_ratio=0.1),
-            [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5)],
+            [0.1 + 0.9 * (1 + math.cos(math.pi * k / 5)) / 2 for k in range(5)],
         ),
         (AdamW(warmup=2), [1 / 3, 2 / 3, 1, 1, 1]),
-        (AdamW(warmup=0.4, schedule="linear"), [1 / 3, 2 / 3, 1, 0.5, 0]),
+        (AdamW(warmup=0.4, schedule="linear"), [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]),
     ],
 )
 def test_a_schedule_has_these_values_over_five_steps(options: AdamW, expected: list[float]) -> None:
     assert [lr_factor(options, step, 5) for step in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_without_warm_up_are_those_of_transformers(schedule: str) -> None:
+    from transformers import get_scheduler
+
+    theirs = get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 7)
+    for step in range(7):
+        assert lr_factor(AdamW(schedule=schedule), step, 7) == pytest.approx(theirs.get_last_lr()[0])  # type: ignore[arg-type]
+        theirs.step()
 
 
 def test_biases_and_norms_are_not_decayed_and_frozen_parameters_are_left_out() -> None:

@@ -121,7 +121,7 @@ def test_a_role_without_options_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "steps", "single_update"), [({}, 100, True), ({"epochs": 2, "minibatches": 3}, 600, False)]
+    ("change", "steps", "single_update"), [({}, 100, True), ({"update_epochs": 2, "minibatches": 3}, 600, False)]
 )
 def test_optimiser_steps_are_counted_over_epochs_and_minibatches(
     change: dict[str, int], steps: int, single_update: bool

@@ -121,7 +121,7 @@ def test_a_role_that_rests_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_several_passes_over_a_batch_come_after_all_passes_of_the_other_role(tmp_path: Path) -> None:
-    seen = watched(tmp_path, ReadAfter(), epochs=2)
+    seen = watched(tmp_path, ReadAfter(), update_epochs=2)
     torch.testing.assert_close(seen.read[0], seen.after[0], atol=1e-6, rtol=0)
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.length import check_length, without_unused_length
 from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
 from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
 from rlhf_core.config.schema import Schema, Section, unused_fields
@@ -30,6 +31,7 @@ from rlhf_core.config.value_types import MASK, is_secret, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
+from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
 from rlhf_core.util.secrets import redact_tree
 
@@ -65,6 +67,8 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
     from rlhf_core.plugins.registry import default_registry
 
     registry = registry or default_registry()
+    with spell_options(OptionNames(language="python")):
+        check_length(overrides)
     roles = _algorithm_class(algorithm, registry).roles
     tree: dict[str, Any] = {}
     instances: dict[str, Any] = {}
@@ -112,7 +116,7 @@ def to_toml(config: RunConfig) -> str:
     """The file that repeats the run: every option, resolved. Secrets are masked unless given as `env:NAME`."""
     import tomli_w
 
-    return tomli_w.dumps(_tree(config, masked=True))
+    return tomli_w.dumps(without_unused_length(_tree(config, masked=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

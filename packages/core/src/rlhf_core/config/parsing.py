@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.length import check_length, replace_length
 from rlhf_core.config.option_fields import flag, option_fields
 from rlhf_core.config.schema import Schema, make_schema, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
@@ -47,8 +48,12 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
         schema, settings = parse_tree(tree, registry, where=where, wanted=wanted, uses=uses)
     in_file |= frozenset(settings)
     set_by_flags = from_flags(flags, schema)
-    _merge(settings, set_by_flags)
     given = frozenset(set_by_flags) | frozenset(wanted)
+    with spell_options(OptionNames(language="flags", flags=given, file=where, in_file=in_file)):
+        check_length(settings)
+        check_length(set_by_flags)
+    replace_length(settings, set_by_flags)
+    _merge(settings, set_by_flags)
     return with_spelling(schema, "flags", flags=given, file=where, in_file=in_file - given), settings
 
 

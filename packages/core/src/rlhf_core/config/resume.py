@@ -19,6 +19,7 @@ from rlhf_core.option_text import render_options
 __all__ = ["changed_options", "check_resume"]
 
 FREE_KINDS = ("launcher", "evaluator", "observer")
+LENGTH = {"steps", "epochs"}
 LISTED = 8
 """Differences named in the message; one algorithm in place of another has dozens."""
 
@@ -64,8 +65,10 @@ def changed_options(old: Mapping[str, Any], config: RunConfig) -> list[str]:
     new = tomllib.loads(to_toml(config))
     free = {each.name for each in dataclasses.fields(RunConfig) if each.metadata.get("free")} | set(FREE_KINDS)
     if not any(_follows_steps(options) for options in config.roles.values()):
-        free.add("steps")
-    return [
+        free |= LENGTH
+    (before, was), (now, value) = (next((n, t[n]) for n in sorted(LENGTH) if n in t) for t in (old, new))
+    other = [f"{run_option(before)} {was} -> {run_option(now)} {value}"] if before != now and now not in free else []
+    return other + [
         f"{run_option(path)} {_word(before)} -> {_word(now)}"
         for path, before, now in _differences(old, new)
         if path.partition(".")[0] not in free and not _is_free(path, config)

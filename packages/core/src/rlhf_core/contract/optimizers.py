@@ -40,7 +40,7 @@ class OptimizerProvider(Provider):
     warmup: float = 0.0
     """warm-up: below 1 a share of all optimiser steps, from 1 a number of them"""
     min_lr_ratio: float = 0.0
-    """where linear and cosine end, as a share of `lr`"""
+    """where linear and cosine would be one step after the last, as a share of `lr`; every step's rate is above it"""
     max_grad_norm: float = 1.0
     """global gradient norm is clipped to this; 0 does not clip"""
 

@@ -250,7 +250,9 @@ class RunConfig:
     output: str = field(default="output", metadata=FREE)
     """folder of the run"""
     steps: int = 100
-    """optimiser phases: each collects a batch and trains on it"""
+    """training steps; each uses one batch"""
+    epochs: float = 0.0
+    """passes over the data, in place of --steps (0.5 is half a pass); 0 trains --steps"""
     seed: int = 0
     """the same seed gives the same numbers"""
     deterministic: bool = False
@@ -261,10 +263,10 @@ class RunConfig:
     """continue it although options that change results are not those it began with"""
     batch_size: int = 16
     """prompts (online) or rows (offline) per step, over all ranks"""
-    epochs: int = 1
-    """passes over each batch of rollouts"""
+    update_epochs: int = 1
+    """passes over the same batch before the next (PPO epochs), not over the data"""
     minibatches: int = 1
-    """optimiser steps per pass; 1 is strictly on-policy"""
+    """optimiser steps per pass over a batch; 1 is strictly on-policy"""
     micro_tokens: int = field(default=8192, metadata=FREE)
     """token budget of one micro-batch, padding included; changes memory and speed, never results"""
     on_oom: Literal["stop", "halve"] = field(default="stop", metadata=FREE)
@@ -329,5 +331,5 @@ class RunConfig:
         ]
 
     def __post_init__(self) -> None:
-        at_least(0, self, "steps", "chunk", "save_every", "eval_every", "keep_gb")
-        at_least(1, self, "batch_size", "epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")
+        at_least(0, self, "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb")
+        at_least(1, self, "batch_size", "update_epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

@@ -116,12 +116,12 @@ class Plan:
         """Optimiser steps of a role in the whole run: what its schedule is laid over."""
         every = {term.every for term in self.terms if term.role == role}
         turns = sum(any(step % each == 0 for each in every) for step in range(1, self.config.steps + 1))
-        return turns * self.config.epochs * self.config.minibatches
+        return turns * self.config.update_epochs * self.config.minibatches
 
     @property
     def single_update(self) -> bool:
         """True if each batch gets one optimiser step. Whether a batch is on-policy is read from its versions."""
-        return self.config.epochs == 1 and self.config.minibatches == 1
+        return self.config.update_epochs == 1 and self.config.minibatches == 1
 
     @property
     def trained_roles(self) -> tuple[str, ...]:

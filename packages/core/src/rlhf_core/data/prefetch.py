@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.shuffling import SHUFFLED
-from rlhf_core.data.stream import DrawnRows, Stream
+from rlhf_core.data.stream import DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.messages import log
@@ -168,7 +168,10 @@ class Prefetcher:
 
     def metrics(self, position: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Return counts since the run began, up to `position`, or to the last batch taken where it is absent."""
-        counts = {f"data/{name}": float((position or self._state)[name]) for name in ("dropped", "truncated")}
+        position = position or self._state
+        counts = {f"data/{name}": float(position[name]) for name in ("dropped", "truncated")}
+        if is_indexed(self._stream.examples):
+            counts["data/epoch"] = position["epoch"] + position["row"] / max(1, len(self._stream.examples))
         return counts | {"data/duplicates": float(count_duplicates(self._stream.examples))}
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["DrawnRows", "PreparedRow", "Stream"]
+__all__ = ["DrawnRows", "PreparedRow", "Stream", "is_indexed"]
 
 
 class PreparedRow(NamedTuple):
@@ -90,7 +90,7 @@ class Stream:
             raise OptionError(
                 "/batch_size", f"{batch_size} cannot be shared by {world_size} ranks: use a multiple of it"
             )
-        if not sampler.epochs and not _is_indexed(examples):
+        if not sampler.epochs and not is_indexed(examples):
             raise OptionError(
                 "/sampler",
                 f"{type(sampler).__qualname__} chooses rows by number, and the data is a stream without a length",
@@ -180,7 +180,7 @@ class Stream:
 
     def _epoch(self) -> Iterator[tuple[int, Example]]:
         """(row number, example) of the present epoch from the present position on."""
-        if _is_indexed(self.examples):
+        if is_indexed(self.examples):
             for _ in range(self.row, len(self.examples)):
                 number = self._next_number(len(self.examples))
                 yield number, self._example(number)
@@ -219,7 +219,7 @@ class Stream:
         return int(number)
 
 
-def _is_indexed(examples: Iterable[Example]) -> TypeGuard[Sequence[Example]]:
+def is_indexed(examples: Iterable[Example]) -> TypeGuard[Sequence[Example]]:
     """Return True if rows are read by number."""
     return isinstance(examples, Sequence) or (isinstance(examples, Sized) and hasattr(examples, "__getitem__"))
 

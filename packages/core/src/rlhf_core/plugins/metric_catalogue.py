@@ -56,6 +56,7 @@ _RUN = {
     "dynamic/rounds": "rounds: of sampling until enough prompts were kept",
     "dynamic/prompts": "prompts: sampled in these rounds",
     "dynamic/kept": "share 0..1: of them that were kept",
+    "data/epoch": "epochs: passes over the data since the run began, where it has a length: 1.25 is one and a quarter",
     "data/dropped": "rows: left out since the run began, because they are too long or empty",
     "data/truncated": "rows: cut to the limit since the run began",
     "data/duplicates": "rows: left out since the run began, because they were there already",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlhf_core.checkpoint import prepare_output
@@ -14,6 +15,7 @@ from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
+from rlhf_core.run.epochs import count_steps
 from rlhf_core.run.publishing import check_hub
 from rlhf_core.training.credit import check_rows
 from rlhf_core.training.reference_cache import cache_frozen_roles
@@ -56,6 +58,8 @@ def open_run(run: Run) -> Iterator[Run]:
             "return at least one Term"
         )
     check(run.plan)
+    if run.config.epochs:
+        run.configure(replace(run.config, steps=count_steps(run.plan)))
     with ExitStack() as stack:
         stack.enter_context(_open_providers(run))
         with options_under("/data"):

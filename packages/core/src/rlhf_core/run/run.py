@@ -71,16 +71,9 @@ class Run:
         from rlhf_core.plugins.registry import Registry
 
         install_console()
-        self.config = config
-        with spell_options(config.option_names):
-            self.plan = make_plan(config)
         self.registry = registry or Registry()
         self.output = Path(config.output)
-        self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
-        self.engines = Engines(config.seed, self.output, self.plan)
-        """what the providers have opened, while the run is open"""
-        self.data = RunData(self.plan, self.engines)
-        self.checkpoints = Checkpoints(config)
+        self.configure(config)
         self.observers = Observers(self.registry)
         self.signals = StopSignals()
         self.stop = Stop()
@@ -89,6 +82,17 @@ class Run:
         self.samples: dict[str, Batch] = {}
         """the credited batches of the last step"""
         self.placed: Placement | None = None
+
+    def configure(self, config: RunConfig) -> None:
+        """Work out the plan of `config`, and hold what follows from it; the run is not open."""
+        self.config = config
+        with spell_options(config.option_names):
+            self.plan = make_plan(config)
+        self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
+        self.engines = Engines(config.seed, self.output, self.plan)
+        """what the providers have opened, while the run is open"""
+        self.data = RunData(self.plan, self.engines)
+        self.checkpoints = Checkpoints(config)
 
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run

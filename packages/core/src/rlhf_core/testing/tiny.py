@@ -92,6 +92,8 @@ def tiny_run(output: str | Path, algorithm: Any = None, registry: Registry | Non
     from rlhf_core.testing.tiny_algorithm import TINY_SAMPLING, TinyAlgorithm
 
     small: dict[str, Any] = {"model": "tiny", "steps": 2, "batch_size": 2, "output": str(output)}
+    if "epochs" in options:
+        del small["steps"]
     if algorithm is None:
         small["sampling"] = TINY_SAMPLING
     return Run(make_config(algorithm or TinyAlgorithm(), registry, **(small | options)), registry)

@@ -178,7 +178,7 @@ class LocalRole(Role):
         return frozenset[str]().union(*(term.outputs for _, term in self.spec.terms if term.source == source))
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
-        """`epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
+        """`update_epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
         config = self.plan.config
         step = OptimizerStep(self.plan, self.spec, self.trainable, self.budget, self.forward_cache, self.version)
         means = Means()
@@ -186,7 +186,7 @@ class LocalRole(Role):
         noisy = isinstance(options, TrainedOptions) and options.lora.rank > 0 and options.lora.dropout > 0
         if config.on_nonfinite == "skip":
             means.add_sum(f"skipped/{self.name}", 0.0)
-        for _ in range(config.epochs):
+        for _ in range(config.update_epochs):
             seed = (config.seed << 32) + self.version
             keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
             parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}

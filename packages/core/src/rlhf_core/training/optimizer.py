@@ -50,14 +50,15 @@ def make_optimizer(module: nn.Module, optim: OptimizerProvider, total_steps: int
 def lr_factor(optim: OptimizerProvider, step: int, total: int) -> float:
     """Return the factor of the peak learning rate at optimizer step `step` (from 0) of `total`; 0..1.
 
-    Linear warm-up reaches 1 at the first step after it; linear and cosine then end at `min_lr_ratio` on the last step.
+    Linear warm-up reaches 1 at the first step after it. Linear and cosine then fall towards `min_lr_ratio`, which they would
+    reach one step after the last, as Hugging Face's do: no step of a run has learning rate 0.
     """
     warmup = round(optim.warmup * total) if optim.warmup < 1 else int(optim.warmup)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if optim.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     falling = 1 - progress if optim.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * falling
 

@@ -1,0 +1,80 @@
+"""From passes over the data to steps: `--epochs 3` of 80 rows in batches of 8 are 30 steps.
+
+The rows that fit are counted before anything else starts, so that schedules and the time left know the length of the run. A
+batch may begin in one pass and end in the next, and the last one is filled up with rows of a further pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.engines import Engines
+from rlhf_core.contract.plan import DATA
+from rlhf_core.data.prepare import SHARE, Preparer
+from rlhf_core.data.shuffling import SHUFFLED
+from rlhf_core.data.stream import is_indexed
+from rlhf_core.errors import DataError, OptionError, UsageError, options_under, run_option
+from rlhf_core.run.data import RunData
+from rlhf_core.training.dynamic_sampling import choose_filter
+from rlhf_core.util.messages import log
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.plan import Plan
+
+__all__ = ["count_steps"]
+
+
+def count_steps(plan: Plan) -> int:
+    """Return the steps that `--epochs` of the plan's data are: epochs * rows that fit / rows per batch, rounded up.
+
+    Raises:
+        UsageError: the passes cannot be counted, since the data has no length, a sampler does not go through it in passes, or
+            a filter draws more rows than a batch has; or no row fits.
+        DataError: a row cannot be read.
+    """
+    config = plan.config
+    if not config.providers.get("sampler", SHUFFLED).epochs:
+        raise OptionError(
+            "/epochs", f"needs a sampler that gives every row once per pass; pass {run_option('steps', 100)}"
+        )
+    if choose_filter(config) is not None:
+        raise OptionError(
+            "/epochs", f"cannot be counted where a filter draws further rows; pass {run_option('steps', 100)}"
+        )
+    with Engines(config.seed, plan=plan) as engines:
+        with options_under("/data"):
+            engines.open(config.providers["data"], "data")
+        data = RunData(plan, engines)
+        rows = data.rows
+        if not is_indexed(rows):
+            raise OptionError(
+                "/epochs", f"needs data of a known length, and a stream has none; pass {run_option('steps', 100)}"
+            )
+        preparer = Preparer(data.encoder, DATA not in plan.sources, config.providers["data"])
+        try:
+            fitting = _count_fitting(rows, preparer)
+        finally:
+            preparer.close()
+    if not fitting:
+        raise UsageError(
+            f"none of the {len(rows)} rows can be used, so that {run_option('epochs')} has nothing to pass over"
+        )
+    steps = math.ceil(config.epochs * fitting / config.batch_size)
+    passes = f"{config.epochs:g} epoch{'' if config.epochs == 1 else 's'} of {fitting} rows"
+    left_out = f" ({len(rows) - fitting} more are too long)" if fitting < len(rows) else ""
+    log.info(f"{passes}{left_out} are {steps} steps of {config.batch_size}")
+    return steps
+
+
+def _count_fitting(rows: Sequence[Example], preparer: Preparer) -> int:
+    """Return how many rows are not too long."""
+    fitting, block = 0, max(preparer.block, SHARE)
+    for start in range(0, len(rows), block):
+        for row in preparer([rows[i] for i in range(start, min(start + block, len(rows)))]):
+            if isinstance(row, DataError):
+                raise row
+            fitting += row is not None
+    return fitting
