@@ -15,12 +15,13 @@ import torch
 from rlhf_core.contract.engines import OpenContext
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.providers import Rollout
+from rlhf_core.contract.registry_view import PluginSelection
 from rlhf_core.errors import UsageError
 from rlhf_core.testing import tiny_run
 from rlhf_core.testing.tiny import tiny_rollouts
 from rlhf_core.training.local_role import LocalRole
 from rlhf_distributed_ray import worker as worker_module
-from rlhf_distributed_ray.worker import EngineWorker, MirrorRole, RoleWorker, buckets
+from rlhf_distributed_ray.worker import Description, EngineWorker, MirrorRole, RoleWorker, buckets
 
 LOGPROBS = frozenset({"logprobs_NT"})
 
@@ -31,23 +32,28 @@ def plan(tmp_path: Path) -> Plan:
     return plan
 
 
+def described(folder: str) -> Description:
+    """A run whose plan the test gives."""
+    return Description(PluginSelection(), {}, {}, folder)
+
+
 def test_a_worker_goes_where_the_run_was_started_or_says_that_it_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_module, "plan_from", lambda *_: None)
     monkeypatch.chdir("/")
-    assert RoleWorker({}, {}, str(tmp_path), "actor", 0, 1).initialize() == (socket.gethostname(), os.getpid())
+    assert RoleWorker(described(str(tmp_path)), "actor", 0, 1).initialize() == (socket.gethostname(), os.getpid())
     assert Path.cwd() == tmp_path
     with pytest.raises(
         UsageError, match=r"^node .* has no folder /not/here \(No such .*\); start the run in a folder that"
     ):
-        RoleWorker({}, {}, "/not/here", "actor", 0, 1).initialize()
+        RoleWorker(described("/not/here"), "actor", 0, 1).initialize()
 
 
 def started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RoleWorker:
     """The only worker of the actor."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    worker = RoleWorker({}, {}, ".", "actor", 0, 1)
+    worker = RoleWorker(described("."), "actor", 0, 1)
     worker.plan = plan
     worker.start("localhost", 1)
     return worker
@@ -136,7 +142,7 @@ def test_the_worker_of_a_rollout_engine_opens_it_stores_its_state_and_closes_it(
 ) -> None:
     monkeypatch.setattr(worker_module, "plan_from", lambda *_: tiny_run(tmp_path / "run", rollout=Buffered()).plan)
     monkeypatch.chdir(tmp_path)
-    worker, later = EngineWorker({}, {}, "."), EngineWorker({}, {}, ".")
+    worker, later = EngineWorker(described(".")), EngineWorker(described("."))
     worker.initialize()
     for version in (1, 2):
         worker.finish_sync("actor", version)

@@ -190,3 +190,15 @@ def test_several_processes_are_ranks_of_one_run(folder: Path) -> None:
     assert (folder / "called").read_text() == (
         "-m torch.distributed.run --standalone --nproc-per-node 4 -m rlhf_core --config out/run-seed0/sweep-config.toml\n"
     )
+
+
+def test_plugins_of_the_sweep_are_those_of_its_runs_here_and_in_scripts(folder: Path) -> None:
+    """A module that the environment does not have, and a plugin that is blocked."""
+    (folder / "sweep_local.py").write_text("")
+    path = write(folder, "[slurm]\n[ray]\n")
+    (folder / "python").write_text(f'#!/bin/bash\necho "$*" > {folder}/called\n')
+    words = ["-p", "no:files", "-p", "sweep_local", "sweep", str(path)]
+    for flags in (["--ray", "jobs.sh"], ["--slurm", "array.sh"], []):
+        assert main([*words, *flags]) == 0
+    for name in ("called", "array.sh", "jobs.sh"):
+        assert "-m rlhf_core -p sweep_local -p no:files " in (folder / name).read_text(), name

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from rlhf_core.cli import main
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import RewardOutput
+from rlhf_core.testing import run_ranks
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,13 @@ WORDS += [
 
 
 def run(ranks: int, output: Path, *flags: str) -> None:
-    """The command on one process, here, or on several under torchrun."""
+    """The command on one process, here, or on several ranks."""
     words = [*WORDS, "--output", str(output), *flags]
     if ranks == 1:
         assert main(words) == 0
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-m", "rlhf_core", *words], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_ranks(ranks, main, words)
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
 
 
 def curve(output: Path) -> list[tuple[int, float, float]]:

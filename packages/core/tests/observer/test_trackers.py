@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,18 @@ TRACKERS = [(TensorBoard(), "tensorboard"), (Wandb(mode="offline"), "wandb"), (M
 
 MLFLOW_WARNS = pytest.mark.filterwarnings("ignore:The ``noload``:DeprecationWarning")
 """MLflow 3.17 under SQLAlchemy 2.1"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def service() -> Iterator[None]:
+    """wandb's own process has all the time it needs to start, reports nothing, and ends here rather than in another test."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WANDB__SERVICE_WAIT", "600")
+        environment.setenv("WANDB_INIT_TIMEOUT", "600")
+        environment.setenv("WANDB_ERROR_REPORTING", "false")
+        yield
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].teardown()
 
 
 @dataclass(frozen=True)
@@ -155,12 +168,14 @@ def test_wandb_offline_holds_every_number_the_options_and_tables_of_samples(
 def test_a_resumed_run_goes_on_in_the_same_run_of_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     tracked = Wandb(mode="offline", samples_every=0)
+    hooks = sys.exit, sys.excepthook
     train(tmp_path, observer=tracked, steps=1)
     train(tmp_path, observer=tracked, steps=2, resume=True)
     (ident,) = set(json.loads((tmp_path / "trackers.json").read_text()).values())
     files = sorted(path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert files == [f"run-{ident}.wandb"] * 2
     assert [row["_step"] for row in history(tmp_path) if "reward/mean" in row] == [1, 2]
+    assert (sys.exit, sys.excepthook) == hooks, "wandb replaces them for the process"
 
 
 def test_online_without_a_key_ends_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -18,6 +16,7 @@ from test_examples import private_imports
 
 from rlhf_core.cli import main
 from rlhf_core.contract.hooks import KINDS
+from rlhf_core.testing import run_ranks
 
 
 @pytest.fixture
@@ -53,7 +52,5 @@ def test_a_new_plugin_of_any_kind_is_listed_and_passes_its_own_test(
     assert main([*load, "plugins"]) == 0
     listed = capsys.readouterr().out
     assert not [kind for kind in KINDS if not re.search(rf"^{kind} +my_{kind}\w* +\(local\) +\S", listed, re.MULTILINE)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
-    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=20", *map(str, packages)]
-    done = subprocess.run(test, env=environment, capture_output=True, text=True, check=False)
+    (done,) = run_ranks(1, pytest.main, ["-q", "-p", "no:cacheprovider", *map(str, packages)])
     assert f"{len(KINDS)} passed" in done.stdout, done.stdout

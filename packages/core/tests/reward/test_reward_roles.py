@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,12 @@ import torch
 from judged import Given, Judged, NewActor, OtherJudge, PerToken, Surprise, TextJudged
 
 from rlhf_core import ContractError, Run, UsageError, make_config
+from rlhf_core.cli import main
 from rlhf_core.config.builder import from_names, to_names
 from rlhf_core.reward.model import RewardModel, RewardModelEngine
+from rlhf_core.testing import run_ranks
 from rlhf_core.testing.tiny_algorithm import TinyAlgorithm
 
-HERE = Path(__file__).parent
 MODEL = "tiny:hidden=16,layers=1"
 
 
@@ -101,17 +99,8 @@ def test_two_ranks_have_the_numbers_of_one(tmp_path: Path) -> None:
     ]
     words += ["--model", MODEL]
     words += ["--batch-size", "2", "--steps", "2", "--sampling.n", "2", "--sampling.max-new-tokens", "4"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*torchrun, "-m", "rlhf_core", *words, "--output", str(tmp_path / "two")],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(2, main, [*words, "--output", str(tmp_path / "two")])
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         names = [name for name in one if name != "padding"]
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-4)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from rlhf_core.contract.roles import Role
 from rlhf_core.errors import DataError, UsageError
 from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.strategy.torch import TorchStrategy
+from rlhf_core.testing import run_ranks
 from rlhf_core.testing.tiny import tiny_run
 from rlhf_core.testing.tiny_environment import TinyEnvironment
 
@@ -169,31 +168,14 @@ def test_two_ranks_with_different_numbers_of_turns_equal_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are opened once a step, however many turns a rank has: else the ranks would wait for each other forever."""
-    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     flags = [*FLAGS, "--strategy", f"{Path(__file__).stem}:Collective", "--rollout", f"{Path(__file__).stem}:Counted"]
     monkeypatch.setenv("TURNS", str(tmp_path / "one"))
     assert main([*flags, "--output", str(tmp_path / "straight")]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "rlhf_core",
-    ]
-    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "TURNS": str(tmp_path / "two")}
-    done = subprocess.run(
-        [*command, *flags, "--output", str(tmp_path / "ranks")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.setenv("TURNS", str(tmp_path / "two"))
+    done = run_ranks(2, main, [*flags, "--output", str(tmp_path / "ranks")])
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
     turns = [(tmp_path / "two" / rank).read_text().split() for rank in "01"]
     assert turns[0] != turns[1], "the ranks had as many turns: this test shows nothing"
     for one, two in zip(rows(tmp_path / "straight"), rows(tmp_path / "ranks"), strict=True):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from safetensors.torch import load_file
 
 from rlhf_core.checkpoint import valid_checkpoints
 from rlhf_core.cli import main
+from rlhf_core.testing import run_ranks
 from rlhf_core.util.tensor_tree import read_tree
 
 HERE = Path(__file__).parent
@@ -28,15 +26,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(HERE)
 
 
-def run(ranks: int, output: Path, *flags: str) -> subprocess.CompletedProcess[str] | None:
-    """The command on one process, here, or on several under torchrun."""
+def run(ranks: int, output: Path, *flags: str) -> None:
+    """The command on one process, here, or on several ranks."""
     words = [*WORDS, "--output", str(output), *flags]
     if ranks == 1:
         assert main(words) == 0
-        return None
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([*command, "-m", "rlhf_core", *words], capture_output=True, text=True, env=env)
+        return
+    done = run_ranks(ranks, main, words)
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -77,8 +74,7 @@ def test_each_of_two_ranks_continues_from_its_own_state_and_one_rank_refuses_to_
         (resumed, "--steps", "2"),
         (resumed, "--steps", "4", "--resume"),
     ):
-        done = run(2, output, *flags)
-        assert done is not None and done.returncode == 0, done.stderr[-3000:]
+        run(2, output, *flags)
     assert metrics(resumed) == metrics(straight)
     assert states(resumed, 1) == states(straight, 1)
     assert states(straight, 0)["reward"] != states(straight, 1)["reward"], "each rank has seen other completions"

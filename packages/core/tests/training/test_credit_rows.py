@@ -40,7 +40,7 @@ class FirstPrompt(Advantage):
 def test_a_rank_without_rows_goes_along_with_one_that_has_some(tmp_path: Path) -> None:
     for ranks in (1, 2):
         done = run(ranks, tmp_path / str(ranks), "--advantage", f"{Path(__file__).stem}:FirstPrompt")
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
     for alone, together in zip(curve(tmp_path / "1"), curve(tmp_path / "2"), strict=True):
         for name in ("loss/actor", "reward/mean", "grad_norm/actor"):  # float32 summed in another order
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4)

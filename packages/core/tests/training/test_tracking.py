@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +11,11 @@ import torch
 from chase import Chase
 
 from rlhf_core import Registry, Run, RunView, Tracking, TrackingOptions, UsageError, hookimpl, make_config
+from rlhf_core.cli import main
+from rlhf_core.testing import run_ranks
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.util.tensor_tree import read_tree
 
-HERE = Path(__file__).parent
 MODEL = "tiny:hidden=16,layers=1"
 Weights = dict[str, torch.Tensor]
 
@@ -113,17 +111,8 @@ def test_a_resumed_run_has_the_numbers_of_a_straight_one(
 def test_two_ranks_have_the_numbers_of_one(straight: tuple[Path, list[dict[str, Weights]]], tmp_path: Path) -> None:
     output, seen = straight
     words = ["chase:Chase", "--model", MODEL, "--batch-size", "2", "--steps", "5", "--output", str(tmp_path / "run")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*torchrun, "-m", "rlhf_core", *words],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(2, main, words)
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
     for one, two in zip(rows(output), rows(tmp_path / "run"), strict=True):
         names = [name for name in one if name != "padding"]
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-5)

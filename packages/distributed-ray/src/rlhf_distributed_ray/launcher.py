@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -206,27 +206,29 @@ class _Cluster:
     def place(self) -> Placement:
         """Reserve bundles, start everyone, and hand the loop what it sees."""
         from rlhf_core.config.builder import to_names
-        from rlhf_core.plugins.registry import Registry
+        from rlhf_core.plugins.registry import default_registry
         from rlhf_distributed_ray.group import EngineGroup, RoleGroup
         from rlhf_distributed_ray.transport import Shipper
-        from rlhf_distributed_ray.worker import EngineWorker, RoleWorker, versions
+        from rlhf_distributed_ray.worker import Description, EngineWorker, RoleWorker, versions
 
         self._reserve()
         self._report_idle_gpus()
-        names = to_names(self.plan.config)
-        expected = versions(Registry(), self.plan.config.names, self.plan.config.uses)
+        config = self.plan.config
+        registry = config.registry or default_registry()
+        expected = versions(registry, config.names, config.uses)
+        described = Description(registry.selection, to_names(config), expected, str(Path.cwd()))
         shipper = Shipper()
         roles: dict[str, RoleGroup] = {}
         for role, spec in self.plan.roles.items():
             seats = self.layout.seats[role]
-            actors = [self._actor(RoleWorker, s, names, expected, role, k, len(seats)) for k, s in enumerate(seats)]
+            actors = [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
             roles[role] = RoleGroup(
                 spec, actors, self._locations(f"role {role}", actors), shipper, self.plan.config.output
             )
             check_devices(role, roles[role].call("devices"))
         engine = None
         if "engine" in self.layout.seats:
-            actors = [self._actor(EngineWorker, seat, names, expected) for seat in self.layout.seats["engine"]]
+            actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats["engine"]]
             engine = EngineGroup(actors, self._locations("rollout engine", actors))
         for group in roles.values():
             group.call("start", *group.call("address")[0])
@@ -273,7 +275,7 @@ class _Cluster:
             gpus = self.plan.config.option_names.render(run_option("launcher.gpus"))
             log.warning(f"the cluster has {idle:g} GPUs and {gpus} is 0, so all workers compute on the CPU")
 
-    def _actor(self, body: type, seat: Seat, names: Mapping[str, Any], expected: Mapping[str, str], *args: Any) -> Any:
+    def _actor(self, body: type, seat: Seat, *args: Any) -> Any:
         """One actor in its seat."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -289,7 +291,7 @@ class _Cluster:
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
             runtime_env={"env_vars": environment},
         )
-        handle = actor.remote(names, expected, str(Path.cwd()), *args)
+        handle = actor.remote(*args)
         self.actors.append(handle)
         return handle
 

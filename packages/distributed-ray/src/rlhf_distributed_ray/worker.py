@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, redirect_stderr
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.registry_view import PluginSelection
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
@@ -32,12 +34,26 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import Sampling
 
-__all__ = ["EngineWorker", "MirrorRole", "RoleWorker", "plan_from"]
+__all__ = ["Description", "EngineWorker", "MirrorRole", "RoleWorker", "plan_from"]
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
+@dataclass(frozen=True)
+class Description:
+    """The run as it travels to a worker: names and options, and never functions."""
+
+    plugins: PluginSelection
+    """the plugins that are loaded there, those of `-p` too"""
+    names: Mapping[str, Any]
+    """the configuration, as `to_names` gives it"""
+    versions: Mapping[str, str]
+    """distribution and version of each provider, as the controller has them"""
+    folder: str
+    """where the run was started: relative paths mean it, and local modules are in it"""
+
+
+def plan_from(run: Description) -> Plan:
     """The controller's plan, built again from names and options with the plugins of this process.
 
     Raises:
@@ -47,9 +63,9 @@ def plan_from(names: Mapping[str, Any], expected: Mapping[str, str]) -> Plan:
     from rlhf_core.errors import UsageError
     from rlhf_core.plugins.registry import Registry
 
-    registry = Registry()
-    config = from_names(names, registry)
-    mine = versions(registry, config.names, config.uses)
+    registry = Registry(**vars(run.plugins))
+    config = from_names(run.names, registry)
+    mine, expected = versions(registry, config.names, config.uses), run.versions
     if mine != expected:
         differing = sorted(kind for kind in {*mine, *expected} if mine.get(kind) != expected.get(kind))
         pairs = ", ".join(f"{kind}: {expected.get(kind)} here, {mine.get(kind)} there" for kind in differing)
@@ -74,9 +90,8 @@ class Worker:
     Nothing can fail while it is made: Ray tells a mistake there as a death.
     """
 
-    def __init__(self, names: Mapping[str, Any], expected: Mapping[str, str], folder: str) -> None:
-        self._build = names, expected
-        self._folder = folder
+    def __init__(self, run: Description) -> None:
+        self._run = run
 
     def initialize(self) -> tuple[str, int]:
         """Go to the folder that the run was started in, whose relative paths are meant, and build the plan; host name and
@@ -88,24 +103,22 @@ class Worker:
         from rlhf_core.errors import UsageError
 
         try:
-            os.chdir(self._folder)
+            os.chdir(self._run.folder)
         except OSError as error:
             raise UsageError(
-                f"node {socket.gethostname()} has no folder {self._folder} ({error.strerror}); start the run in a folder "
+                f"node {socket.gethostname()} has no folder {self._run.folder} ({error.strerror}); start the run in a folder "
                 "that all nodes see"
             ) from None
         install_console()
-        self.plan = plan_from(*self._build)
+        self.plan = plan_from(self._run)
         return socket.gethostname(), os.getpid()
 
 
 class RoleWorker(Worker):
     """Rank `rank` of the `size` workers of a role."""
 
-    def __init__(
-        self, names: Mapping[str, Any], expected: Mapping[str, str], folder: str, role: str, rank: int, size: int
-    ) -> None:
-        super().__init__(names, expected, folder)
+    def __init__(self, run: Description, role: str, rank: int, size: int) -> None:
+        super().__init__(run)
         self.role_name, self.rank, self.size = role, rank, size
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
         self._taken: TakenWeights | None = None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,30 +54,30 @@ class Sweep(Command):
     """write a script that submits a Ray job for each unfinished run to this file, and start none"""
 
     def __call__(self, context: CommandContext) -> int:
-        sweep = read_sweep(self.file)
+        sweep, plugins = read_sweep(self.file), context.registry.selection.words
         if self.only >= len(sweep.members):
             raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")
         if self.slurm:
-            write_text(Path(self.slurm), slurm_script(sweep))
+            write_text(Path(self.slurm), slurm_script(sweep, plugins))
             print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
             return 0
         if self.ray:
-            write_text(Path(self.ray), ray_script(sweep))
+            write_text(Path(self.ray), ray_script(sweep, plugins))
             print(f"{self.ray}: run it with bash where RAY_ADDRESS names the cluster; it submits a job a run")
             return 0
         if not self.status:
             members = sweep.members if self.only < 0 else sweep.members[self.only : self.only + 1]
             left = [member for member in members if member.state != "finished"]
-            self._run(left[: self.at_most or None], sweep)
+            self._run(left[: self.at_most or None], sweep, plugins)
         print(status_table(sweep))
         return int(not self.status and any(member.state == "failed" for member in sweep.members))
 
-    def _run(self, members: list[Member], sweep: SweepFile) -> None:
+    def _run(self, members: list[Member], sweep: SweepFile, plugins: list[str]) -> None:
         """Run them, `jobs` at a time. Ctrl-C or SIGTERM stops what runs, saved, and starts no more."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         running: set[subprocess.Popen[bytes]] = set()
         with ThreadPoolExecutor(max(1, self.jobs)) as pool:
-            futures = [pool.submit(run_member, member, sweep, running) for member in members]
+            futures = [pool.submit(run_member, member, sweep, running, plugins) for member in members]
             try:
                 for future in futures:
                     future.result()
@@ -89,8 +89,13 @@ class Sweep(Command):
                 raise
 
 
-def run_member(member: Member, sweep: SweepFile, running: set[subprocess.Popen[bytes]]) -> None:
-    """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder."""
+def run_member(
+    member: Member, sweep: SweepFile, running: set[subprocess.Popen[bytes]], plugins: Sequence[str] = ()
+) -> None:
+    """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder.
+
+    `plugins` are the words `-p NAME` that the sweep itself was started with.
+    """
     member.folder.mkdir(parents=True, exist_ok=True)
     with _try_lock(member.folder) as lock:
         if lock is None or member.state == "finished":
@@ -100,6 +105,7 @@ def run_member(member: Member, sweep: SweepFile, running: set[subprocess.Popen[b
             *_ranks(sweep.processes),
             "-m",
             "rlhf_core",
+            *plugins,
             "--config",
             str(write_configuration(member)),
         ]
@@ -157,16 +163,16 @@ def status_table(sweep: SweepFile) -> str:
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))])
 
 
-def slurm_script(sweep: SweepFile) -> str:
+def slurm_script(sweep: SweepFile, plugins: Sequence[str] = ()) -> str:
     """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
     lines = ["#!/bin/bash", f"#SBATCH --job-name={sweep.path.stem}", f"#SBATCH --array=0-{len(sweep.members) - 1}"]
     lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in sweep.slurm.items()]
     return "\n".join(
-        [*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_member_command(sweep)} "$SLURM_ARRAY_TASK_ID"', ""]
+        [*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_member_command(sweep, plugins)} "$SLURM_ARRAY_TASK_ID"', ""]
     )
 
 
-def ray_script(sweep: SweepFile) -> str:
+def ray_script(sweep: SweepFile, plugins: Sequence[str] = ()) -> str:
     """A job for each run that is not finished; Ray starts one when what it asks for is free.
 
     A job works in this folder, which the nodes must share: the runs' state and their locks are there.
@@ -175,11 +181,11 @@ def ray_script(sweep: SweepFile) -> str:
     lines = ["#!/bin/bash", "set -e"]
     for number, member in enumerate(sweep.members):
         if member.state != "finished":
-            entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_member_command(sweep)} {number}")
+            entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_member_command(sweep, plugins)} {number}")
             lines.append(f"ray job submit --no-wait {flags} -- bash -c {entry}  # {member.name}")
     return "\n".join([*lines, ""])
 
 
-def _member_command(sweep: SweepFile) -> str:
+def _member_command(sweep: SweepFile, plugins: Sequence[str]) -> str:
     """The command of one run, less its number."""
-    return shlex.join([sys.executable, "-m", "rlhf_core", "sweep", str(sweep.path.resolve()), "--only"])
+    return shlex.join([sys.executable, "-m", "rlhf_core", *plugins, "sweep", str(sweep.path.resolve()), "--only"])

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from rlhf_core.errors import PluginError
 
-__all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "RegistryView", "failure_place"]
+__all__ = ["BrokenPlugin", "Plugin", "PluginSelection", "RegisteredProvider", "RegistryView", "failure_place"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,24 @@ class Plugin:
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}".rstrip()
+
+
+@dataclass(frozen=True)
+class PluginSelection:
+    """The arguments with which another process makes an equal registry: `Registry(**vars(selection))`."""
+
+    autoload: bool = True
+    """load the entry points of installed distributions"""
+    blocked: tuple[str, ...] = ()
+    """plugin names that are not loaded: `-p no:NAME`"""
+    load: tuple[str, ...] = ()
+    """entry points or modules to load whatever `autoload` says: `-p NAME`"""
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a command line that load and block them."""
+        names = [*self.load, *(f"no:{name}" for name in self.blocked)]
+        return [word for name in names for word in ("-p", name)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,11 @@ class RegistryView(Protocol):
     @property
     def broken_plugins(self) -> Sequence[BrokenPlugin]:
         """The plugins that failed to load."""
+        ...
+
+    @property
+    def selection(self) -> PluginSelection:
+        """The arguments with which another process makes an equal registry."""
         ...
 
     @property

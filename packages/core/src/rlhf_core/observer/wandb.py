@@ -8,6 +8,7 @@ the environment's packages, the git state.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,7 @@ class _Sending(Tracker):
         import wandb
 
         super().__init__(options.samples_every)
+        self._hooks = sys.exit, sys.excepthook  # wandb.init replaces both for the process, and leaves its own
         self._table: Any = wandb.Table
         self._run: Any = wandb.init(
             project=options.project,
@@ -103,3 +105,4 @@ class _Sending(Tracker):
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+        sys.exit, sys.excepthook = self._hooks

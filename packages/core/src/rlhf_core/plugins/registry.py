@@ -25,7 +25,7 @@ import pluggy
 
 from rlhf_core.contract import hooks as hookspecs
 from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
-from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, RegisteredProvider
+from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, PluginSelection, RegisteredProvider
 from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
 from rlhf_core.plugins import import_paths as targets
 from rlhf_core.plugins.hook_checks import check_marked, name_the_culprit, place_of, unknown_hook
@@ -80,9 +80,11 @@ class Registry:
         for name, module in BUILTIN.items():
             if name not in self.blocked:
                 self.register(import_module(module), name, "rlhf-core", metadata.version("rlhf-core"))
-        off = not autoload or os.environ.get("RLHF_DISABLE_PLUGIN_AUTOLOAD") == "1"
+        autoload = autoload and os.environ.get("RLHF_DISABLE_PLUGIN_AUTOLOAD") != "1"
+        self.selection = PluginSelection(autoload, tuple(sorted(self.blocked)), tuple(load))
+        """what workers in other processes make theirs with"""
         for entry_point in self._entry_points:
-            if entry_point.name not in self.blocked and (not off or entry_point.name in load):
+            if entry_point.name not in self.blocked and (autoload or entry_point.name in load):
                 self._load(entry_point, entry_point.name in load)
         for name in load:
             if name not in {entry_point.name for entry_point in self._entry_points}:

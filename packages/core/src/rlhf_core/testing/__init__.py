@@ -25,11 +25,13 @@ from rlhf_core.testing.functions import check_advantage, check_data, check_loss,
 from rlhf_core.testing.optimizers import check_optimizer
 from rlhf_core.testing.outputs import check_output
 from rlhf_core.testing.providers import check_light, check_provider
+from rlhf_core.testing.ranks import RankResult, run_ranks
 from rlhf_core.testing.selection import check_filter, check_sampler
 from rlhf_core.testing.strategies import check_strategy
 from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny_rollouts, tiny_run
 
 __all__ = [
+    "RankResult",
     "check_advantage",
     "check_algorithm",
     "check_command",
@@ -49,6 +51,7 @@ __all__ = [
     "check_rollout",
     "check_sampler",
     "check_strategy",
+    "run_ranks",
     "tiny_extras",
     "tiny_outputs",
     "tiny_rewards",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from rlhf_core.contract.options import Lora, TrainedOptions
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
+from rlhf_core.testing.ranks import run_ranks
 from rlhf_core.testing.tiny import tiny_rollouts, tiny_run
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ SMOOTH = AdamW(lr=1e-2, eps=1e-2)
 """With a large epsilon AdamW does not turn the rounding of a small gradient into a large step."""
 DEADLINE_SECONDS = 120
 """Limit of one collective call: ranks that wait for each other fail instead of hanging."""
+FAILURE = "this check failed:"
+"""Comes before the message of a rank whose check failed; the others' fail because of it."""
 
 
 def check_strategy(strategy: Strategy, atol: float = 1e-4, ranks: int = 1) -> None:
@@ -63,32 +66,19 @@ def check_strategy(strategy: Strategy, atol: float = 1e-4, ranks: int = 1) -> No
     if ranks == 1:
         _check(strategy, atol)
         return
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        address = port.getsockname()
-        port.close()
-        arguments = (ranks, address, folder, strategy, atol)
-        untyped: Any = torch.multiprocessing
-        processes = untyped.spawn(_run_rank, arguments, ranks, join=False)
-        try:
-            while not processes.join():
-                pass
-        except Exception:
-            failures = sorted(Path(folder).glob("failure-*"))
-            if not failures:
-                raise
-            raise AssertionError(f"on {ranks} ranks: {failures[0].read_text(encoding='utf-8')}") from None
+    done = run_ranks(ranks, _check_rank, strategy, atol)
+    failures = [rank.stderr for rank in done if rank.code]
+    told = [text.rpartition(FAILURE)[2].strip() for text in failures if FAILURE in text]
+    assert not failures, f"on {ranks} ranks: {(told or failures)[0]}"
 
 
-def _run_rank(rank: int, ranks: int, address: tuple[str, int], folder: str, strategy: Strategy, atol: float) -> None:
+def _check_rank(strategy: Strategy, atol: float) -> None:
     """Run the checks as one rank of a gloo group."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1]), "CUDA_VISIBLE_DEVICES": ""}
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE_SECONDS))
     try:
         _check(strategy, atol)
     except AssertionError as error:
-        (Path(folder) / f"failure-{rank}").write_text(str(error), encoding="utf-8")
+        print(FAILURE, error, file=sys.stderr, flush=True)
         os._exit(1)  # at once: the other ranks may wait for this one
     torch.distributed.destroy_process_group()
 
