@@ -63,7 +63,8 @@ def run_ranks(ranks: int, function: Callable[..., int | None], *args: Any, secon
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
+    untyped: Any = torch.distributed
+    store = untyped.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # on a port that is free
     environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes: list[Any] = []
