@@ -63,7 +63,8 @@ def plan_from(run: Description) -> Plan:
     from rlhf_core.errors import UsageError
     from rlhf_core.plugins.registry import Registry
 
-    registry = Registry(**vars(run.plugins))
+    chosen = run.plugins
+    registry = Registry(autoload=chosen.autoload, blocked=chosen.blocked, load=chosen.load)
     config = from_names(run.names, registry)
     mine, expected = versions(registry, config.names, config.uses), run.versions
     if mine != expected:

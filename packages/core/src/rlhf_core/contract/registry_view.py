@@ -31,7 +31,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class PluginSelection:
-    """The arguments with which another process makes an equal registry: `Registry(**vars(selection))`."""
+    """The arguments with which another process makes an equal `Registry`."""
 
     autoload: bool = True
     """load the entry points of installed distributions"""
