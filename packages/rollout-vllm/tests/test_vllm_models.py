@@ -73,12 +73,10 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
     made = getattr(transformers, f"{architecture}Config")(**config, bos_token_id=None, eos_token_id=EOS)
     model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)
     transformers.utils.logging.disable_progress_bar()
-    model.generation_config.eos_token_id = ENDS
     model.save_pretrained(folder)
     byte_tokenizer(300).save_pretrained(folder)
-    return LocalRole(
-        tiny_run("unused", model=str(folder), sampling=replace(GREEDY, temperature=1.0), **options).plan, "actor"
-    )
+    plan = tiny_run("unused", model=str(folder), sampling=replace(GREEDY, temperature=1.0), **options).plan
+    return LocalRole(replace(plan, roles={"actor": replace(plan.roles["actor"], ends=tuple(ENDS))}), "actor")
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ EVALUATOR = BadProbability(prompt="Hi", words=("a", "b"), batch=100)
 
 def test_the_evaluator_enumerates_a_transformer_s_outputs(tmp_path):
     """Against the run's own log-probabilities of all 259 x 259 outputs."""
-    from rlhf_core.rollout.hf import eos_ids
+    from rlhf_core.models.loading.end_tokens import end_ids
 
     run = run_of(tmp_path, evaluator=EVALUATOR)
     with run.open():
@@ -211,7 +211,7 @@ def test_the_evaluator_enumerates_a_transformer_s_outputs(tmp_path):
         assert role.tokenizer.encode("ab", add_special_tokens=False) == bad.tolist()
         is_bad = torch.isin(pairs, bad)
         near(found["bad/logprob_eos_unaware"], float(logprobs[is_bad.any(1)].sum(1).logsumexp(0)), 1e-4)
-        ended = torch.isin(pairs[:, 0], torch.tensor(sorted(eos_ids(role.causal_lm, role.tokenizer))))
+        ended = torch.isin(pairs[:, 0], torch.tensor(sorted(end_ids(role.spec, role.tokenizer))))
         aware = is_bad[:, 0] | (is_bad[:, 1] & ~ended)
         near(found["bad/logprob"], float(logprobs[aware].sum(1).logsumexp(0)), 1e-4)
         near(found["bad/probability"], math.exp(found["bad/logprob"]), 1e-12)

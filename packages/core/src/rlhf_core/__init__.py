@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         run_option,
     )
     from rlhf_core.models.inputs.arrange import arrange_inputs
+    from rlhf_core.models.loading.end_tokens import end_ids
     from rlhf_core.models.module import RoleModule
     from rlhf_core.observer.tracker import Tracker
     from rlhf_core.plugins.registry import Registry
@@ -175,6 +176,7 @@ __all__ = [
     "advice",
     "arrange_inputs",
     "assemble",
+    "end_ids",
     "hookimpl",
     "load_optimizer",
     "lr_factor",
@@ -217,6 +219,7 @@ _HOMES = {
         "UnknownName UsageError advice option options_under run_option"
     ),
     "models.inputs.arrange": "arrange_inputs",
+    "models.loading.end_tokens": "end_ids",
     "models.module": "RoleModule",
     "observer.tracker": "Tracker",
     "plugins.registry": "Registry",

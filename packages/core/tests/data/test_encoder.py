@@ -322,6 +322,9 @@ def test_rows_that_cannot_be_rendered_are_named() -> None:
         ENCODER.batch([Example("Hi", (({"role": "user", "content": "?"},),), origin="rows:1")], [0])
 
 
-def test_a_tokenizer_without_eos_is_refused() -> None:
-    with pytest.raises(UsageError, match="no EOS token"):
-        Encoder(tokenizer(eos=None))
+def test_a_tokenizer_whose_completions_would_never_end_is_refused() -> None:
+    for template in (None, NO_END):
+        with pytest.raises(UsageError, match="no EOS token"):
+            Encoder(tokenizer(template, eos=None))
+    tok = tokenizer(eos=None)
+    assert said(Encoder(tok).batch([Example("Hi", ("Yo",))], [0]), 0, tok) == "Yo<|im_end|>"

@@ -20,7 +20,7 @@ from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.rollout.assemble import assemble
 from rlhf_core.rollout.fake import FakeEngine, FakeRollout
-from rlhf_core.rollout.hf import HuggingFaceRollout, eos_ids
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.strategy.fake import FakeStrategy
 from rlhf_core.testing.engines import check_rollout
 from rlhf_core.testing.providers import check_light, check_provider
@@ -72,6 +72,7 @@ def role(tokenizer: PreTrainedTokenizerFast) -> Any:
         gathered=nullcontext,
         tokenizer=tokenizer,
         version=5,
+        spec=SimpleNamespace(ends=(END,)),
     )
 
 
@@ -214,10 +215,13 @@ def test_hf_says_how_much_probability_truncation_kept(role: Any) -> None:
     assert cut.scalars["kept_mass"] == pytest.approx(kept_NT.mean().item(), abs=1e-6)
 
 
-def test_every_end_token_of_model_and_tokenizer_ends_a_completion(tokenizer: PreTrainedTokenizerFast) -> None:
-    for listed, expected in ((None, {END}), (7, {END, 7}), ([7, 8], {END, 7, 8})):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=listed))
-        assert eos_ids(model, tokenizer) == expected
+def test_every_end_token_of_the_run_ends_a_completion(role: Any) -> None:
+    several = SimpleNamespace(**{**vars(role), "spec": SimpleNamespace(ends=(END, 5, 7))})
+    sampled = HuggingFaceRollout()(several, PROMPTS, Sampling(n=16, max_new_tokens=12))
+    for row, length, finish in zip(sampled.tokens_NT.tolist(), sampled.lengths_N.tolist(), sampled.finish, strict=True):
+        assert not {*row[: length - 1]} & {END, 5, 7}
+        assert (row[length - 1] in (END, 5, 7)) == (finish == "stop")
+    assert {row[length - 1] for row, length in zip(sampled.tokens_NT.tolist(), sampled.lengths_N.tolist())} > {5, 7}
 
 
 def test_hf_refuses_prompts_that_do_not_fit_the_model(role: Any) -> None:

@@ -50,6 +50,7 @@ class Engine:
     """the prompts that engine and trainer are compared on"""
 
     def __init__(self, options: VLLMOptions, role: Role) -> None:
+        from rlhf_core.models.loading.end_tokens import end_ids
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()
@@ -59,6 +60,7 @@ class Engine:
         """the role's version that its weights are from; None before the first `update`"""
         self.updates = 0
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
+        self.ends = end_ids(role.spec, self.tokenizer)
         self._asleep = False
         _groups.prepare()
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
@@ -163,7 +165,7 @@ class Engine:
         )
 
     def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> Any:
-        """One completion's sampling parameters; never shared. EOS and the model's other end tokens are vLLM's to add."""
+        """One completion's sampling parameters; never shared. It ends with the run's end tokens and with no other."""
         return self.vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=max(sampling.top_p, TOP_P_LEAST),
@@ -171,6 +173,8 @@ class Engine:
             min_p=sampling.min_p,
             max_tokens=max_tokens,
             stop=list(sampling.stop),
+            stop_token_ids=list(self.ends),
+            ignore_eos=True,  # vLLM's own idea of it
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),  # only to find stop strings
             seed=seed,

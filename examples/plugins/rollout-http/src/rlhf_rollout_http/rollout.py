@@ -6,7 +6,7 @@ weights, asks for completions and deletes the engines when the run ends. The fir
     POST   /engines              {"role"} -> {"engine"}
     PUT    /engines/E/weights    safetensors, ?version=V&last=0|1 -> {"version"}
     POST   /engines/E/weights    {"version", "path"} -> {"version"}: a folder of safetensors files that the server reads
-    POST   /engines/E/sample     {"prompts", "seeds", "limits", "sampling"} -> {"version", "completions"}
+    POST   /engines/E/sample     {"prompts", "seeds", "limits", "ends", "sampling"} -> {"version", "completions"}
     DELETE /engines/E            -> {}
     GET    /health               -> {}
 
@@ -37,6 +37,7 @@ from rlhf_core import (
     Secret,
     UsageError,
     assemble,
+    end_ids,
     option,
     reveal,
     run_option,
@@ -135,6 +136,7 @@ class HttpEngine(Rollout):
             "prompts": prompts.token_ids,
             "seeds": [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids],
             "limits": limits,
+            "ends": end_ids(role.spec, role.tokenizer),
             "sampling": {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p", "stop")},
         }
         answer = self.client.ask("POST", f"/engines/{engine.name}/sample", json.dumps(question).encode())

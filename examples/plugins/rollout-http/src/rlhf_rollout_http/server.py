@@ -46,8 +46,6 @@ class Engine:
         self.version = -1
         self.used = time.monotonic()
         self.lock = threading.Lock()
-        ends = self.model.generation_config.eos_token_id
-        self.eos = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
 
     def take(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy weights into the model."""
@@ -61,9 +59,9 @@ class Engine:
 
     @torch.inference_mode()
     def sample(
-        self, prompt: Sequence[int], seeds: Sequence[int], limit: int, how: dict[str, Any]
+        self, prompt: Sequence[int], seeds: Sequence[int], limit: int, ends: Sequence[int], how: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Return one completion per seed."""
+        """Return one completion per seed; each of `ends` ends one."""
         rows = [{"tokens": [], "logprobs": [], "log_mass": [], "finish": ""} for _ in seeds]
         raw = np.stack([np.random.Philox(key=seed).random_raw(limit) for seed in seeds])
         uniforms = ((raw >> np.uint64(14)) + 0.5) * 2.0**-50
@@ -74,11 +72,17 @@ class Engine:
             ids = torch.tensor([[*prompt, *rows[i]["tokens"]] for i in live])
             logits = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
             for i, row_V in zip(live, logits, strict=True):
-                self._extend(rows[i], row_V, float(uniforms[i, t]), limit, how)
+                self._extend(rows[i], row_V, float(uniforms[i, t]), limit, ends, how)
         return rows
 
     def _extend(
-        self, row: dict[str, Any], logits_V: torch.Tensor, uniform: float, limit: int, how: dict[str, Any]
+        self,
+        row: dict[str, Any],
+        logits_V: torch.Tensor,
+        uniform: float,
+        limit: int,
+        ends: Sequence[int],
+        how: dict[str, Any],
     ) -> None:
         """Draw the next token of a completion."""
         temperature = how["temperature"]
@@ -92,7 +96,7 @@ class Engine:
         row["logprobs"].append(float(logprobs_V[token]))
         row["log_mass"].append(log_mass)
         text = self.tokenizer.decode(row["tokens"], skip_special_tokens=True) if how["stop"] else ""
-        if token in self.eos or any(each in text for each in how["stop"]):
+        if token in ends or any(each in text for each in how["stop"]):
             row["finish"] = "stop"
         elif len(row["tokens"]) == limit:
             row["finish"] = "length"
@@ -183,7 +187,7 @@ class EngineServer(ThreadingHTTPServer):
             case "POST", ["sample"]:
                 asked = json.loads(body)
                 rows = zip(asked["prompts"], asked["seeds"], asked["limits"], strict=True)
-                found = [engine.sample(*row, asked["sampling"]) for row in rows]
+                found = [engine.sample(*row, asked["ends"], asked["sampling"]) for row in rows]
                 return {"version": engine.version, "completions": [each for several in found for each in several]}
         raise Refusal(404, f"there is no {method} {'/'.join(parts)}")
 

@@ -61,7 +61,7 @@ class BadProbability(Evaluator):
 
         The bound is that of the rest being bad altogether: the same number where nothing is left out.
         """
-        from rlhf_core.rollout.hf import eos_ids
+        from rlhf_core.models.loading.end_tokens import end_ids
 
         name = next((source for source in run.plan.sources if source in run.plan.roles), run.plan.trained_roles[0])
         role: Any = run.roles[name]
@@ -72,7 +72,7 @@ class BadProbability(Evaluator):
         with torch.inference_mode(), role.gathered(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
             lm.eval()
             first_V, second = _distributions(lm, prompt)
-            ends = eos_ids(lm, role.tokenizer)
+            ends = end_ids(role.spec, role.tokenizer)
             following = second if self.tokens == 2 else None
             found = enumerate_bad(first_V, following, bad, ends, self.batch, self.tolerance, self.most)
             lm.train(training)

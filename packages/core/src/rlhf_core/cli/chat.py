@@ -37,6 +37,7 @@ class Chat(Command):
 
     def __call__(self, context: CommandContext) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
+        from rlhf_core.models.loading.end_tokens import find_end_tokens, listed_ends, save_ends
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.load import load_model
         from rlhf_core.models.loading.tokenizer import load_tokenizer, render_chat
@@ -44,6 +45,7 @@ class Chat(Command):
         options = ModelOptions(model=self.model)
         tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)
         reader = load_reader(self.model, options, tokenizer)
+        save_ends(model, find_end_tokens(tokenizer, (), listed_ends(self.model, options)))
         model.eval()
         torch.manual_seed(self.seed)
         history: list[dict[str, Any]] = []

@@ -51,6 +51,7 @@ class MergeLora(Command):
         from rlhf_core.models.export.folder import padding_like
         from rlhf_core.models.heads.modules import HEADS_FILE
         from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
+        from rlhf_core.models.loading.end_tokens import find_end_tokens, listed_ends, save_ends
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.load import load_model, load_scorer
         from rlhf_core.models.loading.tokenizer import load_tokenizer
@@ -64,6 +65,7 @@ class MergeLora(Command):
         model = merge_adapter(model, adapter).to(getattr(torch, self.dtype))
         if classifier:
             set_pad(model.config, tokenizer)
+        save_ends(model, find_end_tokens(tokenizer, (), listed_ends(str(adapter), options)))
         with fresh_folder(Path(self.output)) as folder, no_progress_bars():
             model.save_pretrained(folder)
             if reader is not None:

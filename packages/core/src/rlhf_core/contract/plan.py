@@ -56,6 +56,9 @@ class RoleSpec:
     """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
     providers: Mapping[str, Output] = field(default_factory=dict)
     """those of `outputs` that plugins bring, by name"""
+    ends: tuple[int, ...] = ()
+    """ids of the tokens that end a completion, found when the run starts; empty for a role that reads other token ids, whose
+    own they are (`end_ids`)"""
 
     @property
     def trained(self) -> bool:

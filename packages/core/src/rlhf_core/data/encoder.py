@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from rlhf_core.data.render import LIMITS_ADVICE, Encoding, Renderer
 from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 from rlhf_core.errors import DataError, UsageError, advice, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.models.loading.end_tokens import find_end_tokens
 from rlhf_core.util.messages import progress
 from rlhf_core.util.padding import pad_rows
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "Encoding"]
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when a row becomes other tokens than before: what is cached then counts no more."""
 COMPLETION_ADVICE = advice(
     f"pass {run_option('data.completion_key')} if there is one", "choose data that has completions"
@@ -58,8 +59,11 @@ class Encoder:
         encoding: how rows become tokens; `Encoder.for_data` takes it from a data provider.
         preview: so many of the first rows are printed.
         reader: what reads prompts with images, for a model that does.
+        listed_ends: end tokens that the model's generation config lists.
     """
 
+    ends: tuple[int, ...]
+    """ids of the tokens that end a completion (`models.loading.end_tokens`)"""
     dropped: int
     """rows left out so far"""
     truncated: int
@@ -72,6 +76,7 @@ class Encoder:
         encoding: Encoding = DEFAULT,
         preview: int = 0,
         reader: ImageReader | None = None,
+        listed_ends: Collection[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
@@ -79,15 +84,15 @@ class Encoder:
         self.dropped = self.truncated = 0
         self.reader = reader
         self._renderer = Renderer(tokenizer, encoding, reader)
+        self.listed_ends = listed_ends
+        self.ends = find_end_tokens(tokenizer, (self._renderer.template,), listed_ends)
         self._lock = threading.Lock()  # a tokenizer is no place for two threads at once
         self._to_show = preview if os.environ.get("RANK", "0") == "0" else 0
-        if tokenizer.eos_token_id is None:
+        if not self.ends:
             raise UsageError("the tokenizer has no EOS token, so completions would never end; set its eos_token")
-        self._eos: int = tokenizer.eos_token_id
+        self._eos: int = self.ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self._bos: int = self._eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self._pad_id: int = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        added = tokenizer.added_tokens_decoder.items()
-        self._special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
     @classmethod
     def for_data(
@@ -96,13 +101,14 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         max_prompt_tokens: int = 1024,
         reader: ImageReader | None = None,
+        listed_ends: Collection[int] = (),
     ) -> Encoder:
         """The encoder that `data`, a data provider, asks for by the fields `encoding` and `preview` of a `Preparation`."""
         from rlhf_core.data.prepare import Preparation
 
         if not isinstance(data, Preparation):
-            return cls(tokenizer, max_prompt_tokens, reader=reader)
-        return cls(tokenizer, max_prompt_tokens, data.encoding, data.preview, reader)
+            return cls(tokenizer, max_prompt_tokens, reader=reader, listed_ends=listed_ends)
+        return cls(tokenizer, max_prompt_tokens, data.encoding, data.preview, reader, listed_ends)
 
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""
@@ -195,7 +201,7 @@ class Encoder:
 
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr([FORMAT, transformers.__version__, tokenizers.__version__]).encode())
-        digest.update(repr([*self._renderer.identity, self._eos, self._bos]).encode())
+        digest.update(repr([*self._renderer.identity, self.ends, self._bos]).encode())
         with TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             for path in sorted(Path(folder).rglob("*")):
@@ -247,20 +253,23 @@ class Encoder:
             return list(feedback.token_ids)
         if not feedback.messages:
             return self._ids(feedback.text, example.origin) if feedback.text else []
-        closing, opening = self._renderer.continuation(example, feedback.messages)
-        ids = self._ids(closing, example.origin)
-        if turn_ids[-1] in self._special:
-            ids = ids[self._end(ids) or 0 :]
-        return [*ids, *self._ids(opening, example.origin)]
+        closing, opening = (
+            self._ids(text, example.origin) for text in self._renderer.continuation(example, feedback.messages)
+        )
+        if turn_ids[-1] not in self.ends:
+            return [*closing, *opening]
+        rest = [*closing[self._end(closing) or 0 :], *opening]
+        return rest[rest[:1] == [turn_ids[-1]] :]  # in some templates what opens the next turn ends one (GLM)
 
     def _end(self, ids: list[int]) -> int | None:
-        """The length of `ids` up to the special token that ends them, blanks after it allowed; None without one."""
+        """The length of `ids` up to the end token that ends them, None without one. Blanks and more ends may follow it."""
+        end = None
         for i in reversed(range(len(ids))):
-            if ids[i] in self._special:
-                return i + 1
-            if str(self.tokenizer.decode([ids[i]])).strip():
-                return None
-        return None
+            if ids[i] in self.ends:
+                end = i + 1
+            elif str(self.tokenizer.decode([ids[i]])).strip():
+                break
+        return end
 
     def _ids(self, text: str, origin: str, special: bool = False) -> list[int]:
         if not text.isascii():

@@ -105,7 +105,8 @@ class Preparer:
         if self._workers is None:
             from rlhf_core.util.worker_processes import Workers
 
-            made_of = (self._encoder.tokenizer, self._encoder.encoding, self._encoder.reader)
+            encoder = self._encoder
+            made_of = (encoder.tokenizer, encoder.encoding, encoder.reader, encoder.listed_ends)
             self._workers = Workers(self._count, TARGET, made_of)
         size = min(SHARE, -(-len(examples) // self._count))
         calls = [(examples[at : at + size], self._online) for at in range(0, len(examples), size)]
@@ -151,11 +152,11 @@ def _encode_here() -> dict[str, Any]:
     return {}
 
 
-def prepare_worker(tokenizer: Any, encoding: Encoding, reader: Any = None) -> None:
+def prepare_worker(tokenizer: Any, encoding: Encoding, reader: Any, listed_ends: Sequence[int]) -> None:
     """Build this process's encoder, once."""
     from rlhf_core.data.encoder import Encoder
 
-    _encode_here()["encoder"] = Encoder(tokenizer, encoding=encoding, reader=reader)
+    _encode_here()["encoder"] = Encoder(tokenizer, encoding=encoding, reader=reader, listed_ends=listed_ends)
 
 
 def _in_worker(examples: Sequence[Example], online: bool) -> list[TokenizedRow | DataError]:

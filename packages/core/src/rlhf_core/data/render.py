@@ -66,18 +66,19 @@ class Renderer:
         self._reader = reader
         self._input_template = encoding.input_template
         own = reader.template if reader is not None else tokenizer.chat_template
-        self._template = _template(own, encoding)
+        self.template = _template(own, encoding)
+        """the chat template in force, None for raw text"""
 
     @property
     def identity(self) -> list[str]:
         """What decides the text of a row, beside the row: templates, and the day where one asks for it."""
-        template = self._template or ""
+        template = self.template or ""
         day = f"{date.today()}" if "strftime_now" in template else ""
         return [template, self._input_template, day, *(["in parts"] if self._reader is not None else [])]
 
     def uses_template(self, example: Example) -> bool:
         """Whether a chat template renders the example; special tokens like BOS are its business then."""
-        return self._template is not None and self._chat(example) is not None
+        return self.template is not None and self._chat(example) is not None
 
     def prompt(self, example: Example) -> str:
         """The prompt, up to and including what opens the assistant's turn."""
@@ -146,7 +147,7 @@ class Renderer:
         if not isinstance(example.prompt, str):
             return example.prompt
         plain = all(isinstance(completion, str) for completion in example.completions)
-        if plain and (self._template is None or not example.prompt):
+        if plain and (self.template is None or not example.prompt):
             return None
         return ({"role": "user", "content": example.prompt},)
 
@@ -160,12 +161,12 @@ class Renderer:
                 f"{example.origin}: a message has a part of type {part!r}, and the model reads {' and '.join(reads)} alone"
             )
         try:
-            if self._template is None:
+            if self.template is None:
                 return format_dialogue(chat) + ("\n\nAssistant:" if generation else "")
             text = self._tokenizer.apply_chat_template(
                 [dict(message) if self._reader is None else _split_contents(message) for message in chat],
                 tools=example.meta.get("tools"),
-                chat_template=self._template,
+                chat_template=self.template,
                 add_generation_prompt=generation,
                 tokenize=False,
             )

@@ -58,12 +58,15 @@ class WinRate(Evaluator):
     def _sample(self, run: RunView, name: str, rows: list[Example], uids: list[int]) -> Rollouts:
         """Completions of a role to these rows, asked in its own words."""
         from rlhf_core.data.encoder import Encoder
+        from rlhf_core.models.loading.end_tokens import listed_ends
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         spec = run.plan.roles[name]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
         reader = load_reader(spec.options.model, spec.options, tokenizer)
-        encoder = Encoder.for_data(run.config.providers["data"], tokenizer, run.config.max_prompt_tokens, reader)
+        listed = listed_ends(spec.options.model, spec.options)
+        data, longest = run.config.providers["data"], run.config.max_prompt_tokens
+        encoder = Encoder.for_data(data, tokenizer, longest, reader, listed)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         return run.rollouts(name, encoder.prompts(rows, uids), sampling)

@@ -23,6 +23,7 @@ from rlhf_core.models.heads.modules import (
 from rlhf_core.models.heads.router import check_router
 from rlhf_core.models.inputs.packing import can_pack
 from rlhf_core.models.inputs.vision import Vision
+from rlhf_core.models.loading.end_tokens import save_ends
 from rlhf_core.models.loading.hub import find_companion_file
 from rlhf_core.models.loading.image_reader import load_reader
 from rlhf_core.models.loading.load import has_scorer, load_model, load_scorer
@@ -65,6 +66,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
         )
         check_logits(options.model, model)
     _no_dropout(model)
+    save_ends(model, spec.ends)
     packing = options.packing and can_pack(model)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
     module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision, spec.providers).eval()

@@ -57,6 +57,7 @@ class HuggingFaceRollout(Rollout):
 
     def _sample(self, role: Any, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Sample from whole weights."""
+        from rlhf_core.models.loading.end_tokens import end_ids
         from rlhf_core.rollout.assemble import assemble, decode, pad_id
         from rlhf_core.rollout.sampler import sample
 
@@ -68,7 +69,7 @@ class HuggingFaceRollout(Rollout):
                 prompts.token_ids,
                 sampling,
                 [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids],
-                eos_ids=eos_ids(model, tokenizer),
+                eos_ids=end_ids(role.spec, tokenizer),
                 pad_id=pad_id(tokenizer),
                 decode=partial(decode, tokenizer),
                 wave_tokens=self.wave_tokens,
@@ -89,13 +90,6 @@ class HuggingFaceRollout(Rollout):
     def sync(self, role: Role) -> Mapping[str, float]:
         """Nothing to do: the weights are the role's own."""
         return {}
-
-
-def eos_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
-    listed = model.generation_config.eos_token_id if model.generation_config is not None else None
-    several = listed if isinstance(listed, list) else [listed]
-    return {number for number in (*several, tokenizer.eos_token_id) if number is not None}
 
 
 def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -34,23 +34,30 @@ class RunData:
     def encoder(self) -> Encoder:
         """The way from rows to token ids, with the tokenizer of the role that reads them."""
         from rlhf_core.data.encoder import Encoder
+        from rlhf_core.models.loading.end_tokens import listed_ends, report_ends
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         config, spec = self.plan.config, self.plan.roles[self.plan.tokenizer_role]
         tokenizer = load_tokenizer(spec.options.model, spec.options)
         reader = load_reader(spec.options.model, spec.options, tokenizer)
-        return Encoder.for_data(config.providers["data"], tokenizer, config.max_prompt_tokens, reader)
+        listed = listed_ends(spec.options.model, spec.options)
+        encoder = Encoder.for_data(config.providers["data"], tokenizer, config.max_prompt_tokens, reader, listed)
+        report_ends(tokenizer, encoder.ends, listed)
+        return encoder
 
     def encoder_of(self, role: str) -> Encoder:
         """Return the encoder of a role that reads texts, with its own tokenizer; what is too long is cut."""
         if role not in self._encoders:
             from rlhf_core.data.encoder import Encoder, Encoding
+            from rlhf_core.models.loading.end_tokens import listed_ends
             from rlhf_core.models.loading.tokenizer import load_tokenizer
 
             options, encoding = self.plan.roles[role].options, Encoding(too_long="truncate")
             tokenizer = load_tokenizer(options.model, options)
-            self._encoders[role] = Encoder(tokenizer, encoding.max_tokens, encoding)
+            self._encoders[role] = Encoder(
+                tokenizer, encoding.max_tokens, encoding, listed_ends=listed_ends(options.model, options)
+            )
         return self._encoders[role]
 
     @cached_property

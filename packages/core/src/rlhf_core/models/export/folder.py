@@ -61,6 +61,8 @@ def export(
     with fresh_folder(Path(folder)) as target, no_progress_bars():
         if adapters is not None:
             adapters.save(target, base, _inside(own, "model."))
+            if model.can_generate():
+                model.generation_config.save_pretrained(target)  # its end tokens, for whoever merges
             if find(base).kind == "tiny":
                 _save_tiny(base, target / "base")
         else:
