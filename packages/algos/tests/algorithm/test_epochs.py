@@ -110,14 +110,21 @@ def test_another_length_under_a_schedule_is_refused_on_resume(rows: str, tmp_pat
 
 def test_two_ranks_agree_on_the_steps_of_the_epochs(rows: str, tmp_path: Path) -> None:
     argv = ["sft", "--model", "tiny", "--data", "json", "--data.path", rows, "--data.encoding.max-tokens", "60"]
-    argv += ["--batch-size", "4", "--epochs", "2", "--output", str(tmp_path / "two")]
+    argv += ["--batch-size", "4", "--epochs", "2", "--output", str(tmp_path / "two"), "--data.heldout-path", rows]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlhf_core"]
     subprocess.run([sys.executable, *ranks, *argv], check=True, capture_output=True, timeout=240)
-    one = sft(rows, tmp_path / "one", epochs=2)
-    one.train()
+    argv[-3] = str(tmp_path / "one")
+    Run(parse(argv, Registry())).train()
     for name in ("one", "two"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["data/epoch"] for line in lines][-1] > 1.7 and len(lines) == 4
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "evaluation-metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for alone, shared in zip(one, two, strict=True):  # held-out loss, which ranks share
+        assert alone.keys() == shared.keys() and "eval/heldout/loss" in alone
+        assert alone == pytest.approx(shared, rel=1e-5)
 
 
 def test_one_length_is_given(rows: str, tmp_path: Path) -> None:

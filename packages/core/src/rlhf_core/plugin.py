@@ -83,6 +83,7 @@ def rlhf_launcher() -> Providers:
 def rlhf_evaluator() -> Providers:
     return {
         "heldout": "rlhf_core.evaluator.heldout:Heldout",
+        "heldout_loss": "rlhf_core.evaluator.heldout_loss:HeldoutLoss",
         "pass_at_k": "rlhf_core.evaluator.pass_at_k:PassAtK",
         "policy_stats": "rlhf_core.evaluator.policy_stats:PolicyStats",
         "preference": "rlhf_core.evaluator.preference:Preference",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_core.checkpoint.rotation import Rotation, check_metric
+from rlhf_core.checkpoint.rotation import Rotation, check_metric, which_is_better
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.run.run import Run
@@ -52,6 +52,12 @@ def test_as_many_stay_as_fit_and_the_newest_always(limit: int, kept: int, tmp_pa
     checkpoints(tmp_path, dict.fromkeys(range(1, 6)))
     Rotation(keep=4, gigabytes=limit / 1e9)(tmp_path)
     assert left(tmp_path) == [f"step-{step}" for step in range(6 - kept, 6)]
+
+
+def test_low_losses_are_good_unless_somebody_says_otherwise() -> None:
+    low = ["eval/heldout/loss", "eval/heldout/perplexity", "loss/actor", "actor/nll"]
+    assert [which_is_better(name, "auto") for name in (*low, "eval/heldout/reward")] == ["min"] * 4 + ["max"]
+    assert which_is_better("eval/heldout/loss", "max") == "max"
 
 
 @pytest.mark.parametrize(("mode", "step", "value"), [("max", 2, 0.9), ("min", 3, 0.1)])

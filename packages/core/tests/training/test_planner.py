@@ -116,7 +116,7 @@ def test_a_need_that_nothing_provides_is_named_with_its_asker() -> None:
 
 
 def test_a_role_without_options_is_named() -> None:
-    with pytest.raises(UsageError, match=r"needs a role 'judge', but Two has options only for actor, critic"):
+    with pytest.raises(UsageError, match=r"with a role 'judge', and Two has only actor, critic"):
         plan_of(Term("judge", "actor", Value(), Baseline()))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.background import Background
 from rlhf_core.checkpoint.restoring import restore
-from rlhf_core.checkpoint.rotation import Rotation
+from rlhf_core.checkpoint.rotation import Rotation, which_is_better
 from rlhf_core.checkpoint.saving import SharedState, save
 
 if TYPE_CHECKING:
@@ -82,4 +82,4 @@ class Checkpoints:
     def _rotation(self, evaluations: Evaluations) -> Rotation:
         config, name = self.config, self.config.keep_best
         measured = {step: float(metrics[name]) for step, metrics in evaluations if name in metrics}
-        return Rotation(config.keep, config.keep_gb, name, config.keep_best_mode, measured)
+        return Rotation(config.keep, config.keep_gb, name, which_is_better(name, config.keep_best_mode), measured)

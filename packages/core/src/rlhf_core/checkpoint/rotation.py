@@ -17,7 +17,17 @@ from rlhf_core.errors import OptionError
 from rlhf_core.util.atomic_files import discard, write_text
 from rlhf_core.util.suggestions import did_you_mean
 
-__all__ = ["Rotation", "check_metric"]
+__all__ = ["Rotation", "check_metric", "which_is_better"]
+
+LOW = ("loss", "nll", "perplexity")
+"""Metrics, by a part of their names, whose low values are good."""
+
+
+def which_is_better(name: str, mode: Literal["auto", "max", "min"]) -> Literal["max", "min"]:
+    """Return the mode that `--keep-best-mode` means for a metric."""
+    if mode != "auto":
+        return mode
+    return "min" if any(part in LOW for part in name.split("/")) else "max"
 
 
 @dataclass(frozen=True)

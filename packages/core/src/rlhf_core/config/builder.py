@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.config.length import check_length, without_unused_length
 from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
 from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
-from rlhf_core.config.schema import Schema, Section, unused_fields
+from rlhf_core.config.schema import HELDOUT_LOSS, Schema, Section, unused_fields
 from rlhf_core.config.value_types import MASK, is_secret, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
@@ -131,7 +131,21 @@ def _build(schema: Schema, settings: Settings, registry: Registry) -> RunConfig:
     names = {kind: name for kind, name in schema.names.items() if name}
     uses = {path: use.name for section in schema.sections for path, use in section.uses.items()}
     given: dict[str, Any] = {"names": names, "uses": uses, "registry": registry, "option_names": schema.option_names}
-    return replace(run, algorithm=made["algorithm"], **given, **split_sections(schema, made))
+    config = replace(run, algorithm=made["algorithm"], **given, **split_sections(schema, made))
+    return config if "evaluator" in schema.declined else _with_heldout_loss(config, registry)
+
+
+def _with_heldout_loss(config: RunConfig, registry: Registry) -> RunConfig:
+    """`config` with the evaluator of held-out loss, where rows are held out of offline data and nothing else measures them."""
+    offline = "data" in config.providers and "rollout" not in config.providers
+    if not offline or "evaluator" in config.providers or not config.providers["data"].holds_out:
+        return config
+    evaluator = registry.resolve("evaluator", HELDOUT_LOSS)()
+    return replace(
+        config,
+        providers={**config.providers, "evaluator": (evaluator,)},
+        names={**config.names, "evaluator": HELDOUT_LOSS},
+    )
 
 
 def construct(schema: Schema, settings: Settings) -> dict[str, Any]:

@@ -48,6 +48,9 @@ ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer":
 FOLLOWING = {"environment": {"reward": "environment"}}
 """Usual providers of other kinds for a run that has one of this kind."""
 
+HELDOUT_LOSS = "heldout_loss"
+"""The evaluator of an offline algorithm whose data holds rows out, where the user chose none and declined none."""
+
 FIXED = {
     "config": "TOML file with options; flags win over it",
     "help": "show the options of exactly the chosen providers",
@@ -83,6 +86,8 @@ class Schema:
     options: Mapping[str, Option] = field(default_factory=dict)
     option_names: OptionNames = OptionNames()
     """how the user who chose them writes these options"""
+    declined: frozenset[str] = frozenset()
+    """kinds that the user chose to have none of"""
 
     def is_group(self, path: str) -> bool:
         """Whether there can be options under `path`."""
@@ -152,7 +157,8 @@ def make_schema(
         inside = _make_uses(role, options, uses or {}, registry)
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options, uses=inside))
     sections += provider_sections(names, registry, instances)
-    return build_schema(names, sections)
+    declined = frozenset(kind for kind, name in chosen.items() if name == "none")
+    return dataclasses.replace(build_schema(names, sections), declined=declined)
 
 
 def provider_sections(

@@ -293,8 +293,8 @@ class RunConfig:
     """and only as many of them as fit into this many GB; the newest always stays. 0 is no limit"""
     keep_best: str = field(default="", metadata=FREE)
     """a metric (`eval/heldout/reward`, say) whose best checkpoint stays too; `checkpoints/best.json` names it"""
-    keep_best_mode: Literal["max", "min"] = field(default="max", metadata=FREE)
-    """whether high or low values of it are good"""
+    keep_best_mode: Literal["auto", "max", "min"] = field(default="auto", metadata=FREE)
+    """high or low values of it are good; auto is low for a loss, a negative log-likelihood and perplexity, else high"""
     export_shard: str = field(default="5GB", metadata=FREE)
     """largest file of weights in OUTPUT/model, as 5GB or 500MB"""
     push_to_hub: str = field(default="", metadata=FREE)

@@ -61,6 +61,11 @@ class Data(Provider):
         """Rows of a stream that are held and drawn from by chance; 0 reads it in order."""
         return 0
 
+    @property
+    def holds_out(self) -> bool:
+        """True if its options keep rows from training, so that offline algorithms measure their loss on them."""
+        return False
+
     def __call__(self, split: str) -> Iterable[Example]:
         """Return the rows of a split (`train`, or `heldout` for evaluation). Raises `DataError` naming file and row."""
         raise NotImplementedError

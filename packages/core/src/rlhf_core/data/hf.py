@@ -53,6 +53,10 @@ class HuggingFaceData(Preparation, Columns):
     shuffle_buffer: int = 1000
     """rows that a streamed set is shuffled within, anew each epoch; 0 keeps its order"""
 
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.heldout or self.heldout_path or self.heldout_split)
+
     def __call__(self, split: str) -> Iterable[Example]:
         if split != "heldout":
             return self._part(self._read(self.split), 0) if self.heldout else self._read(self.split)

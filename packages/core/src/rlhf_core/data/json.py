@@ -37,6 +37,10 @@ class Json(Preparation, Columns):
     limit: int = 0
     """use the first so many rows; 0 uses all"""
 
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.heldout or self.heldout_path)
+
     def __call__(self, split: str) -> Sequence[Example]:
         if split == "heldout" and self.heldout_path:
             return self._read(self.heldout_path)

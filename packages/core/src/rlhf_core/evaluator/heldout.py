@@ -21,7 +21,7 @@ __all__ = ["Heldout"]
 
 @dataclass(frozen=True)
 class Heldout(Evaluator):
-    """Mean reward, KL-free, on held-out prompts, with the standard error over prompts."""
+    """Mean reward on held-out prompts, without the KL penalty, with the standard error over prompts."""
 
     prompts: int = 64
     """at most this many held-out prompts, from the first"""
@@ -37,7 +37,8 @@ class Heldout(Evaluator):
         """
         if not run.plan.online:
             raise UsageError(
-                "evaluator heldout samples the policy, but this algorithm has no rollout; remove the evaluator"
+                "evaluator heldout samples the policy, but this algorithm has no rollout; "
+                "use the evaluator heldout_loss, which measures its loss"
             )
         source = next(name for name in run.plan.sources if name in run.plan.roles)
         rows = run.heldout(self.prompts)

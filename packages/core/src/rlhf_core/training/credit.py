@@ -77,10 +77,14 @@ def prepare_rows(plan: Plan, batch: Batch) -> Batch:
     return batch
 
 
-def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch, after: str = "") -> Batch:
+def compute_needs(
+    plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch, after: str = "", trains: bool = True
+) -> Batch:
     """`batch` with every extra that the credits on `source` need and that it does not have yet.
 
     One forward pass per role gives all outputs asked of it. For old log-probabilities see `training.old_logprobs`.
+
+    `trains` is false for an evaluation: no forward pass is kept for training.
 
     Needs that an update changes before their credit is assigned (`Term.after`) wait for it: they are computed when `after` is
     the role that it waits for. All others are computed before any update, when `after` is empty.
@@ -98,8 +102,8 @@ def compute_needs(plan: Plan, roles: Mapping[str, Role], source: str, batch: Bat
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
     extras: dict[str, Tensor] = {}
     for role in dict.fromkeys(role for role, _ in wanted):
-        trains = any((term.role, term.source) == (role, source) for term in plan.terms)
-        learns = trains and role not in plan.updated_by(after)  # still to come in this step
+        trained = any((term.role, term.source) == (role, source) for term in plan.terms)
+        learns = trains and trained and role not in plan.updated_by(after)  # still to come in this step
         asked = frozenset(output for owner, output in wanted if owner == role)
         outputs = roles[role].infer(batch, asked, source if learns else "")
         for (owner, output), names in wanted.items():

@@ -17,6 +17,7 @@ from rlhf_core.contract.requirements import LANGUAGE, Need, split_output
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter
+from rlhf_core.training.evaluator_needs import evaluator_needs
 from rlhf_core.training.output_table import OutputTable
 from rlhf_core.training.reward_shaping import RewardShaping
 
@@ -221,9 +222,8 @@ def _roles(
     outputs = _term_outputs(config, [term for _, term in keyed], sources, table)
     needs = [need for credit in credits.values() for need in credit.needs]
     evaluators = config.providers.get("evaluator", ())
-    for evaluator in evaluators:
-        first = config.algorithm.policy if keyed else next(iter(config.roles))
-        needs += [needs_.resolve(name, first, evaluator, table.names) for name in sorted(evaluator.needs)]
+    first = config.algorithm.policy if keyed else next(iter(config.roles), "")
+    needs += evaluator_needs(config, first, outputs, table.names)
     for need in needs:
         if need.role:
             outputs.setdefault(need.role, set()).add(need.output)
@@ -238,8 +238,8 @@ def _roles(
     unknown = [name for name in outputs if name not in config.roles]
     if unknown:
         raise UsageError(
-            f"the run needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} has options only for "
-            f"{', '.join(config.roles)}; choose an advantage, loss, reward or evaluator, or options, without that need"
+            f"something chosen here compares with a role {unknown[0]!r}, and {type(config.algorithm).__name__} has only "
+            f"{', '.join(config.roles)}; choose another advantage, loss or reward, or other options of it"
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
