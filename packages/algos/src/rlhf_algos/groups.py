@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.results import PRECISION
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.training.rounding import equal_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +30,7 @@ __all__ = [
     "rank_in_group",
     "require_groups",
     "split_rewards",
+    "standardise",
 ]
 
 
@@ -53,6 +56,13 @@ def group_std(values_N: Tensor, group_N: Tensor) -> Tensor:
     centred_N = values_N - group_mean(values_N, group_N)
     spread_N = group_sum(centred_N.square(), group_N)
     return (spread_N / (group_sizes(group_N) - 1).clamp(min=1)).sqrt().to(values_N.dtype)
+
+
+def standardise(values_N: Tensor, group_N: Tensor, precision: float = PRECISION) -> Tensor:
+    """(value - mean) / standard deviation of its group, exactly 0 where the group's values are equal within their precision."""
+    centred_N = values_N - group_mean(values_N, group_N)
+    equal_N = equal_groups(values_N, group_N, precision)
+    return (centred_N / group_std(values_N, group_N).masked_fill(equal_N, 1.0)).masked_fill(equal_N, 0.0)
 
 
 def leave_one_out(values_N: Tensor, group_N: Tensor) -> Tensor:

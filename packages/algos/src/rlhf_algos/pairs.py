@@ -9,6 +9,7 @@ from rlhf_core.contract.results import Metric
 from rlhf_core.contract.terms import PAIRS_ADVICE
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.training.rounding import prefer_chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +49,11 @@ def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor) -> Mapping[str, Metric]:
-    """How the implicit (or modelled) rewards of chosen and rejected completions compare. A tie counts as half right."""
+    """How the implicit (or modelled) rewards of chosen and rejected completions compare. A tie within rounding counts as
+    half right."""
     margin = (chosen - rejected).detach()
     return {
-        "accuracy": Metric.over((margin > 0).float() + 0.5 * (margin == 0)),
+        "accuracy": Metric.over(prefer_chosen(chosen, rejected)),
         "margin": Metric.over(margin),
         "chosen_reward": Metric.over(chosen),
         "rejected_reward": Metric.over(rejected),

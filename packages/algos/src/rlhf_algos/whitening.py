@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from rlhf_core.contract.results import PRECISION
+from rlhf_core.lazy import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,13 +16,16 @@ __all__ = ["Whiten", "whiten"]
 
 Whiten = Literal["std", "mean", "none"]
 
-MIN_VARIANCE = 1e-8  # equal advantages have no scale; this keeps 0 / 0 at 0 and is OpenRLHF's floor
+MIN_VARIANCE = 1e-8  # small advantages are not blown up beyond 10,000 times; OpenRLHF's floor
 
 
-def whiten(values_NT: Tensor, mask_NT: Tensor, how: Whiten, world: World | None) -> Tensor:
+def whiten(
+    values_NT: Tensor, mask_NT: Tensor, how: Whiten, world: World | None, precision: float = PRECISION
+) -> Tensor:
     """Subtract the mean over the mask and, for `std`, divide by the population standard deviation; zero outside it.
 
-    Collective over `world`. The sums are float64 and the variance is taken about the mean in a second pass.
+    A deviation of at most `precision * max(1, |mean|)` is rounding, and all values are 0 then. Collective over `world`. The
+    sums are float64 and the variance is taken about the mean in a second pass.
     """
     if how == "none":
         return values_NT
@@ -30,4 +36,6 @@ def whiten(values_NT: Tensor, mask_NT: Tensor, how: Whiten, world: World | None)
     if how == "mean":
         return centred_NT
     variance = total(centred_NT.double().square().sum()) / count
+    if float(variance.sqrt()) <= precision * max(1.0, abs(float(mean))):
+        return torch.zeros_like(centred_NT)
     return centred_NT * variance.clamp(min=MIN_VARIANCE).rsqrt().to(values_NT.dtype)

@@ -103,6 +103,19 @@ def test_the_reference_point_is_the_mean_over_mismatched_rows_and_those_are_left
     assert not credit.advantages_NT[4:].any()
 
 
+def test_a_reference_point_below_zero_is_zero() -> None:
+    """The KL that z estimates is none below 0 (Ethayarajh et al. 2024, section 4.1): here every log-ratio is -0.5."""
+    batch = rows()
+    below_NT = -0.5 * batch.mask_NT
+    extras = {"actor.logprobs_NT": below_NT, "ref_logprobs_NT": torch.zeros_like(below_NT)}
+    for z in ("batch", "other"):
+        credit = KTOAdvantage(z=z)(RewardOutput(torch.zeros(4)), batch, extras)  # type: ignore[arg-type]
+        assert credit.metrics["kto/z"] == 0.0
+        assert credit.returns_NT is not None and not credit.returns_NT.any()
+        above = {**extras, "actor.logprobs_NT": -below_NT}
+        assert KTOAdvantage(z=z)(RewardOutput(torch.zeros(4)), batch, above).metrics["kto/z"] == pytest.approx(1.25)  # type: ignore[arg-type]
+
+
 def test_of_pairs_the_chosen_one_is_desirable() -> None:
     _, credit = credited(rows(pairs=True))
     assert credit.advantages_NT[:4, 0].tolist() == [1, -1, 1, -1]

@@ -92,3 +92,22 @@ def test_the_penalty_is_a_term_only_when_it_belongs_in_the_loss() -> None:
     assert kl_terms(None, "actor", "actor", None) == ()
     (term,) = kl_terms(KL(where="loss", estimator="k2"), "actor", "actor", None)
     assert (term.role, term.source, term.loss) == ("actor", "actor", KLLoss("k2"))
+
+
+def test_the_kl_is_that_of_the_policy_and_waits_for_the_training_pass_where_only_an_engine_knows_it() -> None:
+    """An engine's log-probabilities are off by 0.1 a token; the trainer's are the reference's: the KL is 0."""
+    batch = make_batch([2, 1])
+    ref_NT = -2.0 * batch.mask_NT
+    batch = batch.with_extras(ref_logprobs_NT=ref_NT, sampler_logprobs_NT=ref_NT + 0.1 * batch.mask_NT)
+    controller = KLController(KL(coef=0.1, target=6.0, horizon=10))
+    assert controller.watch("actor", batch, float) == {} and controller.coef == 0.1
+    found = controller.settle({"actor/kl": 4.0})  # the mean over 3 tokens, of 2 completions
+    assert found == {"kl/mean": 4.0, "kl/completion": 6.0, "kl/coef": 0.1}
+    assert controller.settle({"actor/kl": 4.0}) == {}, "it is taken once"
+    controller.watch("actor", batch, float)
+    assert controller.settle({"loss/actor": 0.0}) == {}, "a skipped step has none"
+    exact = controller.watch("actor", batch.with_extras(old_logprobs_NT=ref_NT), float)
+    assert exact["kl/mean"] == 0.0 and controller.coef < 0.1
+    empty = batch.with_extras(old_logprobs_NT=ref_NT)
+    empty.mask_NT = torch.zeros_like(empty.mask_NT)
+    assert controller.watch("actor", empty, float)["kl/mean"] == 0.0

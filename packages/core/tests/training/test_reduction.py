@@ -19,7 +19,7 @@ from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_core.training.microbatch import bearable_padding, micro_rows, minibatches, padding_share
 from rlhf_core.training.reduction import Means, count, weighted_sum
 
-LENGTHS = [3, 1, 4, 2]
+LENGTHS = [3, 1, 4, 0, 2, 1]  # one of them empty
 
 
 def by_hand(per: str, values: list[list[float]]) -> float:
@@ -28,8 +28,8 @@ def by_hand(per: str, values: list[list[float]]) -> float:
     flat = [x for row in rows for x in row]
     return {
         "token": sum(flat) / len(flat),
-        "sequence": sum(sum(row) / len(row) for row in rows) / len(rows),
-        "prompt": sum(flat) / 2,  # rows 0, 1 and rows 2, 3 share a prompt
+        "sequence": sum(sum(row) / len(row) for row in rows if row) / sum(map(bool, rows)),
+        "prompt": sum(flat) / 2,  # the first two rows and the others share a prompt
         "constant": sum(flat) / (len(rows) * 7),
         "sum": sum(flat),
     }[per]
@@ -37,7 +37,7 @@ def by_hand(per: str, values: list[list[float]]) -> float:
 
 @pytest.mark.parametrize("per", ["token", "sequence", "prompt", "constant", "sum"])
 def test_a_reduction_is_its_definition_and_padding_cannot_leak_in(per: str) -> None:
-    batch = make_batch(LENGTHS, groups=[0, 0, 1, 1])
+    batch = make_batch(LENGTHS, groups=[0, 0, 1, 1, 1, 1])
     values_NT = values_like(batch).masked_fill(~batch.mask_NT, float("nan"))
     reduction = Reduction(per, length=7)  # type: ignore[arg-type]
     result = weighted_sum(values_NT, reduction, batch) / count(reduction, batch)
@@ -47,8 +47,8 @@ def test_a_reduction_is_its_definition_and_padding_cannot_leak_in(per: str) -> N
 def test_pairs_are_averaged_over_pairs() -> None:
     batch = make_batch(LENGTHS)
     reduction = Reduction("sample")
-    values = torch.tensor([2.0, 4.0])
-    assert float(weighted_sum(values, reduction, batch)) / count(reduction, batch, rows_per_unit=2) == 3.0
+    values = torch.tensor([2.0, 4.0, 6.0])
+    assert float(weighted_sum(values, reduction, batch)) / count(reduction, batch, rows_per_unit=2) == 4.0
 
 
 @settings(max_examples=50, deadline=None)

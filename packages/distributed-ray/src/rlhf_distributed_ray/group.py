@@ -267,7 +267,7 @@ class EngineGroup(Rollout):
         together = Rollouts.cat(parts)
         if "kept_mass" in together.scalars:  # a mean over tokens, of which each engine has its own number
             kept = sum(part.scalars["kept_mass"] * float(part.mask_NT.sum()) for part in parts)
-            together.scalars["kept_mass"] = kept / float(together.mask_NT.sum())
+            together.scalars["kept_mass"] = kept / max(1.0, float(together.mask_NT.sum()))
         place = {p: i for i, p in enumerate(p for rows in dealt for p in rows)}  # prompt -> where its group stands now
         order = [place[p] * sampling.n + k for p in range(len(prompts)) for k in range(sampling.n)]
         ordered: Rollouts = together.rows(order)

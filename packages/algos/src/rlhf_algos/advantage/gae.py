@@ -44,4 +44,6 @@ class GAEAdvantage(Advantage):
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         rewards_NT = place_scores(rewards.rewards_N, rewards, rollouts)
         advantages_NT, returns_NT = gae(rewards_NT, extras["values_NT"].float(), rollouts.mask_NT, self.gamma, self.lam)
-        return Credit(whiten(advantages_NT, rollouts.mask_NT, self.whiten, rollouts.world), returns_NT)
+        return Credit(
+            whiten(advantages_NT, rollouts.mask_NT, self.whiten, rollouts.world, rewards.precision), returns_NT
+        )

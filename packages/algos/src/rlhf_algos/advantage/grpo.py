@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.groups import group_mean, group_std, place_scores, require_groups
+from rlhf_algos.groups import group_mean, place_scores, require_groups, standardise
 from rlhf_algos.returns import discounted_returns
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["GRPOAdvantage"]
 
-EPS = 1e-9  # equal scores have no deviation; this keeps 0 / 0 at 0 and moves nothing else
-
 
 @dataclass(frozen=True)
 class GRPOAdvantage(Advantage):
     """Scores relative to the other completions of the prompt (Shao et al. 2024, DeepSeekMath, section 4.1.2).
 
-    Every token gets A = (R - mean) / std of its group, std unbiased, plus what per-token rewards still come after it.
+    Every token gets A = (R - mean) / std of its group, std unbiased, plus what per-token rewards still come after it. Scores
+    that are equal within their precision have no deviation, and A is 0.
     """
 
     std: bool = True
@@ -38,8 +37,9 @@ class GRPOAdvantage(Advantage):
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
         scores_N, group_N = rewards.rewards_N, rollouts.group_N
-        shaped_N = scores_N - group_mean(scores_N, group_N)
         if self.std:
-            shaped_N = shaped_N / (group_std(scores_N, group_N) + EPS)
+            shaped_N = standardise(scores_N, group_N, rewards.precision)
+        else:
+            shaped_N = scores_N - group_mean(scores_N, group_N)
         rewards_NT = place_scores(shaped_N, rewards, rollouts)
         return Credit(discounted_returns(rewards_NT, rollouts.mask_NT, gamma=1.0))

@@ -42,4 +42,4 @@ class ReinforcePPAdvantage(Advantage):
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         rewards_NT = place_scores(rewards.rewards_N, rewards, rollouts)
         returns_NT = discounted_returns(rewards_NT, rollouts.mask_NT, self.gamma)
-        return Credit(whiten(returns_NT, rollouts.mask_NT, self.whiten, rollouts.world))
+        return Credit(whiten(returns_NT, rollouts.mask_NT, self.whiten, rollouts.world, rewards.precision))

@@ -39,4 +39,4 @@ class ReinforcePPBaselineAdvantage(Advantage):
         centred_N = rewards.rewards_N - group_mean(rewards.rewards_N, rollouts.group_N)
         rewards_NT = place_scores(centred_N, rewards, rollouts)
         returns_NT = discounted_returns(rewards_NT, rollouts.mask_NT, gamma=1.0)
-        return Credit(whiten(returns_NT, rollouts.mask_NT, self.whiten, rollouts.world))
+        return Credit(whiten(returns_NT, rollouts.mask_NT, self.whiten, rollouts.world, rewards.precision))

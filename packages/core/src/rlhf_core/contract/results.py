@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.lazy import torch
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Rollouts
 
-__all__ = ["Credit", "LossTerms", "Metric", "Outputs", "Reduction", "RewardOutput", "ScoredRollouts"]
+__all__ = ["PRECISION", "Credit", "LossTerms", "Metric", "Outputs", "Reduction", "RewardOutput", "ScoredRollouts"]
+
+PRECISION = 1e-6
+"""Relative size below which a difference of float32 rewards is rounding: eight units in the last place."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class RewardOutput:
     """float32 in 0..1, for filtering and pass rates; the rewards where absent"""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """further numbers per completion (N), logged as `reward/<name>` means"""
+    precision: float = PRECISION
+    """relative size below which a difference of two rewards is rounding, above 0: about 0.008 for a bfloat16 model. Rewards of
+    one prompt that are equal within it, relative to the larger of 1 and the largest of them, count as equal"""
 
     @property
     def total_N(self) -> Tensor:
@@ -55,7 +61,10 @@ class RewardOutput:
             return None if parts[0] is None else _stack(parts)
 
         metrics = {name: _stack([each.metrics[name] for each in outputs]) for name in first.metrics}
-        return cls(_stack([each.rewards_N for each in outputs]), stack("rewards_NT"), stack("scores_N"), metrics)
+        precision = max(each.precision for each in outputs)
+        return cls(
+            _stack([each.rewards_N for each in outputs]), stack("rewards_NT"), stack("scores_N"), metrics, precision
+        )
 
     def with_tokens(self, count: int) -> RewardOutput:
         """Return the same rewards with `rewards_NT` cut to `count` tokens, where there are any."""
@@ -63,7 +72,7 @@ class RewardOutput:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
         """Return a copy with every tensor changed."""
-        optional = {
+        optional: dict[str, Any] = {
             name: change(values) for name in ("rewards_NT", "scores_N") if (values := getattr(self, name)) is not None
         }
         metrics = {name: change(values_N) for name, values_N in self.metrics.items()}

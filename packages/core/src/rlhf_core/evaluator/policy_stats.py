@@ -45,7 +45,8 @@ class PolicyStats(Evaluator):
         return {
             "policy/kl": mean,
             "policy/kl_se": error,
-            "policy/kl_token": run.world.total(float(k3_NT.sum())) / run.world.total(float(rollouts.mask_NT.sum())),
+            "policy/kl_token": run.world.total(float(k3_NT.sum()))
+            / max(1.0, run.world.total(float(rollouts.mask_NT.sum()))),
             "policy/length": float(lengths_N.mean()),
             "policy/length_median": float(lengths_N.quantile(0.5)),
             "policy/length_max": float(lengths_N.max()),

@@ -9,6 +9,7 @@ from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.requirements import TRAINED
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error
+from rlhf_core.training.rounding import prefer_chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +52,11 @@ class Preference(Evaluator):
         batch = run.encoder.batch([rows[i] for i in mine], mine)
         values_N = self._values(run, batch).double()
         margins_P = values_N[0::2] - values_N[1::2]
-        gathered = run.world.gather((margins_P.tolist(), batch.meta[::2]))
-        margins = [margin for part, _ in gathered for margin in part]
-        meta = [each for _, part in gathered for each in part]
-        right = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
+        right_P = prefer_chosen(values_N[0::2], values_N[1::2])
+        gathered = run.world.gather((margins_P.tolist(), right_P.tolist(), batch.meta[::2]))
+        margins = [margin for part, _, _ in gathered for margin in part]
+        right = [each for _, part, _ in gathered for each in part]
+        meta = [each for _, _, part in gathered for each in part]
         return {
             **by_datasource("preference/accuracy", right, meta),
             "preference/margin": mean_and_error(margins)[0],

@@ -17,7 +17,8 @@ MEASURED = ("time/", "speed/", "memory/")
 
 _RUN = {
     "step": "steps: finished steps, from 1",
-    "tokens": "tokens: prompt and completion tokens that the step trained on, over all ranks",
+    "tokens": "tokens: prompt and completion tokens of the rows that the step trained on, over all ranks; rows that "
+    "several roles share count once",
     "samples": "completions: drawn in the step, of all roles and over all ranks",
     "padding": "share 0..1: of the trained cells, those that are padding",
     "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",

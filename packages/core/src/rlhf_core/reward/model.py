@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.options import ModelOptions
 from rlhf_core.contract.providers import Reward
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import PRECISION, RewardOutput
 from rlhf_core.data.encoder import Encoder, Encoding
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
@@ -87,7 +87,13 @@ class RewardModelEngine:
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         scores_N, cut = self.score([_prompt(meta) for meta in rollouts.meta], rollouts.texts)
         unscaled_N = scores_N * self.reward.std + self.reward.mean
-        return RewardOutput(rewards_N=scores_N, metrics={"score": unscaled_N, "cut": torch.full_like(scores_N, cut)})
+        metrics = {"score": unscaled_N, "cut": torch.full_like(scores_N, cut)}
+        return RewardOutput(rewards_N=scores_N, metrics=metrics, precision=self._precision())
+
+    def _precision(self) -> float:
+        """Return the rounding of a normalised score, relative to 1: that of the model's dtype, before the scaling."""
+        rounding = max(PRECISION, torch.finfo(getattr(torch, self.reward.dtype)).eps)
+        return rounding * max(1.0, abs(self.reward.mean)) / self.reward.std
 
     def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:
         """Normalised scores, and the share of the rows that had to be cut.

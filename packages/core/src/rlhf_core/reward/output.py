@@ -7,10 +7,11 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import PRECISION, RewardOutput
 from rlhf_core.errors import ContractError, DataError, NotFiniteReward, advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.nonfinite import row_as_dict
+from rlhf_core.training.rounding import level_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,16 @@ LABEL_ADVICE = advice(f"pass {run_option('data.label_key')}", "choose data that 
 """Of errors about rows without labels."""
 
 
-def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object) -> RewardOutput:
-    """`raw` as a float32 `RewardOutput` on the CPU.
+def to_reward_output(
+    raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object, precision: float = PRECISION
+) -> RewardOutput:
+    """`raw` as a float32 `RewardOutput` on the CPU. Rewards of one prompt that are equal within their precision are made equal.
+
+    Args:
+        raw: what the provider returned.
+        rollouts: the completions.
+        provider: the reward, for messages.
+        precision: relative precision of what the reward was computed from.
 
     Raises:
         ContractError: wrong type or shape; names the provider and its distribution.
@@ -33,6 +42,7 @@ def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Bat
     """
     N, T = len(rollouts), rollouts.tokens_NT.shape[1]
     output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # next line
+    precision = max(precision, _precision_of(output))
 
     def checked(value: Any, name: str, *shape: int) -> Tensor:
         return _check_tensor(value, name, shape, rollouts, provider)
@@ -41,11 +51,19 @@ def to_reward_output(raw: RewardOutput | Tensor | Sequence[float], rollouts: Bat
     if output.rewards_NT is not None:
         optional["rewards_NT"] = checked(output.rewards_NT, "rewards_NT", N, T)
     if output.scores_N is not None:
-        optional["scores_N"] = checked(output.scores_N, "scores_N", N)
+        optional["scores_N"] = level_groups(checked(output.scores_N, "scores_N", N), rollouts.group_N, precision)
     if not isinstance(output.metrics, Mapping):
         raise ContractError(f"{_provider_name(provider)} returned metrics that are not a mapping of names to N numbers")
     metrics = {name: checked(value, f"metric {name!r}", N) for name, value in output.metrics.items()}
-    return replace(output, rewards_N=checked(output.rewards_N, "rewards_N", N), metrics=metrics, **optional)
+    rewards_N = level_groups(checked(output.rewards_N, "rewards_N", N), rollouts.group_N, precision)
+    return replace(output, rewards_N=rewards_N, metrics=metrics, precision=precision, **optional)
+
+
+def _precision_of(output: RewardOutput) -> float:
+    """Return the relative precision of rewards: what the provider says, or that of a narrow dtype they come in."""
+    dtype = output.rewards_N.dtype if isinstance(output.rewards_N, torch.Tensor) else torch.float32
+    narrow = dtype.is_floating_point and torch.finfo(dtype).eps > output.precision
+    return torch.finfo(dtype).eps if narrow else output.precision
 
 
 def _check_tensor(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object) -> Tensor:
@@ -78,7 +96,8 @@ def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
         return torch.as_tensor(value, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
 
     output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # as above
-    optional = {name: zeroed(v) for name in ("rewards_NT", "scores_N") if (v := getattr(output, name)) is not None}
+    names = ("rewards_NT", "scores_N")
+    optional: dict[str, Any] = {name: zeroed(v) for name in names if (v := getattr(output, name)) is not None}
     metrics = {name: zeroed(value) for name, value in output.metrics.items()}
     return replace(output, rewards_N=zeroed(output.rewards_N), metrics=metrics, **optional)
 

@@ -105,6 +105,7 @@ class SumEngine:
             rewards_N=_add_tensors([weight * output.rewards_N for weight, (_, output) in zip(weights, outputs)]),
             rewards_NT=_add_tensors(per_token) if per_token else None,
             metrics=metrics,
+            precision=max(output.precision for _, output in outputs),
         )
 
 

@@ -137,5 +137,5 @@ def _scalars(sampled: Sequence[Rollouts]) -> dict[str, float]:
     if "kept_mass" in scalars:
         tokens = [float(each.mask_NT.sum()) for each in sampled if "kept_mass" in each.scalars]
         kept = [each.scalars["kept_mass"] for each in sampled if "kept_mass" in each.scalars]
-        scalars["kept_mass"] = sum(map(float.__mul__, kept, tokens)) / sum(tokens)
+        scalars["kept_mass"] = sum(map(float.__mul__, kept, tokens)) / max(1.0, sum(tokens))
     return scalars

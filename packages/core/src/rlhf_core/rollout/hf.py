@@ -84,7 +84,7 @@ class HuggingFaceRollout(Rollout):
         if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0):
             kept = [exp(value) for row in log_mass for value in row]
             per_token["sampler_log_mass_NT"] = log_mass
-            scalars["kept_mass"] = sum(kept) / len(kept)
+            scalars["kept_mass"] = sum(kept) / max(1, len(kept))
         return assemble(prompts, tokens, finish, tokenizer, version=role.version, per_token=per_token, scalars=scalars)
 
     def sync(self, role: Role) -> Mapping[str, float]:

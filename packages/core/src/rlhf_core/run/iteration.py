@@ -19,6 +19,7 @@ from rlhf_core.contract.results import RewardOutput, ScoredRollouts
 from rlhf_core.errors import NotFiniteReward, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
+from rlhf_core.run.reward_inputs import reward_precision
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
@@ -220,12 +221,12 @@ class Iteration:
         """
         if "reward" not in self.config.providers:  # an algorithm of comparisons, which scores nothing
             return ScoredRollouts(rollouts, RewardOutput(torch.zeros(len(rollouts))))
-        engine, reward = self.run.reward, self.config.providers["reward"]
+        engine, reward, precision = self.run.reward, self.config.providers["reward"], reward_precision(self.run.plan)
         with self.meter.phase("reward"):
             with options_under("/reward"):
                 raw = engine(self.run.reward_inputs(rollouts))
             try:
-                return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward))
+                return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward, precision))
             except NotFiniteReward as error:
                 if self.config.on_nonfinite == "stop":
                     raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rlhf_core.contract.results import PRECISION
 from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
     from rlhf_core.contract.roles import Role
     from rlhf_core.run.data import RunData
 
-__all__ = ["with_reward_needs"]
+__all__ = ["reward_precision", "with_reward_needs"]
+
+
+def reward_precision(plan: Plan) -> float:
+    """Return the relative precision of what the run's reward reads of roles: that of the narrowest dtype among them."""
+    dtypes = [plan.roles[need.role].options.dtype for need in plan.reward_needs]
+    return max([PRECISION, *(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)])
 
 
 def with_reward_needs(plan: Plan, reward: Reward, rollouts: Batch, roles: Mapping[str, Role], data: RunData) -> Batch:

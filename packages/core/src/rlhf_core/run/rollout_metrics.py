@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.lazy import torch
+from rlhf_core.training.shared_forward import group_same_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rlhf_core.contract.batch import Batch, Rollouts
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.results import RewardOutput
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["log_completions", "log_rewards", "measure_step"]
+__all__ = ["log_completions", "log_rewards", "measure_step", "trained_tokens"]
 
 GIB = 2.0**30
 
@@ -35,10 +38,10 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
         meter.log_batch(f"{prefix}/feedback", (rollouts.lengths_N - rollouts.mask_NT.sum(1)).float())
     if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
-        meter.log({f"{prefix}/entropy": total(surprise) / total(float(rollouts.mask_NT.sum()))})
+        meter.log({f"{prefix}/entropy": total(surprise) / max(1.0, total(float(rollouts.mask_NT.sum())))})
     if "kept_mass" in rollouts.scalars:
         tokens = float(rollouts.mask_NT.sum())
-        meter.log({"rollout/kept_mass": total(rollouts.scalars["kept_mass"] * tokens) / total(tokens)})
+        meter.log({"rollout/kept_mass": total(rollouts.scalars["kept_mass"] * tokens) / max(1.0, total(tokens))})
 
 
 def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
@@ -49,6 +52,12 @@ def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batc
     meter.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, meter.world))
     for name, values_N in rewards.metrics.items():
         meter.log_batch(f"{prefix}/{name}", values_N)
+
+
+def trained_tokens(credited: Mapping[str, Batch]) -> float:
+    """Return the tokens of this rank's rows in training, prompts included; rows that several credits share count once."""
+    distinct = [credited[keys[0]] for keys in group_same_rows(credited)]
+    return sum(float((batch.prompt_lengths_N + batch.lengths_N).sum()) for batch in distinct)
 
 
 def measure_step(tokens: float, seconds: float) -> dict[str, float]:

@@ -30,8 +30,8 @@ from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.publishing import publish
-from rlhf_core.run.reward_inputs import with_reward_needs
-from rlhf_core.run.rollout_metrics import measure_step
+from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
+from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
@@ -159,8 +159,8 @@ class Run:
             self.log({"rollout/staleness": sum(mean for mean, _ in ages) / len(ages)})
             self.log({"rollout/staleness_max": max(oldest for _, oldest in ages)})
         if self.state.kl is not None:
-            for batch in batches.values():
-                self.log(self.state.kl.watch(batch, self.world.total))
+            for source, batch in batches.items():
+                self.log(self.state.kl.watch(source, batch, self.world.total))
 
     def sync(self) -> None:
         """Let tracking roles follow those that were trained, then let the rollout engine take the new weights."""
@@ -182,11 +182,12 @@ class Run:
         self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
         self.samples = dict(credited)
         self._add_background(self.checkpoints.background.poll)
-        tokens = self.world.total(sum(float((b.prompt_lengths_N + b.lengths_N).sum()) for b in credited.values()))
+        tokens = self.world.total(trained_tokens(credited))
         self.meter.merge(iteration.meter)
         self.log(measure_step(tokens, time.perf_counter() - iteration.started))
         self.log(self.stream.metrics(iteration.position))
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
+        metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
         self.state.last_metrics = {"step": step, **metrics}
@@ -365,7 +366,8 @@ class Run:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
             engine = self.reward  # not chosen: an error that says so
-            return to_reward_output(engine(self.reward_inputs(rollouts)), rollouts, self.config.providers["reward"])
+            raw = engine(self.reward_inputs(rollouts))
+            return to_reward_output(raw, rollouts, self.config.providers["reward"], reward_precision(self.plan))
 
     def reward_inputs(self, rollouts: Batch) -> Batch:
         """Return completions as the reward is called with them: with the outputs of roles that it needs."""

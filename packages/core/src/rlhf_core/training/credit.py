@@ -145,7 +145,7 @@ def assign_credit(
         kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
         extras["penalty_NT"] = kl_coef * kl_NT
         rewards_NT = rewards_NT - extras["penalty_NT"]
-    shaped = RewardOutput(rewards.rewards_N, rewards_NT, rewards.scores_N, rewards.metrics)
+    shaped = replace(rewards, rewards_NT=rewards_NT)
     credit = _check_credit(spec.advantage, (engine or spec.advantage)(shaped, completions, extras), batch)
     earned = {"advantages_NT": credit.advantages_NT}
     if credit.returns_NT is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_core.contract.selection import Filter
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.training.rounding import equal_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +21,11 @@ __all__ = ["InsideFilter", "VariedFilter", "accepted_groups"]
 
 @dataclass(frozen=True)
 class VariedFilter(Filter):
-    """Prompts whose completions do not all score the same (Yu et al. 2025, DAPO, eq. 11, for any reward)."""
+    """Prompts whose completions do not all score the same (Yu et al. 2025, DAPO, eq. 11, for any reward), up to rounding."""
 
     def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> Tensor:
-        low_P, high_P = (_reduce(rewards.outcome_N, rollouts.group_N, how) for how in ("amin", "amax"))
-        return low_P < high_P
+        equal_N = equal_groups(rewards.outcome_N, rollouts.group_N, rewards.precision)
+        return _reduce(equal_N.double(), rollouts.group_N, "amin") == 0
 
 
 @dataclass(frozen=True)

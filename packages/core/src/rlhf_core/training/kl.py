@@ -9,7 +9,7 @@ them can be given the gradient of KL(pi || ref) instead, on samples of an older 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -19,6 +19,7 @@ from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import Term
 from rlhf_core.lazy import torch
+from rlhf_core.training.old_logprobs import full_old_logprobs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,8 @@ class KLController:
     def __init__(self, kl: KL) -> None:
         self.kl = kl
         self.coef = kl.coef
+        self._awaited: dict[str, tuple[float, float]] = {}
+        """completions and tokens of batches whose KL the training pass gives, by the metric that has it"""
 
     def update(self, kl_mean: float, completions: int) -> None:
         """Move the coefficient after a step. A fixed one stays."""
@@ -105,13 +108,32 @@ class KLController:
             error = min(max(kl_mean / self.kl.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * completions / self.kl.horizon
 
-    def watch(self, batch: Batch, total: Callable[[float], float]) -> dict[str, float]:
-        """Metrics of a step's batch, whose numbers `total` adds up over ranks; then the coefficient moves."""
+    def watch(self, source: str, batch: Batch, total: Callable[[float], float]) -> dict[str, float]:
+        """Return the metrics of a step's batch, whose numbers `total` adds up over ranks, and move the coefficient.
+
+        They compare what the trainer computes, never an engine's log-probabilities with the reference's. Where the trainer has
+        not computed the policy's yet, they come from its training pass (`settle`).
+        """
         if "ref_logprobs_NT" not in batch:
             return {}
-        now = "old_logprobs_NT" if "old_logprobs_NT" in batch else "sampler_logprobs_NT"
-        kl = total(float(kl_values(batch[now], batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator).sum()))
-        completions, tokens = total(len(batch)), total(float(batch.mask_NT.sum()))
+        completions, tokens = total(len(batch)), max(1.0, total(float(batch.mask_NT.sum())))
+        policy_NT = full_old_logprobs(batch)
+        if policy_NT is None:
+            self._awaited[f"{source}/kl"] = completions, tokens
+            return {}
+        kl = total(float(kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator).sum()))
+        return self._report(kl, completions, tokens)
+
+    def settle(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the batches that waited for their training pass, from its mean over tokens (`KLLoss`)."""
+        awaited, self._awaited = self._awaited, {}
+        found: dict[str, float] = {}
+        for name, (completions, tokens) in awaited.items():
+            if name in metrics:  # not where the step was skipped
+                found |= self._report(metrics[name] * tokens, completions, tokens)
+        return found
+
+    def _report(self, kl: float, completions: float, tokens: float) -> dict[str, float]:
         metrics = {"kl/mean": kl / tokens, "kl/completion": kl / completions, "kl/coef": self.coef}
         self.update(kl / completions, int(completions))
         return metrics

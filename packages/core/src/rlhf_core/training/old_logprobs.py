@@ -37,6 +37,7 @@ __all__ = [
     "OLD",
     "VERSIONS",
     "current_mask",
+    "full_old_logprobs",
     "is_live",
     "keep_exact",
     "late_tokens",
@@ -46,7 +47,9 @@ __all__ = [
 ]
 
 OLD = "old_logprobs_NT"
+FULL_OLD = "old_full_logprobs_NT"
 SAMPLER = "sampler_logprobs_NT"
+LOG_MASS = "sampler_log_mass_NT"
 VERSIONS = "versions_NT"
 
 
@@ -69,8 +72,17 @@ def keep_exact(rollouts: Rollouts, engine: Rollout, temperature: float, dtype: s
     A narrow dtype rounds token by token otherwise than in one pass, at temperature 0 the engine reports another distribution
     than it sampled, and truncated sampling reports probabilities over the kept tokens only.
     """
-    exact = engine.exact and temperature > 0 and dtype == "float32" and "kept_mass" not in rollouts.scalars
-    return rollouts.with_extras(**{OLD: rollouts[SAMPLER]}) if exact else rollouts
+    if not (engine.exact and temperature > 0 and dtype == "float32"):
+        return rollouts
+    if LOG_MASS in rollouts:
+        return rollouts.with_extras(**{FULL_OLD: rollouts[SAMPLER] + rollouts[LOG_MASS]})
+    return rollouts if "kept_mass" in rollouts.scalars else rollouts.with_extras(**{OLD: rollouts[SAMPLER]})
+
+
+def full_old_logprobs(batch: Batch) -> Tensor | None:
+    """Return the policy's log-probabilities over the whole vocabulary, of the weights that sampled (N, T); None where the
+    trainer has not computed them."""
+    return batch.extras.get(FULL_OLD, batch.extras.get(OLD))
 
 
 def is_live(plan: Plan, credit: CreditSpec, name: str, late: float) -> bool:

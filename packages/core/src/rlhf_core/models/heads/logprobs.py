@@ -227,7 +227,7 @@ class _BlockwiseLogprobs(torch.autograd.Function):
             for part in reversed(_blocks(V, block)):
                 weight_BH = weight_VH[part].to(dtype)
                 if kept is not None and part.stop == V:
-                    grad_MB = buffer[: len(low_MH) * len(weight_BH)].view(len(low_MH), -1)
+                    grad_MB = buffer[: len(low_MH) * len(weight_BH)].view(len(low_MH), len(weight_BH))
                     grad_MB.mul_((-g_M / kept[1])[:, None])
                     slope_MB = None
                 else:
