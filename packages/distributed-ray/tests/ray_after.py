@@ -24,6 +24,14 @@ class Judged(TinyAdvantage):
 
 
 @dataclass(frozen=True)
+class Rewarded(TinyAdvantage):
+    """The reward itself, which does not depend on what else a worker holds."""
+
+    def __call__(self, rewards: Any, rollouts: Any, extras: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.where(rollouts.mask_NT, 0.5 + rewards.rewards_N[:, None], 0.0)
+
+
+@dataclass(frozen=True)
 class AfterJudge(Algorithm):
     """The judge learns from the samples first; the policy is credited by its new weights."""
 

@@ -25,16 +25,19 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(Path(__file__).parent)])
     monkeypatch.delenv("PYTHONPATH", raising=False)
     yield
-    sys.modules.pop("ray_after", None)
+    for name in ("ray_after", "ray_optimizer"):
+        sys.modules.pop(name, None)
 
 
-RUN = "-p ray_after after_judge --model tiny:hidden=16,layers=1 --steps 3 --batch-size 4".split()
-RUN += ["--sampling.n", "2", "--sampling.max-new-tokens", "4", "--data", "prompts"]
+SMALL = "--model tiny:hidden=16,layers=1 --steps 3 --batch-size 4".split()
+SMALL += ["--sampling.n", "2", "--sampling.max-new-tokens", "4", "--data", "prompts"]
+RUN = ["-p", "ray_after", "after_judge", *SMALL]
+PLACED = ["--launcher", "ray", "--launcher.cpus", "0.1"]
 
 
-def trained(output: Path, *flags: str) -> list[dict[str, Any]]:
+def trained(words: list[str], output: Path, *flags: str) -> list[dict[str, Any]]:
     """The metrics of a run, but for seconds and transfers."""
-    assert main([*RUN, "--output", str(output), *flags]) == 0
+    assert main([*words, "--output", str(output), *flags]) == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     apart = ("time/", "speed/", "memory/", "sync/", "padding")
     return [{name: value for name, value in row.items() if not name.startswith(apart)} for row in rows]
@@ -42,9 +45,9 @@ def trained(output: Path, *flags: str) -> list[dict[str, Any]]:
 
 def test_an_algorithm_of_a_local_module_has_the_numbers_of_one_process_under_ray(tmp_path: Path) -> None:
     """Its policy is credited by the new weights of a role that other workers hold."""
-    local = trained(tmp_path / "local")
-    before = trained(tmp_path / "before", "--algorithm.after", "")
-    placed = trained(tmp_path / "ray", "--launcher", "ray", "--launcher.cpus", "0.1")
+    local = trained(RUN, tmp_path / "local")
+    before = trained(RUN, tmp_path / "before", "--algorithm.after", "")
+    placed = trained(RUN, tmp_path / "ray", *PLACED)
     assert len(placed) == len(local) == 3
     for ours, theirs, earlier in zip(placed, local, before, strict=True):
         assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in theirs.items()}
@@ -60,3 +63,14 @@ def test_a_worker_loads_and_blocks_the_plugins_of_the_controller() -> None:
     assert set(plan.roles) == {"actor", "judge"}
     assert plan.config.registry is not None and plan.config.registry is not registry
     assert plan.config.registry.plugins == registry.plugins and "files" not in registry.plugins
+
+
+def test_an_optimizer_that_observes_and_evaluates_a_step_again_has_the_numbers_of_one_process(tmp_path: Path) -> None:
+    """Sums and the second evaluation are those of both workers together; the entropy of all tokens scales the step."""
+    words = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", *SMALL, "--advantage", "ray_after:Rewarded"]
+    words += ["--actor.optim.use", "ray_optimizer:Lookahead"]
+    local = trained(words, tmp_path / "local")
+    placed = trained(words, tmp_path / "ray", *PLACED, "--launcher.workers", "2")
+    for ours, theirs in zip(placed, local, strict=True):
+        assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in theirs.items()}
+    assert abs(local[0]["loss/actor"] - local[2]["loss/actor"]) > 1e-3, "it learns"

@@ -27,6 +27,9 @@ from rlhf_core.errors import RunStopped, UsageError  # noqa: E402
 
 TOLERANCE = 1e-4
 WORKERS = ["--launcher", "ray", "--launcher.cpus", "0.1"]
+VLLM = ["--rollout", "vllm", "--rollout.kv-cache-gib", "0.25"]
+WITH_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm beside ray")
+WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed beside ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,24 +189,34 @@ def test_twenty_steps_of_every_algorithm_wherever_roles_are_placed(
     same_as_in_one_process(algorithm, 20, ["--launcher.workers", workers, "--launcher.placement", placement])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed beside ray")
+@WITH_DEEPSPEED
+@pytest.mark.parametrize(
+    "steps", [pytest.param(4, marks=pytest.mark.engines), pytest.param(20, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("algorithm", "stage"), [("sft", 0), ("dpo", 1), ("ppo", 2), ("grpo", 3)])
 def test_deepspeed_inside_ray_changes_no_number_either(
-    algorithm: str, stage: int, same_as_in_one_process: Callable[..., None]
+    algorithm: str, stage: int, steps: int, same_as_in_one_process: Callable[..., None]
 ) -> None:
     flags = ["--launcher.workers", "2", "--strategy", "deepspeed", "--strategy.stage", str(stage)]
-    same_as_in_one_process(algorithm, 20, flags)
+    same_as_in_one_process(algorithm, steps, flags)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm beside ray")
-def test_vllm_inside_ray_samples_the_weights_that_were_trained_elsewhere(preferences: Path, tmp_path: Path) -> None:
-    """Completions, rewards and log-probabilities of the run in one process, also with vLLM."""
-    vllm = ["--rollout", "vllm", "--rollout.kv-cache-gib", "0.25"]
+@pytest.mark.engines
+@WITH_VLLM
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param([], id="torch"),
+        pytest.param(["--strategy", "deepspeed", "--strategy.stage", "3"], id="deepspeed", marks=WITH_DEEPSPEED),
+    ],
+)
+def test_vllm_inside_ray_samples_the_weights_that_were_trained_elsewhere(
+    strategy: list[str], preferences: Path, tmp_path: Path
+) -> None:
+    """Completions, rewards and log-probabilities of the run in one process, also with vLLM; shards are gathered for it."""
     flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.placement", "separate"]
-    local = run([*words_of("grpo", preferences, tmp_path / "local"), *vllm])
-    placed = run([*words_of("grpo", preferences, tmp_path / "ray"), *vllm, *WORKERS, *flags])
+    local = run([*words_of("grpo", preferences, tmp_path / "local"), *VLLM])
+    placed = run([*words_of("grpo", preferences, tmp_path / "ray"), *VLLM, *WORKERS, *flags, *strategy])
     assert_equal_runs(local, placed)
     assert placed[0]["sync/logprob_diff_max"] < 1e-3
 
@@ -230,17 +243,26 @@ def test_a_step_of_few_rows_or_none_goes_on_as_in_one_process(edges: None, prefe
     assert_equal_runs(local, run([*words, *WORKERS, "--launcher.workers", "2"]))
 
 
+@pytest.mark.parametrize(
+    ("engine", "rounding"),
+    [pytest.param([], 1e-5, id="hf"), pytest.param(VLLM, 1e-3, id="vllm", marks=[WITH_VLLM, pytest.mark.engines])],
+)
 def test_a_weight_that_does_not_arrive_is_caught_in_the_first_step_that_samples_with_it(
-    edges: None, preferences: Path, tmp_path: Path
+    engine: list[str], rounding: float, edges: None, preferences: Path, tmp_path: Path
 ) -> None:
-    """Engines build the model themselves; what they are sent after step 1 lacks every `down_proj`."""
-    words = [*words_of("grpo", preferences, tmp_path / "run", 3), *WORKERS, "--on-mismatch", "stop"]
+    """Engines build the model themselves; what they are sent after step 1 lacks every `down_proj`.
+
+    vLLM compares what it has with what it was sent, which agree; only the trainer's own log-probabilities differ.
+    """
+    words = [*words_of("grpo", preferences, tmp_path / "run", 3), *WORKERS, *engine, "--on-mismatch", "stop"]
     sound = run(words)
-    assert all(row["actor/mismatch"] < 1e-5 for row in sound)
+    assert all(row["actor/mismatch"] < rounding for row in sound)
     with pytest.raises(RunStopped, match="differ from those of role 'actor'"):
         run([*words, "--strategy", "ray_edges:Zeroed", "--output", str(tmp_path / "planted")])
     planted = (tmp_path / "planted" / "metrics.jsonl").read_text().splitlines()
     assert len(planted) == 1, "step 2 is not trained"
+    if engine:
+        assert json.loads(planted[0])["sync/logprob_diff_max"] < rounding, "and the engine itself saw nothing"
 
 
 def test_a_loss_that_is_not_finite_is_told_as_in_one_process(edges: None, preferences: Path, tmp_path: Path) -> None:

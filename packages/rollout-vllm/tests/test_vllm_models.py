@@ -175,7 +175,7 @@ def test_sixteen_bits_agree_within_their_bound(tmp_path: Path, make_prompts: Cal
         rollout.close()
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
     make_prompts: Callable[..., Prompts],
 ) -> None:

@@ -82,7 +82,7 @@ def test_nothing_of_the_engine_is_left_behind() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.engines
 @pytest.mark.skipif(find_spec("rlhf_algos") is None, reason="rlhf-algos is not installed")
 @pytest.mark.parametrize(
     "launch", [["-m", "rlhf_core"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rlhf_core"]]

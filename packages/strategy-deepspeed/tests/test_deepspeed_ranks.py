@@ -196,6 +196,19 @@ def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Pa
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engines
+@pytest.mark.skipif(not runnable(["lora"]), reason="needs rlhf-algos, and peft")
+def test_adapters_change_no_number_either(tmp_path: Path, reference: Callable[[str], Result]) -> None:
+    """LoRA on two ranks, with the optimizer's state sharded and with the weights sharded."""
+    words = ["lora:2", "lora:3"]
+    launch(tmp_path, 2, words)
+    for word in words:
+        found = outcome(tmp_path, word)
+        assert_same(found, reference("lora"), tolerance=1e-4)
+        rest = {key: found[key][ranks.STEPS // 2 :] for key in ("metrics", "sampled")}
+        assert_same(found["resumed"], {**found, **rest}, tolerance=1e-7)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def cross(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """All cases under all stages."""

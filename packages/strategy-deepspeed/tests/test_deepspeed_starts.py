@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("rlhf_algos", reason="runs an algorithm of rlhf-algos")
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
 
 RUN = "grpo --model tiny --reward length --sampling.n 2 --sampling.max-new-tokens 8 --actor.optim.lr 1e-3".split()
 RUN += "--steps 3 --batch-size 4 --strategy deepspeed --strategy.stage 2".split()
