@@ -129,15 +129,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def minimums(session: nox.Session) -> None:
-    """Tests of core and algos with the lowest versions that their pyproject.toml allow.
-
-    torch itself stays at the pinned version unless asked (`-- torch==2.8.0`): older CPU builds are on no index that
-    every machine has, and the others bring gigabytes of CUDA libraries.
-    """
+    """Tests of core and algos with the lowest versions that their pyproject.toml allow, torch's and transformers' too."""
     lowest = [floor for name in ("core", "algos") for floor in floors(name, "gguf", "sentiment")]
-    torch = session.posargs or ["torch==" + pinned("torch")]
-    session.install(*torch, *lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
-    session.run("pytest", "-n", "2", *QUICK, *paths("core", "algos"), env=QUIET)
+    session.install(*lowest, *TESTING, "packages/core[gguf,sentiment]", "packages/algos")
+    session.run("pytest", "-n", "2", *QUICK, *(session.posargs or paths("core", "algos")), env=QUIET)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,11 +316,11 @@ def plugins(session: nox.Session) -> set[str]:
 
 
 def floors(name: str, *extras: str) -> list[str]:
-    """`dist==lowest` for every dependency of a package but its siblings and torch, and for those of some extras."""
+    """`dist==lowest` for every dependency of a package but its siblings, and for those of some extras."""
     table = project(f"packages/{name}")
     optional = table.get("optional-dependencies", {})
     wanted = [*table["dependencies"], *(dep for extra in extras for dep in optional.get(extra, []))]
-    matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith(("rlhf-", "torch>"))]
+    matches = [re.match(r"([\w-]+)>=([\w.]+)", dep) for dep in wanted if not dep.startswith("rlhf-")]
     return [f"{match[1]}=={match[2]}" for match in matches if match]
 
 
