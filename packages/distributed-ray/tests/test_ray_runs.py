@@ -257,7 +257,7 @@ def test_a_weight_that_does_not_arrive_is_caught_in_the_first_step_that_samples_
     words = [*words_of("grpo", preferences, tmp_path / "run", 3), *WORKERS, *engine, "--on-mismatch", "stop"]
     sound = run(words)
     assert all(row["actor/mismatch"] < rounding for row in sound)
-    with pytest.raises(RunStopped, match="differ from those of role 'actor'"):
+    with pytest.raises(RunStopped, match="log-probabilities of the rollout engine differ from those of role 'actor'"):
         run([*words, "--strategy", "ray_edges:Zeroed", "--output", str(tmp_path / "planted")])
     planted = (tmp_path / "planted" / "metrics.jsonl").read_text().splitlines()
     assert len(planted) == 1, "step 2 is not trained"
