@@ -151,7 +151,7 @@ def test_a_run_estimates_it_with_another_forward_pass_and_trains_on_the_data_alo
         actor={"optim": {"lr": 0.1, "schedule": "constant", "warmup": 0}}, output=str(tmp_path / "run"),
     )  # fmt: skip
     run = Run(config)
-    last = run.train()
+    last = run.train().metrics
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss/actor"] == pytest.approx(0.5) and first["kto/z"] == 0.0
     assert last["loss/actor"] != pytest.approx(0.5, abs=1e-4)

@@ -36,7 +36,7 @@ def test_the_reference_of_grpo(tmp_path: Path, track: dict[str, Any], moves: boo
     registry.register(Watcher(), "watcher")
     options = {**SMALL, "reference": {"track": track}, "output": str(tmp_path)}
     run = Run(make_config(options.pop("algorithm"), registry, **options), registry)
-    metrics = run.train()
+    metrics = run.train().metrics
     assert equal == [moves, moves]
     assert (metrics["kl/mean"] == pytest.approx(0, abs=1e-7)) is moves
     assert ("staleness/reference" in metrics) is moves

@@ -294,7 +294,7 @@ def test_a_policy_that_does_not_move_has_a_ratio_of_one_in_every_minibatch(dtype
     actor = {"dtype": dtype, "optim": {"lr": 0.0}}
     options = {"model": MODEL, "actor": actor, "batch_size": 4, "minibatches": 2, "steps": 1}
     sampling = {"n": 2, "max_new_tokens": 16}
-    metrics = Run(make_config("dapo", sampling=sampling, output=str(tmp_path / "run"), **options)).train()
+    metrics = Run(make_config("dapo", sampling=sampling, output=str(tmp_path / "run"), **options)).train().metrics
     assert metrics["actor/ratio"] == pytest.approx(1.0, abs=1e-6 if dtype == "float32" else 0.0)
     assert metrics["actor/approx_kl"] == pytest.approx(0.0, abs=1e-7 if dtype == "float32" else 0.0)
 
@@ -304,7 +304,7 @@ def test_a_step_in_which_all_completions_are_equally_good_trains_nothing(tmp_pat
     reward = {"use": "func", "path": str(tmp_path / "reward.py")}
     sampling = {"n": 2, "max_new_tokens": 2}
     options = {"batch_size": 2, "steps": 2, "output": str(tmp_path / "run")}
-    metrics = Run(make_config("online_dpo", model=MODEL, reward=reward, sampling=sampling, **options)).train()
+    metrics = Run(make_config("online_dpo", model=MODEL, reward=reward, sampling=sampling, **options)).train().metrics
     assert metrics["pairs/share"] == 0
     assert metrics["skipped/actor"] == 1
     assert "loss/actor" not in metrics

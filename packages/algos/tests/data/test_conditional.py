@@ -64,7 +64,7 @@ def test_a_run_learns_to_answer_as_the_reward_says(tmp_path: Path, capsys: pytes
         "csft", model="tiny:hidden=32,layers=1", data={"use": "conditional", **options}, batch_size=16, steps=50,
         actor={"optim": {"lr": 0.02, "schedule": "constant"}}, output=str(tmp_path / "run"),
     )  # fmt: skip
-    assert Run(config).train()["loss/actor"] < 0.15, "without the reward it would stay at log(2) / 2 = 0.35"
+    assert Run(config).train().metrics["loss/actor"] < 0.15, "without the reward it would stay at log(2) / 2 = 0.35"
     words = ["generate", "--model", str(tmp_path / "run" / "model"), "--data", "conditional", "--data.path", str(data)]
     words += ["--data.condition", "{prompt}{reward}", "--data.encoding.template", "raw", "--sampling.n", "1"]
     for target, answer in (("1", "a"), ("0", "b")):

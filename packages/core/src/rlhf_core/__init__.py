@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.reward.output import to_reward_output
     from rlhf_core.rollout.assemble import assemble
+    from rlhf_core.run.result import RunResult
     from rlhf_core.run.run import Run
     from rlhf_core.strategy.shared_base import SharedBase
     from rlhf_core.training.dynamic_sampling import DynamicSampling
@@ -150,6 +151,7 @@ __all__ = [
     "RowEncoder",
     "Run",
     "RunConfig",
+    "RunResult",
     "RunStopped",
     "RunView",
     "Sampler",
@@ -225,6 +227,7 @@ _HOMES = {
     "plugins.registry": "Registry",
     "reward.output": "to_reward_output",
     "rollout.assemble": "assemble",
+    "run.result": "RunResult",
     "run.run": "Run",
     "strategy.shared_base": "SharedBase",
     "training.dynamic_sampling": "DynamicSampling",

@@ -30,6 +30,7 @@ def rlhf_data() -> Providers:
         "json": "rlhf_core.data.json:Json",
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
         "reasoning": "rlhf_core.data.reasoning:ReasoningData",
+        "rows": "rlhf_core.data.memory_rows:MemoryRows",
     }
 
 

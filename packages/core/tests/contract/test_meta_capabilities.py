@@ -58,6 +58,21 @@ FOREIGN = {
         "support_avx512bf16_for_cpu": "a module of bitsandbytes",
         "attn_logit_softcapping": "a config of transformers",
     },
+    "core/config/given_model": {"peft_config": "a model of PEFT", "save_pretrained": "a tokenizer of transformers"},
+    "core/config/python_values": {
+        "__name__": "a function of Python",
+        "__qualname__": "a function of Python",
+        "__iter__": "rows of any library",
+        "__next__": "an iterator of Python",
+        "column_names": "a table of datasets",
+        "columns": "a table of pandas",
+        "to_dict": "a table of pandas",
+    },
+    "core/data/memory_rows": {
+        "__len__": "rows of any library",
+        "__next__": "an iterator of Python",
+        "features": "a table of datasets",
+    },
     "core/models/lora": {
         "lora_A": "a layer of PEFT",
         "score": "the head of a classifier of transformers",

@@ -58,7 +58,7 @@ def test_a_run_logs_each_source_and_they_make_up_the_whole(tmp_path: Path) -> No
         evaluator=["heldout"],
         sampling={"n": 2, "max_new_tokens": 8},
     )
-    metrics = Run(config).train()
+    metrics = Run(config).train().metrics
     whole = (metrics["reward/mean/a"] + 3 * metrics["reward/mean/b"]) / 4
     assert metrics["reward/mean"] == pytest.approx(whole, abs=1e-6)
 
@@ -85,7 +85,7 @@ def test_what_is_learnt_from_data_is_split_too(algorithm: str, options: dict[str
             data={"use": "json", "path": str(path)},
             **(options if sources == "abb-" else {}),
         )
-        return Run(config).train()
+        return Run(config).train().metrics
 
     whole = metrics("whole", "abb-")
     learnt = {name for name in whole if name.startswith(("actor/", "reward/", "loss/")) and name.count("/") == 1}

@@ -73,7 +73,7 @@ def test_the_policy_is_exported_though_another_role_is_trained_first(tmp_path: P
 
 
 def test_metrics_of_the_policy_have_no_name_in_front(tmp_path: Path) -> None:
-    metrics = run_of(tmp_path, ScoutFirst()).train()
+    metrics = run_of(tmp_path, ScoutFirst()).train().metrics
     assert {"reward/mean", "scout/reward/mean"} <= metrics.keys()
     assert "actor/reward/mean" not in metrics
 

@@ -62,5 +62,5 @@ class Shaped(TinyAlgorithm):
 
 def test_a_run_shapes_the_rewards_that_it_trains_on(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, Shaped(), steps=1, sampling={"max_new_tokens": 1, "n": 2})
-    metrics = run.train()
+    metrics = run.train().metrics
     assert metrics["completion/truncated"] == 1 and metrics["reward/mean"] == -7.0

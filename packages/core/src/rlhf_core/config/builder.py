@@ -19,15 +19,19 @@ A file has one table per section, and `use` names the provider of a kind (`rewar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.callbacks import read_callbacks
+from rlhf_core.config.given_model import FOLDER, GivenModel
 from rlhf_core.config.length import check_length, without_unused_length
 from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
 from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
+from rlhf_core.config.python_values import from_python, function_name, python_text
 from rlhf_core.config.schema import HELDOUT_LOSS, Schema, Section, unused_fields
-from rlhf_core.config.value_types import MASK, is_secret, to_plain
+from rlhf_core.config.value_types import MASK, given_by, is_secret, may_be_python, to_plain
 from rlhf_core.contract.hooks import CHOSEN, OPTIONAL, SEVERAL
 from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
@@ -50,30 +54,68 @@ def parse(argv: Sequence[str], registry: Registry) -> RunConfig:
     return _build(*read(argv, registry), registry)
 
 
-def make_config(algorithm: str | object, registry: Registry | None = None, **overrides: Any) -> RunConfig:
+def make_config(
+    algorithm: str | object,
+    registry: Registry | None = None,
+    *,
+    tokenizer: Any = None,
+    callbacks: Any = (),
+    **overrides: Any,
+) -> RunConfig:
     """A run from Python; exported as `rlhf_core.make_config`.
 
         from rlhf_core import Run, make_config
 
-        config = make_config("grpo", model="tiny", steps=20, reward=Brevity(limit=40), actor={"optim": {"lr": 1e-5}})
-        Run(config).train()
+        config = make_config("grpo", model="tiny", steps=20, reward=count_digits, data=rows, actor={"optim": {"lr": 1e-5}})
+        result = Run(config).train()
 
     Args:
         algorithm: a name, a provider instance, or a mapping with `use` and options.
         registry: where names are looked up; everything installed if absent.
+        tokenizer: of a `model` that is a module; that of the module's own name if absent.
+        callbacks: a function or a list of them, called after each step with any of `run`, `step` and `metrics`; or a
+            mapping from observer hooks to functions.
         overrides: RunConfig's own fields; for a kind a name, a provider instance, or a mapping with `use` and options;
-            for a role or `sampling` a mapping or an instance. Several evaluators or observers are a list of them.
+            for a role or `sampling` a mapping or an instance. Several evaluators or observers are a list of them. A reward
+            may be a function or a list of rewards, data a list of dictionaries or a Dataset, and `model` a Hugging Face
+            model, which is written to OUTPUT/base-model.
+
+    Raises:
+        UsageError: a value does not fit; one line says what to pass.
     """
     from rlhf_core.plugins.registry import default_registry
 
     registry = registry or default_registry()
     with spell_options(OptionNames(language="python")):
         check_length(overrides)
+    model = overrides.get("model")
+    given = None
+    if model is not None and not isinstance(model, str):
+        given = GivenModel(model, tokenizer)
+        overrides["model"] = str(Path(overrides.get("output", RunConfig.output)) / FOLDER)
+    elif tokenizer is not None:
+        raise UsageError("tokenizer goes with a model that is a module; a model given by name has its own")
+    hooks = read_callbacks(callbacks)
     roles = _algorithm_class(algorithm, registry).roles
+    tree, instances = _tree_and_instances({"algorithm": algorithm, **overrides}, roles, registry)
+    schema, settings = parse_tree(tree, registry, instances=instances)
+    made = {**instances, **{name: value for name, value in overrides.items() if name not in CHOSEN}}
+    config = _build(with_spelling(schema, "python", classes=dict(_classes(made))), settings, registry)
+    if given is not None:  # not before everything else fits
+        given.write(config.output)
+    return replace(config, callbacks=hooks)
+
+
+def _tree_and_instances(
+    values: Mapping[str, Any], roles: Collection[str], registry: Registry
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values from Python as a tree of names and options, and the ready-made providers among them by kind."""
     tree: dict[str, Any] = {}
     instances: dict[str, Any] = {}
-    for name, value in {"algorithm": algorithm, **overrides}.items():
-        if name not in CHOSEN or name in roles or isinstance(value, (str, Mapping)):
+    for name, given in values.items():
+        chosen = name in CHOSEN and name not in roles
+        value = from_python(name, given, registry) if chosen else given
+        if not chosen or isinstance(value, (str, Mapping)):
             tree[name] = value
             continue
         several = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -82,9 +124,7 @@ def make_config(algorithm: str | object, registry: Registry | None = None, **ove
         for use, each in zip(uses, several, strict=True):
             if not isinstance(each, str):
                 instances[name if len(several) == 1 else f"{name}.{use}"] = each
-    schema, settings = parse_tree(tree, registry, instances=instances)
-    made = {**instances, **{name: value for name, value in overrides.items() if name not in CHOSEN}}
-    return _build(with_spelling(schema, "python", classes=dict(_classes(made))), settings, registry)
+    return tree, instances
 
 
 def _classes(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -113,10 +153,15 @@ def to_names(config: RunConfig) -> dict[str, Any]:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The file that repeats the run: every option, resolved. Secrets are masked unless given as `env:NAME`."""
+    """The file that repeats the run: every option, resolved. Secrets are masked unless given as `env:NAME`.
+
+    A value that only Python can give is named, and must be given from Python again.
+    """
     import tomli_w
 
-    return tomli_w.dumps(without_unused_length(_tree(config, masked=True)))
+    called = [function_name(each) for functions in config.callbacks.values() for each in functions]
+    head = f"# callbacks given from Python, which no file repeats: {', '.join(called)}\n" if called else ""
+    return head + tomli_w.dumps(without_unused_length(_tree(config, masked=True)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,6 +288,10 @@ def _plain_options(
             tree[each.name] = {**use, **_plain_options(value, path, masked)}
         elif masked and is_secret(annotation) and value and not str(value).startswith("env:"):
             tree[each.name] = MASK
+        elif masked and given_by(annotation) == "python" and value is default_of(each, None):
+            continue  # a file repeats it by leaving it out
+        elif masked and may_be_python(annotation):
+            tree[each.name] = _file_value(annotation, value)
         else:
             try:
                 tree[each.name] = redact_tree(to_plain(value)) if masked else to_plain(value)
@@ -252,6 +301,18 @@ def _plain_options(
                     "give the provider a path or a module:Class to find it by"
                 ) from None
     return tree
+
+
+def _file_value(annotation: Any, value: Any) -> Any:
+    """A value that Python may have given, as a file has it: its parts as they are, or the text that stands for them."""
+    if given_by(annotation) == "python":
+        return to_plain(None) if value is None else python_text(value)
+    if isinstance(value, (list, tuple)):
+        return [_file_value(Any, each) for each in value]
+    try:
+        return redact_tree(to_plain(value))
+    except ValueError:
+        return python_text(value)
 
 
 def _algorithm_class(given: Any, registry: Registry) -> type[Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.length import check_length, replace_length
 from rlhf_core.config.option_fields import flag, option_fields
+from rlhf_core.config.python_values import describe, text_of_value
 from rlhf_core.config.schema import Schema, make_schema, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
 from rlhf_core.contract.hooks import CHOSEN
@@ -146,7 +147,7 @@ def _name_in(table: Any, path: str) -> str:
     """`use` of a table, or the bare name."""
     name = table.get("use", "") if isinstance(table, Mapping) else table
     if not isinstance(name, str):
-        raise UsageError(f"{path} must be a name, or a table with a name as `use`, not {name!r}")
+        raise UsageError(f"{path} must be a name, or a table with a name as `use`, not {describe(name)}")
     return name
 
 
@@ -197,7 +198,7 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
             if not schema.is_group(path):
                 raise UsageError(f"{_location(where)}unknown option {path!r}{schema.hint(path, str)}")
             if not isinstance(value, Mapping):
-                raise UsageError(f"{_location(where)}{path} is a table of options, not {value!r}")
+                raise UsageError(f"{_location(where)}{path} is a table of options, not {describe(value)}")
             yield from _values(value, schema, where, path)
             continue
         if is_secret(option.annotation) and value == MASK:
@@ -206,10 +207,15 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
             raise UsageError(
                 f"{_location(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS"
             )
+        if given := text_of_value(value):
+            raise UsageError(
+                f"{_location(where)}{path} was given from Python ({given}); run it from Python again, with "
+                f"make_config(…, {path.partition('.')[0]}=…)"
+            )
         try:
             yield path, from_plain(option.annotation, value)
         except ValueError:
-            got = "" if is_secret(option.annotation) else f", not {value!r}"
+            got = "" if is_secret(option.annotation) else f", not {describe(value)}"
             if where and given_by(option.annotation) == "python":
                 raise UsageError(f"{_location(where)}{path} is set from Python only") from None
             raise UsageError(f"{_location(where)}{path} must be {metavar(option.annotation)}{got}") from None

@@ -39,7 +39,7 @@ __all__ = [
     "unused_fields",
 ]
 
-STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry", "option_names")
+STRUCTURE = ("algorithm", "providers", "names", "roles", "uses", "registry", "callbacks", "option_names")
 """Fields of RunConfig that are what the sections are made of, and not options."""
 
 ALWAYS = {"strategy": "torch", "launcher": "local", "evaluator": "", "observer": ""}

@@ -20,7 +20,18 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from rlhf_core.errors import UsageError
 from rlhf_core.util.secrets import MASK, hide
 
-__all__ = ["MASK", "Secret", "from_plain", "from_words", "given_by", "is_secret", "metavar", "reveal", "to_plain"]
+__all__ = [
+    "MASK",
+    "Secret",
+    "from_plain",
+    "from_words",
+    "given_by",
+    "is_secret",
+    "may_be_python",
+    "metavar",
+    "reveal",
+    "to_plain",
+]
 
 NONE = "none"
 
@@ -98,8 +109,8 @@ def metavar(annotation: Any) -> str:
     """What stands for a value in help and errors: `INT`, `{k1,k2}`, `FLOAT FLOAT`, `[STR ...]`."""
     bare, origin, arguments = _strip_annotated(annotation), _origin(annotation), get_args(_strip_annotated(annotation))
     if (members := _members(annotation)) is not None:
-        named = [metavar(member) for member in members if member is not types.NoneType]
-        return "|".join(named + [NONE] * (len(named) < len(members)))
+        named = [metavar(each) for each in members if each is not types.NoneType and given_by(each) != "python"]
+        return "|".join(named + [NONE] * (types.NoneType in members))
     if origin is Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
     if origin in _MANY:
@@ -119,6 +130,14 @@ def given_by(annotation: Any) -> str:
     if _is_readable(annotation, nested=False):
         return "flag"
     return "file" if _is_readable(annotation, nested=True) else "python"
+
+
+def may_be_python(annotation: Any) -> bool:
+    """Return True if a value, or a part of one, may be of a type that only Python gives."""
+    inner = [each for each in get_args(_strip_annotated(annotation)) if each is not Ellipsis]
+    if _members(annotation) is not None or _origin(annotation) in (*_MANY, dict, Mapping):
+        return any(map(may_be_python, inner))
+    return given_by(annotation) == "python"
 
 
 def _is_readable(annotation: Any, nested: bool, inside: bool = False) -> bool:

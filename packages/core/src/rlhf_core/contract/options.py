@@ -7,7 +7,7 @@ Core's own options are few; everything else belongs to the provider or the role 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -305,6 +305,10 @@ class RunConfig:
     """how completions are drawn (online algorithms)"""
     episode: EpisodeLimits = field(default_factory=EpisodeLimits)
     """limits of an episode (with an environment)"""
+    callbacks: Mapping[str, tuple[Callable[..., Any], ...]] = field(
+        default_factory=dict, metadata=INTERNAL, compare=False, repr=False
+    )
+    """functions of a Python user by observer hook"""
     option_names: OptionNames = field(default=OptionNames(), metadata=INTERNAL, compare=False, repr=False)
     """how the user writes these options, for messages"""
 

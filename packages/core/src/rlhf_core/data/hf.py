@@ -19,7 +19,7 @@ from rlhf_core.data.json import hold_out
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, MissingPackage, OptionError, UsageError, option
 
-__all__ = ["HuggingFaceData"]
+__all__ = ["HuggingFaceData", "StreamRows", "TableRows", "without_decoding"]
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 """How a file is read, by its ending."""
@@ -94,14 +94,14 @@ class HuggingFaceData(Preparation, Columns):
 
     def _set(self, name: str, split: str, mixed: bool) -> Iterable[Example]:
         """One set; in a mixture its rows carry its name as `datasource`."""
-        table = _without_decoding(_load(name, split, self.streaming))
+        table = without_decoding(_load(name, split, self.streaming))
         first = next(iter(table), None)
         if first is None:
             raise DataError(f"{name}: the split {split!r} has no rows")
         columns: Columns = self.infer_columns(first, f"{name}:1")
         columns.example(first, f"{name}:1")
         source = name if mixed else ""
-        return _Stream(table, columns, name, source) if self.streaming else _TableRows(table, columns, name, source)
+        return StreamRows(table, columns, name, source) if self.streaming else TableRows(table, columns, name, source)
 
     def _distinct(self, names: Sequence[str], sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
         """The sets without rows that came before, in any of them."""
@@ -129,7 +129,7 @@ class HuggingFaceData(Preparation, Columns):
 
 
 @dataclass(frozen=True)
-class _TableRows(Sequence[Example]):
+class TableRows(Sequence[Example]):
     """The rows of a memory-mapped set, made into examples when they are asked for."""
 
     table: Any
@@ -143,15 +143,15 @@ class _TableRows(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> _TableRows: ...
-    def __getitem__(self, index: int | slice) -> Example | _TableRows:
+    def __getitem__(self, index: slice) -> TableRows: ...
+    def __getitem__(self, index: int | slice) -> Example | TableRows:
         if isinstance(index, slice):
             return replace(self, table=self.table.select(range(*index.indices(len(self)))))
         return _example(self, self.table[index], index)
 
 
 @dataclass(frozen=True)
-class _Stream(Iterable[Example]):
+class StreamRows(Iterable[Example]):
     """The rows of a streamed set, in order."""
 
     table: Any
@@ -177,7 +177,7 @@ class _Again(Iterable[Example]):
         return (row for rows in self.sets for row in rows)
 
 
-def _example(rows: _TableRows | _Stream, row: Mapping[str, Any], number: int) -> Example:
+def _example(rows: TableRows | StreamRows, row: Mapping[str, Any], number: int) -> Example:
     example = rows.columns.example(
         {key: _without_nulls(value) for key, value in row.items()}, f"{rows.name}:{number + 1}"
     )
@@ -219,7 +219,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         raise OptionError("path", f"{name}, split {split!r}: {reason}") from error
 
 
-def _without_decoding(table: Any) -> Any:
+def without_decoding(table: Any) -> Any:
     """The set with its images as they are stored: whoever tokenises a row opens them, and says whose they are."""
     import datasets
 

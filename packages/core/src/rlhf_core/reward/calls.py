@@ -22,7 +22,7 @@ from rlhf_core.errors import OptionError
 __all__ = ["Answer", "Columns", "answer_of", "call", "load_function"]
 
 Columns = Mapping[str, list[Any]]
-"""Arguments by name, one entry per sample: queries, prompts, completions, labels, meta."""
+"""Arguments by name, one entry per sample: queries, prompts, completions, labels, meta, and columns of the data."""
 
 POSITIONAL = ("queries", "prompts", "labels")
 """What a function with parameters of other names is called with."""
@@ -37,7 +37,7 @@ class Answer:
     logs: dict[str, list[float]] = field(default_factory=dict)
 
 
-def call(path: str, name: str, columns: Columns) -> Answer:
+def call(path: str | Callable[..., Any], name: str, columns: Columns) -> Answer:
     """The function's answer.
 
     Raises:
@@ -52,6 +52,10 @@ def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
     process = os.getpid()
     try:
         return _call_with_columns(function, columns)
+    except TypeError as error:
+        if "string indices" in str(error):  # as TRL's functions read chats
+            error.args = (f"{error}; completions and prompts are texts: take completion for completion[0]['content']",)
+        raise
     finally:
         if os.getpid() != process:
             os._exit(0)
@@ -67,6 +71,9 @@ def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
         names = {p.name for p in parameters}
         raw = function(**{name: value for name, value in columns.items() if everything or name in names})
     else:
+        if (known := [each for each in required if each in columns]) and len(known) < len(required):
+            absent = next(each for each in required if each not in columns)
+            raise ValueError(f"asks for {absent!r}, and there are {', '.join(columns)}")
         raw = function(*(columns[name] for name in POSITIONAL))
     return asyncio.run(_await_result(raw)) if inspect.isawaitable(raw) else raw
 
@@ -108,12 +115,14 @@ def _numbers(values: Any, name: str, count: int) -> list[float]:
 
 
 @cache
-def load_function(path: str, name: str) -> Callable[..., Any]:
-    """The function `name` of the file `path`, or the one `path` names as `module:name`. Loaded once per process.
+def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function `name` of the file `path`, or the one `path` names as `module:name`, or is. Loaded once per process.
 
     Raises:
         UsageError: there is no such file, module or function.
     """
+    if not isinstance(path, str):
+        return path
     if Path(path).suffix == ".py":
         if not Path(path).is_file():
             raise OptionError("path", f"{path}: there is no such file")

@@ -4,8 +4,9 @@
         return torch.tensor([...])          # or a list; or {"rewards": …, "scores": …, "extra_logs": {name: …}}
 
 is OpenRLHF's signature: `queries` are prompt and completion as one text, and each argument is a list. A function that
-names other arguments gets those, of `queries`, `prompts`, `completions`, `labels` and `meta`; `**kwargs` gets the rest.
-It may be `async`.
+names other arguments gets those, of `queries`, `prompts`, `completions`, `labels` and `meta`, and of the columns that rows
+carry in `meta` (`--data.meta-keys`; all columns of rows given from Python); `**kwargs` gets the rest. That is TRL's signature,
+`f(completions, solution, **kwargs)`; here prompts and completions are always texts. It may be `async`.
 
 A sample that the function fails on (it raises, hangs in a worker, answers for the wrong number of samples) stops the run
 and is named, unless a fallback was chosen; then it gets that reward and is counted in the metric `failed`.
@@ -14,10 +15,11 @@ and is named, unless a fallback was chosen; then it gets that reward and is coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.python_values import function_name
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import OptionError, UsageError, option
@@ -40,8 +42,8 @@ TARGET = "rlhf_core.reward.calls:call"
 class Func(Reward):
     """A Python function: of a file, reward_func(queries, prompts, labels), or module:name."""
 
-    path: str
-    """a .py file, or module:name"""
+    path: str | Callable[..., Any]
+    """a .py file, or module:name; from Python the function itself"""
     name: str = "reward_func"
     """the function's name in the file"""
     batch: int = 0
@@ -57,7 +59,16 @@ class Func(Reward):
         """A wrong path is the user's mistake before it is a worker's failure."""
         if self.timeout and not self.workers:
             raise OptionError("timeout", f"needs a process that can be killed: pass {option('workers', 1)} too")
+        if self.workers and not isinstance(self.path, str):
+            raise OptionError(
+                "workers", f": processes cannot import {self.label}; put it into a module or a file, and name that"
+            )
         load_function(self.path, self.name)
+
+    @property
+    def label(self) -> str:
+        """The function's name, for messages and metrics."""
+        return self.path if isinstance(self.path, str) else function_name(self.path)
 
     def open(self, context: OpenContext) -> FuncEngine:
         """Make the processes, if there are some; they start at the first call."""
@@ -89,6 +100,7 @@ class FuncEngine:
             "labels": rollouts.labels,
             "meta": rollouts.meta,
         }
+        columns = {**_meta_columns(rollouts.meta), **columns}
         N = len(rollouts)
         size = self.reward.batch or (math.ceil(N / self.reward.workers) if self.reward.workers else N)
         parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
@@ -120,9 +132,9 @@ class FuncEngine:
             row = min(failed, default=None)
             if row is None:
                 raise UsageError(
-                    f"{self.reward.path}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
+                    f"{self.reward.label}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
                 )
-            raise UsageError(f"{self.reward.path}: {failed[row].reason}, on {excerpt(rollouts, row)}")
+            raise UsageError(f"{self.reward.label}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
 
     def _join(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
@@ -146,6 +158,12 @@ class FuncEngine:
             scores_N=torch.tensor(scores) if scored else None,
             metrics={name: torch.tensor(values) for name, values in logs.items()},
         )
+
+
+def _meta_columns(meta: Sequence[Mapping[str, Any]]) -> Columns:
+    """The columns that all rows carry."""
+    names = set(meta[0]).intersection(*meta) - {"prompt", "transcript"} if meta else ()
+    return {name: [each[name] for each in meta] for name in sorted(names)}
 
 
 def _call_guarded(arguments: tuple[Any, ...]) -> Answer | Failure:

@@ -2,20 +2,22 @@
 
     rlhf-run grpo --reward sum --reward.parts "math where=boxed" "length target=200" --reward.weights 1 0.1
 
-Each part is logged under its own name. From Python, a few lines of `__call__` do the same with any objects.
+Each part is logged under its own name. From Python a part may be a function or a provider too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf_core.config.provider_spec import make_from_spec
+from rlhf_core.config.python_values import function_name
 from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import OptionError, options_under
+from rlhf_core.reward.func import Func
 from rlhf_core.reward.output import to_reward_output
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ __all__ = ["Sum"]
 class Sum(Reward):
     """Several rewards, weighted and added up; each is logged under its name, numbered where one comes twice."""
 
-    parts: tuple[str, ...]
-    """rewards by name, each with its options: "length target=40" """
+    parts: tuple[str | Callable[..., Any], ...]
+    """rewards by name, each with its options: "length target=40"; from Python functions and providers too"""
     weights: tuple[float, ...] = ()
     """of the parts, in their order; all 1 where absent"""
     path: str = field(default="", metadata=INTERNAL)
@@ -67,7 +69,10 @@ class Sum(Reward):
         """Each part with the path of its options."""
         for number, part in enumerate(self.parts):
             path = self.path or f"parts[{number}]"
-            yield path, make_from_spec("reward", part, path)
+            if isinstance(part, str):
+                yield path, make_from_spec("reward", part, path)
+            else:
+                yield path, part if isinstance(part, Reward) else Func(part)
 
 
 class _Part(NamedTuple):
@@ -109,9 +114,9 @@ class SumEngine:
         )
 
 
-def _names(parts: Sequence[str]) -> list[str]:
-    """What each part is logged as: its reward's name, numbered where there are several of one."""
-    names = [part.split()[0] for part in parts]
+def _names(parts: Sequence[str | Callable[..., Any]]) -> list[str]:
+    """What each part is logged as: the name of its reward or function, numbered where there are several of one."""
+    names = [part.split()[0] if isinstance(part, str) else function_name(part) for part in parts]
     return [f"{name}.{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 

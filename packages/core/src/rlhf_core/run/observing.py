@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.run.callbacks import Callbacks
+
 if TYPE_CHECKING:
     from rlhf_core.contract.engines import Engines
     from rlhf_core.contract.run_view import RunView
@@ -42,6 +44,8 @@ class Observers:
                 watching = observer(run)
                 engines.add(watching, f"observer.{name}", f"observer {name}")
                 observers[f"observer {name!r}"] = watching
+        if run.config.callbacks and run.leader:
+            observers["callbacks"] = Callbacks(run.config.callbacks)
         self.objects = list(observers.values())
         for watching in self.notify("rlhf_watch", run):
             name = f"{type(watching).__module__}.{type(watching).__qualname__}"

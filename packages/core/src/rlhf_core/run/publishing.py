@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.python_values import python_text, text_of_value
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.errors import OptionError, UsageError
 from rlhf_core.util.atomic_files import write_text
@@ -76,13 +77,18 @@ def _describe_data(run: RunView) -> str:
     """The data in words: its reader, and what that cannot do without. Of paths, only the last part."""
     provider = run.config.providers.get("data")
     given = [
-        str(getattr(provider, each.name))
+        _in_words(getattr(provider, each.name))
         for each in (dataclasses.fields(provider) if dataclasses.is_dataclass(provider) else ())
         if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
     ]
     names = ", ".join(Path(value).name if Path(value).exists() else value for value in given)
     rows = f", {run.config.batch_size} rows a step"
     return f"Read by `{run.config.names.get('data', '')}`{': ' + names if names else ''}{rows}."
+
+
+def _in_words(value: Any) -> str:
+    """An option as text; of rows and other objects of Python the kind alone."""
+    return value if isinstance(value, str) else text_of_value(python_text(value))
 
 
 def _push(folder: Path, name: str) -> None:

@@ -30,6 +30,7 @@ from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.publishing import publish
+from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
@@ -97,8 +98,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # the life of a run
 
-    def train(self) -> dict[str, float]:
-        """Train to the last step, evaluate, save and export; return the last step's metrics."""
+    def train(self) -> RunResult:
+        """Train to the last step, evaluate, save and export; return the numbers and files that are left."""
         names = self.config.option_names
         with spell_options(names), translate_failures(self), exit_on_preemption(names), self.open():
             if self.step == 0:
@@ -113,7 +114,7 @@ class Run:
                 if self.leader:
                     self.checkpoints.rotate(self.evaluations)  # the last one may turn out to be the best
             self.export()
-        return self.last_metrics
+        return RunResult(self.last_metrics, tuple(self.evaluations), self.output, self.plan.exports)
 
     def check(self) -> None:
         """Let every provider report what it misses, before anything heavy starts."""
