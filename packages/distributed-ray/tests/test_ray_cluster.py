@@ -90,7 +90,7 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("rlhf-run: --launcher.address 127.0.0.1:1: no Ray cluster answers (")
-    assert time.perf_counter() - began < 60, "a few seconds, on a machine without other work"
+    assert time.perf_counter() - began < 120, "a few seconds, on a machine without other work"
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
     """CUDA_VISIBLE_DEVICES of each rank of each role and of each engine."""
-    deadline = time.monotonic() + 30  # until the placement groups of the run before are given back
+    deadline = time.monotonic() + 120  # until the placement groups of the run before are given back
     while ray.available_resources().get("GPU", 0.0) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
     config = parse([*RUN, *flags.split(), "--output", str(tmp_path / "run")], Registry())

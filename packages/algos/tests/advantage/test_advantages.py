@@ -193,9 +193,9 @@ class Ranks(World):
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         self.board[self.rank] = tensor.clone()
-        self.barrier_.wait(10)
+        self.barrier_.wait(120)
         total = torch.stack(self.board).sum(0)
-        self.barrier_.wait(10)
+        self.barrier_.wait(120)
         return total
 
 

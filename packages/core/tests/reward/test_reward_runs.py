@@ -98,7 +98,7 @@ def descendants() -> set[int]:
 
 def left(before: set[int]) -> set[int]:
     """What still runs that did not run `before`, after a moment for what was killed."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while (more := descendants() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     return more

@@ -34,7 +34,7 @@ BAD = {
 
 REASON = {
     "raises": "ZeroDivisionError: division by zero",
-    "hangs": "no answer within 0.5 s",
+    "hangs": "no answer within 1 s",
     "exits": r"the worker process died \(exit code 3\)",
     "is killed": r"the worker process died \(signal SIGKILL\)",
     "answers for too many": "returned 9 rewards for 1 samples",
@@ -87,14 +87,14 @@ MIXED = ("a", "bad", "ccc", "dddd")
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_sample_that_fails_in_a_worker_is_named(tmp_path: Path, bad: str) -> None:
-    reward = Func(written(tmp_path, BAD[bad]), workers=2, timeout=0.5 if bad == "hangs" else 30)
+    reward = Func(written(tmp_path, BAD[bad]), workers=2, timeout=1.0 if bad == "hangs" else 120)
     with pytest.raises(UsageError, match=f"{REASON[bad]}.*, on sample 1, prompt 'p', completion 'bad'"):
         reward(rollouts(*MIXED))
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_fallback_takes_the_place_of_the_failed_sample_only_and_is_counted(tmp_path: Path, bad: str) -> None:
-    reward = Func(written(tmp_path, BAD[bad]), workers=2, timeout=0.5 if bad == "hangs" else 30, fallback=-1.0)
+    reward = Func(written(tmp_path, BAD[bad]), workers=2, timeout=1.0 if bad == "hangs" else 120, fallback=-1.0)
     output = to_reward_output(reward(rollouts(*MIXED)), rollouts(*MIXED), reward)
     assert output.rewards_N.tolist() == [1, -1, 3, 4]
     assert output.metrics["failed"].tolist() == [0, 1, 0, 0]
@@ -129,8 +129,8 @@ def test_workers_share_the_samples_and_what_they_print_harms_nothing(tmp_path: P
 
 def test_the_clock_starts_when_the_file_is_imported(tmp_path: Path) -> None:
     path = Path(written(tmp_path, "pass"))
-    path.write_text("import time; time.sleep(0.7)\n" + path.read_text())
-    assert Func(str(path), workers=1, timeout=0.5)(rollouts("a")).rewards_N.tolist() == [1]
+    path.write_text("import time; time.sleep(2.0)\n" + path.read_text())
+    assert Func(str(path), workers=1, timeout=1.5)(rollouts("a")).rewards_N.tolist() == [1]
 
 
 def test_what_a_killed_call_had_started_is_killed_too(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_function_that_is_closed_leaves_nothing_and_can_be_opened_again(tmp_pa
             pid = int(reward(rollouts("bad")).metrics["pid"][0])
             group = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _group(p) == pid]
             assert len(group) == 2  # the worker and its sleep
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while any(path.exists() and _group(path) == pid for path in group) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(path.exists() and _group(path) == pid for path in group)
@@ -199,7 +199,7 @@ def _group(process: Path) -> int:
 def test_calls_return_in_order_and_exceptions_as_failures() -> None:
     workers = Workers(2, "math:sqrt")
     try:
-        results: list[Any] = workers.map([(4.0,), (-1.0,), (9.0,)], timeout=30)
+        results: list[Any] = workers.map([(4.0,), (-1.0,), (9.0,)], timeout=120)
     finally:
         workers.close()
     assert (results[0], results[2]) == (2.0, 3.0)
@@ -223,7 +223,7 @@ def test_workers_and_what_they_started_end_when_their_parent_is_killed(work: str
     said = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=False).stdout
     processes = [Path("/proc", pid) for pid in said.decode().split()]
     assert len(processes) == 2
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(map(_group, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_group, processes))

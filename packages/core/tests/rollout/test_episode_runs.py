@@ -163,7 +163,6 @@ class Counted(HuggingFaceRollout):
         return counted()
 
 
-@pytest.mark.slow
 def test_two_ranks_with_different_numbers_of_turns_equal_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

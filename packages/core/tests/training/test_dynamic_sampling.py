@@ -115,9 +115,9 @@ class Ranks(World):
 
     def gather(self, thing: Any) -> list[Any]:
         self.board[self.rank] = thing
-        self.meeting.wait(20)
+        self.meeting.wait(120)
         everything = list(self.board)
-        self.meeting.wait(20)
+        self.meeting.wait(120)
         return everything
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
