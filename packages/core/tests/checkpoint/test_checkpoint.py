@@ -132,7 +132,8 @@ def refusal(output: Path, **options: object) -> str:
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     said = refusal(tmp_path / "none", model=MODEL)
-    assert said == f"there is no run in {tmp_path / 'none'} to resume; leave resume=True out to begin one"
+    advice = 'leave resume=True out to begin one, or pass resume="auto" to begin or continue'
+    assert said == f"there is no run in {tmp_path / 'none'} to resume; {advice}"
     assert not (tmp_path / "none").exists()
 
 

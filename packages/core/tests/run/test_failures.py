@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -244,7 +245,9 @@ def test_a_preempted_command_saves_and_exits_with_the_code_that_asks_to_be_reque
     assert "SIGUSR1: finishing this step, then saving" in said
     (saved,) = valid_checkpoints(tmp_path / "run")
     done = int(saved.name.removeprefix("step-"))
-    assert f"stopped after step {done} of 100000; continue with --resume --output {tmp_path / 'run'}" in said
-    again = subprocess.run([sys.executable, "-m", "rlhf_core", *words, "--steps", str(done + 1), "--resume"])
-    assert again.returncode == 0
+    file = str(tmp_path / "run" / "config.toml")
+    assert f"stopped after step {done} of 100000; continue with rlhf-run --config {file} --resume\n" in said
+    hint = said.strip().rpartition("continue with ")[2]
+    again = shlex.split(hint.replace("rlhf-run", f"{sys.executable} -m rlhf_core", 1))  # as typed, with this Python
+    assert subprocess.run([*again, "--steps", str(done + 1)]).returncode == 0
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, done + 2))

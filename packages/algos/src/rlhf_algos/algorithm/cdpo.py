@@ -14,6 +14,6 @@ __all__ = ["CDPO"]
 
 @dataclass(frozen=True)
 class CDPO(DPO):
-    """DPO for labels that are sometimes wrong (Mitchell 2023): actor <- data : cdpo, with a reference."""
+    """DPO for labels that are sometimes wrong (Mitchell 2023): from data, with a reference."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "cdpo"}

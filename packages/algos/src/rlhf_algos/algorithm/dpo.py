@@ -19,7 +19,7 @@ __all__ = ["DPO"]
 
 @dataclass(frozen=True)
 class DPO(Algorithm):
-    """Direct preference optimisation on pairs (Rafailov et al. 2023): actor <- data : dpo, with a reference.
+    """Direct preference optimisation on pairs (Rafailov et al. 2023): from data, with a reference.
 
     Works with every loss on pairs: --loss robust, hinge, …
     """

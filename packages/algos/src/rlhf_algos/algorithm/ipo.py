@@ -14,6 +14,6 @@ __all__ = ["IPO"]
 
 @dataclass(frozen=True)
 class IPO(DPO):
-    """Identity preference optimisation on pairs (Azar et al. 2023): actor <- data : ipo, with a reference."""
+    """Identity preference optimisation on pairs (Azar et al. 2023): from data, with a reference."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "ipo"}

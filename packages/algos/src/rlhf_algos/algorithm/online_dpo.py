@@ -16,7 +16,7 @@ __all__ = ["OnlineDPO"]
 
 @dataclass(frozen=True)
 class OnlineDPO(OnlineOptions):
-    """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): actor <- actor : dpo on pairs."""
+    """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): from its own samples."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

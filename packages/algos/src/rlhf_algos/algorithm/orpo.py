@@ -17,7 +17,7 @@ __all__ = ["ORPO"]
 
 @dataclass(frozen=True)
 class ORPO(Algorithm):
-    """Supervised fine-tuning and preference in one step (Hong et al. 2024): actor <- data : orpo, no reference."""
+    """Supervised fine-tuning and preference in one step (Hong et al. 2024): from data, no reference."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "orpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

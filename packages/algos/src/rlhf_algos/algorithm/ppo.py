@@ -23,7 +23,8 @@ __all__ = ["PPO"]
 class PPO(OnlineOptions):
     """Clipped policy gradient with a learned critic (Schulman et al. 2017; Ouyang et al. 2022).
 
-    actor <- actor : clip;  critic <- actor : value;  with ptx also actor <- data : sft.  One GAE serves both roles.
+    Trains the actor (loss clip) and the critic (loss value) on the actor's samples; with ptx also the actor on data (loss sft).
+    One GAE serves both roles.
     """
 
     kl: KL = KL(coef=0.05, estimator="k1", where="reward")

@@ -17,7 +17,7 @@ __all__ = ["PRM"]
 
 @dataclass(frozen=True)
 class PRM(Algorithm):
-    """A process reward model from solutions whose steps are judged (Lightman et al. 2023): reward <- data : prm."""
+    """A process reward model from solutions whose steps are judged (Lightman et al. 2023): from data."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "prm"}
     policy: ClassVar[str] = "reward"

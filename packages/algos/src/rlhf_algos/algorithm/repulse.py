@@ -30,9 +30,9 @@ __all__ = ["RePULSe"]
 class RePULSe(Algorithm):
     """Reduces the probability of rare bad outputs (Zhao et al. 2025): a proposal finds them, the policy unlearns them.
 
-    proposal <- proposal : CTL credit; actor <- actor : the chosen advantage and loss (RLOO, REINFORCE); actor <- proposal :
-    negative training; with an advantage of a critic's values (`gae`) also critic <- actor : value. All credit of a step is
-    assigned before any model moves.
+    The proposal learns from its own samples (CTL credit). The actor learns from its own samples by the chosen advantage and
+    loss (RLOO, REINFORCE), and unlearns those of the proposal (negative training). With an advantage of a critic's values
+    (`gae`) a critic learns from the actor's samples. All credit of a step is assigned before any model moves.
     """
 
     target: Target = Target()

@@ -17,7 +17,7 @@ __all__ = ["RewardModeling"]
 
 @dataclass(frozen=True)
 class RewardModeling(Algorithm):
-    """A reward model from preference pairs (Ouyang et al. 2022): reward <- data : bradley_terry."""
+    """A reward model from preference pairs (Ouyang et al. 2022): from data."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "bradley_terry"}
     policy: ClassVar[str] = "reward"

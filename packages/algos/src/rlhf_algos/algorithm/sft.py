@@ -17,7 +17,7 @@ __all__ = ["SFT"]
 
 @dataclass(frozen=True)
 class SFT(Algorithm):
-    """Supervised fine-tuning on demonstrations: actor <- data : sft."""
+    """Supervised fine-tuning on demonstrations: from data."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "sft"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=AdamW(lr=1e-5, schedule="cosine"))}

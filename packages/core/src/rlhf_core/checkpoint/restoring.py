@@ -34,7 +34,7 @@ def prepare_output(config: RunConfig) -> None:
 
     Raises:
         UsageError: the folder already holds a run and `--resume` was not given, or is not a folder; or `--resume` was
-            given and there is no run, or one with other options.
+            given and there is no run (unless it is `auto`), or one with other options.
     """
     from rlhf_core.config.builder import to_toml
     from rlhf_core.config.resume import check_resume
@@ -49,7 +49,7 @@ def prepare_output(config: RunConfig) -> None:
             f"{output} already holds a run; add {run_option('resume', True)} to continue it, or name another "
             f"{run_option('output')}"
         )
-    if config.resume:
+    if config.resume is True or (config.resume == "auto" and begun):
         check_resume(config)
     if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
         return

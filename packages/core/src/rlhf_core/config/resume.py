@@ -35,7 +35,8 @@ def check_resume(config: RunConfig) -> None:
         old = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            f"there is no run in {config.output} to resume; leave {run_option('resume', True)} out to begin one"
+            f"there is no run in {config.output} to resume; leave {run_option('resume', True)} out to begin one, or pass "
+            f"{run_option('resume', 'auto')} to begin or continue"
         ) from None
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}), so that nobody can tell what the run was; restore it") from None

@@ -257,8 +257,8 @@ class RunConfig:
     """the same seed gives the same numbers"""
     deterministic: bool = False
     """on a GPU too: slower kernels that add in a fixed order; an operation that has none stops the run. A CPU needs no flag"""
-    resume: bool = field(default=False, metadata=FREE)
-    """continue the run in --output from its newest valid checkpoint"""
+    resume: bool | Literal["auto"] = field(default=False, metadata=FREE)
+    """continue the run in --output from its newest valid checkpoint; `auto` begins it if there is none"""
     resume_changed: bool = field(default=False, metadata=FREE)
     """continue it although options that change results are not those it began with"""
     batch_size: int = 16

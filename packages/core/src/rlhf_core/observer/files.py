@@ -1,6 +1,7 @@
 """The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
 
-evaluation-metrics.jsonl has the metrics of every evaluation so far, that before the first step included.
+evaluation-metrics.jsonl gets the metrics of every evaluation when it is over, that before the first step included; each line is
+forced to the disk.
 
 On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
 of evaluations that the checkpoint does not know.
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import hookimpl
-from rlhf_core.util.atomic_files import write_bytes
+from rlhf_core.util.atomic_files import force, write_bytes
 from rlhf_core.util.jsonl import append_line, cut_lines
 from rlhf_core.util.secrets import redact_tree
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["samples"]
 
+EVALUATIONS = "evaluation-metrics.jsonl"
 SAMPLES_PER_STEP = 4
 
 
@@ -32,6 +34,9 @@ def rlhf_run_start(run: RunView) -> None:
         cut_lines(run.output / name, lambda step: step <= run.step)
     evaluated = {step for step, _ in run.evaluations}
     cut_lines(run.output / "evaluations.jsonl", evaluated.__contains__)
+    lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
+    if lines or (run.output / EVALUATIONS).exists():
+        write_bytes(run.output / EVALUATIONS, "".join(lines).encode())  # as the checkpoint knows them
 
 
 @hookimpl
@@ -42,9 +47,9 @@ def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
 
 
 @hookimpl
-def rlhf_evaluated(run: RunView) -> None:
-    lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
-    write_bytes(run.output / "evaluation-metrics.jsonl", "".join(lines).encode())
+def rlhf_evaluated(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
+    append_line(run.output / EVALUATIONS, {"step": step, **metrics})
+    force(run.output / EVALUATIONS)
 
 
 def samples(run: RunView) -> Iterator[dict[str, Any]]:

@@ -35,7 +35,7 @@ from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
 from rlhf_core.run.signals import StopSignals, exit_on_preemption
 from rlhf_core.run.state import RunState
-from rlhf_core.run.stopping import Stop
+from rlhf_core.run.stopping import Stop, describe_resuming
 from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
@@ -108,7 +108,9 @@ class Run:
                 loop.train(self)
                 self.save()  # before evaluating: what was trained is safe, however that ends
                 self._add_background(self.checkpoints.background.wait)
-            self.stop.check(self.signals, self.world, f"step {self.step} of {self.config.steps}", self.output)
+            self.stop.check(
+                self.signals, self.world, f"step {self.step} of {self.config.steps}", describe_resuming(self.config)
+            )
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
                 if self.leader:

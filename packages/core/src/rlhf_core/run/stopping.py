@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import RunStopped, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.options import RunConfig
     from rlhf_core.run.signals import StopSignals
 
-__all__ = ["Stop"]
+__all__ = ["Stop", "describe_resuming"]
+
+
+def describe_resuming(config: RunConfig) -> str:
+    """Return how the user continues the run: a command that works as it stands, or from Python the options to pass."""
+    if config.option_names.language == "flags":
+        return f"rlhf-run --config {shlex.quote(str(Path(config.output) / 'config.toml'))} --resume"
+    return f"{run_option('resume', True)} {run_option('output', config.output)}"
 
 
 @dataclass
@@ -37,8 +47,14 @@ class Stop:
         self.alarm = next((text for _, text, _ in ranks if text), "")
         self.exit_code = max(code for *_, code in ranks)
 
-    def check(self, signals: StopSignals, world: World, done: str, output: object) -> None:
-        """Raise if the run was cut short, once everything is saved. `done` is how far it came. Collective.
+    def check(self, signals: StopSignals, world: World, done: str, again: str) -> None:
+        """Raise if the run was cut short, once everything is saved. Collective.
+
+        Args:
+            signals: those that this process received.
+            world: the ranks of the run.
+            done: how far it came.
+            again: how to continue it (`describe_resuming`).
 
         Raises:
             RunStopped: a signal came, or an observer gave a reason.
@@ -46,7 +62,7 @@ class Stop:
         self.exit_code = max(world.gather(signals.exit_code))  # of the last save too
         if self.exit_code:
             raise RunStopped(
-                f"stopped after {done}; continue with {run_option('resume', True)} {run_option('output', output)}",
+                f"stopped after {done}; continue with {again}",
                 self.exit_code,
             )
         if self.alarm:
