@@ -127,6 +127,7 @@ def rlhf_command() -> Providers:
         "curves": "rlhf_core.cli.curves:Curves",
         "doctor": "rlhf_core.cli.doctor:Doctor",
         "eval": "rlhf_core.cli.evaluate:Evaluate",
+        "export": "rlhf_core.cli.export:Export",
         "frontier": "rlhf_core.cli.frontier:Frontier",
         "generate": "rlhf_core.cli.generate:Generate",
         "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.background import Background
 from rlhf_core.checkpoint.restoring import restore
-from rlhf_core.checkpoint.rotation import Rotation, which_is_better
+from rlhf_core.checkpoint.rotation import Rotation, read_best, which_is_better
 from rlhf_core.checkpoint.saving import SharedState, save
 
 if TYPE_CHECKING:
@@ -74,6 +74,12 @@ class Checkpoints:
             UsageError: every checkpoint is damaged, another strategy wrote it, or ranks cannot share what it has of engines.
         """
         return restore(self.output, self.strategy, roles, world)
+
+    def best(self, world: World) -> Path | None:
+        """Return the best checkpoint by `--keep-best`; None without one. The leader looks, for all ranks."""
+        looks = bool(self.config.keep_best) and world.rank == 0
+        found: list[Path | None] = world.gather(read_best(self.output) if looks else None)
+        return found[0]
 
     def rotate(self, evaluations: Evaluations) -> None:
         """Remove the checkpoints that are not kept, given all that was measured so far. The leader calls this."""

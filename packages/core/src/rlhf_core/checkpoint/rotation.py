@@ -17,7 +17,7 @@ from rlhf_core.errors import OptionError
 from rlhf_core.util.atomic_files import discard, write_text
 from rlhf_core.util.suggestions import did_you_mean
 
-__all__ = ["Rotation", "check_metric", "which_is_better"]
+__all__ = ["Rotation", "check_metric", "read_best", "which_is_better"]
 
 LOW = ("loss", "nll", "perplexity")
 """Metrics, by a part of their names, whose low values are good."""
@@ -81,6 +81,14 @@ class Rotation:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return value if isinstance(value, (int, float)) and value == value else None
+
+
+def read_best(output: Path) -> Path | None:
+    """Return the checkpoint that `best.json` names; None if there is none."""
+    marker = output / "checkpoints" / "best.json"
+    if not marker.is_file():
+        return None
+    return marker.parent / str(json.loads(marker.read_text(encoding="utf-8"))["checkpoint"])
 
 
 def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
@@ -16,6 +16,7 @@ from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.plugins.registry import Registry
 
 __all__ = ["Chat"]
 
@@ -25,7 +26,7 @@ class Chat(Command):
     """Talk to a model: a line of input, an answer; works piped. Ctrl-D ends it."""
 
     model: str
-    """hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`"""
+    """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     prompt: str = ""
     """answer only this and end"""
     max_new_tokens: int = 256
@@ -37,15 +38,22 @@ class Chat(Command):
 
     def __call__(self, context: CommandContext) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be
+        from rlhf_core.run.exporting import with_exported_models
+
+        with with_exported_models(context.config, cast("Registry", context.registry)) as config:
+            return self._talk(config.model)
+
+    def _talk(self, name: str) -> int:
+        """Answer line by line with the model `name`."""
         from rlhf_core.models.loading.end_tokens import find_end_tokens, listed_ends, save_ends
         from rlhf_core.models.loading.image_reader import load_reader
         from rlhf_core.models.loading.load import load_model
         from rlhf_core.models.loading.tokenizer import load_tokenizer, render_chat
 
-        options = ModelOptions(model=self.model)
-        tokenizer, model = load_tokenizer(self.model, options), load_model(self.model, options)
-        reader = load_reader(self.model, options, tokenizer)
-        save_ends(model, find_end_tokens(tokenizer, (), listed_ends(self.model, options)))
+        options = ModelOptions(model=name)
+        tokenizer, model = load_tokenizer(name, options), load_model(name, options)
+        reader = load_reader(name, options, tokenizer)
+        save_ends(model, find_end_tokens(tokenizer, (), listed_ends(name, options)))
         model.eval()
         torch.manual_seed(self.seed)
         history: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ class Evaluate(Command):
     """Run evaluators on a model without training it, and print their metrics as one JSON object."""
 
     model: str
-    """hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`"""
+    """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     output: str = "evaluation"
     """folder for completions that evaluators show"""
     seed: int = 0

@@ -35,7 +35,7 @@ class Generate(Command):
     """Write a model's completions on the data's prompts to a JSONL file; started again, it goes on where it stopped."""
 
     model: str = "tiny"
-    """hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`"""
+    """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     output: str = "completions.jsonl"
     """file to write; each shard has its own"""
     split: str = "train"

@@ -7,8 +7,8 @@ their flags too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import ContractError, UsageError, options_under, spell_options
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.attribution import note_provider
+from rlhf_core.run.exporting import with_exported_models
 from rlhf_core.run.no_training import NoTraining, open_untrained
 
 if TYPE_CHECKING:
@@ -59,7 +60,14 @@ class CommandRun:
         return RunConfig(NoTraining(), **values)
 
     def open_run(self, config: RunConfig | None = None) -> AbstractContextManager[Run]:
-        return open_untrained(self.config if config is None else config, self.registry)
+        return _open(self.config if config is None else config, self.registry)
+
+
+@contextmanager
+def _open(config: RunConfig, registry: Registry) -> Iterator[Run]:
+    """Open a run that trains nothing; models that it names may be checkpoints."""
+    with with_exported_models(config, registry) as resolved, open_untrained(resolved, registry) as run:
+        yield run
 
 
 def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:

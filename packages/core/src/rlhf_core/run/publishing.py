@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_hub", "publish"]
 
+BEST = "model-best"
+"""The folder of the best checkpoint's policy, by --keep-best."""
 AVERAGE = "These weights are an exponential moving average; evaluations were made with the trained weights themselves."
 
 
@@ -45,15 +47,18 @@ def publish(run: RunView) -> None:
     for name, role in {"model": run.plan.policy, **{name: name for name in run.plan.exports}}.items():
         options = run.plan.roles[role].options
         instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
-        _write_card(run, run.output / name, role, AVERAGE if instead else "")
+        write_card(run, run.output / name, role, AVERAGE if instead else "")
         average = run.output / f"{name}-ema"
         if average.is_dir():
-            _write_card(run, average, role, AVERAGE)
+            write_card(run, average, role, AVERAGE)
+    if run.config.keep_best and (run.output / BEST).is_dir():
+        write_card(run, run.output / BEST, run.plan.policy, f"The best checkpoint by {run.config.keep_best}.")
     if run.config.push_to_hub:
         _push(run.output / "model", run.config.push_to_hub)
 
 
-def _write_card(run: RunView, folder: Path, role: str, note: str) -> None:
+def write_card(run: RunView, folder: Path, role: str, note: str) -> None:
+    """Complete the card of an exported folder."""
     from rlhf_core.models.export.card import Card
 
     card = Card(

@@ -29,7 +29,7 @@ from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
-from rlhf_core.run.publishing import publish
+from rlhf_core.run.publishing import BEST, publish
 from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
@@ -259,8 +259,17 @@ class Run:
         self.roles[self.plan.policy].export(str(self.output / "model"))
         for name in self.plan.exports:
             self.roles[name].export(str(self.output / name))
+        self._export_best()
         if self.leader:
             publish(self)
+
+    def _export_best(self) -> None:
+        """With `--keep-best`, write the policy of the best checkpoint to OUTPUT/model-best; the role then holds its weights."""
+        best = self.checkpoints.best(self.world)
+        if best is not None:
+            policy = self.roles[self.plan.policy]
+            policy.load(str(best / "roles" / self.plan.policy))
+            policy.export(str(self.output / BEST))
 
     def notify(self, hook: str, **arguments: Any) -> list[Any]:
         """Call an observer hook with this run and `arguments`; return the answers that are not None."""

