@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +12,6 @@ import torch
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import DataError, MissingPackage, UsageError
-from rlhf_core.reward import sandbox
 from rlhf_core.reward.code import Code, program
 from rlhf_core.reward.exact import ExactMatch
 from rlhf_core.reward.maths import Maths
@@ -182,91 +176,21 @@ def test_insults_are_more_profane_than_compliments() -> None:
 ADD = "def add(a, b):\n    return a + b"
 TESTS = ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]
 
-confined = pytest.mark.skipif(sandbox.libc.syscall(444, None, 0, 1) < 4, reason="this kernel has no Landlock")
 
-
-@pytest.mark.parametrize("confine", [pytest.param(True, marks=confined), False])
-def test_programs_are_judged_by_their_tests(confine: bool) -> None:
-    reward = Code(confine=confine)
+def test_programs_are_judged_by_their_tests() -> None:
     programs = [
         (f"Here it is:\n```python\n{ADD}\n```\nDone.", TESTS),
         (ADD.replace("+", "-"), TESTS),
         ("def add(a, b): return 3", TESTS),
         ("this is no program", TESTS),
-        ("raise SystemExit(0)", TESTS),
         ("import os; os._exit(0)", TESTS),
-        (
-            "import os\nfor fd in range(64):\n  try: os.write(fd, b'[0, [true, true]]')\n  except OSError: pass\nos._exit(0)",
-            TESTS,
-        ),
         (ADD, "assert add(1, 2) == 3\nassert add(2, 2) == 4"),
+        ("print(int(input()) + 1)", {"inputs": ["1", "2"], "outputs": ["2", "4"]}),
     ]
-    result = output(reward, *programs)
-    assert result.rewards_N.tolist() == [1, 0, 0, 0, 0, 0, 0, 1]
-    assert result.metrics["tests_passed"].tolist() == [1, 0, 0.5, 0, 0, 0, 0, 1]
-    assert score(Code(partial=True, confine=confine), "def add(a, b): return 3", TESTS) == 0.5
-
-
-@confined
-def test_a_confined_program_reaches_neither_network_nor_files_nor_memory_nor_time(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    marker = tmp_path / "written"
-    attempts = {
-        "opens a connection": "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)",
-        "sends a datagram": "import socket; socket.socket(2, 2).sendto(b'x', ('10.0.0.1', 9))",
-        "reads a file": f"open({str(tmp_path / 'secret')!r}).read()",
-        "writes a file": f"open({str(marker)!r}, 'w').write('x')",
-        "removes a file": f"import os; os.remove({str(tmp_path / 'secret')!r})",
-        "sees a process": f"import os; os.kill({os.getpid()}, 0)",
-        "takes memory": "x = bytearray(2 << 30)",
-        "fills the disk": "open('big', 'wb').write(bytes(20 << 20))",
-        "never ends": "while True: pass",
-    }
-    result = output(Code(timeout=1.5), *((code, "pass") for code in attempts.values()))
-    assert dict(zip(attempts, result.rewards_N.tolist())) == dict.fromkeys(attempts, 0.0)
-    assert (tmp_path / "secret").read_text() == "secret"
-    assert not marker.exists()
-    assert (
-        score(Code(), "import json, math; open('own', 'w').write('fine')", "assert open('own').read() == 'fine'") == 1
-    )
-
-
-@confined
-def test_nothing_a_program_started_outlives_it(tmp_path: Path) -> None:
-    name = f"stray-{os.getpid()}"
-    sleep = f"[sys.executable, '-c', 'import time; time.sleep(60)', {name!r}]"
-    score(Code(timeout=2.0), f"import subprocess, sys\nsubprocess.Popen({sleep}, start_new_session=True)", "pass")
-    time.sleep(0.2)
-    assert not named(name)
-
-
-@confined
-def test_a_program_ends_when_the_run_is_killed() -> None:
-    """One that sleeps, and one that computes in C, each with a process that it has started."""
-    name = f"orphan-{os.getpid()}"
-    child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', {name!r}])"
-    for work in ("import time; time.sleep(60)", "import re; re.match('(a+)+$', 'a' * 60 + 'b')"):
-        script = f"from rlhf_core.reward.code import Code\nCode(timeout=50.0)._run({f'{child}; {work}'!r}, ['pass'])"
-        run = subprocess.Popen([sys.executable, "-c", script])
-        deadline = time.monotonic() + 30
-        while len(named(name)) < 2 and time.monotonic() < deadline:  # the run itself has the name too
-            time.sleep(0.05)
-        assert len(named(name)) == 2
-        run.kill()
-        run.wait()
-        deadline = time.monotonic() + 5
-        while named(name) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not named(name)
-
-
-def named(name: str) -> list[bytes]:
-    """Command lines that have `name` in them."""
-    running = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            running.append(path.read_bytes())
-    return [line for line in running if name.encode() in line]
+    result = output(Code(), *programs)
+    assert result.rewards_N.tolist() == [1, 0, 0, 0, 0, 1, 0]
+    assert result.metrics["tests_passed"].tolist() == [1, 0, 0.5, 0, 0, 1, 0.5]
+    assert output(Code(partial=True), *programs).rewards_N.tolist() == [1, 0, 0.5, 0, 0, 1, 0.5]
 
 
 def test_the_last_fenced_block_is_the_program() -> None:
@@ -274,7 +198,14 @@ def test_the_last_fenced_block_is_the_program() -> None:
     assert program("no fence") == "no fence"
 
 
-@pytest.mark.parametrize("label", [None, [], 3, [1]])
+@pytest.mark.parametrize(
+    "label", [None, [], 3, [1], {"inputs": []}, {"inputs": ["1"], "outputs": []}, [{"input": "1"}]]
+)
 def test_a_label_that_is_no_test_is_an_error(label: Any) -> None:
-    with pytest.raises(DataError, match="a label should be test code or a list of it"):
+    with pytest.raises(DataError, match="a label should be test code, a list of it, or inputs and outputs"):
         score(Code(), ADD, label)
+
+
+def test_a_test_that_is_no_python_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"a label's test is no Python \(.*never closed.*'assert add\('"):
+        score(Code(), ADD, ["assert add(1, 2) == 3", "assert add("])

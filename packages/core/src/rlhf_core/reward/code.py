@@ -1,26 +1,22 @@
-"""`--reward code`: unit tests of the program in a completion, each program in a confined process of its own."""
+"""`--reward code`: unit tests of the program in a completion, which cannot reach what judges it."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING
 
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import DataError, UsageError, advice, option, run_option
+from rlhf_core.errors import UsageError, option
 from rlhf_core.lazy import torch
-from rlhf_core.reward import sandbox
+from rlhf_core.reward.code_labels import Assertions, Scripts, parse_label, same_output
+from rlhf_core.reward.sandbox import confinement
+from rlhf_core.reward.sandbox.server import SandboxServer
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -43,12 +39,12 @@ class Code(Reward):
     workers: int = 0
     """programs run at a time; 0 is one per CPU"""
     confine: bool = True
-    """no network, no files but an empty folder, no process left; off only inside a container of its own"""
+    """refuse to run where nothing keeps programs from files, network and other processes; off only inside a container"""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        jobs = [(program(text), tests_of(label)) for text, label in zip(rollouts.texts, rollouts.labels)]
-        with ThreadPoolExecutor(self.workers or os.cpu_count()) as threads:
-            results = list(threads.map(lambda job: self._run(*job), jobs))
+        jobs = [(program(text), parse_label(label)) for text, label in zip(rollouts.texts, rollouts.labels)]
+        with SandboxServer() as server, ThreadPoolExecutor(self.workers or os.cpu_count()) as threads:
+            results = list(threads.map(lambda job: self.judge(server, *job), jobs))
         shares = [sum(passed) / len(passed) for passed in results]
         whole = [float(share == 1) for share in shares]
         return RewardOutput(
@@ -57,56 +53,60 @@ class Code(Reward):
             metrics={"tests_passed": torch.tensor(shares)},
         )
 
-    def _run(self, solution: str, tests: Sequence[str]) -> list[bool]:
-        """Which tests pass; none if the program hangs, dies or never returns from its own code."""
-        nonce = secrets.token_hex(16)  # an answer without it was written by the program
-        job = {"solution": solution, "tests": tests, "nonce": nonce, "confine": self.confine}
-        limits = {"seconds": self.timeout, "memory": self.memory}
-        with tempfile.TemporaryDirectory(prefix="rlhf-code-") as folder:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(sandbox.__file__)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={"PATH": os.defpath, "HOME": folder},
-                start_new_session=True,
-            )
-            try:
-                answer, _ = process.communicate(json.dumps(job | limits).encode(), timeout=self.timeout)
-            except subprocess.TimeoutExpired:
-                answer = b""
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode == sandbox.CANNOT:
+    def judge(
+        self,
+        server: SandboxServer,
+        solution: str,
+        tests: Assertions | Scripts,
+        layers: tuple[str, ...] = confinement.LAYERS,
+    ) -> list[bool]:
+        """Return which tests pass: none after the one in which the program hangs or dies.
+
+        Args:
+            server: starts its processes.
+            solution: the program.
+            tests: its tests.
+            layers: what confines it; all but where less is tried.
+        """
+        scripts = isinstance(tests, Scripts)
+        job = {"kind": "scripts" if scripts else "tests", "program": solution, "layers": layers}
+        limits = {"seconds": self.timeout, "memory": self.memory << 20}
+        second = (
+            {"inputs": tests.inputs}
+            if isinstance(tests, Scripts)
+            else {"tests": tests.tests, "under_test": tests.names}
+        )
+        answer = server.ask(job | limits, second)
+        self._report(frozenset(answer["open"]))
+        results = answer["results"]
+        if isinstance(tests, Scripts):
+            return [
+                result is not None and result[1] and same_output(result[0], expected)
+                for result, expected in zip(results, tests.outputs, strict=True)
+            ]
+        return [result is True for result in results]
+
+    def _report(self, missing: frozenset[str]) -> None:
+        """Log once what this machine cannot keep programs from.
+
+        Raises:
+            UsageError: `confine` asks for it.
+        """
+        if self.confine and missing - {confinement.OPTIONAL}:
             raise UsageError(
-                "reward code: this kernel lets no process confine itself (Landlock is missing); "
-                f"run it inside a container with {option('confine', False)}"
+                f"reward code: this machine cannot keep programs from {', '.join(sorted(missing))}; it needs a kernel with "
+                f"Landlock (5.13), and libseccomp or user namespaces; or run it in a container, with {option('confine', False)}"
             )
-        return _read(answer, nonce) or [False] * len(tests)
+        if missing:
+            _log_once(missing)
 
 
-def _read(answer: bytes, nonce: str) -> list[bool] | None:
-    """The results, if they are the sandbox's."""
-    try:
-        given, results = json.loads(answer)
-    except ValueError:
-        return None
-    return [bool(result) for result in results] if given == nonce else None
+@cache
+def _log_once(missing: frozenset[str]) -> None:
+    log.warning("reward code: this machine does not keep programs from %s", ", ".join(sorted(missing)))
 
 
 def program(text: str) -> str:
     """The last fenced block of a completion, or all of it."""
     blocks = FENCE.findall(text)
     return str(blocks[-1]) if blocks else text
-
-
-def tests_of(label: Any) -> list[str]:
-    """The tests in a label: code, or a list of pieces of code that are counted one by one."""
-    tests = [label] if isinstance(label, str) else label
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        column = advice(f" ({run_option('data.label_key')})")
-        raise DataError(f"reward code: a label should be test code or a list of it{column}, not {label!r}")
-    return tests
