@@ -41,7 +41,8 @@ def examine(tests: Sequence[str], under_test: Sequence[str], peer: Peer, results
                 names[name]
         sys.modules["__main__"] = _MainModule(names)
         for test in tests:
-            os.write(results, b"1\n" if _passes(test, names) else b"0\n")
+            names.session.failed = False
+            os.write(results, b"1\n" if _passes(test, names) and not names.session.failed else b"0\n")
     _end_process()
 
 

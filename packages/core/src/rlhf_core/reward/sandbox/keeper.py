@@ -25,7 +25,7 @@ from rlhf_core.reward.sandbox.wire import Peer
 
 __all__ = ["OUTPUT_BYTES", "main", "pack"]
 
-OUTPUT_BYTES = 32 << 20
+OUTPUT_BYTES = 16 << 20
 """What the outputs of a program may have together."""
 
 

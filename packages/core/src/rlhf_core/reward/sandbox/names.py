@@ -15,7 +15,7 @@ from rlhf_core.reward.sandbox.wire import DATA_ATTRIBUTES
 
 __all__ = ["ALIASES", "PRELUDE", "class_names", "free_names", "trusted_names"]
 
-ALIASES = {"np": "numpy", "pd": "pandas"}
+ALIASES = {"np": "numpy", "pd": "pandas", **{name: name for name in "numpy pandas pytest scipy sympy torch".split()}}
 """Names that a test need not import, besides those of the standard library's modules: a program's may be used as well."""
 PRELUDE = {
     name: module

@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import io
 import operator
 import os
 import sys
@@ -46,7 +47,7 @@ OPERATORS |= {
     "isinstance": isinstance,
     "issubclass": issubclass,
     "enter": lambda manager: manager.__enter__(),
-    "exit": lambda manager, *details: manager.__exit__(*details),
+    "exit": lambda manager, kind, text: manager.__exit__(kind, kind and kind(text), None),
     "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
 }
 """What the tests may do with an object of the program."""
@@ -63,11 +64,12 @@ def serve(source: str, incoming: int, outgoing: int) -> NoReturn:
     """Load the program as a module, then answer the requests of the tests until they end."""
     peer = Peer(incoming, outgoing)
     names = _make_module("program")
+    sys.stdout = printed = io.StringIO()
     try:
         exec(compile(source, "<program>", "exec"), names)  # noqa: S102  # it is what this process is for
     except BaseException:  # it may raise SystemExit or KeyboardInterrupt too
         os._exit(1)
-    server = _Server(peer, names)
+    server = _Server(peer, names, printed)
     with contextlib.suppress(BrokenWire):
         peer.send("ready")
         while True:
@@ -84,8 +86,8 @@ def _make_module(name: str) -> dict[str, Any]:
 class _Server:
     """The program's objects by number, and the answers to requests about them."""
 
-    def __init__(self, peer: Peer, names: dict[str, Any]) -> None:
-        self.peer, self.names = peer, names
+    def __init__(self, peer: Peer, names: dict[str, Any], printed: io.StringIO) -> None:
+        self.peer, self.names, self.printed = peer, names, printed
         self.objects: list[Any] = []
         self._numbers: dict[int, int] = {}
 
@@ -108,7 +110,9 @@ class _Server:
         except Exception as error:
             status, changed = "raise", []
             form = self._describe(message, TypeError(f"the answer cannot be sent: {error!r}"[:200]))
-        self.peer.send([status, form, changed])
+        self.peer.send([status, form, changed, self.printed.getvalue()])
+        self.printed.seek(0)
+        self.printed.truncate()
 
     def _perform(self, operation: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         if operation == "name":

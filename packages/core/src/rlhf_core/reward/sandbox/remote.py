@@ -43,6 +43,8 @@ class Session:
     def __init__(self, peer: Peer, on_loss: Callable[[], NoReturn]) -> None:
         self.peer, self.on_loss = peer, on_loss
         self.exports: list[Callable[..., Any]] = []
+        self.failed = False
+        """True if an assertion failed in a function of the test that the program called, and might have caught"""
         self._classes: dict[int, type[BaseException]] = {}
         self._turn = threading.RLock()  # of the threads that a test starts
 
@@ -60,7 +62,8 @@ class Session:
                 self.peer.send([operation, forms, keywords])
                 while (reply := self.peer.receive())[0] == "callback":
                     self._call_back(*reply[1:])
-                status, form, changed = reply
+                status, form, changed, printed = reply
+                sys.stdout.write(printed)  # a test may have redirected it
                 for number, items in changed:
                     message.assign(number, items)
                 value = message.decode(form) if status == "ok" else self._make_error(message, *form)
@@ -115,6 +118,7 @@ class Session:
         try:
             answer = ["returned", message.encode(function(*arguments, **keywords))]
         except Exception as error:
+            self.failed |= isinstance(error, AssertionError)
             answer = ["raised", type(error).__name__, str(error)]
         self.peer.send(answer)
 
@@ -226,8 +230,10 @@ class ProgramObject:
     def __enter__(self) -> Any:
         return self._ask("enter")
 
-    def __exit__(self, *_: object) -> bool:
-        return self._ask("exit", None, None, None) is True
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        """Leave a context of the program's. It may swallow an exception of the test, but no failed assertion."""
+        known = kind if kind is not None and vars(builtins).get(kind.__name__) is kind else None
+        return self._ask("exit", known, str(error)) is True and not isinstance(error, AssertionError)
 
     def __round__(self, digits: Any = None) -> Any:
         return self._ask("round", digits)
