@@ -62,14 +62,14 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "FILE:1: expected a column 'c' in 'a'; there are b",
     ),
     ("a path into a text", [{"a": "x"}], {"prompt_key": "a/b"}, "FILE:1: expected a column 'b' in 'a'"),
-    ("a number as prompt", [{"prompt": 3}], {}, "FILE:1: 'prompt' should be text or a chat, not int"),
+    ("true as prompt", [{"prompt": True}], {}, "FILE:1: 'prompt' should be text or a chat, not bool"),
     ("null as prompt", [{"prompt": None}], {}, "FILE:1: 'prompt' should be text or a chat, not null"),
     ("an object as prompt", [{"prompt": {}}], {}, "FILE:1: 'prompt' should be text or a chat, not dict"),
     (
-        "a number as completion",
-        [{"prompt": "a", "answer": 4}],
+        "an object as completion",
+        [{"prompt": "a", "answer": {}}],
         {},
-        "FILE:1: 'answer' should be text or a chat, not int",
+        "FILE:1: 'answer' should be text or a chat, not dict",
     ),
     (
         "null as completion",
@@ -244,7 +244,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         {},
         "FILE:1: 'tools' should be a list of functions, or JSON text of one",
     ),
-    ("a text in numbers", [{"text": 4}], {}, "FILE:1: 'text' should be text, not int"),
+    ("a text that is true", [{"text": True}], {}, "FILE:1: 'text' should be text, not bool"),
     (
         "a label that is missing",
         [{"prompt": "a"}],

@@ -130,10 +130,15 @@ def family(name: str) -> Any:
         bpe.decoder = decoders.Sequence(steps)
         alphabet = ["▁"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if kind != "bytes" else []
+    own, blanks = bpe.pre_tokenizer, pre_tokenizers.Split("▁", "merged_with_next")
+    if kind.startswith("blank"):  # merges stay within words
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace("▁", "first", split=False), blanks])
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=["<pad>", *named, *bytes_], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(TEXTS, trainer)
+    if kind.startswith("blank"):
+        bpe.pre_tokenizer = own
     bpe = _without_special(bpe, bytes_)
     if bos:
         bpe.post_processor = processors.TemplateProcessing(

@@ -97,14 +97,13 @@ def _check(data: bytes) -> bytes:
 
 def _to_bytes(row: TokenizedRow) -> bytes:
     sides = [[side.text, side.ids, "".join("01"[trained] for trained in side.mask)] for side in row.completions]
-    data = json.dumps([row.text, row.ids, sides], separators=(",", ":")).encode()
+    data = json.dumps([row.text, row.ids, row.opening, sides], separators=(",", ":")).encode()
     return _check(data) + data
 
 
 def _row(data: bytes) -> TokenizedRow:
     from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 
-    text, ids, sides = json.loads(data)
-    return TokenizedRow(
-        text, ids, tuple(TokenizedCompletion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides)
-    )
+    text, ids, opening, sides = json.loads(data)
+    completions = (TokenizedCompletion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides)
+    return TokenizedRow(text, ids, tuple(completions), opening)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from rlhf_core.contract.batch import Message
+from rlhf_core.data.cells import plain_number, tool_calls
 from rlhf_core.data.images import image_part
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "plain_text",
     "split_chat",
     "to_chat",
+    "to_history",
 ]
 
 Chat = tuple[Message, ...]
@@ -50,6 +52,21 @@ def to_chat(value: Sequence[Any]) -> Chat:
     return tuple(_message(item, number) for number, item in enumerate(value))
 
 
+def to_history(value: Sequence[Any]) -> Chat:
+    """Earlier turns: messages, or pairs of question and answer.
+
+    Raises:
+        ValueError: something in the list is neither.
+    """
+    turns: list[Message] = []
+    for item in value:
+        if isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(said, str) for said in item):
+            turns += [{"role": role, "content": said} for role, said in zip(SPEAKER, item)]
+        else:
+            turns.append(_message(item, len(turns)))
+    return tuple(turns)
+
+
 def _message(item: Any, number: int) -> Message:
     if isinstance(item, Mapping) and "from" in item and "value" in item:
         speaker = item["from"]
@@ -57,6 +74,12 @@ def _message(item: Any, number: int) -> Message:
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise ValueError(f'message {number} should be {{"role": …, "content": …}}, not {_excerpt(item)}')
     filled = {key: value for key, value in item.items() if value is not None}  # tables fill absent keys with null
+    try:
+        filled = tool_calls(filled)
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from None
+    if (text := plain_number(filled.get("content"))) is not None:
+        filled["content"] = text
     if not ("content" in filled or "tool_calls" in filled):
         raise ValueError(f"message {number} ({item['role']}) has no content")
     if isinstance(filled.get("content"), (list, tuple)):

@@ -7,13 +7,15 @@ the same way from its first to its last row, or not at all.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
 from typing import Any, TypeVar
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.data.cells import kind_of, plain_number, tools
 from rlhf_core.data.chats import (
     Chat,
     Text,
@@ -24,11 +26,13 @@ from rlhf_core.data.chats import (
     plain_text,
     split_chat,
     to_chat,
+    to_history,
 )
 from rlhf_core.data.images import attach_images, has_images, make_paths_absolute
-from rlhf_core.errors import DataError, option
+from rlhf_core.errors import DataError, option, run_option
+from rlhf_core.util.messages import log
 
-__all__ = ["COMPLETION", "PROMPT", "Columns", "lookup"]
+__all__ = ["COMPLETION", "OPTIONAL", "PROMPT", "Columns", "lookup"]
 
 Read = TypeVar("Read")
 
@@ -42,6 +46,10 @@ TEXT = "text"
 """Without any of the above: a text to continue pre-training on, with no prompt."""
 IMAGES = ("images", "image")
 """Where images are looked for."""
+OPTIONAL = ("system", "context", "history")
+"""What stands before a prompt; not every row has it."""
+NAMED = 12
+"""Columns that a message names at most."""
 KEPT = ("datasource", "tools")
 """Columns that always go into `meta`: one splits metrics, the other is for the chat template."""
 
@@ -61,6 +69,12 @@ class Columns:
     """column of the preferred answer or whole dialogue; found as chosen, beside rejected"""
     rejected_key: str = ""
     """column of the other answer or whole dialogue"""
+    system_key: str = ""
+    """column of the system prompt of rows that have none; found as system. none leaves it out"""
+    context_key: str = ""
+    """column of a text put before a plain prompt; found as context. none leaves it out"""
+    history_key: str = ""
+    """column of earlier turns: a chat, or pairs of question and answer; found as history. none leaves it out"""
     label_key: str = ""
     """column handed to rewards, a reference answer say; found as label"""
     text_key: str = ""
@@ -89,6 +103,11 @@ class Columns:
             self.rejected_key,
             self.label_key,
             self.text_key,
+            self.system_key,
+            self.context_key,
+            self.history_key,
+            *self.meta_keys,
+            *self.number_keys,
         }
         free = {name for name in row if name not in given}
 
@@ -96,7 +115,7 @@ class Columns:
             return key or next((name for name in names if name in free), "")
 
         if self.text_key:
-            return self
+            return self._reporting(row, origin)
         chosen, rejected = first(self.chosen_key, "chosen"), first(self.rejected_key, "rejected")
         if bool(chosen) != bool(rejected):
             if self.chosen_key or self.rejected_key:
@@ -112,17 +131,28 @@ class Columns:
             completion_key=completion,
             label_key=first(self.label_key, "label"),
             images_key=first(self.images_key, *IMAGES),
+            system_key=self.system_key or _column_of(row, "system", free, str),
+            context_key=self.context_key or (_column_of(row, "context", free, str) if _is_plain(row, prompt) else ""),
+            history_key=self.history_key or _column_of(row, "history", free, (list, tuple)),
         )
         if prompt or chosen:
-            return found
+            return found._reporting(row, origin)
         if TEXT in free:
-            return replace(found, text_key=TEXT)
+            return replace(found, text_key=TEXT)._reporting(row, origin)
         raise DataError(
             f"{origin}: no prompt among the columns {', '.join(map(str, row))}; pass {option('prompt_key')}"
         )
 
+    def _reporting(self, row: Mapping[str, Any], origin: str) -> Columns:
+        """These columns; those of `row` that are not among them are logged, once for a file."""
+        keys = [value for key, value in vars(self).items() if key.endswith("_key")]
+        read = {key if key in row else key.split("/")[0] for key in (*keys, *self.meta_keys, *self.number_keys)}
+        read |= {*KEPT, *(("input",) if self.prompt_key == "instruction" else ())}
+        report_unread(origin.rpartition(":")[0], tuple(str(name) for name in row if name not in read))
+        return self
+
     def example(self, row: Any, origin: str) -> Example:
-        """The example in `row`; call it on what `found_in` returned.
+        """The example in `row`; call it on what `infer_columns` returned.
 
         Raises:
             DataError: `origin: ` what was expected.
@@ -131,9 +161,10 @@ class Columns:
             raise DataError(f"{origin}: a row should be an object with named columns, not {type(row).__name__}")
         try:
             prompt, completions = self._texts(row)
+            prompt = self._with_earlier(prompt, row) if not self.text_key else prompt
             prompt = self._with_images(prompt, completions, row, origin)
             return Example(
-                prompt=self._with_system(prompt) if self.system and not self.text_key else prompt,
+                prompt=prompt,
                 completions=completions,
                 label=lookup(row, self.label_key) if self.label_key else None,
                 meta=self._meta(row),
@@ -146,8 +177,8 @@ class Columns:
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What goes with the row to rewards and templates."""
         kept = {key: row[key] for key in KEPT if row.get(key)}
-        if isinstance(tools := kept.get("tools"), str):
-            kept["tools"] = _functions(tools)
+        if "tools" in kept:
+            kept["tools"] = tools(kept["tools"])
         return {key: lookup(row, key) for key in self.meta_keys} | kept
 
     def _texts(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, ...]]:
@@ -161,11 +192,10 @@ class Columns:
             prompt = f"{prompt}\n\n{_words(row, 'input')}"
         if self.completion_key:
             return prompt, (_answer(row, self.completion_key, prompt),)
-        return (
-            (prompt, ())
-            if isinstance(prompt, str)
-            else _with_column_name(self.prompt_key, split_chat, prompt, self.turns)
-        )
+        begun = self.prompt_key == PROMPT[0] and not isinstance(lookup(row, self.prompt_key), str)
+        if isinstance(prompt, str) or begun:  # an assistant's turn at the end of a prompt begins the answer
+            return prompt, ()
+        return _with_column_name(self.prompt_key, split_chat, prompt, self.turns)
 
     def _pair(self, row: Mapping[str, Any]) -> tuple[Text, tuple[Text, Text]]:
         """A preference: answers to a prompt, or two dialogues that share their beginning."""
@@ -205,9 +235,20 @@ class Columns:
             else prompt
         )
 
-    def _with_system(self, prompt: Text) -> Chat:
+    def _with_earlier(self, prompt: Text, row: Mapping[str, Any]) -> Text:
+        """The prompt after what other columns put before it: context, earlier turns, and a system prompt where it has none."""
+        if isinstance(prompt, str) and _cell(row, self.context_key):
+            prompt = f"{_words(row, self.context_key)}\n\n{prompt}"
+        history = _cell(row, self.history_key)
+        earlier = _with_column_name(self.history_key, to_history, history) if history else ()
+        system = _words(row, self.system_key) if _cell(row, self.system_key) else self.system
+        if not earlier and not system:
+            return prompt
         chat: Chat = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-        return chat if chat[0]["role"] == "system" else ({"role": "system", "content": self.system}, *chat)
+        own, rest = (chat[:1], chat[1:]) if chat[0]["role"] == "system" else ((), chat)
+        if system and not any(message["role"] == "system" for message in (*own, *earlier)[:1]):
+            own = ({"role": "system", "content": system},)
+        return (*own, *earlier, *rest)
 
 
 def lookup(row: Mapping[str, Any], key: str) -> Any:
@@ -237,7 +278,9 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
         return parse_dialogue(value) if is_dialogue(value) else value
     if isinstance(value, (list, tuple)):
         return _with_column_name(key, to_chat, value)
-    raise ValueError(f"{key!r} should be text or a chat, not {_kind(value)}")
+    if (number := plain_number(value)) is not None:
+        return number
+    raise ValueError(f"{key!r} should be text or a chat, not {kind_of(value)}")
 
 
 def _with_column_name(key: str, read: Callable[..., Read], *arguments: Any) -> Read:
@@ -258,20 +301,37 @@ def _prompt(row: Mapping[str, Any], key: str) -> Text:
 
 
 def _answer(row: Mapping[str, Any], key: str, prompt: Text) -> Text:
-    """A completion: messages, or text as it stands. In a chat the template sets the blanks around it."""
+    """A completion: messages, or text as it stands. In a chat the template sets the blanks around it, but for an answer
+    that the prompt begins."""
     value = lookup(row, key)
     if isinstance(value, str):
-        return value if isinstance(prompt, str) else value.strip()
-    chat = _text(row, key)
-    assert not isinstance(chat, str)
-    return plain_text(chat)
+        return value if isinstance(prompt, str) or prompt[-1]["role"] == "assistant" else value.strip()
+    said = _text(row, key)
+    return said if isinstance(said, str) else plain_text(said)
 
 
 def _words(row: Mapping[str, Any], key: str) -> str:
     value = lookup(row, key)
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} should be text, not {_kind(value)}")
-    return value
+    text = value if isinstance(value, str) else plain_number(value)
+    if text is None:
+        raise ValueError(f"{key!r} should be text, not {kind_of(value)}")
+    return text
+
+
+def _cell(row: Mapping[str, Any], key: str) -> Any:
+    """The value at the key of an optional column, None where the row has no such cell."""
+    return lookup(row, key) if key in row or "/" in key else None
+
+
+def _column_of(row: Mapping[str, Any], name: str, free: set[str], kinds: type | tuple[type, ...]) -> str:
+    """The name, if the row has such a column and it holds such values."""
+    return name if name in free and (row[name] is None or isinstance(row[name], kinds)) else ""
+
+
+def _is_plain(row: Mapping[str, Any], key: str) -> bool:
+    """True if the prompt is plain text in the first row."""
+    value = row.get(key)
+    return isinstance(value, str) and not is_dialogue(value)
 
 
 def _number(row: Mapping[str, Any], key: str) -> float:
@@ -281,16 +341,9 @@ def _number(row: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def _functions(text: str) -> list[Any]:
-    """Tools that a table holds as JSON text, since their parameters have different names from row to row."""
-    try:
-        tools = json.loads(text)
-    except ValueError:
-        tools = None
-    if not isinstance(tools, list):
-        raise ValueError("'tools' should be a list of functions, or JSON text of one")
-    return tools
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
+@cache
+def report_unread(path: str, names: tuple[str, ...]) -> None:
+    """Log, once and on the first rank, the columns of a file that nothing reads."""
+    if names and not int(os.environ.get("RANK", "0")):
+        shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+        log.info(f"{path}: columns that are not read: {shown} ({run_option('data.meta_keys')} hands them to rewards)")

@@ -1,9 +1,8 @@
 """From rows to tokens: the boundary between prompt and completion, the loss mask, and lengths.
 
-One rule holds everywhere: a prompt and its completion are tokenised apart and their ids joined, so that training reads
-exactly the ids that sampling would have seen and produced. Nothing is tokenised across the boundary, and the EOS or
-end-of-turn token that ends a completion belongs to it. Text that a template puts after that token opens the next turn
-and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for whoever has another template.
+A prompt has the same ids in training and sampling, and its completion those that it has in the whole text after them
+(`data.boundary`). The end token of a completion belongs to it. Text that a template puts after that token opens the next
+turn and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for whoever has another template.
 
 Packing is not here: the loop cuts micro-batches by tokens.
 """
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Example, Prompts
 from rlhf_core.contract.episode import Feedback
+from rlhf_core.data.boundary import TextTokenizer, common_length
 from rlhf_core.data.chats import Text
 from rlhf_core.data.images import images_of, open_image
 from rlhf_core.data.preview import render_row
@@ -46,6 +46,8 @@ FORMAT = 2
 COMPLETION_ADVICE = advice(
     f"pass {run_option('data.completion_key')} if there is one", "choose data that has completions"
 )
+OPENINGS = 256
+"""Openings of chats that are remembered: one for each system prompt."""
 DEFAULT = Encoding()
 """How rows become tokens where the data provider does not say."""
 
@@ -86,6 +88,8 @@ class Encoder:
         self._renderer = Renderer(tokenizer, encoding, reader)
         self.listed_ends = listed_ends
         self.ends = find_end_tokens(tokenizer, (self._renderer.template,), listed_ends)
+        self._text = TextTokenizer(tokenizer)
+        self._openings: dict[str, list[int]] = {}
         self._lock = threading.Lock()  # a tokenizer is no place for two threads at once
         self._to_show = preview if os.environ.get("RANK", "0") == "0" else 0
         if not self.ends:
@@ -183,7 +187,9 @@ class Encoder:
             DataError: it has no completion, or the template cannot render it.
         """
         if not example.completions:
-            raise DataError(f"{example.origin}: no completion to train on; {COMPLETION_ADVICE}")
+            begun = not isinstance(example.prompt, str) and example.prompt[-1]["role"] == "assistant"
+            why = " (a chat called 'prompt' ends with the beginning of the answer; call it 'messages')" if begun else ""
+            raise DataError(f"{example.origin}: no completion to train on{why}; {COMPLETION_ADVICE}")
         with self._lock:
             row = self._prompt(example)
             completions = tuple(self._completion(example, row.text, completion) for completion in example.completions)
@@ -218,18 +224,33 @@ class Encoder:
             pictures = [open_image(part, example.origin) for part in parts]
             ids, images = self.reader(text, pictures, example.origin)
             return TokenizedRow(text, ids, images=images, sizes=tuple(picture.size for picture in pictures))
-        templated = self._renderer.uses_template(example)
-        ids = self._ids(text, example.origin, special=not templated)
-        if ids and ids[-1] == self._eos and not templated:
-            ids = ids[:-1]  # some tokenizers end every text
-        return TokenizedRow(text, ids or [self._bos])
+        if not self._renderer.uses_template(example):
+            ids = self._check_images(self._text.with_bos(text, example.origin), example.origin)
+            return TokenizedRow(text, ids or [self._bos], opening=int(self._begins_with_bos(ids)))
+        ids = self._check_images(self._text.ids(text, example.origin), example.origin)
+        return TokenizedRow(text, ids or [self._bos], opening=self._opening(example, ids))
+
+    def _opening(self, example: Example, ids: list[int]) -> int:
+        """How many of a chat's ids stand before what its first user says."""
+        key, render = self._renderer.opening(example)
+        if key not in self._openings:
+            if len(self._openings) >= OPENINGS:
+                self._openings.clear()
+            self._openings[key] = self._text.ids(render())
+        return common_length(self._openings[key], ids) or int(self._begins_with_bos(ids))
+
+    def _begins_with_bos(self, ids: list[int]) -> bool:
+        return ids[:1] == [self.tokenizer.bos_token_id]
 
     def _completion(self, example: Example, prompt: str, completion: Text) -> TokenizedCompletion:
         """A completion's tokens: assistant turns are trained, what others say between them is not."""
         ids: list[int] = []
         mask: list[bool] = []
+        before = prompt
         for text, trained in self._renderer.pieces(example, prompt, completion):
-            new = self._ids(text, example.origin)
+            new = self._check_images(self._text.following(before, text, example.origin), example.origin)
+            new = new[not before and self._begins_with_bos(new) :]  # it is the prompt of a text without one
+            before += text
             end = self._end(new) if trained else 0
             if end is None:
                 new, end = [*new, self._eos], len(new) + 1
@@ -252,14 +273,17 @@ class Encoder:
         if feedback.token_ids:
             return list(feedback.token_ids)
         if not feedback.messages:
-            return self._ids(feedback.text, example.origin) if feedback.text else []
-        closing, opening = (
-            self._ids(text, example.origin) for text in self._renderer.continuation(example, feedback.messages)
-        )
+            return self._text.piece(feedback.text, example.origin) if feedback.text else []
+        closing, text = self._renderer.continuation(example, feedback.messages)
         if turn_ids[-1] not in self.ends:
-            return [*closing, *opening]
-        rest = [*closing[self._end(closing) or 0 :], *opening]
-        return rest[rest[:1] == [turn_ids[-1]] :]  # in some templates what opens the next turn ends one (GLM)
+            return self._text.piece(text, example.origin)
+        ids = self._text.ids(text, example.origin)
+        # in some templates what opens the next turn ends one (GLM): one more token than what both texts begin with
+        closed = ids[: common_length(self._text.ids(closing), ids) + 1]
+        end = next((i for i, number in enumerate(closed, start=1) if number in self.ends), None)
+        if end is not None:
+            return ids[end:]
+        return self._text.following(str(self.tokenizer.convert_ids_to_tokens(turn_ids[-1])), text, example.origin)
 
     def _end(self, ids: list[int]) -> int | None:
         """The length of `ids` up to the end token that ends them, None without one. Blanks and more ends may follow it."""
@@ -271,15 +295,8 @@ class Encoder:
                 break
         return end
 
-    def _ids(self, text: str, origin: str, special: bool = False) -> list[int]:
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{origin}: {text[error.start]!r} is half a character, which no tokenizer reads"
-                ) from None
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+    def _check_images(self, ids: list[int], origin: str) -> list[int]:
+        """The ids of a text without images."""
         if self.reader is not None and self.reader.token in ids:
             token = self.tokenizer.convert_ids_to_tokens(self.reader.token)
             raise DataError(f"{origin}: the text says {token!r}, which stands for an image, and there is none")
@@ -293,7 +310,11 @@ class Encoder:
             return row
         if self.encoding.too_long == "drop":
             return None
-        ids = row.ids[-min(limit, budget - 1 if longest else limit) :]  # at least one token of the completion is left
+        most = min(limit, budget - 1 if longest else limit)  # at least one token of the completion is left
+        ids = row.ids
+        if len(ids) > most:
+            kept = row.opening if row.opening < most else int(self._begins_with_bos(ids) and most > 1)
+            ids = [*ids[:kept], *ids[len(ids) - most + kept :]]
         if row.images and ids != row.ids:
             return None  # half an image is none
         room = budget - len(ids)

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data import mixture
+from rlhf_core.data.cells import without_nulls
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.json import hold_out
 from rlhf_core.data.prepare import Preparation
@@ -179,16 +180,9 @@ class _Again(Iterable[Example]):
 
 def _example(rows: TableRows | StreamRows, row: Mapping[str, Any], number: int) -> Example:
     example = rows.columns.example(
-        {key: _without_nulls(value) for key, value in row.items()}, f"{rows.name}:{number + 1}"
+        {key: without_nulls(value) for key, value in row.items()}, f"{rows.name}:{number + 1}"
     )
     return replace(example, meta={"datasource": rows.source, **example.meta}) if rows.source else example
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without the keys that a table has filled with null inside of it, where rows have different keys."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _load(name: str, split: str, streaming: bool) -> Any:

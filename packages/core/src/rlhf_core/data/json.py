@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_core.contract.batch import Example
-from rlhf_core.data.columns import Columns
+from rlhf_core.data.columns import OPTIONAL, Columns
 from rlhf_core.data.mixture import PickedRows, drop_duplicates
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, OptionError, UsageError, option
@@ -59,7 +59,10 @@ class Json(Preparation, Columns):
         if not rows:
             raise DataError(f"{path}: the file has no rows")
         rows = rows[: self.limit] if self.limit else rows
-        columns = self.infer_columns(rows[0][1], rows[0][0]) if isinstance(rows[0][1], dict) else self
+        columns: Columns = self
+        if isinstance(first := rows[0][1], dict):
+            later = {name: None for _, row in rows if isinstance(row, dict) for name in OPTIONAL if name in row}
+            columns = self.infer_columns(later | first, rows[0][0])
         examples = [columns.example(row, origin) for origin, row in rows]
         return drop_duplicates(examples, set()) if self.unique else examples
 

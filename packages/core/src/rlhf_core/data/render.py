@@ -6,13 +6,14 @@ tokenizer's own, a file's, or none: then chats are written as HH dialogues and p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example, Message
+from rlhf_core.data.boundary import common_length
 from rlhf_core.data.chats import Chat, Text, find_unread_part, format_dialogue
 from rlhf_core.errors import DataError, OptionError, UsageError, advice, run_option
 
@@ -81,10 +82,14 @@ class Renderer:
         return self.template is not None and self._chat(example) is not None
 
     def prompt(self, example: Example) -> str:
-        """The prompt, up to and including what opens the assistant's turn."""
+        """The prompt, with what opens the assistant's turn; or with the turn's beginning, where the chat ends with that."""
         chat = self._chat(example)
         if chat is not None:
-            return self._render(example, chat, generation=True)
+            return (
+                self._prompt_to_continue(example, chat)
+                if _is_begun(chat)
+                else self._render(example, chat, generation=True)
+            )
         assert isinstance(example.prompt, str)
         return self._input_template.replace("{}", example.prompt) if self._wraps(example) else example.prompt
 
@@ -102,6 +107,9 @@ class Renderer:
             yield completion, True
             return
         turns: Chat = ({"role": "assistant", "content": completion},) if isinstance(completion, str) else completion
+        if _is_begun(prompt) and turns[0]["role"] == "assistant":
+            turns = ({**turns[0], "content": _join_contents(prompt[-1], turns[0], example.origin)}, *turns[1:])
+            prompt = prompt[:-1]
         done = prompt_text
         for i, message in enumerate(turns):
             if message["role"] != "assistant":
@@ -115,11 +123,12 @@ class Renderer:
                 )
             if before != done:
                 yield before[len(done) :], False
-            done = self._render(example, (*prompt, *turns[: i + 1]), generation=False)
-            yield _assistant_text(done, before, message.get("content"), example.origin), True
+            chat = (*prompt, *turns[: i + 1])
+            done = self._render(example, chat, generation=False)
+            yield (done[len(before) :] if done.startswith(before) else self._rest_of_turn(example, chat, before)), True
 
     def continuation(self, example: Example, messages: Chat) -> tuple[str, str]:
-        """Return the text that closes an assistant's turn, and the text of `messages` up to where the next turn begins.
+        """Return the text that closes a last turn, and the text between a turn that `messages` answer and the next one.
 
         The sampled turn itself is never rendered: its tokens stay as they are. A template that changes earlier turns when
         others follow (one that removes reasoning, for example) can therefore be used.
@@ -128,16 +137,56 @@ class Renderer:
             DataError: the template does not write `messages` after the turn that they answer.
         """
         prompt = self._chat(example) or ({"role": "user", "content": example.prompt},)
+        prompt = prompt[:-1] if _is_begun(prompt) else prompt
         chat = (*prompt, {"role": "assistant", "content": PROBE})
         closed = self._render(example, chat, generation=False).rpartition(PROBE)
         answered = self._render(example, (*chat, *messages), generation=True).rpartition(PROBE)
-        if not closed[1] or not answered[1] or not answered[2].startswith(closed[2]):
+        if not closed[1] or not answered[1]:
             raise DataError(
                 f"{example.origin}: the chat template does not write messages after the assistant's turn that they answer; "
                 f"pass {run_option('data.encoding.template_file', 'FILE')}, or choose an environment whose "
                 "feedback is plain text"
             )
-        return closed[2], answered[2][len(closed[2]) :]
+        return closed[2], answered[2]
+
+    def opening(self, example: Example) -> tuple[str, Callable[[], str]]:
+        """Return what decides the text before the first message that is no system prompt, and a call that renders it."""
+        chat = self._chat(example)
+        assert chat is not None
+        at = next((i for i, message in enumerate(chat) if message["role"] != "system"), len(chat) - 1)
+        key = repr((chat[:at], chat[at]["role"], example.meta.get("tools")))
+        probed = (*chat[:at], {"role": chat[at]["role"], "content": PROBE})
+        return key, lambda: self._render(example, probed, generation=False).partition(PROBE)[0]
+
+    def _prompt_to_continue(self, example: Example, chat: Chat) -> str:
+        """The text of a chat whose last turn, the assistant's, goes on: without what closes the turn."""
+        text, (_, closing) = self._render(example, chat, generation=False), self._around(example, chat)
+        if not text.endswith(closing):
+            raise _not_shown(example)
+        return text.removesuffix(closing)
+
+    def _rest_of_turn(self, example: Example, chat: Chat, before: str) -> str:
+        """What the last turn of `chat` adds to `before`, which opens it with more than a past turn shows: with <think>.
+
+        A turn that begins with that too continues it.
+        """
+        content = chat[-1].get("content")
+        if not isinstance(content, str):
+            raise _not_shown(example)
+        head, closing = self._around(example, chat)
+        opener, said = before[common_length(head, before) :], content.strip()
+        if opener.strip() and said.startswith(opener.strip()):
+            said = said.removeprefix(opener.strip())
+            said = said.removeprefix(opener[len(opener.rstrip()) :])
+        return said + closing
+
+    def _around(self, example: Example, chat: Chat) -> tuple[str, str]:
+        """The texts that a template writes before and after what the last turn of `chat` says."""
+        probed = (*chat[:-1], {**chat[-1], "content": PROBE})
+        head, shown, closing = self._render(example, probed, generation=False).rpartition(PROBE)
+        if not shown:
+            raise _not_shown(example)
+        return head, closing
 
     def _wraps(self, example: Example) -> bool:
         return bool(self._input_template and example.prompt)  # an empty prompt is pre-training text
@@ -183,14 +232,24 @@ def _split_contents(message: Message) -> dict[str, Any]:
     return {**message, **({"content": shown} if content is not None else {})}
 
 
-def _assistant_text(after: str, before: str, content: Any, origin: str) -> str:
-    """What the assistant's turn adds to the text."""
-    if after.startswith(before):
-        return after[len(before) :]
-    if isinstance(content, str) and content.strip() and content.strip() in after:
-        return after[after.rindex(content.strip()) :]  # what opens a turn says more than a past turn shows: <think>
-    raise DataError(
-        f"{origin}: the chat template does not show the assistant's turn; pass "
+def _is_begun(chat: Chat) -> bool:
+    """True if a prompt ends with the beginning of its answer."""
+    return bool(chat[-1]["role"] == "assistant")
+
+
+def _join_contents(begun: Message, turn: Message, origin: str) -> str:
+    """What a turn says in all whose beginning the prompt has."""
+    parts = [begun.get("content"), turn.get("content")]
+    if not all(isinstance(part, str) for part in parts):
+        raise DataError(
+            f"{origin}: the prompt ends with an assistant's message, so that both it and the answer are texts"
+        )
+    return "".join(map(str, parts))
+
+
+def _not_shown(example: Example) -> DataError:
+    return DataError(
+        f"{example.origin}: the chat template does not show the assistant's turn; pass "
         f"{run_option('data.encoding.template_file')}"
     )
 

@@ -31,6 +31,8 @@ class TokenizedRow:
     ids: list[int]
     """its tokens, at least one"""
     completions: tuple[TokenizedCompletion, ...] = ()
+    opening: int = 0
+    """how many of `ids` open the text: BOS, and in a chat all that stands before what the first user says"""
     cut: bool = False
     """whether it was too long and is not whole"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
