@@ -68,6 +68,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
                 assert line == f"rlhf-run: {newest} is damaged ({what}), now damaged-step-2; using step-1\n"
                 assert what.startswith(name), (name, damage)
                 assert aside.exists() and not newest.exists()
+                shutil.rmtree(aside)
                 (output / "whole").rename(newest)
 
 

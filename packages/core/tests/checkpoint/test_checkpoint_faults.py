@@ -102,4 +102,6 @@ def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:
         saved(again, 2)
         for path in sorted(p for p in saved_before.rglob("*") if p.is_file()):
             name = path.relative_to(saved_before)
+            if name.name in ("run.json", "manifest.json"):
+                continue  # the run has exported its model since
             assert (tmp_path / "run" / "checkpoints" / "step-2" / name).read_bytes() == path.read_bytes(), name

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_core.checkpoint.own_files import new_files, read_own_files
 from rlhf_core.checkpoint.rotation import Rotation, check_metric, which_is_better
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
@@ -21,12 +22,15 @@ MODEL = "tiny:hidden=16,layers=1"
 
 def checkpoints(output: Path, values: Mapping[int, float | None], size: int = 1000) -> list[str]:
     """Write checkpoints of some steps with a metric `score` each; their names."""
+    own = read_own_files(output) or new_files()
+    own.write(output)
     for step, value in values.items():
         folder = output / "checkpoints" / f"step-{step}"
         (folder / "roles").mkdir(parents=True)
         state = json.dumps({"metrics": {} if value is None else {"score": value}})
         (folder / "state.json").write_text(state)
-        (folder / "roles" / "weights").write_bytes(bytes(size - len(state)))
+        own.write(folder)
+        (folder / "roles" / "weights").write_bytes(bytes(size - len(state) - (folder / "run.json").stat().st_size))
     return left(output)
 
 

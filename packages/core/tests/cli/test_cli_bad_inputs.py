@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.checkpoint.own_files import new_files
 from rlhf_core.cli import main
 
 ALGORITHM = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
@@ -43,13 +44,25 @@ def folder(name: str, mode: int = 0o755) -> Callable[[], None]:
     return make
 
 
+def begun() -> None:
+    """A run that was killed after its first step."""
+    Path("run").mkdir()
+    new_files().with_names(["metrics.jsonl"]).write(Path("run"))
+    Path("run/metrics.jsonl").write_text('{"step": 1}\n')
+
+
 FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "the output is a file": (file("run"), "", "--output run is a file; name a folder"),
     "the output's parent is a file": (file("there"), "--output there/run", "cannot write to --output there/run"),
-    "the output holds a run": (file("run/metrics.jsonl"), "", "run already holds a run; add --resume"),
-    "a checkpoint without a run": (folder("run/checkpoints"), "", "run already holds a run; add --resume"),
+    "the output holds a run": (begun, "", "run already holds a run; add --resume"),
+    "a folder of checkpoints": (folder("run/checkpoints"), "", "run/checkpoints is there and no file of this run"),
+    "a file of metrics": (file("run/metrics.jsonl"), "", "run/metrics.jsonl is there and no file of this run"),
     "nothing to resume": (folder("empty"), "--output empty --resume", "there is no run in empty to resume"),
-    "a damaged config.toml": (file("run/config.toml", "= 3"), "--resume", "run/config.toml is damaged"),
+    "a run that cannot be told from other files": (
+        file("run/config.toml"),
+        "--resume",
+        "run/run.json is missing or damaged, and no checkpoint has a copy",
+    ),
     "a link that leads out": (
         lambda: (Path("run").mkdir(), Path("run/model").symlink_to("/"))[1],
         "",

@@ -156,10 +156,9 @@ def test_help_shows_the_options_of_the_chosen_optimizer(registry: Registry) -> N
 
 def test_a_run_is_not_resumed_with_another_optimizer(tmp_path: Path, registry: Registry) -> None:
     config = run(f"online --data.where x --output {tmp_path}", registry)
-    (tmp_path / "config.toml").write_text(to_toml(config))
     other = run(f"online --data.where x --output {tmp_path} --actor.optim.use momentum", registry)
     for changed in (False, True):
         with pytest.raises(UsageError, match=r"has another optimizer: actor\.optim\.use adamw -> momentum; ") as caught:
-            check_resume(replace(other, resume_changed=changed))
+            check_resume(replace(other, resume_changed=changed), to_toml(config))
         assert "\n" not in str(caught.value)
-    check_resume(config)
+    check_resume(config, to_toml(config))

@@ -53,6 +53,10 @@ class HeldoutTable(Evaluator):
         """A reference only where it counts."""
         return frozenset({"ref_logprobs_NT"}) if self.kl_coef else frozenset()
 
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def check(self) -> None:
         """Parquet can be written."""
         check_parquet()

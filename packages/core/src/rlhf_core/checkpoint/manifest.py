@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,16 +50,20 @@ def find_damage(folder: Path) -> str:
     with _pool() as pool:
         for name, expected in files.items():
             path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or _file_entry(path, pool) != expected:
-                return f"{name} does not match its checksum"
+            try:
+                if path.is_symlink() or not path.is_file():
+                    return f"{name} is {'a link' if path.is_symlink() else 'missing'}"
+                if path.stat().st_size != expected["bytes"] or _file_entry(path, pool) != expected:
+                    return f"{name} does not match its checksum"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
     return ""
 
 
 def list_checkpoints(output: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    return sorted((output / "checkpoints").glob("step-*"), key=step_number)
+    found = (output / "checkpoints").glob("step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_number)
 
 
 def valid_checkpoints(output: Path) -> list[Path]:

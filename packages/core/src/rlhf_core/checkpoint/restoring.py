@@ -1,4 +1,4 @@
-"""Beginning a run or going on with one: the output folder, and the newest checkpoint that is whole.
+"""Going on with a run: the newest checkpoint that is whole.
 
 A damaged checkpoint is named and set aside as `damaged-step-N`, so that the run can write that step again.
 """
@@ -8,58 +8,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.engine_states import read_states
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
+from rlhf_core.checkpoint.own_files import read_own_files
 from rlhf_core.checkpoint.random_states import set_random_states
-from rlhf_core.errors import OptionError, UsageError, run_option
-from rlhf_core.util.atomic_files import check_links, write_text
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.messages import log
 from rlhf_core.util.tensor_tree import read_tree
 
 if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
-    from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.roles import Role
 
-__all__ = ["prepare_output", "restore"]
-
-
-def prepare_output(config: RunConfig) -> None:
-    """Make the output folder and write the resolved configuration. Of several ranks, all look and the first writes.
-
-    Raises:
-        UsageError: the folder already holds a run and `--resume` was not given, or is not a folder; or `--resume` was
-            given and there is no run (unless it is `auto`), or one with other options.
-    """
-    from rlhf_core.config.builder import to_toml
-    from rlhf_core.config.resume import check_resume
-
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise OptionError("/output", f"{output} is a file; name a folder")
-    check_links(output)
-    begun = any((output / name).exists() for name in ("metrics.jsonl", "checkpoints"))  # not: ended by a mistake
-    if begun and not config.resume:
-        raise UsageError(
-            f"{output} already holds a run; add {run_option('resume', True)} to continue it, or name another "
-            f"{run_option('output')}"
-        )
-    if config.resume is True or (config.resume == "auto" and begun):
-        check_resume(config)
-    if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for leftover in (output / "checkpoints").glob(".step-*"):  # of a process killed while it saved
-            rmtree(leftover)
-        write_text(output / "config.toml", to_toml(replace(config, resume=False, resume_changed=False)))
-    except OSError as error:
-        raise UsageError(f"cannot write to {run_option('output')} {output}: {error.strerror}") from None
+__all__ = ["restore"]
 
 
 def restore(
@@ -93,19 +58,24 @@ def restore(
 
 
 def _newest_valid(output: Path) -> Path | str | None:
-    """The newest undamaged checkpoint, None if there is none at all, and what to say if all are damaged.
+    """The newest undamaged checkpoint, None if there is none at all, and what to say if all are damaged or one is foreign.
 
     Damaged ones that are newer are named and set aside, once an older one is found to go on from.
     """
     damages: list[tuple[Path, str]] = []
+    own = read_own_files(output)
     for folder in reversed(list_checkpoints(output)):
+        owner = read_own_files(folder)
+        if own is not None and owner is not None and owner.run != own.run:
+            return f"{folder} was written by another run than the one in {output}; move it away"
+        if folder.is_symlink():
+            return f"{folder} is a link; put the folder itself there, or move the link away"
         found = find_damage(folder)
         if found:
             damages.append((folder, found))
             continue
         for broken, what in damages:
-            aside = broken.with_name(f"damaged-{broken.name}")
-            rmtree(aside, ignore_errors=True)
+            aside = _free_name(broken.with_name(f"damaged-{broken.name}"))
             broken.rename(aside)
             log.warning(f"{broken} is damaged ({what}), now {aside.name}; using {folder.name}")
         return folder
@@ -114,3 +84,9 @@ def _newest_valid(output: Path) -> Path | str | None:
         another = f"begin again with another {run_option('output')}"
         return f"every checkpoint in {output / 'checkpoints'} is damaged ({listed}); {another}"
     return None
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number after it, such that nothing has that name."""
+    numbered = (path.with_name(f"{path.name}-{k}") for k in count(2))
+    return next(each for each in chain([path], numbered) if not os.path.lexists(each))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf_core.checkpoint.manifest import list_checkpoints, step_number
+from rlhf_core.checkpoint.manifest import step_number
+from rlhf_core.checkpoint.own_files import own_checkpoints
 from rlhf_core.errors import OptionError
 from rlhf_core.util.atomic_files import discard, write_text
 from rlhf_core.util.suggestions import did_you_mean
@@ -47,7 +48,7 @@ class Rotation:
 
     def __call__(self, output: Path) -> None:
         """Mark the best checkpoint in `best.json`, and remove what is not kept."""
-        newest_first = list_checkpoints(output)[::-1]
+        newest_first = own_checkpoints(output)[::-1]
         kept = set(newest_first[:1]) | self._mark_best(output / "checkpoints" / "best.json", newest_first)
         size = sum(map(_bytes, kept))
         for folder in newest_first[1 : self.keep]:

@@ -12,11 +12,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.checkpoint.engine_states import write_states
 from rlhf_core.checkpoint.manifest import seal
+from rlhf_core.checkpoint.own_files import OWN_FILES, own_checkpoints
 from rlhf_core.checkpoint.random_states import get_random_states
+from rlhf_core.errors import RunStopped
 from rlhf_core.util.atomic_files import force, fresh_folder, temporary_name, write_text
 from rlhf_core.util.tensor_tree import write_tree
 
@@ -54,6 +57,7 @@ class SharedState:
         for rank, states in self.engine_states.items():
             write_states(folder, rank, states)
         write_text(folder / "state.json", json.dumps(self.state, indent=1))
+        copyfile(self.output / OWN_FILES, folder / OWN_FILES)
         seal(folder)
         for log in self.output.glob("*.jsonl"):  # lines up to this step must not be lost when it is not
             force(log)
@@ -75,6 +79,8 @@ def save(
     leader = world.rank == 0
     if world.gather(shared.folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
         if leader:
+            if shared.folder not in own_checkpoints(shared.output):
+                raise RunStopped(f"{shared.folder} is no checkpoint of this run; move it away, then resume")
             rotate(shared.output)  # a run may have been killed between saving and this
         return
     shared = replace(shared, random_states=world.gather(get_random_states()))

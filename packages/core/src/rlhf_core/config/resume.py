@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rlhf_core.contract.options import RunConfig, TrainedOptions
@@ -24,23 +23,17 @@ LISTED = 8
 """Differences named in the message; one algorithm in place of another has dozens."""
 
 
-def check_resume(config: RunConfig) -> None:
-    """Check that there is a run in `config.output`, and that `config` continues it.
+def check_resume(config: RunConfig, written: str) -> None:
+    """Check that `config` continues the run in `config.output`.
+
+    Args:
+        config: of the run that resumes.
+        written: config.toml as the run wrote it when it began.
 
     Raises:
-        UsageError: there is none, or options that change results differ and `--resume-changed` was not given.
+        UsageError: options that change results differ and `--resume-changed` was not given.
     """
-    path = Path(config.output) / "config.toml"
-    try:
-        old = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"there is no run in {config.output} to resume; leave {run_option('resume', True)} out to begin one, or pass "
-            f"{run_option('resume', 'auto')} to begin or continue"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}), so that nobody can tell what the run was; restore it") from None
-    changed = changed_options(old, config)
+    changed = changed_options(tomllib.loads(written), config)
     switched = [each for each in changed if render_options(each).partition(" ")[0].endswith(".use")]
     if switched:
         raise UsageError(

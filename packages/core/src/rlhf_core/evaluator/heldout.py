@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.data.sources import means_by_source
@@ -29,6 +29,8 @@ class Heldout(Evaluator):
     """completions per prompt"""
     shown: int = 3
     """completions written to evaluations.jsonl, the same prompts each time"""
+
+    writes: ClassVar[tuple[str, ...]] = ("evaluations.jsonl", "evaluations.jsonl.damaged")
 
     def __call__(self, run: RunView) -> dict[str, float]:
         """`heldout/reward`, its standard error `…_se`, `…/<datasource>`, mean length and the share cut at the limit.

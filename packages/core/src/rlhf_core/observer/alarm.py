@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.contract.providers import Observer
@@ -53,6 +53,8 @@ class Alarm(Observer):
                 )
         if not list(self.bands()):
             raise UsageError(f"an alarm without a band watches nothing; give {option('kl')} LEAST GREATEST, say")
+
+    writes: ClassVar[tuple[str, ...]] = ("alarms.jsonl", "alarms.jsonl.damaged")
 
     def __call__(self, run: RunView) -> _Watch:
         return _Watch(self)

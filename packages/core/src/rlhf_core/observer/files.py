@@ -4,7 +4,7 @@ evaluation-metrics.jsonl gets the metrics of every evaluation when it is over, t
 forced to the disk.
 
 On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
-of evaluations that the checkpoint does not know.
+of evaluations that the checkpoint does not know. A damaged line is set aside and named.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.util.atomic_files import force, write_bytes
 from rlhf_core.util.jsonl import append_line, cut_lines
+from rlhf_core.util.messages import log
 from rlhf_core.util.secrets import redact_tree
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ SAMPLES_PER_STEP = 4
 def rlhf_run_start(run: RunView) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_lines(run.output / name, lambda step: step <= run.step)
+    _check_steps(run)
     evaluated = {step for step, _ in run.evaluations}
-    cut_lines(run.output / "evaluations.jsonl", evaluated.__contains__)
+    for name in ("evaluations.jsonl", EVALUATIONS):
+        cut_lines(run.output / name, evaluated.__contains__)
     lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in run.evaluations]
     if lines or (run.output / EVALUATIONS).exists():
         write_bytes(run.output / EVALUATIONS, "".join(lines).encode())  # as the checkpoint knows them
@@ -50,6 +53,15 @@ def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
 def rlhf_evaluated(run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
     append_line(run.output / EVALUATIONS, {"step": step, **metrics})
     force(run.output / EVALUATIONS)
+
+
+def _check_steps(run: RunView) -> None:
+    """Warn if metrics.jsonl lacks steps before the checkpoint."""
+    path = run.output / "metrics.jsonl"
+    found = {json.loads(line)["step"] for line in path.read_bytes().split(b"\n")[:-1]} if path.exists() else set()
+    if lost := sorted(set(range(1, run.step + 1)) - found):
+        listed = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+        log.warning(f"{path} has no line of step {listed}")
 
 
 def samples(run: RunView) -> Iterator[dict[str, Any]]:

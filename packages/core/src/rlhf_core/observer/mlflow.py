@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.providers import Observer
 from rlhf_core.observer.tracker import Tracker, needs_package, options_of_run, tracker_run_id
@@ -31,6 +31,8 @@ class MLflow(Observer):
     """the experiment it belongs to"""
     name: str = ""
     """what the run is called; as its folder where empty"""
+
+    writes: ClassVar[tuple[str, ...]] = ("mlflow.db", "trackers.json")
 
     def check(self) -> None:
         """Whether the package is installed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.providers import Observer
 from rlhf_core.observer.tracker import Tracker, needs_package
@@ -21,6 +21,8 @@ class TensorBoard(Observer):
 
     samples_every: int = 10
     """steps between samples; 0 shows none"""
+
+    writes: ClassVar[tuple[str, ...]] = ("tensorboard/", "trackers.json")
 
     def check(self) -> None:
         """Whether the package is installed."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.providers import Observer
 from rlhf_core.errors import UsageError, option
@@ -49,6 +49,8 @@ class Wandb(Observer):
     """offline writes OUTPUT/wandb for a later `wandb sync`; auto is what WANDB_MODE says, else online"""
     samples_every: int = 10
     """steps between tables of samples; 0 sends none"""
+
+    writes: ClassVar[tuple[str, ...]] = ("wandb/", "trackers.json")
 
     def check(self) -> None:
         """Whether the package is there, and online a key.

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlhf_core.checkpoint import prepare_output
 from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
@@ -65,7 +64,7 @@ def open_run(run: Run) -> Iterator[Run]:
         with options_under("/data"):
             check_rows(run.plan, run.data.rows)  # reads the data's beginning, before anything is written
             check_messages(run.config, run.data)
-        prepare_output(run.config)
+        stack.enter_context(run.folder.open())
         _place_roles(run)
         stack.callback(run.stream.close)
         if run.config.resume:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import loop
-from rlhf_core.checkpoint import Checkpoints, check_metric
+from rlhf_core.checkpoint import Checkpoints, OutputFolder, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.options import RunConfig, Sampling
@@ -93,6 +93,8 @@ class Run:
         self.engines = Engines(config.seed, self.output, self.plan)
         """what the providers have opened, while the run is open"""
         self.data = RunData(self.plan, self.engines)
+        self.folder = OutputFolder(config, ["model", *self.plan.exports])
+        """`output`, locked while the run is open"""
         self.checkpoints = Checkpoints(config)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -182,6 +184,8 @@ class Run:
     def finish(self, iteration: Iteration, credited: Mapping[str, Batch]) -> None:
         """Close a step: take over the state of its iteration, measure, call observers, and save if it is time."""
         step = iteration.step
+        if self.leader:
+            self.folder.lock.check()
         self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
         self.samples = dict(credited)
         self._add_background(self.checkpoints.background.poll)
@@ -256,6 +260,9 @@ class Run:
 
     def export(self) -> None:
         """Write the trained policy as a Hugging Face folder, OUTPUT/model, and other roles that are exported beside it."""
+        if self.leader:
+            self.folder.claim_exports()
+        self.world.barrier()
         self.roles[self.plan.policy].export(str(self.output / "model"))
         for name in self.plan.exports:
             self.roles[name].export(str(self.output / name))

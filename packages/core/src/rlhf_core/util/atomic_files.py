@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ __all__ = [
     "fresh_folder",
     "fsync_tree",
     "inside",
+    "remove_leftovers",
     "temporary_name",
     "write_bytes",
     "write_text",
@@ -30,13 +33,26 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; readers see the old content or the new, never a part."""
-    temporary = temporary_name(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # drawn: nobody's file has this name
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     force(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `write_bytes(path)` that a killed process left."""
+    drawn = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for each in path.parent.glob(".*.tmp"):
+        if drawn.fullmatch(each.name) and each.is_file():
+            each.unlink()
 
 
 def discard(folder: Path) -> None:
@@ -53,14 +69,25 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` (replacing it) when the block ends without an error."""
-    temporary = temporary_name(path)
-    rmtree(temporary, ignore_errors=True)
+def fresh_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error.
+
+    Args:
+        path: the folder.
+        replace: take the place of what has its name, which must be the caller's own.
+
+    Raises:
+        UsageError: there is something of that name, and `replace` is False.
+    """
+    temporary = temporary_name(path) if replace else path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    if replace:
+        rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         fsync_tree(temporary)
+        if not replace and os.path.lexists(path):
+            raise UsageError(f"{path} exists already; name a new folder")
         _replace(path, temporary)
     except BaseException:  # half a folder helps nobody, least of all on a full disk
         rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""The files of a run: what it may write, replace and remove in its folder. Anything else there is somebody else's.
+
+    OUTPUT/run.json
+        run      drawn when the run began; tells its checkpoints from those of other runs
+        config   config.toml as the run wrote it
+        names    the run's files and folders in OUTPUT (folders end in /); a name is written here before the file appears
+        xxh3     checksum of the above
+
+Every checkpoint has a copy, so that a lost run.json is found again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from rlhf_core.checkpoint.manifest import list_checkpoints
+from rlhf_core.errors import UsageError, run_option
+from rlhf_core.util.atomic_files import remove_leftovers, write_text
+
+__all__ = [
+    "OWN_FILES",
+    "OwnFiles",
+    "check_foreign",
+    "new_files",
+    "own_checkpoints",
+    "read_own_files",
+    "remove_own_leftovers",
+]
+
+OWN_FILES = "run.json"
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """What OUTPUT/run.json holds."""
+
+    run: str
+    config: str = ""
+    names: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write OUTPUT/run.json."""
+        content = asdict(self)
+        write_text(folder / OWN_FILES, json.dumps({**content, "xxh3": _digest(content)}, indent=1) + "\n")
+
+    def with_names(self, names: Iterable[str]) -> OwnFiles:
+        """Return the same with more names."""
+        return replace(self, names=tuple(sorted({*self.names, *names})))
+
+
+def new_files() -> OwnFiles:
+    """Return those of a run that begins: none yet."""
+    return OwnFiles(secrets.token_hex(8))
+
+
+def read_own_files(folder: Path) -> OwnFiles | None:
+    """Return what run.json in `folder` holds; None if it is missing or damaged."""
+    try:
+        found = json.loads((folder / OWN_FILES).read_bytes())
+        digest = found.pop("xxh3")
+        return OwnFiles(found["run"], found["config"], tuple(found["names"])) if digest == _digest(found) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # whatever a flipped byte makes of it
+        return None
+
+
+def own_checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoint folders that the run in `output` wrote, oldest first."""
+    own = read_own_files(output)
+    return [folder for folder in list_checkpoints(output) if own is not None and _run_of(folder) == own.run]
+
+
+def check_foreign(output: Path, wanted: Iterable[str], own: OwnFiles) -> None:
+    """Check that whatever has one of the names that a run will write was written by that run.
+
+    Args:
+        output: folder of the run.
+        wanted: names in it; those of folders end in /.
+        own: the run's files.
+
+    Raises:
+        UsageError: something was not, is a link, or is a folder in place of a file or the reverse.
+    """
+    elsewhere = f"name another {run_option('output')}"
+    for name in wanted:
+        for path in (output / name, *(output / f".{name.rstrip('/')}.{end}" for end in ("tmp", "old"))):
+            if path.is_symlink():
+                raise UsageError(f"{path} is a link, and the run writes there; remove it, or {elsewhere}")
+            if not os.path.lexists(path):
+                continue
+            if name not in own.names:
+                raise UsageError(
+                    f"{path} is there and no file of this run, which would write over it; move it away, or {elsewhere}"
+                )
+            if path == output / name and path.is_dir() != name.endswith("/"):
+                kinds = ("file", "folder") if name.endswith("/") else ("folder", "file")
+                raise UsageError(
+                    f"{path} is a {kinds[0]} where the run has a {kinds[1]}; put that back, or {elsewhere}"
+                )
+
+
+def remove_own_leftovers(output: Path, own: OwnFiles) -> None:
+    """Remove what a killed process of this run left under temporary names."""
+    for name in (OWN_FILES, *own.names, "checkpoints/best.json"):
+        remove_leftovers(output / name)
+
+
+def _run_of(folder: Path) -> str:
+    """The run that wrote a checkpoint; empty if that cannot be told."""
+    found = read_own_files(folder)
+    return found.run if found is not None else ""
+
+
+def _digest(content: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
