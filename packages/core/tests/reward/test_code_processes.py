@@ -66,7 +66,7 @@ def test_a_sample_leaves_no_process() -> None:
     with SandboxServer() as server:
         for tests in (PASS, Assertions(["assert False"]), Scripts([""], [""])):
             Code(timeout=2.0).judge(server, hidden, tests)
-            assert [each for each in processes().items() if each[1][1] == server._process.pid] == []
+            wait_for(lambda: server._process.pid not in [parent for _, parent, _ in processes().values()])
             wait_for(lambda: in_session(server._process.pid) == [server._process.pid])
     assert in_session(server._process.pid) == []
 
@@ -92,3 +92,11 @@ def test_what_a_machine_lacks_is_said_once_or_refused(caplog: pytest.LogCaptureF
     assert str(caught.value).endswith(
         "a kernel with Landlock (5.13), and libseccomp or user namespaces; or run it in a container, with confine = false"
     )
+
+
+def test_a_machine_is_checked_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    Code().check()
+    monkeypatch.setattr(SandboxServer, "ask", lambda *_: {"open": ["the network"], "results": [True]})
+    with pytest.raises(UsageError, match="this machine cannot keep programs from the network"):
+        Code().check()
+    Code(confine=False).check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError, option
 from rlhf_core.lazy import torch
-from rlhf_core.reward.code_labels import Assertions, Scripts, parse_label, same_output
+from rlhf_core.reward.code_labels import Assertions, Scripts, parse_label
 from rlhf_core.reward.sandbox import confinement
 from rlhf_core.reward.sandbox.server import SandboxServer
 from rlhf_core.util.messages import log
@@ -40,6 +41,13 @@ class Code(Reward):
     """programs run at a time; 0 is one per CPU"""
     confine: bool = True
     """refuse to run where nothing keeps programs from files, network and other processes; off only inside a container"""
+
+    def check(self) -> None:
+        """Refuse a machine that cannot confine programs, before a model is loaded."""
+        if sys.platform != "linux":
+            raise UsageError("reward code: programs are confined by Linux' kernel; run it there")
+        with SandboxServer() as server:
+            self.judge(server, "", Assertions(["pass"]))
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         jobs = [(program(text), parse_label(label)) for text, label in zip(rollouts.texts, rollouts.labels)]
@@ -68,23 +76,10 @@ class Code(Reward):
             tests: its tests.
             layers: what confines it; all but where less is tried.
         """
-        scripts = isinstance(tests, Scripts)
-        job = {"kind": "scripts" if scripts else "tests", "program": solution, "layers": layers}
-        limits = {"seconds": self.timeout, "memory": self.memory << 20}
-        second = (
-            {"inputs": tests.inputs}
-            if isinstance(tests, Scripts)
-            else {"tests": tests.tests, "under_test": tests.names}
-        )
-        answer = server.ask(job | limits, second)
+        job = {"program": solution, "seconds": self.timeout, "memory": self.memory << 20, "layers": layers}
+        answer = server.ask(job | {"kind": tests.kind}, tests.part())
         self._report(frozenset(answer["open"]))
-        results = answer["results"]
-        if isinstance(tests, Scripts):
-            return [
-                result is not None and result[1] and same_output(result[0], expected)
-                for result, expected in zip(results, tests.outputs, strict=True)
-            ]
-        return [result is True for result in results]
+        return tests.read_results(answer["results"])
 
     def _report(self, missing: frozenset[str]) -> None:
         """Log once what this machine cannot keep programs from.
@@ -107,6 +102,6 @@ def _log_once(missing: frozenset[str]) -> None:
 
 
 def program(text: str) -> str:
-    """The last fenced block of a completion, or all of it."""
+    """Return the last fenced block of a completion, or all of it."""
     blocks = FENCE.findall(text)
     return str(blocks[-1]) if blocks else text

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
 from rlhf_core.errors import DataError, advice, run_option
 
@@ -35,6 +35,15 @@ class Assertions:
     tests: list[str]
     names: tuple[str, ...] = ()
     """names that the label says are the program's"""
+    kind: ClassVar = "tests"
+
+    def part(self) -> dict[str, Any]:
+        """Return the part of a job that the keeper reads after the program has started."""
+        return {"tests": self.tests, "under_test": self.names}
+
+    def read_results(self, results: list[Any]) -> list[bool]:
+        """Return which tests passed."""
+        return [result is True for result in results]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,18 @@ class Scripts:
 
     inputs: list[str]
     outputs: list[str]
+    kind: ClassVar = "scripts"
+
+    def part(self) -> dict[str, Any]:
+        """Return the part of a job that the keeper reads; no process but this one has the expected outputs."""
+        return {"inputs": self.inputs}
+
+    def read_results(self, results: list[Any]) -> list[bool]:
+        """Return for which inputs the program wrote what is expected, and ended with exit code 0."""
+        return [
+            result is not None and result[1] and same_output(result[0], expected)
+            for result, expected in zip(results, self.outputs, strict=True)
+        ]
 
 
 def parse_label(label: Any) -> Assertions | Scripts:

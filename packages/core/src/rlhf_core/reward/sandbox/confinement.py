@@ -77,6 +77,9 @@ def become_nobody() -> None:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
+            libc.prctl(
+                PR_SET_DUMPABLE, 1, 0, 0, 0
+            )  # or its files in /proc stay root's, and `isolate` cannot write them
 
 
 def end_with_parent() -> None:

@@ -63,7 +63,10 @@ def _read_part() -> Any:
 def _read_bytes(count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
-        data += os.read(0, count - len(data)) or sys.exit("the job ended early")
+        part = os.read(0, count - len(data))
+        if not part:
+            sys.exit("the job ended early")
+        data += part
     return bytes(data)
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +22,8 @@ from rlhf_core.reward.sandbox import confinement, keeper
 
 __all__ = ["SandboxServer", "main"]
 
-SOURCES = str(Path(__file__).parents[3])
-START = f"import sys; sys.path.append({SOURCES!r}); from rlhf_core.reward.sandbox.server import main; main()"
+START = "import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; from rlhf_core.reward.sandbox.server import main; main()"
+"""The server imports what this process would, whatever its own environment says."""
 GRACE = 60.0
 """Seconds that a keeper may take beyond its program's time."""
 
@@ -39,7 +38,7 @@ class SandboxServer:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-s", "-P", "-c", START],
+                [sys.executable, "-s", "-P", "-c", START, *filter(None, sys.path)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 cwd="/",
