@@ -162,6 +162,10 @@ def test_what_wins_in_the_same_process_earns_nothing_here() -> None:
     assert winners(cases) == []
 
 
+def test_a_result_does_not_pose_as_what_is_expected() -> None:
+    assert winners(read_cases("pose")) == []
+
+
 def test_the_wire_carries_values_and_nothing_else() -> None:
     test = "assert f(1) == 98765"
     forged = {line[:50]: (FORGED.format(lines=['"ready"\n', line]), test) for line in MESSAGES}

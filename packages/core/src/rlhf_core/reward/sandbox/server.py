@@ -22,7 +22,9 @@ from rlhf_core.reward.sandbox import confinement, keeper
 
 __all__ = ["SandboxServer", "main"]
 
-START = "import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; from rlhf_core.reward.sandbox.server import main; main()"
+START = (
+    "import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; from rlhf_core.reward.sandbox.server import main; main()"
+)
 """The server imports what this process would, whatever its own environment says."""
 GRACE = 60.0
 """Seconds that a keeper may take beyond its program's time."""
