@@ -134,6 +134,7 @@ def records(file: Path) -> Iterator[Any]:
 
 def history(output: Path) -> list[dict[str, Any]]:
     """The rows that wandb logged, sessions one after the other."""
+    pytest.importorskip("wandb").teardown()  # waits for its process, which writes on after a run is finished
     found = []
     for file in sorted(output.glob("wandb/offline-run-*/run-*.wandb")):
         for record in records(file):
