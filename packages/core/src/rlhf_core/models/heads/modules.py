@@ -139,14 +139,28 @@ def head_options(config: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def check_logits(name: str, model: Any) -> None:
-    """The chunked head must give what the model itself gives: one small forward pass instead of a list of architectures."""
-    ids_NS = torch.tensor([[1, 2, 3, 4]], device=model.device)
-    states = model.base_model(input_ids=ids_NS, use_cache=False)[0][0, :-1]
-    head = model.get_output_embeddings()
-    ours, _ = head(states, ids_NS[0, 1:])
-    logits = model(input_ids=ids_NS, use_cache=False).logits[0, :-1].float() / head.temperature
+    """Check that the model is causal and its chunked head gives what it gives itself: small passes, no list of architectures.
+
+    Raises:
+        UsageError: it is not, it does not, or a pass fails.
+    """
+    ids_NS = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)  # rows of one beginning
+    head, tolerance = model.get_output_embeddings(), 1e-3 if model.dtype == torch.float32 else 0.1
+    try:
+        states_NSH = model.base_model(input_ids=ids_NS, use_cache=False)[0][:, :-1]
+        ours, _ = head(states_NSH[0], ids_NS[0, 1:])
+        logits = model(input_ids=ids_NS[:1], use_cache=False).logits[0, :-1].float() / head.temperature
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # code of any architecture, and configurations that contradict themselves
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{name!r} ({type(model).__name__}) fails in a forward pass of 4 tokens: {first}") from error
+    if not torch.allclose(states_NSH[0], states_NSH[1], rtol=tolerance, atol=tolerance / 10):
+        raise UsageError(
+            f"{name!r} ({type(model).__name__}) is no causal language model: what it gives for a token depends on later tokens"
+        )
     theirs = logits.log_softmax(-1).gather(1, ids_NS[0, 1:, None]).squeeze(1)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # logits of about 20 are rounded to 0.06 in bfloat16
+    # logits of about 20 are rounded to 0.06 in bfloat16
     if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):
         raise UsageError(
             f"{name!r} ({type(model).__name__}) computes its logits in a way that is not supported: "

@@ -20,13 +20,13 @@ from rlhf_core.lazy import torch
 from rlhf_core.models.inputs.vision import is_vision
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
+from rlhf_core.models.loading.architecture import choose_attention, name_body, report_attention
 from rlhf_core.models.loading.foreign import foreign_head
 from rlhf_core.models.loading.hub import find_companion_file, resolve_name
 from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.optional_imports import quiet_bitsandbytes
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.models.loading.transformers_calls import loadable_path, read_config, silence, translate_errors
-from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -127,12 +127,14 @@ def _from_pretrained(
             loadable_path(source),
             config=config,
             dtype=_dtype(options, trained),
-            attn_implementation=_attention(name, config, options),
+            attn_implementation=choose_attention(name, config, options),
             trust_remote_code=options.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
             **_quantization(options),
         )
+    report_attention(name, model, options)
+    name_body(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
@@ -149,14 +151,6 @@ def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: M
 
         grow(name, model, load_tokenizer(name, options))
     return model
-
-
-def _attention(name: str, config: PretrainedConfig, options: ModelOptions) -> str:
-    """The attention to use: sdpa has no cap on attention logits, and transformers leaves it out without a word."""
-    if options.attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
-        log.info(f"{name} caps attention logits, which sdpa cannot: it computes with eager")
-        return "eager"
-    return options.attention
 
 
 def _quantization(options: ModelOptions) -> dict[str, Any]:

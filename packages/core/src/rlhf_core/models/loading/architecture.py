@@ -1,0 +1,47 @@
+"""Peculiarities of architectures in transformers that loading settles: attention that they lack, and a body of another name.
+
+They are found out from the model, not listed by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.util.messages import log
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from rlhf_core.contract.options import ModelOptions
+
+__all__ = ["choose_attention", "name_body", "report_attention"]
+
+
+def choose_attention(name: str, config: PretrainedConfig, options: ModelOptions) -> str | None:
+    """Return the attention to load with; None lets transformers take sdpa where it has one for the architecture.
+
+    sdpa has no cap on attention logits, and transformers leaves the cap out silently.
+    """
+    if options.attention != "sdpa":
+        return options.attention
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        log.info(f"{name} caps attention logits, which sdpa cannot: it computes with eager")
+        return "eager"
+    return None
+
+
+def report_attention(name: str, model: Any, options: ModelOptions) -> None:
+    """Log one line if transformers has no sdpa for this architecture and computes with eager instead."""
+    if options.attention == "sdpa" and not model._supports_sdpa:
+        log.info(f"{name}: transformers has no sdpa for {type(model).__name__}, it computes with eager")
+
+
+def name_body(model: Any) -> None:
+    """Let `model.base_model` be the body where its prefix names none, as that of Llama 4's text model."""
+    if model.base_model is not model:
+        return
+    from transformers import PreTrainedModel
+
+    bodies = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(bodies) == 1:
+        model.base_model_prefix = bodies[0]
