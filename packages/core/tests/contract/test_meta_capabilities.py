@@ -27,6 +27,7 @@ FOREIGN = {
     "core/data/images": {"save": "an image of Pillow, or something that looks like one", "size": "the same"},
     "core/data/stream": {"__getitem__": "any iterable of Python"},
     "core/models/build": {"new_tokens": "set by `grow` on a model of transformers"},
+    "core/models/export/dry_save": {"score": "the head of a classifier of transformers"},
     "core/models/export/folder": {"score": "the head of a classifier of transformers"},
     "core/models/freezing": {"quant_state": "a parameter of bitsandbytes", "ds_numel": "a parameter of DeepSpeed"},
     "core/models/heads/modules": {
@@ -51,12 +52,12 @@ FOREIGN = {
         "get_rope_index": "a model of transformers",
     },
     "core/models/loading/adapters": {"score": "the head of a classifier of transformers"},
+    "core/models/loading/architecture": {"attn_logit_softcapping": "a config of transformers"},
     "core/models/loading/convert": {"quantization_config": "a config of transformers"},
     "core/models/loading/grow": {"strerror": "an error of Python", "bias": "a module of torch"},
     "core/models/loading/load": {
         "auto_map": "a config of transformers",
         "support_avx512bf16_for_cpu": "a module of bitsandbytes",
-        "attn_logit_softcapping": "a config of transformers",
     },
     "core/config/given_model": {"peft_config": "a model of PEFT", "save_pretrained": "a tokenizer of transformers"},
     "core/config/python_values": {

@@ -254,9 +254,31 @@ def test_the_reference_is_the_actor_without_adapters_and_costs_no_memory() -> No
     "reference",
     [ModelOptions(model="tiny:seed=1"), ModelOptions(dtype="bfloat16"), ModelOptions(attention="eager")],
 )
-def test_another_model_is_a_model_of_its_own(reference: ModelOptions) -> None:
+def test_another_model_is_a_model_of_its_own(reference: ModelOptions, capsys: pytest.CaptureFixture[str]) -> None:
     actor, other = placed(reference)
     assert other.module is not actor.module
+    said = capsys.readouterr().err
+    if reference.model:
+        assert "whose base it could share" not in said, "it is meant to be another model"
+    else:
+        reason = (
+            "dtype is bfloat16 and not float32" if reference.dtype == "bfloat16" else "attention is eager and not sdpa"
+        )
+        assert f"the reference is loaded beside the actor, whose base it could share: {reason}" in said
+
+
+def test_a_dtype_of_the_run_is_that_of_all_roles_and_the_base_stays_shared(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    roles = {"actor": TrainedOptions(lora=Lora(rank=4)), "reference": ModelOptions()}
+    config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles, dtype="bfloat16")  # type: ignore[arg-type]
+    actor, reference = Local()(make_plan(config)).roles.values()
+    assert reference.module is actor.module  # type: ignore[attr-defined]
+    assert actor.module.compute_dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert "is loaded beside" not in capsys.readouterr().err
+    own = replace(config, roles={**roles, "reference": ModelOptions(dtype="float32")})
+    assert make_plan(own).roles["reference"].options.dtype == "float32", "a role's own dtype is kept"
+    assert make_plan(own).roles["actor"].options.dtype == "bfloat16"
 
 
 def test_without_adapters_nothing_is_shared() -> None:

@@ -47,7 +47,7 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     apart = (rollouts["sampler_logprobs_NT"] - trainer_NT)[rollouts.mask_NT].abs()
     mean, largest = float(apart.mean()), float(apart.max())
     bound = engine.options.max_logprob_diff or max(
-        BOUNDS.get(d, BOUND_16) for d in (engine.dtype, role.spec.options.dtype)
+        BOUNDS.get(d, BOUND_16) for d in (engine.dtype, role.spec.options.compute_dtype)
     )
     if not mean <= bound:  # written so that nan stops
         raise RunStopped(

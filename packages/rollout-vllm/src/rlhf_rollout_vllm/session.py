@@ -55,7 +55,7 @@ class Engine:
 
         self.vllm = import_vllm()
         self.options = options
-        self.dtype = role.spec.options.dtype if options.dtype == "auto" else options.dtype
+        self.dtype = role.spec.options.compute_dtype if options.dtype == "auto" else options.dtype
         self.version: int | None = None
         """the role's version that its weights are from; None before the first `update`"""
         self.updates = 0

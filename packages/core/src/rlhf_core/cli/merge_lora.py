@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,8 +26,8 @@ class MergeLora(Command):
     """folder to write; must be new"""
     base: str = ""
     """the model the adapter belongs to, if it is not where it was"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """of the weights that are written; merging itself is done in float32"""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    """of the weights that are written; `base` is the base model's own. Merging itself is done in float32"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.models.loading.hub import resolve_name
@@ -45,10 +45,10 @@ class MergeLora(Command):
 
     def _merge(self, adapter: Path) -> None:
         from rlhf_core.contract.options import ModelOptions
-        from rlhf_core.lazy import torch
         from rlhf_core.models.build import set_pad
-        from rlhf_core.models.export.card import Card
+        from rlhf_core.models.export.card import Card, read_card
         from rlhf_core.models.export.folder import padding_like
+        from rlhf_core.models.export.precision import saved_dtype
         from rlhf_core.models.heads.modules import HEADS_FILE
         from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
         from rlhf_core.models.loading.end_tokens import find_end_tokens, listed_ends, save_ends
@@ -62,7 +62,8 @@ class MergeLora(Command):
         tokenizer, classifier = load_tokenizer(str(adapter), options), has_score(adapter)
         model: Any = load_scorer(base, options)[0] if classifier else load_model(base, options)
         reader = None if classifier else load_reader(base, options, tokenizer)
-        model = merge_adapter(model, adapter).to(getattr(torch, self.dtype))
+        model = merge_adapter(model, adapter)
+        model.to(saved_dtype(self.dtype, base, options))
         if classifier:
             set_pad(model.config, tokenizer)
         save_ends(model, find_end_tokens(tokenizer, (), listed_ends(str(adapter), options)))
@@ -74,5 +75,5 @@ class MergeLora(Command):
                 padding_like(model, tokenizer).save_pretrained(folder)
             if (adapter / HEADS_FILE).is_file():
                 copyfile(adapter / HEADS_FILE, folder / HEADS_FILE)
-            card = Card(base, "LoRA", note="The adapter is merged into the weights.")
+            card = replace(read_card(adapter) or Card(base, "LoRA"), note="The adapter is merged into the weights.")
             (folder / "README.md").write_text(card.text(type(model).__name__, False, classifier), encoding="utf-8")

@@ -156,8 +156,8 @@ class ModelOptions:
 
     model: str = ""
     """hub name, folder, GGUF file, or `tiny`; the run's --model where empty"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """what the forward pass computes in"""
+    dtype: Literal["run", "float32", "bfloat16", "float16"] = "run"
+    """what the forward pass computes in; `run` is the run's --dtype"""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """attention implementation"""
     packing: bool = field(default=True, metadata=FREE)
@@ -169,6 +169,11 @@ class ModelOptions:
     """run model code that comes with the weights; only for models you trust"""
     add_tokens: str = field(default="", metadata=INTERNAL)
     """the run's"""
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype in torch's words; float32 where no run names one."""
+        return "float32" if self.dtype == "run" else self.dtype
 
 
 @dataclass(frozen=True)
@@ -245,6 +250,8 @@ class RunConfig:
     """where outputs are looked up by name; everything installed where absent"""
     model: str = "tiny"
     """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """what the forward passes of all roles compute in, but of those with a dtype of their own (--actor.dtype)"""
     add_tokens: str = ""
     """file with new tokens, one a line, for the tokenizer and the models of all roles"""
     output: str = field(default="output", metadata=FREE)
@@ -297,6 +304,8 @@ class RunConfig:
     """high or low values of it are good; auto is low for a loss, a negative log-likelihood and perplexity, else high"""
     export_shard: str = field(default="5GB", metadata=FREE)
     """largest file of weights in OUTPUT/model, as 5GB or 500MB"""
+    export_dtype: Literal["base", "float32", "bfloat16", "float16"] = field(default="base", metadata=FREE)
+    """dtype of the weights in OUTPUT/model; `base` is the base model's own. Adapters are float32"""
     push_to_hub: str = field(default="", metadata=FREE)
     """name on the Hugging Face hub, USER/NAME, that OUTPUT/model is uploaded to at the end, private; empty uploads nothing"""
     eval_every: int = field(default=0, metadata=FREE)

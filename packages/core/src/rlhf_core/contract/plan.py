@@ -148,18 +148,28 @@ class Plan:
 
     def base_owner(self, name: str) -> str:
         """The trained role whose model without its adapters is the frozen role `name`'s; empty if none is."""
+        owner, differing = self.nearest_base(name)
+        return "" if differing else owner
+
+    def nearest_base(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Return the role that `base_owner` would give if options of both were equal, and which of them are not.
+
+        The role's name is empty if none trains adapters on the model of `name`.
+        """
         frozen = self.roles[name]
         beside = any(name in term.partners for term in self.terms)  # both are asked at once
         if frozen.trained or frozen.tracking or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
-            return ""
-        same = [each.name for each in fields(ModelOptions)]
+            return "", ()
+        nearest: dict[str, tuple[str, ...]] = {}
         for spec in self.roles.values():
             speaks = spec.sampled or spec.outputs & LANGUAGE
             adapted = spec.trained and isinstance(spec.options, TrainedOptions) and spec.options.lora.rank > 0
-            alike = all(getattr(spec.options, each) == getattr(frozen.options, each) for each in same)
-            if speaks and adapted and alike:
-                return spec.name
-        return ""
+            if speaks and adapted and spec.options.model == frozen.options.model:
+                same = [each.name for each in fields(ModelOptions)]
+                differs = (each for each in same if getattr(spec.options, each) != getattr(frozen.options, each))
+                nearest[spec.name] = tuple(differs)
+        owner = min(nearest, key=lambda each: len(nearest[each]), default="")
+        return owner, nearest.get(owner, ())
 
     @property
     def tokenizer_role(self) -> str:

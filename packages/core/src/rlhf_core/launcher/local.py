@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.plan import Plan
@@ -12,6 +12,12 @@ from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import OptionError, UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.util.messages import log
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rlhf_core.training.local_role import LocalRole
 
 __all__ = ["Local"]
 
@@ -32,10 +38,24 @@ class Local(Launcher):
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
             roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))
+        if world.rank == 0:
+            _report_copies(plan, roles)
         for role in roles.values():
             role.bind_comparisons(roles)
         rollout = plan.config.providers.get("rollout") if plan.online else None
         return Placement({name: roles[name] for name in plan.roles}, rollout, world)
+
+
+def _report_copies(plan: Plan, roles: Mapping[str, LocalRole]) -> None:
+    """Log one line for each frozen role whose model is in memory a second time, beside the base of another's adapters."""
+    for name in plan.roles:
+        owner, differing = plan.nearest_base(name)
+        if not owner or roles[name].module is roles[owner].module:
+            continue
+        mine, theirs = plan.roles[name].options, plan.roles[owner].options
+        pairs = [f"{each} is {getattr(mine, each)} and not {getattr(theirs, each)}" for each in differing]
+        why = ", ".join(pairs) or "the strategy shares no base"
+        log.info(f"the {name} is loaded beside the {owner}, whose base it could share: {why}")
 
 
 def join_world() -> World:

@@ -69,7 +69,9 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     save_ends(model, spec.ends)
     packing = options.packing and can_pack(model)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
-    module = RoleModule(model, heads, getattr(torch, options.dtype), adapters, packing, vision, spec.providers).eval()
+    module = RoleModule(
+        model, heads, getattr(torch, options.compute_dtype), adapters, packing, vision, spec.providers
+    ).eval()
     module.requires_grad_(spec.trained and not adapted)
     if adapters is not None:
         heads_too = nn.ModuleList(module.scalar_heads()).parameters()
@@ -161,11 +163,15 @@ def _new_head(spec: RoleSpec, head: nn.Module, name: str, seed: int) -> None:
 
 
 def set_pad(config: Any, tokenizer: Any) -> None:
-    """Choose a padding token that is not EOS: transformers' classifiers read the last token that is not padding."""
+    """Choose a padding token that is not EOS: transformers' classifiers read the last token that is not padding.
+
+    Without another special token it is the last ordinary one, which no row ends with: rows end with an end token.
+    """
     text = config.get_text_config()
     ids = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id]
     known = [each for each in (*ids, *tokenizer.all_special_ids) if each is not None]
-    text.pad_token_id = next((each for each in known if each != tokenizer.eos_token_id), None)
+    ordinary = max(number for number in tokenizer.get_vocab().values() if number != tokenizer.eos_token_id)
+    text.pad_token_id = next((each for each in known if each != tokenizer.eos_token_id), ordinary)
 
 
 def _no_dropout(model: nn.Module) -> None:

@@ -167,7 +167,7 @@ class Iteration:
             prompts = self.run.encoder.prompts(*rows)
             seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
             rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed))
-        dtype = self.plan.roles[source].options.dtype
+        dtype = self.plan.roles[source].options.compute_dtype
         rollouts = keep_exact(rollouts, config.providers["rollout"], config.sampling.temperature, dtype)
         self.meter.add_sum("samples", self.world.total(len(rollouts)))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)

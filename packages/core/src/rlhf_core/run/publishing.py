@@ -44,10 +44,11 @@ def check_hub(config: RunConfig) -> None:
 
 def publish(run: RunView) -> None:
     """Complete the cards of the exported folders and upload the model if asked."""
+    homes = {"model": run.config.push_to_hub or "."}
     for name, role in {"model": run.plan.policy, **{name: name for name in run.plan.exports}}.items():
         options = run.plan.roles[role].options
         instead = isinstance(options, TrainedOptions) and options.ema > 0 and options.ema_export == "model"
-        write_card(run, run.output / name, role, AVERAGE if instead else "")
+        write_card(run, run.output / name, role, AVERAGE if instead else "", homes.get(name, "."))
         average = run.output / f"{name}-ema"
         if average.is_dir():
             write_card(run, average, role, AVERAGE)
@@ -57,8 +58,8 @@ def publish(run: RunView) -> None:
         _push(run.output / "model", run.config.push_to_hub)
 
 
-def write_card(run: RunView, folder: Path, role: str, note: str) -> None:
-    """Complete the card of an exported folder."""
+def write_card(run: RunView, folder: Path, role: str, note: str, home: str = ".") -> None:
+    """Complete the card of an exported folder; `home` is its name on the hub if it goes there."""
     from rlhf_core.models.export.card import Card
 
     card = Card(
@@ -68,6 +69,7 @@ def write_card(run: RunView, folder: Path, role: str, note: str) -> None:
         data=_describe_data(run),
         evaluation=run.evaluations[-1][1] if run.evaluations else {},
         note=note,
+        home=home,
     )
     adapter = folder / "adapter_config.json"
     if adapter.is_file():

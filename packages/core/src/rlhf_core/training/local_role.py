@@ -59,7 +59,8 @@ class LocalRole(Role):
             self.budget = TokenBudget(config, name, self.world)
             return
         spec = _without_adapters(self.spec) if frozen else self.spec
-        build = partial(_build, spec, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
+        saved = self.spec.trained and not frozen and name in (plan.policy, *plan.exports)
+        build = partial(_build, spec, saved, chunk=config.chunk, temperature=self.spec.temperature, seed=config.seed)
         strategy: Strategy = config.providers["strategy"]
         options = self.spec.options
         optim = options.optim if isinstance(options, TrainedOptions) and self.spec.trained and not frozen else None
@@ -256,6 +257,7 @@ class LocalRole(Role):
     def _export(self, folder: str, averaged: bool = False) -> None:
         """Write the weights that the module has now, or their moving average."""
         from rlhf_core.models.export.folder import export
+        from rlhf_core.models.export.precision import saved_dtype
 
         leads = self.world.rank == 0
         state = {}
@@ -266,7 +268,8 @@ class LocalRole(Role):
         if leads:
             card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
             shard = self.plan.config.export_shard
-            export(self.module, self.tokenizer, folder, state=state, own=own, shard=shard, **card)
+            dtype = saved_dtype(self.plan.config.export_dtype, self.spec.options.model, self.spec.options)
+            export(self.module, self.tokenizer, folder, state=state, own=own, shard=shard, dtype=dtype, **card)
         self.world.barrier()
 
 
@@ -286,8 +289,12 @@ def _compare(module: Any, name: str, other: Any, loss: Any) -> None:
         raise ContractError(f"two losses want different functions as {name!r}; let their names differ")
 
 
-def _build(spec: RoleSpec, **options: Any) -> Any:
-    """The role's module; models are imported only when one is built."""
+def _build(spec: RoleSpec, saved: bool, **options: Any) -> Any:
+    """Return the role's module; one that is saved at the end is tried out. Models are imported only when one is built."""
     from rlhf_core.models.build import build_module
+    from rlhf_core.models.export.dry_save import check_saving
 
-    return build_module(spec, **options)
+    module = build_module(spec, **options)
+    if saved and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):  # as transformers saves
+        check_saving(spec.name, module, spec.options)
+    return module

@@ -30,7 +30,7 @@ NARROW_BOUND = 0.05  # 16-bit engines differ by 0.01 to 0.03 on average
 
 def bound_of(config: RunConfig, spec: RoleSpec) -> float:
     """Return the largest mean difference that passes: the option's, or that of the role's dtype."""
-    return config.max_mismatch or (BOUND if spec.options.dtype == "float32" else NARROW_BOUND)
+    return config.max_mismatch or (BOUND if spec.options.compute_dtype == "float32" else NARROW_BOUND)
 
 
 def compared_extras(batch: Batch) -> frozenset[str]:

@@ -256,7 +256,7 @@ def _roles(
     return {
         name: RoleSpec(
             name=name,
-            options=replace(config.roles[name], model=_model_of(config, name), add_tokens=config.add_tokens),
+            options=_options_of(config, name),
             outputs=frozenset(outputs[name]),
             terms=tuple((key, term) for key, term in keyed if term.role == name),
             sampled=name in {*sources, *opponents},
@@ -266,6 +266,13 @@ def _roles(
         )
         for name in outputs
     }
+
+
+def _options_of(config: RunConfig, name: str) -> ModelOptions:
+    """The options of a role, with the run's where they leave something to it."""
+    options = config.roles[name]
+    dtype = config.dtype if options.dtype == "run" else options.dtype
+    return replace(options, model=_model_of(config, name), dtype=dtype, add_tokens=config.add_tokens)
 
 
 def _model_of(config: RunConfig, name: str) -> str:

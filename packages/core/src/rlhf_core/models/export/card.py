@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-__all__ = ["Card"]
+from rlhf_core.models.export.loading_code import loading_code
+from rlhf_core.models.loading.names import SHIPPED
+
+__all__ = ["Card", "read_card"]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known about a model."""
+    """A model's origin and results."""
 
     base: str
     """the model it was trained from"""
@@ -24,13 +28,15 @@ class Card:
     """the last evaluation's metrics"""
     note: str = ""
     """which weights these are, if not simply the trained ones"""
+    home: str = "."
+    """where the loading code finds the model: this folder, or its name on the hub"""
 
     def text(self, model_class: str, adapter: bool = False, classifier: bool = False) -> str:
-        """The card as Markdown with the metadata that hubs read."""
+        """Return the card as Markdown with the metadata that hubs read."""
         local = Path(self.base).exists()
         name = Path(self.base).name if local else self.base  # a folder's place on this machine is nobody's business
         head = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
-        head += [f"base_model: {self.base}"] if "/" in self.base and not local else []
+        head += [f"base_model: {self.base}"] if "/" in self.base and not local and self.base not in SHIPPED else []
         head += [f"tags: [rlhf, {self.algorithm}]", "---", ""]
         what = f"An adapter for `{name}` (`{model_class}`)" if adapter else f"A `{model_class}` trained from `{name}`"
         done = f" in {self.steps} steps" if self.steps else ""
@@ -39,12 +45,26 @@ class Card:
             "",
             f"{what}, made with `{self.algorithm}`{done} by rlhf-core.",
         ]
-        body += [f"{self.note}"] if self.note else []
-        body += ["", "## Data", "", self.data or "To be written by whoever publishes this model."]
+        body += [self.note] if self.note else []
+        body += ["", "## Data", "", self.data] if self.data else []
         body += ["", "## Evaluation", "", *(_table(self.evaluation) or ["This run had no evaluator."])]
-        body += ["", "## Loading", "", "```python", *_loading(name, adapter, classifier), "```"]
-        body += ["", "Intended use and limits: to be written by whoever publishes this model.", ""]
+        code = loading_code(self.base, self.home, model_class, adapter=adapter, classifier=classifier)
+        body += ["", "## Loading", "", "```python", *code, "```", "", "## TODO: intended use and limits", ""]
         return "\n".join([*head, *body])
+
+
+def read_card(folder: Path) -> Card | None:
+    """Return what the card of a folder that a run wrote says; None if there is no card, or it is another program's."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    made = re.search(r"(?:for|from) `(.+?)`.* made with `(.+?)`(?: in (\d+) steps)? by rlhf-core\.", text)
+    if made is None:
+        return None
+    parts = dict(re.findall(r"^## (.+?)\n\n(.*?)(?=\n\n## |\Z)", text, re.MULTILINE | re.DOTALL))
+    rows = re.findall(r"^\| (\S+) \| (\S+) \|$", parts.get("Evaluation", ""), re.MULTILINE)
+    evaluation = {name: float(value) for name, value in rows if name != "metric"}
+    card = Card(base=made[1], algorithm=made[2], steps=int(made[3] or 0), data=parts.get("Data", ""))
+    return replace(card, evaluation=evaluation)
 
 
 def _table(metrics: Mapping[str, float]) -> list[str]:
@@ -52,17 +72,3 @@ def _table(metrics: Mapping[str, float]) -> list[str]:
         return []
     rows = [f"| {name.removeprefix('eval/')} | {value:.4g} |" for name, value in metrics.items()]
     return ["| metric | value |", "|---|---|", *rows]
-
-
-def _loading(name: str, adapter: bool, classifier: bool) -> list[str]:
-    auto = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
-    if not adapter:
-        return [f"from transformers import {auto}, AutoTokenizer", "", f'model = {auto}.from_pretrained("this folder")']
-    labels = ", num_labels=1" if classifier else ""
-    return [
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
-        "",
-        f'base = {auto}.from_pretrained("{name}"{labels})',
-        'model = PeftModel.from_pretrained(base, "this folder")',
-    ]

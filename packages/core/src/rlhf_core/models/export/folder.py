@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.lazy import torch
 from rlhf_core.models.export.card import Card
+from rlhf_core.models.export.precision import cast_weights, write_dtype
 from rlhf_core.models.loading.load import load_model
 from rlhf_core.models.loading.names import find
 from rlhf_core.models.loading.transformers_calls import no_progress_bars
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.models.module import RoleModule
 
-__all__ = ["export", "padding_like"]
+__all__ = ["export", "padding_like", "write_folder"]
 
 SHARD = "5GB"
 """Largest weights file: what the hub and slow disks take without trouble."""
@@ -39,6 +41,7 @@ def export(
     state: Mapping[str, Tensor] | None = None,
     own: Mapping[str, Tensor] | None = None,
     shard: str = SHARD,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `folder`, replacing it only when everything is on the disk.
 
@@ -51,30 +54,64 @@ def export(
         state: the model's tensors by their Hugging Face names where a strategy gathered them; the module's own otherwise.
         own: what `RoleModule.own_weights` gives, likewise.
         shard: largest weights file.
+        dtype: of the model's weights; adapters and heads beside the model stay as they are.
     """
+    state = dict(module.hf_weights()) if state is None and module.adapters is None else state or {}
+    own = module.own_weights() if own is None else own
+    with fresh_folder(Path(folder)) as target:
+        place = _place_of(base, Path(folder))
+        write_folder(module, tokenizer, target, base=place, state=state, own=own, shard=shard, dtype=dtype)
+        if module.adapters is not None and find(base).kind == "tiny":
+            _save_tiny(base, target / "base")
+        card = Card(base, algorithm).text(type(module.model).__name__, module.adapters is not None, _scores(module))
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_folder(
+    module: RoleModule,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    *,
+    base: str,
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    shard: str = SHARD,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write all of `export`'s folder but the card into the empty folder `target`; the arguments are its."""
     from safetensors.torch import save_file
 
     from rlhf_core.models.heads.modules import HEADS_FILE
 
     model, adapters = module.model, module.adapters
-    own = module.own_weights() if own is None else own
-    with fresh_folder(Path(folder)) as target, no_progress_bars():
+    with no_progress_bars():
         if adapters is not None:
             adapters.save(target, base, _inside(own, "model."))
             if model.can_generate():
                 model.generation_config.save_pretrained(target)  # its end tokens, for whoever merges
-            if find(base).kind == "tiny":
-                _save_tiny(base, target / "base")
         else:
-            model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size=shard)
+            weights, dtype = cast_weights(state, dtype)
+            model.save_pretrained(target, state_dict=weights, max_shard_size=shard)
+            write_dtype(target / "config.json", dtype)
         if heads := _inside(own, "heads."):
             save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
         if module.vision is not None:
             module.vision.reader.save(target)
         else:
             padding_like(model, tokenizer).save_pretrained(target)
-        card = Card(base, algorithm).text(type(model).__name__, adapters is not None, hasattr(model, "score"))
-        (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _place_of(base: str, folder: Path) -> str:
+    """Return where plain transformers finds the base of the adapters in `folder`; a model in a package keeps its name."""
+    if find(base).kind == "tiny":
+        return str(folder.resolve() / "base")
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.exists() else base
+
+
+def _scores(module: RoleModule) -> bool:
+    """Return True if the model is a sequence classifier."""
+    return hasattr(module.model, "score")
 
 
 def padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

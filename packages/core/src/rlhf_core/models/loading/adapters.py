@@ -23,13 +23,15 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def read_base_model(folder: Path) -> str:
-    """The model that the adapter in `folder` belongs to.
+    """The model that the adapter in `folder` belongs to: the one in its folder `base`, if it has one, else what it names.
 
     Raises:
         UsageError: it names none, or its weights are not in safetensors format.
     """
     if not (folder / WEIGHTS).is_file():
         raise UsageError(f"{folder} is an adapter without {WEIGHTS}; pickled weights can run code and are not loaded")
+    if (folder / "base" / "config.json").is_file():
+        return str(folder / "base")
     base = _config(folder).get("base_model_name_or_path")
     if not base:
         raise UsageError(f"{folder}/adapter_config.json names no base_model_name_or_path; write there what it adapts")

@@ -1,7 +1,7 @@
 """Loading models by name, with one line for each thing that can be wrong with a name.
 
-Trained models are always float32, the master weights; their strategy computes in `options.dtype` by autocast. Frozen
-models are loaded in `options.dtype`. Weights are read from safetensors or GGUF only, and code that comes with a model is
+Trained models are always float32, the master weights; their strategy computes in the role's dtype by autocast. Frozen
+models are loaded in that dtype. Weights are read from safetensors or GGUF only, and code that comes with a model is
 not run unless asked for. torch and transformers are imported when something is loaded, not before.
 
 An adapter, in a folder or on the hub, is its base with the adapter merged (`models.loading.adapters`).
@@ -22,6 +22,7 @@ from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
 from rlhf_core.models.loading.architecture import choose_attention, name_body, report_attention
 from rlhf_core.models.loading.foreign import foreign_head
+from rlhf_core.models.loading.generation import repair_generation
 from rlhf_core.models.loading.hub import find_companion_file, resolve_name
 from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.optional_imports import quiet_bitsandbytes
@@ -135,6 +136,7 @@ def _from_pretrained(
         )
     report_attention(name, model, options)
     name_body(model)
+    repair_generation(name, model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
@@ -167,7 +169,7 @@ def _quantization(options: ModelOptions) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quantize,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, options.dtype),
+        bnb_4bit_compute_dtype=getattr(torch, options.compute_dtype),
     )
     return {"quantization_config": config, "device_map": {"": _device()}}
 
@@ -190,7 +192,7 @@ def _base(source: Source, options: ModelOptions) -> str:
 
 
 def _dtype(options: ModelOptions, trained: bool) -> torch.dtype:
-    dtype: torch.dtype = torch.float32 if trained else getattr(torch, options.dtype)
+    dtype: torch.dtype = torch.float32 if trained else getattr(torch, options.compute_dtype)
     return dtype
 
 
