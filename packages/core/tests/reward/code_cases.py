@@ -20,7 +20,7 @@ def read_cases(name: str) -> dict[str, tuple[str, str]]:
 
 
 def judge(
-    cases: Mapping[str, tuple[str, str]], layers: tuple[str, ...] = LAYERS, seconds: float = 20
+    cases: Mapping[str, tuple[str, str]], layers: tuple[str, ...] = LAYERS, seconds: float = 120
 ) -> dict[str, list[bool]]:
     """Return which tests pass in each case."""
     reward = Code(timeout=seconds, memory=512, confine=False)
@@ -29,6 +29,6 @@ def judge(
         return dict(zip(cases, results))
 
 
-def winners(cases: Mapping[str, tuple[str, str]], layers: tuple[str, ...] = LAYERS, seconds: float = 20) -> list[str]:
+def winners(cases: Mapping[str, tuple[str, str]], layers: tuple[str, ...] = LAYERS, seconds: float = 120) -> list[str]:
     """Return the cases in which a test passes."""
     return [name for name, results in judge(cases, layers, seconds).items() if any(results)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ DATA = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(DATA)
 def test_values_arrive_as_they_were(value: Any) -> None:
     def refuse(_: Any) -> Any:
@@ -124,3 +125,62 @@ def test_values_arrive_as_they_were(value: Any) -> None:
     if isinstance(value, (list, dict, set)):
         assert arrived[0] is arrived[1]
         assert len(one.containers) == len(other.containers)
+
+
+KINDS = (
+    "list set deque bytearray dict OrderedDict Counter defaultdict tuple frozenset bytes same int float complex range"
+)
+FORMS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.text(max_size=3)
+    | st.sampled_from(["eval", "type", "int", "os"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.builds(
+            lambda kind, rest: [kind, *rest],
+            st.sampled_from([*KINDS.split(), "type", "text", "named", "object", "exception"]),
+            st.lists(inner, max_size=4),
+        )
+    ),
+    max_leaves=12,
+)
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    bytearray,
+    range,
+    type(None),
+    type(...),
+    type,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(FORMS)
+def test_a_forged_form_is_data_or_an_error(form: Any) -> None:
+    class Handle:
+        """What stands for an object of the program."""
+
+    message = Message(lambda _: None, lambda _: Handle())
+    try:
+        value = message.decode(form)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return
+    reached, todo = [], [value]
+    while todo:
+        item = todo.pop()
+        assert isinstance(item, (*PLAIN, deque, Handle))
+        if isinstance(item, (list, tuple, set, frozenset, deque, dict)) and not any(item is each for each in reached):
+            reached.append(item)
+            todo += [*item, *item.values()] if isinstance(item, dict) else item
