@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from code_cases import judge, read_cases
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.errors import DataError
@@ -168,6 +168,9 @@ PLAIN = (
 
 @settings(max_examples=150, deadline=None)
 @given(FORMS)
+@example(["type", "eval"])
+@example(["list", [["same", 0]]])
+@example(["named", "A", ["count"], [["object", 0]]])
 def test_a_forged_form_is_data_or_an_error(form: Any) -> None:
     class Handle:
         """What stands for an object of the program."""
