@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 from rlhf_core.reward.code import Code
 from rlhf_core.reward.code_labels import parse_label
@@ -17,6 +20,16 @@ def read_cases(name: str) -> dict[str, tuple[str, str]]:
     text = (Path(__file__).parent / "code_cases" / f"{name}.txt").read_text("utf-8")
     cases = [part.partition("\n") for part in text.split("\n==== ")[1:]]
     return {title: (case.split("\n----\n")[0], case.split("\n----\n")[1]) for title, _, case in cases}
+
+
+@cache
+def skip_unless_confined() -> None:
+    """Skip a test on a machine whose kernel does not confine programs in all ways."""
+    job = {"kind": "tests", "program": "", "seconds": 60, "memory": 1 << 29, "layers": LAYERS}
+    with SandboxServer() as server:
+        missing = server.ask(job, {"tests": ["pass"], "under_test": []})["open"]
+    if missing:
+        pytest.skip(f"this machine does not keep programs from {', '.join(missing)}")
 
 
 def judge(

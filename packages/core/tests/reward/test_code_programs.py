@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 import pytest
-from code_cases import judge, read_cases
+from code_cases import judge, read_cases, skip_unless_confined
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ from rlhf_core.reward.sandbox.wire import Message
 
 
 def test_honest_programs_pass() -> None:
+    skip_unless_confined()
     assert {name: results for name, results in judge(read_cases("honest")).items() if not all(results)} == {}
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from rlhf_core.reward.sandbox.landlock import restrict_files
 from rlhf_core.reward.sandbox.syscalls import restrict_syscalls
 
-__all__ = ["LAYERS", "OPTIONAL", "Limits", "become_nobody", "confine", "end_with_parent", "isolate"]
+__all__ = ["LAYERS", "OPTIONAL", "Limits", "become_nobody", "confine", "count_as_nobody", "end_with_parent", "isolate"]
 
 LAYERS = ("namespaces", "landlock", "seccomp")
 OPTIONAL = "starting many threads"
@@ -77,9 +77,15 @@ def become_nobody() -> None:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
-            libc.prctl(
-                PR_SET_DUMPABLE, 1, 0, 0, 0
-            )  # or its files in /proc stay root's, and `isolate` cannot write them
+            # Or its files in /proc stay root's, and `isolate` cannot write them.
+            libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def count_as_nobody() -> None:
+    """Let the kernel count root's processes and threads as nobody's: root has no limit of them. Files are root's still."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):
+            os.setresuid(NOBODY, 0, 0)
 
 
 def end_with_parent() -> None:
@@ -115,15 +121,14 @@ def confine(limits: Limits, isolated: bool, layers: Collection[str]) -> list[str
     landlock = "landlock" in layers and restrict_files({*LIBRARIES, *python_paths()}, folder)
     _drop_capabilities()
     seccomp = "seccomp" in layers and restrict_syscalls()
-    root = os.geteuid() == 0  # the kernel does not count root's processes
     threads = THREADS if isolated else resource.RLIM_INFINITY  # counted for each user, apart in each user namespace
     _set_limits(limits, threads if seccomp else 0, FOLDER_BYTES if folder else 0)
     return [
         *(["files outside its folder"] if not landlock else []),
         *(["the network"] if not (isolated or seccomp) else []),
         *(["signals to other processes"] if not (isolated or seccomp) else []),
-        *(["starting processes"] if not seccomp and root else []),
-        *([OPTIONAL] if seccomp and (root or not isolated) else []),
+        *(["starting processes"] if not seccomp and os.geteuid() == 0 else []),  # it can count as root again
+        *([OPTIONAL] if seccomp and (os.getuid() == 0 or not isolated) else []),
     ]
 
 

@@ -141,6 +141,7 @@ class _Keeper:
         for number in range(3):
             os.dup2(streams[number] if number < len(streams) else empty, number)
         _close_all_but({*descriptors, to_status})
+        confinement.count_as_nobody()
         isolated = "namespaces" in self.layers and confinement.isolate()
         if isolated and (inner := os.fork()):  # the first process of its namespaces
             confinement.end_with_parent()

@@ -48,6 +48,7 @@ class SandboxServer:
                     "PATH": os.defpath,
                     "HOME": "/tmp",  # noqa: S108  # the folder that it may have for itself
                     "LANG": "C.UTF-8",
+                    "MALLOC_ARENA_MAX": "1",  # address space, which is limited, is not reserved for each thread
                     "OMP_NUM_THREADS": "1",
                     "OPENBLAS_NUM_THREADS": "1",
                     "PYTHONHASHSEED": "0",  # the same program gives the same answer
