@@ -85,7 +85,7 @@ FOREIGN = {
     "core/plugins/hook_checks": {"__code__": "a function of Python"},
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
-    "core/rollout/hf": {"max_position_embeddings": "a config of transformers"},
+    "core/models/loading/limits": {"max_position_embeddings": "a config of transformers"},
     "distributed-ray/group": {"cause": "an error of Ray"},
     "strategy-deepspeed/engine": {
         "ds_id": "a parameter of DeepSpeed",

@@ -42,7 +42,7 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     longest = max(map(len, engine.probe.token_ids))
     room = max(1, min(TOKENS, engine.window - longest))
     sampling = Sampling(n=1, max_new_tokens=room, temperature=role.spec.temperature)
-    rollouts = engine.sample(engine.probe, sampling)
+    rollouts = engine.sample(engine.probe, sampling, whole_head=True)
     trainer_NT = role.infer(rollouts, LOGPROBS)["logprobs_NT"]
     apart = (rollouts["sampler_logprobs_NT"] - trainer_NT)[rollouts.mask_NT].abs()
     mean, largest = float(apart.mean()), float(apart.max())

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ CPU_CACHE_GIB = 4.0
 
 TEMPERATURE_LEAST = 0.01  # below it vLLM silently takes this one, but for 0
 
+NEVER = -100.0  # the lowest bias on a logit that vLLM takes: e^-100 is never drawn
+
 TOP_P_LEAST = 1e-6  # vLLM wants a number above 0; the most likely token is kept whatever it is
 
 
@@ -51,6 +53,7 @@ class Engine:
 
     def __init__(self, options: VLLMOptions, role: Role) -> None:
         from rlhf_core.models.loading.end_tokens import end_ids
+        from rlhf_core.models.loading.limits import lacking_ids
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.vllm = import_vllm()
@@ -61,11 +64,15 @@ class Engine:
         self.updates = 0
         self.tokenizer = load_tokenizer(role.spec.options.model, role.spec.options)
         self.ends = end_ids(role.spec, self.tokenizer)
+        self.lacking: tuple[int, ...] = ()
+        """ids of the head that the tokenizer has no token for"""
         self._asleep = False
         _groups.prepare()
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
         _groups.acquire()
+        width = self.llm.llm_engine.model_config.get_vocab_size()
+        self.lacking = lacking_ids(self.tokenizer, width)
 
     def _open(self, model: str, trust_remote_code: bool) -> Any:
         """vLLM's engine, its weights still arbitrary.
@@ -122,8 +129,10 @@ class Engine:
         """Tokens that a prompt and its completion have together, at most."""
         return int(self.llm.llm_engine.model_config.max_model_len)
 
-    def sample(self, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """`sampling.n` completions of each prompt, each with a seed of its own.
+    def sample(self, prompts: Prompts, sampling: Sampling, whole_head: bool = False) -> Rollouts:
+        """`sampling.n` completions of each prompt, each with a seed of its own; from ids that the tokenizer has.
+
+        With `whole_head` from all ids, with the probabilities that the role has.
 
         Raises:
             UsageError: a prompt is too long, or the temperature too low.
@@ -147,7 +156,7 @@ class Engine:
             )
         asked = [{"prompt_token_ids": ids} for ids in prompts.token_ids for _ in range(sampling.n)]
         how = [
-            self._params(sampling, sampling.seed_for(uid, k), limit)
+            self._params(sampling, sampling.seed_for(uid, k), limit, () if whole_head else self.lacking)
             for uid, limit in zip(prompts.uids, limits, strict=True)
             for k in range(sampling.n)
         ]
@@ -164,7 +173,7 @@ class Engine:
             per_token={"sampler_logprobs_NT": [each.logprobs.logprobs for each in completions]},
         )
 
-    def _params(self, sampling: Sampling, seed: int, max_tokens: int) -> Any:
+    def _params(self, sampling: Sampling, seed: int, max_tokens: int, lacking: Sequence[int]) -> Any:
         """One completion's sampling parameters; never shared. It ends with the run's end tokens and with no other."""
         return self.vllm.SamplingParams(
             temperature=sampling.temperature,
@@ -175,6 +184,7 @@ class Engine:
             stop=list(sampling.stop),
             stop_token_ids=list(self.ends),
             ignore_eos=True,  # vLLM's own idea of it
+            logit_bias=dict.fromkeys(lacking, NEVER) or None,
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),  # only to find stop strings
             seed=seed,

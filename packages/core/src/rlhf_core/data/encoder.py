@@ -66,6 +66,10 @@ class Encoder:
 
     ends: tuple[int, ...]
     """ids of the tokens that end a completion (`models.loading.end_tokens`)"""
+    positions: int | None = None
+    """tokens of prompt and completion that every role has positions for; None knows no limit"""
+    new_tokens: int = 1
+    """tokens that a prompt without completions leaves room for"""
     dropped: int
     """rows left out so far"""
     truncated: int
@@ -304,8 +308,8 @@ class Encoder:
 
     def truncate(self, row: TokenizedRow) -> TokenizedRow | None:
         """The row within its limits, or None to drop it."""
-        limit, budget = self.max_prompt_tokens, self.encoding.max_tokens
         longest = max((len(side.ids) for side in row.completions), default=0)
+        limit, budget = self._limits(answered=longest > 0)
         if len(row.ids) <= limit and (not longest or len(row.ids) + longest <= budget):
             return row
         if self.encoding.too_long == "drop":
@@ -324,6 +328,13 @@ class Encoder:
         text = row.text if ids == row.ids else str(self.tokenizer.decode(ids))
         return replace(row, text=text, ids=ids, completions=sides, cut=True)
 
+    def _limits(self, answered: bool) -> tuple[int, int]:
+        """How many tokens a prompt may have, and a prompt with its completion."""
+        limit, budget = self.max_prompt_tokens, self.encoding.max_tokens
+        if self.positions is None:
+            return limit, budget
+        return min(limit, self.positions - (1 if answered else self.new_tokens)), min(budget, self.positions)
+
     def _select(self, rows: Sequence[TokenizedRow]) -> tuple[list[TokenizedRow], list[int]]:
         """The rows that can be used, shortened where that was chosen, and their positions. Counts the others."""
         short = [(self.truncate(row), i) for i, row in enumerate(rows)]
@@ -331,9 +342,10 @@ class Encoder:
         self.dropped += len(rows) - len(kept)
         self.truncated += sum(row.cut for row, _ in kept)
         if not kept:
+            limit, budget = self._limits(answered=bool(rows and rows[0].completions))
             raise UsageError(
-                f"all {len(rows)} rows of a batch are too long, for {self.max_prompt_tokens} tokens of a prompt and "
-                f"{self.encoding.max_tokens} in all: {LIMITS_ADVICE}"
+                f"all {len(rows)} rows of a batch are too long, for {limit} tokens of a prompt and "
+                f"{budget} in all: {LIMITS_ADVICE}"
             )
         return [row for row, _ in kept], [i for _, i in kept]
 

@@ -71,6 +71,7 @@ class RewardModelEngine:
     def __init__(self, reward: RewardModel) -> None:
         from rlhf_core.contract.plan import RoleSpec
         from rlhf_core.models.build import build_module
+        from rlhf_core.models.loading.limits import most_positions
         from rlhf_core.models.loading.tokenizer import load_tokenizer
 
         self.reward = reward
@@ -83,6 +84,7 @@ class RewardModelEngine:
         tokenizer = load_tokenizer(reward.model, options)
         self.module: Any = build_module(RoleSpec("reward", options, frozenset({"scores_N"})))
         self.encoder = Encoder(tokenizer, reward.encoding.max_tokens, reward.encoding)
+        self.encoder.positions = most_positions(reward.model, options)
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         scores_N, cut = self.score([_prompt(meta) for meta in rollouts.meta], rollouts.texts)

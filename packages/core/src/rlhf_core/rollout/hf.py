@@ -58,6 +58,7 @@ class HuggingFaceRollout(Rollout):
     def _sample(self, role: Any, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Sample from whole weights."""
         from rlhf_core.models.loading.end_tokens import end_ids
+        from rlhf_core.models.loading.limits import lacking_ids
         from rlhf_core.rollout.assemble import assemble, decode, pad_id
         from rlhf_core.rollout.sampler import sample
 
@@ -77,6 +78,7 @@ class HuggingFaceRollout(Rollout):
                 vision=role.module.vision,
                 images=prompts.images,
                 limits=prompts.limits,
+                lacking=lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
             )
         tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}
@@ -100,7 +102,9 @@ def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:
     """Check that the longest prompt and its completions have positions in the model."""
-    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    from rlhf_core.models.loading.limits import window_of
+
+    window = window_of(config)
     limits = prompts.limits or [sampling.max_new_tokens] * len(prompts)
     longest, room = max(zip(map(len, prompts.token_ids), limits, strict=True), key=sum)
     if window is not None and longest + room > window:

@@ -70,6 +70,7 @@ def sample(
     vision: Vision | None = None,
     images: Sequence[Images] = (),
     limits: Sequence[int] = (),
+    lacking: Sequence[int] = (),
 ) -> list[SampledCompletion]:
     """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
 
@@ -89,6 +90,7 @@ def sample(
         vision: how the model takes images, if it does.
         images: what it reads for those of each prompt; none where it reads text alone.
         limits: tokens after which the completions of each prompt are cut; none where `sampling.max_new_tokens` holds for all.
+        lacking: ids that are never drawn, since the tokenizer has no token for them. Log-probabilities are over all ids.
 
     Raises:
         RunStopped: the model's output is not finite.
@@ -108,7 +110,8 @@ def sample(
                 state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
                 most = [limits[prompt] if limits else sampling.max_new_tokens for prompt, _ in rows]
-                found.update(zip(rows, _decode(model, state, draws, most, sampling, stops, compact), strict=True))
+                decoded = _decode(model, state, draws, most, sampling, stops, compact, lacking)
+                found.update(zip(rows, decoded, strict=True))
     finally:
         if was_training:
             model.train()
@@ -241,6 +244,7 @@ def _decode(
     sampling: Sampling,
     stops: _Stops,
     compact: float,
+    lacking: Sequence[int] = (),
 ) -> list[SampledCompletion]:
     """Extend every row of `state` token by token until it ends or has its limit."""
     B, T = uniforms_BT.shape
@@ -251,9 +255,10 @@ def _decode(
     limits_B = torch.tensor(limits, device=device)
     ends_B = torch.zeros(B, dtype=torch.long, device=device)  # length of what has ended, 0 for the rest
     stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
+    lacking_L = torch.tensor(lacking, dtype=torch.long, device=device)
     row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
     for t in range(T):
-        tokens_R, logprobs_R, log_mass_R = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling)
+        tokens_R, logprobs_R, log_mass_R = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
         tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, log_mass_R
         live_R = ends_B[row_R] == 0
         stopped_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
@@ -279,8 +284,12 @@ def _decode(
     ]
 
 
-def _pick(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def _pick(
+    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The next tokens, their log-probabilities, and the log of the probability that truncation kept."""
+    if len(lacking_L):
+        return _pick_known(logits_RV, uniforms_R, sampling, lacking_L)
     if sampling.temperature == 0:
         logprobs_RV, log_mass_R = warp(logits_RV)
         tokens_R = logprobs_RV.argmax(-1)
@@ -289,6 +298,19 @@ def _pick(logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling) -> tuple[Te
         logprobs_RV, log_mass_R = warp(logits_RV, *rules)
         tokens_R = draw(logprobs_RV, uniforms_R)
     return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0], log_mass_R
+
+
+def _pick_known(
+    logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_pick` gives, from the tokens that are not lacking; the probability of those that are is the trainer's too."""
+    known_RV = logits_RV.index_fill(1, lacking_L, -torch.inf)
+    tokens_R, logprobs_R, log_mass_R = _pick(known_RV, uniforms_R, sampling, lacking_L[:0])
+    temperature = sampling.temperature or 1.0
+    log_known_R = (known_RV.float() / temperature).logsumexp(1) - (logits_RV.float() / temperature).logsumexp(1)
+    if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0):
+        return tokens_R, logprobs_R, log_mass_R + log_known_R
+    return tokens_R, logprobs_R + log_known_R, log_mass_R
 
 
 class _Stops:

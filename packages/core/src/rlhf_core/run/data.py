@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.engines import Stateful
 from rlhf_core.contract.plan import DATA
 from rlhf_core.data.shuffling import SHUFFLED
-from rlhf_core.errors import ContractError, UsageError, options_under
+from rlhf_core.errors import ContractError, UsageError, options_under, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -44,20 +44,43 @@ class RunData:
         listed = listed_ends(spec.options.model, spec.options)
         encoder = Encoder.for_data(config.providers["data"], tokenizer, config.max_prompt_tokens, reader, listed)
         report_ends(tokenizer, encoder.ends, listed)
+        self._hold_to_positions(encoder)
         return encoder
+
+    def _hold_to_positions(self, encoder: Encoder) -> None:
+        """Let rows be no longer than what every role that reads them has positions for.
+
+        Raises:
+            UsageError: completions leave no room for a prompt.
+        """
+        from rlhf_core.models.loading.limits import most_positions
+
+        readers = [spec for spec in self.plan.roles.values() if spec.reads]
+        known = [found for spec in readers if (found := most_positions(spec.options.model, spec.options)) is not None]
+        if not known:
+            return
+        encoder.positions = min(known)
+        encoder.new_tokens = self.plan.config.sampling.max_new_tokens if any(spec.sampled for spec in readers) else 1
+        if encoder.new_tokens >= encoder.positions:
+            raise UsageError(
+                f"{run_option('sampling.max_new_tokens')} {encoder.new_tokens} leaves no prompt in the {encoder.positions} "
+                "positions of the model: lower it"
+            )
 
     def encoder_of(self, role: str) -> Encoder:
         """Return the encoder of a role that reads texts, with its own tokenizer; what is too long is cut."""
         if role not in self._encoders:
             from rlhf_core.data.encoder import Encoder, Encoding
             from rlhf_core.models.loading.end_tokens import listed_ends
+            from rlhf_core.models.loading.limits import most_positions
             from rlhf_core.models.loading.tokenizer import load_tokenizer
 
             options, encoding = self.plan.roles[role].options, Encoding(too_long="truncate")
             tokenizer = load_tokenizer(options.model, options)
-            self._encoders[role] = Encoder(
+            self._encoders[role] = encoder = Encoder(
                 tokenizer, encoding.max_tokens, encoding, listed_ends=listed_ends(options.model, options)
             )
+            encoder.positions = most_positions(options.model, options)
         return self._encoders[role]
 
     @cached_property
