@@ -117,7 +117,7 @@ def test_float16_is_refused_in_one_line(tmp_path: Path) -> None:
 
     actor = TrainedOptions(model="tiny", dtype="float16")
     config: RunConfig = make_config(
-        "grpo", actor=actor, reward="length", strategy=FSDP2(), output=str(tmp_path), steps=1
+        "grpo", model="tiny", actor=actor, reward="length", strategy=FSDP2(), output=str(tmp_path), steps=1
     )
     with pytest.raises(UsageError, match="does not train in float16: use bfloat16 or float32"):
         Run(config).train()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf_core import Run, UsageError, make_config
+from rlhf_core.cli import main
 from rlhf_core.config.builder import parse, to_toml
 from rlhf_core.plugins.registry import Registry
 
@@ -164,3 +165,10 @@ def test_what_cannot_be_counted_is_one_line_before_a_model_is_loaded(rows: str, 
 def test_updates_of_a_batch_are_not_epochs_of_the_data(rows: str, tmp_path: Path) -> None:
     once, twice = (sft(rows, tmp_path / str(n), steps=2, update_epochs=n) for n in (1, 2))
     assert drawn(once) == drawn(twice)
+
+
+def test_a_forgotten_model_is_one_line(rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["sft", "--data", "json", "--data.path", rows], ["generate"], ["grpo", "--reward", "length"]):
+        assert main([*words, "--output", str(tmp_path / "no")]) == 2
+        line = "no model is given: pass --model NAME (a hub name, folder or GGUF file), or --model tiny to try"
+        assert capsys.readouterr().err == f"rlhf-run: {line}\n"

@@ -256,7 +256,7 @@ def test_rows_without_a_rejected_completion_are_found_among_preferences_too(batc
 def test_penalty_and_entropy_are_averaged_as_the_objective_is(name, per_completion, per_token):
     """Completions of 1 and 99 tokens. DeepSeekMath, eq. 3: the KL is inside the mean over a completion's tokens."""
     algorithm = replace(resolve("algorithm", name), kl=KL(coef=0.3, estimator="k3", where="loss"), entropy=0.1)
-    _, penalty, bonus = make_plan(make_config(algorithm, sampling={"n": 2, "max_new_tokens": 128})).terms
+    _, penalty, bonus = make_plan(make_config(algorithm, model="tiny", sampling={"n": 2, "max_new_tokens": 128})).terms
     batch = make_batch([1, 99])
     batch.step = StepInfo(kl_coef=0.3)
     now_NT, ref_NT, entropy_NT = torch.rand(3, 2, 99, generator=torch.Generator().manual_seed(0))
@@ -280,12 +280,15 @@ def test_penalty_and_entropy_are_averaged_as_the_objective_is(name, per_completi
 def test_the_data_s_completions_are_not_learned_at_the_temperature_that_samples():
     ppo = resolve("algorithm", "ppo", ptx=1.0)
     for temperature in (0.0, 1.0):  # greedy log-probabilities are those at 1
-        assert make_plan(make_config(ppo, sampling={"temperature": temperature})).roles["actor"].temperature == 1.0
+        assert (
+            make_plan(make_config(ppo, model="tiny", sampling={"temperature": temperature})).roles["actor"].temperature
+            == 1.0
+        )
     with pytest.raises(
         UsageError,
         match=r"^the actor learns samples at sampling.temperature 0.5, and the data's completions at 1",
     ):
-        make_plan(make_config(ppo, sampling={"temperature": 0.5}))
+        make_plan(make_config(ppo, model="tiny", sampling={"temperature": 0.5}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

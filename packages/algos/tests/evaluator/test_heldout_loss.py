@@ -126,7 +126,7 @@ def test_it_is_the_loss_of_a_training_step_on_the_same_rows(
         {"advantage": {"use": "kto", "z": "other"}} if algorithm == "kto" else {}
     )  # z of the paper depends on the order
     run = run_of(algorithm, (files[1], files[1]), tmp_path / "run", 0.0, steps=1, batch_size=5, **own)
-    trained = run.train()
+    trained = run.train().metrics
     role = run.plan.policy
     for _, metrics in run.evaluations:
         assert metrics["eval/heldout/loss"] == pytest.approx(trained[f"loss/{role}"], rel=2e-5, abs=1e-6)

@@ -206,7 +206,7 @@ class Elsewhere(Launcher):
 
 
 def test_roles_in_different_processes_cannot_be_compared(tmp_path: Path) -> None:
-    config = make_config("distill", data=rows(tmp_path))
+    config = make_config("distill", model="tiny", data=rows(tmp_path))
     with pytest.raises(
         UsageError, match=r"DistillLoss compares whole distributions of actor and teacher, .* use launcher.*local"
     ):

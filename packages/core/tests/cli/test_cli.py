@@ -71,7 +71,7 @@ class Online(Algorithm):
     clip: float = 0.2
     """where the ratio is cut"""
 
-    defaults: ClassVar[Mapping[str, str]] = {"data": "rows", "reward": "brevity", "rollout": "rows"}
+    defaults: ClassVar[Mapping[str, str]] = {"data": "table", "reward": "brevity", "rollout": "rows"}
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(optim=AdamW(lr=3e-5)), "reference": ModelOptions()}
     config_defaults: ClassVar[Mapping[str, Any]] = {"sampling": Sampling(n=6)}
 
@@ -81,7 +81,7 @@ class Online(Algorithm):
 
 @hookimpl
 def rlhf_data():
-    return {"rows": Rows}
+    return {"table": Rows}
 
 
 @hookimpl
@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_says_so_and_exits_with_its_code(
 ) -> None:
     monkeypatch.setattr("rlhf_core.run.run.Run", FakeRun)
     monkeypatch.setattr(FakeRun, "outcome", outcome)
-    assert main("-p cli_fakes online --data.path x --rollout.path y".split()) == code
+    assert main("-p cli_fakes online --model tiny --data.path x --rollout.path y".split()) == code
     assert capsys.readouterr().err == line
 
 
@@ -175,7 +175,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_core.run.run.Run", FakeRun)
     monkeypatch.setattr(FakeRun, "outcome", ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
-        main("-p cli_fakes online --data.path x --rollout.path y".split())
+        main("-p cli_fakes online --model tiny --data.path x --rollout.path y".split())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_the_overview_lists_algorithms_commands_and_the_fixed_flags(words: list[
 def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(say: Callable[..., str]) -> None:
     text = " ".join(say("online", "--help").split())
     assert "Samples and learns. As the paper says." in text
-    assert re.search(r"--data rows [\w, ]*\bjson, prompts\b[\w, ]*\brows --", text), "the choices of a kind"
+    assert re.search(r"--data table [\w, ]*\bjson, prompts\b[\w, ]*\btable --", text), "the choices of a kind"
     assert "--data.path STR where the rows are (required)" in text
     assert "--reward.limit INT characters at which the reward reaches zero (default: 400)" in text
     assert "--algorithm.clip FLOAT where the ratio is cut (default: 0.2)" in text
@@ -255,14 +255,14 @@ def test_plugins_as_json_with_conflicts_and_broken_ones(say: Callable[..., str])
     listing = json.loads(say("-p", "cli_twin", "plugins", "--json"))
     assert {
         "kind": "data",
-        "name": "rows",
+        "name": "table",
         "distribution": "(local)",
         "version": "",
         "description": "Rows of nothing",
     } in (listing["providers"])
     assert {entry["distribution"] for entry in listing["conflicts"][0]} == {"(local)"}
     assert listing["broken"] == []
-    assert "conflict: data 'rows' is provided by" in say("-p", "cli_twin", "plugins")
+    assert "conflict: data 'table' is provided by" in say("-p", "cli_twin", "plugins")
 
 
 def test_a_blocked_plugin_is_not_listed(say: Callable[..., str]) -> None:

@@ -92,7 +92,7 @@ class Online(Algorithm):
 
     kl: KL | None = KL()
     """the leash"""
-    defaults: ClassVar[Mapping[str, str]] = {"data": "rows", "reward": "brevity", "rollout": "bare"}
+    defaults: ClassVar[Mapping[str, str]] = {"data": "table", "reward": "brevity", "rollout": "bare"}
     roles: ClassVar[Mapping[str, Any]] = {"actor": TrainedOptions(), "reference": ModelOptions()}
 
     def __call__(self, choices):
@@ -112,7 +112,7 @@ class Offline(Algorithm):
 
 @hookimpl
 def rlhf_data():
-    return {"rows": Rows, "bare": BareData}
+    return {"table": Rows, "bare": BareData}
 
 
 @hookimpl
@@ -166,10 +166,8 @@ FLAGS = {
     "online --reward.zzz 3": "unknown flag --reward.zzz; reward 'brevity' has the options limit, unit, shape, weights, key",
     "online --rollout.n 3": "unknown flag --rollout.n; rollout 'bare' has no options",
     "online --rewrd brevity": "unknown flag --rewrd; did you mean --reward?",
-    "online --stepz 3": "unknown flag --stepz; did you mean --steps INT, optimiser phases: each collects a batch and "
-    "trains on it (default: 100)?",
-    "online --step 3": "unknown flag --step; did you mean --steps INT, optimiser phases: each collects a batch and trains "
-    "on it (default: 100)?",
+    "online --stepz 3": "unknown flag --stepz; did you mean --steps INT, training steps; each uses one batch (default: 100)?",
+    "online --step 3": "unknown flag --step; did you mean --steps INT, training steps; each uses one batch (default: 100)?",
     "online --lr 3": "unknown flag --lr; did you mean --actor.optim.lr FLOAT, peak learning rate (default: 1e-06)?",
     "online --confg x": "unknown flag --confg; did you mean --config?",
     "online --zzz 3": "unknown flag --zzz; see rlhf-run online --help",
@@ -183,7 +181,7 @@ FLAGS = {
     "online --steps many": "--steps expects INT, not 'many'",
     "online --steps 3 4": "--steps expects INT, not '3 4'",
     "online --steps 1.5": "--steps expects INT, not '1.5'",
-    "online --resume maybe": "--resume expects True|False, not 'maybe'",
+    "online --resume maybe": "--resume expects True|False|{auto}, not 'maybe'",
     "online --actor.optim.lr high": "--actor.optim.lr expects FLOAT, not 'high'",
     "online --reward.unit lines": "--reward.unit expects {words,letters}, not 'lines'",
     "online --reward.shape 1": "--reward.shape expects INT INT, not '1'",
@@ -193,7 +191,7 @@ FLAGS = {
     "online --data.path x --sampling.top-p 1.5": "--sampling.top-p must be at most 1, not 1.5",
     "online --data.path x --reward.limit 0": "reward 'brevity': limit must be positive, not 0",
     "online --data.path x --actor.optim.lr nan": "--actor.optim.lr must be at least 0, not nan",
-    "online": "data 'rows' needs --data.path STR, where the rows are",
+    "online": "data 'table' needs --data.path STR, where the rows are",
     # -p
     "-p": "-p takes a plugin to load, or no:NAME to block one",
     "-p no:core online": "-p no:core: the plugin 'core' cannot be blocked",
@@ -214,7 +212,8 @@ FLAGS = {
     "new-plugin Big": "new-plugin Big: a name is small letters, digits and dashes, such as brevity",
     "new-plugin brevity": "new-plugin brevity: (local) already provides the reward 'brevity'",
     "new-plugin here": "new-plugin here: the folder rlhf-here exists already",
-    "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run), GGUF file, or `tiny`: rlhf-run chat MODEL",
+    "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`: "
+    "rlhf-run chat MODEL",
     "chat tiny --temperature -1": "--temperature must be at least 0, not -1.0",
     "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, answer only this and end "
     "(default: empty)?",
@@ -225,8 +224,8 @@ FILES = {
     "algorithm = 3": "run.toml: algorithm must be a name, or a table with a name as `use`, not 3",
     "algorithm.use = 3": "run.toml: algorithm must be a name, or a table with a name as `use`, not 3",
     'algorithm = "onlin"': "no algorithm is called 'onlin' (did you mean 'online'?); installed: offline, online",
-    'algorithm = "online"\nstepz = 3': "run.toml: unknown option 'stepz'; did you mean steps INT, optimiser phases: each "
-    "collects a batch and trains on it (default: 100)?",
+    'algorithm = "online"\nstepz = 3': "run.toml: unknown option 'stepz'; did you mean steps INT, training "
+    "steps; each uses one batch (default: 100)?",
     'algorithm = "online"\nsteps = "3"': "run.toml: steps must be INT, not '3'",
     'algorithm = "online"\nsteps = true': "run.toml: steps must be INT, not True",
     'algorithm = "online"\nreward.limt = 3': "run.toml: unknown option 'reward.limt'; did you mean "

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_core.cli import main
 
-SMALL = ["--prompts", "4", "--sampling.n", "2", "--sampling.max-new-tokens", "3"]
+SMALL = ["--model", "tiny", "--prompts", "4", "--sampling.n", "2", "--sampling.max-new-tokens", "3"]
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -48,13 +48,25 @@ def test_a_file_that_other_options_made_is_not_taken_for_this_ones(
 ) -> None:
     """Else another model's completions, or another reward's numbers, would pass for those that were asked for."""
     file = str(tmp_path / "new" / "a.jsonl")  # the folder is made
-    one = ["generate", "--prompts", "1", "--sampling.n", "1", "--sampling.max-new-tokens", "2", "--output", file]
+    one = [
+        "generate",
+        "--model",
+        "tiny",
+        "--prompts",
+        "1",
+        "--sampling.n",
+        "1",
+        "--sampling.max-new-tokens",
+        "2",
+        "--output",
+        file,
+    ]
     assert main(one) == 0
     for option, value in (("seed", "1"), ("model", "tiny:layers=1"), ("sampling.temperature", "0.5")):
         assert main([*one, f"--{option}", value]) == 2
         assert f"a.jsonl was begun with another --{option.partition('.')[0]}; name" in capsys.readouterr().err
     free = ["--batch-size", "1", "--data.workers", "0", "--actor.packing", "False"]
-    assert main([*one[:2], "2", *one[3:], *free]) == 0, "more rows, and what changes no result"
+    assert main([*one[:4], "2", *one[5:], *free]) == 0, "more rows, and what changes no result"
     assert main(["score", file, "--reward", "length"]) == 0
     assert main(["score", file, "--reward", "length", "--reward.target", "9"]) == 2
     assert "a.scored.jsonl was begun with another --reward" in capsys.readouterr().err

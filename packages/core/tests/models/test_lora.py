@@ -230,7 +230,7 @@ def placed(reference: ModelOptions | None = None, **options: Any) -> tuple[Local
     """An adapted actor and its reference, as the launcher of one process places them."""
     chosen = {"lora": Lora(rank=4), "optim": AdamW(lr=1e-2), **options}
     roles = {"actor": TrainedOptions(**chosen), "reference": reference or ModelOptions()}
-    config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles)  # type: ignore[arg-type]
+    config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles, model="tiny")  # type: ignore[arg-type]
     local: Any = Local()(make_plan(config)).roles
     disturbed(local["actor"].module)
     return local["actor"], local["reference"]
@@ -283,7 +283,7 @@ def test_a_dtype_of_the_run_is_that_of_all_roles_and_the_base_stays_shared(
 
 def test_without_adapters_nothing_is_shared() -> None:
     roles = {"actor": TrainedOptions(), "reference": ModelOptions()}
-    plan = make_plan(RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles))  # type: ignore[arg-type]
+    plan = make_plan(RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles, model="tiny"))  # type: ignore[arg-type]
     assert plan.base_owner("reference") == ""
 
 

@@ -54,7 +54,7 @@ def role(strategy: Any = None, micro_tokens: int = 8192, **options: Any) -> Loca
     """An actor in this process."""
     roles = {"actor": TrainedOptions(**{"model": "tiny", "optim": AdamW(lr=1e-2), **options})}
     providers = {"strategy": strategy or TorchStrategy(device="cpu")}
-    config = RunConfig(Once(), providers, {}, roles, micro_tokens=micro_tokens)  # type: ignore[arg-type]
+    config = RunConfig(Once(), providers, {}, roles, model="tiny", micro_tokens=micro_tokens)  # type: ignore[arg-type]
     plan = make_plan(config)
     return LocalRole(plan, "actor")
 

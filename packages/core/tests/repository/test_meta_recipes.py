@@ -20,7 +20,9 @@ RECIPES = sorted(set(FOLDER.rglob("*.toml")) - set(SWEEPS))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_makes_a_plan(recipe: Path) -> None:
-    assert make_plan(parse(["--config", str(recipe)], Registry())).terms
+    named = parse(["--config", str(recipe)], Registry()).model
+    model = [] if named else ["--model", "tiny"]  # of a recipe for whatever model a user names
+    assert make_plan(parse(["--config", str(recipe), *model], Registry())).terms
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

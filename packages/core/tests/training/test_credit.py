@@ -73,7 +73,7 @@ class Spy:
 def plan_of(advantage: PerToken, kl: KL = KL(coef=0.0), loss: Loss = Ratio(), **options: Any) -> Plan:
     roles = {"actor": TrainedOptions(), "reference": ModelOptions(), "critic": TrainedOptions()}
     terms = (Term("actor", "actor", loss, advantage),)
-    return make_plan(RunConfig(Given(terms, kl), {}, {}, roles, **options))
+    return make_plan(RunConfig(Given(terms, kl), {}, {}, roles, model="tiny", **options))
 
 
 def test_strictly_on_policy_nothing_is_scored_that_training_yields_itself() -> None:

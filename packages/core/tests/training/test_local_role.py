@@ -60,7 +60,7 @@ class Given(Algorithm):
 
 def role_of(*terms: Term, lr: float = 0.1, **options: object) -> LocalRole:
     roles = {"actor": TrainedOptions(optim=AdamW(lr=lr))}
-    config = RunConfig(Given(terms), {"strategy": FakeStrategy()}, {}, roles, **options)  # type: ignore[arg-type]
+    config = RunConfig(Given(terms), {"strategy": FakeStrategy()}, {}, roles, model="tiny", **options)  # type: ignore[arg-type]
     return LocalRole(make_plan(config), "actor")
 
 

@@ -34,9 +34,11 @@ def test_a_schedule_has_these_values_over_five_steps(options: AdamW, expected: l
 def test_schedules_without_warm_up_are_those_of_transformers(schedule: str) -> None:
     from transformers import get_scheduler
 
-    theirs = get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), 0, 7)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = get_scheduler(schedule, optimizer, 0, 7)
     for step in range(7):
         assert lr_factor(AdamW(schedule=schedule), step, 7) == pytest.approx(theirs.get_last_lr()[0])  # type: ignore[arg-type]
+        optimizer.step()
         theirs.step()
 
 

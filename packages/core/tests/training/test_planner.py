@@ -116,7 +116,7 @@ def test_a_need_that_nothing_provides_is_named_with_its_asker() -> None:
 
 
 def test_a_role_without_options_is_named() -> None:
-    with pytest.raises(UsageError, match=r"with a role 'judge', and Two has only actor, critic"):
+    with pytest.raises(UsageError, match=r"the algorithm Two needs a role 'judge', and Two has only actor, critic"):
         plan_of(Term("judge", "actor", Value(), Baseline()))
 
 
@@ -146,6 +146,15 @@ def test_the_seed_of_a_completion_depends_on_run_prompt_and_number_only() -> Non
     ],
 )
 def test_an_algorithm_that_core_would_misread_is_told_so(terms: object, kl: object, message: str) -> None:
-    config = RunConfig(Two(terms, kl), {}, {"algorithm": "two"}, ROLES)  # type: ignore[arg-type]
+    config = RunConfig(Two(terms, kl), {}, {"algorithm": "two"}, ROLES, model="tiny")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=message):
         make_plan(config)
+
+
+def test_a_model_must_be_given_for_every_role_that_is_needed() -> None:
+    terms = (Term("actor", "actor", Policy(), Baseline()),)
+    config = RunConfig(Two(terms), {}, {"algorithm": "two"}, ROLES)
+    with pytest.raises(UsageError, match="^no model is given: pass model = NAME .*, or model = .tiny. to try$"):
+        make_plan(config)
+    named = {**ROLES, "actor": replace(ROLES["actor"], model="tiny")}
+    assert make_plan(replace(config, roles=named)).roles["actor"].options.model == "tiny"

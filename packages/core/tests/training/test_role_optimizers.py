@@ -228,8 +228,8 @@ def test_a_group_keeps_its_own_peak_learning_rate_under_the_schedule() -> None:
     slow, fast = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [slow], "lr": 0.2}, {"params": [fast], "lr": 2.0}], lr=0.2)
     schedule = Schedule(optimizer, SGD(lr=0.2, schedule="linear"), 5)
-    assert schedule.set(2) == pytest.approx(0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 1.0])
+    assert schedule.set(2) == pytest.approx(0.12)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.12, 1.2])
 
 
 def test_float64_state_of_a_float32_weight_is_restored_to_the_bit() -> None:

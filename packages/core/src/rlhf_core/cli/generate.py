@@ -34,7 +34,7 @@ __all__ = ["Generate"]
 class Generate(Command):
     """Write a model's completions on the data's prompts to a JSONL file; started again, it goes on where it stopped."""
 
-    model: str = "tiny"
+    model: str = ""
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     output: str = "completions.jsonl"
     """file to write; each shard has its own"""

@@ -248,8 +248,9 @@ class RunConfig:
     """the registered name (or `module:Class`) of each provider inside a role's options, by path: `actor.optim`"""
     registry: RegistryView | None = field(default=None, compare=False, repr=False)
     """where outputs are looked up by name; everything installed where absent"""
-    model: str = "tiny"
-    """hub name, folder, GGUF file, or `tiny` (a small random Llama with a byte-level tokenizer, no download)"""
+    model: str = ""
+    """model to train: hub name, folder, GGUF file, or `tiny` to try (a small random Llama with a byte-level tokenizer, no
+    download); must be given"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what the forward passes of all roles compute in, but of those with a dtype of their own (--actor.dtype)"""
     add_tokens: str = ""

@@ -45,6 +45,7 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
         providers=providers | chosen,
         names=dict(algorithm.defaults),
         roles=dict(algorithm.roles),
+        model="tiny",
     )
     plan = make_plan(config)
     assert plan.terms, f"{name} must return at least one term"

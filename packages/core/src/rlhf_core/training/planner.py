@@ -239,9 +239,10 @@ def _roles(
         outputs.setdefault(name, set()).add("logprobs_NT")
     unknown = [name for name in outputs if name not in config.roles]
     if unknown:
+        kind, asker = _asker(unknown[0], config, [term for _, term in keyed])
         raise UsageError(
-            f"something chosen here compares with a role {unknown[0]!r}, and {type(config.algorithm).__name__} has only "
-            f"{', '.join(config.roles)}; choose another advantage, loss or reward, or other options of it"
+            f"the {kind} {type(asker).__name__} needs a role {unknown[0]!r}, and {type(config.algorithm).__name__} has only "
+            f"{', '.join(config.roles)}; choose another {kind}, or another algorithm"
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
@@ -275,11 +276,35 @@ def _options_of(config: RunConfig, name: str) -> ModelOptions:
     return replace(options, model=_model_of(config, name), dtype=dtype, add_tokens=config.add_tokens)
 
 
+def _asker(role: str, config: RunConfig, terms: list[Term]) -> tuple[str, object]:
+    """Return the kind and the provider that needs a role; the algorithm where a term trains or samples it."""
+    asking: list[tuple[str, frozenset[str], object]] = []
+    for term in terms:
+        asking += [("loss", term.loss.needs | term.outputs, term.loss)]
+        asking += [("advantage", term.advantage.needs, term.advantage)] if term.advantage is not None else []
+    asking += [("reward", each.needs, each) for _, each in config.provider_paths("reward")]
+    for kind, needs, asker in asking:
+        if role in {split_output(needs_.SHORT.get(name, name))[0] for name in needs}:
+            return kind, asker
+    opposed = [each for _, each in config.provider_paths("evaluator") if role in each.opponents]
+    return ("evaluator", opposed[0]) if opposed else ("algorithm", config.algorithm)
+
+
 def _model_of(config: RunConfig, name: str) -> str:
-    """The model of a role: its own, else that of the role it tracks, else the run's."""
+    """The model of a role: its own, else that of the role it tracks, else the run's.
+
+    Raises:
+        UsageError: none of them is given.
+    """
     options = config.roles[name]
     tracked = config.roles.get(options.track.of) if isinstance(options, TrackingOptions) else None
-    return options.model or (tracked.model if tracked is not None else "") or config.model
+    model = options.model or (tracked.model if tracked is not None else "") or config.model
+    if not model:
+        raise UsageError(
+            f"no model is given: pass {run_option('model', 'NAME')} (a hub name, folder or GGUF file), or "
+            f"{run_option('model', 'tiny')} to try"
+        )
+    return model
 
 
 def _reward_needs(config: RunConfig, table: OutputTable) -> tuple[Need, ...]:
