@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["At", "train"]
+__all__ = ["At", "train", "train_until"]
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -39,6 +39,26 @@ def train(options: dict[str, Any], when: Callable[[int], bool] | None, count: Pa
     Run(config).train()
     if count is not None:
         count.write_text(f"{seen} {time.monotonic() - began}")
+
+
+def train_until(options: dict[str, Any], hook: str, folder: Path) -> None:
+    """Train in the working folder `folder`, and die at the first call of an observer hook."""
+    from rlhf_core import Run, make_config
+    from rlhf_core.contract.hooks import hookimpl
+    from rlhf_core.plugins.registry import Registry
+
+    class Kill:
+        pass
+
+    def die(run: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    kill = Kill()
+    setattr(kill, hook, hookimpl(die))
+    registry = Registry()
+    registry.register(kill, "kill")
+    os.chdir(folder)
+    Run(make_config(**options), registry).train()
 
 
 class At:

@@ -159,7 +159,7 @@ def test_a_slurm_script_has_a_task_a_run(folder: Path) -> None:
     path = write(folder, "seeds = [0, 1, 2]\n[slurm]\ntime = '04:00:00'\nrequeue = ''\n")
     assert main(["sweep", str(path), "--slurm", "array.sh"]) == 0
     script = (folder / "array.sh").read_text().splitlines()
-    assert script[1:5] == [
+    assert script[2:6] == [
         "#SBATCH --job-name=sweep",
         "#SBATCH --array=0-2",
         "#SBATCH --time=04:00:00",
@@ -174,7 +174,7 @@ def test_a_ray_script_submits_a_job_for_each_unfinished_run(folder: Path) -> Non
     path = write(folder, "seeds = [0, 2]\n[ray]\nentrypoint-num-gpus = 1\n")
     assert main(["sweep", str(path), "--only", "0"]) == 0
     assert main(["sweep", str(path), "--ray", "jobs.sh"]) == 0
-    (line,) = (folder / "jobs.sh").read_text().splitlines()[2:]
+    (line,) = (folder / "jobs.sh").read_text().splitlines()[3:]
     assert line.startswith("ray job submit --no-wait --entrypoint-num-gpus=1 -- bash -c ")
     (folder / "ray").write_text('#!/bin/bash\necho "$@" > submitted\nshift 5\ncd / && "$@"\n')
     (folder / "ray").chmod(0o755)

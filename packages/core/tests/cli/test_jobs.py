@@ -36,7 +36,7 @@ def test_completions_are_the_same_in_one_go_in_shards_and_after_a_kill(tmp_path:
 
 def test_a_file_of_another_shard_is_not_added_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"uid": 1}\n')
+    assert main(["generate", *SMALL, "--shard", "1/2", "--output", str(file)]) == 0
     assert main(["generate", *SMALL, "--shard", "0/2", "--output", str(file)]) == 2
     assert "another --shard" in capsys.readouterr().err
     assert main(["generate", "--shard", "2/2"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.contract.commands import Command
-from rlhf_core.errors import MissingPackage
+from rlhf_core.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Drawing", "figure"]
+
+
+MAKER = "rlhf-run"
+"""Who made a figure, in its metadata; a figure without it is not written over."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,27 @@ class Drawing(Command, ABC):
         if self.formats:
             _check_matplotlib()
         rows, stem = self.rows(read_sweep(self.file)), Path(self.output)
+        for ending in ("csv", *self.formats):
+            _check_own(stem.with_name(f"{stem.name}.{ending}"), ",".join(rows[0]) if ending == "csv" else MAKER)
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)
         if self.formats:
             self.draw(rows, stem)
         print(", ".join(f"{stem}.{ending}" for ending in ("csv", *self.formats)))
         return 0
+
+
+def _check_own(path: Path, mark: str) -> None:
+    """Check that a file to be written is not there, or was written by such a command: it has the mark then.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        if not os.path.lexists(path) or (not path.is_symlink() and mark.encode() in path.read_bytes()):
+            return
+    except OSError:
+        pass
+    raise UsageError(f"{path} is there and no figure or table of this command; move it away, or name another --output")
 
 
 def _check_matplotlib() -> None:
@@ -72,5 +93,6 @@ def figure(stem: Path, formats: Sequence[str], panels: int = 1) -> Iterator[list
     stem.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "rlhf", "svg.fonttype": "none"}):
         for each in formats:
-            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(each)
+            made = {"png": {"Software": MAKER}, "svg": {"Date": None, "Creator": MAKER}}
+            metadata = made.get(each, {"CreationDate": None, "Creator": MAKER})
             drawn.savefig(stem.with_name(f"{stem.name}.{each}"), metadata=metadata)

@@ -144,7 +144,7 @@ class RunLock:
     def _create(self, number: int) -> bool:
         """Return True if this process made the lock file `number` and it is the newest: the lock is taken then."""
         self.folder.mkdir(exist_ok=True)
-        draft = self.folder / f".{secrets.token_hex(8)}"
+        draft = self.folder / f".{secrets.token_hex(8)}.draft"
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             os.write(descriptor, json.dumps(asdict(_this_process())).encode())
@@ -159,8 +159,8 @@ class RunLock:
             self._path(number).unlink(missing_ok=True)
             os.close(descriptor)
             return False
-        for older in self.folder.glob("*.json"):
-            if older.stem.isdigit() and int(older.stem) < number:
+        for older in self.folder.iterdir():  # also what killed processes were about to name
+            if older.suffix in (".draft", ".tmp") or (older.stem.isdigit() and int(older.stem) < number):
                 older.unlink(missing_ok=True)
         self._number, self._descriptor = number, descriptor
         return True
@@ -178,7 +178,7 @@ def _give_name(draft: Path, path: Path) -> bool:
     """Return True if `path` is now a name of the file `draft`, False if there was one of that name."""
     try:
         os.link(draft, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # somebody was faster, and has cleared the drafts away
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):

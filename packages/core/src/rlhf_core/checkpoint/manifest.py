@@ -61,8 +61,11 @@ def find_damage(folder: Path) -> str:
 
 
 def list_checkpoints(output: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    found = (output / "checkpoints").glob("step-*")
+    """Checkpoint folders of a run, oldest first. Raises `OSError` if they cannot be listed, since none is another thing."""
+    try:
+        found = list((output / "checkpoints").iterdir())
+    except FileNotFoundError:
+        return []
     return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_number)
 
 

@@ -66,12 +66,17 @@ class OutputFolder:
             UsageError: the folder cannot be written; holds a run, and `--resume` was not given, or none, and it was; holds a
                 run with other options, or one that is still going; or has something of a name that the run would write.
         """
-        self._check_kind()
-        if int(os.environ.get("RANK", "0")) > 0:  # no rank has joined the others yet
+        follows = int(os.environ.get("RANK", "0")) > 0  # no rank has joined the others yet
+        try:
+            self._check_kind()
+            if not follows:
+                self.lock.refuse_holder()
+                self._check()  # before anything is written
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if follows:
             yield
             return
-        self.lock.refuse_holder()
-        self._check()  # before anything is written
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()

@@ -28,6 +28,7 @@ __all__ = [
     "OWN_FILES",
     "OwnFiles",
     "check_foreign",
+    "claim_folder",
     "new_files",
     "own_checkpoints",
     "read_own_files",
@@ -103,6 +104,25 @@ def check_foreign(output: Path, wanted: Iterable[str], own: OwnFiles) -> None:
                 raise UsageError(
                     f"{path} is a {kinds[0]} where the run has a {kinds[1]}; put that back, or {elsewhere}"
                 )
+
+
+def claim_folder(output: Path, names: Iterable[str]) -> None:
+    """Make the folder of a command that trains nothing, and write down which files in it are the command's.
+
+    Raises:
+        UsageError: something of such a name is not the command's, the folder is a run's, or it cannot be written.
+    """
+    own = read_own_files(output) or new_files()
+    if own.config:
+        raise UsageError(f"{output} is the folder of a run; name another {run_option('output')}")
+    if not own.names:
+        check_foreign(output, [OWN_FILES], own)
+    check_foreign(output, names, own)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        own.with_names(names).write(output)
+    except OSError as error:
+        raise UsageError(f"cannot write to {run_option('output')} {output}: {error.strerror}") from None
 
 
 def remove_own_leftovers(output: Path, own: OwnFiles) -> None:

@@ -1,12 +1,12 @@
 """What `rlhf-run` does with its words, and how it ends.
 
 A user's mistake is one line on stderr and exit code 2; Ctrl-C is 130; a run that stopped itself says why and brings its
-own code; anything else is a bug and keeps its traceback.
+own code; anything else is a bug and keeps its traceback. Only work that came to its end exits with 0: a reader of the output
+that goes away ends nothing, and neither does a plugin that calls `sys.exit`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +17,7 @@ from rlhf_core.plugins.registry import Registry
 from rlhf_core.run.command import read_command, run_command
 from rlhf_core.util.messages import console_messages
 from rlhf_core.util.secrets import redact, show_traceback
+from rlhf_core.util.streams import outlive_readers
 from rlhf_core.util.suggestions import closest_names, or_list
 
 __all__ = ["main"]
@@ -25,11 +26,18 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     sys.excepthook = show_traceback  # of a bug
+    with outlive_readers() as lost_output:
+        code = _exit_code(list(sys.argv[1:] if argv is None else argv))
+        failure = lost_output()
+        if failure is not None:
+            _say(f"standard output could not be written: {failure.strerror}")
+        return code or int(failure is not None)
+
+
+def _exit_code(argv: list[str]) -> int:
     try:
         with console_messages():
-            code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a reader that has gone away is caught
-        return code
+            return _run(argv)
     except UsageError as error:
         _say(str(error))
         return 2
@@ -39,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
-    except BrokenPipeError:  # `rlhf-run plugins | head`: nobody reads on, which is no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as end:  # of core's own, with the code of a signal; or of a plugin
+        if end.code:
+            raise
+        _say("something called sys.exit before the work was done, a plugin for example; nothing more was saved")
+        return 1
 
 
 def _say(message: str) -> None:

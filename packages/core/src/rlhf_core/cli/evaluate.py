@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf_core.checkpoint.own_files import claim_folder
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
 from rlhf_core.errors import UsageError
@@ -56,7 +57,7 @@ class Evaluate(Command):
             raise UsageError(
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
-        Path(self.output).mkdir(parents=True, exist_ok=True)
+        claim_folder(Path(self.output), [name for each in evaluators for name in each.writes])
         with context.open_run(config) as run:
             metrics = run.measure()
         print(json.dumps({name: metrics[name] for name in sorted(metrics)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -33,7 +34,7 @@ class Export(Command):
         checkpoint = Path(self.checkpoint).expanduser()
         beside = checkpoint.absolute().parent.parent / f"{self.role or 'model'}-{checkpoint.absolute().name}"
         output = Path(self.output or beside).expanduser()
-        if output.exists():
+        if os.path.lexists(output):
             raise UsageError(f"export --output {output}: it exists already; name a new folder")
         export_checkpoint(checkpoint, output, cast("Registry", context.registry), self.role)
         print(f"model saved in {output}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
@@ -37,7 +38,7 @@ class MergeLora(Command):
             raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
         if not self.output:
             raise UsageError("merge-lora needs --output FOLDER, where the merged model goes")
-        if Path(self.output).exists():
+        if os.path.lexists(self.output):
             raise UsageError(f"merge-lora --output {self.output}: it exists already; name a new folder")
         self._merge(Path(source.location))
         print(f"model saved in {self.output}")
@@ -67,7 +68,7 @@ class MergeLora(Command):
         if classifier:
             set_pad(model.config, tokenizer)
         save_ends(model, find_end_tokens(tokenizer, (), listed_ends(str(adapter), options)))
-        with fresh_folder(Path(self.output)) as folder, no_progress_bars():
+        with fresh_folder(Path(self.output), replace=False) as folder, no_progress_bars():
             model.save_pretrained(folder)
             if reader is not None:
                 reader.save(folder)

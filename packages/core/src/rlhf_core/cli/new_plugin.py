@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,7 +35,7 @@ class NewPlugin(Command):
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", words):
             raise UsageError(f"new-plugin {self.name}: a name is small letters, digits and dashes, such as brevity")
         folder = Path(f"rlhf-{words}")
-        if folder.exists():
+        if os.path.lexists(folder):
             raise UsageError(f"new-plugin {self.name}: the folder {folder} exists already")
         name = words.replace("-", "_")
         if (taken := context.registry.table(self.kind).get(name)) is not None:
@@ -54,7 +55,10 @@ class NewPlugin(Command):
             f"rlhf_{name}.py": template.MODULE,
             f"test_rlhf_{name}.py": template.TEST,
         }
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise UsageError(f"new-plugin {self.name}: {folder}: {error.strerror}") from None
         for file, content in files.items():
             text = Template(Template(content).substitute(values)).substitute(values)  # `run` has names in it too
             (folder / file).write_text(text, encoding="utf-8")

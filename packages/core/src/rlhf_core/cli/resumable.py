@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import UsageError
-from rlhf_core.util.atomic_files import force, write_bytes, write_text
+from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.util.atomic_files import force, write_text
 from rlhf_core.util.secrets import redact
 
 __all__ = ["append_lines", "continue_output", "read_lines"]
@@ -23,7 +23,7 @@ def continue_output(path: Path, **options: object) -> None:
     Fingerprints of the options are kept beside it, in PATH.options.json; those that change no result are left out.
 
     Raises:
-        UsageError: nothing can be written there, or the file was begun with other options.
+        UsageError: nothing can be written there, the file is none of the command's, or was begun with other options.
     """
     note = path.with_name(f"{path.name}.options.json")
     told = {
@@ -33,13 +33,30 @@ def continue_output(path: Path, **options: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UsageError(f"--output {path} is a folder; name a file")
+        if note.exists() and not _is_note(note, told):
+            raise UsageError(f"{note} is no file of this command; name another --output")
+        if not note.exists() and path.exists() and path.stat().st_size:
+            raise UsageError(f"--output {path} is there and no file of this command; name another")
         begun = json.loads(note.read_bytes()) if path.exists() and note.exists() else told
         write_text(note, json.dumps(begun, indent=1) + "\n")
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from None
     changed = [name for name in told if begun.get(name) != told[name]]
     if changed:
         raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
+
+
+def _is_note(note: Path, told: Mapping[str, str]) -> bool:
+    """Return True if `note` is a file of fingerprints of these options."""
+    try:
+        found = json.loads(note.read_bytes())
+    except ValueError:
+        return False
+    return (
+        isinstance(found, dict) and found.keys() == told.keys() and all(len(str(each)) == 16 for each in found.values())
+    )
 
 
 def _plain_options(value: object) -> object:
@@ -51,7 +68,7 @@ def _plain_options(value: object) -> object:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that an earlier run of the command left; a half-written last line is cut off."""
+    """The objects of a JSONL file that an earlier run of the command left, less a half-written last line."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -60,19 +77,47 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
     except ValueError:
         raise UsageError(f"{path} holds something else than JSON lines; name another --output") from None
-    if len(whole) != len(content):
-        write_bytes(path, whole)
     return lines
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add a line per row in one write, and force it to the disk: what was killed leaves at most its last line half."""
+    """Add a line per row in one write, in place of a half-written last line, and force it to the disk.
+
+    What was killed leaves at most its last line half.
+
+    Raises:
+        RunStopped: the disk is full, or the file can no longer be written; the lines before are whole.
+    """
     content = redact("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)).encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
-    force(path)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            whole = _whole_size(descriptor)
+            os.ftruncate(descriptor, whole)
+            try:
+                view, end = memoryview(content), whole
+                while view:
+                    written = os.pwrite(descriptor, view, end)
+                    view, end = view[written:], end + written
+            except OSError:
+                os.ftruncate(descriptor, whole)
+                raise
+        finally:
+            os.close(descriptor)
+        force(path)
+    except OSError as error:
+        raise RunStopped(
+            f"{path}: {error.strerror}; its lines are whole, start the command again to continue"
+        ) from error
+
+
+def _whole_size(descriptor: int) -> int:
+    """Bytes of a file up to the end of its last whole line."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 2**16)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
 
 __all__ = ["Sweep", "run_member", "status_table"]
+
+
+SCRIPT_MARK = "# written by rlhf-run sweep"
+"""Tells scripts that may be written over."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,11 @@ class Sweep(Command):
         if self.only >= len(sweep.members):
             raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")
         if self.slurm:
-            write_text(Path(self.slurm), slurm_script(sweep, plugins))
+            _write_script(Path(self.slurm), slurm_script(sweep, plugins))
             print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
             return 0
         if self.ray:
-            write_text(Path(self.ray), ray_script(sweep, plugins))
+            _write_script(Path(self.ray), ray_script(sweep, plugins))
             print(f"{self.ray}: run it with bash where RAY_ADDRESS names the cluster; it submits a job a run")
             return 0
         if not self.status:
@@ -87,6 +92,18 @@ class Sweep(Command):
                 for process in list(running):
                     process.send_signal(signal.SIGTERM)  # a run saves and ends
                 raise
+
+
+def _write_script(path: Path, text: str) -> None:
+    """Write a script in place of an earlier one of this command.
+
+    Raises:
+        UsageError: something else is there.
+    """
+    own = not path.is_symlink() and path.is_file() and SCRIPT_MARK.encode() in path.read_bytes()
+    if os.path.lexists(path) and not own:
+        raise UsageError(f"{path} is there and no script of this command; name another file")
+    write_text(path, text)
 
 
 def run_member(
@@ -140,7 +157,7 @@ def _ranks(processes: int) -> list[str]:
 @contextmanager
 def _try_lock(folder: Path) -> Iterator[int | None]:
     """The lock on a folder, None if somebody else has it."""
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -165,7 +182,12 @@ def status_table(sweep: SweepFile) -> str:
 
 def slurm_script(sweep: SweepFile, plugins: Sequence[str] = ()) -> str:
     """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
-    lines = ["#!/bin/bash", f"#SBATCH --job-name={sweep.path.stem}", f"#SBATCH --array=0-{len(sweep.members) - 1}"]
+    lines = [
+        "#!/bin/bash",
+        SCRIPT_MARK,
+        f"#SBATCH --job-name={sweep.path.stem}",
+        f"#SBATCH --array=0-{len(sweep.members) - 1}",
+    ]
     lines += [f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in sweep.slurm.items()]
     return "\n".join(
         [*lines, f"cd {shlex.quote(str(Path.cwd()))}", f'{_member_command(sweep, plugins)} "$SLURM_ARRAY_TASK_ID"', ""]
@@ -178,7 +200,7 @@ def ray_script(sweep: SweepFile, plugins: Sequence[str] = ()) -> str:
     A job works in this folder, which the nodes must share: the runs' state and their locks are there.
     """
     flags = shlex.join([f"--{key}={value}" if value else f"--{key}" for key, value in sweep.ray.items()])
-    lines = ["#!/bin/bash", "set -e"]
+    lines = ["#!/bin/bash", SCRIPT_MARK, "set -e"]
     for number, member in enumerate(sweep.members):
         if member.state != "finished":
             entry = shlex.quote(f"cd {shlex.quote(str(Path.cwd()))} && {_member_command(sweep, plugins)} {number}")

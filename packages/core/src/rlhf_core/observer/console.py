@@ -105,7 +105,9 @@ def evaluation_samples(path: Path) -> str:
     """What was answered to the same prompts at the first and at the last evaluation."""
     if not path.exists():
         return ""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    if not rows:
+        return ""
     first, last = ({r["prompt"]: r for r in rows if r["step"] == step} for step in (rows[0]["step"], rows[-1]["step"]))
     shown = []
     for prompt in (prompt for prompt in first if prompt in last):

@@ -7,9 +7,11 @@ written whole leaves nothing.
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped, run_option, text_of
@@ -19,8 +21,6 @@ from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.token_budget import error_chain, is_out_of_memory, requested_memory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.training.step_metrics import Meter
@@ -85,6 +85,11 @@ def translate_failures(run: Progress) -> Iterator[None]:
                 f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; free "
                 f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
             ) from error
+        if (lost := _lost_file(error, run.output)) is not None:
+            raise RunStopped(
+                f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; mend that, "
+                f"then continue with {run_option('resume', True)}"
+            ) from error
         if is_out_of_memory(error):
             wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
             batches = f"{run_option('micro_tokens')} or {run_option('batch_size')}"
@@ -114,12 +119,23 @@ def _newest_checkpoint(run: Progress) -> str:
     """The checkpoint that is left, in words."""
     from rlhf_core.checkpoint import valid_checkpoints
 
-    found = valid_checkpoints(run.output)
+    try:
+        found = valid_checkpoints(run.output)
+    except OSError as error:
+        return f"its checkpoints cannot be listed ({error.strerror})"
     return (
         f"the newest checkpoint is {found[-1].name}"
         if found
         else f"there is no checkpoint yet ({run_option('save_every')})"
     )
+
+
+def _lost_file(error: BaseException, output: Path) -> OSError | None:
+    """The error of the operating system about a file in the run's folder that `error` is, or came from."""
+    for each in error_chain(error):
+        if isinstance(each, OSError) and each.filename and Path(os.fsdecode(each.filename)).is_relative_to(output):
+            return each
+    return None
 
 
 def _is_full(error: BaseException) -> bool:

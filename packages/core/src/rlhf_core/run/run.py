@@ -93,7 +93,7 @@ class Run:
         self.engines = Engines(config.seed, self.output, self.plan)
         """what the providers have opened, while the run is open"""
         self.data = RunData(self.plan, self.engines)
-        self.folder = OutputFolder(config, ["model", *self.plan.exports])
+        self.folder = OutputFolder(config, ["model", *self.plan.exports, *([BEST] if config.keep_best else [])])
         """`output`, locked while the run is open"""
         self.checkpoints = Checkpoints(config)
 
