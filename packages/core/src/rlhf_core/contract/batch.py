@@ -129,6 +129,8 @@ class Batch:
     """N metadata mappings of the data"""
     images: list[Mapping[str, Tensor]] = field(default_factory=list)
     """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
+    raw_texts: list[str] = field(default_factory=list)
+    """N completions as text with their special tokens, <think> say, but for the end token; empty for rows of data"""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """tensors by name, whose suffix says the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
@@ -180,7 +182,8 @@ class Batch:
 
     def _per_row(self) -> tuple[str, ...]:
         """Names of the fields that are lists of N."""
-        return ("prompts", "texts", "labels", "meta", *(("images",) if self.images else ()))
+        given = (name for name in ("images", "raw_texts") if getattr(self, name))
+        return ("prompts", "texts", "labels", "meta", *given)
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
@@ -199,6 +202,8 @@ class Batch:
             groups.append(batch.group_N + offset)
             offset += int(batch.group_N.max()) + 1 if len(batch) else 0
         tensors = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT")
+        if not all(batch.raw_texts or not len(batch) for batch in batches):  # rows of data have none
+            first = replace(first, raw_texts=[])
         columns: dict[str, Any] = {
             **{name: [row for batch in batches for row in getattr(batch, name)] for name in first._per_row()},
             **{name: stack(name, [getattr(batch, name) for batch in batches]) for name in tensors},

@@ -73,7 +73,7 @@ def samples(run: RunView) -> Iterator[dict[str, Any]]:
 
 def sample_record(batch: Batch, i: int) -> dict[str, Any]:
     """Row `i` as plain values: prompt, completion, row number, reward and mean advantage."""
-    row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": batch.texts[i]}
+    row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": (batch.raw_texts or batch.texts)[i]}
     if "row_N" in batch and batch["row_N"][i] >= 0:
         row["row"] = int(batch["row_N"][i])
     if "transcript" in batch.meta[i]:  # an episode: who wrote what

@@ -4,7 +4,8 @@
         return torch.tensor([...])          # or a list; or {"rewards": …, "scores": …, "extra_logs": {name: …}}
 
 is OpenRLHF's signature: `queries` are prompt and completion as one text, and each argument is a list. A function that
-names other arguments gets those, of `queries`, `prompts`, `completions`, `labels` and `meta`, and of the columns that rows
+names other arguments gets those, of `queries`, `prompts`, `completions`, `labels`, `meta`, `raw_completions`
+(with special tokens) and `token_ids`, and of the columns that rows
 carry in `meta` (`--data.meta-keys`; all columns of rows given from Python); `**kwargs` gets the rest. That is TRL's signature,
 `f(completions, solution, **kwargs)`; here prompts and completions are always texts. It may be `async`.
 
@@ -99,6 +100,10 @@ class FuncEngine:
             "completions": rollouts.texts,
             "labels": rollouts.labels,
             "meta": rollouts.meta,
+            "raw_completions": rollouts.raw_texts or rollouts.texts,
+            "token_ids": [
+                ids[:length] for ids, length in zip(rollouts.tokens_NT.tolist(), rollouts.lengths_N.tolist())
+            ],
         }
         columns = {**_meta_columns(rollouts.meta), **columns}
         N = len(rollouts)

@@ -24,11 +24,15 @@ class Regex(Reward):
     match: Literal["whole", "anywhere", "none"] = "whole"
     """the whole completion must match (blanks around it aside), some part of it, or no part"""
 
+    raw: bool = False
+    """match the text with its special tokens, where <think> is one"""
+
     def __call__(self, rollouts: Rollouts) -> list[float]:
         try:
             pattern = re.compile(self.pattern, re.DOTALL)
         except re.error as error:
             raise OptionError("pattern", f"{self.pattern!r} is not a regular expression: {error}") from None
+        texts = rollouts.raw_texts if self.raw and rollouts.raw_texts else rollouts.texts
         if self.match == "whole":
-            return [float(pattern.fullmatch(text.strip()) is not None) for text in rollouts.texts]
-        return [float((pattern.search(text) is None) == (self.match == "none")) for text in rollouts.texts]
+            return [float(pattern.fullmatch(text.strip()) is not None) for text in texts]
+        return [float((pattern.search(text) is None) == (self.match == "none")) for text in texts]

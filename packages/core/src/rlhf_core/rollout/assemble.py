@@ -67,6 +67,7 @@ def assemble(
         labels=[example.label for example in examples],
         meta=[example.meta for example in examples],
         images=[prompts.images[p] for p in group] if prompts.images else [],
+        raw_texts=_raw_texts(tokenizer, tokens, finish, mask),
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             "row_N": torch.tensor([example.row for example in examples]),
@@ -77,6 +78,24 @@ def assemble(
         scalars=dict(scalars or {}),
         finish=list(finish),
     )
+
+
+def _raw_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[Sequence[int]],
+    finish: Sequence[str],
+    mask: Sequence[Sequence[bool]] | None,
+) -> list[str]:
+    """Texts of what was sampled, with special tokens but for one that ends a completion."""
+    special = {*tokenizer.all_special_ids}
+    rows = (
+        [list(row) for row in tokens]
+        if mask is None
+        else [[token for token, sampled in zip(row, chosen) if sampled] for row, chosen in zip(tokens, mask)]
+    )
+    bare = [row[:-1] if how == "stop" and row and row[-1] in special else row for row, how in zip(rows, finish)]
+    texts = tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [str(text) for text in texts]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:

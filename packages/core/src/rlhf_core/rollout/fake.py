@@ -117,6 +117,7 @@ class Letters:
 
     eos_token_id = 0
     pad_token_id = 0
+    all_special_ids = (0,)
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[str]:
         """Texts without the token that ends them."""
