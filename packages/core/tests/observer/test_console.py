@@ -16,6 +16,18 @@ def test_a_step_is_one_line_with_what_moves_its_rate_and_the_time_left() -> None
     )
 
 
+def test_a_step_shows_what_it_is_judged_by() -> None:
+    common = {"tokens": 300.0, "time/step": 2.0}
+    online = {"reward/mean": 0.25, "reward/variance": 0.09, "lr/actor": 1e-5, "lr/critic": 2e-5, **common}
+    assert step_line(7, 20, online, 3725) == (
+        "step  7/20  reward +0.250 ± 0.300  lr/actor 1e-05  lr/critic 2e-05  150 tokens/s  1:02:05 left"
+    )
+    pairs = {"reward/accuracy": 0.75, "reward/margin": 1.5, "reward/accuracy/web": 1.0, "loss/reward": 0.5, **common}
+    assert step_line(7, 20, {**pairs, "data/epoch": 0.35, "lr/reward": 2.5e-6}, 0) == (
+        "step  7/20  accuracy 0.750  margin 1.500  loss/reward 0.5000  lr 2.5e-06  epoch 0.35  150 tokens/s  0:00 left"
+    )
+
+
 def test_the_table_shows_standard_errors_and_differences() -> None:
     before = (0, {"eval/heldout/reward": 0.35, "eval/heldout/reward_se": 0.05, "eval/heldout/length": 31.0})
     after = (20, {"eval/heldout/reward": 0.6, "eval/heldout/reward_se": 0.04, "eval/heldout/length": 32.0})

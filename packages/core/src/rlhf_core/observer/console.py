@@ -1,21 +1,26 @@
-"""What a user sees while a run goes: a head line, a line a step with rates and the time left, and the result."""
+"""What a user sees while a run goes: a head line, a line a step with rates and the time left, and the result.
+
+On a terminal and in a notebook a live display shows what happens inside a step (`rlhf_core.observer.live`).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.observer.live import LiveView, clock, make_view
 from rlhf_core.util.messages import progress
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["Console", "evaluation_samples", "evaluation_table", "step_line", "truncation"]
+__all__ = ["Console", "evaluation_samples", "evaluation_table", "outcome", "step_line", "truncation"]
 
 
 @hookimpl
@@ -29,6 +34,7 @@ class Console:
 
     def __init__(self, run: RunView) -> None:
         self.first, self.began = run.step, time.perf_counter()
+        self.view: LiveView | None = None
 
     @hookimpl
     def rlhf_run_start(self, run: RunView) -> None:
@@ -39,14 +45,23 @@ class Console:
         _say(f"{run.config.names['algorithm']} · model {run.config.model} · roles {roles} · output {run.output}")
         if run.plan.online:
             _say(truncation(run.config.sampling))
+        self.view = make_view(run.config.steps, run.step)
+        if self.view is not None:
+            self.view.open()
 
     @hookimpl
     def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> None:
-        left = (time.perf_counter() - self.began) / max(1, step - self.first) * (run.config.steps - step)
-        _say(step_line(step, run.config.steps, metrics, left))
+        seconds = (time.perf_counter() - self.began) / max(1, step - self.first)
+        line = step_line(step, run.config.steps, metrics, seconds * (run.config.steps - step))
+        if self.view is None:
+            _say(line)
+        else:
+            self.view.finish_step(step, line, "  ".join(outcome(metrics)), seconds)
 
     @hookimpl
     def rlhf_run_end(self, run: RunView, error: BaseException | None) -> None:
+        if self.view is not None:
+            self.view.close()
         if error is not None:
             return
         if len(run.evaluations) > 1:
@@ -69,18 +84,31 @@ def truncation(sampling: Sampling) -> str:
 
 def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
     """One step in one line: what moves, how fast, how long still."""
-    shown = [f"step {step:>{len(str(steps))}}/{steps}"]
-    for name, label, form in (
-        ("reward/mean", "reward", "{:+.3f}"),
-        ("kl/mean", "kl", "{:.4f}"),
-        ("completion/length", "length", "{:.0f}"),
-    ):
+    shown = [f"step {step:>{len(str(steps))}}/{steps}", *outcome(metrics)]
+    for name, label, form in (("kl/mean", "kl", ".4f"), ("completion/length", "length", ".0f")):
         if name in metrics:
-            shown.append(f"{label} {form.format(metrics[name])}")
+            shown.append(f"{label} {metrics[name]:{form}}")
     shown += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")]
+    rates = {name.removeprefix("lr/"): value for name, value in metrics.items() if name.startswith("lr/")}
+    shown += [f"lr {value:.2g}" if len(rates) == 1 else f"lr/{role} {value:.2g}" for role, value in rates.items()]
+    if "data/epoch" in metrics:
+        shown.append(f"epoch {metrics['data/epoch']:.2f}")
     shown.append(f"{metrics['tokens'] / max(metrics['time/step'], 1e-9):.0f} tokens/s")
-    shown.append(f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left")
+    shown.append(f"{clock(seconds_left)} left")
     return "  ".join(shown)
+
+
+def outcome(metrics: Mapping[str, Any]) -> list[str]:
+    """Return what a step is judged by: the reward with its standard deviation, or accuracy and margin of pairs."""
+    shown = []
+    if "reward/mean" in metrics:
+        spread = f" ± {math.sqrt(max(0.0, metrics['reward/variance'])):.3f}" if "reward/variance" in metrics else ""
+        shown.append(f"reward {metrics['reward/mean']:+.3f}{spread}")
+    for name, value in metrics.items():
+        role, _, last = name.rpartition("/")
+        if last in ("accuracy", "margin") and f"loss/{role}" in metrics:
+            shown.append(f"{last} {value:.3f}")
+    return shown
 
 
 def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, Mapping[str, float]]) -> str:

@@ -26,6 +26,7 @@ from rlhf_core.models.inputs.images import Images, stack_images
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.rollout.attention import shared_heads
 from rlhf_core.rollout.warp import draw, warp
+from rlhf_core.util.activity import report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,8 @@ def sample(
                 state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
                 most = [limits[prompt] if limits else sampling.max_new_tokens for prompt, _ in rows]
-                decoded = _decode(model, state, draws, most, sampling, stops, compact, lacking)
+                count = (len(found), len(prompt_ids) * sampling.n)
+                decoded = _decode(model, state, draws, most, sampling, stops, compact, count, lacking)
                 found.update(zip(rows, decoded, strict=True))
     finally:
         if was_training:
@@ -244,9 +246,10 @@ def _decode(
     sampling: Sampling,
     stops: _Stops,
     compact: float,
+    count: tuple[int, int],
     lacking: Sequence[int] = (),
 ) -> list[SampledCompletion]:
-    """Extend every row of `state` token by token until it ends or has its limit."""
+    """Extend every row of `state` token by token until it ends or has its limit. `count`: completions before, and in all."""
     B, T = uniforms_BT.shape
     device = state.logits_RV.device
     uniforms_BT = uniforms_BT.to(device)
@@ -267,6 +270,7 @@ def _decode(
         ends_B[row_R[ended_R]] = t + 1
         live_R &= ~ended_R
         live = int(live_R.sum())
+        report("sampling", count[0] + B - live, count[1])
         if live == 0:
             break
         if live <= (1 - compact) * len(row_R):

@@ -5,6 +5,7 @@ Each part is entered into one `ExitStack` as soon as it exists, so that an error
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from rlhf_core.training.credit import check_rows
 from rlhf_core.training.reference_cache import cache_frozen_roles
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.training.tracking import begin_tracking
-from rlhf_core.util.messages import log
+from rlhf_core.util.messages import log, progress
 
 if TYPE_CHECKING:
     from rlhf_core.checkpoint.background import Background
@@ -113,6 +114,7 @@ def _place_roles(run: Run) -> None:
         ends = run.data.encoder.ends
         spoken = {name: replace(spec, ends=ends) for name, spec in readers.items()}
         run.plan = replace(run.plan, roles={**run.plan.roles, **spoken})
+    _announce_loading(run.plan)
     with options_under("/launcher"):
         run.placed = run.config.providers["launcher"](run.plan)
     run.engines.bind(run.placed)
@@ -122,6 +124,17 @@ def _place_roles(run: Run) -> None:
             run.engines.open(run.placed.rollout, "rollout")
     cache_frozen_roles(run.placed, run.plan)
     begin_tracking(run.plan, run.roles)
+
+
+def _announce_loading(plan: Plan) -> None:
+    """Tell which models are about to be loaded, which takes its time; `tiny` is made in a moment."""
+    models: dict[str, list[str]] = {}
+    for role, spec in plan.roles.items():
+        models.setdefault(spec.options.model, []).append(role)
+    large = {model: roles for model, roles in models.items() if not model.startswith("tiny")}
+    if large and int(os.environ.get("RANK", "0")) == 0:
+        names = [f"{model} ({', '.join(roles)})" for model, roles in large.items()]
+        progress.info(f"loading {', '.join(names)}")
 
 
 def _free_placement(run: Run) -> None:

@@ -43,7 +43,7 @@ from rlhf_core.training.old_logprobs import staleness
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.training.tracking import follow_roles, steps_behind
-from rlhf_core.util.messages import install_console
+from rlhf_core.util.messages import install_console, progress
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -208,6 +208,10 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
+        if (names := self.config.names_of("evaluator")) and self.leader:
+            progress.info(
+                f"evaluating {', '.join(names)} {f'after step {self.step}' if self.step else 'before step 1'}"
+            )
         metrics = self.measure()
         if metrics:
             self.state.evaluations.append((self.step, metrics))

@@ -25,6 +25,7 @@ from rlhf_core.training.reduction import Means
 from rlhf_core.training.shared_forward import ForwardCache
 from rlhf_core.training.taken_weights import TakenWeights, read_weights, snapshot_weights
 from rlhf_core.training.token_budget import TokenBudget, release_memory
+from rlhf_core.util.activity import report
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ class LocalRole(Role):
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_outputs(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
-            for i in range(joint_rounds(cuts, self.world)):
+            for i in range(rounds := joint_rounds(cuts, self.world)):
+                report(f"reading with the {self.name}", i, rounds)
                 micro = micro_batch(batch, cuts, i)
                 self.budget.record_attempt(micro)
                 outputs = self.trainable.forward(micro, names | later)

@@ -30,6 +30,7 @@ from rlhf_core.training.old_logprobs import OLD, with_live
 from rlhf_core.training.reduction import Means, count, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
 from rlhf_core.training.token_budget import TokenBudget, release_memory
+from rlhf_core.util.activity import report
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ class OptimizerStep:
             means.add("padding", padding_share(batch, cuts, self.module.packs))
         counts: dict[int, float] = {}
         total = 0.0
-        for i in range(joint_rounds(cuts, self.world)):
+        for i in range(rounds := joint_rounds(cuts, self.world)):
+            report(f"training the {self.name}", i, rounds)
             live = float(i < len(cuts))
             micro = micro_batch(batch, cuts, i, unit)
             self.budget.record_attempt(micro, unit)

@@ -9,8 +9,21 @@ from typing import Any
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.training.reduction import Means
+from rlhf_core.util.activity import report
 
 __all__ = ["Meter"]
+
+PHASES = {
+    "data": "reading rows",
+    "rollout": "sampling",
+    "reward": "scoring",
+    "needs": "comparing",
+    "credit": "assigning credit",
+    "train": "training",
+    "sync": "handing weights over",
+    "checkpoint": "saving",
+}
+"""Words for the phases of a step, for a live display."""
 
 
 class Meter:
@@ -30,6 +43,7 @@ class Meter:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside to `time/<name>`."""
         before, self.doing = self.doing, name
+        report(PHASES.get(name, name))
         started = time.perf_counter()
         yield
         self.add_seconds(name, time.perf_counter() - started)

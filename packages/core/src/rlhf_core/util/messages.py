@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 __all__ = ["PREFIX", "console", "console_messages", "install_console", "log", "progress"]
 
@@ -24,13 +25,30 @@ progress = logging.getLogger("rlhf.progress")
 """The lines of a run that goes well: its head, its steps, its result; they stand on the console as they are."""
 
 
+class View(Protocol):
+    """A live display at the bottom of a terminal."""
+
+    def erase(self) -> None:
+        """Make room for a message."""
+
+    def draw(self, force: bool = False) -> None:
+        """Draw again; `force` also if it was drawn a moment ago."""
+
+
 class _Console(logging.Handler):
     """Writes to the standard error of the moment, so that whoever redirects it gets the messages."""
+
+    view: View | None = None
+    """the display that messages go above"""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             prefix = "" if record.name == progress.name else PREFIX
+            if self.view is not None:
+                self.view.erase()
             print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)
+            if self.view is not None:
+                self.view.draw(force=True)
         except Exception:
             self.handleError(record)
 
