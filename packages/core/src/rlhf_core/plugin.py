@@ -28,9 +28,9 @@ def rlhf_data() -> Providers:
     return {
         "hf": "rlhf_core.data.hf:HuggingFaceData",
         "json": "rlhf_core.data.json:Json",
+        "memory": "rlhf_core.data.memory_rows:MemoryRows",
         "prompts": "rlhf_core.data.prompts:ShippedPrompts",
         "reasoning": "rlhf_core.data.reasoning:ReasoningData",
-        "rows": "rlhf_core.data.memory_rows:MemoryRows",
     }
 
 

@@ -32,7 +32,7 @@ HELDOUT = ("heldout", "test", "validation")
 def from_python(kind: str, value: Any, registry: Registry) -> Any:
     """Return a provider, a name or a table of options for what a Python user passed as `kind`.
 
-    A function is the reward `func`, a list of rewards is `sum`, and rows are the data `rows`; all else is returned as it is.
+    A function is the reward `func`, a list of rewards is `sum`, and rows are the data `memory`; all else is returned as it is.
 
     Raises:
         UsageError: the value can be no provider of this kind; the line says what to pass.
@@ -74,16 +74,16 @@ def _parts(value: Any) -> Any:
 
 
 def _data(value: Any, _: Registry) -> Any:
-    """Rows as the data `rows`: a list of dictionaries, a table of `datasets`, or a dictionary of splits."""
+    """Rows as the data `memory`: a list of dictionaries, a table of `datasets`, or a dictionary of splits."""
     if isinstance(value, (str, Provider)):
         return value
     if isinstance(value, Mapping):
         if value.get("rows") is not None:
-            return {"use": "rows", **value}
+            return {"use": "memory", **value}
         if "train" in value and not isinstance(value["train"], str):
             heldout = next((value[name] for name in HELDOUT if name in value), None)
             parts = {"rows": value["train"], **({} if heldout is None else {"heldout_rows": heldout})}
-            return {"use": "rows", **parts}
+            return {"use": "memory", **parts}
         if "use" not in value and any(hasattr(each, "column_names") for each in value.values()):
             raise UsageError(f"data has the splits {', '.join(value)}, and none is called train; pass one of them")
         return value
@@ -95,7 +95,7 @@ def _data(value: Any, _: Registry) -> Any:
         raise UsageError(
             f"data is {describe(value)}; pass a name, a list of dictionaries, a datasets.Dataset, or a Data provider"
         )
-    return {"use": "rows", "rows": value}
+    return {"use": "memory", "rows": value}
 
 
 def _is_module(value: Any) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.config.foreign_flags import find_answer, read_answer
 from rlhf_core.config.option_fields import Option, Use, annotation_of, option_fields, options_of
 from rlhf_core.config.roles import roles_of
 from rlhf_core.contract.hooks import CHOSEN, OF_ROLES, OPTIONAL, SEVERAL
@@ -100,6 +101,9 @@ class Schema:
         (subject, name), *chosen = self.names.items()
         kinds = [kind for kind, _ in chosen]
         section = next((each for each in self.sections if each.prefix == head), None)
+        trained = next((each.prefix for each in self.sections if f"{each.prefix}.optim.use" in self.options), "")
+        if answer := find_answer(path, trained, {*self.options, *kinds}):
+            return self._spell_answer(answer, spell)
         if head in OF_ROLES:
             paths = [each.removesuffix(".use") for each in self.options if each.endswith(".use")]
             return f"; an optimizer belongs to a role: {' or '.join(f'{spell(each)}.use NAME' for each in paths)}"
@@ -119,6 +123,18 @@ class Schema:
             title = section.title if section is not None and group == f"{head}." else group[:-1]
             return f"; {title} has the options {', '.join(among)}"
         return f"; see rlhf-run {name} --help"
+
+    def _spell_answer(self, answer: str, spell: Callable[[str], str]) -> str:
+        """The answer to a flag of another library, its options as the user writes them."""
+        pairs, remark = read_answer(answer)
+        (path, value), *others = pairs
+        if not others and not value and path in self.options:
+            written = self.options[path].describe(spell(path))
+        elif spell(path).startswith("--"):
+            written = " ".join(f"{spell(each)} {value}".strip() for each, value in pairs)
+        else:
+            written = ", ".join(f"{each} = {value or '…'}" for each, value in pairs)
+        return f"; write {written}{'; ' * bool(remark)}{remark}"
 
     def _group(self, path: str) -> str:
         """The longest beginning of `path` that is right: `actor.optim.` of `actor.optim.lrr`."""

@@ -1,4 +1,4 @@
-"""`--data rows`: rows that a Python user has at hand, as a list or as a table of the library `datasets`.
+"""`memory`: rows that a Python user has at hand, as a list or as a table of the library `datasets`.
 
     make_config("sft", model=…, data=[{"prompt": "2 + 2 =", "completion": "4"}])
     make_config("sft", model=…, data={"rows": table, "heldout": 0.1, "prompt_key": "question"})
