@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_the_overview_lists_algorithms_commands_and_the_fixed_flags(words: list[
 def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(say: Callable[..., str]) -> None:
     text = " ".join(say("online", "--help").split())
     assert "Samples and learns. As the paper says." in text
-    assert re.search(r"--data table [\w, ]*\bjson, prompts\b[\w, ]*\btable --", text), "the choices of a kind"
+    assert re.search(r"--data table [\w, ]*\bjson, memory, prompts\b[\w, ]*\btable --", text), "the choices of a kind"
     assert "--data.path STR where the rows are (required)" in text
     assert "--reward.limit INT characters at which the reward reaches zero (default: 400)" in text
     assert "--algorithm.clip FLOAT where the ratio is cut (default: 0.2)" in text
@@ -211,6 +212,19 @@ def test_help_follows_the_providers_that_are_chosen(say: Callable[..., str]) -> 
     text = say("online", "--reward", "length", "--help")
     assert "--reward.target INT" in text
     assert "--reward.limit" not in text
+
+
+def test_help_begins_with_the_ten_flags_that_a_first_run_sets_and_shows_each_once(say: Callable[..., str]) -> None:
+    pytest.importorskip("rlhf_algos")
+    for words in (["sft", "--data", "hf"], ["grpo", "--reward", "func"], ["dpo"], ["reward"]):
+        text = say("-p", "algos", *words, "--help")
+        first = text.partition("\nfirst of all\n")[2].partition("\n\n")[0]
+        flags = re.findall(r"^  (--\S+)", first, re.MULTILINE)
+        assert len(flags) == 10 and {"--model", "--batch-size"} < set(flags)
+        assert any(flag.endswith(".optim.lr") for flag in flags)
+        everything = re.findall(r"^  (--[a-z]\S*) (?!NAME)", text.partition("first of all")[2], re.MULTILINE)
+        options = [flag for flag in everything if "." in flag]
+        assert len(options) == len(set(options)) > 30
 
 
 def test_help_shows_what_a_file_sets(say: Callable[..., str]) -> None:
@@ -277,6 +291,36 @@ def test_doctor_shows_versions_devices_plugins_and_what_is_missing(say: Callable
     assert f"  torch {torch.__version__}" in text
     assert re.search(r"^  cpu: \d+ cores", text, re.MULTILINE)
     assert "  cli_fakes: (local)" in text
+
+
+def test_doctor_says_first_whether_the_readme_works_and_sorts_the_rest_by_purpose(
+    say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rlhf_core.cli.doctor as module
+
+    present = dict.fromkeys((*module.README, "rlhf-core"), "1.0")
+    monkeypatch.setattr(module, "_version", lambda name: present.get(name, ""))
+    assert say("doctor").startswith("README\n  everything in it works here\nversions\n")
+    del present["vaderSentiment"]
+    text = say("doctor")
+    assert text.startswith("README\n  the demo needs vaderSentiment: python3 -m pip install 'rlhf-core[sentiment]'\n")
+    models, rewards, tracking, engines = (
+        text.index(f"not installed, for {each}") for each in (*module.PURPOSES, module.ENGINES)
+    )
+    assert (
+        models < text.index("rlhf-core[lora] (needs") < rewards < text.index("rlhf-core[sentiment] (needs") < tracking
+    )
+    assert tracking < text.index("rlhf-core[wandb] (needs") < engines < text.index("strategy deepspeed: python3")
+
+
+def test_every_extra_of_core_has_a_purpose_and_all_is_their_sum() -> None:
+    from rlhf_core.cli.doctor import PURPOSES
+
+    project = tomllib.loads((Path(core.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"]) - {"all"}
+    assert {each for names in PURPOSES.values() for each in names} == extras
+    (whole,) = project["optional-dependencies"]["all"]
+    assert set(re.findall(r"[a-z]+", whole.partition("[")[2])) == extras
 
 
 def test_doctor_says_the_pip_command_of_what_is_missing(

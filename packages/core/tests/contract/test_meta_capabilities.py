@@ -80,6 +80,7 @@ FOREIGN = {
         "quant_state": "a parameter of bitsandbytes",
     },
     "core/models/module": {"score": "the head of a classifier of transformers"},
+    "core/observer/live": {"kernel": "a shell of IPython"},
     "core/plugins/attribution": {"__notes__": "an error of Python"},
     "core/plugins/provider_checks": {"__get__": "a descriptor of Python"},
     "core/plugins/hook_checks": {"__code__": "a function of Python"},

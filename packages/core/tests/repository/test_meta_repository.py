@@ -131,7 +131,7 @@ PROVIDERS = {name for table in INSTALL.values() for name in table} | {
     for name in getattr(plugin, hook)()
 }
 WORDS = set(
-    "reward value entropy length local json prompts torch func clip heldout sum model math code exact regex remote hf "
+    "reward value entropy length local memory json prompts torch func clip heldout sum model math code exact regex remote hf "
     "pairs teacher judge hinge reinforce chat score".split()
 )
 """Provider names that are also words with other meanings: they count only where something like a name is compared."""

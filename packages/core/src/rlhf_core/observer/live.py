@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 from rlhf_core.util.activity import activity
@@ -167,12 +168,11 @@ class NotebookView(LiveView):
         self.draw(force=True)
 
     def show(self, text: str) -> None:
-        from IPython.display import HTML, display
-
+        ipython = import_module("IPython.display")
         bar = f'<progress value="{self.step}" max="{max(1, self.steps)}"></progress>'
-        page = HTML(f"{bar} {html.escape(text)}<pre>{html.escape(chr(10).join(self.lines))}</pre>")
+        page = ipython.HTML(f"{bar} {html.escape(text)}<pre>{html.escape(chr(10).join(self.lines))}</pre>")
         if self._handle is None:
-            self._handle = display(page, display_id=True)
+            self._handle = ipython.display(page, display_id=True)
         else:
             self._handle.update(page)
 
