@@ -103,7 +103,7 @@ def sample(
     try:
         with torch.inference_mode(), shared_heads(model):
             for wave in plan_waves([len(ids) for ids in prompt_ids], sampling, wave_tokens):
-                stops = _Stops(eos_ids, sampling.stop, decode)
+                stops, count = _Stops(eos_ids, sampling.stop, decode), (len(found), len(prompt_ids) * sampling.n)
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
                 draws = uniforms([seeds[prompt][k] for prompt, k in rows], sampling.max_new_tokens)
                 asked = [prompt_ids[piece.prompt] for piece in wave]
@@ -111,7 +111,6 @@ def sample(
                 state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
                 most = [limits[prompt] if limits else sampling.max_new_tokens for prompt, _ in rows]
-                count = (len(found), len(prompt_ids) * sampling.n)
                 decoded = _decode(model, state, draws, most, sampling, stops, compact, count, lacking)
                 found.update(zip(rows, decoded, strict=True))
     finally:
