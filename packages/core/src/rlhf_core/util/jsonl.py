@@ -29,6 +29,8 @@ def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:
         return
     content, damaged_path = path.read_bytes(), path.with_name(f"{path.name}.damaged")
     *lines, half = content.split(b"\n")  # not splitlines: JSON leaves U+2028 and its like in its strings
+    if half and not half.startswith(b"{"):  # no beginning of a line: zeros that a crash left, for example
+        lines, half = [*lines, half], b""
     right, damaged = [], []
     for number, line in enumerate(lines, start=1):
         step = _step_of(line)
