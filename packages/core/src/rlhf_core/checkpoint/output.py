@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -211,9 +212,7 @@ def _check_reads(config: RunConfig, output: Path, names: Iterable[str]) -> None:
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(option, value) of every text that may be a path to read."""
-    from rlhf_core.config.builder import to_names
-
-    tree = to_names(config)
+    tree = tomllib.loads(_to_toml(config))
     for role in config.roles:
         yield f"{role}.model", str(tree[role].get("model", ""))
     yield "model", str(tree["model"])

@@ -80,8 +80,8 @@ class MemoryRows(Preparation, Columns):
                 f"{name}:1: a row should be a dictionary of columns, not {type(first).__name__}; "
                 "write {'prompt': …} for each"
             )
-        columns = self.infer_columns(first, f"{name}:1")
-        columns = replace(columns, meta_keys=columns.meta_keys or _names(rows, first, columns.prompt_key))
+        handed = replace(self, meta_keys=self.meta_keys or _names(rows, first))
+        columns = handed.infer_columns(first, f"{name}:1")
         columns.example(first, f"{name}:1")
         if not hasattr(rows, "__len__"):  # a stream
             if self.unique:
@@ -94,9 +94,9 @@ class MemoryRows(Preparation, Columns):
         return drop_duplicates(limited, set()) if self.unique and isinstance(limited, Sequence) else limited
 
 
-def _names(rows: Iterable[Any], first: Mapping[str, Any], prompt_key: str) -> tuple[str, ...]:
+def _names(rows: Iterable[Any], first: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns that every row has and that reward functions are called with; the prompt is handed to them anyway."""
     every = set(first)
     if isinstance(rows, (list, tuple)):
         every = every.intersection(*(row for row in rows if isinstance(row, Mapping)))
-    return tuple(name for name in first if name in every - {prompt_key, "prompt", "transcript"})
+    return tuple(name for name in first if name in every - {"prompt", "transcript"})
