@@ -15,8 +15,8 @@ import torch
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
+from rlhf_core.models.heads.warp import warp
 from rlhf_core.rollout.hf import HuggingFaceRollout
-from rlhf_core.rollout.warp import warp
 from rlhf_core.testing import check_rollout
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM, VLLMEngines

@@ -105,6 +105,7 @@ class Empty(HuggingFaceRollout):
             tokens_NT=rollouts.tokens_NT[:, :0],
             lengths_N=torch.zeros_like(rollouts.lengths_N),
             mask_NT=mask_NT,
+            kept_sets=[],
             extras=extras,
         )
 

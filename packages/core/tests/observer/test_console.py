@@ -57,5 +57,6 @@ def test_answers_to_the_same_prompt_stand_together_first_and_last(tmp_path: Path
 def test_a_run_says_at_its_start_that_cutting_the_distribution_biases_ratios() -> None:
     assert truncation(Sampling()) == ""
     assert truncation(Sampling(temperature=0.0, top_p=0.9)) == "", "greedy sampling has no ratios to bias"
-    said = truncation(Sampling(top_p=0.9, top_k=40))
+    assert truncation(Sampling(top_p=0.9, top_k=40)) == "", "what was kept is replayed"
+    said = truncation(Sampling(top_p=0.9, top_k=40, replay="off"))
     assert said.startswith("sampling is cut by top-p 0.9, top-k 40: importance ratios") and "\n" not in said

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_core.rollout.warp import draw, warp
+from rlhf_core.models.heads.warp import draw, warp
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 RULES = st.fixed_dictionaries(

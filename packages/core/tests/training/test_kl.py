@@ -50,7 +50,8 @@ def test_the_unbiased_form_has_the_gradient_of_the_kl_on_samples_of_an_older_pol
     batch = make_batch([1] * 6).with_extras(ref_logprobs_NT=ref[:, None], old_logprobs_NT=old[:, None])
     batch.step = StepInfo(kl_coef=1.0)
     loss = KLLoss(estimator, unbiased=True)  # type: ignore[arg-type]
-    values = loss({"logprobs_NT": logits.log_softmax(0)[:, None]}, batch).values
+    now = logits.log_softmax(0)[:, None]
+    values = loss({"logprobs_NT": now, "full_logprobs_NT": now}, batch).values
     plain = kl_values(logits.log_softmax(0)[:, None], ref[:, None], batch.mask_NT, estimator)  # type: ignore[arg-type]
     torch.testing.assert_close(values, plain)
     assert float((logits.detach().log_softmax(0) - old).max()) < 2.3, "no weight is bounded"
@@ -81,7 +82,7 @@ def test_the_penalty_as_a_loss_is_the_coefficient_times_the_estimate() -> None:
     batch = make_batch([2, 1])
     batch.extras["ref_logprobs_NT"] = torch.zeros(2, 2)
     batch.step = StepInfo(kl_coef=0.5)
-    result = KLLoss("k2")({"logprobs_NT": torch.full((2, 2), 2.0, requires_grad=True)}, batch)
+    result = KLLoss("k2")({"full_logprobs_NT": torch.full((2, 2), 2.0, requires_grad=True)}, batch)
     assert result.values.tolist() == [[1.0, 1.0], [1.0, 0.0]]
     assert result.reduction.per == "token"
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, StepInfo
+from rlhf_core.contract.kept_sets import KeptSets, Truncation
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_t
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
 IMAGES = "images"
+KEPT = "kept_sets"
 REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
 
 Arrays = Mapping[str, Any]
@@ -43,18 +45,33 @@ def unpack(
 
     n = len(rows)
     own: dict[str, Any] = {name: column(packed[name]) for name in COLUMNS}
-    seen = packed.get(IMAGES, ())
+    seen, kept = packed.get(IMAGES, ()), packed.get(KEPT, ())
     whole = Batch(
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
         meta=[{} if source is None else {"datasource": source} for source in sources or [None] * n],
+        kept_sets=[_from_arrays(kept[row]) for row in rows if kept],
         images=[{name: torch.from_numpy(array.copy()) for name, array in seen[row].items()} for row in rows if seen],
         **own,
         extras={name: column(array) for name, array in (extras or {}).items()},
         step=step or StepInfo(),
     )
     return whole.rows(range(n))  # trimmed to the longest of these rows
+
+
+def _to_arrays(kept: KeptSets | Truncation) -> Any:
+    """Kept sets of a completion as arrays; rules as they are."""
+    if isinstance(kept, Truncation):
+        return kept
+    return kept.counts_T.numpy(), kept.ids_K.numpy(), kept.bits_WB.numpy()
+
+
+def _from_arrays(packed: Any) -> KeptSets | Truncation:
+    """What `_to_arrays` was given."""
+    if isinstance(packed, Truncation):
+        return packed
+    return KeptSets(*(torch.from_numpy(array.copy()) for array in packed))
 
 
 def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
@@ -89,15 +106,21 @@ class Shipper:
 
     def columns(self, batch: Batch) -> Any:
         """The reference of the batch's columns, and of what its model reads for images."""
-        return self._put_once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images)
+        return self._put_once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images, batch.kept_sets)
 
     def extras(self, batch: Batch, names: Iterable[str]) -> list[Any]:
         """The references of the named extras, in their order."""
         return [self._put_once([batch[name]], ("",)) for name in names]
 
-    def _put_once(self, tensors: list[Tensor], names: tuple[str, ...], images: Sequence[Images] = ()) -> Any:
+    def _put_once(
+        self,
+        tensors: list[Tensor],
+        names: tuple[str, ...],
+        images: Sequence[Images] = (),
+        kept_sets: Sequence[KeptSets | Truncation] = (),
+    ) -> Any:
         """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
-        key = tuple(number for tensor in tensors for number in (id(tensor), _changes(tensor)))
+        key = (len(kept_sets), *(number for tensor in tensors for number in (id(tensor), _changes(tensor))))
         if key not in self._sent:
             packed: dict[str, Any] = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
             self.bytes += sum(array.nbytes for array in packed.values())
@@ -106,6 +129,9 @@ class Shipper:
                 arrays = {id(row): {name: tensor.numpy() for name, tensor in row.items()} for row in images}
                 packed[IMAGES] = [arrays[id(row)] for row in images]
                 self.bytes += sum(array.nbytes for row in arrays.values() for array in row.values())
+            if kept_sets:
+                packed[KEPT] = [_to_arrays(each) for each in kept_sets]
+                self.bytes += sum(array.nbytes for row in packed[KEPT] if isinstance(row, tuple) for array in row)
             self._sent[key] = (self._store(packed), tensors)  # the tensors are kept so that their ids stay theirs
             while len(self._sent) > REMEMBERED:
                 self._sent.popitem(last=False)

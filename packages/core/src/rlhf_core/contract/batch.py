@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.kept_sets import KeptSets, Truncation
 
 __all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts", "StepInfo"]
 
@@ -131,6 +132,9 @@ class Batch:
     """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
     raw_texts: list[str] = field(default_factory=list)
     """N completions as text with their special tokens, <think> say, but for the end token; empty for rows of data"""
+    kept_sets: list[KeptSets | Truncation] = field(default_factory=list)
+    """N completions' kept sets (`contract.kept_sets`), over which the role that sampled them takes its log-probabilities; an
+    empty list where nothing was cut"""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """tensors by name, whose suffix says the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
@@ -182,8 +186,12 @@ class Batch:
 
     def _per_row(self) -> tuple[str, ...]:
         """Names of the fields that are lists of N."""
-        given = (name for name in ("images", "raw_texts") if getattr(self, name))
-        return ("prompts", "texts", "labels", "meta", *given)
+        optional = [name for name in ("images", "raw_texts", "kept_sets") if getattr(self, name)]
+        return ("prompts", "texts", "labels", "meta", *optional)
+
+    def read_by(self, role: str, source: str) -> Self:
+        """The batch as `role` reads it: kept sets are those of `source`, the role that sampled, and no others'."""
+        return self if role == source or not self.kept_sets else replace(self, kept_sets=[])
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:

@@ -57,6 +57,9 @@ class Sampling:
     """keep the k most likely tokens; 0 keeps all"""
     min_p: float = 0.0
     """keep tokens with at least this share of the most likely one's probability; 0 keeps all"""
+    replay: Literal["on", "off"] = "on"
+    """under top-p, top-k or min-p: take the policy's log-probabilities over the tokens that the sampler kept, so that ratios
+    are those of the policy that sampled (DeepSeek-V3.2); off takes them over the whole vocabulary, and ratios are biased"""
     stop: tuple[str, ...] = ()
     """strings that end a completion (kept in it)"""
     seed: int = field(default=0, metadata=INTERNAL)

@@ -37,11 +37,21 @@ __all__ = [
     "trim",
 ]
 
-OUTPUTS = ("logprobs_NT", "entropy_NT", "logits_NT", "values_NT", "scores_N", "features_NH", "features_NTH")
-"""Core's own outputs of a role's forward pass: per token log-probability, entropy, logit and value, per completion score, and
+OUTPUTS = (
+    "logprobs_NT",
+    "full_logprobs_NT",
+    "entropy_NT",
+    "logits_NT",
+    "values_NT",
+    "scores_N",
+    "features_NH",
+    "features_NTH",
+)
+"""Core's own outputs of a role's forward pass: per token log-probability (`full_`: over the whole vocabulary, though the
+sampler cut it), entropy, logit and value, per completion score, and
 the body's states, at the last token and before each token. Plugins add others (`contract.outputs`)."""
 
-LANGUAGE = frozenset({"logprobs_NT", "entropy_NT", "logits_NT"})
+LANGUAGE = frozenset({"logprobs_NT", "full_logprobs_NT", "entropy_NT", "logits_NT"})
 """Those of the language-model head."""
 
 ROUTER_LOSS = "router_loss"
@@ -55,6 +65,7 @@ TRAINED = "<trained>"
 
 SHORT = {
     "old_logprobs_NT": f"{TRAINED}.logprobs_NT",
+    "old_full_logprobs_NT": f"{TRAINED}.full_logprobs_NT",
     "ref_logprobs_NT": "reference.logprobs_NT",
     "values_NT": "critic.values_NT",
 }

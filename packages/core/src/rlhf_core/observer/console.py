@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import hookimpl
+from rlhf_core.errors import run_option
 from rlhf_core.observer.live import LiveView, clock, make_view
 from rlhf_core.util.messages import progress
 
@@ -71,14 +72,15 @@ class Console:
 
 
 def truncation(sampling: Sampling) -> str:
-    """What cutting the distribution does to importance ratios; empty where nothing is cut."""
+    """What cutting the distribution does to importance ratios; empty where nothing is cut, or kept sets are replayed."""
     cuts = {"top-p": (sampling.top_p, 1.0), "top-k": (sampling.top_k, 0), "min-p": (sampling.min_p, 0.0)}
     cut = [f"{name} {value:g}" for name, (value, whole) in cuts.items() if value != whole]
-    if not cut or sampling.temperature == 0:
+    if not cut or sampling.temperature == 0 or sampling.replay == "on":
         return ""
     return (
-        f"sampling is cut by {', '.join(cut)}: importance ratios and KL are those of the whole distribution, biased by what "
-        "is cut off (rollout/kept_mass: the share that is kept)"
+        f"sampling is cut by {', '.join(cut)}: importance ratios are those of the whole distribution, biased by what is "
+        "cut off (rollout/kept_mass: the share that is kept); to train what was sampled, pass "
+        f"{run_option('sampling.replay', 'on')}"
     )
 
 

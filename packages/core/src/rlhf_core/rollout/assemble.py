@@ -16,6 +16,8 @@ from rlhf_core.util.padding import pad_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlhf_core.contract.kept_sets import KeptSets
+
 __all__ = ["assemble", "decode", "pad_id"]
 
 
@@ -31,20 +33,20 @@ def assemble(
     scalars: Mapping[str, float] | None = None,
     mask: Sequence[Sequence[bool]] | None = None,
     texts: Sequence[str] | None = None,
+    kept_sets: Sequence[KeptSets] = (),
 ) -> Rollouts:
     """P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
 
     Args:
         prompts: what was asked.
         tokens: N sequences, the EOS that ends one included; all of them sampled unless `mask` is given.
-        finish: N reasons.
-        tokenizer: makes the texts.
+        finish, tokenizer: N reasons; what makes the texts.
         version: of the policy that sampled.
         versions: N sequences with a version per token, if weights were updated while the engine sampled.
         per_token: extras by name, `sampler_logprobs_NT` say, as N sequences with a number per token.
         scalars: numbers that hold for the whole batch.
         mask: N sequences, true where the policy sampled a token.
-        texts: N texts; decoded from the tokens where absent.
+        texts, kept_sets: of N completions; texts are decoded from the tokens where absent.
     """
     filler = pad_id(tokenizer)
     group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
@@ -66,6 +68,7 @@ def assemble(
         group_N=torch.tensor(group),
         labels=[example.label for example in examples],
         meta=[example.meta for example in examples],
+        kept_sets=list(kept_sets),
         images=[prompts.images[p] for p in group] if prompts.images else [],
         raw_texts=_raw_texts(tokenizer, tokens, finish, mask),
         extras={

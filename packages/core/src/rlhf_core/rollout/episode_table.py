@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example, Prompts, Rollouts
 from rlhf_core.contract.episode import Session
+from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.assemble import assemble
@@ -48,6 +49,8 @@ class EpisodeState:
     """of each token"""
     numbers: dict[str, list[float]] = field(default_factory=dict)
     """what the engine returned for each token, by name"""
+    kept_sets: list[KeptSets] = field(default_factory=list)
+    """of each part, if the engine returned some"""
     texts: list[str] = field(default_factory=list)
     """of the policy's turns"""
     transcript: list[dict[str, Any]] = field(default_factory=list)
@@ -115,6 +118,7 @@ def to_rollouts(table: EpisodeTable) -> Rollouts:
         scalars=_scalars(table.sampled),
         mask=[each.mask for each in episodes],
         texts=["".join(each.texts) for each in episodes],
+        kept_sets=[KeptSets.join(each.kept_sets) for each in episodes if each.kept_sets],
     )
     extras = rollouts.extras
     for name in names:

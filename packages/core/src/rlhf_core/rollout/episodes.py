@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf_core.contract.batch import Example, Prompts, Rollouts
 from rlhf_core.contract.episode import Action, Feedback, Session
+from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_uid
 from rlhf_core.errors import ContractError
 from rlhf_core.rollout.assemble import decode
@@ -169,6 +170,8 @@ def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, f
         return
     nothing = {name: [0.0] * len(ids) for name in episode.numbers}
     episode.append(ids, [False] * len(ids), action.turn, nothing)
+    if episode.kept_sets:
+        episode.kept_sets.append(KeptSets.whole(len(ids)))
 
 
 def _check_feedback(table: EpisodeTable, episode: EpisodeState, feedback: object) -> Feedback:
@@ -265,6 +268,10 @@ def _add_turn(table: EpisodeTable, episode: EpisodeState, sampled: Rollouts, i: 
         (text,), finish = decode(table.encoder.tokenizer, [tokens]), "length"
     numbers = {name: values[i, :length].tolist() for name, values in sampled.extras.items() if name.endswith("_NT")}
     episode.append(tokens, sampled.mask_NT[i, :length].tolist(), turn, numbers)
+    if sampled.kept_sets:
+        kept = sampled.kept_sets[i]
+        assert isinstance(kept, KeptSets), "engines return sets, not rules"
+        episode.kept_sets.append(kept.cut(length))
     episode.texts.append(text)
     episode.transcript.append({"from": "policy", "turn": turn, "text": text})
     return Action(text, tuple(tokens), "stop" if finish == "stop" else "length", turn)

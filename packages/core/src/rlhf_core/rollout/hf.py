@@ -12,6 +12,7 @@ from functools import partial
 from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
@@ -30,8 +31,8 @@ class HuggingFaceRollout(Rollout):
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
     temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the log of the
-    probability they kept is returned as `sampler_log_mass_NT`, and its mean share as the scalar `kept_mass`: importance
-    ratios against an untruncated policy are biased by it.
+    probability they kept is returned as `sampler_log_mass_NT`, its mean share as the scalar `kept_mass`, and with
+    `--sampling.replay` the kept tokens themselves as `kept_sets`.
     """
 
     wave_tokens: int = 32768
@@ -80,14 +81,23 @@ class HuggingFaceRollout(Rollout):
                 limits=prompts.limits,
                 lacking=lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
             )
-        tokens, logprobs, log_mass, finish = zip(*completions, strict=True)
+        tokens, logprobs, log_mass, finish, kept_sets = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}
         scalars = {}
-        if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0):
+        if truncates(sampling):
             kept = [exp(value) for row in log_mass for value in row]
             per_token["sampler_log_mass_NT"] = log_mass
             scalars["kept_mass"] = sum(kept) / max(1, len(kept))
-        return assemble(prompts, tokens, finish, tokenizer, version=role.version, per_token=per_token, scalars=scalars)
+        return assemble(
+            prompts,
+            tokens,
+            finish,
+            tokenizer,
+            version=role.version,
+            per_token=per_token,
+            scalars=scalars,
+            kept_sets=[each for each in kept_sets if each is not None],
+        )
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Nothing to do: the weights are the role's own."""

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_core.contract.kept_sets import KeptSets, replays, truncates
 from rlhf_core.errors import RunStopped, UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.models.heads.warp import WarpedDistribution, draw, warp
 from rlhf_core.models.inputs.images import Images, stack_images
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.rollout.attention import shared_heads
-from rlhf_core.rollout.warp import draw, warp
+from rlhf_core.rollout.kept_sets import KeptSetsRecorder
 from rlhf_core.util.activity import report
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class SampledCompletion(NamedTuple):
     log_mass: list[float]
     """log of the probability that truncation kept at each token; zeros where nothing is truncated"""
     finish: Literal["stop", "length"]
+    kept_sets: KeptSets | None = None
+    """which tokens truncation kept at each token, if `Sampling.replay` asks for them"""
 
 
 class Piece(NamedTuple):
@@ -257,12 +261,15 @@ def _decode(
     limits_B = torch.tensor(limits, device=device)
     ends_B = torch.zeros(B, dtype=torch.long, device=device)  # length of what has ended, 0 for the rest
     stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
+    recorder = KeptSetsRecorder(B, T) if replays(sampling) else None
     lacking_L = torch.tensor(lacking, dtype=torch.long, device=device)
     row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
     for t in range(T):
-        tokens_R, logprobs_R, log_mass_R = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
-        tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, log_mass_R
+        tokens_R, logprobs_R, warped = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
+        tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, warped.log_mass_N
         live_R = ends_B[row_R] == 0
+        if recorder is not None:
+            recorder.add(row_R[live_R], t, warped.kept_NV[live_R])
         stopped_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
         stopped_B[row_R[stopped_R]] = True
         ended_R = live_R & (stopped_R | (limits_B[row_R] <= t + 1))
@@ -281,39 +288,39 @@ def _decode(
     if not bool(logprobs_BT.isfinite().all()):
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
     columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B, stopped_B))
+    kept_sets = recorder.completions(ends_B.tolist()) if recorder is not None else [None] * B
     return [
-        SampledCompletion(tokens[:end], logprobs[:end], log_mass[:end], "stop" if stopped else "length")
-        for tokens, logprobs, log_mass, end, stopped in zip(*columns, strict=True)
+        SampledCompletion(tokens[:end], logprobs[:end], log_mass[:end], "stop" if stopped else "length", kept)
+        for tokens, logprobs, log_mass, end, stopped, kept in zip(*columns, kept_sets, strict=True)
     ]
 
 
 def _pick(
     logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next tokens, their log-probabilities, and the log of the probability that truncation kept."""
+) -> tuple[Tensor, Tensor, WarpedDistribution]:
+    """The next tokens, their log-probabilities, and the distribution that they were drawn from."""
     if len(lacking_L):
         return _pick_known(logits_RV, uniforms_R, sampling, lacking_L)
     if sampling.temperature == 0:
-        logprobs_RV, log_mass_R = warp(logits_RV)
-        tokens_R = logprobs_RV.argmax(-1)
+        warped = warp(logits_RV)
+        tokens_R = warped.logprobs_NV.argmax(-1)
     else:
-        rules = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-        logprobs_RV, log_mass_R = warp(logits_RV, *rules)
-        tokens_R = draw(logprobs_RV, uniforms_R)
-    return tokens_R, logprobs_RV.gather(1, tokens_R[:, None])[:, 0], log_mass_R
+        warped = warp(logits_RV, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        tokens_R = draw(warped.logprobs_NV, uniforms_R)
+    return tokens_R, warped.logprobs_NV.gather(1, tokens_R[:, None])[:, 0], warped
 
 
 def _pick_known(
     logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, WarpedDistribution]:
     """What `_pick` gives, from the tokens that are not lacking; the probability of those that are is the trainer's too."""
     known_RV = logits_RV.index_fill(1, lacking_L, -torch.inf)
-    tokens_R, logprobs_R, log_mass_R = _pick(known_RV, uniforms_R, sampling, lacking_L[:0])
+    tokens_R, logprobs_R, warped = _pick(known_RV, uniforms_R, sampling, lacking_L[:0])
     temperature = sampling.temperature or 1.0
     log_known_R = (known_RV.float() / temperature).logsumexp(1) - (logits_RV.float() / temperature).logsumexp(1)
-    if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0):
-        return tokens_R, logprobs_R, log_mass_R + log_known_R
-    return tokens_R, logprobs_R + log_known_R, log_mass_R
+    if truncates(sampling):
+        return tokens_R, logprobs_R, warped._replace(log_mass_N=warped.log_mass_N + log_known_R)
+    return tokens_R, logprobs_R + log_known_R, warped
 
 
 class _Stops:

@@ -19,6 +19,7 @@ from rlhf_core.contract.results import RewardOutput, ScoredRollouts
 from rlhf_core.errors import NotFiniteReward, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
+from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.run.reward_inputs import reward_precision
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.credit import prepare_rows
@@ -97,8 +98,8 @@ class Services(Protocol):
         """Return completions with the outputs of roles that the reward reads."""
         ...
 
-    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Return completions of a role."""
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling, trained: bool = False) -> Rollouts:
+        """Return completions of a role; with kept sets if they are to be trained on."""
         ...
 
 
@@ -166,7 +167,8 @@ class Iteration:
         with self.meter.phase("rollout"):
             prompts = self.run.encoder.prompts(*rows)
             seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
-            rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed))
+            rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed), trained=True)
+            rollouts = with_kept_sets(rollouts, config.sampling)
         dtype = self.plan.roles[source].options.compute_dtype
         rollouts = keep_exact(rollouts, config.providers["rollout"], config.sampling.temperature, dtype)
         self.meter.add_sum("samples", self.world.total(len(rollouts)))

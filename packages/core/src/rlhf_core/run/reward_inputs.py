@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.results import PRECISION
@@ -24,7 +25,7 @@ __all__ = ["reward_precision", "with_reward_needs"]
 
 def reward_precision(plan: Plan) -> float:
     """Return the relative precision of what the run's reward reads of roles: that of the narrowest dtype among them."""
-    dtypes = [plan.roles[need.role].options.dtype for need in plan.reward_needs]
+    dtypes = [plan.roles[need.role].options.compute_dtype for need in plan.reward_needs]
     return max([PRECISION, *(torch.finfo(getattr(torch, dtype)).eps for dtype in dtypes)])
 
 
@@ -41,6 +42,6 @@ def with_reward_needs(plan: Plan, reward: Reward, rollouts: Batch, roles: Mappin
             who = type(reward).__qualname__
             raise ContractError(f"{who}.role_rows({name!r}) gave {len(rows)} rows for {len(rollouts)} completions")
         own = [need for need in plan.reward_needs if need.role == name]
-        outputs = roles[name].infer(rows, frozenset(need.output for need in own))
+        outputs = roles[name].infer(replace(rows, kept_sets=[]), frozenset(need.output for need in own))
         extras |= {need.name: outputs[need.output] for need in own}
     return rollouts.with_extras(**extras) if extras else rollouts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,8 +379,9 @@ class Run:
         """Return the held-out rows of the data, the first `most` of them; at least one for each rank."""
         return self.data.heldout(most, self.world)
 
-    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Return completions of the role `source`; with an environment, each is an episode."""
+    def rollouts(self, source: str, prompts: Prompts, sampling: Sampling, trained: bool = False) -> Rollouts:
+        """Return completions of the role `source`, or episodes; with kept sets if they are to be `trained` on."""
+        sampling = sampling if trained else replace(sampling, replay="off")
         environment = self.engines.get("environment")
         with options_under("/rollout"):
             engine, role = self.engines["rollout"], self.roles[source]

@@ -71,6 +71,7 @@ class FakeTrainable(Trainable):
         real_NT = (torch.arange(batch.tokens_NT.shape[1]) < batch.lengths_N[:, None]).float()
         outputs = {
             "logprobs_NT": (self.w - 1 - batch.tokens_NT % 7) * real_NT,
+            "full_logprobs_NT": (self.w - 1 - batch.tokens_NT % 7) * real_NT,
             "entropy_NT": (1 + self.w) * real_NT,
             "values_NT": self.w * real_NT,
             "scores_N": self.w * batch.lengths_N,

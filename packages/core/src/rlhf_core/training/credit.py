@@ -20,7 +20,15 @@ from rlhf_core.contract.terms import PAIRS_ADVICE, Term
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
-from rlhf_core.training.old_logprobs import OLD, VERSIONS, is_live, late_tokens, replace_late
+from rlhf_core.training.old_logprobs import (
+    FULL_OLD,
+    OLDS,
+    VERSIONS,
+    full_old_logprobs,
+    is_live,
+    late_tokens,
+    replace_late,
+)
 from rlhf_core.training.reduction import Means
 
 if TYPE_CHECKING:
@@ -93,7 +101,7 @@ def compute_needs(
     late = late_tokens(batch, roles[source].version, batch.world or World()) if VERSIONS in batch and not after else 0.0
     credits = [credit for credit in plan.credits.values() if credit.source == source]
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
-        waits = need.name != OLD and need.role in plan.updated_by(credit.after)
+        waits = need.name not in OLDS and need.role in plan.updated_by(credit.after)
         if (credit.after if waits else "") != after:
             continue
         if need.role and (after or need.name not in batch) and not is_live(plan, credit, need.name, late):
@@ -105,12 +113,12 @@ def compute_needs(
         trained = any((term.role, term.source) == (role, source) for term in plan.terms)
         learns = trains and trained and role not in plan.updated_by(after)  # still to come in this step
         asked = frozenset(output for owner, output in wanted if owner == role)
-        outputs = roles[role].infer(batch, asked, source if learns else "")
+        outputs = roles[role].infer(batch.read_by(role, source), asked, source if learns else "")
         for (owner, output), names in wanted.items():
             if owner == role:
                 extras |= dict.fromkeys(names, outputs[output])
-    if OLD in extras and late:
-        extras[OLD] = replace_late(batch, extras[OLD], roles[source].version)
+    for name in extras.keys() & set(OLDS) if late else ():
+        extras[name] = replace_late(batch, extras[name], roles[source].version, full=name == FULL_OLD)
     return batch.with_extras(**extras)
 
 
@@ -142,7 +150,9 @@ def assign_credit(
     extras = dict(batch.extras)
     penalised = plan.kl is not None and plan.kl.where == "reward" and not spec.advantage.raw_rewards
     if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
-        kl_NT = kl_values(batch["old_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
+        policy_NT = full_old_logprobs(batch)
+        assert policy_NT is not None, "the planner asks for them"
+        kl_NT = kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)
         extras["penalty_NT"] = kl_coef * kl_NT
         rewards_NT = rewards_NT - extras["penalty_NT"]
     shaped = replace(rewards, rewards_NT=rewards_NT)

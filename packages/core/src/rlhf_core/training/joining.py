@@ -23,10 +23,12 @@ def join_rows(first: Batch, second: Batch) -> Batch:
     """Return the rows of `first`, and after those of each prompt the rows that `second` has of it.
 
     Prompts are known by `uids_N`; those that only one of the two has are left out. Of extras, the common ones stay, and
-    `joined_N` is 1 in the rows of `second`.
+    `joined_N` is 1 in the rows of `second`. Kept sets are left out: rows of data have none.
     """
     common = sorted(first.extras.keys() & second.extras.keys())
-    both = Batch.cat([replace(each, extras={name: each[name] for name in common}) for each in (first, second)])
+    both = Batch.cat(
+        [replace(each, kept_sets=[], extras={name: each[name] for name in common}) for each in (first, second)]
+    )
     joined_N = torch.cat([torch.zeros(len(first)), torch.ones(len(second))])
     uids = both["uids_N"].tolist()
     place = {

@@ -51,7 +51,11 @@ def kl_values(
 
 @dataclass(frozen=True)
 class KLLoss(Loss):
-    """The penalty as a loss with a live gradient, times the coefficient in force (`batch.step.kl_coef`)."""
+    """The penalty as a loss with a live gradient, times the coefficient in force (`batch.step.kl_coef`).
+
+    It compares whole distributions, as the reference's are, whatever truncation kept: what the policy would do outside of the
+    kept sets is held too, and the penalty of a policy that is its reference is 0 (NeMo RL does the same).
+    """
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """see `KL.estimator`"""
@@ -60,19 +64,23 @@ class KLLoss(Loss):
     unbiased: bool = False
     """see `KL.unbiased`"""
 
-    outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     rows_per_unit: ClassVar[int] = 1
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"full_logprobs_NT", "logprobs_NT"} if self.unbiased else {"full_logprobs_NT"})
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logprobs_NT", "old_logprobs_NT"} if self.unbiased else {"ref_logprobs_NT"})
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        logprobs_NT, ref_NT, mask_NT = outputs["logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT
+        logprobs_NT, ref_NT, mask_NT = outputs["full_logprobs_NT"], batch["ref_logprobs_NT"], batch.mask_NT
         kl_NT = kl_values(logprobs_NT, ref_NT, mask_NT, self.estimator)
         metrics = {"kl": Metric.over(kl_NT, mask_NT)}
         if self.unbiased:
-            log_weight_NT = (logprobs_NT - batch["old_logprobs_NT"]).detach().float().masked_fill(~mask_NT, 0.0)
+            ratio_NT = (outputs["logprobs_NT"] - batch["old_logprobs_NT"]).detach().float()
+            log_weight_NT = ratio_NT.masked_fill(~mask_NT, 0.0)
             weight_NT = log_weight_NT.clamp(max=log(MAX_WEIGHT)).exp()
             slope_NT = weight_NT * kl_values(logprobs_NT, ref_NT, mask_NT, "k2")
             kl_NT = kl_NT.detach() + slope_NT - slope_NT.detach()

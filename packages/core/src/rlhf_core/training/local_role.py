@@ -192,7 +192,12 @@ class LocalRole(Role):
         for _ in range(config.update_epochs):
             seed = (config.seed << 32) + self.version
             keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
-            parts = {k: minibatches(work[k], config.minibatches, seed, self.world) for k in keys}
+            parts = {
+                k: minibatches(
+                    work[k].read_by(self.name, self.plan.credits[k].source), config.minibatches, seed, self.world
+                )
+                for k in keys
+            }
             for _ in range(config.minibatches):
                 compare = self.version == step.version and not noisy
                 step.run({key: next(part) for key, part in parts.items()}, means, compare)

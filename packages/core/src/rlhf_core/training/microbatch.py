@@ -75,7 +75,7 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
     lists: dict[str, Any] = {name: [None] * unit for name in batch._per_row()}
     return replace(
         batch,
-        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": []},
+        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": [], "kept_sets": []},
         prompt_NL=token_NT,
         prompt_lengths_N=one_N,
         tokens_NT=token_NT,

@@ -36,6 +36,8 @@ def bound_of(config: RunConfig, spec: RoleSpec) -> float:
 def compared_extras(batch: Batch) -> frozenset[str]:
     """Return the names of the extras that the comparison reads; none if the batch's numbers cannot be compared."""
     names = frozenset({"sampler_logprobs_NT", "versions_NT"})
+    if batch.kept_sets:  # both are over the kept tokens
+        return names if names <= batch.extras.keys() else frozenset()
     if "sampler_log_mass_NT" in batch:
         return names | {"sampler_log_mass_NT"}
     comparable = names <= batch.extras.keys() and "kept_mass" not in batch.scalars
@@ -63,7 +65,8 @@ class Mismatch:
         """Count the sampled tokens of a micro-batch: `logprobs_NT` are the trainer's.
 
         With d = log trainer - log sampler, exp(d) - 1 - d estimates KL(sampler || trainer) (Schulman 2020). Truncated sampling
-        reports probabilities over the kept tokens: the log of the kept mass is added, and without it nothing is counted.
+        reports probabilities over the kept tokens, and so does a trainer that replays the kept sets. For one that does not, the
+        log of the kept mass is added, and without it nothing is counted.
         """
         names = compared_extras(micro)
         if not names:

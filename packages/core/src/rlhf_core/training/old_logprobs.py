@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from rlhf_core.contract.providers import Rollout
 
 __all__ = [
+    "FULL_OLD",
     "OLD",
+    "OLDS",
     "VERSIONS",
     "current_mask",
     "full_old_logprobs",
@@ -48,6 +50,7 @@ __all__ = [
 
 OLD = "old_logprobs_NT"
 FULL_OLD = "old_full_logprobs_NT"
+OLDS = (OLD, FULL_OLD)
 SAMPLER = "sampler_logprobs_NT"
 LOG_MASS = "sampler_log_mass_NT"
 VERSIONS = "versions_NT"
@@ -70,19 +73,23 @@ def keep_exact(rollouts: Rollouts, engine: Rollout, temperature: float, dtype: s
     """Return `rollouts` with the engine's log-probabilities as the old ones, if they are what the trainer computes.
 
     A narrow dtype rounds token by token otherwise than in one pass, at temperature 0 the engine reports another distribution
-    than it sampled, and truncated sampling reports probabilities over the kept tokens only.
+    than it sampled, and truncated sampling reports probabilities over the kept tokens only, which the trainer takes too if it
+    replays the kept sets.
     """
     if not (engine.exact and temperature > 0 and dtype == "float32"):
         return rollouts
     if LOG_MASS in rollouts:
-        return rollouts.with_extras(**{FULL_OLD: rollouts[SAMPLER] + rollouts[LOG_MASS]})
+        full = rollouts.with_extras(**{FULL_OLD: rollouts[SAMPLER] + rollouts[LOG_MASS]})
+        return full.with_extras(**{OLD: rollouts[SAMPLER]}) if rollouts.kept_sets else full
     return rollouts if "kept_mass" in rollouts.scalars else rollouts.with_extras(**{OLD: rollouts[SAMPLER]})
 
 
 def full_old_logprobs(batch: Batch) -> Tensor | None:
     """Return the policy's log-probabilities over the whole vocabulary, of the weights that sampled (N, T); None where the
     trainer has not computed them."""
-    return batch.extras.get(FULL_OLD, batch.extras.get(OLD))
+    if FULL_OLD in batch:
+        return batch[FULL_OLD]
+    return None if batch.kept_sets else batch.extras.get(OLD)
 
 
 def is_live(plan: Plan, credit: CreditSpec, name: str, late: float) -> bool:
@@ -96,11 +103,13 @@ def is_live(plan: Plan, credit: CreditSpec, name: str, late: float) -> bool:
     """
     in_reward = plan.kl is not None and plan.kl.where == "reward"
     read_before = credit.advantage is not None and name in credit.advantage.needs
-    return name == OLD and plan.single_update and not late and not in_reward and not read_before
+    return name in OLDS and plan.single_update and not late and not in_reward and not read_before
 
 
-def replace_late(batch: Batch, computed_NT: Tensor, version: int) -> Tensor:
+def replace_late(batch: Batch, computed_NT: Tensor, version: int, full: bool = False) -> Tensor:
     """Return old log-probabilities (N, T): `computed_NT` of the present weights, and the engine's where others sampled.
+
+    Those over the `full` vocabulary stay the present weights' if the engine does not report the kept probability.
 
     Raises:
         ContractError: other weights sampled, and the engine gave no log-probabilities.
@@ -110,7 +119,9 @@ def replace_late(batch: Batch, computed_NT: Tensor, version: int) -> Tensor:
         return computed_NT
     if SAMPLER not in batch:
         raise ContractError(f"late completions need {SAMPLER}, which the rollout engine did not give")
-    return torch.where(current_NT, computed_NT, batch[SAMPLER])
+    if not full:
+        return torch.where(current_NT, computed_NT, batch[SAMPLER])
+    return torch.where(current_NT, computed_NT, batch[SAMPLER] + batch[LOG_MASS]) if LOG_MASS in batch else computed_NT
 
 
 def with_live(micro: Batch, logprobs_NT: Tensor, version: int) -> Batch:

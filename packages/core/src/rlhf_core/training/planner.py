@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rlhf_core.contract import requirements as needs_
+from rlhf_core.contract.kept_sets import replays
 from rlhf_core.contract.optimizers import OptimizerProvider
-from rlhf_core.contract.options import KL, ModelOptions, RunConfig, TrackingOptions, TrainedOptions
+from rlhf_core.contract.options import KL, ModelOptions, RunConfig, Sampling, TrackingOptions, TrainedOptions
 from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan, RoleSpec
 from rlhf_core.contract.providers import Algorithm, Reward
 from rlhf_core.contract.requirements import LANGUAGE, Need, split_output
@@ -18,6 +19,7 @@ from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.training.dynamic_sampling import DynamicSampling, choose_filter
 from rlhf_core.training.evaluator_needs import evaluator_needs
+from rlhf_core.training.old_logprobs import FULL_OLD, OLD, OLDS
 from rlhf_core.training.output_table import OutputTable
 from rlhf_core.training.reward_shaping import RewardShaping
 
@@ -60,7 +62,7 @@ def make_plan(config: RunConfig) -> Plan:
         credit = credits.setdefault(
             key, CreditSpec(key, _source(term), term.advantage, every=term.every, after=term.after, parts=_parts(term))
         )
-        credits[key] = _add_needs(credit, term, kl, table)
+        credits[key] = _add_needs(credit, term, kl, table, config.sampling)
         keyed.append((key, term))
     launcher = config.providers.get("launcher")
     for term in terms:
@@ -171,14 +173,19 @@ def _source(term: Term) -> str:
     return "+".join(_parts(term)) or term.source
 
 
-def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable) -> CreditSpec:
-    """`credit` with what this term's advantage and loss need, and the KL penalty in the reward."""
+def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable, sampling: Sampling) -> CreditSpec:
+    """`credit` with what this term's advantage and loss need, and the KL penalty in the reward.
+
+    Where kept sets are replayed, the KL is measured with the policy's log-probabilities over the whole vocabulary.
+    """
     asked: list[tuple[str, object]] = [
         (name, asker) for asker in (term.advantage, term.loss) if asker is not None for name in sorted(asker.needs)
     ]
     raw = term.advantage is not None and term.advantage.raw_rewards
     if kl is not None and kl.where == "reward" and term.source == term.role and not raw:
         asked += [("ref_logprobs_NT", kl), ("old_logprobs_NT", kl)]
+    if kl is not None and replays(sampling) and any(name == OLD for name, _ in asked):
+        asked.append((FULL_OLD, kl))
     have = {need.name: need for need in credit.needs}
     earned = sorted(name for name in term.needs if name in CREDIT)
     if term.advantage is None and earned:
@@ -187,7 +194,7 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable
             "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
         )
     for name, asker in asked:
-        role = term.source if name == "old_logprobs_NT" and term.source != DATA else term.role
+        role = term.source if name in OLDS and term.source != DATA else term.role
         need = needs_.resolve(name, role, asker, table.names)
         have.setdefault(name, need)
     return replace(credit, needs=tuple(have.values()))

@@ -1,6 +1,7 @@
 """Core's own outputs, and the states that every output is computed from.
 
-    logprobs_NT, entropy_NT    the language-model head, in chunks
+    logprobs_NT, entropy_NT    the language-model head, in chunks; log-probabilities over kept sets, if the batch has some
+    full_logprobs_NT           log-probabilities over the whole vocabulary
     logits_NT                  the sampled tokens' own logits, before the softmax
     values_NT                  a scalar head on the state before each completion token
     scores_N                   a scalar head on the state of a completion's last token, its EOS included
@@ -25,6 +26,7 @@ from rlhf_core.contract.outputs import Output, States
 from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.errors import ContractError
 from rlhf_core.models.heads.compare import rows_at_a_time
+from rlhf_core.models.heads.kept_tokens import kept_logprobs
 
 if TYPE_CHECKING:
     from rlhf_core.models.heads.modules import ChunkedHead
@@ -81,19 +83,33 @@ class ModelStates:
         found: tuple[Tensor, Tensor | None] = self.language_head()(self.tokens_MH, self.targets_M, entropy=self.entropy)
         return found
 
+    @cached_property
+    def logprobs_M(self) -> Tensor:
+        """Log-probabilities of the targets, over their kept sets where the batch has some."""
+        kept = self.inputs.kept
+        if kept is None:
+            return self.logprobs_and_entropy[0]
+        return self._by_tokens(lambda logits_mV, tokens: kept_logprobs(logits_mV, self.targets_M[tokens], kept, tokens))
+
     def per_token(self, values: Tensor) -> Tensor:
         return scatter_tokens(values, self.inputs)
 
     def distribution(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        head = self.language_head()
+        return self._by_tokens(lambda logits_mV, _: function(logits_mV))
 
-        def at(states_mH: Tensor) -> Tensor:
-            return function(head(states_mH, scaled=True))
+    def _by_tokens(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Return `function` of the logits of some tokens (m, V), and of which of the M they are; see `distribution`."""
+        head, M = self.language_head(), len(self.tokens_MH)
 
-        parts = self.tokens_MH.split(rows_at_a_time(head, self.tokens_MH))
+        def at(states_mH: Tensor, tokens: slice) -> Tensor:
+            return function(head(states_mH, scaled=True), tokens)
+
+        rows = rows_at_a_time(head, self.tokens_MH)
+        parts = [slice(start, min(start + rows, M)) for start in range(0, M, rows)] or [slice(0, 0)]
+        pairs = [(self.tokens_MH[tokens], tokens) for tokens in parts]
         if not torch.is_grad_enabled() or not head.chunk:
-            return torch.cat([at(part) for part in parts])
-        return torch.cat([checkpoint(at, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+            return torch.cat([at(*pair) for pair in pairs])
+        return torch.cat([checkpoint(at, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs])
 
 
 def scatter_tokens(values: Tensor, inputs: Inputs) -> Tensor:
@@ -131,7 +147,18 @@ class Logits(Output):
 
 @dataclass(frozen=True)
 class Logprobs(Output):
-    """Log-probabilities of the completion's tokens."""
+    """Log-probabilities of the completion's tokens, over kept sets where the batch has some."""
+
+    language: ClassVar[bool] = True
+
+    def __call__(self, states: States, head: nn.Module | None) -> Tensor:
+        assert isinstance(states, ModelStates)
+        return states.per_token(states.logprobs_M)
+
+
+@dataclass(frozen=True)
+class FullLogprobs(Output):
+    """Log-probabilities of the completion's tokens, over the whole vocabulary."""
 
     language: ClassVar[bool] = True
 
@@ -195,6 +222,7 @@ class TokenFeatures(Output):
 CORE: dict[str, Output] = {
     "logits_NT": Logits(),
     "logprobs_NT": Logprobs(),
+    "full_logprobs_NT": FullLogprobs(),
     "entropy_NT": Entropy(),
     "values_NT": Values(),
     "scores_N": Scores(),

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Self
 
 from rlhf_core.lazy import torch
+from rlhf_core.models.heads.kept_tokens import KeptTokens, arrange_kept
 from rlhf_core.models.inputs.images import stack_images
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.kept_sets import Truncation
 
 __all__ = ["Inputs", "arrange_inputs"]
 
@@ -40,14 +42,17 @@ class Inputs:
     """int64, flat positions in (N, S) of each row's last token"""
     tokens_NT: Tensor
     """int64, the batch's completion tokens; only their shape is used"""
+    kept: KeptTokens | Truncation | None = None
+    """the kept sets of those tokens; None where nothing was cut"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """what the model reads for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "images"}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("images", "kept")}
         images = {name: tensor.to(device) for name, tensor in self.images.items()}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()}, images=images)
+        kept = self.kept.to(device) if isinstance(self.kept, KeptTokens) else self.kept
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()}, images=images, kept=kept)
 
 
 def arrange_inputs(batch: Batch) -> Inputs:
@@ -73,6 +78,7 @@ def arrange_inputs(batch: Batch) -> Inputs:
         targets_M=batch.tokens_NT[used_NT],
         last_N=(rows_N1 * S + prompts_N1 + lengths_N1 - 1).squeeze(1),
         tokens_NT=batch.tokens_NT,
+        kept=arrange_kept(batch),
         images=stack_images(batch.images, S),
     )
 

@@ -1,0 +1,96 @@
+"""Log-probabilities over kept sets: what truncated sampling drew from, computed again by the trainer.
+
+The sets come with the batch (`contract.kept_sets`), or by the same rules from the trainer's own logits. A mask (m, V) exists
+for as many tokens at a time as logits do.
+
+Shape letters: M completion tokens of a micro-batch, m of them at a time, V vocabulary, K entries of lists, W sets as bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rlhf_core.contract.kept_sets import BITS, WHOLE, KeptSets, Truncation
+from rlhf_core.lazy import torch
+from rlhf_core.models.heads.warp import warp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.contract.batch import Batch
+
+__all__ = ["KeptTokens", "arrange_kept", "kept_logprobs"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """The kept sets of M tokens."""
+
+    whole_M: Tensor
+    """bool, tokens that were not cut"""
+    starts_M: Tensor
+    """int64, where each token's list begins in `ids_K`"""
+    ends_M: Tensor
+    """int64, and where it ends"""
+    ids_K: Tensor
+    """int32, kept token ids"""
+    wide_M: Tensor
+    """int64, which of `bits_WB` a token has; -1 for none"""
+    bits_WB: Tensor
+    """uint8, see `KeptSets`"""
+
+    def to(self, device: torch.device | str) -> KeptTokens:
+        """Return the same on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def mask(self, tokens: slice, V: int) -> Tensor:
+        """Return which tokens of the vocabulary are kept, bool (m, V)."""
+        mask_mV = self.whole_M[tokens, None].repeat(1, V)
+        starts_m, ends_m = self.starts_M[tokens], self.ends_M[tokens]
+        if len(starts_m):
+            rows = torch.arange(len(starts_m), device=starts_m.device).repeat_interleave(ends_m - starts_m)
+            mask_mV[rows, self.ids_K[int(starts_m[0]) : int(ends_m[-1])].long()] = True
+        wide_m = self.wide_M[tokens]
+        if bool((wide_m >= 0).any()):
+            column_V = torch.arange(V, device=wide_m.device)
+            bytes_wV = self.bits_WB[wide_m[wide_m >= 0]][:, column_V >> 3]
+            mask_mV[wide_m >= 0] = (bytes_wV >> (7 - (column_V & 7)).to(torch.uint8)) & 1 == 1
+        return mask_mV
+
+
+def arrange_kept(batch: Batch) -> KeptTokens | Truncation | None:
+    """Return the kept sets of the completion tokens of `batch`, row after row; None where nothing was cut."""
+    if not batch.kept_sets:
+        return None
+    if isinstance(batch.kept_sets[0], Truncation):
+        return batch.kept_sets[0]
+    rows: Sequence[KeptSets] = [each for each in batch.kept_sets if isinstance(each, KeptSets)]
+    assert [len(each) for each in rows] == batch.lengths_N.tolist(), "kept sets belong to each token of a completion"
+    joined = KeptSets.join(rows)
+    counts_M = joined.counts_T.long()
+    ends_M = counts_M.clamp(min=0).cumsum(0)
+    is_wide_M = counts_M == BITS
+    return KeptTokens(
+        whole_M=counts_M == WHOLE,
+        starts_M=ends_M - counts_M.clamp(min=0),
+        ends_M=ends_M,
+        ids_K=joined.ids_K,
+        wide_M=(is_wide_M.long().cumsum(0) - 1).masked_fill(~is_wide_M, -1),
+        bits_WB=joined.bits_WB,
+    )
+
+
+def kept_logprobs(logits_mV: Tensor, targets_m: Tensor, kept: KeptTokens | Truncation, tokens: slice) -> Tensor:
+    """Return log-probabilities over the kept sets (m,), of logits after scale and temperature. Differentiable.
+
+    A target always counts as kept: an engine that computes in another precision may have drawn a token at the edge.
+    """
+    if isinstance(kept, Truncation):
+        mask_mV = warp(logits_mV.detach(), 1.0, kept.top_p, kept.top_k, kept.min_p).kept_NV
+    else:
+        mask_mV = kept.mask(tokens, logits_mV.shape[1])
+    mask_mV = mask_mV.scatter(1, targets_m[:, None], True)
+    targets_m1 = targets_m[:, None]
+    return logits_mV.gather(1, targets_m1)[:, 0] - logits_mV.masked_fill(~mask_mV, -torch.inf).logsumexp(-1)
