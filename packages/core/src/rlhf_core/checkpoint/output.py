@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from rlhf_core.checkpoint.lock import RunLock
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
@@ -216,9 +216,21 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     for role in config.roles:
         yield f"{role}.model", str(tree[role].get("model", ""))
     yield "model", str(tree["model"])
+    words = {
+        f"{path.lstrip('/')}.{name}" for path, each in config.provider_paths(*READERS) for name in _word_fields(each)
+    }
     for kind in READERS:
         if kind in tree:
-            yield from _texts(tree[kind], kind)
+            yield from ((path, text) for path, text in _texts(tree[kind], kind) if path not in words)
+
+
+def _word_fields(provider: Any) -> Iterator[str]:
+    """Names of the provider's options that are one of several words, and so no path: `--data.select best`."""
+    from rlhf_core.config.option_fields import annotation_of, option_fields
+
+    for each in option_fields(type(provider)):
+        if get_origin(annotation_of(type(provider), each.name)) is Literal:
+            yield each.name
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
