@@ -21,8 +21,11 @@ MODEL = "tiny:hidden=32,layers=1"
 
 
 def command(output: Path, *flags: str) -> list[Mapping[str, float]]:
-    """The metrics of a GRPO run by the command line."""
-    words = ["grpo", "--model", MODEL, "--reward", "length", "--output", str(output), "--steps", "2"]
+    """The metrics of a GRPO run by the command line, whose rewards differ within a prompt."""
+    reward = output.with_suffix(".py")
+    reward.write_text("def reward_func(completions):\n    return [sum(map(ord, text)) % 7 for text in completions]\n")
+    words = ["grpo", "--model", MODEL, "--reward", "func", "--reward.path", str(reward)]
+    words += ["--output", str(output), "--steps", "2"]
     words += ["--batch-size", "2", "--sampling.n", "4", "--sampling.max-new-tokens", "6", "--actor.optim.lr", "1e-2"]
     assert main([*words, *flags]) == 0
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -50,6 +53,7 @@ def test_switched_off_the_trainer_takes_whole_distributions_and_says_what_that_b
     assert off[0]["actor/ratio"] == pytest.approx(1, abs=1e-5)
     on = command(tmp_path / "on", *cut)
     assert on[0]["reward/mean"] == off[0]["reward/mean"], "the same samples"
+    assert on[0]["grad_norm/actor"] > 0
     assert on[0]["grad_norm/actor"] != pytest.approx(off[0]["grad_norm/actor"], rel=1e-3), "another gradient"
 
 
