@@ -16,6 +16,7 @@ METRICS: Mapping[str, str] = {
     "<role>/desirable_reward": "reward: implicit, of KTO's desirable completions",
     "<role>/undesirable_reward": "reward: implicit, of KTO's undesirable completions",
     "<role>/clip_fraction": "share 0..1: of tokens whose gradient the clip cut off",
+    "<role>/gate": "share 0..1: of a token's gradient that SAPO's gate lets through, mean over tokens",
     "<role>/approx_kl": "nats a token: KL(old || new) by k3 (Schulman 2020)",
     "<role>/ratio": "ratio: pi / pi_old, mean over tokens",
     "<role>/sampler_kl": "nats a token: KL(sampler || old), what engine and trainer differ by",

@@ -102,6 +102,8 @@ def terms(plan: Plan) -> list[str]:
         ("dapo", ["actor <- actor : DAPOLoss"], {"actor"}),
         ("gspo", ["actor <- actor : GSPOLoss"], {"actor"}),
         ("cispo", ["actor <- actor : CISPOLoss"], {"actor"}),
+        ("sapo", ["actor <- actor : SAPOLoss"], {"actor"}),
+        ("dppo", ["actor <- actor : DPPOLoss"], {"actor"}),
         ("rloo", ["actor <- actor : ReinforceLoss"], {"actor", "reference"}),
         ("reinforce", ["actor <- actor : ReinforceLoss"], {"actor", "reference"}),
         ("reinforce_pp", ["actor <- actor : ClipLoss"], {"actor", "reference"}),

@@ -11,26 +11,35 @@ from typing import Any
 import torch
 
 from rlhf_algos.correction import Correction
+from rlhf_algos.loss.apo_down import APODownLoss
+from rlhf_algos.loss.apo_zero import APOZeroLoss
 from rlhf_algos.loss.bradley_terry import BradleyTerryLoss
 from rlhf_algos.loss.cdpo import CDPOLoss
 from rlhf_algos.loss.chosen_nll import ChosenNLLLoss
 from rlhf_algos.loss.cispo import CISPOLoss
 from rlhf_algos.loss.clip import ClipLoss
 from rlhf_algos.loss.dapo import DAPOLoss
+from rlhf_algos.loss.discopop import DiscoPOPLoss
 from rlhf_algos.loss.dpo import DPOLoss
+from rlhf_algos.loss.dppo import DPPOLoss
 from rlhf_algos.loss.dr_grpo import DrGRPOLoss
 from rlhf_algos.loss.entropy import EntropyLoss
+from rlhf_algos.loss.exo_pair import EXOPairLoss
 from rlhf_algos.loss.grpo import GRPOLoss
 from rlhf_algos.loss.gspo import GSPOLoss
 from rlhf_algos.loss.hinge import HingeLoss
 from rlhf_algos.loss.ipo import IPOLoss
 from rlhf_algos.loss.kto import KTOLoss
+from rlhf_algos.loss.nca_pair import NCAPairLoss
 from rlhf_algos.loss.orpo import ORPOLoss
 from rlhf_algos.loss.prm import PRMLoss
 from rlhf_algos.loss.reinforce import ReinforceLoss
 from rlhf_algos.loss.robust import RobustLoss
+from rlhf_algos.loss.sapo import SAPOLoss
 from rlhf_algos.loss.sft import SFTLoss
+from rlhf_algos.loss.sigmoid_norm import SigmoidNormLoss
 from rlhf_algos.loss.simpo import SimPOLoss
+from rlhf_algos.loss.sppo_hard import SPPOHardLoss
 from rlhf_algos.loss.value import ValueLoss
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.results import Reduction
@@ -147,6 +156,15 @@ def log_sigmoid(x: float) -> float:
     return -log(1 + exp(-x))
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def discopop(x: float, tau: float) -> float:
+    m = sigmoid(x / tau)
+    return -(1 - m) * log_sigmoid(x) + m * exp(-x)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the table: a loss, its reduction, and its formula for one token, or for one pair
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,6 +221,22 @@ def clipped_value(x: Token, width: float) -> float:
     return max((x.value - x.target) ** 2, (near - x.target) ** 2) / 2
 
 
+def sapo(x: Token, tau_pos: float, tau_neg: float) -> float:
+    tau = tau_pos if x.advantage > 0 else tau_neg
+    return -4 / tau / (1 + exp(-tau * (x.ratio - 1))) * x.advantage
+
+
+def dppo(distance: Callable[[Token], float], delta: float) -> Callable[[Token], float]:
+    """The surrogate without tokens that are too far from the sampler and would go further."""
+
+    def formula(x: Token) -> float:
+        ratio = exp(x.lp - x.sampler)
+        further = (x.advantage > 0 and ratio > 1) or (x.advantage < 0 and ratio < 1)
+        return 0.0 if further and distance(x) > delta else -ratio * x.advantage
+
+    return formula
+
+
 CORRECTIONS: list[tuple[Correction, Callable[[Token], float]]] = [
     (Correction("token", "clip", high=1.3), lambda x: min(x.rho, 1.3)),
     (Correction("token", "mask", 0.5, 1.5), lambda x: x.rho * within(x.rho, 0.5, 1.5)),
@@ -246,6 +280,14 @@ TOKENS: list[tuple[Any, Reduction, Callable[[Token], float]]] = [
         Reduction("token"),
         lambda x: -clip(x.ratio, 0.9, 1.2) * x.advantage * x.lp,
     ),
+    (SAPOLoss(), Reduction("sequence"), lambda x: sapo(x, 1.0, 1.05)),
+    (SAPOLoss(tau_pos=2.0, tau_neg=7.0, aggregate="token"), Reduction("token"), lambda x: sapo(x, 2.0, 7.0)),
+    (DPPOLoss(delta=0.05), Reduction("token"), dppo(lambda x: abs(exp(x.sampler) - exp(x.lp)), 0.05)),
+    (
+        DPPOLoss(divergence="kl", delta=0.01),
+        Reduction("token"),
+        dppo(lambda x: coins(x.sampler, x.lp), 0.01),
+    ),
     (
         ClipLoss(correction=Correction("token", "clip", high=1.3)),
         Reduction("token"),
@@ -274,6 +316,18 @@ PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
     (HingeLoss(beta=0.9), lambda w, b: max(0.0, 1 - 0.9 * (w.h - b.h))),
     (IPOLoss(beta=0.2), lambda w, b: (w.h - b.h - 2.5) ** 2),
     (IPOLoss(beta=0.2, per="token"), lambda w, b: (w.h / len(w.tokens) - b.h / len(b.tokens) - 2.5) ** 2),
+    (SigmoidNormLoss(), lambda w, b: -log_sigmoid(5 * (w.h / len(w.tokens) - b.h / len(b.tokens)))),
+    (EXOPairLoss(), lambda w, b: coins(log_sigmoid(0.1 * (w.h - b.h)), log(0.999))),
+    (EXOPairLoss(beta=0.7, label_smoothing=0.2), lambda w, b: coins(log_sigmoid(0.7 * (w.h - b.h)), log(0.8))),
+    (
+        NCAPairLoss(beta=0.8),
+        lambda w, b: -log_sigmoid(x := 0.8 * w.h) - log_sigmoid(-x) / 2 - log_sigmoid(-0.8 * b.h) / 2,
+    ),
+    (SPPOHardLoss(beta=0.4), lambda w, b: (w.h - 1.25) ** 2 + (b.h + 1.25) ** 2),
+    (APOZeroLoss(beta=0.9), lambda w, b: 1 - sigmoid(0.9 * w.h) + sigmoid(0.9 * b.h)),
+    (APODownLoss(beta=0.9), lambda w, b: sigmoid(0.9 * w.h) + 1 - sigmoid(0.9 * (w.h - b.h))),
+    (DiscoPOPLoss(), lambda w, b: discopop(0.1 * (w.h - b.h), 0.05)),
+    (DiscoPOPLoss(beta=0.8, tau=0.6), lambda w, b: discopop(0.8 * (w.h - b.h), 0.6)),
     (SimPOLoss(), lambda w, b: -log_sigmoid(2 * (w.mean_lp - b.mean_lp) - 1)),
     (SimPOLoss(beta=2.5, gamma=0.3), lambda w, b: -log_sigmoid(2.5 * (w.mean_lp - b.mean_lp) - 0.3)),
     (ORPOLoss(lam=0.4), lambda w, b: -w.mean_lp - 0.4 * log_sigmoid(log_odds(w.mean_lp) - log_odds(b.mean_lp))),

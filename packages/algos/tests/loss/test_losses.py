@@ -16,9 +16,11 @@ from rlhf_algos.loss.cispo import CISPOLoss
 from rlhf_algos.loss.clip import ClipLoss
 from rlhf_algos.loss.delay import DelayedLoss
 from rlhf_algos.loss.dpo import DPOLoss
+from rlhf_algos.loss.dppo import DPPOLoss
 from rlhf_algos.loss.grpo import GRPOLoss
 from rlhf_algos.loss.prm import PRMLoss
 from rlhf_algos.loss.reinforce import ReinforceLoss
+from rlhf_algos.loss.sapo import SAPOLoss
 from rlhf_algos.loss.value import ValueLoss
 from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.results import LossTerms, Reduction
@@ -164,6 +166,48 @@ def test_the_clip_stops_only_what_moves_further_away():
     assert gradient[0].tolist() == [-1.0, 0.0, 0.0]
     metric = result.metrics["clip_fraction"]
     assert float(metric.total / metric.count) == pytest.approx(2 / 3)
+
+
+def test_sapo_fades_where_grpo_cuts_off():
+    """On policy both have the gradient -A; far from it SAPO's is smaller, never 0, and smaller still under a larger tau."""
+    ratios = torch.tensor([[1.0, 1.5, 3.0]], dtype=torch.float64)
+    batch = make_batch([3]).with_extras(
+        old_logprobs_NT=torch.zeros(1, 3).double(), advantages_NT=torch.ones(1, 3).double()
+    )
+
+    def weights(tau):
+        logprobs_NT = ratios.log().requires_grad_()
+        result = SAPOLoss(tau_pos=tau)({"logprobs_NT": logprobs_NT}, batch)
+        (gradient,) = torch.autograd.grad(result.values.sum(), logprobs_NT)
+        weights_T = (-gradient / ratios)[0]
+        gate = result.metrics["gate"]
+        assert float(gate.total / gate.count) == pytest.approx(float(weights_T.mean()))
+        return weights_T.tolist()
+
+    soft, hard = weights(1.0), weights(3.0)
+    assert soft[0] == hard[0] == pytest.approx(1.0)
+    assert 1 > soft[1] > soft[2] > 0
+    assert hard[1] < soft[1] and hard[2] < soft[2]
+
+
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+def test_dppo_drops_frequent_tokens_that_leave_and_keeps_rare_ones_and_those_that_return(divergence):
+    """mu and pi of four tokens: a frequent one up, a rare one with a larger ratio, a frequent one coming back, one staying."""
+    mu_NT, pi_NT = torch.tensor([[0.5, 0.001, 0.5, 0.5]]), torch.tensor([[0.9, 0.01, 0.9, 0.51]])
+    batch = make_batch([4]).with_extras(
+        sampler_logprobs_NT=mu_NT.log(), advantages_NT=torch.tensor([[1.0, 1.0, -1.0, 1.0]])
+    )
+    logprobs_NT = pi_NT.log().requires_grad_()
+    result = DPPOLoss(divergence=divergence)({"logprobs_NT": logprobs_NT}, batch)
+    (gradient,) = torch.autograd.grad(result.values.sum(), logprobs_NT)
+    assert gradient[0].tolist() == pytest.approx([0.0, -10.0, 1.8, -1.02])
+    metric = result.metrics["clip_fraction"]
+    assert float(metric.total / metric.count) == 0.25
+
+
+def test_dppo_is_not_corrected_for_the_sampler_twice():
+    with pytest.raises(UsageError, match="nothing to correct"):
+        DPPOLoss(correction=Correction("token", "clip"))
 
 
 def test_the_value_loss_gives_the_numbers_of_repulse():

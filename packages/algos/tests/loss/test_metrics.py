@@ -23,6 +23,8 @@ ROWS = [
         "chosen": word.upper(),
         "rejected": word,
         "label": word != "b",
+        "steps": word.upper() + ";",
+        "judged": ["+" if len(word) > 1 else "-"],
         "datasource": "one/half" if len(word) > 1 else "two",
     }
     for word in ("alpha", "b", "gamma", "delta", "epsilon", "zeta")
@@ -30,10 +32,12 @@ ROWS = [
 FIELDS = {
     **dict.fromkeys(("sft", "csft", "distill"), ("prompt", "completion", "label")),
     "kto": ("prompt", "completion", "label"),
+    "prm": ("prompt", "steps", "judged"),
     **dict.fromkeys(("dpo", "cdpo", "ipo", "orpo", "simpo", "reward"), ("prompt", "chosen", "rejected")),
 }
 ONLINE: dict[str, Any] = {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 4, "top_p": 0.9}}
 MORE: dict[str, dict[str, Any]] = {
+    "prm": {"loss": {"use": "prm", "placeholder": ord(";")}},
     "on_policy_distill": {"teacher": {"model": "tiny:hidden=16,layers=1"}},
     "ppo": {"loss": {"use": "clip", "correction": {"level": "token"}}},
     "grpo": {
@@ -41,6 +45,8 @@ MORE: dict[str, dict[str, Any]] = {
         "algorithm": {"use": "grpo", "kl": {"where": "loss"}, "shaping": {"clip": 5.0}},
     },
 }
+KEYS = {"prm": {"completion_key": "steps", "label_key": "judged"}}
+"""Columns whose names the reader does not know."""
 
 
 def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
@@ -52,7 +58,13 @@ def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
     options: dict[str, Any] = {"algorithm": algorithm, **(ONLINE if online else {}), **MORE.get(algorithm, {})}
     made = make_config(
         options.pop("algorithm"),
-        data={"use": "json", "path": str(path), "heldout": 0.4, "encoding": {"template": "raw"}},
+        data={
+            "use": "json",
+            "path": str(path),
+            "heldout": 0.4,
+            "encoding": {"template": "raw"},
+            **KEYS.get(algorithm, {}),
+        },
         steps=2,
         output=str(folder / "run"),
         **{"batch_size": 4, "save_every": 1, "model": "tiny:hidden=16,layers=1", **options},
@@ -65,12 +77,8 @@ def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
     return {name for line in lines for name in json.loads(line)}, words
 
 
-QUICK = ("sft", "dpo", "reward", "ppo", "grpo", "repulse")
-ALGORITHMS = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in plugin.rlhf_algorithm()
-    if name != "prm"  # it logs what a loss of pairs does, and reads rows of another kind
-]
+QUICK = ("sft", "dpo", "reward", "prm", "ppo", "grpo", "sapo", "repulse")
+ALGORITHMS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in plugin.rlhf_algorithm()]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -21,7 +21,7 @@ __all__ = ["PreferenceLoss"]
 
 @dataclass(frozen=True)
 class PreferenceLoss(Loss):
-    """A function of h = log(pi / ref)(chosen) - log(pi / ref)(rejected), sums over tokens."""
+    """A function of log(pi / ref) of both completions, sums over tokens; of most, of their difference h."""
 
     beta: float = 0.1
     """strength of the pull to the reference; larger stays nearer"""
@@ -35,11 +35,15 @@ class PreferenceLoss(Loss):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         chosen, rejected = split_pairs(self.beta * self.ratios(outputs, batch), batch)
-        return LossTerms(self.pair_loss(chosen - rejected), Reduction("sample"), pair_metrics(chosen, rejected))
+        return LossTerms(self.reward_loss(chosen, rejected), Reduction("sample"), pair_metrics(chosen, rejected))
 
     def ratios(self, outputs: Outputs, batch: Batch) -> Tensor:
         """log(pi / ref) of each completion (N,)."""
         return log_ratios(outputs, batch)
+
+    def reward_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """The loss of each pair (N / 2,), from its implicit rewards beta log(pi / ref); by default, of their margin."""
+        return self.pair_loss(chosen - rejected)
 
     def pair_loss(self, margin: Tensor) -> Tensor:
         """The loss of each pair, from its margin beta h."""
