@@ -21,7 +21,9 @@ ONLINE: dict[str, Any] = {
     "reward": {"use": "length", "target": 2},
     "sampling": {"n": SAMPLES, "max_new_tokens": 4},
 }
-TRUNCATED = {"sampling": {"n": SAMPLES, "max_new_tokens": 4, "top_p": 0.9}}
+TRUNCATED: dict[str, Any] = {"sampling": {"n": SAMPLES, "max_new_tokens": 4, "top_p": 0.9}}
+"""The trainer replays what sampling kept, so that the engine's log-probabilities are the policy's."""
+WHOLE = {"sampling": TRUNCATED["sampling"] | {"replay": "off"}}
 """Then the engine's log-probabilities are those of another distribution, and are no substitute for the policy's."""
 
 NO_KL, KL_LOSS, KL_REWARD = ({"coef": 0.0}, {"coef": 0.1, "where": "loss"}, {"coef": 0.1, "where": "reward"})
@@ -78,8 +80,13 @@ def test_both_sides_of_a_pair_are_one_pass(pairs: dict[str, Any], tmp_path: Path
         pytest.param(TRUNCATED, {("actor", True, SAMPLED): 1}, id="truncated on-policy: the live ones are old"),
         pytest.param(
             {"update_epochs": 2, **TRUNCATED},
+            {("actor", True, SAMPLED): 2},
+            id="truncated, two passes: the sampler's own log-probabilities are old",
+        ),
+        pytest.param(
+            {"update_epochs": 2, **WHOLE},
             {("actor", False, SAMPLED): 1, ("actor", True, SAMPLED): 2},
-            id="truncated, two passes: old ones are computed",
+            id="truncated without replay, two passes: old ones are computed",
         ),
     ],
 )

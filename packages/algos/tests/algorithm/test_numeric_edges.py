@@ -179,6 +179,21 @@ def test_an_adaptive_coefficient_falls_while_the_policy_is_its_reference(tmp_pat
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the temperature
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_role_takes_its_log_probabilities_at_the_temperature_of_sampling(tmp_path: Path) -> None:
+    """The trainer's are the sampler's, and the KL of a policy that is its reference is 0: no role is at another one."""
+    sampling = {"n": 4, "max_new_tokens": 6, "temperature": 0.7}
+    (step,) = steps_of(tmp_path / "run", {"use": "grpo", "kl": {"coef": 0.04}}, sampling=sampling, steps=1)
+    assert step["actor/mismatch_max"] < 1e-5
+    assert abs(step["kl/mean"]) < 1e-6
+    (other,) = steps_of(tmp_path / "other", "grpo", sampling=sampling | {"temperature": 1.0}, steps=1)
+    assert other["completion/entropy"] > step["completion/entropy"] + 1e-3, "or equality would say little"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # what is counted
 # ----------------------------------------------------------------------------------------------------------------------
 

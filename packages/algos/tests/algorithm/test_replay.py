@@ -16,19 +16,30 @@ from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.roles import Role
 from rlhf_core.rollout.hf import HuggingFaceRollout
+from rlhf_core.testing import run_ranks
 
 MODEL = "tiny:hidden=32,layers=1"
 
 
-def command(output: Path, *flags: str) -> list[Mapping[str, float]]:
-    """The metrics of a GRPO run by the command line, whose rewards differ within a prompt."""
+def words_of(output: Path, *flags: str) -> list[str]:
+    """A GRPO run whose rewards differ within a prompt."""
     reward = output.with_suffix(".py")
     reward.write_text("def reward_func(completions):\n    return [sum(map(ord, text)) % 7 for text in completions]\n")
     words = ["grpo", "--model", MODEL, "--reward", "func", "--reward.path", str(reward)]
     words += ["--output", str(output), "--steps", "2"]
     words += ["--batch-size", "2", "--sampling.n", "4", "--sampling.max-new-tokens", "6", "--actor.optim.lr", "1e-2"]
-    assert main([*words, *flags]) == 0
+    return [*words, *flags]
+
+
+def logged(output: Path) -> list[Mapping[str, float]]:
+    """What a run logged, step by step."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(output: Path, *flags: str) -> list[Mapping[str, float]]:
+    """The metrics of a GRPO run by the command line."""
+    assert main(words_of(output, *flags)) == 0
+    return logged(output)
 
 
 @pytest.mark.parametrize("cut", [["--sampling.top-p", "0.8"], ["--sampling.top-k", "20"]])
@@ -55,6 +66,40 @@ def test_switched_off_the_trainer_takes_whole_distributions_and_says_what_that_b
     assert on[0]["reward/mean"] == off[0]["reward/mean"], "the same samples"
     assert on[0]["grad_norm/actor"] > 0
     assert on[0]["grad_norm/actor"] != pytest.approx(off[0]["grad_norm/actor"], rel=1e-3), "another gradient"
+
+
+def numbers(steps: list[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The metrics of every step, but times and what depends on how rows are cut into batches."""
+    apart = ("time/", "speed/", "memory/", "padding")
+    return [{name: value for name, value in step.items() if not name.startswith(apart)} for step in steps]
+
+
+CUT = ["--sampling.top-p", "0.8"]
+
+
+def test_two_ranks_replay_what_one_replays(tmp_path: Path) -> None:
+    """Kept sets stay with their rows, in micro-batches of one row and of ranks, over two optimizer steps per batch."""
+    flags = [*CUT, "--micro-tokens", "1", "--minibatches", "2"]
+    one = numbers(command(tmp_path / "one", *flags))
+    done = run_ranks(2, main, words_of(tmp_path / "two", *flags))
+    assert not any(rank.code for rank in done), done[-1].stderr[-3000:]
+    for alone, both in zip(one, numbers(logged(tmp_path / "two")), strict=True):
+        assert both == pytest.approx(alone, abs=1e-4, rel=1e-4)
+        assert both["actor/mismatch_max"] < 1e-5
+
+
+def test_a_resumed_run_replays_bit_for_bit(tmp_path: Path) -> None:
+    whole = command(tmp_path / "whole", *CUT)
+    command(tmp_path / "parts", *CUT, "--steps", "1")
+    assert numbers(command(tmp_path / "parts", *CUT, "--resume")) == numbers(whole)
+
+
+def test_a_policy_with_adapters_replays_and_its_reference_reads_whole_distributions(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first, second = command(tmp_path / "run", *CUT, "--minibatches", "2", "--actor.lora.rank", "4")
+    assert max(first["actor/mismatch_max"], second["actor/mismatch_max"]) < 1e-5
+    assert abs(first["kl/mean"]) < 1e-6 < second["kl/mean"]
+    assert first["grad_norm/actor"] > 0
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Echo(Rollout):
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         CALLED.append("sample")
         rollouts = HuggingFaceRollout()(role, prompts, sampling)
-        rollouts.texts = ["echo"] * len(rollouts)
+        rollouts.texts = rollouts.raw_texts = ["echo"] * len(rollouts)
         return rollouts
 
     def sync(self, role: Role) -> Mapping[str, float]:

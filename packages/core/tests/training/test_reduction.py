@@ -156,6 +156,17 @@ def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_
     assert [a | b for a, b in zip(*split, strict=True)] == alone
 
 
+def test_the_entropy_is_the_mean_over_sampled_tokens_alone() -> None:
+    """-log p of 0.1, 0.2 and 0.6 at three sampled tokens; padding and an environment's token say something else."""
+    logged: dict[str, float] = {}
+    meter: Any = SimpleNamespace(log=logged.update, log_batch=lambda name, values_N: 0.0, world=World())
+    batch = make_batch([3, 1])
+    batch.mask_NT[0, 2] = False  # an environment's
+    rollouts = batch.with_extras(sampler_logprobs_NT=torch.tensor([[-0.1, -0.2, -5.0], [-0.6, -7.0, -9.0]]))
+    log_completions(meter, "completion", rollouts, Sampling())
+    assert logged["completion/entropy"] == pytest.approx(0.3)
+
+
 def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
     """Half of the probability of 3 tokens here, and all of that of 1 token there: 2.5 of 4."""
     theirs = {1.5: 1.0, 3.0: 1.0}

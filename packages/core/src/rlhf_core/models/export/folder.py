@@ -92,7 +92,8 @@ def write_folder(
         else:
             weights, dtype = cast_weights(state, dtype)
             model.save_pretrained(target, state_dict=weights, max_shard_size=shard)
-            write_dtype(target / "config.json", dtype)
+            if (target / "config.json").exists():  # a model that is none of transformers writes no such file
+                write_dtype(target / "config.json", dtype)
         if heads := _inside(own, "heads."):
             save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
         if module.vision is not None:
