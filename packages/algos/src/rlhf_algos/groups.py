@@ -86,9 +86,10 @@ def rank_in_group(values_N: Tensor, group_N: Tensor) -> Tensor:
 def require_groups(rollouts: Rollouts, asker: object) -> None:
     """Stop a run in which no prompt has a second completion to compare with.
 
-    A single small group among larger ones (filtering leaves such) gets no credit, as it has no baseline.
+    A single small group among larger ones (filtering leaves such) gets no credit, as it has no baseline. Nor do groups that
+    are small because the reward abstained from the others.
     """
-    if len(rollouts) and float(group_sizes(rollouts.group_N).max()) < 2:
+    if len(rollouts) and "abstained_N" not in rollouts and float(group_sizes(rollouts.group_N).max()) < 2:
         raise UsageError(
             f"{type(asker).__name__} compares the completions of one prompt and got one per prompt: "
             f"set {run_option('sampling.n')} to 2 or more"

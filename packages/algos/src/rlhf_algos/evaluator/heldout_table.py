@@ -17,6 +17,8 @@ from rlhf_core.errors import UsageError, run_option
 from rlhf_core.evaluator.heldout_samples import policy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlhf_core.contract.batch import Example, Rollouts
     from rlhf_core.contract.run_view import RunView
 
@@ -81,12 +83,15 @@ class HeldoutTable(Evaluator):
         merged = {name: [values[i] for i in order] for name, values in merged.items()}
         if run.leader:
             write_parquet(run.output / self.name, merged)
-        count = len(order)
+        rewards, returns = ([value for value in merged[name] if value is not None] for name in ("reward", "return"))
+        samples = {"heldout_table/samples": float(len(order))}
+        if not rewards:  # the reward abstained from all
+            return samples
         return {
-            "heldout_table/reward": sum(merged["reward"]) / count,
-            "heldout_table/return": sum(merged["return"]) / count,
-            "heldout_table/worst": min(merged["reward"]),
-            "heldout_table/samples": float(count),
+            "heldout_table/reward": sum(rewards) / len(rewards),
+            "heldout_table/return": sum(returns) / len(returns),
+            "heldout_table/worst": min(rewards),
+            **samples,
         }
 
     def _shares(self, fitting: list[int], rank: int, size: int) -> Iterator[list[int]]:
@@ -104,7 +109,8 @@ class HeldoutTable(Evaluator):
 
     def _columns(self, run: RunView, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
         """What is known of each completion."""
-        rewards_N = run.reward_of(rollouts).total_N
+        rewards = run.reward_of(rollouts)
+        rewards_N, answered = rewards.total_N, rewards.answered_N.tolist()
         now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()
         kl_N = rewards_N.new_zeros(len(rollouts))
         if self.kl_coef:
@@ -117,8 +123,13 @@ class HeldoutTable(Evaluator):
             "completion": list(rollouts.texts),
             "tokens": rollouts.lengths_N.tolist(),
             "finish": list(rollouts.finish),
-            "reward": rewards_N.tolist(),
+            "reward": _null_unless(answered, rewards_N),
             "kl": kl_N.tolist(),
-            "return": (rewards_N - self.kl_coef * kl_N).tolist(),
+            "return": _null_unless(answered, rewards_N - self.kl_coef * kl_N),
             "logprob": now_NT.sum(1).tolist(),
         }
+
+
+def _null_unless(answered: Sequence[bool], values_N: Tensor) -> list[float | None]:
+    """Return the values, None where the reward abstained."""
+    return [value if known else None for value, known in zip(values_N.tolist(), answered, strict=True)]

@@ -78,8 +78,8 @@ class KeepBadEngine:
             raise UsageError("reward keep_bad keeps tokens and no images; choose the reward by itself")
         output = to_reward_output(self.inner(rollouts), rollouts, self.reward)
         rows = []
-        for i, reward in enumerate(output.total_N.tolist()):
-            if reward < self.reward.threshold:
+        for i, (reward, answered) in enumerate(zip(output.total_N.tolist(), output.answered_N.tolist(), strict=True)):
+            if answered and reward < self.reward.threshold:
                 ids = [
                     rollouts.prompt_NL[i, : rollouts.prompt_lengths_N[i]],
                     rollouts.tokens_NT[i, : rollouts.lengths_N[i]],

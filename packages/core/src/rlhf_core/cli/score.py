@@ -30,7 +30,8 @@ __all__ = ["Score", "make_rollouts"]
 
 @dataclass(frozen=True)
 class Score(Command):
-    """Add `reward` to each line of a JSONL file of completions; started again, it goes on where it stopped."""
+    """Add `reward` to each line of a JSONL file of completions, null if the reward abstains; started again, it goes on
+    where it stopped."""
 
     file: str
     """JSONL file whose lines have `prompt` and `completion`"""
@@ -70,9 +71,13 @@ class Score(Command):
         while batch := list(islice(rows, self.batch_size)):
             rollouts = make_rollouts(batch)
             output = to_reward_output(engine(rollouts), rollouts, reward)
-            added = [{"reward": float(value)} for value in output.total_N.float()]
+            columns = {"reward": output.total_N.float()}
             if output.scores_N is not None:
-                added = [one | {"score": float(score)} for one, score in zip(added, output.scores_N, strict=True)]
+                columns["score"] = output.scores_N
+            added = [
+                {name: float(values_N[i]) if answered else None for name, values_N in columns.items()}
+                for i, answered in enumerate(output.answered_N.tolist())
+            ]
             append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
             total += len(batch)
         print(f"{total} rewards in {path}")

@@ -135,7 +135,7 @@ def rlhf_environment() -> Providers:
 
 @hookspec
 def rlhf_reward() -> Providers:
-    """Scores of completions: `(rollouts) -> RewardOutput`, a tensor of N rewards, or a list of N floats."""
+    """Scores of completions: `(rollouts) -> RewardOutput`, a tensor of N rewards, or a list of N floats or Nones."""
     raise AssertionError("a specification is never called")
 
 

@@ -151,9 +151,9 @@ class Reward(Provider):
         """Return what `role` reads about each completion, one row each, encoded by its own `encoder`."""
         raise NotImplementedError
 
-    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float]:
-        """Return one number per completion (N,), or a `RewardOutput`."""
-        output: RewardOutput | Tensor | Sequence[float] = call_once(self, rollouts)
+    def __call__(self, rollouts: Rollouts) -> RewardOutput | Tensor | Sequence[float | None]:
+        """Return one number per completion (N,), or a `RewardOutput`. None abstains from a completion: it leaves its group."""
+        output: RewardOutput | Tensor | Sequence[float | None] = call_once(self, rollouts)
         return output
 
 

@@ -31,6 +31,11 @@ class RewardOutput:
     """float32 in 0..1, for filtering and pass rates; the rewards where absent"""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     """further numbers per completion (N), logged as `reward/<name>` means"""
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    """bool (N), where the metric of that name has a value, over which its mean is taken; everywhere without an entry"""
+    abstained_N: Tensor | None = None
+    """bool, where the reward gives no answer: such a completion leaves its group, and its numbers are read by nobody; none
+    where absent"""
     precision: float = PRECISION
     """relative size below which a difference of two rewards is rounding, above 0: about 0.008 for a bfloat16 model. Rewards of
     one prompt that are equal within it, relative to the larger of 1 and the largest of them, count as equal"""
@@ -46,6 +51,12 @@ class RewardOutput:
         """What filters and samplers compare (N,), float64: `scores_N`, or the rewards of whole completions where absent."""
         return self.total_N if self.scores_N is None else self.scores_N.double()
 
+    @property
+    def answered_N(self) -> Tensor:
+        """Where the reward gave an answer; bool (N,)."""
+        none_N = torch.zeros(len(self.rewards_N), dtype=torch.bool)
+        return ~(none_N if self.abstained_N is None else self.abstained_N)
+
     def rows(self, index: Tensor | Sequence[int]) -> RewardOutput:
         """Return the rewards of the completions at `index`, in that order."""
         index = torch.as_tensor(index, dtype=torch.long)
@@ -60,10 +71,19 @@ class RewardOutput:
             parts = [getattr(each, name) for each in outputs]
             return None if parts[0] is None else _stack(parts)
 
-        metrics = {name: _stack([each.metrics[name] for each in outputs]) for name in first.metrics}
-        precision = max(each.precision for each in outputs)
+        def known(output: RewardOutput, name: str) -> Tensor:
+            return output.known.get(name, torch.ones(len(output.rewards_N), dtype=torch.bool))
+
+        names = {name for each in outputs for name in each.known}
+        abstains = any(each.abstained_N is not None for each in outputs)
         return cls(
-            _stack([each.rewards_N for each in outputs]), stack("rewards_NT"), stack("scores_N"), metrics, precision
+            rewards_N=_stack([each.rewards_N for each in outputs]),
+            rewards_NT=stack("rewards_NT"),
+            scores_N=stack("scores_N"),
+            metrics={name: _stack([each.metrics[name] for each in outputs]) for name in first.metrics},
+            known={name: _stack([known(each, name) for each in outputs]) for name in names},
+            abstained_N=_stack([~each.answered_N for each in outputs]) if abstains else None,
+            precision=max(each.precision for each in outputs),
         )
 
     def with_tokens(self, count: int) -> RewardOutput:
@@ -73,10 +93,14 @@ class RewardOutput:
     def _each(self, change: Callable[[Tensor], Tensor]) -> RewardOutput:
         """Return a copy with every tensor changed."""
         optional: dict[str, Any] = {
-            name: change(values) for name in ("rewards_NT", "scores_N") if (values := getattr(self, name)) is not None
+            name: change(values)
+            for name in ("rewards_NT", "scores_N", "abstained_N")
+            if (values := getattr(self, name)) is not None
         }
-        metrics = {name: change(values_N) for name, values_N in self.metrics.items()}
-        return replace(self, rewards_N=change(self.rewards_N), metrics=metrics, **optional)
+        metrics, known = (
+            {name: change(values_N) for name, values_N in of.items()} for of in (self.metrics, self.known)
+        )
+        return replace(self, rewards_N=change(self.rewards_N), metrics=metrics, known=known, **optional)
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,10 @@ class ScoredRollouts:
         """Return the rows at `index`, in that order, trimmed to their longest prompt and completion."""
         rollouts = self.rollouts.rows(index)
         return replace(self, rollouts=rollouts, rewards=self.rewards.rows(index).with_tokens(rollouts.mask_NT.shape[1]))
+
+    def keep_answered(self) -> ScoredRollouts:
+        """Return the rows that the reward did not abstain from."""
+        return self.rows(self.rewards.answered_N.nonzero().flatten())
 
     @classmethod
     def cat(cls, parts: Sequence[ScoredRollouts]) -> ScoredRollouts:

@@ -62,5 +62,6 @@ class Sampler(Provider):
     def update(self, row_N: Tensor, scores_N: Tensor) -> None:
         """Take in what rows earned: int64 and float64, one value per completion, those of all ranks in the order of drawing.
 
-        Called after each scoring. A row that was drawn and is never scored was too long.
+        Called after each scoring. A row that was drawn and is never scored was too
+        long, or the reward abstained from it.
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.data.sources import means_by_source
 from rlhf_core.errors import UsageError
-from rlhf_core.evaluator.heldout_samples import mean_and_error
+from rlhf_core.evaluator.heldout_samples import by_datasource
 from rlhf_core.lazy import torch
 from rlhf_core.observer.files import sample_record
 from rlhf_core.util.jsonl import append_line
@@ -21,7 +21,10 @@ __all__ = ["Heldout"]
 
 @dataclass(frozen=True)
 class Heldout(Evaluator):
-    """Mean reward on held-out prompts, without the KL penalty, with the standard error over prompts."""
+    """Mean reward on held-out prompts, without the KL penalty, with the standard error over prompts.
+
+    Completions from which the reward abstains count in no mean; if it abstains from all, there is none.
+    """
 
     prompts: int = 64
     """at most this many held-out prompts, from the first"""
@@ -49,10 +52,13 @@ class Heldout(Evaluator):
         prompts = run.encoder.prompts([rows[i] for i in mine], mine)
         sampling = replace(run.config.sampling, n=self.n, seed=run.config.seed)
         rollouts = run.rollouts(source, prompts, sampling)
-        rewards_N = run.reward_of(rollouts).total_N
-        means_P = torch.cat(run.world.gather(rewards_N.view(-1, self.n).double().mean(1)))
+        rewards = run.reward_of(rollouts)
+        rewards_N, answered_N = rewards.total_N, rewards.answered_N
+        size_P = answered_N.view(-1, self.n).sum(1)
+        mine_P = (rewards_N * answered_N).view(-1, self.n).sum(1)[size_P > 0] / size_P[size_P > 0]
+        means_P = torch.cat(run.world.gather(mine_P))
         if run.leader:
-            rollouts.extras["rewards_N"] = rewards_N
+            rollouts.extras |= {"rewards_N": rewards_N, "abstained_N": ~answered_N}
             for i in range(0, min(self.shown * self.n, len(rollouts)), self.n):
                 asked = rollouts.meta[i].get("prompt")
                 question = {"question": asked} if isinstance(asked, str) else {}
@@ -60,11 +66,12 @@ class Heldout(Evaluator):
                     run.output / "evaluations.jsonl", {"step": run.step, **question, **sample_record(rollouts, i)}
                 )
         completions = run.world.total(len(rollouts))
-        mean, error = mean_and_error(means_P.tolist())
+        abstained = run.world.total(float((~answered_N).sum())) / completions
+        meta = [each for each, answered in zip(rollouts.meta, answered_N.tolist(), strict=True) if answered]
         return {
-            "heldout/reward": mean,
-            "heldout/reward_se": error,
+            **by_datasource("heldout/reward", means_P.tolist(), [{}] * len(means_P)),
+            **({"heldout/abstained": abstained} if abstained else {}),
             "heldout/length": run.world.total(float(rollouts.lengths_N.sum())) / completions,
             "heldout/truncated": run.world.total(float(sum(f != "stop" for f in rollouts.finish))) / completions,
-            **means_by_source("heldout/reward", rewards_N, rollouts.meta, run.world),
+            **means_by_source("heldout/reward", rewards_N[answered_N], meta, run.world),
         }

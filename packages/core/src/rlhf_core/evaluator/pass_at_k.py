@@ -18,7 +18,10 @@ __all__ = ["PassAtK", "pass_at_k"]
 
 @dataclass(frozen=True)
 class PassAtK(Evaluator):
-    """pass@1 and pass@k on held-out prompts from the reward's scores (Chen et al. 2021, unbiased), by data source."""
+    """pass@1 and pass@k on held-out prompts from the reward's scores (Chen et al. 2021, unbiased), by data source.
+
+    Completions from which the reward abstains are no samples; a prompt with fewer than k others is left out of pass@k.
+    """
 
     k: int = 4
     """answers of which one must be right"""
@@ -38,13 +41,17 @@ class PassAtK(Evaluator):
         rollouts = sample_heldout(run, "pass_at_k", self.prompts, self.n)
         output = run.reward_of(rollouts)
         scores_N = output.total_N if output.scores_N is None else output.scores_N
-        right_P = (scores_N.view(-1, self.n) >= self.threshold).sum(1).tolist()
-        gathered = run.world.gather((right_P, rollouts.meta[:: self.n]))
-        right = [count for counts, _ in gathered for count in counts]
-        meta = [each for _, part in gathered for each in part]
+        answered_Pn = output.answered_N.view(-1, self.n)
+        right_P = ((scores_N.view(-1, self.n) >= self.threshold) & answered_Pn).sum(1).tolist()
+        gathered = run.world.gather(
+            list(zip(answered_Pn.sum(1).tolist(), right_P, rollouts.meta[:: self.n], strict=True))
+        )
+        prompts = [prompt for part in gathered for prompt in part]
         metrics: dict[str, float] = {}
         for k in sorted({1, self.k}):
-            metrics |= by_datasource(f"pass@{k}", [pass_at_k(self.n, count, k) for count in right], meta)
+            enough = [(n, right, meta) for n, right, meta in prompts if n >= k]
+            values = [pass_at_k(n, right, k) for n, right, _ in enough]
+            metrics |= by_datasource(f"pass@{k}", values, [meta for *_, meta in enough])
         return metrics
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error, policy
+from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -21,7 +22,8 @@ OPPONENT = "reference"
 class WinRate(Evaluator):
     """How often the policy's answers get a higher reward than the reference model's, on held-out prompts.
 
-    Both answer with their own template and tokenizer, so the two may be of different families.
+    Both answer with their own template and tokenizer, so the two may be of different families. A pair counts if the reward
+    abstains from neither.
     """
 
     prompts: int = 64
@@ -43,12 +45,21 @@ class WinRate(Evaluator):
         own, other = (
             side.rows([i for i, uid in enumerate(side["uids_N"].tolist()) if uid in common]) for side in sides
         )
-        own_Pn, other_Pn = (run.reward_of(side).total_N.view(-1, self.n) for side in (own, other))
-        wins_P = ((own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)).mean(1)
-        told = (wins_P.tolist(), own_Pn.mean(1).tolist(), other_Pn.mean(1).tolist(), own.meta[:: self.n])
+        rewards = [run.reward_of(side) for side in (own, other)]
+        answered_Pn = torch.stack([each.answered_N.view(-1, self.n) for each in rewards]).all(0)
+        some_P = answered_Pn.any(1)
+        own_Pn, other_Pn = (each.total_N.view(-1, self.n) for each in rewards)
+        wins_Pn = (own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)
+        means = [
+            ((each_Pn * answered_Pn).sum(1) / answered_Pn.sum(1))[some_P].tolist()
+            for each_Pn in (wins_Pn, own_Pn, other_Pn)
+        ]
+        told = (*means, [own.meta[i * self.n] for i in some_P.nonzero().flatten().tolist()])
         wins, ours, theirs, meta = (
             [each for part in column for each in part] for column in zip(*run.world.gather(told), strict=True)
         )
+        if not wins:
+            return {}
         return {
             **by_datasource("win_rate", wins, meta),
             "win_rate/reward": mean_and_error(ours)[0],

@@ -143,8 +143,12 @@ def evaluation_samples(path: Path) -> str:
     for prompt in (prompt for prompt in first if prompt in last):
         shown.append(f"prompt: {_one_line(first[prompt].get('question', prompt))}")
         pair = (first[prompt], last[prompt])
-        shown += [f"  step {row['step']} ({row['reward']:+.2f}): {_one_line(row['completion'])}" for row in pair]
+        shown += [f"  step {row['step']} ({_reward(row)}): {_one_line(row['completion'])}" for row in pair]
     return "\n".join(shown)
+
+
+def _reward(row: Mapping[str, Any]) -> str:
+    return "abstained" if row["reward"] is None else f"{row['reward']:+.2f}"
 
 
 def _one_line(text: str, width: int = 200) -> str:

@@ -72,14 +72,15 @@ def samples(run: RunView) -> Iterator[dict[str, Any]]:
 
 
 def sample_record(batch: Batch, i: int) -> dict[str, Any]:
-    """Row `i` as plain values: prompt, completion, row number, reward and mean advantage."""
+    """Row `i` as plain values: prompt, completion, row number, reward (None if abstained) and mean advantage."""
     row: dict[str, Any] = {"prompt": batch.prompts[i], "completion": (batch.raw_texts or batch.texts)[i]}
     if "row_N" in batch and batch["row_N"][i] >= 0:
         row["row"] = int(batch["row_N"][i])
     if "transcript" in batch.meta[i]:  # an episode: who wrote what
         row["transcript"] = batch.meta[i]["transcript"]
     if "rewards_N" in batch:
-        row["reward"] = _six_digits(float(batch["rewards_N"][i]))
+        abstained = "abstained_N" in batch and bool(batch["abstained_N"][i])
+        row["reward"] = None if abstained else _six_digits(float(batch["rewards_N"][i]))
     if "advantages_NT" in batch:
         tokens = max(1, int(batch.mask_NT[i].sum()))
         row["advantage"] = _six_digits(float(batch["advantages_NT"][i].sum()) / tokens)

@@ -26,8 +26,8 @@ _RUN = {
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
     "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
-    "on_nonfinite skip), float16 overflowed, or credit selected no row of any rank; a step without any "
-    "update has no loss/<role>",
+    "on_nonfinite skip), float16 overflowed, credit selected no row of any rank, or the reward abstained from all; a step "
+    "without any update has no loss/<role>",
     "staleness/<role>": "optimiser steps: that the role which this one tracks has taken since it gave its weights",
     "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with on_oom halve",
@@ -89,15 +89,18 @@ _PROVIDERS = {
     "sync/buckets": "buckets: in which weights were sent to the engine's process",
     "sync/logprob_diff_mean": "nats a token: between the engine's log-probabilities and the trainer's, mean, where compared",
     "sync/logprob_diff_max": "nats a token: the same at most",
+    "[<source>/]reward/abstained": "share 0..1: of completions from which the reward abstained; only in steps with one",
     "reward/answered": "share 0..1: of completions in which an answer was found",
     "reward/gave_up": "share 0..1: of answers whose comparison took too long",
     "reward/tests_passed": "share 0..1: of a program's tests that passed, mean",
     "reward/ungraded": "share 0..1: of completions for which the judge gave no grade",
     "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
     "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
-    "reward/<part>": "reward: of one part of reward sum, before weighing; its own metrics follow as reward/<part>/<name>",
+    "reward/<part>": "reward: of one part of reward sum, before weighing, where it does not abstain; its own metrics "
+    "follow as reward/<part>/<name>",
     "eval/heldout/reward": "reward: mean over held-out prompts",
     "eval/heldout/reward_se": "reward: its standard error",
+    "eval/heldout/abstained": "share 0..1: of completions from which the reward abstained; only where there is one",
     "eval/heldout/reward/<datasource>": "reward: the same over the prompts that say they come from there",
     "eval/heldout/length": "tokens: mean length of the completions",
     "eval/heldout/truncated": "share 0..1: of completions that were cut",

@@ -30,10 +30,10 @@ POSITIONAL = ("queries", "prompts", "labels")
 
 @dataclass
 class Answer:
-    """What a function said about some samples."""
+    """What a function said about some samples; None abstains."""
 
-    rewards: list[float]
-    scores: list[float] | None = None
+    rewards: list[float | None]
+    scores: list[float | None] | None = None
     logs: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -98,20 +98,34 @@ def answer_of(raw: Any, count: int) -> Answer:
     if "rewards" not in raw:
         raise ValueError(f"returned a dict without 'rewards': {', '.join(map(str, raw))}")
     scores = raw.get("scores")
-    return Answer(
-        _numbers(raw["rewards"], "rewards", count),
-        None if scores is None else _numbers(scores, "scores", count),
-        {name: _numbers(values, name, count) for name, values in (raw.get("extra_logs") or {}).items()},
-    )
+    rewards = _numbers(raw["rewards"], "rewards", count)
+    answer = Answer(rewards, None if scores is None else _numbers(scores, "scores", count))
+    for name, values in (raw.get("extra_logs") or {}).items():
+        numbers = _numbers(values, name, count)
+        answer.logs[name] = [
+            0.0 if value is None and reward is None else _require_number(value, name)
+            for value, reward in zip(numbers, rewards, strict=True)
+        ]
+    if answer.scores is not None:
+        for score, reward in zip(answer.scores, rewards, strict=True):
+            if reward is not None:
+                _require_number(score, "scores")
+    return answer
 
 
-def _numbers(values: Any, name: str, count: int) -> list[float]:
-    """`values`, a tensor, an array or a list, as `count` floats."""
+def _require_number(value: float | None, name: str) -> float:
+    if value is None:
+        raise ValueError(f"returned None among {name} for a sample that has a reward; only rewards abstain")
+    return value
+
+
+def _numbers(values: Any, name: str, count: int) -> list[float | None]:
+    """`values`, a tensor, an array or a list, as `count` floats or Nones."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(plain, (list, tuple)) or len(plain) != count:
         size = f"{len(plain)}" if isinstance(plain, (list, tuple)) else f"{type(values).__name__} instead of"
         raise ValueError(f"returned {size} {name} for {count} samples")
-    return [float(value.item() if hasattr(value, "item") else value) for value in plain]
+    return [None if v is None else float(v.item() if hasattr(v, "item") else v) for v in plain]
 
 
 @cache

@@ -7,7 +7,8 @@ is OpenRLHF's signature: `queries` are prompt and completion as one text, and ea
 names other arguments gets those, of `queries`, `prompts`, `completions`, `labels`, `meta`, `raw_completions`
 (with special tokens) and `token_ids`, and of the columns that rows
 carry in `meta` (`--data.meta-keys`; all columns of rows given from Python); `**kwargs` gets the rest. That is TRL's signature,
-`f(completions, solution, **kwargs)`; here prompts and completions are always texts. It may be `async`.
+`f(completions, solution, **kwargs)`; here prompts and completions are always texts. It may be `async`. A reward that is None
+abstains: the sample leaves its group.
 
 A sample that the function fails on (it raises, hangs in a worker, answers for the wrong number of samples) stops the run
 and is named, unless a fallback was chosen; then it gets that reward and is counted in the metric `failed`.
@@ -145,14 +146,17 @@ class FuncEngine:
     def _join(self, known: Sequence[tuple[range, Answer]], N: int) -> RewardOutput:
         """One output; rows without an answer, or with one that is not finite, get the fallback and are counted."""
         nothing = math.nan if self.reward.fallback is None else self.reward.fallback
-        rewards, scores = [nothing] * N, [0.0] * N
+        rewards, scores, abstained = [nothing] * N, [0.0] * N, [False] * N
         answered = [False] * N
         logs: dict[str, list[float]] = {name: [0.0] * N for _, answer in known for name in answer.logs}
         for rows, answer in known:
             for at, row in enumerate(rows):
-                answered[row] = self.reward.fallback is None or math.isfinite(answer.rewards[at])
-                rewards[row] = answer.rewards[at] if answered[row] else nothing
-                scores[row] = answer.scores[at] if answer.scores is not None and answered[row] else 0.0
+                reward = answer.rewards[at]
+                abstained[row] = reward is None
+                answered[row] = reward is None or self.reward.fallback is None or math.isfinite(reward)
+                rewards[row] = nothing if reward is None or not answered[row] else reward
+                score = answer.scores[at] if answer.scores is not None and answered[row] else None
+                scores[row] = 0.0 if score is None else score
                 for name, values in answer.logs.items():
                     logs[name][row] = values[at]
         if self.reward.fallback is not None:
@@ -162,6 +166,7 @@ class FuncEngine:
             rewards_N=torch.tensor(rewards),
             scores_N=torch.tensor(scores) if scored else None,
             metrics={name: torch.tensor(values) for name, values in logs.items()},
+            abstained_N=torch.tensor(abstained) if any(abstained) else None,
         )
 
 

@@ -26,9 +26,11 @@ LABEL_ADVICE = advice(f"pass {run_option('data.label_key')}", "choose data that 
 
 
 def to_reward_output(
-    raw: RewardOutput | Tensor | Sequence[float], rollouts: Batch, provider: object, precision: float = PRECISION
+    raw: RewardOutput | Tensor | Sequence[float | None], rollouts: Batch, provider: object, precision: float = PRECISION
 ) -> RewardOutput:
     """`raw` as a float32 `RewardOutput` on the CPU. Rewards of one prompt that are equal within their precision are made equal.
+
+    A None in a list abstains. Where a reward abstains, its rewards and scores are set to 0.
 
     Args:
         raw: what the provider returned.
@@ -41,22 +43,43 @@ def to_reward_output(
         NotFiniteReward: a number that is not finite; carries those samples, too.
     """
     N, T = len(rollouts), rollouts.tokens_NT.shape[1]
-    output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # next line
+    output = _as_output(raw)
     precision = max(precision, _precision_of(output))
+    answered_N = torch.ones(N, dtype=torch.bool)
+    if output.abstained_N is not None:
+        answered_N = _check_tensor(output.abstained_N, "abstained_N", (N,), rollouts, provider) == 0
 
     def checked(value: Any, name: str, *shape: int) -> Tensor:
-        return _check_tensor(value, name, shape, rollouts, provider)
+        return _check_tensor(value, name, shape, rollouts, provider, answered_N)
+
+    def levelled(values_N: Tensor) -> Tensor:
+        level_N = values_N.clone()
+        level_N[answered_N] = level_groups(values_N[answered_N], rollouts.group_N[answered_N], precision)
+        return level_N
 
     optional: dict[str, Any] = {}
     if output.rewards_NT is not None:
         optional["rewards_NT"] = checked(output.rewards_NT, "rewards_NT", N, T)
     if output.scores_N is not None:
-        optional["scores_N"] = level_groups(checked(output.scores_N, "scores_N", N), rollouts.group_N, precision)
+        optional["scores_N"] = levelled(checked(output.scores_N, "scores_N", N))
+    if output.abstained_N is not None:
+        optional["abstained_N"] = ~answered_N
     if not isinstance(output.metrics, Mapping):
         raise ContractError(f"{_provider_name(provider)} returned metrics that are not a mapping of names to N numbers")
     metrics = {name: checked(value, f"metric {name!r}", N) for name, value in output.metrics.items()}
-    rewards_N = level_groups(checked(output.rewards_N, "rewards_N", N), rollouts.group_N, precision)
+    rewards_N = levelled(checked(output.rewards_N, "rewards_N", N))
     return replace(output, rewards_N=rewards_N, metrics=metrics, precision=precision, **optional)
+
+
+def _as_output(raw: RewardOutput | Tensor | Sequence[float | None]) -> RewardOutput:
+    """Return `raw` as an output, still unchecked: each None of a list is a 0 that abstains."""
+    if isinstance(raw, RewardOutput):
+        return raw
+    if not isinstance(raw, (list, tuple)) or not any(value is None for value in raw):
+        return RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # `_check_tensor` looks at it
+    abstained_N = torch.tensor([value is None for value in raw])
+    values: Any = [0.0 if value is None else value for value in raw]
+    return RewardOutput(rewards_N=values, abstained_N=abstained_N)
 
 
 def _precision_of(output: RewardOutput) -> float:
@@ -66,7 +89,10 @@ def _precision_of(output: RewardOutput) -> float:
     return torch.finfo(dtype).eps if narrow else output.precision
 
 
-def _check_tensor(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object) -> Tensor:
+def _check_tensor(
+    value: Any, name: str, shape: tuple[int, ...], rollouts: Batch, provider: object, answered_N: Tensor | None = None
+) -> Tensor:
+    """Return `value` as finite float32 of `shape`, 0 in rows that are not answered."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -76,6 +102,9 @@ def _check_tensor(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch
             f"{_provider_name(provider)} returned {name} of shape {tuple(tensor.shape)} for {shape[0]} completions; "
             f"expected {tuple(shape)}"
         )
+    if answered_N is not None and not answered_N.all():
+        tensor = tensor.clone()
+        tensor[~answered_N] = 0.0
     if not tensor.isfinite().all():
         row = int((~tensor.isfinite()).nonzero()[0, 0])
         value = tensor[row].flatten()[(~tensor[row].flatten().isfinite()).nonzero()[0, 0]].item()
@@ -89,13 +118,13 @@ def _check_tensor(value: Any, name: str, shape: tuple[int, ...], rollouts: Batch
     return tensor
 
 
-def without_nan(raw: RewardOutput | Tensor | Sequence[float]) -> RewardOutput:
+def without_nan(raw: RewardOutput | Tensor | Sequence[float | None]) -> RewardOutput:
     """`raw` with 0 for what is not finite: of the same shape, for a step that will not be trained on."""
 
     def zeroed(value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float32).nan_to_num(0.0, 0.0, 0.0)
 
-    output = raw if isinstance(raw, RewardOutput) else RewardOutput(rewards_N=raw)  # type: ignore[arg-type]  # as above
+    output = _as_output(raw)
     names = ("rewards_NT", "scores_N")
     optional: dict[str, Any] = {name: zeroed(v) for name in names if (v := getattr(output, name)) is not None}
     metrics = {name: zeroed(value) for name, value in output.metrics.items()}

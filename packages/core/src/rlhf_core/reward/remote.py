@@ -2,7 +2,7 @@
 
 A question is `{"query": […], "prompts": […], "labels": […]}`, prompts as the policy saw them and queries with the
 completion after them; beside these go `raw_prompts`, `completions` and `ids`, which OpenRLHF's servers ignore. An answer
-is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server likes.
+is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server likes. A reward `null` abstains.
 """
 
 from __future__ import annotations
@@ -66,16 +66,18 @@ class RemoteEngine:
         parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
         with ThreadPoolExecutor(self.reward.parallel * len(self.reward.url)) as threads:
             answers = list(threads.map(lambda rows: _ask(self.replicas, rollouts, rows), parts))
-        scores = [score for answer in answers for score in answer.scores or ()]
+        rewards = [reward for answer in answers for reward in answer.rewards]
+        scores = [score or 0.0 for answer in answers for score in answer.scores or ()]
         names = dict.fromkeys(name for answer in answers for name in answer.logs)
         return RewardOutput(
-            rewards_N=torch.tensor([reward for answer in answers for reward in answer.rewards]),
+            rewards_N=torch.tensor([reward or 0.0 for reward in rewards]),
             scores_N=torch.tensor(scores) if len(scores) == N else None,
             metrics={
                 name: torch.tensor([value for answer in answers for value in answer.logs[name]])
                 for name in names
                 if all(name in answer.logs for answer in answers)
             },
+            abstained_N=torch.tensor([reward is None for reward in rewards]) if None in rewards else None,
         )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import OptionError, options_under
+from rlhf_core.lazy import torch
 from rlhf_core.reward.func import Func
 from rlhf_core.reward.output import to_reward_output
 
@@ -101,8 +102,13 @@ class SumEngine:
             with options_under(part.path):
                 outputs.append((part.name, to_reward_output(part.engine(rollouts), rollouts, part.provider)))
         metrics: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
         for name, output in outputs:
-            metrics |= {name: output.rewards_N, **{f"{name}/{key}": value for key, value in output.metrics.items()}}
+            own = {name: output.rewards_N, **{f"{name}/{key}": value for key, value in output.metrics.items()}}
+            metrics |= own
+            if output.abstained_N is not None:
+                known |= dict.fromkeys(own, output.answered_N)
+        abstained_N = ~torch.stack([output.answered_N for _, output in outputs]).any(0)
         per_token = [
             weight * each.rewards_NT for weight, (_, each) in zip(weights, outputs) if each.rewards_NT is not None
         ]
@@ -110,6 +116,8 @@ class SumEngine:
             rewards_N=_add_tensors([weight * output.rewards_N for weight, (_, output) in zip(weights, outputs)]),
             rewards_NT=_add_tensors(per_token) if per_token else None,
             metrics=metrics,
+            known=known,
+            abstained_N=abstained_N if abstained_N.any() else None,
             precision=max(output.precision for _, output in outputs),
         )
 

@@ -22,6 +22,7 @@ from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.run.reward_inputs import reward_precision
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
+from rlhf_core.training.abstentions import answered_rows, mark_abstained
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
@@ -33,6 +34,8 @@ from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from rlhf_core.contract.batch import Batch, Prompts, Rollouts
     from rlhf_core.contract.distributed import World
@@ -128,6 +131,10 @@ class Iteration:
         """a batch per source, read or sampled"""
         self.rewards: dict[str, RewardOutput] = {}
         """what sampled batches earned, by source"""
+        self.left_out: dict[str, Rollouts] = {}
+        """completions from which the reward abstained, by source: those of the last time that it scored"""
+        self._abstained: dict[str, Tensor] = {}
+        """how many of this rank's there were and how many were scored, by source"""
         self.moments = {source: Moments(*each.state()) for source, each in moments.items()}
         """running moments of rewards after this iteration"""
         self.position: Mapping[str, Any] = {}
@@ -178,13 +185,17 @@ class Iteration:
     def score(self, source: str, sampled: Rollouts | ScoredRollouts) -> None:
         """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
         scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(source, sampled)
-        rollouts, rewards = scored.rollouts, scored.rewards
-        if self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed)):
-            skipped = replace(rollouts, step=replace(self.info, skip=True))  # by every rank
-            self.batches[source] = skipped.with_extras(rewards_N=rewards.rewards_N)
-            self.rewards[source] = rewards
-            return
         prefix = self.prefix(source, "reward")
+        self._log_abstained(source, f"{prefix}/abstained")
+        failed = self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed))
+        answered = None if failed else answered_rows(scored, self.world)
+        if answered is None:
+            skipped = mark_abstained(scored)
+            self.batches[source] = replace(skipped, step=replace(self.info, skip=True))  # by every rank
+            self.rewards[source] = scored.rewards
+            self.left_out.pop(source, None)  # they are in the batch
+            return
+        rollouts, rewards = answered.rollouts, answered.rewards
         shaping = self.config.algorithm.shaping
         if shaping not in (None, RewardShaping()):
             self.meter.log_batch(f"{prefix}/unshaped", rewards.total_N)
@@ -198,6 +209,11 @@ class Iteration:
     def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
         """Return completions of `source` with their rewards, and let the sampler of rows know what the policy earned."""
         scored = self._score_once(rollouts)
+        missing = (~scored.rewards.answered_N).nonzero().flatten()
+        if len(missing):
+            self.left_out[source] = mark_abstained(scored.rows(missing))
+        count = torch.tensor([float(len(missing)), float(len(scored))])
+        self._abstained[source] = self._abstained.get(source, torch.zeros(2)) + count
         sampled = [name for name in self.run.plan.sources if name != DATA]
         if self.run.stream.reacts and source == (
             self.run.plan.policy if self.run.plan.policy in sampled else sampled[0]
@@ -205,13 +221,22 @@ class Iteration:
             self._update_sampler(scored)
         return scored
 
+    def _log_abstained(self, source: str, name: str) -> None:
+        """Log the share of the step's completions from which the reward abstained, if it did so on any rank."""
+        abstained, scored = self.world.sum(self._abstained[source]).tolist()
+        if abstained:
+            self.meter.log({name: abstained / scored})
+
     def _update_sampler(self, scored: ScoredRollouts) -> None:
         """Give the sampler the scores of all ranks, in the order of drawing; none if a reward of them is not finite."""
+        scored = scored.keep_answered()
         mine = [scored.rollouts[name].cpu() for name in ("uids_N", "row_N")]
         everyone = self.world.gather((*mine, scored.rewards.outcome_N.cpu(), scored.failed))
         if not any(failed for *_, failed in everyone):
             uids_N, row_N, scores_N = (torch.cat([each[k] for each in everyone]) for k in range(3))
             order_N = uids_N.argsort(stable=True)
+            if not len(uids_N):  # the reward abstained from all
+                return
             with options_under("/sampler"):
                 self.run.stream.update(row_N[order_N], scores_N[order_N])
 

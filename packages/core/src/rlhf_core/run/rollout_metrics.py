@@ -51,7 +51,8 @@ def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batc
     meter.log_batch(f"{prefix}/variance", (whole_N - mean).square())
     meter.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, meter.world))
     for name, values_N in rewards.metrics.items():
-        meter.log_batch(f"{prefix}/{name}", values_N)
+        known_N = rewards.known.get(name)
+        meter.log_batch(f"{prefix}/{name}", values_N if known_N is None else values_N[known_N])
 
 
 def trained_tokens(credited: Mapping[str, Batch]) -> float:

@@ -188,7 +188,7 @@ class Run:
         if self.leader:
             self.folder.lock.check()
         self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
-        self.samples = dict(credited)
+        self.samples = {**credited, **{f"{name}/abstained": rows for name, rows in iteration.left_out.items()}}
         self._add_background(self.checkpoints.background.poll)
         tokens = self.world.total(trained_tokens(credited))
         self.meter.merge(iteration.meter)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.selection import Filter
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["DynamicSampling", "choose_filter", "keep_sampling"]
+__all__ = ["DynamicSampling", "choose_filter", "keep_sampling", "share_evenly"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,12 @@ def keep_sampling(
         rows = _draw_batches(iteration, begun, dynamic.oversample)
         scored = iteration.judge(source, iteration.sample_once(source, rows))
         begun, failed = [], failed or scored.failed
-        meter.log_batch("dynamic/reward", scored.rewards.total_N)
+        answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
+        meter.log_batch("dynamic/reward", answered.rewards.total_N)
         with options_under("/filter"):
-            accepted_P = accepted_groups(group_filter, scored.rollouts, scored.rewards)
-        accepted_N = accepted_P[torch.unique(scored.rollouts.group_N, return_inverse=True)[1]]
-        rounds.append(scored.rows(accepted_N.nonzero().flatten()))
+            accepted_P = accepted_groups(group_filter, answered.rollouts, answered.rewards)
+        accepted_N = accepted_P[torch.unique(answered.rollouts.group_N, return_inverse=True)[1]]
+        rounds.append(answered.rows(accepted_N.nonzero().flatten()))
         prompts += total(_groups(scored))
         kept += total(_groups(rounds[-1]))
     meter.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
@@ -136,7 +137,7 @@ def keep_sampling(
                 f"prompts, another reward, a larger {run_option('sampling.n')}, or another {run_option('filter')}"
             )
         rounds = [scored]
-    return replace(_share_evenly(rounds, iteration.world), failed=failed)
+    return replace(share_evenly(rounds, iteration.world), failed=failed)
 
 
 def _draw_batches(iteration: PromptSampler, begun: list[DrawnRows], batches: int) -> DrawnRows:
@@ -154,8 +155,8 @@ def _groups(scored: ScoredRollouts) -> int:
     return len(scored.rollouts.group_N.unique())
 
 
-def _share_evenly(rounds: list[ScoredRollouts], world: World) -> ScoredRollouts:
-    """Return this rank's even share of the prompts that all ranks kept."""
+def share_evenly(rounds: list[ScoredRollouts], world: World) -> ScoredRollouts:
+    """Return this rank's even share of the prompts that all ranks kept; at least one for each rank if there are so many."""
     everyone = world.gather([replace(part, rollouts=replace(part.rollouts, world=None)) for part in rounds])
     parts = [ranks[k] for k in range(len(rounds)) for ranks in everyone if len(ranks[k])]
     whole = ScoredRollouts.cat(parts)

@@ -63,10 +63,12 @@ class Meter:
             self._means.add(name, value)
 
     def log_batch(self, name: str, values_N: Any) -> float:
-        """Log and return the mean of a per-completion number over all ranks."""
-        mean = self.world.total(float(values_N.sum())) / self.world.total(float(len(values_N)))
-        self.log({name: mean})
-        return mean
+        """Log and return the mean of a per-completion number over all ranks; without a completion 0, which is not logged."""
+        total, count = self.world.total(float(values_N.sum())), self.world.total(float(len(values_N)))
+        if not count:
+            return 0.0
+        self.log({name: total / count})
+        return total / count
 
     def merge(self, other: Meter) -> None:
         """Add everything that `other` collected."""
