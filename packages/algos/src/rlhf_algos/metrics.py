@@ -29,6 +29,7 @@ METRICS: Mapping[str, str] = {
     "<role>/return": "reward: mean return, what values should be",
     "reward/kept": "reward: mean of the best completions, which are trained on",
     "pairs/share": "share 0..1: of prompts whose best and worst completion make a pair",
+    "bco/z": "nats a completion: mean log(pi / ref) over all batches so far, which BCO compares with",
     "kto/desirable": "share 0..1: of rows labelled desirable",
     "kto/z": "nats a completion: KTO's reference point, mean over rows",
     "repulse/ess": "completions: effective sample size of a prompt's importance weights, 1 / sum w^2, mean over prompts",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.results import Outputs
 
-__all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "sequence_logprobs", "split_pairs"]
+__all__ = ["log_ratios", "mean_logprobs", "pair_metrics", "row_means", "sequence_logprobs", "split_pairs"]
 
 
 def split_pairs(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,12 @@ def sequence_logprobs(logprobs_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 def mean_logprobs(logprobs_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """log pi(completion | prompt) / length (N,)."""
-    return sequence_logprobs(logprobs_NT, mask_NT) / mask_NT.sum(1).clamp(min=1)
+    return row_means(logprobs_NT, mask_NT)
+
+
+def row_means(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """The mean over masked tokens (N,): the number itself where a credit set it at every token of a row."""
+    return sequence_logprobs(values_NT, mask_NT) / mask_NT.sum(1).clamp(min=1)
 
 
 def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:

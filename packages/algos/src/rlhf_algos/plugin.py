@@ -29,6 +29,7 @@ def rlhf_advantage() -> Providers:
         "ctl": "rlhf_algos.advantage.ctl:CTLAdvantage",
         "dr_grpo": "rlhf_algos.advantage.dr_grpo:DrGRPOAdvantage",
         "gae": "rlhf_algos.advantage.gae:GAEAdvantage",
+        "gdpo": "rlhf_algos.advantage.gdpo:GDPOAdvantage",
         "grpo": "rlhf_algos.advantage.grpo:GRPOAdvantage",
         "kto": "rlhf_algos.advantage.kto:KTOAdvantage",
         "maxrl": "rlhf_algos.advantage.maxrl:MaxRLAdvantage",
@@ -47,8 +48,10 @@ def rlhf_advantage() -> Providers:
 @hookimpl
 def rlhf_loss() -> Providers:
     return {
+        "aot": "rlhf_algos.loss.aot:AOTLoss",
         "apo_down": "rlhf_algos.loss.apo_down:APODownLoss",
         "apo_zero": "rlhf_algos.loss.apo_zero:APOZeroLoss",
+        "bco_pair": "rlhf_algos.loss.bco_pair:BCOPairLoss",
         "bradley_terry": "rlhf_algos.loss.bradley_terry:BradleyTerryLoss",
         "cdpo": "rlhf_algos.loss.cdpo:CDPOLoss",
         "chosen_nll": "rlhf_algos.loss.chosen_nll:ChosenNLLLoss",
@@ -85,6 +88,8 @@ def rlhf_loss() -> Providers:
 @hookimpl
 def rlhf_algorithm() -> Providers:
     return {
+        "aot": "rlhf_algos.algorithm.aot:AOT",
+        "bco_pair": "rlhf_algos.algorithm.bco_pair:BCOPair",
         "cdpo": "rlhf_algos.algorithm.cdpo:CDPO",
         "cispo": "rlhf_algos.algorithm.cispo:CISPO",
         "csft": "rlhf_algos.algorithm.csft:CSFT",
@@ -93,6 +98,7 @@ def rlhf_algorithm() -> Providers:
         "dpo": "rlhf_algos.algorithm.dpo:DPO",
         "dppo": "rlhf_algos.algorithm.dppo:DPPO",
         "dr_grpo": "rlhf_algos.algorithm.dr_grpo:DrGRPO",
+        "gdpo": "rlhf_algos.algorithm.gdpo:GDPO",
         "grpo": "rlhf_algos.algorithm.grpo:GRPO",
         "gspo": "rlhf_algos.algorithm.gspo:GSPO",
         "ipo": "rlhf_algos.algorithm.ipo:IPO",

@@ -45,6 +45,7 @@ def curves(algorithm: Any, tmp_path: Path, **options: Any) -> list[Mapping[str, 
     [
         "cispo",
         "dapo",
+        "dppo",
         "dr_grpo",
         "grpo",
         "gspo",
@@ -56,6 +57,7 @@ def curves(algorithm: Any, tmp_path: Path, **options: Any) -> list[Mapping[str, 
         "rejection_sampling",
         "repulse",
         "rloo",
+        "sapo",
     ],
 )
 def test_online_presets_raise_the_reward(algorithm, seed, tmp_path):
@@ -87,7 +89,7 @@ def pairs(seed: int) -> list[dict[str, str]]:
 
 
 @every_seed
-@pytest.mark.parametrize("algorithm", ["cdpo", "dpo", "ipo", "orpo", "reward", "simpo"])
+@pytest.mark.parametrize("algorithm", ["aot", "bco_pair", "cdpo", "dpo", "ipo", "orpo", "reward", "simpo"])
 def test_preference_presets_tell_new_chosen_answers_from_rejected_ones(algorithm, seed, tmp_path):
     role = "reward" if algorithm == "reward" else "actor"
     data = rows_of(tmp_path / "pairs.jsonl", pairs(seed))

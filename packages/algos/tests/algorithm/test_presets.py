@@ -72,6 +72,8 @@ def planned(name: str, **options: object) -> Plan:
     usual = resolve("algorithm", name).defaults["data"]
     if usual in ("json", "conditional"):
         options = {"data": {"use": usual, "path": "rows.jsonl"}, **options}
+    if name == "gdpo":
+        options = {"reward": {"use": "sum", "parts": ["length"]}, **options}
     if name in REQUIRED:
         options = {"loss": {"use": name, **REQUIRED[name]}, **options}
     return make_plan(make_config(name, model="tiny", **options))
@@ -91,6 +93,8 @@ def terms(plan: Plan) -> list[str]:
         ("dpo", ["actor <- data : DPOLoss"], {"actor", "reference"}),
         ("ipo", ["actor <- data : IPOLoss"], {"actor", "reference"}),
         ("cdpo", ["actor <- data : CDPOLoss"], {"actor", "reference"}),
+        ("aot", ["actor <- data : AOTLoss"], {"actor", "reference"}),
+        ("bco_pair", ["actor <- data : BCOPairLoss"], {"actor", "reference"}),
         ("kto", ["actor <- data : KTOLoss"], {"actor", "reference"}),
         ("prm", ["reward <- data : PRMLoss"], {"reward"}),
         ("on_policy_distill", ["actor <- actor : ClipLoss"], {"actor", "teacher"}),
@@ -98,6 +102,7 @@ def terms(plan: Plan) -> list[str]:
         ("orpo", ["actor <- data : ORPOLoss"], {"actor"}),
         ("ppo", ["actor <- actor : ClipLoss", "critic <- actor : ValueLoss"], {"actor", "critic", "reference"}),
         ("grpo", ["actor <- actor : GRPOLoss", "actor <- actor : KLLoss"], {"actor", "reference"}),
+        ("gdpo", ["actor <- actor : GRPOLoss", "actor <- actor : KLLoss"], {"actor", "reference"}),
         ("dr_grpo", ["actor <- actor : DrGRPOLoss"], {"actor"}),
         ("dapo", ["actor <- actor : DAPOLoss"], {"actor"}),
         ("gspo", ["actor <- actor : GSPOLoss"], {"actor"}),
@@ -269,7 +274,8 @@ def test_penalty_and_entropy_are_averaged_as_the_objective_is(name, per_completi
         return sum(share * sum(row) / tokens for row, share, tokens in shares)
 
     def found(term: Term) -> float:
-        result = term.loss({"logprobs_NT": -now_NT, "entropy_NT": entropy_NT}, batch)
+        outputs = {"logprobs_NT": -now_NT, "full_logprobs_NT": -now_NT, "entropy_NT": entropy_NT}
+        result = term.loss(outputs, batch)
         return float(weighted_sum(result.values, result.reduction, batch)) / count(result.reduction, batch)
 
     gaps = [(ref_NT - now_NT)[i, :length].double().tolist() for i, length in enumerate((1, 99))]  # log pi - log ref

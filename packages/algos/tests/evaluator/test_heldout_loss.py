@@ -117,7 +117,9 @@ def test_loss_and_accuracy_of_a_reward_model_are_those_of_transformers(files: tu
     assert metrics["eval/heldout/accuracy"] == float((margins > 0).double().mean())
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "cdpo", "ipo", "orpo", "simpo", "kto", "reward", "distill"])
+@pytest.mark.parametrize(
+    "algorithm", ["sft", "dpo", "aot", "bco_pair", "cdpo", "ipo", "orpo", "simpo", "kto", "reward", "distill"]
+)
 def test_it_is_the_loss_of_a_training_step_on_the_same_rows(
     algorithm: str, files: tuple[str, str], tmp_path: Path
 ) -> None:

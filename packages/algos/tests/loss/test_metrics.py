@@ -33,10 +33,13 @@ FIELDS = {
     **dict.fromkeys(("sft", "csft", "distill"), ("prompt", "completion", "label")),
     "kto": ("prompt", "completion", "label"),
     "prm": ("prompt", "steps", "judged"),
-    **dict.fromkeys(("dpo", "cdpo", "ipo", "orpo", "simpo", "reward"), ("prompt", "chosen", "rejected")),
+    **dict.fromkeys(
+        ("dpo", "aot", "bco_pair", "cdpo", "ipo", "orpo", "simpo", "reward"), ("prompt", "chosen", "rejected")
+    ),
 }
 ONLINE: dict[str, Any] = {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 4, "top_p": 0.9}}
 MORE: dict[str, dict[str, Any]] = {
+    "gdpo": {"reward": {"use": "sum", "parts": ["length", "regex pattern=a"]}},
     "prm": {"loss": {"use": "prm", "placeholder": ord(";")}},
     "on_policy_distill": {"teacher": {"model": "tiny:hidden=16,layers=1"}},
     "ppo": {"loss": {"use": "clip", "correction": {"level": "token"}}},
@@ -45,6 +48,8 @@ MORE: dict[str, dict[str, Any]] = {
         "algorithm": {"use": "grpo", "kl": {"where": "loss"}, "shaping": {"clip": 5.0}},
     },
 }
+PARTS = {"gdpo": ("length", "regex")}
+"""What the metrics of a sum of rewards are called after."""
 KEYS = {"prm": {"completion_key": "steps", "label_key": "judged"}}
 """Columns whose names the reader does not know."""
 
@@ -72,12 +77,17 @@ def logged(algorithm: str, folder: Path) -> tuple[set[str], dict[str, Any]]:
     run = Run(made)
     run.train()
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    words = {"role": run.plan.trained_roles, "source": run.plan.sources, "part": (), "k": ("1", "4")}
+    words = {
+        "role": run.plan.trained_roles,
+        "source": run.plan.sources,
+        "part": PARTS.get(algorithm, ()),
+        "k": ("1", "4"),
+    }
     words["datasource"] = ("one/half", "two")
     return {name for line in lines for name in json.loads(line)}, words
 
 
-QUICK = ("sft", "dpo", "reward", "prm", "ppo", "grpo", "sapo", "repulse")
+QUICK = ("sft", "dpo", "reward", "prm", "bco_pair", "ppo", "grpo", "gdpo", "sapo", "repulse")
 ALGORITHMS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in plugin.rlhf_algorithm()]
 
 

@@ -22,6 +22,7 @@ OUTSIDE: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("advantage", "reinforce_pp"): {"gamma": (-0.1, 1.1)},
     ("advantage", "teacher"): {"gamma": (-0.1, 1.1)},
     ("algorithm", "ppo"): {"critic_warmup": (-0.1, 1.1), "ptx": (-1,)},
+    ("loss", "aot"): {"beta": (0,), "label_smoothing": (0.6,)},
     ("loss", "cdpo"): {"beta": (0,), "label_smoothing": (-0.1, 0.6)},
     ("loss", "cispo"): {"clip_low": (-1,), "clip_high": (-1,)},
     ("loss", "clip"): {"clip_low": (-1,), "clip_high": (-1,), "dual_clip": (-1, 0.5)},

@@ -10,7 +10,7 @@ from rlhf_algos.compose import OFFLINE, chosen_loss
 from rlhf_algos.loss.chosen_nll import ChosenNLLLoss
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import FREE, ModelOptions, TrackingOptions, TrainedOptions
-from rlhf_core.contract.providers import Algorithm
+from rlhf_core.contract.providers import Advantage, Algorithm, Loss
 from rlhf_core.contract.terms import ProviderChoices, Term
 from rlhf_core.errors import UsageError
 
@@ -36,10 +36,15 @@ class DPO(Algorithm):
     }
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
-        term = Term("actor", "data", chosen_loss(choices))
+        loss = chosen_loss(choices)
+        term = Term("actor", "data", loss, self.credit(loss))
         if term.unit != 2:
             raise UsageError(
                 f"the loss {type(term.loss).__qualname__} compares no pairs, so rejected completions would be learned as well; "
                 "choose dpo, ipo, cdpo, robust, hinge, simpo or orpo"
             )
         return (term, Term("actor", "data", ChosenNLLLoss(), weight=self.nll)) if self.nll else (term,)
+
+    def credit(self, loss: Loss) -> Advantage | None:
+        """What the loss reads of the whole batch before it is cut; nothing, but in variants."""
+        return None

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.pairs import log_ratios
+from rlhf_algos.pairs import log_ratios, row_means
 from rlhf_algos.ranges import check_ranges
 from rlhf_core.contract.providers import Loss
 from rlhf_core.contract.results import LossTerms, Metric, Reduction
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.results import Outputs
 
@@ -40,15 +38,10 @@ class KTOLoss(Loss):
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         h_N = log_ratios(outputs, batch)
-        weights_N, z_N = _of_row(batch["advantages_NT"], batch.mask_NT), _of_row(batch["returns_NT"], batch.mask_NT)
+        weights_N, z_N = row_means(batch["advantages_NT"], batch.mask_NT), row_means(batch["returns_NT"], batch.mask_NT)
         values_N = weights_N.abs() * torch.sigmoid(-weights_N.sign() * self.beta * (h_N - z_N))
         metrics = {
             "desirable_reward": Metric.over(self.beta * h_N, weights_N > 0),
             "undesirable_reward": Metric.over(self.beta * h_N, weights_N < 0),
         }
         return LossTerms(values_N, Reduction("sample"), metrics)
-
-
-def _of_row(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """The number that stands at every masked token of a row (N,)."""
-    return values_NT.masked_fill(~mask_NT, 0.0).sum(1) / mask_NT.sum(1).clamp(min=1)
