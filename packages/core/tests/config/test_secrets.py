@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_core.config.builder import parse
 from rlhf_core.config.parsing import read
 from rlhf_core.config.value_types import reveal
 from rlhf_core.plugins.registry import Registry
+from rlhf_core.run.run import Run
 from rlhf_core.testing import tiny_run
+from rlhf_core.util.jsonl import append_line
 from rlhf_core.util.secrets import hide, redact
 
 PLANTED = {
@@ -47,7 +50,8 @@ class Leaky(Reward):
 
     def __call__(self, rollouts):
         known = f"{reveal(self.token)} {reveal(self.key)} {self.url} {os.environ['HF_TOKEN']}"
-        rollouts.texts[:] = [f"{known} {text}" for text in rollouts.texts]
+        for texts in (rollouts.texts, rollouts.raw_texts):
+            texts[:] = [f"{known} {text}" for text in texts]
         if self.fails:
             raise RuntimeError(f"cannot ask with {known}")
         return [1.0] * len(rollouts)
@@ -148,3 +152,49 @@ def test_an_address_without_secrets_is_written_as_it_is(tmp_path: Path) -> None:
     run.train()
     assert "***" not in (tmp_path / "config.toml").read_text()
     assert tomllib.loads((tmp_path / "config.toml").read_text())["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "word", ["TinyAlgorithm", "completion", "tiny:hidden=16,layers=1", "12345678", "prompts1.jsonl"]
+)
+def test_a_secret_that_is_a_common_word_changes_neither_configuration_nor_names(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file repeats the run: what is read from it is what was run."""
+    (tmp_path / "prompts1.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    monkeypatch.setenv("DATABASE_PASSWORD", word)
+    hide(word)
+    registry = Registry()
+    words = [
+        "rlhf_core.testing.tiny_algorithm:TinyAlgorithm",
+        "--model",
+        "tiny:hidden=16,layers=1",
+        "--seed",
+        "12345678",
+    ]
+    words += [
+        "--data",
+        "json",
+        "--data.path",
+        str(tmp_path / "prompts1.jsonl"),
+        "--steps",
+        "0",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    config = parse([*words, "--batch-size", "2"], registry)
+    Run(config, registry).train()
+    assert parse(["--config", str(tmp_path / "run" / "config.toml")], registry) == config
+    append_line(tmp_path / "lines.jsonl", {"completion": [f"a {word} b", (word,)], "x": 0.12345678, "y": 12345678})
+    assert json.loads((tmp_path / "lines.jsonl").read_text()) == {
+        "completion": ["a *** b", ["***"]],
+        "x": 0.12345678,
+        "y": 12345678,
+    }
+
+
+def test_a_word_is_masked_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "training")
+    assert redact("training, pretraining; trainings (training)") == "***, pretraining; trainings (***)"
+    monkeypatch.setenv("DATABASE_PASSWORD", "training-7")
+    assert redact("xtraining-7y") == "x***y", "a secret that no text has by chance is found anywhere"

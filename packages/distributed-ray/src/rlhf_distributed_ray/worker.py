@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
+from rlhf_core.checkpoint.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.engines import Engines
@@ -149,7 +149,7 @@ class RoleWorker(Worker):
             "MASTER_PORT": str(port),
         }
         join_world()
-        torch.manual_seed(self.plan.config.seed)  # as the loop does in its process
+        seed_libraries(self.plan.config.seed)  # as the loop does in its process
         self.role = LocalRole(self.plan, self.role_name)
 
     def infer(self, packed: Mapping[str, Any], rows: list[int], names: list[str]) -> dict[str, Any]:
@@ -335,6 +335,7 @@ class EngineWorker(Worker):
         """The same, and the mirrors of the roles."""
         where = super().initialize()
         config = self.plan.config
+        seed_libraries(config.seed)
         self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
         self.engines = Engines(config.seed, Path(config.output), self.plan)
         self.engines.bind(Placement(dict[str, Any](self.mirrors), None, World()))

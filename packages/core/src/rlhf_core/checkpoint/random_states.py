@@ -1,4 +1,8 @@
-"""The random states of every library that a run uses, as a tree that `tensors` can write."""
+"""The global random generators that a run's providers may draw from: seeded at its start, and kept in its checkpoints.
+
+They are those of Python's `random`, of numpy (the legacy one behind `numpy.random.rand`) and of torch. A generator that a
+provider makes itself is its own to seed (`OpenContext.seed`) and to keep (`Stateful`).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,16 @@ from typing import Any
 
 from rlhf_core.lazy import torch
 
-__all__ = ["get_random_states", "set_random_states"]
+__all__ = ["get_random_states", "seed_libraries", "set_random_states"]
+
+
+def seed_libraries(seed: int) -> None:
+    """Seed Python's `random`, numpy and torch, on all devices; the same on every rank."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # numpy takes 32 bits
+    torch.manual_seed(seed)
 
 
 def get_random_states() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rlhf_core.config.parsing import read
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.run.command import read_command, run_command
+from rlhf_core.run.stop_watch import EXIT_CODES, leave_in_time
 from rlhf_core.util.messages import console_messages
 from rlhf_core.util.secrets import redact, show_traceback
 from rlhf_core.util.streams import outlive_readers
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = lost_output()
         if failure is not None:
             _say(f"standard output could not be written: {failure.strerror}")
+        if argv is None and code in EXIT_CODES.values():  # of a signal, in a process of our own
+            leave_in_time(code)
         return code or int(failure is not None)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.util.atomic_files import force, write_text
-from rlhf_core.util.secrets import redact
+from rlhf_core.util.secrets import redact, redact_tree
 
 __all__ = ["append_lines", "continue_output", "read_lines"]
 
@@ -80,6 +80,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _redact_text(value: object) -> str:
+    """Return the text of a value that JSON does not know."""
+    return redact(str(value))
+
+
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add a line per row in one write, in place of a half-written last line, and force it to the disk.
 
@@ -88,7 +93,9 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         RunStopped: the disk is full, or the file can no longer be written; the lines before are whole.
     """
-    content = redact("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)).encode()
+    content = "".join(
+        json.dumps(redact_tree(row), ensure_ascii=False, default=_redact_text) + "\n" for row in rows
+    ).encode()
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -37,7 +37,7 @@ from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
-from rlhf_core.util.secrets import redact_tree
+from rlhf_core.util.secrets import redact_addresses, redact_tree
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -294,7 +294,7 @@ def _plain_options(
             tree[each.name] = _file_value(annotation, value)
         else:
             try:
-                tree[each.name] = redact_tree(to_plain(value)) if masked else to_plain(value)
+                tree[each.name] = redact_tree(to_plain(value), redact_addresses) if masked else to_plain(value)
             except ValueError:
                 raise UsageError(
                     f"{path} is a {type(value).__name__}, which no file can hold and no worker can be told; "
@@ -310,7 +310,7 @@ def _file_value(annotation: Any, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_file_value(Any, each) for each in value]
     try:
-        return redact_tree(to_plain(value))
+        return redact_tree(to_plain(value), redact_addresses)
     except ValueError:
         return python_text(value)
 

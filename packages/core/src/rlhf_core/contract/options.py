@@ -298,6 +298,8 @@ class RunConfig:
     save_async: bool = field(default=False, metadata=FREE)
     """write checkpoints beside the training, from a copy in CPU memory (as much again as weights and optimiser), where the
     strategy can"""
+    stop_within: float = field(default=120.0, metadata=FREE)
+    """seconds that a step may last after a signal to stop, and saving it again as long; then the step is given up"""
     keep: int = field(default=2, metadata=FREE)
     """newest checkpoints kept"""
     keep_gb: float = field(default=0.0, metadata=FREE)
@@ -348,5 +350,5 @@ class RunConfig:
         ]
 
     def __post_init__(self) -> None:
-        at_least(0, self, "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb")
+        at_least(0, self, "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "stop_within")
         at_least(1, self, "batch_size", "update_epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

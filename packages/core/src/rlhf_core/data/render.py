@@ -16,6 +16,7 @@ from rlhf_core.contract.batch import Example, Message
 from rlhf_core.data.boundary import common_length
 from rlhf_core.data.chats import Chat, Text, find_unread_part, format_dialogue
 from rlhf_core.errors import DataError, OptionError, UsageError, advice, run_option
+from rlhf_core.util.limits import rendering_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,13 +213,14 @@ class Renderer:
         try:
             if self.template is None:
                 return format_dialogue(chat) + ("\n\nAssistant:" if generation else "")
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) if self._reader is None else _split_contents(message) for message in chat],
-                tools=example.meta.get("tools"),
-                chat_template=self.template,
-                add_generation_prompt=generation,
-                tokenize=False,
-            )
+            with rendering_limits():
+                text = self._tokenizer.apply_chat_template(
+                    [dict(message) if self._reader is None else _split_contents(message) for message in chat],
+                    tools=example.meta.get("tools"),
+                    chat_template=self.template,
+                    add_generation_prompt=generation,
+                    tokenize=False,
+                )
             return str(text)
         except (ValueError, TemplateError) as error:
             raise DataError(f"{example.origin}: the chat cannot be rendered: {error}") from None

@@ -17,6 +17,7 @@ and is named, unless a fallback was chosen; then it gets that reward and is coun
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ class FuncEngine:
             for rows in parts
         ]
         if self.workers is not None:
-            return self.workers.map(calls, self.reward.timeout)
+            return self.workers.map(calls, self.reward.timeout, seed=random.getrandbits(63))
         return [_call_guarded(arguments) for arguments in calls]
 
     def _one_by_one(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["Progress", "translate_failures"]
+__all__ = ["Progress", "newest_checkpoint", "translate_failures"]
 
 FULL = re.compile(
     r"No space left on device|Disk quota exceeded|StorageFull|PytorchStreamWriter failed writing|iostream error"
@@ -82,12 +82,12 @@ def translate_failures(run: Progress) -> Iterator[None]:
         note_provider(error, run.registry, run.config)
         if _is_full(error):
             raise RunStopped(
-                f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; free "
+                f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; free "
                 f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
             ) from error
         if (lost := _lost_file(error, run.output)) is not None:
             raise RunStopped(
-                f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}); {_newest_checkpoint(run)}; mend that, "
+                f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; mend that, "
                 f"then continue with {run_option('resume', True)}"
             ) from error
         if is_out_of_memory(error):
@@ -96,7 +96,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
             advice = LESS_MEMORY.get(run.meter.doing, f"lower {batches}, or choose a smaller {run_option('model')}")
             raise RunStopped(
                 f"out of memory in phase {run.meter.doing!r} of step {run.step + 1}{wanted}; "
-                f"{_newest_checkpoint(run)}; {advice}"
+                f"{newest_checkpoint(run)}; {advice}"
             ) from error
         if REFUSED in str(error):
             raise RunStopped(
@@ -112,11 +112,11 @@ def _not_finite(run: Progress, error: NotFinite) -> str:
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
     advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
     skip = run_option("on_nonfinite", "skip")
-    return f"step {run.step + 1}: {text_of(error)}; {saved}; {_newest_checkpoint(run)}; {advice}, or go on with {skip}"
+    return f"step {run.step + 1}: {text_of(error)}; {saved}; {newest_checkpoint(run)}; {advice}, or go on with {skip}"
 
 
-def _newest_checkpoint(run: Progress) -> str:
-    """The checkpoint that is left, in words."""
+def newest_checkpoint(run: Progress) -> str:
+    """Return words for the checkpoint that is left."""
     from rlhf_core.checkpoint import valid_checkpoints
 
     try:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rlhf_core.checkpoint.random_states import seed_libraries
 from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
@@ -92,6 +93,7 @@ def _open_providers(run: Run) -> Iterator[None]:
     The rollout engine is not among them yet: it is opened over placed roles.
     """
     config = run.config
+    seed_libraries(config.seed)
     with ExitStack() as stack:
         stack.callback(_free_placement, run)
         stack.enter_context(run.engines)

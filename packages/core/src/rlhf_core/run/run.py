@@ -30,13 +30,14 @@ from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
+from rlhf_core.run.polite_stop import Rest, end_in_time, give_up_in_time
 from rlhf_core.run.publishing import BEST, publish
 from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
-from rlhf_core.run.signals import StopSignals, exit_on_preemption
+from rlhf_core.run.signals import StopSignals
 from rlhf_core.run.state import RunState
-from rlhf_core.run.stopping import Stop, describe_resuming
+from rlhf_core.run.stopping import Stop
 from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
@@ -77,7 +78,7 @@ class Run:
         self.output = Path(config.output)
         self.configure(config)
         self.observers = Observers(self.registry)
-        self.signals = StopSignals()
+        self.signals = StopSignals(config.stop_within)
         self.stop = Stop()
         self.meter = Meter()
         """the metrics of the step at hand, from credit on; what was collected for it is in its iteration"""
@@ -104,16 +105,15 @@ class Run:
     def train(self) -> RunResult:
         """Train to the last step, evaluate, save and export; return the numbers and files that are left."""
         names = self.config.option_names
-        with spell_options(names), translate_failures(self), exit_on_preemption(names), self.open():
+        with spell_options(names), translate_failures(self), end_in_time(self), self.open():
             if self.step == 0:
                 self.evaluate()
-            with self.signals:
+            with give_up_in_time(self):
                 loop.train(self)
+                self.signals.watch.restart()
                 self.save()  # before evaluating: what was trained is safe, however that ends
                 self._add_background(self.checkpoints.background.wait)
-            self.stop.check(
-                self.signals, self.world, f"step {self.step} of {self.config.steps}", describe_resuming(self.config)
-            )
+            self.stop.check(self.signals, self.world, self.step, self.config)
             if not self.evaluations or self.evaluations[-1][0] != self.step:
                 self.evaluate()
                 if self.leader:
@@ -142,6 +142,7 @@ class Run:
         An error in `collect` is raised here, at the iteration that had it.
         """
         while self.step < self.config.steps and not self.stop:
+            self.rest = Rest.take(self)
             iteration = Iteration(self, self.step + 1, self.kl_coef, self.state.moments)
             try:
                 iteration.begin()

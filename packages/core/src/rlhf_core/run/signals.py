@@ -1,11 +1,12 @@
 """Stopping politely: the first signal lets the step finish and a checkpoint be written, the second stops at once.
 
+SIGHUP            exit code 129: the terminal was closed; ignored where it was ignored before, as under `nohup`
 SIGINT (Ctrl-C)   exit code 130
 SIGTERM           exit code 143
 SIGUSR1           exit code 75 (EX_TEMPFAIL): a batch system's pre-emption notice; requeue and resume
 
-Before the first step and after the last there is no step to finish: SIGUSR1 exits with its code at once, and the others do what
-they do in any program.
+The step and the saving after it have a deadline each (`stop_watch`). Before the first step and after the last there is no step
+to finish: SIGUSR1 exits with its code at once, and the others do what they do in any program.
 """
 
 from __future__ import annotations
@@ -19,26 +20,30 @@ from typing import Any
 
 from rlhf_core.errors import run_option
 from rlhf_core.option_text import OptionNames
+from rlhf_core.run.stop_watch import EXIT_CODES, StopWatch
 from rlhf_core.util.messages import log
 
-__all__ = ["EXIT_CODES", "StopSignals", "exit_on_preemption"]
-
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}
+__all__ = ["StopSignals", "exit_on_preemption"]
 
 
 class StopSignals:
     """While the block runs, remembers the first signal and lets the second through.
 
     Outside the main thread (a run driven from a notebook's worker, say) signals stay with whoever has them.
+
+    Args:
+        seconds: for the step at hand, and again for saving.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.watch = StopWatch(seconds)
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._first) for number in EXIT_CODES}
+            taken = [number for number in EXIT_CODES if number != signal.SIGHUP or _is_heeded(number)]
+            self._previous = {number: signal.signal(number, self._first) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,12 +58,20 @@ class StopSignals:
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        for (
-            again
-        ) in self._previous:  # a second one does what it does in any program, ignored or not where this one began
-            signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
+        self.watch.exit_code = self.exit_code
+        for again in self._previous:  # a second one does what it does in any program
+            if again != signal.SIGHUP:  # a closed terminal may send several
+                signal.signal(again, signal.default_int_handler if again == signal.SIGINT else signal.SIG_DFL)
+        if signal.SIGHUP in self._previous:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
-        log.warning(f"{name}: finishing this step, then saving; again to stop at once")
+        limit = f"{self.watch.seconds:g} s at most for each"
+        log.warning(f"{name}: finishing this step, then saving ({limit}); again to stop at once")
+
+
+def _is_heeded(number: signal.Signals) -> bool:
+    """Return True unless whoever started this process had the signal ignored."""
+    return signal.getsignal(number) != signal.SIG_IGN
 
 
 @contextmanager

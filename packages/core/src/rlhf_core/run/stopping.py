@@ -47,23 +47,21 @@ class Stop:
         self.alarm = next((text for _, text, _ in ranks if text), "")
         self.exit_code = max(code for *_, code in ranks)
 
-    def check(self, signals: StopSignals, world: World, done: str, again: str) -> None:
+    def check(self, signals: StopSignals, world: World, step: int, config: RunConfig) -> None:
         """Raise if the run was cut short, once everything is saved. Collective.
 
         Args:
             signals: those that this process received.
             world: the ranks of the run.
-            done: how far it came.
-            again: how to continue it (`describe_resuming`).
+            step: the last one.
+            config: the run's.
 
         Raises:
             RunStopped: a signal came, or an observer gave a reason.
         """
         self.exit_code = max(world.gather(signals.exit_code))  # of the last save too
+        done = f"step {step} of {config.steps}"
         if self.exit_code:
-            raise RunStopped(
-                f"stopped after {done}; continue with {again}",
-                self.exit_code,
-            )
+            raise RunStopped(f"stopped after {done}; continue with {describe_resuming(config)}", self.exit_code)
         if self.alarm:
             raise RunStopped(f"stopped after {done}, which is saved: {self.alarm}")

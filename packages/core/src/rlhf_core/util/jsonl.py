@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_core.util.atomic_files import write_bytes
 from rlhf_core.util.messages import log
-from rlhf_core.util.secrets import redact
+from rlhf_core.util.secrets import redact_tree
 
 __all__ = ["append_line", "cut_lines"]
 
@@ -17,7 +17,7 @@ __all__ = ["append_line", "cut_lines"]
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(redact(json.dumps(row, ensure_ascii=False)) + "\n")
+        file.write(json.dumps(redact_tree(row), ensure_ascii=False) + "\n")
 
 
 def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:

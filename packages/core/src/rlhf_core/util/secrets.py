@@ -1,6 +1,8 @@
 """What is secret is never written: values of secret options, tokens of the environment, and what addresses carry.
 
-Everything that a run writes as text passes here: config.toml, its lines of metrics and samples, error lines, tracebacks.
+Lines of metrics and samples, error lines and tracebacks have secrets replaced wherever they are found, an ordinary word only
+where it stands alone. `config.toml` has to repeat the run: secret options are masked there by their field, and of other values
+only what addresses carry. Names of fields and numbers are never changed.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-__all__ = ["MASK", "hide", "redact", "redact_tree", "show_traceback"]
+__all__ = ["MASK", "hide", "redact", "redact_addresses", "redact_tree", "show_traceback"]
 
 MASK = "***"
 """What is written for a secret."""
@@ -42,20 +45,30 @@ def hide(secret: str) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` without secrets."""
+    """`text` without secrets; of those that are a word or a number, only where they are no part of a longer one."""
     named = {v for k, v in os.environ.items() if len(v) >= SHORTEST and IN_ENVIRONMENT.search(k)}
     for secret in sorted(_hidden | named, key=len, reverse=True):
-        text = text.replace(secret, MASK)
+        if secret not in text:
+            continue
+        if secret.isalpha() or secret.isdigit():
+            text = re.sub(rf"(?<!\w)(?<!\d\.){re.escape(secret)}(?!\w)", MASK, text)
+        else:
+            text = text.replace(secret, MASK)
+    return redact_addresses(text)
+
+
+def redact_addresses(text: str) -> str:
+    """`text` without the passwords and tokens that addresses in it carry."""
     return QUERY.sub(rf"\1={MASK}", USERINFO.sub(MASK, text)) if "://" in text else text
 
 
-def redact_tree(value: Any) -> Any:
-    """A plain value with every text in it redacted."""
+def redact_tree(value: Any, text: Callable[[str], str] = redact) -> Any:
+    """Return a plain value with each text in it redacted by `text`; keys stay as they are."""
     if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: redact_tree(each) for key, each in value.items()}
-    return [redact_tree(each) for each in value] if isinstance(value, list) else value
+        return text(value)
+    if isinstance(value, Mapping):
+        return {key: redact_tree(each, text) for key, each in value.items()}
+    return [redact_tree(each, text) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import pickle
+import random
 import select
 import signal
 import struct
@@ -56,20 +57,26 @@ class Workers:
             self._idle.put(worker)
         atexit.register(self.close)
 
-    def map(self, calls: Sequence[tuple[Any, ...]], timeout: float) -> list[Any]:
+    def map(self, calls: Sequence[tuple[Any, ...]], timeout: float, seed: int = 0) -> list[Any]:
         """The result of each call, or a `Failure`, in order.
 
         Args:
             calls: arguments, a tuple per call.
             timeout: seconds a call may take; 0 waits for ever.
+            seed: of the global random generators; each call begins with its own, whichever process it gets.
         """
+        numbered = enumerate(calls, seed)
         with ThreadPoolExecutor(len(self._all)) as threads:
-            return list(threads.map(lambda arguments: self._call(arguments, timeout), calls))
+            try:
+                return list(threads.map(lambda call: self._call(call, timeout), numbered))
+            except BaseException:  # a stop: end the calls that the threads wait for
+                self.close()
+                raise
 
-    def _call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
+    def _call(self, call: tuple[int, tuple[Any, ...]], timeout: float) -> Any:
         worker = self._idle.get()
         try:
-            return worker.call(arguments, timeout)
+            return worker.call(call, timeout)
         finally:
             self._idle.put(worker)
 
@@ -89,7 +96,7 @@ class _Worker:
         self._life = -1
         """the end of a pipe that nothing is written to: while it is open, the process may live"""
 
-    def call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
+    def call(self, seed_and_arguments: tuple[int, tuple[Any, ...]], timeout: float) -> Any:
         new = self._process is None
         process = self._process or self._start()
         assert process.stdin is not None
@@ -99,7 +106,7 @@ class _Worker:
                 _send(process.stdin, self._prepare)
                 _receive(process.stdout)
             deadline = time.monotonic() + timeout if timeout else None
-            _send(process.stdin, arguments)
+            _send(process.stdin, seed_and_arguments)
             return _receive(process.stdout, deadline)
         except TimeoutError:
             self.kill()
@@ -119,6 +126,7 @@ class _Worker:
             [sys.executable, "-m", __name__, self._target, os.pathsep.join(sys.path), str(watched)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={"PYTHONHASHSEED": "0", **os.environ},  # the order of sets of texts, the same in every process
             start_new_session=True,
             pass_fds=(watched,),
         )
@@ -183,6 +191,7 @@ def _serve(target: str, life: int) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a call prints goes to the terminal, not into the answers
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    import_module("numpy")  # here, before the clock of a call starts: its generator is seeded for each
     module, _, name = target.partition(":")
     function = getattr(import_module(module), name)
     prepare = _receive(requests)
@@ -191,14 +200,25 @@ def _serve(target: str, life: int) -> None:
     _send(answers, None)
     while True:
         try:
-            arguments = _receive(requests)
+            seed, arguments = _receive(requests)
         except EOFError:
             return
+        _seed(seed)
         try:
             result = function(*arguments)
         except Exception as error:
             result = Failure(reason(error))
         _send(answers, result)
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators; torch's only where a call or its module has imported torch."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # numpy takes 32 bits
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def _die_when_closed(life: int) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import read_base_model
 from rlhf_core.models.loading.byte_tokenizer import EOS
 from rlhf_core.models.loading.hub import find_companion_file, resolve_name
 from rlhf_core.models.loading.transformers_calls import loadable_path
+from rlhf_core.util.limits import OverLimit, rendering_limits
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -135,9 +137,14 @@ def _render(tokenizer: Any, template: str, chat: Sequence[dict[str, Any]], gener
     parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
     for messages in (list(chat), parts):
         try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=generation, tokenize=False
-            )
+            with rendering_limits():
+                text = tokenizer.apply_chat_template(
+                    messages, chat_template=template, add_generation_prompt=generation, tokenize=False
+                )
+        except OverLimit as error:
+            raise UsageError(
+                f"the chat template cannot be rendered: {error}; pass {run_option('data.encoding.template_file', 'FILE')}"
+            ) from None
         except (TemplateError, TypeError, ValueError):
             continue  # a template that takes neither is reported with the first row of data that it cannot render
         if PROBE in text:

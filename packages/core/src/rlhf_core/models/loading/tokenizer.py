@@ -11,6 +11,7 @@ from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import read_base_model
 from rlhf_core.models.loading.hub import resolve_name
 from rlhf_core.models.loading.transformers_calls import loadable_path, silence, translate_errors
+from rlhf_core.util.limits import OverLimit, rendering_limits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,13 +56,17 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     """The chat as text, ending with what opens the assistant's turn if `generation`.
 
     Raises:
-        UsageError: the tokenizer has no chat template.
+        UsageError: the tokenizer has no chat template, or one that takes too much time or memory.
     """
     if not tokenizer.chat_template:
         raise UsageError("the model's tokenizer has no chat template: use an instruction-tuned model")
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
-    )
+    try:
+        with rendering_limits():
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
+            )
+    except OverLimit as error:
+        raise UsageError(f"the chat template of {tokenizer.name_or_path} is no use: {error}") from None
     return str(text)
 
 
