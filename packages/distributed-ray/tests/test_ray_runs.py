@@ -158,6 +158,17 @@ def test_episodes_under_ray_are_those_of_one_process(preferences: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_kept_sets_reach_the_workers_with_their_rows(preferences: Path, tmp_path: Path) -> None:
+    """Replay under Ray: rows are cut, sent and put together, and the trainer's log-probabilities are the sampler's."""
+    cut = ["--sampling.top-p", "0.8", "--minibatches", "2", "--algorithm.kl.coef", "0.1"]
+    local = run([*words_of("grpo", preferences, tmp_path / "local", 2), *cut])
+    flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.placement", "separate"]
+    placed = run([*words_of("grpo", preferences, tmp_path / "ray", 2), *cut, *WORKERS, *flags])
+    assert_equal_runs(local, placed)
+    assert all(row["actor/mismatch_max"] < 1e-5 and row["rollout/kept_mass"] < 1 for row in placed)
+
+
+@pytest.mark.slow
 def test_roles_that_track_or_judge_have_the_numbers_of_one_process(
     preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

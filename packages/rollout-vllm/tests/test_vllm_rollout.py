@@ -96,6 +96,35 @@ def test_truncated_log_probabilities_are_those_of_the_kept_set(
     assert rollouts.scalars["kept_mass"] == pytest.approx(sum(masses) / len(masses), abs=1e-3)
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_k": 12, "top_p": 0.6}, {"top_k": 12, "min_p": 0.2}])
+def test_under_top_k_the_kept_sets_are_those_that_were_sampled_from(
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, cut: dict[str, float]
+) -> None:
+    """They are those of the rules on transformers' logits, and the role's log-probabilities over them are the engine's."""
+    rollouts = engine(role, prompts, replace(SAMPLED, **cut))  # type: ignore[arg-type]
+    sizes = set()
+    for i in range(len(rollouts)):
+        kept_NV = warp(logits_of(role, rollouts, i), TEMPERATURE, **cut).kept_NV
+        assert kept_NV is not None
+        sets: Any = rollouts.kept_sets[i]
+        assert sets.counts_T.tolist() == kept_NV.sum(1).tolist()
+        assert sets.ids_K.tolist() == kept_NV.nonzero()[:, 1].tolist()
+        sizes |= set(sets.counts_T.tolist())
+    assert len(sizes) > 1 or len(cut) == 1
+    replayed_NT = role.infer(rollouts, LOGPROBS)["logprobs_NT"]
+    torch.testing.assert_close(rollouts["sampler_logprobs_NT"], replayed_NT, rtol=0, atol=1e-4)
+    assert 0 < rollouts.scalars["kept_mass"] < 1
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 200}, {"top_k": 5, "replay": "off"}])
+def test_sets_that_are_too_large_or_not_wanted_are_not_asked_for(
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, cut: dict[str, Any]
+) -> None:
+    rollouts = engine(role, prompts, replace(SAMPLED, **cut))
+    assert rollouts.kept_sets == []
+    assert rollouts["sampler_logprobs_NT"].shape == rollouts.tokens_NT.shape
+
+
 def test_first_tokens_are_drawn_with_the_models_probabilities(
     engine: VLLMEngines, role: LocalRole, prompts: Prompts
 ) -> None:

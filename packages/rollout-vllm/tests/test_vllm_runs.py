@@ -67,6 +67,21 @@ def test_episodes_are_sampled_turn_by_turn_within_their_limits(tmp_path: Path) -
         assert int((mask_NT & (played["turns_NT"] == turn)).sum(1).max()) <= 4
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 20}, {"top_k": 20, "top_p": 0.8}])
+def test_under_truncation_the_trainer_has_the_log_probabilities_that_were_sampled_with(
+    cut: dict[str, float], tmp_path: Path
+) -> None:
+    """Over the engine's own kept sets under top-k, and else over those of the same rules on the trainer's logits."""
+    vllm = VLLM(kv_cache_gib=0.25, max_num_seqs=16)
+    sampling = {"n": 4, "max_new_tokens": 8, **cut}
+    tiny_run(tmp_path, rollout=vllm, sampling=sampling, steps=2, actor={"optim": {"lr": 0.01}}).train()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        assert step["rollout/kept_mass"] < 1
+        assert step["actor/mismatch_max"] < 1e-3
+        assert step["actor/mismatch"] > 0
+
+
 def test_nothing_of_the_engine_is_left_behind() -> None:
     """In a process of its own, where no other engine is open."""
     script = (

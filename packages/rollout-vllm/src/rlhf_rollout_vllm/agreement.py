@@ -6,6 +6,7 @@ a step is trained on wrong ratios. What cannot show is an error smaller than rou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.options import Sampling
@@ -65,6 +66,6 @@ def kept_mass(role: Role, rollouts: Rollouts) -> float:
     vLLM gives log-probabilities over the kept set only; the role's are over the whole vocabulary, so that their difference is
     the log of the kept share (at equal temperatures).
     """
-    few = rollouts.rows([i * len(rollouts) // PROMPTS for i in range(PROMPTS)])
+    few = replace(rollouts.rows([i * len(rollouts) // PROMPTS for i in range(PROMPTS)]), kept_sets=[])
     log_mass_NT = role.infer(few, LOGPROBS)["logprobs_NT"] - few["sampler_logprobs_NT"]
     return float(log_mass_NT[few.mask_NT].exp().mean())

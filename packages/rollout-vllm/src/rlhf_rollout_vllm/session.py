@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_rollout_vllm.install import import_vllm
+from rlhf_rollout_vllm.kept_tokens import MOST, listed_tokens, read_kept_sets, sampled_logprobs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +72,8 @@ class Engine:
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
         _groups.acquire()
-        width = self.llm.llm_engine.model_config.get_vocab_size()
-        self.lacking = lacking_ids(self.tokenizer, width)
+        self.width: int = self.llm.llm_engine.model_config.get_vocab_size()
+        self.lacking = lacking_ids(self.tokenizer, self.width)
 
     def _open(self, model: str, trust_remote_code: bool) -> Any:
         """vLLM's engine, its weights still arbitrary.
@@ -110,6 +111,7 @@ class Engine:
                 enable_chunked_prefill=False if cpu else None,  # a seed would be rewound, which fails on the CPU
                 enable_sleep_mode=self._sleeps,
                 logprobs_mode="processed_logprobs",
+                max_logprobs=MOST,
                 generation_config="vllm",  # sampling is the run's, not the model's
             )
         except ValueError as error:
@@ -164,13 +166,15 @@ class Engine:
             answers = self.llm.generate(asked, how, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
         assert self.version is not None, "update comes first"
+        told = listed_tokens(sampling, self.width) > 0
         return assemble(
             prompts,
             [list(each.token_ids) for each in completions],
             [each.finish_reason for each in completions],
             self.tokenizer,
             version=self.version,
-            per_token={"sampler_logprobs_NT": [each.logprobs.logprobs for each in completions]},
+            per_token={"sampler_logprobs_NT": [sampled_logprobs(each.logprobs) for each in completions]},
+            kept_sets=[read_kept_sets(each.logprobs, self.lacking) for each in completions] if told else (),
         )
 
     def _params(self, sampling: Sampling, seed: int, max_tokens: int, lacking: Sequence[int]) -> Any:
@@ -188,7 +192,7 @@ class Engine:
             include_stop_str_in_output=True,
             detokenize=bool(sampling.stop),  # only to find stop strings
             seed=seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=listed_tokens(sampling, self.width),  # and of the sampled token
             flat_logprobs=True,
             skip_clone=True,
         )
