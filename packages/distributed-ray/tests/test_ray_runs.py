@@ -169,6 +169,27 @@ def test_kept_sets_reach_the_workers_with_their_rows(preferences: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_samples_without_a_reward_are_left_out_as_in_one_process(preferences: Path, tmp_path: Path) -> None:
+    """In step 1 one sample of each group is left, in step 2 a single sample, and a worker has none; in step 3 none at all."""
+    reward = (
+        "calls = []\n"
+        "def reward_func(completions):\n"
+        "    calls.append(0)\n"
+        "    left = {1: range(0, 99, 2), 2: [3], 3: []}[len(calls)]\n"
+        "    return [len(text) if number in left else None for number, text in enumerate(completions)]\n"
+    )
+    shares = []
+    for name, flags in (("here", []), ("ray", [*WORKERS, "--launcher.workers", "2"])):
+        copy = tmp_path / f"{name}.py"  # each run counts its own calls
+        copy.write_text(reward)
+        words = words_of("reinforce", preferences, tmp_path / name, 3)
+        shares.append(run([*words, "--reward", "func", "--reward.path", str(copy), *flags]))
+    assert [row["reward/abstained"] for row in shares[0]] == [0.5, 7 / 8, 1.0]
+    assert [row.get("skipped/actor", 0) for row in shares[0]] == [0, 0, 1]
+    assert_equal_runs(*shares)
+
+
+@pytest.mark.slow
 def test_roles_that_track_or_judge_have_the_numbers_of_one_process(
     preferences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

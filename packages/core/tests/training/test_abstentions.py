@@ -97,6 +97,21 @@ def test_a_sample_without_a_reward_is_in_no_number_and_shown_as_null(tmp_path: P
     assert found[0] == found[1]
 
 
+def test_a_part_of_a_sum_is_logged_over_the_samples_that_it_answered_for(tmp_path: Path) -> None:
+    """The first part says 5 of one sample in two, the other 1 of each: means 5 and 1, and 3.5 for the sum."""
+
+    def rare(completions: list[str]) -> list[float | None]:
+        return [5.0 if number % 2 else None for number, _ in enumerate(completions)]
+
+    def common(completions: list[str]) -> list[float]:
+        return [1.0] * len(completions)
+
+    reward: Any = {"use": "sum", "parts": [rare, common]}
+    metrics = tiny_run(tmp_path, model=MODEL, steps=1, reward=reward).train().metrics
+    assert (metrics["reward/rare"], metrics["reward/common"], metrics["reward/mean"]) == (5.0, 1.0, 3.5)
+    assert "reward/abstained" not in metrics
+
+
 def test_a_reward_that_never_abstains_logs_and_changes_nothing(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, model=MODEL, steps=1, reward=Abstains())
     assert "reward/abstained" not in run.train().metrics
@@ -130,11 +145,11 @@ def test_a_step_without_any_reward_leaves_the_weights_as_they_are(tmp_path: Path
 
 @dataclass(frozen=True)
 class Kept(Filter):
-    """Groups whose mean score is above 0, as the filter sees them."""
+    """All groups that the filter sees: those whose mean score is not below 0."""
 
     def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> torch.Tensor:
         groups, index_N = torch.unique(rollouts.group_N, return_inverse=True)
-        return torch.zeros(len(groups)).double().index_add(0, index_N, rewards.outcome_N) > 0
+        return torch.zeros(len(groups)).double().index_add(0, index_N, rewards.outcome_N) >= 0
 
 
 def test_filters_see_no_abstention(tmp_path: Path) -> None:
