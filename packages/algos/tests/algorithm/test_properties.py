@@ -85,7 +85,8 @@ def with_noise(batch: Rollouts, noise: torch.Generator) -> Rollouts:
     shape = tuple(batch.mask_NT.shape)
     extras = {name: 0.4 * normal(*shape) - 2 * name.endswith("logprobs_NT") for name in EXTRAS}
     outputs = {f"out_{name}_NT": 0.4 * normal(*shape) for name in ("values", "entropy", "divergence")}
-    outputs |= {"out_logprobs_NT": 0.4 * normal(*shape) - 2, "out_scores_N": normal(len(batch))}
+    outputs |= {f"out_{name}_NT": 0.4 * normal(*shape) - 2 for name in ("logprobs", "full_logprobs")}
+    outputs |= {"out_scores_N": normal(len(batch))}
     batch.step = StepInfo(kl_coef=0.3)
     rewards = {"rewards_N": normal(len(batch)), "rewards_NT": 0.1 * normal(*shape) * batch.mask_NT}
     return batch.with_extras(**extras, **outputs, **rewards)
@@ -103,7 +104,7 @@ def reduced(loss: Any, parts: list[Batch]) -> tuple[float, list[torch.Tensor]]:
         if result.reduction.per == "prompt":  # groups are never cut by ranks, but here by micro-batches
             counts = len({int(group) for each in parts for group in each.group_N})
         share = weighted_sum(result.values.float(), result.reduction, part) / counts
-        gradients = torch.autograd.grad(share, list(outputs.values()))
+        gradients = torch.autograd.grad(share, list(outputs.values()), materialize_grads=True)
         rows += [[g[i] if g.dim() == 1 else g[i][part.mask_NT[i]] for g in gradients] for i in range(len(part))]
         total += share.detach()
     return float(total), rows

@@ -176,7 +176,7 @@ FLAGS = {
     "online --reference.optim.lr 3": "unknown flag --reference.optim.lr; role 'reference' (frozen) has the options "
     "model, dtype, attention, packing, quantize, trust_remote_code",
     "online --sampling.seed 3": "unknown flag --sampling.seed; sampling has the options n, max_new_tokens, temperature, "
-    "top_p, top_k, min_p, stop",
+    "top_p, top_k, min_p, replay, stop",
     # values
     "online --steps many": "--steps expects INT, not 'many'",
     "online --steps 3 4": "--steps expects INT, not '3 4'",

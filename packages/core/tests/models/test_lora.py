@@ -271,7 +271,7 @@ def test_a_dtype_of_the_run_is_that_of_all_roles_and_the_base_stays_shared(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     roles = {"actor": TrainedOptions(lora=Lora(rank=4)), "reference": ModelOptions()}
-    config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles, dtype="bfloat16")  # type: ignore[arg-type]
+    config = RunConfig(Anchored(), {"strategy": TorchStrategy(device="cpu")}, {}, roles, model="tiny", dtype="bfloat16")  # type: ignore[arg-type]
     actor, reference = Local()(make_plan(config)).roles.values()
     assert reference.module is actor.module  # type: ignore[attr-defined]
     assert actor.module.compute_dtype == torch.bfloat16  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ from rlhf_core.models.freezing import matches_pattern, parameter_size
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading.byte_tokenizer import TOKENS
 from rlhf_core.models.loading.load import load_model
+from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.strategy.torch import TorchStrategy, TorchTrainable
 from rlhf_core.testing.tiny_algorithm import TinyLoss
 from rlhf_core.training.local_role import LocalRole
@@ -312,6 +313,7 @@ def test_the_router_loss_has_the_gradient_of_transformers_own(name: str, packing
 def test_a_role_adds_the_router_loss_to_its_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     MixtralForCausalLM(CONFIGS["mixtral"]).save_pretrained(tmp_path)
+    load_tokenizer("tiny", ModelOptions()).save_pretrained(tmp_path)
     plain = role(model=str(tmp_path)).train({"data": rows()[0]})
     balanced = role(model=str(tmp_path), router_aux_coef=0.5).train({"data": rows()[0]})
     aux = balanced["actor/router_loss"]

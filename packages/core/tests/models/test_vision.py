@@ -144,8 +144,8 @@ def test_what_is_sampled_has_the_logprobs_that_training_computes(
     )
     from rlhf_core.rollout.assemble import assemble
 
-    tokens, logprobs, _, finish = zip(*completions, strict=True)
-    per_token = {"sampler_logprobs_NT": logprobs}
+    tokens, finish = [each.tokens for each in completions], [each.finish for each in completions]
+    per_token = {"sampler_logprobs_NT": [each.logprobs for each in completions]}
     rollouts = assemble(prompts, tokens, finish, load_tokenizer(model, ModelOptions()), per_token=per_token)
     assert role.vision.token in rollouts.tokens_NT, "the case is there"
     assert len(set(rollouts.finish)) == 2

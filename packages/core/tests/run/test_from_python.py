@@ -288,7 +288,7 @@ def test_a_wrong_value_is_one_line_that_says_what_to_pass(tmp_path: Path, option
 
 
 def test_rows_that_are_no_dictionaries_are_refused_with_their_number(tmp_path: Path) -> None:
-    good: Callable[..., Any] = config_of(tmp_path, data=[{"prompt": "a"}, {"prompt": 3}]).providers["data"]
+    good: Callable[..., Any] = config_of(tmp_path, data=[{"prompt": "a"}, {"prompt": True}]).providers["data"]
     with pytest.raises(UsageError, match="^rows:2: "):
         good("train")
     for rows, said in (([], "rows: there are no rows"), (["a"], "rows:1: a row should be a dictionary of columns")):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from rlhf_core.config.builder import parse, to_toml
+from rlhf_core.config.builder import parse
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.plugins.registry import Registry
@@ -45,7 +45,8 @@ def test_resume_auto_begins_and_continues(tmp_path: Path) -> None:
 
 def test_resume_auto_continues_after_a_start_that_wrote_no_step(tmp_path: Path) -> None:
     first = tiny_run(tmp_path, model=MODEL, seed=7)
-    tmp_path.joinpath("config.toml").write_text(to_toml(first.config))  # as a run that was killed while it loaded
+    with first.folder.open():  # as a run that was killed while it loaded
+        pass
     tiny_run(tmp_path, model=MODEL, resume="auto").train()  # with another seed: nothing was trained with that one
     assert len(lines(tmp_path, "metrics.jsonl")) == 2
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.contract.commands import Command
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import MissingPackage, UsageError, run_option
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -50,7 +50,7 @@ class Drawing(Command, ABC):
             _check_matplotlib()
         rows, stem = self.rows(read_sweep(self.file)), Path(self.output)
         for ending in ("csv", *self.formats):
-            _check_own(stem.with_name(f"{stem.name}.{ending}"), ",".join(rows[0]) if ending == "csv" else MAKER)
+            _check_own(stem.with_name(f"{stem.name}.{ending}"), list(rows[0]) if ending == "csv" else [])
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)
         if self.formats:
             self.draw(rows, stem)
@@ -58,18 +58,30 @@ class Drawing(Command, ABC):
         return 0
 
 
-def _check_own(path: Path, mark: str) -> None:
-    """Check that a file to be written is not there, or was written by such a command: it has the mark then.
+def _check_own(path: Path, columns: list[str]) -> None:
+    """Check that a file to be written is not there, or was written by such a command.
+
+    Args:
+        path: the file.
+        columns: those of a table, whose first and last are the same for every choice of metrics; empty for a figure, which
+            names its maker.
 
     Raises:
         UsageError: it is something else.
     """
     try:
-        if not os.path.lexists(path) or (not path.is_symlink() and mark.encode() in path.read_bytes()):
+        if not os.path.lexists(path) or (not path.is_symlink() and _is_own(path.read_bytes(), columns)):
             return
     except OSError:
         pass
-    raise UsageError(f"{path} is there and no figure or table of this command; move it away, or name another --output")
+    raise UsageError(
+        f"{path} is there and no figure or table of this command; move it away, or name another {run_option('output')}"
+    )
+
+
+def _is_own(content: bytes, columns: list[str]) -> bool:
+    header = content.partition(b"\n")[0].decode(errors="replace").strip().split(",")
+    return (header[0], header[-1]) == (columns[0], columns[-1]) if columns else MAKER.encode() in content
 
 
 def _check_matplotlib() -> None:

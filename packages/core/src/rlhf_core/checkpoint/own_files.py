@@ -112,10 +112,11 @@ def claim_folder(output: Path, names: Iterable[str]) -> None:
     Raises:
         UsageError: something of such a name is not the command's, the folder is a run's, or it cannot be written.
     """
-    own = read_own_files(output) or new_files()
+    found = read_own_files(output)
+    own = found or new_files()
     if own.config:
         raise UsageError(f"{output} is the folder of a run; name another {run_option('output')}")
-    if not own.names:
+    if found is None:
         check_foreign(output, [OWN_FILES], own)
     check_foreign(output, names, own)
     try:

@@ -6,6 +6,7 @@ reads that file is asked to give it from Python again.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sized
@@ -56,8 +57,10 @@ def _reward(value: Any, registry: Registry) -> Any:
             f"reward is a {type(value).__name__}; save the model and its tokenizer in a folder, and pass "
             "reward={'use': 'model', 'model': FOLDER}"
         )
-    if callable(value):
+    if callable(value) and (inspect.isroutine(value) or "rollouts" not in inspect.signature(value).parameters):
         return registry.resolve("reward", "func")(path=import_path(value) or value)
+    if callable(value):
+        return value  # called like a provider, and checked like one
     raise UsageError(
         f"reward is {describe(value)}; pass a name, a function such as f(completions, **columns), a list of them, or a Reward"
     )

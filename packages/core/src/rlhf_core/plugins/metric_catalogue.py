@@ -42,7 +42,7 @@ _RUN = {
     "[<source>/]completion/entropy": "nats a token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
-    "truncate: without --sampling.replay importance ratios are biased by it",
+    "truncate: without replay importance ratios are biased by it",
     "rollout/staleness": "optimiser steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimiser steps: age of the oldest sampled token that the step trains on",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped, run_option, text_of
+from rlhf_core.errors import NotFinite, NotFiniteReward, RunStopped, UsageError, run_option, text_of
 from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.training.determinism import REFUSED
 from rlhf_core.training.nonfinite import keep_samples
@@ -78,6 +78,8 @@ def translate_failures(run: Progress) -> Iterator[None]:
         yield
     except NotFinite as error:
         raise RunStopped(_not_finite(run, error)) from error
+    except UsageError:  # says already what to do
+        raise
     except Exception as error:
         note_provider(error, run.registry, run.config)
         if _is_full(error):
