@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["At", "train", "train_until"]
+__all__ = ["At", "train", "train_ranks", "train_until"]
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -59,6 +59,25 @@ def train_until(options: dict[str, Any], hook: str, folder: Path) -> None:
     registry.register(kill, "kill")
     os.chdir(folder)
     Run(make_config(**options), registry).train()
+
+
+def train_ranks(options: dict[str, Any], kill_in_step: int = 0) -> None:
+    """Begin or continue a run as one of several ranks, each of which dies before its update in a step, if one is given."""
+    from rlhf_core import Run, make_config
+    from rlhf_core.contract.hooks import hookimpl
+    from rlhf_core.plugins.registry import Registry
+
+    class Kill:
+        all_ranks = True
+
+        @hookimpl
+        def rlhf_before_update(self, run: Run) -> None:
+            if run.step == kill_in_step - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    registry = Registry()
+    registry.register(Kill(), "kill")
+    Run(make_config(**options, resume="auto"), registry).train()
 
 
 class At:

@@ -58,6 +58,10 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}" if self.pid else "another process"
 
 
+_GIVEN_BACK: set[Path] = set()
+"""Lock files that this process no longer holds, and could not write that into: a notebook's run may be resumed in it."""
+
+
 class RunLock:
     """The lock of one run on its folder.
 
@@ -121,8 +125,8 @@ class RunLock:
             if self._newest() == self._number:
                 holder = replace(_read(self._path(self._number)), released=True)
                 write_bytes(self._path(self._number), json.dumps(asdict(holder)).encode())
-        except OSError:
-            pass  # a folder that is gone or read-only now: the process ends, which releases it as well
+        except OSError:  # a folder that is gone or read-only now, a full disk: others see that the process ended
+            _GIVEN_BACK.add(self._path(self._number).absolute())
         finally:
             self._number = 0
             if self._descriptor is not None:
@@ -204,7 +208,7 @@ def _read(path: Path) -> Holder:
 def _is_live(path: Path) -> bool:
     """Return True if the holder of the lock file `path` is alive, or may be. Waits at most `STALE` seconds."""
     holder, here = _read(path), _this_process()
-    if holder.released:
+    if holder.released or path.absolute() in _GIVEN_BACK:
         return False
     if holder.machine and holder.machine == here.machine:
         return _start_time(holder.pid) == holder.started if holder.started else _exists(holder.pid)

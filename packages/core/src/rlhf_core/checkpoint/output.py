@@ -116,8 +116,12 @@ class OutputFolder:
             raise self._unwritable(error) from None
 
     def _check_kind(self) -> None:
+        if "\0" in self.config.output:
+            raise OptionError("/output", f"{self.config.output!r} has a NUL; name a folder")
         if self.path.exists() and not self.path.is_dir():
             raise OptionError("/output", f"{self.path} is a file; name a folder")
+        if self.path.is_symlink() and not self.path.exists():
+            raise OptionError("/output", f"{self.path} is a link that leads nowhere; remove it, or name a folder")
         check_links(self.path)
 
     def _check(self) -> OwnFiles:
@@ -154,6 +158,8 @@ class OutputFolder:
         Raises:
             UsageError: there is none, and something to resume; or run.json is a file of something else.
         """
+        if (self.path / OWN_FILES).is_dir():
+            raise UsageError(f"{self.path / OWN_FILES} is a folder, where a run lists its files; move it away")
         found = read_own_files(self.path)
         if found is not None:
             return found

@@ -7,6 +7,7 @@ that goes away ends nothing, and neither does a plugin that calls `sys.exit`.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -47,6 +48,11 @@ def _exit_code(argv: list[str]) -> int:
     except RunStopped as stopped:
         _say(str(stopped))
         return stopped.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _say(f"{error.filename}: {error.strerror}; give a shorter path")  # a path of ours is never that long
+        return 2
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
@@ -65,6 +71,9 @@ def _say(message: str) -> None:
 def _run(argv: list[str]) -> int:
     if argv and argv[0].startswith("--local_rank="):  # put there by the launcher `deepspeed`; LOCAL_RANK says the same
         argv = argv[1:]
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python shows a byte that it cannot read
+            raise UsageError(f"{word!a} is no UTF-8 text; give the file another name")
     words, load, blocked = _take_plugins(argv)
     if words == ["--version"]:
         from importlib.metadata import version

@@ -21,6 +21,7 @@ from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.errors import UsageError, spell_options
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
+from rlhf_core.util.text_files import read_text
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
@@ -93,7 +94,7 @@ def _read_file(path: str) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(Path(path)))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:  # not text, no TOML, or a number of thousands of digits

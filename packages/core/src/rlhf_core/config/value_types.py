@@ -183,7 +183,7 @@ def _from_word(bare: Any, word: str) -> Any:
     if bare is bool:
         return _require(word.lower() in ("true", "false"), word.lower() == "true")
     if bare in (str, int, float, Path):
-        return bare(word)
+        return bare(_require_storable(int(word) if bare is int else word))
     if get_origin(bare) is Literal:
         choices = {str(choice): choice for choice in get_args(bare)}
         return _require(word in choices, choices.get(word))
@@ -220,8 +220,10 @@ def from_plain(annotation: Any, value: Any) -> Any:
     if isinstance(bare, type) and issubclass(bare, Enum) and isinstance(value, str):
         return _require(value in bare.__members__, bare.__members__.get(value))
     if bare is Path and isinstance(value, str):
-        return Path(value)
-    return _require(isinstance(value, origin) and (bare is bool or not isinstance(value, bool)), value)
+        return Path(_require_storable(value))
+    return _require(
+        isinstance(value, origin) and (bare is bool or not isinstance(value, bool)), _require_storable(value)
+    )
 
 
 def to_plain(value: Any) -> Any:
@@ -242,6 +244,15 @@ def to_plain(value: Any) -> Any:
         case Sequence():
             return [to_plain(each) for each in value]
     raise ValueError
+
+
+def _require_storable(value: Any) -> Any:
+    """Return `value` if a file of TOML can hold it. Raises ValueError for more than 64 bits, and text that is no UTF-8."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError
+    if isinstance(value, str):
+        value.encode()  # half a character raises
+    return value
 
 
 def _require(fits: bool, value: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.providers import Provider
-from rlhf_core.contract.ranges import at_least, at_most
+from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class OptimizerProvider(Provider):
 
     def __post_init__(self) -> None:
         at_least(0, self, "lr", "warmup", "min_lr_ratio", "max_grad_norm")
+        finite(self, "lr", "warmup")
         at_most(1, self, "min_lr_ratio")
 
     def __call__(self, named_parameters: Iterable[tuple[str, Parameter]], total_steps: int) -> torch.optim.Optimizer:
@@ -101,6 +102,7 @@ class AdamW(OptimizerProvider):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, self, "weight_decay", "eps")
+        finite(self, "weight_decay", "eps")
 
     def __call__(self, named_parameters: Iterable[tuple[str, Parameter]], total_steps: int) -> torch.optim.Optimizer:
         groups = parameter_groups(named_parameters, self.weight_decay)

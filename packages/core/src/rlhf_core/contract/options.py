@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
-from rlhf_core.contract.ranges import at_least, at_most
+from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
@@ -69,6 +69,7 @@ class Sampling:
         at_least(1, self, "n", "max_new_tokens")
         at_least(0, self, "temperature", "top_p", "top_k", "min_p")
         at_most(1, self, "top_p", "min_p")
+        finite(self, "temperature")
 
     def seed_for(self, uid: int, k: int, turn: int = 0) -> int:
         """Return the 63-bit seed of a turn of completion `k` of the prompt `uid`.
@@ -126,6 +127,7 @@ class KL:
 
     def __post_init__(self) -> None:
         at_least(0, self, "coef")
+        finite(self, "coef")
         at_least(1, self, "horizon")
         if self.unbiased and self.where == "reward":
             raise OptionError(
@@ -350,5 +352,6 @@ class RunConfig:
         ]
 
     def __post_init__(self) -> None:
-        at_least(0, self, "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "stop_within")
+        at_least(0, self, "seed", "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "max_mismatch")
+        at_least(0, self, "stop_within")
         at_least(1, self, "batch_size", "update_epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from rlhf_core.errors import OptionError
 
-__all__ = ["at_least", "at_most"]
+__all__ = ["at_least", "at_most", "finite"]
 
 
 def at_least(least: float, options: object, *names: str) -> None:
@@ -19,3 +21,10 @@ def at_most(most: float, options: object, *names: str) -> None:
     for name in names:
         if not getattr(options, name) <= most:
             raise OptionError(name, f"must be at most {most:g}, not {getattr(options, name)}")
+
+
+def finite(options: object, *names: str) -> None:
+    """Check that the named fields are neither infinite nor nan. Raises OptionError."""
+    for name in names:
+        if not math.isfinite(getattr(options, name)):
+            raise OptionError(name, f"must be a finite number, not {getattr(options, name)}")

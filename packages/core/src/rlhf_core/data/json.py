@@ -19,6 +19,7 @@ from rlhf_core.data.columns import OPTIONAL, Columns
 from rlhf_core.data.mixture import PickedRows, drop_duplicates
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, OptionError, UsageError, option
+from rlhf_core.util.text_files import read_text
 
 __all__ = ["Json", "rows_of"]
 
@@ -70,7 +71,7 @@ class Json(Preparation, Columns):
 def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
     """`(file:row, value)` of each row, counted from 1 (in a .jsonl file: its line)."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

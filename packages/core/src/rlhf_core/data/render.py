@@ -17,6 +17,7 @@ from rlhf_core.data.boundary import common_length
 from rlhf_core.data.chats import Chat, Text, find_unread_part, format_dialogue
 from rlhf_core.errors import DataError, OptionError, UsageError, advice, run_option
 from rlhf_core.util.limits import rendering_limits
+from rlhf_core.util.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -203,8 +204,6 @@ class Renderer:
 
     def _render(self, example: Example, chat: Chat, generation: bool) -> str:
         """The text of `chat`, with what opens the assistant's turn if `generation`."""
-        from jinja2 import TemplateError
-
         reads = ("text",) if self._reader is None else ("text", "image")
         if part := find_unread_part(chat, reads):
             raise DataError(
@@ -222,8 +221,9 @@ class Renderer:
                     tokenize=False,
                 )
             return str(text)
-        except (ValueError, TemplateError) as error:
-            raise DataError(f"{example.origin}: the chat cannot be rendered: {error}") from None
+        except Exception as error:  # a template is a program: it may divide by zero, or call itself without end
+            said = str(error) or type(error).__name__
+            raise DataError(f"{example.origin}: the chat cannot be rendered: {said}") from None
 
 
 def _split_contents(message: Message) -> dict[str, Any]:
@@ -269,9 +269,10 @@ def _template(own: str | dict[str, str] | None, encoding: Encoding) -> str | Non
         return None
     if encoding.template_file:
         try:
-            return Path(encoding.template_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise OptionError("/data.encoding.template_file", f"{encoding.template_file}: {error.strerror}") from None
+            return read_text(Path(encoding.template_file))
+        except (OSError, UnicodeDecodeError) as error:
+            said = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise OptionError("/data.encoding.template_file", f"{encoding.template_file}: {said}") from None
     own = own.get("default") if isinstance(own, dict) else own
     if not own and encoding.template == "chat":
         raise UsageError(

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.errors import OptionError
+from rlhf_core.errors import OptionError, RlhfError
+from rlhf_core.util.worker_processes import reason
 
 __all__ = ["Answer", "Columns", "answer_of", "call", "load_function"]
 
@@ -133,7 +134,7 @@ def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., An
     """The function `name` of the file `path`, or the one `path` names as `module:name`, or is. Loaded once per process.
 
     Raises:
-        UsageError: there is no such file, module or function.
+        UsageError: there is no such file, module or function, or the file cannot be imported.
     """
     if not isinstance(path, str):
         return path
@@ -146,7 +147,12 @@ def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., An
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses and pickling inside the file look it up
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except RlhfError:
+            raise
+        except Exception as error:
+            raise OptionError("path", f"{path} cannot be imported: {reason(error)}") from error
     else:
         module_name, _, name = path.partition(":")
         if not name:

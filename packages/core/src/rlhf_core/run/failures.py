@@ -87,7 +87,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
                 f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; free "
                 f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
             ) from error
-        if (lost := _lost_file(error, run.output)) is not None:
+        if not isinstance(error, UsageError) and (lost := _lost_file(error, run.output)) is not None:
             raise RunStopped(
                 f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; mend that, "
                 f"then continue with {run_option('resume', True)}"

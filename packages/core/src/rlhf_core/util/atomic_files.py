@@ -147,12 +147,12 @@ def check_links(folder: Path) -> None:
     Raises:
         UsageError: one does.
     """
-    root, written = folder.resolve(), list(folder.glob("*"))
+    root, written = Path(os.path.realpath(folder)), list(folder.glob("*"))
     for own in list(written):
         if own.name.startswith(("checkpoints", "model")) and not own.is_symlink():
             written += [Path(at, name) for at, folders, files in os.walk(own) for name in (*folders, *files)]
     for path in written:
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):  # which takes links in a circle
             raise UsageError(
                 f"{path} is a link that leads out of {folder}; remove it, or name another {run_option('output')}"
             )

@@ -240,7 +240,11 @@ def _die_with_parent(parent: int) -> None:
 def reason(error: BaseException) -> str:
     """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
     ours = Path(__file__).parents[1]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ours not in Path(frame.filename).parents]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if ours not in Path(frame.filename).parents and not frame.filename.startswith("<frozen ")  # Python's own import
+    ]
     place = f"line {frames[-1].lineno}: " if frames else ""
     return " ".join(f"{place}{type(error).__name__}: {error}".split())
 

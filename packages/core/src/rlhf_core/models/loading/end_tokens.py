@@ -132,8 +132,6 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _render(tokenizer: Any, template: str, chat: Sequence[dict[str, Any]], generation: bool) -> str:
     """The chat as text, empty if the template does not show it. Those of models with images want contents in parts."""
-    from jinja2 import TemplateError
-
     parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in chat]
     for messages in (list(chat), parts):
         try:
@@ -145,16 +143,25 @@ def _render(tokenizer: Any, template: str, chat: Sequence[dict[str, Any]], gener
             raise UsageError(
                 f"the chat template cannot be rendered: {error}; pass {run_option('data.encoding.template_file', 'FILE')}"
             ) from None
-        except (TemplateError, TypeError, ValueError):
-            continue  # a template that takes neither is reported with the first row of data that it cannot render
+        except Exception:  # noqa: S112  # of any kind: a template is a program
+            continue  # one that takes neither is reported with the first row of data that it cannot render
         if PROBE in text:
             return str(text)
     return ""
 
 
 def _read(path: Path) -> tuple[int, ...]:
-    """The ids under `eos_token_id` of a JSON file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """The ids under `eos_token_id` of a JSON file.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON file ({error}); is it damaged?") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} should hold a JSON object, not {type(content).__name__}; is it damaged?")
     listed = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
     several = listed if isinstance(listed, list) else [listed]
     return tuple(number for number in several if isinstance(number, int))

@@ -15,6 +15,7 @@ import torch
 
 from rlhf_core.errors import OptionError
 from rlhf_core.util.messages import log
+from rlhf_core.util.text_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
         UsageError: there is no such file, or nothing in it.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(file)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise OptionError("/add_tokens", f"{file}: {reason}; it is a text file with one token a line") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import RlhfError, UsageError
 from rlhf_core.models.loading.hub import offline_if_unreachable
 from rlhf_core.models.loading.names import Source
 
@@ -16,7 +17,17 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import ModelOptions
 
-__all__ = ["loadable_path", "no_progress_bars", "read_config", "silence", "translate_errors"]
+__all__ = ["find_damage", "loadable_path", "no_progress_bars", "read_config", "silence", "translate_errors"]
+
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "model.safetensors.index.json",
+)
+"""What a model's folder may have; each holds one object."""
 
 
 def read_config(name: str, source: Source, options: ModelOptions, **overrides: Any) -> PretrainedConfig:
@@ -76,9 +87,9 @@ def translate_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except UsageError:
+    except RlhfError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # a damaged file ends in any of them: it is the user's, and nothing of ours runs inside
         causes = _chain(error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if any(isinstance(each, hub.GatedRepoError) for each in causes):
@@ -94,11 +105,41 @@ def translate_errors(name: str) -> Iterator[None]:
             reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
         elif "backend tokenizer" in str(error):
             reason = "it has no tokenizer that transformers can read"
-        elif isinstance(error, RuntimeError) and "size mismatch" not in str(error).lower():
+        elif damage := find_damage(Path(name)):
+            reason = damage
+        elif "mismatch" in str(error).lower():
+            reason = "its weights have other sizes than its config.json says"
+        elif isinstance(error, (RuntimeError, MemoryError)):
             raise
-        else:
+        elif isinstance(error, (OSError, ValueError, ImportError)) and not first.endswith(":"):
             reason = first
+        else:
+            reason = f"{' '.join(str(error).split())[:300]} ({type(error).__name__}); are its JSON files right?"
         raise UsageError(f"cannot load {name!r}: {reason}") from error
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file in the folder of a model that is not what its name says, and why; None if all are.
+
+    The content of weights is not looked at, only whether they are all there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in [folder / name for name in JSON_FILES if (folder / name).is_file()]:
+        try:
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                return f"{path} is damaged, it holds no JSON object"
+        except (OSError, ValueError) as error:
+            return f"{path} is damaged: {error}"
+        except RecursionError:
+            return f"{path} is damaged: it nests without end"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path} is damaged: {error}"
+    return None
 
 
 def _chain(error: BaseException) -> list[BaseException]:
