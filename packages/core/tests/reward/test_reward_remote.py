@@ -191,7 +191,8 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 SCORER = """
 import sys, time
-from rlhf_core.reward.serve import make_app, serve
+from rlhf_core.reward.serve import make_app
+from rlhf_core.reward.serve_http import serve
 def score(samples):
     time.sleep(0.002)
     if any("poison" in sample.query for sample in samples):
@@ -244,7 +245,7 @@ def test_the_server_answers_openrlhfs_clients_and_refuses_the_rest(replicas: Any
         b'{"query": ["a"], "completions": ["1", "2"]}',
     ):
         assert post(url, body)[0] == 422
-    assert post(url, b'{"query": ["poison"]}') == (500, {"error": "ValueError: poisoned"})
+    assert post(url, b'{"query": ["poison"]}') == (422, {"error": "ValueError: poisoned"})
     assert post(url, b'{"query": ["still alive"]}')[0] == 200
 
 

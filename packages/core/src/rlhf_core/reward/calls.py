@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -97,11 +98,13 @@ def answer_of(raw: Any, count: int) -> Answer:
     if not isinstance(raw, Mapping):
         return Answer(_numbers(raw, "rewards", count))
     if "rewards" not in raw:
-        raise ValueError(f"returned a dict without 'rewards': {', '.join(map(str, raw))}")
-    scores = raw.get("scores")
+        raise ValueError(f"returned a dict without 'rewards': {', '.join(map(str, list(raw)[:9]))[:200]}")
+    scores, logs = raw.get("scores"), raw.get("extra_logs") or {}
+    if not isinstance(logs, Mapping):
+        raise ValueError(f"returned extra_logs that are no dict but {reprlib.repr(logs)}")
     rewards = _numbers(raw["rewards"], "rewards", count)
     answer = Answer(rewards, None if scores is None else _numbers(scores, "scores", count))
-    for name, values in (raw.get("extra_logs") or {}).items():
+    for name, values in logs.items():
         numbers = _numbers(values, name, count)
         answer.logs[name] = [
             0.0 if value is None and reward is None else _require_number(value, name)
@@ -126,7 +129,10 @@ def _numbers(values: Any, name: str, count: int) -> list[float | None]:
     if not isinstance(plain, (list, tuple)) or len(plain) != count:
         size = f"{len(plain)}" if isinstance(plain, (list, tuple)) else f"{type(values).__name__} instead of"
         raise ValueError(f"returned {size} {name} for {count} samples")
-    return [None if v is None else float(v.item() if hasattr(v, "item") else v) for v in plain]
+    try:
+        return [None if v is None else float(v.item() if hasattr(v, "item") else v) for v in plain]
+    except OverflowError:
+        raise ValueError(f"returned {name} with a number that is too large") from None
 
 
 @cache

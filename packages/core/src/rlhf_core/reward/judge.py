@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ class Judge(Reward):
     fallback: float | None = None
     """reward where the judge's answer has no grade, counted in reward/ungraded; without it they stop the run"""
     timeout: float = 180.0
-    """seconds for one answer"""
+    """seconds for one whole answer"""
     tries: int = 5
     """how often all endpoints may fail one question before the run stops"""
     parallel: int = 16
@@ -119,7 +120,7 @@ class JudgeEngine:
         found = [judge.grade(reply) for reply in replies]
         if judge.fallback is None and None in found:
             raise UsageError(
-                f"reward judge: no grade from {judge.low:g} to {judge.high:g} in {replies[found.index(None)]!r}"
+                f"reward judge: no grade from {judge.low:g} to {judge.high:g} in {replies[found.index(None)][:200]!r}"
             )
         return RewardOutput(
             rewards_N=torch.tensor([judge.fallback if grade is None else grade for grade in found]),
@@ -145,17 +146,31 @@ class JudgeEngine:
 
 
 def _read_replies(path: Path) -> Iterator[tuple[str, str]]:
-    """Replies of earlier runs; a line that one of them was killed in is passed over."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Yield keys and replies of earlier runs; a line that one of them was killed in is passed over.
+
+    Raises:
+        OptionError: the file is no cache of replies.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError("cache_file", f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        yield row["key"], row["reply"]
+        match row:
+            case {"key": str(key), "reply": str(reply)}:
+                yield key, reply
+            case _:
+                raise OptionError(
+                    "cache_file", f'{path}:{number} has no {{"key": text, "reply": text}}; name another file'
+                )
 
 
 def _content(answer: Any) -> str:
     try:
         return str(answer["choices"][0]["message"]["content"])
     except (KeyError, IndexError, TypeError):
-        raise OptionError("url", f": expected an OpenAI chat completion, not {str(answer)[:80]!r}") from None
+        raise OptionError("url", f": expected an OpenAI chat completion, not {reprlib.repr(answer)}") from None

@@ -7,6 +7,7 @@ is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server
 
 from __future__ import annotations
 
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +36,7 @@ class Remote(Reward):
     token: Annotated[str, Secret()] = ""
     """bearer token; env:NAME reads it from the environment"""
     timeout: float = 180.0
-    """seconds for one answer"""
+    """seconds for one whole answer"""
     tries: int = 5
     """how often all servers may fail one question before the run stops"""
     backoff: float = 1.0
@@ -97,7 +98,8 @@ def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
     }
     raw = replicas.ask(question)
     if isinstance(raw, dict) and raw.get("ids", ids) != ids:
-        raise OptionError("url", f": a server answered for samples {raw['ids']}, but was asked for {ids}")
+        answered, asked = reprlib.repr(raw["ids"]), reprlib.repr(ids)
+        raise OptionError("url", f": a server answered for samples {answered}, but was asked for {asked}")
     try:
         return answer_of(raw, len(ids))
     except (ValueError, TypeError) as error:

@@ -1,7 +1,8 @@
 """`rlhf-run serve-reward MODEL`: a reward model behind HTTP, for `--reward remote` and for OpenRLHF's clients.
 
-Requests that arrive within a few milliseconds are scored together. On the loopback interface and with a token unless
-told otherwise; bodies over a limit are refused before they are read.
+Requests that arrive within a few milliseconds are scored together; where that fails each is scored alone, so that a request
+fails by its own fault only. On the loopback interface and with a token unless told otherwise. Head, body and shutdown have
+deadlines (`serve_http`), and bodies over a limit are refused before they are read (`serve_requests`).
 
     POST /get_reward   {"query": […], "prompts": […], "labels": […]}  ->  {"rewards": […], "scores": […], …}
     GET  /health       no token needed
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import secrets
-import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,28 +25,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rlhf_core.config.value_types import Secret, reveal
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.engines import open_provider
-from rlhf_core.data.chats import to_chat
 from rlhf_core.data.encoder import Encoding
-from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.errors import MissingPackage, RlhfError
+from rlhf_core.reward.serve_http import Limits, serve, warn_if_open
+from rlhf_core.reward.serve_requests import BadRequest, Sample, read_json, samples_of
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
     from rlhf_core.reward.model import RewardModelEngine
 
-__all__ = ["Sample", "ServeReward", "make_app", "serve"]
+__all__ = ["ServeReward", "make_app"]
 
-Score = Callable[[Sequence["Sample"]], list[float]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What is scored."""
-
-    query: str
-    """prompt and completion as the policy saw them"""
-    prompt: Any = None
-    """the prompt as the data had it, text or messages; absent from OpenRLHF's clients"""
-    completion: str = ""
+Score = Callable[[Sequence[Sample]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,8 @@ class ServeReward(Command):
     """samples scored together at most, unless one request has more"""
     max_body: int = 8
     """MiB a request may have"""
+    limits: Limits = Limits()
+    """what clients may cost"""
     mean: float = 0.0
     """taken from each score"""
     std: float = 1.0
@@ -92,23 +85,9 @@ class ServeReward(Command):
             return numbers
 
         token = "" if self.token == "none" else reveal(self.token) or secrets.token_urlsafe(24)
-        app = make_app(score, token, self.wait, self.batch, self.max_body << 20)
-        serve(app, self.host, self.port, f"token {token}" if token and not self.token else "")
-
-
-def serve(app: Any, host: str, port: int, note: str = "") -> None:
-    """Listen until a signal ends it."""
-    import uvicorn
-
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)  # before the address is shown: who connects at once waits and is not refused
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
-    print(f"rewards at http://{host}:{listener.getsockname()[1]}/get_reward {note}".rstrip(), flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        warn_if_open(self.host, token)
+        app = make_app(score, token, self.wait, self.batch, self.max_body << 20, self.limits.seconds)
+        serve(app, self.host, self.port, f"token {token}" if token and not self.token else "", self.limits)
 
 
 class _RequestBatcher:
@@ -129,25 +108,43 @@ class _RequestBatcher:
         while True:
             asked = [await self._queue.get()]
             await self._collect(asked)
-            samples = [sample for part, _ in asked for sample in part]
-            started = time.perf_counter()
-            try:
-                scores = await asyncio.to_thread(self._score, samples)
-                assert len(scores) == len(samples)
-            except Exception as error:  # whoever asked is told; the server lives on
-                self.counts["failures"] += 1
-                for _, future in asked:
-                    if not future.done():
-                        future.set_exception(RuntimeError(" ".join(f"{type(error).__name__}: {error}".split())))
-                continue
-            self.counts["batches"] += 1
-            self.counts["samples"] += len(samples)
-            self.counts["seconds"] += time.perf_counter() - started
-            rest = iter(scores)
-            for part, future in asked:
-                own = [next(rest) for _ in part]
-                if not future.done():  # a client that hung up
-                    future.set_result(own)
+            asked = [(part, future) for part, future in asked if not future.done()]  # not of clients that hung up
+            error = await self._answer(asked)
+            if error is not None and len(asked) > 1:  # somebody's fault: find out whose
+                for each in asked:
+                    self._fail(each[1], await self._answer([each]))
+            elif error is not None:
+                self._fail(asked[0][1], error)
+
+    async def _answer(self, asked: Sequence[tuple[Sequence[Sample], asyncio.Future[list[float]]]]) -> Exception | None:
+        """Score requests together and answer them all; return the error if that fails."""
+        samples = [sample for part, _ in asked for sample in part]
+        if not samples:
+            return None
+        started = time.perf_counter()
+        try:
+            scores = await asyncio.to_thread(self._score, samples)
+            assert len(scores) == len(samples)
+            if not all(map(math.isfinite, scores)):
+                raise ArithmeticError("the model's score is not finite")
+        except Exception as error:  # whoever asked is told; the server lives on
+            return error
+        self.counts["batches"] += 1
+        self.counts["samples"] += len(samples)
+        self.counts["seconds"] += time.perf_counter() - started
+        rest = iter(scores)
+        for part, future in asked:
+            own = [next(rest) for _ in part]
+            if not future.done():  # a client that hung up
+                future.set_result(own)
+        return None
+
+    def _fail(self, future: asyncio.Future[list[float]], error: Exception | None) -> None:
+        if error is None:
+            return
+        self.counts["failures"] += 1
+        if not future.done():
+            future.set_exception(error)
 
     async def _collect(self, asked: list[tuple[Sequence[Sample], asyncio.Future[list[float]]]]) -> None:
         """Add requests until the batch is full or nothing came for a while."""
@@ -160,8 +157,15 @@ class _RequestBatcher:
                 return
 
 
-def make_app(score: Score, token: str = "", wait: float = 0.005, batch: int = 64, max_body: int = 8 << 20) -> Any:
-    """The ASGI application around a function that scores samples."""
+def make_app(
+    score: Score,
+    token: str = "",
+    wait: float = 0.005,
+    batch: int = 64,
+    max_body: int = 8 << 20,
+    seconds: float = 30.0,
+) -> Any:
+    """Return the ASGI application around a function that scores samples; a body has `seconds` to arrive."""
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse, PlainTextResponse
@@ -185,17 +189,14 @@ def make_app(score: Score, token: str = "", wait: float = 0.005, batch: int = 64
         together.counts["requests"] += 1
         if not allowed(request):
             return JSONResponse({"error": "send the server's token: Authorization: Bearer TOKEN"}, 401)
-        if int(request.headers.get("content-length") or max_body + 1) > max_body:
-            return JSONResponse({"error": f"a request has at most {max_body} bytes, and says how many"}, 413)
         try:
-            body = await request.json()
+            body = await read_json(request, max_body, seconds)
             samples = samples_of(body)
-        except ValueError as error:
-            return JSONResponse({"error": str(error)}, 422)
-        try:
             rewards = await together.ask(samples)
-        except RuntimeError as error:
-            return JSONResponse({"error": str(error)}, 500)
+        except BadRequest as error:
+            return JSONResponse({"error": str(error)}, error.status, headers={"Connection": "close"})
+        except Exception as error:
+            return JSONResponse(*_describe(error))
         answer = {"rewards": rewards, "scores": rewards, "extra_logs": {}}
         return JSONResponse(answer | ({"ids": body["ids"]} if "ids" in body else {}))
 
@@ -216,20 +217,7 @@ def make_app(score: Score, token: str = "", wait: float = 0.005, batch: int = 64
     return app
 
 
-def samples_of(body: Any) -> list[Sample]:
-    """The samples of a request.
-
-    Raises:
-        ValueError: says what a request looks like.
-    """
-    if not isinstance(body, dict) or "query" not in body:
-        raise ValueError('expected {"query": [texts], "prompts": [texts], "labels": [anything]}')
-    queries = [body["query"]] if isinstance(body["query"], str) else body["query"]
-    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries) or not queries:
-        raise ValueError("'query' should be a list of texts")
-    prompts = body.get("raw_prompts") or [None] * len(queries)
-    completions = body.get("completions") or [""] * len(queries)
-    if not len(queries) == len(prompts) == len(completions):
-        raise ValueError("'query', 'raw_prompts' and 'completions' should have the same length")
-    chats = [to_chat(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
-    return [Sample(*row) for row in zip(queries, chats, completions)]
+def _describe(error: Exception) -> tuple[dict[str, str], int]:
+    """Return the answer to a request that cannot be scored, and its status: the request's fault (422), or ours (500)."""
+    line = " ".join(f"{type(error).__name__}: {error}".split()).encode("ascii", "backslashreplace").decode()
+    return {"error": line}, 422 if isinstance(error, (ValueError, TypeError, RlhfError)) else 500

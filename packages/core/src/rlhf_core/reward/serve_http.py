@@ -1,0 +1,124 @@
+"""The HTTP server of `serve-reward`: uvicorn with deadlines and bounds for clients that are slow, many or hostile."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.contract.ranges import at_least
+from rlhf_core.errors import UsageError
+from rlhf_core.util.messages import log
+
+__all__ = ["Limits", "serve", "warn_if_open"]
+
+
+LAST = 5.0
+"""Seconds more to close what is left after `Limits.stop_within`."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server bears."""
+
+    seconds: float = 30.0
+    """time that the head of a request has to arrive, then its body"""
+    connections: int = 512
+    """open connections; more are answered with 503"""
+    stop_within: float = 10.0
+    """seconds that requests under way have to end after a signal; 5 s later the process is ended"""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "seconds", "connections", "stop_within")
+
+
+def serve(app: Any, host: str, port: int, note: str = "", limits: Limits = Limits()) -> None:
+    """Listen until a signal ends it, at most `limits.stop_within` seconds after that."""
+    import uvicorn
+
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)  # before the address is shown: who connects at once waits and is not refused
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    except OverflowError:
+        raise UsageError(f"--port {port} is no port: choose one from 0 to 65535") from None
+    print(f"rewards at http://{host}:{listener.getsockname()[1]}/get_reward {note}".rstrip(), flush=True)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        http=_protocol(limits.seconds),
+        ws="none",
+        limit_concurrency=limits.connections,
+        timeout_graceful_shutdown=max(1, round(limits.stop_within)),
+    )
+
+    class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional, and then unknown to mypy
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            _leave_within(limits.stop_within + LAST)
+            await super().shutdown(sockets)
+
+    Server(config).run(sockets=[listener])
+
+
+def _leave_within(seconds: float) -> None:
+    """End this process, though the model never returns: Python waits for the thread that it is in."""
+    timer = threading.Timer(seconds, os._exit, [128 + signal.SIGTERM])
+    timer.daemon = True
+    timer.start()
+
+
+def warn_if_open(host: str, token: str) -> None:
+    """Warn of an address that others reach without a token."""
+    if not token and not _is_loopback(host):
+        log.warning(f"everybody who reaches {host} can ask this server; leave out --token none, or --host")
+
+
+def _is_loopback(host: str) -> bool:
+    """Return True if only this machine reaches the address."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _protocol(seconds: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol, which closes a connection whose next request has not begun after `seconds`.
+
+    Its own time limit (keep-alive) begins after a first answer, and ends with the first byte of the next request.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):  # type: ignore[misc]  # uvicorn is optional, and then unknown to mypy
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def on_response_complete(self) -> None:
+            self._wait()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._late is not None:
+                self._late.cancel()
+            super().connection_lost(exc)
+
+        def _wait(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+            self._late = self.loop.call_later(seconds, self._close_idle)
+
+        def _close_idle(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.abort()
+
+    return Impatient
