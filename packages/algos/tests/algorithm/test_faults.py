@@ -316,7 +316,12 @@ def nobody() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name", [*CHECKPOINT[2:4], "config.toml", "run.json", "metrics.jsonl", "checkpoints", NEWEST, "."]
 )
-def test_a_file_that_may_not_be_read_is_one_line_or_set_aside(name: str, runs: Path, begun: Path) -> None:
+def test_a_file_that_may_not_be_read_is_one_line_or_set_aside(
+    name: str, runs: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sys.executable", shutil.which("true")
+    )  # the watch over stops: the interpreter may be root's alone
     assert resume() == End(0)  # everything is imported: the interpreter may be root's alone
     shutil.rmtree(begun)
     shutil.copytree(runs / "begun", begun)
