@@ -115,8 +115,8 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
 class Recording(Run):
     """A run that remembers its metrics and what was sampled, in the order of the prompts."""
 
-    def rollouts(self, *args: Any) -> Rollouts:
-        rollouts = super().rollouts(*args)
+    def rollouts(self, *args: Any, **options: Any) -> Rollouts:
+        rollouts = super().rollouts(*args, **options)
         rows = [row[:length].tolist() for row, length in zip(rollouts.tokens_NT, rollouts.lengths_N, strict=True)]
         self.sampled.append([row for rank in self.world.gather(rows) for row in rank])
         return rollouts

@@ -87,12 +87,14 @@ def test_a_file_of_somebody_else_is_refused_and_stays(
 
 def test_figures_tables_and_scripts_are_written_over_if_they_are_the_commands_own(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for mark in (MAKER, "metric,method,mean"):
-        path.write_text(f"x {mark} y")
-        _check_own(path, mark)
-        path.write_text("mine")
-        with pytest.raises(UsageError, match="is there and no figure or table of this command"):
-            _check_own(path, mark)
+    table = ["method", "seeds", "reward", "pareto"]
+    for columns, own in (([], f"x {MAKER} y"), (table, "method,seeds,cvar,pareto\r\na,3,1,True\r\n")):
+        path.write_text(own)
+        _check_own(path, columns)
+        for foreign in ("mine", "method,mine\n", ""):
+            path.write_text(foreign)
+            with pytest.raises(UsageError, match="is there and no figure or table of this command"):
+                _check_own(path, columns)
     path.unlink()
     for text in ("one", "two"):
         _write_script(path, f"#!/bin/bash\n{SCRIPT_MARK}\n{text}\n")
