@@ -103,7 +103,7 @@ REWARDS: list[tuple[bytes, str]] = [
     (b"def reward(prompts):\n    return None", "returned NoneType instead of rewards"),
     (
         b"def reward(prompts):\n    return [10**400 for _ in prompts]",
-        "OverflowError: int too large to convert to float",
+        "returned rewards with a number that is too large",
     ),
 ]
 
@@ -232,7 +232,7 @@ def somebody(folder: Path) -> Iterator[None]:
             os.seteuid(0)
 
 
-LOST = ["--steps", "3", "--save-every", "1", "--observer", f"{Path(__file__).stem}:Accident", "--observer.kind"]
+LOST = ["--steps", "3", "--save-every", "1", "--observer", f"{__name__}:Accident", "--observer.kind"]
 
 
 def test_a_folder_that_is_removed_during_the_run_ends_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

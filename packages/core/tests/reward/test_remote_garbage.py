@@ -41,13 +41,23 @@ class RawServer:
             with connection:
                 try:
                     connection.settimeout(5)
-                    connection.recv(1 << 20)
+                    self._read_request(connection)
                     for part in self._parts:
                         connection.sendall(part)
                         if self._ended.wait(self._pause):
                             return
                 except OSError:
                     pass
+
+    @staticmethod
+    def _read_request(connection: socket.socket) -> None:
+        """Read it whole: closing a connection with unread bytes resets it, and the answer may be lost."""
+        with connection.makefile("rb") as file:
+            length = 0
+            while (line := file.readline()) not in (b"\r\n", b""):
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            file.read(length)
 
     def close(self) -> None:
         self._ended.set()
