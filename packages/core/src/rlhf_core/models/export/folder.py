@@ -7,7 +7,9 @@ that it lies in the folder `base` beside its adapters.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +86,8 @@ def write_folder(
     from rlhf_core.models.heads.modules import HEADS_FILE
 
     model, adapters = module.model, module.adapters
-    with no_progress_bars():
+    # transformers imports DeepSpeed here if it is installed, whose first line goes to standard output: `eval` has a JSON there
+    with no_progress_bars(), redirect_stdout(sys.stderr):
         if adapters is not None:
             adapters.save(target, base, _inside(own, "model."))
             if model.can_generate():
