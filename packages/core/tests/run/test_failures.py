@@ -231,10 +231,11 @@ def test_a_preemption_notice_while_no_step_runs_exits_at_once_with_its_code(mome
 
 def test_a_preempted_command_saves_and_exits_with_the_code_that_asks_to_be_requeued(tmp_path: Path) -> None:
     """The way of a SLURM job: the notice, code 75, the same command again with --resume."""
+    plugin = ["-p", "rlhf_core.testing.tiny_algorithm"]  # has no hooks; what matters is that the hint loads it again
     words = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", MODEL, "--output", str(tmp_path / "run")]
     words += ["--batch-size", "2", "--sampling.max-new-tokens", "4", "--save-async"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlhf_core", *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "rlhf_core", *plugin, *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() and process.poll() is None:
@@ -246,7 +247,10 @@ def test_a_preempted_command_saves_and_exits_with_the_code_that_asks_to_be_reque
     (saved,) = valid_checkpoints(tmp_path / "run")
     done = int(saved.name.removeprefix("step-"))
     file = str(tmp_path / "run" / "config.toml")
-    assert f"stopped after step {done} of 100000; continue with rlhf-run --config {file} --resume\n" in said
+    assert (
+        f"stopped after step {done} of 100000; continue with rlhf-run {shlex.join(plugin)} --config {file} --resume\n"
+        in said
+    )
     hint = said.strip().rpartition("continue with ")[2]
     again = shlex.split(hint.replace("rlhf-run", f"{sys.executable} -m rlhf_core", 1))  # as typed, with this Python
     assert subprocess.run([*again, "--steps", str(done + 1)]).returncode == 0

@@ -21,8 +21,9 @@ __all__ = ["Stop", "describe_resuming"]
 def describe_resuming(config: RunConfig) -> str:
     """Return how the user continues the run: a command that works as it stands, or from Python the options to pass."""
     if config.option_names.language == "flags":
-        written = shlex.quote(str(Path(config.output) / "config.toml"))
-        return f"rlhf-run --config {written} {run_option('resume', True)}"
+        plugins = config.registry.selection.words if config.registry is not None else []
+        words = ["rlhf-run", *plugins, "--config", str(Path(config.output) / "config.toml")]
+        return f"{shlex.join(words)} {run_option('resume', True)}"
     return f"{run_option('resume', True)} {run_option('output', config.output)}"
 
 
