@@ -294,3 +294,14 @@ def test_rows_that_are_no_dictionaries_are_refused_with_their_number(tmp_path: P
     for rows, said in (([], "rows: there are no rows"), (["a"], "rows:1: a row should be a dictionary of columns")):
         with pytest.raises(UsageError, match=f"^{said}"):
             config_of(tmp_path, data=rows).providers["data"]("train")
+
+
+def test_columns_mean_what_they_mean_in_files_and_rewards_get_them_too(tmp_path: Path) -> None:
+    rows = [
+        {"question": "2 + 2 =", "answer": " 4", "why": "sum"},
+        {"question": "1 + 1 =", "answer": " 2", "why": "sum"},
+    ]
+    data: Callable[..., Any] = config_of(tmp_path, data=rows).providers["data"]
+    first = data("train")[0]
+    assert (first.prompt, first.completions) == ("2 + 2 =", (" 4",))
+    assert first.meta["answer"] == " 4" and first.meta["why"] == "sum"

@@ -95,6 +95,10 @@ class Columns:
     """drop rows whose prompt and completions came before, counted in data/duplicates"""
 
     def infer_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
+        """These columns with every key that was left open filled in from the names in `row`; says which are not read."""
+        return self.find_columns(row, origin)._reporting(row, origin)
+
+    def find_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
         """These columns with every key that was left open filled in from the names in `row`."""
         given = {
             self.prompt_key,
@@ -115,7 +119,7 @@ class Columns:
             return key or next((name for name in names if name in free), "")
 
         if self.text_key:
-            return self._reporting(row, origin)
+            return self
         chosen, rejected = first(self.chosen_key, "chosen"), first(self.rejected_key, "rejected")
         if bool(chosen) != bool(rejected):
             if self.chosen_key or self.rejected_key:
@@ -136,9 +140,9 @@ class Columns:
             history_key=self.history_key or _column_of(row, "history", free, (list, tuple)),
         )
         if prompt or chosen:
-            return found._reporting(row, origin)
+            return found
         if TEXT in free:
-            return replace(found, text_key=TEXT)._reporting(row, origin)
+            return replace(found, text_key=TEXT)
         raise DataError(
             f"{origin}: no prompt among the columns {', '.join(map(str, row))}; pass {option('prompt_key')}"
         )

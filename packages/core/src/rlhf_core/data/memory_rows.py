@@ -80,8 +80,8 @@ class MemoryRows(Preparation, Columns):
                 f"{name}:1: a row should be a dictionary of columns, not {type(first).__name__}; "
                 "write {'prompt': …} for each"
             )
-        handed = replace(self, meta_keys=self.meta_keys or _names(rows, first))
-        columns = handed.infer_columns(first, f"{name}:1")
+        columns = self.find_columns(first, f"{name}:1")
+        columns = replace(columns, meta_keys=self.meta_keys or _names(rows, first))
         columns.example(first, f"{name}:1")
         if not hasattr(rows, "__len__"):  # a stream
             if self.unique:
