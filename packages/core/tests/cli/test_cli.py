@@ -316,7 +316,7 @@ def test_doctor_says_first_whether_the_readme_works_and_sorts_the_rest_by_purpos
 def test_every_extra_of_core_has_a_purpose_and_all_is_their_sum() -> None:
     from rlhf_core.cli.doctor import PURPOSES
 
-    project = tomllib.loads((Path(core.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = set(project["optional-dependencies"]) - {"all"}
     assert {each for names in PURPOSES.values() for each in names} == extras
     (whole,) = project["optional-dependencies"]["all"]
