@@ -143,6 +143,7 @@ def test_one_length_is_given(rows: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_counted_is_one_line_before_a_model_is_loaded(rows: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     stream = {"use": "hf", "path": rows, "streaming": True}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data": stream, "algorithm": "sft"}, "epochs=… needs data of a known length, and a stream has none"),

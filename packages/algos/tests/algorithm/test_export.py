@@ -58,6 +58,8 @@ def same(one: Path, other: Path) -> None:
 def test_the_last_checkpoint_becomes_the_folder_that_the_run_wrote(
     algorithm: str, role: dict[str, Any], folders: list[str], rows: str, tmp_path: Path, capsys: Any
 ) -> None:
+    if role.get("lora"):
+        pytest.importorskip("peft")
     output = tmp_path / "run"
     run_of(algorithm, rows, output, role, evaluator="none").train()
     assert main(["export", str(output / "checkpoints/step-3")]) == 0
@@ -94,6 +96,7 @@ def test_the_best_model_is_exported_at_the_end(rows: str, tmp_path: Path) -> Non
 
 
 def test_commands_take_a_checkpoint_for_a_model(rows: str, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("peft")
     run_of("sft", rows, tmp_path / "run", {"lora": {"rank": 2}}, evaluator="none").train()
     checkpoint, model = str(tmp_path / "run/checkpoints/step-3"), str(tmp_path / "run/model")
     words = {

@@ -430,6 +430,8 @@ def test_what_a_run_would_write_over_is_refused_before_anything_is_written(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files, more, message = PLACES[case]
+    if "tensorboard" in more:
+        pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     for name, content in {"train.jsonl": TRAPS["train.jsonl"], **files}.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
