@@ -55,6 +55,7 @@ QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of two busy processes slow each other several times
     "TOKENIZERS_PARALLELISM": "false",  # the tokenizer warns when a process that used it forks
     "HF_HUB_OFFLINE": "1",  # tests need no hub, and must fail if they ask one
+    "RAY_worker_niceness": "0",  # Ray's workers stand back behind everything else otherwise
 }
 
 
