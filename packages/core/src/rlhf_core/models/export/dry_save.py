@@ -122,8 +122,13 @@ def _compare_scores(model: Any, tokenizer: Any) -> list[str]:
 
 def _plain(config: Any) -> dict[str, Any]:
     """Return what a configuration says, as JSON does, without what may differ."""
-    text: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str, sort_keys=True))
+    text: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_jsonable, sort_keys=True))
     return _drop_weightless(text)
+
+
+def _jsonable(value: Any) -> Any:
+    """A set in one order, whatever order its hashes gave it; of anything else the text."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _drop_weightless(values: dict[str, Any]) -> dict[str, Any]:
