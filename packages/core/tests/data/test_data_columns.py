@@ -100,3 +100,9 @@ def test_shipped_prompts_are_distinct_and_their_split_is_fixed() -> None:
     assert all(isinstance(e.prompt, str) and e.prompt == e.prompt.strip() and len(e.prompt) < 90 for e in train)
     with pytest.raises(UsageError, match="not 'test'"):
         ShippedPrompts()("test")
+
+
+def test_shipped_prompts_may_have_a_system_prompt() -> None:
+    plain, chats = ShippedPrompts()("train"), ShippedPrompts(system="Be brief.")("train")
+    asked = [({"role": "system", "content": "Be brief."}, {"role": "user", "content": each.prompt}) for each in plain]
+    assert [chat.prompt for chat in chats] == asked

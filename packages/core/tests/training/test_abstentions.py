@@ -241,6 +241,31 @@ def test_heldout_is_the_mean_over_those_that_answered(tmp_path: Path) -> None:
     assert "heldout/reward" not in nothing and nothing["heldout/abstained"] == 1
 
 
+def test_heldout_averages_what_the_reward_measures_beside_the_score(tmp_path: Path) -> None:
+    """Prompt a: (1 + 0 + 1) / 3 of the three that answered; prompt b: the one that answered has no value."""
+    view = viewed(tmp_path, THREE, [0.0] * 8)
+    known_N = torch.tensor([True] * 7 + [False])
+    metrics = {"whole": torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1])}
+    view.reward_of = lambda _: RewardOutput(
+        torch.zeros(8), metrics=metrics, known={"whole": known_N}, abstained_N=torch.tensor(THREE)
+    )
+    measured = Heldout(n=4)(view)
+    assert measured["heldout/whole"] == pytest.approx(2 / 3) and measured["heldout/whole_se"] == 0
+    view.reward_of = lambda _: RewardOutput(torch.zeros(8), metrics=metrics)
+    measured = Heldout(n=4)(view)
+    assert measured["heldout/whole"] == pytest.approx(7 / 8)
+    assert measured["heldout/whole_se"] == pytest.approx(1 / 8)  # of the means 3/4 and 1: sd 0.177, over the root of 2
+
+
+def test_heldout_shows_the_question_of_a_chat(tmp_path: Path) -> None:
+    view = viewed(tmp_path, [False] * 8, [0.0] * 8)
+    chat = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "How are you?"})
+    view.rollouts().meta = [{"prompt": chat}] * 4 + [{"prompt": "plain"}] * 4
+    Heldout(n=4, shown=2)(view)
+    shown = [json.loads(line)["question"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert shown == ["How are you?", "plain"]
+
+
 def test_pass_at_k_draws_from_those_that_answered(tmp_path: Path) -> None:
     """Prompt a has 1 right of 3; prompt b 1 of 1, too few for pass@2: 1 - C(2, 2) / C(3, 2) = 2/3."""
     metrics = PassAtK(k=2, n=4)(viewed(tmp_path, THREE, [1.0, 1, 0, 0, 1, 1, 1, 1]))

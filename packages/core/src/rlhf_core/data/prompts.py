@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from rlhf_core.contract.batch import Example
+from rlhf_core.contract.batch import Example, Message
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import UsageError
 
@@ -24,10 +24,23 @@ FILE = "shipped_prompts.jsonl"
 class ShippedPrompts(Preparation):
     """150 everyday prompts that come with the package, and 50 held out."""
 
+    system: str = ""
+    """system prompt put before every prompt; each prompt is a chat then"""
+
     def __call__(self, split: str) -> Sequence[Example]:
         lines = files("rlhf_core.data").joinpath(FILE).read_text(encoding="utf-8").splitlines()
         rows = [(number, json.loads(line)) for number, line in enumerate(lines, start=1)]
-        examples = [Example(row["prompt"], origin=f"{FILE}:{number}") for number, row in rows if row["split"] == split]
+        examples = [
+            Example(self._prompt(row["prompt"]), origin=f"{FILE}:{number}")
+            for number, row in rows
+            if row["split"] == split
+        ]
         if not examples:
             raise UsageError(f"the shipped prompts have the splits train and heldout, not {split!r}")
         return examples
+
+    def _prompt(self, text: str) -> str | tuple[Message, ...]:
+        """Return the prompt as it is, or as a chat that begins with the system prompt."""
+        if not self.system:
+            return text
+        return ({"role": "system", "content": self.system}, {"role": "user", "content": text})

@@ -106,7 +106,10 @@ _PROVIDERS = {
     "eval/heldout/truncated": "share 0..1: of completions that were cut",
     "eval/heldout/[<role>/]loss": "loss: of the algorithm on held-out rows of data, as one batch; without a role the policy's",
     "eval/heldout/[<role>/]perplexity": "perplexity: exp of the negative log-likelihood a token of held-out completions",
-    "eval/heldout/[<role>/]<name>": "as <role>/<name>: the loss's own metrics on held-out rows (accuracy and margin of pairs)",
+    "eval/heldout/[<role>/]<name>": (
+        "as <role>/<name> or reward/<name>: the loss's own metrics on held-out rows (accuracy and margin of pairs), or the "
+        "reward's on held-out completions with their standard errors `…_se`"
+    ),
     "eval/pass@<k>": "probability: that one of k completions is right, unbiased",
     "eval/pass@<k>_se": "probability: its standard error over prompts",
     "eval/pass@<k>/<datasource>": "probability: the same over the prompts that say they come from there",
