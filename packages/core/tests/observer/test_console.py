@@ -16,6 +16,11 @@ def test_a_step_is_one_line_with_what_moves_its_rate_and_the_time_left() -> None
     )
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
+    metrics = {"kl/mean": -1e-9, "loss/actor": -1e-9, "tokens": 300.0, "time/step": 2.0}
+    assert step_line(1, 2, metrics, 0) == "step 1/2  kl 0.0000  loss/actor 0.0000  150 tokens/s  0:00 left"
+
+
 def test_a_step_shows_what_it_is_judged_by() -> None:
     common = {"tokens": 300.0, "time/step": 2.0}
     online = {"reward/mean": 0.25, "reward/variance": 0.09, "lr/actor": 1e-5, "lr/critic": 2e-5, **common}

@@ -87,10 +87,10 @@ def truncation(sampling: Sampling) -> str:
 def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
     """One step in one line: what moves, how fast, how long still."""
     shown = [f"step {step:>{len(str(steps))}}/{steps}", *outcome(metrics)]
-    for name, label, form in (("kl/mean", "kl", ".4f"), ("completion/length", "length", ".0f")):
+    for name, label, form in (("kl/mean", "kl", "z.4f"), ("completion/length", "length", ".0f")):
         if name in metrics:
             shown.append(f"{label} {metrics[name]:{form}}")
-    shown += [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")]
+    shown += [f"{name} {value:z.4f}" for name, value in metrics.items() if name.startswith("loss/")]
     rates = {name.removeprefix("lr/"): value for name, value in metrics.items() if name.startswith("lr/")}
     shown += [f"lr {value:.2g}" if len(rates) == 1 else f"lr/{role} {value:.2g}" for role, value in rates.items()]
     if "data/epoch" in metrics:
