@@ -1,0 +1,115 @@
+"""The options of an attack: a frozen dataclass whose defaults are those of this package's own schedule.
+
+The defaults of the original (Zou et al.; nanoGCG) are `Attack.original()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from rlhf_core.contract.ranges import at_least, finite
+from rlhf_core.errors import OptionError
+
+__all__ = ["SCHEDULES", "Attack"]
+
+SCHEDULES = {
+    "gcg": "rlhf_eval_gcg.attack.schedules.gcg:Gcg",
+    "acg": "rlhf_eval_gcg.attack.schedules.acg:Acg",
+    "momentum": "rlhf_eval_gcg.attack.schedules.momentum:Momentum",
+    "probe": "rlhf_eval_gcg.attack.schedules.probe:Probe",
+}
+"""Import paths of the suffix optimizers, by name."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How an attack searches for a suffix."""
+
+    steps: int = 250
+    """steps per goal: each computes one gradient and the losses of the candidates drawn from it"""
+    max_flops: float = 0.0
+    """stop a goal after this many floating-point operations; 0 means no limit"""
+    flop_rule: Literal["counted", "2nt"] = "counted"
+    """counted: multiplications of matrices as they are done (torch's own counter); 2nt: the convention of papers, 2NT forward
+    and 4NT backward for N parameters and T tokens"""
+    schedule: str = "acg"
+    """gcg, acg (several coordinates and few candidates early), momentum, probe (a draft model chooses), or the import path of
+    a suffix optimizer, `module:Class`"""
+    search_width: int = 512
+    """candidates per step; the most of them where a schedule changes their number"""
+    topk: int = 256
+    """replacements of a token are drawn from this many with the most negative gradient"""
+    n_replace: int = 1
+    """tokens that a candidate replaces; the most of them where a schedule changes their number"""
+    buffer: int = 0
+    """keep this many best suffixes and continue from the best; 0 always moves to the best candidate of the step"""
+    momentum: float = 0.4
+    """share of the earlier steps' gradients in schedule `momentum` (0 to below 1)"""
+    objective: Literal["target", "bad_set", "reward"] = "target"
+    """target: the target's loss; bad_set: minus the log-probability that the target or a text of the bad set is given; reward:
+    the mean reward of sampled answers (REINFORCE)"""
+    loss: Literal["cross_entropy", "mellowmax", "cw"] = "cross_entropy"
+    """loss of a target: mean cross-entropy, mellowmax over its logits, or Carlini-Wagner's margin to the runner-up"""
+    mellowmax_alpha: float = 1.0
+    """sharpness of mellowmax: near 0 it is the mean over the target's tokens, large the worst of them"""
+    cw_margin: float = 1e-3
+    """margin, in logits, beyond which loss `cw` asks no more of a token"""
+    early_stop: bool = False
+    """stop a goal when greedy decoding gives its whole target"""
+    ascii: bool = True
+    """replace tokens by printable ASCII only"""
+    filter_ids: bool = True
+    """drop candidates whose text does not become the same tokens again in its place in the chat"""
+    prefix_cache: bool = True
+    """compute what candidates have in common once"""
+    batch_tokens: int = 16384
+    """most tokens of a forward pass over candidates; halved when memory runs out"""
+    suffix: str = "x x x x x x x x x x"
+    """the initial suffix"""
+    separator: str = " "
+    """text between the question and the initial suffix; the attack may replace it"""
+    suffix_place: Literal["end", "before", "marker"] = "end"
+    """end: after the question; before: before it; marker: in place of `marker` in the question"""
+    marker: str = "{suffix}"
+    """text that the suffix takes the place of, if suffix_place is marker"""
+    system: str = ""
+    """system prompt; empty for none"""
+    chat: bool = True
+    """use the tokenizer's chat template; False attacks plain text: system prompt, a blank line, question with suffix, a line
+    break, target"""
+    add_space: bool = False
+    """put a blank before the target"""
+    restarts: int = 1
+    """independent suffixes per goal, attacked in one batch; the best one counts"""
+    transfer: bool = False
+    """search one suffix for all goals (and all models) together; the loss is the mean over them"""
+    samples: int = 8
+    """answers sampled per step by objective `reward`"""
+    sample_tokens: int = 32
+    """most tokens of an answer sampled by objective `reward`"""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps", "search_width", "topk", "n_replace", "batch_tokens", "restarts", "sample_tokens")
+        at_least(0, self, "max_flops", "buffer", "momentum", "cw_margin")
+        at_least(2, self, "samples")
+        finite(self, "mellowmax_alpha", "cw_margin", "momentum")
+        if not self.mellowmax_alpha > 0:
+            raise OptionError("mellowmax_alpha", f"must be above 0, not {self.mellowmax_alpha}")
+        if self.momentum >= 1:
+            raise OptionError("momentum", f"must be below 1, not {self.momentum}")
+        if self.schedule not in SCHEDULES and ":" not in self.schedule:
+            raise OptionError("schedule", f"must be {', '.join(SCHEDULES)} or module:Class, not {self.schedule!r}")
+        if self.suffix_place == "marker" and not self.marker:
+            raise OptionError("marker", "must not be empty if suffix_place is marker")
+        if not self.suffix.strip():
+            raise OptionError("suffix", "must hold at least one token that is no blank")
+
+    @classmethod
+    def original(cls, **changes: Any) -> Attack:
+        """Return the options of the original attack as RePULSe runs it, with `changes`."""
+        return cls(**{"schedule": "gcg", "separator": "", **changes})
+
+    def search_options(self) -> Attack:
+        """Return the attack options of an object that inherits from this class, without what it adds."""
+        return Attack(**{field.name: getattr(self, field.name) for field in fields(Attack)})
