@@ -77,7 +77,7 @@ class Dense:
     def norm_inverse(self, z_BD: Tensor) -> Tensor:
         return norm_inverse(self, z_BD)
 
-    def added(self, z_BD: Tensor, weights_B: Tensor) -> Dense:
+    def plus(self, z_BD: Tensor, weights_B: Tensor) -> Dense:
         """Return H + sum of weight z z^T, a new matrix."""
         inverse_DD = self.inverse_DD.clone()
         for z_bD, weights_b in zip(z_BD.split(BLOCK), weights_B.split(BLOCK), strict=True):

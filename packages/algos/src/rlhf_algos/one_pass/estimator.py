@@ -77,7 +77,7 @@ class Iterates:
         """Mean of the iterates theta_1 .. theta_{t+1}, (D,)."""
         return self._sum_D / (self.t + 1)
 
-    def checked(self, z_BD: Tensor) -> Tensor:
+    def check_pairs(self, z_BD: Tensor) -> Tensor:
         """Return the pairs as float64 rows.
 
         Raises:
@@ -93,7 +93,7 @@ class Iterates:
             )
         return z_BD
 
-    def moved(self, theta_D: Tensor) -> None:
+    def take_iterate(self, theta_D: Tensor) -> None:
         """Take `theta_D` as the next iterate."""
         self.theta_D = theta_D
         self._sum_D = self._sum_D + theta_D

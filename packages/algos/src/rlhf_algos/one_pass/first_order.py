@@ -46,12 +46,12 @@ class FirstOrder(Iterates):
 
     def step(self, z_BD: Tensor) -> None:
         """Take in pairs (B, D), chosen minus rejected, in one step on their mean loss."""
-        z_BD = self.checked(z_BD)
+        z_BD = self.check_pairs(z_BD)
         if not len(z_BD):
             return
         self._parameter_D.grad = gradient_sum(z_BD, self.theta_D) / len(z_BD)
         self._optimizer.step()
-        self.moved(self._parameter_D.detach().clone())
+        self.take_iterate(self._parameter_D.detach().clone())
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "optimizer": self._optimizer.state_dict()}

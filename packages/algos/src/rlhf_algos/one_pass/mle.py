@@ -76,7 +76,7 @@ class Mle(Iterates):
 
     def step(self, z_BD: Tensor) -> None:
         """Keep pairs (B, D), chosen minus rejected, and refit if it is time."""
-        self._parts.append(self.checked(z_BD))
+        self._parts.append(self.check_pairs(z_BD))
         self.batches += 1
         if self.batches % self.every == 0:
             self.fit()
@@ -96,7 +96,7 @@ class Mle(Iterates):
                 f"the fit of {len(z_TD)} pairs ended with a gradient of {norm:.1e}, above {self.tolerance:.0e}; "
                 "raise damping, or take solver newton"
             )
-        self.moved(theta_D)
+        self.take_iterate(theta_D)
 
     def _gradient(self, z_TD: Tensor, theta_D: Tensor) -> Tensor:
         self.gradients += len(z_TD)

@@ -58,7 +58,7 @@ class Omd(Iterates):
 
     def step(self, z_BD: Tensor) -> None:
         """Take in pairs (B, D), chosen minus rejected."""
-        z_BD = self.checked(z_BD)
+        z_BD = self.check_pairs(z_BD)
         if self.block:
             self._block(z_BD)
         else:
@@ -78,15 +78,15 @@ class Omd(Iterates):
             theta_D = project_by_inverse(theta_D, tilde_DD, self.radius)
         q = torch.sigmoid(z_D @ theta_D)
         self.curvature.add_one(u_D, float(q * (1 - q)), spread)
-        self.moved(theta_D)
+        self.take_iterate(theta_D)
 
     def _block(self, z_BD: Tensor) -> None:
         """All pairs by Woodbury: O(B D^2)."""
-        tilde = self.curvature.added(z_BD, self.eta * slopes(z_BD, self.theta_D))
+        tilde = self.curvature.plus(z_BD, self.eta * slopes(z_BD, self.theta_D))
         theta_D = self.theta_D - self.eta * tilde.solve(gradient_sum(z_BD, self.theta_D))
         theta_D = project_by_inverse(theta_D, tilde.inverse_DD, self.radius)
-        self.curvature = self.curvature.added(z_BD, slopes(z_BD, theta_D))
-        self.moved(theta_D)
+        self.curvature = self.curvature.plus(z_BD, slopes(z_BD, theta_D))
+        self.take_iterate(theta_D)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inverse_DD": self.curvature.inverse_DD}

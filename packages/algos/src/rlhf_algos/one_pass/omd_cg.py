@@ -61,7 +61,7 @@ class OmdCg(Iterates):
 
     def step(self, z_BD: Tensor) -> None:
         """Take in pairs (B, D), chosen minus rejected."""
-        z_BD = self.checked(z_BD)
+        z_BD = self.check_pairs(z_BD)
         for part_BD in (z_BD,) if self.block else z_BD.split(1):
             self._step(part_BD)
 
@@ -78,7 +78,7 @@ class OmdCg(Iterates):
         if self.radius and float(theta_D.norm()) > self.radius:
             theta_D = self._project(theta_D, z_BD, weights_B)
         self.curvature.add(z_BD, slopes(z_BD, theta_D))
-        self.moved(theta_D)
+        self.take_iterate(theta_D)
 
     def _project(self, theta_D: Tensor, z_BD: Tensor, weights_B: Tensor) -> Tensor:
         """The projection in the norm of Htil, whose shifted systems have one unknown a kept direction."""

@@ -116,14 +116,14 @@ class OmdMemoryless(Iterates):
 
     def step(self, z_BD: Tensor) -> None:
         """Take in pairs (B, D), chosen minus rejected, in one step on their mean loss."""
-        z_BD = self.checked(z_BD)
+        z_BD = self.check_pairs(z_BD)
         if not len(z_BD):
             return
         weights_B = slopes(z_BD, self.theta_D) / len(z_BD)
         g_D = gradient_sum(z_BD, self.theta_D) / len(z_BD)
         v_D = direction(self.how, lambda v: hessian_product(z_BD, weights_B, v), g_D, self.t + 1, self.total)
         self._last_BD = z_BD
-        self.moved(self.theta_D - self.eta * v_D)
+        self.take_iterate(self.theta_D - self.eta * v_D)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "total": self.total, "last_BD": self._last_BD}
