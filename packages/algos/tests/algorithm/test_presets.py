@@ -27,6 +27,8 @@ from rlhf_core.training.reduction import count, weighted_sum
 PROVIDERS = {"advantage": plugin.rlhf_advantage(), "loss": plugin.rlhf_loss(), "algorithm": plugin.rlhf_algorithm()}
 
 
+UNCERTAIN = ("delta_ucb", "drts", "max_uncertainty", "optimistic")
+"""Advantages that read a reward's uncertainty."""
 MODEL = "tiny:hidden=16,layers=1"
 REQUIRED = {"prm": {"placeholder": 0}}
 """Options without a default."""
@@ -44,7 +46,8 @@ def test_listing_and_showing_options_imports_no_torch():
 def test_every_advantage_keeps_its_contract(name):
     rollouts = tiny_rollouts()
     rollouts.labels = [i % 2 == 0 for i in range(len(rollouts))]
-    check_advantage(resolve("advantage", name), rollouts)
+    metrics = {"uncertainty": torch.linspace(0.1, 1, len(rollouts))} if name in UNCERTAIN else None
+    check_advantage(resolve("advantage", name), rollouts, metrics)
 
 
 @pytest.mark.parametrize("name", PROVIDERS["loss"])

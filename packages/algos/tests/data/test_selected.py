@@ -39,8 +39,34 @@ def test_a_pair_is_the_best_and_the_worst_and_equal_ones_are_none(tmp_path: Path
     path = scored(tmp_path)
     assert [row.completions for row in SelectedData(path, select="pairs")("train")] == [("a1", "a3"), ("d1", "d0")]
     assert [row.completions for row in SelectedData(path, select="pairs", min_gap=0.5)("train")] == [("a1", "a3")]
-    with pytest.raises(DataError, match="no prompt has two completions whose rewards differ by more than 4"):
+    with pytest.raises(DataError, match="two completions that make a pair by pairs, their rewards more than 4 apart"):
         SelectedData(path, select="pairs", min_gap=4.0)("train")
+
+
+@pytest.mark.parametrize(
+    ("selector", "pairs"),
+    [
+        ("best_worst", [("a1", "a3"), ("d1", "d0")]),
+        ("best_second", [("d1", "d0")]),
+        ("best_second keep_ties=True", [("a1", "a2"), ("b0", "b1"), ("d1", "d0")]),
+        ("best_quartile rank=3", [("a1", "a0")]),
+        ("max_random", [("a1", "a0"), ("d1", "d0")]),
+    ],
+)
+def test_a_pair_selector_chooses_in_a_file_as_among_samples(selector: str, pairs: list[Any], tmp_path: Path) -> None:
+    data = SelectedData(scored(tmp_path), select="pairs", selector=selector)
+    assert [row.completions for row in data("train")] == pairs
+
+
+def test_a_file_may_hold_the_uncertainty_of_each_reward(tmp_path: Path) -> None:
+    rows = [("x", 1.0, 0.1), ("y", 0.9, 0.1), ("z", 0.8, 2.0)]
+    lines = [json.dumps({"prompt": "p", "completion": c, "reward": r, "std": s}) for c, r, s in rows]
+    (tmp_path / "scored.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "scored.jsonl")
+    data = SelectedData(path, select="pairs", selector="optimistic", uncertainty_key="std")
+    assert [row.completions for row in data("train")] == [("x", "z")]
+    with pytest.raises(UsageError, match="OptimisticPairs needs the uncertainty"):
+        SelectedData(path, select="pairs", selector="optimistic")("train")
 
 
 def test_prompts_are_held_out_whole(tmp_path: Path) -> None:
@@ -66,6 +92,13 @@ def test_files_and_samples_are_chosen_from_alike(tmp_path: Path) -> None:
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="limit must be at least 0"):
         SelectedData("x", limit=-1)
+    for selector, message in (
+        ("rloo", "'rloo' chooses no pairs"),
+        ("best_wurst", "best_worst"),
+        ("drts x=1", "no option 'x'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            SelectedData("x", select="pairs", selector=selector).check()
     with pytest.raises(DataError, match=r"scored.jsonl:1: expected a column 'score'"):
         SelectedData(scored(tmp_path), reward_key="score")("train")
     with pytest.raises(DataError, match="expected one completion"):

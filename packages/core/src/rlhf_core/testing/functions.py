@@ -7,7 +7,8 @@ finite numbers, inputs left alone, and a loss whose values do not depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +133,12 @@ def _check_company(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_advantage(advantage: Advantage, rollouts: Rollouts | None = None) -> Credit:
+def check_advantage(
+    advantage: Advantage, rollouts: Rollouts | None = None, metrics: Mapping[str, Tensor] | None = None
+) -> Credit:
     """Finite float32 advantages of the mask's shape, zero outside it, without gradient; for equal rewards too.
 
-    Its `needs` must resolve; it gets plausible values of them.
+    Its `needs` must resolve; it gets plausible values of them. `metrics` are the reward's (N,), for one that reads them.
 
     Raises:
         AssertionError, ContractError, UsageError: it is not so.
@@ -146,7 +149,8 @@ def check_advantage(advantage: Advantage, rollouts: Rollouts | None = None) -> C
     batch = given.with_extras(**tiny_extras(_needs(advantage), given))
 
     def assign(engine: Any, equal: bool = False) -> Credit:
-        return _credit(advantage, engine, tiny_rewards(batch, equal=equal), batch)
+        rewards = replace(tiny_rewards(batch, equal=equal), metrics=metrics or {})
+        return _credit(advantage, engine, rewards, batch)
 
     def same(one: Credit, other: Credit) -> bool:
         return torch.equal(one.advantages_NT, other.advantages_NT)
