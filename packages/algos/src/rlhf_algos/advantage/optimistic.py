@@ -7,18 +7,16 @@ from dataclasses import dataclass
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.selection.candidates import Candidates
 from rlhf_algos.selection.selector import PairSelector
-from rlhf_core.lazy import torch
 
 __all__ = ["OptimisticPairs"]
 
 
 @dataclass(frozen=True)
 class OptimisticPairs(PairSelector):
-    """Selects a = argmax r, and a2 = argmax of r + 2 beta std(r - r_a) among the others (arXiv 2502.07193, eq. 6 and 7).
+    """Selects a = argmax r, and a2 = argmax of r + 2 beta std(r - r_a) (arXiv 2502.07193, eq. 6 and 7).
 
     The rule of the deployment setting: both completions are shown to a user, so that exploring costs little regret. Of equal
-    values the earlier completion is taken. The paper lets a2 be a itself where nothing else is promising; here the next best
-    one is taken, because a completion compared with itself teaches nothing.
+    values the earlier completion is taken. Where a2 is a itself, nothing is worth comparing, and there is no pair.
     """
 
     beta: float = 0.3
@@ -31,5 +29,5 @@ class OptimisticPairs(PairSelector):
     def choose(self, candidates: Candidates) -> tuple[int, int] | None:
         best = int(candidates.rewards_G.argmax())
         optimistic_G = candidates.rewards_G + 2 * self.beta * candidates.gap_std(self)[best]
-        optimistic_G[best] = -torch.inf
-        return best, int(optimistic_G.argmax())
+        second = int(optimistic_G.argmax())
+        return (best, second) if second != best else None

@@ -49,13 +49,15 @@ class Candidates:
         """Return the standard deviation of every difference of two rewards (G, G); zero on the diagonal."""
         covariance_GG = self.known_covariance(asker)
         variance_G = covariance_GG.diagonal()
-        return (variance_G[:, None] + variance_G[None, :] - 2 * covariance_GG).clamp(min=0).sqrt()
+        variance_GG: Tensor = variance_G[:, None] + variance_G[None, :] - 2 * covariance_GG
+        return variance_GG.clamp(min=0).sqrt()
 
     def draw(self, asker: object) -> Tensor:
         """Return one sample of the rewards' normal distribution (G,): Thompson sampling."""
         values_G, vectors_GG = torch.linalg.eigh(self.known_covariance(asker))
         noise_G = torch.randn(len(self), dtype=torch.float64, generator=self.generator)
-        return self.rewards_G + vectors_GG @ (values_G.clamp(min=0).sqrt() * noise_G)
+        drawn_G: Tensor = self.rewards_G + vectors_GG @ (values_G.clamp(min=0).sqrt() * noise_G)
+        return drawn_G
 
     def draw_other(self, taken: int) -> int:
         """Return a uniform choice among all candidates but `taken`; there are at least two."""
