@@ -12,9 +12,11 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[4] / "benchmarks"
 NAMES = sorted(
-    name
-    for path in (BENCHMARKS / "scaling_curves").glob("*.py")
-    for name in re.findall(r'^@curve\("(\w+)"', path.read_text("utf-8"), re.MULTILINE)
+    {
+        name
+        for path in (BENCHMARKS / "scaling_curves").glob("*.py")
+        for name in re.findall(r'^@curve\("(\w+)"', path.read_text("utf-8"), re.MULTILINE)
+    }
 )
 
 

@@ -3,6 +3,10 @@
 It draws a batch more whenever the loop takes one. If the sampler reacts to scores, its `lookahead` says how many are drawn
 ahead. An update waits until these are drawn, so that the order depends on no timing; a checkpoint holds their numbers.
 
+Ranks that share a batch agree in the loop on which rows are usable, since collective operations have one order: the thread
+then makes chunks of rows, which the loop puts together into batches. If rows depend on scores or on a reader's state, nothing
+can be drawn before that, and each rank prepares its share when the loop asks for it.
+
 The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
 goes wrong while reading ahead is raised when the loop gets to it. Rows that are left out or cut are counted in
 `data/dropped` and `data/truncated` and said once.
@@ -10,17 +14,19 @@ goes wrong while reading ahead is raised when the loop gets to it. Rows that are
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from queue import Queue
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
+from rlhf_core.data.read_ahead import Ahead, InPlace, ReadAhead
 from rlhf_core.data.shuffling import SHUFFLED
-from rlhf_core.data.stream import DrawnRows, Stream, is_indexed
+from rlhf_core.data.stream import Drawn, DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
+from rlhf_core.lazy import torch
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.messages import log
 
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.providers import Data
+    from rlhf_core.data.chunks import Chunk
     from rlhf_core.data.encoder import Encoder
 
 __all__ = ["Prefetcher"]
@@ -44,9 +51,7 @@ AHEAD = "ahead"
 class _Batch(NamedTuple):
     """A batch that waits for the loop."""
 
-    rows: DrawnRows
-    places: list[tuple[int, int]]
-    """number and uid of the rows of all ranks"""
+    drawn: Drawn
     position: dict[str, Any]
     """position of the data after it"""
 
@@ -70,16 +75,16 @@ class Prefetcher:
     ) -> None:
         self._stream, self._close, self._names, self._update = stream, close, names or OptionNames(), update
         self._state = stream.state_dict()
-        self._ready: Queue[_Batch | BaseException] = Queue()
         self._again: list[Mapping[str, Any]] = []
         """batches that a checkpoint had drawn ahead"""
-        self._lookahead = stream.sampler.lookahead if stream.sampler.reacts else DEPTH
-        self._due = 1 + self._lookahead
-        """batches to draw"""
-        self._drawn = 0
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        lookahead = stream.sampler.lookahead if stream.sampler.reacts else DEPTH
+        self._batches: Ahead[_Batch] = ReadAhead(self._draw, lookahead)
+        self._chunks: Ahead[Chunk] | None = None
+        if stream.ranks > 1 and stream.exact:
+            self._batches = InPlace(self._draw, lookahead if stream.sampler.reacts else 0)
+        elif stream.ranks > 1:
+            self._batches, self._chunks = InPlace(self._draw, 0), ReadAhead(stream.chunk, 1)
+            stream.pull = self._chunks.take
         self._reported: set[str] = set()
 
     @classmethod
@@ -108,24 +113,15 @@ class Prefetcher:
             readers=readers,
             sampler=config.providers.get("sampler", SHUFFLED),
             engine=sampler,
+            add_up=partial(_add_up, world),
         )
         return cls(stream, preparer.close, config.option_names, sampler.update if stream.sampler.reacts else None)
 
     def __next__(self) -> DrawnRows:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._read, name="data", daemon=True)
-            self._thread.start()
-        else:
-            with self._changed:
-                self._due += 1
-                self._changed.notify_all()
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again
-            raise item
-        self._state = item.position
+        batch = self._batches.take()
+        self._state = batch.position
         self._say()
-        return item.rows
+        return batch.drawn.rows
 
     @property
     def reacts(self) -> bool:
@@ -135,7 +131,7 @@ class Prefetcher:
     def update(self, row_N: Tensor, scores_N: Tensor) -> None:
         """Let the sampler take in what rows earned, after it has drawn what it may draw ahead."""
         assert self._update is not None, "the sampler does not react"
-        self._wait()
+        self._batches.wait()
         self._update(row_N, scores_N)
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,27 +140,25 @@ class Prefetcher:
 
     def with_ahead(self, position: Mapping[str, Any]) -> dict[str, Any]:
         """Return the position after the last batch taken together with the batches that a sampler that reacts drew ahead."""
-        if not self.reacts or self._thread is None:
+        if not self.reacts or not self._batches.started:
             return dict(position)
-        self._wait()
-        waiting = [each for each in list(self._ready.queue) if isinstance(each, _Batch)]
+        self._batches.wait()
         fields = {name for name, value in position.items() if isinstance(value, int)}
         ahead = [
-            {"places": each.places, "position": {name: each.position[name] for name in fields}} for each in waiting
+            {
+                "places": np.stack([each.drawn.number_B, each.drawn.uid_B], axis=1).tolist(),
+                "position": {name: each.position[name] for name in fields},
+            }
+            for each in self._batches.waiting()
         ]
         return {**position, AHEAD: ahead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position, before the first batch."""
-        assert self._thread is None, "batches are made ahead already"
+        assert not self._batches.started, "batches are made ahead already"
         self._again = list(state.get(AHEAD, ()))
         self._stream.load_state_dict(state)
         self._state = self._stream.state_dict()
-
-    def _wait(self) -> None:
-        """Wait until every batch that may be drawn is drawn, or one cannot be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._drawn >= self._due or self._closed)
 
     def metrics(self, position: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Return counts since the run began, up to `position`, or to the last batch taken where it is absent."""
@@ -176,30 +170,11 @@ class Prefetcher:
 
     def close(self) -> None:
         """End the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        self._batches.close()
+        if self._chunks is not None:
+            self._chunks.close()
         if self._close is not None:
             self._close()
-
-    def _read(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._drawn < self._due or self._closed)
-                if self._closed:
-                    return
-            try:
-                item: _Batch | BaseException = self._draw()
-            except BaseException as error:  # the loop's business
-                item = error
-            self._ready.put(item)
-            with self._changed:
-                self._drawn = (
-                    sys.maxsize if isinstance(item, BaseException) else self._drawn + 1
-                )  # nothing after an error
-                self._changed.notify_all()
 
     def _draw(self) -> _Batch:
         """The next batch: one that a checkpoint had drawn ahead, else a new one."""
@@ -209,8 +184,7 @@ class Prefetcher:
             self._stream.load_state_dict(again["position"])
         else:
             drawn = self._stream.draw()
-        places = [(row.example.row, row.uid) for row in drawn]
-        return _Batch(self._stream.share(drawn), places, self._stream.state_dict())
+        return _Batch(drawn, self._stream.state_dict())
 
     def _say(self) -> None:
         """Tell once that rows were left out, dropped or cut."""
@@ -222,6 +196,12 @@ class Prefetcher:
             ("data/dropped", f"rows {drawn} were dropped, being longer than {limits}"),
             ("data/truncated", f"rows {drawn} were truncated, being longer than {limits}"),
         ):
-            if counts[name] and name not in self._reported and self._stream.leads:
+            if counts[name] and name not in self._reported and self._stream.rank == 0:
                 self._reported.add(name)
                 log.info(self._names.render(f"{counts[name]:.0f} {what}; {name} counts them"))
+
+
+def _add_up(world: World, values: np.ndarray) -> np.ndarray:
+    """The sum of an array over ranks."""
+    total: np.ndarray = world.sum(torch.from_numpy(values)).numpy()
+    return total

@@ -1,11 +1,12 @@
 """An endless stream of batches over rows, the same for any number of ranks, that can be stopped and continued anywhere.
 
-A sampler gives the numbers of the rows; the usual one permutes them anew in every epoch, from (seed, epoch) alone. All
-ranks draw the same numbers and each takes its slice of every batch, so ranks change who reads a row and never when it is
-read. Batches are always full: one may begin in an epoch and end in the next. A source without a length (streaming) is read
-in its own order, or shuffled within a buffer by (seed, epoch); on resume it is read again up to the position, which makes
-the same buffer again. A reader with a state continues from that by itself, and is read row by row, so that its state
-belongs to the last row drawn. So are rows whose sampler reacts to scores.
+A sampler gives the numbers of the rows; the usual one permutes them anew in every epoch, from (seed, epoch) alone. All ranks
+draw the same numbers, each prepares its own rows of them, and they add up which rows are usable (`data.chunks`). So ranks
+change who reads a row and never which batch it is in. Batches are always full: one may begin in an epoch and end in the next.
+A source without a length (streaming) is read in its own order, or shuffled within a buffer by (seed, epoch); on resume it is
+read again up to the position, which makes the same buffer again. A reader with a state continues from that by itself, and no
+row is read that the batch at hand does not need, so that its state belongs to the last row drawn. The same holds for a sampler
+that reacts to scores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
+from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, Segment, assign_ranks
 from rlhf_core.data.render import LIMITS_ADVICE
 from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
@@ -26,16 +28,12 @@ from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["DrawnRows", "PreparedRow", "Stream", "is_indexed"]
+__all__ = ["Drawn", "DrawnRows", "Stream", "is_indexed"]
 
-
-class PreparedRow(NamedTuple):
-    """A row of data on its way into a batch."""
-
-    example: Example
-    uid: int
-    tokens: TokenizedRow | None
-    """the example tokenised, if rows are prepared"""
+BATCHES = 4
+"""Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
+POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
+"""What a position is made of."""
 
 
 class DrawnRows(NamedTuple):
@@ -48,6 +46,17 @@ class DrawnRows(NamedTuple):
     """the examples tokenised, by whoever prepared them"""
 
 
+class Drawn(NamedTuple):
+    """A batch of all ranks, as one rank has it."""
+
+    rows: DrawnRows
+    """this rank's slice"""
+    number_B: np.ndarray
+    """row numbers, int64, by rank"""
+    uid_B: np.ndarray
+    """uids, int64, by rank"""
+
+
 class Stream:
     """Yields this rank's share of each batch.
 
@@ -58,11 +67,12 @@ class Stream:
         rank: whose slice to give.
         world_size: how many ranks share a batch; divides `batch_size`.
         prepare: makes rows of examples (`Preparer`): None for those to be passed over, an error for those to stop at.
-        block: how many examples to prepare at a time, if that is more than a batch.
+        block: how many examples of this rank to prepare at a time, if that is more than its share of a batch.
         buffer: rows to shuffle a source without a length within; 0 keeps its order.
         readers: returns a copy of what readers with a state remember, by place; None if no reader has one.
         sampler: the provider that orders a sequence.
         engine: what it has opened; the provider itself if absent.
+        add_up: returns the sum over ranks of a float64 array; all ranks call it in the same order.
     """
 
     dropped: int
@@ -83,6 +93,7 @@ class Stream:
         readers: Callable[[], Mapping[str, Any]] | None = None,
         sampler: Sampler = SHUFFLED,
         engine: Callable[[int, int], Iterator[int]] | None = None,
+        add_up: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         if readers is not None and buffer:
             raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
@@ -99,100 +110,237 @@ class Stream:
         self.batch_size = batch_size
         self.sampler = sampler
         self.seed = seed
-        self.leads = rank == 0
-        share = batch_size // world_size
-        self._slice = slice(rank * share, (rank + 1) * share)
+        self.rank, self.ranks = rank, world_size
+        self.exact = readers is not None or sampler.reacts
+        """True if no row may be drawn that the batch at hand does not need"""
+        self.pull: Callable[[], Chunk] = self.chunk
+        """where the next chunk comes from; somebody may make chunks ahead"""
+        self._share = batch_size // world_size
         self._prepare = prepare
-        self._block = max(block, batch_size) if readers is None and not sampler.reacts else 1
+        self._chunk_batches = max(-(-block // self._share), BATCHES if world_size > 1 else 1)
         self._buffer = buffer
         self._readers = readers
         self._engine = engine or sampler
-        self._walk: Iterator[PreparedRow] | None = None
-        self._numbers: Iterator[int] | None = None
+        self._add_up = add_up
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Draw from the present position on."""
+        self._next = (self.epoch, self.row, self.first_uid)
+        self._numbers: Iterator[int] | None = None
+        self._reading: Iterator[tuple[int, Example]] | None = None
+        self._chunks = 0
+        self._missing = self.batch_size
+        self._pending: Chunk | None = None
+        self._at = 0
+        self._kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> DrawnRows:
-        return self.share(self.draw())
+        return self.draw().rows
 
-    def draw(self) -> list[PreparedRow]:
-        """Return the next rows of all ranks."""
-        if self._walk is None:
-            self._walk = self._rows()
-        return [next(self._walk) for _ in range(self.batch_size)]
+    # ------------------------------------------------------------------------------------------------------------------
+    # batches
 
-    def reread(self, places: Iterable[tuple[int, int]]) -> list[PreparedRow]:
-        """Return rows that were drawn before, by number and uid."""
-        examples = [self._example(number) for number, _ in places]
+    def draw(self) -> Drawn:
+        """Return the next batch. Where ranks share it, they all call this in the same order.
+
+        Raises:
+            DataError: a row is wrong; each rank raises it.
+            UsageError: there are no rows, or none that is usable.
+        """
+        parts: list[tuple[Chunk, np.ndarray]] = []
+        self._missing = self.batch_size
+        while self._missing:
+            chunk = self._present_chunk()
+            usable = (chunk.code_C[self._at :] == USABLE) | (chunk.code_C[self._at :] == CUT)
+            places = self._at + np.flatnonzero(usable)[: self._missing]
+            self._missing -= len(places)
+            self._pass(chunk, len(chunk) if self._missing else int(places[-1]) + 1)
+            parts.append((chunk, places))
+        order_B = assign_ranks(_join(parts, "owner_C"), self.ranks)
+        own = order_B[self.rank * self._share : (self.rank + 1) * self._share].tolist()
+        rows = [self._row_at(*_locate(parts, i)) for i in own]
+        return Drawn(self._join_rows(rows), _join(parts, "number_C")[order_B], _join(parts, "uid_C")[order_B])
+
+    def reread(self, places: Sequence[tuple[int, int]]) -> Drawn:
+        """Return a batch that was drawn before, by number and uid of its rows."""
+        number_B, uid_B = np.array(places, np.int64).reshape(-1, 2).T
+        own = slice(self.rank * self._share, (self.rank + 1) * self._share)
+        examples = [self._example(number) for number in number_B[own].tolist()]
         rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
-        return [PreparedRow(example, uid, row) for example, (_, uid), row in zip(examples, places, rows, strict=True)]
-
-    def share(self, drawn: Sequence[PreparedRow]) -> DrawnRows:
-        """Return this rank's rows of those that all ranks drew."""
-        mine = drawn[self._slice]
-        rows = [row.tokens for row in mine if row.tokens is not None] if self._prepare else None
-        return DrawnRows([row.example for row in mine], [row.uid for row in mine], rows)
+        prepared = list(map(PreparedRow, examples, uid_B[own].tolist(), rows))
+        return Drawn(self._join_rows(prepared), number_B, uid_B)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
-        position = {name: getattr(self, name) for name in ("epoch", "row", "first_uid", "dropped", "truncated")}
+        position = {name: getattr(self, name) for name in POSITION}
         return position if self._readers is None else position | {"readers": self._readers()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a position; seed and data must be those it came from. Readers have got their states before."""
-        for name in ("epoch", "row", "first_uid", "dropped", "truncated"):
+        for name in POSITION:
             setattr(self, name, state[name])
-        self._walk = self._numbers = None
+        self._begin()
 
-    def _rows(self) -> Iterator[PreparedRow]:
-        """Usable rows with their uids from the present position on, epoch after epoch."""
-        while True:
-            kept = self.row > 0  # an epoch that was entered before has been checked, or is being so
-            for number, example, row in self._prepare_blocks():
-                self.row += 1
-                if isinstance(row, DataError):
-                    raise row
-                if row is None and self._prepare is not None:
-                    self.dropped += 1
-                    continue
-                self.truncated += row is not None and row.cut
-                kept = True
-                yield PreparedRow(example, self.first_uid + (number if self.sampler.epochs else self.row - 1), row)
-            if not self.row:
-                again = f" when read again for epoch {self.epoch + 1}; give a sequence" if self.epoch else ""
-                raise UsageError(f"the data has no rows{again}")
-            if not kept:
-                raise UsageError(f"none of the {self.row} rows can be used: all are too long; {LIMITS_ADVICE}")
-            self.first_uid += self.row
-            self.epoch, self.row = self.epoch + 1, 0
+    def _present_chunk(self) -> Chunk:
+        """The chunk whose rows come next, with the codes of all ranks. Raises what ended it, if that comes next."""
+        while self._pending is None or self._at == len(self._pending):
+            if self._pending is not None and self._pending.failure is not None:
+                self._check_kept()
+                raise self._pending.failure
+            self._pending, self._at = self.pull(), 0
+            if self.ranks > 1 and self._prepare is not None:
+                assert self._add_up is not None, "ranks that share batches add up their codes"
+                self._pending.code_C = self._add_up(self._pending.code_C)
+        return self._pending
 
-    def _prepare_blocks(self) -> Iterator[tuple[int, Example, TokenizedRow | DataError | None]]:
-        """The rest of the present epoch, made ready a block at a time."""
-        if self._prepare is None:
-            yield from ((number, example, None) for number, example in self._epoch())
-            return
-        rest = self._epoch()
-        while block := list(islice(rest, self._block)):
-            rows = self._prepare([example for _, example in block])
-            yield from ((number, example, row) for (number, example), row in zip(block, rows, strict=True))
+    def _pass(self, chunk: Chunk, stop: int) -> None:
+        """Move the position behind the rows up to `stop`, and count those that are left out or cut."""
+        start = self._at
+        for failed in np.flatnonzero(chunk.code_C[start:stop] == FAILED)[:1].tolist():
+            self._at = start + failed  # for whoever asks again
+            raise self._failure_at(chunk, self._at)
+        for segment, rows, code_C in chunk.parts(start, stop):
+            if segment.epoch != self.epoch:
+                self._check_kept()
+                self._kept = False
+            self.epoch, self.row, self.first_uid = segment.epoch, segment.first_row + rows, segment.first_uid
+            self._kept |= bool((code_C != DROPPED).any())
+            self.dropped += int((code_C == DROPPED).sum())
+            self.truncated += int((code_C == CUT).sum())
+        self._at = stop
 
-    def _epoch(self) -> Iterator[tuple[int, Example]]:
-        """(row number, example) of the present epoch from the present position on."""
+    def _check_kept(self) -> None:
+        """Raise an error if the epoch that ends had rows and none was usable."""
+        if self.row and not self._kept:
+            raise UsageError(f"none of the {self.row} rows can be used: all are too long; {LIMITS_ADVICE}")
+
+    def _row_at(self, chunk: Chunk, place: int) -> PreparedRow:
+        """A usable row; prepared here and now if another rank owns it."""
+        row = chunk.prepared.get(place) or self._prepare_again(chunk, place)
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    def _failure_at(self, chunk: Chunk, place: int) -> Exception:
+        """The failure of a row, which is the same on every rank."""
+        row = chunk.prepared.get(place) or self._prepare_again(chunk, place)
+        if isinstance(row, Exception):
+            return row
+        return DataError(f"{row.example.origin}: the row cannot be read on rank {chunk.owner_C[place]}")
+
+    def _prepare_again(self, chunk: Chunk, place: int) -> PreparedRow | Exception:
+        """A row that another rank owns, or why it cannot be prepared."""
+        try:
+            example = self._example_in(*chunk.segment_at(place))
+            (tokens,) = [None] if self._prepare is None else self._prepare([example])
+        except Exception as error:
+            return error
+        if isinstance(tokens, DataError):
+            return tokens
+        return PreparedRow(example, int(chunk.uid_C[place]), tokens)
+
+    def _join_rows(self, rows: Sequence[PreparedRow]) -> DrawnRows:
+        tokens = [row.tokens for row in rows if row.tokens is not None] if self._prepare else None
+        return DrawnRows([row.example for row in rows], [row.uid for row in rows], tokens)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # chunks
+
+    def chunk(self) -> Chunk:
+        """Draw the next rows of all ranks, and prepare those that this rank owns."""
+        _, row, first_uid = self._next
+        begin, batches = first_uid + row, self._chunk_batches if self._chunks else 1
+        aligned = self.batch_size * batches - begin % self.batch_size
+        segments, failure = self._segments(self._missing if self.exact else aligned)
+        self._chunks += 1
+        place_C = begin + np.arange(sum(map(len, segments)))
+        uids = [each.first_uid + each.number_C for each in segments]
+        uid_C = np.concatenate(uids) if self.sampler.epochs and uids else place_C
+        owner_C = place_C % self.batch_size // self._share
+        chunk = Chunk(segments, uid_C, owner_C, np.full(len(place_C), float(self._prepare is None)), {}, failure)
+        self._prepare_own(chunk)
+        return chunk
+
+    def _prepare_own(self, chunk: Chunk) -> None:
+        """Fill in this rank's rows and codes."""
+        examples: dict[int, Example] = {}
+        for place in np.flatnonzero(chunk.owner_C == self.rank).tolist():
+            try:
+                examples[place] = self._example_in(*chunk.segment_at(place))
+            except Exception as error:  # raised when its turn comes, by every rank
+                chunk.prepared[place] = error
+        rows: Sequence[Any] = [None] * len(examples)
+        if self._prepare is not None:
+            try:
+                rows = self._prepare(list(examples.values()))
+            except Exception as error:
+                chunk.prepared.update(dict.fromkeys(examples, error))
+                examples = {}
+        for (place, example), row in zip(examples.items(), rows):
+            if isinstance(row, DataError):
+                chunk.prepared[place] = row
+            elif row is not None or self._prepare is None:
+                chunk.prepared[place] = PreparedRow(example, int(chunk.uid_C[place]), row)
+                chunk.code_C[place] = CUT if row is not None and row.cut else USABLE
+        for place, found in chunk.prepared.items():
+            if isinstance(found, Exception):
+                chunk.code_C[place] = FAILED
+
+    def _segments(self, rows: int) -> tuple[list[Segment], Exception | None]:
+        """The next rows, and what ended them before there were so many."""
+        segments: list[Segment] = []
+        while rows:
+            epoch, row, first_uid = self._next
+            number_C, examples, failure = self._read(rows)
+            if len(number_C):
+                segments.append(Segment(epoch, first_uid, row, number_C, examples))
+                rows -= len(number_C)
+                self._next = (epoch, row + len(number_C), first_uid)
+            elif failure is None and not row:
+                again = f" when read again for epoch {epoch + 1}; give a sequence" if epoch else ""
+                failure = UsageError(f"the data has no rows{again}")
+            elif failure is None:
+                self._next, self._reading = (epoch + 1, 0, first_uid + row), None
+            if failure is not None:
+                return segments, failure
+        return segments, None
+
+    def _read(self, most: int) -> tuple[np.ndarray, list[Example] | None, Exception | None]:
+        """Numbers of the next rows of the present epoch, those of a stream with the rows, and what went wrong after them."""
         if is_indexed(self.examples):
-            for _ in range(self.row, len(self.examples)):
-                number = self._next_number(len(self.examples))
-                yield number, self._example(number)
-            return
+            _, row, _ = self._next
+            number_C, failure = self._draw_numbers(len(self.examples), min(most, len(self.examples) - row))
+            return number_C, None, failure
+        numbers, examples = list[int](), list[Example]()
+        error: Exception | None = None
+        try:
+            self._reading = self._reading or self._read_in_order()
+            for number, example in islice(self._reading, most):
+                numbers.append(number)
+                examples.append(example)
+        except Exception as failed:
+            error = failed
+        return np.array(numbers, np.int64), examples, error
+
+    def _read_in_order(self) -> Iterator[tuple[int, Example]]:
+        """(row number, example) of the present epoch from the present position on."""
+        epoch, row, _ = self._next
         if self._readers is not None:
-            rows: Iterator[tuple[int, Example]] = enumerate(self.examples, self.row)
-        else:
-            rows = enumerate(self.examples)
-            if self._buffer:
-                rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, self.epoch]))
-            rows = islice(rows, self.row, None)
-        yield from ((number, replace(example, row=number)) for number, example in rows)
+            return enumerate(self.examples, row)
+        rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
+        if self._buffer:
+            rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, epoch]))
+        return islice(rows, row, None)
+
+    def _example_in(self, segment: Segment, place: int) -> Example:
+        """A row of a segment."""
+        number = int(segment.number_C[place])
+        return self._example(number) if segment.examples is None else replace(segment.examples[place], row=number)
 
     def _example(self, number: int) -> Example:
         """The row of this number, which it carries."""
@@ -200,28 +348,40 @@ class Stream:
         example: Example = examples[number]
         return replace(example, row=number)
 
-    def _next_number(self, rows: int) -> int:
-        """The next number that the sampler gives.
-
-        Raises:
-            ContractError: it gives none, or none of a row.
-        """
+    def _draw_numbers(self, rows: int, count: int) -> tuple[np.ndarray, Exception | None]:
+        """So many numbers that the sampler gives, and a ContractError after them if it gives none, or none of a row."""
         who = f"sampler {type(self.sampler).__qualname__} of {type(self.sampler).__module__}"
         if self._numbers is None:
-            drawn = 0 if self.sampler.reacts else self.first_uid + self.row  # one that reacts continues from its state
+            _, row, first_uid = self._next
+            drawn = 0 if self.sampler.reacts else first_uid + row  # one that reacts continues from its state
             self._numbers = islice(self._engine(rows, self.seed), drawn, None)
-        try:
-            number = next(self._numbers)
-        except StopIteration:
-            raise ContractError(f"{who} has no more rows; its iterator must be endless") from None
-        if not isinstance(number, (int, np.integer)) or not 0 <= number < rows:
-            raise ContractError(f"{who} gave {number!r}, which is no row number from 0 to {rows - 1}")
-        return int(number)
+        given: list[Any] = list(islice(self._numbers, count))
+        if not (set(map(type, given)) <= {int} and (not given or 0 <= min(given) <= max(given) < rows)):
+            for place, number in enumerate(given):
+                if not isinstance(number, (int, np.integer)) or not 0 <= number < rows:
+                    wrong = ContractError(f"{who} gave {number!r}, which is no row number from 0 to {rows - 1}")
+                    return np.array(given[:place], np.int64), wrong
+        short = ContractError(f"{who} has no more rows; its iterator must be endless") if len(given) < count else None
+        return np.array(given, np.int64), short
 
 
 def is_indexed(examples: Iterable[Example]) -> TypeGuard[Sequence[Example]]:
     """Return True if rows are read by number."""
     return isinstance(examples, Sequence) or (isinstance(examples, Sized) and hasattr(examples, "__getitem__"))
+
+
+def _join(parts: Sequence[tuple[Chunk, np.ndarray]], name: str) -> np.ndarray:
+    """A column of the chosen places of chunks."""
+    return np.concatenate([getattr(chunk, name)[places] for chunk, places in parts])
+
+
+def _locate(parts: Sequence[tuple[Chunk, np.ndarray]], i: int) -> tuple[Chunk, int]:
+    """The chunk and the place of the i-th of the chosen places."""
+    for chunk, places in parts:
+        if i < len(places):
+            return chunk, int(places[i])
+        i -= len(places)
+    raise IndexError(i)
 
 
 def _shuffle(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
