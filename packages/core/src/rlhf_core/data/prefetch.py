@@ -22,9 +22,9 @@ import numpy as np
 
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
-from rlhf_core.data.read_ahead import Ahead, InPlace, ReadAhead
+from rlhf_core.data.read_ahead import InPlace, ReadAhead, Supply
 from rlhf_core.data.shuffling import SHUFFLED
-from rlhf_core.data.stream import Drawn, DrawnRows, Stream, is_indexed
+from rlhf_core.data.stream import DrawnBatch, DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.option_text import OptionNames
@@ -51,7 +51,7 @@ AHEAD = "ahead"
 class _Batch(NamedTuple):
     """A batch that waits for the loop."""
 
-    drawn: Drawn
+    drawn: DrawnBatch
     position: dict[str, Any]
     """position of the data after it"""
 
@@ -78,8 +78,8 @@ class Prefetcher:
         self._again: list[Mapping[str, Any]] = []
         """batches that a checkpoint had drawn ahead"""
         lookahead = stream.sampler.lookahead if stream.sampler.reacts else DEPTH
-        self._batches: Ahead[_Batch] = ReadAhead(self._draw, lookahead)
-        self._chunks: Ahead[Chunk] | None = None
+        self._batches: Supply[_Batch] = ReadAhead(self._draw, lookahead)
+        self._chunks: Supply[Chunk] | None = None
         if stream.ranks > 1 and stream.exact:
             self._batches = InPlace(self._draw, lookahead if stream.sampler.reacts else 0)
         elif stream.ranks > 1:
@@ -140,7 +140,7 @@ class Prefetcher:
 
     def with_ahead(self, position: Mapping[str, Any]) -> dict[str, Any]:
         """Return the position after the last batch taken together with the batches that a sampler that reacts drew ahead."""
-        if not self.reacts or not self._batches.started:
+        if not self.reacts or not self._batches.is_started:
             return dict(position)
         self._batches.wait()
         fields = {name for name, value in position.items() if isinstance(value, int)}
@@ -155,7 +155,7 @@ class Prefetcher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position, before the first batch."""
-        assert not self._batches.started, "batches are made ahead already"
+        assert not self._batches.is_started, "batches are made ahead already"
         self._again = list(state.get(AHEAD, ()))
         self._stream.load_state_dict(state)
         self._state = self._stream.state_dict()

@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 from queue import Queue
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Ahead", "InPlace", "ReadAhead"]
+__all__ = ["InPlace", "ReadAhead", "Supply"]
 
 Thing = TypeVar("Thing")
 Made = TypeVar("Made", covariant=True)
 
 
-class Ahead(Protocol[Made]):
+class Supply(Protocol[Made]):
     """Things in order, some of them made before they are taken."""
 
     @property
-    def started(self) -> bool:
+    def is_started(self) -> bool:
         """True if something was asked for."""
         ...
 
@@ -57,7 +57,7 @@ class ReadAhead(Generic[Thing]):
         self._thread: threading.Thread | None = None
 
     @property
-    def started(self) -> bool:
+    def is_started(self) -> bool:
         return self._thread is not None
 
     def take(self) -> Thing:
@@ -118,14 +118,14 @@ class InPlace(Generic[Thing]):
         self._make, self._ahead = make, ahead
         self._made: deque[Thing] = deque()
         self._failure: Exception | None = None
-        self._started = False
+        self._is_started = False
 
     @property
-    def started(self) -> bool:
-        return self._started
+    def is_started(self) -> bool:
+        return self._is_started
 
     def take(self) -> Thing:
-        self._started = True
+        self._is_started = True
         while len(self._made) <= self._ahead and self._failure is None:
             try:
                 self._made.append(self._make())

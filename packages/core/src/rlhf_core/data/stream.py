@@ -28,7 +28,7 @@ from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["Drawn", "DrawnRows", "Stream", "is_indexed"]
+__all__ = ["DrawnBatch", "DrawnRows", "Stream", "is_indexed"]
 
 BATCHES = 4
 """Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
@@ -46,7 +46,7 @@ class DrawnRows(NamedTuple):
     """the examples tokenised, by whoever prepared them"""
 
 
-class Drawn(NamedTuple):
+class DrawnBatch(NamedTuple):
     """A batch of all ranks, as one rank has it."""
 
     rows: DrawnRows
@@ -145,7 +145,7 @@ class Stream:
     # ------------------------------------------------------------------------------------------------------------------
     # batches
 
-    def draw(self) -> Drawn:
+    def draw(self) -> DrawnBatch:
         """Return the next batch. Where ranks share it, they all call this in the same order.
 
         Raises:
@@ -164,16 +164,16 @@ class Stream:
         order_B = assign_ranks(_join(parts, "owner_C"), self.ranks)
         own = order_B[self.rank * self._share : (self.rank + 1) * self._share].tolist()
         rows = [self._row_at(*_locate(parts, i)) for i in own]
-        return Drawn(self._join_rows(rows), _join(parts, "number_C")[order_B], _join(parts, "uid_C")[order_B])
+        return DrawnBatch(self._join_rows(rows), _join(parts, "number_C")[order_B], _join(parts, "uid_C")[order_B])
 
-    def reread(self, places: Sequence[tuple[int, int]]) -> Drawn:
+    def reread(self, places: Sequence[tuple[int, int]]) -> DrawnBatch:
         """Return a batch that was drawn before, by number and uid of its rows."""
         number_B, uid_B = np.array(places, np.int64).reshape(-1, 2).T
         own = slice(self.rank * self._share, (self.rank + 1) * self._share)
         examples = [self._example(number) for number in number_B[own].tolist()]
         rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
         prepared = list(map(PreparedRow, examples, uid_B[own].tolist(), rows))
-        return Drawn(self._join_rows(prepared), number_B, uid_B)
+        return DrawnBatch(self._join_rows(prepared), number_B, uid_B)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: what the next batch begins with."""
