@@ -28,6 +28,8 @@ METRICS: Mapping[str, str] = {
     "<role>/value": "reward: mean value",
     "<role>/return": "reward: mean return, what values should be",
     "reward/kept": "reward: mean of the best completions, which are trained on",
+    "ask/labels": "pairs: labelled so far, those of all ranks",
+    "ask/score": "score: of the pairs that are asked, by what `ask` chooses by; mean over them",
     "pairs/share": "share 0..1: of prompts that give a pair to train on",
     "pairs/regret": "reward: of a prompt's best completion, minus the mean of the pair's two; mean over pairs",
     "bco/z": "nats a completion: mean log(pi / ref) over all batches so far, which BCO compares with",

@@ -24,6 +24,7 @@ __all__ = [
 @hookimpl
 def rlhf_advantage() -> Providers:
     return {
+        "ask": "rlhf_algos.advantage.ask:AskAdvantage",
         "batch_mean": "rlhf_algos.advantage.batch_mean:BatchMeanAdvantage",
         "best_of_n": "rlhf_algos.advantage.best_of_n:BestOfNAdvantage",
         "best_quartile": "rlhf_algos.advantage.best_quartile:BestQuartilePairs",
@@ -100,6 +101,7 @@ def rlhf_loss() -> Providers:
 @hookimpl
 def rlhf_algorithm() -> Providers:
     return {
+        "active_reward": "rlhf_algos.algorithm.active_reward:ActiveRewardModeling",
         "aot": "rlhf_algos.algorithm.aot:AOT",
         "bco_pair": "rlhf_algos.algorithm.bco_pair:BCOPair",
         "cdpo": "rlhf_algos.algorithm.cdpo:CDPO",
