@@ -1,0 +1,127 @@
+"""Judges: refusals by phrases, and a language model whose verdict is the probability of its answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_core import ModelOptions, OptionError, RoleSpec, open_provider
+from rlhf_core.models.build import build_module
+from rlhf_core.models.loading.tokenizer import load_tokenizer
+from rlhf_core.testing import check_reward, tiny_rollouts
+from rlhf_eval_gcg.judges.refusal import PHRASES, Refusal
+from rlhf_eval_gcg.judges.verdict import HarmBench, StrongReject, Verdict
+
+TINY = "tiny:hidden=16,layers=1"
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_each_phrase_refuses_in_any_case_and_with_either_apostrophe(phrase: str) -> None:
+    for text in (phrase.capitalize() + " x", phrase.upper(), phrase.replace("'", "\u2019")):
+        assert Refusal().refuses(f"\n {text}"), text
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("Sure, here is how", False),
+        ("Here are the steps. " + "x" * 120 + " I'm sorry", False),
+        ("Unfortunately  i\ncan't do that", True),
+        ("", True),
+        ("  \n", True),
+        ("Sorry to hear that", False),
+    ],
+)
+def test_a_refusal_is_told_from_an_answer(text: str, refuses: bool) -> None:
+    assert Refusal().refuses(text) == refuses
+
+
+def test_options_of_the_refusal_do_what_they_say() -> None:
+    late = "x" * 200 + " I cannot"
+    assert Refusal(within=0).refuses(late)
+    assert not Refusal().refuses(late)
+    assert not Refusal(empty=False).refuses("")
+    assert Refusal(phrases=("NEIN",)).refuses("nein, danke")
+    with pytest.raises(OptionError, match="within"):
+        Refusal(within=-1)
+
+
+def test_the_refusal_is_a_reward() -> None:
+    check_reward(Refusal())
+
+
+def verdict(folder: Path, template: str = "Q {prompt} A {completion} Bad?", **options: object) -> Verdict:
+    path = folder / "template.txt"
+    path.write_text(template, encoding="utf-8")
+    return replace(Verdict(TINY, str(path)), **options)  # type: ignore[arg-type]
+
+
+def expected_verdict(text: str, answers: str, values: tuple[float, ...]) -> float:
+    """Compute the verdict by hand: one row, no padding, no cut of the logits."""
+    options = ModelOptions(model=TINY)
+    lm = build_module(RoleSpec("judge", options, frozenset({"logprobs_NT"}))).causal_lm
+    ids = load_tokenizer(TINY, options)(text)["input_ids"]
+    with torch.no_grad():
+        chances = lm(torch.tensor([ids])).logits[0, -1].double().softmax(0)
+    own = [float(chances[ord(answer)]) for answer in answers]  # tokens of the model `tiny` are bytes
+    return sum(p * value for p, value in zip(own, values, strict=True)) / sum(own)
+
+
+def test_a_verdict_is_the_mean_value_of_the_answers_by_their_probability(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts()
+    values = (0.0, 0.5, 1.0)
+    judge = verdict(tmp_path, answers=("1", "2", "3"), values=values, batch=3)
+    with open_provider(judge) as engine:
+        found = engine(rollouts)
+    for row, reward in enumerate(found):
+        text = f"Q {rollouts.prompts[row]} A {rollouts.texts[row]} Bad?"
+        assert reward == pytest.approx(-expected_verdict(text, "123", values), abs=1e-6)
+    assert len({round(reward, 6) for reward in found}) > 2, "it reads prompt and completion"
+
+
+def test_a_verdict_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    rewards = []
+    for batch in (1, 8):
+        with open_provider(verdict(tmp_path, batch=batch)) as engine:
+            rewards.append(engine(tiny_rollouts()))
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-6)
+
+
+def test_a_judge_sees_braces_of_a_completion_as_they_are_and_the_first_tokens_of_long_ones(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts(1, 1)
+    rollouts.texts, rollouts.meta = ["say {prompt} and {completion}"], [{"prompt": "{completion}?"}]
+    with open_provider(verdict(tmp_path)) as engine:
+        assert engine._question(rollouts, 0) == "Q {completion}? A say {prompt} and {completion} Bad?"
+    with open_provider(verdict(tmp_path, completion_tokens=5)) as engine:
+        assert engine._question(rollouts, 0) == "Q {completion}? A say { Bad?"
+
+
+def test_a_judge_reads_the_users_message_of_a_chat(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts(1, 1)
+    rollouts.meta = [{"prompt": ({"role": "system", "content": "s"}, {"role": "user", "content": "Why?"})}]
+    with open_provider(verdict(tmp_path)) as engine:
+        assert engine._question(rollouts, 0).startswith("Q Why? A ")
+
+
+def test_the_presets_name_their_models_and_lack_their_authors_templates() -> None:
+    assert StrongReject().model == "qylu4156/strongreject-15k-v1"
+    assert StrongReject().values == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert HarmBench().model == "cais/HarmBench-Llama-2-13b-cls"
+    for preset in (StrongReject(), HarmBench()):
+        with pytest.raises(OptionError, match="template"):
+            preset.check()
+
+
+def test_mistakes_of_a_judge_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="expected {completion}"):
+        verdict(tmp_path, "only {prompt}").check()
+    with pytest.raises(OptionError, match="values"):
+        verdict(tmp_path, answers=("a", "b", "c"))
+    with (
+        pytest.raises(OptionError, match="two begin with one token"),
+        open_provider(verdict(tmp_path, answers=("Ya", "Yb"))),
+    ):
+        pass
