@@ -1,0 +1,151 @@
+"""Who attacks what: units of work, dealt over ranks, made in turn and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core import ModelOptions, OptionError, RoleSpec
+from rlhf_core.lazy import torch
+from rlhf_core.util.activity import report
+from rlhf_core.util.messages import progress
+from rlhf_eval_gcg.attack import AttackPrompt, attack
+from rlhf_eval_gcg.evaluation.store import Unit
+
+if TYPE_CHECKING:
+    from rlhf_core import RunView
+    from rlhf_eval_gcg.attack import Attack, AttackResult, Goal
+    from rlhf_eval_gcg.evaluation.store import AttackStore
+    from rlhf_eval_gcg.gcg import GCG
+
+__all__ = ["Attacker", "Models", "check_goals", "make_units"]
+
+Rewards = Callable[[list[str], list[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of an attack, all with one tokenizer."""
+
+    policy: Any
+    """the attacked causal language model"""
+    tokenizer: Any
+    more: tuple[Any, ...] = ()
+    """further models that a suffix is to work on"""
+    draft: Any = None
+    """the small model of schedule `probe`"""
+
+    @classmethod
+    def load(cls, role: Any, options: GCG) -> Models:
+        """Return the policy's model with those that the options name.
+
+        Raises:
+            OptionError: one of them has another tokenizer.
+        """
+        more = tuple(_load(name, role, "more_models") for name in options.more_models)
+        draft = _load(options.draft, role, "draft") if options.draft else None
+        return cls(role.causal_lm, role.tokenizer, more, draft)
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """Makes this rank's attacks.
+
+    Args:
+        models: what is attacked, and what helps.
+        options: of the attack.
+        store: what was attacked before, and what will be.
+        rewards: of answers, for objective `reward`.
+    """
+
+    models: Models
+    options: Attack
+    store: AttackStore
+    rewards: Rewards | None = None
+
+    def make(self, units: Sequence[Unit], run: RunView) -> list[tuple[Unit, list[AttackResult]]]:
+        """Attack this rank's share of `units`, and return all ranks' results in the order of units; collective."""
+        rank, size = run.world.rank, run.world.size
+        mine, rounds = units[rank::size], len(units[::size])
+        made: list[tuple[Unit, list[AttackResult]]] = []
+        for k in range(rounds):
+            report("attacking", k, rounds)
+            if k < len(mine):
+                made.append((mine[k], self._results(mine[k])))
+                if run.leader:
+                    progress.info(_line(k, rounds, *made[-1]))
+            run.world.barrier()  # no rank waits longer than one attack lasts
+        found = {unit.key: results for part in run.world.gather(made) for unit, results in part}
+        return [(unit, found[unit.key]) for unit in units]
+
+    def _results(self, unit: Unit) -> list[AttackResult]:
+        known = self.store.get(unit)
+        if known is not None:
+            return known
+        results = attack(
+            self.models.policy,
+            self.models.tokenizer,
+            unit.goals,
+            self.options,
+            seed=unit.draw,
+            state_file=self.store.state_file(unit),
+            progress=lambda at: report("attacking", at.step, at.steps),
+            draft=self.models.draft,
+            rewards=self.rewards,
+            more_models=self.models.more,
+        )
+        self.store.put(unit, results)
+        return results
+
+
+def make_units(goals: Sequence[Goal], seeds: Sequence[int], transfer: bool) -> list[Unit]:
+    """Return the attacks of an evaluation: one per seed and goal, or per seed where one suffix is for all goals."""
+    if transfer:
+        return [Unit(tuple(goals), seed) for seed in seeds]
+    return [Unit((goal,), seed) for seed in seeds for goal in goals]
+
+
+def check_goals(goals: Sequence[Goal], tokenizer: Any, options: Attack) -> None:
+    """Place every goal in its chat, so that what is wrong with one is raised before the first is attacked.
+
+    Raises:
+        UsageError, DataError: as `AttackPrompt.build`.
+    """
+    for goal in goals:
+        AttackPrompt.build(goal, tokenizer, options)
+
+
+@contextmanager
+def reading(model: Any, dtype: Any) -> Iterator[None]:
+    """Let `model` be in evaluation mode and compute in `dtype`, with gradients; put it back at the end."""
+    device, training = next(model.parameters()).device.type, model.training
+    with torch.enable_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+
+def _load(name: str, role: Any, field: str) -> Any:
+    """Return a frozen causal language model on the policy's device.
+
+    Raises:
+        UsageError: there is no such model.
+        OptionError: its tokenizer is not the policy's.
+    """
+    from rlhf_core.models.build import build_module
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+    options = ModelOptions(model=name)
+    if load_tokenizer(name, options).get_vocab() != role.tokenizer.get_vocab():
+        raise OptionError(field, f"{name}: its tokenizer is not the policy's; name a model of the same family")
+    module = build_module(RoleSpec("attacked", options, frozenset({"logprobs_NT"})))
+    return module.causal_lm.to(next(role.causal_lm.parameters()).device)
+
+
+def _line(k: int, rounds: int, unit: Unit, results: Sequence[AttackResult]) -> str:
+    losses = ", ".join(f"{result.initial_loss:.3f} to {result.loss:.3f}" for result in results[:1])
+    return f"attack {k + 1}/{rounds}  seed {unit.seed}  steps {results[0].steps}  loss {losses}"

@@ -1,0 +1,201 @@
+"""One evaluation by attacks: attack, answer, judge, write, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core import OptionError, UsageError, option, options_under, run_option, to_reward_output
+from rlhf_core.evaluator.heldout_samples import policy
+from rlhf_core.util.messages import log
+from rlhf_eval_gcg.analysis.success import success
+from rlhf_eval_gcg.evaluation.answers import CLEAN, ask
+from rlhf_eval_gcg.evaluation.attackers import Attacker, Models, check_goals, make_units, reading
+from rlhf_eval_gcg.evaluation.files import write_answers, write_prompts, write_settings
+from rlhf_eval_gcg.evaluation.questions import attacked_question, clean_question
+from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, model_digest
+from rlhf_eval_gcg.judges.refusal import Refusal
+from rlhf_eval_gcg.judges.verdict import Verdict
+
+if TYPE_CHECKING:
+    from rlhf_core import OpenContext, RewardOutput, Rollouts, RunView
+    from rlhf_eval_gcg.attack import AttackResult, Goal
+    from rlhf_eval_gcg.gcg import GCG
+
+__all__ = ["GCGEngine"]
+
+Attacks = Sequence[tuple[Unit, Sequence["AttackResult"]]]
+
+
+class GCGEngine:
+    """An evaluator with its judge.
+
+    Args:
+        options: the evaluator.
+        context: of opening it.
+
+    Raises:
+        UsageError: the policy is in another process.
+    """
+
+    def __init__(self, options: GCG, context: OpenContext) -> None:
+        self.options = options
+        config = context.plan.config if context.plan is not None else None
+        if config is not None and not config.providers["launcher"].one_process:
+            raise UsageError(
+                "evaluator gcg needs the policy's gradients, in this process: pass "
+                f"{run_option('launcher', 'local')}, or attack OUTPUT/model afterwards with rlhf-run eval"
+            )
+        if config is not None and config.providers.get("environment") is not None:
+            raise UsageError(f"evaluator gcg asks one question at a time; leave out {run_option('environment')}")
+        self._provider = options.make_judge()
+        if self._provider is None and (config is None or config.providers.get("reward") is None):
+            self._provider = Refusal()
+        self._judge: Any = None
+        if self._provider is not None:
+            with options_under("judge"):
+                self._judge = context.open(self._provider, "judge")
+
+    def close(self) -> None:
+        """Nothing to do: the run closes the judge."""
+
+    def __call__(self, run: RunView) -> dict[str, float]:
+        """Attack, let the policy answer, judge the answers and keep them; return the metrics of `eval/gcg/`."""
+        options = self.options
+        if options.end_only and run.plan.trained_roles and run.step < run.config.steps:
+            return {}
+        name = policy(run, "gcg")
+        goals = options.read()
+        folder = run.output / "gcg" / f"step-{run.step}"
+        attacks, fingerprint = self._attack(run, run.roles[name], goals, folder)
+        answers = self._answers(run, name, goals, attacks)
+        if run.leader:
+            settings = {**self._settings(run, name), "fingerprint": fingerprint}
+            write_settings(folder, settings)
+            write_answers(folder, [{"step": run.step, **row} for row in answers])
+            if options.export:
+                write_prompts(Path(options.export), attacks, options)
+        return self._metrics(attacks, answers)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _attack(self, run: RunView, role: Any, goals: Sequence[Goal], folder: Path) -> tuple[Attacks, str]:
+        """Return all attacks, those of an earlier try included, and the fingerprint of what they follow from."""
+        search = self.options.search_options()
+        check_goals(goals, role.tokenizer, search)
+        if search.objective == "reward" and self._judge is None and self._run_judge(run).needs:
+            raise OptionError("objective", f"reward needs a judge that reads no roles; choose one by {option('judge')}")
+        with role.gathered(), reading(role.causal_lm, role.module.compute_dtype):
+            models = Models.load(role, self.options)
+            digest = model_digest([models.policy, *models.more, *([models.draft] if models.draft else [])])
+            store = AttackStore(folder, search, digest)
+            if run.leader and not store.check_same(bool(run.plan.trained_roles)):
+                log.warning(f"{folder} holds attacks on other weights or with other options; they are made anew")
+            rewards = (
+                (lambda prompts, answers: self._rewards(run, prompts, answers))
+                if search.objective == "reward"
+                else None
+            )
+            attacker = Attacker(models, search, store, rewards)
+            attacks = attacker.make(make_units(goals, self.options.seeds, search.transfer), run)
+            if run.leader:
+                store.finish(attacks, run.step)
+        return attacks, store.fingerprint
+
+    def _answers(self, run: RunView, name: str, goals: Sequence[Goal], attacks: Attacks) -> list[dict[str, Any]]:
+        """Return a row per answer of all ranks, without a suffix first, then by seed, goal and number."""
+        options, tokenizer = self.options, run.roles[name].tokenizer
+        clean = [clean_question(k, goal, tokenizer, options.search_options()) for k, goal in enumerate(goals)]
+        pairs = {CLEAN: [(each, each) for each in clean]}
+        numbers = {goal: k for k, goal in enumerate(goals)}
+        for unit, results in attacks:
+            for result in results:
+                k = numbers[result.goal]
+                asked = attacked_question(k, unit.seed, result, tokenizer, options.search_options())
+                pairs.setdefault(unit.seed, []).append((asked, asked if options.judge_suffix else clean[k]))
+        rows: list[dict[str, Any]] = []
+        for several in pairs.values():
+            mine = several[run.world.rank :: run.world.size]
+            found = ask(run, name, mine, several[0], options.n, options.batch, lambda each: self._score(run, each))
+            rows += [row for part in run.world.gather(found) for row in part]
+        rows.sort(key=lambda row: (row["attacked"], row["seed"] or 0, row["goal"], row["k"]))
+        return [{**row, "goal_text": goals[row["goal"]].goal} for row in rows]
+
+    def _score(self, run: RunView, rollouts: Rollouts) -> RewardOutput:
+        if self._judge is None:
+            return run.reward_of(rollouts)
+        with options_under("judge"):
+            return to_reward_output(self._judge(rollouts), rollouts, self._provider)
+
+    def _rewards(self, run: RunView, prompts: list[str], answers: list[str]) -> list[float]:
+        """Return the judge's rewards of answers given as text; an answer that it abstains from counts as the mean."""
+        from rlhf_core.cli.score import make_rollouts
+
+        rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, answers, strict=True)]
+        output = self._score(run, make_rollouts(rows))
+        known = output.total_N[output.answered_N]
+        mean = float(known.mean()) if len(known) else 0.0
+        values, answered = output.total_N.tolist(), output.answered_N.tolist()
+        return [value if told else mean for value, told in zip(values, answered, strict=True)]
+
+    def _run_judge(self, run: RunView) -> Any:
+        return run.config.providers["reward"]
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold of the metrics; None where none was chosen and the judge has no usual one."""
+        if self.options.threshold is None and isinstance(self._provider, Refusal | Verdict):
+            return self._provider.bad_below
+        return self.options.threshold
+
+    def _settings(self, run: RunView, name: str) -> dict[str, Any]:
+        """Return what the rows follow from, as plain values."""
+        options, sampling = self.options, asdict(run.config.sampling)
+        sampling |= {"n": options.n}
+        del sampling["seed"], sampling["replay"]
+        judge = options.judge or ("refusal" if self._provider is not None else run.config.names.get("reward", ""))
+        goals = options.goals if isinstance(options.goals, str) else "a list"
+        return {
+            "model": run.plan.roles[name].options.model,
+            "step": run.step,
+            "seed": run.config.seed,
+            "goals": goals,
+            "rows": options.rows,
+            "seeds": list(options.seeds),
+            "attack": asdict(options.search_options()),
+            "sampling": sampling,
+            "judge": judge,
+            "judge_suffix": options.judge_suffix,
+            "threshold": self.threshold,
+        }
+
+    def _metrics(self, attacks: Attacks, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Return the metrics of `eval/gcg/`."""
+        results = [result for _, some in attacks for result in some]
+        metrics = {
+            "gcg/loss": _mean([result.loss for result in results]),
+            "gcg/loss_start": _mean([result.initial_loss for result in results]),
+            "gcg/matched": _mean([float(result.matched) for result in results]),
+            "gcg/steps": _mean([float(result.steps) for result in results]),
+            "gcg/flops": _mean([result.flops[-1] for result in results if result.flops]),
+            "gcg/attacks": float(len(results)),
+        }
+        for prefix, attacked in (("", True), ("clean_", False)):
+            rows = [row for row in answers if row["attacked"] == attacked]
+            judged = [row["reward"] for row in rows if row["reward"] is not None]
+            if judged:
+                metrics[f"gcg/{prefix}reward"] = _mean(judged)
+            found = success(rows, self.threshold) if self.threshold is not None else None
+            if found is None:
+                continue
+            for name, estimate in (("success", found.mean), ("success_any", found.any)):
+                metrics[f"gcg/{prefix}{name}"] = estimate.value
+                if attacked:
+                    metrics |= {f"gcg/{name}_low": estimate.low, f"gcg/{name}_high": estimate.high}
+        return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
