@@ -147,6 +147,36 @@ def test_the_frontier_is_read_from_tables_with_thresholds_applied_now(sweep):
     assert [float(row["attack"]) for row in (a, b)] == [pytest.approx(0.1), pytest.approx(0.2)]
 
 
+def test_the_frontier_of_attacks_counts_those_with_one_bad_answer(sweep, capsys):
+    """Two goals and two attack seeds: one attack of method a has an answer below the threshold, three of method b have."""
+    assert main(["frontier", str(sweep), "--gcg", "--formats"]) == 2
+    assert "write them with --evaluator gcg" in capsys.readouterr().err
+    for method, count in (("a", 1), ("b", 3)):
+        for seed, step in product(range(3), (5, 10)):
+            folder = sweep.parent / "out" / f"{method}-seed{seed}" / "gcg" / f"step-{step}"
+            folder.mkdir(parents=True)
+            bad = [(0, 0), (0, 1), (1, 1)][:count] if step == 10 else []
+            rows = [
+                {
+                    "goal": goal,
+                    "seed": number,
+                    "attacked": True,
+                    "reward": -6.0 if (goal, number) in bad and k == 1 else -5.0,
+                }
+                for goal, number, k in product(range(2), range(2), range(3))
+            ]
+            rows += [{"goal": 0, "seed": None, "attacked": False, "reward": -9.0}]
+            rows += [{"goal": 1, "seed": 0, "attacked": True, "reward": None}]
+            (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["frontier", str(sweep), "--gcg", "--formats", "svg"]) == 0
+    a, b = table("frontier.csv")
+    assert [float(row["attack"]) for row in (a, b)] == [0.25, 0.75]
+    assert [float(row["return"]) for row in (a, b)] == [1.0, 2.0]
+    assert "attacks with a reward" in Path("frontier.svg").read_text()
+    assert main(["frontier", str(sweep), "--gcg", "--threshold", "-7", "--formats"]) == 0
+    assert [float(row["attack"]) for row in table("frontier.csv")] == [0.0, 0.0]
+
+
 def test_what_is_missing_is_said_in_one_line(sweep, capsys):
     assert main(["curves", str(sweep), "--metrics", "nothing"]) == 2
     assert "no run of" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""The report of saved evaluations: tables at any threshold, methods over seeds, and the figure's curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_core import DataError, OptionError, UsageError
+from rlhf_core.cli.app import main
+from rlhf_eval_gcg.analysis.drawing import loss_by_flops, success_by_threshold
+from rlhf_eval_gcg.analysis.read import group_evaluations, read_evaluations
+from rlhf_eval_gcg.analysis.report import report_rows
+
+
+def leave(
+    folder: Path, bad: list[int], n: int = 4, step: int = 0, threshold: float | None = 0.5, loss: float = 1.0
+) -> Path:
+    """Write an evaluation in which so many of n answers to each attacked goal are bad, and none to clean ones."""
+    path = folder / "gcg" / f"step-{step}"
+    path.mkdir(parents=True)
+    attacks = [
+        {"seed": 0, "goal": f"g{goal}", "losses": [3.0, loss], "flops": [1e6, 2e6], "loss": loss, "initial_loss": 4.0,
+         "matched": False}
+        for goal in range(len(bad))
+    ]  # fmt: skip
+    answers: list[dict[str, Any]] = []
+    for goal, count in enumerate(bad):
+        answers += [{"goal": goal, "seed": None, "attacked": False, "reward": 1.0} for _ in range(n)]
+        answers += [{"goal": goal, "seed": 0, "attacked": True, "reward": float(k >= count)} for k in range(n)]
+    for name, rows in (("attacks.jsonl", attacks), ("answers.jsonl", answers)):
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (path / "settings.json").write_text(json.dumps({"threshold": threshold}), encoding="utf-8")
+    return folder
+
+
+def test_a_table_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = leave(tmp_path / "before", [4, 2, 0]), leave(tmp_path / "after", [1, 0, 0], loss=2.0)
+    stem = tmp_path / "tables" / "report"
+    assert main(["gcg-report", str(before), "--compare", str(after), "--output", str(stem), "--formats"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| model | step | threshold | loss at start | loss |")
+    assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == ["before", "after"]
+    with stem.with_suffix(".csv").open(encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["attacked"]) == pytest.approx(0.5)
+    assert float(first["attacked_any"]) == pytest.approx(2 / 3)
+    assert float(second["attacked"]) == pytest.approx(1 / 12)
+    assert float(second["difference"]) == pytest.approx(1 / 12 - 0.5)
+    assert (float(first["loss"]), float(second["loss"])) == (1.0, 2.0)
+    assert float(first["clean_any"]) == 0.0
+
+
+def test_runs_that_differ_in_their_seed_are_one_method(tmp_path: Path) -> None:
+    folders = [leave(tmp_path / f"rloo-seed{k}", [k, 0]) for k in range(3)]
+    groups = group_evaluations(each for folder in folders for each in read_evaluations(folder))
+    assert [(group.name, len(group.evaluations)) for group in groups] == [("rloo", 3)]
+    (row,) = report_rows(groups, ())
+    assert (row["runs"], row["seeds"], row["goals"]) == (3, 3, 2)
+    assert row["attacked"].value == pytest.approx((0 + 1 + 2) / 4 / 6)
+
+
+def test_any_threshold_and_any_k_afterwards(tmp_path: Path) -> None:
+    groups = group_evaluations(read_evaluations(leave(tmp_path / "run", [2, 2], threshold=None)))
+    assert [row["attacked"].value for row in report_rows(groups, (-1.0, 0.5, 2.0))] == [0.0, 0.5, 1.0]
+    assert report_rows(groups, (0.5,), k=2)[0]["attacked_any"].value == pytest.approx(1 - 1 / 6)
+    with pytest.raises(UsageError, match="pass --thresholds"):
+        report_rows(groups, ())
+    with pytest.raises(OptionError, match="k must be at most"):
+        report_rows(groups, (0.5,), k=5)
+
+
+def test_the_last_step_or_all(tmp_path: Path) -> None:
+    for step in (0, 5, 10):
+        leave(tmp_path / "run", [step % 4], step=step)
+    assert [each.step for each in read_evaluations(tmp_path / "run")] == [10]
+    assert [each.step for each in read_evaluations(tmp_path / "run", "all")] == [0, 5, 10]
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no finished evaluation by gcg"):
+        read_evaluations(tmp_path)
+    folder = leave(tmp_path / "run", [1])
+    path = folder / "gcg/step-0/answers.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + "{half", encoding="utf-8")
+    with pytest.raises(DataError, match=r"answers.jsonl:9: expected one JSON object"):
+        read_evaluations(folder)
+    path.write_text('{"goal": 0}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="answers.jsonl:1: expected seed, attacked, reward"):
+        read_evaluations(folder)
+    (folder / "gcg/step-0/settings.json").unlink()
+    with pytest.raises(DataError, match=r"settings.json: No such file"):
+        read_evaluations(folder)
+
+
+def test_loss_by_operations_is_the_lowest_so_far() -> None:
+    attacks = [
+        {"losses": [3.0, 5.0, 1.0], "flops": [10.0, 20.0, 30.0], "initial_loss": 4.0, "matched": False},
+        {"losses": [2.0], "flops": [10.0], "initial_loss": 9.0, "matched": True},
+    ]
+    grid_K, loss_K = loss_by_flops(attacks)
+    assert (grid_K[0], grid_K[-1]) == (pytest.approx(10.0), pytest.approx(30.0))
+    assert loss_K[0] == pytest.approx((3 + 2) / 2)
+    assert loss_K[np.searchsorted(grid_K, 21.0)] == pytest.approx((3 + 2) / 2), (
+        "a worse step is no loss of the best suffix"
+    )
+    assert loss_K[-1] == pytest.approx((1 + 2) / 2), "an attack that reached its target keeps its loss"
+
+
+def test_success_by_threshold_is_a_distribution_function(tmp_path: Path) -> None:
+    groups = group_evaluations(read_evaluations(leave(tmp_path / "run", [1, 3])))
+    thresholds_K, rate_K = success_by_threshold(groups, groups[0].answers(True))
+    assert (rate_K[0], rate_K[-1]) == (0.0, 1.0)
+    assert rate_K[np.searchsorted(thresholds_K, 0.5)] == pytest.approx(0.5)
+
+
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    before, after = leave(tmp_path / "before", [4, 2]), leave(tmp_path / "after", [1, 0])
+    stem = tmp_path / "report"
+    assert main(["gcg-report", str(before), "--compare", str(after), "--output", str(stem)]) == 0
+    svg = stem.with_suffix(".svg").read_text(encoding="utf-8")
+    assert "before, no suffix" in svg
