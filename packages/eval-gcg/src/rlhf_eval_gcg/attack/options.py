@@ -84,7 +84,7 @@ class Attack:
     """independent suffixes per goal, attacked in one batch; the best one counts"""
     transfer: bool = False
     """search one suffix for all goals (and all models) together; the loss is the mean over them"""
-    samples: int = 8
+    reward_samples: int = 8
     """answers sampled per step by objective `reward`"""
     sample_tokens: int = 32
     """most tokens of an answer sampled by objective `reward`"""
@@ -92,10 +92,13 @@ class Attack:
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "search_width", "topk", "n_replace", "batch_tokens", "restarts", "sample_tokens")
         at_least(0, self, "max_flops", "buffer", "momentum", "cw_margin")
-        at_least(2, self, "samples")
         finite(self, "mellowmax_alpha", "cw_margin", "momentum")
         if not self.mellowmax_alpha > 0:
             raise OptionError("mellowmax_alpha", f"must be above 0, not {self.mellowmax_alpha}")
+        if self.reward_samples < 2:
+            raise OptionError(
+                "reward_samples", f"must be at least 2, whose mean is the baseline, not {self.reward_samples}"
+            )
         if self.momentum >= 1:
             raise OptionError("momentum", f"must be below 1, not {self.momentum}")
         if self.schedule not in SCHEDULES and ":" not in self.schedule:

@@ -17,8 +17,8 @@ from rlhf_eval_gcg.evaluation.store import Unit
 if TYPE_CHECKING:
     from rlhf_core import RunView
     from rlhf_eval_gcg.attack import Attack, AttackResult, Goal
+    from rlhf_eval_gcg.evaluation.options import GCGOptions
     from rlhf_eval_gcg.evaluation.store import AttackStore
-    from rlhf_eval_gcg.gcg import GCG
 
 __all__ = ["Attacker", "Models", "check_goals", "make_units"]
 
@@ -38,7 +38,7 @@ class Models:
     """the small model of schedule `probe`"""
 
     @classmethod
-    def load(cls, role: Any, options: GCG) -> Models:
+    def load(cls, role: Any, options: GCGOptions) -> Models:
         """Return the policy's model with those that the options name.
 
         Raises:

@@ -22,7 +22,7 @@ from rlhf_eval_gcg.judges.verdict import Verdict
 if TYPE_CHECKING:
     from rlhf_core import OpenContext, RewardOutput, Rollouts, RunView
     from rlhf_eval_gcg.attack import AttackResult, Goal
-    from rlhf_eval_gcg.gcg import GCG
+    from rlhf_eval_gcg.evaluation.options import GCGOptions
 
 __all__ = ["GCGEngine"]
 
@@ -40,7 +40,7 @@ class GCGEngine:
         UsageError: the policy is in another process.
     """
 
-    def __init__(self, options: GCG, context: OpenContext) -> None:
+    def __init__(self, options: GCGOptions, context: OpenContext) -> None:
         self.options = options
         config = context.plan.config if context.plan is not None else None
         if config is not None and not config.providers["launcher"].one_process:
