@@ -90,8 +90,12 @@ def group_evaluations(evaluations: Iterable[Evaluation]) -> list[Group]:
 def _read(folder: Path, step: int, path: Path) -> Evaluation:
     try:
         settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / SETTINGS}: {getattr(error, 'strerror', None) or 'expected a JSON object'}") from None
+    except OSError as error:
+        raise DataError(f"{path / SETTINGS}: {error.strerror or error}") from None
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path / SETTINGS}: expected a JSON object")
     attacks, answers = read_lines(path / ATTACKS), read_lines(path / ANSWERS)
     for file, rows, keys in ((ATTACKS, attacks, ATTACK_KEYS), (ANSWERS, answers, ANSWER_KEYS)):
         for number, row in enumerate(rows, start=1):

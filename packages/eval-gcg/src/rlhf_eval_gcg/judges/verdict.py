@@ -73,8 +73,10 @@ class Verdict(Reward):
         """
         try:
             text = read_text(Path(self.template))
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError("template", f"{self.template}: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise OptionError("template", f"{self.template}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise OptionError("template", f"{self.template}: expected UTF-8 text ({error.reason})") from None
         for name in FILLED:
             if name not in text:
                 raise OptionError("template", f"{self.template}: expected {name}, which stands for a text")
