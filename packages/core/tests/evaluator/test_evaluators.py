@@ -147,6 +147,22 @@ def test_a_win_is_a_higher_reward_on_the_same_prompt_and_a_tie_counts_half(tmp_p
     assert metrics["win_rate/reward_reference"] == pytest.approx(11 / 6)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [(1e-6, 0.75), (1e-2, 0.5)])
+def test_rewards_that_differ_by_rounding_are_a_tie(precision: float, expected: float) -> None:
+    """Margins of 5e-7 and 5e-3 of rewards near 2: the first is rounding in float32, both are in bfloat16."""
+    from rlhf_core.evaluator.win_rate import WinRate
+
+    rewards = {"actor": [2.0000005, 2.005], "reference": [2.0, 2.0]}
+    sides = {name: tiny_rollouts(2, 1).with_extras(uids_N=torch.tensor([0, 1])) for name in rewards}
+    for name, batch in sides.items():
+        batch.extras["rewards_N"] = torch.tensor(rewards[name])
+    run = run_with(None, reward_of=lambda batch: RewardOutput(batch["rewards_N"], precision=precision))
+    run.heldout = lambda most: [None] * 2
+    evaluator = WinRate()
+    object.__setattr__(evaluator, "_sample", lambda run, name, rows, uids: sides[name])
+    assert evaluator(run)["win_rate"] == expected
+
+
 def test_the_eval_command_compares_two_models_of_different_families(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

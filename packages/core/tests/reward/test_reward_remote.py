@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ import torch
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.errors import UsageError
 from rlhf_core.reward.http import Replicas
-from rlhf_core.reward.judge import Judge
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.reward.remote import Remote
 
@@ -297,61 +295,6 @@ def test_64_clients_get_each_reward_once_while_replicas_are_killed_until_all_are
             assert line.startswith("url: no server answered in 2 tries: ")
             assert all(f"{url}: " in line for _, url in replicas)
             assert "\n" not in line
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# judge
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def graded(body: dict[str, Any]) -> tuple[int, Any]:
-    """A judge that likes long answers, up to ten."""
-    answer = body["messages"][0]["content"].split("<answer>\n")[1].split("\n</answer>")[0]
-    content = "I will not." if answer == "???" else f"Out of 10 I give {min(len(answer), 10)}"
-    return 200, {"choices": [{"message": {"content": content}}]}
-
-
-def test_a_judges_grades_are_mapped_to_0_and_1_and_asked_once(serving: Any, tmp_path: Path) -> None:
-    server = serving(graded)
-    judge = Judge((server.url,), "m", cache_file=str(tmp_path / "grades.jsonl"))
-    assert judge(rollouts("a", "a" * 10, "abcd", "a")).rewards_N.tolist() == pytest.approx([0, 1, 1 / 3, 0])
-    assert judge(rollouts("abcd")).rewards_N.tolist() == pytest.approx([1 / 3])
-    assert len(server.asked) == 3
-    assert server.asked[0]["model"] == "m"
-    again = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=2)  # another run with the same file
-    assert again(rollouts("a")).rewards_N.tolist() == [0]
-    assert len(server.asked) == 3
-    with Path(judge.cache_file).open("a") as file:
-        file.write('{"key": "half of a l')  # a run was killed here
-    third = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=3)
-    assert third(rollouts("a", "ab")).rewards_N.tolist() == pytest.approx([0, 1 / 9])
-    fourth = Judge((server.url,), "m", cache_file=judge.cache_file, parallel=4)
-    assert fourth(rollouts("ab")).rewards_N.tolist() == pytest.approx([1 / 9])
-    assert len(server.asked) == 4
-
-
-def test_a_judge_that_gives_no_grade_stops_the_run_or_falls_back(serving: Any) -> None:
-    url = (serving(graded).url,)
-    with pytest.raises(UsageError, match=r"no grade from 1 to 10 in 'I will not\.'"):
-        Judge(url, "m")(rollouts("???"))
-    output = Judge(url, "m", fallback=0.25)(rollouts("???", "abcd"))
-    assert output.rewards_N.tolist() == pytest.approx([0.25, 1 / 3])
-    assert output.metrics["ungraded"].tolist() == [1, 0]
-
-
-def test_what_a_completion_says_does_not_reach_the_template(serving: Any) -> None:
-    server = serving(graded)
-    Judge((server.url,), "m")(rollouts("{label} {prompt}"))
-    assert "<answer>\n{label} {prompt}\n</answer>" in server.asked[0]["messages"][0]["content"]
-
-
-def test_an_endpoint_of_another_kind_is_named(serving: Any) -> None:
-    with pytest.raises(UsageError, match="expected an OpenAI chat completion, not"):
-        Judge((serving(lengths_of_nothing).url,), "m")(rollouts("a"))
-
-
-def lengths_of_nothing(_: dict[str, Any]) -> tuple[int, Any]:
-    return 200, {"rewards": []}
 
 
 def test_replicas_need_an_address() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.evaluator.heldout_samples import by_datasource, mean_and_error, policy
 from rlhf_core.lazy import torch
+from rlhf_core.training.rounding import prefer_chosen
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example, Rollouts
@@ -35,7 +36,10 @@ class WinRate(Evaluator):
     """placed and sampled because of it"""
 
     def __call__(self, run: RunView) -> dict[str, float]:
-        """`win_rate` (a tie counts half), its standard error over prompts `…_se`, `…/<datasource>`, and both mean rewards."""
+        """`win_rate`, its standard error over prompts `…_se`, `…/<datasource>`, and both mean rewards.
+
+        A tie, within the precision of the rewards, counts half.
+        """
         rows = run.heldout(self.prompts)
         mine = list(range(run.world.rank, len(rows), run.world.size))
         sides = [self._sample(run, name, [rows[i] for i in mine], mine) for name in (policy(run, "win_rate"), OPPONENT)]
@@ -49,7 +53,7 @@ class WinRate(Evaluator):
         answered_Pn = torch.stack([each.answered_N.view(-1, self.n) for each in rewards]).all(0)
         some_P = answered_Pn.any(1)
         own_Pn, other_Pn = (each.total_N.view(-1, self.n) for each in rewards)
-        wins_Pn = (own_Pn > other_Pn).double() + 0.5 * (own_Pn == other_Pn)
+        wins_Pn = prefer_chosen(own_Pn, other_Pn, max(each.precision for each in rewards)).double()
         means = [
             ((each_Pn * answered_Pn).sum(1) / answered_Pn.sum(1))[some_P].tolist()
             for each_Pn in (wins_Pn, own_Pn, other_Pn)

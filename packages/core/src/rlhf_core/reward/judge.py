@@ -1,7 +1,8 @@
 """`--reward judge`: a language model grades completions, at any endpoint that speaks OpenAI's chat format.
 
-The grade is the last number in the judge's answer, mapped from its scale to 0..1. Answers are kept for the length of the
-run, and in a file if one is named: the same prompt and completion are never paid for twice.
+The grade is the last number in the judge's answer, mapped from its scale to 0..1; "7/10" and "7 out of 10" are 7. An answer
+without a grade abstains, as a reward that is None does: no number stands for "I cannot say". Answers are kept for the length of
+the run, and in a file if one is named: the same prompt and completion are never paid for twice.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
 from rlhf_core.contract.providers import Reward
+from rlhf_core.contract.ranges import finite
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.data.chats import format_dialogue
 from rlhf_core.data.images import has_images
-from rlhf_core.errors import OptionError, UsageError, run_option
+from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.reward.http import Replicas
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Judge"]
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SCALE = re.compile(r"(?<=\d)\s*(?:/|out of)\s*(\d+(?:\.\d+)?)", re.IGNORECASE)
+"""The scale that a judge repeats after its grade."""
 INSTRUCTION = (
     "Grade how helpful, correct and clear the answer to the prompt is, from {low} to {high}.\n\n"
     "<prompt>\n{prompt}\n</prompt>\n\n<answer>\n{completion}\n</answer>\n\n"
@@ -59,13 +64,18 @@ class Judge(Reward):
     cache_file: str = ""
     """file that keeps grades from run to run, one JSON object a line"""
     fallback: float | None = None
-    """reward where the judge's answer has no grade, counted in reward/ungraded; without it they stop the run"""
+    """reward where the judge's answer has no grade, counted in reward/ungraded; without it the reward abstains there"""
     timeout: float = 180.0
     """seconds for one whole answer"""
     tries: int = 5
     """how often all endpoints may fail one question before the run stops"""
     parallel: int = 16
     """questions under way at a time"""
+
+    def __post_init__(self) -> None:
+        finite(self, "low", "high")
+        if not self.low < self.high:
+            raise OptionError("high", f"must be above {option('low')} {self.low:g}, not {self.high:g}")
 
     def open(self, context: OpenContext) -> JudgeEngine:
         """Look at the addresses and the token, and read the file."""
@@ -88,7 +98,8 @@ class Judge(Reward):
 
     def grade(self, reply: str) -> float | None:
         """Return the grade in a reply, in 0..1; None if there is none."""
-        numbers = NUMBER.findall(reply)
+        bare = SCALE.sub(lambda found: "" if float(found[1]) == self.high else found[0], reply)
+        numbers = NUMBER.findall(bare)
         grade = float(numbers[-1]) if numbers else None
         return (
             None if grade is None or not self.low <= grade <= self.high else (grade - self.low) / (self.high - self.low)
@@ -107,6 +118,7 @@ class JudgeEngine:
         self._model, self._file = judge.model, judge.cache_file
         self._replicas = Replicas(judge.url, reveal(judge.token), judge.timeout, judge.tries)
         self._lock = threading.Lock()
+        self._warned = False
         self._known: dict[str, str] = {}
         if self._file and Path(self._file).is_file():
             self._known = dict(_read_replies(Path(self._file)))
@@ -118,13 +130,17 @@ class JudgeEngine:
             list(threads.map(self.reply, dict.fromkeys(questions)))
         replies = [self.reply(question) for question in questions]
         found = [judge.grade(reply) for reply in replies]
-        if judge.fallback is None and None in found:
-            raise UsageError(
-                f"reward judge: no grade from {judge.low:g} to {judge.high:g} in {replies[found.index(None)][:200]!r}"
-            )
+        if None in found and not self._warned:
+            self._warned = True
+            happens = "the reward abstains" if judge.fallback is None else f"the reward is {judge.fallback:g}"
+            reply = replies[found.index(None)][:200]
+            log.warning(f"the judge gave no grade from {judge.low:g} to {judge.high:g}: {reply!r}; there, {happens}")
+        ungraded_N = torch.tensor([grade is None for grade in found])
+        otherwise = judge.fallback or 0.0
         return RewardOutput(
-            rewards_N=torch.tensor([judge.fallback if grade is None else grade for grade in found]),
-            metrics={"ungraded": torch.tensor([float(grade is None) for grade in found])},
+            rewards_N=torch.tensor([otherwise if grade is None else grade for grade in found]),
+            metrics={} if judge.fallback is None else {"ungraded": ungraded_N.float()},
+            abstained_N=ungraded_N if judge.fallback is None else None,
         )
 
     def close(self) -> None:

@@ -49,8 +49,11 @@ def level_groups(values_N: Tensor, group_N: Tensor, precision: float = PRECISION
     return torch.where(equal_groups(values_N, group_N, precision), mean_P[index_N].to(values_N.dtype), values_N)
 
 
-def prefer_chosen(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Return 1 where the chosen side is higher, 0 where the rejected side is, 0.5 for ties within rounding; (P,)."""
+def prefer_chosen(chosen_P: Tensor, rejected_P: Tensor, precision: float = TIE) -> Tensor:
+    """Return 1 where the chosen side is higher, 0 where the rejected side is, 0.5 for ties within rounding; (P,) or any shape.
+
+    A tie is a margin of at most `precision * max(1, |larger side|)`.
+    """
     margin_P = (chosen_P - rejected_P).detach()
-    tie_P = margin_P.abs() <= TIE * torch.maximum(chosen_P.abs(), rejected_P.abs()).detach().clamp(min=1.0)
+    tie_P = margin_P.abs() <= precision * torch.maximum(chosen_P.abs(), rejected_P.abs()).detach().clamp(min=1.0)
     return torch.where(tie_P, 0.5, (margin_P > 0).float())
