@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from rlhf_core.contract.batch import Prompts, Rollouts
+from rlhf_core.contract.kept_sets import replays
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.rollout.hf import HuggingFaceRollout
+from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
@@ -64,7 +66,7 @@ ENDS = [258, *range(1, 256, 6)]
 """End tokens of these models: EOS and further ones, so that random models end now and then."""
 
 
-def make_role(folder: Path, architecture: str, config: dict[str, Any], **options: Any) -> LocalRole:
+def make_role(folder: Path, architecture: str, config: dict[str, Any], tokens: int = 300, **options: Any) -> LocalRole:
     """A role that trains a random model of this architecture, loaded from a folder."""
     import transformers
 
@@ -74,7 +76,7 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], **options
     model = getattr(transformers, f"{architecture}{'LMHeadModel' if architecture == 'GPT2' else 'ForCausalLM'}")(made)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
-    byte_tokenizer(300).save_pretrained(folder)
+    byte_tokenizer(tokens).save_pretrained(folder)
     plan = tiny_run("unused", model=str(folder), sampling=replace(GREEDY, temperature=1.0), **options).plan
     return LocalRole(replace(plan, roles={"actor": replace(plan.roles["actor"], ends=tuple(ENDS))}), "actor")
 
@@ -100,6 +102,35 @@ def test_every_tensor_reaches_the_engine(
         train(role, rollout(role, prompts, replace(GREEDY, n=2, temperature=1.0)))
         rollout.sync(role)
         agree(rollout, role, prompts)
+    finally:
+        rollout.close()
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(
+    tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+) -> None:
+    """A quarter of the head is padding, as likely as the rest. Free sampling draws it; a run's does not, cut or not, and the
+    trainer replays the sets without it."""
+    role = make_role(tmp_path, "Llama", {**COMMON, "vocab_size": 340, "tie_word_embeddings": False}, tokens=260)
+    tokens = max(role.tokenizer.get_vocab().values()) + 1
+    assert tokens < 300
+    prompts = make_prompts(role, ["Hello", "What is it?"])
+    randomise(role, seed=0, std=0.1)
+    rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=64))
+    every = Sampling(n=32, max_new_tokens=4, temperature=1.0)
+    try:
+        rollout(role, prompts, every)
+        free = rollout.engines["actor"].sample(prompts, every, whole_head=True)
+        assert int(free.tokens_NT.max()) >= tokens
+        for cut in ({}, {"temperature": 0.0}, {"top_p": 0.7}, {"top_p": 0.7, "min_p": 0.3}, {"top_k": 20}):
+            sampling = replace(every, **cut)  # type: ignore[arg-type]
+            sampled = rollout(role, prompts, sampling)
+            assert int(sampled.tokens_NT.max()) < tokens, cut
+            if not replays(sampling):
+                continue
+            replayed = with_kept_sets(sampled, sampling, VLLM(), role.tokenizer)
+            found_NT = role.infer(replayed, frozenset({"logprobs_NT"}))["logprobs_NT"]
+            torch.testing.assert_close(found_NT, sampled["sampler_logprobs_NT"], rtol=0, atol=1e-4)
     finally:
         rollout.close()
 

@@ -14,9 +14,11 @@ import torch
 
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
+from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError
 from rlhf_core.models.heads.warp import warp
 from rlhf_core.rollout.hf import HuggingFaceRollout
+from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.testing import check_rollout
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
@@ -114,6 +116,27 @@ def test_under_top_k_the_kept_sets_are_those_that_were_sampled_from(
     replayed_NT = role.infer(rollouts, LOGPROBS)["logprobs_NT"]
     torch.testing.assert_close(rollouts["sampler_logprobs_NT"], replayed_NT, rtol=0, atol=1e-4)
     assert 0 < rollouts.scalars["kept_mass"] < 1
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 12}, {"top_k": 200}])
+def test_min_p_is_taken_before_top_p_and_the_trainer_replays_that_order(
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, cut: dict[str, int]
+) -> None:
+    """By vLLM's own sets under a small top-k, and by the rules without them; in core's order the sets are others."""
+    sampling = replace(SAMPLED, top_p=0.6, min_p=0.2, **cut)
+    rollouts = engine(role, prompts, sampling)
+    assert bool(rollouts.kept_sets) == (cut == {"top_k": 12})
+
+    def largest_error(provider: Rollout) -> float:
+        replayed = with_kept_sets(replace(rollouts, kept_sets=[]), sampling, provider, role.tokenizer)
+        found_NT = role.infer(replayed, LOGPROBS)["logprobs_NT"]
+        return float((found_NT - rollouts["sampler_logprobs_NT"])[rollouts.mask_NT].abs().max())
+
+    assert largest_error(VLLM()) < 1e-4
+    assert largest_error(HuggingFaceRollout()) > 0.05
+    if rollouts.kept_sets:
+        replayed_NT = role.infer(rollouts, LOGPROBS)["logprobs_NT"]
+        torch.testing.assert_close(rollouts["sampler_logprobs_NT"], replayed_NT, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 200}, {"top_k": 5, "replay": "off"}])

@@ -87,11 +87,10 @@ def train(model: str, output: Path, rollout: Any, steps: int = 3, **options: Any
     config = make_config(
         "grpo",
         model=model,
-        **GRPO,
         rollout=rollout,
         steps=steps,
         output=str(output),
-        **{"actor": {"optim": {"lr": 1e-2}}, **options},
+        **{**GRPO, "actor": {"optim": {"lr": 1e-2}}, **options},
     )
     Run(config).train()
     return curve(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -17,6 +18,8 @@ from typing import Any
 
 import http_servers as servers
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_core import OptionError, RlhfError, Run, RunStopped, Sampling, make_config, open_provider
 from rlhf_core.testing import check_light, check_rollout
@@ -27,6 +30,20 @@ from rlhf_rollout_http.server import EngineServer, end_when_idle
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return servers.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def padded(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model with a head of 400 rows, of which its tokenizer has the first ones."""
+    folder = tmp_path_factory.mktemp("padded")
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    plain.resize_token_embeddings(400, mean_resizing=False)
+    torch.nn.init.normal_(plain.get_input_embeddings().weight, 0.0, 0.1, torch.Generator().manual_seed(0))
+    plain.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert max(tokenizer.get_vocab().values()) < 300
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -104,6 +121,38 @@ def test_temperature_and_truncation_are_those_of_the_engine_hf(
     for name in ("sampler_logprobs_NT", "sampler_log_mass_NT"):
         if name in expected:
             assert found[name].tolist() == [pytest.approx(row, abs=1e-4) for row in expected[name].tolist()]
+
+
+@pytest.mark.parametrize("rule", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 300, "temperature": 1.5}])
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(rule: dict[str, Any], padded: str, tmp_path: Path) -> None:
+    """A quarter of the head is padding, and as likely as the rest: tokens are those of the engine hf, whose trainer agrees."""
+    sampling = {"n": 16, "max_new_tokens": 5, **rule}
+    with servers.up(EngineServer(padded)) as server:
+        found, expected = (
+            servers.train(padded, tmp_path / name, rollout, steps=1, sampling=sampling, reward="length")
+            for name, rollout in (("http", at(server)), ("hf", "hf"))
+        )
+    assert found[0]["reward/mean"] == pytest.approx(expected[0]["reward/mean"], abs=1e-6)
+    assert found[0]["completion/length"] == expected[0]["completion/length"]
+    if rule.get("temperature") != 0:
+        assert found[0]["actor/mismatch"] < 1e-4
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("http", "hf")]
+    assert [json.loads(line)["completion"] for line in samples[0].splitlines()] == [
+        json.loads(line)["completion"] for line in samples[1].splitlines()
+    ]
+
+
+def test_a_token_that_the_tokenizer_lacks_ends_the_run(padded: str, tmp_path: Path) -> None:
+    """By a server that does not know which those are."""
+
+    class Careless(EngineServer):
+        def answer(self, method: str, path: str, query: Any, body: bytes) -> dict[str, Any]:
+            asked = json.dumps({**json.loads(body), "lacking": []}).encode() if path.endswith("/sample") else body
+            return super().answer(method, path, query, asked)
+
+    with servers.up(Careless(padded)) as server:
+        line = message(padded, tmp_path, server)
+    assert re.search(r"sent token 3\d\d in completion \d+, which the tokenizer does not have", line)
 
 
 def test_a_resumed_run_equals_a_straight_one(server: EngineServer, model: str, tmp_path: Path) -> None:

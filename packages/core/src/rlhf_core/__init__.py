@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     )
     from rlhf_core.models.inputs.arrange import arrange_inputs
     from rlhf_core.models.loading.end_tokens import end_ids
+    from rlhf_core.models.loading.limits import lacking_ids
     from rlhf_core.models.module import RoleModule
     from rlhf_core.observer.tracker import Tracker
     from rlhf_core.plugins.registry import Registry
@@ -180,6 +181,7 @@ __all__ = [
     "assemble",
     "end_ids",
     "hookimpl",
+    "lacking_ids",
     "load_optimizer",
     "lr_factor",
     "make_config",
@@ -222,6 +224,7 @@ _HOMES = {
     ),
     "models.inputs.arrange": "arrange_inputs",
     "models.loading.end_tokens": "end_ids",
+    "models.loading.limits": "lacking_ids",
     "models.module": "RoleModule",
     "observer.tracker": "Tracker",
     "plugins.registry": "Registry",

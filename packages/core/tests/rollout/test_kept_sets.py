@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,33 @@ import torch
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.kept_sets import KeptSets, Truncation, truncates
 from rlhf_core.contract.options import Sampling
+from rlhf_core.errors import ContractError
 from rlhf_core.models.heads.kept_tokens import KeptTokens, arrange_kept, kept_logprobs
 from rlhf_core.models.heads.warp import warp
+from rlhf_core.rollout.fake import FakeRollout
 from rlhf_core.rollout.kept_sets import KeptSetsRecorder, with_kept_sets
 from rlhf_core.testing import tiny_run
 from rlhf_core.testing.batches import make_batch
 
 V = 1000
+
+
+@dataclass(eq=False)
+class Words:
+    """A tokenizer that has these tokens."""
+
+    ids: dict[str, int]
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+
+class MinPFirst(FakeRollout):
+    """An engine of vLLM's order."""
+
+    min_p_first = True
+
+
 CUTS = [{"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.3}, {"top_p": 0.9, "top_k": 7, "min_p": 0.01}]
 
 
@@ -45,7 +65,8 @@ def masks(sets: list[KeptSets], lengths: list[int], at_once: int) -> torch.Tenso
     tokens = arrange_kept(replace(make_batch(lengths), kept_sets=list(sets)))
     assert isinstance(tokens, KeptTokens)
     M = sum(lengths)
-    return torch.cat([tokens.mask(slice(i, min(i + at_once, M)), V) for i in range(0, M, at_once)])
+    cuts = [slice(i, min(i + at_once, M)) for i in range(0, M, at_once)]
+    return torch.cat([tokens.mask(cut, torch.zeros(cut.stop - cut.start, V)) for cut in cuts])
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 100])
@@ -75,26 +96,92 @@ def test_log_probabilities_over_a_kept_set_are_those_of_the_distribution_that_wa
         sampling: Any = cut
         warped = warp(logits, **sampling)
         targets = warped.logprobs_NV.argmax(-1)
-        for rules in (
-            Truncation(**sampling),
-            arrange_kept(replace(make_batch([6]), kept_sets=recorded(warped.kept_NV[None], [6]))),
-        ):
-            assert rules is not None
-            found = kept_logprobs(logits, targets, rules, slice(0, 6))
+        for sets in ([Truncation(**sampling)], recorded(warped.kept_NV[None], [6])):
+            found = over_kept(logits, targets, sets, [6])
             torch.testing.assert_close(found.float(), warped.logprobs_NV.amax(-1), atol=1e-6, rtol=0)
     outside = logits.argmin(-1)
-    assert kept_logprobs(logits, outside, Truncation(top_k=2), slice(0, 6)).isfinite().all()
+    assert over_kept(logits, outside, [Truncation(top_k=2)], [6]).isfinite().all()
 
 
 def test_what_is_cut_and_who_says_how() -> None:
     assert [truncates(Sampling(**each)) for each in ({}, *CUTS)] == [False, *[True] * len(CUTS)]  # type: ignore[arg-type]
     assert not truncates(Sampling(temperature=0.0, top_p=0.5))
     batch: Rollouts = make_batch([2, 1])
-    assert with_kept_sets(batch, Sampling()).kept_sets == []
-    assert with_kept_sets(batch, Sampling(top_k=3, replay="off")).kept_sets == []
-    assert with_kept_sets(batch, Sampling(top_k=3)).kept_sets == [Truncation(top_k=3)] * 2
     own: Any = [KeptSets.whole(2), KeptSets.whole(1)]
-    assert with_kept_sets(replace(batch, kept_sets=own), Sampling(top_k=3)).kept_sets == own
+    given = replace(batch, kept_sets=own)
+    for sampling in (Sampling(), Sampling(top_k=3, replay="off")):
+        for each in (batch, given):
+            assert completed(each, sampling).kept_sets == [], "no replay, whatever the engine gave"
+    assert (
+        completed(batch, Sampling(top_k=3), tokenizer=Words({"a": 0, "c": 2, "e": 4})).kept_sets
+        == [Truncation(top_k=3, tokens=5, holes=(1, 3))] * 2
+    )
+    (first, _) = completed(batch, Sampling(top_p=0.5), engine=MinPFirst()).kept_sets
+    assert isinstance(first, Truncation) and first.min_p_first
+    assert completed(given, Sampling(top_k=3)).kept_sets == own
+
+
+@pytest.mark.parametrize("lengths", [[2], [2, 1, 1], [1, 2], [2, 2]])
+def test_an_engine_whose_sets_do_not_fit_its_completions_is_named(lengths: list[int]) -> None:
+    sets: Any = [KeptSets.whole(length) for length in lengths]
+    with pytest.raises(ContractError, match=r"^rollout FakeRollout returned kept sets of \d tokens in \d comp"):
+        completed(replace(make_batch([2, 1]), kept_sets=sets), Sampling(top_k=3))
+
+
+def completed(batch: Rollouts, sampling: Sampling, engine: Any = None, tokenizer: Any = None) -> Rollouts:
+    """The completions with kept sets or rules, of a model with three tokens."""
+    return with_kept_sets(batch, sampling, engine or FakeRollout(), tokenizer or Words({"a": 0, "b": 1, "c": 2}))
+
+
+def test_rows_of_several_engines_are_each_cut_as_they_were_sampled() -> None:
+    """Sets, rules in two orders, and none: each row of one batch has what it has alone, in every chunk and after joining."""
+    logits = torch.randn(7, V, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    targets = logits.argmax(-1)
+    shares: Any = {"top_p": 0.7, "min_p": 0.02}
+    lengths, at = [2, 1, 3, 1], [slice(0, 2), slice(2, 3), slice(3, 6), slice(6, 7)]
+    kept = warp(logits[:2], top_k=9).kept_NV
+    parts: list[Any] = [
+        recorded(kept[None], [2])[0],
+        Truncation(**shares),
+        Truncation(**shares, min_p_first=True, tokens=V - 10, holes=(3,)),
+        KeptSets.whole(1),
+    ]
+    alone = [
+        over_kept(logits[where], targets[where], [part], [length])
+        for where, part, length in zip(at, parts, lengths, strict=True)
+    ]
+    expected = [warp(logits[:2], top_k=9), warp(logits[2:3], **shares), None, warp(logits[6:7])]
+    for found, warped in zip(alone, expected, strict=True):
+        if warped is not None:
+            torch.testing.assert_close(found.float(), warped.logprobs_NV.amax(-1), atol=1e-6, rtol=0)
+    known = logits[3:6].clone()
+    known[:, [3, *range(V - 10, V)]] = -torch.inf
+    mask = warp(known, **shares, min_p_first=True).kept_NV.scatter(1, targets[3:6, None], True)
+    by_hand = logits[3:6].masked_fill(~mask, -torch.inf).log_softmax(-1).gather(1, targets[3:6, None])[:, 0]
+    torch.testing.assert_close(alone[2], by_hand)
+    torch.testing.assert_close(over_kept(logits, targets, parts, lengths), torch.cat(alone))
+    torch.testing.assert_close(over_kept(logits, targets, parts, lengths, 2), torch.cat(alone))
+
+
+def over_kept(
+    logits: torch.Tensor, targets: torch.Tensor, parts: list[Any], lengths: list[int], at_once: int = 100
+) -> torch.Tensor:
+    """Log-probabilities of targets over the kept sets of a batch, some tokens at a time."""
+    kept = arrange_kept(replace(make_batch(lengths), kept_sets=parts))
+    assert kept is not None
+    M = sum(lengths)
+    cuts = [slice(i, min(i + at_once, M)) for i in range(0, M, at_once)]
+    return torch.cat([kept_logprobs(logits[cut], targets[cut], kept, cut) for cut in cuts])
+
+
+def test_rows_that_were_cut_and_rows_that_were_not_are_joined_in_either_order() -> None:
+    own: Any = [Truncation(top_k=3), KeptSets.from_lists([[4]])]
+    cut, whole = replace(make_batch([2, 1]), kept_sets=own), make_batch([3])
+    for batches, place in (([cut, whole], 2), ([whole, cut], 0)):
+        sets: Any = Rollouts.cat(batches).kept_sets
+        assert len(sets) == 3 and sets[place].counts_T.tolist() == [0, 0, 0]
+        assert [*sets[:place], *sets[place + 1 :]] == own
+    assert Rollouts.cat([whole, whole]).kept_sets == []
 
 
 def test_sets_stay_with_their_rows_and_only_the_role_that_sampled_reads_them() -> None:

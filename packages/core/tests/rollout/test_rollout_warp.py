@@ -19,6 +19,7 @@ RULES = st.fixed_dictionaries(
         "top_p": st.floats(0.01, 1),
         "top_k": st.integers(0, 14),
         "min_p": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+        "min_p_first": st.booleans(),
     }
 )
 
@@ -33,9 +34,13 @@ def probabilities(logits: list[float], temperature: float) -> list[float]:
     return [w / math.fsum(weights) for w in weights]
 
 
-def reference(logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
+def reference(
+    logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float, min_p_first: bool = False
+) -> list[float]:
     """Truncated probabilities, each rule in the words of its definition, one after the other."""
     probs = probabilities(logits, temperature)
+    if min_p_first:
+        probs = renormalised([p if p >= min_p * max(probs) else 0.0 for p in probs])
     if 0 < top_k < len(probs):
         kth = sorted(probs, reverse=True)[top_k - 1]
         probs = renormalised([p if p >= kth else 0.0 for p in probs])
@@ -120,6 +125,13 @@ def test_top_p_keeps_the_smallest_set_in_a_large_flat_vocabulary(V: int) -> None
         assert probs_V[kept_V].sum() >= 0.9 - 1e-6
         assert probs_V[kept_V].sum() - probs_V[kept_V].min() < 0.9 + 1e-6
         assert probs_V[kept_V].min() >= probs_V[~kept_V].max()
+
+
+def test_the_order_of_min_p_and_top_p_matters() -> None:
+    """Of 0.5, 0.3, 0.2, min-p 0.5 leaves two, as 0.625 and 0.375. So top-p 0.6 keeps one token after min-p, and two before."""
+    logits_NV = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for top_p, first, expected in ((0.75, False, 2), (0.75, True, 2), (0.6, False, 2), (0.6, True, 1)):
+        assert int(warp(logits_NV, top_p=top_p, min_p=0.5, min_p_first=first).kept_NV.sum()) == expected
 
 
 def test_log_mass_gives_the_untruncated_log_probability_back() -> None:

@@ -39,6 +39,11 @@ class VLLM(VLLMOptions, Rollout):
     probability that they kept is returned as the scalar `kept_mass`, measured on a few completions of each batch.
     """
 
+    @property
+    def min_p_first(self) -> bool:
+        """vLLM takes min-p as a logits processor, before top-k and top-p (its `v1/sample/sampler.py`, step 7)."""
+        return True
+
     def check(self) -> None:
         """Whether vLLM is installed, in the version whose weight loading we know; before any model is loaded."""
         from rlhf_rollout_vllm.install import check_installed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def read_version(answer: dict[str, Any], newest: int) -> int:
 
 
 def read_completions(
-    answer: dict[str, Any], limits: Sequence[int], vocabulary: int, truncated: bool
+    answer: dict[str, Any], limits: Sequence[int], vocabulary: int, lacking: Collection[int], truncated: bool
 ) -> list[Completion]:
     """Return one completion for each of `limits`.
 
@@ -44,6 +44,7 @@ def read_completions(
         answer: what the server sent.
         limits: tokens that each completion may have.
         vocabulary: token ids are below this.
+        lacking: ids below it that no token has.
         truncated: sampling kept a part of the distribution, so that each completion must have `log_mass`.
 
     Raises:
@@ -53,9 +54,13 @@ def read_completions(
     if not isinstance(rows, list) or len(rows) != len(limits):
         found = f"{len(rows)} of them" if isinstance(rows, list) else type(rows).__name__
         raise ValueError(f"was asked for {len(limits)} completions and sent {found}")
-    return [
-        _read(i, row, limit, vocabulary, truncated) for i, (row, limit) in enumerate(zip(rows, limits, strict=True))
-    ]
+    never = frozenset(lacking)
+    found = []
+    for i, (row, limit) in enumerate(zip(rows, limits, strict=True)):
+        found.append(_read(i, row, limit, vocabulary, truncated))
+        if wrong := never & {*found[-1].tokens}:
+            raise ValueError(f"sent token {min(wrong)} in completion {i}, which the tokenizer does not have")
+    return found
 
 
 def _read(i: int, row: Any, limit: int, vocabulary: int, truncated: bool) -> Completion:

@@ -6,7 +6,7 @@ weights, asks for completions and deletes the engines when the run ends. The fir
     POST   /engines              {"role"} -> {"engine"}
     PUT    /engines/E/weights    safetensors, ?version=V&last=0|1 -> {"version"}
     POST   /engines/E/weights    {"version", "path"} -> {"version"}: a folder of safetensors files that the server reads
-    POST   /engines/E/sample     {"prompts", "seeds", "limits", "ends", "sampling"} -> {"version", "completions"}
+    POST   /engines/E/sample     {"prompts", "seeds", "limits", "ends", "lacking", "sampling"} -> {"version", "completions"}
     DELETE /engines/E            -> {}
     GET    /health               -> {}
 
@@ -38,6 +38,7 @@ from rlhf_core import (
     UsageError,
     assemble,
     end_ids,
+    lacking_ids,
     option,
     reveal,
     run_option,
@@ -104,7 +105,10 @@ class _RemoteEngine:
     name: str
     version: int = -1
     """of the weights that were sent last"""
+    lacking: tuple[int, ...] = ()
+    """ids of the head that the tokenizer has no token for; they are never drawn"""
     vocabulary: int = 0
+    """ids of the head"""
 
 
 class HttpEngine(Rollout):
@@ -137,6 +141,7 @@ class HttpEngine(Rollout):
             "seeds": [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids],
             "limits": limits,
             "ends": end_ids(role.spec, role.tokenizer),
+            "lacking": engine.lacking,
             "sampling": {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p", "stop")},
         }
         answer = self.client.ask("POST", f"/engines/{engine.name}/sample", json.dumps(question).encode())
@@ -144,7 +149,7 @@ class HttpEngine(Rollout):
         each = [limit for limit in limits for _ in range(sampling.n)]
         try:
             version = read_version(answer, role.version)
-            completions = read_completions(answer, each, engine.vocabulary, truncated)
+            completions = read_completions(answer, each, engine.vocabulary, engine.lacking, truncated)
         except ValueError as error:
             raise self.client.stopped(str(error)) from None
         return _to_rollouts(role, prompts, completions, version, truncated)
@@ -198,6 +203,7 @@ class HttpEngine(Rollout):
             if not number:  # the first matrix of a language model is its embedding
                 rows = next((tensor.shape[0] for tensor in part.values() if tensor.dim() == 2), 0)
                 engine.vocabulary = max(len(role.tokenizer), rows)
+                engine.lacking = lacking_ids(role.tokenizer, engine.vocabulary)
             sent += sum(tensor.numel() * tensor.element_size() for tensor in part.values())
             if self.context.world.rank == 0 and error is None:
                 try:

@@ -59,9 +59,15 @@ class Engine:
 
     @torch.inference_mode()
     def sample(
-        self, prompt: Sequence[int], seeds: Sequence[int], limit: int, ends: Sequence[int], how: dict[str, Any]
+        self,
+        prompt: Sequence[int],
+        seeds: Sequence[int],
+        limit: int,
+        ends: Sequence[int],
+        lacking: Sequence[int],
+        how: dict[str, Any],
     ) -> list[dict[str, Any]]:
-        """Return one completion per seed; each of `ends` ends one."""
+        """Return one completion per seed; each of `ends` ends one, and what is `lacking` is never drawn."""
         rows = [{"tokens": [], "logprobs": [], "log_mass": [], "finish": ""} for _ in seeds]
         raw = np.stack([np.random.Philox(key=seed).random_raw(limit) for seed in seeds])
         uniforms = ((raw >> np.uint64(14)) + 0.5) * 2.0**-50
@@ -72,22 +78,22 @@ class Engine:
             ids = torch.tensor([[*prompt, *rows[i]["tokens"]] for i in live])
             logits = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
             for i, row_V in zip(live, logits, strict=True):
-                self._extend(rows[i], row_V, float(uniforms[i, t]), limit, ends, how)
+                logprobs_V, log_mass = distribution(row_V, lacking, how)
+                self._extend(rows[i], logprobs_V, log_mass, float(uniforms[i, t]), limit, ends, how)
         return rows
 
     def _extend(
         self,
         row: dict[str, Any],
-        logits_V: torch.Tensor,
+        logprobs_V: torch.Tensor,
+        log_mass: float,
         uniform: float,
         limit: int,
         ends: Sequence[int],
         how: dict[str, Any],
     ) -> None:
         """Draw the next token of a completion."""
-        temperature = how["temperature"]
-        logprobs_V, log_mass = truncate(torch.log_softmax(logits_V / (temperature or 1.0), -1), how)
-        if temperature == 0:
+        if how["temperature"] == 0:
             token = int(logprobs_V.argmax())
         else:
             cumulative_V = logprobs_V.double().exp().cumsum(-1)
@@ -102,10 +108,20 @@ class Engine:
             row["finish"] = "length"
 
 
-def truncate(logprobs_V: torch.Tensor, how: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Return log-probabilities over the tokens that top-k, top-p and min-p keep, and the log of their probability."""
+def distribution(logits_V: torch.Tensor, lacking: Sequence[int], how: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Return log-probabilities of the tokens that can be drawn, and the log of the probability that truncation kept.
+
+    Without truncation they are over the whole head, as the trainer has them: what is lacking is left out, and not made up for.
+    """
+    logprobs_V = torch.log_softmax(logits_V / (how["temperature"] or 1.0), -1)
+    logprobs_V[list(lacking)] = -torch.inf
     if how["temperature"] == 0 or (how["top_p"] >= 1 and not how["top_k"] and not how["min_p"]):
         return logprobs_V, 0.0
+    return truncate(logprobs_V, how)
+
+
+def truncate(logprobs_V: torch.Tensor, how: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Return log-probabilities over the tokens that top-k, top-p and min-p keep, and the log of their probability."""
     order = torch.argsort(logprobs_V, descending=True, stable=True)
     probs = logprobs_V[order].double().exp()
     if how["top_k"]:
@@ -187,7 +203,7 @@ class EngineServer(ThreadingHTTPServer):
             case "POST", ["sample"]:
                 asked = json.loads(body)
                 rows = zip(asked["prompts"], asked["seeds"], asked["limits"], strict=True)
-                found = [engine.sample(*row, asked["ends"], asked["sampling"]) for row in rows]
+                found = [engine.sample(*row, asked["ends"], asked["lacking"], asked["sampling"]) for row in rows]
                 return {"version": engine.version, "completions": [each for several in found for each in several]}
         raise Refusal(404, f"there is no {method} {'/'.join(parts)}")
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.requirements import per_token, trim
 from rlhf_core.errors import DataError
 from rlhf_core.lazy import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.distributed import World
-    from rlhf_core.contract.kept_sets import KeptSets, Truncation
+    from rlhf_core.contract.kept_sets import Truncation
 
 __all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts", "StepInfo"]
 
@@ -134,7 +135,7 @@ class Batch:
     """N completions as text with their special tokens, <think> say, but for the end token; empty for rows of data"""
     kept_sets: list[KeptSets | Truncation] = field(default_factory=list)
     """N completions' kept sets (`contract.kept_sets`), over which the role that sampled them takes its log-probabilities; an
-    empty list where nothing was cut"""
+    empty list where nothing was cut. Rows may be of engines that say it and of engines that do not"""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """tensors by name, whose suffix says the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
@@ -189,6 +190,10 @@ class Batch:
         optional = [name for name in ("images", "raw_texts", "kept_sets") if getattr(self, name)]
         return ("prompts", "texts", "labels", "meta", *optional)
 
+    def _whole_sets(self) -> list[KeptSets | Truncation]:
+        """Kept sets of completions that were not cut."""
+        return [KeptSets.whole(length) for length in self.lengths_N.tolist()]
+
     def read_by(self, role: str, source: str) -> Self:
         """The batch as `role` reads it: kept sets are those of `source`, the role that sampled, and no others'."""
         return self if role == source or not self.kept_sets else replace(self, kept_sets=[])
@@ -212,8 +217,12 @@ class Batch:
         tensors = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT")
         if not all(batch.raw_texts or not len(batch) for batch in batches):  # rows of data have none
             first = replace(first, raw_texts=[])
+        cut = any(batch.kept_sets for batch in batches)
         columns: dict[str, Any] = {
             **{name: [row for batch in batches for row in getattr(batch, name)] for name in first._per_row()},
+            "kept_sets": [each for batch in batches for each in (batch.kept_sets or batch._whole_sets())]
+            if cut
+            else [],
             **{name: stack(name, [getattr(batch, name) for batch in batches]) for name in tensors},
         }
         return replace(

@@ -45,7 +45,7 @@ def replays(sampling: Sampling) -> bool:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Rules by which a trainer cuts its own distribution, where the engine does not say which tokens it kept."""
+    """Rules by which a trainer cuts its own distribution as the engine did, where that does not say which tokens it kept."""
 
     top_p: float = 1.0
     """see `Sampling`"""
@@ -53,6 +53,12 @@ class Truncation:
     """see `Sampling`"""
     min_p: float = 0.0
     """see `Sampling`"""
+    min_p_first: bool = False
+    """the order of the engine (`Rollout.min_p_first`)"""
+    tokens: int = 0
+    """ids from here on are never drawn, since the tokenizer has no token for them; 0 if all of the head's are"""
+    holes: tuple[int, ...] = ()
+    """ids below `tokens` that are never drawn, for the same reason"""
 
 
 @dataclass(frozen=True, eq=False)

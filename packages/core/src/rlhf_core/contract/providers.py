@@ -83,6 +83,14 @@ class Rollout(Provider):
         """
         return False
 
+    @property
+    def min_p_first(self) -> bool:
+        """True if min-p is taken before top-p, which is then a share of what min-p left. Core takes it after top-p.
+
+        Where an engine returns no kept sets, the trainer cuts its own distribution in the engine's order.
+        """
+        return False
+
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
         raise NotImplementedError

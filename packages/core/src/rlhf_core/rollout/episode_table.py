@@ -118,7 +118,9 @@ def to_rollouts(table: EpisodeTable) -> Rollouts:
         scalars=_scalars(table.sampled),
         mask=[each.mask for each in episodes],
         texts=["".join(each.texts) for each in episodes],
-        kept_sets=[KeptSets.join(each.kept_sets) for each in episodes if each.kept_sets],
+        kept_sets=[KeptSets.join(each.kept_sets) for each in episodes]
+        if any(each.kept_sets for each in episodes)
+        else (),
     )
     extras = rollouts.extras
     for name in names:

@@ -270,7 +270,8 @@ def _add_turn(table: EpisodeTable, episode: EpisodeState, sampled: Rollouts, i: 
     episode.append(tokens, sampled.mask_NT[i, :length].tolist(), turn, numbers)
     if sampled.kept_sets:
         kept = sampled.kept_sets[i]
-        assert isinstance(kept, KeptSets), "engines return sets, not rules"
+        if not isinstance(kept, KeptSets):
+            raise ContractError("the rollout engine returned rules as kept sets of a turn: give sets, or none")
         episode.kept_sets.append(kept.cut(length))
     episode.texts.append(text)
     episode.transcript.append({"from": "policy", "turn": turn, "text": text})

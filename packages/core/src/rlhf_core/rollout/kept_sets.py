@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlhf_core.contract.kept_sets import BITS, WHOLE, KeptSets, Truncation, replays
+from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
+from rlhf_core.models.loading.limits import end_of_vocabulary, lacking_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.providers import Rollout
 
 __all__ = ["KeptSetsRecorder", "with_kept_sets"]
 
@@ -73,9 +76,38 @@ def _by_row(rows: list[Tensor], values: list[Tensor], count: int) -> list[Tensor
     return [part.clone() for part in parts]  # a row that is picked must not hold the others' memory
 
 
-def with_kept_sets(rollouts: Rollouts, sampling: Sampling) -> Rollouts:
-    """Return completions with the engine's kept sets, or where it gave none with the rules by which the trainer finds them."""
-    if rollouts.kept_sets or not replays(sampling):
+def with_kept_sets(rollouts: Rollouts, sampling: Sampling, engine: Rollout, tokenizer: Any) -> Rollouts:
+    """Return completions with the engine's kept sets, or where it gave none with the rules by which the trainer finds them.
+
+    Args:
+        rollouts: N completions.
+        sampling: what they were sampled with; without replay they get no sets, whatever the engine gave.
+        engine: the provider that sampled; it says in which order it truncates.
+        tokenizer: of the role that was sampled; ids that it lacks are in no set.
+
+    Raises:
+        ContractError: the engine gave sets for other completions or tokens.
+    """
+    if not replays(sampling):
+        return replace(rollouts, kept_sets=[])
+    if rollouts.kept_sets:
+        _check(rollouts, engine)
         return rollouts
-    rules: list[KeptSets | Truncation] = [Truncation(sampling.top_p, sampling.top_k, sampling.min_p)]
-    return replace(rollouts, kept_sets=rules * len(rollouts))
+    tokens = end_of_vocabulary(tokenizer)
+    rule = Truncation(
+        sampling.top_p, sampling.top_k, sampling.min_p, engine.min_p_first, tokens, lacking_ids(tokenizer, tokens)
+    )
+    return replace(rollouts, kept_sets=[rule for _ in range(len(rollouts))])
+
+
+def _check(rollouts: Rollouts, engine: Rollout) -> None:
+    """Check that there is a set for each token of each completion."""
+    sizes = [
+        length if isinstance(each, Truncation) else len(each)
+        for each, length in zip(rollouts.kept_sets, rollouts.lengths_N.tolist(), strict=False)
+    ]
+    if len(rollouts.kept_sets) != len(rollouts) or sizes != rollouts.lengths_N.tolist():
+        raise ContractError(
+            f"rollout {type(engine).__name__} returned kept sets of {sum(sizes)} tokens in {len(rollouts.kept_sets)} "
+            f"completions, for {int(rollouts.lengths_N.sum())} tokens in {len(rollouts)}: give one per completion"
+        )

@@ -175,9 +175,10 @@ class Iteration:
             prompts = self.run.encoder.prompts(*rows)
             seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
             rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed), trained=True)
-            rollouts = with_kept_sets(rollouts, config.sampling)
+            engine, tokenizer = config.providers["rollout"], self.run.roles[source].tokenizer
+            rollouts = with_kept_sets(rollouts, config.sampling, engine, tokenizer)
         dtype = self.plan.roles[source].options.compute_dtype
-        rollouts = keep_exact(rollouts, config.providers["rollout"], config.sampling.temperature, dtype)
+        rollouts = keep_exact(rollouts, engine, config.sampling.temperature, dtype)
         self.meter.add_sum("samples", self.world.total(len(rollouts)))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
         return replace(rollouts, world=self.world, step=self.info)

@@ -5,8 +5,8 @@ kept set is always a superlevel set, every token at least as likely as some floo
 depends neither on the order of the vocabulary nor on the other rows. `draw` inverts the cumulative distribution at a given
 uniform number, so that a token is a function of its logits and its number alone.
 
-Order, as in transformers: temperature, top-k, top-p of what is left, min-p. (vLLM takes min-p first, which differs only
-where min-p and top-p are combined.)
+Order, as in transformers: temperature, top-k, top-p of what is left, min-p. vLLM takes min-p first (`min_p_first`), so that
+top-p is a share of less. The two differ only where min-p and top-p are combined.
 
 Shape letters: N rows, V vocabulary, K blocks of B tokens.
 """
@@ -46,13 +46,19 @@ class WarpedDistribution(NamedTuple):
 
 
 def warp(
-    logits_NV: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+    logits_NV: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    min_p_first: bool = False,
 ) -> WarpedDistribution:
     """Log-probabilities at `temperature` over the tokens that top-k, top-p and min-p all keep.
 
     top-k keeps the k most likely tokens. top-p (Holtzman et al. 2020) keeps the smallest set of most likely tokens with at
     least that share of the probability. min-p (Nguyen et al. 2024) keeps tokens with at least that share of the most
-    likely one's probability. The most likely token is always kept, and ties with the last kept token are too.
+    likely one's probability. The most likely token is always kept, and ties with the last kept token are too. The share of
+    top-p is that of what top-k left, and with `min_p_first` of what min-p left of that.
     """
     V = logits_NV.shape[-1]
     logprobs_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
@@ -60,10 +66,13 @@ def warp(
     with torch.no_grad():
         if 0 < top_k < V:
             floors.append(logprobs_NV.topk(top_k).values[:, -1:])
+        if min_p > 0 and min_p_first:
+            floors.append(logprobs_NV.amax(-1, keepdim=True) + log(min_p))
         if top_p < 1:
-            left_NV = logprobs_NV.masked_fill(logprobs_NV < floors[0], -torch.inf) if floors else logprobs_NV
+            below_NV = logprobs_NV < torch.stack(floors).amax(0) if floors else None
+            left_NV = logprobs_NV if below_NV is None else logprobs_NV.masked_fill(below_NV, -torch.inf)
             floors.append(_nucleus_floor(left_NV, top_p))
-        if min_p > 0:
+        if min_p > 0 and not min_p_first:
             floors.append(logprobs_NV.amax(-1, keepdim=True) + log(min_p))
     if not floors:
         return WarpedDistribution(logprobs_NV, logprobs_NV.new_zeros(len(logprobs_NV)))

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.kept_sets import Truncation
 
 __all__ = ["Inputs", "arrange_inputs"]
 
@@ -42,7 +41,7 @@ class Inputs:
     """int64, flat positions in (N, S) of each row's last token"""
     tokens_NT: Tensor
     """int64, the batch's completion tokens; only their shape is used"""
-    kept: KeptTokens | Truncation | None = None
+    kept: KeptTokens | None = None
     """the kept sets of those tokens; None where nothing was cut"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """what the model reads for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
@@ -51,7 +50,7 @@ class Inputs:
         """The same on another device."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("images", "kept")}
         images = {name: tensor.to(device) for name, tensor in self.images.items()}
-        kept = self.kept.to(device) if isinstance(self.kept, KeptTokens) else self.kept
+        kept = None if self.kept is None else self.kept.to(device)
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()}, images=images, kept=kept)
 
 

@@ -14,7 +14,7 @@ from rlhf_core.models.loading.transformers_calls import read_config
 if TYPE_CHECKING:
     from rlhf_core.contract.options import ModelOptions
 
-__all__ = ["lacking_ids", "most_positions", "window_of"]
+__all__ = ["end_of_vocabulary", "lacking_ids", "most_positions", "window_of"]
 
 
 def most_positions(name: str, options: ModelOptions) -> int | None:
@@ -38,3 +38,10 @@ def lacking_ids(tokenizer: Any, width: int) -> tuple[int, ...]:
     """Return the ids below `width`, that of a head, for which the tokenizer has no token: heads are padded to round sizes."""
     known = {*tokenizer.get_vocab().values()}
     return tuple(number for number in range(width) if number not in known)
+
+
+@lru_cache(maxsize=8)
+def end_of_vocabulary(tokenizer: Any) -> int:
+    """Return the number after the tokenizer's last id."""
+    last: int = max(tokenizer.get_vocab().values())
+    return last + 1
