@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model_rows import spec
-from vision_models import asked, llava, picture, qwen
+from vision_models import TEMPLATE, asked, llava, picture, qwen
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import ModelOptions, Sampling
@@ -20,6 +20,7 @@ from rlhf_core.data.encoder import Encoder
 from rlhf_core.data.json import Json
 from rlhf_core.errors import UsageError
 from rlhf_core.models.build import build_module
+from rlhf_core.models.export.dry_save import check_saving
 from rlhf_core.models.export.folder import export
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading.image_reader import load_reader
@@ -231,3 +232,20 @@ def test_a_role_that_reads_text_alone_says_so(tmp_path: Path, rows: str) -> None
     batch = read(llava(tmp_path / "model"), rows)
     with pytest.raises(UsageError, match="reads text alone, and rows have images"):
         module("tiny")(arrange_inputs(batch), LOGPROBS)
+
+
+@MODELS
+def test_a_template_from_a_file_takes_the_place_of_the_processors(made: Callable[..., str], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model, other = made(tmp_path / "base"), "{% for m in messages %}[{{ m.role }}]{% endfor %}"
+    options = ModelOptions(model=model)
+    reader = load_reader(model, options, load_tokenizer(model, options))
+    assert reader is not None
+    before = reader.template
+    reader.save(tmp_path / "base", other)  # in place: a processor is read beside its model
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").chat_template == other
+    assert load_reader(model, options).template == other  # type: ignore[union-attr]
+    assert reader.template == before != other, "the run's own is left alone"
+    module = build_module(spec("logprobs_NT", model=model))
+    check_saving("actor", module, options, TEMPLATE)  # raises where what is read back differs

@@ -59,6 +59,9 @@ class RoleSpec:
     ends: tuple[int, ...] = ()
     """ids of the tokens that end a completion, found when the run starts; empty for a role that reads other token ids, whose
     own they are (`end_ids`)"""
+    template: str = ""
+    """the chat template that rows were read with in place of the tokenizer's (`Encoding.template_file`), saved with the model;
+    empty where the tokenizer's own is"""
 
     @property
     def trained(self) -> bool:

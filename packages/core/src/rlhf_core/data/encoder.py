@@ -118,6 +118,11 @@ class Encoder:
             return cls(tokenizer, max_prompt_tokens, reader=reader, listed_ends=listed_ends)
         return cls(tokenizer, max_prompt_tokens, data.encoding, data.preview, reader, listed_ends)
 
+    @property
+    def given_template(self) -> str:
+        """The chat template of a file that stands in place of the tokenizer's; empty without one."""
+        return (self._renderer.template or "") if self.encoding.template_file else ""
+
     def fits_prompt(self, example: Example) -> bool:
         """Whether the example's prompt is short enough to be answered."""
         return self.truncate(self.prompt_row(example)) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,15 @@ class RunData:
         report_ends(tokenizer, encoder.ends, listed)
         self._hold_to_positions(encoder)
         return encoder
+
+    def with_language(self, plan: Plan) -> Plan:
+        """Return a plan whose roles that read the rows know how turns end, and the chat template that came from a file."""
+        readers = {name: spec for name, spec in plan.roles.items() if spec.reads}
+        if not readers:
+            return plan
+        ends, template = self.encoder.ends, self.encoder.given_template
+        spoken = {name: replace(spec, ends=ends, template=template) for name, spec in readers.items()}
+        return replace(plan, roles={**plan.roles, **spoken})
 
     def _hold_to_positions(self, encoder: Encoder) -> None:
         """Let rows be no longer than what every role that reads them has positions for.

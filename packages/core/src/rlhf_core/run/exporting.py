@@ -58,7 +58,7 @@ def export_checkpoint(checkpoint: Path, output: Path, registry: Registry, role: 
     run.state.load_state_dict(state)
     partners = {partner for _, term in run.plan.roles[name].terms for partner in term.partners}
     roles = {each: spec for each, spec in run.plan.roles.items() if each == name or each in partners}
-    run.placed = config.providers["launcher"](replace(run.plan, roles=roles))
+    run.placed = config.providers["launcher"](run.data.with_language(replace(run.plan, roles=roles)))
     held = run.roles[name]
     held.load(str(checkpoint / "roles" / name))
     held.export(str(output))

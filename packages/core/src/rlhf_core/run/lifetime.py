@@ -112,10 +112,7 @@ def _open_providers(run: Run) -> Iterator[None]:
 def _place_roles(run: Run) -> None:
     """Place the roles, and open the rollout engine over them."""
     torch.manual_seed(run.config.seed)
-    if readers := {name: spec for name, spec in run.plan.roles.items() if spec.reads}:
-        ends = run.data.encoder.ends
-        spoken = {name: replace(spec, ends=ends) for name, spec in readers.items()}
-        run.plan = replace(run.plan, roles={**run.plan.roles, **spoken})
+    run.plan = run.data.with_language(run.plan)
     _announce_loading(run.plan)
     with options_under("/launcher"):
         run.placed = run.config.providers["launcher"](run.plan)

@@ -273,10 +273,14 @@ class LocalRole(Role):
             state = {name: tensor.cpu() for name, tensor in weights if leads}
         own = self.module.own_weights(self.trainable.full, averaged)
         if leads:
-            card = {"base": self.spec.options.model, "algorithm": self.plan.config.names.get("algorithm", "")}
+            card: dict[str, Any] = {
+                "base": self.spec.options.model,
+                "algorithm": self.plan.config.names.get("algorithm", ""),
+            }
             shard = self.plan.config.export_shard
             dtype = saved_dtype(self.plan.config.export_dtype, self.spec.options.model, self.spec.options)
-            export(self.module, self.tokenizer, folder, state=state, own=own, shard=shard, dtype=dtype, **card)
+            how: dict[str, Any] = {"shard": shard, "dtype": dtype, "template": self.spec.template}
+            export(self.module, self.tokenizer, folder, state=state, own=own, **how, **card)
         self.world.barrier()
 
 
@@ -303,5 +307,5 @@ def _build(spec: RoleSpec, saved: bool, **options: Any) -> Any:
 
     module = build_module(spec, **options)
     if saved and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):  # as transformers saves
-        check_saving(spec.name, module, spec.options)
+        check_saving(spec.name, module, spec.options, spec.template)
     return module

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_core.models.export.folder import write_folder
+from rlhf_core.models.export.folder import with_template, write_folder
 from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.models.loading.transformers_calls import silence
@@ -30,13 +30,14 @@ WEIGHTLESS = ("dtype", "transformers_version", "_name_or_path")
 """What a saved configuration may say differently: it names the weights' dtype and who wrote it."""
 
 
-def check_saving(role: str, module: RoleModule, options: ModelOptions) -> None:
+def check_saving(role: str, module: RoleModule, options: ModelOptions, template: str = "") -> None:
     """Write the folder of a module without its weights, read it with plain transformers and compare.
 
     Args:
         role: its name, for messages.
         module: a role's, not sharded yet.
         options: the role's.
+        template: the chat template that is saved in place of its own, if any.
 
     Raises:
         UsageError: it cannot be written or read, or is read as something else.
@@ -45,8 +46,9 @@ def check_saving(role: str, module: RoleModule, options: ModelOptions) -> None:
     own = {name: tensor.new_empty(0) for name, tensor in module.own_weights().items()}
     with TemporaryDirectory(prefix="rlhf-dry-") as folder, silence(Source("folder", folder)):
         try:
-            write_folder(module, tokenizer, Path(folder), base=options.model, state={}, own=own)
-            faults = _compare(module, tokenizer, folder, options)
+            write_folder(module, tokenizer, Path(folder), base=options.model, state={}, own=own, template=template)
+            reads = module.vision.reader.processor.tokenizer if module.vision else tokenizer
+            faults = _compare(module, with_template(reads, template), folder, options)
         except Exception as error:  # of transformers, PEFT and code that comes with models: each would raise at the end
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(folder, "OUTPUT/model")
             raise UsageError(f"the {role}, {options.model}, fails where what is saved is tried out: {first}") from error
@@ -60,7 +62,7 @@ def _compare(module: RoleModule, tokenizer: Any, folder: str, options: ModelOpti
 
     code = {"trust_remote_code": options.trust_remote_code}
     read: Any = AutoTokenizer.from_pretrained(folder, **code)
-    faults = _compare_tokenizers(module.vision.reader.processor.tokenizer if module.vision else tokenizer, read)
+    faults = _compare_tokenizers(tokenizer, read)
     model, adapters = module.model, module.adapters
     pairs = []
     if model.can_generate():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.models.module import RoleModule
 
-__all__ = ["export", "padding_like", "write_folder"]
+__all__ = ["export", "padding_like", "with_template", "write_folder"]
 
 SHARD = "5GB"
 """Largest weights file: what the hub and slow disks take without trouble."""
@@ -44,12 +44,13 @@ def export(
     own: Mapping[str, Tensor] | None = None,
     shard: str = SHARD,
     dtype: torch.dtype = torch.float32,
+    template: str = "",
 ) -> None:
     """Write `folder`, replacing it only when everything is on the disk.
 
     Args:
         module: the role's module.
-        tokenizer: saved with it, chat template included.
+        tokenizer: saved with it, its chat template included.
         folder: where.
         base: the model it was trained from, for the card and the adapters.
         algorithm: what it was trained with, for the card.
@@ -57,12 +58,14 @@ def export(
         own: what `RoleModule.own_weights` gives, likewise.
         shard: largest weights file.
         dtype: of the model's weights; adapters and heads beside the model stay as they are.
+        template: a chat template that is saved in place of the tokenizer's or processor's; theirs if empty.
     """
     state = dict(module.hf_weights()) if state is None and module.adapters is None else state or {}
     own = module.own_weights() if own is None else own
     with fresh_folder(Path(folder)) as target:
         place = _place_of(base, Path(folder))
-        write_folder(module, tokenizer, target, base=place, state=state, own=own, shard=shard, dtype=dtype)
+        how: dict[str, Any] = {"shard": shard, "dtype": dtype, "template": template}
+        write_folder(module, tokenizer, target, base=place, state=state, own=own, **how)
         if module.adapters is not None and find(base).kind == "tiny":
             _save_tiny(base, target / "base")
         card = Card(base, algorithm).text(type(module.model).__name__, module.adapters is not None, _scores(module))
@@ -79,6 +82,7 @@ def write_folder(
     own: Mapping[str, Tensor],
     shard: str = SHARD,
     dtype: torch.dtype = torch.float32,
+    template: str = "",
 ) -> None:
     """Write all of `export`'s folder but the card into the empty folder `target`; the arguments are its."""
     from safetensors.torch import save_file
@@ -100,9 +104,9 @@ def write_folder(
         if heads := _inside(own, "heads."):
             save_file({name: tensor.cpu().contiguous() for name, tensor in heads.items()}, target / HEADS_FILE)
         if module.vision is not None:
-            module.vision.reader.save(target)
+            module.vision.reader.save(target, template)
         else:
-            padding_like(model, tokenizer).save_pretrained(target)
+            with_template(padding_like(model, tokenizer), template).save_pretrained(target)
 
 
 def _place_of(base: str, folder: Path) -> str:
@@ -125,6 +129,15 @@ def padding_like(model: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTo
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """Return the tokenizer or processor with another chat template, the only one that it has; itself if `template` is empty."""
+    if not template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
     return tokenizer
 
 

@@ -7,6 +7,7 @@ it is used without, and what the checkpoint says about video is copied when it i
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -116,9 +117,12 @@ class ImageReader:
         tensors = {name: each for name, each in found.items() if name not in ("input_ids", "attention_mask")}
         return ids, {name: each[0] if name.endswith(PER_TOKEN) else each for name, each in tensors.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write the processor, its tokenizer and template."""
-        self.processor.save_pretrained(str(folder))
+    def save(self, folder: Path, template: str = "") -> None:
+        """Write the processor, its tokenizer and template, or another `template`."""
+        processor = copy.deepcopy(self.processor) if template else self.processor
+        if template:
+            processor.chat_template = processor.tokenizer.chat_template = template
+        processor.save_pretrained(str(folder))
         if VIDEO not in self.processor.get_attributes() and (kept := self._video()):
             (folder / VIDEO_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
