@@ -23,7 +23,6 @@ from counting_reward import Counting
 from killed_child import train_until
 
 from rlhf_core import Run, make_config
-from rlhf_core.cli import main
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import RunStopped, UsageError
 from rlhf_core.plugins.registry import Registry
@@ -375,73 +374,3 @@ def test_a_run_that_is_going_on_is_not_resumed_beside_itself(begun: Path) -> Non
             with pytest.raises(UsageError, match=rf"run is in use by process {os.getpid()} on "):
                 Run(make_config(**{**options(resume=True), **more})).train()
     assert resume() == End(0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# what the user has in the folder before a run begins there
-# ----------------------------------------------------------------------------------------------------------------------
-
-WORDS = "ppo --model tiny:hidden=8,layers=1 --data json --data.path train.jsonl --reward length --steps 1 --output run"
-PLACES: dict[str, tuple[dict[str, str], str, str]] = {
-    "a folder of sources": ({"run/model/train.py": "mine"}, "", "run/model is there and no file of this run"),
-    "the model that is read": ({"run/model/config.json": "{}"}, "--model run/model", "run/model"),
-    "the folder of the model that is read": (
-        {"run/config.json": "{}"},
-        "--model run",
-        "--model run is where the run would write",
-    ),
-    "the rows that are read": (
-        {"run/samples.jsonl": TRAPS["train.jsonl"]},
-        "--data.path run/samples.jsonl",
-        "run/samples.jsonl",
-    ),
-    "the configuration that is read": (
-        {"run/config.toml": "seed = 1"},
-        "--config run/config.toml",
-        "run/config.toml is there",
-    ),
-    "metrics of something else": (
-        {"run/metrics.jsonl": "{}"},
-        "",
-        "run/metrics.jsonl is there and no file of this run",
-    ),
-    "checkpoints of something else": ({"run/checkpoints/step-1/w": "mine"}, "", "run/checkpoints is there"),
-    "a moving average": ({"run/model-ema/w": "mine"}, "", "run/model-ema is there"),
-    "what would be a temporary folder": ({"run/.model.tmp/w": "mine"}, "", "run/.model.tmp is there"),
-    "what would be an old folder": ({"run/.model.old/w": "mine"}, "", "run/.model.old is there"),
-    "a manifest of something else": ({"run/run.json": "{}"}, "", "run/run.json is there"),
-    "events of another run": ({"run/tensorboard/events": "mine"}, "--observer tensorboard", "run/tensorboard is there"),
-    "alarms of another run": ({"run/alarms.jsonl": "mine"}, "--observer alarm", "run/alarms.jsonl is there"),
-    "evaluations of another run": (
-        {"run/evaluations.jsonl": "mine"},
-        "--evaluator heldout",
-        "run/evaluations.jsonl is there",
-    ),
-    "a link to rows": (
-        {"train.jsonl": TRAPS["train.jsonl"], "run/x": ""},
-        "link run/metrics.jsonl x",
-        "run/metrics.jsonl is a link",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", PLACES)
-def test_what_a_run_would_write_over_is_refused_before_anything_is_written(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files, more, message = PLACES[case]
-    if "tensorboard" in more:
-        pytest.importorskip("tensorboard")
-    monkeypatch.chdir(tmp_path)
-    for name, content in {"train.jsonl": TRAPS["train.jsonl"], **files}.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(content)
-    if more.startswith("link "):
-        _, link, target = more.split()
-        Path(link).symlink_to(target)
-        more = ""
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert main([*WORDS.split(), *more.split()]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlhf-run: ")]
-    assert len(lines) == 1 and message in lines[0]
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
