@@ -190,13 +190,13 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 SCORER = """
 import sys, time
 from rlhf_core.reward.serve import make_app
-from rlhf_core.reward.serve_http import serve
+from rlhf_core.reward.serve_http import bind_address, serve
 def score(samples):
     time.sleep(0.002)
     if any("poison" in sample.query for sample in samples):
         raise ValueError("poisoned")
     return [float(sample.completion or len(sample.query)) for sample in samples]
-serve(make_app(score, "secret", max_body=10_000), "127.0.0.1", 0)
+serve(make_app(score, "secret", max_body=10_000), bind_address("127.0.0.1", 0))
 """
 
 

@@ -25,7 +25,7 @@ from rlhf_core.reward.serve_http import warn_if_open
 SCORER = """
 import sys, time
 from rlhf_core.reward.serve import make_app
-from rlhf_core.reward.serve_http import Limits, serve
+from rlhf_core.reward.serve_http import Limits, bind_address, serve
 def score(samples):
     for sample in samples:
         if sample.query == "hang":
@@ -36,7 +36,7 @@ def score(samples):
             raise RuntimeError("broken")
     return [float("nan") if sample.query == "nan" else float(len(sample.query)) for sample in samples]
 limits = Limits(seconds=1.0, connections=200, stop_within=1.0)
-serve(make_app(score, "secret", max_body=100_000, seconds=1.0), "127.0.0.1", 0, limits=limits)
+serve(make_app(score, "secret", max_body=100_000, seconds=1.0), bind_address("127.0.0.1", 0), limits=limits)
 """
 GOOD = b'{"query": ["abc"]}'
 DEEP = b"[" * 40_000 + b"]" * 40_000

@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import importlib.util
 import math
 import secrets
+import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rlhf_core.config.value_types import Secret, reveal
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.engines import open_provider
+from rlhf_core.contract.ranges import at_least, finite
 from rlhf_core.data.encoder import Encoding
 from rlhf_core.errors import MissingPackage, RlhfError
-from rlhf_core.reward.serve_http import Limits, serve, warn_if_open
+from rlhf_core.reward.serve_http import Limits, bind_address, serve, warn_if_open
 from rlhf_core.reward.serve_requests import BadRequest, Sample, read_json, samples_of
 
 if TYPE_CHECKING:
@@ -66,15 +69,22 @@ class ServeReward(Command):
     encoding: Encoding = Encoding(too_long="truncate")
     """how prompt and completion become the model's tokens"""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch", "max_body")
+        at_least(0, self, "wait")
+        finite(self, "wait")
+
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.reward.model import RewardModel
 
+        _check_installed()
+        token = "" if self.token == "none" else reveal(self.token) or secrets.token_urlsafe(24)
         model = RewardModel(self.model, mean=self.mean, std=self.std, encoding=self.encoding)
-        with open_provider(model, "reward") as engine:  # before anybody connects
-            self._serve(engine)
+        with closing(bind_address(self.host, self.port)) as listener, open_provider(model, "reward") as engine:
+            self._serve(engine, listener, token)
         return 0
 
-    def _serve(self, engine: RewardModelEngine) -> None:
+    def _serve(self, engine: RewardModelEngine, listener: socket.socket, token: str) -> None:
         """Answer requests by the loaded model."""
 
         def score(samples: Sequence[Sample]) -> list[float]:
@@ -84,10 +94,9 @@ class ServeReward(Command):
             numbers: list[float] = engine.score(prompts, completions)[0].tolist()
             return numbers
 
-        token = "" if self.token == "none" else reveal(self.token) or secrets.token_urlsafe(24)
         warn_if_open(self.host, token)
         app = make_app(score, token, self.wait, self.batch, self.max_body << 20, self.limits.seconds)
-        serve(app, self.host, self.port, f"token {token}" if token and not self.token else "", self.limits)
+        serve(app, listener, f"token {token}" if token and not self.token else "", self.limits)
 
 
 class _RequestBatcher:
@@ -166,11 +175,9 @@ def make_app(
     seconds: float = 30.0,
 ) -> Any:
     """Return the ASGI application around a function that scores samples; a body has `seconds` to arrive."""
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import JSONResponse, PlainTextResponse
-    except ImportError:
-        raise MissingPackage("serve-reward needs packages: pip install 'rlhf-core[serve]'") from None
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse
+
     together = _RequestBatcher(score, wait, batch)
 
     @asynccontextmanager
@@ -195,6 +202,8 @@ def make_app(
             rewards = await together.ask(samples)
         except BadRequest as error:
             return JSONResponse({"error": str(error)}, error.status, headers={"Connection": "close"})
+        except asyncio.CancelledError:  # uvicorn ends what is under way after `stop_within`, and would log a traceback
+            return JSONResponse({"error": "the server stops"}, 503, headers={"Connection": "close"})
         except Exception as error:
             return JSONResponse(*_describe(error))
         answer = {"rewards": rewards, "scores": rewards, "extra_logs": {}}
@@ -215,6 +224,12 @@ def make_app(
     app.get("/metrics")(metrics)
     app.get("/health")(health)
     return app
+
+
+def _check_installed() -> None:
+    """Check that the server's packages are there. Raises MissingPackage."""
+    if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
+        raise MissingPackage("serve-reward needs packages: pip install 'rlhf-core[serve]'")
 
 
 def _describe(error: Exception) -> tuple[dict[str, str], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import signal
@@ -16,7 +17,7 @@ from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import UsageError
 from rlhf_core.util.messages import log
 
-__all__ = ["Limits", "serve", "warn_if_open"]
+__all__ = ["Limits", "bind_address", "serve", "warn_if_open"]
 
 
 LAST = 5.0
@@ -38,20 +39,52 @@ class Limits:
         at_least(1, self, "seconds", "connections", "stop_within")
 
 
-def serve(app: Any, host: str, port: int, note: str = "", limits: Limits = Limits()) -> None:
-    """Listen until a signal ends it, at most `limits.stop_within` seconds after that."""
-    import uvicorn
+def bind_address(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address and does not listen yet: what is wrong with it shows before a model is loaded.
 
+    Raises:
+        UsageError: another program has the port, or this machine has no such address.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+    except (OSError, OverflowError, TypeError) as error:  # the last: a name that cannot be encoded
+        listener.close()
+        raise _cannot_listen(host, port, error) from None
+    return listener
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> UsageError:
+    """Return the error that names the option at fault."""
+    if isinstance(error, OverflowError):
+        return UsageError(f"--port {port} is no port: choose one from 0 to 65535")
+    of_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+    reason = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
+    return UsageError(f"cannot listen on {host}:{port}: {reason}; choose another --{'port' if of_port else 'host'}")
+
+
+def serve(app: Any, listener: socket.socket, note: str = "", limits: Limits = Limits()) -> None:
+    """Listen until a signal ends it, at most `limits.stop_within` seconds after that.
+
+    Args:
+        app: an ASGI application.
+        listener: what `bind_address` returned.
+        note: shown after the address.
+        limits: what clients may cost.
+
+    Raises:
+        UsageError: another program has taken the port meanwhile.
+    """
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    try:
         listener.listen(1024)  # before the address is shown: who connects at once waits and is not refused
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
-    except OverflowError:
-        raise UsageError(f"--port {port} is no port: choose one from 0 to 65535") from None
-    print(f"rewards at http://{host}:{listener.getsockname()[1]}/get_reward {note}".rstrip(), flush=True)
+        raise _cannot_listen(host, port, error) from None
+    host = f"[{host}]" if ":" in host else host
+    print(f"rewards at http://{host}:{port}/get_reward {note}".rstrip(), flush=True)
     config = uvicorn.Config(
         app,
         log_level="warning",
