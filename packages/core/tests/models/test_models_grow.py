@@ -61,6 +61,31 @@ def test_a_tokenizer_with_more_tokens_than_its_model_makes_it_grow(tmp_path: Pat
     assert load_model(larger, ModelOptions()).config.vocab_size == 300, "a padded embedding stays as it is"
 
 
+@pytest.mark.parametrize("room", [1, 10])
+def test_new_tokens_in_the_padding_of_a_head_begin_at_the_mean_of_the_known_ones(
+    room: int, file: str, tmp_path: Path, capsys: Any
+) -> None:
+    """Some heads are padded to round sizes; rows there were never trained. With one such row for two tokens it grows, too."""
+    base = saved(tmp_path / "base", vocab=TOKENS + room)
+    plain, grown = (load_model(base, ModelOptions(add_tokens=each)) for each in ("", file))
+    assert "has 2 new tokens, whose embeddings begin at the mean" in capsys.readouterr().err
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        old, new = (getattr(model, get)().weight.detach() for model in (plain, grown))
+        assert new.shape[0] == TOKENS + max(room, 2)
+        assert torch.equal(new[:TOKENS], old[:TOKENS]) and torch.equal(new[TOKENS + 2 :], old[TOKENS + 2 :])
+        mean = old[:TOKENS].double().mean(0).float()
+        torch.testing.assert_close(new[TOKENS : TOKENS + 2], mean.expand(2, -1), rtol=1e-5, atol=1e-7)
+    with pytest.raises(UsageError, match="adapters cannot learn the 2 new tokens of"):
+        build_module(spec("logprobs_NT", model=base, lora=Lora(rank=2), add_tokens=file))
+    grown.save_pretrained(tmp_path / "trained")
+    load_tokenizer(base, ModelOptions(add_tokens=file)).save_pretrained(tmp_path / "trained")
+    with torch.no_grad():
+        grown.lm_head.weight[TOKENS] += 1
+    grown.save_pretrained(tmp_path / "trained")
+    again = load_model(str(tmp_path / "trained"), ModelOptions(add_tokens=file))
+    assert torch.equal(again.lm_head.weight, grown.lm_head.weight), "what was trained stays"
+
+
 def test_a_run_leaves_a_model_and_a_tokenizer_with_the_new_tokens(file: str, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", add_tokens=file, model="tiny:hidden=16,layers=1,heads=1")
     run.train()

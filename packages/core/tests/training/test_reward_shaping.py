@@ -28,7 +28,20 @@ def test_overlong_completions_lose_in_proportion_within_the_buffer() -> None:
     rewards = RewardOutput(torch.ones(4))
     shaped = RewardShaping(overlong_buffer=4, overlong_factor=2.0)(rewards, rollouts_of(6, 7, 8, 10), 10)
     assert shaped.rewards_N.tolist() == [1.0, 0.5, 0.0, -1.0]
-    assert shaped.scores_N is rewards.rewards_N
+    assert shaped.scores_N is not None and shaped.scores_N.tolist() == [1.0] * 4
+
+
+def test_scores_stay_those_of_whole_completions_and_what_cannot_scale_tokens_is_refused() -> None:
+    """A turn's reward of 2 at the second token counts in the score, as filters and samplers read it."""
+    tokens_NT = torch.zeros(2, 10)
+    tokens_NT[0, 1] = 2.0
+    rewards = RewardOutput(torch.tensor([1.0, 4.0]), tokens_NT)
+    shaped = RewardShaping(stop_properly=0.5)(rewards, rollouts_of(5, 10), 10)
+    assert shaped.outcome_N.tolist() == rewards.outcome_N.tolist() == [3.0, 4.0]
+    assert shaped.rewards_N.tolist() == [1.0, 2.0]
+    for options, name in (({"normalise": "running"}, "normalise"), ({"clip": 1.0}, "clip")):
+        with pytest.raises(UsageError, match=f"algorithm.shaping.{name} is for one reward per completion"):
+            RewardShaping(**options)(rewards, rollouts_of(5, 10), 10)  # type: ignore[arg-type]
 
 
 def test_what_others_said_between_two_turns_counts_as_length() -> None:

@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.contract.kept_sets import KeptSets, Truncation
 from rlhf_core.contract.requirements import letters, per_token, shape_of
 from rlhf_core.contract.roles import Role
 from rlhf_core.errors import UsageError
@@ -110,6 +111,8 @@ class CachedRole(Role):
         digest.update(
             f"{L}/".encode() + batch.prompt_NL[i, :L].numpy().tobytes() + batch.tokens_NT[i, :T].numpy().tobytes()
         )
+        if batch.kept_sets:  # of a frozen role that sampled them: its log-probabilities are over them
+            digest.update(_kept_bytes(batch.kept_sets[i]))
         for image, tensor in sorted(batch.images[i].items()) if batch.images else ():
             digest.update(f"{image}/{tuple(tensor.shape)}/".encode() + tensor.numpy().tobytes())
         return digest.digest()
@@ -154,6 +157,13 @@ def _model_files(options: Any) -> list[Path]:
         folder = config.parent if config else Path(name)
         found += [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     return found
+
+
+def _kept_bytes(kept: KeptSets | Truncation) -> bytes:
+    """One row's kept sets, or the rules for them."""
+    if isinstance(kept, Truncation):
+        return repr(kept).encode()
+    return b"/".join(tensor.numpy().tobytes() for tensor in (kept.counts_T, kept.ids_K, kept.bits_WB))
 
 
 def _bytes(value: Tensor, batch: Batch, i: int, name: str) -> bytes:

@@ -57,11 +57,21 @@ class RewardShaping:
     def __call__(
         self, rewards: RewardOutput, rollouts: Rollouts, max_new_tokens: int, seen: Moments | None = None
     ) -> RewardOutput:
-        """`rewards` with `rewards_N` shaped; `seen` are those of the run so far, and take these in."""
+        """`rewards` with `rewards_N` shaped; `seen` are those of the run so far, and take these in.
+
+        Raises:
+            UsageError: the options do not fit the run, or rewards that are given token by token.
+        """
         if self.overlong_buffer > max_new_tokens:
             raise UsageError(
                 f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of "
                 f"{run_option('sampling.max_new_tokens')}"
+            )
+        if rewards.rewards_NT is not None and (self.normalise != "none" or self.clip is not None):
+            name = run_option("algorithm.shaping.normalise" if self.normalise != "none" else "algorithm.shaping.clip")
+            raise UsageError(
+                f"{name} is for one reward per completion, and this reward gives some token by token, which would stay as they "
+                "are; leave it out"
             )
         shaped_N = self._normalise(rewards.rewards_N, rollouts, seen or Moments())
         if self.overlong_buffer:
@@ -73,8 +83,7 @@ class RewardShaping:
             shaped_N = torch.where(cut_N, instead_N, shaped_N)
         if self.clip is not None:
             shaped_N = shaped_N.clamp(-self.clip, self.clip)
-        scores_N = rewards.rewards_N if rewards.scores_N is None else rewards.scores_N
-        return replace(rewards, rewards_N=shaped_N, scores_N=scores_N)
+        return replace(rewards, rewards_N=shaped_N, scores_N=rewards.outcome_N.float())
 
     def _normalise(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
         """On the scale that was chosen; a running one has these rewards in it already."""

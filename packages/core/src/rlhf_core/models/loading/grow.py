@@ -8,6 +8,7 @@ process, which keeps a policy and its reference alike.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +42,30 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
 
 
 @torch.no_grad()
-def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give `model` embeddings for all tokens, if it has too few; `model.new_tokens` says how many were added."""
+def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, added: Collection[int] = ()) -> None:
+    """Give `model` embeddings for all tokens; `model.new_tokens` says how many begin at the mean of the old ones.
+
+    Args:
+        name: of the model, for messages.
+        model: a model of transformers; it grows if it has too few rows.
+        tokenizer: its tokenizer, with the tokens that the run adds.
+        added: their ids; those that fall into the padding of a head have a row there that was never trained.
+    """
     before = model.get_input_embeddings().weight.shape[0]
-    needed = max(tokenizer.get_vocab().values()) + 1
-    model.new_tokens = max(0, needed - before)
-    if not model.new_tokens:
+    known = {*tokenizer.get_vocab().values()}
+    needed = max(known) + 1
+    new = sorted({*range(before, needed), *added})
+    model.new_tokens = len(new)
+    if not new:
         return
-    model.resize_token_embeddings(needed, mean_resizing=False)  # its own way to the mean is to draw around it
+    if needed > before:
+        model.resize_token_embeddings(needed, mean_resizing=False)  # its own way to the mean is to draw around it
+    old = sorted(number for number in known - {*new} if number < before)
     head = model.get_output_embeddings()
     for layer in (model.get_input_embeddings(), head):
         if layer is not None:
-            layer.weight[before:] = layer.weight[:before].float().mean(0)
+            layer.weight[new] = layer.weight[old].float().mean(0).to(layer.weight.dtype)
     if getattr(head, "bias", None) is not None:
-        head.bias[before:] = head.bias[:before].float().mean()
+        head.bias[new] = head.bias[old].float().mean().to(head.bias.dtype)
     if int(os.environ.get("RANK", "0")) == 0:
         log.info(f"{name} has {model.new_tokens} new tokens, whose embeddings begin at the mean")

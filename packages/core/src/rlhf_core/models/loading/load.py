@@ -12,6 +12,7 @@ Left out on purpose: checkpoints that are quantised already, and sharding over d
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,11 @@ def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: M
     if options.add_tokens or told or source.kind == "hub":
         from rlhf_core.models.loading.grow import grow
 
-        grow(name, model, load_tokenizer(name, options))
+        tokenizer, added = load_tokenizer(name, options), set[int]()
+        if options.add_tokens:
+            own = load_tokenizer(name, replace(options, add_tokens=""))
+            added = {*tokenizer.get_vocab().values()} - {*own.get_vocab().values()}
+        grow(name, model, tokenizer, added)
     return model
 
 
