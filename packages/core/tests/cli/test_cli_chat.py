@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +86,33 @@ def test_chat_continues_each_line_by_itself_where_there_is_no_template(
 def test_chat_says_the_same_for_the_same_seed(say: Callable[..., str]) -> None:
     answers = [say("chat", "tiny", "--prompt", "hello", "--max-new-tokens", "8", "--seed", seed) for seed in "112"]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_chat_beyond_the_models_positions_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "tiny:context=64", "--prompt", "x" * 20, "--max-new-tokens", "60"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "exceed the 64 positions of the model: lower --max-new-tokens" in line
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_said(tmp_path: Path, say: Callable[..., str]) -> None:
+    """The head is padded with a row that is always the likeliest: greedily, the model would say nothing but that."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_core.models.loading.byte_tokenizer import EOS, TOKENS, byte_tokenizer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=TOKENS + 5, bos_token_id=None, eos_token_id=EOS))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        ids = torch.tensor([[1]])
+        model.lm_head.weight[TOKENS + 2] = 10 * model.model(ids)[0][0, -1]
+        model.lm_head.weight[ord("a")] = model.model(ids)[0][0, -1]
+    model.save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "\x01"
+    tokenizer.save_pretrained(tmp_path)
+    assert int(model(ids).logits[0, -1].argmax()) == TOKENS + 2
+    said = say("chat", str(tmp_path), "--prompt", "x", "--max-new-tokens", "1", "--temperature", "0")
+    assert said.splitlines()[-1] == "a"  # DeepSpeed, where it is installed, wrote a line while the model was saved

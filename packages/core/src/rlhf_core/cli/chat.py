@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -72,21 +73,35 @@ class Chat(Command):
         return 0
 
     def _answer(self, model: Any, tokenizer: Any, inputs: Any) -> str:
-        """Print the answer while it is sampled, and return it."""
+        """Print the answer while it is sampled, and return it. Ids that no token has are never drawn.
+
+        Raises:
+            UsageError: the model has too few positions for the chat and an answer.
+        """
         from transformers import TextStreamer
 
+        from rlhf_core.models.loading.limits import lacking_ids, window_of
+
+        window, length = window_of(model.config), inputs["input_ids"].shape[1]
+        if window is not None and length + self.max_new_tokens > window:
+            raise UsageError(
+                f"{length} tokens of the chat and {self.max_new_tokens} of an answer exceed the {window} positions of the "
+                "model: lower --max-new-tokens, or begin a new chat"
+            )
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        lacking = lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
         with torch.inference_mode():
             tokens = model.generate(
                 **{name: inputs[name] for name in ("input_ids", "attention_mask")},
                 **sampling,
                 max_new_tokens=self.max_new_tokens,
+                suppress_tokens=list(lacking) or None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
-        answer: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer: str = tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
         return answer
 
 
