@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rlhf_core.contract.batch import Rollouts
+from rlhf_core.contract.engines import open_provider
+from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.reward.output import to_reward_output
+from rlhf_core.reward.sum import Sum
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.filters import VariedFilter
 from rlhf_core.training.rounding import equal_groups, level_groups, prefer_chosen
@@ -55,6 +59,27 @@ def test_a_reward_read_from_a_narrow_role_is_as_precise_as_the_role() -> None:
     batch = make_batch([1] * 2, groups=[0, 0])
     output = to_reward_output(torch.tensor([0.5, 0.502]), batch, object(), precision=8e-3)
     assert output.rewards_N[0] == output.rewards_N[1] and output.precision == 8e-3
+
+
+@pytest.mark.parametrize(("weight", "precision", "varied"), [(1.0, 8e-3, False), (0.1, 8e-4, True), (0.0, 1e-6, True)])
+def test_a_part_of_a_sum_is_as_coarse_as_its_weight(weight: float, precision: float, varied: bool) -> None:
+    """Differences of 0.005 of an exact part are noise beside a bfloat16 part, unless that counts little."""
+
+    def exact(completions: list[str]) -> list[float]:
+        return [0.5, 0.505]
+
+    batch = make_batch([1] * 2, groups=[0, 0])
+    with open_provider(Sum((exact, NarrowReward()), (1.0, weight))) as engine:
+        output = to_reward_output(engine(batch), batch, engine)
+    assert output.precision == pytest.approx(precision)
+    assert VariedFilter()(batch, output).tolist() == [varied] == [bool(output.rewards_N[0] != output.rewards_N[1])]
+
+
+class NarrowReward(Reward):
+    """The same score for all, of a model in bfloat16."""
+
+    def __call__(self, rollouts: Rollouts) -> RewardOutput:
+        return RewardOutput(torch.ones(len(rollouts)), precision=8e-3)
 
 
 def test_margins_within_rounding_are_ties() -> None:

@@ -15,7 +15,7 @@ from rlhf_core.config.provider_spec import make_from_spec
 from rlhf_core.config.python_values import function_name
 from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Reward
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import PRECISION, RewardOutput
 from rlhf_core.errors import OptionError, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.reward.func import Func
@@ -118,7 +118,7 @@ class SumEngine:
             metrics=metrics,
             known=known,
             abstained_N=abstained_N if abstained_N.any() else None,
-            precision=max(output.precision for _, output in outputs),
+            precision=max(PRECISION, *(min(1.0, abs(w)) * each.precision for w, (_, each) in zip(weights, outputs))),
         )
 
 

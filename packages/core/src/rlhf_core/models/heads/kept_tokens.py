@@ -108,7 +108,7 @@ def kept_logprobs(logits_mV: Tensor, targets_m: Tensor, kept: KeptTokens, tokens
 
 def _cut(logits_mV: Tensor, rule: Truncation) -> Tensor:
     """Return which tokens a rule keeps (m, V), of those that can be drawn at all."""
-    if rule.tokens:
+    if rule.holes or 0 < rule.tokens < logits_mV.shape[1]:
         logits_mV = logits_mV.clone()
         logits_mV[:, rule.tokens :] = -torch.inf
         logits_mV[:, list(rule.holes)] = -torch.inf
