@@ -10,12 +10,14 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.errors import MissingPackage
 from rlhf_core.observer.files import samples
 from rlhf_core.util.atomic_files import write_text
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RunView
@@ -85,8 +87,20 @@ def options_of_run(run: RunView) -> dict[str, Any]:
 def tracker_run_id(run: RunView, tracker: str, given: str = "") -> str:
     """The id of the tracker's run: that of before if the run is resumed, else `given`, or a new one; kept in the folder."""
     path = run.output / "trackers.json"
-    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if run.config.resume and path.exists() else {}
+    known = _read_ids(path) if run.config.resume and path.exists() else {}
     if tracker not in known:
         known[tracker] = given or uuid.uuid4().hex[:12]
         write_text(path, json.dumps(known, indent=1) + "\n")
     return known[tracker]
+
+
+def _read_ids(path: Path) -> dict[str, str]:
+    """Return the ids by the name of the tracker; none, with a warning, if the file is damaged."""
+    try:
+        known: Any = json.loads(path.read_bytes())
+    except ValueError:
+        known = None
+    if isinstance(known, dict) and all(isinstance(ident, str) and ident for ident in known.values()):
+        return known
+    log.warning(f"{path} is damaged; the resumed run appears as a new run in its trackers")
+    return {}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Wandb"]
 
+DATA_DIR = "WANDB_DATA_DIR"
+"""Variable for the folder of what waits to be sent: two files per table, which wandb keeps in the home otherwise."""
 COLLECTS_NOTHING = {
     "console": "off",
     "silent": True,
@@ -82,6 +84,9 @@ class _Sending(Tracker):
         import wandb
 
         super().__init__(options.samples_every)
+        self._keeps_data = DATA_DIR not in os.environ
+        if self._keeps_data:
+            os.environ[DATA_DIR] = str((run.output / "wandb").resolve())
         self._hooks = sys.exit, sys.excepthook  # wandb.init replaces both for the process, and leaves its own
         self._table: Any = wandb.Table
         self._run: Any = wandb.init(
@@ -108,3 +113,5 @@ class _Sending(Tracker):
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
         sys.exit, sys.excepthook = self._hooks
+        if self._keeps_data:
+            os.environ.pop(DATA_DIR, None)
