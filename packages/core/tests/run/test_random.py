@@ -10,8 +10,8 @@ import torch
 from drawing import reward_func
 from stuck import run
 
-from rlhf_core.checkpoint.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.testing import run_ranks
+from rlhf_core.util.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.util.worker_processes import Workers
 
 WORDS = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", "tiny:hidden=16,layers=1", "--batch-size", "2"]

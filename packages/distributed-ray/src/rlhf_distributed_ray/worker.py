@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.checkpoint.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.engines import Engines
@@ -26,6 +25,7 @@ from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.taken_weights import TakenWeights
 from rlhf_core.util.messages import install_console
+from rlhf_core.util.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.transport import unpack
 

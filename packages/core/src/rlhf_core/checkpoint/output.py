@@ -185,7 +185,7 @@ class OutputFolder:
         path = self.path / "config.toml"
         if not path.exists():
             log.warning(f"{path} is missing; it is written anew from {OWN_FILES}")
-        elif path.read_bytes() != own.config.encode():
+        elif _read(path) != own.config.encode():
             raise UsageError(
                 f"{path} is not as the run wrote it: edited, or damaged; move it to another name (the run writes it anew), "
                 f"and give changes as flags, or by {run_option('config')} with the new name"
@@ -193,6 +193,13 @@ class OutputFolder:
 
     def _unwritable(self, error: OSError) -> UsageError:
         return UsageError(f"cannot write to {run_option('output')} {self.path}: {error.strerror or error}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; the run reads what it wrote there") from None
 
 
 def _check_reads(config: RunConfig, output: Path, names: Iterable[str]) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.checkpoint.engine_states import read_states
 from rlhf_core.checkpoint.manifest import find_damage, list_checkpoints
 from rlhf_core.checkpoint.own_files import read_own_files
-from rlhf_core.checkpoint.random_states import set_random_states
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.messages import log
+from rlhf_core.util.random_states import set_random_states
 from rlhf_core.util.tensor_tree import read_tree
 
 if TYPE_CHECKING:

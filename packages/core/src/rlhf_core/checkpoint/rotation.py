@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_core.checkpoint.manifest import step_number
 from rlhf_core.checkpoint.own_files import own_checkpoints
 from rlhf_core.errors import OptionError
 from rlhf_core.util.atomic_files import discard, write_text
+from rlhf_core.util.messages import log
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["Rotation", "check_metric", "read_best", "which_is_better"]
@@ -69,7 +70,7 @@ class Rotation:
         best = (max if self.mode == "max" else min)(values, key=values.__getitem__)
         found = {"checkpoint": best.name, "metric": self.metric, "mode": self.mode, "value": values[best]}
         content = json.dumps(found, indent=1) + "\n"
-        if not marker.exists() or marker.read_text(encoding="utf-8") != content:
+        if not marker.exists() or marker.read_bytes() != content.encode():
             write_text(marker, content)
         return {best}
 
@@ -85,11 +86,17 @@ class Rotation:
 
 
 def read_best(output: Path) -> Path | None:
-    """Return the checkpoint that `best.json` names; None if there is none."""
+    """Return the checkpoint that `best.json` names; None, with a warning if it is damaged, if there is none."""
     marker = output / "checkpoints" / "best.json"
     if not marker.is_file():
         return None
-    return marker.parent / str(json.loads(marker.read_text(encoding="utf-8"))["checkpoint"])
+    try:
+        name: Any = json.loads(marker.read_bytes())["checkpoint"]
+        best = next(folder for folder in own_checkpoints(output) if folder.name == name)
+    except (ValueError, KeyError, TypeError, StopIteration):
+        log.warning(f"{marker} is damaged; no model of the best checkpoint is written")
+        return None
+    return best
 
 
 def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:

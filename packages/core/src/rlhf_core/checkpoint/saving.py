@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.checkpoint.engine_states import write_states
 from rlhf_core.checkpoint.manifest import seal
 from rlhf_core.checkpoint.own_files import OWN_FILES, own_checkpoints
-from rlhf_core.checkpoint.random_states import get_random_states
 from rlhf_core.errors import RunStopped
 from rlhf_core.util.atomic_files import force, fresh_folder, temporary_name, write_text
+from rlhf_core.util.random_states import get_random_states
 from rlhf_core.util.tensor_tree import write_tree
 
 if TYPE_CHECKING:

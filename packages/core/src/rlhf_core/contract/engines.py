@@ -280,9 +280,9 @@ class _Closing:
 
 
 @contextmanager
-def open_provider(provider: Opens, place: str = "provider") -> Iterator[Any]:
+def open_provider(provider: Opens, place: str = "provider", seed: int = 0) -> Iterator[Any]:
     """Open a provider without a run, yield its engine, and close it at the end."""
-    with Engines() as engines:
+    with Engines(seed) as engines:
         yield engines.open(provider, place)
 
 

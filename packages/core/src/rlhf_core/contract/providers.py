@@ -57,6 +57,14 @@ class Data(Provider):
     """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
 
     @property
+    def ahead(self) -> bool:
+        """True if rows may be read in the background, because no row draws from a global random generator.
+
+        Otherwise each row of anything but a list is read in the loop, after `random`, numpy and torch are seeded for it.
+        """
+        return False
+
+    @property
     def shuffle_buffer(self) -> int:
         """Rows of a stream that are held and drawn from by chance; 0 reads it in order."""
         return 0

@@ -51,6 +51,14 @@ class Sampler(Provider):
         return 0
 
     @property
+    def ahead(self) -> bool:
+        """True if it may run in the background, because it draws from no global random generator.
+
+        Otherwise it is asked in the loop, and `random`, numpy and torch are seeded for each number.
+        """
+        return False
+
+    @property
     def epochs(self) -> bool:
         """True if every row comes once before any comes again; data without a length is then read in its own order."""
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data import mixture
@@ -53,6 +53,8 @@ class HuggingFaceData(Preparation, Columns):
     """read without loading whole sets: for sets larger than the disk or memory"""
     shuffle_buffer: int = 1000
     """rows that a streamed set is shuffled within, anew each epoch; 0 keeps its order"""
+
+    ahead: ClassVar[bool] = True
 
     @property
     def holds_out(self) -> bool:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Json(Preparation, Columns):
     """rows held out of `path` where there is no such file: below 1 a share, from 1 a number; always the same rows"""
     limit: int = 0
     """use the first so many rows; 0 uses all"""
+
+    ahead: ClassVar[bool] = True
 
     @property
     def holds_out(self) -> bool:

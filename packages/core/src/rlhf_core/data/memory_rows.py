@@ -41,6 +41,12 @@ class MemoryRows(Preparation, Columns):
     """use the first so many rows; 0 uses all"""
 
     @property
+    def ahead(self) -> bool:
+        """True for a list, and for a Dataset that no function of the user's transforms; a stream may be made by one."""
+        kind: Mapping[str, Any] = getattr(self.rows, "format", {"type": "custom"})
+        return isinstance(self.rows, (list, tuple)) or kind["type"] != "custom"
+
+    @property
     def holds_out(self) -> bool:
         """True if some rows are held out."""
         return self.heldout_rows is not None or self.heldout > 0

@@ -7,6 +7,9 @@ Ranks that share a batch agree in the loop on which rows are usable, since colle
 then makes chunks of rows, which the loop puts together into batches. If rows depend on scores or on a reader's state, nothing
 can be drawn before that, and each rank prepares its share when the loop asks for it.
 
+Only what draws from no global random generator is read by the thread (`Data.ahead`, `Sampler.ahead`, lists of rows). Whatever may
+draw from one is read in the loop, when it is due, and leaves the generators as they were.
+
 The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
 goes wrong while reading ahead is raised when the loop gets to it. Rows that are left out or cut are counted in
 `data/dropped` and `data/truncated` and said once.
@@ -23,12 +26,13 @@ import numpy as np
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.read_ahead import InPlace, ReadAhead, Supply
-from rlhf_core.data.shuffling import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED, reads_ahead
 from rlhf_core.data.stream import DrawnBatch, DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.messages import log
+from rlhf_core.util.random_states import drawn_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +68,7 @@ class Prefetcher:
         close: called at the end.
         names: of the user's options, for messages.
         update: takes in what rows earned, if the stream's sampler reacts.
+        ahead: read in a thread; otherwise in the loop.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Prefetcher:
         close: Callable[[], None] | None = None,
         names: OptionNames | None = None,
         update: Callable[[Tensor, Tensor], None] | None = None,
+        ahead: bool = True,
     ) -> None:
         self._stream, self._close, self._names, self._update = stream, close, names or OptionNames(), update
         self._state = stream.state_dict()
@@ -80,7 +86,9 @@ class Prefetcher:
         lookahead = stream.sampler.lookahead if stream.sampler.reacts else DEPTH
         self._batches: Supply[_Batch] = ReadAhead(self._draw, lookahead)
         self._chunks: Supply[Chunk] | None = None
-        if stream.ranks > 1 and stream.exact:
+        if not ahead:
+            self._batches = InPlace(self._draw_apart, lookahead if stream.sampler.reacts else 0)
+        elif stream.ranks > 1 and stream.exact:
             self._batches = InPlace(self._draw, lookahead if stream.sampler.reacts else 0)
         elif stream.ranks > 1:
             self._batches, self._chunks = InPlace(self._draw, 0), ReadAhead(stream.chunk, 1)
@@ -101,6 +109,8 @@ class Prefetcher:
     ) -> Prefetcher:
         """The rows of the provider `data`, prepared for this rank; `readers` as `Stream` takes it, `sampler` is an engine."""
         preparer = Preparer(encoder, online, data)
+        order = config.providers.get("sampler", SHUFFLED)
+        ahead = order.ahead and reads_ahead(data, rows)
         stream = Stream(
             rows,
             config.batch_size,
@@ -111,11 +121,12 @@ class Prefetcher:
             block=preparer.block,
             buffer=data.shuffle_buffer,
             readers=readers,
-            sampler=config.providers.get("sampler", SHUFFLED),
+            sampler=order,
             engine=sampler,
             add_up=partial(_add_up, world),
+            seeds_rows=not ahead,
         )
-        return cls(stream, preparer.close, config.option_names, sampler.update if stream.sampler.reacts else None)
+        return cls(stream, preparer.close, config.option_names, sampler.update if order.reacts else None, ahead)
 
     def __next__(self) -> DrawnRows:
         batch = self._batches.take()
@@ -175,6 +186,11 @@ class Prefetcher:
             self._chunks.close()
         if self._close is not None:
             self._close()
+
+    def _draw_apart(self) -> _Batch:
+        """The next batch, for code that draws from the global random generators."""
+        with drawn_apart():
+            return self._draw()
 
     def _draw(self) -> _Batch:
         """The next batch: one that a checkpoint had drawn ahead, else a new one."""

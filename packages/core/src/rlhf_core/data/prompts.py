@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import ClassVar
 
 from rlhf_core.contract.batch import Example, Message
 from rlhf_core.data.prepare import Preparation
@@ -23,6 +24,8 @@ FILE = "shipped_prompts.jsonl"
 @dataclass(frozen=True)
 class ShippedPrompts(Preparation):
     """150 everyday prompts that come with the package, and 50 held out."""
+
+    ahead: ClassVar[bool] = True
 
     system: str = ""
     """system prompt put before every prompt; each prompt is a chat then"""

@@ -7,6 +7,9 @@ A source without a length (streaming) is read in its own order, or shuffled with
 read again up to the position, which makes the same buffer again. A reader with a state continues from that by itself, and no
 row is read that the batch at hand does not need, so that its state belongs to the last row drawn. The same holds for a sampler
 that reacts to scores.
+
+What a reader or a sampler draws from the global random generators follows from the seed and the row's place alone, if these
+are seeded for each row (`seeds_rows`): other code draws from them too, and a resumed run reads rows again or not at all.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
 from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, Segment, assign_ranks
 from rlhf_core.data.render import LIMITS_ADVICE
-from rlhf_core.data.shuffling import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED, shuffle_within
 from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
+from rlhf_core.util.random_states import seed_apart, seeded_each
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
@@ -34,6 +38,8 @@ BATCHES = 4
 """Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
 POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
 """What a position is made of."""
+ROW, NUMBER = 0, 1
+"""What generators are seeded for."""
 
 
 class DrawnRows(NamedTuple):
@@ -73,6 +79,7 @@ class Stream:
         sampler: the provider that orders a sequence.
         engine: what it has opened; the provider itself if absent.
         add_up: returns the sum over ranks of a float64 array; all ranks call it in the same order.
+        seeds_rows: seed the global random generators before each row is read and each number is chosen.
     """
 
     dropped: int
@@ -94,6 +101,7 @@ class Stream:
         sampler: Sampler = SHUFFLED,
         engine: Callable[[int, int], Iterator[int]] | None = None,
         add_up: Callable[[np.ndarray], np.ndarray] | None = None,
+        seeds_rows: bool = False,
     ) -> None:
         if readers is not None and buffer:
             raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
@@ -121,7 +129,7 @@ class Stream:
         self._buffer = buffer
         self._readers = readers
         self._engine = engine or sampler
-        self._add_up = add_up
+        self._add_up, self._seeds_rows = add_up, seeds_rows
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
         self._begin()
 
@@ -170,7 +178,7 @@ class Stream:
         """Return a batch that was drawn before, by number and uid of its rows."""
         number_B, uid_B = np.array(places, np.int64).reshape(-1, 2).T
         own = slice(self.rank * self._share, (self.rank + 1) * self._share)
-        examples = [self._example(number) for number in number_B[own].tolist()]
+        examples = list(map(self._example, number_B[own].tolist(), uid_B[own].tolist()))
         rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
         prepared = list(map(PreparedRow, examples, uid_B[own].tolist(), rows))
         return DrawnBatch(self._join_rows(prepared), number_B, uid_B)
@@ -329,22 +337,28 @@ class Stream:
 
     def _read_in_order(self) -> Iterator[tuple[int, Example]]:
         """(row number, example) of the present epoch from the present position on."""
-        epoch, row, _ = self._next
-        if self._readers is not None:
-            return enumerate(self.examples, row)
-        rows: Iterator[tuple[int, Example]] = enumerate(self.examples)
+        epoch, row, first_uid = self._next
+        first = row if self._readers is not None else 0
+        rows: Iterator[Any] = enumerate(self._seeded(lambda: self.examples, ROW, first_uid + first), first)
         if self._buffer:
-            rows = _shuffle(rows, self._buffer, np.random.default_rng([self.seed, epoch]))
-        return islice(rows, row, None)
+            rows = shuffle_within(rows, self._buffer, np.random.default_rng([self.seed, epoch]))
+        return islice(rows, row - first, None)
+
+    def _seeded(self, make: Callable[[], Iterable[Any]], purpose: int, first: int) -> Iterator[Any]:
+        return seeded_each(make, first, self.seed, purpose) if self._seeds_rows else iter(make())
 
     def _example_in(self, segment: Segment, place: int) -> Example:
         """A row of a segment."""
         number = int(segment.number_C[place])
-        return self._example(number) if segment.examples is None else replace(segment.examples[place], row=number)
+        if segment.examples is not None:
+            return replace(segment.examples[place], row=number)
+        return self._example(number, segment.first_uid + (number if self.sampler.epochs else segment.first_row + place))
 
-    def _example(self, number: int) -> Example:
+    def _example(self, number: int, uid: int) -> Example:
         """The row of this number, which it carries."""
         examples: Any = self.examples
+        if self._seeds_rows:
+            seed_apart(self.seed, ROW, uid)
         example: Example = examples[number]
         return replace(example, row=number)
 
@@ -353,8 +367,10 @@ class Stream:
         who = f"sampler {type(self.sampler).__qualname__} of {type(self.sampler).__module__}"
         if self._numbers is None:
             _, row, first_uid = self._next
-            drawn = 0 if self.sampler.reacts else first_uid + row  # one that reacts continues from its state
-            self._numbers = islice(self._engine(rows, self.seed), drawn, None)
+            done = first_uid + row
+            first = done if self.sampler.reacts else 0  # one that reacts continues from its state
+            numbers = self._seeded(lambda: self._engine(rows, self.seed), NUMBER, first)
+            self._numbers = islice(numbers, done - first, None)
         given: list[Any] = list(islice(self._numbers, count))
         if not (set(map(type, given)) <= {int} and (not given or 0 <= min(given) <= max(given) < rows)):
             for place, number in enumerate(given):
@@ -382,13 +398,3 @@ def _locate(parts: Sequence[tuple[Chunk, np.ndarray]], i: int) -> tuple[Chunk, i
             return chunk, int(places[i])
         i -= len(places)
     raise IndexError(i)
-
-
-def _shuffle(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
-    """`rows` through a buffer of `size`: each that comes in pushes a random one out; the last ones leave in random order."""
-    buffer = list(islice(rows, size))
-    for row in rows:
-        at = int(generator.integers(size))
-        yield buffer[at]
-        buffer[at] = row
-    yield from (buffer[at] for at in generator.permutation(len(buffer)).tolist())

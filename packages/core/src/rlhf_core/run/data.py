@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.engines import Stateful
 from rlhf_core.contract.plan import DATA
-from rlhf_core.data.shuffling import SHUFFLED
+from rlhf_core.data.shuffling import SHUFFLED, reads_ahead
 from rlhf_core.errors import ContractError, UsageError, options_under, run_option
+from rlhf_core.util.random_states import read_apart
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
@@ -104,6 +105,11 @@ class RunData:
             rows: Iterable[Example] = self.engines["data"](split)
         return rows
 
+    def read_apart(self, split: str) -> Iterable[Example]:
+        """Return the rows of a split; what a row draws from global random generators follows from seed and number alone."""
+        rows, config = self.read(split), self.plan.config
+        return rows if reads_ahead(config.providers["data"], rows) else read_apart(rows, config.seed)
+
     def stream(self, world: World) -> Prefetcher:
         """Return this rank's rows, shuffled by the seed, from the first one on."""
         from rlhf_core.data.prefetch import Prefetcher
@@ -139,7 +145,7 @@ class RunData:
             UsageError: there are none, or fewer than ranks.
         """
         with options_under("/data"):
-            rows = list(self.read("heldout"))
+            rows = list(self.read_apart("heldout"))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
         if len(rows[:most]) < world.size:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlhf_core.checkpoint.random_states import seed_libraries
 from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
@@ -23,6 +22,7 @@ from rlhf_core.training.reference_cache import cache_frozen_roles
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.training.tracking import begin_tracking
 from rlhf_core.util.messages import log, progress
+from rlhf_core.util.random_states import seed_libraries
 
 if TYPE_CHECKING:
     from rlhf_core.checkpoint.background import Background

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.checkpoint.random_states import get_random_states, set_random_states
 from rlhf_core.errors import RlhfError, RunStopped
 from rlhf_core.run.failures import newest_checkpoint
 from rlhf_core.run.signals import exit_on_preemption
 from rlhf_core.run.stop_watch import StopOverdue
 from rlhf_core.run.stopping import describe_resuming
 from rlhf_core.util.messages import log
+from rlhf_core.util.random_states import get_random_states, set_random_states
 
 if TYPE_CHECKING:
     from rlhf_core.run.run import Run
