@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from one_line import RUN, one_line
 
 from rlhf_core.cli import main
 from rlhf_core.contract.hooks import hookimpl
 from rlhf_core.contract.providers import Observer
 from rlhf_core.contract.run_view import RunView
 
-RUN = (
-    "rlhf_core.testing.tiny_algorithm:TinyAlgorithm --model tiny:hidden=8,layers=1 --data prompts --rollout hf --reward length "
-    "--batch-size 2 --sampling.max-new-tokens 2 --steps 1 --output run"
-)
 LONG = "x" * 5000
 HUGE = "9" * 20
 
@@ -65,8 +62,8 @@ PLACES: dict[str, str] = {
     "a long name": LONG,
     "a long path": "/".join(["y" * 200] * 30),
 }
-"""What no option takes for its path, a folder as --output and the name of a module apart."""
-NO_ACCIDENT = {("--output", "a folder"), ("--output", "a line break"), ("-p", "a folder")}
+"""What no option takes for its path, a folder as --output apart."""
+NO_ACCIDENT = {("--output", "a folder"), ("--output", "a line break")}
 DATA = "--data json --data.path rows"
 ROWS: list[tuple[bytes, str]] = [
     ("{}".encode("utf-16"), "rows: expected UTF-8 text"),
@@ -123,15 +120,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def left() -> dict[str, bytes]:
     """The files in the working folder but those of a run."""
     return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.parts[0] != "run"}
-
-
-def one_line(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """What the answer to the usual words and these is, if it is one line."""
-    assert main([*RUN.split(), *words]) == code, words
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line.startswith("rlhf-run: ")]
-    assert len(lines) == 1, (words, said[:2000])
-    return lines[0]
 
 
 def refused(words: str | list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

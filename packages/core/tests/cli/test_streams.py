@@ -54,11 +54,44 @@ def test_a_broken_pipe_of_a_plugin_is_an_error_with_its_traceback(tmp_path: Path
     assert end.returncode == 1 and "BrokenPipeError: of a plugin" in end.stderr
 
 
-@pytest.mark.parametrize("code", ["", "0", "None"])
+@pytest.mark.parametrize("code", ["", "0", "3", "75", "'bye'"])
 def test_sys_exit_in_a_plugin_is_no_end_of_the_work(code: str, tmp_path: Path) -> None:
+    """Whatever its code, which would be read as that of the work: 75 has a batch system start it again."""
     end = ended(f"    sys.exit({code})", tmp_path)
-    assert end.returncode == 1 and end.stderr.startswith("rlhf-run: something called sys.exit"), end.stderr
-    assert ended("    sys.exit(75)", tmp_path).returncode == 75
+    said = (
+        f"rlhf-run: sys.exit({code}) was called (child.py, line 4) before the work was done; nothing more was saved\n"
+    )
+    assert (end.returncode, end.stderr) == (1, said)
+
+
+def test_an_end_for_a_signal_before_the_first_step_keeps_its_code(tmp_path: Path) -> None:
+    work = "    from rlhf_core.run.signals import Preempted\n    raise Preempted(75)"
+    end = ended(work, tmp_path)
+    assert (end.returncode, end.stderr) == (75, "")
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("os._exit(0)", 1),
+        ("os._exit(3)", 3),
+        ("__import__('threading').Thread(target=os._exit, args=(0,)).start()\n    __import__('time').sleep(60)", 1),
+    ],
+)
+def test_an_end_that_nothing_can_catch_is_said_and_no_success(call: str, code: int, tmp_path: Path) -> None:
+    end = ended(f"    {call}\n    return 0", tmp_path)
+    exit_call = f"os._exit({3 if code == 3 else 0})"
+    said = f"rlhf-run: {exit_call} was called before the work was done; nothing more was saved\n"
+    assert (end.returncode, end.stderr) == (code, said)
+
+
+def test_a_process_that_is_forked_ends_as_it_likes_and_os_exit_is_given_back(tmp_path: Path) -> None:
+    work = "    child = os.fork()\n    if not child:\n        os._exit(0)\n    return os.waitpid(child, 0)[1]"
+    end = ended(work, tmp_path)
+    assert (end.returncode, end.stderr) == (0, "")
+    before = os._exit
+    assert app.main(["--version"]) == 0
+    assert os._exit is before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -17,6 +17,7 @@ from stuck import run, run_under_nohup, run_with_pid
 from rlhf_core.checkpoint import valid_checkpoints
 from rlhf_core.run.stop_watch import GRACE, LAST
 from rlhf_core.testing import RankResult, run_ranks
+from rlhf_core.testing.tiny import tiny_run
 
 WITHIN = 1.0
 WORDS = ["rlhf_core.testing.tiny_algorithm:TinyAlgorithm", "--model", "tiny:hidden=16,layers=1", "--steps", "3"]
@@ -149,3 +150,20 @@ def test_the_watching_process_ends_with_the_run_that_it_watches() -> None:
 def test_the_stated_time_is_that_of_the_documentation() -> None:
     page = (Path(__file__).parents[4] / "docs" / "reliability.md").read_text()
     assert f"{GRACE:g} s" in page and f"{LAST:g} s" in page
+
+
+@pytest.mark.parametrize("program", ["", None, "no-program", "."])
+def test_a_run_whose_interpreter_cannot_be_started_goes_on_and_says_so_once(
+    program: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python does not know its place, it may not be executed, or it is gone."""
+    if program == "no-program":
+        program = str(tmp_path / "file")
+        Path(program).touch(mode=0o644)
+    monkeypatch.setattr(sys, "executable", program)
+    handles = len(list(Path("/proc/self/fd").iterdir()))
+    tiny_run(tmp_path / "run", reward="length", steps=2).train()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= handles + 1, "neither end of the pipe is left open"
+    said = [line for line in capsys.readouterr().err.splitlines() if "a polite stop has no deadline" in line]
+    assert len(said) == 1 and "cannot be started (" in said[0]
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 
 from rlhf_core.cli import help as help_
 from rlhf_core.config.parsing import read
+from rlhf_core.contract.registry_view import failure_place
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.run.command import read_command, run_command
+from rlhf_core.run.signals import Preempted
 from rlhf_core.run.stop_watch import EXIT_CODES, leave_in_time
+from rlhf_core.util.exits import no_silent_exit
 from rlhf_core.util.messages import console_messages
 from rlhf_core.util.secrets import redact, show_traceback
 from rlhf_core.util.streams import outlive_readers
@@ -28,7 +31,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     sys.excepthook = show_traceback  # of a bug
-    with outlive_readers() as lost_output:
+    with outlive_readers() as lost_output, no_silent_exit():
         code = _exit_code(list(sys.argv[1:] if argv is None else argv))
         failure = lost_output()
         if failure is not None:
@@ -56,10 +59,11 @@ def _exit_code(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
-    except SystemExit as end:  # of core's own, with the code of a signal; or of a plugin
-        if end.code:
-            raise
-        _say("something called sys.exit before the work was done, a plugin for example; nothing more was saved")
+    except Preempted as end:
+        return int(str(end))
+    except SystemExit as end:
+        called = f"sys.exit({'' if end.code is None else repr(end.code)}) was called{failure_place(end)}"
+        _say(f"{called} before the work was done; nothing more was saved")
         return 1
 
 

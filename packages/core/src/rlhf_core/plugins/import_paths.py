@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlhf_core.errors import PluginError, UsageError, run_option
+from rlhf_core.util.messages import log
 from rlhf_core.util.suggestions import did_you_mean
 
-__all__ = ["add_working_folder", "check_provided", "load", "load_local"]
+__all__ = ["add_working_folder", "check_module_name", "check_provided", "load", "load_local", "report_no_hook"]
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*")
 """A provider's name: no colon, comma or space, which mean something on the command line."""
@@ -65,3 +68,29 @@ def add_working_folder() -> None:
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)
+
+
+def check_module_name(name: str) -> None:
+    """Check that `-p NAME` may name a module, which a path does not.
+
+    Raises:
+        UsageError: it may not.
+    """
+    is_file = name.endswith(".py") and os.path.isfile(name)  # noqa: PTH113  # pathlib's raises for names that are too long
+    if all(part.isidentifier() for part in name.split(".")) and not is_file:
+        return
+    there = is_file or os.path.isdir(name)  # noqa: PTH112  # the same
+    name_it = f": -p {Path(name).stem}, where its folder is the working folder or in PYTHONPATH" if there else ""
+    raise UsageError(f"-p {name}: a plugin is named by its module or its entry point, not by a path{name_it}")
+
+
+def report_no_hook(module: ModuleType, name: str) -> None:
+    """Log that the module of `-p NAME` has no hook, so that importing it was all.
+
+    Raises:
+        PluginError: it is a folder without `__init__.py`, in which nothing was imported.
+    """
+    hooks = "has no hook, a function rlhf_…() with @hookimpl"
+    if module.__spec__ is not None and module.__spec__.origin is None:
+        raise PluginError(f"it is a folder without __init__.py, and {hooks}")
+    log.warning(f"-p {name}: the module {hooks}; it was imported, and nothing more")

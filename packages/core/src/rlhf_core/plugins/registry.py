@@ -156,12 +156,15 @@ class Registry:
     def _load_module(self, name: str) -> None:
         """Load the module that `-p NAME` asks for."""
         targets.add_working_folder()
+        targets.check_module_name(name)
         try:
             module = import_module(name)
             if not self._manager.is_registered(module):  # an installed plugin may be named by its module too
                 self.register(module, name)
+                if not self._manager.get_hookcallers(module):
+                    targets.report_no_hook(module, name)
         except ModuleNotFoundError as error:
-            if error.name != name:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 return self._fail(BrokenPlugin(Plugin(name, LOCAL, ""), error), wanted=True)
             known = [*self.plugins, *(entry_point.name for entry_point in self._entry_points)]
             raise UsageError(f"-p {name}: no plugin or module is called {name!r}{did_you_mean(name, known)}") from None

@@ -157,7 +157,7 @@ def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., An
             spec.loader.exec_module(module)
         except RlhfError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OptionError("path", f"{path} cannot be imported: {reason(error)}") from error
     else:
         module_name, _, name = path.partition(":")

@@ -181,5 +181,5 @@ def _call_guarded(arguments: tuple[Any, ...]) -> Answer | Failure:
     """A call in this process."""
     try:
         return call(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure(reason(error))

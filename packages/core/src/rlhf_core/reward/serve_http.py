@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import os
 import signal
 import socket
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import UsageError
+from rlhf_core.util.exits import leave
 from rlhf_core.util.messages import log
 
 __all__ = ["Limits", "bind_address", "serve", "warn_if_open"]
@@ -104,7 +104,7 @@ def serve(app: Any, listener: socket.socket, note: str = "", limits: Limits = Li
 
 def _leave_within(seconds: float) -> None:
     """End this process, though the model never returns: Python waits for the thread that it is in."""
-    timer = threading.Timer(seconds, os._exit, [128 + signal.SIGTERM])
+    timer = threading.Timer(seconds, leave, [128 + signal.SIGTERM])
     timer.daemon = True
     timer.start()
 

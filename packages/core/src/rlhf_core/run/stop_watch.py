@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,8 @@ LAST = 2.0
 """Seconds for the handler to end the process."""
 QUIT, RESTART = 0, 255
 """Bytes that are no signal's number."""
+_exit = os._exit
+"""The function of Python, whatever stands in its place during a run (`util.exits`)."""
 
 
 class StopOverdue(BaseException):
@@ -46,10 +49,11 @@ class StopWatch:
 
     Args:
         seconds: for the step at hand, and again for what follows it.
+        warn: takes the one line that says that the small process cannot be started; stops then have no deadline.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, warn: Callable[[str], object] = print) -> None:
+        self.seconds, self._warn = seconds, warn
         self.exit_code = 1
         """what the process exits with if it does not unwind"""
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,17 +64,27 @@ class StopWatch:
             self._raised = False
             reader, self._pipe = os.pipe()
             os.set_blocking(self._pipe, False)
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(self.seconds)],
-                stdin=reader,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the run
-            )
-            os.close(reader)
+            try:
+                self._process = self._start(reader)
+            except OSError as error:  # the interpreter may not be executed, or there may be no more processes
+                os.close(self._pipe)
+                program = sys.executable or "the Python interpreter, whose place is unknown,"
+                self._warn(f"a polite stop has no deadline: {program} cannot be started ({error.strerror})")
+                return self
+            finally:
+                os.close(reader)
             self._alarm_before: Any = signal.signal(signal.SIGVTALRM, self._overdue)
             self._wakeup_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         return self
+
+    def _start(self, reader: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable or "", "-I", "-S", __file__, str(os.getpid()), str(self.seconds)],
+            stdin=reader,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run
+        )
 
     def __exit__(self, *_: object) -> None:
         if self._process is None:
@@ -99,14 +113,14 @@ class StopWatch:
         if self._raised:
             with contextlib.suppress(OSError):  # a closed terminal
                 os.write(2, b"rlhf-run: the run did not end in time and is stopped; nothing more was saved\n")
-            os._exit(self.exit_code)
+            _exit(self.exit_code)
         self._raised = True
         raise StopOverdue
 
 
 def leave_in_time(exit_code: int) -> None:
     """End this process after `GRACE` seconds, though a thread of a plugin never returns: Python waits for those at its end."""
-    timer = threading.Timer(GRACE, os._exit, [exit_code])
+    timer = threading.Timer(GRACE, _exit, [exit_code])
     timer.daemon = True
     timer.start()
 

@@ -206,7 +206,7 @@ def _serve(target: str, life: int) -> None:
         _seed(seed)
         try:
             result = function(*arguments)
-        except Exception as error:
+        except BaseException as error:  # of the call: nobody interrupts this process but by killing it
             result = Failure(reason(error))
         _send(answers, result)
 
