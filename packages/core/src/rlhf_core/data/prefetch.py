@@ -7,8 +7,8 @@ Ranks that share a batch agree in the loop on which rows are usable, since colle
 then makes chunks of rows, which the loop puts together into batches. If rows depend on scores or on a reader's state, nothing
 can be drawn before that, and each rank prepares its share when the loop asks for it.
 
-Only what draws from no global random generator is read by the thread (`Data.ahead`, `Sampler.ahead`, lists of rows). Whatever may
-draw from one is read in the loop, when it is due, and leaves the generators as they were.
+Only what draws from no global random generator is read by the thread (`Data.ahead`, `Sampler.ahead`, lists of rows).
+Whatever may draw from one is read in the loop, when it is due, and leaves the generators as they were.
 
 The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
 goes wrong while reading ahead is raised when the loop gets to it. Rows that are left out or cut are counted in
