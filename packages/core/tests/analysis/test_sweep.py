@@ -34,8 +34,11 @@ import tomllib
 words = sys.argv[1:]
 config = tomllib.loads(Path(words[words.index("--config") + 1]).read_text())
 folder = Path(config["output"])
+from rlhf_core.checkpoint.own_files import new_files
+new_files().with_names(["model/"]).write(folder)
 (folder / "calls").open("a").write(" ".join(words[2:]) + "\\n")
 (folder / "model").mkdir(exist_ok=True)
+(folder / "notes").mkdir(exist_ok=True)
 (folder / "metrics.jsonl").write_text(json.dumps({{"step": config["steps"]}}) + "\\n" + '{{"step": 4, "half')
 if (folder / "sleep").exists():
     time.sleep(30)
@@ -108,12 +111,14 @@ def test_a_mistake_is_one_line(folder: Path, text: str, message: str) -> None:
 def test_what_is_finished_never_runs_again_and_what_failed_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(folder, "seeds = [0, 1]\ndiscard = ['model']\n")
+    path = write(folder, "seeds = [0, 1]\ndiscard = ['model', 'notes']\n")
     assert main(["sweep", str(path), "--jobs", "2"]) == 1
     out = capsys.readouterr()
     assert "1 failed, 1 finished" in out.out
     assert "run-seed1: ended with code 3" in out.err
     assert not (folder / "out/run-seed0/model").exists()
+    assert "out/run-seed0/notes stays: it is no folder of the run" in out.err
+    assert (folder / "out/run-seed0/notes").exists(), "what the run did not write"
     assert (folder / "out/run-seed1/model").exists(), "of a failed run nothing is thrown away"
     (folder / "out/run-seed1/mended").touch()
     assert main(["sweep", str(path)]) == 0

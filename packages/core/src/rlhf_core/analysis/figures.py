@@ -14,6 +14,7 @@ from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.contract.commands import Command
 from rlhf_core.errors import MissingPackage, UsageError, run_option
+from rlhf_core.util.places import check_writable, read_path
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -48,7 +49,8 @@ class Drawing(Command, ABC):
     def __call__(self, context: CommandContext) -> int:
         if self.formats:
             _check_matplotlib()
-        rows, stem = self.rows(read_sweep(self.file)), Path(self.output)
+        rows, stem = self.rows(read_sweep(self.file)), read_path("--output", self.output)
+        check_writable("--output", stem)
         for ending in ("csv", *self.formats):
             _check_own(stem.with_name(f"{stem.name}.{ending}"), list(rows[0]) if ending == "csv" else [])
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)

@@ -35,8 +35,22 @@ from typing import Any, Literal
 
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import inside, write_text
+from rlhf_core.util.messages import log
+from rlhf_core.util.text_files import read_text
 
 __all__ = ["Member", "SweepFile", "read_sweep"]
+
+KINDS: Mapping[str, type] = {
+    "config": str,
+    "output": str,
+    "discard": list,
+    "grid": dict,
+    "variants": dict,
+    "slurm": dict,
+    "ray": dict,
+}
+"""What a sweep's keys hold, those apart that have a check of their own."""
+WORDS: Mapping[type, str] = {str: "path", list: "list of names", dict: "table"}
 
 State = Literal["waiting", "begun", "failed", "finished"]
 KEYS = ("config", "output", "seeds", "discard", "processes", "grid", "variants", "slurm", "ray")
@@ -71,24 +85,29 @@ class Member:
     def status(self) -> dict[str, Any]:
         """What the last attempt left: `exit` and `seconds`; empty while there was none, or it was killed."""
         try:
-            found: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found: Any = json.loads(self.status_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
-        return found
+        return found if isinstance(found, dict) else {}
 
     @property
     def status_file(self) -> Path:
         """Beside the run's own files."""
         return self.folder / "sweep-status.json"
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a half-written one is left out."""
-        path = self.folder / "metrics.jsonl"
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    def metrics(self, name: str = "metrics.jsonl") -> Iterator[dict[str, Any]]:
+        """The lines of a file of metrics; a half-written last one is left out, and damaged ones are named and left out."""
+        path = self.folder / name
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+            else:
+                log.warning(f"{path}:{number} is damaged and left out")
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,11 @@ def read_sweep(path: str | Path) -> SweepFile:
     for key in tree:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}; a sweep has {', '.join(KEYS)}")
+    for key, kind in KINDS.items():
+        if not isinstance(tree.get(key, kind()), kind):
+            raise UsageError(f"{path}: {key} must be a {WORDS[kind]}, not {tree[key]!r}")
+    if "\0" in tree.get("output", ""):
+        raise UsageError(f"{path}: output {tree['output']!r} has a NUL; name a folder")
     base = _toml(path.parent / tree["config"]) if "config" in tree else {}
     output = Path(tree.get("output", path.with_suffix("")))
     seeds = tree.get("seeds", [0])
@@ -150,7 +174,7 @@ def write_configuration(member: Member) -> Path:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -166,6 +190,8 @@ def _methods(tree: Mapping[str, Any], base: Mapping[str, Any], path: Path) -> It
         if own.get("skip", False):
             continue
         grid: Mapping[str, Any] = own.get("grid", tree.get("grid", {}))
+        if not isinstance(grid, Mapping):
+            raise UsageError(f"{path}: variants.{variant}.grid must be a table, not {grid!r}")
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise UsageError(f"{path}: grid {key!r} must be a list of values, not {values!r}")

@@ -44,16 +44,19 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
 
     Raises:
         UsageError: there is no such file.
-        DataError: it has no such column.
+        DataError: it is damaged, or has no such column.
     """
     if not path.exists():
         raise UsageError(f"{path} is not there; let the run write it with the evaluator heldout_table")
-    if path.suffix == ".parquet":
-        table = check_parquet().read_table(path)
-        found = {name: table[name].to_pylist() for name in names if name in table.column_names}
-    else:
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-        found = {name: [row[name] for row in rows] for name in names if rows and name in rows[0]}
+    try:
+        if path.suffix == ".parquet":
+            table = check_parquet().read_table(path)
+            found = {name: table[name].to_pylist() for name in names if name in table.column_names}
+        else:
+            rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+            found = {name: [row[name] for row in rows] for name in names if rows and name in rows[0]}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # those of pyarrow are among them
+        raise DataError(f"{path} cannot be read: {error}") from None
     for name in names:
         if name not in found:
             raise DataError(f"{path} has no column {name!r}")

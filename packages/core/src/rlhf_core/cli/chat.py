@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
+from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
@@ -36,6 +37,9 @@ class Chat(Command):
     """randomness of the answer; 0 always takes the likeliest token"""
     seed: int = 0
     """the same seed gives the same answers"""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "seed")
 
     def __call__(self, context: CommandContext) -> int:
         Sampling(max_new_tokens=self.max_new_tokens, temperature=self.temperature)  # refuses what cannot be

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -83,9 +82,7 @@ def series(member: Member, metric: str, x: Literal["samples", "steps"]) -> Itera
         at[step] = at[max(at)] + float(row.get("samples", 0)) if x == "samples" else float(step)
         if (value := _value(row, metric)) is not None:
             values[step] = value
-    path = member.folder / "evaluation-metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
+    for row in member.metrics("evaluation-metrics.jsonl"):
         if metric in row and row["step"] in at:
             values[int(row["step"])] = float(row[metric])
     return ((at[step], values[step]) for step in sorted(values))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.checkpoint.own_files import claim_folder
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
+from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import UsageError
 from rlhf_core.run.no_training import NoTraining
 from rlhf_core.training.planner import make_plan
+from rlhf_core.util.places import read_path
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -48,6 +49,10 @@ class Evaluate(Command):
     }
     roles: ClassVar[Mapping[str, Any]] = {"actor": ModelOptions(), "reference": ModelOptions()}
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "max_prompt_tokens", "micro_tokens")
+        at_least(0, self, "seed")
+
     def __call__(self, context: CommandContext) -> int:
         config = context.config
         evaluators = config.providers["evaluator"]
@@ -57,7 +62,7 @@ class Evaluate(Command):
             raise UsageError(
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
-        claim_folder(Path(self.output), [name for each in evaluators for name in each.writes])
+        claim_folder(read_path("--output", self.output), [name for each in evaluators for name in each.writes])
         with context.open_run(config) as run:
             metrics = run.measure()
         print(json.dumps({name: metrics[name] for name in sorted(metrics)}))

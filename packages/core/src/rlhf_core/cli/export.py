@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from rlhf_core.contract.commands import Command
-from rlhf_core.errors import UsageError
+from rlhf_core.util.places import new_folder, read_path
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -31,11 +29,9 @@ class Export(Command):
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.run.exporting import export_checkpoint
 
-        checkpoint = Path(self.checkpoint).expanduser()
+        checkpoint = read_path("export", self.checkpoint)
         beside = checkpoint.absolute().parent.parent / f"{self.role or 'model'}-{checkpoint.absolute().name}"
-        output = Path(self.output or beside).expanduser()
-        if os.path.lexists(output):
-            raise UsageError(f"export --output {output}: it exists already; name a new folder")
+        output = new_folder("export --output", self.output or str(beside))
         export_checkpoint(checkpoint, output, cast("Registry", context.registry), self.role)
         print(f"model saved in {output}")
         return 0

@@ -69,7 +69,12 @@ class Frontier(Drawing):
             "cvar": lambda rewards: cvar(rewards, self.share),
             "attack": lambda successes: sum(map(bool, successes)) / len(successes),
         }
-        return sum(columns[self.x]) / len(columns[self.x]), measure[self.y](columns[y])
+        try:
+            return sum(columns[self.x]) / len(columns[self.x]), measure[self.y](columns[y])
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise DataError(
+                f"{member.folder / self.table}: {self.x} and {y} must be numbers, of a row at least"
+            ) from None
 
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
         """A point with its intervals per method, and a line through the Pareto set."""

@@ -19,8 +19,11 @@ from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.options import ModelOptions, Sampling
+from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import write_text
+from rlhf_core.util.places import read_path
+from rlhf_core.util.random_states import read_apart
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -62,12 +65,14 @@ class Generate(Command):
     roles: ClassVar[Mapping[str, Any]] = {"actor": ModelOptions()}
 
     def __post_init__(self) -> None:
+        at_least(1, self, "batch_size", "max_prompt_tokens")
+        at_least(0, self, "seed", "prompts")
         i, n = _shard(self.shard)
         if not 0 <= i < n:
             raise UsageError(f"--shard must be i/n with i from 0 to n - 1, as 0/4, not {self.shard!r}")
 
     def __call__(self, context: CommandContext) -> int:
-        path, config = Path(self.output), context.config
+        path, config = read_path("--output", self.output), context.config
         chosen = {kind: config.providers[kind] for kind in ("data", "rollout")}
         continue_output(
             path,
@@ -111,7 +116,7 @@ class Generate(Command):
     def _rows(self, run: RunView, done: set[int]) -> Iterator[tuple[int, Example]]:
         """The rows to answer, with their numbers."""
         i, n = _shard(self.shard)
-        for uid, example in enumerate(islice(run.rows(self.split), self.prompts or None)):
+        for uid, example in enumerate(islice(read_apart(run.rows(self.split), self.seed), self.prompts or None)):
             if uid % n == i and uid not in done:
                 yield uid, example
 

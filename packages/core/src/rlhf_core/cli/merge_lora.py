@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import copyfile
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.commands import Command
 from rlhf_core.errors import UsageError
+from rlhf_core.util.places import new_folder
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -38,13 +38,12 @@ class MergeLora(Command):
             raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
         if not self.output:
             raise UsageError("merge-lora needs --output FOLDER, where the merged model goes")
-        if os.path.lexists(self.output):
-            raise UsageError(f"merge-lora --output {self.output}: it exists already; name a new folder")
-        self._merge(Path(source.location))
-        print(f"model saved in {self.output}")
+        output = new_folder("merge-lora --output", self.output)
+        self._merge(Path(source.location), output)
+        print(f"model saved in {output}")
         return 0
 
-    def _merge(self, adapter: Path) -> None:
+    def _merge(self, adapter: Path, output: Path) -> None:
         from rlhf_core.contract.options import ModelOptions
         from rlhf_core.models.build import set_pad
         from rlhf_core.models.export.card import Card, read_card
@@ -68,7 +67,7 @@ class MergeLora(Command):
         if classifier:
             set_pad(model.config, tokenizer)
         save_ends(model, find_end_tokens(tokenizer, (), listed_ends(str(adapter), options)))
-        with fresh_folder(Path(self.output), replace=False) as folder, no_progress_bars():
+        with fresh_folder(output, replace=False) as folder, no_progress_bars():
             model.save_pretrained(folder)
             if reader is not None:
                 reader.save(folder)

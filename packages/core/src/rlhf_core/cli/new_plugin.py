@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,8 @@ from rlhf_core.cli import templates
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import KindName
 from rlhf_core.errors import UsageError
+from rlhf_core.util.atomic_files import fresh_folder
+from rlhf_core.util.places import new_folder
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -34,9 +34,7 @@ class NewPlugin(Command):
         words = self.name.removeprefix("rlhf-")
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", words):
             raise UsageError(f"new-plugin {self.name}: a name is small letters, digits and dashes, such as brevity")
-        folder = Path(f"rlhf-{words}")
-        if os.path.lexists(folder):
-            raise UsageError(f"new-plugin {self.name}: the folder {folder} exists already")
+        folder = new_folder("new-plugin", f"rlhf-{words}")
         name = words.replace("-", "_")
         if (taken := context.registry.table(self.kind).get(name)) is not None:
             raise UsageError(f"new-plugin {self.name}: {taken.plugin} already provides the {self.kind} {name!r}")
@@ -55,12 +53,9 @@ class NewPlugin(Command):
             f"rlhf_{name}.py": template.MODULE,
             f"test_rlhf_{name}.py": template.TEST,
         }
-        try:
-            folder.mkdir()
-        except OSError as error:
-            raise UsageError(f"new-plugin {self.name}: {folder}: {error.strerror}") from None
-        for file, content in files.items():
-            text = Template(Template(content).substitute(values)).substitute(values)  # `run` has names in it too
-            (folder / file).write_text(text, encoding="utf-8")
+        with fresh_folder(folder, replace=False) as new:
+            for file, content in files.items():
+                text = Template(Template(content).substitute(values)).substitute(values)  # `run` has names in it too
+                (new / file).write_text(text, encoding="utf-8")
         print(f"{folder} is ready: python3 -m pip install -e {folder} && python3 -m pytest {folder}")
         return 0

@@ -33,6 +33,10 @@ def continue_output(path: Path, **options: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise UsageError(f"--output {path} is a folder; name a file")
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"--output {path} is a link that leads nowhere; name a file")
+        if path.exists() and not path.is_file():  # a device may have no end, and a pipe cannot be read again
+            raise UsageError(f"--output {path} is a device or a pipe; name a file")
         if note.exists() and not _is_note(note, told):
             raise UsageError(f"{note} is no file of this command; name another --output")
         if not note.exists() and path.exists() and path.stat().st_size:
@@ -43,7 +47,7 @@ def continue_output(path: Path, **options: object) -> None:
         raise
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from None
-    changed = [name for name in told if begun.get(name) != told[name]]
+    changed = [name for name in begun if begun[name] != told[name]]
     if changed:
         raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
 
@@ -55,7 +59,10 @@ def _is_note(note: Path, told: Mapping[str, str]) -> bool:
     except ValueError:
         return False
     return (
-        isinstance(found, dict) and found.keys() == told.keys() and all(len(str(each)) == 16 for each in found.values())
+        isinstance(found, dict)
+        and bool(found)
+        and found.keys() <= told.keys()  # an earlier version had fewer options
+        and all(len(str(each)) == 16 for each in found.values())
     )
 
 
@@ -75,8 +82,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     whole = content[: content.rfind(b"\n") + 1]
     try:
         lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-    except ValueError:
-        raise UsageError(f"{path} holds something else than JSON lines; name another --output") from None
+    except (ValueError, RecursionError):
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines):
+        raise UsageError(f"{path} holds something else than JSON objects, a line each; name another --output")
     return lines
 
 

@@ -7,9 +7,10 @@ where they are. Token ids are not in the file: a reward that reads them sees as 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,9 +18,14 @@ from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.engines import open_provider
+from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import DataError, UsageError, options_under
 from rlhf_core.lazy import torch
+from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.padding import pad_rows
+from rlhf_core.util.places import read_path
+from rlhf_core.util.random_states import seed_libraries
+from rlhf_core.util.text_files import read_text
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -39,9 +45,15 @@ class Score(Command):
     """file to write; FILE with `.scored.jsonl` for its ending where empty"""
     batch_size: int = 64
     """completions scored, and then written, together"""
+    seed: int = 0
+    """the same seed and batch size give the same rewards, also of one that draws from `random`, numpy or torch"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {"reward": ""}
     roles: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size")
+        at_least(0, self, "seed")
 
     def __call__(self, context: CommandContext) -> int:
         reward = context.config.providers["reward"]
@@ -52,23 +64,22 @@ class Score(Command):
             )
         with options_under("/reward"):
             reward.check()
-            with open_provider(reward, "reward") as engine:
+            with open_provider(reward, "reward", self.seed) as engine:
                 return self._score(reward, engine)
 
     def _score(self, reward: Reward, engine: Any) -> int:
         """Score the lines that have no reward yet, by the open reward."""
         from rlhf_core.reward.output import to_reward_output
 
-        path = Path(self.output or Path(self.file).with_suffix(".scored.jsonl"))
-        if path.resolve() == Path(self.file).resolve():
+        read = read_path("score", self.file)
+        path = read_path("--output", self.output) if self.output else read.with_suffix(".scored.jsonl")
+        if os.path.realpath(path) == os.path.realpath(read):  # which takes links in a circle
             raise UsageError(f"--output {path} is the file that is read; name another")
-        continue_output(path, reward=reward)
-        rows = self._rows()
-        for number, (old, row) in enumerate(zip(read_lines(path), islice(rows, len(read_lines(path)))), start=1):
-            if {**old, **row} != old:
-                raise UsageError(f"{path}:{number} is not {self.file}:{number} with a reward; name another --output")
-        total = len(read_lines(path))
-        while batch := list(islice(rows, self.batch_size)):
+        rows = list(self._rows())
+        continue_output(path, reward=reward, seed=self.seed)
+        total = self._finished_lines(path, rows)
+        while batch := rows[total : total + self.batch_size]:
+            seed_libraries(self.seed + total)
             rollouts = make_rollouts(batch)
             output = to_reward_output(engine(rollouts), rollouts, reward)
             columns = {"reward": output.total_N.float()}
@@ -83,18 +94,37 @@ class Score(Command):
         print(f"{total} rewards in {path}")
         return 0
 
+    def _finished_lines(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Return how many lines have a reward; of a batch that was cut short, the lines are taken away.
+
+        Raises:
+            UsageError: a line is not one of the file with a reward.
+        """
+        lines = read_lines(path)
+        for number, old in enumerate(lines, start=1):
+            if number > len(rows) or {**old, **rows[number - 1]} != old:
+                raise UsageError(f"{path}:{number} is not {self.file}:{number} with a reward; name another --output")
+        rest = len(lines) % self.batch_size
+        if not rest or len(lines) == len(rows):
+            return len(lines)
+        kept = lines[: len(lines) - rest]
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        return len(kept)
+
     def _rows(self) -> Iterator[dict[str, Any]]:
         """The lines of the file."""
         try:
-            content = Path(self.file).read_bytes()
+            content = read_text(read_path("score", self.file))
         except OSError as error:
             raise UsageError(f"{self.file}: {error.strerror}") from None
-        for number, line in enumerate(content.split(b"\n"), start=1):
+        except UnicodeDecodeError:
+            raise DataError(f"{self.file}: expected UTF-8 text") from None
+        for number, line in enumerate(content.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"{self.file}:{number}: not a JSON object") from None
             if not isinstance(row, dict) or "prompt" not in row or not isinstance(row.get("completion"), str):
                 raise DataError(f"{self.file}:{number}: expected an object with `prompt` and `completion`")

@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_core.analysis.sweep import Member, SweepFile, read_sweep, write_configuration
+from rlhf_core.checkpoint.own_files import read_own_files
 from rlhf_core.contract.commands import Command
 from rlhf_core.errors import UsageError
 from rlhf_core.util.atomic_files import write_text
+from rlhf_core.util.messages import log
+from rlhf_core.util.places import check_writable, read_path
 
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
@@ -63,11 +66,11 @@ class Sweep(Command):
         if self.only >= len(sweep.members):
             raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")
         if self.slurm:
-            _write_script(Path(self.slurm), slurm_script(sweep, plugins))
+            _write_script(read_path("--slurm", self.slurm), slurm_script(sweep, plugins))
             print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
             return 0
         if self.ray:
-            _write_script(Path(self.ray), ray_script(sweep, plugins))
+            _write_script(read_path("--ray", self.ray), ray_script(sweep, plugins))
             print(f"{self.ray}: run it with bash where RAY_ADDRESS names the cluster; it submits a job a run")
             return 0
         if not self.status:
@@ -100,6 +103,7 @@ def _write_script(path: Path, text: str) -> None:
     Raises:
         UsageError: something else is there.
     """
+    check_writable("sweep", path)
     own = not path.is_symlink() and path.is_file() and SCRIPT_MARK.encode() in path.read_bytes()
     if os.path.lexists(path) and not own:
         raise UsageError(f"{path} is there and no script of this command; name another file")
@@ -138,13 +142,22 @@ def run_member(
             running.discard(process)
         status = {"exit": code, "seconds": round(time.time() - started, 1)}
         if code == 0:
-            for name in sweep.discard:
-                shutil.rmtree(member.folder / name, ignore_errors=True)
+            _discard(member, sweep.discard)
         write_text(member.status_file, json.dumps(status))
         if code:
             print(
                 f"{member.name}: ended with code {code}, see {member.folder / 'log.txt'}", file=sys.stderr, flush=True
             )
+
+
+def _discard(member: Member, names: Sequence[str]) -> None:
+    """Remove what a finished run wrote; what it did not write stays, and is named."""
+    own = read_own_files(member.folder)
+    for name in names:
+        if own is not None and f"{Path(name).parts[0]}/" in own.names:
+            shutil.rmtree(member.folder / name, ignore_errors=True)
+        elif (member.folder / name).exists():
+            log.warning(f"{member.folder / name} stays: it is no folder of the run")
 
 
 def _ranks(processes: int) -> list[str]:

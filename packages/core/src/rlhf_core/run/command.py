@@ -19,10 +19,11 @@ from rlhf_core.config.schema import Schema, Section, build_schema, provider_sect
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import CHOSEN
 from rlhf_core.contract.options import RunConfig
-from rlhf_core.errors import ContractError, UsageError, options_under, spell_options
+from rlhf_core.errors import ContractError, RlhfError, RunStopped, UsageError, options_under, spell_options
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.attribution import note_provider
 from rlhf_core.run.exporting import with_exported_models
+from rlhf_core.run.failures import is_full
 from rlhf_core.run.no_training import NoTraining, open_untrained
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
                 command.check()
             code: Any = command(context)
     except Exception as error:
+        if not isinstance(error, RlhfError) and is_full(error):
+            where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""
+            raise RunStopped(f"no space is left{where}; free some, then start {words[0]} again") from error
         note_provider(error, registry, context.config if command.defaults else None)
         raise
     if not isinstance(code, int):

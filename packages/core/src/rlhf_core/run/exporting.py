@@ -74,6 +74,10 @@ def _read_config(path: Path, registry: Registry) -> RunConfig:
         raise UsageError(f"{path} is missing, which says what the checkpoint is of; restore it") from None
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}); restore it") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); restore it") from None
+    if not tree.get("algorithm"):
+        raise UsageError(f"{path} is damaged (it names no algorithm); restore it")
     tree = {**_without_secrets(tree), "evaluator": "none", "observer": "none", "launcher": "local"}
     return from_names(tree, registry)
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["Progress", "newest_checkpoint", "translate_failures"]
+__all__ = ["Progress", "is_full", "newest_checkpoint", "translate_failures"]
 
 FULL = re.compile(
-    r"No space left on device|Disk quota exceeded|StorageFull|PytorchStreamWriter failed writing|iostream error"
+    r"No space left on device|Disk quota exceeded|File too large|StorageFull|PytorchStreamWriter failed writing|iostream error"
 )
 """How libraries that hide the operating system's error say it."""
 
@@ -82,7 +82,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
         raise
     except Exception as error:
         note_provider(error, run.registry, run.config)
-        if _is_full(error):
+        if is_full(error):
             raise RunStopped(
                 f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; free "
                 f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
@@ -140,7 +140,7 @@ def _lost_file(error: BaseException, output: Path) -> OSError | None:
     return None
 
 
-def _is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, is a full disk or quota."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
+def is_full(error: BaseException) -> bool:
+    """Return True if an error, or one that it came from, is a full disk or quota, or a file beyond its limit."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any((isinstance(e, OSError) and e.errno in numbers) or FULL.search(str(e)) for e in error_chain(error))
