@@ -20,7 +20,7 @@ FILES = {
     "reader": (
         "from dataclasses import dataclass\nfrom rlhf_core import Data, Example\n"
         "class Rows:\n    def __iter__(self):\n        yield from [Example('a'), Example('b')]\n        {end}\n"
-        "@dataclass(frozen=True)\nclass Reader(Data):\n    ahead = {ahead}\n"
+        "@dataclass(frozen=True)\nclass Reader(Data):\n    runs_ahead = {ahead}\n"
         "    def __call__(self, split):\n        return Rows()\n"
     ),
 }

@@ -65,7 +65,7 @@ def test_sys_exit_in_a_plugin_is_no_end_of_the_work(code: str, tmp_path: Path) -
 
 
 def test_an_end_for_a_signal_before_the_first_step_keeps_its_code(tmp_path: Path) -> None:
-    work = "    from rlhf_core.run.signals import Preempted\n    raise Preempted(75)"
+    work = "    from rlhf_core.run.signals import PreemptionExit\n    raise PreemptionExit(75)"
     end = ended(work, tmp_path)
     assert (end.returncode, end.stderr) == (75, "")
 

@@ -132,10 +132,10 @@ def test_a_resumed_run_reads_what_the_whole_one_read(stream: bool, tmp_path: Pat
 def test_only_rows_that_draw_nothing_are_read_in_the_background() -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list([{"prompt": "a"}])
-    assert MemoryRows(rows=[{"prompt": "a"}]).ahead and MemoryRows(rows=table).ahead
-    assert not MemoryRows(rows=table.with_transform(lambda rows: rows)).ahead
-    assert not MemoryRows(rows=table.to_iterable_dataset()).ahead
-    assert not Drawn().ahead
+    assert MemoryRows(rows=[{"prompt": "a"}]).runs_ahead and MemoryRows(rows=table).runs_ahead
+    assert not MemoryRows(rows=table.with_transform(lambda rows: rows)).runs_ahead
+    assert not MemoryRows(rows=table.to_iterable_dataset()).runs_ahead
+    assert not Drawn().runs_ahead
 
 
 class Torn(Table):

@@ -17,7 +17,7 @@ from rlhf_core.contract.registry_view import failure_place
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.run.command import read_command, run_command
-from rlhf_core.run.signals import Preempted
+from rlhf_core.run.signals import PreemptionExit
 from rlhf_core.run.stop_watch import EXIT_CODES, leave_in_time
 from rlhf_core.util.exits import no_silent_exit
 from rlhf_core.util.messages import console_messages
@@ -59,7 +59,7 @@ def _exit_code(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
-    except Preempted as end:
+    except PreemptionExit as end:
         return int(str(end))
     except SystemExit as end:
         called = f"sys.exit({'' if end.code is None else repr(end.code)}) was called{failure_place(end)}"

@@ -57,7 +57,7 @@ class Data(Provider):
     """Reads rows. A sequence is shuffled and resumed by row number; any other iterable is read in order."""
 
     @property
-    def ahead(self) -> bool:
+    def runs_ahead(self) -> bool:
         """True if rows may be read in the background, because no row draws from a global random generator.
 
         Otherwise each row of anything but a list is read in the loop, after `random`, numpy and torch are seeded for it.

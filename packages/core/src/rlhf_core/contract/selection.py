@@ -51,7 +51,7 @@ class Sampler(Provider):
         return 0
 
     @property
-    def ahead(self) -> bool:
+    def runs_ahead(self) -> bool:
         """True if it may run in the background, because it draws from no global random generator.
 
         Otherwise it is asked in the loop, and `random`, numpy and torch are seeded for each number.

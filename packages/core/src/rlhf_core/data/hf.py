@@ -54,7 +54,7 @@ class HuggingFaceData(Preparation, Columns):
     shuffle_buffer: int = 1000
     """rows that a streamed set is shuffled within, anew each epoch; 0 keeps its order"""
 
-    ahead: ClassVar[bool] = True
+    runs_ahead: ClassVar[bool] = True
 
     @property
     def holds_out(self) -> bool:

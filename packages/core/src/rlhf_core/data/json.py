@@ -38,7 +38,7 @@ class Json(Preparation, Columns):
     limit: int = 0
     """use the first so many rows; 0 uses all"""
 
-    ahead: ClassVar[bool] = True
+    runs_ahead: ClassVar[bool] = True
 
     @property
     def holds_out(self) -> bool:

@@ -41,7 +41,7 @@ class MemoryRows(Preparation, Columns):
     """use the first so many rows; 0 uses all"""
 
     @property
-    def ahead(self) -> bool:
+    def runs_ahead(self) -> bool:
         """True for a list, and for a Dataset that no function of the user's transforms; a stream may be made by one."""
         kind: Mapping[str, Any] = getattr(self.rows, "format", {"type": "custom"})
         return isinstance(self.rows, (list, tuple)) or kind["type"] != "custom"

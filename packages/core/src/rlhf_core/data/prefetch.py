@@ -7,7 +7,7 @@ Ranks that share a batch agree in the loop on which rows are usable, since colle
 then makes chunks of rows, which the loop puts together into batches. If rows depend on scores or on a reader's state, nothing
 can be drawn before that, and each rank prepares its share when the loop asks for it.
 
-Only what draws from no global random generator is read by the thread (`Data.ahead`, `Sampler.ahead`, lists of rows).
+Only what draws from no global random generator is read by the thread (`Data.runs_ahead`, `Sampler.runs_ahead`, lists of rows).
 Whatever may draw from one is read in the loop, when it is due, and leaves the generators as they were.
 
 The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
@@ -26,7 +26,7 @@ import numpy as np
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.read_ahead import InPlace, ReadAhead, Supply
-from rlhf_core.data.shuffling import SHUFFLED, reads_ahead
+from rlhf_core.data.shuffling import SHUFFLED, can_read_ahead
 from rlhf_core.data.stream import DrawnBatch, DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
 from rlhf_core.lazy import torch
@@ -110,7 +110,7 @@ class Prefetcher:
         """The rows of the provider `data`, prepared for this rank; `readers` as `Stream` takes it, `sampler` is an engine."""
         preparer = Preparer(encoder, online, data)
         order = config.providers.get("sampler", SHUFFLED)
-        ahead = order.ahead and reads_ahead(data, rows)
+        ahead = order.runs_ahead and can_read_ahead(data, rows)
         stream = Stream(
             rows,
             config.batch_size,

@@ -25,7 +25,7 @@ FILE = "shipped_prompts.jsonl"
 class ShippedPrompts(Preparation):
     """150 everyday prompts that come with the package, and 50 held out."""
 
-    ahead: ClassVar[bool] = True
+    runs_ahead: ClassVar[bool] = True
 
     system: str = ""
     """system prompt put before every prompt; each prompt is a chat then"""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.providers import Data
 
-__all__ = ["SHUFFLED", "ShuffledSampler", "reads_ahead", "shuffle_within"]
+__all__ = ["SHUFFLED", "ShuffledSampler", "can_read_ahead", "shuffle_within"]
 
 
 PART = 4096
@@ -27,7 +27,7 @@ class ShuffledSampler(Sampler):
     """Every row once per epoch, in an order that follows from the seed and the epoch."""
 
     reacts: ClassVar[bool] = False
-    ahead: ClassVar[bool] = True
+    runs_ahead: ClassVar[bool] = True
     epochs: ClassVar[bool] = True
 
     def __call__(self, rows: int, seed: int) -> Iterator[int]:
@@ -41,9 +41,9 @@ SHUFFLED = ShuffledSampler()
 """The usual sampler."""
 
 
-def reads_ahead(data: Data, rows: Iterable[Example]) -> bool:
+def can_read_ahead(data: Data, rows: Iterable[Example]) -> bool:
     """Return True if rows may be read in the background: reading them draws from no global random generator."""
-    return data.ahead or isinstance(rows, (list, tuple))
+    return data.runs_ahead or isinstance(rows, (list, tuple))
 
 
 def shuffle_within(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:

@@ -339,12 +339,12 @@ class Stream:
         """(row number, example) of the present epoch from the present position on."""
         epoch, row, first_uid = self._next
         first = row if self._readers is not None else 0
-        rows: Iterator[Any] = enumerate(self._seeded(lambda: self.examples, ROW, first_uid + first), first)
+        rows: Iterator[Any] = enumerate(self._seed_each(lambda: self.examples, ROW, first_uid + first), first)
         if self._buffer:
             rows = shuffle_within(rows, self._buffer, np.random.default_rng([self.seed, epoch]))
         return islice(rows, row - first, None)
 
-    def _seeded(self, make: Callable[[], Iterable[Any]], purpose: int, first: int) -> Iterator[Any]:
+    def _seed_each(self, make: Callable[[], Iterable[Any]], purpose: int, first: int) -> Iterator[Any]:
         return seeded_each(make, first, self.seed, purpose) if self._seeds_rows else iter(make())
 
     def _example_in(self, segment: Segment, place: int) -> Example:
@@ -369,7 +369,7 @@ class Stream:
             _, row, first_uid = self._next
             done = first_uid + row
             first = done if self.sampler.reacts else 0  # one that reacts continues from its state
-            numbers = self._seeded(lambda: self._engine(rows, self.seed), NUMBER, first)
+            numbers = self._seed_each(lambda: self._engine(rows, self.seed), NUMBER, first)
             self._numbers = islice(numbers, done - first, None)
         given: list[Any] = list(islice(self._numbers, count))
         if not (set(map(type, given)) <= {int} and (not given or 0 <= min(given) <= max(given) < rows)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.engines import Stateful
 from rlhf_core.contract.plan import DATA
-from rlhf_core.data.shuffling import SHUFFLED, reads_ahead
+from rlhf_core.data.shuffling import SHUFFLED, can_read_ahead
 from rlhf_core.errors import ContractError, UsageError, options_under, run_option
 from rlhf_core.util.random_states import read_apart
 
@@ -108,7 +108,7 @@ class RunData:
     def read_apart(self, split: str) -> Iterable[Example]:
         """Return the rows of a split; what a row draws from global random generators follows from seed and number alone."""
         rows, config = self.read(split), self.plan.config
-        return rows if reads_ahead(config.providers["data"], rows) else read_apart(rows, config.seed)
+        return rows if can_read_ahead(config.providers["data"], rows) else read_apart(rows, config.seed)
 
     def stream(self, world: World) -> Prefetcher:
         """Return this rank's rows, shuffled by the seed, from the first one on."""

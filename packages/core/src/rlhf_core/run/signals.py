@@ -23,10 +23,10 @@ from rlhf_core.option_text import OptionNames
 from rlhf_core.run.stop_watch import EXIT_CODES, StopWatch
 from rlhf_core.util.messages import log
 
-__all__ = ["Preempted", "StopSignals", "exit_on_preemption"]
+__all__ = ["PreemptionExit", "StopSignals", "exit_on_preemption"]
 
 
-class Preempted(SystemExit):
+class PreemptionExit(SystemExit):
     """The end of a process that was told to make room while no step was running; nobody else's `sys.exit`."""
 
 
@@ -89,7 +89,7 @@ def exit_on_preemption(names: OptionNames) -> Iterator[None]:
     def stop(*_: object) -> None:
         go_on = names.render(run_option("resume", True))
         log.warning(f"SIGUSR1: no step is running, so there is nothing to save; continue with {go_on}")
-        raise Preempted(EXIT_CODES[signal.SIGUSR1])
+        raise PreemptionExit(EXIT_CODES[signal.SIGUSR1])
 
     if threading.current_thread() is not threading.main_thread():
         yield
