@@ -73,6 +73,7 @@ FOREIGN = {
         "__len__": "rows of any library",
         "__next__": "an iterator of Python",
         "features": "a table of datasets",
+        "format": "a table of datasets, which tells whether a function of the user's transforms it",
     },
     "core/models/lora": {
         "lora_A": "a layer of PEFT",
