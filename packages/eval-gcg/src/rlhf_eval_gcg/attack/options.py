@@ -82,6 +82,8 @@ class Attack:
     """put a blank before the target"""
     restarts: int = 1
     """independent suffixes per goal, attacked in one batch; the best one counts"""
+    goals_at_once: int = 0
+    """goals (and restarts) that are attacked together; 0: as many as fill a batch, one by one on a CPU"""
     transfer: bool = False
     """search one suffix for all goals (and all models) together; the loss is the mean over them"""
     reward_samples: int = 8
@@ -91,7 +93,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "search_width", "topk", "n_replace", "batch_tokens", "restarts", "sample_tokens")
-        at_least(0, self, "max_flops", "buffer", "momentum", "cw_margin")
+        at_least(0, self, "max_flops", "buffer", "momentum", "cw_margin", "goals_at_once")
         finite(self, "mellowmax_alpha", "cw_margin", "momentum")
         if not self.mellowmax_alpha > 0:
             raise OptionError("mellowmax_alpha", f"must be above 0, not {self.mellowmax_alpha}")

@@ -47,6 +47,8 @@ class AttackPrompt:
     """the user's message before and after the suffix"""
     rendering: tuple[str, str]
     """the whole text before and after the suffix"""
+    blanks: str
+    """blanks at the end of the text before, where the tokenizer makes them a part of the suffix's first token"""
     tokenizer: PreTrainedTokenizerBase
     """of the model"""
     options: Attack
@@ -65,11 +67,15 @@ class AttackPrompt:
         reader = TextTokenizer(tokenizer)
         before, after = rendering
         begin = reader.ids if options.chat else reader.with_bos
-        before_ids = begin(before, goal.place) if before else []
         whole = begin(before + suffix + after, goal.place)
         after_ids = reader.following(before + suffix, after, goal.place) if after else []
         cut = len(whole) - len(after_ids)
-        if whole[: len(before_ids)] != before_ids or whole[cut:] != after_ids or cut <= len(before_ids):
+        for blanks in dict.fromkeys(("", before[len(before.rstrip(" ")) :])):
+            text = before.removesuffix(blanks)
+            before_ids = begin(text, goal.place) if text else []
+            if whole[: len(before_ids)] == before_ids and whole[cut:] == after_ids and cut > len(before_ids):
+                break
+        else:
             raise DataError(
                 f"{goal.place}: the tokenizer merges the suffix {suffix!r} with the text around it; "
                 f"set {option('separator')} to a blank, or change {option('suffix')}"
@@ -83,7 +89,7 @@ class AttackPrompt:
             raise DataError(f"{goal.place}: the target is empty; write what the model is to answer")
         return cls(
             goal, tuple(before_ids), tuple(whole[len(before_ids) : cut]), tuple(after_ids), answers, content, rendering,
-            tokenizer, options,
+            blanks, tokenizer, options,
         )  # fmt: skip
 
     def prompt_ids(self, suffix_ids: Sequence[int]) -> tuple[int, ...]:
@@ -97,7 +103,7 @@ class AttackPrompt:
     def texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each suffix in its place: what it adds to the text of the tokens before it."""
         anchor = list(self.before_ids[-ANCHOR:])
-        start = self._decode([anchor])[0] if anchor else ""
+        start = (self._decode([anchor])[0] if anchor else "") + self.blanks
         together = self._decode([[*anchor, *ids] for ids in suffixes])
         return [text[len(start) :] if text.startswith(start) else "\ufffd" for text in together]
 
@@ -121,6 +127,13 @@ class AttackPrompt:
         if suffix == suffix.strip() or not self.options.chat:
             return suffix.join(self.rendering)
         return _chat(self.message(suffix), self.tokenizer, self.options)
+
+    def stands(self, suffix: str, prompt_ids: Sequence[int]) -> bool:
+        """Return True if the user's message with a suffix, rendered anew by the template, becomes `prompt_ids`."""
+        reader = TextTokenizer(self.tokenizer)
+        if not self.options.chat:
+            return tuple(reader.with_bos(suffix.join(self.rendering))) == tuple(prompt_ids)
+        return tuple(reader.ids(_chat(self.message(suffix), self.tokenizer, self.options))) == tuple(prompt_ids)
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         found: list[str] = self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)

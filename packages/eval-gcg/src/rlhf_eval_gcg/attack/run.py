@@ -1,25 +1,37 @@
-"""Attack goals: the loop of GCG (Zou et al. 2023, arXiv:2307.15043, algorithm 1)."""
+"""Attack goals: build the searches, step them in waves that fill a batch, keep their state, and return results."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.lazy import torch
+from rlhf_core.util.messages import log
+from rlhf_eval_gcg.attack.engine import Engine
+from rlhf_eval_gcg.attack.lane import Lane
 from rlhf_eval_gcg.attack.prompt import AttackPrompt
 from rlhf_eval_gcg.attack.result import AttackResult
+from rlhf_eval_gcg.attack.scoring import Scorer
+from rlhf_eval_gcg.attack.search import Search, make_search
+from rlhf_eval_gcg.attack.state import StateFile, fingerprint
+from rlhf_eval_gcg.attack.tokens import allowed_tokens, letter_tokens
+from rlhf_eval_gcg.attack.victim import Victim
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlhf_eval_gcg.attack.goal import Goal
     from rlhf_eval_gcg.attack.options import Attack
+    from rlhf_eval_gcg.attack.rewarded import Rewards
 
 __all__ = ["AttackProgress", "attack"]
+
+TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.2
+"""Nats that sharing beginnings may change the loss by: rounding of float32, and of smaller types."""
+SEED_STRIDE = 1_000_003
+"""Distance of the seeds of two searches, a prime."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ def attack(
     state_file: Path | None = None,
     progress: Callable[[AttackProgress], None] | None = None,
     draft: Any = None,
-    rewards: Callable[[list[str], list[str]], Sequence[float]] | None = None,
+    rewards: Rewards | None = None,
     more_models: Sequence[Any] = (),
 ) -> list[AttackResult]:
     """Search a suffix for each goal; return one result per goal, in order.
@@ -66,62 +78,151 @@ def attack(
         state_file: file that keeps the state of a long attack; a later call with the same arguments continues from it.
         progress: called after each step of a goal.
         draft: a small model with the same tokenizer, for schedule `probe`.
-        rewards: returns the reward of each answer, for objective `reward`: called with prompts and answers.
+        rewards: returns the reward of each answer, for objective `reward`: called with the user's messages and the answers.
         more_models: further models with the same tokenizer that the suffix is to work on as well.
 
     Raises:
         UsageError: the options, goals, model and tokenizer do not go together.
     """
-    # The engine that reads these follows; the interface is complete, the search is a plain random one until then.
-    _ = (state_file, progress, draft, rewards, more_models)
-    _ = (options.max_flops, options.flop_rule, options.topk, options.n_replace, options.loss, options.early_stop)
-    _ = (options.ascii, options.filter_ids, options.prefix_cache, options.sample_tokens, options.transfer)
-    _ = (options.cw_margin, options.batch_tokens, options.restarts)
+    _check(goals, options, rewards)
+    victims = [Victim(each, options.prefix_cache, options.flop_rule) for each in (model, *more_models)]
+    drafted = None if draft is None else Victim(draft, options.prefix_cache, options.flop_rule)
+    prompts = [AttackPrompt.build(goal, tokenizer, options) for goal in goals]
+    with ExitStack() as stack:
+        for victim in (*victims, *([drafted] if drafted else [])):
+            stack.enter_context(victim.frozen())
+        searches = _searches(prompts, victims, drafted, tokenizer, options, seed)
+        engine = Engine(Scorer(options), rewards if options.objective == "reward" else None)
+        _check_sharing(engine, searches)
+        keeper = None
+        if state_file is not None:
+            keeper = StateFile(Path(state_file), fingerprint([v.model for v in victims], goals, options, seed))
+            keeper.load(searches)
+        for wave in _waves(searches, options):
+            _run(engine, wave, searches, keeper, progress, len(goals))
+        return _results(searches, goals, len(victims))
+
+
+def _check(goals: Sequence[Goal], options: Attack, rewards: Rewards | None) -> None:
+    """Raise `UsageError` for what cannot work."""
     if not goals:
-        raise UsageError("there are no goals to attack")
-    return [_one(model, tokenizer, goal, options, seed + k) for k, goal in enumerate(goals)]
+        raise UsageError("there are no goals to attack; write at least one")
+    if options.objective == "reward" and rewards is None:
+        raise OptionError("objective", "reward needs a reward that scores answers; choose one, or use objective target")
+    if options.early_stop and options.objective != "target":
+        raise OptionError("early_stop", f"is for objective target; objective {options.objective} has no single answer")
 
 
-def _one(model: Any, tokenizer: Any, goal: Goal, options: Attack, seed: int) -> AttackResult:
-    prompt = AttackPrompt.build(goal, tokenizer, options)
-    draw = random.Random(seed)  # noqa: S311 - not for secrets
-    current = list(prompt.suffix_ids)
-    losses: list[float] = []
-    tried: list[list[int]] = []
-    initial = float(_losses(model, prompt, [current])[0])
-    for _ in range(options.steps):
-        rows = [list(current) for _ in range(options.search_width)]
-        for row in rows:
-            row[draw.randrange(len(row))] = draw.randrange(len(tokenizer))
-        rows = [row for row, kept in zip(rows, prompt.stable(rows), strict=True) if kept] or [current]
-        found = _losses(model, prompt, rows)
-        current = rows[int(found.argmin())]
-        losses.append(float(found.min()))
-        tried.append(current)
-    best = tried[losses.index(min(losses))]
-    texts = prompt.texts(tried)
-    text = prompt.texts([best])[0]
-    return AttackResult(
-        goal, tuple(best), text, prompt.message(text), prompt.prompt_ids(best), min(losses), initial, tuple(losses),
-        tuple(texts), tuple(1e9 * (k + 1) for k in range(len(losses))), len(losses) * options.search_width, False,
-        prompt.answers[0],
-    )  # fmt: skip
+def _searches(
+    prompts: Sequence[AttackPrompt],
+    victims: Sequence[Victim],
+    draft: Victim | None,
+    tokenizer: Any,
+    options: Attack,
+    seed: int,
+) -> list[Search]:
+    """Return the searches: one per goal and restart, or per restart where one suffix is for all goals."""
+    width = min(victim.vocabulary for victim in (*victims, *([draft] if draft else [])))
+    if width < len(tokenizer) // 2:
+        raise UsageError(f"a model has {width} tokens and the tokenizer {len(tokenizer)}: all must share one tokenizer")
+    allowed_V = allowed_tokens(tokenizer, width, options.ascii)
+    tokens = (allowed_V, letter_tokens(tokenizer, allowed_V))
+    parts = [list(range(len(prompts)))] if options.transfer else [[number] for number in range(len(prompts))]
+    return [
+        make_search(
+            part, [prompts[k] for k in part], victims, draft, tokens, options,
+            seed * SEED_STRIDE + number * options.restarts + restart, restart,
+        )
+        for number, part in enumerate(parts)
+        for restart in range(options.restarts)
+    ]  # fmt: skip
 
 
-def _unread(result: AttackResult, done: AttackProgress) -> tuple[Any, ...]:
-    """Read what the evaluator will read."""
+def _check_sharing(engine: Engine, searches: Sequence[Search]) -> None:
+    """Compare the loss of the first suffix with and without shared beginnings, once per model; share none where they differ."""
+    lanes = [lane for search in searches for lane in (*search.lanes, *search.draft_lanes)]
+    for victim in dict.fromkeys(lane.victim for lane in lanes if lane.cached and lane.answers.ids):
+        lane = next(each for each in lanes if each.victim is victim and each.cached and each.answers.ids)
+        if reason := _sharing_fault(engine, lane):
+            log.warning("keys and values of prompts are not shared between candidates: %s", reason)
+            for each in lanes:
+                each.cached = each.cached and each.victim is not victim
+
+
+def _sharing_fault(engine: Engine, lane: Lane) -> str:
+    """Return why a model cannot share beginnings, empty if it can."""
+    victim = lane.victim
+    ids_1L = torch.tensor([lane.prompt.suffix_ids], device=victim.device)
+    try:
+        lane.open()
+        (together,), _, _ = engine.scorer.losses([(lane, ids_1L)])
+    except UsageError:
+        raise
+    except Exception as error:  # an architecture whose cache is its own
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    apart_lane = replace(lane, cached=False)
+    (apart,), _, _ = engine.scorer.losses([(apart_lane, ids_1L)])
+    difference = float((together - apart).abs().max())
+    precise = victim.embedding.weight.dtype in (torch.float32, torch.float64)
     return (
-        result.initial_loss, result.candidates, result.matched, result.target_ids, result.message, result.texts,
-        result.losses, result.flops, result.loss, result.text, result.prompt_ids, result.ids, done.goal, done.goals,
-        done.step, done.steps, done.text, done.flops, done.loss,
-    )  # fmt: skip
+        "" if difference <= (TOLERANCE if precise else ROUGH_TOLERANCE) else f"they change the loss by {difference:.2g}"
+    )
 
 
-def _losses(model: Any, prompt: AttackPrompt, rows: list[list[int]]) -> Tensor:
-    ids = torch.tensor([[*prompt.prompt_ids(row), *prompt.answers[0]] for row in rows], device=model.device)
-    with torch.no_grad():
-        logprobs = model(input_ids=ids).logits.float().log_softmax(-1)
-    length = len(prompt.answers[0])
-    found = logprobs[:, -length - 1 : -1].gather(2, ids[:, -length:, None])[..., 0]
-    mean: Tensor = -found.mean(1)
-    return mean
+def _waves(searches: Sequence[Search], options: Attack) -> list[list[Search]]:
+    """Cut searches into waves that are stepped together: as many as fill a batch, one by one on a CPU."""
+    first = searches[0].lanes[0]
+    tail = len(first.prompt.suffix_ids) + len(first.after_A) + max((len(ids) for ids in first.answers.ids), default=1)
+    rows = options.search_width * len(searches[0].lanes)
+    fit = 1 if first.victim.on_cpu else max(1, options.batch_tokens // (rows * tail))
+    size = options.goals_at_once or fit
+    return [list(searches[start : start + size]) for start in range(0, len(searches), size)]
+
+
+def _run(
+    engine: Engine,
+    wave: Sequence[Search],
+    searches: Sequence[Search],
+    keeper: StateFile | None,
+    progress: Callable[[AttackProgress], None] | None,
+    goals: int,
+) -> None:
+    """Step the searches of a wave to their ends."""
+    for search in wave:
+        if not search.finished:
+            engine.begin(search)
+    while active := [search for search in wave if not search.finished]:
+        engine.step(active)
+        if keeper is not None:
+            keeper.save(searches)
+        if progress is not None:
+            for search in active:
+                _report(search, progress, goals)
+    if keeper is not None:
+        keeper.save(searches, force=True)
+
+
+def _report(search: Search, progress: Callable[[AttackProgress], None], goals: int) -> None:
+    """Call `progress` for each goal of a search."""
+    record = search.record
+    text = search.lanes[0].prompt.texts([record.ids[record.best]])[0]
+    for goal in search.goals:
+        loss, steps = record.losses[record.best], search.suffix.options.steps
+        progress(AttackProgress(goal, goals, len(record.losses), steps, loss, record.spent, text))
+
+
+def _results(searches: Sequence[Search], goals: Sequence[Goal], models: int) -> list[AttackResult]:
+    """Return the result of each goal: of the best of its searches."""
+    results = []
+    for number, goal in enumerate(goals):
+        own = [search for search in searches if number in search.goals]
+        best = min(own, key=lambda search: (not search.record.matched, search.record.losses[search.record.best]))
+        lane = best.lanes[best.goals.index(number) * models]
+        result = best.result(lane, goal)
+        if best.suffix.options.filter_ids and not lane.prompt.stands(result.text, result.prompt_ids):
+            log.warning(
+                "%s: the suffix %r becomes other tokens in the chat; report this tokenizer, or set %s",
+                goal.place, result.text, option("chat", "False"),
+            )  # fmt: skip
+        results.append(result)
+    return results

@@ -1,0 +1,149 @@
+"""One step of several searches: what their optimizers ask is answered together, in batches over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_eval_gcg.attack.gradient import lane_gradient
+from rlhf_eval_gcg.attack.lane import Lane
+from rlhf_eval_gcg.attack.optimizer import Losses, Move, TokenGradient
+from rlhf_eval_gcg.attack.rewarded import Rewards, renew_answers
+from rlhf_eval_gcg.attack.scoring import Scorer
+from rlhf_eval_gcg.attack.search import Search
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs steps of searches.
+
+    Args:
+        scorer: computes losses.
+        rewards: of answers, for objective `reward`.
+    """
+
+    def __init__(self, scorer: Scorer, rewards: Rewards | None = None) -> None:
+        self.scorer, self.rewards = scorer, rewards
+
+    def begin(self, search: Search) -> None:
+        """Compute what the search needs before its first step."""
+        for lane in (*search.lanes, *search.draft_lanes):
+            cost = lane.open()
+            search.record.spent += 0.0 if search.opened else cost
+        search.opened = True
+        if self.rewards is not None and not search.record.losses:
+            search.suffix.loss = search.record.initial_loss = self._mean_reward(search)
+
+    def step(self, searches: Sequence[Search]) -> None:
+        """Do one step of each search."""
+        asked: list[tuple[Search, Generator[Any, Any, Move], Any]] = []
+        for search in searches:
+            search.refresh_progress()
+            steps = search.optimizer.step(search.suffix)
+            asked.append((search, steps, next(steps)))
+        while asked:
+            answers = self._answer([(search, question) for search, _, question in asked])
+            following = []
+            for (search, steps, _), answer in zip(asked, answers, strict=True):
+                if isinstance(answer, Move):  # a candidate matched
+                    steps.close()
+                    self._end_step(search, answer)
+                    continue
+                try:
+                    following.append((search, steps, steps.send(answer)))
+                except StopIteration as end:
+                    self._end_step(search, end.value)
+            asked = following
+
+    def _answer(self, questions: Sequence[tuple[Search, Any]]) -> list[Any]:
+        """Return the answer to each question; a `Move` where an early stop ends the step."""
+        answers: list[Any] = [None] * len(questions)
+        scored = []
+        for place, (search, question) in enumerate(questions):
+            if isinstance(question, TokenGradient):
+                answers[place] = self._gradient(search, question.choice)
+            elif isinstance(question, Losses):
+                scored.append(place)
+            else:
+                raise UsageError(
+                    f"schedule {search.suffix.options.schedule!r} asks for {type(question).__name__}; "
+                    "a suffix optimizer yields TokenGradient or Losses"
+                )
+        for place, (losses_C, match) in zip(scored, self._losses([questions[k] for k in scored]), strict=True):
+            search, question = questions[place]
+            answers[place] = losses_C
+            if match is not None:
+                search.record.matched = True
+                answers[place] = Move(question.ids_CL[match], float(losses_C[match]))
+        return answers
+
+    def _gradient(self, search: Search, choice: Tensor) -> tuple[Tensor, float]:
+        """Return the gradient (L, V) and the loss, means over the search's lanes."""
+        suffix = search.suffix
+        total_LV: Tensor | None = None
+        losses = []
+        for lane in search.lanes:
+            gradient_LV, loss, flops = lane_gradient(
+                lane, choice.to(lane.victim.device), len(suffix.allowed_V), suffix.options
+            )
+            gradient_LV = gradient_LV.to(suffix.allowed_V.device) / len(search.lanes)
+            total_LV = gradient_LV if total_LV is None else total_LV + gradient_LV
+            losses.append(loss)
+            search.record.spent += flops
+        mean = sum(losses) / len(losses)
+        if not search.record.losses and self.rewards is None and not choice.is_floating_point():
+            search.record.initial_loss = mean
+        assert total_LV is not None
+        return total_LV, mean
+
+    def _losses(self, asked: Sequence[tuple[Search, Losses]]) -> list[tuple[Tensor, int | None]]:
+        """Return the losses of each question's candidates, and the best one that matches under an early stop."""
+        tasks: list[tuple[int, Lane, Tensor]] = []
+        for place, (search, question) in enumerate(asked):
+            lanes = search.draft_lanes if question.by_draft else search.lanes
+            tasks += [(place, lane, question.ids_CL.to(lane.victim.device)) for lane in lanes]
+        sums: list[Tensor | None] = [None] * len(asked)
+        matches: list[Tensor | None] = [None] * len(asked)
+        for victim in dict.fromkeys(lane.victim for _, lane, _ in tasks):
+            own = [(place, lane, ids) for place, lane, ids in tasks if lane.victim is victim]
+            found = self.scorer.losses([(lane, ids) for _, lane, ids in own])
+            for (place, _, _), losses_C, matched_C, cost in zip(own, *found, strict=True):
+                search = asked[place][0]
+                losses_C, matched_C = losses_C.to(search.suffix.ids_L.device), matched_C.to(search.suffix.ids_L.device)
+                before, all_before = sums[place], matches[place]
+                sums[place] = losses_C if before is None else before + losses_C
+                matches[place] = matched_C if all_before is None else all_before & matched_C
+                search.record.spent += cost
+        results: list[tuple[Tensor, int | None]] = []
+        for (search, question), total_C, every_C in zip(asked, sums, matches, strict=True):
+            assert total_C is not None and every_C is not None
+            mean_C = total_C / len(search.draft_lanes if question.by_draft else search.lanes)
+            search.record.candidates += 0 if question.by_draft else len(mean_C)
+            match = None
+            if search.suffix.options.early_stop and not question.by_draft and bool(every_C.any()):
+                match = int(mean_C.masked_fill(~every_C, torch.inf).argmin())
+            results.append((mean_C, match))
+        return results
+
+    def _end_step(self, search: Search, move: Move) -> None:
+        """Move the suffix and write the step into the record."""
+        suffix, record = search.suffix, search.record
+        suffix.ids_L, suffix.loss = move.ids_L.to(suffix.ids_L.device), move.loss
+        if self.rewards is not None:
+            suffix.loss = self._mean_reward(search)
+        record.losses.append(suffix.loss)
+        record.ids.append(suffix.ids_L.tolist())
+        record.flops.append(record.spent)
+
+    def _mean_reward(self, search: Search) -> float:
+        """Sample new answers for every lane; return the mean reward."""
+        assert self.rewards is not None
+        found = [renew_answers(lane, search.suffix, self.rewards) for lane in search.lanes]
+        search.record.spent += sum(flops for _, flops in found)
+        return sum(reward for reward, _ in found) / len(found)

@@ -1,0 +1,118 @@
+"""The protocol of a suffix optimizer, so that another search is a plugin.
+
+An optimizer yields questions about suffixes and receives the answers. The engine asks them of the models, for several suffixes
+in one batch, and counts operations. This is plain GCG with one candidate, in full:
+
+    class OneByOne:
+        def __init__(self, options): ...
+        def step(self, suffix):
+            gradient_LV, loss = yield TokenGradient(suffix.ids_L)
+            trial_L = suffix.ids_L.clone()
+            trial_L[0] = gradient_LV[0].argmin()
+            losses_C = yield Losses(trial_L[None])
+            return Move(trial_L, float(losses_C[0]))
+
+Choose it with `--evaluator.schedule my_module:OneByOne`, or `Attack(schedule="my_module:OneByOne")`. State that must survive a
+crash goes into `suffix.memory`; draws come from `suffix.generator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlhf_core.errors import OptionError
+from rlhf_eval_gcg.attack.options import SCHEDULES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rlhf_eval_gcg.attack.options import Attack
+
+__all__ = ["Losses", "Move", "Suffix", "SuffixOptimizer", "TokenGradient", "load_optimizer"]
+
+
+@dataclass
+class TokenGradient:
+    """The question for the gradient of the loss; the answer is (gradient_LV, loss)."""
+
+    choice: Tensor
+    """token ids (L,), or weights of tokens (L, V) for a mixture of embeddings"""
+
+
+@dataclass
+class Losses:
+    """The question for the losses of candidates; the answer is losses_C."""
+
+    ids_CL: Tensor
+    """the candidates"""
+    by_draft: bool = False
+    """ask the draft model"""
+
+
+@dataclass
+class Move:
+    """The end of a step."""
+
+    ids_L: Tensor
+    """the suffix that the next step starts from"""
+    loss: float
+    """its loss"""
+
+
+@dataclass
+class Suffix:
+    """What an optimizer sees of the suffix that it improves."""
+
+    ids_L: Tensor
+    """the current tokens"""
+    options: Attack
+    """of the attack"""
+    allowed_V: Tensor
+    """tokens that may stand in a suffix, bool"""
+    generator: torch.Generator
+    """of everything that is drawn, on the CPU"""
+    survivors: Callable[[Tensor], Tensor]
+    """returns which candidates (C, L) become the same tokens again in their place in the chat (C,)"""
+    letters_M: Tensor
+    """tokens of single letters and signs, for random beginnings; may be empty"""
+    place: str
+    """name of the goal, for messages"""
+    has_draft: bool = False
+    """True if there is a draft model"""
+    loss: float = float("inf")
+    """loss of the current tokens; infinite before the first step"""
+    step: int = 0
+    """steps done"""
+    progress: float = 0.0
+    """share of the budget, steps or operations, that is used: 0 to 1"""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """state of the optimizer between steps, kept across a crash"""
+
+
+class SuffixOptimizer(Protocol):
+    """Improves a suffix step by step; see the module's text."""
+
+    def __init__(self, options: Attack) -> None: ...
+
+    def step(self, suffix: Suffix) -> Generator[TokenGradient | Losses, Any, Move]:
+        """Yield questions and return the next suffix; `suffix` is read only, but for its memory."""
+        ...
+
+
+def load_optimizer(options: Attack) -> SuffixOptimizer:
+    """Return the optimizer that `options.schedule` names.
+
+    Raises:
+        OptionError: there is no such class.
+    """
+    path = SCHEDULES.get(options.schedule, options.schedule)
+    module, _, name = path.partition(":")
+    try:
+        made: SuffixOptimizer = getattr(import_module(module), name)(options)
+    except (ImportError, AttributeError) as error:
+        raise OptionError("schedule", f"{options.schedule!r} cannot be imported: {error}") from None
+    return made

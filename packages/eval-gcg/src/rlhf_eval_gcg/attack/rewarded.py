@@ -1,0 +1,80 @@
+"""Objective `reward`: the suffix under which sampled answers have the lowest reward (Geisler et al. 2025, arXiv:2502.17254).
+
+The gradient of the mean reward is that of Σ advantage × log-probability over answers sampled now (REINFORCE), with the mean
+reward of the other answers as baseline. The goal's target, where it has one, joins the answers, so that a search begins
+somewhere. A departure from the paper: log-probabilities are means over tokens, so that long answers do not outweigh others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError
+from rlhf_core.lazy import torch
+from rlhf_eval_gcg.attack.lane import Answers, Lane
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_eval_gcg.attack.optimizer import Suffix
+
+__all__ = ["Rewards", "leave_one_out", "renew_answers"]
+
+Rewards = Callable[[list[str], list[str]], Sequence[float]]
+"""Returns the reward of each answer: called with the user's messages and the answers."""
+
+
+def leave_one_out(rewards: Sequence[float]) -> list[float]:
+    """Return each reward minus the mean of the others."""
+    total, count = sum(rewards), len(rewards)
+    return [reward - (total - reward) / (count - 1) for reward in rewards]
+
+
+def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards) -> tuple[float, float]:
+    """Sample answers under the current suffix into `lane.answers`; return their mean reward and the operations.
+
+    Raises:
+        UsageError: the rewards are not one finite number per answer.
+    """
+    prompt, options = lane.prompt, suffix.options
+    ids_L = suffix.ids_L.tolist()
+    sampled = _sample(lane, prompt.prompt_ids(ids_L), suffix)
+    answers = [*sampled, *(torch.tensor(ids, device=suffix.ids_L.device) for ids in prompt.answers[:1])]
+    texts = [str(prompt.tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in answers]
+    message = prompt.message(prompt.texts([ids_L])[0])
+    found = [float(reward) for reward in rewards([message] * len(texts), texts)]
+    if len(found) != len(texts) or not all(map(math.isfinite, found)):
+        raise UsageError(f"{prompt.goal.place}: the reward must be one finite number per answer, not {found[:8]}")
+    weights = tuple(-each / len(found) for each in leave_one_out(found))
+    lane.answers = Answers(tuple(answers), "cross_entropy", weights)
+    costs, length = lane.victim.costs, len(prompt.prompt_ids(ids_L))
+    flops = costs.forward(1, length, 0, 1)
+    flops += sum(costs.forward(1, 1, length + t, 1) for ids in sampled for t in range(len(ids) - 1))
+    return sum(found[: options.reward_samples]) / options.reward_samples, flops
+
+
+def _sample(lane: Lane, prompt_ids: Sequence[int], suffix: Suffix) -> list[Tensor]:
+    """Return sampled answers, at temperature 1 from the whole distribution, each with its end token."""
+    from transformers import GenerationConfig
+
+    victim, options, tokenizer = lane.victim, suffix.options, lane.prompt.tokenizer
+    own = victim.model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=options.sample_tokens,
+        num_return_sequences=options.reward_samples, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
+    )  # fmt: skip
+    seed = int(torch.randint(2**31, (1,), generator=suffix.generator))
+    devices = [victim.device] if victim.device.type == "cuda" else []
+    rows = torch.tensor([list(prompt_ids)], device=victim.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        output = victim.model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config)
+    answers = []
+    for ids in output[:, rows.shape[1] :].tolist():
+        end = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        answers.append(torch.tensor(ids[:end], device=victim.device))
+    return answers

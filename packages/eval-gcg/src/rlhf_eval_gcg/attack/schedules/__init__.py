@@ -1,0 +1,1 @@
+"""The suffix optimizers that come with this package, one file each."""

@@ -1,0 +1,172 @@
+"""The losses of many candidates, in batches of rows.
+
+Rows that share tokens with the current suffix start where they first differ from it. They are sorted by that place and cut
+into pieces, so that few tokens are computed twice; pieces of several prompts fill one batch on an accelerator. When memory runs
+out, batches are halved. No cut changes a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_core.errors import UsageError, option
+from rlhf_core.lazy import torch
+from rlhf_core.util.messages import log
+from rlhf_eval_gcg.attack.lane import Lane
+from rlhf_eval_gcg.attack.losses import answer_losses, greedy_matches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_eval_gcg.attack.options import Attack
+    from rlhf_eval_gcg.attack.victim import Group
+
+__all__ = ["Scorer"]
+
+LOGIT_CELLS = 1 << 26
+"""Most logits of a batch (256 MiB in float32), whatever the vocabulary."""
+SPARE_ON_CPU, SPARE = 0.05, 0.5
+"""Share of a piece's tokens that may be known already: a CPU pays for each, an accelerator more for a further launch."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Candidates of a lane that are computed from one start on, for one answer."""
+
+    task: int
+    answer: int
+    lane: Lane
+    rows: Tensor
+    start: int
+
+    def cells(self, length: int) -> int:
+        """Tokens that are computed, for suffixes of `length` tokens."""
+        past = 0 if self.lane.cached else len(self.lane.before_P)
+        tail = length - self.start + len(self.lane.after_A) + len(self.lane.answers.ids[self.answer]) - 1
+        return len(self.rows) * (past + tail)
+
+
+class Scorer:
+    """Computes losses in batches that fit into memory.
+
+    Args:
+        options: of the attack: the token budget and the loss.
+        mixes: fill a batch with rows of several prompts; None does so on accelerators.
+    """
+
+    def __init__(self, options: Attack, mixes: bool | None = None) -> None:
+        self.options, self.mixes = options, mixes
+        self.budget = options.batch_tokens
+        self.logit_cells = LOGIT_CELLS
+
+    def losses(self, tasks: Sequence[tuple[Lane, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """Return losses (C,), greedy matches (C,) of the first answer, and operations of each task.
+
+        Args:
+            tasks: a lane, and candidates (C, L) for it. Lanes of one call belong to one model.
+        """
+        losses = [torch.zeros(len(lane.answers.ids), len(ids), device=ids.device) for lane, ids in tasks]
+        matches = [torch.zeros(len(ids), dtype=torch.bool, device=ids.device) for _, ids in tasks]
+        costs = [0.0 for _ in tasks]
+        waiting = [piece for task, (lane, ids) in enumerate(tasks) for piece in self._pieces(task, lane, ids)]
+        while waiting:
+            batch = self._take(waiting, tasks)
+            groups = [p.lane.group(tasks[p.task][1][p.rows], p.start, p.lane.answers.ids[p.answer]) for p in batch]
+            try:
+                self._compute(batch, groups, losses, matches)
+            except (MemoryError, RuntimeError) as error:
+                waiting[:0] = self._smaller(batch, error)
+                continue
+            for piece, group in zip(batch, groups, strict=True):
+                past, (rows, new) = len(group.beginning), group.rows.shape
+                costs[piece.task] += piece.lane.victim.costs.forward(rows, new, past, group.keep)
+        combined = [lane.answers.combined(each) for (lane, _), each in zip(tasks, losses, strict=True)]
+        return combined, matches, costs
+
+    def _compute(
+        self, batch: Sequence[_Piece], groups: Sequence[Group], losses: list[Tensor], matches: list[Tensor]
+    ) -> None:
+        """Write the losses and matches of a batch into their places."""
+        options = self.options
+        with torch.no_grad():
+            logits, _ = batch[0].lane.victim.logits(groups)
+            for piece, logits_RTV in zip(batch, logits, strict=True):
+                answers = piece.lane.answers
+                ids_RT = answers.ids[piece.answer].expand(len(piece.rows), -1)
+                rows = piece.rows.to(logits_RTV.device)
+                losses[piece.task][piece.answer, rows] = answer_losses(
+                    logits_RTV, ids_RT, answers.kind, options.mellowmax_alpha, options.cw_margin
+                )
+                if options.early_stop and piece.answer == 0:
+                    matches[piece.task][rows] = greedy_matches(logits_RTV, ids_RT)
+
+    def _pieces(self, task: int, lane: Lane, ids_CL: Tensor) -> Iterator[_Piece]:
+        """Cut the candidates of a task into pieces of like starts, each small enough for a batch."""
+        starts_C = lane.starts(ids_CL)
+        order_C = starts_C.argsort(stable=True)
+        spare = SPARE_ON_CPU if lane.victim.on_cpu else SPARE
+        for answer, answer_T in enumerate(lane.answers.ids):
+            tail = ids_CL.shape[1] + len(lane.after_A) + len(answer_T) - 1
+            past = 0 if lane.cached else len(lane.before_P)
+            most = self.logit_cells // (len(answer_T) * lane.victim.vocabulary)
+            rows: list[int] = []
+            first = known = 0
+            for row, start in zip(order_C.tolist(), starts_C[order_C].tolist(), strict=True):
+                cells = (len(rows) + 1) * (past + tail - first)
+                over = cells > self.budget or len(rows) >= most or known + start - first > spare * cells
+                if rows and over:
+                    yield _Piece(task, answer, lane, torch.tensor(rows), first)
+                    rows, known = [], 0
+                if not rows:
+                    first = start
+                rows.append(row)
+                known += start - first
+            if rows:
+                yield _Piece(task, answer, lane, torch.tensor(rows), first)
+
+    def _take(self, waiting: list[_Piece], tasks: Sequence[tuple[Lane, Tensor]]) -> list[_Piece]:
+        """Take the next batch from what waits: one piece, or as many as fit."""
+        batch = [waiting.pop(0)]
+        victim = batch[0].lane.victim
+        mixes = not victim.on_cpu if self.mixes is None else self.mixes
+        if not mixes or not victim.takes_positions or not batch[0].lane.cached:
+            return batch
+
+        def cells(pieces: Sequence[_Piece]) -> int:
+            each = [piece.cells(tasks[piece.task][1].shape[1]) // len(piece.rows) for piece in pieces]
+            return sum(len(piece.rows) for piece in pieces) * max(each)
+
+        def logits(pieces: Sequence[_Piece]) -> int:
+            keep = max(len(piece.lane.answers.ids[piece.answer]) for piece in pieces)
+            return sum(len(piece.rows) for piece in pieces) * keep * victim.vocabulary
+
+        while waiting and waiting[0].lane.cached:
+            more = [*batch, waiting[0]]
+            if cells(more) > self.budget or logits(more) > self.logit_cells:
+                break
+            batch.append(waiting.pop(0))
+        return batch
+
+    def _smaller(self, batch: Sequence[_Piece], error: Exception) -> list[_Piece]:
+        """Halve the budget after memory ran out; return the batch in smaller pieces.
+
+        Raises:
+            UsageError: one row does not fit.
+        """
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise error
+        if all(len(piece.rows) == 1 for piece in batch) and len(batch) == 1:
+            raise UsageError(
+                f"memory runs out at a single candidate; use a smaller model, or set {option('prefix_cache', 'True')}"
+            ) from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.budget, self.logit_cells = max(1, self.budget // 2), max(1, self.logit_cells // 2)
+        log.warning("memory ran out; batches of the attack are %d tokens from here on", self.budget)
+        if len(batch) > 1:
+            return list(batch)
+        (piece,) = batch
+        half = (len(piece.rows) + 1) // 2
+        return [_Piece(piece.task, piece.answer, piece.lane, rows, piece.start) for rows in piece.rows.split(half)]

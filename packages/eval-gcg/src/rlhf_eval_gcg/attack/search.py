@@ -1,0 +1,189 @@
+"""One suffix under search: its lanes, its optimizer, and the record of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.errors import DataError, option
+from rlhf_core.lazy import torch
+from rlhf_eval_gcg.attack.lane import Answers, Lane
+from rlhf_eval_gcg.attack.optimizer import Suffix, SuffixOptimizer, load_optimizer
+from rlhf_eval_gcg.attack.result import AttackResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_eval_gcg.attack.options import Attack
+    from rlhf_eval_gcg.attack.prompt import AttackPrompt
+    from rlhf_eval_gcg.attack.victim import Victim
+
+__all__ = ["Record", "Search", "make_search"]
+
+TRIES = 256
+"""Draws of a random first suffix before the given one is taken."""
+
+
+@dataclass
+class Record:
+    """What a search did so far; plain values, so that it is saved as it is."""
+
+    losses: list[float] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    spent: float = 0.0
+    candidates: int = 0
+    initial_loss: float = float("nan")
+    matched: bool = False
+
+    @property
+    def best(self) -> int:
+        """Number of the step with the lowest loss; the last one after an early stop, whose suffix matched."""
+        return len(self.losses) - 1 if self.matched else self.losses.index(min(self.losses))
+
+
+@dataclass
+class Search:
+    """One suffix under search."""
+
+    goals: tuple[int, ...]
+    """numbers of the goals that it is for"""
+    lanes: list[Lane]
+    """its prompts on the models under attack"""
+    draft_lanes: list[Lane]
+    """its prompts on the draft model"""
+    suffix: Suffix
+    optimizer: SuffixOptimizer
+    record: Record = field(default_factory=Record)
+    opened: bool = False
+    """True once the beginnings of its lanes are computed, or counted before a crash"""
+
+    @property
+    def finished(self) -> bool:
+        """True if the search is at its limit of steps or operations, or has matched."""
+        options, record = self.suffix.options, self.record
+        spent = 0 < options.max_flops <= record.spent and bool(record.losses)
+        return record.matched or spent or len(record.losses) >= options.steps
+
+    def refresh_progress(self) -> None:
+        """Tell the optimizer how much of the budget is used."""
+        options, record = self.suffix.options, self.record
+        share = record.spent / options.max_flops if options.max_flops else 0.0
+        self.suffix.step = len(record.losses)
+        self.suffix.progress = min(1.0, max(share, len(record.losses) / options.steps))
+
+    def result(self, lane: Lane, goal: Any) -> AttackResult:
+        """Return the outcome for one of its goals, whose lane is `lane`."""
+        record, prompt = self.record, lane.prompt
+        texts = prompt.texts(record.ids)
+        ids = record.ids[record.best]
+        text = texts[record.best]
+        return AttackResult(
+            goal=goal, ids=tuple(ids), text=text, message=prompt.message(text), prompt_ids=prompt.prompt_ids(ids),
+            loss=record.losses[record.best], initial_loss=record.initial_loss, losses=tuple(record.losses),
+            texts=tuple(texts), flops=tuple(record.flops), candidates=record.candidates,
+            matched=greedy_match(lane, ids), target_ids=prompt.answers[0] if prompt.answers else (),
+        )  # fmt: skip
+
+
+def greedy_match(lane: Lane, ids: Sequence[int]) -> bool:
+    """Return whether greedy decoding after the prompt with a suffix gives the whole first answer."""
+    target = lane.prompt.answers[0] if lane.prompt.answers else ()
+    if not target:
+        return False
+    row = torch.tensor([[*lane.prompt.prompt_ids(ids), *target[:-1]]], device=lane.victim.device)
+    with torch.no_grad():
+        logits = lane.victim.model(input_ids=row).logits[0, -len(target) :]
+    return bool(logits.argmax(-1).tolist() == list(target))
+
+
+def make_search(
+    numbers: Sequence[int],
+    prompts: Sequence[AttackPrompt],
+    victims: Sequence[Victim],
+    draft: Victim | None,
+    tokens: tuple[Tensor, Tensor],
+    options: Attack,
+    seed: int,
+    restart: int,
+) -> Search:
+    """Return the search of one suffix for some goals.
+
+    Args:
+        numbers: of the goals.
+        prompts: of the goals.
+        victims: the models under attack.
+        draft: the draft model.
+        tokens: those that may stand in a suffix (V,), and those of single letters (M,).
+        options: of the attack.
+        seed: of the search.
+        restart: number of the search among those of its goals; the first begins with the given suffix.
+
+    Raises:
+        DataError: the suffix becomes other tokens in one prompt than in another.
+    """
+    first = prompts[0].suffix_ids
+    for prompt in prompts:
+        if prompt.suffix_ids != first:
+            raise DataError(
+                f"{prompt.goal.place}: the suffix becomes other tokens here than for {prompts[0].goal.place}, so that one for "
+                f"all goals cannot be; change {option('suffix')} or {option('separator')}"
+            )
+    allowed_V, letters_M = tokens
+    device = victims[0].device
+    suffix = Suffix(
+        ids_L=torch.tensor(first, device=device),
+        options=options,
+        allowed_V=allowed_V.to(device),
+        generator=torch.Generator().manual_seed(seed),
+        survivors=_filter(prompts, options),
+        letters_M=letters_M,
+        place=prompts[0].goal.place,
+        has_draft=draft is not None,
+    )
+    if restart:
+        _draw_beginning(suffix)
+    lanes = [_lane(victim, prompt, options) for prompt in prompts for victim in victims]
+    drafts = [_lane(draft, prompt, options) for prompt in prompts] if draft is not None else []
+    return Search(tuple(numbers), lanes, drafts, suffix, load_optimizer(options))
+
+
+def _draw_beginning(suffix: Suffix) -> None:
+    """Replace the first suffix by a random one of letters and signs that stays what it is in its place."""
+    letters, length = suffix.letters_M, len(suffix.ids_L)
+    for _ in range(TRIES if len(letters) else 0):
+        drawn_L = letters[torch.randint(len(letters), (length,), generator=suffix.generator)]
+        if bool(suffix.survivors(drawn_L[None])[0]):
+            suffix.ids_L = drawn_L.to(suffix.ids_L.device)
+            return
+
+
+def _filter(prompts: Sequence[AttackPrompt], options: Attack) -> Any:
+    """Return the function that finds the candidates that survive."""
+
+    def survivors(ids_CL: Tensor) -> Tensor:
+        kept_C = torch.ones(len(ids_CL), dtype=torch.bool)
+        if options.filter_ids:
+            for prompt in prompts:
+                alive = kept_C.nonzero().flatten()
+                kept_C[alive] = torch.tensor(prompt.stable(ids_CL[alive].tolist()), dtype=torch.bool)
+        return kept_C
+
+    return survivors
+
+
+def _lane(victim: Victim, prompt: AttackPrompt, options: Attack) -> Lane:
+    """Return the lane of a prompt on a model."""
+
+    def tensor(ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=victim.device)
+
+    chosen = prompt.answers if options.objective == "bad_set" else prompt.answers[:1]
+    kind = "sum" if options.objective == "bad_set" else options.loss
+    weights = None if options.objective == "bad_set" else (1.0,) * len(chosen)
+    answers = Answers(tuple(tensor(ids) for ids in chosen), kind, weights)
+    lane = Lane(victim, prompt, answers, tensor(prompt.before_ids), tensor(prompt.after_ids))
+    extra = options.sample_tokens if options.objective == "reward" else 0
+    lane.cached = victim.caches(lane.length + extra)
+    return lane
