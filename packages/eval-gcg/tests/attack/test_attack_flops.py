@@ -41,7 +41,7 @@ def test_it_is_within_5_percent_of_torchs_counter(schedule: str, cached: bool) -
 
 def test_the_convention_counts_2nt_forward_and_4nt_backward() -> None:
     victim = model()
-    costs = Costs.of(victim, "2nt")
+    costs = Costs.measure(victim, "2nt")
     parameters = sum(weight.numel() for weight in victim.parameters())
     assert costs.forward(3, 5, 100, 2) == 2 * parameters * 15
     assert costs.backward(3, 5, 100, 2) == 4 * parameters * 15

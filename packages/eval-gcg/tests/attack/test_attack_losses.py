@@ -51,6 +51,6 @@ def test_a_row_matches_if_every_token_is_the_likeliest() -> None:
 def test_several_answers_become_minus_the_log_of_their_summed_probability() -> None:
     losses_KC = torch.tensor([[1.0, 2.0], [3.0, 0.5]], dtype=torch.float64)
     expected = -((-losses_KC).exp().sum(0)).log()
-    torch.testing.assert_close(Answers((), "sum", None).combined(losses_KC), expected)
-    weighted = Answers((), "cross_entropy", (2.0, -1.0)).combined(losses_KC)
+    torch.testing.assert_close(Answers((), "sum", None).combine(losses_KC), expected)
+    weighted = Answers((), "cross_entropy", (2.0, -1.0)).combine(losses_KC)
     assert weighted.tolist() == [-1.0, 3.5]

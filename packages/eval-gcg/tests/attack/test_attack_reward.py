@@ -10,7 +10,7 @@ from tiny_attacks import family, tiny
 
 from rlhf_core.errors import UsageError
 from rlhf_eval_gcg.attack import Attack, AttackPrompt, Goal, attack
-from rlhf_eval_gcg.attack.rewarded import leave_one_out
+from rlhf_eval_gcg.attack.reward_objective import leave_one_out
 
 TOKENIZER = family("qwen")
 OPTIONS: dict[str, Any] = {

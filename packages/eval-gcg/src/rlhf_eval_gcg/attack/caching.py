@@ -36,7 +36,7 @@ class Beginning:
             return Beginning()
         return Beginning(tuple((k[:, :, :length], v[:, :, :length]) for k, v in self.layers))
 
-    def extended(self, fresh: Sequence[tuple[Tensor, Tensor]]) -> Beginning:
+    def extend(self, fresh: Sequence[tuple[Tensor, Tensor]]) -> Beginning:
         """Return the beginning with the keys and values of further tokens."""
         if not self.layers:
             return Beginning(tuple(fresh))

@@ -10,7 +10,7 @@ from rlhf_core.lazy import torch
 from rlhf_eval_gcg.attack.gradient import lane_gradient
 from rlhf_eval_gcg.attack.lane import Lane
 from rlhf_eval_gcg.attack.optimizer import Losses, Move, TokenGradient
-from rlhf_eval_gcg.attack.rewarded import Rewards, renew_answers
+from rlhf_eval_gcg.attack.reward_objective import Rewards, renew_answers
 from rlhf_eval_gcg.attack.scoring import Scorer
 from rlhf_eval_gcg.attack.search import Search
 

@@ -32,7 +32,7 @@ class Costs:
     """counted or 2nt"""
 
     @classmethod
-    def of(cls, model: Any, rule: str = "counted") -> Costs:
+    def measure(cls, model: Any, rule: str = "counted") -> Costs:
         """Return the costs of a model of transformers."""
         head = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)

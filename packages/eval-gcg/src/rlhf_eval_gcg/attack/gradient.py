@@ -56,9 +56,9 @@ def lane_gradient(lane: Lane, choice: Tensor, tokens: int, options: Attack) -> t
         past, new = len(group.beginning), group.rows.shape[1]
         flops += victim.costs.forward(1, new, past, group.keep) + victim.costs.backward(1, new, past, group.keep)
         if record and not mixture:
-            lane.base = lane.opening.extended([(k[:, :, :length], v[:, :, :length]) for k, v in fresh])
+            lane.base = lane.opening.extend([(k[:, :, :length], v[:, :, :length]) for k, v in fresh])
             lane.base_L = choice.clone()
-    loss = lane.answers.combined(torch.stack(losses)[:, None])[0]
+    loss = lane.answers.combine(torch.stack(losses)[:, None])[0]
     flops += victim.costs.over_tokens(length, embeds_LH.shape[1], tokens)
     return victim.over_tokens(gradient_LH, tokens), float(loss), flops
 

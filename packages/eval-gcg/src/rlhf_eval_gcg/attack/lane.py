@@ -28,7 +28,7 @@ class Answers:
     weights: tuple[float, ...] | None = None
     """the loss is the weighted sum of the answers'; None: minus the logarithm of the sum of their probabilities"""
 
-    def combined(self, losses_KC: Tensor) -> Tensor:
+    def combine(self, losses_KC: Tensor) -> Tensor:
         """Return the loss of each candidate (C,) from those of K answers."""
         if self.weights is None:
             found: Tensor = -(-losses_KC).logsumexp(0)
@@ -70,7 +70,7 @@ class Lane:
         if not self.opening.layers:
             with torch.no_grad():
                 _, fresh = self.victim.logits([Group(Beginning(), self.before_P[None], 1)], record=True)
-            self.opening = Beginning().extended(fresh)
+            self.opening = Beginning().extend(fresh)
         return self.victim.costs.forward(1, len(self.before_P), 0, 1)
 
     def starts(self, ids_CL: Tensor) -> Tensor:

@@ -24,14 +24,16 @@ from rlhf_eval_gcg.attack.victim import Victim
 if TYPE_CHECKING:
     from rlhf_eval_gcg.attack.goal import Goal
     from rlhf_eval_gcg.attack.options import Attack
-    from rlhf_eval_gcg.attack.rewarded import Rewards
+    from rlhf_eval_gcg.attack.reward_objective import Rewards
 
 __all__ = ["AttackProgress", "attack"]
 
 TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.2
 """Nats that sharing beginnings may change the loss by: rounding of float32, and of smaller types."""
 SEED_STRIDE = 1_000_003
-"""Distance of the seeds of two searches, a prime."""
+"""Distance of the seeds of two attacks, a prime."""
+SEEDS = 2**63
+"""Seeds that a generator of torch tells apart."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def attack(
     prompts = [AttackPrompt.build(goal, tokenizer, options) for goal in goals]
     with ExitStack() as stack:
         for victim in (*victims, *([drafted] if drafted else [])):
-            stack.enter_context(victim.frozen())
+            stack.enter_context(victim.freeze())
         searches = _searches(prompts, victims, drafted, tokenizer, options, seed)
         engine = Engine(Scorer(options), rewards if options.objective == "reward" else None)
         _check_sharing(engine, searches)
@@ -131,7 +133,7 @@ def _searches(
     return [
         make_search(
             part, [prompts[k] for k in part], victims, draft, tokens, options,
-            seed * SEED_STRIDE + number * options.restarts + restart, restart,
+            (seed * SEED_STRIDE + number * options.restarts + restart) % SEEDS, restart,
         )
         for number, part in enumerate(parts)
         for restart in range(options.restarts)
@@ -189,9 +191,9 @@ def _run(
 ) -> None:
     """Step the searches of a wave to their ends."""
     for search in wave:
-        if not search.finished:
+        if not search.is_finished:
             engine.begin(search)
-    while active := [search for search in wave if not search.finished]:
+    while active := [search for search in wave if not search.is_finished]:
         engine.step(active)
         if keeper is not None:
             keeper.save(searches)

@@ -82,7 +82,7 @@ class Scorer:
             for piece, group in zip(batch, groups, strict=True):
                 past, (rows, new) = len(group.beginning), group.rows.shape
                 costs[piece.task] += piece.lane.victim.costs.forward(rows, new, past, group.keep)
-        combined = [lane.answers.combined(each) for (lane, _), each in zip(tasks, losses, strict=True)]
+        combined = [lane.answers.combine(each) for (lane, _), each in zip(tasks, losses, strict=True)]
         return combined, matches, costs
 
     def _compute(

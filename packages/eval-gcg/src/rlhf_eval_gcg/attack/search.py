@@ -60,7 +60,7 @@ class Search:
     """True once the beginnings of its lanes are computed, or counted before a crash"""
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """True if the search is at its limit of steps or operations, or has matched."""
         options, record = self.suffix.options, self.record
         spent = 0 < options.max_flops <= record.spent and bool(record.losses)

@@ -49,7 +49,7 @@ class Victim:
         self.model = model
         self.embedding = model.get_input_embeddings()
         self.device = self.embedding.weight.device
-        self.costs = Costs.of(model, flop_rule)
+        self.costs = Costs.measure(model, flop_rule)
         self.layers, self.window = cache_window(model) if prefix_cache else (0, 0.0)
         parameters = inspect.signature(model.forward).parameters
         self._keeps, self.takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
@@ -65,7 +65,7 @@ class Victim:
         return int(self.embedding.num_embeddings)
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def freeze(self) -> Iterator[None]:
         """Evaluate without gradients of weights; put everything back afterwards."""
         modes = [(module, module.training) for module in self.model.modules()]
         wanted = [(weight, weight.requires_grad) for weight in self.model.parameters()]
