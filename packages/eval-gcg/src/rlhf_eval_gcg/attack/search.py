@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import DataError, option
@@ -79,23 +79,24 @@ class Search:
         texts = prompt.texts(record.ids)
         ids = record.ids[record.best]
         text = texts[record.best]
-        return AttackResult(
+        found = AttackResult(
             goal=goal, ids=tuple(ids), text=text, message=prompt.message(text), prompt_ids=prompt.prompt_ids(ids),
             loss=record.losses[record.best], initial_loss=record.initial_loss, losses=tuple(record.losses),
-            texts=tuple(texts), flops=tuple(record.flops), candidates=record.candidates,
-            matched=greedy_match(lane, ids), target_ids=prompt.answers[0] if prompt.answers else (),
+            texts=tuple(texts), flops=tuple(record.flops), candidates=record.candidates, matched=False,
+            target_ids=prompt.answers[0] if prompt.answers else (),
         )  # fmt: skip
+        return replace(found, matched=greedy_match(lane.victim, found))
 
 
-def greedy_match(lane: Lane, ids: Sequence[int]) -> bool:
-    """Return whether greedy decoding after the prompt with a suffix gives the whole first answer."""
-    target = lane.prompt.answers[0] if lane.prompt.answers else ()
-    if not target:
+def greedy_match(victim: Victim, result: AttackResult) -> bool:
+    """Return whether greedy decoding after the prompt with the suffix gives the whole target."""
+    length = len(result.target_ids)
+    if not length:
         return False
-    row = torch.tensor([[*lane.prompt.prompt_ids(ids), *target[:-1]]], device=lane.victim.device)
+    row = torch.tensor([[*result.prompt_ids, *result.target_ids[:-1]]], device=victim.device)
     with torch.no_grad():
-        logits = lane.victim.model(input_ids=row).logits[0, -len(target) :]
-    return bool(logits.argmax(-1).tolist() == list(target))
+        logits = victim.model(input_ids=row).logits[0, -length:]
+    return bool(logits.argmax(-1).tolist() == list(result.target_ids))
 
 
 def make_search(
