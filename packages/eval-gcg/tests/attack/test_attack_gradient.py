@@ -74,7 +74,7 @@ def test_of_a_bad_set_it_is_that_of_the_summed_probability() -> None:
     made, options = lane(goal=goal, objective="bad_set")
     ids_L = torch.tensor(made.prompt.suffix_ids)
     onehot_LV = torch.nn.functional.one_hot(ids_L, made.victim.vocabulary).float().requires_grad_(True)
-    sums = [loss_of(made, options, onehot_LV, answer, "sum") for answer in made.prompt.answers]
+    sums = [loss_of(made, options, onehot_LV, answer, "likelihood") for answer in made.prompt.answers]
     loss = -(-torch.stack(sums)).logsumexp(0)
     (expected_LV,) = torch.autograd.grad(loss, onehot_LV)
     found_LV, found, _ = lane_gradient(made, ids_L, made.victim.vocabulary, options)

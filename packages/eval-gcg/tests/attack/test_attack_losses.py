@@ -15,7 +15,7 @@ IDS_RT = torch.randint(11, (5, 4), generator=torch.Generator().manual_seed(1))
 def test_cross_entropy_is_that_of_torch() -> None:
     expected = torch.nn.functional.cross_entropy(LOGITS_RTV.flatten(0, 1).double(), IDS_RT.flatten(), reduction="none")
     torch.testing.assert_close(cross_entropy(LOGITS_RTV, IDS_RT).flatten().double(), expected, atol=1e-5, rtol=0)
-    mean, total = answer_losses(LOGITS_RTV, IDS_RT, "cross_entropy"), answer_losses(LOGITS_RTV, IDS_RT, "sum")
+    mean, total = answer_losses(LOGITS_RTV, IDS_RT, "cross_entropy"), answer_losses(LOGITS_RTV, IDS_RT, "likelihood")
     torch.testing.assert_close(mean.double(), expected.view(5, 4).mean(1), atol=1e-5, rtol=0)
     torch.testing.assert_close(total.double(), expected.view(5, 4).sum(1), atol=1e-5, rtol=0)
 
@@ -51,6 +51,6 @@ def test_a_row_matches_if_every_token_is_the_likeliest() -> None:
 def test_several_answers_become_minus_the_log_of_their_summed_probability() -> None:
     losses_KC = torch.tensor([[1.0, 2.0], [3.0, 0.5]], dtype=torch.float64)
     expected = -((-losses_KC).exp().sum(0)).log()
-    torch.testing.assert_close(Answers((), "sum", None).combine(losses_KC), expected)
+    torch.testing.assert_close(Answers((), "likelihood", None).combine(losses_KC), expected)
     weighted = Answers((), "cross_entropy", (2.0, -1.0)).combine(losses_KC)
     assert weighted.tolist() == [-1.0, 3.5]

@@ -48,7 +48,7 @@ def answer_losses(logits_RTV: Tensor, ids_RT: Tensor, kind: str, alpha: float = 
     Args:
         logits_RTV: of the positions that predict the answer.
         ids_RT: the answer.
-        kind: cross_entropy: mean over tokens; sum: minus the answer's log-probability; mellowmax: over minus the logits of
+        kind: cross_entropy: mean over tokens; likelihood: minus the answer's log-probability; mellowmax: over minus the logits of
             the tokens, as in nanoGCG; cw: mean over tokens.
         alpha: of mellowmax.
         margin: of cw, in logits.
@@ -59,7 +59,7 @@ def answer_losses(logits_RTV: Tensor, ids_RT: Tensor, kind: str, alpha: float = 
     if kind == "cw":
         return carlini_wagner(logits_RTV, ids_RT, margin).mean(1)
     losses_RT = cross_entropy(logits_RTV, ids_RT)
-    return losses_RT.sum(1) if kind == "sum" else losses_RT.mean(1)
+    return losses_RT.sum(1) if kind == "likelihood" else losses_RT.mean(1)
 
 
 def _precise(logits_RTV: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def _lane(victim: Victim, prompt: AttackPrompt, options: Attack) -> Lane:
         return torch.tensor(ids, dtype=torch.long, device=victim.device)
 
     chosen = prompt.answers if options.objective == "bad_set" else prompt.answers[:1]
-    kind = "sum" if options.objective == "bad_set" else options.loss
+    kind = "likelihood" if options.objective == "bad_set" else options.loss
     weights = None if options.objective == "bad_set" else (1.0,) * len(chosen)
     answers = Answers(tuple(tensor(ids) for ids in chosen), kind, weights)
     lane = Lane(victim, prompt, answers, tensor(prompt.before_ids), tensor(prompt.after_ids))
