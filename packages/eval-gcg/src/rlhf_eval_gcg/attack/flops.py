@@ -36,9 +36,11 @@ class Costs:
         """Return the costs of a model of transformers."""
         head = model.get_output_embeddings()
         config = model.config.get_text_config(decoder=True)
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        size = int(getattr(config, "head_dim", 0) or (config.hidden_size // heads if heads else 0))
-        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        try:
+            heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+            size = int(config.to_dict().get("head_dim") or config.hidden_size // heads)
+        except AttributeError:  # recurrent layers: all their products are linear
+            heads = layers = size = 0
         head_weights = 0 if head is None else int(head.weight.numel())
         linear = sum(
             int(module.weight.numel())

@@ -48,8 +48,8 @@ def answer_losses(logits_RTV: Tensor, ids_RT: Tensor, kind: str, alpha: float = 
     Args:
         logits_RTV: of the positions that predict the answer.
         ids_RT: the answer.
-        kind: cross_entropy: mean over tokens; likelihood: minus the answer's log-probability; mellowmax: over minus the logits of
-            the tokens, as in nanoGCG; cw: mean over tokens.
+        kind: cross_entropy: mean over tokens; likelihood: minus the answer's log-probability; mellowmax: over minus the logits
+            of the tokens, as in nanoGCG; cw: mean over tokens.
         alpha: of mellowmax.
         margin: of cw, in logits.
     """
