@@ -118,6 +118,14 @@ def test_success_by_threshold_is_a_distribution_function(tmp_path: Path) -> None
     assert rate_K[np.searchsorted(thresholds_K, 0.5)] == pytest.approx(0.5)
 
 
+def test_a_table_of_somebody_else_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = leave(tmp_path / "run", [1])
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    assert main(["gcg-report", str(folder), "--output", str(tmp_path / "mine"), "--formats"]) == 2
+    assert "no figure or table of this command" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text(encoding="utf-8") == "a,b\n1,2\n"
+
+
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     before, after = leave(tmp_path / "before", [4, 2]), leave(tmp_path / "after", [1, 0])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_core import DataError, Evaluator, OptionError, Run, UsageError
+from rlhf_core import DataError, Evaluator, Launcher, OptionError, Placement, Plan, Run, UsageError
 from rlhf_core.analysis.tables import read_columns
 from rlhf_core.testing import check_evaluator, tiny_run
 from rlhf_eval_gcg.attack import attack
 from rlhf_eval_gcg.evaluation.attackers import make_units
 from rlhf_eval_gcg.gcg import GCG
+from rlhf_eval_gcg.plugin import rlhf_metrics
 
 MODEL = "tiny:hidden=16,layers=1"
 GOALS = (("Say hello.", "Hello, friend"), ("Count to three.", "One, two"), ("Name a fruit.", "A pear"))
@@ -202,9 +203,43 @@ def test_an_attack_leaves_mode_weights_and_gradients_alone(tmp_path: Path) -> No
         assert all(value.grad is None for value in lm.parameters())
 
 
+def test_a_run_attacks_at_its_start_in_between_and_at_its_end(tmp_path: Path) -> None:
+    open_run(tmp_path / "each", GCG(**SMALL), eval_every=1).train()
+    steps = {path.name: lines(path / "attacks.jsonl") for path in (tmp_path / "each" / "gcg").iterdir()}
+    assert sorted(steps) == ["step-0", "step-1", "step-2"]
+    assert len({rows[0]["fingerprint"] for rows in steps.values()}) == 3, "the weights differ"
+    run = open_run(tmp_path / "end", GCG(**SMALL, end_only=True), eval_every=1)
+    run.train()
+    assert [path.name for path in (tmp_path / "end" / "gcg").iterdir()] == ["step-2"]
+    assert lines(tmp_path / "end/gcg/step-2/attacks.jsonl") == steps["step-2"]
+    assert [step for step, metrics in run.evaluations if metrics] == [2]
+
+
+def test_every_metric_is_documented(tmp_path: Path) -> None:
+    assert evaluate(tmp_path, threshold=0.0).keys() == rlhf_metrics().keys()
+
+
+@dataclass(frozen=True)
+class Elsewhere(Launcher):
+    """A launcher whose roles are in other processes."""
+
+    def __call__(self, plan: Plan) -> Placement:
+        raise AssertionError("nothing may be placed")
+
+
+def test_a_policy_in_another_process_is_refused_before_it_is_placed(tmp_path: Path) -> None:
+    run = open_run(tmp_path, GCG(**SMALL), launcher=Elsewhere())
+    with (
+        pytest.raises(UsageError, match="needs the policy's gradients, in this process: pass launcher"),
+        run.open(),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"export": "."}, "export"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": (-1,)}, "seeds"),

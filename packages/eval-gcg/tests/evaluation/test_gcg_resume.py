@@ -87,6 +87,15 @@ def test_a_finished_evaluation_is_judged_again_without_an_attack(
     assert made() == 3, "the new seed alone"
 
 
+def test_a_file_of_goals_may_be_moved_between_two_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("goal,target\nSay hello.,Hello\n", encoding="utf-8")
+    measure(tmp_path / "out", goals=str(tmp_path / "a.csv"))
+    made = kill_at(-1, monkeypatch)
+    measure(tmp_path / "out", goals=str(tmp_path / "b.csv"))
+    assert made() == 0
+
+
 def test_attacks_with_other_options_are_not_mixed(tmp_path: Path) -> None:
     measure(tmp_path)
     path = tmp_path / "gcg/step-0/attacks.jsonl"

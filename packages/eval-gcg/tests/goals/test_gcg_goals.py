@@ -86,6 +86,7 @@ def test_other_rows_are_refused(rows: str) -> None:
 
 
 DAMAGES = {
+    "twice": (b"goal,target\na,b\nc,d\na,b\n", "goals.csv:4: the same goal and target as"),
     "empty": (b"", "goals.csv:1: the header has no column 'target', but nothing"),
     "header_alone": (b"goal,target\n", "goals.csv: no goals; add a row"),
     "blank_rows": (b"goal,target\n\n,\n", "goals.csv: no goals"),

@@ -19,7 +19,7 @@ from rlhf_core.util.places import check_writable, read_path
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
 
-__all__ = ["Drawing", "figure"]
+__all__ = ["Drawing", "check_own", "figure"]
 
 
 MAKER = "rlhf-run"
@@ -52,7 +52,7 @@ class Drawing(Command, ABC):
         rows, stem = self.rows(read_sweep(self.file)), read_path("--output", self.output)
         check_writable("--output", stem)
         for ending in ("csv", *self.formats):
-            _check_own(stem.with_name(f"{stem.name}.{ending}"), list(rows[0]) if ending == "csv" else [])
+            check_own(stem.with_name(f"{stem.name}.{ending}"), list(rows[0]) if ending == "csv" else [])
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)
         if self.formats:
             self.draw(rows, stem)
@@ -60,7 +60,7 @@ class Drawing(Command, ABC):
         return 0
 
 
-def _check_own(path: Path, columns: list[str]) -> None:
+def check_own(path: Path, columns: list[str]) -> None:
     """Check that a file to be written is not there, or was written by such a command.
 
     Args:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rlhf_core import Command, OptionError, UsageError
+from rlhf_core.analysis.figures import check_own
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.contract.ranges import at_least
 from rlhf_eval_gcg.analysis.read import Group, group_evaluations, read_evaluations
@@ -73,8 +74,10 @@ class GCGReport(Command):
         rows = report_rows(groups, self.thresholds, self.k, self.seed)
         print(render_table(rows))
         if self.output:
-            stem = Path(self.output)
-            write_csv(stem.with_name(f"{stem.name}.csv"), [flat_row(row) for row in rows])
+            stem, flat = Path(self.output), [flat_row(row) for row in rows]
+            for ending in ("csv", *self.formats):
+                check_own(stem.with_name(f"{stem.name}.{ending}"), list(flat[0]) if ending == "csv" else [])
+            write_csv(stem.with_name(f"{stem.name}.csv"), flat)
             if self.formats:
                 from rlhf_eval_gcg.analysis.drawing import draw
 

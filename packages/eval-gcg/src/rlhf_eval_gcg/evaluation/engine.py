@@ -15,7 +15,7 @@ from rlhf_eval_gcg.evaluation.answers import CLEAN, ask
 from rlhf_eval_gcg.evaluation.attackers import Attacker, Models, check_goals, make_units, reading
 from rlhf_eval_gcg.evaluation.files import write_answers, write_prompts, write_settings
 from rlhf_eval_gcg.evaluation.questions import attacked_question, clean_question
-from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, model_digest
+from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, goal_key, model_digest
 from rlhf_eval_gcg.judges.refusal import Refusal
 from rlhf_eval_gcg.judges.verdict import Verdict
 
@@ -109,10 +109,10 @@ class GCGEngine:
         options, tokenizer = self.options, run.roles[name].tokenizer
         clean = [clean_question(k, goal, tokenizer, options.search_options()) for k, goal in enumerate(goals)]
         pairs = {CLEAN: [(each, each) for each in clean]}
-        numbers = {goal: k for k, goal in enumerate(goals)}
+        numbers = {goal_key(goal): k for k, goal in enumerate(goals)}
         for unit, results in attacks:
             for result in results:
-                k = numbers[result.goal]
+                k = numbers[goal_key(result.goal)]
                 asked = attacked_question(k, unit.seed, result, tokenizer, options.search_options())
                 pairs.setdefault(unit.seed, []).append((asked, asked if options.judge_suffix else clean[k]))
         rows: list[dict[str, Any]] = []

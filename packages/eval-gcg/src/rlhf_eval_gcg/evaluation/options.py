@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf_core import OptionError, Reward, make_from_spec
 from rlhf_core.contract.ranges import at_least
@@ -57,6 +58,8 @@ class GCGOptions(Attack):
             raise OptionError("seeds", f"must be different numbers, at least one, not {self.seeds}")
         if min(self.seeds) < 0:
             raise OptionError("seeds", f"must be at least 0, not {min(self.seeds)}")
+        if self.export and Path(self.export).is_dir():
+            raise OptionError("export", f"{self.export} is a folder; name a file in it")
         if self.schedule == "probe" and not self.draft:
             raise OptionError("draft", "must name a small model with the policy's tokenizer if schedule is probe")
 

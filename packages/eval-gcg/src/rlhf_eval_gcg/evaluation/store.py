@@ -46,7 +46,7 @@ class Unit:
     @property
     def draw(self) -> int:
         """Return the seed of everything that the attack draws: it does not depend on the other goals."""
-        return int(self.key, 16) >> 1
+        return int(self.key, 16) >> 33  # 31 bits, from which an attack may derive further seeds
 
 
 class AttackStore:

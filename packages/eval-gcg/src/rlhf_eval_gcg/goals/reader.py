@@ -57,6 +57,11 @@ def read_goals(source: GoalSource, columns: GoalColumns = GoalColumns(), rows: s
     goals = list(_goals(source, columns))
     if not goals:
         raise DataError(f"{source if isinstance(source, str) else 'goals'}: no goals; add a row with a target")
+    first: dict[tuple[object, ...], str] = {}
+    for goal in goals:
+        place = first.setdefault((goal.goal, goal.target, goal.bad_set), goal.place)
+        if place != goal.place:
+            raise DataError(f"{goal.place}: the same goal and target as {place}; remove one of them")
     return pick_rows(goals, rows)
 
 
