@@ -16,6 +16,7 @@ __all__ = [
     "rlhf_evaluator",
     "rlhf_loss",
     "rlhf_metrics",
+    "rlhf_optimizer",
     "rlhf_reward",
     "rlhf_watch",
 ]
@@ -149,6 +150,17 @@ def rlhf_evaluator() -> Providers:
         "bad_probability": "rlhf_algos.evaluator.bad_probability:BadProbability",
         "bad_samples": "rlhf_algos.evaluator.bad_samples:BadSamples",
         "heldout_table": "rlhf_algos.evaluator.heldout_table:HeldoutTable",
+    }
+
+
+@hookimpl
+def rlhf_optimizer() -> Providers:
+    return {
+        "mle": "rlhf_algos.optimizer.mle:MLE",
+        "omd": "rlhf_algos.optimizer.omd:OMD",
+        "omd_cg": "rlhf_algos.optimizer.omd_cg:OMDCG",
+        "omd_memoryless": "rlhf_algos.optimizer.omd_memoryless:OMDMemoryless",
+        "sgd": "rlhf_algos.optimizer.sgd:SGD",
     }
 
 

@@ -257,3 +257,38 @@ def test_a_strategy_that_only_takes_gradients_refuses_more_in_one_line() -> None
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="evaluates a step again, and float16 scales its loss"):
         LocalRole(tiny_run("unused", actor={"optim": Extragradient(), "dtype": "float16"}).plan, "actor")
+
+
+@dataclass(frozen=True)
+class RowReading(Observing):
+    """Gradient descent that takes rows, not sums."""
+
+    def observe(self, batch: Batch, outputs: Outputs, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"length_N": batch.lengths_N, "rows": torch.tensor(float(len(batch)))}
+
+    def receive(self, optimizer: Any, sums: Mapping[str, Tensor]) -> None:
+        first = optimizer.param_groups[0]["params"][0]
+        optimizer.state[first] |= dict(sums)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 4096])
+def test_rows_that_an_optimizer_observes_come_in_the_order_of_the_data(micro_tokens: int) -> None:
+    of = role(RowReading(), micro_tokens=micro_tokens)
+    batch = credited()
+    numbers = torch.tensor([7, 7, 7, 7, 3, 3, 3, 3])
+    of.train({"actor": batch.with_extras(uids_N=numbers)})
+    found = of.trainable.optimizer.state[of.trainable.optimizer.param_groups[0]["params"][0]]  # type: ignore[attr-defined]
+    assert found["length_N"].tolist() == [*batch.lengths_N[4:].tolist(), *batch.lengths_N[:4].tolist()]
+    assert float(found["rows"]) == 8
+
+
+def test_rows_of_another_number_than_the_micro_batch_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Wrong(RowReading):
+        """Too few rows."""
+
+        def observe(self, batch: Batch, outputs: Outputs, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {"length_N": batch.lengths_N[1:]}
+
+    with pytest.raises(ContractError, match=r"observe\(\) returns 'length_N' of shape \(7,\) for 8 rows"):
+        train(role(Wrong()))

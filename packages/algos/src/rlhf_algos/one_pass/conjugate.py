@@ -27,8 +27,8 @@ class Solution(NamedTuple):
     """applications of A"""
     residual: float
     """norm of b - A x over the norm of b, as the recursion carries it"""
-    curved: bool
-    """False if a direction without positive curvature ended the iteration"""
+    bend: float
+    """p^T A p of the last direction p; if it is not above 0, the direction was not used"""
 
 
 def inner(a_D: Tensor, b_D: Tensor) -> float:
@@ -51,7 +51,7 @@ def conjugate_gradient(apply: Apply, b_D: Tensor, steps: int, tolerance: float =
     """
     x_D, r_D, p_D = b_D * 0, b_D.clone(), b_D.clone()
     size = rr = dot(r_D, r_D)
-    products, curved = 0, True
+    products, bend = 0, 1.0
     for _ in range(steps):
         if rr <= tolerance**2 * size or rr == 0:
             break
@@ -59,14 +59,13 @@ def conjugate_gradient(apply: Apply, b_D: Tensor, steps: int, tolerance: float =
         products += 1
         bend = dot(p_D, q_D)
         if not bend > 0:
-            curved = False
             break
         alpha = rr / bend
         x_D = x_D + alpha * p_D
         r_D = r_D - alpha * q_D
         rr, before = dot(r_D, r_D), rr
         p_D = r_D + rr / before * p_D
-    return Solution(x_D, products, (rr / size) ** 0.5 if size > 0 else 0.0, curved)
+    return Solution(x_D, products, (rr / size) ** 0.5 if size > 0 else 0.0, bend)
 
 
 def released_iteration(apply: Apply, b_D: Tensor, steps: int, dot: Dot = inner) -> Solution:
@@ -77,11 +76,12 @@ def released_iteration(apply: Apply, b_D: Tensor, steps: int, dot: Dot = inner) 
     """
     x_D, r_D, p_D = b_D * 0, b_D.clone(), b_D.clone()
     size = rr = dot(r_D, r_D)
-    products = 0
+    products, bend = 0, 1.0
     for k in range(steps):
         q_D = apply(p_D)
         products += 1
-        alpha = rr / (dot(p_D, q_D) + 1e-8)
+        bend = dot(p_D, q_D)
+        alpha = rr / (bend + 1e-8)
         x_D = x_D + alpha * p_D
         if k == steps - 1:
             break
@@ -90,4 +90,4 @@ def released_iteration(apply: Apply, b_D: Tensor, steps: int, dot: Dot = inner) 
         if rr < 1e-10:
             break
         p_D = r_D + p_D
-    return Solution(x_D, products, (rr / size) ** 0.5 if size > 0 else 0.0, True)
+    return Solution(x_D, products, (rr / size) ** 0.5 if size > 0 else 0.0, bend)

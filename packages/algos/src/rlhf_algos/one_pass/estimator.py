@@ -29,8 +29,13 @@ class Estimator(Protocol):
 
     kind: ClassVar[str]
     d: int
+    """features"""
     t: int
+    """updates so far"""
+    eta: float
+    """step size; without effect where an estimator has no step"""
     theta_D: Tensor
+    """the present iterate, float64"""
 
     @property
     def average_D(self) -> Tensor:
@@ -63,8 +68,7 @@ class Iterates:
     def __init__(self, d: int, theta_D: Tensor | None = None) -> None:
         if d < 1:
             raise UsageError(f"an estimator has at least one feature, not {d}")
-        self.d = d
-        self.t = 0
+        self.d, self.t, self.eta = d, 0, 1.0
         self.theta_D = torch.zeros(d, dtype=torch.float64) if theta_D is None else theta_D.detach().double().clone()
         if self.theta_D.shape != (d,):
             raise UsageError(

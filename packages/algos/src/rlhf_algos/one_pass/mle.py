@@ -156,6 +156,7 @@ class Mle(Iterates):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
+            "damping": self.damping,
             "pairs_TD": self.pairs_TD,
             "batches": self.batches,
             "gradients": self.gradients,

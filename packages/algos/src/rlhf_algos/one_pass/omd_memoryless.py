@@ -64,6 +64,8 @@ def direction(how: Direction, hessian: Apply, g_D: Tensor, t: int, total: int, d
 
     Raises:
         UsageError: the system is singular along the gradient.
+
+    Where the very first direction has negative curvature, the gradient is returned (Nocedal and Wright 2006, Algorithm 7.1).
     """
     ridge = how.ridge(t, total)
     if how.released:
@@ -72,11 +74,13 @@ def direction(how: Direction, hessian: Apply, g_D: Tensor, t: int, total: int, d
         x_D = released_iteration(lambda v_D: hessian(v_D) + ridge * v_D, g_D, how.steps, dot).x_D
         return how.damping * g_D + (1 - how.damping) * x_D if how.steps > 1 else x_D
     solved = conjugate_gradient(lambda v_D: hessian(v_D) + ridge * v_D, g_D, how.steps, 1e-14, dot)
-    if solved.curved or solved.products > 1:
+    if solved.bend > 0 or solved.products > 1:
         return solved.x_D
+    if solved.bend < 0:  # a network's loss is not convex: Newton-CG then descends along the gradient
+        return g_D
     raise UsageError(
-        f"the curvature is singular or negative along the gradient at step {t} with damping {ridge:.3g}; raise damping, "
-        "or take damping-strategy constant"
+        f"the curvature is singular along the gradient at step {t} with damping {ridge:.3g}; raise damping, or take "
+        "damping-strategy constant"
     )
 
 

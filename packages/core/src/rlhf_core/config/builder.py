@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.callbacks import read_callbacks
 from rlhf_core.config.given_model import FOLDER, GivenModel
-from rlhf_core.config.length import check_length, without_unused_length
+from rlhf_core.config.length import check_length, with_given_length, without_unused_length
 from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
 from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
 from rlhf_core.config.python_values import from_python, function_name, python_text
@@ -171,7 +171,7 @@ def to_toml(config: RunConfig) -> str:
 
 def _build(schema: Schema, settings: Settings, registry: Registry) -> RunConfig:
     """The run of a schema with these settings."""
-    made = construct(schema, settings)
+    made = construct(schema, with_given_length(settings))
     run: RunConfig = made[""]
     names = {kind: name for kind, name in schema.names.items() if name}
     uses = {path: use.name for section in schema.sections for path, use in section.uses.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_core.errors import OptionError
 
-__all__ = ["check_length", "replace_length", "without_unused_length"]
+__all__ = ["check_length", "replace_length", "with_given_length", "without_unused_length"]
 
 
 def check_length(settings: Mapping[str, Any]) -> None:
@@ -25,6 +25,12 @@ def replace_length(settings: dict[str, Any], later: Mapping[str, Any]) -> None:
     if {"steps", "epochs"} & later.keys():
         for name in ("steps", "epochs"):
             settings.pop(name, None)
+
+
+def with_given_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `settings` in which given steps take the place of epochs that are a default."""
+    given = "steps" in settings and "epochs" not in settings
+    return {**settings, "epochs": 0.0} if given else dict(settings)
 
 
 def without_unused_length(tree: Mapping[str, Any]) -> dict[str, Any]:

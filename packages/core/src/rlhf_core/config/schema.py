@@ -27,6 +27,7 @@ from rlhf_core.plugins.provider_checks import class_of
 from rlhf_core.util.suggestions import closest_names, did_you_mean
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.providers import Algorithm
     from rlhf_core.plugins.registry import Registry
 
@@ -167,11 +168,13 @@ def make_schema(
     made = instances.get("algorithm")
     cls = class_of("algorithm", algorithm, made, registry)
     names = {"algorithm": algorithm, **_names(cls, algorithm, chosen)}
-    sections = [_run_section(cls, unused_fields(names))]
+    sections: list[Section] = []
     for role, options in roles_of(cls, names, registry, instances).items():
         what = "trained" if isinstance(options, TrainedOptions) else "frozen"
         inside = _make_uses(role, options, uses or {}, registry)
         sections.append(Section(role, f"role {role!r} ({what})", type(options), options, uses=inside))
+    optimizers = [use.cls for section in sections for use in section.uses.values()]
+    sections = [_run_section(cls, optimizers, unused_fields(names)), *sections]
     sections += provider_sections(names, registry, instances)
     declined = frozenset(kind for kind, name in chosen.items() if name == "none")
     return dataclasses.replace(build_schema(names, sections), declined=declined)
@@ -263,7 +266,10 @@ def unused_fields(names: Mapping[str, str]) -> tuple[str, ...]:
     return (*STRUCTURE, *(name for name, kind in needed.items() if kind not in kinds))
 
 
-def _run_section(cls: type[Algorithm], skip: tuple[str, ...]) -> Section:
-    """Core's own options, with the algorithm's defaults for them."""
-    prototype = RunConfig(None, {}, {}, {}, **cls.config_defaults)
+def _run_section(cls: type[Algorithm], optimizers: Iterable[type[OptimizerProvider]], skip: tuple[str, ...]) -> Section:
+    """Core's own options, with the defaults that the algorithm and its roles' optimizers have for them."""
+    defaults = dict(cls.config_defaults)
+    for optimizer in optimizers:
+        defaults |= optimizer.config_defaults
+    prototype = RunConfig(None, {}, {}, {}, **defaults)
     return Section("", "run", RunConfig, prototype, skip)

@@ -7,9 +7,9 @@ the peak learning rate, its schedule (three of them) and clipping. Core applies 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from rlhf_core.contract.providers import Provider
 from rlhf_core.contract.ranges import at_least, at_most, finite
@@ -22,7 +22,27 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.results import Outputs
 
-__all__ = ["AdamW", "OptimizerProvider", "parameter_groups"]
+__all__ = ["AdamW", "OptimizerProvider", "StepClosure", "parameter_groups"]
+
+
+class StepClosure(Protocol):
+    """What `step` of an optimizer gets, where its provider declares `closure`."""
+
+    def __call__(self) -> float:
+        """Return the loss over all ranks. The first call returns the one at hand; each further call evaluates it again, with
+        its gradients, at the present weights."""
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the Hessian of the whole step's loss, at the present weights, times `vectors`; gradients at hand stay.
+
+        Args:
+            vectors: one per trained parameter, of its shape, in the order in which the provider got them.
+
+        Double backward (Pearlmutter 1994), summed over micro-batches and ranks; never clipped. Collective.
+
+        Raises:
+            UsageError: the forward pass has no second derivative, such as that of flash attention.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,8 @@ class OptimizerProvider(Provider):
     """True if `step` takes a closure, which computes loss and gradients of the whole optimizer step again"""
     observes: ClassVar[bool] = False
     """True if it has `observe` and `receive`"""
+    config_defaults: ClassVar[Mapping[str, Any]] = {}
+    """core's own options (fields of `RunConfig`) that have another default where a role has this optimizer"""
     outputs: ClassVar[frozenset[str]] = frozenset()
     """outputs of the role that `observe` reads, such as `features_NH`, in addition to those of the losses"""
 
@@ -70,19 +92,23 @@ class OptimizerProvider(Provider):
         raise NotImplementedError
 
     def observe(self, batch: Batch, outputs: Outputs, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return sums over the rows of one micro-batch. Called before its backward pass, where `observes` is true.
+        """Return what is wanted of one micro-batch, by name. Called before its backward pass, where `observes` is true.
 
         Args:
             batch: the rows, with their extras.
             outputs: the role's outputs of these rows, with their graph.
             values: the values of each loss, (N, T), (N,) or one per unit, by the loss's name; with their graph.
 
-        Core adds the sums of all micro-batches and ranks, so that neither changes what `receive` gets.
+        Core adds the values of all micro-batches and ranks: return sums over rows. A value whose name has a shape per row, such
+        as `features_NH` or `row_N`, is not added: the rows of all micro-batches and ranks are concatenated, in the order of
+        the data. So neither micro-batches nor ranks change what `receive` gets.
         """
         raise NotImplementedError
 
     def receive(self, optimizer: Any, sums: Mapping[str, Tensor]) -> None:
-        """Hand `optimizer` the sums of a whole optimizer step, just before `step` (and in each call of its closure)."""
+        """Hand `optimizer` the sums and rows of a whole optimizer step, just before `step` (and in each call of its closure).
+
+        All tensors are on the CPU."""
         raise NotImplementedError
 
 

@@ -218,6 +218,9 @@ class TrainedOptions(ModelOptions):
     freeze: tuple[str, ...] = ()
     """parts that are not trained: `embed`, `vision` (what reads images), `body` (all but the heads), or parts of parameter
     names as layers.0-3"""
+    features: str = field(default="", metadata=FREE)
+    """folder where the states of a frozen body are kept, by content of weights and row: no run computes them again; empty
+    keeps them in memory"""
     router_aux_coef: float = 0.0
     """weight of the auxiliary loss that balances the experts of a mixture of experts; 0.001 to 0.02 are usual"""
     ema: float = 0.0

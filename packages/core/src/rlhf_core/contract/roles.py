@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.distributed import World
+    from rlhf_core.contract.optimizers import StepClosure
     from rlhf_core.contract.plan import RoleSpec
     from rlhf_core.contract.providers import Rollout
 
@@ -114,7 +115,7 @@ class SecondOrderTrainable(Trainable):
     optimizer: Any
     """the torch optimizer"""
 
-    def step(self, closure: Callable[[], float] | None = None) -> Mapping[str, float]:
+    def step(self, closure: StepClosure | None = None) -> Mapping[str, float]:
         """The step of a `Trainable`; with `closure`, the optimizer gets one.
 
         Each call of `closure` after the first evaluates loss and gradients anew, which are then summed and clipped as those

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rlhf_core.errors import UsageError, run_option
+from rlhf_core.errors import UsageError, options_under, run_option
 from rlhf_core.models.ema import Average
 from rlhf_core.models.freezing import freeze
 from rlhf_core.models.heads.modules import (
@@ -90,6 +90,9 @@ def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
     if options.router_aux_coef:
         check_router(module.model, role)
     module.frozen = freeze(module, options.freeze, role)
+    if options.features:
+        with options_under(f"/{role}"):
+            module.keep_features(options.features)
     if options.ema:
         module.average = Average(module, options.ema)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rlhf_core.contract.outputs import Output
 from rlhf_core.contract.requirements import LANGUAGE, ROUTER_LOSS
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.models.ema import Average
 from rlhf_core.models.heads.compare import Comparison
 from rlhf_core.models.heads.modules import SCALAR, ChunkedHead
@@ -91,6 +91,23 @@ class RoleModule(nn.Module):
     def scalar_head(self, name: str) -> nn.Module:
         """The head called `name`: the module's own, or else the classifier's."""
         return self.heads[name] if name in self.heads else self.model.score  # noqa: SIM401  a ModuleDict has no `get`
+
+    def keep_features(self, folder: str) -> None:
+        """Keep the states of the frozen body in a folder, for other runs.
+
+        Raises:
+            OptionError: the body is not frozen.
+        """
+        from rlhf_core.models.inputs.feature_store import FeatureStore, body_digest
+
+        body = self.model.base_model
+        if not trains_only_heads(self, body):
+            raise OptionError(
+                "features",
+                f"{folder} keeps states of a body that is not trained; {option('freeze', 'body')} freezes it",
+            )
+        self._features.digest = lambda: body_digest(body, self.compute_dtype)
+        self._features.store = FeatureStore(folder)
 
     def forward(self, inputs: Inputs, names: frozenset[str]) -> dict[str, Tensor]:
         """The outputs of these names, float32, zero outside the completions."""

@@ -16,6 +16,7 @@ from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.strategy.shared_base import SharedBase
+from rlhf_core.training.observation import ClippedClosure
 from rlhf_core.training.optimizer import Schedule, load_optimizer, make_optimizer
 from rlhf_core.util.tensor_tree import Copies, read_tree, write_tree
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
-    from rlhf_core.contract.optimizers import OptimizerProvider
+    from rlhf_core.contract.optimizers import OptimizerProvider, StepClosure
 
 __all__ = ["TorchStrategy", "TorchTrainable"]
 
@@ -84,7 +85,7 @@ class TorchTrainable(Trainable):
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss.to(self.device)).backward()  # the scale lives where the weights do
 
-    def step(self, closure: Callable[[], float] | None = None) -> dict[str, float]:
+    def step(self, closure: StepClosure | None = None) -> dict[str, float]:
         assert self.optimizer is not None and self.schedule is not None, "a frozen role is not stepped"
         lr = self.schedule.lr(self.steps_done)
         norm = self._reduce()
@@ -93,7 +94,7 @@ class TorchTrainable(Trainable):
             if closure is None:
                 self.scaler.step(self.optimizer)
             else:
-                self.optimizer.step(partial(self._evaluate, closure, [False]))
+                self.optimizer.step(ClippedClosure(closure, self._reduce))
         scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -107,14 +108,6 @@ class TorchTrainable(Trainable):
         self.scaler.unscale_(self.optimizer)
         limit = self.options.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self._trained_parameters(), limit)
-
-    def _evaluate(self, closure: Callable[[], float], called: list[bool]) -> float:
-        """What an optimizer calls as its closure; of the first call the gradients are at hand, summed and clipped."""
-        loss = closure()
-        if called[0]:
-            self._reduce()
-        called[0] = True
-        return loss
 
     def discard(self) -> None:
         self.module.zero_grad(set_to_none=True)

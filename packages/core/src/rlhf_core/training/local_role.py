@@ -102,6 +102,8 @@ class LocalRole(Role):
         """Check what a sharding strategy cannot do, and log what is trained where it is not everything."""
         if self.trainable.sharded:
             self.module.sharded = True
+            if isinstance(self.spec.options, TrainedOptions) and self.spec.options.features:
+                raise OptionError(f"/{self.name}.features", "is for weights that are not sharded; leave it out")
             self._shard_average()
         if self.world.rank == 0 and (self.module.frozen or self.module.adapters is not None):
             from rlhf_core.models.freezing import trained_share

@@ -7,8 +7,9 @@ one update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, lcm
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ from rlhf_core.contract.roles import SecondOrderTrainable, Trainable
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
+from rlhf_core.training.hessian import HessianProduct, check_second_derivatives, second_derivatives
 from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
 from rlhf_core.training.mismatch import Mismatch
@@ -154,7 +156,15 @@ class OptimizerStep:
             seen.observation.hand_over(trainable.optimizer, self.world)
             return loss
 
-        return trainable.step(Evaluation(total, again))
+        return trainable.step(Evaluation(total, again, partial(self._product, work)))
+
+    def _product(self, work: Mapping[str, Batch], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the Hessian of the step's loss over all ranks, times `vectors`; gradients at hand stay as they are."""
+        check_second_derivatives(self.plan.config, self.spec, self.module)
+        found = HessianProduct([p for p in self.module.parameters() if p.requires_grad], vectors)
+        with second_derivatives(self.name):
+            self._sweep(work, Means(), StepRecord.new(self), found.add)
+        return [self.world.sum(each) if self.world.size > 1 else each for each in found.total]
 
     def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, StepRecord]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
@@ -162,14 +172,9 @@ class OptimizerStep:
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
         """
         while True:
-            total, found = 0.0, Means()
-            seen = StepRecord(
-                Watch(self.name), Observation(self.optim), Mismatch(self.plan.config, self.spec, self.version)
-            )
+            found, seen = Means(), StepRecord.new(self)
             try:
-                for keys in group_same_rows(work):
-                    terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
-                    total += self._accumulate(terms, work[keys[0]], found, seen)
+                total = self._sweep(work, found, seen, self.trainable.backward)
                 means.merge(found)
                 return self.world_total(total), seen
             except Exception as error:
@@ -179,14 +184,31 @@ class OptimizerStep:
             self.forward_cache.clear()
             release_memory()
 
+    def _sweep(
+        self, work: Mapping[str, Batch], means: Means, seen: StepRecord, backward: Callable[[Tensor], None]
+    ) -> float:
+        """Run every micro-batch forward and hand its share of the loss to `backward`; returns this rank's loss."""
+        total = 0.0
+        for keys in group_same_rows(work):
+            terms = [(term, work[key]) for key in keys for of, term in self.spec.terms if of == key]
+            total += self._accumulate(terms, work[keys[0]], means, seen, backward)
+        return total
+
     def world_total(self, value: float) -> float:
         """A number summed over the ranks of this role."""
         if self.world.size == 1:
             return value
         return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
 
-    def _accumulate(self, terms: list[tuple[Term, Batch]], batch: Batch, means: Means, seen: StepRecord) -> float:
-        """Add the gradients of `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
+    def _accumulate(
+        self,
+        terms: list[tuple[Term, Batch]],
+        batch: Batch,
+        means: Means,
+        seen: StepRecord,
+        backward: Callable[[Tensor], None],
+    ) -> float:
+        """Differentiate `terms`, each on its credited batch, all of `batch`'s rows; this rank's share of their loss."""
         unit = lcm(*(term.unit for term, _ in terms))
         names = seen.observation.outputs.union(*(term.outputs for term, _ in terms))
         cuts = micro_rows(batch, self.budget.tokens, unit, bearable_padding(self.module))
@@ -228,10 +250,10 @@ class OptimizerStep:
                 loss = loss + coef * here / max(tokens, 1.0) * outputs[ROUTER_LOSS]
                 means.add(f"{self.name}/{ROUTER_LOSS}", here * float(outputs[ROUTER_LOSS].detach()), here)
             assert isinstance(loss, torch.Tensor)
-            seen.observation.add(micro, outputs, values, live > 0)
+            seen.observation.add(micro, outputs, values, live > 0, cuts[i] if live else None)
             if live and any(term.source == self.name for term, _ in terms) and "logprobs_NT" in outputs:
                 seen.mismatch.add(micro, outputs["logprobs_NT"])
-            self.trainable.backward(loss)
+            backward(loss)
             reached = float(loss.detach())
             seen.watch.micro_batch(reached, values, micro)
             total += reached
@@ -251,6 +273,11 @@ class StepRecord:
     watch: Watch
     observation: Observation
     mismatch: Mismatch
+
+    @classmethod
+    def new(cls, step: OptimizerStep) -> StepRecord:
+        """Return a record of nothing yet."""
+        return cls(Watch(step.name), Observation(step.optim), Mismatch(step.plan.config, step.spec, step.version))
 
 
 def _tokens(batch: Batch) -> float:

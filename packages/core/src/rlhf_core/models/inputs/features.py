@@ -1,10 +1,11 @@
 """States of a body that is not trained, kept by row: where only heads are trained, each row goes through the body once.
 
 A row is known by its tokens. Of a row whose score alone is wanted, one state is kept; else one for each completion token.
-They are kept in main memory up to a limit, and those that were not used for longest are dropped first. When a weight of the
-body changes after all (a checkpoint is loaded), everything is forgotten.
+They are kept in main memory up to a limit, and those that were not used for longest are dropped first; in a folder, too, if the
+user names one (`feature_store`). When a weight of the body changes after all (a checkpoint is loaded), everything in memory
+is forgotten.
 
-Left out on purpose: keeping them on disk; a body whose weights are sharded over ranks, which must all run it together.
+Left out on purpose: a body whose weights are sharded over ranks, which must all run it together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rlhf_core.models.inputs.arrange import Inputs
+    from rlhf_core.models.inputs.feature_store import FeatureStore
 
 __all__ = ["Features", "trains_only_heads"]
 
@@ -44,10 +46,19 @@ def trains_only_heads(model: nn.Module, body: nn.Module) -> bool:
 
 
 class Features:
-    """The rows read so far."""
+    """The rows read so far.
+
+    Args:
+        limit: bytes of states that main memory holds.
+    """
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
+        self.store: FeatureStore | None = None
+        """where they are kept for other runs, if anywhere"""
+        self.digest: Callable[[], bytes] = bytes
+        """computes what tells this body from others, for the store"""
+        self._body = b""
         self.held = 0
         self._rows: OrderedDict[bytes, _RowStates] = OrderedDict()
         self._versions: list[int] = []
@@ -67,13 +78,22 @@ class Features:
         if versions != self._versions:
             self._rows.clear()
             self.held, self._versions = 0, versions
+            self._body = self.digest() if self.store is not None else b""
         keys = _keys(inputs, tokens)
         new = [n for n, key in enumerate(keys) if key not in self._rows]
         found = {key: self._rows[key] for key in keys if key in self._rows}
+        if new and self.store is not None:
+            with torch.inference_mode(False):
+                stored = self.store.get([self._body + keys[n] for n in new])
+            found |= {key.removeprefix(self._body): _RowStates(*row) for key, row in stored.items()}
+            new = [n for n in new if keys[n] not in found]
         if new:
             with torch.inference_mode(False), torch.no_grad():  # what inference keeps, training reads
                 rows = _read(_pick(inputs, new), tokens, read)
-            found |= dict(zip((keys[n] for n in new), rows, strict=True))
+            fresh = dict(zip((keys[n] for n in new), rows, strict=True))
+            if self.store is not None:
+                self.store.put({self._body + key: row for key, row in fresh.items()})
+            found |= fresh
         for key in keys:
             self._keep(key, found[key])
         device = inputs.ids_NS.device
