@@ -92,7 +92,7 @@ def test_the_average_of_iterates_is_what_the_head_has_if_asked(tmp_path: Path) -
     assert float((stored.average_D - stored.theta_D).norm()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["omd", "omd_cg"])
+@pytest.mark.parametrize("name", ["omd", pytest.param("omd_cg", marks=pytest.mark.slow)])
 def test_neither_micro_batches_nor_two_ranks_change_the_head(name: str, tmp_path: Path) -> None:
     optim, _ = ESTIMATORS[name]
     train(tmp_path / "one", optim)

@@ -271,6 +271,14 @@ class RowReading(Observing):
         optimizer.state[first] |= dict(sums)
 
 
+@dataclass(frozen=True)
+class RowLosing(Observing):
+    """Gradient descent that takes too few rows."""
+
+    def observe(self, batch: Batch, outputs: Outputs, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {"length_N": batch.lengths_N[1:]}
+
+
 @pytest.mark.parametrize("micro_tokens", [1, 4096])
 def test_rows_that_an_optimizer_observes_come_in_the_order_of_the_data(micro_tokens: int) -> None:
     of = role(RowReading(), micro_tokens=micro_tokens)
@@ -283,12 +291,5 @@ def test_rows_that_an_optimizer_observes_come_in_the_order_of_the_data(micro_tok
 
 
 def test_rows_of_another_number_than_the_micro_batch_are_refused() -> None:
-    @dataclass(frozen=True)
-    class Wrong(RowReading):
-        """Too few rows."""
-
-        def observe(self, batch: Batch, outputs: Outputs, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return {"length_N": batch.lengths_N[1:]}
-
     with pytest.raises(ContractError, match=r"observe\(\) returns 'length_N' of shape \(7,\) for 8 rows"):
-        train(role(Wrong()))
+        train(role(RowLosing()))
