@@ -23,12 +23,17 @@ if TYPE_CHECKING:
         require_groups,
         split_rewards,
     )
+    from rlhf_algos.one_pass import Mle, Omd, OmdCg, OmdMemoryless, load_estimator
     from rlhf_algos.pairs import log_ratios, mean_logprobs, pair_metrics, sequence_logprobs, split_pairs
     from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
     from rlhf_algos.returns import discounted_returns, gae, scan
     from rlhf_algos.whitening import whiten
 
 __all__ = [
+    "Mle",
+    "Omd",
+    "OmdCg",
+    "OmdMemoryless",
     "bounded_log_ratio",
     "discounted_returns",
     "gae",
@@ -36,6 +41,7 @@ __all__ = [
     "group_sizes",
     "group_std",
     "leave_one_out",
+    "load_estimator",
     "log_ratios",
     "mean_logprobs",
     "pair_metrics",
@@ -54,6 +60,7 @@ _HOMES = {
     "groups": (
         "group_mean group_sizes group_std leave_one_out place_scores rank_in_group require_groups split_rewards"
     ),
+    "one_pass": "Mle Omd OmdCg OmdMemoryless load_estimator",
     "pairs": "log_ratios mean_logprobs pair_metrics sequence_logprobs split_pairs",
     "ratios": "bounded_log_ratio ratio_metrics",
     "returns": "discounted_returns gae scan",

@@ -18,6 +18,7 @@ from rlhf_algos.one_pass.omd import Omd
 from rlhf_algos.one_pass.omd_cg import OmdCg
 from rlhf_algos.one_pass.omd_memoryless import Direction, OmdMemoryless, direction
 from rlhf_algos.one_pass.projection import project, project_by_inverse
+from rlhf_algos.one_pass.store import load_estimator, read_state
 
 __all__ = [
     "Curvature",
@@ -38,9 +39,11 @@ __all__ = [
     "gradient_sum",
     "hessian_product",
     "kappa",
+    "load_estimator",
     "loss_sum",
     "project",
     "project_by_inverse",
+    "read_state",
     "released_damping",
     "released_iteration",
     "slopes",

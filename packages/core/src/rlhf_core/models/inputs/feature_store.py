@@ -43,7 +43,7 @@ class FeatureStore:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._path = Path(folder) / "features.sqlite"
-        with self._reported():
+        with self._report_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open()) as database, database:
                 database.execute(
@@ -54,7 +54,7 @@ class FeatureStore:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, States]:
         """Return the states of those rows that are known, by key."""
         found: dict[bytes, States] = {}
-        with self._reported(), closing(self._open()) as database:
+        with self._report_errors(), closing(self._open()) as database:
             for start in range(0, len(keys), AT_ONCE):
                 some = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(some))
@@ -65,7 +65,7 @@ class FeatureStore:
 
     def put(self, rows: Mapping[bytes, States]) -> None:
         """Add the states of rows; what is known stays."""
-        with self._reported(), closing(self._open()) as database, database:
+        with self._report_errors(), closing(self._open()) as database, database:
             database.executemany(
                 "INSERT OR IGNORE INTO states VALUES (?, ?, ?, ?)",
                 [(key, *_to_bytes(*row)) for key, row in rows.items()],
@@ -75,7 +75,7 @@ class FeatureStore:
         return sqlite3.connect(self._path, timeout=WAIT)
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _report_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, sqlite3.Error) as error:
