@@ -327,8 +327,9 @@ def write_gguf(path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gguf's own
 def test_a_gguf_file_is_converted_once_and_is_a_plain_checkpoint_then(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Which takes its time, and is announced."""
     file = tmp_path / "somewhere" / "tiny.gguf"
     file.parent.mkdir()
     write_gguf(file)
@@ -336,6 +337,9 @@ def test_a_gguf_file_is_converted_once_and_is_a_plain_checkpoint_then(
     expected = load_model(GGUF_MODEL, OPTIONS)(ids).logits
     for name in (str(file), str(file.parent)):
         torch.testing.assert_close(load_model(name, OPTIONS)(ids).logits, expected)
+    assert [each for each in caplog.messages if each.startswith("converting ")] == [
+        f"converting tiny.gguf to {cache / 'rlhf' / 'gguf'}, once"
+    ]
     monkeypatch.setattr(convert, "_convert", lambda *_: pytest.fail("converted again"))
     assert load_tokenizer(str(file), OPTIONS)("hé ab<|im_end|>")["input_ids"] == [*"hé ".encode(), 259, 258]
     (folder,) = (cache / "rlhf" / "gguf").iterdir()
