@@ -11,6 +11,7 @@ __all__ = [
     "rlhf_data",
     "rlhf_evaluator",
     "rlhf_filter",
+    "rlhf_ingredient",
     "rlhf_launcher",
     "rlhf_metrics",
     "rlhf_observer",
@@ -121,6 +122,19 @@ def rlhf_output() -> Providers:
 
 
 @hookimpl
+def rlhf_ingredient() -> Providers:
+    return {
+        "collect": "rlhf_core.recipe.ingredients.collect:Collect",
+        "evaluate": "rlhf_core.recipe.ingredients.evaluate:Evaluate",
+        "generate": "rlhf_core.recipe.ingredients.generate:Generate",
+        "merge": "rlhf_core.recipe.ingredients.merge:Merge",
+        "rows": "rlhf_core.recipe.ingredients.rows:Rows",
+        "score": "rlhf_core.recipe.ingredients.score:Score",
+        "train": "rlhf_core.recipe.ingredients.train:Train",
+    }
+
+
+@hookimpl
 def rlhf_command() -> Providers:
     return {
         "chat": "rlhf_core.cli.chat:Chat",
@@ -133,6 +147,7 @@ def rlhf_command() -> Providers:
         "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",
         "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
         "plugins": "rlhf_core.cli.plugins:Plugins",
+        "recipe": "rlhf_core.cli.recipe:RecipeCommand",
         "score": "rlhf_core.cli.score:Score",
         "serve-reward": "rlhf_core.reward.serve:ServeReward",
         "sweep": "rlhf_core.cli.sweep:Sweep",

@@ -30,6 +30,7 @@ LEVELS = [
     ["run"],
     ["__init__.py"],
     ["analysis", "testing"],
+    ["recipe"],
     ["cli"],
     ["__main__.py"],
 ]

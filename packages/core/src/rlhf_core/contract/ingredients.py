@@ -60,12 +60,17 @@ class IngredientContext(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, Artifact]:
-        """An artifact for each name of the ingredient's `inputs`, of the declared kind."""
+        """An artifact for each name of the ingredient's `inputs`, of the declared kind; `optional` ones may be absent."""
         ...
 
     @property
     def seed(self) -> int:
-        """The seed of the recipe: the same seed and inputs give the same outputs."""
+        """The seed of the step: the same seed and inputs give the same outputs."""
+        ...
+
+    @property
+    def iteration(self) -> int:
+        """The iteration of the recipe that the step belongs to, from 0."""
         ...
 
     @property
@@ -83,6 +88,8 @@ class Ingredient(Provider):
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {}
     """the kind of each artifact that the ingredient reads, by name"""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """the names of `inputs` that a recipe may leave out"""
     outputs: ClassVar[Mapping[str, ArtifactKind]] = {}
     """the kind of each artifact that the ingredient makes, by name"""
 

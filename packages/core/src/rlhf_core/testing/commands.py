@@ -57,6 +57,7 @@ class TinyIngredientContext:
     folder: Path
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
     seed: int = 0
+    iteration: int = 0
     registry: Registry = field(default_factory=lambda: Registry(autoload=False))
 
     def config(self, algorithm: str | object, **options: Any) -> RunConfig:
@@ -90,7 +91,10 @@ def check_ingredient(ingredient: Ingredient, inputs: Mapping[str, Artifact] | No
         assert not unknown, f"{name}.{which} has unknown kinds {unknown}; kinds are {', '.join(ARTIFACT_KINDS)}"
     inputs = inputs or {}
     given = {each: artifact.kind for each, artifact in inputs.items()}
-    assert given == dict(ingredient.inputs), f"{name} reads {dict(ingredient.inputs)}, but the check was given {given}"
+    wanted = {
+        each: kind for each, kind in ingredient.inputs.items() if each in given or each not in ingredient.optional
+    }
+    assert given == wanted, f"{name} reads {dict(ingredient.inputs)}, but the check was given {given}"
     contents = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:

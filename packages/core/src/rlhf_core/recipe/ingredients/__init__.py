@@ -1,0 +1,1 @@
+"""The ingredients that come with core."""
