@@ -130,7 +130,7 @@ class Engine:
         """
         if name not in self._by_name:
             raise UsageError(f"the recipe has no step {name!r}; its steps are {', '.join(self._by_name)}")
-        with self._locked():
+        with self._hold_lock():
             for folder in (self.folder(self._by_name[name]), self._work(self._by_name[name])):
                 self._remove(folder)
 
@@ -147,7 +147,7 @@ class Engine:
             Exception: a step failed; those that were running then have ended, and no other has begun.
         """
         self.check()
-        with self._locked():
+        with self._hold_lock():
             if jobs == 1:
                 for step in self.steps:
                     if step.runs:
@@ -189,7 +189,7 @@ class Engine:
             )
             if seed_libraries:
                 context.seed_libraries()
-            outputs = _checked(step, dict(step.provider(context)), work)
+            outputs = _check_outputs(step, dict(step.provider(context)), work)
             fsync_tree(work)
             Record(made_of, outputs, time.monotonic() - started).write(work)
         self._remove(folder)
@@ -276,7 +276,7 @@ class Engine:
         rmtree(folder)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _hold_lock(self) -> Iterator[None]:
         """Claim the folder of the recipe, and hold its lock."""
         claim_folder(self.output, ["steps/"])
         lock = RunLock(self.output)
@@ -287,7 +287,7 @@ class Engine:
             lock.release()
 
 
-def _checked(step: Step, made: Mapping[str, Artifact], work: Path) -> dict[str, dict[str, str]]:
+def _check_outputs(step: Step, made: Mapping[str, Artifact], work: Path) -> dict[str, dict[str, str]]:
     """Return the outputs for the record, after checking that they are what the ingredient declares."""
     who = f"{step.name}: the ingredient {step.use} of {step.distribution}"
     if set(made) != set(step.provider.outputs):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.errors import OptionError, RunStopped
-from rlhf_core.recipe.ingredients.settings import flags, merged
+from rlhf_core.recipe.ingredients.settings import flags, merge
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
@@ -50,7 +50,7 @@ class Evaluate(Ingredient):
             wired["data"] = {"use": "json", "path": path, "heldout_path": path}
         if "reward" in context.inputs:
             wired["reward"] = {"use": "model", "model": str(context.inputs["reward"].path)}
-        words = ["eval", str(context.inputs["model"].path), *flags(merged(self.settings, wired))]
+        words = ["eval", str(context.inputs["model"].path), *flags(merge(self.settings, wired))]
         log = context.folder / "log.txt"
         printed = rlhf_run(words, context.registry, log)
         found = next((line for line in reversed(printed.splitlines()) if line.startswith("{")), None)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.contract.options import FREE
 from rlhf_core.errors import DataError, OptionError
-from rlhf_core.recipe.ingredients.settings import flags, merged
+from rlhf_core.recipe.ingredients.settings import flags, merge
 from rlhf_core.recipe.process import rlhf_run_all
 from rlhf_core.util.atomic_files import write_text
 
@@ -55,7 +55,7 @@ class Generate(Ingredient):
             (
                 [
                     "generate",
-                    *flags(merged(self.settings, wired)),
+                    *flags(merge(self.settings, wired)),
                     "--shard",
                     f"{i}/{self.workers}",
                     "--output",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.errors import DataError
-from rlhf_core.recipe.ingredients.settings import flags, merged
+from rlhf_core.recipe.ingredients.settings import flags, merge
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
@@ -39,7 +39,7 @@ class Score(Ingredient):
         if "reward" in context.inputs:
             wired = {"reward": {"use": "model", "model": str(context.inputs["reward"].path)}}
         scored = context.folder / "scored.jsonl"
-        words = [*flags(merged(self.settings, wired)), "--output", str(scored)]
+        words = [*flags(merge(self.settings, wired)), "--output", str(scored)]
         rlhf_run(
             ["score", str(context.inputs["completions"].path), *words], context.registry, context.folder / "log.txt"
         )

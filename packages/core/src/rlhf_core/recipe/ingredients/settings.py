@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["flags", "merged"]
+__all__ = ["flags", "merge"]
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with the values of `over`, table by table; a name in place of a table is its `use`."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
             old = result.get(key, {})
-            result[key] = merged(old if isinstance(old, Mapping) else {"use": old}, value)
+            result[key] = merge(old if isinstance(old, Mapping) else {"use": old}, value)
         else:
             result[key] = value
     return result

@@ -10,11 +10,23 @@ from typing import Any, ClassVar
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.contract.options import FREE
 from rlhf_core.errors import OptionError
-from rlhf_core.recipe.ingredients.settings import merged
+from rlhf_core.recipe.ingredients.settings import merge
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
 __all__ = ["Train"]
+
+PLACES: Mapping[str, str] = {
+    "model": "model",
+    "data": "data.path",
+    "reference": "reference.model",
+    "reward": "reward.model",
+    "critic": "critic.model",
+}
+"""The option of a run that holds the path of an input."""
+
+USES: Mapping[str, str] = {"data": "json", "reward": "model"}
+"""The providers that read such paths, by kind."""
 
 WIRED = ("model", "seed", "output", "resume")
 """Options of a run that the ingredient sets itself."""
@@ -59,22 +71,14 @@ class Train(Ingredient):
         output = context.folder / "run"
         wired: dict[str, Any] = {"seed": context.seed, "output": str(output)}
         for name, artifact in context.inputs.items():
-            wired |= _settings_of(name, str(artifact.path))
+            *above, option = PLACES[name].split(".")
+            table = wired
+            for key in above:
+                table = table.setdefault(key, {"use": USES[key]} if key in USES else {})
+            table[option] = str(artifact.path)
         config = context.folder / "settings.toml"
-        write_text(config, tomli_w.dumps(merged(self.settings, wired)))
+        write_text(config, tomli_w.dumps(merge(self.settings, wired)))
         rlhf_run(["--config", str(config), "--resume", "auto"], context.registry, context.folder / "log.txt")
         if not self.keep_checkpoints:
             rmtree(output / "checkpoints", ignore_errors=True)
         return {"model": Artifact("model", output / "model"), "run": Artifact("run", output)}
-
-
-def _settings_of(name: str, path: str) -> dict[str, Any]:
-    """Return the options of a run that an input stands for."""
-    match name:
-        case "data":
-            return {"data": {"use": "json", "path": path}}
-        case "reward":
-            return {"reward": {"use": "model", "model": path}}
-        case "model":
-            return {"model": path}
-    return {name: {"model": path}}  # a role
