@@ -14,6 +14,7 @@ __all__ = [
     "rlhf_algorithm",
     "rlhf_data",
     "rlhf_evaluator",
+    "rlhf_ingredient",
     "rlhf_loss",
     "rlhf_metrics",
     "rlhf_optimizer",
@@ -57,6 +58,11 @@ def rlhf_advantage() -> Providers:
         "teacher": "rlhf_algos.advantage.teacher:TeacherAdvantage",
         "transformed": "rlhf_algos.advantage.transformed:TransformedAdvantage",
     }
+
+
+@hookimpl
+def rlhf_ingredient() -> Providers:
+    return {"pairs": "rlhf_algos.ingredient.pairs:Pairs"}
 
 
 @hookimpl

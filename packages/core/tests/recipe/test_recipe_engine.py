@@ -182,9 +182,7 @@ def test_nothing_of_the_user_is_touched(tmp_path: Path) -> None:
 
 
 def test_what_an_ingredient_does_not_declare_is_its_authors_mistake(tmp_path: Path) -> None:
-    with pytest.raises(
-        ContractError, match=r"t0-wait: the ingredient wait of \(local\) must make begun, not seeds"
-    ):
+    with pytest.raises(ContractError, match=r"t0-wait: the ingredient wait of \(local\) must make begun, not seeds"):
         cook(tmp_path / "out", ["wait"], {"wait": {"how": "wrong"}})
 
 

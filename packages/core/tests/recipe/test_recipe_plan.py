@@ -10,6 +10,8 @@ from kitchen import registry
 
 from rlhf_core.contract.ingredients import Artifact
 from rlhf_core.errors import UsageError
+from rlhf_core.plugins.registry import Registry
+from rlhf_core.recipe.engine import Engine
 from rlhf_core.recipe.ingredients.rows import slice_of
 from rlhf_core.recipe.plan import Recipe, Step, expand
 from rlhf_core.recipe.reading import plan_of, read_recipe
@@ -172,3 +174,27 @@ def test_a_file_means_what_python_means(tmp_path: Path) -> None:
         seed=3,
         stop_t=1,
     )
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "table", "message"),
+    [
+        ("generate", {"settings": {"sampling": {"temprature": 1.0}}}, "--sampling.temperature"),
+        ("score", {"settings": {"reward": {"use": "length", "targt": 3}}}, "--reward.target"),
+        ("score", {"settings": {"reward": {"dtyp": "bfloat16"}}}, "--reward.dtype"),
+        ("train", {"settings": {"algorithm": "gropo"}}, "no algorithm is called 'gropo'"),
+        ("evaluate", {"settings": {"evaluator": "heldut"}}, "heldout"),
+        ("rows", {"data": "jsn path=x"}, "json"),
+    ],
+)
+def test_options_of_commands_are_checked_before_the_first_step(
+    ingredient: str, table: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("")
+    given = {name: Artifact("dataset", file) for name in ("rows", "completions")}
+    artifacts = {**given, "model": Artifact("model", Path("tiny"))}
+    engine = Engine(Recipe([ingredient], {ingredient: table}, artifacts, tmp_path / "out"), Registry())
+    with pytest.raises(UsageError, match=f"^t0-{ingredient}: ") as error:
+        engine.check()
+    assert message in str(error.value)

@@ -9,13 +9,16 @@ import pytest
 from rlhf_core.analysis.sweep import read_sweep
 from rlhf_core.config.builder import from_names, parse, to_toml
 from rlhf_core.plugins.registry import Registry
+from rlhf_core.recipe.engine import Engine
+from rlhf_core.recipe.reading import read_recipe
 from rlhf_core.training.planner import make_plan
 
 pytest.importorskip("rlhf_algos", reason="recipes use the algorithms of rlhf-algos")
 
 FOLDER = Path(__file__).resolve().parents[4] / "recipes"
 SWEEPS = sorted(FOLDER.rglob("*-sweep.toml"))
-RECIPES = sorted(set(FOLDER.rglob("*.toml")) - set(SWEEPS))
+PIPELINES = sorted((FOLDER / "pipelines").glob("*.toml"))
+RECIPES = sorted(set(FOLDER.rglob("*.toml")) - set(SWEEPS) - set(PIPELINES))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -40,6 +43,11 @@ def test_every_run_of_a_sweep_makes_a_plan(sweep: Path) -> None:
         assert make_plan(from_names(settings)).terms, method
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", PIPELINES, ids=lambda path: path.stem)
+def test_every_step_of_a_pipeline_can_run(recipe: Path) -> None:
+    Engine(read_recipe(recipe), Registry()).check()
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS, *PIPELINES], ids=lambda path: path.stem)
 def test_a_recipe_says_what_it_is_for(recipe: Path) -> None:
     assert recipe.read_text(encoding="utf-8").startswith("# ")

@@ -15,7 +15,7 @@ from rlhf_core.cli import help as help_
 from rlhf_core.config.parsing import read
 from rlhf_core.contract.registry_view import failure_place
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
-from rlhf_core.plugins.registry import Registry
+from rlhf_core.plugins.registry import Registry, as_default
 from rlhf_core.run.command import read_command, run_command
 from rlhf_core.run.signals import PreemptionExit
 from rlhf_core.run.stop_watch import EXIT_CODES, leave_in_time
@@ -85,6 +85,12 @@ def _run(argv: list[str]) -> int:
         print(version("rlhf-core"))
         return 0
     registry = Registry(blocked=blocked, load=load)
+    with as_default(registry):
+        return _obey(words, registry)
+
+
+def _obey(words: list[str], registry: Registry) -> int:
+    """Show help, run a command, or train."""
     if not words or words[0] in ("-h", "--help"):
         print(help_.overview(registry))
         return 0

@@ -6,17 +6,30 @@ __all__ = ["INSTALL"]
 
 INSTALL: dict[str, dict[str, str]] = {
     "advantage": {
+        "ask": "rlhf-algos",
         "batch_mean": "rlhf-algos",
         "best_of_n": "rlhf-algos",
+        "best_quartile": "rlhf-algos",
+        "best_second": "rlhf-algos",
+        "best_worst": "rlhf-algos",
         "ctl": "rlhf-algos",
+        "delta_ucb": "rlhf-algos",
         "dr_grpo": "rlhf-algos",
+        "drts": "rlhf-algos",
+        "first_two": "rlhf-algos",
         "gae": "rlhf-algos",
         "gdpo": "rlhf-algos",
         "grpo": "rlhf-algos",
         "kto": "rlhf-algos",
+        "max_max": "rlhf-algos",
+        "max_min": "rlhf-algos",
+        "max_random": "rlhf-algos",
+        "max_uncertainty": "rlhf-algos",
         "maxrl": "rlhf-algos",
         "negative": "rlhf-algos",
+        "optimistic": "rlhf-algos",
         "pairs": "rlhf-algos",
+        "random_pair": "rlhf-algos",
         "reinforce": "rlhf-algos",
         "reinforce_pp": "rlhf-algos",
         "reinforce_pp_baseline": "rlhf-algos",
@@ -26,6 +39,7 @@ INSTALL: dict[str, dict[str, str]] = {
         "transformed": "rlhf-algos",
     },
     "algorithm": {
+        "active_reward": "rlhf-algos",
         "aot": "rlhf-algos",
         "bco_pair": "rlhf-algos",
         "cdpo": "rlhf-algos",
@@ -57,6 +71,9 @@ INSTALL: dict[str, dict[str, str]] = {
         "sft": "rlhf-algos",
         "simpo": "rlhf-algos",
     },
+    "command": {
+        "gcg-report": "rlhf-eval-gcg",
+    },
     "data": {
         "conditional": "rlhf-algos",
         "selected": "rlhf-algos",
@@ -66,6 +83,9 @@ INSTALL: dict[str, dict[str, str]] = {
         "bad_samples": "rlhf-algos",
         "gcg": "rlhf-eval-gcg",
         "heldout_table": "rlhf-algos",
+    },
+    "ingredient": {
+        "pairs": "rlhf-algos",
     },
     "launcher": {
         "ray": "rlhf-distributed-ray",
@@ -107,7 +127,11 @@ INSTALL: dict[str, dict[str, str]] = {
         "weighted_nll": "rlhf-algos",
     },
     "reward": {
+        "harmbench": "rlhf-eval-gcg",
         "keep_bad": "rlhf-algos",
+        "refusal": "rlhf-eval-gcg",
+        "strongreject": "rlhf-eval-gcg",
+        "verdict": "rlhf-eval-gcg",
     },
     "rollout": {
         "vllm": "rlhf-rollout-vllm",

@@ -33,7 +33,15 @@ from rlhf_core.plugins.known_packages import INSTALL
 from rlhf_core.plugins.provider_checks import check_class
 from rlhf_core.util.suggestions import did_you_mean, or_list
 
-__all__ = ["BrokenPlugin", "Plugin", "RegisteredProvider", "Registry", "conflict_text", "default_registry"]
+__all__ = [
+    "BrokenPlugin",
+    "Plugin",
+    "RegisteredProvider",
+    "Registry",
+    "as_default",
+    "conflict_text",
+    "default_registry",
+]
 
 BUILTIN = {
     "core": "rlhf_core.plugin",
@@ -340,9 +348,28 @@ class Registry:
         return f"; plugins that failed to load: {names} (see rlhf-run plugins)"
 
 
-@lru_cache(maxsize=1)
+_CURRENT: list[Registry] = []
+"""The registry of the command that runs in this process, if one does."""
+
+
+@contextmanager
+def as_default(registry: Registry) -> Iterator[None]:
+    """Let `default_registry` return `registry` while the context is open: providers inside of others are found in it too."""
+    _CURRENT.append(registry)
+    try:
+        yield
+    finally:
+        _CURRENT.pop()
+
+
 def default_registry() -> Registry:
-    """The registry of everything installed, made once."""
+    """Return the registry of the running command, else that of everything installed."""
+    return _CURRENT[-1] if _CURRENT else _installed()
+
+
+@lru_cache(maxsize=1)
+def _installed() -> Registry:
+    """Return the registry of everything installed, made once."""
     return Registry()
 
 

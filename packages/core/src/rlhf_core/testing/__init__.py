@@ -13,7 +13,7 @@ compare those with a formula of your own. The kit is installed with core as a py
 from __future__ import annotations
 
 from rlhf_core.testing.algorithms import check_algorithm
-from rlhf_core.testing.commands import check_command, check_ingredient
+from rlhf_core.testing.commands import TinyIngredientContext, check_command, check_ingredient
 from rlhf_core.testing.engines import (
     check_evaluator,
     check_launcher,
@@ -32,6 +32,7 @@ from rlhf_core.testing.tiny import tiny_extras, tiny_outputs, tiny_rewards, tiny
 
 __all__ = [
     "RankResult",
+    "TinyIngredientContext",
     "check_advantage",
     "check_algorithm",
     "check_command",

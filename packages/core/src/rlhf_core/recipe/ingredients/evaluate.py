@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.errors import OptionError, RunStopped
-from rlhf_core.recipe.ingredients.settings import flags, merge
+from rlhf_core.recipe.ingredients.settings import check_flags, flags, merge
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
@@ -35,6 +35,14 @@ class Evaluate(Ingredient):
     def __post_init__(self) -> None:
         if "evaluator" not in self.settings:
             raise OptionError("settings", "needs evaluator = NAME")
+
+    def check(self) -> None:
+        """Check that `rlhf-run eval` has these options.
+
+        Raises:
+            UsageError: one is unknown, or a value does not fit.
+        """
+        check_flags("eval", self.settings, "MODEL")
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Measure it.

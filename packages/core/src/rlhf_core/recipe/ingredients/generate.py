@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.contract.options import FREE
 from rlhf_core.errors import DataError, OptionError
-from rlhf_core.recipe.ingredients.settings import flags, merge
+from rlhf_core.recipe.ingredients.settings import check_flags, flags, merge
 from rlhf_core.recipe.process import rlhf_run_all
 from rlhf_core.util.atomic_files import write_text
 
@@ -35,6 +35,14 @@ class Generate(Ingredient):
         for name in ("n", "workers"):
             if getattr(self, name) < 1:
                 raise OptionError(name, f"must be at least 1, not {getattr(self, name)}")
+
+    def check(self) -> None:
+        """Check that `rlhf-run generate` has these options.
+
+        Raises:
+            UsageError: one is unknown, or a value does not fit.
+        """
+        check_flags("generate", merge(self.settings, {"sampling": {"n": self.n}}))
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Sample, and merge what the processes wrote in the order of the prompts.

@@ -41,6 +41,14 @@ class Rows(Ingredient):
         if self.most < 0:
             raise OptionError("most", f"must be at least 0, not {self.most}")
 
+    def check(self) -> None:
+        """Check that there is such a data provider with such options.
+
+        Raises:
+            UsageError: there is none.
+        """
+        make_from_spec("data", self.data, "data")
+
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Write them.
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.errors import DataError
-from rlhf_core.recipe.ingredients.settings import flags, merge
+from rlhf_core.recipe.ingredients.settings import check_flags, flags, merge
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
@@ -27,6 +27,17 @@ class Score(Ingredient):
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {"completions": "dataset", "reward": "model"}
     optional: ClassVar[frozenset[str]] = frozenset({"reward"})
     outputs: ClassVar[Mapping[str, ArtifactKind]] = {"scored": "dataset", "scores": "metrics"}
+
+    def check(self) -> None:
+        """Check that `rlhf-run score` has these options.
+
+        Raises:
+            UsageError: one is unknown, or a value does not fit.
+        """
+        given = {"reward": {"use": "model", "model": "FOLDER"}}  # of a step that reads a reward model
+        reward = self.settings.get("reward", {})
+        named = isinstance(reward, str) or "use" in reward
+        check_flags("score", self.settings if named else merge(given, self.settings), "FILE")
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Score them.

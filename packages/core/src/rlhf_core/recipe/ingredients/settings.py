@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["flags", "merge"]
+__all__ = ["check_flags", "flags", "merge"]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,3 +30,20 @@ def flags(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
             continue
         yield "--" + (above if key == "use" and above else name).replace("_", "-")
         yield from (str(each) for each in (value if isinstance(value, list) else [value]))
+
+
+def check_flags(command: str, settings: Mapping[str, Any], *words: str) -> None:
+    """Check that a command has the options of `settings`.
+
+    Args:
+        command: its name.
+        settings: the options.
+        words: positional words of the command.
+
+    Raises:
+        UsageError: an option is unknown, or a value does not fit.
+    """
+    from rlhf_core.plugins.registry import default_registry
+    from rlhf_core.run.command import read_command
+
+    read_command([command, *words, *flags(settings)], default_registry())

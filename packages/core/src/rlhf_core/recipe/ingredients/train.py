@@ -60,6 +60,26 @@ class Train(Ingredient):
                     "settings", f"cannot have {name!r}, which the recipe sets; use reads, writes and seed"
                 )
 
+    def check(self) -> None:
+        """Check that the algorithm and its providers have these options.
+
+        Raises:
+            UsageError: one is unknown, or a value does not fit.
+        """
+        from rlhf_core.config.builder import from_names
+        from rlhf_core.plugins.registry import default_registry
+
+        registry = default_registry()
+        algorithm = self.settings["algorithm"]
+        name = algorithm.get("use", "") if isinstance(algorithm, Mapping) else algorithm
+        kinds = registry.resolve("algorithm", name).defaults
+        given: dict[str, Any] = {"model": "tiny"}
+        for kind, use in USES.items():
+            chosen = self.settings.get(kind, {})
+            if kind in kinds and isinstance(chosen, Mapping) and "use" not in chosen:  # an input may give it
+                given[kind] = {"use": use, PLACES[kind].partition(".")[2]: "FILE"}
+        from_names(merge(self.settings, given), registry)
+
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Run it.
 

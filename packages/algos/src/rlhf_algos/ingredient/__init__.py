@@ -1,0 +1,1 @@
+"""Ingredients of recipes, one file each."""
