@@ -36,6 +36,6 @@ class StepContext:
 
     def seed_libraries(self) -> None:
         """Seed the generators of Python, numpy and torch."""
-        from rlhf_core.checkpoint.random_states import seed_libraries
+        from rlhf_core.util.random_states import seed_libraries
 
         seed_libraries(self.seed)
