@@ -364,11 +364,11 @@ def as_default(registry: Registry) -> Iterator[None]:
 
 def default_registry() -> Registry:
     """Return the registry of the running command, else that of everything installed."""
-    return _CURRENT[-1] if _CURRENT else _installed()
+    return _CURRENT[-1] if _CURRENT else _full_registry()
 
 
 @lru_cache(maxsize=1)
-def _installed() -> Registry:
+def _full_registry() -> Registry:
     """Return the registry of everything installed, made once."""
     return Registry()
 
