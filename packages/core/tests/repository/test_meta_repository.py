@@ -132,7 +132,7 @@ PROVIDERS = {name for table in INSTALL.values() for name in table} | {
 }
 WORDS = set(
     "reward value entropy length local memory json prompts torch func clip heldout sum model math code exact regex remote hf "
-    "pairs teacher judge hinge reinforce chat score".split()
+    "pairs teacher judge hinge reinforce chat score rows train merge collect generate evaluate".split()
 )
 """Provider names that are also words with other meanings: they count only where something like a name is compared."""
 

@@ -26,6 +26,8 @@ from rlhf_core.util.atomic_files import write_text
 __all__ = ["RECORD", "Record", "checksum", "differences", "option_checksums", "read_record"]
 
 RECORD = "step.json"
+HUB_KINDS = frozenset({"model"})
+"""The kinds of artifacts that may be a name of the hub, or of a model that core makes, such as `tiny`."""
 UNHASHED = frozenset({"README.md"})
 """Files of a model that say when it was made, and not what it is."""
 
@@ -76,7 +78,7 @@ def checksum(artifact: Artifact) -> str:
     """
     path = artifact.path
     if not path.exists():
-        if artifact.kind == "model":
+        if artifact.kind in HUB_KINDS:
             return _text_checksum(str(path))
         raise UsageError(f"{path}: there is no such {artifact.kind}")
     files = [path]
