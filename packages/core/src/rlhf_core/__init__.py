@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from rlhf_core.models.module import RoleModule
     from rlhf_core.observer.tracker import Tracker
     from rlhf_core.plugins.registry import Registry
+    from rlhf_core.recipe.engine import run_recipe
+    from rlhf_core.recipe.plan import Recipe
+    from rlhf_core.recipe.reading import read_recipe
     from rlhf_core.reward.output import to_reward_output
     from rlhf_core.rollout.assemble import assemble
     from rlhf_core.run.result import RunResult
@@ -138,6 +141,7 @@ __all__ = [
     "Prompts",
     "ProviderChoices",
     "Providers",
+    "Recipe",
     "Reduction",
     "Registry",
     "Reward",
@@ -192,8 +196,10 @@ __all__ = [
     "options_under",
     "pad_rows",
     "parameter_groups",
+    "read_recipe",
     "reveal",
     "run_option",
+    "run_recipe",
     "to_reward_output",
 ]
 
@@ -228,6 +234,9 @@ _HOMES = {
     "models.module": "RoleModule",
     "observer.tracker": "Tracker",
     "plugins.registry": "Registry",
+    "recipe.engine": "run_recipe",
+    "recipe.plan": "Recipe",
+    "recipe.reading": "read_recipe",
     "reward.output": "to_reward_output",
     "rollout.assemble": "assemble",
     "run.result": "RunResult",

@@ -27,10 +27,10 @@ LEVELS = [
     ["config", "data", "plugin.py", "rollout"],
     ["observer", "training"],
     ["checkpoint", "evaluator", "launcher", "loop.py", "reward", "strategy"],
-    ["run"],
-    ["__init__.py"],
-    ["analysis", "testing"],
+    ["analysis", "run"],
     ["recipe"],
+    ["__init__.py"],
+    ["testing"],
     ["cli"],
     ["__main__.py"],
 ]

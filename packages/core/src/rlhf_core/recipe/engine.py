@@ -31,11 +31,12 @@ from rlhf_core.recipe.plan import Recipe, Source, Step
 from rlhf_core.recipe.reading import plan_of
 from rlhf_core.recipe.record import Record, checksum, differences, option_checksums, read_record
 from rlhf_core.util.atomic_files import force, fsync_tree, write_text
+from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Engine", "State"]
+__all__ = ["Engine", "State", "run_recipe"]
 
 MADE_OF = "made-of.json"
 """Marks a work folder, and holds what its step is made of."""
@@ -285,6 +286,23 @@ class Engine:
             yield
         finally:
             lock.release()
+
+
+def run_recipe(recipe: Recipe, jobs: int = 1, registry: Registry | None = None) -> None:
+    """Run a recipe from Python: what is finished stays, and what was stopped continues.
+
+    Args:
+        recipe: the recipe, given from Python or read by `read_recipe`.
+        jobs: steps at a time, where they do not depend on each other.
+        registry: where ingredients are looked up; everything installed if absent.
+
+    Raises:
+        UsageError: the recipe cannot work; one line says why.
+        Exception: a step failed.
+    """
+    from rlhf_core.plugins.registry import default_registry
+
+    Engine(recipe, registry or default_registry(), report=lambda line: log.info(line)).run(jobs)
 
 
 def _check_outputs(step: Step, made: Mapping[str, Artifact], work: Path) -> dict[str, dict[str, str]]:
