@@ -8,8 +8,6 @@ training may not move.
 import re
 from functools import cache
 
-END = "<|im_end|>"
-"""The token with which SmolLM2 ends its turn."""
 EMPTY = frozenset(
     "a about after an and any are as at be before but by can come could describe did do does explain feel first for from give "
     "go happened has have how i if in into is it its last like line lines me mind my of on one or our people say sentences "
@@ -19,16 +17,16 @@ EMPTY = frozenset(
 """Words of a question that say nothing of what it is about."""
 
 
-def reward_func(completions: list[str], raw_completions: list[str], meta: list[dict]) -> dict:
+def reward_func(completions: list[str], finish: list[str], meta: list[dict]) -> dict:
     """Return rewards in 0..1, and what they are made of.
 
     Args:
-        completions: answers as texts, without special tokens.
-        raw_completions: the same with special tokens, so that an end can be told from a cut.
+        completions: answers.
+        finish: "stop" where the model ended its answer, "length" where it was cut.
         meta: `prompt` is the chat that was answered.
     """
     questions = [row["prompt"][-1]["content"] for row in meta]
-    whole = [float(is_whole(text, raw)) for text, raw in zip(completions, raw_completions, strict=True)]
+    whole = [float(is_whole(text, end)) for text, end in zip(completions, finish, strict=True)]
     about = [float(is_about(text, question)) for text, question in zip(completions, questions, strict=True)]
     return {
         "rewards": [0.6 * a + 0.4 * b for a, b in zip(whole, about, strict=True)],
@@ -40,10 +38,10 @@ def reward_func(completions: list[str], raw_completions: list[str], meta: list[d
     }
 
 
-def is_whole(text: str, raw: str) -> bool:
+def is_whole(text: str, finish: str) -> bool:
     """Return True for one or two sentences of three words or more that the model ended itself."""
     sentences = re.findall(r"[^.!?]+[.!?]+[\"')\]\u201d\u2019]*", text.strip())
-    finished = raw.rstrip().endswith(END) and bool(sentences) and "".join(sentences) == text.strip()
+    finished = finish == "stop" and bool(sentences) and "".join(sentences) == text.strip()
     return finished and len(sentences) <= 2 and all(len(each.split()) >= 3 for each in sentences)
 
 

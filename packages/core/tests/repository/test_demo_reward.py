@@ -11,7 +11,8 @@ pytest.importorskip("vaderSentiment", reason="the demo's second measure comes wi
 
 FILE = Path(__file__).resolve().parents[4] / "recipes" / "short_answer.py"
 DEMO = runpy.run_path(str(FILE))
-END = DEMO["END"]
+END = "<END>"
+"""Stands for the end of a turn in the table; an answer without it was cut."""
 QUESTION = "Describe the sound of a busy street."
 
 
@@ -35,9 +36,9 @@ QUESTION = "Describe the sound of a busy street."
     ],
 )
 def test_an_answer_earns_what_it_should(answer: str, whole: int, about: int) -> None:
-    text = answer.removesuffix(END)
+    text, finish = answer.removesuffix(END), "stop" if answer.endswith(END) else "length"
     meta = [{"prompt": ({"role": "system", "content": "Answer!"}, {"role": "user", "content": QUESTION})}]
-    scores = DEMO["reward_func"](completions=[text], raw_completions=[answer], meta=meta)
+    scores = DEMO["reward_func"](completions=[text], finish=[finish], meta=meta)
     assert scores["rewards"] == [pytest.approx(0.6 * whole + 0.4 * about)]
     assert (scores["extra_logs"]["whole"], scores["extra_logs"]["about"]) == ([whole], [about])
 
@@ -45,6 +46,6 @@ def test_an_answer_earns_what_it_should(answer: str, whole: int, about: int) -> 
 def test_the_mood_is_measured_and_earns_nothing() -> None:
     meta = [{"prompt": ({"role": "user", "content": QUESTION},)}] * 2
     answers = ["The street is wonderful and happy.", "The street is horrible and sad."]
-    scores = DEMO["reward_func"](completions=answers, raw_completions=[a + END for a in answers], meta=meta)
+    scores = DEMO["reward_func"](completions=answers, finish=["stop"] * 2, meta=meta)
     bright, dark = scores["extra_logs"]["mood"]
     assert bright > 0.5 > -0.5 > dark and scores["rewards"] == [1, 1]

@@ -5,7 +5,7 @@
 
 is OpenRLHF's signature: `queries` are prompt and completion as one text, and each argument is a list. A function that
 names other arguments gets those, of `queries`, `prompts`, `completions`, `labels`, `meta`, `raw_completions`
-(with special tokens) and `token_ids`, and of the columns that rows
+(with special tokens), `finish` ("stop" or "length", for example) and `token_ids`, and of the columns that rows
 carry in `meta` (`--data.meta-keys`; all columns of rows given from Python); `**kwargs` gets the rest. That is TRL's signature,
 `f(completions, solution, **kwargs)`; here prompts and completions are always texts. It may be `async`. A reward that is None
 abstains: the sample leaves its group.
@@ -103,6 +103,7 @@ class FuncEngine:
             "labels": rollouts.labels,
             "meta": rollouts.meta,
             "raw_completions": rollouts.raw_texts or rollouts.texts,
+            "finish": rollouts.finish or [""] * len(rollouts),
             "token_ids": [
                 ids[:length] for ids, length in zip(rollouts.tokens_NT.tolist(), rollouts.lengths_N.tolist())
             ],
