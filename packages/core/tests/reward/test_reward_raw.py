@@ -45,7 +45,9 @@ def test_raw_texts_keep_special_tokens_but_for_the_end(rollouts: Rollouts) -> No
         assert Rollouts.cat(pair).rows([3, 0]).raw_texts == []
 
 
-def test_functions_get_raw_texts_token_ids_and_the_kind_of_end_where_they_name_them(rollouts: Rollouts, tmp_path: Path) -> None:
+def test_functions_get_raw_texts_token_ids_and_the_kind_of_end_where_they_name_them(
+    rollouts: Rollouts, tmp_path: Path
+) -> None:
     (tmp_path / "reward.py").write_text(FUNCTION)
     with open_provider(Func(str(tmp_path / "reward.py"))) as engine:
         found = engine(rollouts).rewards_N.tolist()
