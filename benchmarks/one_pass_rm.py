@@ -1,13 +1,16 @@
 """One-pass estimators of a linear reward against the refitted maximum-likelihood estimate, on a synthetic stream of pairs.
 
 phi is uniform on the unit sphere of D dimensions, z the difference of two, |theta*| = 2 and labels follow Bradley-Terry.
-`omd` and, from D = 1024,
-`omd_cg` see each pair once; `mle` keeps all pairs and is fitted to 1e-10 at T/16, T/8, … T. Both have ridge 1.
-Printed per D: the error |theta - theta*| at the end and its ratio to that of `mle`, microseconds per update in the first and
-the last quarter, seconds of one fit at T/16 and at T, and bytes of state at both times. Times are the processor's, of one
-thread, so that a busy machine changes them little; all arms run in one process on the same pairs.
+`omd` and, from D = 1024, `omd_cg` see each pair once; `mle` keeps all pairs and is fitted to 1e-10 at T/16, T/8, … T. All have
+ridge 1. Printed per D: the error |theta - theta*| at the end and its ratio to that of `mle`, microseconds per update in the
+first and the last quarter, seconds of one fit at T/16 and at T, and bytes of state at both times. Times are the processor's,
+of one thread, so that a busy machine changes them little; all arms run in one process on the same pairs.
+
+`--deploy` measures the deployment setting instead: cumulative regret after T/8, T/4, T/2 and T of 2,000 rounds with 16
+answers on the unit sphere of 8 dimensions, |theta*| = 3, mean and 95 % interval over 5 seeds.
 
     python benchmarks/one_pass_rm.py --quick
+    python benchmarks/one_pass_rm.py --deploy
     python benchmarks/one_pass_rm.py --json results.json --svg docs/one-pass-synthetic.svg
 
 `--quick` takes D = 16 and 64 and short streams. An exact update costs O(D^2): streams of D = 1024 and 4096 are shorter
@@ -22,13 +25,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_algos.one_pass import Mle, Omd, OmdCg
+from rlhf_algos.selection.deployment import Deployment, SimulatedUser, round_regret
+from rlhf_core import make_from_spec
 
 SIZES = {16: 30_000, 64: 30_000, 256: 30_000, 1024: 4_000, 4096: 800}
 """Pairs of the stream by D."""
@@ -58,8 +63,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the curves to this file")
     parser.add_argument("--svg", type=Path, help="draw the curves into this file; needs matplotlib")
+    parser.add_argument("--deploy", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.deploy:
+        print_regrets(200 if options.quick else 2000)
+        return
     sizes = QUICK if options.quick else {d: SIZES[d] for d in options.sizes or SIZES}
     print(HEADER)
     curves: dict[int, dict[str, Curve]] = {}
@@ -153,6 +162,50 @@ def table_row(d: int, name: str, curves: dict[str, Curve]) -> str:
         f"  {early * scale:>11.4g} {unit:2} {late * scale:>11.4g} {unit:2} {late / early:>6.2f}"
         f"  {curve.state_bytes[0]:>14,} {curve.state_bytes[-1]:>12,}"
     )
+
+
+SELECTORS = (
+    "optimistic",
+    "best_second",
+    "best_quartile",
+    "best_worst",
+    "random_pair",
+    "max_uncertainty",
+    "drts",
+    "delta_ucb",
+)
+
+
+def print_regrets(rounds: int, seeds: int = 5) -> None:
+    """Print cumulative regret by what is shown."""
+    points = [rounds // share for share in (8, 4, 2, 1)]
+    print(f"{'regret after':16}" + "".join(f"{point:>14}" for point in points) + f"{'T / (T/4)':>12}")
+    for name in SELECTORS:
+        runs = [regrets(name, rounds, seed) for seed in range(seeds)]
+        cells = []
+        for point in points:
+            values = [run[point - 1] for run in runs]
+            cells.append(f"{fmean(values):.0f} ± {2.776 * stdev(values) / seeds**0.5:.0f}")  # Student's t, 4 degrees
+        ratio = fmean(run[-1] for run in runs) / fmean(run[points[1] - 1] for run in runs)
+        print(f"{name:16}" + "".join(f"{cell:>14}" for cell in cells) + f"{ratio:>12.2f}", flush=True)
+
+
+def regrets(name: str, rounds: int, seed: int, d: int = 8, answers: int = 16) -> list[float]:
+    """Cumulative regret after each round."""
+    noise = torch.Generator().manual_seed(seed)
+    theta_D = torch.randn(d, dtype=torch.float64, generator=noise)
+    theta_D *= 3 / theta_D.norm()
+    user, deployment = SimulatedUser(noise), Deployment(Omd(d), make_from_spec("advantage", name, "selector"))
+    total, history = 0.0, []
+    for t in range(rounds):
+        features_GD = torch.randn(answers, d, dtype=torch.float64, generator=noise)
+        features_GD /= features_GD.norm(dim=1, keepdim=True)
+        utility_G = features_GD @ theta_D
+        first, second = deployment.choose(features_GD, t)
+        total += round_regret(utility_G, first, second)
+        history.append(total)
+        deployment.hear(features_GD, first, second, user.prefers_first(utility_G, first, second))
+    return history
 
 
 def draw(curves: dict[int, dict[str, Curve]], path: Path) -> None:

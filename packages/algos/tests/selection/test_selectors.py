@@ -111,6 +111,9 @@ def test_uncertainty_changes_the_choice() -> None:
     assert selector("optimistic", beta=0.0).choose(Candidates(rewards_G, covariance_GG)) is None
     assert selector("delta_ucb", beta=0.0).choose(Candidates(rewards_G, covariance_GG)) == (0, 2)
     assert selector("delta_ucb").choose(Candidates(rewards_G, covariance_GG)) == (0, 2)
+    near_G, small_GG = tensor([1, 0.8]), torch.diag(tensor([0, 0.02]))  # 2 beta std is 0.283 beta, the gap 0.2
+    assert selector("optimistic", beta=0.72).choose(Candidates(near_G, small_GG)) == (0, 1)
+    assert selector("optimistic", beta=0.70).choose(Candidates(near_G, small_GG)) is None
     shared_GG = torch.full((3, 3), 9.0, dtype=torch.float64)  # what all share, no comparison can tell
     assert selector("optimistic").choose(Candidates(rewards_G, shared_GG)) is None
 

@@ -52,6 +52,15 @@ def test_one_pass_is_near_the_refit_and_its_state_stays_as_it_is(synthetic: dict
     assert synthetic["table_row"](4, "omd", curves).split()[:3] == ["4", "800", "omd"]
 
 
+def test_regret_is_printed_for_every_selector(synthetic: dict[str, Any], capsys: Any) -> None:
+    synthetic["print_regrets"](16, seeds=2)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["regret", *synthetic["SELECTORS"]]
+    history = synthetic["regrets"]("random_pair", 40, 0)
+    assert len(history) == 40
+    assert history == sorted(history)
+
+
 def test_every_split_of_the_pairs_is_another_one_and_accuracy_is_counted(study: dict[str, Any], features: Path) -> None:
     one, other = (study["split"](features, seed, 20) for seed in (0, 1))
     assert [len(part) for part in one] == [60, 20]
