@@ -139,6 +139,11 @@ def test_drts_pairs_a_likely_best_with_a_likely_worst() -> None:
     likely = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))  # P(first > second), the difference being normal with variance 1
     assert chosen[0, 1] / 4000 == pytest.approx(likely, abs=0.025)
     assert chosen[0, 1] + chosen[1, 0] == 4000
+    three_G, loose_GG = tensor([5, 0, 0.1]), torch.diag(tensor([0, 1, 1]))  # the best is known, the worst is not
+    second = Counter(
+        selector("drts").choose(Candidates(three_G, loose_GG, torch.Generator().manual_seed(k)))[1] for k in range(4000)
+    )
+    assert second[1] / 4000 == pytest.approx(0.5 * (1 + math.erf(0.1 / 2)), abs=0.025)  # P(N(0.1, 2) > 0)
 
 
 def test_a_random_pair_is_uniform_and_depends_on_seed_prompt_and_step() -> None:
