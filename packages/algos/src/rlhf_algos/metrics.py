@@ -27,6 +27,7 @@ METRICS: Mapping[str, str] = {
     "<role>/value_error": "reward squared: of the critic's values against their returns",
     "<role>/value": "reward: mean value",
     "<role>/return": "reward: mean return, what values should be",
+    "reward/uncertainty": "reward: standard deviation of a completion's reward under the curvature of its head, mean over them",
     "reward/kept": "reward: mean of the best completions, which are trained on",
     "ask/labels": "pairs: labelled so far, those of all ranks",
     "ask/score": "score: of the pairs that are asked, by what `ask` chooses by; mean over them",

@@ -172,7 +172,10 @@ def rlhf_optimizer() -> Providers:
 
 @hookimpl
 def rlhf_reward() -> Providers:
-    return {"keep_bad": "rlhf_algos.reward.keep_bad:KeepBad"}
+    return {
+        "keep_bad": "rlhf_algos.reward.keep_bad:KeepBad",
+        "uncertain": "rlhf_algos.reward.uncertain:UncertainReward",
+    }
 
 
 @hookimpl

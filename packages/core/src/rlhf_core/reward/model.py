@@ -87,10 +87,19 @@ class RewardModelEngine:
         self.encoder.positions = most_positions(reward.model, options)
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
-        scores_N, cut = self.score([_prompt(meta) for meta in rollouts.meta], rollouts.texts)
-        unscaled_N = scores_N * self.reward.std + self.reward.mean
-        metrics = {"score": unscaled_N, "cut": torch.full_like(scores_N, cut)}
-        return RewardOutput(rewards_N=scores_N, metrics=metrics, precision=self._precision())
+        output, _ = self.score_rollouts(rollouts)
+        return output
+
+    def score_rollouts(
+        self, rollouts: Rollouts, further: frozenset[str] = frozenset()
+    ) -> tuple[RewardOutput, dict[str, Tensor]]:
+        """Return the rewards of completions, and the `further` outputs of the model in the same forward pass, by name."""
+        prompts = [_prompt(meta) for meta in rollouts.meta]
+        outputs, cut = self.infer(prompts, rollouts.texts, further | {"scores_N"})
+        unscaled_N = outputs["scores_N"]
+        metrics = {"score": unscaled_N, "cut": torch.full_like(unscaled_N, cut)}
+        rewards_N = (unscaled_N - self.reward.mean) / self.reward.std
+        return RewardOutput(rewards_N=rewards_N, metrics=metrics, precision=self._precision()), outputs
 
     def _precision(self) -> float:
         """Return the rounding of a normalised score, relative to 1: that of the model's dtype, before the scaling."""
@@ -102,6 +111,13 @@ class RewardModelEngine:
 
         A prompt is text or messages; one with None as completion is a text to be scored as it is, without a template.
         """
+        outputs, cut = self.infer(prompts, completions, frozenset({"scores_N"}))
+        return (outputs["scores_N"] - self.reward.mean) / self.reward.std, cut
+
+    def infer(
+        self, prompts: Sequence[Text], completions: Sequence[str | None], names: frozenset[str]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return outputs by name, a row per completion, float32; and the share of the rows that had to be cut."""
         from rlhf_core.models.inputs.arrange import arrange_inputs
         from rlhf_core.training.microbatch import bearable_padding, micro_rows
 
@@ -110,15 +126,16 @@ class RewardModelEngine:
         batch = self.encoder.batch(examples, range(len(examples)))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module.to(device)
-        scores_N = torch.empty(len(batch))
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
         with torch.inference_mode():
             for rows in micro_rows(batch, self.reward.micro_tokens, padding=bearable_padding(self.module)):
                 inputs = arrange_inputs(batch.rows(rows)).to(device)
-                scores_N[rows] = self.module(inputs, frozenset({"scores_N"}))["scores_N"].float().cpu()
+                for name, values in self.module(inputs, names).items():
+                    found[name].update(zip(torch.as_tensor(rows).tolist(), values.float().cpu(), strict=True))
         if self.reward.offload:
             self.module.to("cpu")
         cut = (self.encoder.truncated - before) / len(batch)
-        return (scores_N - self.reward.mean) / self.reward.std, cut
+        return {name: torch.stack([rows[row] for row in range(len(batch))]) for name, rows in found.items()}, cut
 
     def close(self) -> None:
         """Free the model."""
