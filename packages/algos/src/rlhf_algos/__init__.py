@@ -27,13 +27,21 @@ if TYPE_CHECKING:
     from rlhf_algos.pairs import log_ratios, mean_logprobs, pair_metrics, sequence_logprobs, split_pairs
     from rlhf_algos.ratios import bounded_log_ratio, ratio_metrics
     from rlhf_algos.returns import discounted_returns, gae, scan
+    from rlhf_algos.selection.candidates import Candidates
+    from rlhf_algos.selection.deployment import Deployment, SimulatedUser, round_regret
+    from rlhf_algos.selection.pessimism import pessimistic_draws, pessimistic_normal
+    from rlhf_algos.selection.selector import PairSelector
     from rlhf_algos.whitening import whiten
 
 __all__ = [
+    "Candidates",
+    "Deployment",
     "Mle",
     "Omd",
     "OmdCg",
     "OmdMemoryless",
+    "PairSelector",
+    "SimulatedUser",
     "bounded_log_ratio",
     "discounted_returns",
     "gae",
@@ -45,10 +53,13 @@ __all__ = [
     "log_ratios",
     "mean_logprobs",
     "pair_metrics",
+    "pessimistic_draws",
+    "pessimistic_normal",
     "place_scores",
     "rank_in_group",
     "ratio_metrics",
     "require_groups",
+    "round_regret",
     "scan",
     "sequence_logprobs",
     "split_pairs",
@@ -64,6 +75,10 @@ _HOMES = {
     "pairs": "log_ratios mean_logprobs pair_metrics sequence_logprobs split_pairs",
     "ratios": "bounded_log_ratio ratio_metrics",
     "returns": "discounted_returns gae scan",
+    "selection.candidates": "Candidates",
+    "selection.deployment": "Deployment SimulatedUser round_regret",
+    "selection.pessimism": "pessimistic_draws pessimistic_normal",
+    "selection.selector": "PairSelector",
     "whitening": "whiten",
 }
 """The module of each public name."""

@@ -80,9 +80,9 @@ def test_optimism_adds_and_pessimism_takes_away_what_is_uncertain(state: Path) -
     normal, _, _ = scored(state)
     torch.testing.assert_close(std_N, normal.metrics["uncertainty"] / 0.5)
     torch.testing.assert_close(plain.rewards_N, (scores_N - 0.1) / 0.5)
-    optimistic, _, _ = scored(state, mean=0.1, std=0.5, reward="optimistic", bonus=1.5)
+    optimistic, _, _ = scored(state, mean=0.1, std=0.5, mode="bonus", bonus=1.5)
     torch.testing.assert_close(optimistic.rewards_N, plain.rewards_N + 1.5 * std_N)
-    pessimistic, _, _ = scored(state, mean=0.1, std=0.5, reward="pessimistic", beta=3.0)
+    pessimistic, _, _ = scored(state, mean=0.1, std=0.5, mode="pessimistic", beta=3.0)
     torch.testing.assert_close(pessimistic.rewards_N, plain.rewards_N - std_N.square() / 6)
     assert torch.equal(pessimistic.metrics["score"], plain.metrics["score"]), "the score itself is logged as it is"
 

@@ -35,10 +35,10 @@ class UncertainReward(RewardModel):
 
     state: str = ""
     """folder of the run that trained the head, or a checkpoint of it; empty is the folder that holds the model's"""
-    reward: Literal["mean", "optimistic", "pessimistic"] = "mean"
+    mode: Literal["mean", "bonus", "pessimistic"] = "mean"
     """the score; score + bonus std, an exploration bonus; or -beta log E[exp(-score / beta)], arXiv 2606.09073"""
     bonus: float = 1.0
-    """optimistic: weight of the standard deviation, 0 or more"""
+    """bonus: weight of the standard deviation, 0 or more"""
     beta: float = 1.0
     """pessimistic: above 0, in units of the reward; infinity is the mean, and the smaller the more pessimistic"""
     scale: float = 1.0
@@ -100,6 +100,6 @@ class UncertainEngine(RewardModelEngine):
     def _reward(self, mean_N: Tensor, std_N: Tensor) -> Tensor:
         from rlhf_algos.selection.pessimism import exploration_bonus, pessimistic_normal
 
-        if self.reward.reward == "optimistic":
+        if self.reward.mode == "bonus":
             return exploration_bonus(mean_N, std_N, self.reward.bonus)
-        return pessimistic_normal(mean_N, std_N, self.reward.beta) if self.reward.reward == "pessimistic" else mean_N
+        return pessimistic_normal(mean_N, std_N, self.reward.beta) if self.reward.mode == "pessimistic" else mean_N
