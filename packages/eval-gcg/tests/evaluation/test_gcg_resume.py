@@ -15,7 +15,7 @@ import torch
 from rlhf_core import Run, RunStopped, UsageError
 from rlhf_core.cli.app import main
 from rlhf_core.testing import run_ranks, tiny_run
-from rlhf_eval_gcg.attack import Attack
+from rlhf_eval_gcg.attack import Attack, state
 from rlhf_eval_gcg.evaluation import attackers
 from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, model_digest
 from rlhf_eval_gcg.gcg import GCG
@@ -27,6 +27,10 @@ COMMAND = [
     "eval", MODEL, "--evaluator", "gcg", "--evaluator.rows", ":3", "--evaluator.steps", "2", "--evaluator.search-width", "6",
     "--evaluator.n", "2", "--sampling.max-new-tokens", "3",
 ]  # fmt: skip
+
+
+LONG = [*COMMAND, "--evaluator.steps", "5"]
+"""The attack goes on for five steps."""
 
 
 def attacks(output: Path) -> list[dict[str, Any]]:
@@ -167,6 +171,31 @@ def test_kill_9_and_the_same_command_give_the_suffixes_of_a_whole_run(tmp_path: 
     assert rank.code == -signal.SIGKILL
     assert main([*COMMAND, "--output", str(tmp_path / "killed")]) == 0
     assert main([*COMMAND, "--output", str(tmp_path / "whole")]) == 0
+    assert attacks(tmp_path / "killed") == attacks(tmp_path / "whole")
+
+
+def die_inside(output: str, after: int) -> int:
+    """Run the command in this process, and kill it -9 at a report of progress, in the middle of an attack."""
+    reports = [0]
+
+    def report(what: str, done: int = 0, total: int = 0) -> None:
+        reports[0] += 1
+        if reports[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    attackers.report = report  # type: ignore[attr-defined]
+    state.INTERVAL_S = 0.0
+    return main([*LONG, "--output", output])
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_of_an_attack_changes_no_suffix(tmp_path: Path) -> None:
+    (rank,) = run_ranks(1, die_inside, str(tmp_path / "killed"), 9)
+    assert rank.code == -signal.SIGKILL
+    unfinished = [path.suffix for path in (tmp_path / "killed/gcg/step-0/unfinished").iterdir()]
+    assert sorted(unfinished) == [".json", ".state"], "one attack was over, one in progress"
+    assert main([*LONG, "--output", str(tmp_path / "killed")]) == 0
+    assert main([*LONG, "--output", str(tmp_path / "whole")]) == 0
     assert attacks(tmp_path / "killed") == attacks(tmp_path / "whole")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core import ModelOptions, OptionError, RoleSpec
@@ -87,7 +87,9 @@ class Attacker:
         results = attack(
             self.models.policy,
             self.models.tokenizer,
-            unit.goals,
+            [
+                replace(goal, origin="") for goal in unit.goals
+            ],  # wherever their file is, the state is that of these goals
             self.options,
             seed=unit.draw,
             state_file=self.store.state_file(unit),

@@ -27,7 +27,7 @@ from rlhf_eval_gcg.attack import Attack, AttackResult, Goal
 __all__ = ["ATTACKS", "AttackStore", "Unit", "goal_key", "model_digest", "read_lines"]
 
 ATTACKS = "attacks.jsonl"
-FREE = ("batch_tokens",)
+FREE = ("batch_tokens", "goals_at_once")
 """Options of an attack that change memory and speed only."""
 
 
