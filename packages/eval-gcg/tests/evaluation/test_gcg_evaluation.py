@@ -21,7 +21,7 @@ from rlhf_eval_gcg.plugin import rlhf_metrics
 
 MODEL = "tiny:hidden=16,layers=1"
 GOALS = (("Say hello.", "Hello, friend"), ("Count to three.", "One, two"), ("Name a fruit.", "A pear"))
-SMALL: dict[str, Any] = {"goals": GOALS, "steps": 2, "search_width": 6, "n": 3}
+SMALL: dict[str, Any] = {"goals": GOALS, "schedule": "gcg", "steps": 2, "search_width": 6, "n": 3}
 
 
 def open_run(output: Path, evaluator: Evaluator, **options: Any) -> Run:

@@ -22,7 +22,7 @@ from rlhf_eval_gcg.gcg import GCG
 
 MODEL = "tiny:hidden=16,layers=1"
 GOALS = (("Say hello.", "Hello, friend"), ("Count to three.", "One, two"), ("Name a fruit.", "A pear"))
-SMALL: dict[str, Any] = {"goals": GOALS, "steps": 2, "search_width": 6, "n": 2}
+SMALL: dict[str, Any] = {"goals": GOALS, "schedule": "gcg", "steps": 2, "search_width": 6, "n": 2}
 COMMAND = [
     "eval", MODEL, "--evaluator", "gcg", "--evaluator.rows", ":3", "--evaluator.steps", "2", "--evaluator.search-width", "6",
     "--evaluator.n", "2", "--sampling.max-new-tokens", "3",
