@@ -102,9 +102,9 @@ def begin() -> Iterator[Path]:
 
 
 @contextmanager
-def copied(runs: Path) -> Iterator[Path]:
+def copied(runs: Path, name: str = "copy") -> Iterator[Path]:
     """Work in a copy of the run that was cut."""
-    folder, before = runs / "copy", Path.cwd()
+    folder, before = runs / name, Path.cwd()
     shutil.copytree(runs / "begun", folder, symlinks=True)
     os.chdir(folder)
     try:

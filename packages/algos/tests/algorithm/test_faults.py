@@ -58,14 +58,11 @@ QUICK = ("config.toml", f"{NEWEST}/state.json")
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
 )
 def test_a_file_that_was_damaged_in_any_way_is_mended_or_named_and_nothing_else_is_touched(
-    name: str, user: str, runs: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str, user: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = left_by(runs / "whole" / OUTPUT, name)
     for damage, act in DAMAGES.items():
-        copy = runs / "row"
-        shutil.copytree(begun, copy, symlinks=True)
-        with monkeypatch.context() as patch:
-            patch.chdir(copy)
+        with copied(runs, "row"):
             before = checksums(TRAPS)
             original = (OUTPUT / name).read_bytes()
             act(OUTPUT / name)
@@ -88,7 +85,6 @@ def test_a_file_that_was_damaged_in_any_way_is_mended_or_named_and_nothing_else_
                 assert name in said, (damage, said)
             assert left_by(OUTPUT, name) == whole, damage
             assert checksums(TRAPS) == before, damage
-        shutil.rmtree(copy)
 
 
 def test_a_damaged_line_is_set_aside_as_it_was_and_the_lines_after_it_stay(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.checkpoint.own_files import new_files, read_own_files
-from rlhf_core.checkpoint.rotation import Rotation, check_metric, which_is_better
+from rlhf_core.checkpoint.rotation import Rotation, check_metric, read_best, which_is_better
 from rlhf_core.contract.providers import Evaluator
 from rlhf_core.errors import UsageError
 from rlhf_core.run.run import Run
@@ -151,3 +151,19 @@ def test_a_step_that_could_not_measure_it_is_no_reason_to_end(metrics: dict[str,
     check_metric("reward/mean/maths", ["actor"], metrics, [])
     with pytest.raises(UsageError, match="no such metric"):
         check_metric("reward/mean/maths", ["actor"], {"loss/actor": 0.1}, [])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"checkpoint": "step-9"}', b'{"checkpoint": "../../mine"}'])
+def test_a_damaged_marker_of_the_best_is_named_and_never_followed(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = new_files()
+    own.write(tmp_path)
+    (tmp_path / "checkpoints/step-1").mkdir(parents=True)
+    own.write(tmp_path / "checkpoints/step-1")
+    marker = tmp_path / "checkpoints/best.json"
+    marker.write_text('{"checkpoint": "step-1"}')
+    assert read_best(tmp_path) == tmp_path / "checkpoints/step-1"
+    marker.write_bytes(content)
+    assert read_best(tmp_path) is None
+    assert "best.json is damaged; no model of the best checkpoint is written" in capsys.readouterr().err

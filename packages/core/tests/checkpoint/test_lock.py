@@ -158,3 +158,24 @@ def test_of_processes_that_begin_at_the_same_instant_exactly_one_wins(flock: boo
         said = [result.read_text() for result in results]
         assert said.count("won") == 1, said
         assert all("is in use by process" in each for each in said if each != "won")
+
+
+def test_a_file_server_that_fails_for_a_moment_does_not_end_the_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utime, failures = os.utime, iter([OSError(116, "Stale file handle"), OSError(5, "Input/output error")])
+
+    def fail_twice(path: Path) -> None:
+        for error in failures:
+            raise error
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", fail_twice)
+    held = RunLock(tmp_path)
+    held.acquire()
+    path = tmp_path / lock.LOCK_FOLDER / "1.json"
+    before, end = path.stat().st_mtime_ns, time.monotonic() + 30
+    while path.stat().st_mtime_ns == before and time.monotonic() < end:
+        time.sleep(0.01)
+    held.release()
+    assert path.stat().st_mtime_ns > before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from rlhf_core.contract.providers import Evaluator, Reward
 from rlhf_core.errors import MissingPackage
 from rlhf_core.observer.mlflow import MLflow
 from rlhf_core.observer.tensorboard import TensorBoard
+from rlhf_core.observer.tracker import tracker_run_id
 from rlhf_core.observer.wandb import Wandb
 from rlhf_core.testing import check_observer, tiny_run
 
@@ -149,12 +151,15 @@ def test_wandb_offline_holds_every_number_the_options_and_tables_of_samples(
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     secret = "hunter2-hunter2"
     train(tmp_path, observer=Wandb(project="p", mode="offline", samples_every=1), reward=Guarded(token=secret), steps=2)
     logged = history(tmp_path)
     for name, expected in numbers(tmp_path).items():
         assert [(row["_step"], row[name]) for row in logged if name in row] == expected, name
     assert [(row["_step"], row["eval/done"]) for row in logged if "eval/done" in row] == [(0, 0.0), (2, 2.0)]
+    assert list((tmp_path / "wandb/artifacts/staging").iterdir()), "what waits to be sent is in the run's folder"
+    assert "WANDB_DATA_DIR" not in os.environ
     tables = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/table/completions_*.json"))
     table = json.loads(tables[0].read_text())
     assert table["columns"] == ["step", "source", "prompt", "completion", "row", "reward", "advantage"]
@@ -252,3 +257,17 @@ def test_mlflow_holds_every_number_once_and_the_options_after_an_interrupted_run
     assert run.data.params["sampling.n"] == str(tiny_run(tmp_path / "x").config.sampling.n)
     assert run.info.status == "FINISHED"
     assert b"hunter2-hunter2" not in (tmp_path / "mlflow.db").read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b"[]", b'{"x": 3}', b'{"x": ""}', b"\xff", b"[" * 99_999, None])
+def test_a_damaged_file_of_ids_is_named_and_the_run_is_a_new_one(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path, model=MODEL, resume=True)
+    first = tracker_run_id(run, "x")
+    assert tracker_run_id(run, "x") == first
+    if content is not None:
+        (tmp_path / "trackers.json").write_bytes(content)
+    assert (tracker_run_id(run, "x") == first) == (content is None)
+    said = capsys.readouterr().err
+    assert ("trackers.json is damaged; the resumed run appears as a new run" in said) == (content is not None)

@@ -101,7 +101,7 @@ class Member:
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and isinstance(row.get("step"), int):

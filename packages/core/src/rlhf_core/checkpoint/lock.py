@@ -174,8 +174,10 @@ class RunLock:
         while not self._end.wait(BEAT):
             try:
                 os.utime(path)
-            except OSError:
+            except FileNotFoundError:
                 return  # `check` tells the run
+            except OSError:  # a file server that does not answer for a moment
+                continue
 
 
 def _give_name(draft: Path, path: Path) -> bool:
@@ -199,9 +201,9 @@ def _give_name(draft: Path, path: Path) -> bool:
 def _read(path: Path) -> Holder:
     """The holder that a lock file names; an unknown one if it is not written yet, or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return Holder(**{name: found[name] for name in Holder.__dataclass_fields__})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return Holder()
 
 

@@ -39,13 +39,13 @@ def seal(folder: Path) -> None:
 def find_damage(folder: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"]
         if manifest["xxh3"] != _digest(files):
             return "manifest.json does not match its checksum"
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, TypeError, KeyError):  # whatever a flipped byte makes of it
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # whatever a flipped byte makes of it
         return "manifest.json is unreadable"
     with _pool() as pool:
         for name, expected in files.items():

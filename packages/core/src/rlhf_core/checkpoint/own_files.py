@@ -64,10 +64,17 @@ def new_files() -> OwnFiles:
 def read_own_files(folder: Path) -> OwnFiles | None:
     """Return what run.json in `folder` holds; None if it is missing or damaged."""
     try:
-        found = json.loads((folder / OWN_FILES).read_bytes())
+        found = json.loads((folder / OWN_FILES).read_text(encoding="utf-8"))
         digest = found.pop("xxh3")
         return OwnFiles(found["run"], found["config"], tuple(found["names"])) if digest == _digest(found) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # whatever a flipped byte makes of it
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # whatever a flipped byte makes of it
         return None
 
 

@@ -135,7 +135,7 @@ def evaluation_samples(path: Path) -> str:
     """What was answered to the same prompts at the first and at the last evaluation."""
     if not path.exists():
         return ""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    rows = [row for line in path.read_bytes().split(b"\n")[:-1] if (row := _shown_row(line)) is not None]
     if not rows:
         return ""
     first, last = ({r["prompt"]: r for r in rows if r["step"] == step} for step in (rows[0]["step"], rows[-1]["step"]))
@@ -145,6 +145,15 @@ def evaluation_samples(path: Path) -> str:
         pair = (first[prompt], last[prompt])
         shown += [f"  step {row['step']} ({_reward(row)}): {_one_line(row['completion'])}" for row in pair]
     return "\n".join(shown)
+
+
+def _shown_row(line: bytes) -> dict[str, Any] | None:
+    """Return what was answered to a prompt; None for a line of another kind, or a damaged one: the run is over and saved."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and row.keys() >= {"step", "prompt", "completion", "reward"} else None
 
 
 def _reward(row: Mapping[str, Any]) -> str:

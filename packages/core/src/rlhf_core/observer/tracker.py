@@ -97,8 +97,8 @@ def tracker_run_id(run: RunView, tracker: str, given: str = "") -> str:
 def _read_ids(path: Path) -> dict[str, str]:
     """Return the ids by the name of the tracker; none, with a warning, if the file is damaged."""
     try:
-        known: Any = json.loads(path.read_bytes())
-    except ValueError:
+        known: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         known = None
     if isinstance(known, dict) and all(isinstance(ident, str) and ident for ident in known.values()):
         return known

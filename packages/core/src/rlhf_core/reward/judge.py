@@ -13,7 +13,6 @@ import re
 import reprlib
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +27,7 @@ from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.reward.http import Replicas
 from rlhf_core.util.messages import log
+from rlhf_core.util.threads import map_in_threads
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -126,8 +126,7 @@ class JudgeEngine:
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         judge = self.judge
         questions = [judge.question(rollouts, row) for row in range(len(rollouts))]
-        with ThreadPoolExecutor(judge.parallel) as threads:  # equal questions are asked once
-            list(threads.map(self.reply, dict.fromkeys(questions)))
+        map_in_threads(self.reply, dict.fromkeys(questions), judge.parallel)  # equal questions are asked once
         replies = [self.reply(question) for question in questions]
         found = [judge.grade(reply) for reply in replies]
         if None in found and not self._warned:

@@ -8,7 +8,6 @@ is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server
 from __future__ import annotations
 
 import reprlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +18,7 @@ from rlhf_core.errors import OptionError
 from rlhf_core.lazy import torch
 from rlhf_core.reward.calls import Answer, answer_of
 from rlhf_core.reward.http import Replicas
+from rlhf_core.util.threads import map_in_threads
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
@@ -65,8 +65,8 @@ class RemoteEngine:
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         N, size = len(rollouts), self.reward.batch
         parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
-        with ThreadPoolExecutor(self.reward.parallel * len(self.reward.url)) as threads:
-            answers = list(threads.map(lambda rows: _ask(self.replicas, rollouts, rows), parts))
+        count = self.reward.parallel * len(self.reward.url)
+        answers = map_in_threads(lambda rows: _ask(self.replicas, rollouts, rows), parts, count)
         rewards = [reward for answer in answers for reward in answer.rewards]
         scores = [score or 0.0 for answer in answers for score in answer.scores or ()]
         names = dict.fromkeys(name for answer in answers for name in answer.logs)
