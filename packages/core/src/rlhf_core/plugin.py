@@ -148,6 +148,7 @@ def rlhf_command() -> Providers:
         "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
         "plugins": "rlhf_core.cli.plugins:Plugins",
         "recipe": "rlhf_core.cli.recipe:RecipeCommand",
+        "report": "rlhf_core.cli.report:Report",
         "score": "rlhf_core.cli.score:Score",
         "serve-reward": "rlhf_core.reward.serve:ServeReward",
         "sweep": "rlhf_core.cli.sweep:Sweep",
