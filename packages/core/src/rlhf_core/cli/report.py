@@ -19,26 +19,47 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report(Command):
-    """Write a run's curves, evaluations, samples, times and configuration to one HTML page."""
+    """Write curves, evaluations, samples, times and configuration of a run, a sweep or a recipe to one HTML page."""
 
     folder: str
-    """OUTPUT of a run"""
+    """OUTPUT of a run or of a recipe, or the TOML file of a sweep"""
     output: str = ""
-    """file to write; OUTPUT/report.html where empty"""
+    """file to write; `report.html` in the folder where empty"""
 
     def __call__(self, context: CommandContext) -> int:
-        from rlhf_core.analysis.report.page import page, run_sections
-        from rlhf_core.analysis.report.panels import read_run
+        from rlhf_core.analysis.report.page import page
 
-        folder = Path(self.folder)
-        run = read_run(folder)
-        if not run.rows and not run.evaluations:
-            raise UsageError(f"{folder} has no metrics.jsonl with a step; name the OUTPUT folder of a run")
+        source = Path(self.folder)
+        title, sections, folder = _contents(source)
+        if not any(html for _, html in sections):
+            raise UsageError(
+                f"{source} has nothing to report yet; name the OUTPUT of a run or recipe, or the file of a sweep"
+            )
         path = Path(self.output or folder / "report.html")
         _check_own(path)
-        write_text(path, page(f"{folder.name}: {len(run.rows)} steps", list(run_sections(run))))
+        write_text(path, page(title, sections))
         print(path)
         return 0
+
+
+def _contents(source: Path) -> tuple[str, list[tuple[str, str]], Path]:
+    """Return title and sections of the report, and the folder that it belongs to."""
+    from rlhf_core.analysis.report.groups import recipe_sections, sweep_sections
+    from rlhf_core.analysis.report.page import run_sections
+    from rlhf_core.analysis.report.panels import read_run
+    from rlhf_core.analysis.sweep import read_sweep
+
+    if source.suffix == ".toml":
+        sweep = read_sweep(source)
+        return source.stem, list(sweep_sections(sweep)), sweep.output
+    if (source / "steps").is_dir():
+        return source.name, list(recipe_sections(source)), source
+    run = read_run(source)
+    return (
+        f"{source.name}: {len(run.rows)} steps",
+        list(run_sections(run)) if run.rows or run.evaluations else [],
+        source,
+    )
 
 
 def _check_own(path: Path) -> None:

@@ -20,6 +20,10 @@ TICKS = 5
 FEW = 16
 """Up to so many points are drawn as they are, each with a mark; more are smoothed."""
 COLORS = 8
+TINY = 1e-30
+"""Smaller numbers are drawn as zero."""
+NOISE = 1e-4
+"""Part of a tick's distance by which a curve may leave the axis: a KL of -1e-9 needs no tick below zero."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
     """
     x_all = [x for line in lines for x in line.x]
     y_all = [y for line in lines for y in (*line.y, *(line.low or ()), *(line.high or ())) if math.isfinite(y)]
-    x_ticks, y_ticks = round_ticks(min(x_all), max(x_all)), round_ticks(min(y_all), max(y_all))
+    x_ticks, y_ticks = round_ticks(min(x_all), max(x_all), whole=True), round_ticks(min(y_all), max(y_all))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -85,15 +89,17 @@ def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
     return means
 
 
-def round_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers from at most `low` to at least `high`, two or more."""
-    if high - low < 1e-12 * max(1.0, abs(low)):
-        low, high = low - (abs(low) or 1.0) * 0.5, high + (abs(high) or 1.0) * 0.5
-    rough = (high - low) / TICKS
+def round_ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Return round numbers from about `low` to about `high`, two or more; `whole` ones only if asked for."""
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size < TINY:  # one value: half of it on both sides
+        low, high = (low - size / 2, high + size / 2) if size >= TINY else (0.0, 1.0)
+    rough = max((high - low) / TICKS, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if rough <= power * factor * (1 + 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(power * factor for factor in factors if rough <= power * factor * (1 + 1e-9))
+    first, last = math.floor(low / step + NOISE), math.ceil(high / step - NOISE)
+    return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
 
 
 def _curve(line: Line, place: object) -> list[str]:
@@ -122,7 +128,8 @@ def _curve(line: Line, place: object) -> list[str]:
 
 def _legend(lines: Sequence[Line]) -> list[str]:
     """Return the names of the curves, right of the title."""
-    parts, x = [], WIDTH - RIGHT
+    parts: list[str] = []
+    x: float = WIDTH - RIGHT
     for line in reversed(lines):
         x -= 7 * len(line.label) * 0.85 + 18
         parts.append(f'<rect class="key c{line.color % COLORS}" x="{x:.0f}" y="8" width="9" height="9"/>')

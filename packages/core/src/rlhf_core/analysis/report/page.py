@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_core.analysis.report.panels import RunFiles, evaluation_rows, panels, phases, sample_pairs
 
-__all__ = ["MARK", "page", "run_sections"]
+__all__ = ["MARK", "is_report", "page", "run_sections", "table"]
 
 MARK = "<!-- rlhf-run report -->"
 """Begins every report: a file without it is not written over."""
@@ -36,14 +36,14 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 def run_sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     """Yield heading and HTML of the parts of a run's report."""
-    yield "Before and after", _table(("measure", "first", "last", "difference"), evaluation_rows(run))
+    yield "Before and after", table(("measure", "first", "last", "difference"), evaluation_rows(run))
     yield "Curves", f'<div class="panels">{"".join(panels(run))}</div>' if run.rows else ""
     yield "Samples", "".join(_sample(*pair) for pair in sample_pairs(run))
     yield "Time", _bars(phases(run))
     yield "Configuration", _folded("config.toml", run.config)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; nothing without rows."""
     if not rows:
         return ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_core.analysis.report.chart import Line, chart
 
-__all__ = ["RunFiles", "evaluation_rows", "panels", "phases", "read_run", "sample_pairs"]
+__all__ = ["RunFiles", "evaluation_rows", "metric_words", "panels", "phases", "read_run", "sample_pairs"]
 
 PANELS = (
     (r"(?:(\w+)/)?reward/mean", "Reward", "reward per completion"),
@@ -75,14 +75,14 @@ def panels(run: RunFiles) -> Iterator[str]:
         lines = []
         for number, (name, match) in enumerate(found):
             points = [(float(row["step"]), float(row[name])) for row in run.rows if _is_number(row.get(name))]
-            if points and (len(found) == 1 or any(y for _, y in points)):
+            if any(y for _, y in points):
                 label = match[1] if match.groups() and match[1] else ("policy" if len(found) > 1 else title)
                 lines.append(_line(label, points, number))
         if lines and any(len(line.x) > 1 for line in lines):
             yield chart(title, "step", unit, lines)
-    for name, points in _evaluation_points(run.evaluations).items():
-        if len(points) > 1:
-            yield chart(f"Held out: {_words(name)}", "step", "mean ± standard error", [_error_line(points)])
+    for name, measured in _evaluation_points(run.evaluations).items():
+        if len(measured) > 1:
+            yield chart(f"Held out: {metric_words(name)}", "step", "mean ± standard error", [_error_line(measured)])
 
 
 def evaluation_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
@@ -91,7 +91,7 @@ def evaluation_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
     for name, points in _evaluation_points(run.evaluations).items():
         (_, first, first_se), (_, last, last_se) = points[0], points[-1]
         errors = [f" ± {error:.3f}" if error else "" for error in (first_se, last_se)]
-        rows.append((_words(name), f"{first:.3f}{errors[0]}", f"{last:.3f}{errors[1]}", f"{last - first:+.3f}"))
+        rows.append((metric_words(name), f"{first:.3f}{errors[0]}", f"{last:.3f}{errors[1]}", f"{last - first:+.3f}"))
     return rows
 
 
@@ -153,9 +153,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _words(name: str) -> str:
-    """Return the name of an evaluation metric in words."""
+def metric_words(name: str) -> str:
+    """Return the name of a metric in words."""
     known = {
+        "reward/mean": "reward per completion",
+        "kl/mean": "KL divergence from the reference, nats per token",
+        "completion/length": "length of completions, tokens",
+        "return": "return (reward less the KL penalty)",
         "heldout/reward": "reward",
         "heldout/length": "length, tokens",
         "heldout/truncated": "share of completions cut",
