@@ -40,7 +40,7 @@ def run_sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "Curves", f'<div class="panels">{"".join(panels(run))}</div>' if run.rows else ""
     yield "Samples", "".join(_sample(*pair) for pair in sample_pairs(run))
     yield "Time", _bars(phases(run))
-    yield "Configuration", _folded("config.toml", run.config)
+    yield "Configuration", _foldable("config.toml", run.config)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,7 +74,7 @@ def _bars(parts: Sequence[tuple[str, float]]) -> str:
     return f'<table class="bars"><tbody>{"".join(rows)}</tbody></table>' if rows else ""
 
 
-def _folded(name: str, text: str) -> str:
+def _foldable(name: str, text: str) -> str:
     """Return a text that is shown on request."""
     return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" if text else ""
 
