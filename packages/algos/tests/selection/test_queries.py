@@ -53,6 +53,7 @@ def test_the_top_share_is_asked_in_the_order_of_the_batch() -> None:
     values = torch.tensor([1.0, 5, 2, 5, 3, 0, 0, 0, 0, 4])
     assert top_share(values, 0.25).tolist() == [1, 3]
     assert top_share(values, 0.3).tolist() == [1, 3, 9]
+    assert len(top_share(torch.arange(100.0), 0.29)) == 29, "0.29 * 100 is a little below 29"
     assert top_share(values, 0.01).tolist() == [1], "at least one, of equal scores the earlier"
     assert top_share(values, 1.0).tolist() == list(range(10))
     assert top_share(values[:0], 0.5).tolist() == []

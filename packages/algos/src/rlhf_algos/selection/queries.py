@@ -57,6 +57,6 @@ def top_share(scores_B: Tensor, share: float) -> Tensor:
 
     Of equal scores the earlier pair is taken.
     """
-    count = max(1, int(share * len(scores_B) + 1e-9)) if len(scores_B) else 0  # 0.3 * 10 is a little below 3
+    count = max(1, int(share * len(scores_B) + 1e-9)) if len(scores_B) else 0  # 0.29 * 100 is a little below 29
     order = torch.argsort(scores_B, descending=True, stable=True)
     return order[:count].sort().values
