@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Generator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -245,3 +249,21 @@ def test_filter_and_ascii_bar_what_they_say() -> None:
     assert prompt.stable([result.ids]) == [True]
     (free,) = search(model=model, schedule="gcg", steps=6, search_width=64, filter_ids=False)
     assert free.candidates > result.candidates
+
+
+def test_the_optimizer_of_the_readme_never_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    code = re.search(r"```python\n(from rlhf_eval_gcg.attack.optimizer .*?)```", readme.read_text(), re.S)
+    assert code
+    module = ModuleType("search_of_the_readme")
+    exec(code[1], module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = tiny(VOCAB)
+    (result,) = search(model=model, schedule=f"{module.__name__}:OneByOne", steps=8, filter_ids=False)
+    assert result.candidates == 8
+    assert list(result.losses) == sorted(result.losses, reverse=True) and result.loss < result.initial_loss
+    assert result.loss == pytest.approx(loss_of(model, result), abs=1e-5)
+
+
+def test_any_seed_of_63_bits_is_a_seed() -> None:
+    assert search(seed=2**63 - 1, steps=1)[0].steps == 1

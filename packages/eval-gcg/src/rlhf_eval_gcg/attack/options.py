@@ -37,11 +37,11 @@ class Attack:
     """gcg, acg (several coordinates and few candidates early), momentum, probe (a draft model chooses), or the import path of
     a suffix optimizer, `module:Class`"""
     search_width: int = 512
-    """candidates per step; the most of them where a schedule changes their number"""
+    """candidates per step; the most of them in acg, which begins with a 32nd"""
     topk: int = 256
     """replacements of a token are drawn from this many with the most negative gradient"""
     n_replace: int = 1
-    """tokens that a candidate replaces; the most of them where a schedule changes their number"""
+    """tokens that a candidate replaces; acg begins with one more"""
     buffer: int = 0
     """keep this many best suffixes and continue from the best; 0 always moves to the best candidate of the step"""
     momentum: float = 0.4

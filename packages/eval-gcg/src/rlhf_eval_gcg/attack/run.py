@@ -89,16 +89,17 @@ def attack(
     _check(goals, options, rewards)
     victims = [Victim(each, options.prefix_cache, options.flop_rule) for each in (model, *more_models)]
     drafted = None if draft is None else Victim(draft, options.prefix_cache, options.flop_rule)
+    every = [*victims, *([drafted] if drafted else [])]
     prompts = [AttackPrompt.build(goal, tokenizer, options) for goal in goals]
     with ExitStack() as stack:
-        for victim in (*victims, *([drafted] if drafted else [])):
+        for victim in every:
             stack.enter_context(victim.freeze())
         searches = _searches(prompts, victims, drafted, tokenizer, options, seed)
         engine = Engine(Scorer(options), rewards if options.objective == "reward" else None)
         _check_sharing(engine, searches)
         keeper = None
         if state_file is not None:
-            keeper = StateFile(Path(state_file), fingerprint([v.model for v in victims], goals, options, seed))
+            keeper = StateFile(Path(state_file), fingerprint([v.model for v in every], goals, options, seed))
             keeper.load(searches)
         for wave in _waves(searches, options):
             _run(engine, wave, searches, keeper, progress, len(goals))

@@ -29,6 +29,8 @@ LOGIT_CELLS = 1 << 26
 """Most logits of a batch (256 MiB in float32), whatever the vocabulary."""
 SPARE_ON_CPU, SPARE = 0.05, 0.5
 """Share of a piece's tokens that may be known already: a CPU pays for each, an accelerator more for a further launch."""
+CHEAP = 64
+"""Known tokens that cost less than one more pass, which reads all weights, even on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Scorer:
             first = known = 0
             for row, start in zip(order_C.tolist(), starts_C[order_C].tolist(), strict=True):
                 cells = (len(rows) + 1) * (past + tail - first)
-                over = cells > self.budget or len(rows) >= most or known + start - first > spare * cells
+                over = cells > self.budget or len(rows) >= most or known + start - first > max(CHEAP, spare * cells)
                 if rows and over:
                     yield _Piece(task, answer, lane, torch.tensor(rows), first)
                     rows, known = [], 0

@@ -2,8 +2,8 @@
 
 The idea is Haize Labs' accelerated coordinate gradient (2024): early, almost any change helps, so steps should be cheap and
 large; late, few changes help, so a step has to try many. There the numbers follow a fixed table. Here they follow success: a
-step that improves nothing doubles the candidates and takes a replaced token less; one that improves halves the candidates.
-The suffix never gets worse. Candidates are tried in batches, and the gradient is that of `momentum`, while the suffix stays.
+step that improves nothing doubles the candidates and replaces one token less; a step that improves halves the candidates.
+The suffix never gets worse.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ __all__ = ["Acg"]
 
 FIRST_SHARE = 32
 """The first step tries this many times fewer candidates than the last ones may."""
+FURTHER = 1
+"""Tokens that the first candidates replace beside `n_replace`."""
 
 
 class Acg:
@@ -35,7 +37,7 @@ class Acg:
         """Do one step."""
         options, memory = self.options, suffix.memory
         width = int(memory.get("width", torch.tensor(self.least)))
-        n_replace = int(memory.get("n_replace", torch.tensor(options.n_replace)))
+        n_replace = int(memory.get("n_replace", torch.tensor(options.n_replace + FURTHER)))
         gradient_LV, loss = yield TokenGradient(suffix.ids_L)
         ids_CL = draw_candidates(suffix, gradient_LV, width, n_replace, options.topk)
         losses_C = yield Losses(ids_CL)
@@ -43,5 +45,5 @@ class Acg:
         improved = float(losses_C[best]) < loss
         width = max(self.least, width // 2) if improved else min(options.search_width, width * 2)
         memory["width"] = torch.tensor(width)
-        memory["n_replace"] = torch.tensor(n_replace if improved else max(1, n_replace - 1))
+        memory["n_replace"] = torch.tensor(n_replace if improved else max(options.n_replace, n_replace - 1))
         return Move(ids_CL[best], float(losses_C[best])) if improved else Move(suffix.ids_L, loss)
