@@ -1,8 +1,8 @@
 """The GCG attack: schedules at equal operations, and speed, loss and memory beside nanoGCG 0.3.0.
 
 Schedules: each goal and seed is attacked by plain GCG and by the default schedule until both have used the same floating-point
-operations. The loss of a suffix is that of plain `transformers` in float32 on the final tokens; the table gives means over
-goals and seeds at parts of the budget. Target: the default's mean at most 0.8 of plain GCG's.
+operations. The table gives means over goals and seeds at parts of the budget, and, as a check of the search's own losses, the
+mean of plain `transformers` in float32 on the final tokens. Target: the default's mean at most 0.8 of plain GCG's.
 
 Peer: equal steps, widths, goals, model and precision on both sides, a process a side, CPU time. Candidates per second count
 what was scored after the filter. Targets: 1.5 times nanoGCG's candidates per second, a loss no worse, no higher peak memory.
@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--flops", type=float, default=1e14, help="floating-point operations of each attack")
     parser.add_argument("--width", type=int, default=512, help="search_width of both schedules")
-    parser.add_argument("--n-replace", type=int, default=4, help="n_replace of the schedules other than gcg")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the search")
     parser.add_argument("--schedules", nargs="+", default=["gcg", "acg"])
     parser.add_argument(
@@ -107,7 +106,6 @@ def compare_schedules(options: argparse.Namespace) -> None:
             for name in options.schedules:
                 attacked = Attack(
                     steps=1_000_000, max_flops=options.flops, schedule=name, search_width=options.width, suffix=SUFFIX,
-                    n_replace=1 if name == "gcg" else options.n_replace,
                 )  # fmt: skip
                 began = time.process_time()
                 (result,) = attack(searched, tokenizer, [Goal(goal, target)], attacked, seed=seed)
@@ -125,7 +123,10 @@ def compare_schedules(options: argparse.Namespace) -> None:
     for name, rows in losses.items():
         means = [mean(column) for column in zip(*rows, strict=True)]
         shares = ", ".join(f"{share:.0%} {loss:.3f}" for share, loss in zip(PARTS, means))
-        print(f"{name:9} {shares}; float32 {means[-1]:.3f}, {means[-1] / first[-1]:.2f} of {options.schedules[0]}'s")
+        ratio = means[-2] / first[-2]
+        print(
+            f"{name:9} {shares} ({ratio:.2f} of {options.schedules[0]}'s); with the step beyond it, float32: {means[-1]:.3f}"
+        )
 
 
 def best_until(result: Any, flops: float) -> float:

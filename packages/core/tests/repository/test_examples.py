@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("rlhf_algos", reason="examples may import rlhf-algos")
+pytest.importorskip("rlhf_eval_gcg", reason="its README shows an optimizer of suffixes")
 
 ROOT = Path(__file__).resolve().parents[4]
 PLUGINS = sorted(path.parent for path in ROOT.glob("examples/plugins/*/pyproject.toml"))
@@ -21,7 +22,7 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/*.md", "*/*/README.md", "examples/plugins/*/README.md")
     for path in ROOT.glob(pattern)
 )
-MODULES = ("rlhf_core", "rlhf_core.testing", "rlhf_core.errors", "rlhf_algos")
+MODULES = ("rlhf_core", "rlhf_core.testing", "rlhf_core.errors", "rlhf_algos", "rlhf_eval_gcg.attack")
 PUBLIC = {name: set(import_module(name).__all__) for name in MODULES}
 PUBLIC["rlhf_core.lazy"] = {"torch"}
 

@@ -253,7 +253,7 @@ def test_filter_and_ascii_bar_what_they_say() -> None:
 
 def test_the_optimizer_of_the_readme_never_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = Path(__file__).parents[2] / "README.md"
-    code = re.search(r"```python\n(from rlhf_eval_gcg.attack.optimizer .*?)```", readme.read_text(), re.S)
+    code = re.search(r"```python\n(from rlhf_eval_gcg.attack import Losses.*?)```", readme.read_text(), re.S)
     assert code
     module = ModuleType("search_of_the_readme")
     exec(code[1], module.__dict__)
