@@ -197,7 +197,7 @@ def test_processes_make_the_same_rows_and_end(tmp_path: Path) -> None:
     finally:
         preparer.close()
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    assert not children.exists() or "rlhf_core.util.worker_processes" not in str(
+    assert not children.exists() or "rlhf_core.util.worker_child" not in str(
         [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()]
     )
 

@@ -77,7 +77,7 @@ def nothing_left() -> Iterator[None]:
     """A call without a run opens and closes an engine: no worker is left among our children."""
     yield
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    assert not children.exists() or "rlhf_core.util.worker_processes" not in str(
+    assert not children.exists() or "rlhf_core.util.worker_child" not in str(
         [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()]
     )
 

@@ -40,6 +40,9 @@ __all__ = ["Func"]
 TARGET = "rlhf_core.reward.calls:call"
 """What workers run."""
 
+CALLS_PER_WORKER = 16
+"""Calls that a worker gets on average: a last one that is slow costs a sixteenth; more would cost cheap functions more."""
+
 
 @dataclass(frozen=True)
 class Func(Reward):
@@ -50,7 +53,8 @@ class Func(Reward):
     name: str = "reward_func"
     """the function's name in the file"""
     batch: int = 0
-    """samples per call; 0 is all of them, or an equal share for each worker"""
+    """adjacent samples per call; 0 is all of them, or with several workers many small calls of samples that are not
+    adjacent"""
     workers: int = 0
     """processes to run it in, for slow or CPU-bound code; 0 runs it in this one"""
     timeout: float = 0.0
@@ -110,8 +114,7 @@ class FuncEngine:
         }
         columns = {**_meta_columns(rollouts.meta), **columns}
         N = len(rollouts)
-        size = self.reward.batch or (math.ceil(N / self.reward.workers) if self.reward.workers else N)
-        parts = [range(start, min(start + size, N)) for start in range(0, N, size)]
+        parts = _parts(N, self.reward.batch, self.reward.workers)
         answers = list(zip(parts, self._calls(columns, parts)))
         known = [(rows, answer) for rows, answer in answers if isinstance(answer, Answer)]
         for rows, failure in answers:
@@ -139,9 +142,8 @@ class FuncEngine:
         if self.reward.fallback is None:
             row = min(failed, default=None)
             if row is None:
-                raise UsageError(
-                    f"{self.reward.label}: {failure.reason}, on samples {rows[0]} to {rows[-1]}, though on none alone"
-                )
+                some = f"{rows[0]} to {rows[-1]}" if rows.step == 1 else f"{rows[0]}, {rows[1]} …"
+                raise UsageError(f"{self.reward.label}: {failure.reason}, on samples {some}, though on none alone")
             raise UsageError(f"{self.reward.label}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
 
@@ -170,6 +172,28 @@ class FuncEngine:
             metrics={name: torch.tensor(values) for name, values in logs.items()},
             abstained_N=torch.tensor(abstained) if any(abstained) else None,
         )
+
+
+def _parts(N: int, batch: int, workers: int) -> list[range]:
+    """Return the rows of each call, from `N` rows.
+
+    Without a `batch`, several workers get `CALLS_PER_WORKER` calls each, so that one that is done early takes over from the others.
+    The completions of a hard prompt are adjacent, so a call takes rows that are as far apart as there are calls. The number of
+    calls is prime: a cost that repeats with any period in the rows hits all calls alike. Nothing here depends on time, so that
+    a reward that draws random numbers repeats.
+    """
+    if batch or workers < 2:
+        size = batch or max(N, 1)
+        return [range(start, min(start + size, N)) for start in range(0, N, size)]
+    calls = _next_prime(workers * CALLS_PER_WORKER)
+    return [range(start, N, calls) for start in range(min(calls, N))]
+
+
+def _next_prime(number: int) -> int:
+    """Return the smallest prime that is not below `number`."""
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number
 
 
 def _meta_columns(meta: Sequence[Mapping[str, Any]]) -> Columns:

@@ -3,42 +3,31 @@
 Workers are fresh interpreters that talk over pipes, not forks: a fork of a process that runs torch threads may deadlock,
 and spawning through multiprocessing would run the user's main script again. Each has its own process group, so that what
 a call itself starts dies with it. They live until `close` or the end of this process, whatever ends it and whatever they
-do: on Linux the kernel kills the group when this process's end of a pipe closes.
+do: on Linux the kernel kills the group when this process's end of a pipe closes. What runs in them is `util.worker_child`.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
 import pickle
-import random
-import select
+import selectors
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-import traceback
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import Any
+
+from rlhf_core.util.worker_child import HEAD, Failure, frame, reason
 
 __all__ = ["Failure", "Workers", "reason"]
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A call that gave no result."""
-
-    reason: str
-    """one line: the exception, the time that ran out, or how the process died"""
+CHILD = "rlhf_core.util.worker_child"
+"""What a process runs."""
 
 
 class Workers:
@@ -51,34 +40,25 @@ class Workers:
     """
 
     def __init__(self, count: int, target: str, prepare: tuple[Any, ...] | None = None) -> None:
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._all = [_Worker(target, prepare) for _ in range(count)]
-        for worker in self._all:
-            self._idle.put(worker)
+        self._lock = threading.Lock()
         atexit.register(self.close)
 
     def map(self, calls: Sequence[tuple[Any, ...]], timeout: float, seed: int = 0) -> list[Any]:
-        """The result of each call, or a `Failure`, in order.
+        """Return the result of each call, or a `Failure`, in order. One `map` runs at a time.
 
         Args:
-            calls: arguments, a tuple per call.
+            calls: arguments, a tuple per call. A process takes the next call when it has answered one, so that slow calls
+                delay no others.
             timeout: seconds a call may take; 0 waits for ever.
             seed: of the global random generators; each call begins with its own, whichever process it gets.
         """
-        numbered = enumerate(calls, seed)
-        with ThreadPoolExecutor(len(self._all)) as threads:
+        with self._lock:
             try:
-                return list(threads.map(lambda call: self._call(call, timeout), numbered))
-            except BaseException:  # a stop: end the calls that the threads wait for
+                return _Dispatch(self._all, calls, timeout, seed).run()
+            except BaseException:  # a stop: end the calls that are being waited for
                 self.close()
                 raise
-
-    def _call(self, call: tuple[int, tuple[Any, ...]], timeout: float) -> Any:
-        worker = self._idle.get()
-        try:
-            return worker.call(call, timeout)
-        finally:
-            self._idle.put(worker)
 
     def close(self) -> None:
         """End all processes; a call after that starts them again."""
@@ -87,43 +67,149 @@ class Workers:
         atexit.unregister(self.close)
 
 
+class _Dispatch:
+    """The calls of one `map`, dealt out as processes become free.
+
+    A quick call is sent before the one in front of it is answered, so that no process waits for this one. A slow call is
+    not: it would wait behind another while some process is idle. What is sent when cannot change a result.
+
+    Args:
+        workers: the processes.
+        calls, timeout, seed: see `Workers.map`.
+    """
+
+    AHEAD_SECONDS = 0.002
+    """work that is sent ahead to a process: more than the time until it would get its next call otherwise"""
+    AHEAD_CALLS = 16
+    """calls that are sent ahead at most"""
+
+    def __init__(self, workers: Sequence[_Worker], calls: Sequence[tuple[Any, ...]], timeout: float, seed: int) -> None:
+        self._workers = workers[: len(calls)]
+        self._calls, self._timeout, self._seed = calls, timeout, seed
+        self._waiting = deque(range(len(calls)))
+        self._results: dict[int, Any] = {}
+        self._slowest = self.AHEAD_SECONDS
+        """seconds of the slowest call so far; until one is answered, nothing is sent ahead"""
+        self._answered = False
+
+    def run(self) -> list[Any]:
+        """Return the results in order."""
+        with selectors.DefaultSelector() as selector:
+            self._selector = selector
+            for worker in self._workers:
+                worker.end_if_dead()
+                self._feed(worker)
+            while len(self._results) < len(self._calls):
+                for key, _ in selector.select(self._patience()):
+                    self._exchange(key.data)
+                self._kill_late()
+                if all(worker.process is None for worker in self._workers):  # closed by another thread
+                    return [self._results.get(i, Failure("the processes were ended")) for i in range(len(self._calls))]
+        return [self._results[number] for number in range(len(self._calls))]
+
+    def _feed(self, worker: _Worker) -> None:
+        """Send the next calls to a process that has room for them."""
+        ahead = min(self.AHEAD_CALLS, int(self.AHEAD_SECONDS / self._slowest)) if self._answered else 0
+        while self._waiting and len(worker.calls) < 1 + ahead:
+            number = self._waiting.popleft()
+            if worker.process is None:
+                worker.start()
+            if not self._known(worker.output):
+                self._selector.register(worker.output, selectors.EVENT_READ, worker)
+            if not worker.calls:
+                worker.began = time.monotonic()
+            worker.calls.append(number)
+            worker.outbox += frame((self._seed + number, self._calls[number]))
+        self._write(worker)
+
+    def _write(self, worker: _Worker) -> None:
+        """Send as much as the pipe takes; watch for room if that is not all."""
+        try:
+            worker.write()
+        except BrokenPipeError:
+            self._bury(worker)
+            return
+        if worker.process is None:
+            return
+        if bool(worker.outbox) != self._known(worker.input):
+            if worker.outbox:
+                self._selector.register(worker.input, selectors.EVENT_WRITE, worker)
+            else:
+                self._selector.unregister(worker.input)
+
+    def _exchange(self, worker: _Worker) -> None:
+        """Take the answers of a process, and send it what it has room for."""
+        if worker.process is None:  # buried while other events of it were at hand
+            return
+        try:
+            answers = worker.read()
+        except EOFError:
+            self._bury(worker)
+            return
+        for answer in answers:
+            now = time.monotonic()
+            if worker.ready:
+                seconds = now - worker.began
+                self._slowest = max(self._slowest, seconds) if self._answered else max(seconds, 1e-6)
+                self._answered = True
+                self._results[worker.calls.popleft()] = answer
+            worker.ready, worker.began = True, now
+        self._feed(worker)
+
+    def _bury(self, worker: _Worker, why: str = "") -> None:
+        """End a process whose present call fails; the calls behind it go to others."""
+        for end in (worker.input, worker.output):
+            if self._known(end):
+                self._selector.unregister(end)
+        if worker.calls:
+            self._results[worker.calls.popleft()] = Failure(why or worker.cause_of_death())
+            self._waiting.extendleft(reversed(worker.calls))
+        worker.kill()
+        self._feed(worker)
+
+    def _kill_late(self) -> None:
+        """End the processes whose call has taken too long."""
+        if self._timeout:
+            for worker in self._workers:
+                if worker.ready and worker.calls and time.monotonic() >= worker.began + self._timeout:
+                    self._bury(worker, f"no answer within {self._timeout:g} s")
+
+    def _patience(self) -> float:
+        """Return the seconds until the first call is late, at most one: another thread may end the processes."""
+        running = [worker.began for worker in self._workers if worker.ready and worker.calls]
+        if not self._timeout or not running:
+            return 1.0
+        return min(1.0, max(0.0, min(running) + self._timeout - time.monotonic()))
+
+    def _known(self, end: int) -> bool:
+        return end in self._selector.get_map()
+
+
 class _Worker:
     """One process, started at its first call and again after it died."""
 
     def __init__(self, target: str, prepare: tuple[Any, ...] | None) -> None:
         self._target, self._prepare = target, prepare
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.input = self.output = -1
+        """ends of its pipes, which never block"""
+        self.ready = False
+        """True once it has imported what calls need"""
+        self.calls: deque[int] = deque()
+        """numbers of the calls that it has not answered, the present one first"""
+        self.began = 0.0
+        """when the present call began"""
+        self.outbox, self.inbox = bytearray(), bytearray()
+        """bytes that are not yet sent, and those that are no whole message yet"""
         self._life = -1
         """the end of a pipe that nothing is written to: while it is open, the process may live"""
 
-    def call(self, seed_and_arguments: tuple[int, tuple[Any, ...]], timeout: float) -> Any:
-        new = self._process is None
-        process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            if new:
-                _send(process.stdin, self._prepare)
-                _receive(process.stdout)
-            deadline = time.monotonic() + timeout if timeout else None
-            _send(process.stdin, seed_and_arguments)
-            return _receive(process.stdout, deadline)
-        except TimeoutError:
-            self.kill()
-            return Failure(f"no answer within {timeout:g} s")
-        except (EOFError, BrokenPipeError):
-            code = process.wait()
-            self.kill()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return Failure(f"the worker process died ({how})")
-        except BaseException:
-            self.kill()  # half a message may be in the pipe
-            raise
-
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Start the process, and let it prepare."""
         watched, self._life = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, self._target, os.pathsep.join(sys.path), str(watched)],
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", CHILD, self._target, os.pathsep.join(sys.path), str(watched)],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={"PYTHONHASHSEED": "0", **os.environ},  # the order of sets of texts, the same in every process
@@ -131,10 +217,67 @@ class _Worker:
             pass_fds=(watched,),
         )
         os.close(watched)
-        return self._process
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.input, self.output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        for end in (self.input, self.output):
+            os.set_blocking(end, False)
+        self.outbox[:] = frame(self._prepare)
+
+    def end_if_dead(self) -> None:
+        """Forget a process that ended while it had no call, which is no call's fault."""
+        if self.process is not None and self.process.poll() is not None:
+            self.kill()
+
+    def write(self) -> None:
+        """Send what the pipe takes now.
+
+        Raises:
+            BrokenPipeError: the process has ended.
+        """
+        with contextlib.suppress(BlockingIOError):
+            while self.outbox:
+                del self.outbox[: os.write(self.input, self.outbox[: 1 << 20])]
+
+    def read(self) -> list[Any]:
+        """Return the messages that are whole by now.
+
+        Raises:
+            EOFError: the other end was closed.
+        """
+        try:
+            while part := os.read(self.output, 1 << 20):
+                self.inbox += part
+                if len(part) < 1 << 16:
+                    break
+            if not part:
+                raise EOFError
+        except BlockingIOError:
+            pass
+        messages, at = [], 0
+        while len(self.inbox) >= at + HEAD.size:
+            (length,) = HEAD.unpack_from(self.inbox, at)
+            if len(self.inbox) < at + HEAD.size + length:
+                break
+            at += HEAD.size
+            messages.append(pickle.loads(self.inbox[at : at + length]))  # noqa: S301  # from the child that we started
+            at += length
+        del self.inbox[:at]
+        return messages
+
+    def cause_of_death(self) -> str:
+        """Say how the process ended."""
+        assert self.process is not None
+        code = self.process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"the worker process died ({how})"
 
     def kill(self) -> None:
-        process, self._process = self._process, None
+        """End the process with all that it started."""
+        process, self.process = self.process, None
+        self.ready = False
+        for held in (self.calls, self.outbox, self.inbox):
+            held.clear()
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -143,116 +286,4 @@ class _Worker:
         os.close(self._life)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-
-
-def _send(pipe: BinaryIO | Any, message: Any) -> None:
-    data = pickle.dumps(message)
-    pipe.write(struct.pack("<Q", len(data)) + data)
-    pipe.flush()
-
-
-def _receive(pipe: Any, deadline: float | None = None) -> Any:
-    """The next message.
-
-    Raises:
-        TimeoutError: it is not there by `deadline`.
-        EOFError: the other end was closed.
-    """
-    (length,) = struct.unpack("<Q", _read(pipe, 8, deadline))
-    return pickle.loads(_read(pipe, length, deadline))  # noqa: S301  # from the child that we started
-
-
-def _read(pipe: Any, length: int, deadline: float | None) -> bytes:
-    parts: list[bytes] = []
-    while length:
-        if deadline is not None:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-        part = os.read(pipe.fileno(), min(length, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# inside a worker
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def _serve(target: str, life: int) -> None:
-    """Answer calls until the pipe is closed."""
-    _die_when_closed(life)
-
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a call prints goes to the terminal, not into the answers
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    import_module("numpy")  # here, before the clock of a call starts: its generator is seeded for each
-    module, _, name = target.partition(":")
-    function = getattr(import_module(module), name)
-    prepare = _receive(requests)
-    if prepare is not None:
-        import_module(module).prepare_worker(*prepare)
-    _send(answers, None)
-    while True:
-        try:
-            seed, arguments = _receive(requests)
-        except EOFError:
-            return
-        _seed(seed)
-        try:
-            result = function(*arguments)
-        except BaseException as error:  # of the call: nobody interrupts this process but by killing it
-            result = Failure(reason(error))
-        _send(answers, result)
-
-
-def _seed(seed: int) -> None:
-    """Seed the global generators; torch's only where a call or its module has imported torch."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)  # numpy takes 32 bits
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
-
-
-def _die_when_closed(life: int) -> None:
-    """Have the kernel kill this process group when the other end of the pipe `life` closes, even while C code holds the
-    interpreter. (`PR_SET_PDEATHSIG` would kill at the end of the *thread* that started us, and this process alone.)"""
-    if sys.platform == "linux":
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-def _die_with_parent(parent: int) -> None:
-    """Leave when the parent is gone: where the pipe cannot tell (not on Linux, or a fork of the parent's has it open)."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.killpg(0, signal.SIGKILL)
-
-
-def reason(error: BaseException) -> str:
-    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
-    ours = Path(__file__).parents[1]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if ours not in Path(frame.filename).parents and not frame.filename.startswith("<frozen ")  # Python's own import
-    ]
-    place = f"line {frames[-1].lineno}: " if frames else ""
-    return " ".join(f"{place}{type(error).__name__}: {error}".split())
-
-
-if __name__ == "__main__":
-    sys.path[:] = sys.argv[2].split(os.pathsep)
-    sys.modules["rlhf_core.util.worker_processes"] = sys.modules[
-        "__main__"
-    ]  # so that Failure is one class on both ends
-    Failure.__module__ = "rlhf_core.util.worker_processes"
-    _serve(sys.argv[1], int(sys.argv[3]))
+            pipe.close()
