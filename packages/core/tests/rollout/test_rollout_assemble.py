@@ -119,6 +119,25 @@ def test_every_field_is_what_its_documentation_says(tokenizer: PreTrainedTokeniz
     assert (batch.mask_NT.dtype, batch["sampler_logprobs_NT"].dtype) == (torch.bool, torch.float32)
 
 
+def test_raw_texts_have_the_added_tokens_that_do_not_end_a_completion(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each is what decoding its tokens with special ones says, but for a last one that stopped it."""
+    tokens = [[10, END, 11, END], [END], [12, 13], [12, END], [PAD, 7, PAD]]
+    finish: list[Any] = ["stop", "stop", "length", "length", "stop"]
+    rows = [torch.tensor(row) for row in tokens]
+    logprobs = [torch.zeros(len(row)) for row in tokens]
+    batch = assemble(ask(*[[3]] * 5), rows, finish, tokenizer, per_token={"sampler_logprobs_NT": logprobs})
+    bare = [[10, END, 11], [], [12, 13], [12, END], [PAD, 7]]
+    assert batch.raw_texts == [tokenizer.decode(row, skip_special_tokens=False) for row in bare]
+    assert batch.texts == [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    mask = [[True, False, True, True], [False], [True, False], [False, True], [True, True, False]]
+    masked = assemble(
+        ask(*[[3]] * 5), rows, finish, tokenizer, per_token={}, mask=mask, texts=["a", "b", "c", "d", "e"]
+    )
+    bare = [[10, 11], [], [12], [END], [PAD, 7]]
+    assert masked.raw_texts == [tokenizer.decode(row, skip_special_tokens=False) for row in bare]
+    assert masked.texts == ["a", "b", "c", "d", "e"]
+
+
 def test_rows_of_the_batch_keep_what_belongs_together(tokenizer: PreTrainedTokenizerFast) -> None:
     batch = assemble(
         ask([3, 4, 5], [6]),

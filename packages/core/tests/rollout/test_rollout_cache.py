@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_core.rollout import attention
 from rlhf_core.rollout.attention import decode_attention, shared_heads
-from rlhf_core.rollout.cache import RoomyLayer, make_cache
+from rlhf_core.rollout.cache import RoomyLayer, RoomySlidingLayer, make_cache
 
 SMALL: Any = {
     "hidden_size": 16,
@@ -26,41 +27,75 @@ SMALL: Any = {
 
 def test_a_roomy_layer_holds_what_a_dynamic_one_holds() -> None:
     """Through growth, repeated, dropped and cut rows; keys and values of different size."""
+    for room in (0, 60, 400):
+        _compare(RoomyLayer(room), DynamicLayer(), cut=True)
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 17, 18, 30, 400])
+def test_a_roomy_window_holds_what_a_sliding_one_holds(window: int) -> None:
+    for room in (0, 20, 217):
+        _compare(RoomySlidingLayer(window, room), DynamicSlidingWindowLayer(window), cut=False)
+
+
+def _compare(ours: Any, theirs: Any, cut: bool) -> None:
     torch.manual_seed(0)
-    ours, theirs = RoomyLayer(), DynamicLayer()
     rows = 3
     for step in range(200):
         if step == 40:
             for layer in (ours, theirs):
                 layer.batch_repeat_interleave(2)
-            rows = 6
-        if step in (60, 61, 150):
-            rows -= 1
-            kept: Any = torch.arange(rows).flip(0)
+            rows *= 2
+        if step in (1, 60, 61, 150):
+            kept: Any = torch.arange(rows).repeat(2) if step == 1 else torch.arange(rows - 1).flip(0)
+            rows = len(kept)
             for layer in (ours, theirs):
                 layer.reorder_cache(kept)
-        if step == 100:
+        if step == 100 and cut:
             for layer in (ours, theirs):
                 layer.crop(-30)
-        length = 17 if step == 0 else 1
+        length = 17 if step == 0 else 5 if step == 120 else 1
         new = torch.randn(rows, 2, length, 4), torch.randn(rows, 2, length, 6)
         for got, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
             assert torch.equal(got, expected)
+        assert torch.equal(ours.keys, theirs.keys)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
 
 
-def test_a_roomy_layer_rarely_copies() -> None:
+def test_a_layer_with_room_copies_once_and_never_again() -> None:
+    """Its buffer is taken at the first decoding step, or where the rows of a prompt are repeated."""
+    for repeated in (False, True):
+        layer = RoomyLayer(1000)
+        layer.update(torch.zeros(2, 2, 100, 4), torch.zeros(2, 2, 100, 4))
+        if repeated:
+            layer.reorder_cache(torch.tensor([0, 0, 1, 1]))
+        rows = 4 if repeated else 2
+        states = torch.zeros(rows, 2, 1, 4)
+        assert len({layer.update(states, states)[0].data_ptr() for _ in range(900)}) == 1
+
+
+def test_a_layer_without_room_rarely_copies() -> None:
     layer = RoomyLayer()
     places = {layer.update(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4))[0].data_ptr() for _ in range(1000)}
-    assert len(places) < 15
+    assert len(places) < 16
 
 
-def test_only_plain_layers_are_replaced() -> None:
+def test_a_window_is_copied_once_per_window() -> None:
+    """Its buffer of two windows stays where it is; the view moves on by a token, and back once per window."""
+    layer, starts = RoomySlidingLayer(50), []
+    for _ in range(1000):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+        starts.append(layer.keys.data_ptr() if layer.keys is not None else 0)
+    moved_back = sum(after < before for before, after in pairwise(starts[2:]))
+    assert 18 <= moved_back <= 20
+    assert max(starts[2:]) - min(starts[2:]) <= 100 * 2 * 4
+
+
+def test_only_layers_of_keys_and_values_are_replaced() -> None:
     plain = make_cache(LlamaConfig(num_hidden_layers=3))
     assert [type(layer) for layer in plain.layers] == [RoomyLayer] * 3
     sliding = make_cache(MistralConfig(num_hidden_layers=2, sliding_window=8))
-    assert [type(layer) for layer in sliding.layers] == [DynamicSlidingWindowLayer] * 2
+    assert [type(layer) for layer in sliding.layers] == [RoomySlidingLayer] * 2
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])

@@ -62,7 +62,7 @@ def run(model: Any, prompts: list[list[int]], sampling: Sampling, uids: list[int
 
 
 def tokens(completions: list[SampledCompletion]) -> list[list[int]]:
-    return [completion.tokens for completion in completions]
+    return [completion.tokens.tolist() for completion in completions]
 
 
 def full_logits(model: Any, prompt: list[int], completion: list[int]) -> Any:
@@ -107,9 +107,9 @@ def test_greedy_is_generate_token_by_token(make: Any, prompts: list[list[int]]) 
     ours = run(model, prompts, greedy)
     assert tokens(ours) == [row[0, len(p) :].tolist() for row, p in zip(expected, prompts, strict=True)]
     for prompt, completion in zip(prompts, ours, strict=True):
-        logits_TV = full_logits(model, prompt, completion.tokens)
-        plain_T = logits_TV.log_softmax(-1).gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(plain_T.tolist(), abs=1e-5)
+        logits_TV = full_logits(model, prompt, completion.tokens.tolist())
+        plain_T = logits_TV.log_softmax(-1).gather(1, completion.tokens[:, None])[:, 0]
+        assert completion.logprobs.tolist() == pytest.approx(plain_T.tolist(), abs=1e-5)
 
 
 def test_frequencies_are_the_exact_probabilities() -> None:
@@ -151,16 +151,16 @@ def test_log_probabilities_are_those_of_a_full_forward_pass(model: Any, rules: d
     completions = run(model, RAGGED, sampling)
     prompts = [prompt for prompt in RAGGED for _ in range(3)]
     for prompt, completion in zip(prompts, completions, strict=True):
-        logits_TV = full_logits(model, prompt, completion.tokens)
+        logits_TV = full_logits(model, prompt, completion.tokens.tolist())
         warped_TV = logits_TV
         for warper in warpers:
             warped_TV = warper(torch.zeros(len(logits_TV), 0, dtype=torch.long), warped_TV)
         exact_TV = warped_TV.log_softmax(-1)
-        exact_T = exact_TV.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
-        assert completion.logprobs == pytest.approx(exact_T.tolist(), abs=1e-5)
+        exact_T = exact_TV.gather(1, completion.tokens[:, None])[:, 0]
+        assert completion.logprobs.tolist() == pytest.approx(exact_T.tolist(), abs=1e-5)
         untruncated_TV = (logits_TV / rules["temperature"]).softmax(-1)
         kept_T = (untruncated_TV * (exact_TV > -torch.inf)).sum(-1)
-        assert completion.log_mass == pytest.approx(kept_T.log().tolist(), abs=1e-5)
+        assert completion.log_mass.tolist() == pytest.approx(kept_T.log().tolist(), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,10 +220,10 @@ def test_eos_ends_a_completion_and_counts(model: Any, compact: float) -> None:
     cut = run(model, RAGGED, sampling, eos_ids=ends, compact=compact)
     assert {completion.finish for completion in cut} == {"stop", "length"}
     for whole, part in zip(free, cut, strict=True):
-        end = next((t + 1 for t, token in enumerate(whole.tokens) if token in ends), None)
-        assert part.tokens == whole.tokens[:end]
+        end = next((t + 1 for t, token in enumerate(whole.tokens.tolist()) if token in ends), None)
+        assert torch.equal(part.tokens, whole.tokens[:end])
         assert part.finish == ("length" if end is None else "stop")
-        assert part.logprobs == pytest.approx(whole.logprobs[:end], abs=1e-5)
+        assert part.logprobs.tolist() == pytest.approx(whole.logprobs[:end].tolist(), abs=1e-5)
         assert len(part.log_mass) == len(part.tokens)
 
 
@@ -261,7 +261,7 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(stop: 
         return [bytes(row).decode(errors="replace") for row in rows]
 
     for completion in run(model, [[1], [2]], sampling, decode=decode):
-        assert bytes(completion.tokens).decode() == kept
+        assert bytes(completion.tokens.tolist()).decode() == kept
         assert completion.finish == ("stop" if kept != said.decode() else "length")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 
@@ -33,3 +35,25 @@ def test_no_rows_and_empty_rows_have_the_width_that_is_asked_for() -> None:
     assert pad_rows([])[0].shape == (0, 0)
     assert pad_rows([[], []], width=1)[0].tolist() == [[0], [0]]
     assert pad_rows([[1, 2]], width=1)[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_lists_arrays_and_tensors_give_the_same(dtype: torch.dtype) -> None:
+    """Rows of one length and of several; numbers are rounded as torch rounds them."""
+    for lengths in ((2, 0, 5), (3, 3)):
+        lists = [[(i * 7 + j) % 5 for j in range(length)] for i, length in enumerate(lengths)]
+        if dtype.is_floating_point:
+            lists = [[number / 3 for number in row] for row in lists]  # type: ignore[misc]
+        expected = torch.zeros(len(lists), max(lengths), dtype=dtype)
+        for i, row in enumerate(lists):
+            expected[i, : len(row)] = torch.tensor(row, dtype=dtype)
+        code = "d" if dtype.is_floating_point else "q"
+        for rows in (lists, [array(code, row) for row in lists], [torch.tensor(row).to(dtype) for row in lists]):
+            assert torch.equal(pad_rows(rows, dtype=dtype)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_what_is_no_number_is_an_error(dtype: torch.dtype) -> None:
+    for nothing in (None, "1"):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            pad_rows([[1, 2], [nothing]], dtype=dtype)  # type: ignore[list-item]

@@ -177,7 +177,7 @@ class FuncEngine:
 def _parts(N: int, batch: int, workers: int) -> list[range]:
     """Return the rows of each call, from `N` rows.
 
-    Without a `batch`, several workers get `CALLS_PER_WORKER` calls each, so that one that is done early takes over from the others.
+    Without a `batch`, several workers get `CALLS_PER_WORKER` calls each, so that one that is done early takes over from others.
     The completions of a hard prompt are adjacent, so a call takes rows that are as far apart as there are calls. The number of
     calls is prime: a cost that repeats with any period in the rows hits all calls alike. Nothing here depends on time, so that
     a reward that draws random numbers repeats.

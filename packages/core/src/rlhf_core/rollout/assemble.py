@@ -6,36 +6,45 @@ were sampled; texts are decoded from them for rewards and for people, and never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.lazy import torch
 from rlhf_core.util.padding import pad_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_core.contract.kept_sets import KeptSets
 
+    Row: TypeAlias = Sequence[float] | Tensor | array[Any]
+
 __all__ = ["assemble", "decode", "pad_id"]
+
+PART = 1 << 16
+"""Tokens that are lists of Python numbers at a time, for the tokenizer."""
 
 
 def assemble(
     prompts: Prompts,
-    tokens: Sequence[Sequence[int]],
+    tokens: Sequence[Row],
     finish: Sequence[Literal["stop", "length", "turns", "seconds"]],
     tokenizer: PreTrainedTokenizerBase,
     *,
     version: int = 0,
-    versions: Sequence[Sequence[int]] | None = None,
-    per_token: Mapping[str, Sequence[Sequence[float]]],
+    versions: Sequence[Row] | None = None,
+    per_token: Mapping[str, Sequence[Row]],
     scalars: Mapping[str, float] | None = None,
-    mask: Sequence[Sequence[bool]] | None = None,
+    mask: Sequence[Row] | None = None,
     texts: Sequence[str] | None = None,
     kept_sets: Sequence[KeptSets] = (),
 ) -> Rollouts:
-    """P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
+    """Return P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
+
+    A sequence with a number per token is a list, an array or a tensor on the CPU; arrays and tensors cost no Python per token.
 
     Args:
         prompts: what was asked.
@@ -56,10 +65,11 @@ def assemble(
     inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
     mask_NT = inside_NT if mask is None else pad_rows(mask, False, torch.bool)[0]
     versions_NT = torch.full(tokens_NT.shape, version) if versions is None else pad_rows(versions)[0]
+    decoded = decode(tokenizer, tokens) if texts is None else []
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
         prompts=[prompts.texts[p] for p in group],
-        texts=decode(tokenizer, tokens) if texts is None else list(texts),
+        texts=decoded if texts is None else list(texts),
         prompt_NL=prompt_NL,
         prompt_lengths_N=prompt_lengths_N,
         tokens_NT=tokens_NT,
@@ -70,7 +80,7 @@ def assemble(
         meta=[example.meta for example in examples],
         kept_sets=list(kept_sets),
         images=[prompts.images[p] for p in group] if prompts.images else [],
-        raw_texts=_raw_texts(tokenizer, tokens, finish, mask),
+        raw_texts=_raw_texts(tokenizer, tokens_NT, mask_NT, finish, decoded),
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             "row_N": torch.tensor([example.row for example in examples]),
@@ -84,29 +94,59 @@ def assemble(
 
 
 def _raw_texts(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Sequence[Sequence[int]],
-    finish: Sequence[str],
-    mask: Sequence[Sequence[bool]] | None,
+    tokenizer: PreTrainedTokenizerBase, tokens_NT: Tensor, mask_NT: Tensor, finish: Sequence[str], texts: Sequence[str]
 ) -> list[str]:
-    """Texts of what was sampled, with special tokens but for one that ends a completion."""
-    special = {*tokenizer.all_special_ids}
-    rows = (
-        [list(row) for row in tokens]
-        if mask is None
-        else [[token for token, sampled in zip(row, chosen) if sampled] for row, chosen in zip(tokens, mask)]
-    )
-    bare = [row[:-1] if how == "stop" and row and row[-1] in special else row for row, how in zip(rows, finish)]
-    texts = tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return [str(text) for text in texts]
+    """Return texts of what was sampled, with special tokens but for one that ends a completion.
+
+    A completion is decoded only if it has no text in `texts`, or an added token before its end: else its text is in `texts`.
+    """
+    if not tokens_NT.numel():
+        return [""] * len(tokens_NT)
+    special = tokenizer.all_special_ids
+    added_NT = _is_among(tokens_NT, [*special, *tokenizer.added_tokens_decoder]) & mask_NT
+    last_N = (torch.arange(1, tokens_NT.shape[1] + 1) * mask_NT).amax(1) - 1  # -1 without a sampled token
+    ends_N = torch.tensor([how == "stop" for how in finish]) & (last_N >= 0)
+    last_N1 = last_N.clamp(min=0)[:, None]
+    ends_N &= _is_among(tokens_NT.gather(1, last_N1), special)[:, 0]
+    bare_NT = mask_NT.scatter(1, last_N1, mask_NT.gather(1, last_N1) & ~ends_N[:, None])
+    again = (added_NT & bare_NT).any(1).nonzero()[:, 0].tolist() if texts else range(len(tokens_NT))
+    raw = list(texts) or [""] * len(tokens_NT)
+    for i, text in zip(
+        again, decode(tokenizer, [tokens_NT[i][bare_NT[i]] for i in again], skip_special=False), strict=True
+    ):
+        raw[i] = text
+    return raw
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Texts without special tokens, with every space that the tokens say."""
-    texts = tokenizer.batch_decode(
-        [list(row) for row in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return [str(text) for text in texts]
+def _is_among(tokens_NT: Tensor, ids: Sequence[int]) -> Tensor:
+    """Return True where a token is one of `ids`."""
+    table_V = torch.zeros(max(ids, default=0) + 2, dtype=torch.bool)
+    table_V[torch.tensor(ids, dtype=torch.int64)] = True
+    return table_V[tokens_NT.clamp(max=len(table_V) - 1)]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Row], skip_special: bool = True) -> list[str]:
+    """Return texts, without special tokens unless told otherwise, with every space that the tokens say."""
+    texts: list[str] = []
+    for part in _parts(tokens):
+        lists = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in part]
+        decoded = tokenizer.batch_decode(lists, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        texts += map(str, decoded)
+    return texts
+
+
+def _parts(tokens: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield some rows at a time: as lists of numbers, all of a batch would take many times its tensors."""
+    part: list[Row] = []
+    held = 0
+    for row in tokens:
+        part.append(row)
+        held += len(row)
+        if held >= PART:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

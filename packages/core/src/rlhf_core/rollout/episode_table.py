@@ -14,6 +14,7 @@ In the batch
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,13 +42,13 @@ class EpisodeState:
     k: int
     """which of the prompt's completions it is"""
     session: Session
-    tokens: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("q"))
+    mask: array[int] = field(default_factory=lambda: array("b"))
+    turns: array[int] = field(default_factory=lambda: array("q"))
     """the turn of each token"""
-    rewards: list[float] = field(default_factory=list)
+    rewards: array[float] = field(default_factory=lambda: array("d"))
     """of each token"""
-    numbers: dict[str, list[float]] = field(default_factory=dict)
+    numbers: dict[str, array[float]] = field(default_factory=dict)
     """what the engine returned for each token, by name"""
     kept_sets: list[KeptSets] = field(default_factory=list)
     """of each part, if the engine returned some"""
@@ -63,12 +64,12 @@ class EpisodeState:
         self, tokens: Sequence[int], mask: Sequence[bool], turn: int, numbers: Mapping[str, list[float]]
     ) -> None:
         """Add tokens of a turn, and the engine's numbers for each."""
-        self.tokens += tokens
-        self.mask += mask
-        self.turns += [turn] * len(tokens)
-        self.rewards += [0.0] * len(tokens)
+        self.tokens.extend(tokens)
+        self.mask.extend(mask)
+        self.turns.extend([turn] * len(tokens))
+        self.rewards.extend([0.0] * len(tokens))
         for name, values in numbers.items():
-            self.numbers.setdefault(name, []).extend(values)
+            self.numbers.setdefault(name, array("d")).extend(values)
 
 
 class EpisodeTable:

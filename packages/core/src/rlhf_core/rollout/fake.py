@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import ContractError
+from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -77,8 +79,8 @@ class FakeEngine(Rollout):
             for uid, limit in zip(prompts.uids, limits, strict=True)
             for k in range(sampling.n)
         ]
-        finish = [("stop" if row[-1] == Letters.eos_token_id else "length") for row in tokens]
-        logprobs = [[self.w - 1 - token % 7 for token in row] for row in tokens]
+        finish = [("stop" if int(row[-1]) == Letters.eos_token_id else "length") for row in tokens]
+        logprobs = [self.w - 1 - (row % 7).double() for row in tokens]
         reading = self.options.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000
         time.sleep(reading + self.options.token_seconds * max(map(len, tokens)))
         return assemble(
@@ -118,14 +120,21 @@ class Letters:
     eos_token_id = 0
     pad_token_id = 0
     all_special_ids = (0,)
+    added_tokens_decoder: ClassVar[Mapping[int, Any]] = {0: "<end>"}
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """Texts without the token that ends them."""
-        return ["".join(chr(ord("a") + token - 1) for token in row if token) for row in sequences]
+        """Return texts without the token that ends them."""
+        return [bytes(row).translate(LETTERS, b"\0").decode("ascii") for row in sequences]
 
 
-def _letters(seed: int, most: int) -> list[int]:
-    """The completion that belongs to `seed`."""
+LETTERS = bytes(max(0, token + ord("a") - 1) % 256 for token in range(256))
+"""The letter of each token, as a table of bytes."""
+
+
+def _letters(seed: int, most: int) -> Tensor:
+    """Return the tokens of the completion that belongs to `seed`."""
     length = 1 + seed % most
-    letters = [1 + (seed + i) % 26 for i in range(length)]
-    return letters if length == most else [*letters[:-1], Letters.eos_token_id]
+    tokens_T = 1 + (seed % 26 + torch.arange(length)) % 26
+    if length < most:
+        tokens_T[-1] = Letters.eos_token_id
+    return tokens_T

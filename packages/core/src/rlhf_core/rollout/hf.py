@@ -85,9 +85,9 @@ class HuggingFaceRollout(Rollout):
         per_token = {"sampler_logprobs_NT": logprobs}
         scalars = {}
         if truncates(sampling):
-            kept = [exp(value) for row in log_mass for value in row]
             per_token["sampler_log_mass_NT"] = log_mass
-            scalars["kept_mass"] = sum(kept) / max(1, len(kept))
+            kept = sum(exp(value) for row in log_mass for value in row.tolist())
+            scalars["kept_mass"] = kept / max(1, sum(map(len, log_mass)))
         return assemble(
             prompts,
             tokens,

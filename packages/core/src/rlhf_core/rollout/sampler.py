@@ -41,12 +41,12 @@ __all__ = ["Piece", "SampledCompletion", "plan_waves", "sample", "uniforms"]
 class SampledCompletion(NamedTuple):
     """What was sampled for one prompt."""
 
-    tokens: list[int]
-    """at least one; the EOS that ended it included"""
-    logprobs: list[float]
-    """of each token, under the distribution it was drawn from"""
-    log_mass: list[float]
-    """log of the probability that truncation kept at each token; zeros where nothing is truncated"""
+    tokens: Tensor
+    """int64, at least one; the EOS that ended it included"""
+    logprobs: Tensor
+    """float32: of each token, under the distribution it was drawn from"""
+    log_mass: Tensor
+    """float32: log of the probability that truncation kept at each token; zeros where nothing is truncated"""
     finish: Literal["stop", "length"]
     kept_sets: KeptSets | None = None
     """which tokens truncation kept at each token, if `Sampling.replay` asks for them"""
@@ -204,7 +204,7 @@ def _prefill(
     mask_RS = torch.arange(L + room, device=model.device) >= L - lengths_R[:, None]
     position_RL = (mask_RS[:, :L].long().cumsum(-1) - 1).clamp(min=0)
     accepted = _supported_arguments(model.forward, {"position_ids", "logits_to_keep"})
-    state = _State(torch.empty(0), make_cache(model.config), mask_RS, lengths_R, accepted, vision)
+    state = _State(torch.empty(0), make_cache(model.config, L + room), mask_RS, lengths_R, accepted, vision)
     seen = vision.arguments(stack_images(images, L, left=True), model) if vision is not None else {}
     if vision is not None and (found := vision.positions(model.base_model, ids_RL, mask_RS[:, :L], seen)):
         position_RL, shift_R = found
@@ -287,11 +287,12 @@ def _decode(
         _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
         raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
-    columns = (tensor.tolist() for tensor in (tokens_BT, logprobs_BT, log_mass_BT, ends_B, stopped_B))
-    kept_sets = recorder.completions(ends_B.tolist()) if recorder is not None else [None] * B
+    columns = (tensor.cpu() for tensor in (tokens_BT, logprobs_BT, log_mass_BT))
+    ends, stopped = ends_B.tolist(), stopped_B.tolist()
+    kept_sets = recorder.completions(ends) if recorder is not None else [None] * B
     return [
-        SampledCompletion(tokens[:end], logprobs[:end], log_mass[:end], "stop" if stopped else "length", kept)
-        for tokens, logprobs, log_mass, end, stopped, kept in zip(*columns, kept_sets, strict=True)
+        SampledCompletion(tokens_T[:end], logprobs_T[:end], log_mass_T[:end], "stop" if stop else "length", kept)
+        for tokens_T, logprobs_T, log_mass_T, end, stop, kept in zip(*columns, ends, stopped, kept_sets, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """Code that runs inside a worker process (`util.worker_processes`), and the messages between it and its parent.
 
-A message is its length and a pickle. The first one a process gets prepares it; each further one is a seed and a call's arguments.
+A message is its length and a pickle. The first one prepares the process; each further one is a seed and a call's arguments.
 """
 
 from __future__ import annotations
