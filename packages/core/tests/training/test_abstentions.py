@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from thread_ranks import together
 
 from rlhf_core.cli import main
 from rlhf_core.contract.batch import Batch, Rollouts
@@ -26,7 +27,7 @@ from rlhf_core.loop import collect, credit, update
 from rlhf_core.observer.files import sample_record, samples
 from rlhf_core.testing import run_ranks, tiny_run
 from rlhf_core.testing.tiny import tiny_rewards, tiny_rollouts
-from rlhf_core.training.abstentions import answered_rows
+from rlhf_core.training.abstentions import answer_counts, answered_rows
 
 MODEL = "tiny:hidden=16,layers=1"
 HERE = Path(__file__).stem
@@ -117,7 +118,7 @@ def test_a_reward_that_never_abstains_logs_and_changes_nothing(tmp_path: Path) -
     assert "reward/abstained" not in run.train().metrics
     assert set(run.samples) == {"actor"} and "abstained_N" not in run.samples["actor"]
     scored = ScoredRollouts(tiny_rollouts(), tiny_rewards(tiny_rollouts()))
-    assert answered_rows(scored, World()) is scored
+    assert answered_rows(scored, World(), [answer_counts(scored)]) is scored
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "dynamic"])
@@ -190,11 +191,12 @@ def test_a_step_with_fewer_groups_than_ranks_is_skipped_by_all(abstained: list[b
     """Of two ranks, the other has nothing left: one group in all is too few to share, and of two each gets one."""
     scored = ScoredRollouts(tiny_rollouts(2, 2), RewardOutput(torch.zeros(4), abstained_N=torch.tensor(abstained)))
 
-    def gather(value: Any) -> list[Any]:
-        return [value, (4, 0) if isinstance(value, tuple) else [scored.rows([])]]
+    def rank(world: World) -> int | None:
+        mine = scored if world.rank == 0 else scored.rows([])
+        found = answered_rows(mine, world, [answer_counts(scored), (4, 0)])
+        return None if found is None else len(found)
 
-    found = answered_rows(scored, SimpleNamespace(rank=0, size=2, gather=gather))  # type: ignore[arg-type]
-    assert (None if found is None else len(found)) == left
+    assert together(rank, 2) == [left, left]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from thread_ranks import together
 from torch import Tensor
 
 from rlhf_core.contract.batch import Batch, Rollouts
@@ -21,6 +22,7 @@ from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.credit import assign_credit, compute_needs
 from rlhf_core.training.planner import make_plan
+from rlhf_core.training.step_metrics import Meter
 
 
 @dataclass(frozen=True)
@@ -129,23 +131,8 @@ def test_credit_can_choose_and_order_the_rows_to_train_on() -> None:
     credited, metrics = assign_credit(
         plan, plan.credits["actor"], make_batch([1, 2, 3]), RewardOutput(torch.zeros(3)), kl_coef=0.0
     )
-    assert credited.texts == ["t2", "t0"] and credited.lengths_N.tolist() == [3, 1] and metrics == {"picked": 2.0}
-
-
-class Both(World):
-    """The first of two ranks, which knows what the second says."""
-
-    size = 2
-
-    def __init__(self, other: dict[tuple[str, str], tuple[float, float]]) -> None:
-        self.other = other
-
-    def gather(self, thing: Any) -> list[Any]:
-        return [thing, set(self.other)]
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        theirs = [self.other.get(key, (0.0, 0.0)) for key in sorted({("kept", ""), ("z", ""), *self.other})]
-        return tensor + torch.tensor(theirs, dtype=torch.float64)
+    assert credited.texts == ["t2", "t0"] and credited.lengths_N.tolist() == [3, 1]
+    assert float(metrics["picked"].total) == 2.0 * float(metrics["picked"].count)
 
 
 def test_metrics_of_credit_are_those_of_all_ranks() -> None:
@@ -156,10 +143,19 @@ def test_metrics_of_credit_are_those_of_all_ranks() -> None:
         return Credit(torch.zeros(rollouts.mask_NT.shape), metrics=metrics)
 
     plan = plan_of(PerToken(measured))
-    world = Both({("kept", ""): (6.0, 1.0), ("z", ""): (0.75, 1.0), ("theirs", ""): (2.0, 4.0)})
-    batch = replace(make_batch([2, 1]), world=world)
-    _, metrics = assign_credit(plan, plan.credits["actor"], batch, RewardOutput(torch.zeros(2)), kl_coef=0.0)
-    assert metrics == {"kept": 3.0, "z": 0.5, "theirs": 0.5}
+
+    def rank(world: World) -> dict[str, float]:
+        meter = Meter(world)
+        rows = make_batch([2, 1])
+        _, metrics = assign_credit(plan, plan.credits["actor"], rows, RewardOutput(torch.zeros(2)), kl_coef=0.0)
+        here = {"kept": metrics["kept"], "z": metrics["z"]}
+        one = torch.tensor(1.0)
+        there = {"kept": Metric.over(6 * one), "z": Metric(0.75 * one, one), "theirs": Metric(2 * one, 4 * one)}
+        meter.log(there if world.rank else here)
+        return meter.take()
+
+    for metrics in together(rank, 2):
+        assert metrics == {"kept": 3.0, "z": 0.5, "theirs": 0.5}
 
 
 @pytest.mark.parametrize(

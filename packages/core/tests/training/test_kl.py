@@ -101,14 +101,14 @@ def test_the_kl_is_that_of_the_policy_and_waits_for_the_training_pass_where_only
     ref_NT = -2.0 * batch.mask_NT
     batch = batch.with_extras(ref_logprobs_NT=ref_NT, sampler_logprobs_NT=ref_NT + 0.1 * batch.mask_NT)
     controller = KLController(KL(coef=0.1, target=6.0, horizon=10))
-    assert controller.watch("actor", batch, float) == {} and controller.coef == 0.1
+    assert controller.watch("actor", [controller.measure(batch)]) == {} and controller.coef == 0.1
     found = controller.settle({"actor/kl": 4.0})  # the mean over 3 tokens, of 2 completions
     assert found == {"kl/mean": 4.0, "kl/completion": 6.0, "kl/coef": 0.1}
     assert controller.settle({"actor/kl": 4.0}) == {}, "it is taken once"
-    controller.watch("actor", batch, float)
+    controller.watch("actor", [controller.measure(batch)])
     assert controller.settle({"loss/actor": 0.0}) == {}, "a skipped step has none"
-    exact = controller.watch("actor", batch.with_extras(old_logprobs_NT=ref_NT), float)
+    exact = controller.watch("actor", [controller.measure(batch.with_extras(old_logprobs_NT=ref_NT))])
     assert exact["kl/mean"] == 0.0 and controller.coef < 0.1
     empty = batch.with_extras(old_logprobs_NT=ref_NT)
     empty.mask_NT = torch.zeros_like(empty.mask_NT)
-    assert controller.watch("actor", empty, float)["kl/mean"] == 0.0
+    assert controller.watch("actor", [controller.measure(empty)])["kl/mean"] == 0.0

@@ -15,7 +15,7 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.errors import ContractError, RunStopped
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.mismatch import Mismatch
-from rlhf_core.training.old_logprobs import keep_exact, late_tokens, replace_late, staleness, with_live
+from rlhf_core.training.old_logprobs import ages_of, keep_exact, late_tokens, replace_late, staleness, with_live
 
 
 def sampled(versions: list[list[int]], sampler: float = -2.0) -> Rollouts:
@@ -31,7 +31,8 @@ def test_the_version_of_a_batch_is_its_oldest_token_s() -> None:
 
 def test_age_is_counted_over_sampled_tokens_against_the_weights_in_training() -> None:
     batch = sampled([[7, 5], [6, 0]])
-    assert staleness(batch, 8, World()) == (pytest.approx((1 + 3 + 2) / 3), 3.0)
+    assert staleness([ages_of(batch, 8)]) == (pytest.approx((1 + 3 + 2) / 3), 3.0)
+    assert staleness([ages_of(batch, 8), (1.0, 6.0, 6.0), (0.0, 0.0, 0.0)]) == (pytest.approx(12 / 4), 6.0)
     assert [late_tokens(batch, version, World()) for version in (7, 6, 5, 8)] == [2.0, 2.0, 2.0, 3.0]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import ThreadWorld, together
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.options import Sampling
@@ -17,7 +17,8 @@ from rlhf_core.contract.results import Metric, Reduction, RewardOutput
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.testing.batches import make_batch, values_like
 from rlhf_core.training.microbatch import bearable_padding, micro_rows, minibatches, padding_share
-from rlhf_core.training.reduction import Means, count, weighted_sum
+from rlhf_core.training.reduction import Counts, Means, count, weighted_sum
+from rlhf_core.training.step_metrics import Meter
 
 LENGTHS = [3, 1, 4, 0, 2, 1]  # one of them empty
 
@@ -158,38 +159,75 @@ def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_
 
 def test_the_entropy_is_the_mean_over_sampled_tokens_alone() -> None:
     """-log p of 0.1, 0.2 and 0.6 at three sampled tokens; padding and an environment's token say something else."""
-    logged: dict[str, float] = {}
-    meter: Any = SimpleNamespace(log=logged.update, log_batch=lambda name, values_N: 0.0, world=World())
+    meter = Meter()
     batch = make_batch([3, 1])
     batch.mask_NT[0, 2] = False  # an environment's
     rollouts = batch.with_extras(sampler_logprobs_NT=torch.tensor([[-0.1, -0.2, -5.0], [-0.6, -7.0, -9.0]]))
     log_completions(meter, "completion", rollouts, Sampling())
-    assert logged["completion/entropy"] == pytest.approx(0.3)
+    assert meter.take()["completion/entropy"] == pytest.approx(0.3)
 
 
 def test_the_kept_mass_is_that_of_all_ranks_tokens() -> None:
     """Half of the probability of 3 tokens here, and all of that of 1 token there: 2.5 of 4."""
-    theirs = {1.5: 1.0, 3.0: 1.0}
-    logged: dict[str, float] = {}
-    meter: Any = SimpleNamespace(
-        log=logged.update,
-        log_batch=lambda name, values_N: 0.0,
-        world=SimpleNamespace(total=lambda value: value + theirs[value]),
-    )
-    rollouts: Any = replace(make_batch([2, 1]), scalars={"kept_mass": 0.5})
-    log_completions(meter, "completion", rollouts, Sampling(temperature=0.0))
-    assert logged["rollout/kept_mass"] == 0.625
+
+    def rank(world: World) -> float:
+        meter = Meter(world)
+        rollouts: Any = replace(
+            make_batch([1] if world.rank else [2, 1]), scalars={"kept_mass": 0.5 + 0.5 * world.rank}
+        )
+        rollouts.finish = ["stop"] * len(rollouts)
+        log_completions(meter, "completion", rollouts, Sampling(temperature=0.0))
+        return meter.take()["rollout/kept_mass"]
+
+    assert together(rank, 2) == [0.625, 0.625]
 
 
 def test_the_mean_reward_counts_what_tokens_earned() -> None:
     """1 + (2 + 3) and 4: mean 5, variance 1."""
-    logged: dict[str, Any] = {}
-
-    def log_batch(name: str, values_N: torch.Tensor) -> float:
-        logged[name] = float(values_N.mean())
-        return float(values_N.mean())
-
-    meter: Any = SimpleNamespace(log=logged.update, log_batch=log_batch, world=World())
+    meter = Meter()
     rewards = RewardOutput(torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
     log_rewards(meter, "reward", rewards, make_batch([2, 1]))
-    assert logged == {"reward/mean": 5.0, "reward/variance": 1.0}
+    assert meter.take() == {"reward/mean": 5.0, "reward/variance": 1.0}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_numbers_of_a_step_are_those_of_all_rows_in_one_reduction(size: int) -> None:
+    """Ranks with unlike numbers of rows, one of them without any; a second round has a mean of its own."""
+    rewards_N = torch.tensor([1.0, 4.0, -2.0, 0.5, 7.0, 3.0, 3.0], dtype=torch.float64)
+    sources = ["a", "b", "b", "a", "c", "a", "b"]
+
+    def rank(world: ThreadWorld) -> tuple[list[dict[str, float]], int]:
+        meter, found = Meter(world), []
+        share = [i for i in range(7) if min(i // 3, size - 1) == world.rank]
+        for _ in range(3):
+            for rows_N in (rewards_N[share], rewards_N[share] * 2):
+                meter.log_batch("mean", rows_N)
+            meter.log_variance("variance", rewards_N[share] + 1000)
+            meter.log_sources("mean", rewards_N[share], [{"datasource": sources[i]} for i in share])
+            meter.log_total("rows", len(share))
+            before = world.calls
+            found.append(meter.take())
+        return found, world.calls - before
+
+    for found, calls in together(rank, size):
+        assert calls == (size > 1), "names are agreed on once"
+        for metrics in found:
+            assert metrics.pop("rows") == 7
+            assert metrics == pytest.approx(
+                {
+                    "mean": float(rewards_N.mean() * 1.5),
+                    "variance": float(rewards_N.var(correction=0)),
+                    "mean/a": 4.5 / 3,
+                    "mean/b": 5 / 3,
+                    "mean/c": 7.0,
+                },
+                rel=1e-9,
+            )
+
+
+def test_counts_are_those_of_the_rows_of_all_ranks() -> None:
+    whole = make_batch([1, 2, 3, 4], groups=[0, 0, 1, 1])
+    ranks = [Counts.of(whole.rows(rows)) for rows in ([0, 1], [2, 3])]
+    for per in ("token", "sequence", "sample", "prompt", "constant"):
+        reduction = Reduction(per, length=8)
+        assert Counts(ranks)(reduction, 2) == count(reduction, whole, 2) > 0

@@ -6,6 +6,7 @@ One process is a world of size one, where every sum is the thing itself. Strateg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
@@ -36,6 +37,10 @@ class World:
         """One picklable thing per rank, in rank order; every rank gets all."""
         return [thing]
 
+    def exchange(self, parts: Sequence[bytes]) -> list[bytes]:
+        """Send `parts[r]` to rank r, and return what each rank sent here, in rank order. Collective."""
+        return [sent[self.rank] for sent in self.gather(list(parts))]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
 
@@ -57,6 +62,16 @@ class TorchWorld(World):
         things: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(things, thing, group=self.group)
         return things
+
+    def exchange(self, parts: Sequence[bytes]) -> list[bytes]:
+        sent = torch.tensor([len(part) for part in parts])
+        received = torch.empty_like(sent)
+        torch.distributed.all_to_all_single(received, sent, group=self.group)
+        outgoing = torch.frombuffer(bytearray(b"".join(parts)) or bytearray(1), dtype=torch.uint8)[: int(sent.sum())]
+        incoming = torch.empty(int(received.sum()), dtype=torch.uint8)
+        sizes = received.tolist()
+        torch.distributed.all_to_all_single(incoming, outgoing, sizes, sent.tolist(), group=self.group)
+        return [part.numpy().tobytes() for part in incoming.split(sizes)]
 
     def barrier(self) -> None:
         torch.distributed.barrier(group=self.group)

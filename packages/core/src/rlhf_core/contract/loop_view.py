@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch, Rollouts
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.contract.results import RewardOutput, ScoredRollouts
+    from rlhf_core.contract.results import Metric, RewardOutput, ScoredRollouts
     from rlhf_core.contract.roles import Role
 
 __all__ = ["LoopIteration", "LoopRun"]
@@ -72,7 +72,7 @@ class LoopRun(Protocol):
         """Add the time inside to `time/<name>` of the step at hand."""
         ...
 
-    def log(self, metrics: Mapping[str, float]) -> None:
+    def log(self, metrics: Mapping[str, float | Metric]) -> None:
         """Add metrics to the step at hand."""
         ...
 

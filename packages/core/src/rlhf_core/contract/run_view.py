@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.episode import Feedback
     from rlhf_core.contract.options import RunConfig, Sampling
     from rlhf_core.contract.plan import Plan
-    from rlhf_core.contract.results import RewardOutput
+    from rlhf_core.contract.results import Metric, RewardOutput
     from rlhf_core.contract.roles import Role
 
 __all__ = ["RowEncoder", "RunView"]
@@ -143,6 +143,10 @@ class RunView(Protocol):
         """
         ...
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the step at hand. Numbers must be those of all ranks: sum with `world.total` first."""
+    def log(self, metrics: Mapping[str, float | Metric]) -> None:
+        """Add metrics to the step at hand.
+
+        Numbers must be those of all ranks: sum with `world.total` first. A `Metric` is this rank's part of a mean. The ranks
+        add up all of these in one reduction at the end of the step, so every rank logs them in the same order.
+        """
         ...

@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
+
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.lazy import torch
 from rlhf_core.util.padding import pad_rows
@@ -64,7 +66,7 @@ def assemble(
     examples = [prompts.examples[p] for p in group]
     inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
     mask_NT = inside_NT if mask is None else pad_rows(mask, False, torch.bool)[0]
-    versions_NT = torch.full(tokens_NT.shape, version) if versions is None else pad_rows(versions)[0]
+    versions_NT = mask_NT * version if versions is None else pad_rows(versions)[0].masked_fill(~mask_NT, 0)
     decoded = decode(tokenizer, tokens) if texts is None else []
     columns = set.intersection(*(set(example.fields) for example in examples))
     return Rollouts(
@@ -84,7 +86,7 @@ def assemble(
         extras={
             "uids_N": torch.tensor([prompts.uids[p] for p in group]),
             "row_N": torch.tensor([example.row for example in examples]),
-            "versions_NT": versions_NT.masked_fill(~mask_NT, 0),
+            "versions_NT": versions_NT,
             **{f"{name}_N": torch.tensor([float(each.fields[name]) for each in examples]) for name in sorted(columns)},
             **{name: pad_rows(rows, 0.0, torch.float32)[0] for name, rows in per_token.items()},
         },
@@ -100,29 +102,21 @@ def _raw_texts(
 
     A completion is decoded only if it has no text in `texts`, or an added token before its end: else its text is in `texts`.
     """
-    if not tokens_NT.numel():
-        return [""] * len(tokens_NT)
-    special = tokenizer.all_special_ids
-    added_NT = _is_among(tokens_NT, [*special, *tokenizer.added_tokens_decoder]) & mask_NT
-    last_N = (torch.arange(1, tokens_NT.shape[1] + 1) * mask_NT).amax(1) - 1  # -1 without a sampled token
-    ends_N = torch.tensor([how == "stop" for how in finish]) & (last_N >= 0)
-    last_N1 = last_N.clamp(min=0)[:, None]
-    ends_N &= _is_among(tokens_NT.gather(1, last_N1), special)[:, 0]
-    bare_NT = mask_NT.scatter(1, last_N1, mask_NT.gather(1, last_N1) & ~ends_N[:, None])
-    again = (added_NT & bare_NT).any(1).nonzero()[:, 0].tolist() if texts else range(len(tokens_NT))
+    special = frozenset(tokenizer.all_special_ids)
+    added = [*special, *tokenizer.added_tokens_decoder]
+    is_added_V = np.zeros(max(added, default=0) + 2, dtype=bool)
+    is_added_V[np.array(added, dtype=np.int64)] = True
     raw = list(texts) or [""] * len(tokens_NT)
-    for i, text in zip(
-        again, decode(tokenizer, [tokens_NT[i][bare_NT[i]] for i in again], skip_special=False), strict=True
-    ):
+    again: dict[int, Row] = {}
+    for i, (tokens_T, mask_T, how) in enumerate(zip(tokens_NT.numpy(), mask_NT.numpy(), finish, strict=True)):
+        bare = tokens_T[mask_T]
+        if how == "stop" and len(bare) and int(bare[-1]) in special:
+            bare = bare[:-1]
+        if not texts or is_added_V.take(bare, mode="clip").any():
+            again[i] = torch.from_numpy(bare)
+    for i, text in zip(again, decode(tokenizer, [*again.values()], skip_special=False), strict=True):
         raw[i] = text
     return raw
-
-
-def _is_among(tokens_NT: Tensor, ids: Sequence[int]) -> Tensor:
-    """Return True where a token is one of `ids`."""
-    table_V = torch.zeros(max(ids, default=0) + 2, dtype=torch.bool)
-    table_V[torch.tensor(ids, dtype=torch.int64)] = True
-    return table_V[tokens_NT.clamp(max=len(table_V) - 1)]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Row], skip_special: bool = True) -> list[str]:

@@ -22,7 +22,7 @@ from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.run.reward_inputs import reward_precision
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
-from rlhf_core.training.abstentions import answered_rows, mark_abstained
+from rlhf_core.training.abstentions import answer_counts, answered_rows, mark_abstained
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
@@ -179,7 +179,7 @@ class Iteration:
             rollouts = with_kept_sets(rollouts, config.sampling, engine, tokenizer)
         dtype = self.plan.roles[source].options.compute_dtype
         rollouts = keep_exact(rollouts, engine, config.sampling.temperature, dtype)
-        self.meter.add_sum("samples", self.world.total(len(rollouts)))
+        self.meter.log_total("samples", len(rollouts))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
         return replace(rollouts, world=self.world, step=self.info)
 
@@ -187,9 +187,14 @@ class Iteration:
         """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
         scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(source, sampled)
         prefix = self.prefix(source, "reward")
-        self._log_abstained(source, f"{prefix}/abstained")
-        failed = self.config.on_nonfinite == "skip" and self.world.total(float(scored.failed))
-        answered = None if failed else answered_rows(scored, self.world)
+        answers, failures, abstained = zip(
+            *self.world.gather((answer_counts(scored), scored.failed, self._abstained[source].tolist())), strict=True
+        )
+        missing, asked = map(sum, zip(*abstained, strict=True))
+        if missing:
+            self.meter.log({f"{prefix}/abstained": missing / asked})
+        failed = self.config.on_nonfinite == "skip" and any(failures)
+        answered = None if failed else answered_rows(scored, self.world, answers)
         if answered is None:
             skipped = mark_abstained(scored)
             self.batches[source] = replace(skipped, step=replace(self.info, skip=True))  # by every rank
@@ -221,12 +226,6 @@ class Iteration:
         ):
             self._update_sampler(scored)
         return scored
-
-    def _log_abstained(self, source: str, name: str) -> None:
-        """Log the share of the step's completions from which the reward abstained, if it did so on any rank."""
-        abstained, scored = self.world.sum(self._abstained[source]).tolist()
-        if abstained:
-            self.meter.log({name: abstained / scored})
 
     def _update_sampler(self, scored: ScoredRollouts) -> None:
         """Give the sampler the scores of all ranks, in the order of drawing; none if a reward of them is not finite."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from rlhf_core.data.sources import means_by_source
 from rlhf_core.lazy import torch
 from rlhf_core.training.shared_forward import group_same_rows
 
@@ -30,7 +29,6 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
 
     The entropy costs no forward pass: -log p of a sampled token is an unbiased estimate of its distribution's entropy.
     """
-    total = meter.world.total
     meter.log_batch(f"{prefix}/length", rollouts.lengths_N.float())
     meter.log_batch(f"{prefix}/truncated", torch.tensor([float(f != "stop") for f in rollouts.finish]))
     if "turns_N" in rollouts:
@@ -38,18 +36,18 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
         meter.log_batch(f"{prefix}/feedback", (rollouts.lengths_N - rollouts.mask_NT.sum(1)).float())
     if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
-        meter.log({f"{prefix}/entropy": total(surprise) / max(1.0, total(float(rollouts.mask_NT.sum())))})
+        meter.log_mean(f"{prefix}/entropy", surprise, float(rollouts.mask_NT.sum()))
     if "kept_mass" in rollouts.scalars:
         tokens = float(rollouts.mask_NT.sum())
-        meter.log({"rollout/kept_mass": total(rollouts.scalars["kept_mass"] * tokens) / max(1.0, total(tokens))})
+        meter.log_mean("rollout/kept_mass", rollouts.scalars["kept_mass"] * tokens, tokens)
 
 
 def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:
     """Log what completions earned."""
     whole_N = rewards.total_N
-    mean = meter.log_batch(f"{prefix}/mean", whole_N)
-    meter.log_batch(f"{prefix}/variance", (whole_N - mean).square())
-    meter.log(means_by_source(f"{prefix}/mean", whole_N, rollouts.meta, meter.world))
+    meter.log_batch(f"{prefix}/mean", whole_N)
+    meter.log_variance(f"{prefix}/variance", whole_N)
+    meter.log_sources(f"{prefix}/mean", whole_N, rollouts.meta)
     for name, values_N in rewards.metrics.items():
         known_N = rewards.known.get(name)
         meter.log_batch(f"{prefix}/{name}", values_N if known_N is None else values_N[known_N])
@@ -61,10 +59,9 @@ def trained_tokens(credited: Mapping[str, Batch]) -> float:
     return sum(float((batch.prompt_lengths_N + batch.lengths_N).sum()) for batch in distinct)
 
 
-def measure_step(tokens: float, seconds: float) -> dict[str, float]:
-    """Time, speed and memory of a step of this process, which trained on `tokens` of all ranks."""
-    metrics = {"tokens": tokens, "time/step": seconds, "speed/tokens": tokens / max(seconds, 1e-9)}
-    return metrics | {"memory/process": peak_rss() / GIB} | _device_memory()
+def measure_step(seconds: float) -> dict[str, float]:
+    """Return time and memory of a step of this process."""
+    return {"time/step": seconds, "memory/process": peak_rss() / GIB} | _device_memory()
 
 
 def peak_rss() -> float:

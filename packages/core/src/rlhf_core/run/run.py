@@ -20,7 +20,7 @@ from rlhf_core.checkpoint import Checkpoints, OutputFolder, check_metric
 from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
 from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.options import RunConfig, Sampling
-from rlhf_core.contract.results import RewardOutput
+from rlhf_core.contract.results import Metric, RewardOutput
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.errors import UsageError, options_under, run_option, spell_options
 from rlhf_core.reward.output import to_reward_output
@@ -41,7 +41,7 @@ from rlhf_core.run.stopping import Stop
 from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
-from rlhf_core.training.old_logprobs import staleness
+from rlhf_core.training.old_logprobs import ages_of, staleness
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.training.tracking import follow_roles, steps_behind
@@ -157,17 +157,17 @@ class Run:
 
     def watch(self, batches: Mapping[str, Batch]) -> None:
         """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
-        ages = [
-            staleness(batch, self.roles[name].version, self.world)
-            for name, batch in batches.items()
-            if name in self.roles
-        ]
+        kl = self.state.kl
+        mine = [ages_of(batch, self.roles[name].version) for name, batch in batches.items() if name in self.roles]
+        measured = [kl.measure(batch) for batch in batches.values()] if kl is not None else []
+        everyone = self.world.gather((mine, measured)) if mine or measured else []
+        ages = [staleness(parts) for parts in zip(*(each for each, _ in everyone))]
         if ages:
-            self.log({"rollout/staleness": sum(mean for mean, _ in ages) / len(ages)})
-            self.log({"rollout/staleness_max": max(oldest for _, oldest in ages)})
-        if self.state.kl is not None:
-            for source, batch in batches.items():
-                self.log(self.state.kl.watch(source, batch, self.world.total))
+            means, oldest = zip(*ages, strict=True)
+            self.log({"rollout/staleness": sum(means) / len(ages), "rollout/staleness_max": max(oldest)})
+        if kl is not None:
+            for source, parts in zip(batches, zip(*(each for _, each in everyone))):
+                self.log(kl.watch(source, parts))
 
     def sync(self) -> None:
         """Let tracking roles follow those that were trained, then let the rollout engine take the new weights."""
@@ -191,11 +191,12 @@ class Run:
         self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
         self.samples = {**credited, **{f"{name}/abstained": rows for name, rows in iteration.left_out.items()}}
         self._add_background(self.checkpoints.background.poll)
-        tokens = self.world.total(trained_tokens(credited))
         self.meter.merge(iteration.meter)
-        self.log(measure_step(tokens, time.perf_counter() - iteration.started))
+        self.meter.log_total("tokens", trained_tokens(credited))
+        self.log(measure_step(time.perf_counter() - iteration.started))
         self.log(self.stream.metrics(iteration.position))
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
+        metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
         metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
@@ -368,7 +369,7 @@ class Run:
         """Add the time inside to `time/<name>` of the step at hand."""
         return self.meter.phase(name)
 
-    def log(self, metrics: Mapping[str, float]) -> None:
+    def log(self, metrics: Mapping[str, float | Metric]) -> None:
         """Add metrics to the step at hand."""
         self.meter.log(metrics)
 

@@ -6,6 +6,7 @@ has no completion left gets groups of another, and where there are too few for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,24 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.results import ScoredRollouts
 
-__all__ = ["answered_rows", "mark_abstained"]
+__all__ = ["answer_counts", "answered_rows", "mark_abstained"]
 
 
-def answered_rows(scored: ScoredRollouts, world: World) -> ScoredRollouts | None:
+def answer_counts(scored: ScoredRollouts) -> tuple[int, int]:
+    """Return how many completions of a rank have no answer, and how many groups have one."""
+    answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
+    return len(scored) - len(answered), len(answered.rollouts.group_N.unique())
+
+
+def answered_rows(scored: ScoredRollouts, world: World, counts: Sequence[tuple[int, int]]) -> ScoredRollouts | None:
     """Return the rows to train on, at least a group on every rank; None if fewer groups than ranks are left.
 
-    Collective over `world`. If no rank abstains, this is `scored` itself. Rows that are left have the extra `abstained_N`,
+    `counts` are the `answer_counts` of every rank. Collective over `world` if groups must move.
+
+    If no rank abstains, this is `scored` itself. Rows that are left have the extra `abstained_N`,
     all False: their groups may be smaller than `--sampling.n`.
     """
     answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
-    counts = world.gather((len(scored) - len(answered), len(answered.rollouts.group_N.unique())))
     if not any(abstained for abstained, _ in counts):
         return scored
     if sum(groups for _, groups in counts) < world.size:

@@ -29,7 +29,6 @@ from rlhf_core.training.old_logprobs import (
     late_tokens,
     replace_late,
 )
-from rlhf_core.training.reduction import Means
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,8 +97,10 @@ def compute_needs(
     the role that it waits for. All others are computed before any update, when `after` is empty.
     """
     wanted: dict[tuple[str, str], list[str]] = {}
-    late = late_tokens(batch, roles[source].version, batch.world or World()) if VERSIONS in batch and not after else 0.0
     credits = [credit for credit in plan.credits.values() if credit.source == source]
+    olds = {need.name for credit in credits for need in credit.needs if need.role} & set(OLDS) - batch.extras.keys()
+    ages = VERSIONS in batch and not after and olds  # ranks add up nothing that is not asked for
+    late = late_tokens(batch, roles[source].version, batch.world or World()) if ages else 0.0
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
         waits = need.name not in OLDS and need.role in plan.updated_by(credit.after)
         if (credit.after if waits else "") != after:
@@ -134,10 +135,10 @@ def assign_credit(
     rewards: RewardOutput | None,
     kl_coef: float,
     engine: Advantage | None = None,
-) -> tuple[Batch, dict[str, float]]:
-    """The batch that the terms of `spec` train on, and the metrics of its credit, by the opened `engine` of its advantage.
+) -> tuple[Batch, dict[str, Metric]]:
+    """Return the batch that the terms of `spec` train on, and this rank's part of the metrics of its credit.
 
-    The KL penalty in the reward is added here, per token and before the advantage:
+    `engine` is the opened advantage. The KL penalty in the reward is added here, per token and before the advantage:
     r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
     """
     batch = replace(batch, step=replace(batch.step, kl_coef=kl_coef))
@@ -161,18 +162,13 @@ def assign_credit(
     if credit.returns_NT is not None:
         earned["returns_NT"] = credit.returns_NT
     batch = batch.with_extras(**earned)
-    return batch if credit.rows is None else batch.rows(credit.rows), _credit_metrics(credit, batch.world)
+    metrics = {name: each if isinstance(each, Metric) else _alone(each) for name, each in credit.metrics.items()}
+    return batch if credit.rows is None else batch.rows(credit.rows), metrics
 
 
-def _credit_metrics(credit: Credit, world: World | None) -> dict[str, float]:
-    """The metrics of a credit, over all ranks."""
-    means = Means()
-    for name, value in credit.metrics.items():
-        if isinstance(value, Metric):
-            means.add_metric(name, value)
-        else:
-            means.add(name, value)
-    return means.reduce(world if world is not None and world.size > 1 else None)
+def _alone(number: float) -> Metric:
+    """Return a number of this rank, whose mean over ranks is logged."""
+    return Metric(torch.tensor(number, dtype=torch.float64), torch.tensor(1.0))
 
 
 def _check_credit(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:

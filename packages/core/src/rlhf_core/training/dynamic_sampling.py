@@ -10,6 +10,8 @@ An algorithm that has a field `dynamic` has options of it. The loop knows nothin
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -20,13 +22,15 @@ from rlhf_core.lazy import torch
 from rlhf_core.training.filters import InsideFilter, VariedFilter, accepted_groups
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.selection import Filter
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["DynamicSampling", "choose_filter", "keep_sampling", "share_evenly"]
+__all__ = ["DynamicSampling", "choose_filter", "keep_sampling", "plan_moves", "share_evenly"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def keep_sampling(
     Raises:
         UsageError: the run's first step finds not a single one. A later step trains on its last round then, as it is.
     """
-    meter, total = iteration.meter, iteration.world.total
+    meter = iteration.meter
     begun, rounds = [drawn], list[ScoredRollouts]()
     prompts = kept = 0.0
     failed = False
@@ -127,8 +131,9 @@ def keep_sampling(
             accepted_P = accepted_groups(group_filter, answered.rollouts, answered.rewards)
         accepted_N = accepted_P[torch.unique(answered.rollouts.group_N, return_inverse=True)[1]]
         rounds.append(answered.rows(accepted_N.nonzero().flatten()))
-        prompts += total(_groups(scored))
-        kept += total(_groups(rounds[-1]))
+        counts = torch.tensor([_groups(scored), _groups(rounds[-1])], dtype=torch.float64)
+        sampled, accepted = iteration.world.sum(counts).tolist()
+        prompts, kept = prompts + sampled, kept + accepted
     meter.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
     if kept < iteration.world.size:
         if iteration.step == 1:
@@ -156,11 +161,50 @@ def _groups(scored: ScoredRollouts) -> int:
 
 
 def share_evenly(rounds: list[ScoredRollouts], world: World) -> ScoredRollouts:
-    """Return this rank's even share of the prompts that all ranks kept; at least one for each rank if there are so many."""
-    everyone = world.gather([replace(part, rollouts=replace(part.rollouts, world=None)) for part in rounds])
-    parts = [ranks[k] for k in range(len(rounds)) for ranks in everyone if len(ranks[k])]
-    whole = ScoredRollouts.cat(parts)
-    groups = whole.rollouts.group_N
-    mine = groups.unique().tensor_split(world.size)[world.rank]
-    share = whole.rows(torch.isin(groups, mine).nonzero().flatten())
+    """Return this rank's even share of the prompts that all ranks kept; at least one for each rank if there are so many.
+
+    A rank keeps its own prompts as far as they are its share. Only what is more than that moves, and only to the rank that
+    lacks it.
+    """
+    own = ScoredRollouts.cat([part for part in rounds if len(part)] or rounds[:1])
+    if world.size == 1:
+        return own
+    moves = plan_moves(world.gather(_groups(own)))
+    if not moves:
+        return own
+    groups, stop = own.rollouts.group_N.unique(), _groups(own)
+    parts = [b""] * world.size
+    for source, target, count in moves:
+        if source == world.rank:
+            leaving = _of_groups(own, groups[stop - count : stop])
+            parts[target] = pickle.dumps(replace(leaving, rollouts=replace(leaving.rollouts, world=None)))
+            stop -= count
+    received = [pickle.loads(part) for part in world.exchange(parts) if part]  # noqa: S301  # from a rank of this run
+    kept = _of_groups(own, groups[:stop])
+    share = ScoredRollouts.cat([part for part in (kept, *received) if len(part)] or [kept])
     return replace(share, rollouts=replace(share.rollouts, world=world))
+
+
+def plan_moves(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return the moves that leave every rank an even share of groups, as few groups as can be: (from, to, how many).
+
+    Args:
+        counts: groups of each rank. The first ranks get one more where the groups do not divide.
+    """
+    each, more = divmod(sum(counts), len(counts))
+    surplus = [have - each - (rank < more) for rank, have in enumerate(counts)]
+    moves = []
+    lacking = [rank for rank, over in enumerate(surplus) if over < 0]
+    for source, over in enumerate(surplus):
+        while over > 0:
+            count = min(over, -surplus[lacking[0]])
+            moves.append((source, lacking[0], count))
+            over -= count
+            surplus[lacking[0]] += count
+            if not surplus[lacking[0]]:
+                lacking.pop(0)
+    return moves
+
+
+def _of_groups(scored: ScoredRollouts, groups: Tensor) -> ScoredRollouts:
+    return scored.rows(torch.isin(scored.rollouts.group_N, groups).nonzero().flatten())

@@ -9,7 +9,7 @@ them can be given the gradient of KL(pi || ref) instead, on samples of an older 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -116,21 +116,31 @@ class KLController:
             error = min(max(kl_mean / self.kl.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * completions / self.kl.horizon
 
-    def watch(self, source: str, batch: Batch, total: Callable[[float], float]) -> dict[str, float]:
-        """Return the metrics of a step's batch, whose numbers `total` adds up over ranks, and move the coefficient.
+    def measure(self, batch: Batch) -> tuple[float, float, float | None] | None:
+        """Return completions, tokens and the summed KL of a rank's batch; None without a reference.
 
-        They compare what the trainer computes, never an engine's log-probabilities with the reference's. Where the trainer has
-        not computed the policy's yet, they come from its training pass (`settle`).
+        It compares what the trainer computes, never an engine's log-probabilities with the reference's. Where the trainer has
+        not computed the policy's yet, there is no KL: it comes from the training pass (`settle`).
         """
         if "ref_logprobs_NT" not in batch:
-            return {}
-        completions, tokens = total(len(batch)), max(1.0, total(float(batch.mask_NT.sum())))
+            return None
+        counts = float(len(batch)), float(batch.mask_NT.sum())
         policy_NT = full_old_logprobs(batch)
         if policy_NT is None:
+            return *counts, None
+        kl_NT = kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator)
+        return *counts, float(kl_NT.sum())
+
+    def watch(self, source: str, ranks: Sequence[tuple[float, float, float | None] | None]) -> dict[str, float]:
+        """Return the metrics of a step's batch, from what every rank measured, and move the coefficient."""
+        known = [each for each in ranks if each is not None]
+        if not known:
+            return {}
+        completions, tokens = sum(each[0] for each in known), max(1.0, sum(each[1] for each in known))
+        if any(each[2] is None for each in known):
             self._awaited[f"{source}/kl"] = completions, tokens
             return {}
-        kl = total(float(kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator).sum()))
-        return self._report(kl, completions, tokens)
+        return self._report(sum(each[2] or 0.0 for each in known), completions, tokens)
 
     def settle(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics of the batches that waited for their training pass, from its mean over tokens (`KLLoss`)."""

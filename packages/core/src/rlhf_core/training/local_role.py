@@ -21,7 +21,7 @@ from rlhf_core.training.determinism import be_deterministic
 from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, minibatches
 from rlhf_core.training.observation import check_second_order
 from rlhf_core.training.optimizer_step import OptimizerStep
-from rlhf_core.training.reduction import Means
+from rlhf_core.training.reduction import Means, SharedNames
 from rlhf_core.training.shared_forward import ForwardCache
 from rlhf_core.training.taken_weights import TakenWeights, read_weights, snapshot_weights
 from rlhf_core.training.token_budget import TokenBudget, release_memory
@@ -50,6 +50,8 @@ class LocalRole(Role):
         self.spec = plan.roles[name]
         self.version = 0
         self.forward_cache = ForwardCache()
+        self._names = SharedNames()
+        """of the metrics that its ranks add up"""
         config = plan.config
         if config.deterministic:
             be_deterministic()
@@ -158,7 +160,8 @@ class LocalRole(Role):
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_outputs(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
-            for i in range(rounds := joint_rounds(cuts, self.world)):
+            rounds = joint_rounds(cuts, self.world) if self.trainable.sharded else len(cuts)
+            for i in range(rounds):
                 report(f"reading with the {self.name}", i, rounds)
                 micro = micro_batch(batch, cuts, i)
                 self.budget.record_attempt(micro)
@@ -205,7 +208,7 @@ class LocalRole(Role):
                 step.run({key: next(part) for key, part in parts.items()}, means, compare)
                 self.forward_cache.clear()
                 self.version += 1
-        return means.reduce(self.world if self.world.size > 1 else None)
+        return means.reduce(self.world, self._names)
 
     # ------------------------------------------------------------------------------------------------------------------
 

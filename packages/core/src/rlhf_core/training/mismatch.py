@@ -7,6 +7,7 @@ before the first update of a step. Late tokens are left out, since other weights
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
@@ -81,21 +82,28 @@ class Mismatch:
             )
             self.largest = max(self.largest, float(d.abs().max()))
 
+    def numbers(self) -> tuple[list[float], float]:
+        """Return this rank's sums and its largest difference."""
+        return self.sums.tolist(), self.largest
+
+    def take_all(self, ranks: Sequence[tuple[list[float], float]]) -> None:
+        """Replace this rank's numbers by those of all ranks."""
+        self.sums = torch.tensor([sums for sums, _ in ranks], dtype=torch.float64).sum(0)
+        self.largest = max(largest for _, largest in ranks)
+
     def measure(self, world: World) -> dict[str, float]:
-        """Return mean, largest and KL of the differences over all ranks; nothing if no token was comparable.
+        """Return mean, largest and KL of the differences; nothing if no token was comparable.
 
         Raises:
             RunStopped: the mean is beyond the bound, and the run stops at that.
         """
-        sums = world.sum(self.sums) if world.size > 1 else self.sums
-        largest = max(world.gather(self.largest)) if world.size > 1 else self.largest
-        total, kl, tokens = sums.tolist()
+        total, kl, tokens = self.sums.tolist()
         if not tokens:
             return {}
         mean, bound, name = total / tokens, bound_of(self.config, self.spec), self.spec.name
         if not mean <= bound:  # written so that nan does not pass
-            self._report(mean, largest, bound, world)
-        return {f"{name}/mismatch": mean, f"{name}/mismatch_max": largest, f"{name}/mismatch_kl": kl / tokens}
+            self._report(mean, self.largest, bound, world)
+        return {f"{name}/mismatch": mean, f"{name}/mismatch_max": self.largest, f"{name}/mismatch_kl": kl / tokens}
 
     def _report(self, mean: float, largest: float, bound: float, world: World) -> None:
         """Warn, or stop the run."""

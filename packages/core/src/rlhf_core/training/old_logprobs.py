@@ -20,6 +20,7 @@ policy sampled them, and the present weights count as their sampler.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch, Rollouts
@@ -38,6 +39,7 @@ __all__ = [
     "OLD",
     "OLDS",
     "VERSIONS",
+    "ages_of",
     "current_mask",
     "full_old_logprobs",
     "is_live",
@@ -139,12 +141,16 @@ def with_live(micro: Batch, logprobs_NT: Tensor, version: int) -> Batch:
     )
 
 
-def staleness(batch: Batch, version: int, world: World) -> tuple[float, float]:
-    """Return the mean and largest age of the sampled tokens of all ranks, in optimiser steps.
+def ages_of(batch: Batch, version: int) -> tuple[float, float, float]:
+    """Return the number of a rank's sampled tokens, and the sum and maximum of their ages, in optimiser steps.
 
     It is the age when the batch is trained on: `version` is that of the weights that the next update changes.
     """
     ages = version - batch[VERSIONS][batch.mask_NT]
-    tokens = world.total(float(len(ages)))
-    oldest = max(world.gather(int(ages.max()) if len(ages) else 0))
-    return world.total(float(ages.sum())) / max(tokens, 1.0), float(oldest)
+    return float(len(ages)), float(ages.sum()), float(ages.max()) if len(ages) else 0.0
+
+
+def staleness(ranks: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return the mean and largest age of the sampled tokens of all ranks, from the `ages_of` each."""
+    tokens, total = (sum(column) for column in list(zip(*ranks, strict=True))[:2])
+    return total / max(tokens, 1.0), max(oldest for *_, oldest in ranks)

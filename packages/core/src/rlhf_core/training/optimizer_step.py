@@ -24,12 +24,12 @@ from rlhf_core.errors import NotFinite
 from rlhf_core.lazy import torch
 from rlhf_core.training.hessian import HessianProduct, check_second_derivatives, second_derivatives
 from rlhf_core.training.loss_checks import add_by_source, check_loss_terms
-from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, padding_share
+from rlhf_core.training.microbatch import bearable_padding, micro_batch, micro_rows, padding_share
 from rlhf_core.training.mismatch import Mismatch
 from rlhf_core.training.nonfinite import Watch, keep_samples, term_name
 from rlhf_core.training.observation import Evaluation, Observation
 from rlhf_core.training.old_logprobs import OLD, with_live
-from rlhf_core.training.reduction import Means, count, weighted_sum
+from rlhf_core.training.reduction import Counts, Means, weighted_sum
 from rlhf_core.training.shared_forward import ForwardCache, group_same_rows
 from rlhf_core.training.token_budget import TokenBudget, release_memory
 from rlhf_core.util.activity import report
@@ -176,7 +176,11 @@ class OptimizerStep:
             try:
                 total = self._sweep(work, found, seen, self.trainable.backward)
                 means.merge(found)
-                return self.world_total(total), seen
+                if self.world.size == 1:
+                    return total, seen
+                losses, mismatches = zip(*self.world.gather((total, seen.mismatch.numbers())), strict=True)
+                seen.mismatch.take_all(mismatches)
+                return sum(losses), seen
             except Exception as error:
                 if not self.budget.halve(error):
                     raise
@@ -194,12 +198,6 @@ class OptimizerStep:
             total += self._accumulate(terms, work[keys[0]], means, seen, backward)
         return total
 
-    def world_total(self, value: float) -> float:
-        """A number summed over the ranks of this role."""
-        if self.world.size == 1:
-            return value
-        return float(self.world.sum(torch.tensor(value, dtype=torch.float64)))
-
     def _accumulate(
         self,
         terms: list[tuple[Term, Batch]],
@@ -215,12 +213,12 @@ class OptimizerStep:
         options = self.spec.options
         coef = options.router_aux_coef if isinstance(options, TrainedOptions) else 0.0
         names |= {ROUTER_LOSS} if coef else set()
-        tokens = self.world_total(_tokens(batch)) if coef else 0.0
+        everyone = self.world.gather((len(cuts), _tokens(batch), Counts.of(batch)))
+        tokens, counts = sum(each for _, each, _ in everyone), Counts([each for *_, each in everyone])
         if cuts:
             means.add("padding", padding_share(batch, cuts, self.module.packs))
-        counts: dict[int, float] = {}
         total = 0.0
-        for i in range(rounds := joint_rounds(cuts, self.world)):
+        for i in range(rounds := max(each for each, *_ in everyone)):  # ranks step together: weights may be sharded
             report(f"training the {self.name}", i, rounds)
             live = float(i < len(cuts))
             micro = micro_batch(batch, cuts, i, unit)
@@ -230,13 +228,12 @@ class OptimizerStep:
             )
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
-            for k, (term, credited) in enumerate(terms):
+            for term, credited in terms:
                 own = micro if credited is batch else micro_batch(credited, cuts, i, unit)
                 own = self._with_old_logprobs(term, own, outputs)
                 result = check_loss_terms(term, term.loss(outputs, own), own)
-                if k not in counts:
-                    counts[k] = self.world_total(count(result.reduction, batch, term.unit))
-                share = weighted_sum(result.values, result.reduction, own) / max(counts[k], 1e-12)
+                divisor = max(counts(result.reduction, term.unit), 1e-12)
+                share = weighted_sum(result.values, result.reduction, own) / divisor
                 loss = loss + live * term.weight * share
                 values[term_name(term)] = result.values
                 if live:

@@ -7,7 +7,8 @@ accumulation, packing, padding, order and world size cannot change a loss or its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.results import Metric, Reduction
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.distributed import World
 
-__all__ = ["Means", "count", "weighted_sum"]
+__all__ = ["Counts", "Means", "SharedNames", "count", "weighted_sum"]
+
+REDUCTIONS = get_args(get_type_hints(Reduction)["per"])
+"""What a loss may be averaged over."""
 
 
 def weighted_sum(values: Tensor, reduction: Reduction, batch: Batch) -> Tensor:
@@ -35,8 +39,33 @@ def weighted_sum(values: Tensor, reduction: Reduction, batch: Batch) -> Tensor:
 
 
 def count(reduction: Reduction, batch: Batch, rows_per_unit: int = 1) -> float:
-    """The denominator that a rank's whole optimiser step contributes."""
-    match reduction.per:
+    """Return the denominator that a rank's whole optimiser step contributes."""
+    return _count_per(reduction.per, batch, rows_per_unit)
+
+
+class Counts:
+    """The denominators of an optimizer step over all ranks, for every reduction that a loss may ask for.
+
+    Args:
+        everyone: what each rank's batch gives (`Counts.of`).
+    """
+
+    def __init__(self, everyone: Sequence[Mapping[str, float]]) -> None:
+        self._totals = {per: sum(one[per] for one in everyone) for per in REDUCTIONS}
+
+    @staticmethod
+    def of(batch: Batch) -> dict[str, float]:
+        """Return the denominators of a rank's batch."""
+        return {per: _count_per(per, batch) for per in REDUCTIONS}
+
+    def __call__(self, reduction: Reduction, rows_per_unit: int = 1) -> float:
+        """Return the denominator of a reduction; `rows_per_unit` rows are one sample."""
+        total = self._totals[reduction.per]
+        return total / rows_per_unit if reduction.per == "sample" else total
+
+
+def _count_per(per: str, batch: Batch, rows_per_unit: int = 1) -> float:
+    match per:
         case "token":
             return float(batch.mask_NT.sum())
         case "sequence":
@@ -49,6 +78,37 @@ def count(reduction: Reduction, batch: Batch, rows_per_unit: int = 1) -> float:
             return float(len(batch))
         case "sum":
             return 1.0 / batch.world.size if batch.world is not None else 1.0
+    raise AssertionError(per)
+
+
+class SharedNames:
+    """The names that the ranks of a world have agreed on, so that numbers by name are added up in one reduction.
+
+    A rank that has a new name says so in the reduction itself. Then the ranks tell each other their names, and add up again:
+    once for each new name of a run.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[Any] = []
+
+    def sum(self, numbers: Mapping[Any, tuple[float, float]], world: World) -> dict[Any, tuple[float, float]]:
+        """Return the sums of the pairs of each name over ranks, in float64. Collective."""
+        if world.size == 1:
+            return dict(numbers)
+        new, sums = self._add_up(numbers, world)
+        if new:
+            self._names = sorted(set(self._names).union(*world.gather(set(numbers))))
+            _, sums = self._add_up(numbers, world)
+        return sums
+
+    def _add_up(
+        self, numbers: Mapping[Any, tuple[float, float]], world: World
+    ) -> tuple[bool, dict[Any, tuple[float, float]]]:
+        """Return True if a rank has further names, and the sums of those that are known."""
+        new = float(not numbers.keys() <= set(self._names))
+        pairs = [(new, 0.0), *(numbers.get(name, (0.0, 0.0)) for name in self._names)]
+        (lacking, _), *sums = world.sum(torch.tensor(pairs, dtype=torch.float64)).tolist()
+        return lacking > 0, {name: (first, second) for name, (first, second) in zip(self._names, sums, strict=True)}
 
 
 class Means:
@@ -78,14 +138,17 @@ class Means:
         for name, value in other._plain.items():
             self.add_sum(name, value)
 
-    def reduce(self, world: World | None = None) -> dict[str, float]:
-        """The mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out."""
-        keys = sorted(set(self._sums).union(*world.gather(set(self._sums)) if world is not None else ()))
-        sums = torch.tensor([self._sums.get(key, (0.0, 0.0)) for key in keys], dtype=torch.float64).reshape(-1, 2)
-        if world is not None:
-            sums = world.sum(sums)
+    def reduce(self, world: World | None = None, names: SharedNames | None = None) -> dict[str, float]:
+        """Return the mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out.
+
+        Args:
+            world: the ranks.
+            names: those that they have agreed on, kept from step to step.
+        """
+        sums = self._sums if world is None else (names or SharedNames()).sum(self._sums, world)
         means: dict[str, float] = {}
-        for (name, _), (total, n) in zip(keys, sums.tolist(), strict=True):
+        for name, part in sorted(sums):
+            total, n = sums[name, part]
             if n > 0:
                 means[name] = means.get(name, 0.0) + total / n
         return means | self._plain

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.distributed import World
-from rlhf_core.training.reduction import Means
+from rlhf_core.contract.results import Metric
+from rlhf_core.lazy import torch
+from rlhf_core.training.reduction import Means, SharedNames
 from rlhf_core.util.activity import report
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Meter"]
 
@@ -38,6 +44,10 @@ class Meter:
         self.doing = "start"
         """the phase at hand; after an error, the one that failed"""
         self._means = Means()
+        self._shared: dict[tuple[str, str, int], tuple[float, float]] = {}
+        """pairs of numbers that are added up over ranks when they are taken: by name, kind and number of the call"""
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._names = SharedNames()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -57,24 +67,67 @@ class Meter:
         """Add to a number that is a sum over the step."""
         self._means.add_sum(name, value)
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics that need no averaging over rows or ranks."""
+    def log(self, metrics: Mapping[str, float | Metric]) -> None:
+        """Add metrics: numbers that are those of all ranks, and totals with their counts, which the ranks add up."""
         for name, value in metrics.items():
-            self._means.add(name, value)
+            if isinstance(value, Metric):
+                self.log_mean(name, float(value.total), float(value.count))
+            else:
+                self._means.add(name, value)
 
-    def log_batch(self, name: str, values_N: Any) -> float:
-        """Log and return the mean of a per-completion number over all ranks; without a completion 0, which is not logged."""
-        total, count = self.world.total(float(values_N.sum())), self.world.total(float(len(values_N)))
-        if not count:
-            return 0.0
-        self.log({name: total / count})
-        return total / count
+    def log_batch(self, name: str, values_N: Tensor) -> None:
+        """Log the mean of a per-completion number over all ranks; nothing if no rank has a completion."""
+        self.log_mean(name, float(values_N.sum()), float(len(values_N)))
+
+    def log_mean(self, name: str, total: float, count: float) -> None:
+        """Log the mean of `count` values of each rank whose sum is `total`; nothing if no rank has one.
+
+        What several calls log under a name are means of their own, and the metric is the mean of these.
+        """
+        self._share(name, "mean", (total, count))
+
+    def log_variance(self, name: str, values_N: Tensor) -> None:
+        """Log the variance of a per-completion number around its mean over all ranks (Chan, Golub and LeVeque 1979)."""
+        count, total = float(len(values_N)), float(values_N.sum())
+        mean = total / max(count, 1.0)
+        self._share(name, "within", (float((values_N - mean).square().sum()), count))
+        self._share(name, "between", (count * mean * mean, total))
+
+    def log_sources(self, name: str, values_N: Tensor, meta: Sequence[Mapping[str, Any]]) -> None:
+        """Log the means over the rows of each `datasource` as `name/<datasource>`; rows that have none count nowhere."""
+        own = [str(each["datasource"]) if "datasource" in each else None for each in meta]
+        for source in sorted({each for each in own if each is not None}):
+            mine_N = torch.tensor([each == source for each in own])
+            self.log_mean(f"{name}/{source}", float(values_N[mine_N].double().sum()), float(mine_N.sum()))
+
+    def log_total(self, name: str, value: float) -> None:
+        """Add to a number that is a sum over the step and all ranks."""
+        self._share(name, "total", (value, 0.0))
+
+    def _share(self, name: str, kind: str, pair: tuple[float, float]) -> None:
+        """Keep numbers until the ranks add them up: those of the k-th call here belong to the k-th call elsewhere."""
+        self._calls[name, kind] += 1
+        self._shared[name, kind, self._calls[name, kind]] = pair
 
     def merge(self, other: Meter) -> None:
         """Add everything that `other` collected."""
         self._means.merge(other._means)
+        for (name, kind, _), pair in other._shared.items():
+            self._share(name, kind, pair)
 
     def take(self) -> dict[str, float]:
-        """Return what was collected, and begin again from nothing."""
+        """Return what was collected over all ranks, and begin again from nothing. Collective: one reduction."""
+        sums = self._names.sum(self._shared, self.world)
         means, self._means = self._means, Means()
+        self._shared, self._calls = {}, Counter()
+        for name, kind, call in sorted(sums):
+            first, second = sums[name, kind, call]
+            if kind == "total":
+                means.add_sum(name, first)
+            elif kind == "mean" and second:
+                means.add(name, first / second)
+            elif kind == "within" and second:
+                squares, total = sums[name, "between", call]
+                between = squares - second * (total / second) * (total / second)
+                means.add(name, (first + max(between, 0.0)) / second)
         return means.reduce(None)
