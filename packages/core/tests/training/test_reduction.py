@@ -227,7 +227,7 @@ def test_the_numbers_of_a_step_are_those_of_all_rows_in_one_reduction(size: int)
 
 def test_counts_are_those_of_the_rows_of_all_ranks() -> None:
     whole = make_batch([1, 2, 3, 4], groups=[0, 0, 1, 1])
-    ranks = [Counts.of(whole.rows(rows)) for rows in ([0, 1], [2, 3])]
+    ranks = [Counts.measure(whole.rows(rows)) for rows in ([0, 1], [2, 3])]
     for per in ("token", "sequence", "sample", "prompt", "constant"):
         reduction = Reduction(per, length=8)
         assert Counts(ranks)(reduction, 2) == count(reduction, whole, 2) > 0

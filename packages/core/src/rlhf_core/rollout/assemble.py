@@ -46,11 +46,9 @@ def assemble(
 ) -> Rollouts:
     """Return P prompts and their N completions, those of a prompt adjacent, as a batch on the CPU.
 
-    A sequence with a number per token is a list, an array or a tensor on the CPU; arrays and tensors cost no Python per token.
-
     Args:
         prompts: what was asked.
-        tokens: N sequences, the EOS that ends one included; all of them sampled unless `mask` is given.
+        tokens: N sequences (lists; arrays or tensors cost no Python per token) with the EOS, all sampled without a `mask`.
         finish, tokenizer: N reasons; what makes the texts.
         version: of the policy that sampled.
         versions: N sequences with a version per token, if weights were updated while the engine sampled.
@@ -59,10 +57,9 @@ def assemble(
         mask: N sequences, true where the policy sampled a token.
         texts, kept_sets: of N completions; texts are decoded from the tokens where absent.
     """
-    filler = pad_id(tokenizer)
     group = [p for p in range(len(prompts)) for _ in range(len(tokens) // len(prompts))]
-    tokens_NT, lengths_N = pad_rows(tokens, filler)
-    prompt_NL, prompt_lengths_N = pad_rows([prompts.token_ids[p] for p in group], filler)
+    tokens_NT, lengths_N = pad_rows(tokens, pad_id(tokenizer))
+    prompt_NL, prompt_lengths_N = pad_rows([prompts.token_ids[p] for p in group], pad_id(tokenizer))
     examples = [prompts.examples[p] for p in group]
     inside_NT = torch.arange(tokens_NT.shape[1]) < lengths_N[:, None]
     mask_NT = inside_NT if mask is None else pad_rows(mask, False, torch.bool)[0]

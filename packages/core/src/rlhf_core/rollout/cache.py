@@ -102,7 +102,7 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new states; return all of them, (batch, heads, length, dim)."""
-        held = _held(self, key_states, value_states)
+        held = _states_of(self, key_states, value_states)
         self.keys, self.values = self._buffers.append(held, (key_states, value_states))
         self._buffers.keep(self.keys)
         return self.keys, self.values
@@ -128,7 +128,7 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
         """Append the new states; return those that a query of them may attend to, (batch, heads, length, dim)."""
         if self.record_past:
             return super().update(key_states, value_states, *args, **kwargs)
-        held = _held(self, key_states, value_states)
+        held = _states_of(self, key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
         keys, values = self._buffers.append(held, (key_states, value_states))
         self.keys = keys[:, :, -self.sliding_window + 1 :]
@@ -141,7 +141,7 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
         _reorder(self, self._buffers, beam_idx)
 
 
-def _held(layer: DynamicLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+def _states_of(layer: DynamicLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
     """Return the keys and values of a layer so far; of none, tensors of length 0 like the new ones."""
     if not layer.is_initialized:
         layer.lazy_initialization(key_states, value_states)

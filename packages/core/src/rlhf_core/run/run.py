@@ -165,9 +165,8 @@ class Run:
         if ages:
             means, oldest = zip(*ages, strict=True)
             self.log({"rollout/staleness": sum(means) / len(ages), "rollout/staleness_max": max(oldest)})
-        if kl is not None:
-            for source, parts in zip(batches, zip(*(each for _, each in everyone))):
-                self.log(kl.watch(source, parts))
+        for source, parts in zip(batches if kl is not None else (), zip(*(each for _, each in everyone))):
+            self.log(kl.watch(source, parts) if kl is not None else {})
 
     def sync(self) -> None:
         """Let tracking roles follow those that were trained, then let the rollout engine take the new weights."""

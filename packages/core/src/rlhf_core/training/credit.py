@@ -162,11 +162,11 @@ def assign_credit(
     if credit.returns_NT is not None:
         earned["returns_NT"] = credit.returns_NT
     batch = batch.with_extras(**earned)
-    metrics = {name: each if isinstance(each, Metric) else _alone(each) for name, each in credit.metrics.items()}
+    metrics = {name: each if isinstance(each, Metric) else _as_metric(each) for name, each in credit.metrics.items()}
     return batch if credit.rows is None else batch.rows(credit.rows), metrics
 
 
-def _alone(number: float) -> Metric:
+def _as_metric(number: float) -> Metric:
     """Return a number of this rank, whose mean over ranks is logged."""
     return Metric(torch.tensor(number, dtype=torch.float64), torch.tensor(1.0))
 

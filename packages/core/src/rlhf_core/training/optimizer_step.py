@@ -213,7 +213,7 @@ class OptimizerStep:
         options = self.spec.options
         coef = options.router_aux_coef if isinstance(options, TrainedOptions) else 0.0
         names |= {ROUTER_LOSS} if coef else set()
-        everyone = self.world.gather((len(cuts), _tokens(batch), Counts.of(batch)))
+        everyone = self.world.gather((len(cuts), _tokens(batch), Counts.measure(batch)))
         tokens, counts = sum(each for _, each, _ in everyone), Counts([each for *_, each in everyone])
         if cuts:
             means.add("padding", padding_share(batch, cuts, self.module.packs))

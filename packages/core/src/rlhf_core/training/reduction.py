@@ -47,14 +47,14 @@ class Counts:
     """The denominators of an optimizer step over all ranks, for every reduction that a loss may ask for.
 
     Args:
-        everyone: what each rank's batch gives (`Counts.of`).
+        everyone: what each rank's batch gives (`Counts.measure`).
     """
 
     def __init__(self, everyone: Sequence[Mapping[str, float]]) -> None:
         self._totals = {per: sum(one[per] for one in everyone) for per in REDUCTIONS}
 
     @staticmethod
-    def of(batch: Batch) -> dict[str, float]:
+    def measure(batch: Batch) -> dict[str, float]:
         """Return the denominators of a rank's batch."""
         return {per: _count_per(per, batch) for per in REDUCTIONS}
 

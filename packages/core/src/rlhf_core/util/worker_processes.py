@@ -114,7 +114,7 @@ class _Dispatch:
             number = self._waiting.popleft()
             if worker.process is None:
                 worker.start()
-            if not self._known(worker.output):
+            if not self._watches(worker.output):
                 self._selector.register(worker.output, selectors.EVENT_READ, worker)
             if not worker.calls:
                 worker.began = time.monotonic()
@@ -131,7 +131,7 @@ class _Dispatch:
             return
         if worker.process is None:
             return
-        if bool(worker.outbox) != self._known(worker.input):
+        if bool(worker.outbox) != self._watches(worker.input):
             if worker.outbox:
                 self._selector.register(worker.input, selectors.EVENT_WRITE, worker)
             else:
@@ -159,7 +159,7 @@ class _Dispatch:
     def _bury(self, worker: _Worker, why: str = "") -> None:
         """End a process whose present call fails; the calls behind it go to others."""
         for end in (worker.input, worker.output):
-            if self._known(end):
+            if self._watches(end):
                 self._selector.unregister(end)
         if worker.calls:
             self._results[worker.calls.popleft()] = Failure(why or worker.cause_of_death())
@@ -181,7 +181,7 @@ class _Dispatch:
             return 1.0
         return min(1.0, max(0.0, min(running) + self._timeout - time.monotonic()))
 
-    def _known(self, end: int) -> bool:
+    def _watches(self, end: int) -> bool:
         return end in self._selector.get_map()
 
 
