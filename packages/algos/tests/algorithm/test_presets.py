@@ -93,6 +93,7 @@ def terms(plan: Plan) -> list[str]:
         ("csft", ["actor <- data : SFTLoss"], {"actor"}),
         ("distill", ["actor <- data : DistillLoss"], {"actor", "teacher"}),
         ("reward", ["reward <- data : BradleyTerryLoss"], {"reward"}),
+        ("active_reward", ["reward <- data : BradleyTerryLoss"], {"reward"}),
         ("dpo", ["actor <- data : DPOLoss"], {"actor", "reference"}),
         ("ipo", ["actor <- data : IPOLoss"], {"actor", "reference"}),
         ("cdpo", ["actor <- data : CDPOLoss"], {"actor", "reference"}),
