@@ -27,6 +27,7 @@ EPISODES: dict[str, Any] = {  # ranks sample different numbers of turns from the
     "sampling": {"n": 2, "max_new_tokens": 24},
     "episode": {"turn_tokens": 3},
 }
+MEMORYLESS = {"use": "omd_memoryless", "lr": 0.05, "damping_strategy": "constant", "damping": 2.0}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "grpo": ("grpo", {**ONLINE, "actor": {**ACTOR, "ema": 0.5}}),
     "ppo": ("ppo", {**ONLINE, "actor": ACTOR, "critic": ACTOR, "update_epochs": 2}),
@@ -39,6 +40,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {**ONLINE, "actor": ACTOR, "reference": {"track": {"of": "actor", "every": 2, "decay": 0.5}}},
     ),
     "episodes": ("grpo", {**ONLINE, **EPISODES, "actor": ACTOR}),
+    "omd": ("reward", {"batch_size": 4, "reward": {"freeze": ["body"], "optim": {"use": "omd"}}}),
+    "memoryless": ("reward", {"batch_size": 4, "reward": {"optim": MEMORYLESS}}),
     "bf16": ("grpo", {**ONLINE, "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }
 """Algorithm and options of each case."""
@@ -72,7 +75,7 @@ def main(folder: Path, cases: list[str]) -> None:
     for case in cases or CASES:
         for strategy in ("torch", "fsdp2"):
             run(folder, case, strategy, f"{case}-{strategy}")
-    for case in ("grpo", "lora"):
+    for case in ("grpo", "lora", "omd"):
         halves = {"steps": 4, "save_every": 2}
         run(folder, case, "fsdp2", f"{case}-straight", **halves)
         if os.environ["RANK"] == "0":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.episode import Action, Feedback, Session
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
-    from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, parameter_groups
+    from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, StepClosure, parameter_groups
     from rlhf_core.contract.options import (
         KL,
         EpisodeLimits,
@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from rlhf_core.run.run import Run
     from rlhf_core.strategy.shared_base import SharedBase
     from rlhf_core.training.dynamic_sampling import DynamicSampling
+    from rlhf_core.training.observation import ClippedClosure
     from rlhf_core.training.optimizer import Schedule, load_optimizer, lr_factor, make_optimizer
     from rlhf_core.training.reward_shaping import RewardShaping
     from rlhf_core.util.padding import pad_rows
@@ -103,6 +104,7 @@ __all__ = [
     "Artifact",
     "ArtifactKind",
     "Batch",
+    "ClippedClosure",
     "Closeable",
     "Command",
     "CommandContext",
@@ -168,6 +170,7 @@ __all__ = [
     "SharedBase",
     "Stateful",
     "States",
+    "StepClosure",
     "StepInfo",
     "Strategy",
     "Term",
@@ -214,7 +217,7 @@ _HOMES = {
     "contract.episode": "Action Feedback Session",
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
-    "contract.optimizers": "AdamW OptimizerProvider parameter_groups",
+    "contract.optimizers": "AdamW OptimizerProvider StepClosure parameter_groups",
     "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling Tracking TrackingOptions TrainedOptions",
     "contract.outputs": "Output States",
     "contract.plan": "CreditSpec Plan RoleSpec",
@@ -243,6 +246,7 @@ _HOMES = {
     "run.run": "Run",
     "strategy.shared_base": "SharedBase",
     "training.dynamic_sampling": "DynamicSampling",
+    "training.observation": "ClippedClosure",
     "training.optimizer": "Schedule load_optimizer lr_factor make_optimizer",
     "training.reward_shaping": "RewardShaping",
     "util.padding": "pad_rows",

@@ -12,15 +12,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core import Schedule, SharedBase, Strategy, TorchWorld, Trainable, UsageError, World, make_optimizer
+from rlhf_core import (
+    ClippedClosure,
+    Schedule,
+    SecondOrderTrainable,
+    SharedBase,
+    Strategy,
+    TorchWorld,
+    Trainable,
+    UsageError,
+    World,
+    make_optimizer,
+)
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core import Batch, OptimizerProvider, RoleModule
+    from rlhf_core import Batch, OptimizerProvider, RoleModule, StepClosure
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,8 @@ class FSDP2(Strategy):
     reshard: bool = True
     """free a layer's weights between forward and backward pass; False keeps them, which needs more memory and less traffic"""
 
+    second_order: ClassVar[bool] = True
+
     def __call__(self, build: Callable[[], RoleModule], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         if not torch.distributed.is_initialized():  # one process: a group in memory needs no port
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -37,7 +50,7 @@ class FSDP2(Strategy):
         return FSDP2Trainable(build().eval(), optim, total_steps, self.reshard)
 
 
-class FSDP2Trainable(Trainable):
+class FSDP2Trainable(SecondOrderTrainable):
     """A sharded module, its optimizer and its schedule."""
 
     sharded = discards = True
@@ -75,18 +88,34 @@ class FSDP2Trainable(Trainable):
     def backward(self, loss: Tensor) -> None:
         loss.to(self.device).backward()
 
-    def step(self) -> dict[str, float]:
+    def step(self, closure: StepClosure | None = None) -> dict[str, float]:
         lr = self.schedule.set(self.steps_done)
+        norm = self._clip()
+        if norm.isfinite():
+            self.optimizer.step(ClippedClosure(closure, self._clip) if closure is not None else None)
+            self.steps_done += 1  # the schedule follows the steps that were taken
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": float(norm), "lr": lr}
+
+    def _clip(self) -> Tensor:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:  # momentum moves it all the same, as under strategy `torch`
                 parameter.grad = torch.zeros_like(parameter)
-        norm = self.full(torch.nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm or float("inf")))
-        if norm.isfinite():
-            self.optimizer.step()
-            self.steps_done += 1  # the schedule follows the steps that were taken
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "lr": lr}
+        return self.full(torch.nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm or float("inf")))
+
+    @contextmanager
+    def differentiable(self) -> Iterator[list[Tensor]]:
+        with self.gathered():  # a graph of gradients needs the weights of all layers until its end
+            self.module.set_requires_gradient_sync(False)
+            for unit in self.units:
+                unit.set_reshard_after_backward(False, recurse=False)
+            try:
+                yield [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            finally:
+                self.module.set_requires_gradient_sync(True)
+                for unit in self.units:
+                    unit.set_reshard_after_backward(True, recurse=False)
 
     def discard(self) -> None:
         self.units[-1].reset_iter_state()

@@ -37,7 +37,6 @@ class HeadStep(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr})
         self.weight, self.estimator, self.average = weight, estimator, average
-        self._number = next(i for i, parameter in enumerate(parameters) if parameter is weight)
         self._pairs_BD: Tensor | None = None
         self._warned = False
         self._show()
@@ -71,8 +70,9 @@ class HeadStep(torch.optim.Optimizer):
         self.state[self.weight] = self.estimator.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a state; torch's own method would cast it to the head's dtype."""
-        self.estimator.load_state_dict(state_dict["state"][self._number])
+        """Restore a state; torch's own method would cast it to the head's dtype. Its key is a number, or a name under FSDP2."""
+        (state,) = state_dict["state"].values()
+        self.estimator.load_state_dict(state)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group["lr"] = saved["lr"]
         self._show()

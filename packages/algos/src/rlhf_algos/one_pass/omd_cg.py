@@ -89,9 +89,12 @@ class OmdCg(Iterates):
         return project(theta_D, lambda mu: theta_D - mu * tilde.shifted_solve(theta_D, mu), self.radius)
 
     def state_dict(self) -> dict[str, Any]:
+        factor_RD, room = self.curvature.factor_RD, 2 * self.curvature.rank
+        empty_RD = factor_RD.new_zeros((room - len(factor_RD), self.d))  # one shape, whatever the number of rows
         memory = {
             "diagonal_D": self.curvature.diagonal_D,
-            "factor_RD": self.curvature.factor_RD,
+            "factor_RD": torch.cat([factor_RD, empty_RD]),
+            "rows": len(factor_RD),
             "rank": self.curvature.rank,
             "products": self.products,
         }
@@ -99,5 +102,7 @@ class OmdCg(Iterates):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.curvature = LowRank(state["diagonal_D"].clone(), state["factor_RD"].clone(), int(state["rank"]))
+        self.curvature = LowRank(
+            state["diagonal_D"].clone(), state["factor_RD"][: int(state["rows"])].clone(), int(state["rank"])
+        )
         self.products = int(state["products"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,14 @@ class Trainable:
         Collective, like `full`.
         """
         parameter.data.copy_(whole)
+
+    def differentiable(self) -> AbstractContextManager[Sequence[Tensor]]:
+        """While it is open, `forward` may be differentiated twice with respect to the tensors that it gives.
+
+        They are the whole trained parameters, in the order of `module`'s. Nothing is reduced over ranks meanwhile. A strategy
+        with `second_order` that shards overrides it.
+        """
+        return nullcontext([parameter for parameter in self.module.parameters() if parameter.requires_grad])
 
     def shared_base(self) -> Trainable | None:
         """Return the model without its adapters, as a frozen role (`SharedBase`); None: that role loads the model again."""

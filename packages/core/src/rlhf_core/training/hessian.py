@@ -15,7 +15,6 @@ from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
 
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import RoleSpec
@@ -27,11 +26,11 @@ class HessianProduct:
     """The product of this rank's loss, added up over micro-batches.
 
     Args:
-        parameters: what is trained.
+        parameters: what is trained, whole.
         vectors: one for each.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], vectors: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self.vectors = list(vectors)
         self.total = [torch.zeros_like(vector) for vector in vectors]

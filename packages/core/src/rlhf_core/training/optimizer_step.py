@@ -161,10 +161,14 @@ class OptimizerStep:
     def _product(self, work: Mapping[str, Batch], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the Hessian of the step's loss over all ranks, times `vectors`; gradients at hand stay as they are."""
         check_second_derivatives(self.plan.config, self.spec, self.module)
-        found = HessianProduct([p for p in self.module.parameters() if p.requires_grad], vectors)
-        with second_derivatives(self.name):
+        whole = [self.trainable.full(vector).clone() for vector in vectors]
+        with self.trainable.differentiable() as parameters, second_derivatives(self.name):
+            found = HessianProduct(parameters, whole)
             self._sweep(work, Means(), StepRecord.new(self), found.add)
-        return [self.world.sum(each) if self.world.size > 1 else each for each in found.total]
+        products = [torch.zeros_like(vector) for vector in vectors]
+        for product, total in zip(products, found.total, strict=True):
+            self.trainable.assign(product, self.world.sum(total) if self.world.size > 1 else total)
+        return products
 
     def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, StepRecord]:
         """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
