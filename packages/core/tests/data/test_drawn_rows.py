@@ -70,8 +70,8 @@ BATCHES = 8
 """More than two epochs of two rows each."""
 
 
-def opened(case: str, seed: int = 1) -> Prefetcher:
-    return Prefetcher(Stream(batch_size=2, seed=seed, seeds_rows=True, **CASES[case]), ahead=False)
+def opened(case: str, seed: int = 1, **ranks: int) -> Prefetcher:
+    return Prefetcher(Stream(batch_size=2, seed=seed, seeds_rows=True, **CASES[case], **ranks), ahead=False)
 
 
 def texts(rows: Prefetcher, batches: int, disturbed: bool = False) -> list[str]:
@@ -96,6 +96,13 @@ def test_rows_follow_from_the_seed_and_their_number_alone(case: str) -> None:
     resumed.load_state_dict(begun.state_dict())
     assert texts(resumed, BATCHES - 3) == whole[6:]
     assert len(set(whole)) > COUNT, "each epoch draws anew"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_read_the_rows_of_one_process_though_each_reads_others(case: str) -> None:
+    whole = texts(opened(case), BATCHES)
+    shares = [texts(opened(case, rank=rank, world_size=2), BATCHES) for rank in range(2)]
+    assert [set(pair) for pair in zip(*shares, strict=True)] == [{*whole[i : i + 2]} for i in range(0, 2 * BATCHES, 2)]
 
 
 @pytest.mark.parametrize("case", CASES)
