@@ -95,11 +95,20 @@ def serve(app: Any, listener: socket.socket, note: str = "", limits: Limits = Li
     )
 
     class Server(uvicorn.Server):  # type: ignore[misc]  # uvicorn is optional, and then unknown to mypy
+        interrupted = False
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self.interrupted = sig == signal.SIGINT
+            super().handle_exit(sig, frame)
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             _leave_within(limits.stop_within + LAST)
             await super().shutdown(sockets)
 
-    Server(config).run(sockets=[listener])
+    server = Server(config)
+    server.run(sockets=[listener])
+    if server.interrupted:  # uvicorn raises it again, which asyncio forgets where everything has ended by then
+        raise KeyboardInterrupt
 
 
 def _leave_within(seconds: float) -> None:
