@@ -34,7 +34,8 @@ FIELDS = {
     "kto": ("prompt", "completion", "label"),
     "prm": ("prompt", "steps", "judged"),
     **dict.fromkeys(
-        ("dpo", "aot", "bco_pair", "cdpo", "ipo", "orpo", "simpo", "reward"), ("prompt", "chosen", "rejected")
+        ("dpo", "aot", "bco_pair", "cdpo", "ipo", "orpo", "simpo", "reward", "active_reward"),
+        ("prompt", "chosen", "rejected"),
     ),
 }
 ONLINE: dict[str, Any] = {"reward": "length", "sampling": {"n": 2, "max_new_tokens": 4, "top_p": 0.9}}
