@@ -11,7 +11,7 @@ import pytest
 from rlhf_core.analysis.figures import MAKER, _check_own
 from rlhf_core.checkpoint.own_files import claim_folder, new_files
 from rlhf_core.cli import main
-from rlhf_core.cli.resumable import append_lines, read_lines
+from rlhf_core.cli.resumable import append_lines, whole_lines
 from rlhf_core.cli.sweep import SCRIPT_MARK, _write_script
 from rlhf_core.errors import RunStopped, UsageError
 
@@ -129,5 +129,5 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_the_command_continues(
     assert caught.value.exit_code == 1
     assert path.read_bytes() == b'{"a": 1}\n'
     append_lines(path, [{"b": 2}])
-    assert read_lines(path) == [{"a": 1}, {"b": 2}]
+    assert [json.loads(line) for line in whole_lines(path)] == [{"a": 1}, {"b": 2}]
     assert json.loads(path.read_bytes().splitlines()[1]) == {"b": 2}

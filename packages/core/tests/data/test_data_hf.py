@@ -205,5 +205,5 @@ def test_streamed_sets_are_drawn_as_known_ones_are(lengths: list[int], seed: int
     sets = [[Example(f"{number}/{i}") for i in range(length)] for number, length in enumerate(lengths)]
     shares = [1.0] * len(sets)
     known = list(mixture.PickedRows(sets, *mixture.order(lengths, shares, seed)))
-    streamed: Iterator[Example] = mixture.draw_from_sets(sets, shares, seed)
+    streamed: Iterator[Example] = (row for _, row in mixture.SetsReader(sets, shares, seed))
     assert [row for row, _ in zip(streamed, known)] == known

@@ -144,9 +144,10 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
 
 WRITER = """
 import sys
-from rlhf_core.data.cache import RowCache
+from rlhf_core.data import cache as module
 from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
-cache = RowCache(sys.argv[1], "f")
+module.PAUSE = 0.02
+cache = module.RowCache(sys.argv[1], "f")
 print("open", flush=True)
 for start in range(0, 100_000, 50):
     row = lambda n: TokenizedRow(str(n), [n], (TokenizedCompletion(str(n), [n, n], [True, False]),))

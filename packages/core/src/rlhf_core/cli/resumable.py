@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import RunStopped, UsageError
-from rlhf_core.util.atomic_files import force, write_text
+from rlhf_core.util.atomic_files import force, replacing, write_text
 from rlhf_core.util.secrets import redact, redact_tree
 
-__all__ = ["append_lines", "continue_output", "read_lines"]
+__all__ = ["append_lines", "continue_output", "parse_line", "whole_lines", "write_lines"]
 
 
 def continue_output(path: Path, **options: object) -> None:
@@ -74,19 +74,35 @@ def _plain_options(value: object) -> object:
     return dataclasses.replace(value, **free)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that an earlier run of the command left, less a half-written last line."""
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield each line of a file that an earlier run of the command left, with its end, less a half-written last one."""
     if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
+def parse_line(path: Path, line: bytes) -> dict[str, Any]:
+    """Return the object in a line.
+
+    Raises:
+        UsageError: there is none.
+    """
     try:
-        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        found = json.loads(line)
     except (ValueError, RecursionError):
-        lines = [None]
-    if not all(isinstance(line, dict) for line in lines):
+        found = None
+    if not isinstance(found, dict):
         raise UsageError(f"{path} holds something else than JSON objects, a line each; name another --output")
-    return lines
+    return found
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Replace a file by lines, which may be read from it; readers see the old file or the new one."""
+    with replacing(path) as file:
+        file.writelines(lines)
 
 
 def _redact_text(value: object) -> str:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.cli.resumable import append_lines, continue_output, read_lines
+from rlhf_core.cli.resumable import append_lines, continue_output, parse_line, whole_lines, write_lines
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.engines import open_provider
 from rlhf_core.contract.ranges import at_least
 from rlhf_core.errors import DataError, UsageError, options_under
 from rlhf_core.lazy import torch
-from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.padding import pad_rows
 from rlhf_core.util.places import read_path
 from rlhf_core.util.random_states import seed_libraries
@@ -75,10 +74,10 @@ class Score(Command):
         path = read_path("--output", self.output) if self.output else read.with_suffix(".scored.jsonl")
         if os.path.realpath(path) == os.path.realpath(read):  # which takes links in a circle
             raise UsageError(f"--output {path} is the file that is read; name another")
-        rows = list(self._rows())
         continue_output(path, reward=reward, seed=self.seed)
-        total = self._finished_lines(path, rows)
-        while batch := rows[total : total + self.batch_size]:
+        total, rest = self._finished_lines(path)
+        rows = (self._parse(*line) for line in rest)
+        while batch := list(islice(rows, self.batch_size)):
             seed_libraries(self.seed + total)
             rollouts = make_rollouts(batch)
             output = to_reward_output(engine(rollouts), rollouts, reward)
@@ -94,41 +93,66 @@ class Score(Command):
         print(f"{total} rewards in {path}")
         return 0
 
-    def _finished_lines(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return how many lines have a reward; of a batch that was cut short, the lines are taken away.
+    def _finished_lines(self, path: Path) -> tuple[int, Iterator[tuple[int, str]]]:
+        """Return how many lines have a reward, and the lines that have none; those of a batch that was cut short are taken away.
 
         Raises:
             UsageError: a line is not one of the file with a reward.
         """
-        lines = read_lines(path)
-        for number, old in enumerate(lines, start=1):
-            if number > len(rows) or {**old, **rows[number - 1]} != old:
-                raise UsageError(f"{path}:{number} is not {self.file}:{number} with a reward; name another --output")
-        rest = len(lines) % self.batch_size
-        if not rest or len(lines) == len(rows):
-            return len(lines)
-        kept = lines[: len(lines) - rest]
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-        return len(kept)
+        lines, total = self._lines(), 0
+        batch: list[tuple[int, str]] = []
+        for old in whole_lines(path):
+            total += 1
+            line = next(lines, None)
+            if line is None or not self._continues(path, old, line):
+                raise UsageError(f"{path}:{total} is not {self.file}:{total} with a reward; name another --output")
+            if len(batch) == self.batch_size:
+                batch = []
+            batch.append(line)
+        following = next(lines, None)
+        if following is None:
+            return total, iter(())
+        if len(batch) == self.batch_size:
+            batch = []
+        if batch:
+            write_lines(path, islice(whole_lines(path), total - len(batch)))
+        return total - len(batch), chain(batch, [following], lines)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """The lines of the file."""
+    def _continues(self, path: Path, old: bytes, line: tuple[int, str]) -> bool:
+        """Return True if `old`, a line of the output, is a line of the file with something added."""
+        if old.startswith(line[1].rstrip()[:-1].encode() + b', "reward": '):  # a parse takes many times as long
+            return True
+        scored = parse_line(path, old)
+        return {**scored, **self._parse(*line)} == scored
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """(number from 1, line) of each line of the file that is not blank."""
+        file = read_path("score", self.file)
         try:
-            content = read_text(read_path("score", self.file))
+            if file.is_file():
+                with file.open(encoding="utf-8-sig") as lines:
+                    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            else:  # a pipe is read once, and a device is refused
+                content = read_text(file)
+                yield from ((n, line) for n, line in enumerate(content.split("\n"), start=1) if line.strip())
         except OSError as error:
             raise UsageError(f"{self.file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise DataError(f"{self.file}: expected UTF-8 text") from None
-        for number, line in enumerate(content.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise DataError(f"{self.file}:{number}: not a JSON object") from None
-            if not isinstance(row, dict) or "prompt" not in row or not isinstance(row.get("completion"), str):
-                raise DataError(f"{self.file}:{number}: expected an object with `prompt` and `completion`")
-            yield row
+
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        """The row of a line.
+
+        Raises:
+            DataError: it is no object with a prompt and a completion.
+        """
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{self.file}:{number}: not a JSON object") from None
+        if not isinstance(row, dict) or "prompt" not in row or not isinstance(row.get("completion"), str):
+            raise DataError(f"{self.file}:{number}: expected an object with `prompt` and `completion`")
+        return row
 
 
 def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:

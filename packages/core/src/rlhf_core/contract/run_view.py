@@ -33,6 +33,10 @@ class RowEncoder(Protocol):
         """Return True if the row's prompt is within `--max-prompt-tokens`."""
         ...
 
+    def fitting_prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
+        """Return the prompts that are within `--max-prompt-tokens`, maybe none; each is tokenised once."""
+        ...
+
     def prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
         """Return P prompts for a rollout engine. `uids` number the rows; seeds are derived from them."""
         ...

@@ -2,7 +2,8 @@
 
 A row is found by what it holds, so other orders, mixtures, caps and limits of the same data use it too. Runs may share a
 folder at the same time and be killed at any moment: what a transaction did not finish is not there, and a row whose checksum
-does not hold counts as absent. Rows are JSON, never pickled.
+does not hold counts as absent. Rows are JSON, never pickled. They are written about once a second, since each transaction waits
+for the disk; a run that is killed may lose those of its last second.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,10 @@ CHECK = 8
 """Bytes of the checksum before each row."""
 PATIENCE = 60.0
 """Seconds to wait for another run that writes."""
+PAUSE = 1.0
+"""Seconds from one transaction to the next."""
+WAITING = 20_000
+"""Rows that wait for a transaction at most."""
 ASKED = 500
 """Keys in one question, below SQLite's smallest limit."""
 
@@ -48,6 +54,8 @@ class RowCache:
         except OSError as error:
             raise OptionError("/data.cache", f"{folder}: {error.strerror}; name a folder that can be written") from None
         self._open: sqlite3.Connection | None = None
+        self._waiting: dict[bytes, bytes] = {}
+        self._written = time.monotonic()
         self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
 
     def key(self, example: Example) -> bytes:
@@ -57,7 +65,7 @@ class RowCache:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRow]:
         """The rows that are there."""
-        found: dict[bytes, TokenizedRow] = {}
+        found = {key: _row(self._waiting[key][CHECK:]) for key in keys if key in self._waiting}
         for at in range(0, len(keys), ASKED):
             part = keys[at : at + ASKED]
             marks = ",".join("?" * len(part))
@@ -67,14 +75,24 @@ class RowCache:
         return found
 
     def put(self, rows: Mapping[bytes, TokenizedRow]) -> None:
-        """Keep rows, all of them or none."""
-        if not rows:
-            return
-        stored = [(key, _to_bytes(row)) for key, row in rows.items()]
-        self._execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", stored, many=True)
+        """Keep rows. They are written when a second has passed, when there are many, or when the cache is closed."""
+        self._waiting |= {key: _to_bytes(row) for key, row in rows.items()}
+        if time.monotonic() - self._written > PAUSE or len(self._waiting) > WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait, all of them or none."""
+        if self._waiting:
+            self._execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", [*self._waiting.items()], many=True)
+        self._waiting.clear()
+        self._written = time.monotonic()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, and close the file."""
+        self.flush()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -87,7 +105,8 @@ class RowCache:
                 run = self._open.executemany if many else self._open.execute
                 return run(statement, values).fetchall()
         except sqlite3.Error as error:
-            self.close()
+            self._waiting.clear()
+            self._disconnect()
             raise UsageError(f"{run_option('data.cache')}: {self._path} cannot be used ({error}); remove it") from None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf_core.contract.batch import Example
 
 if TYPE_CHECKING:
+    from rlhf_core.data.reading import Place
     from rlhf_core.data.rows import TokenizedRow
 
 __all__ = ["CUT", "DROPPED", "FAILED", "USABLE", "Chunk", "PreparedRow", "Segment", "assign_ranks"]
@@ -44,8 +45,10 @@ class Segment:
     """rows of this epoch before"""
     number_C: np.ndarray
     """int64 row numbers"""
-    examples: Sequence[Example] | None = None
-    """the rows, of a source that is read in order"""
+    rows: Sequence[Any] | None = None
+    """the rows as the source has them, if it is read in order"""
+    moment: Place | None = None
+    """the pass over such a source before these rows; None at its start, and if the source cannot begin there"""
 
     def __len__(self) -> int:
         return len(self.number_C)

@@ -127,6 +127,14 @@ class Encoder:
         """Whether the example's prompt is short enough to be answered."""
         return self.truncate(self.prompt_row(example)) is not None
 
+    def fitting_prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
+        """The prompts that are short enough to be answered; maybe none of them. Each is tokenised once."""
+        rows = [self.truncate(self.prompt_row(example)) for example in examples]
+        kept = [i for i, row in enumerate(rows) if row is not None]
+        return self.prompts(
+            [examples[i] for i in kept], [uids[i] for i in kept], [row for row in rows if row is not None]
+        )
+
     def prompts(
         self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[TokenizedRow] | None = None
     ) -> Prompts:

@@ -8,7 +8,9 @@ within a buffer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -18,6 +20,7 @@ from rlhf_core.data.cells import without_nulls
 from rlhf_core.data.columns import Columns
 from rlhf_core.data.json import hold_out
 from rlhf_core.data.prepare import Preparation
+from rlhf_core.data.reading import RowReader, example_of
 from rlhf_core.errors import DataError, MissingPackage, OptionError, UsageError, option
 
 __all__ = ["HuggingFaceData", "StreamRows", "TableRows", "without_decoding"]
@@ -165,6 +168,48 @@ class StreamRows(Iterable[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (_example(self, row, number) for number, row in enumerate(self.table))
 
+    def read(self, state: Any = None) -> RowReader:
+        """Return a reader of (number, row), from where another one was."""
+        return _TableReader(self.table, state)
+
+    def example(self, row: Any) -> Example:
+        """Return the example in what a reader gave."""
+        number, cells = row
+        return _example(self, cells, number)
+
+
+class _TableReader:
+    """Rows of a table in order, one pass at a time.
+
+    Tables of `datasets` know their place: whole shards are passed over without being read.
+    """
+
+    def __init__(self, table: Any, state: Any) -> None:
+        self._number = 0 if state is None else state["number"]
+        self._begun = False
+        self._begin = None if state is None else state["table"]
+        self._table = table if hasattr(table, "load_state_dict") else None
+        if self._table is None:
+            self._rows = islice(table, self._number, None)
+            return
+        self._table.load_state_dict(self._begin)  # None is the start
+        self._rows = iter(self._table)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        row = next(self._rows)
+        self._begun = True
+        self._number += 1
+        return self._number - 1, row
+
+    def state(self) -> Any:
+        # before its first row, a table has the state of whoever read it last; and its state goes on changing
+        known = self._begun and self._table is not None
+        state = deepcopy(self._table.state_dict()) if known else self._begin  # type: ignore[union-attr]
+        return {"number": self._number, "table": state}
+
 
 @dataclass(frozen=True)
 class _Again(Iterable[Example]):
@@ -175,9 +220,16 @@ class _Again(Iterable[Example]):
     seed: int
 
     def __iter__(self) -> Iterator[Example]:
-        if self.shares:
-            return mixture.draw_from_sets(self.sets, self.shares, self.seed)
-        return (row for rows in self.sets for row in rows)
+        return map(self.example, self.read())
+
+    def read(self, state: Any = None) -> RowReader:
+        """Return a reader of (set, row), from where another one was."""
+        return mixture.SetsReader(self.sets, self.shares, self.seed, state)
+
+    def example(self, row: Any) -> Example:
+        """Return the example in what a reader gave."""
+        number, content = row
+        return example_of(self.sets[number], content)
 
 
 def _example(rows: TableRows | StreamRows, row: Mapping[str, Any], number: int) -> Example:

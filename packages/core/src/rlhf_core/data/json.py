@@ -1,27 +1,31 @@
 """`--data json`: rows of a local .json or .jsonl file.
 
 The whole file is read and checked before the run starts, so that a malformed row 90,000 is an error of the first second
-and not of the fifth hour. Files larger than memory are for a streaming reader.
+and not of the fifth hour. That pass keeps the place of each row, 12 bytes, and a row is read again when it is drawn. Training
+and held-out rows share it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import lru_cache
+from operator import index as to_index
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.data.columns import OPTIONAL, Columns
+from rlhf_core.data.json_index import FileIndex
 from rlhf_core.data.mixture import PickedRows, drop_duplicates
+from rlhf_core.data.plain_rows import PlainCheck
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, OptionError, UsageError, option
-from rlhf_core.util.text_files import read_text
 
-__all__ = ["Json", "rows_of"]
+__all__ = ["Json", "JsonRows", "hold_out"]
 
 
 @dataclass(frozen=True)
@@ -58,65 +62,102 @@ class Json(Preparation, Columns):
         return PickedRows.select(examples, heldout if split == "heldout" else train)
 
     def _read(self, path: str) -> Sequence[Example]:
-        rows = list(rows_of(Path(path)))
-        if not rows:
+        """The checked rows of a file; those of an earlier call that are still in use, if the file is the same."""
+        state = _identity(path)
+        key = (path, state, self.limit, *(getattr(self, each.name) for each in fields(Columns)))
+        rows = _IN_USE.get(key) if state else None
+        if rows is None:
+            checked = JsonRows.check(path, self, self.limit)
+            rows = drop_duplicates(checked, set()) if self.unique else checked
+            if state:
+                _IN_USE[key] = rows
+        return rows
+
+
+class JsonRows(Sequence[Example]):
+    """Rows of a checked file by number; a row is parsed when it is asked for.
+
+    Args:
+        index: of the file.
+        columns: with every key filled in.
+    """
+
+    def __init__(self, index: FileIndex, columns: Columns) -> None:
+        self._index, self._columns = index, columns
+
+    @classmethod
+    def check(cls, path: str, columns: Columns, limit: int = 0) -> JsonRows:
+        """Read a file once and check its first `limit` rows, all for 0.
+
+        Raises:
+            DataError: `file:row: ` what is wrong with a row; or there are no rows.
+        """
+        index = FileIndex(path)
+        first: tuple[Any, str] | None = None
+        failure: DataError | None = None
+        known, check = columns, PlainCheck(columns)
+        for number, row in enumerate(index.scan(limit)):
+            if first is None:
+                first = row, index.origin(0)
+                known = columns.find_columns(*first) if isinstance(row, dict) else columns
+                check = PlainCheck(known)
+            if not check(row) and failure is None:
+                failure = _problem(known, row, index.origin(number))
+        if first is None:
             raise DataError(f"{path}: the file has no rows")
-        rows = rows[: self.limit] if self.limit else rows
-        columns: Columns = self
-        if isinstance(first := rows[0][1], dict):
-            later = {name: None for _, row in rows if isinstance(row, dict) for name in OPTIONAL if name in row}
-            columns = self.infer_columns(later | first, rows[0][0])
-        examples = [columns.example(row, origin) for origin, row in rows]
-        return drop_duplicates(examples, set()) if self.unique else examples
+        row, origin = first
+        if isinstance(row, dict):
+            later = {name: None for shape in check.shapes for name in OPTIONAL if name in shape}
+            columns = columns.infer_columns(later | row, origin)
+        rows = cls(index, columns)
+        if columns != known:  # a later row has a column that stands before prompts
+            problems = (_problem(columns, index.value(i), index.origin(i)) for i in range(len(index)))
+            failure = next(filter(None, problems), None)
+        if failure is not None:
+            raise failure
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return PickedRows.select(self, range(*index.indices(len(self))))
+        row = to_index(index)
+        row += len(self) if row < 0 else 0
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        return self._columns.example(self._index.value(row), self._index.origin(row))
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """`(file:row, value)` of each row, counted from 1 (in a .jsonl file: its line)."""
+_IN_USE: WeakValueDictionary[tuple[Any, ...], Sequence[Example]] = WeakValueDictionary()
+"""Rows that somebody holds: training and held-out rows are of one index."""
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """What changes when a file does; nothing of what is no file, which is read once."""
     try:
-        text = read_text(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_parse(text, f"{path}", 1), start=1):
-            yield f"{path}:{number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}", number)
+        found = Path(path).stat()
+        return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size) if Path(path).is_file() else ()
+    except (OSError, ValueError):  # reading it finds the words
+        return ()
 
 
-def _parse(text: str, path: str, first_line: int) -> Any:
+def _problem(columns: Columns, row: Any, origin: str) -> DataError | None:
+    """What is wrong with a row."""
     try:
-        value = json.loads(text)
-        if "\\u" in text:  # an escape may be half of a pair, which no tokenizer can read
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{first_line + error.lineno - 1}: expected one JSON object a line, or a list of objects "
-            f"({error.msg} at column {error.colno})"
-        ) from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(
-            f"{path}:{first_line}: {_column(value, half)}half a character, {half!r}, stands alone; write both halves"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path}:{first_line}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{path}:{first_line}: {error}") from None
-    return value
+        columns.example(row, origin)
+    except DataError as error:
+        return error
+    return None
 
 
-def _column(row: Any, text: str) -> str:
-    """`'key': ` of the column that `text` is in, where `row` is one row and says so."""
-    columns = row.items() if isinstance(row, dict) else ()
-    found = next((key for key, value in columns if text in json.dumps(value, ensure_ascii=False)), None)
-    return "" if found is None else f"{found!r}: "
-
-
-def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:
+@lru_cache(maxsize=4)  # the arrays of training rows live as long as a run, and take most of it
+def hold_out(rows: int, heldout: float) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of train and held-out, both ascending; the draw depends on nothing but the two arguments."""
     count = round(rows * heldout) if heldout < 1 else int(heldout)
     if not 0 < count < rows:
@@ -124,4 +165,4 @@ def hold_out(rows: int, heldout: float) -> tuple[list[int], list[int]]:
             "heldout", f"{heldout:g} leaves {rows - count} of {rows} rows to train on and {count} held out"
         )
     order = np.random.default_rng(0).permutation(rows)
-    return sorted(order[count:].tolist()), sorted(order[:count].tolist())
+    return np.sort(order[count:]), np.sort(order[:count])

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.data.reading import RowReader, example_of, read_from
 from rlhf_core.errors import OptionError
 
-__all__ = ["PickedRows", "concatenate", "count_duplicates", "draw_from_sets", "drop_duplicates", "limit_rows", "order"]
+__all__ = ["PickedRows", "SetsReader", "concatenate", "count_duplicates", "drop_duplicates", "limit_rows", "order"]
 
 DRAWS = 4096
 """Random numbers drawn at a time."""
@@ -39,9 +40,9 @@ class PickedRows(Sequence[Example]):
         self.duplicates: int = duplicates + sum(map(count_duplicates, sets))
 
     @classmethod
-    def select(cls, rows: Sequence[Example], index: Sequence[int], duplicates: int = 0) -> PickedRows:
+    def select(cls, rows: Sequence[Example], index: Sequence[int] | np.ndarray, duplicates: int = 0) -> PickedRows:
         """Some rows of one set."""
-        return cls([rows], np.zeros(len(index), int), np.array(index, int), duplicates)
+        return cls([rows], np.zeros(len(index), np.int16), np.asarray(index, int), duplicates)
 
     def __len__(self) -> int:
         return len(self._row_N)
@@ -96,19 +97,46 @@ def order(lengths: Sequence[int], shares: Sequence[float], seed: int) -> tuple[n
     return np.array(drawn_from), np.array(rows)
 
 
-def draw_from_sets(sets: Sequence[Iterable[Example]], shares: Sequence[float], seed: int) -> Iterator[Example]:
-    """The same draws from sets whose lengths are not known. A set's end shows when it is asked again."""
-    readers = [iter(rows) for rows in sets]
-    left = set(range(len(sets)))
-    for number in _draw_set_numbers(shares, seed):
-        row = next(readers[number], None)
-        if row is None:
-            left.discard(number)
-            if not left:
-                return
-            readers[number] = iter(sets[number])
-            row = next(readers[number])
-        yield row
+class SetsReader:
+    """Yields (set, row) of sets whose lengths are not known: one after another, or the draws of `order`.
+
+    A set's end shows when it is asked again.
+
+    Args:
+        sets: the sets.
+        shares: probability of each; without them one set follows another.
+        seed: of the draws.
+        state: of another reader, to continue from.
+    """
+
+    def __init__(
+        self, sets: Sequence[Iterable[Example]], shares: Sequence[float], seed: int, state: Any = None
+    ) -> None:
+        self._sets, self._shares = sets, shares
+        self._draws: int = state["draws"] if state else 0
+        self._left = set(state["left"] if state else range(len(sets)))
+        states = state["readers"] if state else [None] * len(sets)
+        self._readers = [read_from(rows, each) for rows, each in zip(sets, states, strict=True)]
+        self._numbers = islice(_draw_set_numbers(shares, seed), self._draws, None) if shares else None
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        while self._left:
+            number = min(self._left) if self._numbers is None else next(self._numbers)
+            self._draws += 1
+            for row in self._readers[number]:
+                return number, row
+            self._left.discard(number)
+            if self._shares and self._left:
+                self._readers[number] = read_from(self._sets[number])
+                return number, next(self._readers[number])
+        raise StopIteration
+
+    def state(self) -> Any:
+        """What another reader continues from."""
+        return {"draws": self._draws, "left": sorted(self._left), "readers": [each.state() for each in self._readers]}
 
 
 def _draw_set_numbers(shares: Sequence[float], seed: int) -> Iterator[int]:
@@ -136,3 +164,31 @@ class _First(Iterable[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return islice(self._rows, self._limit)
+
+    def read(self, state: Any = None) -> RowReader:
+        """Return a reader of the rows, from where another one was."""
+        return _FirstReader(self._rows, self._limit, state)
+
+    def example(self, row: Any) -> Example:
+        """Return the example in what a reader gave."""
+        return example_of(self._rows, row)
+
+
+class _FirstReader:
+    """The first rows of another reader."""
+
+    def __init__(self, rows: Iterable[Example], limit: int, state: Any) -> None:
+        self._left: int = limit if state is None else state["left"]
+        self._reader = read_from(rows, None if state is None else state["reader"])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise StopIteration
+        self._left -= 1
+        return next(self._reader)
+
+    def state(self) -> Any:
+        return {"left": self._left, "reader": self._reader.state()}

@@ -26,8 +26,9 @@ import numpy as np
 from rlhf_core.data.mixture import count_duplicates
 from rlhf_core.data.prepare import Preparer
 from rlhf_core.data.read_ahead import InPlace, ReadAhead, Supply
+from rlhf_core.data.reading import Place
 from rlhf_core.data.shuffling import SHUFFLED, can_read_ahead
-from rlhf_core.data.stream import DrawnBatch, DrawnRows, Stream, is_indexed
+from rlhf_core.data.stream import READING, DrawnBatch, DrawnRows, Stream, is_indexed
 from rlhf_core.errors import advice, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.option_text import OptionNames
@@ -150,7 +151,13 @@ class Prefetcher:
         return self._state
 
     def with_ahead(self, position: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the position after the last batch taken together with the batches that a sampler that reacts drew ahead."""
+        """Return the position after the last batch taken, as plain data.
+
+        The batches that a sampler that reacts drew ahead are in it.
+        """
+        reading = position.get(READING)
+        if isinstance(reading, Place):
+            position = {**position, READING: reading.plain()}
         if not self.reacts or not self._batches.is_started:
             return dict(position)
         self._batches.wait()

@@ -1,11 +1,11 @@
-"""The usual orders of rows: a new permutation in every epoch, for a stream within a buffer. Which rows may be read ahead."""
+"""The usual order of rows: a new permutation in every epoch. Which rows may be read ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import count
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Example
     from rlhf_core.contract.providers import Data
 
-__all__ = ["SHUFFLED", "ShuffledSampler", "can_read_ahead", "shuffle_within"]
+__all__ = ["SHUFFLED", "ShuffledSampler", "can_read_ahead"]
 
 
 PART = 4096
@@ -44,13 +44,3 @@ SHUFFLED = ShuffledSampler()
 def can_read_ahead(data: Data, rows: Iterable[Example]) -> bool:
     """Return True if rows may be read in the background: reading them draws from no global random generator."""
     return data.runs_ahead or isinstance(rows, (list, tuple))
-
-
-def shuffle_within(rows: Iterator[Any], size: int, generator: np.random.Generator) -> Iterator[Any]:
-    """`rows` through a buffer of `size`: each that comes in pushes a random one out; the last ones leave in random order."""
-    buffer = list(islice(rows, size))
-    for row in rows:
-        at = int(generator.integers(size))
-        yield buffer[at]
-        buffer[at] = row
-    yield from (buffer[at] for at in generator.permutation(len(buffer)).tolist())

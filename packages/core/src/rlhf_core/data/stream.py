@@ -3,10 +3,9 @@
 A sampler gives the numbers of the rows; the usual one permutes them anew in every epoch, from (seed, epoch) alone. All ranks
 draw the same numbers, each prepares its own rows of them, and they add up which rows are usable (`data.chunks`). So ranks
 change who reads a row and never which batch it is in. Batches are always full: one may begin in an epoch and end in the next.
-A source without a length (streaming) is read in its own order, or shuffled within a buffer by (seed, epoch); on resume it is
-read again up to the position, which makes the same buffer again. A reader with a state continues from that by itself, and no
-row is read that the batch at hand does not need, so that its state belongs to the last row drawn. The same holds for a sampler
-that reacts to scores.
+A source without a length (streaming) is read in its own order, or shuffled within a buffer by (seed, epoch) (`data.reading`).
+A reader with a state continues from that by itself, and no row is read that the batch at hand does not need, so that its state
+belongs to the last row drawn. The same holds for a sampler that reacts to scores.
 
 What a reader or a sampler draws from the global random generators follows from the seed and the row's place alone, if these
 are seeded for each row (`seeds_rows`): other code draws from them too, and a resumed run reads rows again or not at all.
@@ -14,32 +13,31 @@ are seeded for each row (`seeds_rows`): other code draws from them too, and a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
-from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, Segment, assign_ranks
+from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, assign_ranks
+from rlhf_core.data.draws import Draws, is_indexed
+from rlhf_core.data.reading import Place
 from rlhf_core.data.render import LIMITS_ADVICE
-from rlhf_core.data.shuffling import SHUFFLED, shuffle_within
-from rlhf_core.errors import ContractError, DataError, OptionError, UsageError
-from rlhf_core.util.random_states import seed_apart, seeded_each
+from rlhf_core.data.shuffling import SHUFFLED
+from rlhf_core.errors import DataError, OptionError, UsageError
 
 if TYPE_CHECKING:
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["DrawnBatch", "DrawnRows", "Stream", "is_indexed"]
+__all__ = ["READING", "DrawnBatch", "DrawnRows", "Stream", "is_indexed"]
 
 BATCHES = 4
 """Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
+READING = "reading"
+"""Of a position: the pass over a source that is read in order."""
 POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
 """What a position is made of."""
-ROW, NUMBER = 0, 1
-"""What generators are seeded for."""
 
 
 class DrawnRows(NamedTuple):
@@ -117,7 +115,6 @@ class Stream:
         self.examples = examples
         self.batch_size = batch_size
         self.sampler = sampler
-        self.seed = seed
         self.rank, self.ranks = rank, world_size
         self.exact = readers is not None or sampler.reacts
         """True if no row may be drawn that the batch at hand does not need"""
@@ -126,18 +123,16 @@ class Stream:
         self._share = batch_size // world_size
         self._prepare = prepare
         self._chunk_batches = max(-(-block // self._share), BATCHES if world_size > 1 else 1)
-        self._buffer = buffer
         self._readers = readers
-        self._engine = engine or sampler
-        self._add_up, self._seeds_rows = add_up, seeds_rows
+        self._draws = Draws(examples, seed, sampler, engine or sampler, buffer, readers is not None, seeds_rows)
+        self._add_up = add_up
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
         self._begin()
 
-    def _begin(self) -> None:
-        """Draw from the present position on."""
-        self._next = (self.epoch, self.row, self.first_uid)
-        self._numbers: Iterator[int] | None = None
-        self._reading: Iterator[tuple[int, Example]] | None = None
+    def _begin(self, reading: Mapping[str, Any] | None = None) -> None:
+        """Draw from the present position on, and continue the pass whose state is `reading`."""
+        self._draws.move(self.epoch, self.row, self.first_uid, reading)
+        self._moment: Place | Mapping[str, Any] | None = None
         self._chunks = 0
         self._missing = self.batch_size
         self._pending: Chunk | None = None
@@ -178,21 +173,25 @@ class Stream:
         """Return a batch that was drawn before, by number and uid of its rows."""
         number_B, uid_B = np.array(places, np.int64).reshape(-1, 2).T
         own = slice(self.rank * self._share, (self.rank + 1) * self._share)
-        examples = list(map(self._example, number_B[own].tolist(), uid_B[own].tolist()))
+        examples = list(map(self._draws.example, number_B[own].tolist(), uid_B[own].tolist()))
         rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
         prepared = list(map(PreparedRow, examples, uid_B[own].tolist(), rows))
         return DrawnBatch(self._join_rows(prepared), number_B, uid_B)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: what the next batch begins with."""
-        position = {name: getattr(self, name) for name in POSITION}
+        """The position: what the next batch begins with. Of a source that can begin in its middle, with a `Place` of it."""
+        position: dict[str, Any] = {name: getattr(self, name) for name in POSITION}
+        if self._moment is not None:
+            position[READING] = self._moment
         return position if self._readers is None else position | {"readers": self._readers()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a position; seed and data must be those it came from. Readers have got their states before."""
         for name in POSITION:
             setattr(self, name, state[name])
-        self._begin()
+        reading = state.get(READING)
+        self._begin(reading.plain() if isinstance(reading, Place) else reading)
+        self._moment = reading
 
     def _present_chunk(self) -> Chunk:
         """The chunk whose rows come next, with the codes of all ranks. Raises what ended it, if that comes next."""
@@ -217,6 +216,7 @@ class Stream:
                 self._check_kept()
                 self._kept = False
             self.epoch, self.row, self.first_uid = segment.epoch, segment.first_row + rows, segment.first_uid
+            self._moment = segment.moment
             self._kept |= bool((code_C != DROPPED).any())
             self.dropped += int((code_C == DROPPED).sum())
             self.truncated += int((code_C == CUT).sum())
@@ -244,7 +244,7 @@ class Stream:
     def _prepare_again(self, chunk: Chunk, place: int) -> PreparedRow | Exception:
         """A row that another rank owns, or why it cannot be prepared."""
         try:
-            example = self._example_in(*chunk.segment_at(place))
+            example = self._draws.example_in(*chunk.segment_at(place))
             (tokens,) = [None] if self._prepare is None else self._prepare([example])
         except Exception as error:
             return error
@@ -261,10 +261,9 @@ class Stream:
 
     def chunk(self) -> Chunk:
         """Draw the next rows of all ranks, and prepare those that this rank owns."""
-        _, row, first_uid = self._next
-        begin, batches = first_uid + row, self._chunk_batches if self._chunks else 1
+        begin, batches = self._draws.place, self._chunk_batches if self._chunks else 1
         aligned = self.batch_size * batches - begin % self.batch_size
-        segments, failure = self._segments(self._missing if self.exact else aligned)
+        segments, failure = self._draws.segments(self._missing if self.exact else aligned)
         self._chunks += 1
         place_C = begin + np.arange(sum(map(len, segments)))
         uids = [each.first_uid + each.number_C for each in segments]
@@ -279,7 +278,7 @@ class Stream:
         examples: dict[int, Example] = {}
         for place in np.flatnonzero(chunk.owner_C == self.rank).tolist():
             try:
-                examples[place] = self._example_in(*chunk.segment_at(place))
+                examples[place] = self._draws.example_in(*chunk.segment_at(place))
             except Exception as error:  # raised when its turn comes, by every rank
                 chunk.prepared[place] = error
         rows: Sequence[Any] = [None] * len(examples)
@@ -298,92 +297,6 @@ class Stream:
         for place, found in chunk.prepared.items():
             if isinstance(found, Exception):
                 chunk.code_C[place] = FAILED
-
-    def _segments(self, rows: int) -> tuple[list[Segment], Exception | None]:
-        """The next rows, and what ended them before there were so many."""
-        segments: list[Segment] = []
-        while rows:
-            epoch, row, first_uid = self._next
-            number_C, examples, failure = self._read(rows)
-            if len(number_C):
-                segments.append(Segment(epoch, first_uid, row, number_C, examples))
-                rows -= len(number_C)
-                self._next = (epoch, row + len(number_C), first_uid)
-            elif failure is None and not row:
-                again = f" when read again for epoch {epoch + 1}; give a sequence" if epoch else ""
-                failure = UsageError(f"the data has no rows{again}")
-            elif failure is None:
-                self._next, self._reading = (epoch + 1, 0, first_uid + row), None
-            if failure is not None:
-                return segments, failure
-        return segments, None
-
-    def _read(self, most: int) -> tuple[np.ndarray, list[Example] | None, Exception | None]:
-        """Numbers of the next rows of the present epoch, those of a stream with the rows, and what went wrong after them."""
-        if is_indexed(self.examples):
-            _, row, _ = self._next
-            number_C, failure = self._draw_numbers(len(self.examples), min(most, len(self.examples) - row))
-            return number_C, None, failure
-        numbers, examples = list[int](), list[Example]()
-        error: Exception | None = None
-        try:
-            self._reading = self._reading or self._read_in_order()
-            for number, example in islice(self._reading, most):
-                numbers.append(number)
-                examples.append(example)
-        except Exception as failed:
-            error = failed
-        return np.array(numbers, np.int64), examples, error
-
-    def _read_in_order(self) -> Iterator[tuple[int, Example]]:
-        """(row number, example) of the present epoch from the present position on."""
-        epoch, row, first_uid = self._next
-        first = row if self._readers is not None else 0
-        rows: Iterator[Any] = enumerate(self._seed_each(lambda: self.examples, ROW, first_uid + first), first)
-        if self._buffer:
-            rows = shuffle_within(rows, self._buffer, np.random.default_rng([self.seed, epoch]))
-        return islice(rows, row - first, None)
-
-    def _seed_each(self, make: Callable[[], Iterable[Any]], purpose: int, first: int) -> Iterator[Any]:
-        return seeded_each(make, first, self.seed, purpose) if self._seeds_rows else iter(make())
-
-    def _example_in(self, segment: Segment, place: int) -> Example:
-        """A row of a segment."""
-        number = int(segment.number_C[place])
-        if segment.examples is not None:
-            return replace(segment.examples[place], row=number)
-        return self._example(number, segment.first_uid + (number if self.sampler.epochs else segment.first_row + place))
-
-    def _example(self, number: int, uid: int) -> Example:
-        """The row of this number, which it carries."""
-        examples: Any = self.examples
-        if self._seeds_rows:
-            seed_apart(self.seed, ROW, uid)
-        example: Example = examples[number]
-        return replace(example, row=number)
-
-    def _draw_numbers(self, rows: int, count: int) -> tuple[np.ndarray, Exception | None]:
-        """So many numbers that the sampler gives, and a ContractError after them if it gives none, or none of a row."""
-        who = f"sampler {type(self.sampler).__qualname__} of {type(self.sampler).__module__}"
-        if self._numbers is None:
-            _, row, first_uid = self._next
-            done = first_uid + row
-            first = done if self.sampler.reacts else 0  # one that reacts continues from its state
-            numbers = self._seed_each(lambda: self._engine(rows, self.seed), NUMBER, first)
-            self._numbers = islice(numbers, done - first, None)
-        given: list[Any] = list(islice(self._numbers, count))
-        if not (set(map(type, given)) <= {int} and (not given or 0 <= min(given) <= max(given) < rows)):
-            for place, number in enumerate(given):
-                if not isinstance(number, (int, np.integer)) or not 0 <= number < rows:
-                    wrong = ContractError(f"{who} gave {number!r}, which is no row number from 0 to {rows - 1}")
-                    return np.array(given[:place], np.int64), wrong
-        short = ContractError(f"{who} has no more rows; its iterator must be endless") if len(given) < count else None
-        return np.array(given, np.int64), short
-
-
-def is_indexed(examples: Iterable[Example]) -> TypeGuard[Sequence[Example]]:
-    """Return True if rows are read by number."""
-    return isinstance(examples, Sequence) or (isinstance(examples, Sized) and hasattr(examples, "__getitem__"))
 
 
 def _join(parts: Sequence[tuple[Chunk, np.ndarray]], name: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.engines import Stateful
@@ -145,12 +146,13 @@ class RunData:
             UsageError: there are none, or fewer than ranks.
         """
         with options_under("/data"):
-            rows = list(self.read_apart("heldout"))
+            found = self.read_apart("heldout")
+            rows = found[:most] if isinstance(found, Sequence) else list(islice(found, most))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
-        if len(rows[:most]) < world.size:
+        if len(rows) < world.size:
             raise UsageError(
-                f"{len(rows[:most])} held-out rows are fewer than the {world.size} ranks that share them; evaluate on "
+                f"{len(rows)} held-out rows are fewer than the {world.size} ranks that share them; evaluate on "
                 "more rows, or start fewer ranks"
             )
-        return rows[:most]
+        return rows

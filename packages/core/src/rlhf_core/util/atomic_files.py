@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
+from typing import BinaryIO
 
 from rlhf_core.errors import UsageError, run_option
 
@@ -20,6 +21,7 @@ __all__ = [
     "fsync_tree",
     "inside",
     "remove_leftovers",
+    "replacing",
     "temporary_name",
     "write_bytes",
     "write_text",
@@ -33,11 +35,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; readers see the old content or the new, never a part."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when the block ends without an error; until then `path` is what it was."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # drawn: nobody's file has this name
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -1,0 +1,292 @@
+"""Places of the rows of a JSON file, found in one pass that parses every row, hands it on, and keeps nothing else.
+
+    file  ──scan──▶  (row number, value)  ──▶  whoever checks it        FileIndex: first byte and checksum of each row
+
+A row is read again when it is drawn. Its checksum, 4 bytes beside the 8 of its place, shows a file that was changed meanwhile;
+lines that are added to its end do no harm. A file that is replaced under its name stays readable, since it is kept open. A
+pipe can be read once: its bytes are kept.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import json
+import os
+import re
+import stat
+import weakref
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from zlib import crc32
+
+from rlhf_core.errors import DataError
+
+__all__ = ["FileIndex"]
+
+BLOCK = 2**20
+"""Bytes read at a time."""
+BOM = codecs.BOM_UTF8
+BLANKS = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+
+class FileIndex:
+    """Rows of a .json or .jsonl file by number.
+
+    Args:
+        path: the file: one value a line, or one list of values.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._starts, self._sums, self._numbers = array("q"), array("I"), array("q")
+        self._end = 0
+        self._bytes: bytes | None = None
+        try:
+            self._file = _open(Path(path))
+            weakref.finalize(self, os.close, self._file)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                with open(self._file, "rb", closefd=False) as pipe:
+                    self._bytes = pipe.read()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}") from None
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def origin(self, row: int) -> str:
+        """Return `file:row`, counted from 1; of a file of lines, its line."""
+        return f"{self.path}:{self._numbers[row] if self._numbers else row + 1}"
+
+    def value(self, row: int) -> Any:
+        """Return a row, parsed again.
+
+        Raises:
+            DataError: it is no longer what it was.
+        """
+        start = self._starts[row]
+        stop = self._starts[row + 1] if row + 1 < len(self) else self._end
+        content = self._bytes[start:stop] if self._bytes is not None else os.pread(self._file, stop - start, start)
+        try:
+            text = content.decode()
+            value, end = _DECODER.raw_decode(text)
+            if crc32(text[:end].encode()) == self._sums[row]:
+                return value
+        except ValueError:
+            pass
+        raise DataError(f"{self.origin(row)}: the row was changed after the file was opened; start the run again")
+
+    def scan(self, limit: int = 0) -> Iterator[Any]:
+        """Yield the first `limit` rows, all for 0, and index them on the way; call it once.
+
+        Raises:
+            DataError: `file:row: ` what is wrong with a row.
+        """
+        with self._reader() as file:
+            begin = len(BOM) if file.read(len(BOM)) == BOM else 0
+            file.seek(begin)
+            first = next((head for line in file if (head := line.decode(errors="replace").strip())), None)
+        if first is None:
+            return
+        listed = first.startswith("[")
+        with self._reader() as file:
+            file.seek(begin)
+            found = self._elements(file, begin) if listed else self._values(file, begin)
+            for number, start, text, value in found:
+                if self._numbers or number != len(self) + 1:  # there are blank lines
+                    self._numbers = self._numbers or array("q", range(1, len(self) + 1))
+                    self._numbers.append(number)
+                self._starts.append(start)
+                self._sums.append(crc32(text))
+                self._end = start + len(text)
+                yield value
+                if len(self._starts) == limit:
+                    return
+
+    def _reader(self) -> BinaryIO:
+        if self._bytes is not None:
+            return io.BytesIO(self._bytes)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        return open(self._file, "rb", buffering=BLOCK, closefd=False)
+
+    def _values(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
+        """(number, first byte, bytes, value) of each line that is not blank."""
+        number, at, decode = 0, begin, _DECODER.raw_decode
+        for line in file:
+            text = ""
+            if line.startswith(b"{") and b"\r" not in line and b"\\u" not in line:  # most lines
+                try:
+                    text = line.decode()
+                    value, end = decode(text)
+                except (ValueError, RecursionError):
+                    text = ""
+            if text and text[end:] == "\n":
+                number += 1
+                yield number, at, line[:-1], value
+            else:
+                before = number
+                for number, start, bare in _split_line(line, before, at, self.path):
+                    if bare:
+                        yield number, start, bare.encode(), parse(bare, self.path, number)
+            at += len(line)
+
+    def _elements(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
+        """The same of each element of a list, without holding the list.
+
+        Raises:
+            DataError: it is no list; a second reading, of the whole text, finds the words for it.
+        """
+        text = _Text(file)
+        try:
+            yield from text.elements(begin)
+        except (ValueError, RecursionError):
+            with self._reader() as whole:
+                parse(_decode(whole.read()[begin:], begin, self.path), self.path, 1)
+            raise DataError(f"{self.path}: expected a list of objects") from None
+
+
+class _Text:
+    """The decoded text of a file, of which a part is in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at = "", 0
+
+    def elements(self, byte: int) -> Iterator[tuple[int, int, bytes, Any]]:
+        """(number from 1, first byte, bytes, value) of each element; `byte` is the place of the text in the file."""
+        number = 0
+        separator = "["
+        while True:
+            blanks = self._skip_blanks()
+            if self._text[self._at : self._at + 1] != separator:
+                raise ValueError(separator)
+            self._at += 1
+            byte += blanks + 1 + self._skip_blanks()
+            if separator == "[" and self._text[self._at : self._at + 1] == "]":
+                break
+            content, value = self._value()
+            number += 1
+            yield number, byte, content, value
+            byte += len(content)
+            blanks = self._skip_blanks()
+            byte += blanks
+            separator = ","
+            if self._text[self._at : self._at + 1] == "]":
+                break
+        self._at += 1
+        self._skip_blanks()
+        if self._at < len(self._text):
+            raise ValueError("something follows the list")
+
+    def _value(self) -> tuple[bytes, Any]:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError:
+                if not self._fill():
+                    raise
+                continue
+            after = BLANKS.match(self._text, end).end()  # type: ignore[union-attr]
+            if self._text[after : after + 1] not in (",", "]") and self._fill():
+                continue  # a number may go on
+            text = self._text[self._at : end]
+            if "\\u" in text:
+                json.dumps(value, ensure_ascii=False).encode()
+            self._at = end
+            return text.encode(), value
+
+    def _skip_blanks(self) -> int:
+        """Move behind blanks, with text after them in memory unless the file ends; return how many they are."""
+        skipped = 0
+        while True:
+            end = BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
+            skipped += end - self._at
+            self._at = end
+            if end < len(self._text) or not self._fill():
+                return skipped
+
+    def _fill(self) -> bool:
+        """Read on, as much again as is there; return False at the end."""
+        block = self._file.read(max(BLOCK, len(self._text) - self._at))
+        self._text = self._text[self._at :] + self._decoder.decode(block, final=not block)
+        self._at = 0
+        return bool(block)
+
+
+def _open(path: Path) -> int:
+    """A descriptor of a file or pipe.
+
+    Raises:
+        OSError: it cannot be read; or is a folder, or a device, which may have no end (`/dev/zero`); or the path is none.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode) or (stat.S_ISCHR(mode) and str(path) != os.devnull):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "is a device and no file", str(path))
+    return descriptor
+
+
+def _split_line(line: bytes, before: int, begin: int, path: str) -> Iterator[tuple[int, int, str]]:
+    """(number, first byte that is not blank, text without blanks around it) of a line; lines of old Macs are several."""
+    parts = [line]
+    if b"\r" in line.rstrip(b"\r\n"):
+        parts = re.findall(rb"[^\r]*\r\n?|[^\r]+", line)
+    for number, part in enumerate(parts, start=before + 1):
+        bare = _decode(part, begin, path).lstrip()
+        yield number, begin + len(part) - len(bare.encode()), bare.rstrip()
+        begin += len(part)
+
+
+def _decode(content: bytes, begin: int, path: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error.reason} at byte {begin + error.start})") from None
+
+
+def parse(text: str, path: str, first_line: int) -> Any:
+    """Return the value of a JSON text that begins on a line of a file.
+
+    Raises:
+        DataError: `file:line: ` what is wrong.
+    """
+    try:
+        value = json.loads(text)
+        if "\\u" in text:  # an escape may be half of a pair, which no tokenizer can read
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{first_line + error.lineno - 1}: expected one JSON object a line, or a list of objects "
+            f"({error.msg} at column {error.colno})"
+        ) from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{path}:{first_line}: {_column(value, half)}half a character, {half!r}, stands alone; write both halves"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path}:{first_line}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}:{first_line}: {error}") from None
+    return value
+
+
+def _column(row: Any, text: str) -> str:
+    """`'key': ` of the column that `text` is in, where `row` is one row and says so."""
+    columns = row.items() if isinstance(row, dict) else ()
+    found = next((key for key, value in columns if text in json.dumps(value, ensure_ascii=False)), None)
+    return "" if found is None else f"{found!r}: "
