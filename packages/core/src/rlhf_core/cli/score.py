@@ -94,7 +94,9 @@ class Score(Command):
         return 0
 
     def _finished_lines(self, path: Path) -> tuple[int, Iterator[tuple[int, str]]]:
-        """Return how many lines have a reward, and the lines that have none; those of a batch that was cut short are taken away.
+        """Return how many lines have a reward, and the lines that have none.
+
+        Lines of a batch that was cut short are taken away.
 
         Raises:
             UsageError: a line is not one of the file with a reward.

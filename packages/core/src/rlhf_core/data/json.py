@@ -7,7 +7,7 @@ and held-out rows share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
 from operator import index as to_index
@@ -25,7 +25,7 @@ from rlhf_core.data.plain_rows import PlainCheck
 from rlhf_core.data.prepare import Preparation
 from rlhf_core.errors import DataError, OptionError, UsageError, option
 
-__all__ = ["Json", "JsonRows", "hold_out"]
+__all__ = ["Json", "JsonRows", "hold_out", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,13 @@ class JsonRows(Sequence[Example]):
         if not 0 <= row < len(self):
             raise IndexError(index)
         return self._columns.example(self._index.value(row), self._index.origin(row))
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield `(file:row, value)` of each row of a file, counted from 1 (in a .jsonl file: its line)."""
+    index = FileIndex(str(path))
+    for number, value in enumerate(index.scan()):
+        yield index.origin(number), value
 
 
 _IN_USE: WeakValueDictionary[tuple[Any, ...], Sequence[Example]] = WeakValueDictionary()

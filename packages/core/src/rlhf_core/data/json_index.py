@@ -228,7 +228,7 @@ def _open(path: Path) -> int:
         OSError: it cannot be read; or is a folder, or a device, which may have no end (`/dev/zero`); or the path is none.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, os.O_RDONLY)  # not inherited by other programs
     except ValueError as error:  # a NUL in the path
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     mode = os.fstat(descriptor).st_mode
