@@ -14,9 +14,15 @@ from rlhf_core.errors import UsageError
 from rlhf_core.plugins.registry import default_registry
 
 OUTSIDE: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
+    ("advantage", "ask"): {"share": (0, 1.1), "damping": (0,)},
     ("advantage", "best_of_n"): {"keep": (0,)},
+    ("advantage", "best_quartile"): {"rank": (1,), "min_gap": (-1,)},
+    ("advantage", "best_worst"): {"min_gap": (-1,)},
+    ("advantage", "delta_ucb"): {"beta": (-1, nan), "min_gap": (-1,)},
+    ("advantage", "drts"): {"draws": (0,), "min_gap": (-1,)},
     ("advantage", "gae"): {"gamma": (-0.1, 1.1), "lam": (-0.1, 1.1, nan)},
     ("advantage", "kto"): {"desirable": (0, -1), "undesirable": (0, -1)},
+    ("advantage", "optimistic"): {"beta": (-1, nan), "min_gap": (-1,)},
     ("advantage", "pairs"): {"min_gap": (-1,)},
     ("advantage", "reinforce"): {"gamma": (-0.1, 1.1)},
     ("advantage", "reinforce_pp"): {"gamma": (-0.1, 1.1)},
