@@ -126,11 +126,19 @@ INSTALL: dict[str, dict[str, str]] = {
         "value": "rlhf-algos",
         "weighted_nll": "rlhf-algos",
     },
+    "optimizer": {
+        "mle": "rlhf-algos",
+        "omd": "rlhf-algos",
+        "omd_cg": "rlhf-algos",
+        "omd_memoryless": "rlhf-algos",
+        "sgd": "rlhf-algos",
+    },
     "reward": {
         "harmbench": "rlhf-eval-gcg",
         "keep_bad": "rlhf-algos",
         "refusal": "rlhf-eval-gcg",
         "strongreject": "rlhf-eval-gcg",
+        "uncertain": "rlhf-algos",
         "verdict": "rlhf-eval-gcg",
     },
     "rollout": {
