@@ -160,6 +160,21 @@ def test_a_run_that_somebody_is_at_is_left_alone_even_if_its_sweep_was_killed(fo
     assert member.state == "failed"
 
 
+@pytest.mark.parametrize("name", ["sweep-config.toml", "log.txt", "sweep-status.json"])
+def test_a_file_of_the_users_in_a_runs_folder_stays(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(folder, "")
+    (member,) = read_sweep(path).members
+    member.folder.mkdir(parents=True)
+    (member.folder / name).write_text("{}")
+    assert main(["sweep", str(path)]) == 2
+    assert f"{name} is there and no file of this sweep" in capsys.readouterr().err
+    assert [each.name for each in member.folder.iterdir()] == [name] and (member.folder / name).read_text() == "{}"
+    (member.folder / name).unlink()
+    assert main(["sweep", str(path)]) == 0 == main(["sweep", str(path)])
+
+
 def test_a_slurm_script_has_a_task_a_run(folder: Path) -> None:
     path = write(folder, "seeds = [0, 1, 2]\n[slurm]\ntime = '04:00:00'\nrequeue = ''\n")
     assert main(["sweep", str(path), "--slurm", "array.sh"]) == 0

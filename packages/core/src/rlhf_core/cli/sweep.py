@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["Sweep", "run_member", "status_table"]
 
 
+MEMBER_MARK = ".sweep"
+"""In a run's folder: the sweep's own files there may be written over."""
+
 SCRIPT_MARK = "# written by rlhf-run sweep"
 """Tells scripts that may be written over."""
 
@@ -116,8 +119,12 @@ def run_member(
     """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder.
 
     `plugins` are the words `-p NAME` that the sweep itself was started with.
+
+    Raises:
+        UsageError: a file that the sweep would write is there, and the sweep did not write it.
     """
     member.folder.mkdir(parents=True, exist_ok=True)
+    _claim(member)
     with _try_lock(member.folder) as lock:
         if lock is None or member.state == "finished":
             return
@@ -148,6 +155,24 @@ def run_member(
             print(
                 f"{member.name}: ended with code {code}, see {member.folder / 'log.txt'}", file=sys.stderr, flush=True
             )
+
+
+def _claim(member: Member) -> None:
+    """Mark the folder of a run as the sweep's.
+
+    Raises:
+        UsageError: it is not marked, and holds a file of such a name.
+    """
+    mark = member.folder / MEMBER_MARK
+    if mark.is_file():
+        return
+    for name in ("sweep-config.toml", "log.txt", member.status_file.name):
+        if os.path.lexists(member.folder / name):
+            raise UsageError(
+                f"{member.folder / name} is there and no file of this sweep, which would write to it; move it away, or give the "
+                "sweep another output"
+            )
+    mark.touch()
 
 
 def _discard(member: Member, names: Sequence[str]) -> None:
