@@ -169,8 +169,8 @@ def _claim(member: Member) -> None:
     for name in ("sweep-config.toml", "log.txt", member.status_file.name):
         if os.path.lexists(member.folder / name):
             raise UsageError(
-                f"{member.folder / name} is there and no file of this sweep, which would write to it; move it away, or give the "
-                "sweep another output"
+                f"{member.folder / name} is there and no file of this sweep, which would write to it; move it away, or "
+                "give the sweep another output"
             )
     mark.touch()
 
