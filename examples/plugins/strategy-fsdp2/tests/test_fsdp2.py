@@ -123,3 +123,11 @@ def test_float16_is_refused_in_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="does not train in float16: use bfloat16 or float32"):
         Run(config).train()
+
+
+def test_an_estimator_that_keeps_all_pairs_is_refused_in_one_line(tmp_path: Path) -> None:
+    fsdp2_ranks.write_data(tmp_path)
+    head = {"freeze": ["body"], "optim": {"use": "mle"}}
+    with pytest.raises(UsageError, match="keeps all pairs, .* sharded checkpoint .*; use strategy") as error:
+        fsdp2_ranks.run(tmp_path, "omd", "fsdp2", "mle", reward=head)
+    assert "\n" not in str(error.value)

@@ -43,6 +43,8 @@ class HeadOptimizer(OptimizerProvider):
     observes: ClassVar[bool] = True
     outputs: ClassVar[frozenset[str]] = frozenset({"features_NH"})
     config_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1.0}
+    grows: ClassVar[bool] = False
+    """True if the state grows with the pairs"""
 
     @property
     def averages(self) -> bool:
@@ -55,11 +57,16 @@ class HeadOptimizer(OptimizerProvider):
 
     def __call__(self, named_parameters: Iterable[tuple[str, Parameter]], total_steps: int) -> torch.optim.Optimizer:
         from rlhf_algos.one_pass.head_step import HeadStep
-        from rlhf_algos.one_pass.sharding import whole
+        from rlhf_algos.one_pass.sharding import is_sharded, whole
         from rlhf_algos.one_pass.store import read_state
 
         named = list(named_parameters)
         weight = self._head(named)
+        if self.grows and is_sharded(weight):
+            raise UsageError(
+                "this optimizer keeps all pairs, and a sharded checkpoint holds states of a fixed size only; "
+                f"use {run_option('strategy', 'torch')}, or take omd"
+            )
         theta_D = whole(weight)[0].cpu() if self.start == "head" else None
         estimator = self.estimator(weight.shape[1], theta_D)
         if self.state:

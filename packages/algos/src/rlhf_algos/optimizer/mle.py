@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.optimizer.head import HeadOptimizer
 from rlhf_core.contract.ranges import at_least, finite
@@ -31,6 +31,8 @@ class MLE(HeadOptimizer):
     """Newton's method with a matrix of features by features; or L-BFGS, without one"""
     refit_every: int = 1
     """optimizer steps from one refit to the next"""
+
+    grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
