@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from head_runs import ROWS, head_of, options, train
+from killed_child import train_ranks
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_algos.one_pass import conjugate_gradient
 from rlhf_algos.one_pass.memoryless_step import MemorylessStep
 from rlhf_core import Run, UsageError, make_config
+from rlhf_core.testing import run_ranks
 
 WHOLE: dict[str, Any] = {"freeze": []}
 OPTIM = {"use": "omd_memoryless", "lr": 0.05, "damping_strategy": "constant", "damping": 2.0}
@@ -84,11 +88,11 @@ def test_products_are_those_of_plain_transformers(
             torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-5, msg=name)
 
 
-def trained_names(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
+def trained_names(run: Run, role: str = "reward") -> list[tuple[str, torch.nn.Parameter]]:
     """Return names and shapes of what a run trains, in order."""
     from rlhf_core.models.build import build_module
 
-    return list(build_module(run.plan.roles["reward"]).named_parameters())
+    return list(build_module(run.plan.roles[role]).named_parameters())
 
 
 def test_products_are_symmetric(tmp_path: Path, closures) -> None:
@@ -142,6 +146,32 @@ def test_whole_models_and_adapters_train_resume_and_load(reward: dict[str, Any],
         assert head_of(tmp_path / "straight").shape == (16,)
 
 
+@pytest.mark.parametrize(
+    "reward",
+    [
+        pytest.param({"freeze": ["body"]}, id="head"),
+        pytest.param(WHOLE, id="whole"),
+        pytest.param({"freeze": [], "lora": {"rank": 2}}, id="adapters"),
+    ],
+)
+def test_two_ranks_equal_one_process(reward: dict[str, Any], tmp_path: Path) -> None:
+    train(tmp_path / "one", OPTIM, reward=reward)
+    ranks = run_ranks(2, train_ranks, options(tmp_path / "two", OPTIM, reward=reward))
+    assert all(rank.code == 0 for rank in ranks), ranks
+    one, other = (load_file(tmp_path / name / "model" / file_of(reward)) for name in ("one", "two"))
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(other[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), rel=1e-5)
+
+
+def logged(output: Path) -> list[float]:
+    """Return losses and norms of gradients by step, which differ if an earlier update did."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    return [row[name] for row in rows for name in ("loss/reward", "grad_norm/reward")]
+
+
 def file_of(reward: dict[str, Any]) -> str:
     """Return the file of weights that a run leaves."""
     return "adapter_model.safetensors" if "lora" in reward else "model.safetensors"
@@ -154,3 +184,41 @@ def test_a_loss_without_second_derivative_is_refused_in_one_line(tmp_path: Path)
     with pytest.raises(UsageError, match="optimizer of the actor needs second derivatives, .*chunk") as error:
         Run(make_config(**{**made, "algorithm": "dpo", "actor": actor})).train()
     assert "\n" not in str(error.value)
+
+
+def test_without_chunks_products_of_a_policy_are_those_of_plain_transformers(tmp_path: Path, closures) -> None:
+    def policy(output: Path, optim: dict[str, Any], **more: Any) -> Run:
+        made = {**options(output, optim, **more), "algorithm": "dpo", "actor": {"optim": optim}, "chunk": 0}
+        made.pop("reward")
+        run = Run(make_config(**made))
+        run.train()
+        return run
+
+    start = tmp_path / "start"
+    policy(start, {"use": "sgd", "lr": 0.1}, steps=1)
+    run = policy(tmp_path / "run", OPTIM, model=str(start / "model"), batch_size=12, steps=1)
+    names = [name.removeprefix("model.") for name, _ in trained_names(run, "actor")]
+    for vectors, products in closures:
+        expected = plain_policy_products(start / "model", names, vectors)
+        for name, found, wanted in zip(names, products, expected, strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def plain_policy_products(folder: Path, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the Hessian of the mean DPO loss, beta 0.1, where the policy is its reference: plain transformers, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in names]
+
+    def logprob(prompt: str, completion: str) -> Tensor:
+        before = tokenizer(prompt, add_special_tokens=False).input_ids
+        after = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        logits = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None]).sum()
+
+    gaps = [logprob(r["prompt"], r["chosen"]) - logprob(r["prompt"], r["rejected"]) for r in ROWS]
+    losses = [-torch.nn.functional.logsigmoid(0.1 * (gap - gap.detach())) for gap in gaps]
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters, create_graph=True)
+    along = sum((g * v.double()).sum() for g, v in zip(gradients, vectors, strict=True))
+    return list(torch.autograd.grad(along, parameters))
