@@ -211,7 +211,7 @@ FLAGS = {
     "new-plugin": "new-plugin needs NAME, the provider's name: small letters, digits and dashes: rlhf-run new-plugin NAME",
     "new-plugin Big": "new-plugin Big: a name is small letters, digits and dashes, such as brevity",
     "new-plugin brevity": "new-plugin brevity: (local) already provides the reward 'brevity'",
-    "new-plugin here": "new-plugin here: the folder rlhf-here exists already",
+    "new-plugin here": "new-plugin rlhf-here: it exists already; name a new folder",
     "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`: "
     "rlhf-run chat MODEL",
     "chat tiny --temperature -1": "--temperature must be at least 0, not -1.0",

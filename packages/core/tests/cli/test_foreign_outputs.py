@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_core.analysis.figures import MAKER, _check_own
+from rlhf_core.analysis.figures import MAKER, check_own
 from rlhf_core.checkpoint.own_files import claim_folder, new_files
 from rlhf_core.cli import main
 from rlhf_core.cli.resumable import append_lines, whole_lines
@@ -90,11 +90,11 @@ def test_figures_tables_and_scripts_are_written_over_if_they_are_the_commands_ow
     table = ["method", "seeds", "reward", "pareto"]
     for columns, own in (([], f"x {MAKER} y"), (table, "method,seeds,cvar,pareto\r\na,3,1,True\r\n")):
         path.write_text(own)
-        _check_own(path, columns)
+        check_own(path, columns)
         for foreign in ("mine", "method,mine\n", ""):
             path.write_text(foreign)
             with pytest.raises(UsageError, match="is there and no figure or table of this command"):
-                _check_own(path, columns)
+                check_own(path, columns)
     path.unlink()
     for text in ("one", "two"):
         _write_script(path, f"#!/bin/bash\n{SCRIPT_MARK}\n{text}\n")

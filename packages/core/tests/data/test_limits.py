@@ -101,5 +101,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_sampled(folder: Path, options: d
             logits = model(torch.tensor([[*prompt, *each.tokens]])).logits[0, len(prompt) - 1 : -1]
         whole = torch.log_softmax(logits.double() / (sampling.temperature or 1.0), -1)
         expected = whole[range(4), each.tokens]
-        found = torch.tensor(each.logprobs, dtype=torch.float64) + torch.tensor(each.log_mass, dtype=torch.float64)
+        found = torch.as_tensor(each.logprobs, dtype=torch.float64) + torch.as_tensor(
+            each.log_mass, dtype=torch.float64
+        )
         assert torch.allclose(found, expected, atol=1e-4)

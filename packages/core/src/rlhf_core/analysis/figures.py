@@ -49,8 +49,8 @@ class Drawing(Command, ABC):
     def __call__(self, context: CommandContext) -> int:
         if self.formats:
             _check_matplotlib()
-        rows, stem = self.rows(read_sweep(self.file)), read_path("--output", self.output)
-        check_writable("--output", stem)
+        rows, stem = self.rows(read_sweep(self.file)), read_path(run_option("output"), self.output)
+        check_writable(run_option("output"), stem)
         for ending in ("csv", *self.formats):
             check_own(stem.with_name(f"{stem.name}.{ending}"), list(rows[0]) if ending == "csv" else [])
         write_csv(stem.with_name(f"{stem.name}.csv"), rows)

@@ -93,7 +93,7 @@ _PROVIDERS = {
     "reward/answered": "share 0..1: of completions in which an answer was found",
     "reward/gave_up": "share 0..1: of answers whose comparison took too long",
     "reward/tests_passed": "share 0..1: of a program's tests that passed, mean",
-    "reward/ungraded": "share 0..1: of completions for which the judge gave no grade, and `--reward.fallback` stands",
+    "reward/ungraded": "share 0..1: of completions for which the judge gave no grade, and `reward.fallback` stands",
     "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
     "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
     "reward/<part>": "reward: of one part of reward sum, before weighing, where it does not abstain; its own metrics "

@@ -36,10 +36,10 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
         meter.log_batch(f"{prefix}/feedback", (rollouts.lengths_N - rollouts.mask_NT.sum(1)).float())
     if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
-        meter.log_mean(f"{prefix}/entropy", surprise, float(rollouts.mask_NT.sum()))
+        meter.log_token_mean(f"{prefix}/entropy", surprise, float(rollouts.mask_NT.sum()))
     if "kept_mass" in rollouts.scalars:
         tokens = float(rollouts.mask_NT.sum())
-        meter.log_mean("rollout/kept_mass", rollouts.scalars["kept_mass"] * tokens, tokens)
+        meter.log_token_mean("rollout/kept_mass", rollouts.scalars["kept_mass"] * tokens, tokens)
 
 
 def log_rewards(meter: Meter, prefix: str, rewards: RewardOutput, rollouts: Batch) -> None:

@@ -86,6 +86,10 @@ class Meter:
         """
         self._share(name, "mean", (total, count))
 
+    def log_token_mean(self, name: str, total: float, tokens: float) -> None:
+        """Log the mean over tokens of all ranks whose sum is `total` on this one; 0 where nobody has a token."""
+        self._share(name, "tokens", (total, tokens))
+
     def log_variance(self, name: str, values_N: Tensor) -> None:
         """Log the variance of a per-completion number around its mean over all ranks (Chan, Golub and LeVeque 1979)."""
         count, total = float(len(values_N)), float(values_N.sum())
@@ -124,6 +128,8 @@ class Meter:
             first, second = sums[name, kind, call]
             if kind == "total":
                 means.add_sum(name, first)
+            elif kind == "tokens":
+                means.add(name, first / max(1.0, second))
             elif kind == "mean" and second:
                 means.add(name, first / second)
             elif kind == "within" and second:
