@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.contract.ranges import at_least
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.exits import leave
 from rlhf_core.util.messages import log
 
@@ -58,10 +58,12 @@ def bind_address(host: str, port: int) -> socket.socket:
 def _cannot_listen(host: str, port: int, error: Exception) -> UsageError:
     """Return the error that names the option at fault."""
     if isinstance(error, OverflowError):
-        return UsageError(f"--port {port} is no port: choose one from 0 to 65535")
+        return UsageError(f"{run_option('port', port)} is no port: choose one from 0 to 65535")
     of_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
     reason = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
-    return UsageError(f"cannot listen on {host}:{port}: {reason}; choose another --{'port' if of_port else 'host'}")
+    return UsageError(
+        f"cannot listen on {host}:{port}: {reason}; choose another {run_option('port' if of_port else 'host')}"
+    )
 
 
 def serve(app: Any, listener: socket.socket, note: str = "", limits: Limits = Limits()) -> None:

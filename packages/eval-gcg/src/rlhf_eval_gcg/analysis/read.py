@@ -73,9 +73,7 @@ def read_evaluations(folder: Path, steps: str = "last") -> list[Evaluation]:
         if re.fullmatch(r"step-\d+", path.name) and (path / ANSWERS).exists()
     )
     if not found:
-        raise UsageError(
-            f"{folder} holds no finished evaluation by gcg; let rlhf-run eval write one with --output {folder}"
-        )
+        raise UsageError(f"{folder} holds no finished evaluation by gcg; let rlhf-run eval write one to it")
     return [_read(folder, step, path) for step, path in (found if steps == "all" else found[-1:])]
 
 
