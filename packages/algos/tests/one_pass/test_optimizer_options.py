@@ -16,6 +16,7 @@ from rlhf_algos.optimizer.mle import MLE
 from rlhf_algos.optimizer.omd import OMD
 from rlhf_algos.optimizer.omd_cg import OMDCG
 from rlhf_algos.optimizer.omd_memoryless import OMDMemoryless
+from rlhf_core import UsageError
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,19 @@ def test_a_run_may_begin_at_the_weights_of_the_head(tmp_path: Path) -> None:
         estimator.step(z_TD)
         torch.testing.assert_close(load_estimator(tmp_path / name).theta_D, estimator.theta_D, rtol=1e-4, atol=1e-6)
     assert float((head_of(tmp_path / "head") - head_of(tmp_path / "zero")).norm()) > 1e-3
+
+
+def test_the_newest_checkpoint_of_a_run_has_its_estimator_or_the_one_that_is_named(tmp_path: Path) -> None:
+    train(tmp_path / "run", {"use": "omd"}, save_every=1, keep=3)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [load_estimator(folder).t for folder in (tmp_path / "run", *checkpoints)] == [12, 4, 8, 12]
+    train(tmp_path / "other", {"use": "adamw"}, steps=1)
+    with pytest.raises(UsageError, match="holds 0 states of an estimator, not 1; name a run"):
+        load_estimator(tmp_path / "other")
+
+
+def test_inner_products_of_long_vectors_are_added_up_in_float64() -> None:
+    step = OMDMemoryless()([("model.score.weight", nn.Parameter(torch.zeros(1, 3)))], 1)
+    assert isinstance(step, MemorylessStep)
+    many = torch.cat([torch.full((1,), 2.0**24), torch.ones(1000)])  # float32 has no odd numbers above 2 ** 24
+    assert step._dot(many, torch.ones(1001)) == 2.0**24 + 1000
