@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def test_the_newest_checkpoint_of_a_run_has_its_estimator_or_the_one_that_is_nam
     train(tmp_path / "other", {"use": "adamw"}, steps=1)
     with pytest.raises(UsageError, match="holds 0 states of an estimator, not 1; name a run"):
         load_estimator(tmp_path / "other")
+    shutil.copytree(checkpoints[0] / "roles" / "reward", checkpoints[0] / "roles" / "second")
+    with pytest.raises(UsageError, match="holds 2 states of an estimator, not 1"):
+        load_estimator(checkpoints[0])
 
 
 def test_inner_products_of_long_vectors_are_added_up_in_float64() -> None:
