@@ -90,3 +90,9 @@ def test_the_released_iteration_has_its_constants() -> None:
     one = torch.ones(1, dtype=torch.float64)
     assert float(released_iteration(lambda v: 1e-8 * v, one, 1).x_D) == pytest.approx(0.5e8)  # 1 / (1e-8 + 1e-8)
     assert released_iteration(lambda v: v, one, 3).products == 1  # r^T r is 1e-16, below 1e-10
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
+def test_a_refit_without_ridge_is_refused_in_one_line(damping: float) -> None:
+    with pytest.raises(UsageError, match=f"curvature is singular with damping {damping}; damping must be above 0"):
+        Mle(3, damping=damping)
