@@ -278,3 +278,9 @@ def test_a_command_without_a_console_comes_to_its_end(monkeypatch: pytest.Monkey
     for words in (WRITERS["score"], "sweep sweep.toml --status", f"chat {TINY} --prompt hi --max-new-tokens 2"):
         assert main(words.split()) == 0
     assert Path("new").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("name", ["nowhere", "folder", "/dev/full"])
+def test_a_file_that_cannot_be_scored_leaves_nothing_beside_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["score", name, "--reward", "length"], capsys)
+    assert not list(Path(name).absolute().parent.glob("*.options.json"))

@@ -74,8 +74,10 @@ class Score(Command):
         path = read_path("--output", self.output) if self.output else read.with_suffix(".scored.jsonl")
         if os.path.realpath(path) == os.path.realpath(read):  # which takes links in a circle
             raise UsageError(f"--output {path} is the file that is read; name another")
+        lines = self._lines()
+        first = next(lines, None)  # a file that cannot be read is refused before anything is written
         continue_output(path, reward=reward, seed=self.seed)
-        total, rest = self._finished_lines(path)
+        total, rest = self._finished_lines(path, lines if first is None else chain([first], lines))
         rows = (self._parse(*line) for line in rest)
         while batch := list(islice(rows, self.batch_size)):
             seed_libraries(self.seed + total)
@@ -93,7 +95,7 @@ class Score(Command):
         print(f"{total} rewards in {path}")
         return 0
 
-    def _finished_lines(self, path: Path) -> tuple[int, Iterator[tuple[int, str]]]:
+    def _finished_lines(self, path: Path, lines: Iterator[tuple[int, str]]) -> tuple[int, Iterator[tuple[int, str]]]:
         """Return how many lines have a reward, and the lines that have none.
 
         Lines of a batch that was cut short are taken away.
@@ -101,7 +103,7 @@ class Score(Command):
         Raises:
             UsageError: a line is not one of the file with a reward.
         """
-        lines, total = self._lines(), 0
+        total = 0
         batch: list[tuple[int, str]] = []
         for old in whole_lines(path):
             total += 1
