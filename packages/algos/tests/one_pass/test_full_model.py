@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from rlhf_core import Run, UsageError, make_config
 from rlhf_core.testing import run_ranks
 
 WHOLE: dict[str, Any] = {"freeze": []}
+ADAPTERS = pytest.param(
+    {"freeze": [], "lora": {"rank": 2}},
+    id="adapters",
+    marks=pytest.mark.skipif(find_spec("peft") is None, reason="adapters need peft"),
+)
 OPTIM = {"use": "omd_memoryless", "lr": 0.05, "damping_strategy": "constant", "damping": 2.0}
 
 
@@ -134,7 +140,7 @@ def test_a_step_solves_the_damped_system_of_its_batch(tmp_path: Path, monkeypatc
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("reward", [WHOLE, {"freeze": [], "lora": {"rank": 2}}], ids=["whole", "adapters"])
+@pytest.mark.parametrize("reward", [pytest.param(WHOLE, id="whole"), ADAPTERS])
 def test_whole_models_and_adapters_train_resume_and_load(reward: dict[str, Any], tmp_path: Path) -> None:
     train(tmp_path / "straight", OPTIM, reward=reward, steps=3)
     train(tmp_path / "stopped", OPTIM, reward=reward, steps=2, save_every=1)
@@ -151,7 +157,7 @@ def test_whole_models_and_adapters_train_resume_and_load(reward: dict[str, Any],
     [
         pytest.param({"freeze": ["body"]}, id="head"),
         pytest.param(WHOLE, id="whole"),
-        pytest.param({"freeze": [], "lora": {"rank": 2}}, id="adapters"),
+        ADAPTERS,
     ],
 )
 def test_two_ranks_equal_one_process(reward: dict[str, Any], tmp_path: Path) -> None:
