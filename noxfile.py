@@ -179,7 +179,7 @@ def thirdparty(session: nox.Session) -> None:
     """Every plugin under examples/plugins as a wheel in one environment: listed, and passing its own tests."""
     distributions = {name: project(f"examples/plugins/{name}")["name"] for name in EXAMPLES}
     built = [wheel(name.removeprefix("rlhf-")) for name in distributions.values()]
-    session.install(*PINNED, wheel("core", "[lora]"), wheel("algos"), *built, *TESTING)
+    session.install(*PINNED, wheel("core", "[lora]"), wheel("algos"), wheel("eval-gcg"), *built, *TESTING)
     if unlisted := set(distributions.values()) - plugins(session):
         session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}")
     help_ = session.run("rlhf-run", "grpo", "--reward", "brevity", "--help", silent=True, env=QUIET)
