@@ -258,7 +258,8 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every command and example of the README files and docs/ that can run here (docs/run_commands.py says how)."""
-    session.install(*PINNED, "packages/core[gguf,images,lora,sentiment]", "packages/algos", "pytest", "hatchling")
+    core = "packages/core[datasets,gguf,images,lora,plot,sentiment,serve]"
+    session.install(*PINNED, core, "packages/algos", "pytest", "hatchling")
     session.install("--no-deps", *(f"packages/{name}" for name in PACKAGES[2:]))
     session.install(*PINNED, *MODEL)
     session.run("python", "docs/run_commands.py", *session.posargs, env=QUIET)
