@@ -258,7 +258,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every command and example of the README files and docs/ that can run here (docs/run_commands.py says how)."""
-    core = "packages/core[datasets,gguf,images,lora,plot,sentiment,serve]"
+    core = "packages/core[datasets,gguf,images,lora,plot,sentiment,serve,tensorboard,wandb]"
     session.install(*PINNED, core, "packages/algos", "pytest", "hatchling")
     session.install("--no-deps", *(f"packages/{name}" for name in PACKAGES[2:]))
     session.install(*PINNED, *MODEL)
