@@ -25,6 +25,7 @@ from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.models.build import build_module
+from rlhf_core.models.inputs import packed_attention
 from rlhf_core.models.inputs import packing as packed_file
 from rlhf_core.models.inputs.arrange import arrange_inputs
 from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS, byte_tokenizer
@@ -56,13 +57,13 @@ def spec(model: str, *outputs: str, trained: bool = True, **options: Any) -> Rol
     return RoleSpec("actor", made, frozenset(outputs), terms=(("data", None),) if trained else ())  # type: ignore[arg-type]
 
 
-def checkpoint(config: Any, path: Path) -> str:
+def checkpoint(config: Any, path: Path, scale: float = 0.3) -> str:
     """A random model of an architecture, with weights large enough for attention to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, 0.0, 0.3)
+            torch.nn.init.normal_(parameter, 0.0, scale)
         model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return str(path)
@@ -156,17 +157,17 @@ def test_a_model_that_raises_on_packed_rows_stays_padded(monkeypatch: pytest.Mon
 def test_what_is_saved_does_not_name_the_attention(tmp_path: Path) -> None:
     module = build_module(spec("tiny", "logprobs_NT"))
     module.causal_lm.save_pretrained(tmp_path)
-    assert packed_file.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert packed_attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
 
 
 @pytest.mark.gpu
 def test_flash_attention_gives_what_padded_rows_give() -> None:
-    """In bfloat16, on a GPU with flash-attn: variable-length rows against sdpa on padded ones."""
+    """In bfloat16, on a GPU with flash-attn: its variable-length rows against those of torch's kernel."""
     pytest.importorskip("flash_attn")
     batch, found = rows([(40, 60), (70, 10), (10, 0), (5, 200)]), {}
     for attention in ("flash_attention_2", "sdpa"):
         module = build_module(spec("tiny", *ALL, attention=attention, dtype="bfloat16")).cuda()
-        assert module.packs == (attention == "flash_attention_2")
+        assert module.packs
         with torch.autocast("cuda", torch.bfloat16):
             found[attention] = module(arrange_inputs(batch).to("cuda"), ALL)
     for name in ALL:

@@ -7,6 +7,7 @@ Core's own options are few; everything else belongs to the provider or the role 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
+from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = [
     "KL",
@@ -27,6 +29,7 @@ __all__ = [
     "Tracking",
     "TrackingOptions",
     "TrainedOptions",
+    "check_attention",
     "turn_uid",
 ]
 
@@ -35,6 +38,9 @@ INTERNAL = {"internal": True}
 
 OPTIMIZER = {"kind": "optimizer"}
 """Metadata of a field that holds a provider of this kind: `use` beside its options names which."""
+
+ATTENTION = ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Attention implementations by name; kernels of the hub are `owner/kernel`."""
 
 FREE = {"free": True}
 """Metadata of an option that changes no result: a resumed run may have another value of it."""
@@ -155,6 +161,20 @@ class Lora:
             raise OptionError("dropout", f"must be below 1, not {self.dropout}")
 
 
+def check_attention(name: str) -> None:
+    """Check the name of an attention implementation.
+
+    Raises:
+        OptionError: it is none that there is, and no `owner/kernel` of the hub.
+    """
+    if name not in ATTENTION and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", name):
+        raise OptionError(
+            "attention",
+            f"must be one of {', '.join(ATTENTION)}, or a kernel of the hub such as kernels-community/flash-attn3, "
+            f"not {name!r}{did_you_mean(name, ATTENTION)}",
+        )
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """A frozen role's model."""
@@ -163,11 +183,12 @@ class ModelOptions:
     """hub name, folder, GGUF file, or `tiny`; the run's --model where empty"""
     dtype: Literal["run", "float32", "bfloat16", "float16"] = "run"
     """what the forward pass computes in; `run` is the run's --dtype"""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """attention implementation"""
+    attention: str = "sdpa"
+    """attention implementation: sdpa, eager, varlen (torch's kernel for packed rows, which sdpa takes where it can),
+    flash_attention_2, flash_attention_3, flash_attention_4, or a kernel of the hub such as kernels-community/flash-attn3"""
     packing: bool = field(default=True, metadata=FREE)
-    """lay a micro-batch's rows end to end and compute no padding, where attention can keep them apart: flash_attention_2, and
-    sdpa on the CPU; changes memory and speed, never results"""
+    """lay a micro-batch's rows end to end and compute no padding, where attention can keep them apart: flash attention, and
+    sdpa on the CPU and in half precision on a GPU; changes memory and speed, never results"""
     quantize: Literal["none", "nf4"] = "none"
     """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role needs adapters then"""
     trust_remote_code: bool = False
@@ -179,6 +200,13 @@ class ModelOptions:
     def compute_dtype(self) -> str:
         """The dtype in torch's words; float32 where no run names one."""
         return "float32" if self.dtype == "run" else self.dtype
+
+    def __post_init__(self) -> None:
+        check_attention(self.attention)
+        if self.attention == "varlen" and not self.packing:
+            raise OptionError(
+                "packing", f"is what attention varlen is for; leave it on, or choose {option('attention', 'sdpa')}"
+            )
 
 
 @dataclass(frozen=True)
@@ -231,6 +259,7 @@ class TrainedOptions(ModelOptions):
     """optimizer of this role"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(0, self, "router_aux_coef", "ema")
         if not self.ema < 1:
             raise OptionError("ema", f"must be below 1, not {self.ema}")

@@ -21,7 +21,7 @@ from rlhf_core.models.heads.modules import (
     head_options,
 )
 from rlhf_core.models.heads.router import check_router
-from rlhf_core.models.inputs.packing import can_pack
+from rlhf_core.models.inputs.packing import can_pack, check_packing
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.models.loading.end_tokens import save_ends
 from rlhf_core.models.loading.hub import find_companion_file
@@ -68,6 +68,8 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     _no_dropout(model)
     save_ends(model, spec.ends)
     packing = options.packing and can_pack(model)
+    with options_under(f"/{spec.name}"):
+        check_packing(model, options, packing)
     adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
     module = RoleModule(
         model, heads, getattr(torch, options.compute_dtype), adapters, packing, vision, spec.providers

@@ -33,6 +33,7 @@ from rlhf_core.models.heads.outputs import CORE, ModelStates, check_output, scat
 from rlhf_core.models.heads.router import balance_loss
 from rlhf_core.models.inputs.arrange import Inputs
 from rlhf_core.models.inputs.features import Features, trains_only_heads
+from rlhf_core.models.inputs.packed_attention import uses_flash, varlen_obstacle
 from rlhf_core.models.inputs.packing import pack_rows
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.models.lora import Adapters, dequantize
@@ -193,15 +194,18 @@ class RoleModule(nn.Module):
     def packs(self) -> bool:
         """Return True if a forward pass computes no padding (`models.inputs.packing`).
 
-        Under sdpa on an accelerator, one call per row would cost more than the padding of rows of similar length.
+        Without a kernel for it on an accelerator, one call per row would cost more than the padding of rows of similar length.
         """
-        return self.packing and (self.flash or self.model.device.type == "cpu")
+        if not self.packing:
+            return False
+        device = self.model.device
+        text = self.model.config.get_text_config(decoder=True)
+        return device.type == "cpu" or self.flash or not varlen_obstacle(text, device, self.compute_dtype)
 
     @property
     def flash(self) -> bool:
-        """Whether attention is flash attention."""
-        text = self.model.config.get_text_config(decoder=True)
-        return bool(text._attn_implementation == "flash_attention_2")
+        """Whether attention is flash attention of a package or of the hub; not torch's own, which `sdpa` takes."""
+        return uses_flash(self.model.config.get_text_config(decoder=True))
 
     def hf_weights(
         self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False

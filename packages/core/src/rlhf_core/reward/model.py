@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Example
-from rlhf_core.contract.options import ModelOptions
+from rlhf_core.contract.options import ModelOptions, check_attention
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import PRECISION, RewardOutput
 from rlhf_core.data.encoder import Encoder, Encoding
@@ -41,8 +41,9 @@ class RewardModel(Reward):
     """each score is divided by it, after `mean` was taken"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what the forward pass computes in"""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """attention implementation"""
+    attention: str = "sdpa"
+    """attention implementation: sdpa, eager, varlen, flash_attention_2, flash_attention_3, flash_attention_4, or a kernel of
+    the hub"""
     trust_remote_code: bool = False
     """run model code that comes with the weights; only for models you trust"""
     micro_tokens: int = 16384
@@ -51,6 +52,9 @@ class RewardModel(Reward):
     """keep the model in CPU memory between calls"""
     encoding: Encoding = Encoding(too_long="truncate")
     """how prompt and completion become this model's tokens"""
+
+    def __post_init__(self) -> None:
+        check_attention(self.attention)
 
     def open(self, context: OpenContext) -> RewardModelEngine:
         """Load the model: an error in it is raised before anything is sampled.

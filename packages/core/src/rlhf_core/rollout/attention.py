@@ -30,7 +30,7 @@ def shared_heads(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    from rlhf_core.models.inputs.packing import NAME as ROWS
+    from rlhf_core.models.inputs.packed_attention import NAME as ROWS
 
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation

@@ -2,9 +2,10 @@
 
 A micro-batch's rows lie end to end, positions begin anew with each, and attention stays inside a row. Everything that works
 token by token (embeddings, projections, norms, the feed-forward parts: nearly all of the work) then sees real tokens only.
-Attention takes the rows' bounds: `flash_attention_2` as its variable-length kernel does, and `sdpa` on the CPU through the
-function below, one call for each run of equally long rows, on views; no mask of (tokens, tokens) exists. Elsewhere rows are
-padded to the longest of their micro-batch, which holds rows of like length.
+Attention takes the rows' bounds: flash attention as its variable-length kernel does, and `sdpa` through torch's own such kernel
+on CUDA and one call for each run of equally long rows on the CPU (`models.inputs.packed_attention`); no mask of (tokens,
+tokens) exists. Elsewhere, such as in float32 on a GPU, rows are padded to the longest of their micro-batch, which holds rows
+of like length.
 
 Whether an architecture can do it is found out, not listed: it must support flash attention, which obliges it to tell its
 attention function everything (sliding windows are an argument), and a forward pass over two packed rows must give what two
@@ -14,21 +15,20 @@ rows by themselves give. Recurrent layers and convolutions over time fail that a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import nn
+from rlhf_core.errors import OptionError, UsageError, option
+from rlhf_core.models.inputs.packed_attention import NAME, register, uses_flash, varlen_obstacle
+from rlhf_core.util.messages import log
 
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import ModelOptions
     from rlhf_core.models.inputs.arrange import Inputs
 
-__all__ = ["NAME", "PackedRows", "can_pack", "pack_rows", "rows_attention"]
-
-NAME = "rlhf_rows"
-"""The attention function below, among transformers' implementations."""
+__all__ = ["PackedRows", "can_pack", "check_packing", "pack_rows"]
 
 
 @dataclass(frozen=True)
@@ -75,29 +75,21 @@ def pack_rows(inputs: Inputs) -> tuple[PackedRows, Inputs]:
 
 
 def can_pack(model: Any) -> bool:
-    """Whether the model's attention can keep rows apart; if it is `sdpa`, it becomes `rows_attention`.
+    """Return True if the model's attention can keep rows apart; if it is `sdpa`, it becomes `packed_attention`.
 
-    Tried out on two rows of three tokens.
+    Tried out on two rows of three tokens, where the model is; flash attention, which has no CPU, is taken at its word.
     """
     text = model.config.get_text_config(decoder=True)
-    flash = text._attn_implementation == "flash_attention_2"
+    flash = uses_flash(text)
     supported = model._supports_flash_attn and model._supports_attention_backend
     if flash or not supported or text._attn_implementation != "sdpa":
         return bool(flash and supported)
-    _register()
+    register()
     text._attn_implementation = NAME
     if not _isolates_rows(model):
         text._attn_implementation = "sdpa"
         return False
     return True
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, rows_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @torch.no_grad()
@@ -116,39 +108,30 @@ def _isolates_rows(model: Any) -> bool:
     return together.shape == apart.shape and torch.allclose(together, apart, rtol=tolerance, atol=tolerance)
 
 
-def rows_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    cu_seq_lens_q: Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls `sdpa`, (batch, heads, length, dim) to (batch, length, heads, dim); packed rows each by itself.
+def check_packing(model: Any, options: ModelOptions, packs: bool) -> None:
+    """Compare what was asked of attention with what this process's GPU can do; log one line where rows will be padded there.
 
-    Rows of one length that follow one another are one call. `split` and not slices: the gradient of a slice is a tensor of
-    the whole.
+    Args:
+        packs: what `can_pack` found, and False where the options switch packing off.
+
+    Raises:
+        UsageError: `varlen` was asked for, and the model's layers do not keep packed rows apart.
+        OptionError: `varlen` was asked for, and the GPU or the dtype cannot have it.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if cu_seq_lens_q is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return output, None
-    runs = [(length, len(list(same))) for length, same in groupby(cu_seq_lens_q.diff().tolist())]
-    sizes = [length * count for length, count in runs]
-    outputs = []
-    for (length, count), *parts in zip(runs, *(each.split(sizes, 2) for each in (query, key, value)), strict=True):
-        q, k, v = (part.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for part in parts)
-        mask = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
-        output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[None], None
-
-
-def _window(length: int, width: int, like: Tensor) -> Tensor:
-    """Causal attention to the last `width` tokens, itself among them: (1, 1, length, length) bool."""
-    at = torch.arange(length, device=like.device)
-    back = at[:, None] - at[None]
-    return ((back >= 0) & (back < width))[None, None]
+    text = model.config.get_text_config(decoder=True)
+    asked = options.attention == "varlen"
+    if asked and not packs:
+        raise UsageError(
+            f"{options.model} has layers that do not keep packed rows apart, as attention varlen must; choose "
+            f"{option('attention', 'sdpa')}, which pads rows"
+        )
+    if not packs or text._attn_implementation != NAME or not torch.cuda.is_available():
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    obstacle = varlen_obstacle(text, device, getattr(torch, options.compute_dtype))
+    if obstacle and asked:
+        raise OptionError("attention", f"varlen cannot be had: {obstacle}; sdpa pads rows instead")
+    if obstacle:
+        log.info(
+            f"{options.model}: rows are padded on this GPU and not packed. Torch's variable-length attention: {obstacle}"
+        )

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 __all__ = ["has_scorer", "load_model", "load_scorer"]
 
+FLASH = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+    "flash_attention_4": ("flash_attn", "flash-attn-4"),
+}
+"""Modules that these attention implementations are in, and what pip installs."""
+
 
 def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> PreTrainedModel:
     """The causal language model called `name`: a hub name, a folder, a GGUF file, `tiny` or `smollm2-135m`. A vision-language
@@ -54,7 +61,8 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
         return merge_adapter(load_model(_base(source, options), options, trained=trained), Path(source.location))
     if source.kind == "tiny":
         _check_tiny(name, options)
-        made = tiny.parse(name).model(LlamaForCausalLM, options.attention, _dtype(options, trained))
+        with translate_errors(name):
+            made = tiny.parse(name).model(LlamaForCausalLM, _tiny_attention(options), _dtype(options, trained))
         return _fit_embedding(name, source, made, options)
     auto = AutoModelForImageTextToText if is_vision(read_config(name, source, options)) else AutoModelForCausalLM
     model, missing = _from_pretrained(auto, name, source, options, trained)
@@ -84,7 +92,8 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     if source.kind == "tiny":
         _check_tiny(name, options)
         size, dtype = tiny.parse(name), _dtype(options, trained)
-        made = size.model(LlamaForSequenceClassification, options.attention, dtype, num_labels=1)
+        with translate_errors(name):
+            made = size.model(LlamaForSequenceClassification, _tiny_attention(options), dtype, num_labels=1)
         return _fit_embedding(name, source, made, options), False
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
@@ -208,6 +217,18 @@ def _check_tiny(name: str, options: ModelOptions) -> None:
         )
 
 
+def _tiny_attention(options: ModelOptions) -> str:
+    """The attention to make a tiny model with; what packs its rows takes the place of sdpa later."""
+    return "sdpa" if options.attention == "varlen" else options.attention
+
+
 def _check_attention(options: ModelOptions) -> None:
-    if options.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise MissingPackage("attention flash_attention_2 needs a package: pip install flash-attn, or choose sdpa")
+    """Check that the package of flash attention is installed; transformers takes a kernel of the hub for one that is not.
+
+    Raises:
+        MissingPackage: neither it nor the package that loads kernels is.
+    """
+    module, install = FLASH.get(options.attention, ("kernels", "kernels"))
+    wanted = options.attention in FLASH or "/" in options.attention
+    if wanted and not any(importlib.util.find_spec(each) for each in (module, "kernels")):
+        raise MissingPackage(f"attention {options.attention} needs a package: pip install {install}, or choose sdpa")
