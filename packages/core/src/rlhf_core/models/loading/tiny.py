@@ -67,7 +67,7 @@ class Tiny:
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
                     digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-                    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+                    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "big") >> 1)
                     parameter.normal_(0.0, STD, generator=generator)
         converted: PreTrainedModel = model.to(dtype)
         return converted
