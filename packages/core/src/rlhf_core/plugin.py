@@ -151,6 +151,7 @@ def rlhf_command() -> Providers:
         "report": "rlhf_core.cli.report:Report",
         "score": "rlhf_core.cli.score:Score",
         "serve-reward": "rlhf_core.reward.serve:ServeReward",
+        "simulate": "rlhf_core.cli.simulate:Simulate",
         "sweep": "rlhf_core.cli.sweep:Sweep",
     }
 

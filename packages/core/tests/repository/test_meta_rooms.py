@@ -23,7 +23,7 @@ LEVELS = [
     ["errors.py", "lazy.py"],
     ["util"],
     ["contract"],
-    ["models", "plugins"],
+    ["asynchronous", "models", "plugins"],
     ["config", "data", "plugin.py", "rollout"],
     ["observer", "training"],
     ["checkpoint", "evaluator", "launcher", "loop.py", "reward", "strategy"],

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts
 from rlhf_core.contract.plan import RoleSpec
@@ -249,6 +249,9 @@ class StoredWeights(Iterator[tuple[str, "Tensor"]]):
 
 class EngineGroup(Rollout):
     """Rollout engines, each an actor; prompts are dealt to them in turn."""
+
+    has_own_weights: ClassVar[bool] = True
+    """their processes have weights of their own"""
 
     def __init__(self, actors: list[Any], where: list[tuple[str, int]]) -> None:
         self.actors = actors

@@ -1,7 +1,7 @@
 """The launcher `ray`: one controller runs the loop, roles and rollout engines are groups of actors on a cluster.
 
 Works against a cluster it starts on this machine, and against an existing one (`--launcher.address`). Not here yet: the
-hybrid engine's sleeping and waking, asynchronous sampling, and living on after a death without a restart.
+hybrid engine's sleeping and waking, and living on after a death without a restart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.providers import Launcher
@@ -40,6 +40,9 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two b
 @dataclass(frozen=True)
 class RayLauncher(Launcher):
     """Roles and rollout engines as groups of Ray actors."""
+
+    engines_apart: ClassVar[bool] = True
+    """engines are processes with weights of their own, so that they sample while roles train"""
 
     address: str = ""
     """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""

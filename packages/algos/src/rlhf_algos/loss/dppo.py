@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.providers import Loss
     from rlhf_core.contract.results import LossTerms, Outputs
 
 __all__ = ["DPPOLoss"]
@@ -45,6 +46,10 @@ class DPPOLoss(PolicyLoss):
             raise UsageError(
                 "the ratio of dppo is to the sampler itself, so there is nothing to correct; leave correction.level off"
             )
+
+    def with_correction(self) -> Loss:
+        """Return the objective itself: its ratio is to the sampler."""
+        return self
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossTerms:
         advantages_NT, mask_NT, sampler_NT = batch["advantages_NT"], batch.mask_NT, batch["sampler_logprobs_NT"]

@@ -6,7 +6,7 @@ Not an objective itself; a subclass says what one token's loss is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_algos.correction import Correction
@@ -43,6 +43,14 @@ class PolicyLoss(Loss):
     @property
     def needs(self) -> frozenset[str]:
         return self.reads | self.correction.needs
+
+    @property
+    def corrects(self) -> bool:
+        return self.correction.level != "off"
+
+    def with_correction(self) -> Loss:
+        """Return the objective with truncated importance weights per token (Yao et al. 2025), unless it has other ones."""
+        return self if self.corrects else replace(self, correction=replace(self.correction, level="token"))
 
     def terms(self, values_NT: Tensor, batch: Batch, metrics: Mapping[str, Metric]) -> LossTerms:
         """Per-token losses, weighted and with their reduction."""

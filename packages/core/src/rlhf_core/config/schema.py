@@ -261,7 +261,13 @@ def _names(cls: type[Algorithm], algorithm: str, chosen: Mapping[str, str]) -> d
 
 def unused_fields(names: Mapping[str, str]) -> tuple[str, ...]:
     """Return the fields of `RunConfig` that are no options of a run with these providers."""
-    needed = {"sampling": "rollout", "episode": "environment"}
+    needed = {
+        "sampling": "rollout",
+        "episode": "environment",
+        "ahead": "rollout",
+        "stale": "rollout",
+        "replay": "rollout",
+    }
     kinds = {kind for kind, name in names.items() if name}
     return (*STRUCTURE, *(name for name, kind in needed.items() if kind not in kinds))
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.contract.registry_view import RegistryView
+from rlhf_core.contract.staleness import Staleness
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.suggestions import did_you_mean
@@ -354,6 +355,14 @@ class RunConfig:
     """how completions are drawn (online algorithms)"""
     episode: EpisodeLimits = field(default_factory=EpisodeLimits)
     """limits of an episode (with an environment)"""
+    ahead: int = 0
+    """steps that are sampled while earlier ones are trained on, at most; 0 samples and trains in turn, on-policy. The rollout
+    engine needs weights of its own, such as every engine under --launcher ray"""
+    stale: Staleness = field(default_factory=Staleness)
+    """what happens to tokens that older weights sampled (with --ahead)"""
+    replay: str = field(default="", metadata=FREE)
+    """iterations.jsonl of a run with --ahead: sample each step with the weights that sampled it there; empty samples as soon as
+    possible"""
     callbacks: Mapping[str, tuple[Callable[..., Any], ...]] = field(
         default_factory=dict, metadata=INTERNAL, compare=False, repr=False
     )
@@ -385,5 +394,5 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed", "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "max_mismatch")
-        at_least(0, self, "stop_within")
+        at_least(0, self, "stop_within", "ahead")
         at_least(1, self, "batch_size", "update_epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

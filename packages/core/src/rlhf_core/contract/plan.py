@@ -130,6 +130,19 @@ class Plan:
         return self.config.update_epochs == 1 and self.config.minibatches == 1
 
     @property
+    def proximal(self) -> bool:
+        """True if old log-probabilities are those of the weights that begin to train, whoever sampled (Hilton et al. 2022).
+
+        So it is in a run that samples ahead and corrects for it, if all who read them weigh tokens by old over sampler
+        probabilities. Else they are those of the weights that sampled.
+        """
+        config, old = self.config, {"old_logprobs_NT"}
+        readers = [term for term in self.terms if term.source != DATA and old & term.loss.needs]
+        credited = any(spec.advantage is not None and old & spec.advantage.needs for spec in self.credits.values())
+        corrected = all(term.loss.corrects for term in readers) and not credited
+        return config.ahead > 0 and config.stale.correct == "on" and bool(readers) and corrected
+
+    @property
     def trained_roles(self) -> tuple[str, ...]:
         """Names of the trained roles, in the order of their updates (`update_order`)."""
         return update_order(self.terms)

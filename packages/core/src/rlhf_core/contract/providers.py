@@ -99,6 +99,14 @@ class Rollout(Provider):
         """
         return False
 
+    @property
+    def has_own_weights(self) -> bool:
+        """True if it has weights of its own and may sample in a thread while the role trains, as `--ahead` does.
+
+        It is called and takes weights by one thread at a time. Under a launcher with `engines_apart` every engine may.
+        """
+        return False
+
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
         raise NotImplementedError
@@ -253,6 +261,15 @@ class Loss(Provider):
     def length(self) -> int | None:
         """Tokens that `aggregate constant` divides by, where that is an option of it; 0 is the longest possible completion."""
         return None
+
+    @property
+    def corrects(self) -> bool:
+        """True if it weighs tokens by old over sampler probabilities, so that the old ones may be those of newer weights."""
+        return False
+
+    def with_correction(self) -> Loss:
+        """Return it with importance weights for tokens that older weights sampled; itself where it has none, or has them on."""
+        return self
 
     def compare(self, logits: Tensor, other_logits: Tensor) -> Tensor:
         """Return one number per token (m,) of two roles' logits (m, V); for outputs `"<role>.<name>_NT"` only."""

@@ -46,6 +46,11 @@ class Launcher(Provider):
     """Places the roles of a plan."""
 
     @property
+    def engines_apart(self) -> bool:
+        """True if rollout engines run in processes of their own, with weights of their own, whichever engine it is."""
+        return False
+
+    @property
     def one_process(self) -> bool:
         """True if all roles are in the process of the loop, so that one may read another's logits."""
         return False

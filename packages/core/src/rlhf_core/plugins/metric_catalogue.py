@@ -45,6 +45,13 @@ _RUN = {
     "truncate: without replay importance ratios are biased by it",
     "rollout/staleness": "optimiser steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimiser steps: age of the oldest sampled token that the step trains on",
+    "rollout/staleness_oldest": "optimiser steps: age of a completion's oldest token when it is trained on, mean over "
+    "completions; with ahead",
+    "rollout/staleness_newest": "optimiser steps: age of a completion's newest token, mean over completions; with ahead",
+    "rollout/span": "optimiser steps: between the weights that sampled a completion's oldest and newest token, mean over "
+    "completions; with ahead",
+    "rollout/masked": "share 0..1: of sampled tokens that were too old and are masked; with stale.policy mask",
+    "rollout/dropped": "share 0..1: of completions that were too old and were sampled again, all or none; with stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "
     "tokens of the step's first update that its weights sampled; see max_mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
@@ -72,6 +79,9 @@ _TIME = {
     "time/credit": "seconds: advantages",
     "time/train": "seconds: forward, backward and optimiser",
     "time/sync": "seconds: new weights to the rollout engine",
+    "time/wait": "seconds: the loop waited for the step's completions and, as part of time/sync, for a call of the sampler to "
+    "end before new weights; with ahead",
+    "time/sampler_wait": "seconds: the sampler waited for training before it began the step; with ahead",
     "time/checkpoint": "seconds: the loop stood still for the checkpoint of the step before",
     "time/checkpoint_background": "seconds: a checkpoint was written beside the loop",
     "speed/tokens": "tokens a second: `tokens` by `time/step`",

@@ -6,7 +6,6 @@ the strategy `fake`, with the trained number as it was when the weights were las
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
+from rlhf_core.util.clock import sleep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,9 @@ class FakeRollout(Rollout):
     wake_seconds: float = 0.0
     """time to wake up, and to fall asleep"""
 
+    has_own_weights: ClassVar[bool] = True
+    """it has a copy of the number that is trained"""
+
     def open(self, context: OpenContext) -> FakeEngine:
         """Return an engine that is awake and has no weights yet."""
         return FakeEngine(self)
@@ -56,6 +59,8 @@ class FakeEngine(Rollout):
     Args:
         options: the stated times.
     """
+
+    has_own_weights: ClassVar[bool] = True
 
     def __init__(self, options: FakeRollout) -> None:
         self.options = options
@@ -82,7 +87,7 @@ class FakeEngine(Rollout):
         finish = [("stop" if int(row[-1]) == Letters.eos_token_id else "length") for row in tokens]
         logprobs = [self.w - 1 - (row % 7).double() for row in tokens]
         reading = self.options.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000
-        time.sleep(reading + self.options.token_seconds * max(map(len, tokens)))
+        sleep(reading + self.options.token_seconds * max(map(len, tokens)))
         return assemble(
             prompts,
             tokens,
@@ -94,19 +99,19 @@ class FakeEngine(Rollout):
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Take the role's number and version."""
-        time.sleep(self.options.sync_seconds)
+        sleep(self.options.sync_seconds)
         self.w = float(dict(role.weights())["w"])
         self.version = role.version
         return {}
 
     def sleep(self) -> None:
         """Fall asleep, in the time it takes."""
-        time.sleep(self.options.wake_seconds)
+        sleep(self.options.wake_seconds)
         self.awake = False
 
     def wake(self) -> None:
         """Wake up, in the time it takes."""
-        time.sleep(self.options.wake_seconds)
+        sleep(self.options.wake_seconds)
         self.awake = True
 
     def close(self) -> None:

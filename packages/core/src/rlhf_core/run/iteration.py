@@ -7,7 +7,6 @@ trained on leaves no trace.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +29,7 @@ from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.util.clock import current_time
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Iteration:
         self.info = StepInfo(step, (step - 1) / max(1, run.config.steps), kl_coef)
         """the step, as every batch of this iteration knows it"""
         self.meter = Meter(run.world)
-        self.started = time.perf_counter()
+        self.started = current_time()
         self.batches: dict[str, Batch] = {}
         """a batch per source, read or sampled"""
         self.rewards: dict[str, RewardOutput] = {}
@@ -139,6 +139,15 @@ class Iteration:
         """running moments of rewards after this iteration"""
         self.position: Mapping[str, Any] = {}
         """position of the data after this iteration"""
+        self.engine_states: dict[str, Any] = {}
+        """states of engines after this iteration, by place, where later ones may be under way"""
+        self.sampled_after: list[int] = []
+        """for each call of the rollout engines, how many steps had been trained before it"""
+        self.sampled_again = False
+        """True if its completions take the place of some that were too old"""
+        self.trained_versions: dict[str, int] = {}
+        """version of each role when its updates began"""
+        self._moments_before = moments
         self.rows: DrawnRows
         """this rank's rows of data; dynamic sampling may draw more"""
 
@@ -152,6 +161,13 @@ class Iteration:
             drawn = next(self.run.stream)
         self.position = self.run.stream.state_dict()
         return drawn
+
+    def again(self) -> Iteration:
+        """Return a new iteration on the same rows, to be filled again; its data position and engine states are these."""
+        other = Iteration(self.run, self.step, self.info.kl_coef, self._moments_before)
+        other.rows, other.position, other.engine_states = self.rows, self.position, self.engine_states
+        other.sampled_after, other.sampled_again = self.sampled_after, True
+        return other
 
     def read(self) -> None:
         """Turn the rows into the batch of the source `data`."""
@@ -178,7 +194,8 @@ class Iteration:
             engine, tokenizer = config.providers["rollout"], self.run.roles[source].tokenizer
             rollouts = with_kept_sets(rollouts, config.sampling, engine, tokenizer)
         dtype = self.plan.roles[source].options.compute_dtype
-        rollouts = keep_exact(rollouts, engine, config.sampling.temperature, dtype)
+        if not self.plan.proximal:
+            rollouts = keep_exact(rollouts, engine, config.sampling.temperature, dtype)
         self.meter.log_total("samples", len(rollouts))
         log_completions(self.meter, self.prefix(source, "completion"), rollouts, config.sampling)
         return replace(rollouts, world=self.world, step=self.info)

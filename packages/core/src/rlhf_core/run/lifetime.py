@@ -15,6 +15,7 @@ from rlhf_core.errors import UsageError, options_under, spell_options
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
+from rlhf_core.run.collecting import check_ahead
 from rlhf_core.run.epochs import count_steps
 from rlhf_core.run.publishing import check_hub
 from rlhf_core.training.credit import check_rows
@@ -46,6 +47,7 @@ def check(plan: Plan) -> None:
         for path, provider in plan.config.provider_paths():
             with options_under(path):
                 provider.check()
+        check_ahead(plan)
         check_vocabularies(plan)
         check_hub(plan.config)
 
@@ -69,6 +71,7 @@ def open_run(run: Run) -> Iterator[Run]:
         stack.enter_context(run.folder.open())
         _place_roles(run)
         stack.callback(run.stream.close)
+        stack.callback(_stop_collecting, run)
         if run.config.resume:
             run.restore()
         stack.enter_context(run.observers.watch(run, run.engines))
@@ -134,6 +137,12 @@ def _announce_loading(plan: Plan) -> None:
     if large and int(os.environ.get("RANK", "0")) == 0:
         names = [f"{model} ({', '.join(roles)})" for model, roles in large.items()]
         progress.info(f"loading {', '.join(names)}")
+
+
+def _stop_collecting(run: Run) -> None:
+    """Let no iteration be sampled ahead any more."""
+    if run.collecting is not None:
+        run.collecting.close()
 
 
 def _free_placement(run: Run) -> None:

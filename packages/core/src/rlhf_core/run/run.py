@@ -8,8 +8,8 @@ run.train()
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +26,10 @@ from rlhf_core.errors import UsageError, options_under, run_option, spell_option
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.rollout.episodes import complete
 from rlhf_core.run import lifetime
+from rlhf_core.run.batch_watch import watch_batches
+from rlhf_core.run.collecting import Collecting
 from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
-from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.polite_stop import Rest, end_in_time, give_up_in_time
 from rlhf_core.run.publishing import BEST, publish
@@ -39,12 +40,11 @@ from rlhf_core.run.signals import StopSignals
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
 from rlhf_core.training.dynamic_sampling import choose_filter
-from rlhf_core.training.joining import join_sources
 from rlhf_core.training.kl import KLController
-from rlhf_core.training.old_logprobs import ages_of, staleness
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
 from rlhf_core.training.tracking import follow_roles, steps_behind
+from rlhf_core.util.clock import current_time
 from rlhf_core.util.messages import install_console, progress
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.encoder import Encoder
     from rlhf_core.data.prefetch import Prefetcher
     from rlhf_core.plugins.registry import Registry
+    from rlhf_core.run.iteration import Iteration
 
 __all__ = ["Run"]
 
@@ -85,6 +86,9 @@ class Run:
         self.samples: dict[str, Batch] = {}
         """the credited batches of the last step"""
         self.placed: Placement | None = None
+        self.collecting: Collecting | None = None
+        """where iterations come from, once the loop asks for them"""
+        self._last_end = 0.0
 
     def configure(self, config: RunConfig) -> None:
         """Work out the plan of `config`, and hold what follows from it; the run is not open."""
@@ -141,38 +145,24 @@ class Run:
 
         An error in `collect` is raised here, at the iteration that had it.
         """
+        self.collecting = Collecting(self, collect)
         while self.step < self.config.steps and not self.stop:
             self.rest = Rest.take(self)
-            iteration = Iteration(self, self.step + 1, self.kl_coef, self.state.moments)
-            try:
-                iteration.begin()
-                collect(iteration)
-                iteration.batches |= join_sources(iteration.plan, iteration.batches)
-            except BaseException:
-                self.meter.doing = iteration.meter.doing  # the phase that failed
-                raise
+            iteration = self.collecting.take()
             for source, rewards in iteration.rewards.items():
                 self.notify("rlhf_rollouts_ready", source=source, rollouts=iteration.batches[source], rewards=rewards)
             yield iteration
 
     def watch(self, batches: Mapping[str, Batch]) -> None:
         """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
-        kl = self.state.kl
-        mine = [ages_of(batch, self.roles[name].version) for name, batch in batches.items() if name in self.roles]
-        measured = [kl.measure(batch) for batch in batches.values()] if kl is not None else []
-        everyone = self.world.gather((mine, measured)) if mine or measured else []
-        ages = [staleness(parts) for parts in zip(*(each for each, _ in everyone))]
-        if ages:
-            means, oldest = zip(*ages, strict=True)
-            self.log({"rollout/staleness": sum(means) / len(ages), "rollout/staleness_max": max(oldest)})
-        for source, parts in zip(batches if kl is not None else (), zip(*(each for _, each in everyone))):
-            self.log(kl.watch(source, parts) if kl is not None else {})
+        watch_batches(self, batches)
 
     def sync(self) -> None:
         """Let tracking roles follow those that were trained, then let the rollout engine take the new weights."""
         moved = follow_roles(self.plan, self.roles)
         self.log({f"staleness/{name}": float(steps) for name, steps in steps_behind(self.plan, self.roles).items()})
-        self._sync_engine({*self.plan.trained_roles, *moved})
+        with self.collecting.bringing_weights(self.step + 1) if self.collecting is not None else nullcontext():
+            self._sync_engine({*self.plan.trained_roles, *moved})
 
     def _sync_engine(self, changed: Collection[str]) -> None:
         """Let the rollout engine take the weights of those roles that it samples."""
@@ -188,11 +178,15 @@ class Run:
         if self.leader:
             self.folder.lock.check()
         self.state.step, self.state.stream, self.state.moments = step, dict(iteration.position), iteration.moments
+        if self.collecting is not None:
+            self.collecting.finish(iteration)
         self.samples = {**credited, **{f"{name}/abstained": rows for name, rows in iteration.left_out.items()}}
         self._add_background(self.checkpoints.background.poll)
         self.meter.merge(iteration.meter)
         self.meter.log_total("tokens", trained_tokens(credited))
-        self.log(measure_step(time.perf_counter() - iteration.started))
+        begun = max(iteration.started, self._last_end) if self.config.ahead else iteration.started
+        self._last_end = current_time()
+        self.log(measure_step(self._last_end - begun))
         self.log(self.stream.metrics(iteration.position))
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
         metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
@@ -223,22 +217,25 @@ class Run:
     def measure(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`."""
         metrics: dict[str, float] = {}
-        for (path, _), name in zip(self.config.provider_paths("evaluator"), self.config.names_of("evaluator")):
-            with options_under(path):
-                measured = self.engines[f"evaluator.{name}"](self)
-            metrics |= {f"eval/{name}": value for name, value in measured.items()}
+        with self.collecting.pause() if self.collecting is not None else nullcontext():
+            for (path, _), name in zip(self.config.provider_paths("evaluator"), self.config.names_of("evaluator")):
+                with options_under(path):
+                    measured = self.engines[f"evaluator.{name}"](self)
+                metrics |= {f"eval/{name}": value for name, value in measured.items()}
         return metrics
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
         self.state.versions = {name: role.version for name, role in self._changing_roles.items()}
-        self.state.stream = self.stream.with_ahead(self.state.stream or self.stream.state_dict())
+        if not (self.config.ahead and self.state.stream):  # then it has what was drawn ahead of its own step
+            self.state.stream = self.stream.with_ahead(self.state.stream or self.stream.state_dict())
         state, roles = self.state.state_dict(), self._changing_roles
         self._add_background(lambda: self.checkpoints.save(state, roles, self._engine_states, self.world))
 
     def _engine_states(self) -> dict[str, Any]:
         """Return this rank's states of engines by place: readers' as of the rows that were trained on, others' as they are."""
-        return self.engines.state_dict(clone=True) | dict(self.state.readers)
+        collected = self.collecting.collected if self.collecting is not None else {}
+        return self.engines.state_dict(clone=True) | collected | dict(self.state.readers)
 
     def restore(self) -> None:
         """Continue from the newest valid checkpoint; from the start if none was written.
@@ -384,7 +381,8 @@ class Run:
         """Return completions of the role `source`, or episodes; with kept sets if they are to be `trained` on."""
         sampling = sampling if trained else replace(sampling, replay="off")
         environment = self.engines.get("environment")
-        with options_under("/rollout"):
+        holding = self.collecting.sampling(trained) if self.collecting is not None else nullcontext()
+        with options_under("/rollout"), holding:
             engine, role = self.engines["rollout"], self.roles[source]
             return complete(engine, environment, role, prompts, sampling, self.config.episode, self.encoder)
 

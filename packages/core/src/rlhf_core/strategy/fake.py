@@ -7,7 +7,6 @@ plus the trained number, so losses have gradients, updates change outputs, and r
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.lazy import torch
+from rlhf_core.util.clock import sleep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,7 +67,7 @@ class FakeTrainable(Trainable):
         return parameter
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
-        time.sleep(self.options.forward_seconds * float((batch.prompt_lengths_N + batch.lengths_N).sum()) / 1000)
+        sleep(self.options.forward_seconds * float((batch.prompt_lengths_N + batch.lengths_N).sum()) / 1000)
         real_NT = (torch.arange(batch.tokens_NT.shape[1]) < batch.lengths_N[:, None]).float()
         outputs = {
             "logprobs_NT": (self.w - 1 - batch.tokens_NT % 7) * real_NT,
@@ -82,7 +82,7 @@ class FakeTrainable(Trainable):
         loss.backward()
 
     def step(self) -> dict[str, float]:
-        time.sleep(self.options.step_seconds)
+        sleep(self.options.step_seconds)
         gradient = self.world.sum(self.w.grad if self.w.grad is not None else torch.zeros(()))
         with torch.no_grad():
             self.w.sub_(self.lr * gradient)

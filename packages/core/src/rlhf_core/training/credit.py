@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, Example
 from rlhf_core.contract.distributed import World
-from rlhf_core.contract.plan import DATA, CreditSpec, Plan
+from rlhf_core.contract.plan import CREDIT, DATA, CreditSpec, Plan
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit, Metric, RewardOutput
 from rlhf_core.contract.roles import Role
+from rlhf_core.contract.staleness import largest_age
 from rlhf_core.contract.terms import PAIRS_ADVICE, Term
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["assign_credit", "check_rows", "compute_needs", "prepare_rows"]
+STALE = "stale_NT"
+"""1 at tokens that are too old to be trained on, where they are masked (`Staleness.policy`)."""
+
+__all__ = ["STALE", "assign_credit", "check_rows", "compute_needs", "prepare_rows"]
 
 
 def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
@@ -118,8 +122,11 @@ def compute_needs(
         for (owner, output), names in wanted.items():
             if owner == role:
                 extras |= dict.fromkeys(names, outputs[output])
-    for name in extras.keys() & set(OLDS) if late else ():
+    for name in extras.keys() & set(OLDS) if late and not plan.proximal else ():
         extras[name] = replace_late(batch, extras[name], roles[source].version, full=name == FULL_OLD)
+    if plan.config.stale.policy == "mask" and VERSIONS in batch and not after:
+        stale_NT = batch.mask_NT & (roles[source].version - batch[VERSIONS] > largest_age(plan.config))
+        extras[STALE] = stale_NT.float()
     return batch.with_extras(**extras)
 
 
@@ -162,8 +169,17 @@ def assign_credit(
     if credit.returns_NT is not None:
         earned["returns_NT"] = credit.returns_NT
     batch = batch.with_extras(**earned)
+    if STALE in batch:
+        batch = _without_stale(batch)
     metrics = {name: each if isinstance(each, Metric) else _as_metric(each) for name, each in credit.metrics.items()}
     return batch if credit.rows is None else batch.rows(credit.rows), metrics
+
+
+def _without_stale(batch: Batch) -> Batch:
+    """Return a credited batch whose stale tokens are not sampled ones: no loss counts them, and they earn nothing."""
+    fresh_NT = batch[STALE] == 0
+    earned = {name: batch[name] * fresh_NT for name in CREDIT if name in batch}
+    return replace(batch, mask_NT=batch.mask_NT & fresh_NT).with_extras(**earned)
 
 
 def _as_metric(number: float) -> Metric:

@@ -9,6 +9,10 @@ pi_old is the policy that sampled. Each token takes its log-probability from the
 3. Those that the role computes before its update, if the present weights sampled the token.
 4. The engine's, if older weights sampled the token: the present weights cannot say what those computed.
 
+Where a run samples ahead and its losses correct for that (`Plan.proximal`), pi_old is the policy that begins to train, for
+every token: rules 2 and 3 apply to late tokens too, rules 1 and 4 to none. The losses' importance weights, old over sampler
+probabilities, then stand for the distance between the two.
+
 Whether a batch is on-policy is read from its versions (`versions_NT`), never from options. Rows of data have no version: no
 policy sampled them, and the present weights count as their sampler.
 
@@ -45,7 +49,9 @@ __all__ = [
     "is_live",
     "keep_exact",
     "late_tokens",
+    "oldest_age",
     "replace_late",
+    "sample_ages",
     "staleness",
     "with_live",
 ]
@@ -105,7 +111,8 @@ def is_live(plan: Plan, credit: CreditSpec, name: str, late: float) -> bool:
     """
     in_reward = plan.kl is not None and plan.kl.where == "reward"
     read_before = credit.advantage is not None and name in credit.advantage.needs
-    return name in OLDS and plan.single_update and not late and not in_reward and not read_before
+    current = plan.proximal or not late
+    return name in OLDS and plan.single_update and current and not in_reward and not read_before
 
 
 def replace_late(batch: Batch, computed_NT: Tensor, version: int, full: bool = False) -> Tensor:
@@ -126,16 +133,19 @@ def replace_late(batch: Batch, computed_NT: Tensor, version: int, full: bool = F
     return torch.where(current_NT, computed_NT, batch[SAMPLER] + batch[LOG_MASS]) if LOG_MASS in batch else computed_NT
 
 
-def with_live(micro: Batch, logprobs_NT: Tensor, version: int) -> Batch:
+def with_live(micro: Batch, logprobs_NT: Tensor, version: int, proximal: bool = False) -> Batch:
     """Return a micro-batch whose old log-probabilities are those of the training pass where its weights sampled.
 
     Args:
         micro: rows in training, with old log-probabilities if any of them is late.
         logprobs_NT: of the training pass; the result has no gradient.
         version: of the weights in training.
+        proximal: take them for all tokens (`Plan.proximal`).
     """
-    current_NT = current_mask(micro, version)
     live_NT = logprobs_NT.detach()
+    if proximal:
+        return micro.with_extras(**{OLD: live_NT})
+    current_NT = current_mask(micro, version)
     return micro.with_extras(
         **{OLD: live_NT if bool(current_NT.all()) else torch.where(current_NT, live_NT, micro[OLD])}
     )
@@ -148,6 +158,21 @@ def ages_of(batch: Batch, version: int) -> tuple[float, float, float]:
     """
     ages = version - batch[VERSIONS][batch.mask_NT]
     return float(len(ages)), float(ages.sum()), float(ages.max()) if len(ages) else 0.0
+
+
+def oldest_age(batch: Batch, version: int) -> float:
+    """Return the age of the oldest sampled token of this rank, in optimizer updates; 0 for rows of data."""
+    return ages_of(batch, version)[2] if VERSIONS in batch else 0.0
+
+
+def sample_ages(batch: Batch, version: int) -> tuple[Tensor, Tensor]:
+    """Return the age of the oldest and of the newest sampled token of each completion (N,) that has one, in updates."""
+    some_N = batch.mask_NT.any(1)
+    ages_NT, mask_NT = (version - batch[VERSIONS])[some_N].double(), batch.mask_NT[some_N]
+    return (
+        ages_NT.masked_fill(~mask_NT, -torch.inf).amax(1),
+        ages_NT.masked_fill(~mask_NT, torch.inf).amin(1),
+    )
 
 
 def staleness(ranks: Sequence[tuple[float, float, float]]) -> tuple[float, float]:

@@ -264,7 +264,7 @@ class OptimizerStep:
         """Give a term the log-probabilities of this very pass as old ones, where `training.old_logprobs` says so. A batch
         sampled by another role keeps what that role recorded."""
         live = OLD in term.needs and term.source in (DATA, self.name) and self.plan.single_update
-        return with_live(micro, outputs["logprobs_NT"], self.version) if live else micro
+        return with_live(micro, outputs["logprobs_NT"], self.version, self.plan.proximal) if live else micro
 
 
 @dataclass(frozen=True)

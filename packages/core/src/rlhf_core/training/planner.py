@@ -50,7 +50,7 @@ def make_plan(config: RunConfig) -> Plan:
             "lower the one or "
             "raise the other",
         )
-    terms = _terms(config.algorithm, choices)
+    terms = with_corrections(_terms(config.algorithm, choices), config)
     choose_filter(config)  # refuses two of them
     kl: KL | None = config.algorithm.kl
     kl = kl if kl is not None and kl.coef > 0 else None
@@ -102,6 +102,13 @@ def _terms(algorithm: Algorithm, choices: ProviderChoices) -> tuple[Term, ...]:
             f"the algorithm {name} has cache = {algorithm.cache!r}, which core reads as a folder; give it a text, or rename it"
         )
     return terms
+
+
+def with_corrections(terms: tuple[Term, ...], config: RunConfig) -> tuple[Term, ...]:
+    """Return terms whose losses correct for the age of what a role sampled, if the run samples ahead and is to do so."""
+    if not (config.ahead and config.stale.correct == "on"):
+        return terms
+    return tuple(term if term.source == DATA else replace(term, loss=term.loss.with_correction()) for term in terms)
 
 
 def _check_order(plan: Plan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rlhf_core.contract.results import Metric
 from rlhf_core.lazy import torch
 from rlhf_core.training.reduction import Means, SharedNames
 from rlhf_core.util.activity import report
+from rlhf_core.util.clock import current_time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +54,9 @@ class Meter:
         """Add the time inside to `time/<name>`."""
         before, self.doing = self.doing, name
         report(PHASES.get(name, name))
-        started = time.perf_counter()
+        started = current_time()
         yield
-        self.add_seconds(name, time.perf_counter() - started)
+        self.add_seconds(name, current_time() - started)
         self.doing = before
 
     def add_seconds(self, name: str, seconds: float) -> None:

@@ -1,0 +1,1 @@
+"""Asynchronous sampling: iterations are sampled while earlier ones are trained on, and how old their tokens may be."""

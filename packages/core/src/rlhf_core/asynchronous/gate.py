@@ -1,0 +1,75 @@
+"""The gate in front of the rollout engines: one call at a time, and new weights before the next one.
+
+An engine samples while its role trains, but takes new weights only between two calls. Training waits for the call in progress
+and for no other, because whoever brings weights goes first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rlhf_core.util.clock import wait_for
+
+__all__ = ["EngineGate"]
+
+
+class EngineGate:
+    """Lets one caller at a time through to the engines.
+
+    Args:
+        trained: iterations whose weights the engines have.
+    """
+
+    def __init__(self, trained: int = 0) -> None:
+        self.trained = trained
+        self.changed = threading.Condition()
+        self._held = False
+        self._first = 0
+        """callers that wait and go first"""
+
+    @contextmanager
+    def sampling(self, may: Callable[[], bool] = lambda: True, seconds: float = float("inf")) -> Iterator[int]:
+        """Hold the engines for a call, after all who bring weights; yield the iterations whose weights sample.
+
+        Args:
+            may: when the call is due; asked under `changed`.
+            seconds: deadline of that.
+
+        Raises:
+            TimeoutError: the call was not due in time.
+        """
+        with self.changed:
+            if not wait_for(self.changed, lambda: not self._held and not self._first and may(), seconds):
+                raise TimeoutError
+            self._held = True
+        try:
+            yield self.trained
+        finally:
+            self._leave()
+
+    @contextmanager
+    def weights(
+        self, trained: int, may: Callable[[], bool] = lambda: True, seconds: float = float("inf")
+    ) -> Iterator[None]:
+        """Hold the engines to bring them the weights after iteration `trained`; see `sampling`."""
+        with self.changed:
+            if not wait_for(self.changed, may, seconds):
+                raise TimeoutError
+            self._first += 1
+            try:
+                wait_for(self.changed, lambda: not self._held)
+            finally:  # a signal may end the wait
+                self._first -= 1
+            self._held = True
+        try:
+            yield
+            self.trained = trained
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self.changed:
+            self._held = False
+            self.changed.notify_all()

@@ -1,0 +1,78 @@
+"""How old a token may be when it is trained on, where iterations are sampled ahead (`--ahead`), and what happens to others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.contract.ranges import at_least
+from rlhf_core.errors import OptionError, option, run_option
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.options import RunConfig
+
+__all__ = ["Staleness", "check_staleness", "largest_age", "updates_per_iteration", "usable_ahead"]
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """What happens to tokens that older weights sampled."""
+
+    most: int = 0
+    """optimizer updates between the weights that sampled a token and those that begin to train on it, at most; 0 allows what
+    --ahead gives rise to, --ahead * updates per step"""
+    policy: Literal["wait", "drop", "mask"] = "wait"
+    """what keeps the bound: sampling waits and wastes nothing; or completions that are too old are dropped and their prompts
+    sampled again; or tokens that are too old are masked"""
+    correct: Literal["on", "off"] = "on"
+    """weigh tokens by truncated importance weights, where the loss has them (--loss.correction) and they are off; ratios are
+    then those to the weights that begin to train (Fu et al. 2025), and no longer to those that sampled"""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "most")
+
+
+def updates_per_iteration(config: RunConfig) -> int:
+    """Return the optimizer updates that a role takes on one batch."""
+    return config.update_epochs * config.minibatches
+
+
+def usable_ahead(config: RunConfig) -> int:
+    """Return how many iterations are sampled ahead: under the policy `wait` as many as the bound allows."""
+    waits = config.stale.policy == "wait" and config.stale.most
+    return min(config.ahead, config.stale.most // updates_per_iteration(config)) if waits else config.ahead
+
+
+def largest_age(config: RunConfig) -> int:
+    """Return the bound on the age of a token that is trained on, in optimizer updates."""
+    return config.stale.most or config.ahead * updates_per_iteration(config)
+
+
+def check_staleness(config: RunConfig) -> None:
+    """Check that the options about old tokens fit each other.
+
+    Raises:
+        OptionError: one of them has no effect, or lets nothing be sampled ahead.
+    """
+    stale, updates = config.stale, updates_per_iteration(config)
+    for name, chosen in (
+        ("stale.most", stale.most),
+        ("stale.policy", stale.policy != "wait"),
+        ("replay", config.replay),
+    ):
+        if chosen and not config.ahead:
+            raise OptionError(
+                f"/{name}", f"is about sampling ahead; pass {run_option('ahead', 1)} too, or leave it out"
+            )
+    if stale.most and stale.policy == "wait" and stale.most < updates:
+        raise OptionError(
+            "/stale.most",
+            f"{stale.most} is less than the {updates} optimizer updates of a step, so that nothing could be sampled ahead; "
+            f"pass at least {updates}",
+        )
+    if stale.policy != "wait" and not 0 < stale.most < config.ahead * updates:
+        raise OptionError(
+            "/stale.policy",
+            f"{stale.policy} has nothing to do: tokens are at most {config.ahead * updates} updates old; lower "
+            f"{option('/stale.most')}, or leave it out",
+        )
