@@ -51,7 +51,7 @@ _RUN = {
     "rollout/span": "optimiser steps: between the weights that sampled a completion's oldest and newest token, mean over "
     "completions; with ahead",
     "rollout/masked": "share 0..1: of sampled tokens that were too old and are masked; with stale.policy mask",
-    "rollout/dropped": "share 0..1: of completions that were too old and were sampled again, all or none; with stale.policy drop",
+    "rollout/dropped": "share 0..1: of completions that were too old and sampled again, all or none; with stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "
     "tokens of the step's first update that its weights sampled; see max_mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
