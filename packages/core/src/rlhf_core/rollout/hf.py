@@ -1,6 +1,7 @@
 """`--rollout hf`: completions from the trained model itself, in its process.
 
-No copy of the weights and nothing to synchronise: what samples is what is trained. The sampler is `rollout.sampler`.
+No copy of the weights and nothing to synchronise: what samples is what is trained. The sampler is `rollout.slot_sampler` on a
+GPU where it can be, and `rollout.sampler` elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import exp
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.contract.providers import Rollout
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HuggingFaceRollout"]
 
+WAVE_TOKENS = 32768
+"""Tokens in the key-value cache at a time, where nothing else is asked for and no graphs are used."""
+
 
 @dataclass(frozen=True)
 class HuggingFaceRollout(Rollout):
@@ -35,11 +39,14 @@ class HuggingFaceRollout(Rollout):
     `--sampling.replay` the kept tokens themselves as `kept_sets`.
     """
 
-    wave_tokens: int = 32768
-    """tokens in the key-value cache at a time, prompts, completions and padding; more are sampled in waves. Changes memory
-    and speed, never results"""
+    wave_tokens: int = 0
+    """tokens in the key-value cache at a time, prompts, completions and padding; more are sampled in waves. 0 takes 32,768, and
+    with graphs what half of the GPU's free memory holds. Changes memory and speed, never results"""
     compact: float = 0.25
-    """share of the batch that must have ended before it leaves the batch, 0 to 1; dropping costs one copy of the cache"""
+    """share of the batch that must have ended before it leaves the batch, 0 to 1; dropping costs one copy of the cache, with
+    graphs none"""
+    graphs: Literal["auto", "off"] = "auto"
+    """on a GPU in half precision, decode with a CUDA graph per step where the model allows it, or launch every operation"""
 
     exact: ClassVar[bool] = True
     """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
@@ -62,25 +69,33 @@ class HuggingFaceRollout(Rollout):
         from rlhf_core.models.loading.limits import lacking_ids
         from rlhf_core.rollout.assemble import assemble, decode, pad_id
         from rlhf_core.rollout.sampler import sample
+        from rlhf_core.rollout.slot_sampler import SlotSampler, slot_obstacle
 
-        model, tokenizer = role.causal_lm, role.tokenizer
+        model, tokenizer, dtype = role.causal_lm, role.tokenizer, role.module.compute_dtype
         _check_window(model.config, prompts, sampling)
-        with _computing(model, role.module.compute_dtype):
-            completions = sample(
-                model,
-                prompts.token_ids,
-                sampling,
-                [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids],
-                eos_ids=end_ids(role.spec, tokenizer),
-                pad_id=pad_id(tokenizer),
-                decode=partial(decode, tokenizer),
-                wave_tokens=self.wave_tokens,
-                compact=self.compact,
-                vision=role.module.vision,
-                images=prompts.images,
-                limits=prompts.limits,
-                lacking=lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
-            )
+        seeds = [[sampling.seed_for(uid, k) for k in range(sampling.n)] for uid in prompts.uids]
+        rest: dict[str, Any] = {
+            "eos_ids": end_ids(role.spec, tokenizer),
+            "decode": partial(decode, tokenizer),
+            "limits": prompts.limits,
+            "lacking": lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
+        }
+        if self.graphs == "auto" and role.module.vision is None and not slot_obstacle(model, dtype):
+            completions = SlotSampler(model, dtype, cells=self.wave_tokens)(prompts.token_ids, sampling, seeds, **rest)
+        else:
+            with _computing(model, dtype):
+                completions = sample(
+                    model,
+                    prompts.token_ids,
+                    sampling,
+                    seeds,
+                    pad_id=pad_id(tokenizer),
+                    wave_tokens=self.wave_tokens or WAVE_TOKENS,
+                    compact=self.compact,
+                    vision=role.module.vision,
+                    images=prompts.images,
+                    **rest,
+                )
         tokens, logprobs, log_mass, finish, kept_sets = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}
         scalars = {}

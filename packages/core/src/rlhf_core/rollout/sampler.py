@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import Sampling
 
-__all__ = ["Piece", "SampledCompletion", "plan_waves", "sample", "uniforms"]
+__all__ = ["Piece", "SampledCompletion", "Stops", "pick", "plan_waves", "sample", "uniforms"]
 
 
 class SampledCompletion(NamedTuple):
@@ -107,7 +107,7 @@ def sample(
     try:
         with torch.inference_mode(), shared_heads(model):
             for wave in plan_waves([len(ids) for ids in prompt_ids], sampling, wave_tokens):
-                stops, count = _Stops(eos_ids, sampling.stop, decode), (len(found), len(prompt_ids) * sampling.n)
+                stops, count = Stops(eos_ids, sampling.stop, decode), (len(found), len(prompt_ids) * sampling.n)
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
                 draws = uniforms([seeds[prompt][k] for prompt, k in rows], sampling.max_new_tokens)
                 asked = [prompt_ids[piece.prompt] for piece in wave]
@@ -247,7 +247,7 @@ def _decode(
     uniforms_BT: Tensor,
     limits: Sequence[int],
     sampling: Sampling,
-    stops: _Stops,
+    stops: Stops,
     compact: float,
     count: tuple[int, int],
     lacking: Sequence[int] = (),
@@ -265,7 +265,7 @@ def _decode(
     lacking_L = torch.tensor(lacking, dtype=torch.long, device=device)
     row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
     for t in range(T):
-        tokens_R, logprobs_R, warped = _pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
+        tokens_R, logprobs_R, warped = pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
         tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, warped.log_mass_N
         live_R = ends_B[row_R] == 0
         if recorder is not None:
@@ -296,7 +296,7 @@ def _decode(
     ]
 
 
-def _pick(
+def pick(
     logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
 ) -> tuple[Tensor, Tensor, WarpedDistribution]:
     """The next tokens, their log-probabilities, and the distribution that they were drawn from."""
@@ -314,9 +314,9 @@ def _pick(
 def _pick_known(
     logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
 ) -> tuple[Tensor, Tensor, WarpedDistribution]:
-    """What `_pick` gives, from the tokens that are not lacking; the probability of those that are is the trainer's too."""
+    """What `pick` gives, from the tokens that are not lacking; the probability of those that are is the trainer's too."""
     known_RV = logits_RV.index_fill(1, lacking_L, -torch.inf)
-    tokens_R, logprobs_R, warped = _pick(known_RV, uniforms_R, sampling, lacking_L[:0])
+    tokens_R, logprobs_R, warped = pick(known_RV, uniforms_R, sampling, lacking_L[:0])
     temperature = sampling.temperature or 1.0
     log_known_R = (known_RV.float() / temperature).logsumexp(1) - (logits_RV.float() / temperature).logsumexp(1)
     if truncates(sampling):
@@ -324,7 +324,7 @@ def _pick_known(
     return tokens_R, logprobs_R + log_known_R, warped
 
 
-class _Stops:
+class Stops:
     """Tells whether a completion ends with its newest token: EOS, or a stop string that it completes."""
 
     SLACK = 8
@@ -352,5 +352,6 @@ class _Stops:
             index = (live_R & ~hit_R).nonzero()[:, 0]
             tails = tokens_BT[row_R[index], max(0, t + 1 - self.tail) : t + 1].tolist()
             texts = self.decode(tails) if tails else []
-            hit_R[index] = torch.tensor([any(s in text for s in self.strings) for text in texts], device=hit_R.device)
+            found = [any(string in text for string in self.strings) for text in texts]
+            hit_R[index] = torch.tensor(found, dtype=torch.bool, device=hit_R.device)
         return hit_R

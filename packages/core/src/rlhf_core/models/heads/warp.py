@@ -21,7 +21,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["WarpedDistribution", "draw", "warp"]
+__all__ = ["WarpedDistribution", "draw", "draw_from", "warp"]
 
 BLOCK = 256
 """Tokens whose probabilities are added before the cumulative sum: a plain one over 49k tokens costs ten times as much."""
@@ -100,11 +100,23 @@ def _nucleus_floor(logprobs_NV: Tensor, top_p: float) -> Tensor:
 def draw(logprobs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """(N,) int64: the token at which the cumulative probability passes each uniform number.
 
-    The inverse is taken in two steps, block and token in the block, in float64. Numbers in [0, 1 - 2^-51] never give a token
-    of probability zero. Rows that are not finite give some token; the caller sees it in the log-probability.
+    Numbers in [0, 1 - 2^-51] never give a token of probability zero. Rows that are not finite give some token; the caller
+    sees it in the log-probability.
     """
-    N, V = logprobs_NV.shape
-    probs_NKB = torch.nn.functional.pad(logprobs_NV.exp(), (0, -V % BLOCK)).view(N, -1, BLOCK)
+    padded_NV = torch.nn.functional.pad(logprobs_NV.exp(), (0, -logprobs_NV.shape[1] % BLOCK))
+    return draw_from(padded_NV, uniforms_N).clamp(max=logprobs_NV.shape[1] - 1)
+
+
+def draw_from(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """(N,) int64: what `draw` gives, from probabilities up to a factor per row; none is copied where V has a divisor to cut at.
+
+    The inverse is taken in two steps, block and token in the block, in float64.
+    """
+    N, V = probs_NV.shape
+    block = next((size for size in (BLOCK, BLOCK // 2, BLOCK // 4) if V % size == 0), 0)
+    if not block:
+        block, probs_NV = BLOCK, torch.nn.functional.pad(probs_NV, (0, -V % BLOCK))
+    probs_NKB = probs_NV.view(N, -1, block)
     edges_NK = torch.nn.functional.pad(probs_NKB.sum(-1).double().cumsum(-1), (1, 0))
     target_N1 = uniforms_N.double()[:, None] * edges_NK[:, -1:]
     last = probs_NKB.shape[1] - 1
@@ -112,5 +124,5 @@ def draw(logprobs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     start_N1, end_N1 = edges_NK.gather(1, block_N1), edges_NK.gather(1, block_N1 + 1)
     share_N1 = ((target_N1 - start_N1) / (end_N1 - start_N1)).clamp(max=1 - 2**-50)  # rounding may make it 1
     inside_NB = probs_NKB[torch.arange(N, device=block_N1.device), block_N1[:, 0]].double().cumsum(-1)
-    token_N1 = torch.searchsorted(inside_NB, share_N1 * inside_NB[:, -1:], right=True).clamp(max=BLOCK - 1)  # NaN again
-    return (block_N1 * BLOCK + token_N1)[:, 0].clamp(max=V - 1)
+    token_N1 = torch.searchsorted(inside_NB, share_N1 * inside_NB[:, -1:], right=True).clamp(max=block - 1)  # NaN again
+    return (block_N1 * block + token_N1)[:, 0].clamp(max=V - 1)
