@@ -36,6 +36,19 @@ VLLM_PINS = ("fastapi", "numpy", "setuptools")
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM brings from the package index that cannot load beside a CPU build of torch."""
 
+GPU_EXTRAS = {
+    "core": ["datasets", "flash", "kernels", "lora", "qlora", "tensorboard", "wandb"],
+    "rollout-vllm": ["cuda"],
+    "strategy-deepspeed": ["deepspeed"],
+    "distributed-ray": ["ray"],
+}
+"""Extras that constraints-cuda.txt has versions of, and the Dockerfile installs; flash only if it is asked to."""
+SOURCE_ONLY = {
+    "deepspeed": "einops hjson msgpack ninja numpy packaging>=20.0 psutil py-cpuinfo pydantic>=2.0.0 tqdm",
+    "flash-attn": "einops",
+}
+"""Distributions without wheels, and what they need beside torch: their metadata cannot be read without building them."""
+
 BIN = "Scripts" if os.name == "nt" else "bin"
 DEVELOP = ROOT / ".nox" / "develop"
 DEVELOP_ENGINES = ROOT / ".nox" / "develop_engines"
@@ -240,6 +253,25 @@ def audit(session: nox.Session) -> None:
         session.log(f"{len(listed) - len(unknown)} versions without a known vulnerability; {len(unknown)} not audited")
 
 
+@nox.session(default=False)
+def constraints_cuda(session: nox.Session) -> None:
+    """Resolve constraints-cuda.txt against the index without downloading wheels; `-- --upgrade` prints newer versions."""
+    session.install("uv")
+    tmp = Path(session.create_tmp())
+    (tmp / "needs.in").write_text("\n".join(gpu_needs()) + "\n")
+    pins = ROOT / "constraints-cuda.txt"
+    kept = [line for line in pins.read_text().splitlines() if line.split("==")[0] not in SOURCE_ONLY]
+    (tmp / "pins.txt").write_text("\n".join(kept) + "\n")
+    held = [] if "--upgrade" in session.posargs else ["--constraint", str(tmp / "pins.txt")]
+    target = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_31", "--no-build", "--no-annotate")
+    session.run("uv", "pip", "compile", "--quiet", *target, *held, "-o", str(tmp / "found.txt"), str(tmp / "needs.in"))
+    found = {line for line in (tmp / "found.txt").read_text().splitlines() if "==" in line and not line.startswith("#")}
+    if "--upgrade" in session.posargs:
+        print("\n".join(sorted(found)))
+    elif missing := sorted(found - set(kept)):
+        session.error(f"constraints-cuda.txt has no version of {', '.join(missing)}")
+
+
 @nox.session(venv_backend="none", requires=["develop"])
 def types(session: nox.Session) -> None:
     """mypy, strict, on all sources."""
@@ -315,6 +347,18 @@ def plugins(session: nox.Session) -> set[str]:
     listing = json.loads(str(printed))
     rows = listing["providers"] if isinstance(listing, dict) else listing
     return {row["distribution"] for row in rows}
+
+
+def gpu_needs() -> list[str]:
+    """What all packages need with the extras of `GPU_EXTRAS`, and in place of what has no wheel what that needs."""
+    wanted = []
+    for name in PACKAGES:
+        table = project(f"packages/{name}")
+        wanted += table["dependencies"]
+        wanted += [need for extra in GPU_EXTRAS.get(name, []) for need in table["optional-dependencies"][extra]]
+    names = [re.split(r"[^\w-]", need)[0] for need in wanted]
+    kept = [need for need, name in zip(wanted, names) if not name.startswith("rlhf-") and name not in SOURCE_ONLY]
+    return [*kept, *(need for name in names if name in SOURCE_ONLY for need in SOURCE_ONLY[name].split())]
 
 
 def floors(name: str, *extras: str) -> list[str]:

@@ -304,23 +304,25 @@ def test_doctor_says_first_whether_the_readme_works_and_sorts_the_rest_by_purpos
     del present["vaderSentiment"]
     text = say("doctor")
     assert text.startswith("README\n  the demo needs vaderSentiment: python3 -m pip install 'rlhf-core[sentiment]'\n")
-    models, rewards, tracking, engines = (
+    models, rewards, tracking, gpus, engines = (
         text.index(f"not installed, for {each}") for each in (*module.PURPOSES, module.ENGINES)
     )
     assert (
         models < text.index("rlhf-core[lora] (needs") < rewards < text.index("rlhf-core[sentiment] (needs") < tracking
     )
-    assert tracking < text.index("rlhf-core[wandb] (needs") < engines < text.index("strategy deepspeed: python3")
+    assert tracking < text.index("rlhf-core[wandb] (needs") < gpus < text.index("rlhf-core[flash] (needs") < engines
+    assert engines < text.index("strategy deepspeed: python3")
 
 
-def test_every_extra_of_core_has_a_purpose_and_all_is_their_sum() -> None:
+def test_every_extra_of_core_has_a_purpose_and_all_is_the_sum_of_what_every_machine_can_install() -> None:
     from rlhf_core.cli.doctor import PURPOSES
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = set(project["optional-dependencies"]) - {"all"}
     assert {each for names in PURPOSES.values() for each in names} == extras
     (whole,) = project["optional-dependencies"]["all"]
-    assert set(re.findall(r"[a-z]+", whole.partition("[")[2])) == extras
+    built_on_gpus = {"flash", "kernels"}
+    assert set(re.findall(r"[a-z]+", whole.partition("[")[2])) == extras - built_on_gpus
 
 
 def test_doctor_says_the_pip_command_of_what_is_missing(

