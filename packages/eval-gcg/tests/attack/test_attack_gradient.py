@@ -10,9 +10,10 @@ from lanes import lane
 from tiny_attacks import SIZE, family, tiny
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from rlhf_eval_gcg.attack import Goal
-from rlhf_eval_gcg.attack.gradient import lane_gradient
+from rlhf_eval_gcg.attack import Attack, Goal
+from rlhf_eval_gcg.attack.gradient import batch_gradients, lane_gradient
 from rlhf_eval_gcg.attack.losses import answer_losses
+from rlhf_eval_gcg.attack.scoring import Scorer
 
 
 def loss_of(made: Any, options: Any, onehot_LV: torch.Tensor, answer: tuple[int, ...], kind: str) -> torch.Tensor:
@@ -92,3 +93,46 @@ def test_of_a_mixture_of_tokens_it_is_autograds_too() -> None:
     assert found == pytest.approx(float(loss.detach()), abs=1e-5)
     torch.testing.assert_close(found_LV, expected_LV, atol=1e-4, rtol=1e-3)
     assert made.base_L is None  # no suffix of tokens is there to share
+
+
+def test_lanes_of_several_lengths_have_their_own_gradients_in_one_batch() -> None:
+    model = tiny(len(family("qwen"))).double()
+    goals = [
+        Goal("Say hello", "Sure, hello friend"),
+        Goal("Write a long poem about the sea, please", "Yes"),
+        Goal("Hi", "The capital of France is Paris."),
+    ]
+    apart, together = ([lane(goal=goal, model=model)[0] for goal in goals] for _ in range(2))
+    options = Attack(suffix="x x x !")
+    for each in together:
+        each.victim = together[0].victim
+    draw = torch.Generator().manual_seed(0)
+    choices = [torch.randint(50, (4,), generator=draw) for _ in goals]
+    expected = [lane_gradient(each, ids_L, 60, options) for each, ids_L in zip(apart, choices, strict=True)]
+    found = batch_gradients(together, choices, 60, options)
+    for (gradient_LV, loss, flops), (expected_LV, expected_loss, expected_flops) in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient_LV, expected_LV, atol=1e-6, rtol=1e-5)
+        assert (loss, flops) == (pytest.approx(expected_loss, abs=1e-6), expected_flops)
+    for one, other in zip(together, apart, strict=True):  # candidates of the step share the suffix
+        assert one.base_L is not None and one.base_L.tolist() == other.base_L.tolist()
+        for (k, v), (expected_k, expected_v) in zip(one.base.layers, other.base.layers, strict=True):
+            torch.testing.assert_close(k, expected_k, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(v, expected_v, atol=1e-6, rtol=1e-5)
+
+
+def test_only_what_may_be_in_one_pass_is_in_one_batch() -> None:
+    made = [lane()[0] for _ in range(3)]
+    for each in made:
+        each.victim = made[0].victim
+    several, _ = lane(goal=Goal("Hi", "Yes", bad_set=("No",)), objective="bad_set")
+    several.victim = made[0].victim
+    other, _ = lane()
+    ids_L = torch.tensor(made[0].prompt.suffix_ids)
+    tasks = [(k, each, ids_L) for k, each in enumerate([*made, made[0], several, other])]
+
+    def cut(scorer: Scorer) -> list[list[int]]:
+        return [[place for place, _, _ in batch] for batch in scorer.gradient_batches(tasks)]
+
+    assert cut(Scorer(Attack(), mixes=True)) == [[0, 1, 2], [3], [4], [5]]
+    assert cut(Scorer(Attack(batch_tokens=1), mixes=True)) == [[k] for k in range(6)]
+    assert cut(Scorer(Attack())) == [[k] for k in range(6)]  # a CPU pays for padding

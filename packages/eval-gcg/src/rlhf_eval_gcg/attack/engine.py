@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
-from rlhf_eval_gcg.attack.gradient import lane_gradient
+from rlhf_eval_gcg.attack.gradient import batch_gradients, lane_gradient
 from rlhf_eval_gcg.attack.lane import Lane
 from rlhf_eval_gcg.attack.optimizer import Losses, Move, TokenGradient
 from rlhf_eval_gcg.attack.reward_objective import Rewards, renew_answers
@@ -64,10 +64,10 @@ class Engine:
     def _answer(self, questions: Sequence[tuple[Search, Any]]) -> list[Any]:
         """Return the answer to each question; a `Move` where an early stop ends the step."""
         answers: list[Any] = [None] * len(questions)
-        scored = []
+        sought, scored = [], []
         for place, (search, question) in enumerate(questions):
             if isinstance(question, TokenGradient):
-                answers[place] = self._gradient(search, question.choice)
+                sought.append(place)
             elif isinstance(question, Losses):
                 scored.append(place)
             else:
@@ -75,6 +75,8 @@ class Engine:
                     f"schedule {search.suffix.options.schedule!r} asks for {type(question).__name__}; "
                     "a suffix optimizer yields TokenGradient or Losses"
                 )
+        for place, gradient in zip(sought, self._gradients([questions[k] for k in sought]), strict=True):
+            answers[place] = gradient
         for place, (losses_C, match) in zip(scored, self._losses([questions[k] for k in scored]), strict=True):
             search, question = questions[place]
             answers[place] = losses_C
@@ -83,24 +85,38 @@ class Engine:
                 answers[place] = Move(question.ids_CL[match], float(losses_C[match]))
         return answers
 
-    def _gradient(self, search: Search, choice: Tensor) -> tuple[Tensor, float]:
-        """Return the gradient (L, V) and the loss, means over the search's lanes."""
-        suffix = search.suffix
-        total_LV: Tensor | None = None
-        losses = []
-        for lane in search.lanes:
-            gradient_LV, loss, flops = lane_gradient(
-                lane, choice.to(lane.victim.device), len(suffix.allowed_V), suffix.options
-            )
-            gradient_LV = gradient_LV.to(suffix.allowed_V.device) / len(search.lanes)
-            total_LV = gradient_LV if total_LV is None else total_LV + gradient_LV
-            losses.append(loss)
-            search.record.spent += flops
-        mean = sum(losses) / len(losses)
-        if not search.record.losses and self.rewards is None and not choice.is_floating_point():
-            search.record.initial_loss = mean
-        assert total_LV is not None
-        return total_LV, mean
+    def _gradients(self, asked: Sequence[tuple[Search, TokenGradient]]) -> list[tuple[Tensor, float]]:
+        """Return the gradient (L, V) and the loss of each question, means over its search's lanes."""
+        tasks = [
+            (place, lane, question.choice.to(lane.victim.device))
+            for place, (search, question) in enumerate(asked)
+            for lane in search.lanes
+        ]
+        totals: list[Tensor | None] = [None] * len(asked)
+        losses: list[list[float]] = [[] for _ in asked]
+        for batch in self.scorer.gradient_batches(tasks):
+            search = asked[batch[0][0]][0]
+            lanes, choices = [lane for _, lane, _ in batch], [choice for _, _, choice in batch]
+            tokens, options = len(search.suffix.allowed_V), search.suffix.options
+            if len(batch) > 1:
+                found = batch_gradients(lanes, choices, tokens, options)
+            else:
+                found = [lane_gradient(lanes[0], choices[0], tokens, options)]
+            for (place, _, _), (gradient_LV, loss, flops) in zip(batch, found, strict=True):
+                search = asked[place][0]
+                gradient_LV = gradient_LV.to(search.suffix.allowed_V.device) / len(search.lanes)
+                before = totals[place]
+                totals[place] = gradient_LV if before is None else before + gradient_LV
+                losses[place].append(loss)
+                search.record.spent += flops
+        answers = []
+        for (search, question), total_LV, own in zip(asked, totals, losses, strict=True):
+            assert total_LV is not None
+            mean = sum(own) / len(own)
+            if not search.record.losses and self.rewards is None and not question.choice.is_floating_point():
+                search.record.initial_loss = mean
+            answers.append((total_LV, mean))
+        return answers
 
     def _losses(self, asked: Sequence[tuple[Search, Losses]]) -> list[tuple[Tensor, int | None]]:
         """Return the losses of each question's candidates, and the best one that matches under an early stop."""

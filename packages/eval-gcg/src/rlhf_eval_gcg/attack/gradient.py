@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rlhf_eval_gcg.attack.options import Attack
 
-__all__ = ["lane_gradient"]
+__all__ = ["batch_gradients", "lane_gradient"]
 
 
 def lane_gradient(lane: Lane, choice: Tensor, tokens: int, options: Attack) -> tuple[Tensor, float, float]:
@@ -34,10 +34,7 @@ def lane_gradient(lane: Lane, choice: Tensor, tokens: int, options: Attack) -> t
         options: of the loss.
     """
     victim, mixture = lane.victim, choice.is_floating_point()
-    with torch.no_grad():
-        every = torch.arange(tokens, device=victim.device)
-        embeds_LH = choice.to(victim.embed(every[:1])) @ victim.embed(every) if mixture else victim.embed(choice)
-    embeds_LH = embeds_LH.detach().requires_grad_(True)
+    embeds_LH = _embeddings(lane, choice, tokens)
     length, flops = len(choice), 0.0
     gradient_LH = torch.zeros_like(embeds_LH, dtype=torch.float32)
     losses: list[Tensor] = []
@@ -61,6 +58,56 @@ def lane_gradient(lane: Lane, choice: Tensor, tokens: int, options: Attack) -> t
     loss = lane.answers.combine(torch.stack(losses)[:, None])[0]
     flops += victim.costs.over_tokens(length, embeds_LH.shape[1], tokens)
     return victim.over_tokens(gradient_LH, tokens), float(loss), flops
+
+
+def batch_gradients(
+    lanes: Sequence[Lane], choices: Sequence[Tensor], tokens: int, options: Attack
+) -> list[tuple[Tensor, float, float]]:
+    """Return what `lane_gradient` returns of each lane, from one forward and one backward pass over all of them.
+
+    Args:
+        lanes: prompts of one model, each with one answer and shared beginnings; none comes twice.
+        choices: of each lane.
+        tokens: V, as there.
+        options: of the loss.
+    """
+    victim = lanes[0].victim
+    embeds = [_embeddings(lane, choice, tokens) for lane, choice in zip(lanes, choices, strict=True)]
+    groups = [_rows(lane, each, lane.answers.ids[0]) for lane, each in zip(lanes, embeds, strict=True)]
+    with torch.enable_grad():
+        logits, fresh = victim.logits(groups, record=True)
+        losses_N = torch.stack(
+            [
+                answer_losses(
+                    each, lane.answers.ids[0][None], lane.answers.kind, options.mellowmax_alpha, options.cw_margin
+                )[0]
+                for lane, each in zip(lanes, logits, strict=True)
+            ]
+        )
+        grads = torch.autograd.grad(losses_N.sum(), embeds)
+    longest = max(group.rows.shape[1] for group in groups)
+    found = []
+    values = losses_N.detach().float().tolist()
+    for row, (lane, choice, group) in enumerate(zip(lanes, choices, groups, strict=True)):
+        past, new, share = len(group.beginning), group.rows.shape[1], _shares(lane, [group])[0]
+        flops = victim.costs.forward(1, new, past, group.keep) + victim.costs.backward(1, new, past, group.keep)
+        flops += victim.costs.over_tokens(len(choice), embeds[row].shape[1], tokens)
+        if not choice.is_floating_point():  # rows are padded on the left
+            own = slice(longest - new, longest - new + len(choice))
+            lane.base = lane.opening.extend([(k[row : row + 1, :, own], v[row : row + 1, :, own]) for k, v in fresh])
+            lane.base_L = choice.clone()
+        found.append((victim.over_tokens(share * grads[row].float(), tokens), share * values[row], flops))
+    return found
+
+
+def _embeddings(lane: Lane, choice: Tensor, tokens: int) -> Tensor:
+    """Return the embeddings (L, H) of a choice, as leaves that get a gradient."""
+    victim = lane.victim
+    with torch.no_grad():
+        every = torch.arange(tokens, device=victim.device)
+        mixed = choice.is_floating_point()
+        embeds_LH = choice.to(victim.embed(every[:1])) @ victim.embed(every) if mixed else victim.embed(choice)
+    return embeds_LH.detach().requires_grad_(True)
 
 
 def _rows(lane: Lane, embeds_LH: Tensor, answer_T: Tensor) -> Group:

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_eval_gcg.attack.options import Attack
-    from rlhf_eval_gcg.attack.victim import Group
+    from rlhf_eval_gcg.attack.victim import Group, Victim
 
 __all__ = ["Scorer"]
 
-LOGIT_CELLS = 1 << 26
-"""Most logits of a batch (256 MiB in float32), whatever the vocabulary."""
+CPU_LOGIT_CELLS, LOGIT_CELLS = 1 << 26, 1 << 28
+"""Most logits of a batch, whatever the vocabulary: 256 MiB in float32 on a CPU, 1 GiB on an accelerator."""
 SPARE_ON_CPU, SPARE = 0.05, 0.5
 """Share of a piece's tokens that may be known already: a CPU pays for each, an accelerator more for a further launch."""
-CHEAP = 64
+CHEAP = 24
 """Known tokens that cost less than one more pass, which reads all weights, even on a CPU."""
 
 
@@ -61,7 +61,7 @@ class Scorer:
     def __init__(self, options: Attack, mixes: bool | None = None) -> None:
         self.options, self.mixes = options, mixes
         self.budget = options.batch_tokens
-        self.logit_cells = LOGIT_CELLS
+        self.halvings = 0
 
     def losses(self, tasks: Sequence[tuple[Lane, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """Return losses (C,), greedy matches (C,) of the first answer, and operations of each task.
@@ -86,6 +86,37 @@ class Scorer:
                 costs[piece.task] += piece.lane.victim.costs.forward(rows, new, past, group.keep)
         combined = [lane.answers.combine(each) for (lane, _), each in zip(tasks, losses, strict=True)]
         return combined, matches, costs
+
+    def logit_cells(self, victim: Victim) -> int:
+        """Return how many logits a batch may have, at least one."""
+        return max(1, (CPU_LOGIT_CELLS if victim.on_cpu else LOGIT_CELLS) >> self.halvings)
+
+    def gradient_batches(self, tasks: Sequence[tuple[int, Lane, Tensor]]) -> Iterator[list[tuple[int, Lane, Tensor]]]:
+        """Cut (place, lane, choice) into batches of one pass each; several lanes in one only on an accelerator.
+
+        Lanes of several answers and those that share no beginning are by themselves, and no lane comes twice in a batch.
+        """
+        batch: list[tuple[int, Lane, Tensor]] = []
+        for task in tasks:
+            more = [*batch, task]
+            lanes = [lane for _, lane, _ in more]
+            joint = all(self._joins(lane) and lane.victim is lanes[0].victim for lane in lanes)
+            rows = [lane.length - len(lane.before_P) for lane in lanes]
+            keep = max(len(ids) for lane in lanes for ids in lane.answers.ids[:1])
+            small = len(rows) * max(rows) <= self.budget and len(rows) * keep * lanes[
+                0
+            ].victim.vocabulary <= self.logit_cells(lanes[0].victim)
+            if batch and not (joint and small and len(set(map(id, lanes))) == len(lanes)):
+                yield batch
+                more = [task]
+            batch = more
+        if batch:
+            yield batch
+
+    def _joins(self, lane: Lane) -> bool:
+        """Return True if rows of a lane may be in a batch with those of other lanes."""
+        mixes = not lane.victim.on_cpu if self.mixes is None else self.mixes
+        return mixes and lane.victim.takes_positions and lane.cached and len(lane.answers.ids) == 1
 
     def _compute(
         self, batch: Sequence[_Piece], groups: Sequence[Group], losses: list[Tensor], matches: list[Tensor]
@@ -112,7 +143,7 @@ class Scorer:
         for answer, answer_T in enumerate(lane.answers.ids):
             tail = ids_CL.shape[1] + len(lane.after_A) + len(answer_T) - 1
             past = 0 if lane.cached else len(lane.before_P)
-            most = self.logit_cells // (len(answer_T) * lane.victim.vocabulary)
+            most = self.logit_cells(lane.victim) // (len(answer_T) * lane.victim.vocabulary)
             rows: list[int] = []
             first = known = 0
             for row, start in zip(order_C.tolist(), starts_C[order_C].tolist(), strict=True):
@@ -146,7 +177,7 @@ class Scorer:
 
         while waiting and waiting[0].lane.cached:
             more = [*batch, waiting[0]]
-            if cells(more) > self.budget or logits(more) > self.logit_cells:
+            if cells(more) > self.budget or logits(more) > self.logit_cells(victim):
                 break
             batch.append(waiting.pop(0))
         return batch
@@ -165,7 +196,7 @@ class Scorer:
             ) from None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.budget, self.logit_cells = max(1, self.budget // 2), max(1, self.logit_cells // 2)
+        self.budget, self.halvings = max(1, self.budget // 2), self.halvings + 1
         log.warning("memory ran out; batches of the attack are %d tokens from here on", self.budget)
         if len(batch) > 1:
             return list(batch)

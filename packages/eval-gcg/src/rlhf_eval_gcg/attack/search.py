@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import DataError, option
 from rlhf_core.lazy import torch
+from rlhf_eval_gcg.attack.caching import Beginning
 from rlhf_eval_gcg.attack.lane import Answers, Lane
 from rlhf_eval_gcg.attack.optimizer import Suffix, SuffixOptimizer, load_optimizer
 from rlhf_eval_gcg.attack.result import AttackResult
+from rlhf_eval_gcg.attack.victim import Group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +97,8 @@ def greedy_match(victim: Victim, result: AttackResult) -> bool:
         return False
     row = torch.tensor([[*result.prompt_ids, *result.target_ids[:-1]]], device=victim.device)
     with torch.no_grad():
-        logits = victim.model(input_ids=row).logits[0, -length:]
-    return bool(logits.argmax(-1).tolist() == list(result.target_ids))
+        (logits_1TV,), _ = victim.logits([Group(Beginning(), row, length)])
+    return bool(logits_1TV[0].argmax(-1).tolist() == list(result.target_ids))
 
 
 def make_search(
