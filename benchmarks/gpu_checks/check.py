@@ -33,26 +33,27 @@ class Check:
 
 CHECKS = (
     Check("limits", "The machine: versions, and the rates that everything below is measured against", "limits", 40),
-    Check("training", "Training at 1.5B: share of the matrix-product rate (MFU)", "training", 90),
-    Check("decoding", "Sampling at batch 256: share of the memory-bandwidth bound", "decoding", 80),
+    Check("training", "Training at 1.5B: share of the matrix-product rate (MFU)", "training", 60),
+    Check("decoding", "Sampling at batch 256: share of the memory-bandwidth bound", "decoding", 60),
+    Check("suite", "Tests marked gpu", "suite", 60, fresh=True),
     Check("logprobs", "Chunked log-probabilities against the plain head", "logprobs", 40),
     Check(
         "algorithms",
         "One update of each algorithm: bfloat16 on the device against float32 on the CPU",
         "algorithms",
-        80,
+        60,
     ),
-    Check("suite", "Tests marked gpu", "suite", 90, fresh=True),
     Check("attention", "Packed rows against padded ones", "attention", 40),
     Check(
-        "deterministic", "Two runs with `--deterministic`, and a third that was cut and resumed", "runs", 60, fresh=True
+        "deterministic", "Two runs with `--deterministic`, and a third that was cut and resumed", "runs", 40, fresh=True
     ),
+    Check("out_of_memory", "Out of memory: the phase in the message, and `--on-oom halve`", "runs", 40, fresh=True),
+    Check("peak_memory", "Peak memory of a training step against `rlhf-run plan`", "memory", 50),
     Check("offload", "Memory by role: training, offloaded, reloaded", "memory", 40),
-    Check("peak_memory", "Peak memory of a training step against its formula", "memory", 60, fresh=True),
-    Check("out_of_memory", "Out of memory: the phase in the message, and `--on-oom halve`", "runs", 50, fresh=True),
+    Check("generate", "`--rollout hf` against transformers", "decoding", 50),
     Check("checkpoint", "Seconds that a checkpoint stops the loop", "memory", 40),
+    Check("training_compiled", "Training at 1.5B with `--actor.compile`", "training", 120, fresh=True),
     Check("optimizer", "The optimizer step against its bandwidth bound", "training", 30),
-    Check("generate", "`--rollout hf` against transformers", "decoding", 60),
     Check("training_small", "Training at 0.5B", "training", 50),
     Check("two_processes", "Two processes on one GPU", "engines", 50, fresh=True),
     Check("installed_engines", "vLLM, DeepSpeed and Ray, where they are installed", "engines", 60, fresh=True),
@@ -127,7 +128,7 @@ class Context:
             self.send({"wrong": what})
 
     def profile(self, title: str, found: Mapping[str, Any]) -> None:
-        """Add a profile: the share of time without a kernel, and the kernels that took most."""
+        """Add a profile: how long a kernel ran, and the kernels that took most."""
         self.send({"profile": {"title": title, **found}})
 
     def pick(self, real: Any, rehearsal: Any) -> Any:

@@ -45,7 +45,7 @@ def decoding(context: Context) -> None:
             )  # fmt: skip
             met = context.goal(f"share of the bandwidth bound, {size}, batch {P}", bound / step, SHARE)
             if not met or context.rehearse:
-                short = context.pick(16, 3)
+                short = context.pick(8, 3)
                 context.profile(
                     f"a rollout of {short} tokens, {size}", profile(partial(sample_tokens, run, prompts, short))
                 )

@@ -121,8 +121,9 @@ def _section(found: Mapping[str, Any]) -> list[str]:
     if found["notes"]:
         lines += ["", *(f"- {note}" for note in found["notes"])]
     for profile in found["profiles"]:
-        told = f"{profile['wall_ms']:.1f} ms with the profiler, no kernel in {100 * profile['gap_share']:.0f} % of it"
-        lines += ["", f"Profile of {profile['title']}: {told}, {profile['launches']} launches."]
+        gap = max(0.0, 1 - profile["busy_ms"] / max(profile["usual_ms"], 1e-9))
+        told = f"{profile['usual_ms']:.1f} ms, no kernel in {100 * gap:.0f} % of it, {profile['launches']} launches"
+        lines += ["", f"Profile of {profile['title']}: {told} ({profile['wall_ms']:.1f} ms with the profiler)."]
         lines += ["", "| kernel | ms | calls |", "|---|---|---|"]
         lines += [f"| `{_cell(each['kernel'])}` | {each['ms']:.2f} | {each['calls']} |" for each in profile["top"]]
     if found["traceback"]:

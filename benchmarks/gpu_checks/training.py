@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpu_checks.measure import peak_gib, profile, release, seconds, timed
 from gpu_checks.models import make_role, model_flops, random_batch, shape
+from rlhf_core.contract.options import TrainedOptions
 
 if TYPE_CHECKING:
     from gpu_checks.check import Context
 
-__all__ = ["mixed_lengths", "optimizer", "training", "training_small"]
+__all__ = ["mixed_lengths", "optimizer", "training", "training_compiled", "training_small"]
 
 MFU = 0.40
 """Goal: share of the measured matrix-product rate, recomputation not counted."""
@@ -26,23 +29,34 @@ def training(context: Context) -> None:
         "matrix-product rate; the embedding look-up and what gradient checkpointing computes again are not counted. The "
         "column `with recomputation` counts the layers' second forward pass. A step is forward, backward, clipping, AdamW."
     )
-    cases = {
-        "mixed lengths to 8k": mixed_lengths(context.pick(8192, 64), context.pick(4, 2)),
-        "rows of 8k": [context.pick(8192, 64)] * context.pick(4, 2),
-        "rows of 2k": [context.pick(2048, 16)] * context.pick(16, 4),
-    }
-    measure(context, "1.5B", cases, goal="mixed lengths to 8k")
+    mixed = mixed_lengths(context.pick(8192, 64), context.pick(4, 2))
+    cases = [
+        Case("mixed lengths to 8k", mixed, context.pick(8192, 64), goal=True),
+        Case("mixed lengths to 8k", mixed, context.pick(32768, 128)),
+        Case("rows of 8k", [context.pick(8192, 64)] * context.pick(4, 2), context.pick(8192, 64)),
+        Case("rows of 2k", [context.pick(2048, 16)] * context.pick(16, 4), context.pick(8192, 64)),
+    ]
+    measure(context, "1.5B", cases)
+
+
+def training_compiled(context: Context) -> None:
+    """1.5B with `--actor.compile`: the first step compiles."""
+    if "compile" not in {each.name for each in fields(TrainedOptions)}:
+        context.note("this version has no --actor.compile")
+        return
+    mixed = mixed_lengths(context.pick(8192, 64), context.pick(4, 2))
+    measure(context, "1.5B", [Case("mixed lengths to 8k", mixed, context.pick(8192, 64), goal=True)], compile=True)
 
 
 def training_small(context: Context) -> None:
     """0.5B, the same, and without gradient checkpointing."""
-    cases = {
-        "mixed lengths to 8k": mixed_lengths(context.pick(8192, 64), context.pick(8, 2)),
-        "rows of 2k": [context.pick(2048, 16)] * context.pick(32, 4),
-    }
+    cases = [
+        Case("mixed lengths to 8k", mixed_lengths(context.pick(8192, 64), context.pick(4, 2)), context.pick(8192, 64)),
+        Case("rows of 2k", [context.pick(2048, 16)] * context.pick(16, 4), context.pick(8192, 64)),
+    ]
     measure(context, "0.5B", cases)
     release()
-    measure(context, "0.5B", cases, checkpointing=False)
+    measure(context, "0.5B", cases, gradient_checkpointing=False)
 
 
 def mixed_lengths(tokens: int, batches: int) -> list[int]:
@@ -59,33 +73,45 @@ def mixed_lengths(tokens: int, batches: int) -> list[int]:
     return lengths
 
 
-def measure(
-    context: Context, size: str, cases: dict[str, Sequence[int]], goal: str = "", checkpointing: bool = True
-) -> None:
-    """Time a step of each case; judge the one that is the goal, and profile it where it falls short."""
-    micro = context.pick(8192, 64)
-    role = make_role(context, shape(context, size), micro_tokens=micro, actor={"gradient_checkpointing": checkpointing})
-    vocabulary = role.causal_lm.config.vocab_size
-    for case, lengths in cases.items():
-        batch = random_batch(lengths, vocabulary)
+@dataclass(frozen=True)
+class Case:
+    """A batch to train on."""
 
-        def step(batch: Any = batch) -> None:
-            role.train({"data": batch})
+    rows: str
+    """what rows it has"""
+    lengths: Sequence[int]
+    """tokens of each"""
+    micro_tokens: int
+    """budget of a micro-batch"""
+    goal: bool = False
+    """whether the goal is about it"""
 
+
+def measure(context: Context, size: str, cases: Sequence[Case], **options: Any) -> None:
+    """Time a step of each case; judge the one that is the goal, and profile a micro-batch of it where it falls short."""
+    actor = {"gradient_checkpointing": True, **options}
+    role = make_role(context, shape(context, size), actor=actor)
+    vocabulary, checkpointing = role.causal_lm.config.vocab_size, actor["gradient_checkpointing"]
+    how = ", compiled" if options.get("compile") else ""
+    for case in cases:
+        role.budget.tokens = case.micro_tokens
+        step = partial(role.train, {"data": random_batch(case.lengths, vocabulary)})
         first = timed(step)
-        took = seconds(step, rounds=3, warm=1)
         memory = peak_gib(step)
+        took = seconds(step, rounds=context.pick(3, 1), warm=0)
         rate = took * context.limits.get("flops", float("inf"))
-        mfu, worked = (model_flops(role.causal_lm, lengths, each) / rate for each in (False, checkpointing))
+        mfu, worked = (model_flops(role.causal_lm, case.lengths, each) / rate for each in (False, checkpointing))
         context.row(
-            model=size, rows=case, micro_tokens=micro, packed=role.module.packs, recomputation=checkpointing,
-            tokens_per_step=sum(lengths), seconds=took, first_step=first, tokens_per_second=sum(lengths) / took,
-            MFU=mfu, with_recomputation=worked, peak_GiB_above_weights=memory,
+            model=f"{size}{how}", rows=case.rows, micro_tokens=case.micro_tokens, packed=role.module.packs,
+            recomputation=checkpointing, tokens_per_step=sum(case.lengths), seconds=took, first_step=first,
+            tokens_per_second=sum(case.lengths) / took, MFU=mfu, with_recomputation=worked, peak_GiB_above_weights=memory,
         )  # fmt: skip
-        if case == goal:
-            met = context.goal(f"training MFU at {size}, {case}, packed", mfu, MFU)
+        if case.goal:
+            met = context.goal(f"training MFU at {size}{how}, {case.rows}, packed", mfu, MFU)
             if not met or context.rehearse:
-                context.profile(f"a step of {size}, {case}", profile(step))
+                few = mixed_lengths(case.micro_tokens, 1)
+                one = partial(role.train, {"data": random_batch(few, vocabulary)})
+                context.profile(f"a step of one micro-batch, {size}{how}, {case.rows}", profile(one))
 
 
 def optimizer(context: Context) -> None:

@@ -131,10 +131,10 @@ def test_missing_wheels_come_with_the_line_that_fetches_them(
     assert said.strip().endswith("-d .whl tomli-w")
 
 
-def test_the_share_without_a_kernel_counts_overlapping_spans_once(script: ModuleType) -> None:
+def test_time_with_a_kernel_counts_overlapping_spans_once(script: ModuleType) -> None:
     measure = importlib.import_module("gpu_checks.measure")
-    assert measure.gap_share([(0, 2), (1, 3), (5, 6)], 10) == pytest.approx(0.6)
-    assert measure.gap_share([], 10) == 1.0
+    assert measure.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert measure.covered([]) == 0
 
 
 def test_flops_are_those_of_the_matrix_products(script: ModuleType) -> None:
