@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import source_tree
-from timed_runs import Planned, TimedRuns, quiet_environment
+from timed_runs import SHARED_ROLLOUT, Planned, TimedRuns, quiet_environment
 
 Record = dict[str, Any]
 
@@ -87,6 +87,7 @@ def plan(options: argparse.Namespace) -> list[Planned]:
         "actor": {"optim": {"lr": 2e-5}},
         "reward": "length" if options.rehearse else "sentiment",
         "evaluator": {"use": "heldout,policy_stats", "heldout": {"n": 4}, "policy_stats": {"n": 2}},
+        "rollout": SHARED_ROLLOUT,
         "save_every": 2 if options.keep else 0,
         "keep": 1,
     }

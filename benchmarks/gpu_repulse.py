@@ -25,7 +25,7 @@ from typing import Any
 
 import source_tree
 from source_tree import ROOT
-from timed_runs import Planned, TimedRuns, quiet_environment
+from timed_runs import SHARED_ROLLOUT, Planned, TimedRuns, quiet_environment
 
 WHEELS = ["tomli-w", "gguf==0.19.0", "alt-profanity-check==1.9.1", "scikit-learn==1.9.1"]
 """Packages that the runs need and that a machine with torch and transformers may lack; `gguf` unpacks the model."""
@@ -95,6 +95,7 @@ def plan(options: argparse.Namespace) -> list[Planned]:
                 "data": {**tree["data"], "path": str(ROOT / tree["data"]["path"])},
                 "evaluator": {**tree["evaluator"], "tolerance": 0.0, "most": 0, "batch": 2048},
                 "micro_tokens": 65536,  # all samples of a step in one pass
+                "rollout": SHARED_ROLLOUT,
             }
             changed.pop("output")
             planned.append(Planned(f"{method}-seed{seed}", method, seed, changed))

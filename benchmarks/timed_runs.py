@@ -23,9 +23,12 @@ from typing import Any
 
 from source_tree import ROOT
 
-__all__ = ["Planned", "TimedRuns", "name_device", "quiet_environment"]
+__all__ = ["SHARED_ROLLOUT", "Planned", "TimedRuns", "name_device", "quiet_environment"]
 
 GIGABYTE = 2**30
+
+SHARED_ROLLOUT = {"use": "hf", "graphs": "off"}
+"""Sampling for runs that share a GPU: a sampler with graphs takes half of the memory that is free."""
 
 Record = dict[str, Any]
 
