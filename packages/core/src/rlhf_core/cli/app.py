@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_core.cli import help as help_
-from rlhf_core.config.parsing import read
+from rlhf_core.config.parsing import read, wants_dry_run
 from rlhf_core.contract.registry_view import failure_place
 from rlhf_core.errors import RunStopped, UnknownName, UsageError
 from rlhf_core.plugins.registry import Registry, as_default
@@ -112,7 +112,12 @@ def _train(words: Sequence[str], registry: Registry) -> int:
     config = parse(words, registry)
     from rlhf_core.run.run import Run
 
-    Run(config, registry=registry).train()
+    run = Run(config, registry=registry)
+    if wants_dry_run(words):
+        run.check()
+        print("nothing is missing; the run can start")
+    else:
+        run.train()
     return 0
 
 

@@ -80,7 +80,8 @@ def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
     for section in schema.sections:
         if rest := [option for option in section.options if option not in first]:
             blocks += [[_title(section)], _rows(_row(option, settings) for option in rest)]
-    blocks += [["other"], _rows([("--config FILE", FIXED["config"]), ("-h, --help", FIXED["help"])])]
+    others = [("--config FILE", "config"), ("--dry-run", "dry_run"), ("-h, --help", "help")]
+    blocks += [["other"], _rows((name, FIXED[key]) for name, key in others)]
     return _text(*blocks)
 
 

@@ -26,7 +26,7 @@ from rlhf_core.util.text_files import read_text
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags", "with_spelling"]
+__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags", "wants_dry_run", "with_spelling"]
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -41,7 +41,7 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     tree = _read_file(single_word("--config", file)) if file is not None else {}
     where = single_word("--config", file) if file is not None else ""
     wanted = {kind: single_word(flag(kind), flags[kind]) for kind in CHOSEN if kind in flags and kind != "algorithm"}
-    flags = {path: words for path, words in flags.items() if path not in wanted and path != "help"}
+    flags = {path: words for path, words in flags.items() if path not in wanted and path not in ("help", "dry_run")}
     if words:
         wanted["algorithm"] = words[0]
     uses = {path.removesuffix(".use"): single_word(flag(path), flags[path]) for path in flags if path.endswith(".use")}
@@ -79,6 +79,21 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
         else:
             current.append(word)
     return before, flags
+
+
+def wants_dry_run(words: Sequence[str]) -> bool:
+    """Return True if the words ask to check a run and not to start it.
+
+    Raises:
+        UsageError: a value that is neither True nor False.
+    """
+    given = split_flags(words)[1].get("dry_run")
+    if given is None:
+        return False
+    try:
+        return bool(from_words(bool, given))
+    except ValueError:
+        raise UsageError(f"--dry-run expects True or False, not {' '.join(given)!r}") from None
 
 
 def single_word(name: str, words: Sequence[str]) -> str:

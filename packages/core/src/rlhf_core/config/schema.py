@@ -55,6 +55,7 @@ HELDOUT_LOSS = "heldout_loss"
 
 FIXED = {
     "config": "TOML file with options; flags win over it",
+    "dry_run": "check everything that can be checked before the first step, and train nothing",
     "help": "show the options of exactly the chosen providers",
 }
 """Flags that are no options of the run."""

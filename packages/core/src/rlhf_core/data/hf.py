@@ -63,6 +63,12 @@ class HuggingFaceData(Preparation, Columns):
     def holds_out(self) -> bool:
         return bool(self.heldout or self.heldout_path or self.heldout_split)
 
+    def check(self) -> None:
+        """Reject a missing file before anything heavy starts; names on the hub are not looked up."""
+        super().check()
+        for name in self.path.split(","):
+            _source(name.strip())
+
     def __call__(self, split: str) -> Iterable[Example]:
         if split != "heldout":
             return self._part(self._read(self.split), 0) if self.heldout else self._read(self.split)

@@ -7,6 +7,8 @@ and held-out rows share it.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
@@ -47,6 +49,13 @@ class Json(Preparation, Columns):
     @property
     def holds_out(self) -> bool:
         return bool(self.heldout or self.heldout_path)
+
+    def check(self) -> None:
+        """Reject a missing file before anything heavy starts."""
+        super().check()
+        for path in filter(None, (self.path, self.heldout_path)):
+            if not Path(path).exists():
+                raise DataError(f"{path}: {os.strerror(errno.ENOENT)}")
 
     def __call__(self, split: str) -> Sequence[Example]:
         if split == "heldout" and self.heldout_path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config.builder import construct, split_sections
 from rlhf_core.config.option_fields import flag, option_fields
-from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags, with_spelling
+from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags, wants_dry_run, with_spelling
 from rlhf_core.config.schema import Schema, Section, build_schema, provider_sections
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import CHOSEN
@@ -84,6 +84,8 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
     kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
     chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
     asked_help = flags.pop("help", None) is not None
+    if "dry_run" not in own:
+        flags.pop("dry_run", None)
     schema = _schema(name, cls, chosen, registry)
     positional = [option for option in schema.sections[0].options if option.required]
     usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)])
@@ -101,7 +103,7 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
 
 
 def run_command(words: Sequence[str], registry: Registry) -> int:
-    """Read, build and call a command; return its exit code."""
+    """Read, build and call a command; return its exit code. `--dry-run` checks it, and calls only a command with that option."""
     schema, settings = read_command(words, registry)
     made = construct(schema, settings)
     names = {kind: name for kind, name in schema.names.items() if name and kind != "command"}
@@ -112,6 +114,10 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
         with spell_options(spelling):
             with options_under("/"):
                 command.check()
+            if wants_dry_run(words) and "dry_run" not in settings:
+                _check_providers(context)
+                print(f"nothing is missing; {words[0]} can start")
+                return 0
             code: Any = command(context)
     except Exception as error:
         if not isinstance(error, RlhfError) and is_full(error):
@@ -123,6 +129,14 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
         owner = registry.provenance("command", words[0])
         raise ContractError(f"command {words[0]!r} of {owner} must return an exit code, not {code!r}")
     return code
+
+
+def _check_providers(context: CommandRun) -> None:
+    """Let the chosen providers report what they miss."""
+    if context.command.defaults:
+        for path, provider in context.config.provider_paths():
+            with options_under(path):
+                provider.check()
 
 
 def context_of(command: Command, registry: Registry) -> CommandRun:
