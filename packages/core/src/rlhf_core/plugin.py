@@ -153,6 +153,7 @@ def rlhf_command() -> Providers:
         "serve-reward": "rlhf_core.reward.serve:ServeReward",
         "simulate": "rlhf_core.cli.simulate:Simulate",
         "sweep": "rlhf_core.cli.sweep:Sweep",
+        "translate": "rlhf_core.cli.translate:Translate",
     }
 
 

@@ -16,7 +16,7 @@ from rlhf_core.plugins.registry import Registry
 
 pytest.importorskip("rlhf_algos")
 PAGE = Path(__file__).parents[4] / "docs" / "flags.md"
-ALGORITHMS = ("sft", "dpo", "reward", "kto", "grpo", "ppo", "gspo")
+ALGORITHMS = ("sft", "dpo", "cdpo", "distill", "reward", "kto", "grpo", "ppo", "gspo")
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,10 @@ def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path
 
 
 ROOMS = ROOT / "packages" / "core" / "src" / "rlhf_core"
-PROSE = [*(path for path in DOCUMENTS if path.name != "CHANGELOG.md"), *sorted(ROOT.glob("packages/*/src/**/*.py"))]
+OF_OTHERS = ("CHANGELOG.md", "coming-from.md")
+"""Pages with names of what is gone, or of other projects."""
+
+PROSE = [*(path for path in DOCUMENTS if path.name not in OF_OTHERS), *sorted(ROOT.glob("packages/*/src/**/*.py"))]
 FOLDERS = sorted(path.name for path in ROOMS.iterdir() if path.is_dir() and path.name != "__pycache__")
 SCRIPTS = {  # names of all files
     path.name for folder in ("packages", "examples", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")

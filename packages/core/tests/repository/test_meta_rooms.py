@@ -28,7 +28,7 @@ LEVELS = [
     ["observer", "training"],
     ["checkpoint", "evaluator", "launcher", "loop.py", "reward", "strategy"],
     ["analysis", "run"],
-    ["recipe"],
+    ["recipe", "translation"],
     ["__init__.py"],
     ["testing"],
     ["cli"],

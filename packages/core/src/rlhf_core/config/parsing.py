@@ -26,7 +26,16 @@ from rlhf_core.util.text_files import read_text
 if TYPE_CHECKING:
     from rlhf_core.plugins.registry import Registry
 
-__all__ = ["Settings", "from_flags", "parse_tree", "read", "single_word", "split_flags", "wants_dry_run", "with_spelling"]
+__all__ = [
+    "Settings",
+    "from_flags",
+    "parse_tree",
+    "read",
+    "single_word",
+    "split_flags",
+    "wants_dry_run",
+    "with_spelling",
+]
 
 Settings = dict[str, Any]
 """Values by dotted path."""

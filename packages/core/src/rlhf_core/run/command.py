@@ -103,7 +103,7 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
 
 
 def run_command(words: Sequence[str], registry: Registry) -> int:
-    """Read, build and call a command; return its exit code. `--dry-run` checks it, and calls only a command with that option."""
+    """Read, build and call a command; return its exit code. `--dry-run` checks it, and calls only one that has that option."""
     schema, settings = read_command(words, registry)
     made = construct(schema, settings)
     names = {kind: name for kind, name in schema.names.items() if name and kind != "command"}
