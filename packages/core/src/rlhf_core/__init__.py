@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from rlhf_core.rollout.assemble import assemble
     from rlhf_core.run.result import RunResult
     from rlhf_core.run.run import Run
+    from rlhf_core.run.simple import RLHFConfig, RLHFPipeline
     from rlhf_core.strategy.shared_base import SharedBase
     from rlhf_core.training.dynamic_sampling import DynamicSampling
     from rlhf_core.training.observation import ClippedClosure
@@ -143,6 +144,8 @@ __all__ = [
     "Prompts",
     "ProviderChoices",
     "Providers",
+    "RLHFConfig",
+    "RLHFPipeline",
     "Recipe",
     "Reduction",
     "Registry",
@@ -244,6 +247,7 @@ _HOMES = {
     "rollout.assemble": "assemble",
     "run.result": "RunResult",
     "run.run": "Run",
+    "run.simple": "RLHFConfig RLHFPipeline",
     "strategy.shared_base": "SharedBase",
     "training.dynamic_sampling": "DynamicSampling",
     "training.observation": "ClippedClosure",
