@@ -27,9 +27,10 @@ Written by `tools/coming_from.py` from the tables of the translator: do not edit
 
 ```console
 $ rlhf-run translate 'trl dpo --model_name_or_path tiny --dataset_name pairs.jsonl --beta 0.2 --logging_steps 1'
-rlhf-run dpo \\
-    --model tiny \\
-…--loss.beta 0.2…# --logging_steps: every step is logged
+rlhf-run dpo …
+    --model tiny …
+    --loss.beta 0.2 …
+# --logging_steps: every step is logged
 ```
 
 - Quote the old command as one word, or name a file with it. Line ends after a backslash, comments and variables that the lines

@@ -1,7 +1,7 @@
 """Three calls for three trainings: a reward model, PPO and DPO, from lists of dictionaries and strings.
 
-The options have the names of an early OpenRLHF example. Each call is one `make_config` and one `Run`. It takes any further option
-of a run, so that nothing is missing that `rlhf-run` has.
+The options have the names of an early OpenRLHF example. Each call is one `make_config` and one `Run`. It takes any further
+option of a run, so that nothing is missing that `rlhf-run` has.
 """
 
 from __future__ import annotations
