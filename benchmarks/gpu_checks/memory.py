@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -56,27 +57,46 @@ def offload(context: Context) -> None:
 
 
 def peak_memory(context: Context) -> None:
-    """GiB of weights, gradients and optimizer against 4, 4 and 8 bytes a parameter, and the peak of a step at two lengths."""
-    for size in ("0.5B", "1.5B"):
+    """The peak of a training step against `rlhf-run plan`, with and without gradient checkpointing; and what stays after it."""
+    context.note(
+        "weights, gradients and AdamW take 4, 4 and 8 bytes a parameter; the plan adds activations, which it counts"
+    )
+    micro = context.pick(8192, 64)
+    cases = [("0.5B", S, again) for S in context.pick((2048, 8192), (16, 64)) for again in (True, False)]
+    for size, S, recompute in [*cases, ("1.5B", context.pick(8192, 64), True)]:
         empty = allocated()
-        role = make_role(
-            context, shape(context, size), micro_tokens=context.pick(8192, 64), actor={"gradient_checkpointing": True}
-        )
+        options: dict[str, Any] = {"micro_tokens": micro, "batch_size": micro // S}
+        options["actor"] = {"gradient_checkpointing": recompute}
+        role = make_role(context, shape(context, size), **options)
         numbers = sum(each.numel() for each in role.module.parameters())
-        weights = allocated() - empty
-        for S in context.pick((2048, 8192), (16, 64)):
-            batch = random_batch([S] * (context.pick(8192, 64) // S), role.causal_lm.config.vocab_size)
-            role.train({"data": batch})
-            release()
-            held = allocated() - empty
-            role.train({"data": batch})
-            peak = torch.cuda.max_memory_allocated() / 2**30 - empty if torch.cuda.is_available() else 0.0
-            context.row(
-                model=size, row_tokens=S, weights_GiB=weights, formula_GiB=4 * numbers / 2**30, with_optimizer_GiB=held,
-                formula_of_both_GiB=12 * numbers / 2**30, peak_GiB=peak, formula_without_activations_GiB=16 * numbers / 2**30,
-            )  # fmt: skip
-        del role
+        batch = random_batch([S] * (micro // S), role.causal_lm.config.vocab_size)
+        role.train({"data": batch})
         release()
+        held = allocated() - empty
+        role.train({"data": batch})
+        peak = torch.cuda.max_memory_allocated() / 2**30 - empty if torch.cuda.is_available() else 0.0
+        planned = planned_gib(context, shape(context, size), S, options)
+        context.row(
+            model=size, row_tokens=S, recomputation=recompute, weights_and_optimizer_GiB=held,
+            formula_GiB=12 * numbers / 2**30, peak_GiB=peak, planned_GiB=planned,
+            planned_by_peak=planned / peak if peak else 0.0,
+        )  # fmt: skip
+        if planned and peak:
+            what = f"planned peak, distance from the measured one, {size}, rows of {S}{', recomputation' if recompute else ''}"
+            context.goal(what, abs(planned / peak - 1), 0.10, at_least=False)
+        del role, batch
+        release()
+
+
+def planned_gib(context: Context, model: str, S: int, options: dict[str, Any]) -> float:
+    """Return the peak that `rlhf-run plan` says for rows of S tokens; 0 where this version has no planner."""
+    if importlib.util.find_spec("rlhf_core.forecast") is None:
+        return 0.0
+    from rlhf_core.forecast.forecast import forecast
+    from rlhf_core.forecast.options import PlanOptions
+
+    config = run_of(context, "sft", model, **options).config
+    return float(forecast(config, PlanOptions(gpus=1, prompt_tokens=1, completion_tokens=S - 1)).peak) / 2**30
 
 
 def checkpoint(context: Context) -> None:
