@@ -242,6 +242,8 @@ class TrainedOptions(ModelOptions):
 
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    compile: bool = field(default=False, metadata=FREE)
+    """compile the layers with torch.compile: less time on a GPU, after a first step of up to a minute; rounding differs"""
     lora: Lora = Lora()
     """adapters"""
     freeze: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from rlhf_core.models.heads.modules import (
 from rlhf_core.models.heads.router import check_router
 from rlhf_core.models.inputs.packing import can_pack, check_packing
 from rlhf_core.models.inputs.vision import Vision
+from rlhf_core.models.layer_compiler import compile_layers
 from rlhf_core.models.loading.end_tokens import save_ends
 from rlhf_core.models.loading.hub import find_companion_file
 from rlhf_core.models.loading.image_reader import load_reader
@@ -89,6 +90,8 @@ def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
     """What is asked of a trained role's module beside its adapters."""
     if options.gradient_checkpointing:
         module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.compile:
+        compile_layers(module.model)
     if options.router_aux_coef:
         check_router(module.model, role)
     module.frozen = freeze(module, options.freeze, role)

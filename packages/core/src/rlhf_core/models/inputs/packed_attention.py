@@ -48,12 +48,15 @@ MOST_DIM = 256
 """Numbers per head that flash attention takes at most."""
 
 
-def register() -> None:
-    """Add `packed_attention` to transformers' implementations; packed rows need no mask, others that of `sdpa`."""
+def register(function: Callable[..., Any] | None = None) -> None:
+    """Add `packed_attention`, or what stands for it, to transformers' implementations.
+
+    Packed rows need no mask, others that of `sdpa`.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, function or packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
