@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 from test_rollout_sampler import RAGGED, llama, sliding
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import RunStopped
 from rlhf_core.models.heads.warp import draw, draw_from
-from rlhf_core.models.inputs.packing import can_pack
 from rlhf_core.rollout import slot_sampler as file
 from rlhf_core.rollout.narrow_weights import narrow_weights
 from rlhf_core.rollout.sampler import SampledCompletion, sample
 from rlhf_core.rollout.segments import plan_segments
 from rlhf_core.rollout.slot_sampler import SlotSampler, try_out
 from rlhf_core.rollout.slots import Slots, attend_masked
-from rlhf_core.rollout.step import BUCKETS, Board, Stepper, bucket_of, draw_next
+from rlhf_core.rollout.step import BUCKETS, Board, Next, Stepper, bucket_of, draw_next
+from rlhf_core.rollout.wave import CHECK
 
 LAST = 39
 """Id of the last token of the models here."""
@@ -107,7 +107,7 @@ def test_rows_that_end_leave_the_batch(model: Any, monkeypatch: pytest.MonkeyPat
     found, expected = both(model, Sampling(n=1, max_new_tokens=40), prompts, limits=[2] * 39 + [40])
     assert_same(found, expected)
     assert [width for width, _ in itertools.groupby(widths)] == [48, 1]
-    assert widths.count(48) <= file.CHECK
+    assert widths.count(48) <= CHECK
 
 
 def test_stop_strings_end_a_row_in_the_middle_between_two_looks(model: Any) -> None:
@@ -218,10 +218,10 @@ def test_tokens_that_are_not_drawn_keep_their_probability() -> None:
 
 def test_linear_layers_compute_from_the_casts_of_autocast(model: Any) -> None:
     """Same numbers as autocast's, bit for bit, and nothing is left of the copies."""
-    ids, weights = torch.tensor([[1, 2, 3]]), {id(each) for each in model.parameters()}
+    ids, weights, copies = torch.tensor([[1, 2, 3]]), {id(each) for each in model.parameters()}, {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(input_ids=ids).logits
-        with narrow_weights(model, torch.bfloat16):
+        with narrow_weights(model, torch.bfloat16, copies):
             assert model.lm_head.weight.dtype is torch.bfloat16
             assert model.model.embed_tokens.weight.dtype is torch.float32
             found = model(input_ids=ids).logits
@@ -229,13 +229,69 @@ def test_linear_layers_compute_from_the_casts_of_autocast(model: Any) -> None:
     assert {id(each) for each in model.parameters()} == weights
 
 
+def test_copies_of_weights_keep_their_places_and_take_new_numbers() -> None:
+    """A graph reads them where they were when it was recorded."""
+    changing, copies = llama(), {}
+    with narrow_weights(changing, torch.bfloat16, copies):
+        place = changing.lm_head.weight.data_ptr()
+    changing.lm_head.weight.data.mul_(2)
+    with narrow_weights(changing, torch.bfloat16, copies):
+        assert changing.lm_head.weight.data_ptr() == place
+        copied = changing.lm_head.weight.clone()
+    assert torch.equal(copied, changing.lm_head.weight.to(torch.bfloat16))
+
+
+def test_what_is_small_is_kept_until_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers and steppers of a first call serve a second one that needs no more; what is kept goes when asked to."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    monkeypatch.setattr(SlotSampler, "_stepper", keep_eager(SlotSampler._stepper))
+    policy, sampling = llama(), Sampling(n=2, max_new_tokens=9)
+    sampler = SlotSampler(policy, torch.float32, cells=200, flash=False, graphs=True)
+    seeds = [[sampling.seed_for(uid, k) for k in range(2)] for uid in range(len(RAGGED))]
+    first = sampler(RAGGED, sampling, seeds, eos_ids=(3,))
+    board, buffers = sampler.board, next(iter(sampler.slots.layers.values()))[0].data_ptr()
+    shorter = sampler(RAGGED[:2], Sampling(n=2, max_new_tokens=4), seeds[:2], eos_ids=(3,))
+    assert sampler.board is board
+    assert next(iter(sampler.slots.layers.values()))[0].data_ptr() == buffers
+    for ours, theirs in zip(shorter, first, strict=False):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()[:4]
+    with torch.no_grad():
+        for each in policy.parameters():
+            each.mul_(1.1)
+    again = sampler(RAGGED, sampling, seeds, eos_ids=(3,))
+    assert sampler.board is board
+    fresh = SlotSampler(policy, torch.float32, cells=200, flash=False, graphs=False)(
+        RAGGED, sampling, seeds, eos_ids=(3,)
+    )
+    assert_same(again, fresh)
+    policy.lm_head.weight.data = policy.lm_head.weight.data.clone()
+    sampler(RAGGED, sampling, seeds, eos_ids=(3,))
+    assert sampler.board is not board
+    sampler.release()
+    assert not sampler.slots.layers
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    sampler(RAGGED, sampling, seeds, eos_ids=(3,))
+    assert not sampler.slots.layers, "what is large is not kept"
+
+
+def keep_eager(real: Any) -> Any:
+    """Let steppers run without graphs, which the CPU has not."""
+
+    def stepper(self: Any, *given: Any) -> Any:
+        made = real(self, *given)
+        made.graphs = False
+        return made
+
+    return stepper
+
+
 def test_idle_rows_write_where_nobody_reads() -> None:
     slots = Slots(9, torch.float32)
     board = Board(3, 2, slots, torch.tensor([7]), torch.device("cpu"))
     board.begin(torch.tensor([0, 4, 6]), torch.tensor([2, 1, 2]), torch.tensor([2, 1, 2]), torch.zeros(3, 2))
-    board.note(file.Next(torch.tensor([7, 5, 6, 9]), torch.tensor([-1.0, -2.0, -3.0, -9.0])))
+    board.note(Next(torch.tensor([7, 5, 6, 9]), torch.tensor([-1.0, -2.0, -3.0, -9.0])))
     assert board.live_R.tolist() == [False, False, True, False]
-    board.note(file.Next(torch.tensor([8, 8, 4, 9]), torch.tensor([-9.0, -9.0, -4.0, -9.0])))
+    board.note(Next(torch.tensor([8, 8, 4, 9]), torch.tensor([-9.0, -9.0, -4.0, -9.0])))
     assert board.ends_B[:3].tolist() == [1, 1, 2]
     assert board.stopped_B[:3].tolist() == [True, False, False]
     assert board.tokens_C.view(-1, 2)[:3].tolist() == [[7, 0], [5, 0], [6, 4]]
@@ -277,66 +333,3 @@ def test_a_cpu_and_attention_that_does_not_pack_keep_the_other_sampler(
     for _ in range(2):
         assert file.slot_obstacle(fresh, torch.bfloat16) == "attention sdpa does not pack its rows"
     assert caplog.text.count("sampling without CUDA graphs: attention sdpa") == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_graphs_give_what_single_operations_give(rules: str, weights: torch.dtype) -> None:
-    """On a GPU in bfloat16: log-probabilities of the drawn tokens against a forward pass over them, rows that end included."""
-    policy = llama(hidden_size=64, initializer_range=0.1).to("cuda", weights)
-    assert can_pack(policy)
-    assert file.slot_obstacle(policy, torch.bfloat16) == ""
-    sampling = Sampling(n=8, max_new_tokens=40, **RULES[rules])
-    seeds = [[sampling.seed_for(uid, k) for k in range(8)] for uid in range(len(RAGGED))]
-    graphs, single = (
-        SlotSampler(policy, torch.bfloat16, graphs=each)(RAGGED, sampling, seeds, eos_ids=(3, 11))
-        for each in (True, False)
-    )
-    for ours, theirs in zip(graphs, single, strict=True):
-        assert ours.tokens.tolist() == theirs.tokens.tolist()
-        torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
-    for row, ours in enumerate(graphs):
-        prompt, tokens = RAGGED[row // 8], ours.tokens.tolist()
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            logits = policy(torch.tensor([prompt + tokens], device="cuda"), use_cache=False).logits[
-                0, len(prompt) - 1 : -1
-            ]
-        scores = (logits.float().cpu() / (sampling.temperature or 1)).log_softmax(-1)
-        expected = scores.gather(1, ours.tokens[:, None])[:, 0]
-        torch.testing.assert_close(ours.logprobs + ours.log_mass, expected, rtol=0, atol=0.15)
-
-
-@pytest.mark.gpu
-def test_the_kernel_attends_as_the_mask_does() -> None:
-    """Flash attention's lengths per row against the masked form in float32, with windows and grouped queries."""
-    from rlhf_core.rollout.slots import _attend_flash
-
-    draw = torch.Generator().manual_seed(0)
-    for window, kv_heads, width in itertools.product((None, 3, 100), (1, 2, 8), (64, 128)):
-        slots = Slots(700, torch.bfloat16, widest=512)
-        slots.starts_R = torch.tensor([0, 7, 50, 400, 700], dtype=torch.int32, device="cuda")
-        slots.lengths_R = torch.tensor([5, 1, 300, 299], dtype=torch.int32, device="cuda")
-        slots.row_R = torch.arange(5, dtype=torch.int32, device="cuda")
-        queries = torch.randn(4, 8, width, generator=draw).to("cuda", torch.bfloat16)
-        keys, values = torch.randn(2, 700, kv_heads, width, generator=draw).to("cuda", torch.bfloat16)
-        found = _attend_flash(slots, queries, keys, values, 0.1, window).float()
-        expected = attend_masked(slots, queries.float(), keys.float(), values.float(), 0.1, window)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
-
-
-@pytest.mark.gpu
-def test_a_model_that_needs_the_host_keeps_the_other_sampler() -> None:
-    """A mixture of experts asks how many tokens each expert has, unless its kernels do not."""
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 40,
-    }
-    moe = MixtralForCausalLM(MixtralConfig(num_key_value_heads=1, num_local_experts=4, **sizes)).eval()
-    moe = moe.to("cuda", torch.bfloat16)
-    assert can_pack(moe)
-    obstacle = file.slot_obstacle(moe, torch.bfloat16)
-    assert obstacle == "" or "fails in such a step" in obstacle

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.kept_sets import truncates
+from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
+    from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.roles import Role
 
@@ -47,9 +49,28 @@ class HuggingFaceRollout(Rollout):
     graphs none"""
     graphs: Literal["auto", "off"] = "auto"
     """on a GPU in half precision, decode with a CUDA graph per step where the model allows it, or launch every operation"""
+    compile: bool = False
+    """with graphs, compile the model's blocks for decoding steps (torch.compile): fewer and larger kernels, and other rounding
+    of log-probabilities, after half a minute once; needs a C compiler"""
+    samplers: dict[int, Any] | None = field(default=None, compare=False, repr=False, metadata=INTERNAL)
+    """while the engine is open, what it keeps of each model that it samples: buffers and graphs"""
 
     exact: ClassVar[bool] = True
     """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
+
+    def open(self, context: OpenContext) -> Rollout:
+        """Return an engine that keeps small buffers, and the graphs over them, from one call to the next."""
+        return replace(self, samplers={})
+
+    def sleep(self) -> None:
+        """Free what is kept."""
+        for each in (self.samplers or {}).values():
+            each.release()
+
+    def close(self) -> None:
+        """Free what is kept, and forget the models."""
+        self.sleep()
+        (self.samplers or {}).clear()
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return `sampling.n` completions of each prompt."""
@@ -81,7 +102,11 @@ class HuggingFaceRollout(Rollout):
             "lacking": lacking_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
         }
         if self.graphs == "auto" and role.module.vision is None and not slot_obstacle(model, dtype):
-            completions = SlotSampler(model, dtype, cells=self.wave_tokens)(prompts.token_ids, sampling, seeds, **rest)
+            samplers = {} if self.samplers is None else self.samplers
+            sampler = samplers.setdefault(
+                id(model), SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
+            )
+            completions = sampler(prompts.token_ids, sampling, seeds, **rest)
         else:
             with _computing(model, dtype):
                 completions = sample(

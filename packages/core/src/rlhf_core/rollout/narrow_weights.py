@@ -1,4 +1,4 @@
-"""Copies of linear layers' weights in the dtype that autocast computes in, made once and not at every decoding step."""
+"""Copies of linear layers' weights in the dtype that autocast computes in, made once per call and not at every step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["narrow_weights"]
 
 
 @contextmanager
-def narrow_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def narrow_weights(model: nn.Module, dtype: torch.dtype, copies: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
     """Inside, linear layers with wider weights compute from copies in `dtype`, as autocast would cast them at every step.
 
     Everything else stays as it is, so that the numbers are those of autocast.
+
+    Args:
+        copies: those of an earlier call, which keep their places and take the present weights; new ones are added.
     """
     held: list[tuple[nn.Module, str, Any]] = []
     try:
@@ -28,8 +31,19 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                     parameter = module._parameters[name]
                     if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                         held.append((module, name, parameter))
-                        module._parameters[name] = parameter.detach().to(dtype)  # type: ignore[assignment]
+                        module._parameters[name] = _copy_of(parameter, dtype, (module, name), copies)  # type: ignore[assignment]
         yield
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
+
+
+def _copy_of(
+    parameter: Tensor, dtype: torch.dtype, key: tuple[nn.Module, str], copies: dict[tuple[nn.Module, str], Tensor]
+) -> Tensor:
+    """Return the copy of a parameter, with its present numbers."""
+    if key in copies:
+        copies[key].copy_(parameter.detach())
+    else:
+        copies[key] = parameter.detach().to(dtype)
+    return copies[key]

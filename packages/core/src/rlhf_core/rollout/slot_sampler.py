@@ -19,16 +19,15 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from rlhf_core.contract.kept_sets import replays, truncates
-from rlhf_core.errors import RunStopped
+from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.lazy import torch
-from rlhf_core.rollout.kept_sets import KeptSetsRecorder
+from rlhf_core.rollout.compiled_blocks import compile_blocks
 from rlhf_core.rollout.narrow_weights import narrow_weights
-from rlhf_core.rollout.sampler import Piece, SampledCompletion, Stops, pick, uniforms
+from rlhf_core.rollout.sampler import Piece, SampledCompletion, Stops, uniforms
 from rlhf_core.rollout.segments import plan_chunks, plan_segments
 from rlhf_core.rollout.slots import Slots, slots_attended
-from rlhf_core.rollout.step import Board, Next, Stepper, bucket_of, draw_next
-from rlhf_core.util.activity import report
+from rlhf_core.rollout.step import Board, Stepper, draw_next
+from rlhf_core.rollout.wave import Wave
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -38,14 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["SlotSampler", "slot_obstacle", "try_out"]
 
-CHECK = 8
-"""Steps from one look at which rows have ended to the next: what ended meanwhile costs its share of so many steps at most."""
-
 READ = 16384
 """Prompt tokens that go through the model at a time."""
 
 MEMORY = 0.5
 """Share of the GPU's free memory that keys and values may take."""
+
+KEEP = 0.1
+"""Share of the GPU's memory that buffers, narrow weights and so graphs may keep from one call to the next."""
 
 _found: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
 """What `_try_out` found, per model."""
@@ -90,7 +89,7 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True) -> tuple[str,
             starts, limits = torch.tensor([0, 5], device=model.device), torch.tensor([4, 4], device=model.device)
             found = [sampler.read(prompts, [0, 5])]
             board.begin(starts, torch.tensor([3, 2], device=model.device), limits, torch.zeros(2, 4).to(model.device))
-            stepper = Stepper(board, sampler.forward, None, graphs=False)
+            stepper = Stepper(board, sampler.step, None, graphs=False)
             for tokens_R in more:
                 board.token_R[:2] = tokens_R
                 with _no_host(model.device):
@@ -121,13 +120,27 @@ class SlotSampler:
         dtype: what it computes in, and keeps keys and values in.
         cells: tokens of keys and values; 0 takes what a call needs, and at most half of the free memory.
         flash, graphs: use the GPU's kernel and graphs; without both the same code runs on the CPU.
+        compile_steps: compile the model's blocks for steps.
     """
 
     def __init__(
-        self, model: Any, dtype: torch.dtype, *, cells: int = 0, flash: bool = True, graphs: bool = True
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        *,
+        cells: int = 0,
+        flash: bool = True,
+        graphs: bool = True,
+        compile_steps: bool = False,
     ) -> None:
+        self.compile_steps = compile_steps
         self.model, self.dtype, self.cells, self.flash, self.graphs = model, dtype, cells, flash, graphs
         self.slots = Slots(cells, dtype, flash)
+        self.board: Board | None = None
+        self._steppers: dict[tuple[Any, ...], Stepper] = {}
+        self._copies: dict[tuple[nn.Module, str], Tensor] = {}
+        self._places: list[int] = []
+        """where the weights were when graphs were recorded"""
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
     @torch.inference_mode()
@@ -155,37 +168,78 @@ class SlotSampler:
         if not waves:
             return []
         with self.open_slots(max(map(sum, sizes)) + 1):
-            ends = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.model.device)
-            board = Board(max(map(len, sizes)), sampling.max_new_tokens, self.slots, ends, self.model.device)
+            board = self._seats(max(map(len, sizes)), sampling.max_new_tokens, sorted(eos_ids))
             lacking_L = torch.tensor(lacking, dtype=torch.long, device=self.model.device)
-            draw = None if truncates(sampling) else partial(draw_next, sampling=sampling, lacking_L=lacking_L)
-            stepper = Stepper(board, self.forward, draw, graphs=self.graphs)
+            stepper = self._stepper(board, sampling, lacking_L)
             widest = 1 << max(max(row) for row in sizes).bit_length()
             for wave, segments in zip(waves, sizes, strict=True):
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
                 logits_RV = self._begin(board, wave, rows, segments, prompt_ids, most, sampling, seeds)
                 stops = Stops(eos_ids, sampling.stop, decode)
                 count = len(found), len(prompt_ids) * sampling.n
-                wave_of = _Wave(board, stepper, sampling, stops, lacking_L, widest, count)
+                wave_of = Wave(board, stepper, sampling, stops, lacking_L, widest, count)
                 found.update(zip(rows, wave_of.decode(logits_RV, len(rows)), strict=True))
         return [found[prompt, k] for prompt in range(len(prompt_ids)) for k in range(sampling.n)]
 
     @contextmanager
     def open_slots(self, cells: int = 0) -> Iterator[None]:
-        """Let the model attend in new buffers and compute from narrow weights; free both at the end."""
-        self.slots = Slots(cells or self.cells, self.dtype, self.flash)
+        """Let the model attend in buffers of `cells` tokens and compute from narrow weights.
+
+        At the end both are freed, and graphs with them, unless they are small: `KEEP`.
+        """
         model, training = self.model, self.model.training
+        places = [each.data_ptr() for each in (*model.parameters(), *model.buffers())]
+        if places != self._places or self.slots.cells < cells:
+            self.release()
+            self.slots, self._places = Slots(cells or self.cells, self.dtype, self.flash), places
+        self.slots.attach()
         model.eval()
         wide = any(each.dtype != self.dtype for each in model.parameters() if each.is_floating_point())
         # a cache of casts would keep tensors of a graph's memory
         cast = torch.autocast(model.device.type, self.dtype, cache_enabled=False) if wide else nullcontext()
         narrow = wide and self.dtype in (torch.bfloat16, torch.float16)
         try:
-            with cast, slots_attended(model), narrow_weights(model, self.dtype) if narrow else nullcontext():
+            with (
+                cast,
+                slots_attended(model),
+                narrow_weights(model, self.dtype, self._copies) if narrow else nullcontext(),
+            ):
                 yield
         finally:
-            self.slots.layers.clear()
             model.train(training)
+            self.slots.detach()
+            if not self.graphs or self.held_bytes > KEEP * torch.cuda.mem_get_info(model.device)[1]:
+                self.release()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of keys and values and of narrow weights."""
+        return self.slots.bytes_per_cell * self.slots.cells + sum(each.nbytes for each in self._copies.values())
+
+    def release(self) -> None:
+        """Free buffers, graphs and narrow weights."""
+        self._steppers.clear()
+        self._copies.clear()
+        self.board, self._places, self.slots = None, [], Slots(0, self.dtype, self.flash)
+
+    def _seats(self, rows: int, tokens: int, ends: list[int]) -> Board:
+        """Return a board for so many rows and new tokens: the one that there is, if it is large enough."""
+        board = self.board
+        if board is None or board.rows < rows or board.tokens < tokens or board.ends.tolist() != ends:
+            self._steppers.clear()
+            device = self.model.device
+            board = Board(rows, tokens, self.slots, torch.tensor(ends, dtype=torch.long, device=device), device)
+            self.board = board
+        return board
+
+    def _stepper(self, board: Board, sampling: Sampling, lacking_L: Tensor) -> Stepper:
+        """Return what runs steps that draw in this way: the one that there is, with its graphs."""
+        free = not truncates(sampling)
+        key = (free, sampling.temperature, *lacking_L.tolist()) if free else (free,)
+        if key not in self._steppers:
+            draw = partial(draw_next, sampling=sampling, lacking_L=lacking_L) if free else None
+            self._steppers[key] = Stepper(board, self.step, draw, graphs=self.graphs)
+        return self._steppers[key]
 
     def forward(self, ids_RQ: Tensor, position_RQ: Tensor, last: Tensor | int = 1, **bounds: Any) -> Tensor:
         """Read tokens into the slots; return the logits of what comes after each row (R, V)."""
@@ -199,6 +253,11 @@ class SlotSampler:
             **bounds,
         ).logits
         return logits[:, -1] if isinstance(last, int) else logits[0]
+
+    def step(self, ids_R1: Tensor, position_R1: Tensor) -> Tensor:
+        """Read a token of each row into the slots; return the logits of what comes after it (R, V)."""
+        with compile_blocks(self.model, self.slots.layers) if self.compile_steps else nullcontext():
+            return self.forward(ids_R1, position_R1)
 
     def read(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Read prompts end to end into the cells from `starts` on; return the logits of their next tokens (P, V)."""
@@ -260,98 +319,10 @@ class SlotSampler:
         if self.cells or not self.graphs:
             return self.cells or needed
         size = _found[self.model][1] if self.model in _found else try_out(self.model, self.dtype)[1]
-        free = torch.cuda.mem_get_info(self.model.device)[0]
-        unused = torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
-        return min(needed, int(MEMORY * (free + unused)) // max(1, size))
-
-
-class _Wave:
-    """Decodes the rows of a board until all have ended."""
-
-    def __init__(
-        self,
-        board: Board,
-        stepper: Stepper,
-        sampling: Sampling,
-        stops: Stops,
-        lacking_L: Tensor,
-        widest: int,
-        count: tuple[int, int],
-    ) -> None:
-        self.board, self.stepper, self.sampling, self.stops = board, stepper, sampling, stops
-        self.lacking_L, self.widest, self.count = lacking_L, widest, count
-        self.recorder: KeptSetsRecorder | None = None
-
-    def decode(self, logits_BV: Tensor, rows: int) -> list[SampledCompletion]:
-        """Draw from the first logits, then step by step; return all rows' completions."""
-        board = self.board
-        self.recorder = KeptSetsRecorder(rows, board.tokens) if replays(self.sampling) else None
-        self._draw(logits_BV, 0)
-        drawn, many = 1, bucket_of(rows)
-        self._stop_strings(0, 1)
-        while live := int(board.live_R.sum()):
-            report("sampling", self.count[0] + rows - live, self.count[1])
-            if bucket_of(live) < many:
-                many = bucket_of(live)
-                board.select(board.live_R.nonzero()[:, 0])
-            until = min(drawn + CHECK, board.tokens)
-            for t in range(drawn, until):
-                logits_RV = self.stepper(many, self.widest)
-                if self.stepper.draw is None:
-                    self._draw(logits_RV, t)
-            self._stop_strings(drawn, until)
-            drawn = until
-        return self._completions(rows)
-
-    def _draw(self, logits_RV: Tensor, t: int) -> None:
-        """Draw token `t` of the first rows, where the host takes part."""
-        board, many = self.board, len(logits_RV)
-        uniforms_R = board.uniforms_BT[board.row_R[:many], t]
-        if self.stepper.draw is not None:
-            board.note(self.stepper.draw(logits_RV, uniforms_R))
-            return
-        tokens_R, logprobs_R, warped = pick(logits_RV, uniforms_R, self.sampling, self.lacking_L)
-        live_R = board.live_R[:many]
-        if self.recorder is not None:
-            self.recorder.add(board.row_R[:many][live_R], t, warped.kept_NV[live_R])
-        board.note(Next(tokens_R, logprobs_R, warped.log_mass_N))
-
-    def _stop_strings(self, first: int, until: int) -> None:
-        """End the rows in which one of the tokens `first` up to `until` completes a stop string, with that token."""
-        if not self.stops.strings:
-            return
-        board = self.board
-        many = bucket_of(max(1, int((board.row_R < board.rows).sum())))
-        row_R, tokens_BT = board.row_R[:many], board.tokens_C.view(-1, board.tokens)
-        for t in range(first, until):
-            ends_R = board.ends_B[row_R]
-            live_R = (row_R < board.rows) & ((ends_R == 0) | (ends_R > t))
-            hit_R = live_R & self.stops.hit(tokens_BT, row_R, live_R, t)
-            board.ends_B[row_R[hit_R]], board.stopped_B[row_R[hit_R]] = t + 1, True
-            board.live_R[:many] &= ~hit_R
-
-    def _completions(self, rows: int) -> list[SampledCompletion]:
-        """Return what the rows have drawn, on the CPU.
-
-        Raises:
-            RunStopped: a log-probability is not finite.
-        """
-        board = self.board
-        ends, stopped = board.ends_B[:rows].tolist(), board.stopped_B[:rows].tolist()
-        tokens_BT, logprobs_BT, log_mass_BT = (
-            each.view(-1, board.tokens)[:rows].to("cpu", copy=True)
-            for each in (board.tokens_C, board.logprobs_C, board.log_mass_C)
-        )
-        if not bool(logprobs_BT.isfinite().all()):
-            raise RunStopped(
-                "the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL"
-            )
-        kept_sets = self.recorder.completions(ends) if self.recorder is not None else [None] * rows
-        columns = zip(tokens_BT, logprobs_BT, log_mass_BT, ends, stopped, kept_sets, strict=True)
-        return [
-            SampledCompletion(tokens_T[:end], logprobs_T[:end], mass_T[:end], "stop" if stop else "length", kept)
-            for tokens_T, logprobs_T, mass_T, end, stop, kept in columns
-        ]
+        device, kept = self.model.device, self.slots.bytes_per_cell * self.slots.cells
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused + kept
+        return min(needed, int(MEMORY * free) // max(1, size))
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.lazy import torch
+import torch  # noqa: TID253  an operator is registered at once; only a method that samples imports this module
+from torch import Tensor  # noqa: TID253
+
 from rlhf_core.models.inputs.packed_attention import packed_attention
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
 __all__ = ["Slots", "attend_masked", "slot_attention", "slots_attended"]
@@ -49,6 +51,8 @@ class Slots:
     """while prompts are read, the cell of each of their tokens"""
     starts_R: Tensor | None = None
     """while a token is added to each row, int32 (R + 1), ascending: the first cell of each, and the end of the buffers"""
+    cells_R: Tensor | None = None
+    """int64, the cell of each row's new token"""
     lengths_R: Tensor | None = None
     """int32, tokens of each row, the new one included"""
     row_R: Tensor | None = None
@@ -64,7 +68,18 @@ class Slots:
                 for each in (key, value)
             )
             self.layers[module] = keys, values
+            self.attach()
         return self.layers[module]
+
+    def attach(self) -> None:
+        """Let each attention layer know its buffers: a compiled block serves all layers, and may not look them up by layer."""
+        for module, (keys, values) in self.layers.items():
+            module.slot_keys, module.slot_values = keys, values
+
+    def detach(self) -> None:
+        """Take the buffers from the layers."""
+        for module in self.layers:
+            del module.slot_keys, module.slot_values
 
     @property
     def bytes_per_cell(self) -> int:
@@ -96,7 +111,7 @@ def slots_attended(model: PreTrainedModel) -> Iterator[None]:
 
 
 def slot_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,17 +129,15 @@ def slot_attention(
     rest = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
     if slots is None:
         return packed_attention(module, query, key, value, attention_mask, **rest)
-    keys, values = slots.layer(module, key, value)
     if slots.cells_S is not None:
-        for buffer, new in ((keys, key), (values, value)):
+        for buffer, new in zip(slots.layer(module, key, value), (key, value), strict=True):
             buffer.index_copy_(0, slots.cells_S, new[0].transpose(0, 1).to(slots.dtype))
         return packed_attention(module, query, key, value, attention_mask, **rest)
-    assert slots.starts_R is not None
-    assert slots.lengths_R is not None
-    cells_R = (slots.starts_R[:-1] + slots.lengths_R - 1).long()
-    for buffer, new in ((keys, key), (values, value)):
-        buffer.index_copy_(0, cells_R, new[:, :, 0].to(slots.dtype))
-    queries = query[:, :, 0].to(slots.dtype)
+    assert slots.cells_R is not None
+    keys, values = module.slot_keys, module.slot_values
+    keys.index_copy_(0, slots.cells_R, key[:, :, 0].to(slots.dtype))
+    values.index_copy_(0, slots.cells_R, value[:, :, 0].to(slots.dtype))
+    queries = query[:, :, 0].to(slots.dtype).contiguous()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = _attend_flash if slots.flash else attend_masked
     return attend(slots, queries, keys, values, scale, sliding_window)[:, None], None
@@ -152,25 +165,52 @@ def attend_masked(
 def _attend_flash(
     slots: Slots, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """Attend by flash attention, which takes a first cell and a length per row: (R, heads, D).
+    """Attend by flash attention, which takes a first cell and a length per row: (R, heads, D)."""
+    assert slots.starts_R is not None
+    assert slots.lengths_R is not None
+    assert slots.row_R is not None
+    output: Tensor = torch.ops.rlhf.attend_slots(
+        *(queries, keys, values, slots.row_R, slots.starts_R, slots.lengths_R, slots.widest, scale, window or 0)
+    )
+    return output
 
-    torch's public function has the lengths from 2.13 on only; the operator below it has had them since 2.5.
+
+@torch.library.custom_op("rlhf::attend_slots", mutates_args=())
+def _attend_slots(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    widest: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Call flash attention: one operator to torch.compile, which need not know its insides. A window of 0 is none.
+
+    torch's public function has lengths per row from 2.13 on only; the operator below it has had them since 2.5.
     """
     output, *_ = torch.ops.aten._flash_attention_forward(
         queries,
         keys,
         values,
-        slots.row_R,
-        slots.starts_R,
+        rows,
+        starts,
         1,
-        slots.widest,
-        0.0,
+        widest,
+        0.0,  # no dropout
         False,  # the newest token sees all before it
         False,  # no mask of dropout
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-        seqused_k=slots.lengths_R,
+        window_size_left=window - 1 if window else None,
+        window_size_right=0 if window else None,
+        seqused_k=lengths,
     )
     states: Tensor = output
-    return states
+    return states.contiguous()
+
+
+@_attend_slots.register_fake
+def _(queries: Tensor, *_: Any) -> Tensor:
+    return queries.new_empty(queries.shape)

@@ -82,7 +82,7 @@ class Board:
         self.row_R[:count] = torch.arange(count, device=starts.device)
         self.live_R[:count] = True
         self.start_R[:count], self.position_R[:count], self.limit_R[:count] = starts.int(), positions, limits
-        self.uniforms_BT[:count] = uniforms_BT
+        self.uniforms_BT[:count, : uniforms_BT.shape[1]] = uniforms_BT
         for each in (self.tokens_C, self.logprobs_C, self.log_mass_C, self.ends_B, self.stopped_B, self.at):
             each.zero_()
 
@@ -124,6 +124,7 @@ class Board:
         slots.cells_S, slots.widest = None, widest
         slots.starts_R, slots.row_R = self.start_R[: many + 1], self.queries_R[: many + 1]
         slots.lengths_R = (self.position_R[:many] + 1).int()
+        slots.cells_R = self.start_R[:many] + self.position_R[:many]
 
     def state(self) -> list[Tensor]:
         """Return what a step changes, keys and values aside: those are written again."""
