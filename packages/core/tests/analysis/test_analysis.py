@@ -188,3 +188,30 @@ def test_what_is_missing_is_said_in_one_line(sweep, capsys):
     assert read_columns(sweep.parent / "lines.jsonl", ["reward"]) == {"reward": [1.5, -2]}
     with pytest.raises(UsageError):
         read_columns(sweep.parent / "none.parquet", ["reward"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"reward": 1}\n\n{"reward": 2', "lines.jsonl:3: expected one JSON object; remove the damaged line"),
+        (b'{"reward": 1}\n[1]\n', "lines.jsonl:2: expected one JSON object"),
+        (b'{"reward": 1}\n\xff\n', "lines.jsonl:2: expected one JSON object"),
+        (b"[" * 100_000, "lines.jsonl:1: expected one JSON object"),
+        (b'{"reward": 1}\n{"cost": 1}\n', "lines.jsonl:2 has no column 'reward'"),
+        (b"\n", "lines.jsonl has no rows"),
+    ],
+)
+def test_a_damaged_table_of_json_lines_is_one_line_that_names_its_place(content, message, tmp_path):
+    (tmp_path / "lines.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        read_columns(tmp_path / "lines.jsonl", ["reward"])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "table.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(DataError, match=r"table.parquet cannot be read: ") as raised:
+        read_columns(tmp_path / "table.parquet", ["reward"])
+    assert "\n" not in str(raised.value)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_core.analysis.figures import MAKER, check_own
-from rlhf_core.checkpoint.own_files import claim_folder, new_files
+from rlhf_core.checkpoint.lock import RunLock
+from rlhf_core.checkpoint.own_files import OwnFiles, claim_folder, new_files, read_own_files
 from rlhf_core.cli import main
 from rlhf_core.cli.resumable import append_lines, whole_lines
 from rlhf_core.cli.sweep import SCRIPT_MARK, _write_script
@@ -46,10 +47,10 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "new-plugin over a folder": ("new-plugin mine", {"rlhf-mine/x": "mine"}, "exists already"),
     "new-plugin over a link to nothing": ("new-plugin other", {}, "exists already"),
-    "eval into a run's folder": (
+    "eval over evaluations of a run": (
         "eval tiny:hidden=8,layers=1 --evaluator heldout --reward length --output run",
-        {"run/run.json": ""},
-        "run is the folder of a run",
+        {"run/run.json": "", "run/evaluations.jsonl": "the run's"},
+        "evaluations.jsonl is the run's own",
     ),
     "eval over evaluations": (
         "eval tiny:hidden=8,layers=1 --evaluator heldout --reward length --output mine",
@@ -77,7 +78,7 @@ def test_a_file_of_somebody_else_is_refused_and_stays(
         Path(name).write_text(content)
     if "run/run.json" in files:
         own = new_files()
-        type(own)(own.run, "steps = 1\n", ("config.toml",)).write(Path("run"))
+        type(own)(own.run, "steps = 1\n", ("config.toml", "evaluations.jsonl")).write(Path("run"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert main(words.split()) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -99,6 +100,36 @@ def test_figures_tables_and_scripts_are_written_over_if_they_are_the_commands_ow
     for text in ("one", "two"):
         _write_script(path, f"#!/bin/bash\n{SCRIPT_MARK}\n{text}\n")
     assert path.read_text().endswith("two\n")
+
+
+def test_an_evaluation_may_write_beside_a_finished_run_and_again(tmp_path: Path) -> None:
+    own = OwnFiles("1f", "steps = 1\n", ("config.toml",))
+    own.write(tmp_path)
+    for names in (["table.parquet"], ["table.parquet", "gcg/"]):
+        claim_folder(tmp_path, names, beside_run=True)
+        (tmp_path / "table.parquet").write_text("a table")
+    assert read_own_files(tmp_path) == OwnFiles("1f", "steps = 1\n", ("config.toml",), ("gcg/", "table.parquet"))
+    with pytest.raises(UsageError, match=r"config.toml is the run's own"):
+        (tmp_path / "config.toml").touch()
+        claim_folder(tmp_path, ["config.toml"], beside_run=True)
+
+
+def test_an_evaluation_keeps_out_of_the_folder_of_a_run_that_is_going(tmp_path: Path) -> None:
+    OwnFiles("1f", "steps = 1\n", ("config.toml",)).write(tmp_path)
+    held = RunLock(tmp_path)
+    held.acquire()
+    try:
+        with pytest.raises(UsageError, match="in use by"):
+            claim_folder(tmp_path, ["table.parquet"], beside_run=True)
+    finally:
+        held.release()
+    assert read_own_files(tmp_path) == OwnFiles("1f", "steps = 1\n", ("config.toml",))
+
+
+def test_the_folder_of_a_run_is_no_place_for_a_recipe(tmp_path: Path) -> None:
+    OwnFiles("1f", "steps = 1\n").write(tmp_path)
+    with pytest.raises(UsageError, match="is the folder of a run"):
+        claim_folder(tmp_path, ["steps/"])
 
 
 def test_a_folder_of_an_evaluation_is_used_again_by_evaluations(tmp_path: Path) -> None:

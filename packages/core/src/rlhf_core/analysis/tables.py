@@ -53,13 +53,37 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
             table = check_parquet().read_table(path)
             found = {name: table[name].to_pylist() for name in names if name in table.column_names}
         else:
-            rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-            found = {name: [row[name] for row in rows] for name in names if rows and name in rows[0]}
+            return _read_lines(path, names)
     except (OSError, ValueError, KeyError, TypeError) as error:  # those of pyarrow are among them
-        raise DataError(f"{path} cannot be read: {error}") from None
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} cannot be read: {first}") from None
     for name in names:
         if name not in found:
             raise DataError(f"{path} has no column {name!r}")
+    return found
+
+
+def _read_lines(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the named columns of JSON lines.
+
+    Raises:
+        DataError: a line is damaged or lacks a column; names file and line.
+    """
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path} has no rows")
+    for number, line in lines:
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: expected one JSON object; remove the damaged line")
+        for name in names:
+            if name not in row:
+                raise DataError(f"{path}:{number} has no column {name!r}")
+            found[name].append(row[name])
     return found
 
 

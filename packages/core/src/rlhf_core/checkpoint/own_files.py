@@ -4,6 +4,7 @@
         run      drawn when the run began; tells its checkpoints from those of other runs
         config   config.toml as the run wrote it
         names    the run's files and folders in OUTPUT (folders end in /); a name is written here before the file appears
+    later    files and folders that commands wrote there afterwards, such as rlhf-run eval
         xxh3     checksum of the above
 
 Every checkpoint has a copy, so that a lost run.json is found again.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import xxhash
 
+from rlhf_core.checkpoint.lock import RunLock
 from rlhf_core.checkpoint.manifest import list_checkpoints
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.atomic_files import remove_leftovers, write_text
@@ -45,6 +47,7 @@ class OwnFiles:
     run: str
     config: str = ""
     names: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write OUTPUT/run.json."""
@@ -66,7 +69,9 @@ def read_own_files(folder: Path) -> OwnFiles | None:
     try:
         found = json.loads((folder / OWN_FILES).read_text(encoding="utf-8"))
         digest = found.pop("xxh3")
-        return OwnFiles(found["run"], found["config"], tuple(found["names"])) if digest == _digest(found) else None
+        if digest != _digest(found):
+            return None
+        return OwnFiles(found["run"], found["config"], tuple(found["names"]), tuple(found.get("later", ())))
     except (
         OSError,
         ValueError,
@@ -113,20 +118,33 @@ def check_foreign(output: Path, wanted: Iterable[str], own: OwnFiles) -> None:
                 )
 
 
-def claim_folder(output: Path, names: Iterable[str]) -> None:
+def claim_folder(output: Path, names: Iterable[str], beside_run: bool = False) -> None:
     """Make the folder of a command that trains nothing, and write down which files in it are the command's.
 
+    Args:
+        output: the folder.
+        names: what the command writes in it; those of folders end in /.
+        beside_run: the folder may be that of a run, whose own files stay as they are.
+
     Raises:
-        UsageError: something of such a name is not the command's, the folder is a run's, or it cannot be written.
+        UsageError: something of such a name is not the command's, the folder is a run's and may not be, a run in it is going,
+            or it cannot be written.
     """
-    found = read_own_files(output)
+    names, found = list(names), read_own_files(output)
     own = found or new_files()
-    if own.config:
+    if own.config and not beside_run:
         raise UsageError(f"{output} is the folder of a run; name another {run_option('output')}")
     if found is None:
         check_foreign(output, [OWN_FILES], own)
-    check_foreign(output, names, own)
     try:
+        if own.config:
+            RunLock(output).refuse_holder()
+            if taken := [name for name in names if name in own.names and os.path.lexists(output / name)]:
+                raise UsageError(f"{output / taken[0]} is the run's own; name another {run_option('output')}")
+            check_foreign(output, names, replace(own, names=own.later))
+            replace(own, later=tuple(sorted({*own.later, *names}))).write(output)
+            return
+        check_foreign(output, names, own)
         output.mkdir(parents=True, exist_ok=True)
         own.with_names(names).write(output)
     except OSError as error:

@@ -29,7 +29,7 @@ class Evaluate(Command):
     model: str
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     output: str = "evaluation"
-    """folder for completions that evaluators show"""
+    """folder for what evaluators write; it may be a run's, whose own files stay as they are"""
     seed: int = 0
     """the same seed gives the same numbers"""
     max_prompt_tokens: int = 1024
@@ -62,7 +62,8 @@ class Evaluate(Command):
             raise UsageError(
                 "an evaluator compares the model with a reference; pass --reference.model, the model that training began with"
             )
-        claim_folder(read_path("--output", self.output), [name for each in evaluators for name in each.writes])
+        written = [name for each in evaluators for name in each.writes]
+        claim_folder(read_path("--output", self.output), written, beside_run=True)
         with context.open_run(config) as run:
             metrics = run.measure()
         print(json.dumps({name: metrics[name] for name in sorted(metrics)}))
