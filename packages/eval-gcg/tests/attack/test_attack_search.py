@@ -267,3 +267,14 @@ def test_the_optimizer_of_the_readme_never_gets_worse(monkeypatch: pytest.Monkey
 
 def test_any_seed_of_63_bits_is_a_seed() -> None:
     assert search(seed=2**63 - 1, steps=1)[0].steps == 1
+
+
+def test_one_seed_per_goal_gives_the_suffix_of_each_alone() -> None:
+    model, options = tiny(VOCAB), Attack(**SMALL, restarts=2)
+    together = attack(model, TOKENIZER, GOALS, options, seed=[3, 8])
+    alone = [attack(model, TOKENIZER, [goal], options, seed=seed)[0] for goal, seed in zip(GOALS, (3, 8), strict=True)]
+    assert together == alone
+    with pytest.raises(UsageError, match="3 seeds for 2 goals"):
+        attack(model, TOKENIZER, GOALS, options, seed=[1, 2, 3])
+    with pytest.raises(UsageError, match="without transfer"):
+        attack(model, TOKENIZER, GOALS, Attack(**SMALL, transfer=True), seed=[1, 2])

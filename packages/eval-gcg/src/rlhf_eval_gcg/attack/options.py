@@ -83,7 +83,7 @@ class Attack:
     restarts: int = 1
     """independent suffixes per goal, attacked in one batch; the best one counts"""
     goals_at_once: int = 0
-    """goals (and restarts) that are attacked together; 0: as many as fill a batch, one by one on a CPU"""
+    """goals (and restarts) that are attacked together; 0: as many as fill a batch (8 by the evaluator), one by one on a CPU"""
     transfer: bool = False
     """search one suffix for all goals (and all models) together; the loss is the mean over them"""
     reward_samples: int = 8

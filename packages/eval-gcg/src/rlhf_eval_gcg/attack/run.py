@@ -62,7 +62,7 @@ def attack(
     goals: Sequence[Goal],
     options: Attack,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     state_file: Path | None = None,
     progress: Callable[[AttackProgress], None] | None = None,
     draft: Any = None,
@@ -76,7 +76,8 @@ def attack(
         tokenizer: of the model.
         goals: questions and targets.
         options: of the search.
-        seed: of everything that is drawn; the same seed gives the same suffixes.
+        seed: of everything that is drawn; the same seed gives the same suffixes. Of one seed per goal, each gives the suffix of
+            attacking that goal alone.
         state_file: file that keeps the state of a long attack; a later call with the same arguments continues from it.
         progress: called after each step of a goal.
         draft: a small model with the same tokenizer, for schedule `probe`.
@@ -86,7 +87,7 @@ def attack(
     Raises:
         UsageError: the options, goals, model and tokenizer do not go together.
     """
-    _check(goals, options, rewards)
+    _check(goals, options, rewards, seed)
     victims = [Victim(each, options.prefix_cache, options.flop_rule) for each in (model, *more_models)]
     drafted = None if draft is None else Victim(draft, options.prefix_cache, options.flop_rule)
     every = [*victims, *([drafted] if drafted else [])]
@@ -106,10 +107,14 @@ def attack(
         return _results(searches, goals, len(victims))
 
 
-def _check(goals: Sequence[Goal], options: Attack, rewards: Rewards | None) -> None:
+def _check(goals: Sequence[Goal], options: Attack, rewards: Rewards | None, seed: int | Sequence[int]) -> None:
     """Raise `UsageError` for what cannot work."""
     if not goals:
         raise UsageError("there are no goals to attack; write at least one")
+    if not isinstance(seed, int) and (options.transfer or len(seed) != len(goals)):
+        raise UsageError(
+            f"there are {len(seed)} seeds for {len(goals)} goals; give one, or one per goal without transfer"
+        )
     if options.objective == "reward" and rewards is None:
         raise OptionError("objective", "reward needs a reward that scores answers; choose one, or use objective target")
     if options.early_stop and options.objective != "target":
@@ -122,7 +127,7 @@ def _searches(
     draft: Victim | None,
     tokenizer: Any,
     options: Attack,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[Search]:
     """Return the searches: one per goal and restart, or per restart where one suffix is for all goals."""
     width = min(victim.vocabulary for victim in (*victims, *([draft] if draft else [])))
@@ -131,12 +136,16 @@ def _searches(
     allowed_V = allowed_tokens(tokenizer, width, options.ascii)
     tokens = (allowed_V, letter_tokens(tokenizer, allowed_V))
     parts = [list(range(len(prompts)))] if options.transfer else [[number] for number in range(len(prompts))]
+    if isinstance(seed, int):
+        draws = [(seed, number * options.restarts) for number in range(len(parts))]
+    else:
+        draws = [(own, 0) for own in seed]
     return [
         make_search(
             part, [prompts[k] for k in part], victims, draft, tokens, options,
-            (seed * SEED_STRIDE + number * options.restarts + restart) % SEEDS, restart,
+            (begin * SEED_STRIDE + offset + restart) % SEEDS, restart,
         )
-        for number, part in enumerate(parts)
+        for part, (begin, offset) in zip(parts, draws, strict=True)
         for restart in range(options.restarts)
     ]  # fmt: skip
 

@@ -34,11 +34,20 @@ NO_RESULT = frozenset({"batch_tokens", "goals_at_once"})
 """Options that change no suffix, so that a later call may choose another."""
 
 
-def fingerprint(models: Sequence[Any], goals: Sequence[Goal], options: Attack, seed: int) -> str:
+def fingerprint(models: Sequence[Any], goals: Sequence[Goal], options: Attack, seed: int | Sequence[int]) -> str:
     """Return one word for everything that decides the suffixes of an attack."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = {name: value for name, value in asdict(options).items() if name not in NO_RESULT}
-    digest.update(repr([FORMAT, seed, [asdict(goal) for goal in goals], sorted(chosen.items())]).encode())
+    digest.update(
+        repr(
+            [
+                FORMAT,
+                seed if isinstance(seed, int) else list(seed),
+                [asdict(goal) for goal in goals],
+                sorted(chosen.items()),
+            ]
+        ).encode()
+    )
     for model in models:
         for name, weight in model.named_parameters():
             digest.update(repr([name, tuple(weight.shape), float(weight.detach().float().sum())]).encode())

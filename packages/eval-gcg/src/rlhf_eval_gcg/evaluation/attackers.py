@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Attacker", "Models", "check_goals", "make_units"]
 
+AT_ONCE = 8
+"""Goals and seeds that are attacked together on an accelerator, which waits for launches while it attacks one."""
+
 Rewards = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -67,39 +70,58 @@ class Attacker:
 
     def make(self, units: Sequence[Unit], run: RunView) -> list[tuple[Unit, list[AttackResult]]]:
         """Attack this rank's share of `units`, and return all ranks' results in the order of units; collective."""
-        rank, size = run.world.rank, run.world.size
-        mine, rounds = units[rank::size], len(units[::size])
+        rank, size, together = run.world.rank, run.world.size, self.together
+        mine, rounds = units[rank::size], -(-len(units[::size]) // together)
         made: list[tuple[Unit, list[AttackResult]]] = []
         for k in range(rounds):
             report("attacking", k, rounds)
-            if k < len(mine):
-                made.append((mine[k], self._results(mine[k])))
+            for unit, results in self._results(mine[k * together : (k + 1) * together]):
+                made.append((unit, results))
                 if run.leader:
-                    progress.info(_line(k, rounds, *made[-1]))
-            run.world.barrier()  # no rank waits longer than one attack lasts
+                    progress.info(_line(len(made), len(mine), unit, results))
+            run.world.barrier()  # no rank waits longer than one call of attacks lasts
         found = {unit.key: results for part in run.world.gather(made) for unit, results in part}
         return [(unit, found[unit.key]) for unit in units]
 
-    def _results(self, unit: Unit) -> list[AttackResult]:
-        known = self.store.get(unit)
-        if known is not None:
-            return known
-        results = attack(
+    @property
+    def together(self) -> int:
+        """Number of units that are attacked in one call: suffixes that transfer fill a batch by themselves."""
+        if self.options.transfer:
+            return 1
+        on_cpu = next(self.models.policy.parameters()).device.type == "cpu"
+        return self.options.goals_at_once or (1 if on_cpu else AT_ONCE)
+
+    def _results(self, units: Sequence[Unit]) -> list[tuple[Unit, list[AttackResult]]]:
+        """Return the results of units, attacking together those that the store does not know."""
+        known = {unit.key: self.store.get(unit) for unit in units}
+        left = [unit for unit in units if known[unit.key] is None]
+        if left:
+            known |= self._attack(left)
+        return [(unit, known[unit.key] or []) for unit in units]
+
+    def _attack(self, units: Sequence[Unit]) -> dict[str, list[AttackResult] | None]:
+        goals = [replace(goal, origin="") for unit in units for goal in unit.goals]
+        state_file = self.store.state_file(units)
+        results = attack(  # wherever the goals' file is, the state is that of these goals
             self.models.policy,
             self.models.tokenizer,
-            [
-                replace(goal, origin="") for goal in unit.goals
-            ],  # wherever their file is, the state is that of these goals
-            self.options,
-            seed=unit.draw,
-            state_file=self.store.state_file(unit),
+            goals,
+            self.options
+            if len(units) == 1
+            else replace(self.options, goals_at_once=len(goals) * self.options.restarts),
+            seed=units[0].draw if len(units) == 1 else [unit.draw for unit in units],
+            state_file=state_file,
             progress=lambda at: report("attacking", at.step, at.steps),
             draft=self.models.draft,
             rewards=self.rewards,
             more_models=self.models.more,
         )
-        self.store.put(unit, results)
-        return results
+        rest = iter(results)
+        found = {unit.key: [next(rest) for _ in unit.goals] for unit in units}
+        for unit in units:
+            self.store.put(unit, found[unit.key])
+        state_file.unlink(missing_ok=True)
+        return dict(found)
 
 
 def make_units(goals: Sequence[Goal], seeds: Sequence[int], transfer: bool) -> list[Unit]:
@@ -148,6 +170,6 @@ def _load(name: str, role: Any, field: str) -> Any:
     return module.causal_lm.to(next(role.causal_lm.parameters()).device)
 
 
-def _line(k: int, rounds: int, unit: Unit, results: Sequence[AttackResult]) -> str:
+def _line(k: int, count: int, unit: Unit, results: Sequence[AttackResult]) -> str:
     losses = ", ".join(f"{result.initial_loss:.3f} to {result.loss:.3f}" for result in results[:1])
-    return f"attack {k + 1}/{rounds}  seed {unit.seed}  steps {results[0].steps}  loss {losses}"
+    return f"attack {k}/{count}  seed {unit.seed}  steps {results[0].steps}  loss {losses}"

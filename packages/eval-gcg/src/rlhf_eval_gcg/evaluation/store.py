@@ -81,16 +81,16 @@ class AttackStore:
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
             write_text(self._unfinished / f"{self._key(unit)}.json", json.dumps([asdict(each) for each in results]))
-            self.state_file(unit).unlink(missing_ok=True)
         except OSError as error:
             raise RunStopped(
                 f"{self._unfinished}: {error.strerror}; finished attacks are kept, start the command again to continue"
             ) from error
 
-    def state_file(self, unit: Unit) -> Path:
-        """Return the file for the state of an attack in progress."""
+    def state_file(self, units: Sequence[Unit]) -> Path:
+        """Return the file for the state of attacks in progress that are made together."""
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        return self._unfinished / f"{self._key(unit)}.state"
+        keys = [self._key(unit) for unit in units]
+        return self._unfinished / f"{keys[0] if len(keys) == 1 else _digest(keys)}.state"
 
     def finish(self, attacks: Sequence[tuple[Unit, Sequence[AttackResult]]], step: int) -> None:
         """Write all attacks of the evaluation into one file, and remove those of their own."""
