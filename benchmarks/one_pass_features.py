@@ -8,7 +8,8 @@ read. Texts are read in batches of like length; a text that occurs twice is read
     python benchmarks/one_pass_features.py pairs.jsonl features.safetensors --model smollm2-135m
     python benchmarks/one_pass_features.py pairs.jsonl features.safetensors --model FOLDER --tokens 256
 
-The file has `features_RH`, and `index_NK` with the rows of the K texts of each of N lines, chosen first.
+The file has `features_RH`, and `index_NK` with the rows of the K texts of each of N lines, chosen first. Every batch is kept in
+the folder OUTPUT.parts until the file is written. The same command after a kill continues with the batch that was interrupted.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 
 import torch
-from safetensors.torch import save_file
+import xxhash
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -28,6 +32,7 @@ from rlhf_core.contract.options import ModelOptions
 from rlhf_core.data.chats import parse_dialogue
 from rlhf_core.models.loading.load import load_model
 from rlhf_core.models.loading.tokenizer import load_tokenizer, render_chat
+from rlhf_core.util.atomic_files import write_bytes, write_text
 
 Read = Callable[[Tensor, Tensor], Tensor]
 """Features (B, H) of token ids and attention mask (B, L), padded on the right."""
@@ -48,9 +53,15 @@ def main() -> None:
     reader = sentence_encoder if is_encoder(options.model) else language_model
     encode, read = reader(options.model, options.dtype)
     started = time.perf_counter()
-    features_RH = read_all([encode(text, options.tokens) for text in unique], read, options.budget)
+    ids = [encode(text, options.tokens) for text in unique]
+    parts = Parts(Path(f"{options.output}.parts"))
+    parts.open(
+        {"model": options.model, "dtype": options.dtype, "ids": xxhash.xxh3_128_hexdigest(json.dumps(ids).encode())}
+    )
+    features_RH = read_all(ids, read, options.budget, parts)
     index_NK = torch.tensor([[unique[text] for text in row] for row in rows])
-    save_file({"features_RH": features_RH, "index_NK": index_NK}, options.output)
+    write_bytes(options.output, save({"features_RH": features_RH, "index_NK": index_NK}))
+    rmtree(parts.folder)
     print(f"{len(unique)} texts, {features_RH.shape[1]} features, {time.perf_counter() - started:.0f} s")
 
 
@@ -97,8 +108,39 @@ def sentence_encoder(folder: str, dtype: str) -> tuple[Callable[[str, int], list
     return encode, read
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The features of finished batches, one file per batch, named after its first row."""
+
+    folder: Path
+
+    def open(self, made_of: dict[str, str]) -> None:
+        """Keep the batches of an interrupted run on the same rows and model, and remove those of any other."""
+        mark, text = self.folder / "made-of.json", json.dumps(made_of)
+        if mark.exists() and mark.read_text(encoding="utf-8") == text:
+            return
+        if self.folder.exists() and not mark.exists():
+            raise SystemExit(f"{self.folder} was not made by this script; move it away")
+        rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_text(mark, text)
+
+    def load(self, batch: Sequence[int]) -> Tensor | None:
+        """Return the features (B, H) of a batch; None if it is not finished, or has other rows."""
+        path = self._path(batch)
+        found = load_file(path) if path.exists() else None
+        return found["features_BH"] if found is not None and found["rows_B"].tolist() == list(batch) else None
+
+    def save(self, batch: Sequence[int], features_BH: Tensor) -> None:
+        """Write the features of a batch."""
+        write_bytes(self._path(batch), save({"rows_B": torch.tensor(batch), "features_BH": features_BH}))
+
+    def _path(self, batch: Sequence[int]) -> Path:
+        return self.folder / f"batch-{batch[0]}.safetensors"
+
+
 @torch.inference_mode()
-def read_all(rows: Sequence[list[int]], read: Read, budget: int) -> Tensor:
+def read_all(rows: Sequence[list[int]], read: Read, budget: int, parts: Parts) -> Tensor:
     """Features of all rows (R, H), batches made of rows of like length."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
     found: dict[int, Tensor] = {}
@@ -108,7 +150,11 @@ def read_all(rows: Sequence[list[int]], read: Read, budget: int) -> Tensor:
         ids = [torch.tensor(rows[row]) for row in batch]
         ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         mask_BL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        found.update(zip(batch, read(ids_BL, mask_BL).float()))
+        features_BH = parts.load(batch)
+        if features_BH is None:
+            features_BH = read(ids_BL, mask_BL).float()
+            parts.save(batch, features_BH)
+        found.update(zip(batch, features_BH))
         if len(order) % 100 < count:
             print(f"{len(order)} texts left", flush=True)
     return torch.stack([found[row] for row in range(len(rows))]).contiguous()
