@@ -34,6 +34,8 @@ class RecipeCommand(Command):
     """first iteration that runs; none takes the file's own"""
     stop_t: int | None = None
     """iteration at which the recipe stops; none takes the file's own"""
+    set: tuple[str, ...] = ()
+    """values of the file's variables, as NAME=VALUE"""
     jobs: int = 1
     """steps at a time, where they do not depend on each other"""
     show: bool = False
@@ -50,6 +52,9 @@ class RecipeCommand(Command):
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise OptionError("jobs", f"must be at least 1, not {self.jobs}")
+        for each in self.set:
+            if "=" not in each:
+                raise OptionError("set", f"takes NAME=VALUE, not {each!r}")
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.recipe.engine import Engine
@@ -59,7 +64,7 @@ class RecipeCommand(Command):
         overrides = {name: value for name, value in given.items() if value is not None}
         if self.output:
             overrides["output"] = self.output
-        recipe = read_recipe(self.file, **overrides)
+        recipe = read_recipe(self.file, dict(each.split("=", 1) for each in self.set), **overrides)
         if "output" not in overrides and recipe.output == type(recipe).output:
             raise UsageError(f"{self.file} names no output; add output = FOLDER, or pass --output FOLDER")
         registry = context.registry

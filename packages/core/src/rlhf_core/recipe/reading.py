@@ -17,7 +17,15 @@
     reads = { model = "policy", data = "pairs", reference = "policy@initial" }
     writes = { model = "policy" }
 
-In texts of options, `{t}` stands for the iteration and `{total_T}` for the number of iterations.
+In texts of options, `{t}` stands for the iteration and `{total_T}` for the number of iterations. A file may have variables:
+
+    output = "runs/deployment-{selector}"
+
+    [variables]
+    selector = "optimistic"
+    n = 8
+
+`{selector}` stands for the value in every text of the file; `n = "{n}"` is the number. `--set selector=drts` gives another one.
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ from rlhf_core.config.value_types import from_plain, metavar
 from rlhf_core.contract.ingredients import ARTIFACT_KINDS, Artifact, Ingredient
 from rlhf_core.errors import UsageError, options_under, text_of
 from rlhf_core.recipe.plan import Recipe, Step, expand, make_plan
+from rlhf_core.recipe.variables import fill, read_variables
 from rlhf_core.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -40,17 +49,18 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_of", "read_recipe"]
 
-KEYS = ("recipe", "ingredients", "artifacts", "output", "seed", "start_t", "stop_t", "total_T")
+KEYS = ("recipe", "ingredients", "artifacts", "output", "seed", "start_t", "stop_t", "total_T", "variables")
 NUMBERS = ("seed", "start_t", "stop_t", "total_T")
 OWN = ("use", "reads", "writes")
 """Keys of an ingredient's table that are no options of it."""
 
 
-def read_recipe(path: str | Path, **overrides: Any) -> Recipe:
+def read_recipe(path: str | Path, variables: Mapping[str, str] | None = None, **overrides: Any) -> Recipe:
     """Return the recipe that a file describes.
 
     Args:
         path: a TOML file; relative paths of artifacts start in the working folder, as in `rlhf-run`.
+        variables: values that take the place of those in the file's [variables], as texts.
         overrides: fields of `Recipe` that win over the file.
 
     Raises:
@@ -66,6 +76,7 @@ def read_recipe(path: str | Path, **overrides: Any) -> Recipe:
     for key in tree:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a recipe has {', '.join(KEYS)}")
+    tree = fill(tree, read_variables(path, tree.pop("variables", {}), variables or {}))
     if not isinstance(tree.get("recipe"), list) or not isinstance(tree.get("ingredients", {}), Mapping):
         raise UsageError(
             f"{path}: a recipe needs `recipe`, a list of ingredients, and a table [ingredients.NAME] for each"
@@ -106,7 +117,8 @@ def _provider(
         cls = type(use)
         return use, cls.__qualname__, f"{cls.__module__}:{cls.__qualname__}"
     cls = registry.resolve("ingredient", str(use))
-    options = {key: _fill(value, numbers) for key, value in table.items() if key not in OWN}
+    texts = {key: str(number) for key, number in numbers.items()}
+    options = {key: fill(value, texts) for key, value in table.items() if key not in OWN}
     known = {each.name: each for each in option_fields(cls)}
     for key in options:
         if key not in known:
@@ -129,17 +141,6 @@ def _provider(
             return cls(**values), str(use), str(registry.provenance("ingredient", str(use)))
     except ValueError as error:
         raise UsageError(f"ingredients.{name}: {text_of(error)}") from None
-
-
-def _fill(value: Any, numbers: Mapping[str, int]) -> Any:
-    """Return a value of TOML with `{t}` and `{total_T}` filled in, at any depth."""
-    if isinstance(value, str):
-        for key, number in numbers.items():
-            value = value.replace(f"{{{key}}}", str(number))
-        return value
-    if isinstance(value, Mapping):
-        return {key: _fill(each, numbers) for key, each in value.items()}
-    return [_fill(each, numbers) for each in value] if isinstance(value, list) else value
 
 
 def _artifact(path: Path, name: str, table: Any) -> Artifact:
