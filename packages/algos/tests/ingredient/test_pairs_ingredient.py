@@ -176,6 +176,17 @@ def test_the_statistics_are_means_over_pairs(tmp_path: Path) -> None:
     assert found["pairs"] == 2 and found["share"] == pytest.approx(2 / 3)
 
 
+def test_regret_is_what_the_shown_ones_lack_of_the_best(tmp_path: Path) -> None:
+    """The reward shows 3 and 0, the oracle's scores of which are 1 and 0 where 7 is the best; then 2 and 1 of equal scores."""
+    rows = scored(tmp_path / "rm.jsonl", [[0, 1, 2, 3], [1, 2], [5]])
+    oracle = scored(tmp_path / "oracle.jsonl", [[0, 7, 0, 1], [4, 4], [9]])
+    (tmp_path / "made").mkdir()
+    made = Pairs()(TinyIngredientContext(tmp_path / "made", {"scored": rows, "oracle": oracle}))
+    found = json.loads(made["statistics"].path.read_text())
+    assert found["regret"] == pytest.approx((6.5 + 0 + 0) / 3)  # dropped ties and single answers count
+    assert found["regret_se"] == pytest.approx((2 * 6.5**2 / 3 / 2 / 3) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -128,6 +128,8 @@ def rlhf_ingredient() -> Providers:
         "evaluate": "rlhf_core.recipe.ingredients.evaluate:Evaluate",
         "generate": "rlhf_core.recipe.ingredients.generate:Generate",
         "merge": "rlhf_core.recipe.ingredients.merge:Merge",
+        "plot": "rlhf_core.recipe.ingredients.plot:Plot",
+        "reward_bench": "rlhf_core.recipe.ingredients.reward_bench:RewardBench",
         "rows": "rlhf_core.recipe.ingredients.rows:Rows",
         "score": "rlhf_core.recipe.ingredients.score:Score",
         "train": "rlhf_core.recipe.ingredients.train:Train",

@@ -134,6 +134,11 @@ def test_numbers_of_the_recipe_are_filled_in_at_any_depth() -> None:
         (["train"], {"train": {}}, "train needs settings"),
         (["rows"], {"rows": {"part": "3/3"}}, "part must be t/T"),
         (["evaluate"], {"evaluate": {"settings": {}}}, "needs evaluator"),
+        (
+            ["sow", "score"],
+            {"score": {"reads": {"completions": "seeds"}}},
+            't0-score: settings needs reward = {use = "NAME"}',
+        ),
     ],
 )
 def test_a_mistake_is_named(steps: list[Any], change: dict[str, Any], message: str) -> None:
@@ -181,7 +186,7 @@ def test_a_file_means_what_python_means(tmp_path: Path) -> None:
     [
         ("generate", {"settings": {"sampling": {"temprature": 1.0}}}, "--sampling.temperature"),
         ("score", {"settings": {"reward": {"use": "length", "targt": 3}}}, "--reward.target"),
-        ("score", {"settings": {"reward": {"dtyp": "bfloat16"}}}, "--reward.dtype"),
+        ("score", {"reads": {"reward": "rm"}, "settings": {"reward": {"dtyp": "bfloat16"}}}, "--reward.dtype"),
         ("train", {"settings": {"algorithm": "gropo"}}, "no algorithm is called 'gropo'"),
         ("evaluate", {"settings": {"evaluator": "heldut"}}, "heldout"),
         ("rows", {"data": "jsn path=x"}, "json"),
@@ -193,8 +198,7 @@ def test_options_of_commands_are_checked_before_the_first_step(
     file = tmp_path / "rows.jsonl"
     file.write_text("")
     given = {name: Artifact("dataset", file) for name in ("rows", "completions")}
-    artifacts = {**given, "model": Artifact("model", Path("tiny"))}
-    engine = Engine(Recipe([ingredient], {ingredient: table}, artifacts, tmp_path / "out"), Registry())
+    artifacts = {**given, "model": Artifact("model", Path("tiny")), "rm": Artifact("model", Path("tiny"))}
     with pytest.raises(UsageError, match=f"^t0-{ingredient}: ") as error:
-        engine.check()
+        Engine(Recipe([ingredient], {ingredient: table}, artifacts, tmp_path / "out"), Registry()).check()
     assert message in str(error.value)

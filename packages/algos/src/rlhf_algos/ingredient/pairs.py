@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from rlhf_algos.ranges import check_ranges
 from rlhf_algos.selection.candidates import Candidates, collapse_duplicates, label_pair
 from rlhf_algos.selection.selector import PairSelector
 from rlhf_core import Artifact, ArtifactKind, DataError, Ingredient, IngredientContext, OptionError, make_from_spec
+from rlhf_core.contract.results import UNCERTAINTY
 from rlhf_core.lazy import torch
 
 __all__ = ["Pairs"]
@@ -63,12 +65,13 @@ class Pairs(Ingredient):
         selector = self._selector()
         groups = _groups(context.inputs["scored"].path)
         oracle = _groups(context.inputs["oracle"].path) if "oracle" in context.inputs else {}
-        pairs = []
+        pairs, regrets = [], []
         for uid, rows in groups.items():
             labels = _rewards(rows, oracle[uid], context.inputs["oracle"].path) if uid in oracle else None
             if "oracle" not in context.inputs or labels is not None:
-                pair = self._pair(selector, rows, labels, context.seed, uid)
+                pair, regret = self._pair(selector, rows, labels, context.seed, uid)
                 pairs += [] if pair is None else [pair]
+                regrets.append(regret)
         if not pairs:
             raise DataError(
                 f"{context.inputs['scored'].path}: no pair is left of {len(groups)} prompts; rewards are equal, or too "
@@ -76,7 +79,7 @@ class Pairs(Ingredient):
             )
         path, statistics = context.folder / "pairs.jsonl", context.folder / "statistics.json"
         path.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-        statistics.write_text(json.dumps(_statistics(pairs, len(groups))) + "\n", encoding="utf-8")
+        statistics.write_text(json.dumps(_statistics(pairs, len(groups), regrets)) + "\n", encoding="utf-8")
         return {"pairs": Artifact("dataset", path), "statistics": Artifact("metrics", statistics)}
 
     def _selector(self) -> PairSelector:
@@ -92,8 +95,11 @@ class Pairs(Ingredient):
         labels: Sequence[float] | None,
         seed: int,
         uid: int,
-    ) -> dict[str, Any] | None:
-        """Return the pair of a prompt; None if it is left out.
+    ) -> tuple[dict[str, Any] | None, float]:
+        """Return the pair of a prompt, None if it is left out; and the regret of what was shown.
+
+        The regret is the best label minus the mean of the two that are compared (arXiv 2502.07193, section 2), or minus the
+        label of the best reward where the selector has no pair.
 
         Args:
             selector: the selector.
@@ -109,17 +115,20 @@ class Pairs(Ingredient):
         if self.duplicates == "collapse":
             raw_G = collapse_duplicates(texts, raw_G)
         reward_G = raw_G - self.length_penalty * torch.tensor([len(text) for text in texts], dtype=torch.float64)
-        pair = selector.choose(_candidates(selector, rows, kept, reward_G, seed, uid)) if len(kept) > 1 else None
-        if pair is None:
-            return None
         own_G = raw_G if self.label_by == "raw" else reward_G
         label_G = own_G if labels is None else torch.tensor([labels[i] for i in kept], dtype=torch.float64)
+        pair = selector.choose(_candidates(selector, rows, kept, reward_G, seed, uid)) if len(kept) > 1 else None
+        shown = list(pair) if pair is not None else [int(reward_G.argmax())]
+        regret = float(label_G.max() - label_G[shown].mean())
+        if pair is None:
+            return None, regret
         chosen, rejected = label_pair(pair, label_G)
         gap = float(label_G[chosen] - label_G[rejected])
         if texts[chosen] == texts[rejected] or not (gap > self.margin or (gap == 0 and self.ties == "keep")):
-            return None
+            return None, regret
         scores = {"chosen_score": float(label_G[chosen]), "rejected_score": float(label_G[rejected]), "margin": gap}
-        return {"prompt": rows[0]["prompt"], "chosen": texts[chosen], "rejected": texts[rejected], **scores, "uid": uid}
+        texts_of = {"chosen": texts[chosen], "rejected": texts[rejected]}
+        return {"prompt": rows[0]["prompt"], **texts_of, **scores, "uid": uid}, regret
 
 
 def _candidates(
@@ -131,7 +140,7 @@ def _candidates(
     uid: int,
 ) -> Candidates:
     """Return the completions of a prompt as a selector sees them, with the uncertainty that their rows report."""
-    std = [rows[i].get("uncertainty") for i in kept]
+    std = [rows[i].get(UNCERTAINTY) for i in kept]
     known = all(each is not None for each in std)
     covariance_GG = torch.diag(torch.tensor(std, dtype=torch.float64).square()) if known else None
     return Candidates(reward_G, covariance_GG, selector.generator(seed, uid))
@@ -172,11 +181,17 @@ def _rewards(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, An
         ) from None
 
 
-def _statistics(pairs: Sequence[Mapping[str, Any]], prompts: int) -> dict[str, float]:
-    """Return means over the pairs. `score_sum` is what Online_RLHF's collect_results reports."""
+def _statistics(pairs: Sequence[Mapping[str, Any]], prompts: int, regrets: Sequence[float]) -> dict[str, float]:
+    """Return means over the pairs, and the mean regret over prompts with its standard error.
+
+    `score_sum` is what Online_RLHF's collect_results reports.
+    """
     means = {
         name: sum(pair[name] for pair in pairs) / len(pairs) for name in ("chosen_score", "rejected_score", "margin")
     }
     lengths = {f"{name}_length": sum(len(pair[name]) for pair in pairs) / len(pairs) for name in ("chosen", "rejected")}
     counts = {"pairs": float(len(pairs)), "share": len(pairs) / prompts}
-    return {**counts, **means, "score_sum": means["chosen_score"] + means["rejected_score"], **lengths}
+    mean = sum(regrets) / len(regrets)
+    variance = sum((each - mean) ** 2 for each in regrets) / max(1, len(regrets) - 1)
+    regret = {"regret": mean, "regret_se": sqrt(variance / len(regrets))}
+    return {**counts, **means, "score_sum": means["chosen_score"] + means["rejected_score"], **lengths, **regret}

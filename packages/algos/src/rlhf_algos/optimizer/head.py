@@ -41,6 +41,7 @@ class HeadOptimizer(OptimizerProvider):
     """folder of an earlier run, or a checkpoint of one, whose estimator continues: theta, curvature and t; empty begins anew"""
 
     observes: ClassVar[bool] = True
+    hands_on: ClassVar[bool] = True
     outputs: ClassVar[frozenset[str]] = frozenset({"features_NH"})
     config_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1.0}
     grows: ClassVar[bool] = False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_algos.ranges import check_ranges
+from rlhf_core.contract.results import UNCERTAINTY
 from rlhf_core.errors import UsageError, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.reward.model import RewardModel, RewardModelEngine
@@ -86,7 +87,7 @@ class UncertainEngine(RewardModelEngine):
         output, outputs = self.score_rollouts(rollouts, frozenset({"features_NH"}))
         std_N = self._std(outputs["features_NH"].double(), rollouts.group_N).float() / self.reward.std
         rewards_N = self._reward(output.rewards_N, std_N)
-        return replace(output, rewards_N=rewards_N, metrics={**output.metrics, "uncertainty": std_N})
+        return replace(output, rewards_N=rewards_N, metrics={**output.metrics, UNCERTAINTY: std_N})
 
     def _std(self, features_NH: Tensor, group_N: Tensor) -> Tensor:
         """The standard deviation of each completion's score (N,), float64, as `against` says."""

@@ -15,7 +15,7 @@ from rlhf_algos.groups import require_groups
 from rlhf_algos.ranges import check_ranges
 from rlhf_algos.selection.candidates import Candidates, label_pair
 from rlhf_core.contract.providers import Advantage
-from rlhf_core.contract.results import Credit, Metric
+from rlhf_core.contract.results import UNCERTAINTY, Credit, Metric
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class PairSelector(Advantage):
 
 def reported_uncertainty(rewards: RewardOutput) -> Tensor | None:
     """Return the standard deviations (N,) that the reward reports as its metric `uncertainty`, float64; None if it does not."""
-    std_N = rewards.metrics.get("uncertainty")
+    std_N = rewards.metrics.get(UNCERTAINTY)
     return None if std_N is None else std_N.double()
 
 

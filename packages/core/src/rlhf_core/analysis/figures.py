@@ -19,7 +19,7 @@ from rlhf_core.util.places import check_writable, read_path
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
 
-__all__ = ["Drawing", "check_own", "figure"]
+__all__ = ["Drawing", "check_matplotlib", "check_own", "figure"]
 
 
 MAKER = "rlhf-run"
@@ -48,7 +48,7 @@ class Drawing(Command, ABC):
 
     def __call__(self, context: CommandContext) -> int:
         if self.formats:
-            _check_matplotlib()
+            check_matplotlib()
         rows, stem = self.rows(read_sweep(self.file)), read_path(run_option("output"), self.output)
         check_writable(run_option("output"), stem)
         for ending in ("csv", *self.formats):
@@ -86,7 +86,7 @@ def _is_own(content: bytes, columns: list[str]) -> bool:
     return (header[0], header[-1]) == (columns[0], columns[-1]) if columns else MAKER.encode() in content
 
 
-def _check_matplotlib() -> None:
+def check_matplotlib() -> None:
     """Say how to install it before anything is computed."""
     try:
         import matplotlib  # noqa: F401

@@ -1,7 +1,8 @@
 """`rlhf-run score FILE --reward NAME`: any reward over a JSONL file of completions, such as `rlhf-run generate` writes.
 
 A line needs `prompt` (text or messages) and `completion`; `text`, `label`, `finish`, `tokens` and `datasource` are used
-where they are. Token ids are not in the file: a reward that reads them sees as many bytes of the text as there were tokens.
+where they are. It gets `reward`, `score` where the reward has one, and `uncertainty` where the reward reports this metric.
+Token ids are not in the file: a reward that reads them sees as many bytes of the text as there were tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.engines import open_provider
 from rlhf_core.contract.ranges import at_least
+from rlhf_core.contract.results import UNCERTAINTY
 from rlhf_core.errors import DataError, UsageError, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.util.padding import pad_rows
@@ -29,6 +31,7 @@ from rlhf_core.util.text_files import read_text
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
     from rlhf_core.contract.providers import Reward
+    from rlhf_core.contract.results import RewardOutput
 
 __all__ = ["Score", "make_rollouts"]
 
@@ -83,14 +86,7 @@ class Score(Command):
             seed_libraries(self.seed + total)
             rollouts = make_rollouts(batch)
             output = to_reward_output(engine(rollouts), rollouts, reward)
-            columns = {"reward": output.total_N.float()}
-            if output.scores_N is not None:
-                columns["score"] = output.scores_N
-            added = [
-                {name: float(values_N[i]) if answered else None for name, values_N in columns.items()}
-                for i, answered in enumerate(output.answered_N.tolist())
-            ]
-            append_lines(path, [row | one for row, one in zip(batch, added, strict=True)])
+            append_lines(path, [row | one for row, one in zip(batch, _columns(output), strict=True)])
             total += len(batch)
         print(f"{total} rewards in {path}")
         return 0
@@ -185,6 +181,20 @@ def make_rollouts(rows: list[dict[str, Any]]) -> Rollouts:
         meta=[{"prompt": prompt, **_meta(row)} for prompt, row in zip(prompts, rows, strict=True)],
         finish=[row.get("finish", "stop") for row in rows],
     )
+
+
+def _columns(output: RewardOutput) -> list[dict[str, float | None]]:
+    """Return what the line of each completion gets: None where the reward abstains or does not know."""
+    columns = {"reward": (output.total_N.float(), output.answered_N)}
+    if output.scores_N is not None:
+        columns["score"] = (output.scores_N, output.answered_N)
+    if UNCERTAINTY in output.metrics:
+        known_N = output.known.get(UNCERTAINTY, output.answered_N) & output.answered_N
+        columns[UNCERTAINTY] = (output.metrics[UNCERTAINTY], known_N)
+    return [
+        {name: float(values_N[i]) if known_N[i] else None for name, (values_N, known_N) in columns.items()}
+        for i in range(len(output.rewards_N))
+    ]
 
 
 def _meta(row: Mapping[str, Any]) -> dict[str, Any]:

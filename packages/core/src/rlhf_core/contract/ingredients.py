@@ -18,7 +18,7 @@ A recipe joins ingredients by the names and kinds of artifacts, so that it can b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ARTIFACT_KINDS", "FOLDERS", "Artifact", "ArtifactKind", "Ingredient", "IngredientContext"]
 
-ArtifactKind = Literal["model", "dataset", "table", "metrics", "run"]
+ArtifactKind = Literal["model", "dataset", "table", "metrics", "run", "state", "figure"]
 """`model`: a Hugging Face folder. `dataset`: a JSONL file that the data provider `json` reads. `table`: a CSV file.
-`metrics`: a JSON object of numbers by name. `run`: an OUTPUT folder of `rlhf-run`."""
+`metrics`: a JSON object of numbers by name. `run`: an OUTPUT folder of `rlhf-run`. `state`: a folder with the state of an
+optimizer that a later training continues. `figure`: an SVG file."""
 
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 """Every kind of artifact."""
 
-FOLDERS: frozenset[ArtifactKind] = frozenset({"model", "run"})
+FOLDERS: frozenset[ArtifactKind] = frozenset({"model", "run", "state"})
 """The kinds of artifacts that are folders; the others are files."""
 
 
@@ -92,6 +93,16 @@ class Ingredient(Provider):
     """the names of `inputs` that a recipe may leave out"""
     outputs: ClassVar[Mapping[str, ArtifactKind]] = {}
     """the kind of each artifact that the ingredient makes, by name"""
+
+    def check_inputs(self, given: Set[str]) -> None:
+        """Check that the options and the inputs that a recipe gives fit together. Called when the recipe is read.
+
+        Args:
+            given: names of `inputs`; all but those of `optional` are among them.
+
+        Raises:
+            UsageError: they do not; the message says what to give.
+        """
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Do the work and return an artifact for each name of `outputs`.

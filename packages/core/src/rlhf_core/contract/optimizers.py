@@ -70,6 +70,8 @@ class OptimizerProvider(Provider):
     """True if `step` takes a closure, which computes loss and gradients of the whole optimizer step again"""
     observes: ClassVar[bool] = False
     """True if it has `observe` and `receive`"""
+    hands_on: ClassVar[bool] = False
+    """True if a later training may continue its state, by an option `state`: recipes then keep it"""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """core's own options (fields of `RunConfig`) that have another default where a role has this optimizer"""
     outputs: ClassVar[frozenset[str]] = frozenset()

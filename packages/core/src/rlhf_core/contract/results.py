@@ -18,6 +18,9 @@ __all__ = ["PRECISION", "Credit", "LossTerms", "Metric", "Outputs", "Reduction",
 PRECISION = 1e-6
 """Relative size below which a difference of float32 rewards is rounding: eight units in the last place."""
 
+UNCERTAINTY = "uncertainty"
+"""Name of the metric that holds the standard deviation of each completion's reward, which pair selectors read."""
+
 
 @dataclass(frozen=True)
 class RewardOutput:

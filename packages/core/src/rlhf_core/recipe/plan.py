@@ -140,6 +140,11 @@ def make_plan(recipe: Recipe, providers: Mapping[tuple[str, int], tuple[Ingredie
         provider, use, distribution = providers[ingredient, iteration]
         name = _step_name(ingredient, iteration, steps)
         table = recipe.ingredients[ingredient]
+        reads = dict(_reads(name, provider, table.get("reads", {}), versions))
+        try:
+            provider.check_inputs(reads.keys())
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
         step = Step(
             name,
             ingredient,
@@ -147,7 +152,7 @@ def make_plan(recipe: Recipe, providers: Mapping[tuple[str, int], tuple[Ingredie
             provider,
             use,
             distribution,
-            reads=dict(_reads(name, provider, table.get("reads", {}), versions)),
+            reads=reads,
             writes=_writes(name, provider, table.get("writes", {})),
             runs=recipe.start_t <= iteration and (recipe.stop_t is None or iteration < recipe.stop_t),
         )

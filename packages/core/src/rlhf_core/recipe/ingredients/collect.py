@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from shutil import copyfile
 from typing import ClassVar
 
-from rlhf_core.analysis.figures import figure
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
-from rlhf_core.errors import OptionError
+from rlhf_core.recipe.ingredients.plot import draw_metrics, read_table
 
 __all__ = ["Collect"]
 
@@ -36,26 +33,10 @@ class Collect(Ingredient):
             OptionError: the table has no such column.
         """
         table = context.inputs["table"].path
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for name in self.metrics:
-            if rows and name not in rows[0]:
-                raise OptionError("metrics", f"{name!r} is no column; the table has {', '.join(rows[0])}")
+        rows = [{**row, "iteration": str(number)} for number, row in enumerate(read_table(table, self.metrics))]
         results = context.folder / "results.csv"
         copyfile(table, results)
         if find_spec("matplotlib") is not None and self.metrics:
-            self._draw(rows, context.folder / "results")
+            names = {name: name.replace("_", " ") for name in self.metrics}
+            draw_metrics(rows, names, context.folder / "results", self.label, ("iteration", "iteration"))
         return {"results": Artifact("table", results)}
-
-    def _draw(self, rows: Sequence[Mapping[str, str]], stem: Path) -> None:
-        """Plot the metrics with their errors."""
-        with figure(stem, ("svg",)) as (axis,):
-            for name in self.metrics:
-                points = [(number, row) for number, row in enumerate(rows) if row[name]]
-                errors = [float(row.get(f"{name}_se") or 0) for _, row in points]
-                x, y = [number for number, _ in points], [float(row[name]) for _, row in points]
-                axis.errorbar(x, y, yerr=errors, marker="o", markersize=3, capsize=2, label=name.replace("_", " "))
-            axis.set_xlabel("iteration")
-            axis.set_ylabel(self.label)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend()

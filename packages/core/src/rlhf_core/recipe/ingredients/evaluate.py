@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.errors import OptionError, RunStopped
-from rlhf_core.recipe.ingredients.settings import check_flags, flags, merge
+from rlhf_core.recipe.ingredients.settings import check_flags, flags, merge, names_provider
 from rlhf_core.recipe.process import rlhf_run
 from rlhf_core.util.atomic_files import write_text
 
@@ -42,7 +42,10 @@ class Evaluate(Ingredient):
         Raises:
             UsageError: one is unknown, or a value does not fit.
         """
-        check_flags("eval", self.settings, "MODEL")
+        given = {"reward": {"use": "model", "model": "FOLDER"}} if "reward" in self.settings else {}
+        check_flags(
+            "eval", self.settings if names_provider(self.settings, "reward") else merge(given, self.settings), "MODEL"
+        )
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:
         """Measure it.
@@ -57,7 +60,8 @@ class Evaluate(Ingredient):
             path = str(context.inputs["rows"].path)
             wired["data"] = {"use": "json", "path": path, "heldout_path": path}
         if "reward" in context.inputs:
-            wired["reward"] = {"use": "model", "model": str(context.inputs["reward"].path)}
+            use = {} if names_provider(self.settings, "reward") else {"use": "model"}
+            wired["reward"] = {**use, "model": str(context.inputs["reward"].path)}
         words = ["eval", str(context.inputs["model"].path), *flags(merge(self.settings, wired))]
         log = context.folder / "log.txt"
         printed = rlhf_run(words, context.registry, log)

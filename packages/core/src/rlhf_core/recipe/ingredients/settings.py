@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["check_flags", "flags", "merge"]
+__all__ = ["check_flags", "flags", "merge", "names_provider"]
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,6 +18,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def names_provider(settings: Mapping[str, Any], kind: str) -> bool:
+    """Return True if the settings say which provider of a kind is used: by a name in place of its table, or by `use`."""
+    chosen = settings.get(kind, {})
+    return isinstance(chosen, str) or "use" in chosen
 
 
 def flags(settings: Mapping[str, Any], above: str = "") -> Iterator[str]:
