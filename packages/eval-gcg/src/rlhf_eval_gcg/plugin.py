@@ -1,4 +1,4 @@
-"""Registers the evaluator `gcg`, its judges, its command and its metrics.
+"""Registers the evaluator and the ingredient `gcg`, judges, a command and metrics.
 
 Names and strings: nothing is imported until it is chosen.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from rlhf_core import Providers, hookimpl
 
-__all__ = ["rlhf_command", "rlhf_evaluator", "rlhf_metrics", "rlhf_reward"]
+__all__ = ["rlhf_command", "rlhf_evaluator", "rlhf_ingredient", "rlhf_metrics", "rlhf_reward"]
 
 
 @hookimpl
@@ -30,6 +30,11 @@ def rlhf_reward() -> Providers:
 @hookimpl
 def rlhf_command() -> Providers:
     return {"gcg-report": "rlhf_eval_gcg.analysis.report:GCGReport"}
+
+
+@hookimpl
+def rlhf_ingredient() -> Providers:
+    return {"gcg": "rlhf_eval_gcg.ingredient:Attack"}
 
 
 @hookimpl
