@@ -30,7 +30,7 @@ from rlhf_core.recipe.joining import join
 from rlhf_core.recipe.plan import Recipe, Source, Step
 from rlhf_core.recipe.reading import plan_of
 from rlhf_core.recipe.record import Record, checksum, differences, option_checksums, read_record
-from rlhf_core.util.atomic_files import force, fsync_tree, write_text
+from rlhf_core.util.atomic_files import discard, force, fresh_folder, fsync_tree, temporary_name, write_text
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class Engine:
         """
         self.check()
         with self._hold_lock():
+            self._remove_leftovers()
             if jobs == 1:
                 for step in self.steps:
                     if step.runs:
@@ -207,8 +208,8 @@ class Engine:
         except (OSError, ValueError):
             pass
         self._remove(work)
-        work.mkdir(parents=True)
-        write_text(mark, json.dumps(dict(made_of)))
+        with fresh_folder(work) as new:  # it has its mark from the first moment
+            write_text(new / MADE_OF, json.dumps(dict(made_of)))
 
     def _inputs(self, step: Step, work: Path) -> dict[str, Artifact]:
         """Return the artifacts that a step reads; several of one name are joined to a file in its folder."""
@@ -274,7 +275,13 @@ class Engine:
             return
         if folder.is_symlink() or not (folder / MADE_OF).is_file():
             raise UsageError(f"{folder} was not made by this recipe; move it away")
-        rmtree(folder)
+        discard(folder)  # by another name first: half of a folder would have lost its mark
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a kill left of folders that were being made or removed."""
+        for step in self.steps:
+            for folder in (self.folder(step), self._work(step)):
+                rmtree(temporary_name(folder), ignore_errors=True)
 
     @contextmanager
     def _hold_lock(self) -> Iterator[None]:
