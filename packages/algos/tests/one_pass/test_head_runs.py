@@ -92,7 +92,7 @@ def test_the_average_of_iterates_is_what_the_head_has_if_asked(tmp_path: Path) -
     assert float((stored.average_D - stored.theta_D).norm()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["omd", pytest.param("omd_cg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["omd", "mle", pytest.param("omd_cg", marks=pytest.mark.slow)])
 def test_neither_micro_batches_nor_two_ranks_change_the_head(name: str, tmp_path: Path) -> None:
     optim, _ = ESTIMATORS[name]
     train(tmp_path / "one", optim)
@@ -104,6 +104,24 @@ def test_neither_micro_batches_nor_two_ranks_change_the_head(name: str, tmp_path
     ranks = run_ranks(2, main, ["reward", *data, *size, *flags, "--output", str(tmp_path / "two")])
     assert all(rank.code == 0 for rank in ranks), ranks
     torch.testing.assert_close(head_of(tmp_path / "two"), head_of(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+
+
+def test_two_ranks_ask_for_the_pairs_that_one_asks_for(tmp_path: Path) -> None:
+    """The pool is the batch of both ranks: labels, the curvature of asked pairs and the head are those of one process."""
+    more = {"algorithm": "active_reward", "advantage": {"use": "ask", "share": 0.5}, "save_every": 3}
+    train(tmp_path / "one", {"use": "omd"}, **more)
+    data = ["--data", "json", "--data.path", str(write_rows(tmp_path / "two")), "--data.encoding.template", "raw"]
+    size = ["--model", "tiny:hidden=16,layers=1", "--batch-size", "4", "--reward.freeze", "body", "--save-every", "3"]
+    flags = ["--reward.optim.use", "omd", "--advantage.share", "0.5", "--output", str(tmp_path / "two")]
+    ranks = run_ranks(2, main, ["active_reward", *data, *size, *flags])
+    assert all(rank.code == 0 for rank in ranks), ranks
+    torch.testing.assert_close(head_of(tmp_path / "two"), head_of(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["ask/labels"] for line in two] == [line["ask/labels"] for line in one] == [2, 4, 6]
+    assert [line["ask/score"] for line in two] == pytest.approx([line["ask/score"] for line in one], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

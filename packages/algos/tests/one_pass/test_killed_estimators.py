@@ -49,9 +49,20 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
 
 
-@pytest.mark.parametrize("use", ["omd", "omd_cg", "mle", "omd_memoryless"])
+def memory_of(output: Path) -> dict[str, Any]:
+    """Return what engines remember in the newest checkpoint, by file: of `ask`, curvature and count of asked pairs."""
+    folder = valid_checkpoints(output)[-1] / "providers"
+    return {str(path.relative_to(folder)): read_tree(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
+ASK = {"algorithm": "active_reward", "advantage": {"use": "ask", "share": 0.5}}
+
+
+@pytest.mark.parametrize("use", ["omd", "omd_cg", "mle", "omd_memoryless", "ask"])
 def test_a_killed_run_resumes_to_the_state_of_a_straight_one(use: str, tmp_path: Path) -> None:
-    more = {"save_every": 1, "reward": {"features": str(tmp_path / "features")}}
+    more: dict[str, Any] = {"save_every": 1, "reward": {"features": str(tmp_path / "features")}}
+    if use == "ask":
+        use, more = "omd", more | ASK
     straight = options(tmp_path / "straight", {"use": use}, **more)
     assert attempt(straight, count=tmp_path / "count") == 0, (tmp_path / "straight.log").read_text()
     operations = int((tmp_path / "count").read_text().split()[0])
@@ -65,3 +76,6 @@ def test_a_killed_run_resumes_to_the_state_of_a_straight_one(use: str, tmp_path:
     assert attempt(options(output, {"use": use}, **more, resume=True)) == 0, Path(f"{output}.log").read_text()
     assert torch.equal(head_of(output), head_of(tmp_path / "straight"))
     assert_equal(optimizer_of(output), optimizer_of(tmp_path / "straight"))
+    assert_equal(memory_of(output), memory_of(tmp_path / "straight"))
+    if more.get("advantage"):
+        assert [state["labels"] for state in memory_of(output).values()] == [6], "half of three batches of four pairs"

@@ -26,6 +26,19 @@ def test_each_score_is_its_formula() -> None:
     assert scores("distance").tolist() == [1.0, 4.0, 2.0, 9.0, 0.5]
     by_hand = [0.5, 0.25 * 4, 0.5 + 0.25 + 0.2, 0.5 * 9, 0.25 * (0.5 + 0.25 - 0.2)]
     assert scores("uncertainty").tolist() == pytest.approx([math.sqrt(value) for value in by_hand])
+    optimistic = [abs(float(margin)) + math.sqrt(value) for margin, value in zip(MARGINS, by_hand, strict=True)]
+    assert scores("delta_ucb").tolist() == pytest.approx(optimistic)
+
+
+def test_a_drawn_gap_has_the_distribution_of_the_posterior() -> None:
+    """Moments of |N(m, s^2)| in closed form: E|x|^2 = m^2 + s^2, and E|x| of the folded normal distribution."""
+    many_B = torch.full((200_000,), -0.7, dtype=torch.float64)
+    z_BD = torch.tensor([[0.0, 2.0]], dtype=torch.float64).expand(len(many_B), 2)  # a standard deviation of 1
+    drawn_B = scores("drts", many_B, z_BD)
+    assert float(drawn_B.square().mean()) == pytest.approx(0.49 + 1, abs=0.02)
+    folded = math.sqrt(2 / math.pi) * math.exp(-0.49 / 2) + 0.7 * math.erf(0.7 / math.sqrt(2))
+    assert float(drawn_B.mean()) == pytest.approx(folded, abs=0.01)
+    assert not torch.equal(scores("drts"), scores("drts", seed=1))
 
 
 @pytest.mark.parametrize("by", sorted(SCORES))

@@ -33,15 +33,18 @@ class AskAdvantage(Advantage):
     of the pairs that were asked, each at the reward of its time; it is part of checkpoints. Held-out pairs are all kept.
     """
 
-    by: Literal["uncertainty", "reward_diff", "margin", "closest", "distance", "random"] = "uncertainty"
+    by: Literal["uncertainty", "reward_diff", "margin", "closest", "distance", "random", "drts", "delta_ucb"] = (
+        "uncertainty"
+    )
     """largest norm of the feature difference in the inverse curvature; largest predicted difference of rewards; difference
-    nearest to 1; nearest to 0; largest distance of features; or chance"""
+    nearest to 1; nearest to 0; largest distance of features; chance; or the largest difference of a posterior draw (DRTS), or
+    one standard deviation above the prediction (DeltaUCB), arXiv 2603.09692"""
     share: float = 0.25
     """share of each batch that is asked, at least one pair"""
     damping: float = 1.0
     """curvature before any pair, in units of squared feature differences, above 0"""
     seed: int = 0
-    """seed of `random`, together with the step"""
+    """seed of `random` and `drts`, together with the step"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward.scores_N", "reward.features_NH"})
     selects: ClassVar[str] = "rows"

@@ -39,6 +39,21 @@ class Queries:
         return SCORES[by](self).double()
 
 
+def drawn_gap(queries: Queries) -> Tensor:
+    """Return the size of one draw of each margin from its posterior, N(margin, ||z||^2 in the inverse curvature).
+
+    The size of N(-m, s^2) has the distribution of that of N(m, s^2): the order of the two does not matter to the draw either.
+    """
+    std_B = queries.curvature.norm_inverse(queries.z_BD).double()
+    noise_B = torch.randn(len(std_B), dtype=torch.float64, generator=queries.generator)
+    return (queries.margins_B.double().abs() + std_B * noise_B).abs()
+
+
+def optimistic_gap(queries: Queries) -> Tensor:
+    """Return the upper end of the size of each margin, one standard deviation above it."""
+    return queries.margins_B.double().abs() + queries.curvature.norm_inverse(queries.z_BD).double()
+
+
 SCORES: Mapping[str, Callable[[Queries], Tensor]] = {
     "random": lambda queries: torch.rand(len(queries.z_BD), generator=queries.generator),
     "reward_diff": lambda queries: queries.margins_B.abs(),
@@ -46,10 +61,13 @@ SCORES: Mapping[str, Callable[[Queries], Tensor]] = {
     "closest": lambda queries: -queries.margins_B.abs(),
     "distance": lambda queries: queries.z_BD.square().sum(1),
     "uncertainty": lambda queries: queries.curvature.norm_inverse(queries.z_BD),
+    "drts": drawn_gap,
+    "delta_ucb": optimistic_gap,
 }
 """`random`; `reward_diff`, the largest predicted difference (the best against the worst); `margin`, a difference near 1,
 without regard to its sign; `closest`, a difference near 0; `distance`, `fisher` in the released code; `uncertainty`, ||z|| in
-the inverse curvature (arXiv 2502.07193, eq. 5)."""
+the inverse curvature (arXiv 2502.07193, eq. 5); `drts` and `delta_ucb`, the largest gap under a posterior draw and the largest
+optimistic gap, which select pairs of completions in arXiv 2603.09692, over pairs that are given."""
 
 
 def top_share(scores_B: Tensor, share: float) -> Tensor:
