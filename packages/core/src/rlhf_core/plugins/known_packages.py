@@ -85,6 +85,7 @@ INSTALL: dict[str, dict[str, str]] = {
         "heldout_table": "rlhf-algos",
     },
     "ingredient": {
+        "gcg": "rlhf-eval-gcg",
         "pairs": "rlhf-algos",
     },
     "launcher": {
