@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from kitchen import Sow, cook, made, registry
 
+from rlhf_core.cli.app import main
 from rlhf_core.contract.ingredients import Artifact
 from rlhf_core.errors import ContractError, RunStopped, UsageError
 from rlhf_core.recipe.engine import Engine
@@ -100,6 +101,18 @@ def test_a_failing_step_stops_the_recipe_which_then_continues_inside_it(tmp_path
     assert not (tmp_path / "out" / "steps" / "t0-side").exists()
     assert cook(tmp_path / "out", steps, ingredients) == ["t0-wait", "t0-side"]
     assert made(tmp_path / "out", "t0-wait") == {"begun": 2}  # it found what it had left
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_command_ends_with_the_exit_code_of_the_step_that_failed(
+    jobs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('recipe = ["sow", "wait", "grow"]\n[ingredients.sow]\n[ingredients.wait]\n[ingredients.grow]\n')
+    words = ["-p", "kitchen", "recipe", str(file), "--output", str(tmp_path / "out"), "--jobs", jobs]
+    assert main(words) == 7
+    assert capsys.readouterr().err.strip() == "rlhf-run: the ingredient failed"
+    assert main(words) == 0 and made(tmp_path / "out", "t0-wait") == {"begun": 2}
 
 
 def test_a_stopped_step_that_changed_begins_anew(tmp_path: Path) -> None:
