@@ -11,6 +11,7 @@ import pytest
 from rlhf_core.cli.app import main
 from rlhf_core.contract.ingredients import Artifact
 from rlhf_core.errors import DataError, OptionError
+from rlhf_core.recipe.ingredients.evaluate import Evaluate
 from rlhf_core.recipe.ingredients.plot import Plot
 from rlhf_core.recipe.ingredients.reward_bench import RewardBench, rank_metrics
 from rlhf_core.recipe.ingredients.score import Score, _whole_prompts
@@ -55,6 +56,11 @@ def test_a_score_step_needs_a_reward() -> None:
             Score(settings).check_inputs({"completions"})
     with pytest.raises(OptionError, match="needs reward"):
         RewardBench().check_inputs({"rows"})
+    evaluate = Evaluate({"evaluator": "heldout", "reward": {"dtype": "bfloat16"}})
+    evaluate.check_inputs({"model", "reward"})
+    with pytest.raises(OptionError, match="needs reward"):
+        evaluate.check_inputs({"model"})
+    Evaluate({"evaluator": "heldout"}).check_inputs({"model"})
 
 
 def group(uid: int, rewards: list[float | None], good: int = 1, **more: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,15 @@ class Evaluate(Ingredient):
     def __post_init__(self) -> None:
         if "evaluator" not in self.settings:
             raise OptionError("settings", "needs evaluator = NAME")
+
+    def check_inputs(self, given: Set[str]) -> None:
+        """Check that options of a reward belong to one.
+
+        Raises:
+            OptionError: the settings have a table `reward` without `use`, and the step reads no reward model.
+        """
+        if "reward" in self.settings and "reward" not in given and not names_provider(self.settings, "reward"):
+            raise OptionError("settings", 'needs reward = {use = "NAME"}, or the step reads.reward = ARTIFACT')
 
     def check(self) -> None:
         """Check that `rlhf-run eval` has these options.
