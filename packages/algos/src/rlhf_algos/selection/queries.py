@@ -46,12 +46,14 @@ def drawn_gap(queries: Queries) -> Tensor:
     """
     std_B = queries.curvature.norm_inverse(queries.z_BD).double()
     noise_B = torch.randn(len(std_B), dtype=torch.float64, generator=queries.generator)
-    return (queries.margins_B.double().abs() + std_B * noise_B).abs()
+    drawn_B: Tensor = queries.margins_B.double().abs() + std_B * noise_B
+    return drawn_B.abs()
 
 
 def optimistic_gap(queries: Queries) -> Tensor:
     """Return the upper end of the size of each margin, one standard deviation above it."""
-    return queries.margins_B.double().abs() + queries.curvature.norm_inverse(queries.z_BD).double()
+    gap_B: Tensor = queries.margins_B.double().abs() + queries.curvature.norm_inverse(queries.z_BD).double()
+    return gap_B
 
 
 SCORES: Mapping[str, Callable[[Queries], Tensor]] = {
