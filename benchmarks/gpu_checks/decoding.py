@@ -29,8 +29,8 @@ def decoding(context: Context) -> None:
         "measured above; the time is that of the whole rollout less that of one with one new token, which reads the prompts"
     )
     P, L, T = context.pick((256, 128, 256), (4, 8, 6))
-    for size in ("0.5B", "1.5B"):
-        with sampling_run(context, size, P) as run:
+    for size, compiles in (("0.5B", False), ("1.5B", False), ("1.5B", True), ("0.5B", True)):
+        with sampling_run(context, size, P, compiles) as run:
             prompts = random_prompts(P, L, run.roles["actor"].causal_lm.config.vocab_size)
             model = run.roles["actor"].causal_lm
             sample_tokens(run, prompts, T)  # warms up, and captures what is captured
@@ -40,14 +40,15 @@ def decoding(context: Context) -> None:
             bound = sum(token_bytes(model, P * (L + t)) for t in range(1, T)) / (T - 1)
             bound /= context.limits.get("bytes", float("inf"))
             context.row(
-                model=size, batch=P, prompt=L, new_tokens=T, seconds=whole, prefill_seconds=prefill, ms_per_token=1e3 * step,
-                bound_ms=1e3 * bound, share=bound / step, tokens_per_second=P * T / whole,
+                model=size, compiled=compiles, batch=P, prompt=L, new_tokens=T, seconds=whole, prefill_seconds=prefill,
+                ms_per_token=1e3 * step, bound_ms=1e3 * bound, share=bound / step, tokens_per_second=P * T / whole,
             )  # fmt: skip
-            met = context.goal(f"share of the bandwidth bound, {size}, batch {P}", bound / step, SHARE)
+            what = f"{size}, batch {P}{', --rollout.compile' if compiles else ''}"
+            met = context.goal(f"share of the bandwidth bound, {what}", bound / step, SHARE)
             if not met or context.rehearse:
                 short = context.pick(8, 3)
                 context.profile(
-                    f"a rollout of {short} tokens, {size}", profile(partial(sample_tokens, run, prompts, short))
+                    f"a rollout of {short} tokens, {what}", profile(partial(sample_tokens, run, prompts, short))
                 )
         release()
 
@@ -97,15 +98,15 @@ def continuous(context: Context, model: Any, rows: list[list[int]], T: int) -> N
     context.row(engine="generate_batch", batch=len(rows), new_tokens=T, tokens_per_second=len(rows) * T / seconds)
 
 
-def sampling_run(context: Context, size: str, batch: int) -> Any:
-    """Open a GRPO run of which only the policy is used."""
+def sampling_run(context: Context, size: str, batch: int, compiles: bool = False) -> Any:
+    """Open a GRPO run of which only the policy is used; its sampler compiles the model's blocks if it `compiles`."""
     run = run_of(
         context,
         {"use": "grpo", "kl": {"coef": 0.0}},
         shape(context, size),
         reward="length",
         batch_size=batch,
-        rollout=ROLLOUT,
+        rollout={**ROLLOUT, "compile": compiles},
     )
     return Placed(context, run)
 

@@ -250,8 +250,10 @@ def test_what_is_small_is_kept_until_weights_move(monkeypatch: pytest.MonkeyPatc
     seeds = [[sampling.seed_for(uid, k) for k in range(2)] for uid in range(len(RAGGED))]
     first = sampler(RAGGED, sampling, seeds, eos_ids=(3,))
     board, buffers = sampler.board, next(iter(sampler.slots.layers.values()))[0].data_ptr()
+    widest = sampler._widest
     shorter = sampler(RAGGED[:2], Sampling(n=2, max_new_tokens=4), seeds[:2], eos_ids=(3,))
     assert sampler.board is board
+    assert sampler._widest == widest == 32, "a shorter call would record graphs again"
     assert next(iter(sampler.slots.layers.values()))[0].data_ptr() == buffers
     for ours, theirs in zip(shorter, first, strict=False):
         assert ours.tokens.tolist() == theirs.tokens.tolist()[:4]

@@ -139,6 +139,8 @@ class SlotSampler:
         self.board: Board | None = None
         self._steppers: dict[tuple[Any, ...], Stepper] = {}
         self._copies: dict[tuple[nn.Module, str], Tensor] = {}
+        self._widest = 0
+        """most tokens of a row since graphs were recorded, rounded up: a graph is for so many"""
         self._places: list[int] = []
         """where the weights were when graphs were recorded"""
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
@@ -171,13 +173,13 @@ class SlotSampler:
             board = self._seats(max(map(len, sizes)), sampling.max_new_tokens, sorted(eos_ids))
             lacking_L = torch.tensor(lacking, dtype=torch.long, device=self.model.device)
             stepper = self._stepper(board, sampling, lacking_L)
-            widest = 1 << max(max(row) for row in sizes).bit_length()
+            self._widest = max(self._widest, 1 << max(max(row) for row in sizes).bit_length())
             for wave, segments in zip(waves, sizes, strict=True):
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
                 logits_RV = self._begin(board, wave, rows, segments, prompt_ids, most, sampling, seeds)
                 stops = Stops(eos_ids, sampling.stop, decode)
                 count = len(found), len(prompt_ids) * sampling.n
-                wave_of = Wave(board, stepper, sampling, stops, lacking_L, widest, count)
+                wave_of = Wave(board, stepper, sampling, stops, lacking_L, self._widest, count)
                 found.update(zip(rows, wave_of.decode(logits_RV, len(rows)), strict=True))
         return [found[prompt, k] for prompt in range(len(prompt_ids)) for k in range(sampling.n)]
 
@@ -220,7 +222,7 @@ class SlotSampler:
         """Free buffers, graphs and narrow weights."""
         self._steppers.clear()
         self._copies.clear()
-        self.board, self._places, self.slots = None, [], Slots(0, self.dtype, self.flash)
+        self.board, self._places, self._widest, self.slots = None, [], 0, Slots(0, self.dtype, self.flash)
 
     def _seats(self, rows: int, tokens: int, ends: list[int]) -> Board:
         """Return a board for so many rows and new tokens: the one that there is, if it is large enough."""
