@@ -1,7 +1,8 @@
 """From passes over the data to steps: `--epochs 3` of 80 rows in batches of 8 are 30 steps.
 
-The rows that fit are counted before anything else starts, so that schedules and the time left know the length of the run. A
-batch may begin in one pass and end in the next, and the last one is filled up with rows of a further pass.
+The rows that fit are counted before anything else starts, each rank its share of them, so that schedules and the time left know
+the length of the run. A batch may begin in one pass and end in the next, and the last one is filled up with rows of a further
+pass.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from rlhf_core.data.prepare import SHARE, Preparer
 from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.data.stream import is_indexed
 from rlhf_core.errors import DataError, OptionError, UsageError, options_under, run_option
+from rlhf_core.launcher.local import join_world
 from rlhf_core.run.data import RunData
 from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.distributed import World
     from rlhf_core.contract.plan import Plan
 
-__all__ = ["count_steps"]
+__all__ = ["count_fitting", "count_steps"]
 
 
 def count_steps(plan: Plan) -> int:
@@ -55,7 +58,7 @@ def count_steps(plan: Plan) -> int:
             )
         preparer = Preparer(data.encoder, DATA not in plan.sources, config.providers["data"])
         try:
-            fitting = _count_fitting(rows, preparer)
+            fitting = count_fitting(rows, preparer, join_world())
         finally:
             preparer.close()
     if not fitting:
@@ -69,12 +72,21 @@ def count_steps(plan: Plan) -> int:
     return steps
 
 
-def _count_fitting(rows: Sequence[Example], preparer: Preparer) -> int:
-    """Return how many rows are not too long."""
+def count_fitting(rows: Sequence[Example], preparer: Preparer, world: World) -> int:
+    """Return how many rows are not too long. Collective: ranks share the rows by blocks.
+
+    Raises:
+        DataError: a row cannot be read; every rank raises that of the first such row.
+    """
     fitting, block = 0, max(preparer.block, SHARE)
-    for start in range(0, len(rows), block):
-        for row in preparer([rows[i] for i in range(start, min(start + block, len(rows)))]):
-            if isinstance(row, DataError):
-                raise row
-            fitting += row is not None
-    return fitting
+    failure: tuple[int, str] | None = None
+    for start in range(world.rank * block, len(rows), world.size * block):
+        prepared = preparer([rows[i] for i in range(start, min(start + block, len(rows)))])
+        failure = next(((start + k, str(row)) for k, row in enumerate(prepared) if isinstance(row, DataError)), None)
+        if failure is not None:
+            break
+        fitting += sum(row is not None for row in prepared)
+    parts = world.gather((fitting, failure))
+    if failures := [each for _, each in parts if each is not None]:
+        raise DataError(min(failures)[1])
+    return sum(each for each, _ in parts)
