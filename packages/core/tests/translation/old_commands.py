@@ -90,6 +90,7 @@ NEEDED = {
 
 def is_possible(line: str, registry: Registry) -> bool:
     """Return True if the packages are here that a command needs."""
-    if "wandb" in line and find_spec("wandb") is None:
+    modules = {"wandb": "wandb", "evaluate_heldout_sampling": "pyarrow"}
+    if any(word in line and find_spec(module) is None for word, module in modules.items()):
         return False
     return all(name in registry.table(kind) for word, (kind, name) in NEEDED.items() if word in line)
