@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ import torch
 
 from gpu_checks.measure import peak_gib, profile, release, seconds, timed
 from gpu_checks.models import make_role, model_flops, random_batch, shape
-from rlhf_core.contract.options import TrainedOptions
 
 if TYPE_CHECKING:
     from gpu_checks.check import Context
@@ -30,22 +29,31 @@ def training(context: Context) -> None:
         "column `with recomputation` counts the layers' second forward pass. A step is forward, backward, clipping, AdamW."
     )
     mixed = mixed_lengths(context.pick(8192, 64), context.pick(4, 2))
+    micro, large = context.pick(8192, 64), context.pick(32768, 128)
+    eights = [context.pick(8192, 64)] * context.pick(4, 2)
     cases = [
-        Case("mixed lengths to 8k", mixed, context.pick(8192, 64), goal=True),
-        Case("mixed lengths to 8k", mixed, context.pick(32768, 128)),
-        Case("rows of 8k", [context.pick(8192, 64)] * context.pick(4, 2), context.pick(8192, 64)),
-        Case("rows of 2k", [context.pick(2048, 16)] * context.pick(16, 4), context.pick(8192, 64)),
+        Case("mixed lengths to 8k", mixed, micro),
+        Case("mixed lengths to 8k", mixed, large),
+        Case("rows of 8k", eights, micro),
+        Case("rows of 8k", eights, large),
+        Case("rows of 2k", [context.pick(2048, 16)] * context.pick(16, 4), micro),
     ]
     measure(context, "1.5B", cases)
 
 
 def training_compiled(context: Context) -> None:
-    """1.5B with `--actor.compile`: the first step compiles."""
-    if "compile" not in {each.name for each in fields(TrainedOptions)}:
-        context.note("this version has no --actor.compile")
-        return
-    mixed = mixed_lengths(context.pick(8192, 64), context.pick(4, 2))
-    measure(context, "1.5B", [Case("mixed lengths to 8k", mixed, context.pick(8192, 64), goal=True)], compile=True)
+    """1.5B with `--actor.compile`, whose first step compiles, in passes of 32k tokens and of 8k."""
+    mixed, eights = (
+        mixed_lengths(context.pick(8192, 64), context.pick(4, 2)),
+        [context.pick(8192, 64)] * context.pick(4, 2),
+    )
+    micro, large = context.pick(8192, 64), context.pick(32768, 128)
+    cases = [
+        Case("rows of 8k", eights, large, goal=True),
+        Case("mixed lengths to 8k", mixed, large, goal=True),
+        Case("mixed lengths to 8k", mixed, micro),
+    ]
+    measure(context, "1.5B", cases, compile=not context.rehearse)
 
 
 def training_small(context: Context) -> None:
