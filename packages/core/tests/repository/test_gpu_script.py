@@ -61,7 +61,6 @@ def left_in(folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads((folder / "gpu.json").read_text())["checks"], (folder / "gpu.md").read_text()
 
 
-@pytest.mark.slow
 def test_every_check_has_a_result_in_a_rehearsal(tmp_path: Path) -> None:
     pytest.importorskip("rlhf_algos")
     child = start(tmp_path, "--minutes", "20")
