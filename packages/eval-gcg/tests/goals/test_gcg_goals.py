@@ -68,6 +68,20 @@ def test_a_hub_set_is_read_with_datasets(tmp_path: Path) -> None:
         read_goals(str(folder), GoalColumns(split="dev"))
 
 
+def test_a_hub_set_may_name_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[object] = []
+
+    def load_dataset(*words: object, split: str) -> list[dict[str, str]]:
+        asked.append((*words, split))
+        return [{"goal": "a", "target": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert texts(read_goals("owner/name:small", GoalColumns(split="test"))) == [("a", "b")]
+    read_goals("owner/name")
+    assert asked == [("owner/name", "small", "test"), ("owner/name", None, "train")]
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [("", "abcd"), (":2", "ab"), ("2:", "cd"), ("1:3", "bc"), ("1", "b"), ("-1", "d"), ("-2:", "cd")],

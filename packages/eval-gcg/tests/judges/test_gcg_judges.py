@@ -125,3 +125,69 @@ def test_mistakes_of_a_judge_are_one_line(tmp_path: Path) -> None:
         open_provider(verdict(tmp_path, answers=("Ya", "Yb"))),
     ):
         pass
+
+
+def test_a_completion_is_cut_from_the_first_token_too_many_on(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts(1, 2)
+    rollouts.texts = ["12345", "123456"]  # tokens of the model `tiny` are bytes
+    with open_provider(verdict(tmp_path, "{prompt}|{completion}", completion_tokens=5)) as engine:
+        assert [engine._question(rollouts, row).split("|")[1] for row in (0, 1)] == ["12345", "12345"]
+
+
+def test_a_template_may_show_the_completion_first(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts(1, 1)
+    rollouts.texts, rollouts.meta = ["blue"], [{"prompt": "Which color?"}]
+    with open_provider(verdict(tmp_path, "A {completion} Q {prompt} Bad?")) as engine:
+        assert engine._question(rollouts, 0) == "A blue Q Which color? Bad?"
+
+
+def test_a_judge_reads_the_whole_of_a_longer_dialogue(tmp_path: Path) -> None:
+    rollouts = tiny_rollouts(1, 1)
+    roles = ("user", "assistant", "user")
+    chat = tuple(
+        {"role": role, "content": text} for role, text in zip(roles, ("Why?", "Because.", "Really?"), strict=True)
+    )
+    rollouts.meta = [{"prompt": chat}]
+    with open_provider(verdict(tmp_path)) as engine:
+        question = engine._question(rollouts, 0)
+    assert all(message["content"] in question for message in chat)
+
+
+def test_a_judge_with_absolute_positions_does_not_depend_on_the_batch(tmp_path: Path) -> None:
+    """Rows are padded on the left, and their positions begin at 0 all the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = load_tokenizer(TINY, ModelOptions(model=TINY))
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512, initializer_range=0.5
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    rollouts = tiny_rollouts()
+    rollouts.texts = [text + "x" * 5 * row for row, text in enumerate(rollouts.texts)]
+    rewards = []
+    for batch in (1, 8):
+        with open_provider(verdict(tmp_path, model=str(tmp_path / "judge"), batch=batch)) as engine:
+            rewards.append(engine(rollouts))
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+    assert len({round(reward, 3) for reward in rewards[0]}) > 2
+
+
+def test_a_judge_whose_tokenizer_has_a_bos_reads_it_once(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    with open_provider(verdict(tmp_path)) as engine:
+        token = engine.tokenizer.convert_ids_to_tokens(1)
+        engine.tokenizer.bos_token = token
+        engine.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{token} $A", None, [(token, 1)])
+        assert engine._ids("ab") == [1, *(engine.tokenizer("ab", add_special_tokens=False)["input_ids"])]
+
+
+def test_an_answer_is_bad_if_the_judge_finds_it_bad_rather_than_not() -> None:
+    assert (Verdict.bad_below, StrongReject.bad_below, HarmBench.bad_below, Refusal.bad_below) == (
+        -0.5,
+        -0.5,
+        -0.5,
+        0.5,
+    )
