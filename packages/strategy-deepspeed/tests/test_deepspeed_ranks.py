@@ -132,6 +132,39 @@ def test_a_resumed_run_goes_on_to_the_very_same_weights(size: int, word: str, qu
     assert_same(whole["resumed"], rest, tolerance=1e-7)
 
 
+def assert_continues(found: Result, whole: Result) -> None:
+    """The second half of a run under another layout is that of the run itself."""
+    half = ranks.STEPS // 2
+    rest = {**whole, "metrics": whole["metrics"][half:], "sampled": whole["sampled"][half:]}
+    assert_same(found, rest, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("word", [w for w in QUICK[2] if w in runnable(QUICK[2]) and w not in CHECKS])
+def test_one_process_of_torch_continues_what_ranks_wrote(word: str, quick: dict[int, Path]) -> None:
+    case, name = word.split(":")[0], word.replace(":", "-")
+    found = ranks.resumed(quick[2], case, TorchStrategy("cpu"), name, f"{name}-torch")
+    assert_continues(found, outcome(quick[2], word))
+
+
+def test_other_stages_and_numbers_of_ranks_continue_what_ranks_wrote(quick: dict[int, Path]) -> None:
+    """One rank, under the next stage."""
+    folder, wanted = quick[2], dict(word.split(":") for word in runnable(QUICK[2]) if ":" in word)
+    words = [f"{case}:{case}-{stage}:{(int(stage) + 1) % 4}" for case, stage in wanted.items()]
+    launch(folder, 1, words)
+    for word in words:
+        old = word.split(":")[1]
+        assert_continues(outcome(folder, word), outcome(folder, old.replace("-", ":")))
+
+
+def test_ranks_continue_what_one_process_of_torch_wrote(tmp_path: Path) -> None:
+    ranks.write_data(tmp_path)
+    whole = ranks.run(tmp_path, "plain", TorchStrategy("cpu"), "plain-torch")
+    words = [f"plain:plain-torch:{stage}" for stage in range(4)]
+    launch(tmp_path, 2, words)
+    for word in words:
+        assert_continues(outcome(tmp_path, word), whole)
+
+
 @pytest.mark.parametrize(("size", "word"), quick_runs)
 def test_transformers_loads_what_was_trained(size: int, word: str, quick: dict[int, Path]) -> None:
     from transformers import AutoModelForCausalLM
@@ -187,7 +220,6 @@ def test_frozen_weights_leave_the_device_and_come_back_too(size: int, quick: dic
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
     assert told["batch"] == "batch_size=… 3 does not divide over 2 ranks"
-    assert "was written under stage 1 by 2 ranks, this run has stage 2 and 2; resume with the same" in told["layout"]
     assert "use bfloat16 or float32" in told["dtype"]
 
 

@@ -36,7 +36,7 @@ REFUSED = {
     "sequence_parallel_size": "sequence parallelism is not part of this version",
     "hybrid_engine": "completions are sampled by the rollout engine",
     "elasticity": "the world size is that of the launcher",
-    "checkpoint.load_universal": "universal checkpoints are not part of this version",
+    "checkpoint.load_universal": "checkpoints are written and read by parameter, under every stage and number of ranks",
 }
 """Keys a user's file may not switch on, and what to use instead."""
 

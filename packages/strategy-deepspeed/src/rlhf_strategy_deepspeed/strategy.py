@@ -2,7 +2,7 @@
 
 Built in: ZeRO 0 to 3 in float32 and bfloat16, on one process or many, started by `deepspeed`, `torchrun` or Ray. Left for
 later, and refused in a configuration file with one line: offload of optimiser and parameters during training, float16,
-tensor and sequence parallelism, universal checkpoints.
+tensor and sequence parallelism.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.errors import MissingPackage
@@ -35,6 +35,8 @@ LOWEST = (0, 19, 8)
 @dataclass(frozen=True)
 class DeepSpeed(DeepSpeedOptions, Strategy):
     """DeepSpeed ZeRO: optimiser states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
+
+    by_parameter: ClassVar[bool] = True
 
     def check(self) -> None:
         """Whether DeepSpeed is installed, and new enough; before any model is loaded."""

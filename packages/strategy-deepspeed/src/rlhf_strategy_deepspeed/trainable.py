@@ -7,17 +7,16 @@ off stops. Learning rates come from core's schedule, so that every strategy walk
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError, option
 from rlhf_core.lazy import torch
+from rlhf_core.strategy.parameter_states import open_states, parameter_names, write_pieces
 from rlhf_core.training.optimizer import Schedule, make_optimizer
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import (
@@ -27,10 +26,10 @@ from rlhf_strategy_deepspeed.engine import (
     initialize,
     shard,
     show,
-    silence_deepspeed,
     whole,
     whole_weights,
 )
+from rlhf_strategy_deepspeed.pieces import rank_pieces, read_states
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,9 +39,6 @@ if TYPE_CHECKING:
     from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["DeepSpeedTrainable"]
-
-TAG = "deepspeed"
-"""The folder inside a checkpoint folder that DeepSpeed writes."""
 
 
 class DeepSpeedTrainable(Trainable):
@@ -79,6 +75,7 @@ class DeepSpeedTrainable(Trainable):
         optimizer = make_optimizer(
             module, optim, total_steps
         )  # before sharding: afterwards a matrix looks like a vector
+        self._names = parameter_names(module, optimizer)
         self._norm: float | Tensor = 0.0
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip)
@@ -133,21 +130,13 @@ class DeepSpeedTrainable(Trainable):
     # checkpoints
 
     def save(self, folder: str) -> None:
-        self.engine.save_checkpoint(folder, tag=TAG, save_latest=False)
-        if self.world.rank == 0:
-            layout = {"stage": self.stage, "ranks": self.world.size, "steps_done": self.steps_done}
-            (Path(folder) / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
+        pieces = rank_pieces(self.engine, self.stage)
+        write_pieces(folder, self.world.rank, self.world.size, self.steps_done, pieces)
 
     def load(self, folder: str) -> None:
-        layout = json.loads((Path(folder) / "layout.json").read_text(encoding="utf-8"))
-        if (layout["stage"], layout["ranks"]) != (self.stage, self.world.size):
-            raise UsageError(
-                f"{folder} was written under stage {layout['stage']} by {layout['ranks']} ranks, this run has stage "
-                f"{self.stage} and {self.world.size}; resume with the same, other layouts are not part of this version"
-            )
-        with silence_deepspeed():
-            self.engine.load_checkpoint(folder, tag=TAG)
-        self.steps_done = layout["steps_done"]
+        states = open_states(folder, self._names)
+        read_states(self.engine, self.stage, states)
+        self.steps_done = states.steps_done
 
     # ------------------------------------------------------------------------------------------------------------------
     # sleeping

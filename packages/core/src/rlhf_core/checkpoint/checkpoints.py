@@ -35,6 +35,7 @@ class Checkpoints:
         self.config = config
         self.output = Path(config.output)
         self.strategy = config.names.get("strategy", "")
+        self.by_parameter: bool = config.providers["strategy"].by_parameter
         self.background = Background()
         """a checkpoint that is being written in the background"""
 
@@ -60,7 +61,7 @@ class Checkpoints:
         """
         seconds = self.background.wait()  # one at a time
         rotation = self._rotation(state["evaluations"])
-        shared = SharedState({**state, "strategy": self.strategy}, self.output)
+        shared = SharedState({**state, "strategy": self.strategy, "by_parameter": self.by_parameter}, self.output)
         save(shared, roles, engine_states, world, rotation, self.background if self.config.save_async else None)
         return seconds
 
@@ -73,7 +74,7 @@ class Checkpoints:
         Raises:
             UsageError: every checkpoint is damaged, another strategy wrote it, or ranks cannot share what it has of engines.
         """
-        return restore(self.output, self.strategy, roles, world)
+        return restore(self.output, self.strategy, self.by_parameter, roles, world)
 
     def best(self, world: World) -> Path | None:
         """Return the best checkpoint by `--keep-best`; None without one. The leader looks, for all ranks."""

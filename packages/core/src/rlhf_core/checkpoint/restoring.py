@@ -28,9 +28,11 @@ __all__ = ["restore"]
 
 
 def restore(
-    output: Path, strategy: str, roles: Mapping[str, Role], world: World
+    output: Path, strategy: str, by_parameter: bool, roles: Mapping[str, Role], world: World
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Load the newest valid checkpoint into `roles`, and the random states; return its state. Report what was damaged.
+
+    A strategy that reads states `by_parameter` reads those of others that do.
 
     Returns:
         the plain data that was saved, and the states of this rank's engines by place; None if no checkpoint was written.
@@ -45,7 +47,7 @@ def restore(
     if found is None:
         return None
     state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
-    if state["strategy"] != strategy:
+    if state["strategy"] != strategy and not (by_parameter and state.get("by_parameter", False)):
         raise UsageError(
             f"{found} was written by strategy {state['strategy']}, which {strategy} cannot read; resume with it"
         )

@@ -1,7 +1,7 @@
 """What may differ between a run and its continuation: whatever changes no result.
 
-An option says so itself, by the metadata `FREE` of its field; where processes run, and what measures or watches the policy,
-are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
+An option says so itself, by the metadata `FREE` of its field. Where processes run, how they hold models, and what measures or
+watches the policy are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_core.option_text import render_options
 
 __all__ = ["changed_options", "check_resume"]
 
-FREE_KINDS = ("launcher", "evaluator", "observer")
+FREE_KINDS = ("launcher", "strategy", "evaluator", "observer")
 LENGTH = {"steps", "epochs"}
 LISTED = 8
 """Differences named in the message; one algorithm in place of another has dozens."""

@@ -36,6 +36,11 @@ class Strategy(Provider):
         """True if its trainables are `SecondOrderTrainable`: an optimizer may observe a step and evaluate it again."""
         return False
 
+    @property
+    def by_parameter(self) -> bool:
+        """True if its trainables save states by parameter, and load what others that do have saved (`open_states`)."""
+        return False
+
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """Return the model under this strategy."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,7 @@ from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
+from rlhf_core.strategy.parameter_states import WEIGHT, open_states, optimizer_states, parameter_names
 from rlhf_core.strategy.shared_base import SharedBase
 from rlhf_core.training.observation import ClippedClosure
 from rlhf_core.training.optimizer import Schedule, load_optimizer, make_optimizer
@@ -39,6 +41,7 @@ class TorchStrategy(Strategy):
     """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device name"""
 
     second_order: ClassVar[bool] = True
+    by_parameter: ClassVar[bool] = True
 
     def __call__(
         self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
@@ -153,11 +156,29 @@ class TorchTrainable(Trainable):
     def load(self, folder: str) -> None:
         if self.optimizer is None:
             return
+        if not (Path(folder) / "module.safetensors").exists():
+            self._load_pieces(folder)
+            return
         state = {name: read_tree(Path(folder) / f"{name}.safetensors") for name in ("module", "optimizer")}
         self.module.load_state_dict(state["module"])
         load_optimizer(self.optimizer, state["optimizer"]["optimizer"])
         self.scaler.load_state_dict(state["optimizer"]["scaler"])
         self.steps_done = state["optimizer"]["steps_done"]
+
+    def _load_pieces(self, folder: str) -> None:
+        """Restore what a strategy that shards wrote."""
+        assert self.optimizer is not None
+        names = parameter_names(self.module, self.optimizer)
+        states = open_states(folder, names)
+        state = self.module.state_dict()
+        with torch.no_grad():
+            for name, tensor in chain(self.module.named_parameters(), self.module.named_buffers()):
+                if name in state:
+                    tensor.copy_(states.read(name, WEIGHT, 0, tensor.numel()).view_as(tensor))
+        shapes = {name: state[name].shape for name in names}
+        groups = self.optimizer.state_dict()["param_groups"]
+        load_optimizer(self.optimizer, {"state": optimizer_states(states, shapes), "param_groups": groups})
+        self.steps_done = states.steps_done
 
     def _state(self) -> dict[str, Any]:
         """Everything a checkpoint holds of this role, by the name of the file it is written to."""

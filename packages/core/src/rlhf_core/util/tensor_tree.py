@@ -17,7 +17,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Copies", "plain_tree", "read_tree", "same_tree", "write_tree"]
+__all__ = ["Copies", "plain_tree", "read_stored_tree", "read_tree", "same_tree", "write_tree"]
 
 
 def write_tree(path: str | Path, tree: Any) -> None:
@@ -46,6 +46,26 @@ def read_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
     with safe_open(path, "pt", device=str(device)) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
         return _from_json(json.loads(file.metadata()["tree"]), tensors)
+
+
+def read_stored_tree(path: str | Path) -> Any:
+    """The tree in `path` without reading its tensors: each is a slice object of safetensors, read by `stored[a:b]`."""
+    from safetensors import safe_open
+
+    opened: Any = safe_open(path, "pt")
+    file = opened.__enter__()  # its memory map lives as long as the slices
+    return _from_json(json.loads(file.metadata()["tree"]), _Stored(file))
+
+
+class _Stored(dict[str, Any]):
+    """Slice objects of a safetensors file by name."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self._file = file
+
+    def __missing__(self, name: str) -> Any:
+        return self._file.get_slice(name)
 
 
 def plain_tree(tree: Any, clone: bool = False, where: str = "") -> Any:

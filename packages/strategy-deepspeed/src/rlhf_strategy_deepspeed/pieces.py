@@ -1,0 +1,151 @@
+"""A role's states by parameter: this rank's stretches of weights and moments, under every stage.
+
+They are written and read without DeepSpeed's own files, so that a run continues under another stage, number of ranks, or
+strategy, and reading a checkpoint runs no pickled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.lazy import torch
+from rlhf_core.strategy.parameter_states import WEIGHT, Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_core.strategy.parameter_states import ParameterStates
+
+__all__ = ["rank_pieces", "read_states"]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """What this rank holds of one parameter or buffer."""
+
+    name: str
+    start: int
+    """the first of its elements in the flattened parameter"""
+    weight: Tensor
+    """(elements,): float32 masters of what is trained; a view, so that writing into it changes the weight"""
+    key: Tensor | None
+    """what the torch optimizer keeps states of: the parameter, or the flat shard that it lies in; None: not trained"""
+    offset: int = 0
+    """the first of its elements in the flattened `key`"""
+    repeated: bool = False
+    """True if every rank holds the same"""
+
+
+def rank_pieces(engine: Any, stage: int) -> Iterator[Piece]:
+    """This rank's pieces of a trained role; those of all ranks together are the whole of it."""
+    states = _base(engine).state
+    for stretch in _stretches(engine, stage):
+        if stretch.repeated and torch.distributed.get_rank() > 0:
+            continue
+        tensors: dict[str, Tensor] = {WEIGHT: stretch.weight}
+        values: dict[str, Any] = {}
+        known: Mapping[str, Any] = states.get(stretch.key, {}) if stretch.key is not None else {}
+        for kind, value in known.items():
+            if _is_flat(value, stretch.key):
+                tensors[kind] = _part(value, stretch)
+            else:
+                values[kind] = value
+        yield Piece(stretch.name, stretch.start, tensors, values)
+
+
+def read_states(engine: Any, stage: int, states: ParameterStates) -> None:
+    """Restore this rank's stretches from what any number of ranks wrote. Collective."""
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # no parameter stays whole with its old numbers
+    with torch.no_grad():
+        for stretch in _stretches(engine, stage):
+            _read(stretch, states, _base(engine).state)
+        if stage == 3:
+            _update_shards(engine.optimizer)
+            engine.optimizer.checkpoint_event_epilogue()
+        elif stage > 0:
+            engine.optimizer.update_lp_params()
+
+
+def _read(stretch: _Stretch, states: ParameterStates, optimizer_state: Any) -> None:
+    count = stretch.weight.numel()
+    stretch.weight.copy_(states.read(stretch.name, WEIGHT, stretch.start, count))
+    if stretch.key is None:
+        return
+    known = optimizer_state[stretch.key]
+    for kind in states.kinds(stretch.name):
+        read = states.read(stretch.name, kind, stretch.start, count)
+        if not _is_flat(known.get(kind), stretch.key):
+            known[kind] = torch.zeros_like(stretch.key, dtype=read.dtype)
+        _part(known[kind], stretch).copy_(read)
+    known.update(states.values.get(stretch.name, {}))
+
+
+def _part(state: Tensor, stretch: _Stretch) -> Tensor:
+    return state.view(-1).narrow(0, stretch.offset, stretch.weight.numel())
+
+
+def _is_flat(value: Any, key: Tensor | None) -> bool:
+    """Return True for a state that has a number for each of `key`, not one for all."""
+    return isinstance(value, torch.Tensor) and key is not None and value.shape == key.shape and value.dim() > 0
+
+
+def _base(engine: Any) -> Any:
+    """Return torch's optimizer, around which ZeRO puts its own."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _stretches(engine: Any, stage: int) -> Iterator[_Stretch]:
+    """What this rank holds, in the module's order."""
+    saved = engine.module.state_dict().keys()  # a frozen body is loaded again from where it came
+    rank = torch.distributed.get_rank()
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            stretch = _trained(engine, stage, name, parameter)
+            if stretch is not None:
+                yield stretch
+        elif name in saved and stage == 3:
+            held = parameter.ds_tensor.view(-1)
+            start = rank * held.numel()
+            count = max(0, min(held.numel(), parameter.ds_numel - start))
+            yield _Stretch(name, start, held.narrow(0, 0, count), None)
+        elif name in saved:
+            yield _Stretch(name, 0, parameter.data.view(-1), None, repeated=True)
+    for name, buffer in engine.module.named_buffers():
+        if name in saved:
+            yield _Stretch(name, 0, buffer.data.view(-1), None, repeated=True)
+
+
+def _trained(engine: Any, stage: int, name: str, parameter: Any) -> _Stretch | None:
+    """This rank's stretch of a trained parameter; None if it has no part of it."""
+    if stage == 0:
+        return _Stretch(name, 0, parameter.data.view(-1), parameter, repeated=True)
+    optimizer = engine.optimizer
+    if stage == 3:
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        key = optimizer.fp32_partitioned_groups_flat[group]
+        start = torch.distributed.get_rank() * size
+        count = max(0, min(size, parameter.ds_numel - start))
+    else:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        key = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
+        count = mapping.hp_fragment_address.numel
+    return _Stretch(name, start, key.data.narrow(0, offset, count), key, offset) if count else None
+
+
+def _update_shards(optimizer: Any) -> None:
+    """Stage 3: the weights that the model computes with, from their float32 masters."""
+    for masters, flat, parts in zip(
+        optimizer.fp32_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups,
+        strict=True,
+    ):
+        flat.data.copy_(masters.data)
+        for part, updated in zip(parts, optimizer.unflatten(flat, parts), strict=True):
+            part.data = updated.data
