@@ -335,3 +335,16 @@ def test_a_cpu_and_attention_that_does_not_pack_keep_the_other_sampler(
     for _ in range(2):
         assert file.slot_obstacle(fresh, torch.bfloat16) == "attention sdpa does not pack its rows"
     assert caplog.text.count("sampling without CUDA graphs: attention sdpa") == 1
+
+
+def test_a_roles_own_head_is_narrowed_too() -> None:
+    """The head of a role shares the embedding's float32 weight and has no entry for a bias."""
+    from rlhf_core.contract.options import TrainedOptions
+    from rlhf_core.contract.plan import RoleSpec
+    from rlhf_core.models.build import build_module
+
+    options = TrainedOptions(model="tiny", dtype="bfloat16")
+    spec = RoleSpec("actor", options, frozenset({"logprobs_NT"}), terms=(("data", None),))  # type: ignore[arg-type]
+    model = build_module(spec).causal_lm
+    assert try_out(model, torch.bfloat16, flash=False)[0] == ""
+    assert model.get_output_embeddings().weight.dtype == torch.float32

@@ -28,7 +28,7 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype, copies: dict[tuple[nn.M
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 for name in ("weight", "bias"):
-                    parameter = module._parameters[name]
+                    parameter = module._parameters.get(name)  # a head of ours without a bias has no such entry
                     if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                         held.append((module, name, parameter))
                         module._parameters[name] = _copy_of(parameter, dtype, (module, name), copies)  # type: ignore[assignment]
