@@ -170,7 +170,7 @@ def test_tokens_that_are_too_old_are_masked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [1, 2, 4, STEPS])
 def test_whoever_is_killed_and_resumed_trains_on_every_uid_once(tmp_path: Path, place: str, step: int) -> None:
     straight = run_fakes(tmp_path / "straight", ahead=2)
-    options = {"ahead": 2, "save_every": 1}
+    options: dict[str, Any] = {"ahead": 2, "save_every": 1}
     killed = Watch((place, step))
     with pytest.raises(KeyboardInterrupt):
         run_fakes(tmp_path / "run", killed, **options)

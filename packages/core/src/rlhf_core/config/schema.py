@@ -267,6 +267,7 @@ def unused_fields(names: Mapping[str, str]) -> tuple[str, ...]:
         "episode": "environment",
         "ahead": "rollout",
         "stale": "rollout",
+        "partial": "rollout",
         "replay": "rollout",
     }
     kinds = {kind for kind, name in names.items() if name}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.contract.registry_view import RegistryView
-from rlhf_core.contract.staleness import Staleness
+from rlhf_core.contract.staleness import PartialRollouts, Staleness
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
 from rlhf_core.util.suggestions import did_you_mean
@@ -362,6 +362,8 @@ class RunConfig:
     engine needs weights of its own, such as every engine under --launcher ray"""
     stale: Staleness = field(default_factory=Staleness)
     """what happens to tokens that older weights sampled (with --ahead)"""
+    partial: PartialRollouts = field(default_factory=PartialRollouts)
+    """completions that go on under new weights (with --ahead)"""
     replay: str = field(default="", metadata=FREE)
     """iterations.jsonl of a run with --ahead: sample each step with the weights that sampled it there; empty samples as soon as
     possible"""

@@ -11,7 +11,14 @@ from rlhf_core.errors import OptionError, option, run_option
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
 
-__all__ = ["Staleness", "check_staleness", "largest_age", "updates_per_iteration", "usable_ahead"]
+__all__ = [
+    "PartialRollouts",
+    "Staleness",
+    "check_staleness",
+    "largest_age",
+    "updates_per_iteration",
+    "usable_ahead",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,22 @@ class Staleness:
         at_least(0, self, "most")
 
 
+@dataclass(frozen=True)
+class PartialRollouts:
+    """How completions go on under new weights."""
+
+    tokens: int = 0
+    """tokens of a slice, between which new weights may arrive; 0 samples completions whole"""
+    surplus: int = 0
+    """prompts in progress beyond --batch-size: a step trains on the first --batch-size to be complete, and others go on"""
+    seconds: float = 0.0
+    """seconds after which a step trains on the prompts that are complete, if any; results then depend on the machine. 0 waits
+    for --batch-size"""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "tokens", "surplus", "seconds")
+
+
 def updates_per_iteration(config: RunConfig) -> int:
     """Return the optimizer updates that a role takes on one batch."""
     return config.update_epochs * config.minibatches
@@ -44,8 +67,12 @@ def usable_ahead(config: RunConfig) -> int:
 
 
 def largest_age(config: RunConfig) -> int:
-    """Return the bound on the age of a token that is trained on, in optimizer updates."""
-    return config.stale.most or config.ahead * updates_per_iteration(config)
+    """Return the bound on the age of a token that is trained on, in optimizer updates.
+
+    Without one of its own, completions that go on have one step more than those that are sampled whole.
+    """
+    steps = config.ahead + (1 if config.partial.tokens else 0)
+    return config.stale.most or steps * updates_per_iteration(config)
 
 
 def check_staleness(config: RunConfig) -> None:
@@ -70,9 +97,37 @@ def check_staleness(config: RunConfig) -> None:
             f"{stale.most} is less than the {updates} optimizer updates of a step, so that nothing could be sampled ahead; "
             f"pass at least {updates}",
         )
+    _check_partial(config)
     if stale.policy != "wait" and not 0 < stale.most < config.ahead * updates:
         raise OptionError(
             "/stale.policy",
             f"{stale.policy} has nothing to do: tokens are at most {config.ahead * updates} updates old; lower "
             f"{option('/stale.most')}, or leave it out",
+        )
+
+
+def _check_partial(config: RunConfig) -> None:
+    """Check that completions may go on under new weights, if they are to."""
+    partial, updates = config.partial, updates_per_iteration(config)
+    if not partial.tokens:
+        for name in ("surplus", "seconds"):
+            if getattr(partial, name):
+                raise OptionError(f"/partial.{name}", f"needs slices; pass {run_option('partial.tokens', 256)} too")
+        return
+    reasons = {
+        f"needs sampling ahead; pass {run_option('ahead', 1)} too": not config.ahead,
+        f"lets sampling wait; leave out {run_option('stale.policy')}": config.stale.policy != "wait",
+        f"does not find stop strings across slices; leave out {run_option('sampling.stop')}": bool(
+            config.sampling.stop
+        ),
+        f"does not know turns; leave out {run_option('environment')}": config.providers.get("environment") is not None,
+        f"needs a bound of at least {(config.ahead + 1) * updates} updates, or nothing could go on; raise "
+        f"{run_option('stale.most')}": bool(config.stale.most) and config.stale.most < (config.ahead + 1) * updates,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise OptionError("/partial.tokens", reason)
+    if partial.surplus > config.batch_size:
+        raise OptionError(
+            "/partial.surplus", f"{partial.surplus} is more than the {config.batch_size} prompts of a step"
         )

@@ -50,6 +50,8 @@ _RUN = {
     "rollout/staleness_newest": "optimiser steps: age of a completion's newest token, mean over completions; with ahead",
     "rollout/span": "optimiser steps: between the weights that sampled a completion's oldest and newest token, mean over "
     "completions; with ahead",
+    "rollout/slices": "calls: of the rollout engines for the step; with partial.tokens",
+    "rollout/carried": "prompts: that are begun and go on in a later step; with partial.tokens",
     "rollout/masked": "share 0..1: of sampled tokens that were too old and are masked; with stale.policy mask",
     "rollout/dropped": "share 0..1: of completions that were too old and sampled again, all or none; with stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "

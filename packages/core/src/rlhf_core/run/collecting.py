@@ -12,8 +12,10 @@ from rlhf_core.asynchronous.queue import IterationQueue
 from rlhf_core.asynchronous.schedule import FILE, describe_batches, read_schedule
 from rlhf_core.asynchronous.supply import AheadSupply, InTurn
 from rlhf_core.contract.staleness import check_staleness, largest_age, usable_ahead
+from rlhf_core.data.shuffling import SHUFFLED
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.run.iteration import Iteration
+from rlhf_core.run.partial_sampling import PartialSampling
 from rlhf_core.training.dynamic_sampling import choose_filter
 from rlhf_core.training.joining import join_sources
 from rlhf_core.training.old_logprobs import oldest_age
@@ -59,7 +61,27 @@ def check_ahead(plan: Plan) -> None:
             "/stale.policy",
             "drop samples the same prompts again, and a filter replaces prompts; choose wait or mask, or leave the filter out",
         )
+    if config.partial.tokens:
+        _check_rows(plan)
     read_schedule(config.replay)
+
+
+def _check_rows(plan: Plan) -> None:
+    """Check that the rows of a step may be trained on in another one, as partial rollouts need it."""
+    config = plan.config
+    reacts = config.providers.get("sampler", SHUFFLED).reacts
+    reasons = {
+        f"cannot tell which prompts a filter replaces; leave out {run_option('filter')}": choose_filter(config)
+        is not None,
+        f"samples one role on its own prompts, and this algorithm has the sources {', '.join(plan.sources)}": len(
+            plan.sources
+        )
+        > 1,
+        f"changes the order of scores; leave out {run_option('sampler')}": reacts,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise OptionError("/partial.tokens", reason)
 
 
 class Collecting:
@@ -81,6 +103,10 @@ class Collecting:
         self.schedule.begin_after(run.step)
         self.collected: dict[str, Any] = {}
         """states of the engines of `COLLECTING`, as of the last finished step"""
+        self.partial: PartialSampling | None = None
+        """groups in progress, where completions may go on in a later iteration"""
+        self.last_call = run.step
+        """steps that had been trained at the last call of the rollout engines for an iteration"""
         if not self.ahead:
             self.supply: InTurn[Iteration] | AheadSupply[Iteration] = InTurn(self._collect, run.step)
             return
@@ -93,6 +119,8 @@ class Collecting:
             cut_lines(run.output / FILE, lambda step: step <= run.step)
             _announce(run)
         queue = IterationQueue(self.ahead, run.config.steps, run.step)
+        if run.config.partial.tokens:
+            self.partial = PartialSampling(run, self)
         self.supply = AheadSupply(
             self._collect,
             queue,
@@ -136,6 +164,7 @@ class Collecting:
                 if not current.sampled_again:
                     self.schedule.add_call(current.step)
                     current.sampled_after.append(after)
+                self.last_call = after
                 yield
         except TimeoutError:
             raise self._cannot_follow() from None
@@ -182,6 +211,7 @@ class Collecting:
         iteration = self._current = Iteration(run, step, run.kl_coef, moments)
         if isinstance(self.supply, AheadSupply):
             iteration.meter.add_seconds("sampler_wait", self.supply.idle_seconds)
+        iteration.partial = self.partial
         iteration.begin()
         self._fill(iteration)
         iteration.batches |= join_sources(iteration.plan, iteration.batches)

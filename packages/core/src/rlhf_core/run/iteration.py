@@ -15,6 +15,7 @@ from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.plan import DATA
 from rlhf_core.contract.results import RewardOutput, ScoredRollouts
+from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import NotFiniteReward, options_under
 from rlhf_core.lazy import torch
 from rlhf_core.reward.output import to_reward_output, without_nan
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.roles import Role
     from rlhf_core.data.encoder import Encoder
     from rlhf_core.data.prefetch import Prefetcher
-    from rlhf_core.data.stream import DrawnRows
+    from rlhf_core.run.partial_sampling import PartialSampling
 
 __all__ = ["Iteration", "Services"]
 
@@ -147,13 +148,15 @@ class Iteration:
         """True if its completions take the place of some that were too old"""
         self.trained_versions: dict[str, int] = {}
         """version of each role when its updates began"""
+        self.partial: PartialSampling | None = None
+        """groups in progress, where completions may go on in a later iteration"""
         self._moments_before = moments
         self.rows: DrawnRows
         """this rank's rows of data; dynamic sampling may draw more"""
 
     def begin(self) -> None:
-        """Draw the rows of the step."""
-        self.rows = self.draw()
+        """Draw the rows of the step; where groups go on from step to step, rows are drawn as they are wanted."""
+        self.rows = self.draw() if self.partial is None else DrawnRows([], [])
 
     def draw(self) -> DrawnRows:
         """Return the next rows of data, made ready while earlier steps were at work."""
@@ -188,9 +191,13 @@ class Iteration:
         """Return completions of `source` on the prompts of `rows`."""
         config = self.config
         with self.meter.phase("rollout"):
-            prompts = self.run.encoder.prompts(*rows)
             seed = Sampling(seed=config.seed).seed_for(self.step - 1, self.run.plan.sources.index(source))
-            rollouts = self.run.rollouts(source, prompts, replace(config.sampling, seed=seed), trained=True)
+            sampling = replace(config.sampling, seed=seed)
+            if self.partial is not None:
+                rollouts = self.partial.sample(self, source, sampling)
+            else:
+                prompts = self.run.encoder.prompts(*rows)
+                rollouts = self.run.rollouts(source, prompts, sampling, trained=True)
             engine, tokenizer = config.providers["rollout"], self.run.roles[source].tokenizer
             rollouts = with_kept_sets(rollouts, config.sampling, engine, tokenizer)
         dtype = self.plan.roles[source].options.compute_dtype
