@@ -20,7 +20,7 @@ class Timed:
     begun: int | None = None
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         return self.slices <= 0
 
 

@@ -33,7 +33,7 @@ def in_slices(role: LocalRole, length: int, sampling: Sampling, move: bool = Fal
     prompts = prompts_of(role)
     groups = [PartialGroup(prompts.rows([i]), [PartialCompletion(k) for k in range(N)]) for i in range(len(TEXTS))]
     sampled = None
-    while not all(group.done for group in groups):
+    while not all(group.is_complete for group in groups):
         asked, going = next_slice(groups, MOST, length)
         sampled = HuggingFaceRollout()(role, asked, replace(sampling, n=1, max_new_tokens=max(asked.limits)))
         add_slice(going, asked.limits, sampled, MOST)

@@ -19,7 +19,7 @@ class InProgress(Protocol):
     """steps that had been trained when its sampling began; None before"""
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         """True if it is complete."""
         ...
 
@@ -52,14 +52,14 @@ class GroupPool(Generic[Group]):
 
     def enough(self, step: int, few: bool = False) -> bool:
         """Return True if the iteration of `step` can end; with `few`, it may have fewer groups than it should."""
-        complete = [group for group in self.groups if group.done]
-        if not all(group.done for group in self.groups if self.is_due(group, step)):
+        complete = [group for group in self.groups if group.is_complete]
+        if not all(group.is_complete for group in self.groups if self.is_due(group, step)):
             return False
         return len(complete) >= (1 if few else self.batch)
 
     def take(self, step: int) -> Sequence[Group]:
         """Return the complete groups that `step` trains on, oldest first, and keep the others."""
-        complete = [group for group in self.groups if group.done]
+        complete = [group for group in self.groups if group.is_complete]
         taken = complete[: self.batch]
         left = [group for group in complete[self.batch :] if self.is_due(group, step)]
         assert not left, f"{len(left)} groups are too old for the step after {step}"

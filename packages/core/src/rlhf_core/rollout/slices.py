@@ -54,7 +54,7 @@ class PartialGroup:
     """steps that had been trained when its first slice was sampled; None before"""
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         """True if all completions have ended."""
         return all(each.finish is not None for each in self.completions)
 
