@@ -127,6 +127,16 @@ def test_sampling_and_training_overlap(tmp_path: Path) -> None:
     assert in_turn.uids == ahead.uids
 
 
+def test_evaluations_change_nothing_of_what_is_sampled_ahead(tmp_path: Path) -> None:
+    """Steps sampled ahead are those of a run without evaluations."""
+    plain = run_fakes(tmp_path / "plain", ahead=2)
+    watch = run_fakes(tmp_path / "run", ahead=2, evaluator="heldout", eval_every=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluation-metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4, 6]
+    assert watch.uids == plain.uids
+    assert max(metrics(tmp_path / "run", "rollout/staleness_max")) <= 2
+
+
 def test_with_correction_off_ratios_are_to_the_weights_that_sampled(tmp_path: Path) -> None:
     watch = run_fakes(tmp_path / "run", ahead=1, stale={"correct": "off"})
     w = [0.0, *watch.w.values()]
