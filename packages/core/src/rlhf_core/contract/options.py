@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlhf_core.contract.episode_limits import EpisodeLimits
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.contract.ranges import at_least, at_most, finite
 from rlhf_core.contract.registry_view import RegistryView
@@ -97,22 +98,6 @@ def turn_uid(uid: int, k: int, turn: int) -> int:
 def _number(text: str) -> int:
     """Return 63 bits that follow from `text`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-@dataclass(frozen=True)
-class EpisodeLimits:
-    """When an episode ends though its environment does not say so. `--sampling.max-new-tokens` limits its tokens."""
-
-    turns: int = 8
-    """turns of the policy after which an episode ends"""
-    turn_tokens: int = 0
-    """tokens after which one turn of the policy is cut; 0 leaves a turn what is left of the episode"""
-    seconds: float = 0.0
-    """seconds after which no episode of a batch gets another turn; results then depend on the machine. 0 is no limit"""
-
-    def __post_init__(self) -> None:
-        at_least(1, self, "turns")
-        at_least(0, self, "turn_tokens", "seconds")
 
 
 @dataclass(frozen=True)
