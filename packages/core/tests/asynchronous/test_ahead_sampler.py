@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +23,13 @@ class Wandering(Sampler):
 
     def open(self, context: object) -> WanderingEngine:
         return WanderingEngine()
+
+
+@dataclass(frozen=True)
+class FarSighted(Wandering):
+    """It draws two batches before their turn; a checkpoint holds them."""
+
+    lookahead: ClassVar[int] = 2
 
 
 class WanderingEngine:
@@ -62,14 +69,14 @@ class Watch:
         self.rows[step] = batch["row_N"].tolist()
 
 
-def wander(output: Path, watch: Watch, ahead: int, **options: Any) -> dict[int, list[int]]:
+def wander(output: Path, watch: Watch, ahead: int, sampler: Sampler, **options: Any) -> dict[int, list[int]]:
     registry = Registry()
     registry.register(watch, name="watch")
     with simulated_time():
         tiny_run(
             output,
             registry=registry,
-            sampler=Wandering(),
+            sampler=sampler,
             reward="length",
             rollout={"use": "fake", "token_seconds": 0.1},
             strategy={"use": "fake", "step_seconds": 1.0},
@@ -82,13 +89,18 @@ def wander(output: Path, watch: Watch, ahead: int, **options: Any) -> dict[int, 
     return watch.rows
 
 
+@pytest.mark.parametrize("sampler", [Wandering(), FarSighted()], ids=["reacts at once", "looks ahead"])
 @pytest.mark.parametrize("step", [2, 4, STEPS])
-def test_a_resumed_run_draws_the_rows_that_the_scores_of_trained_steps_lead_to(tmp_path: Path, step: int) -> None:
-    straight = wander(tmp_path / "straight", Watch(), ahead=2)
-    assert straight == wander(tmp_path / "in-turn", Watch(), ahead=0), "steps are scored in order, however far ahead"
+def test_a_resumed_run_draws_the_rows_that_the_scores_of_trained_steps_lead_to(
+    tmp_path: Path, step: int, sampler: Sampler
+) -> None:
+    straight = wander(tmp_path / "straight", Watch(), ahead=2, sampler=sampler)
+    assert straight == wander(tmp_path / "in-turn", Watch(), ahead=0, sampler=sampler), (
+        "steps are scored in order, however far ahead"
+    )
     killed = Watch(step)
     with pytest.raises(KeyboardInterrupt):
-        wander(tmp_path / "run", killed, ahead=2)
-    resumed = wander(tmp_path / "run", Watch(), ahead=2, resume=True)
+        wander(tmp_path / "run", killed, ahead=2, sampler=sampler)
+    resumed = wander(tmp_path / "run", Watch(), ahead=2, sampler=sampler, resume=True)
     assert min(resumed) == step
     assert {**killed.rows, **resumed} == straight
