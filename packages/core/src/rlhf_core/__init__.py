@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.episode import Action, Feedback, Session
     from rlhf_core.contract.hooks import Providers, hookimpl
     from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
+    from rlhf_core.contract.memory import ModelSize, RoleMemory, SamplingLoad
     from rlhf_core.contract.optimizers import AdamW, OptimizerProvider, StepClosure, parameter_groups
     from rlhf_core.contract.options import (
         KL,
@@ -131,6 +132,7 @@ __all__ = [
     "Metric",
     "MissingPackage",
     "ModelOptions",
+    "ModelSize",
     "NameConflict",
     "Observer",
     "OpenContext",
@@ -154,6 +156,7 @@ __all__ = [
     "RewardShaping",
     "RlhfError",
     "Role",
+    "RoleMemory",
     "RoleModule",
     "RoleSpec",
     "Rollout",
@@ -166,6 +169,7 @@ __all__ = [
     "RunView",
     "Sampler",
     "Sampling",
+    "SamplingLoad",
     "Schedule",
     "SecondOrderTrainable",
     "Secret",
@@ -221,6 +225,7 @@ _HOMES = {
     "contract.hooks": "Providers hookimpl",
     "contract.ingredients": "Artifact ArtifactKind Ingredient IngredientContext",
     "contract.optimizers": "AdamW OptimizerProvider StepClosure parameter_groups",
+    "contract.memory": "ModelSize RoleMemory SamplingLoad",
     "contract.options": "KL EpisodeLimits Lora ModelOptions RunConfig Sampling Tracking TrackingOptions TrainedOptions",
     "contract.outputs": "Output States",
     "contract.plan": "CreditSpec Plan RoleSpec",

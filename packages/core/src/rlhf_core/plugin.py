@@ -148,6 +148,7 @@ def rlhf_command() -> Providers:
         "generate": "rlhf_core.cli.generate:Generate",
         "merge-lora": "rlhf_core.cli.merge_lora:MergeLora",
         "new-plugin": "rlhf_core.cli.new_plugin:NewPlugin",
+        "plan": "rlhf_core.cli.plan:PlanCommand",
         "plugins": "rlhf_core.cli.plugins:Plugins",
         "recipe": "rlhf_core.cli.recipe:RecipeCommand",
         "report": "rlhf_core.cli.report:Report",

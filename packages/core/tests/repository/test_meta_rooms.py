@@ -26,7 +26,7 @@ LEVELS = [
     ["asynchronous", "models", "plugins"],
     ["config", "data", "plugin.py", "rollout"],
     ["observer", "training"],
-    ["checkpoint", "evaluator", "launcher", "loop.py", "reward", "strategy"],
+    ["checkpoint", "evaluator", "forecast", "launcher", "loop.py", "reward", "strategy"],
     ["analysis", "run"],
     ["recipe", "translation"],
     ["__init__.py"],

@@ -18,11 +18,13 @@ from rlhf_core.contract.providers import Strategy
 from rlhf_core.errors import MissingPackage
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
+from rlhf_strategy_deepspeed.memory import zero_memory
 from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from rlhf_core.contract.memory import ModelSize, RoleMemory
     from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.roles import Trainable
 
@@ -49,6 +51,15 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
             raise MissingPackage(
                 f"deepspeed {'.'.join(map(str, found))} is too old: python3 -m pip install --upgrade 'deepspeed>=0.19.8'"
             )
+
+    @property
+    def narrow(self) -> bool:
+        """True from stage 1 on: bfloat16 weights beside sharded float32 copies."""
+        return self.stage > 0
+
+    def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+        """Return the share of a rank under this stage."""
+        return zero_memory(whole, size, ranks, self.stage, self.bucket)
 
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""

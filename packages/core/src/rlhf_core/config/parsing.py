@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "read",
     "single_word",
     "split_flags",
+    "split_own",
     "wants_dry_run",
     "with_spelling",
 ]
@@ -103,6 +104,18 @@ def wants_dry_run(words: Sequence[str]) -> bool:
         return bool(from_words(bool, given))
     except ValueError:
         raise UsageError(f"--dry-run expects True or False, not {' '.join(given)!r}") from None
+
+
+def split_own(own: Collection[str], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of flags that are called `own` or under such a name, `--help` included, and all other words."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    part = parts[1]
+    for word in words:
+        if word.startswith("--") or word == "-h":
+            head = word.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
+            part = parts[0] if head in {*own, "help", "h"} else parts[1]
+        part.append(word)
+    return parts
 
 
 def single_word(name: str, words: Sequence[str]) -> str:

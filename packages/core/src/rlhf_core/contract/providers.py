@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Batch, Example, Prompts, Rollouts
     from rlhf_core.contract.episode import Session
+    from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import KL, ModelOptions, Sampling
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Role
@@ -120,6 +121,10 @@ class Rollout(Provider):
 
     def wake(self) -> None:
         """Be ready to sample again."""
+
+    def memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the bytes that it holds on the role's device while it samples, for `rlhf-run plan`; 0 if none."""
+        return 0
 
     def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:
         """While it is open, its result samples `role` without collective operations between ranks.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.capability import replaceable
@@ -15,6 +16,7 @@ from rlhf_core.contract.provider import Provider
 if TYPE_CHECKING:
     from torch import nn
 
+    from rlhf_core.contract.memory import ModelSize, RoleMemory
     from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.roles import Placement, Trainable
@@ -40,6 +42,19 @@ class Strategy(Provider):
     def by_parameter(self) -> bool:
         """True if its trainables save states by parameter, and load what others that do have saved (`open_states`)."""
         return False
+
+    @property
+    def narrow(self) -> bool:
+        """True if the module computes on weights in the role's dtype; False if autocast converts float32 weights."""
+        return False
+
+    def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+        """Return what each of `ranks` devices holds of a role, for `rlhf-run plan`.
+
+        `whole` are the parts of a whole copy under strategy `torch`, with weights in the role's dtype under `narrow`. By
+        default each device holds a whole copy.
+        """
+        return replace(whole, weights=0) if size.shares_base else whole
 
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """Return the model under this strategy."""

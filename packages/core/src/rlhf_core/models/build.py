@@ -35,8 +35,9 @@ from rlhf_core.models.module import RoleModule
 if TYPE_CHECKING:
     from rlhf_core.contract.options import TrainedOptions
     from rlhf_core.contract.plan import RoleSpec
+    from rlhf_core.models.lora import Adapters
 
-__all__ = ["build_module", "set_pad"]
+__all__ = ["add_adapters", "build_module", "prepare_training", "set_pad"]
 
 
 def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, seed: int = 0) -> RoleModule:
@@ -71,19 +72,30 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     packing = options.packing and can_pack(model)
     with options_under(f"/{spec.name}"):
         check_packing(model, options, packing)
-    adapters = adapt(model, options.lora, spec.name, f"{seed}/{spec.name}") if adapted else None  # type: ignore[attr-defined]
+    adapters = add_adapters(model, spec, seed) if adapted else None
     module = RoleModule(
         model, heads, getattr(torch, options.compute_dtype), adapters, packing, vision, spec.providers
     ).eval()
-    module.requires_grad_(spec.trained and not adapted)
+    prepare_training(module, spec)
+    return module
+
+
+def add_adapters(model: Any, spec: RoleSpec, seed: int) -> Adapters:
+    """Put the adapters of a trained role into its model."""
+    return adapt(model, spec.options.lora, spec.name, f"{seed}/{spec.name}")  # type: ignore[attr-defined]
+
+
+def prepare_training(module: RoleModule, spec: RoleSpec) -> None:
+    """Mark what is trained: everything, adapters and scalar heads (both in float32), or nothing; then the role's options."""
+    adapters = module.adapters
+    module.requires_grad_(spec.trained and adapters is None)
     if adapters is not None:
         heads_too = nn.ModuleList(module.scalar_heads()).parameters()
-        for parameter in (*adapters.parameters(model), *heads_too):
+        for parameter in (*adapters.parameters(module.model), *heads_too):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     if spec.trained:
-        _train(module, options, spec.name)  # type: ignore[arg-type]  # what is trained has them
-    return module
+        _train(module, spec.options, spec.name)  # type: ignore[arg-type]  # what is trained has them
 
 
 def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:

@@ -22,6 +22,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.engines import OpenContext
+    from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.roles import Role
 
@@ -138,6 +139,23 @@ class HuggingFaceRollout(Rollout):
             scalars=scalars,
             kept_sets=[each for each in kept_sets if each is not None],
         )
+
+    def memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the bytes of a wave: prompts are read first, then keys, values and logits of all its rows are held.
+
+        A decoding step repeats one layer's keys and values for the heads that share them, or copies them to drop rows; with
+        graphs it does neither. Logits of a token are held four times: as they are, scaled, as log-probabilities, and as their
+        cumulative sum.
+        """
+        length = load.prompt_tokens + load.new_tokens
+        by_graphs = self.graphs == "auto" and load.free_bytes > 0 and size.compute_bytes < 4
+        fitting = load.free_bytes // 2 // max(1, size.cache_bytes) if by_graphs else WAVE_TOKENS
+        rows = min(load.prompts * load.completions, max(1, (self.wave_tokens or fitting) // length))
+        cache = rows * length * size.cache_bytes
+        layer = 0 if by_graphs else 2 * cache // max(1, size.layers)
+        prompts = -(-rows // load.completions)
+        prefill = prompts * (load.prefill // max(1, load.prompts) + load.prompt_tokens * size.cache_bytes)
+        return max(prefill, cache + layer + rows * size.vocabulary * 16)
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Nothing to do: the weights are the role's own."""

@@ -12,9 +12,17 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.config.builder import construct, split_sections
+from rlhf_core.config.builder import construct, parse, split_sections
 from rlhf_core.config.option_fields import flag, option_fields
-from rlhf_core.config.parsing import Settings, from_flags, single_word, split_flags, wants_dry_run, with_spelling
+from rlhf_core.config.parsing import (
+    Settings,
+    from_flags,
+    single_word,
+    split_flags,
+    split_own,
+    wants_dry_run,
+    with_spelling,
+)
 from rlhf_core.config.schema import Schema, Section, build_schema, provider_sections
 from rlhf_core.contract.commands import Command
 from rlhf_core.contract.hooks import CHOSEN
@@ -45,9 +53,13 @@ class CommandRun:
     """roles' options and providers, as a RunConfig holds them"""
     option_names: OptionNames = OptionNames()
     """how the user writes options, for messages"""
+    run: RunConfig | None = None
+    """the run whose flags the command was given, where it reads one"""
 
     @property
     def config(self) -> RunConfig:
+        if self.run is not None:
+            return self.run
         own = {each.name for each in option_fields(type(self.command))}
         shared = {each.name for each in dataclasses.fields(RunConfig)} & own
         values = {name: getattr(self.command, name) for name in shared}
@@ -79,8 +91,8 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
     """
     name = words[0]
     cls: type[Command] = registry.resolve("command", name)
-    given, flags = split_flags(words[1:])
     own = {each.name for each in option_fields(cls)}
+    given, flags = split_flags(_run_words(cls, words[1:])[0])
     kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
     chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
     asked_help = flags.pop("help", None) is not None
@@ -105,13 +117,15 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
 def run_command(words: Sequence[str], registry: Registry) -> int:
     """Read, build and call a command; return its exit code. `--dry-run` checks it, and calls only one that has that option."""
     schema, settings = read_command(words, registry)
+    cls: type[Command] = registry.resolve("command", words[0])
+    run = parse(_run_words(cls, words[1:])[1], registry) if cls.reads_run else None
     made = construct(schema, settings)
     names = {kind: name for kind, name in schema.names.items() if name and kind != "command"}
     command: Command = made[""]
     sections, spelling = split_sections(schema, made), schema.option_names
-    context = CommandRun(registry, command, {"algorithm": words[0], **names}, sections, spelling)
+    context = CommandRun(registry, command, {"algorithm": words[0], **names}, sections, spelling, run)
     try:
-        with spell_options(spelling):
+        with spell_options(spelling if run is None else run.option_names):
             with options_under("/"):
                 command.check()
             if wants_dry_run(words) and "dry_run" not in settings:
@@ -137,6 +151,13 @@ def _check_providers(context: CommandRun) -> None:
         for path, provider in context.config.provider_paths():
             with options_under(path):
                 provider.check()
+
+
+def _run_words(cls: type[Command], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of a command's own flags, and those of the run that it reads; the first alone where it reads none."""
+    if not cls.reads_run:
+        return list(words), []
+    return split_own({each.name for each in option_fields(cls)}, words)
 
 
 def context_of(command: Command, registry: Registry) -> CommandRun:

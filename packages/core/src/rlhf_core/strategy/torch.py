@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.memory import ModelSize, RoleMemory
     from rlhf_core.contract.optimizers import OptimizerProvider, StepClosure
 
 __all__ = ["TorchStrategy", "TorchTrainable"]
@@ -42,6 +43,12 @@ class TorchStrategy(Strategy):
 
     second_order: ClassVar[bool] = True
     by_parameter: ClassVar[bool] = True
+
+    def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+        """Return a whole copy on each device; over several, gradients are summed in buckets, each copied twice."""
+        held = super().memory(whole, size, ranks)
+        bucket = 8 * min(size.trained, BUCKET_ELEMENTS) if ranks > 1 else 0
+        return replace(held, update=held.update + bucket)
 
     def __call__(
         self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int

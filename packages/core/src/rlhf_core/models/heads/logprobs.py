@@ -86,6 +86,7 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk: int = 1024,
+    most: int = 0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target, and the entropy of the distribution it was drawn from if asked for.
@@ -97,6 +98,7 @@ def token_logprobs(
         bias_V: the head's bias.
         temperature, scale, softcap: see `Head`.
         chunk: rows' worth of logits held at a time (`chunk * V` numbers, fewer on the CPU); 0 holds all.
+        most: logits held at a time at most; 0 takes `CPU_LOGITS` on the CPU and sets no limit elsewhere.
         entropy: whether the entropy is wanted too.
 
     Returns:
@@ -106,7 +108,7 @@ def token_logprobs(
     if chunk == 0:
         return full_logprobs(hidden_MH, weight_VH, targets_M, bias_V=bias_V, head=head, entropy=entropy)
     V = len(weight_VH)
-    held = chunk * V if weight_VH.device.type != "cpu" else min(chunk * V, CPU_LOGITS)
+    held = min(chunk * V, most or (CPU_LOGITS if weight_VH.device.type == "cpu" else chunk * V))
     block = -(-V // max(1, -(-V * len(hidden_MH) // held)))  # equal blocks: the last one is not computed again
     block = min(V, -(-block // ALIGNED) * ALIGNED)
     dtype = _matmul_dtype(weight_VH)

@@ -40,6 +40,8 @@ class ChunkedHead(_SharedLinear):
     Args:
         linear: the model's own head.
         chunk, temperature, scale, softcap: see `token_logprobs`. Logits are the model's raw ones: it scales them itself.
+
+    `most_logits` is the argument `most` of `token_logprobs`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ChunkedHead(_SharedLinear):
     ) -> None:
         super().__init__(linear)
         self.chunk, self.temperature, self.scale, self.softcap = chunk, temperature, scale, softcap
+        self.most_logits = 0
         self._disable_adapters = False  # as PEFT's layers call it
 
     # the sub-class asks for more than a linear layer does, and gives more
@@ -81,6 +84,7 @@ class ChunkedHead(_SharedLinear):
             scale=self.scale,
             softcap=self.softcap,
             chunk=self.chunk,
+            most=self.most_logits,
             entropy=entropy,
         )
 

@@ -17,7 +17,7 @@ from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS
 from rlhf_core.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["Tiny", "parse"]
 
@@ -42,11 +42,11 @@ class Tiny:
     seed: int = 0
     """of the weights"""
 
-    def model(self, cls: type[Any], attention: str, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
-        """The model as an instance of `cls`, one of transformers' Llama classes."""
+    def config(self, **more: Any) -> PretrainedConfig:
+        """Return the model's configuration."""
         from transformers import LlamaConfig
 
-        llama = LlamaConfig(
+        return LlamaConfig(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -58,8 +58,12 @@ class Tiny:
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=PAD,
-            **config,
+            **more,
         )
+
+    def model(self, cls: type[Any], attention: str, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
+        """The model as an instance of `cls`, one of transformers' Llama classes."""
+        llama = self.config(**config)
         llama._attn_implementation = attention
         with torch.random.fork_rng(devices=[]):  # the constructor draws numbers that are overwritten below
             model: Any = cls(llama).eval()

@@ -1,0 +1,89 @@
+"""Memory of a role on one device, as `rlhf-run plan` forecasts it, and what a strategy or a rollout engine knows to say so.
+
+All numbers are bytes unless a name says otherwise. Core counts the parts of a whole copy of the role's model, on shapes alone.
+A strategy then says what of it one device holds (`Strategy.memory`), and a rollout engine what sampling takes
+(`Rollout.memory`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ModelSize", "RoleMemory", "SamplingLoad"]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of a role's model."""
+
+    parameters: int
+    """all of them"""
+    trained: int
+    """those that have a gradient"""
+    layer: int
+    """those of its largest layer"""
+    root: int
+    """those outside of its layers: embeddings, heads"""
+    layers: int
+    """its layers"""
+    vocabulary: int
+    """tokens that its language-model head tells apart; 0 without such a head"""
+    compute_bytes: int
+    """bytes of a number of the forward pass: 2 in bfloat16, 4 in float32"""
+    cache_bytes: int
+    """bytes of one token's keys and values in all layers"""
+    shares_base: bool = False
+    """True if it is another role's model without its adapters, and holds no weights of its own"""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Bytes of a role, by part."""
+
+    weights: int = 0
+    """all weights, those of adapters and heads included"""
+    gradients: int = 0
+    """of what is trained, from the first backward pass of a step to its update"""
+    optimizer: int = 0
+    """state of the optimizer, and a moving average of the weights"""
+    activations: int = 0
+    """most that a training pass holds at a time beside the parts above: what autograd keeps, logits, temporary tensors"""
+    overlap: int = 0
+    """what `gradients` and `activations` never hold at once, since gradients appear as activations are freed; 0 where a step
+    has several micro-batches"""
+    update: int = 0
+    """temporary tensors of the update"""
+    inference: int = 0
+    """most that a forward pass without gradient holds beside the weights"""
+    cache: int = 0
+    """keys and values, and what else sampling holds, in the process of the role"""
+    buffers: int = 0
+    """what a strategy holds all the time beside: copies of weights, communication buffers"""
+
+    @property
+    def resident(self) -> int:
+        """Bytes between steps."""
+        return self.weights + self.optimizer + self.buffers
+
+    @property
+    def training(self) -> int:
+        """Most that a training step adds to `resident`."""
+        return max(self.gradients + self.activations - self.overlap, self.gradients + self.update)
+
+
+@dataclass(frozen=True)
+class SamplingLoad:
+    """What is sampled in a step on one device."""
+
+    prompts: int
+    """distinct prompts"""
+    completions: int
+    """completions of each"""
+    prompt_tokens: int
+    """tokens of a prompt"""
+    new_tokens: int
+    """tokens of a completion"""
+    prefill: int
+    """bytes that a forward pass without gradient over all prompts holds beside the weights"""
+    free_bytes: int = 0
+    """memory of the device that weights and optimizers of all roles leave; 0 where it is not known"""

@@ -1,0 +1,76 @@
+"""What `rlhf-run plan` is told of devices and of the lengths of rows (`--plan.gpus 8 --plan.gpu h100`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_core.contract.ranges import at_least, at_most
+from rlhf_core.errors import OptionError
+from rlhf_core.util.suggestions import did_you_mean
+
+__all__ = ["GPUS", "Gpu", "PlanOptions"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A type of device, by its data sheet."""
+
+    gib: float
+    """memory"""
+    tflops: float
+    """dense bfloat16 matrix products, 10^12 operations per second"""
+    gb_s: float
+    """memory bandwidth, 10^9 bytes per second"""
+
+
+GPUS = {
+    "a10": Gpu(24, 125, 600),
+    "a100-40": Gpu(40, 312, 1555),
+    "a100-80": Gpu(80, 312, 2039),
+    "b200": Gpu(180, 2250, 8000),
+    "h100": Gpu(80, 989, 3350),
+    "h200": Gpu(141, 989, 4800),
+    "l4": Gpu(24, 121, 300),
+    "l40s": Gpu(48, 362, 864),
+    "rtx3090": Gpu(24, 71, 936),
+    "rtx4090": Gpu(24, 165, 1008),
+}
+"""Types of `--plan.gpu`; rates are NVIDIA's, without sparsity."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Devices, and lengths of rows."""
+
+    gpus: int = 1
+    """devices of the run; the launcher `local` puts a rank of every role on each"""
+    gpu: str = ""
+    """type of device, for its memory and rates: a10, a100-40, a100-80, b200, h100, h200, l4, l40s, rtx3090 or rtx4090"""
+    gpu_gib: float = 0.0
+    """memory of a device in GiB; 0 takes that of the type, or of a GPU in this machine"""
+    reserve: float = 0.08
+    """share of a device's memory that no tensor takes: the CUDA context, libraries, and fragmentation; 0 to 1"""
+    prompt_tokens: int = 0
+    """tokens of a prompt; 0 takes `max_prompt_tokens`, the most that there can be"""
+    completion_tokens: int = 0
+    """tokens of a completion; 0 takes `sampling.max_new_tokens`, or as many as a prompt has where nothing is sampled"""
+    tflops: float = 0.0
+    """rate of matrix products that is reached, 10^12 per second and device; 0 takes `efficiency` times that of the type"""
+    gb_s: float = 0.0
+    """memory bandwidth that is reached, 10^9 bytes per second; 0 takes twice `efficiency`, at most 0.8, of the type's"""
+    efficiency: float = 0.4
+    """share of the type's matrix rate that training reaches, 0 to 1"""
+    measure: bool = False
+    """measure both rates on this machine's device, in about a second"""
+    json: bool = False
+    """print one JSON object in place of the table"""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "gpus")
+        at_least(0, self, "gpu_gib", "reserve", "prompt_tokens", "completion_tokens", "tflops", "gb_s", "efficiency")
+        at_most(0.9, self, "reserve")
+        at_most(1, self, "efficiency")
+        if self.gpu and self.gpu not in GPUS:
+            raise OptionError(
+                "gpu", f"{self.gpu}: no such type{did_you_mean(self.gpu, GPUS)}; there are {', '.join(GPUS)}"
+            )

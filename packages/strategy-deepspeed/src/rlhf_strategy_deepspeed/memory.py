@@ -1,0 +1,58 @@
+"""Memory of a role under ZeRO, for `rlhf-run plan` (Rajbhandari et al. 2020, section 5).
+
+With P parameters of which P_t are trained, R ranks, and e bytes of a weight that the module computes on, 2 in bfloat16 and 4 in
+float32. Everything trained has a float32 copy beside, in float32 too, where stages 1 to 3 work on a flat copy of their share.
+
+    part             stage 0     stage 1           stage 2                  stage 3
+    weights          4 P         e P               e P                      e P / R
+    gradients        4 P_t       4 P_t             4 P_t / R                4 P_t / R
+    optimizer state  S           (S + 4 P_t) / R   (S + 4 P_t) / R          (S + 4 P_t) / R
+    buffers          bucket      bucket            2 buckets, overlapped    gathered: e (root + 2 layers), 2 buckets
+
+S is the optimizer's state of a whole copy. A bucket holds 50 million numbers unless `bucket` says otherwise, and at most P_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.memory import ModelSize, RoleMemory
+
+__all__ = ["BUCKET", "zero_memory"]
+
+BUCKET = 50_000_000
+"""Numbers that are reduced or gathered in one call, where the options name none."""
+
+
+def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, stage: int, bucket: int | None) -> RoleMemory:
+    """Return what one of `ranks` devices holds of a role."""
+    if not size.trained:
+        return _frozen_memory(whole, size, ranks) if stage == 3 and ranks > 1 else whole
+    buffer = 4 * min(bucket or BUCKET, size.trained)
+    if not stage:
+        return replace(whole, buffers=whole.buffers + buffer)
+    sharded = replace(
+        whole,
+        gradients=4 * size.trained,
+        optimizer=(whole.optimizer + 4 * size.trained) // ranks,
+        buffers=whole.buffers + buffer,
+    )
+    if stage == 1:
+        return sharded
+    share = replace(
+        sharded,
+        gradients=4 * size.trained // ranks,
+        overlap=sharded.overlap // ranks,
+        buffers=whole.buffers + 2 * buffer,
+    )
+    if stage == 2:
+        return share
+    gathered = size.compute_bytes * (size.root + 2 * size.layer)
+    return replace(share, weights=whole.weights // ranks, buffers=share.buffers + gathered)
+
+
+def _frozen_memory(whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+    """Return the memory of a frozen role whose weights are sharded."""
+    return replace(whole, weights=whole.weights // ranks, buffers=size.compute_bytes * (size.root + 2 * size.layer))
