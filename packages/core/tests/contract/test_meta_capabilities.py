@@ -94,11 +94,13 @@ FOREIGN = {
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
     "core/models/loading/limits": {"max_position_embeddings": "a config of transformers"},
+    "core/strategy/parameter_states": {"get_shape": "a slice of safetensors"},
     "distributed-ray/group": {"cause": "an error of Ray"},
     "strategy-deepspeed/engine": {
         "ds_id": "a parameter of DeepSpeed",
         "parameter_offload": "an optimizer of DeepSpeed",
     },
+    "strategy-deepspeed/pieces": {"optimizer": "an optimizer of DeepSpeed"},
     "strategy-deepspeed/trainable": {
         "overflow": "an optimizer of DeepSpeed",
         "offload_states": "an optimizer of DeepSpeed",

@@ -54,10 +54,10 @@ def read_stored_tree(path: str | Path) -> Any:
 
     opened: Any = safe_open(path, "pt")
     file = opened.__enter__()  # its memory map lives as long as the slices
-    return _from_json(json.loads(file.metadata()["tree"]), _Stored(file))
+    return _from_json(json.loads(file.metadata()["tree"]), _StoredTensor(file))
 
 
-class _Stored(dict[str, Any]):
+class _StoredTensor(dict[str, Any]):
     """Slice objects of a safetensors file by name."""
 
     def __init__(self, file: Any) -> None:
