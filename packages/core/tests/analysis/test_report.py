@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.analysis.report.chart import Line, chart, round_ticks, smooth
+from rlhf_core.analysis.chart import Line, chart, round_ticks
+from rlhf_core.analysis.style import smooth
 from rlhf_core.cli import main
 
 ATTACK = "</p><script>alert(1)</script><img src=x onerror=alert(1)>"

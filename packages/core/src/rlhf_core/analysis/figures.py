@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_core.analysis.style import COLORS, FEW, smooth, thin
 from rlhf_core.analysis.sweep import SweepFile, read_sweep
 from rlhf_core.analysis.tables import write_csv
 from rlhf_core.contract.commands import Command
@@ -19,8 +21,11 @@ from rlhf_core.util.places import check_writable, read_path
 if TYPE_CHECKING:
     from rlhf_core.contract.commands import CommandContext
 
-__all__ = ["Drawing", "check_matplotlib", "check_own", "figure"]
+__all__ = ["Drawing", "check_matplotlib", "check_own", "draw_curve", "figure"]
 
+
+POINTS = 100
+"""Points of a curve that a file holds."""
 
 MAKER = "rlhf-run"
 """Who made a figure, in its metadata; a figure without it is not written over."""
@@ -95,18 +100,78 @@ def check_matplotlib() -> None:
 
 
 @contextmanager
-def figure(stem: Path, formats: Sequence[str], panels: int = 1) -> Iterator[list[Any]]:
-    """Axes side by side; written as `stem.<format>` when the block ends."""
+def figure(stem: Path, formats: Sequence[str], panels: int = 1, caption: str = "") -> Iterator[list[Any]]:
+    """Axes side by side; written as `stem.<format>` when the block ends.
+
+    Args:
+        stem: the file's name without an ending.
+        formats: endings.
+        panels: number of axes.
+        caption: small line under them, such as the name of the intervals.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(5.2 * panels, 3.8), layout="constrained", dpi=110)
+    drawn = Figure(figsize=(5.2 * panels, 3.9), layout="constrained", dpi=110)
     FigureCanvasAgg(drawn)
-    yield list(drawn.subplots(1, panels, squeeze=False)[0])
+    axes = list(drawn.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.set_prop_cycle(color=list(COLORS))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+    yield axes
+    if caption:
+        drawn.supxlabel(caption, fontsize=8, color="0.4")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "rlhf", "svg.fonttype": "none"}):
         for each in formats:
+            path = stem.with_name(f"{stem.name}.{each}")
             made = {"png": {"Software": MAKER}, "svg": {"Date": None, "Creator": MAKER}}
-            metadata = made.get(each, {"CreationDate": None, "Creator": MAKER})
-            drawn.savefig(stem.with_name(f"{stem.name}.{each}"), metadata=metadata)
+            drawn.savefig(path, metadata=made.get(each, {"CreationDate": None, "Creator": MAKER}))
+            if each == "svg":
+                path.write_text(_short(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def draw_curve(
+    axis: Any,
+    label: str,
+    x: Sequence[float],
+    mean: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    color: int,
+) -> None:
+    """Draw a curve with its band: points with marks where they are few, else a moving mean over a faint raw line.
+
+    Args:
+        axis: of matplotlib.
+        label: name in the legend.
+        x: places of the points.
+        mean: their values.
+        low: lower ends of the intervals.
+        high: upper ends.
+        color: number in `COLORS`.
+    """
+    few = len(x) <= FEW
+    shown = thin(len(x), POINTS)
+    x, raw, even, below, above = (
+        [values[k] for k in shown]
+        for values in (x, mean, *(list(each) if few else smooth(each) for each in (mean, low, high)))
+    )
+    if any(a < b for a, b in zip(below, above, strict=True)):
+        axis.fill_between(x, below, above, color=COLORS[color], alpha=0.15, linewidth=0)
+    if not few:
+        axis.plot(x, raw, color=COLORS[color], alpha=0.3, linewidth=0.8)
+    axis.plot(x, even, color=COLORS[color], label=label, marker="o" if few else None, markersize=3, linewidth=1.6)
+
+
+def _short(svg: str) -> str:
+    """Return a drawing with its paths to a tenth of a point and without line breaks in them, a third of its size."""
+
+    def shorten(match: re.Match[str]) -> str:
+        numbers = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", match[1])
+        return f'{match[0][0]}d="{" ".join(numbers.split())}"'
+
+    return re.sub(r'\sd="([^"]*)"', shorten, svg)

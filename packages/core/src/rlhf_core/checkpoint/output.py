@@ -36,6 +36,8 @@ NAMES = (
     "config.toml",
     "checkpoints/",
     "failed/",
+    "about.json",
+    "report.html",
     *LOGS,
     *(f"{name}.damaged" for name in LOGS),
 )

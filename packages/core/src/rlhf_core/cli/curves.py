@@ -7,14 +7,16 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_core.analysis.figures import Drawing, figure
+from rlhf_core.analysis.figures import Drawing, draw_curve, figure
 from rlhf_core.analysis.stats import t_interval
+from rlhf_core.analysis.style import colors_of, measure_of, method_name
 from rlhf_core.analysis.sweep import Member, SweepFile
 from rlhf_core.errors import UsageError
 
 __all__ = ["Curves", "series"]
 
-FEW = 50  # points of a line that are worth a mark each
+INTERVAL = "bands: 95 % t-interval over seeds; bold: moving mean of the faint line"
+"""Caption of the figure."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,19 @@ class Curves(Drawing):
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
         """A panel per metric, a line and a band per method."""
         methods = list(dict.fromkeys(row["method"] for row in rows))
-        with figure(stem, self.formats, len(self.metrics)) as axes:
+        colors = colors_of(methods)
+        with figure(stem, self.formats, len(self.metrics), INTERVAL) as axes:
             for axis, metric in zip(axes, self.metrics, strict=True):
-                for k, method in enumerate(methods):
+                title, unit = measure_of(metric)
+                for method in methods:
                     line = [row for row in rows if (row["metric"], row["method"]) == (metric, method)]
-                    x, mean = [row[self.x] for row in line], [row["mean"] for row in line]
-                    marker = "o" if len(x) <= FEW else None
-                    axis.plot(x, mean, color=f"C{k}", label=method, marker=marker, markersize=3)
-                    axis.fill_between(
-                        x,
-                        [row["low"] for row in line],
-                        [row["high"] for row in line],
-                        color=f"C{k}",
-                        alpha=0.15,
-                        linewidth=0,
-                    )
-                axis.set_xlabel(self.x)
-                axis.set_title(metric)
-            axes[0].legend()
+                    if line:
+                        x, mean, low, high = ([row[name] for row in line] for name in (self.x, "mean", "low", "high"))
+                        draw_curve(axis, method_name(method), x, mean, low, high, colors[method])
+                axis.set_title(title)
+                axis.set_xlabel({"samples": "completions sampled, all roles", "steps": "training steps"}[self.x])
+                axis.set_ylabel(unit)
+            axes[0].legend(frameon=False)
 
 
 def series(member: Member, metric: str, x: Literal["samples", "steps"]) -> Iterator[tuple[float, float]]:

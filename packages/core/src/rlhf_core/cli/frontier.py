@@ -16,11 +16,15 @@ from typing import Any, Literal
 
 from rlhf_core.analysis.figures import Drawing, figure
 from rlhf_core.analysis.stats import bootstrap_interval, cvar, pareto, share_below
+from rlhf_core.analysis.style import COLORS, colors_of, method_name
 from rlhf_core.analysis.sweep import Member, SweepFile
 from rlhf_core.analysis.tables import read_columns
 from rlhf_core.errors import DataError, UsageError
 
 __all__ = ["Frontier", "attack_success", "frontier_rows", "newest_answers"]
+
+INTERVAL = "bars: 95 % bootstrap intervals over seeds"
+"""Caption of the figure."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +83,36 @@ class Frontier(Drawing):
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
         """A point with its intervals per method, and a line through the Pareto set."""
         y = "attack" if self.gcg else self.y
-        with figure(stem, self.formats) as (axis,):
-            for k, row in enumerate(rows):
+        colors = colors_of(row["method"] for row in rows)
+        with figure(stem, self.formats, caption=INTERVAL) as (axis,):
+            best = sorted((row[self.x], row[y]) for row in rows if row["pareto"])
+            axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto set (dots)")
+            for row in rows:
                 bars = [
                     [[max(0.0, row[n] - row[f"{n}_low"])], [max(0.0, row[f"{n}_high"] - row[n])]] for n in (self.x, y)
                 ]
                 axis.errorbar(
-                    row[self.x], row[y], xerr=bars[0], yerr=bars[1], color=f"C{k}", capsize=2, label=row["method"],
-                    marker="o" if row["pareto"] else "x",
+                    row[self.x], row[y], xerr=bars[0], yerr=bars[1], color=COLORS[colors[row["method"]]], capsize=2,
+                    label=method_name(row["method"]), marker="o" if row["pareto"] else "x",
                 )  # fmt: skip
-            best = sorted((row[self.x], row[y]) for row in rows if row["pareto"])
-            axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto set")
-            axis.set_xlabel(f"mean {self.x}")
-            names = {
-                "bad": f"P(reward < {self.threshold:g})",
-                "cvar": f"CVaR {self.share:g}",
-                "attack": f"attacks with a reward < {self.threshold:g}" if self.gcg else "attack success",
-            }
-            axis.set_ylabel(names[y])
-            axis.legend()
+            title, label = {
+                "bad": ("Bad outputs", f"share of outputs with a reward below {self.threshold:g}"),
+                "cvar": ("Worst outputs", f"mean reward of the worst {100 * self.share:g} % of outputs (CVaR)"),
+                "attack": (
+                    "Attacks that succeed",
+                    f"share of attacks with a reward below {self.threshold:g}"
+                    if self.gcg
+                    else "share of samples with attack success",
+                ),
+            }[y]
+            axis.set_title(f"{title} against {self.x}")
+            axis.set_xlabel(
+                {"return": "return per completion: reward less the KL penalty", "reward": "reward per completion"}[
+                    self.x
+                ]
+            )
+            axis.set_ylabel(label)
+            axis.legend(frameon=False)
 
 
 def newest_answers(folder: Path) -> Path:

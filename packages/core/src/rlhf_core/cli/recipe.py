@@ -38,6 +38,8 @@ class RecipeCommand(Command):
     """values of the file's variables, as NAME=VALUE"""
     jobs: int = 1
     """steps at a time, where they do not depend on each other"""
+    report: bool = True
+    """write report.html in the output when all steps have run: metrics by iteration, and times"""
     show: bool = False
     """print the plan with every artifact that is read and written, and run nothing"""
     list: bool = False
@@ -57,6 +59,7 @@ class RecipeCommand(Command):
                 raise OptionError("set", f"takes NAME=VALUE, not {each!r}")
 
     def __call__(self, context: CommandContext) -> int:
+        from rlhf_core.analysis.report.writing import report_at_end
         from rlhf_core.recipe.engine import Engine
         from rlhf_core.recipe.reading import read_recipe
 
@@ -88,6 +91,8 @@ class RecipeCommand(Command):
             )  # runs of steps are stopped, saved, and continue later
             engine.run(self.jobs)
             print(f"all of it is in {Path(recipe.output) / 'steps'}")
+            if self.report:
+                report_at_end(Path(recipe.output))
         return 0
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_core.analysis.report.writing import report_at_end
 from rlhf_core.analysis.sweep import Member, SweepFile, read_sweep, write_configuration
 from rlhf_core.checkpoint.own_files import read_own_files
 from rlhf_core.contract.commands import Command
@@ -59,6 +60,8 @@ class Sweep(Command):
     """the run with this number alone, from 0: what a task of a SLURM array does; -1 is all"""
     status: bool = False
     """print the table of runs, and start none"""
+    report: bool = True
+    """write report.html in the sweep's output when runs have ended: methods with intervals over seeds"""
     slurm: str = ""
     """write a SLURM script for an array of all runs to this file, and start none"""
     ray: str = ""
@@ -81,6 +84,8 @@ class Sweep(Command):
             left = [member for member in members if member.state != "finished"]
             self._run(left[: self.at_most or None], sweep, plugins)
         print(status_table(sweep))
+        if self.report and not self.status and any(member.is_started for member in sweep.members):
+            report_at_end(Path(self.file))
         return int(not self.status and any(member.state == "failed" for member in sweep.members))
 
     def _run(self, members: list[Member], sweep: SweepFile, plugins: list[str]) -> None:

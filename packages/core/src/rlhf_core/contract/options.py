@@ -336,6 +336,8 @@ class RunConfig:
     """dtype of the weights in OUTPUT/model; `base` is the base model's own. Adapters are float32"""
     push_to_hub: str = field(default="", metadata=FREE)
     """name on the Hugging Face hub, USER/NAME, that OUTPUT/model is uploaded to at the end, private; empty uploads nothing"""
+    report: bool = field(default=True, metadata=FREE)
+    """write OUTPUT/report.html at the end: curves, evaluations, samples and times on one page"""
     eval_every: int = field(default=0, metadata=FREE)
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)

@@ -47,6 +47,7 @@ BUILTIN = {
     "core": "rlhf_core.plugin",
     "console": "rlhf_core.observer.console",
     "files": "rlhf_core.observer.files",
+    "report": "rlhf_core.observer.report",
 }
 """Plugins of core by name; the first cannot be blocked."""
 

@@ -1,4 +1,4 @@
-"""The parts of a report on several runs: the methods of a sweep with intervals over seeds, and the iterations of a recipe."""
+"""The parts of a report on several runs: groups of runs with intervals over seeds, and the iterations of a recipe."""
 
 from __future__ import annotations
 
@@ -6,38 +6,68 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from rlhf_core.analysis.report.chart import Line, chart
+from rlhf_core.analysis.chart import Line, chart
 from rlhf_core.analysis.report.page import table
-from rlhf_core.analysis.report.panels import metric_words
+from rlhf_core.analysis.report.panels import error_line
+from rlhf_core.analysis.run_files import Points, evaluation_points, read_groups
 from rlhf_core.analysis.stats import t_interval
+from rlhf_core.analysis.style import colors_of, measure_of, method_name
 from rlhf_core.analysis.sweep import SweepFile
 
-__all__ = ["recipe_sections", "sweep_sections"]
+__all__ = ["INTERVAL", "final_rows", "group_sections", "recipe_sections", "sweep_sections"]
 
-CURVES = ("reward/mean", "kl/mean", "completion/length", "return")
-"""Metrics of training that the report on a sweep draws, beside all of its evaluations."""
-
-Points = dict[str, dict[float, list[float]]]
-"""Values over seeds by method and step."""
+INTERVAL = "mean ± 95 % t-interval over seeds"
+"""Name of the interval of all numbers over seeds."""
 
 
 def sweep_sections(sweep: SweepFile) -> Iterator[tuple[str, str]]:
-    """Yield heading and HTML of the parts of a sweep's report: final values, and curves with 95 % t-intervals over seeds."""
-    metrics: dict[str, Points] = {}
+    """Yield heading and HTML of the parts of a sweep's report."""
+    groups: dict[str, list[Path]] = {}
     for member in sweep.members:
-        for name, step, value in _values(member.folder, member.metrics()):
-            metrics.setdefault(name, {}).setdefault(member.method, {}).setdefault(step, []).append(value)
-    methods = list(dict.fromkeys(member.method for member in sweep.members))
-    rows = [
-        (metric_words(name), *(_final(points.get(method)) for method in methods)) for name, points in metrics.items()
+        groups.setdefault(member.method, []).append(member.folder)
+    yield from group_sections({method: (method_name(method), folders) for method, folders in groups.items()})
+    yield "Runs", table(("run", "state"), [(member.name, member.state) for member in sweep.members])
+
+
+def group_sections(groups: Mapping[str, tuple[str, Sequence[Path]]]) -> Iterator[tuple[str, str]]:
+    """Yield heading and HTML of the parts on groups of runs.
+
+    Args:
+        groups: name as read by people and folders of the runs, by the name that the group's color follows from.
+    """
+    metrics = read_groups({key: folders for key, (_, folders) in groups.items()})
+    names = [name for name, _ in groups.values()]
+    yield f"Final values, {INTERVAL}", table(("measure", *names), final_rows(metrics, list(groups)))
+    colors = colors_of(groups)
+    drawn = [
+        chart(title, "training step", f"{unit}, mean", [
+            _interval_line(groups[key][0], points[key], colors[key]) for key in groups if key in points
+        ])
+        for (title, unit), points in ((measure_of(name), points) for name, points in metrics.items())
+        if any(len(steps) > 1 for steps in points.values())
+    ]  # fmt: skip
+    yield (
+        "Curves, bands are 95 % t-intervals over seeds",
+        "".join(drawn) and f'<div class="panels">{"".join(drawn)}</div>',
+    )
+
+
+def final_rows(metrics: Mapping[str, Points], groups: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a row for each metric: its words, and for each group the mean at its last step with the interval."""
+
+    def final(points: Mapping[float, Sequence[float]] | None) -> str:
+        if not points:
+            return ""
+        values = points[max(points)]
+        mean, half = t_interval(values)
+        return f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
+
+    words = {name: measure_of(name) for name in metrics}
+    return [
+        (f"{words[name].title}, {words[name].unit}", *(final(points.get(group)) for group in groups))
+        for name, points in metrics.items()
     ]
-    yield "Final values, mean ± 95 % t-interval over seeds", table(("measure", *methods), rows)
-    drawn = [_chart(name, points, methods) for name, points in metrics.items()]
-    yield "Curves, with 95 % t-intervals over seeds", f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
-    runs = [(member.name, member.state) for member in sweep.members]
-    yield "Runs", table(("run", "state"), runs)
 
 
 def recipe_sections(folder: Path) -> Iterator[tuple[str, str]]:
@@ -49,69 +79,29 @@ def recipe_sections(folder: Path) -> Iterator[tuple[str, str]]:
         steps.append((record.parent.name, f"{content['seconds']:.0f} s"))
         for output in content["outputs"].values():
             if output["kind"] == "metrics":
-                _add(metrics.setdefault(ingredient, {}), iteration, record.parent / output["path"])
-    drawn = [
-        chart(f"{ingredient}: {metric_words(name)}", "iteration", "value", [_error_line(points)])
-        for ingredient, found in metrics.items()
-        for name, points in found.items()
-        if len(points) > 1
-    ]
-    yield "Metrics by iteration", f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
+                row = {"step": iteration, **json.loads((record.parent / output["path"]).read_bytes())}
+                for name, points in evaluation_points([row]).items():
+                    metrics.setdefault(ingredient, {}).setdefault(name, []).extend(points)
+    drawn = []
+    for ingredient, found in metrics.items():
+        for name, points in found.items():
+            title, unit = measure_of(name)
+            error = ", mean ± standard error" if any(error for *_, error in points) else ""
+            if len(points) > 1:
+                drawn.append(chart(f"{ingredient}: {title}", "iteration", f"{unit}{error}", [error_line(points)]))
+    yield "Metrics by iteration", "".join(drawn) and f'<div class="panels">{"".join(drawn)}</div>'
     yield "Steps", table(("step", "time"), steps)
 
 
-def _values(folder: Path, rows: Iterator[Mapping[str, Any]]) -> Iterator[tuple[str, float, float]]:
-    """Yield metric, step and value of a run."""
-    for row in rows:
-        yield from ((name, float(row["step"]), float(row[name])) for name in CURVES if name in row)
-    path = folder / "evaluation-metrics.jsonl"
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        for name, value in row.items():
-            if name != "step" and not name.endswith("_se") and isinstance(value, (int, float)):
-                yield name, float(row["step"]), float(value)
-
-
-def _final(points: Mapping[float, Sequence[float]] | None) -> str:
-    """Return the mean at the last step with its interval, as text."""
-    if not points:
-        return ""
-    values = points[max(points)]
-    mean, half = t_interval(values)
-    return f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
-
-
-def _chart(name: str, points: Points, methods: Sequence[str]) -> str:
-    """Return a chart with a line for each method."""
-    lines = []
-    for number, method in enumerate(methods):
-        found = sorted(points.get(method, {}).items())
-        intervals = [t_interval(values) for _, values in found]
-        x, mean = [step for step, _ in found], [each for each, _ in intervals]
-        low, high = [m - half for m, half in intervals], [m + half for m, half in intervals]
-        if found:
-            lines.append(Line(method, x, mean, low, high, number))
-    return chart(metric_words(name), "step", "mean over seeds", lines)
+def _interval_line(name: str, points: Mapping[float, Sequence[float]], color: int) -> Line:
+    """Return the mean over seeds with its interval as a line."""
+    found = [(step, *t_interval(values)) for step, values in sorted(points.items())]
+    x, mean = [step for step, *_ in found], [mean for _, mean, _ in found]
+    low, high = [mean - half for _, mean, half in found], [mean + half for _, mean, half in found]
+    return Line(name, x, mean, low, high, color)
 
 
 def _place(step: str) -> tuple[int, str]:
     """Return iteration and ingredient of a step by its name, such as `t1-dpo`."""
     match = re.fullmatch(r"t(\d+)-(.+)", step)
     return (int(match[1]), match[2]) if match else (0, step)
-
-
-def _add(metrics: dict[str, list[tuple[float, float, float]]], iteration: int, path: Path) -> None:
-    """Add the metrics of a file as points (iteration, value, standard error)."""
-    row = json.loads(path.read_bytes())
-    for name, value in row.items():
-        if not name.endswith("_se"):
-            metrics.setdefault(name, []).append((float(iteration), float(value), float(row.get(f"{name}_se", 0.0))))
-
-
-def _error_line(points: Sequence[tuple[float, float, float]]) -> Line:
-    """Return a line with a band of one standard error."""
-    x, y = [x for x, _, _ in points], [y for _, y, _ in points]
-    return Line("", x, y, [y - e for _, y, e in points], [y + e for _, y, e in points])

@@ -12,6 +12,9 @@ from rlhf_core.analysis.report.panels import RunFiles, evaluation_rows, panels, 
 
 __all__ = ["MARK", "is_report", "page", "run_sections", "table"]
 
+LONGEST = 2000
+"""Characters of an answer that are shown."""
+
 MARK = "<!-- rlhf-run report -->"
 """Begins every report: a file without it is not written over."""
 
@@ -37,9 +40,12 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 def run_sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     """Yield heading and HTML of the parts of a run's report."""
     yield "Before and after", table(("measure", "first", "last", "difference"), evaluation_rows(run))
-    yield "Curves", f'<div class="panels">{"".join(panels(run))}</div>' if run.rows else ""
+    drawn = "".join(panels(run))
+    yield "Curves; bold lines are moving means of the faint ones", drawn and f'<div class="panels">{drawn}</div>'
     yield "Samples", "".join(_sample(*pair) for pair in sample_pairs(run))
     yield "Time", _bars(phases(run))
+    yield "Plan", table(("role", "model", "trained by"), run.about.get("plan", ()))
+    yield "Versions", table(("package", "version"), list(run.about.get("versions", {}).items()))
     yield "Configuration", _foldable("config.toml", run.config)
 
 
@@ -59,7 +65,7 @@ def _sample(question: str, first: Any, last: Any) -> str:
         reward = row.get("reward")
         shown = f", reward {reward:+.2f}" if isinstance(reward, (int, float)) else ""
         head = f"<b>step {escape(str(row.get('step')))}</b>{shown}"
-        cards.append(f'<div class="card">{head}<p>{escape(str(row.get("completion", "")))}</p></div>')
+        cards.append(f'<div class="card">{head}<p>{escape(str(row.get("completion", ""))[:LONGEST])}</p></div>')
     return f'<div class="pair"><p class="asked">{escape(question)}</p><div class="two">{"".join(cards)}</div></div>'
 
 

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_core.analysis.report.chart import Line, chart
+from rlhf_core.analysis.chart import Line, chart
+from rlhf_core.analysis.run_files import evaluation_points, is_number, json_lines
+from rlhf_core.analysis.style import MEASURES, measure_of
 
-__all__ = ["RunFiles", "evaluation_rows", "metric_words", "panels", "phases", "read_run", "sample_pairs"]
+__all__ = ["RunFiles", "error_line", "evaluation_rows", "panels", "phases", "read_run", "sample_pairs"]
 
-PANELS = (
-    (r"(?:(\w+)/)?reward/mean", "Reward", "reward per completion"),
-    (r"kl/mean", "KL divergence from the reference", "nats per token"),
-    (r"(?:(\w+)/)?completion/length", "Length of completions", "tokens"),
-    (r"(?:(\w+)/)?completion/truncated", "Completions that were cut", "share, 0 to 1"),
-    (r"(?:(\w+)/)?completion/entropy", "Entropy of the policy", "nats per token"),
-    (r"(\w+)/accuracy", "Pairs ranked as labeled", "share, 0 to 1"),
-    (r"(\w+)/margin", "Margin of the chosen completion", "reward"),
-    (r"loss/(\w+)", "Loss", "loss"),
-    (r"grad_norm/(\w+)", "Gradient norm before clipping", "norm"),
-    (r"(\w+)/clip_fraction", "Tokens whose ratio was clipped", "share, 0 to 1"),
-    (r"lr/(\w+)", "Learning rate", "rate"),
-    (r"speed/tokens", "Speed", "tokens per second"),
-)
-"""Curves of training: pattern of the metric (a group names the curve), title, and unit."""
+SAMPLES = 6
+"""Prompts whose answers are shown."""
 
 PHASES = {
     "rollout": "sampling",
@@ -56,6 +44,8 @@ class RunFiles:
     """lines of evaluations.jsonl"""
     config: str
     """config.toml"""
+    about: Mapping[str, Any]
+    """about.json: plan and versions"""
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -63,45 +53,54 @@ def read_run(folder: Path) -> RunFiles:
     names = ("metrics.jsonl", "evaluation-metrics.jsonl", "evaluations.jsonl")
     config = folder / "config.toml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    metrics, evaluations, samples = ([*_lines(folder / name)] for name in names)
-    return RunFiles(folder, metrics, evaluations, samples, text)
+    try:
+        about = json.loads((folder / "about.json").read_bytes())
+    except (OSError, ValueError):  # of an older run, or damaged: the rest is worth a report
+        about = {}
+    metrics, evaluations, samples = ([*json_lines(folder / name)] for name in names)
+    return RunFiles(folder, metrics, evaluations, samples, text, about if isinstance(about, dict) else {})
 
 
 def panels(run: RunFiles) -> Iterator[str]:
     """Yield a chart for every group of metrics that changes, of training and of evaluations."""
     names = dict.fromkeys(name for row in run.rows for name in row)
-    for pattern, title, unit in PANELS:
+    for pattern, title, unit in MEASURES:
         found = [(name, match) for name in names if (match := re.fullmatch(pattern, name))]
         lines = []
         for number, (name, match) in enumerate(found):
-            points = [(float(row["step"]), float(row[name])) for row in run.rows if _is_number(row.get(name))]
-            if any(y for _, y in points):
+            points = [(float(row["step"]), float(row[name])) for row in run.rows if is_number(row.get(name))]
+            if len({y for _, y in points}) > 1:
                 label = match[1] if match.groups() and match[1] else ("policy" if len(found) > 1 else title)
-                lines.append(_line(label, points, number))
-        if lines and any(len(line.x) > 1 for line in lines):
-            yield chart(title, "step", unit, lines)
-    for name, measured in _evaluation_points(run.evaluations).items():
-        if len(measured) > 1:
-            yield chart(f"Held out: {metric_words(name)}", "step", "mean ± standard error", [_error_line(measured)])
+                x, y = zip(*points, strict=True)
+                lines.append(Line(label, x, y, color=number))
+        if lines:
+            yield chart(title, "training step", unit, lines)
+    for name, measured in evaluation_points(run.evaluations).items():
+        if len({value for _, value, _ in measured}) > 1:
+            title, unit = measure_of(name)
+            error = ", mean ± standard error" if any(error for *_, error in measured) else ""
+            yield chart(title, "training step", f"{unit}{error}", [error_line(measured)])
 
 
 def evaluation_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
     """Return name, first value, last value and difference of every evaluation metric, as text."""
     rows = []
-    for name, points in _evaluation_points(run.evaluations).items():
+    for name, points in evaluation_points(run.evaluations).items():
         (_, first, first_se), (_, last, last_se) = points[0], points[-1]
         errors = [f" ± {error:.3f}" if error else "" for error in (first_se, last_se)]
-        rows.append((metric_words(name), f"{first:.3f}{errors[0]}", f"{last:.3f}{errors[1]}", f"{last - first:+.3f}"))
+        rows.append(
+            (measure_of(name).title, f"{first:.3f}{errors[0]}", f"{last:.3f}{errors[1]}", f"{last - first:+.3f}")
+        )
     return rows
 
 
 def phases(run: RunFiles) -> list[tuple[str, float]]:
     """Return the phases of the steps with their seconds over the run, the longest first."""
+    whole = (max(row["step"] for row in run.rows) / len(run.rows)) if run.rows else 1.0  # of a long run some are read
     total = {words: sum(float(row.get(f"time/{name}", 0)) for row in run.rows) for name, words in PHASES.items()}
     rest = sum(float(row.get("time/step", 0)) for row in run.rows) - sum(total.values())
-    return sorted(
-        ((name, value) for name, value in {**total, "other": max(0.0, rest)}.items() if value), key=lambda p: -p[1]
-    )
+    parts = {**total, "other": max(0.0, rest)}
+    return sorted(((name, whole * value) for name, value in parts.items() if value), key=lambda part: -part[1])
 
 
 def sample_pairs(run: RunFiles) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
@@ -113,59 +112,10 @@ def sample_pairs(run: RunFiles) -> list[tuple[str, Mapping[str, Any], Mapping[st
         {row.get("prompt"): row for row in run.samples if row.get("step") == s} for s in (min(steps), max(steps))
     )
     shared = [prompt for prompt in first if prompt in last]
-    return [(str(first[prompt].get("question", prompt)), first[prompt], last[prompt]) for prompt in shared]
+    return [(str(first[each].get("question", each)), first[each], last[each]) for each in shared[:SAMPLES]]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines."""
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            yield row
-
-
-def _evaluation_points(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Return (step, value, standard error or 0) of every metric of evaluations."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name != "step" and not name.endswith("_se") and _is_number(value):
-                found.setdefault(name, []).append(
-                    (float(row["step"]), float(value), float(row.get(f"{name}_se") or 0.0))
-                )
-    return found
-
-
-def _line(label: str, points: Sequence[tuple[float, float]], color: int) -> Line:
-    return Line(label, [x for x, _ in points], [y for _, y in points], color=color)
-
-
-def _error_line(points: Sequence[tuple[float, float, float]]) -> Line:
+def error_line(points: Sequence[tuple[float, float, float]]) -> Line:
     """Return a line with a band of one standard error."""
     x, y = [x for x, _, _ in points], [y for _, y, _ in points]
     return Line("", x, y, [y - e for _, y, e in points], [y + e for _, y, e in points])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def metric_words(name: str) -> str:
-    """Return the name of a metric in words."""
-    known = {
-        "reward/mean": "reward per completion",
-        "kl/mean": "KL divergence from the reference, nats per token",
-        "completion/length": "length of completions, tokens",
-        "return": "return (reward less the KL penalty)",
-        "heldout/reward": "reward",
-        "heldout/length": "length, tokens",
-        "heldout/truncated": "share of completions cut",
-        "heldout/loss": "loss",
-        "heldout/perplexity": "perplexity",
-        "bad/logprob": "log P(bad output), nats",
-    }
-    bare = name.removeprefix("eval/")
-    return known.get(bare, bare.removeprefix("heldout/").replace("_", " "))

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from shutil import copyfile
 from typing import ClassVar
 
+from rlhf_core.analysis.style import measure_of
 from rlhf_core.contract.ingredients import Artifact, ArtifactKind, Ingredient, IngredientContext
 from rlhf_core.recipe.ingredients.plot import draw_metrics, read_table
 
@@ -37,6 +38,6 @@ class Collect(Ingredient):
         results = context.folder / "results.csv"
         copyfile(table, results)
         if find_spec("matplotlib") is not None and self.metrics:
-            names = {name: name.replace("_", " ") for name in self.metrics}
+            names = {name: measure_of(name).title for name in self.metrics}
             draw_metrics(rows, names, context.folder / "results", self.label, ("iteration", "iteration"))
         return {"results": Artifact("table", results)}

@@ -6,20 +6,22 @@ Colors are the classes `c0`, `c1`, … of the page, so that a chart follows the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Line", "chart", "round_ticks", "smooth"]
+from rlhf_core.analysis.style import COLORS, FEW, smooth, thin
 
-WIDTH, HEIGHT = 420, 250
+__all__ = ["Line", "chart", "round_ticks"]
+
+WIDTH, PLOT = 420, 182
+"""Width of a chart and height of its plot, in pixels."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 28, 40
 """Margins in pixels."""
+ROW = 15
+"""Height of a row of the legend, in pixels."""
 TICKS = 5
 """Ticks of an axis, about."""
-FEW = 16
-"""Up to so many points are drawn as they are, each with a mark; more are smoothed."""
-COLORS = 8
 TINY = 1e-30
 """Smaller numbers are drawn as zero."""
 NOISE = 1e-4
@@ -52,41 +54,37 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
     x_all = [x for line in lines for x in line.x]
     y_all = [y for line in lines for y in (*line.y, *(line.low or ()), *(line.high or ())) if math.isfinite(y)]
     x_ticks, y_ticks = round_ticks(min(x_all), max(x_all), whole=True), round_ticks(min(y_all), max(y_all))
+    keys = _legend(lines) if len(lines) > 1 else []
+    rows = max((row for row, *_ in keys), default=-1) + 1
+    top = TOP + ROW * rows
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), top + (1 - up) * PLOT
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    bottom = top + PLOT
+    parts = [f'<svg viewBox="0 0 {WIDTH} {bottom + BOTTOM}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>')
+    for row, x, line in keys:
+        parts.append(
+            f'<rect class="key c{line.color % len(COLORS)}" x="{x:.0f}" y="{24 + ROW * row}" width="9" height="9"/>'
+        )
+        parts.append(f'<text class="tick" x="{x + 13:.0f}" y="{32 + ROW * row}">{escape(line.label)}</text>')
     for tick in y_ticks:
         _, y = place(x_ticks[0], tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{_number(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{_number(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    at = f'x="12" y="{(TOP + HEIGHT - BOTTOM) / 2}" transform="rotate(-90 12 {(TOP + HEIGHT - BOTTOM) / 2})"'
+    parts.append(f'<text class="label" x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>')
+    at = f'x="12" y="{top + PLOT / 2}" transform="rotate(-90 12 {top + PLOT / 2})"'
     parts.append(f'<text class="label" {at} text-anchor="middle">{escape(y_label)}</text>')
     for line in lines:
         parts += _curve(line, place)
-    if len(lines) > 1:
-        parts += _legend(lines)
     return "".join([*parts, "</svg>"])
-
-
-def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Return the exponential moving mean of values, without the bias of its beginning."""
-    means, total, mass = [], 0.0, 0.0
-    for value in values:
-        total, mass = weight * total + (1 - weight) * value, weight * mass + (1 - weight)
-        means.append(total / mass)
-    return means
 
 
 def round_ticks(low: float, high: float, whole: bool = False) -> list[float]:
@@ -102,39 +100,45 @@ def round_ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
 
 
-def _curve(line: Line, place: object) -> list[str]:
+def _curve(line: Line, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
     """Return the elements of a curve: its band, its raw and its smoothed points."""
-    assert callable(place)
-    color = f"c{line.color % COLORS}"
-    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+    color = f"c{line.color % len(COLORS)}"
+    finite = [k for k, y in enumerate(line.y) if math.isfinite(y)]
+    even = smooth if len(finite) > FEW else list
+    shown = [finite[k] for k in thin(len(finite))]
+
+    def at(values: Sequence[float]) -> list[tuple[float, float]]:
+        value = dict(zip(finite, values, strict=True))
+        return [place(line.x[k], value[k]) for k in shown if math.isfinite(value[k])]
+
+    raw = at([line.y[k] for k in finite])
     parts = []
     if line.low is not None and line.high is not None:
-        upper = [place(x, y) for x, y in zip(line.x, line.high, strict=True) if math.isfinite(y)]
-        lower = [place(x, y) for x, y in zip(line.x, line.low, strict=True) if math.isfinite(y)]
+        lower, upper = (at(even([ends[k] for k in finite])) for ends in (line.low, line.high))
         parts.append(f'<polygon class="band {color}" points="{_points([*upper, *reversed(lower)])}"/>')
-    raw = [place(x, y) for x, y in points]
-    if len(points) <= FEW:
+    if len(finite) <= FEW:
         parts.append(f'<polyline class="line {color}" points="{_points(raw)}"/>')
         parts += [f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in raw]
     else:
-        even = [place(x, y) for (x, _), y in zip(points, smooth([y for _, y in points]), strict=True)]
         parts.append(f'<polyline class="line raw {color}" points="{_points(raw)}"/>')
-        parts.append(f'<polyline class="line {color}" points="{_points(even)}"/>')
+        parts.append(f'<polyline class="line {color}" points="{_points(at(even([line.y[k] for k in finite])))}"/>')
     hover = ";".join(
-        f"{x:.1f},{y:.1f},{_number(px)},{_number(py)}" for (x, y), (px, py) in zip(raw, points, strict=True)
+        f"{x:.1f},{y:.1f},{_number(line.x[k])},{_number(line.y[k])}" for (x, y), k in zip(raw, shown, strict=True)
     )
     return [f'<g data-label="{escape(line.label)}" data-points="{hover}">', *parts, "</g>"]
 
 
-def _legend(lines: Sequence[Line]) -> list[str]:
-    """Return the names of the curves, right of the title."""
-    parts: list[str] = []
-    x: float = WIDTH - RIGHT
-    for line in reversed(lines):
-        x -= 7 * len(line.label) * 0.85 + 18
-        parts.append(f'<rect class="key c{line.color % COLORS}" x="{x:.0f}" y="8" width="9" height="9"/>')
-        parts.append(f'<text class="tick" x="{x + 12:.0f}" y="16">{escape(line.label)}</text>')
-    return parts
+def _legend(lines: Sequence[Line]) -> list[tuple[int, float, Line]]:
+    """Return row, place in it in pixels, and curve of every name under the title."""
+    keys: list[tuple[int, float, Line]] = []
+    row, x = 0, float(LEFT)
+    for line in lines:
+        width = 6.2 * len(line.label) + 26
+        if x > LEFT and x + width > WIDTH:
+            row, x = row + 1, float(LEFT)
+        keys.append((row, x, line))
+        x += width
+    return keys
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:
