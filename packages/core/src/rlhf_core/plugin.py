@@ -140,6 +140,7 @@ def rlhf_ingredient() -> Providers:
 def rlhf_command() -> Providers:
     return {
         "chat": "rlhf_core.cli.chat:Chat",
+        "compare": "rlhf_core.cli.compare:Compare",
         "curves": "rlhf_core.cli.curves:Curves",
         "doctor": "rlhf_core.cli.doctor:Doctor",
         "eval": "rlhf_core.cli.evaluate:Evaluate",

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from rlhf_core.config.builder import construct, parse, split_sections
 from rlhf_core.config.option_fields import flag, option_fields
@@ -100,10 +100,13 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
         flags.pop("dry_run", None)
     schema = _schema(name, cls, chosen, registry)
     positional = [option for option in schema.sections[0].options if option.required]
-    usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)])
-    if len(given) > len(positional):
+    several = bool(positional) and get_origin(positional[-1].annotation) is tuple  # takes all words that are left
+    usage = " ".join([f"rlhf-run {name}", *(option.path.upper() for option in positional)]) + (" …" if several else "")
+    if len(given) > len(positional) and not several:
         raise UsageError(f"unexpected {given[len(positional)]!r}: {usage}")
     settings: Settings = {option.path: word for option, word in zip(positional, given)} | from_flags(flags, schema)
+    if several and len(given) >= len(positional):
+        settings[positional[-1].path] = tuple(given[len(positional) - 1 :])
     if not asked_help:
         for option in positional:
             if option.path not in settings:
