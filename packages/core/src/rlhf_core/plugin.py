@@ -152,6 +152,7 @@ def rlhf_command() -> Providers:
         "plan": "rlhf_core.cli.plan:PlanCommand",
         "plugins": "rlhf_core.cli.plugins:Plugins",
         "recipe": "rlhf_core.cli.recipe:RecipeCommand",
+        "replay": "rlhf_core.cli.replay:Replay",
         "report": "rlhf_core.cli.report:Report",
         "score": "rlhf_core.cli.score:Score",
         "serve-reward": "rlhf_core.reward.serve:ServeReward",

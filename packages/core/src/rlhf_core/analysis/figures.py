@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Drawing", "check_matplotlib", "check_own", "draw_curve", "figure"]
 
 
-POINTS = 100
+POINTS = 60
 """Points of a curve that a file holds."""
 
 MAKER = "rlhf-run"
@@ -168,10 +168,11 @@ def draw_curve(
 
 
 def _short(svg: str) -> str:
-    """Return a drawing with its paths to a tenth of a point and without line breaks in them, a third of its size."""
+    """Return a drawing with its paths to a tenth of a point, in a third of its size."""
 
     def shorten(match: re.Match[str]) -> str:
         numbers = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", match[1])
         return f'{match[0][0]}d="{" ".join(numbers.split())}"'
 
-    return re.sub(r'\sd="([^"]*)"', shorten, svg)
+    svg = re.sub(r'\sd="([^"]*)"', shorten, svg)
+    return re.sub(r"\n +", "\n", re.sub(r"(\d\.\d\d)\d+", r"\1", svg))

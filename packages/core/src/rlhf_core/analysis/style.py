@@ -12,7 +12,7 @@ __all__ = ["COLORS", "FEW", "MEASURES", "Measure", "colors_of", "measure_of", "m
 COLORS = ("#2463b4", "#c4581a", "#2e7d4f", "#8a4fa3", "#a8862b", "#23808c", "#b23a57", "#59636b")
 """Colors on a light ground, by number; page.css has them as `--c0` and on, with a twin for a dark one."""
 
-FEW = 16
+FEW = 32
 """Up to so many points are drawn as they are, each with a mark; more are smoothed."""
 
 MOST = 240

@@ -36,6 +36,7 @@ NAMES = (
     "config.toml",
     "checkpoints/",
     "failed/",
+    "record/",
     "about.json",
     "report.html",
     *LOGS,

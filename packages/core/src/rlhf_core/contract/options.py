@@ -235,8 +235,7 @@ class TrainedOptions(ModelOptions):
     """parts that are not trained: `embed`, `vision` (what reads images), `body` (all but the heads), or parts of parameter
     names as layers.0-3"""
     features: str = field(default="", metadata=FREE)
-    """folder where the states of a frozen body are kept, by content of weights and row: no run computes them again; empty
-    keeps them in memory"""
+    """folder where states of a frozen body are kept by weights and row, for later runs; empty keeps them in memory"""
     router_aux_coef: float = 0.0
     """weight of the auxiliary loss that balances the experts of a mixture of experts; 0.001 to 0.02 are usual"""
     ema: float = 0.0
@@ -318,8 +317,7 @@ class RunConfig:
     save_every: int = field(default=0, metadata=FREE)
     """steps between checkpoints; 0 saves at the end only"""
     save_async: bool = field(default=False, metadata=FREE)
-    """write checkpoints beside the training, from a copy in CPU memory (as much again as weights and optimiser), where the
-    strategy can"""
+    """write checkpoints in the background, from a copy in CPU memory of weights and optimizer, where the strategy can"""
     stop_within: float = field(default=120.0, metadata=FREE)
     """seconds that a step may last after a signal to stop, and saving it again as long; then the step is given up"""
     keep: int = field(default=2, metadata=FREE)
@@ -338,6 +336,8 @@ class RunConfig:
     """name on the Hugging Face hub, USER/NAME, that OUTPUT/model is uploaded to at the end, private; empty uploads nothing"""
     report: bool = field(default=True, metadata=FREE)
     """write OUTPUT/report.html at the end: curves, evaluations, samples and times on one page"""
+    record_every: int = field(default=0, metadata=FREE)
+    """steps from one to the next that is kept in OUTPUT/record, for `rlhf-run replay`; 0 keeps none"""
     eval_every: int = field(default=0, metadata=FREE)
     """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
@@ -385,5 +385,5 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed", "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "max_mismatch")
-        at_least(0, self, "stop_within", "ahead")
+        at_least(0, self, "stop_within", "ahead", "record_every")
         at_least(1, self, "batch_size", "update_epochs", "minibatches", "micro_tokens", "max_prompt_tokens", "keep")

@@ -212,9 +212,11 @@ class Collecting:
         if isinstance(self.supply, AheadSupply):
             iteration.meter.add_seconds("sampler_wait", self.supply.idle_seconds)
         iteration.partial = self.partial
+        run.recorder.begin(iteration)
         iteration.begin()
         self._fill(iteration)
         iteration.batches |= join_sources(iteration.plan, iteration.batches)
+        run.recorder.note(iteration)
         if self.ahead:
             self._moments = iteration.moments
             iteration.position = run.stream.with_ahead(iteration.position)

@@ -33,6 +33,7 @@ from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.polite_stop import Rest, end_in_time, give_up_in_time
 from rlhf_core.run.publishing import BEST, publish
+from rlhf_core.run.recording import Recorder
 from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
 from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
@@ -81,6 +82,7 @@ class Run:
         self.observers = Observers(self.registry)
         self.signals = StopSignals(config.stop_within)
         self.stop = Stop()
+        self.recorder = Recorder(self)
         self.meter = Meter()
         """the metrics of the step at hand, from credit on; what was collected for it is in its iteration"""
         self.samples: dict[str, Batch] = {}
@@ -191,12 +193,12 @@ class Run:
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
         metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
         metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}
+        self.recorder.finish(step, credited, metrics)
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()
         self.state.last_metrics = {"step": step, **metrics}
-        check_metric(
-            self.config.keep_best, self.plan.trained_roles, metrics, self.evaluations[-1][1] if self.evaluations else ()
-        )
+        latest = self.evaluations[-1][1] if self.evaluations else ()
+        check_metric(self.config.keep_best, self.plan.trained_roles, metrics, latest)
         answers = self.notify("rlhf_step_end", step=step, metrics=self.last_metrics)
         self.stop.agree(answers, self.signals, self.world)
         if self.config.save_every and step % self.config.save_every == 0:

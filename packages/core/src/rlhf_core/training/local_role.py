@@ -165,7 +165,7 @@ class LocalRole(Role):
                 report(f"reading with the {self.name}", i, rounds)
                 micro = micro_batch(batch, cuts, i)
                 self.budget.record_attempt(micro)
-                outputs = self.trainable.forward(micro, names | later)
+                outputs = self.forward_cache.compute(self.trainable, micro, names | later)
                 if later and not i:
                     self.forward_cache.add(micro, outputs)
                 for rows, name in product(cuts[i : i + 1], names):

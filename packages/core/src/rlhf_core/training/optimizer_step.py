@@ -228,7 +228,8 @@ class OptimizerStep:
             micro = micro_batch(batch, cuts, i, unit)
             self.budget.record_attempt(micro, unit)
             outputs = _to_batch_device(
-                micro, self.forward_cache.take(micro, names) or self.trainable.forward(micro, names)
+                micro,
+                self.forward_cache.take(micro, names) or self.forward_cache.compute(self.trainable, micro, names),
             )
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
@@ -254,6 +255,8 @@ class OptimizerStep:
             seen.observation.add(micro, outputs, values, live > 0, cuts[i] if live else None)
             if live and any(term.source == self.name for term, _ in terms) and "logprobs_NT" in outputs:
                 seen.mismatch.add(micro, outputs["logprobs_NT"])
+            if self.forward_cache.tape is not None:
+                self.forward_cache.tape.add_losses(micro, values)
             backward(loss)
             reached = float(loss.detach())
             seen.watch.micro_batch(reached, values, micro)

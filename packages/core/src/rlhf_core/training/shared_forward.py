@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.roles import Trainable
+    from rlhf_core.training.tape import Tape
 
 __all__ = ["ForwardCache", "group_same_rows"]
 
@@ -27,6 +29,8 @@ class ForwardCache:
     """The passes of one role with its present weights."""
 
     def __init__(self) -> None:
+        self.tape: Tape | None = None
+        """where passes and losses are written down, in a step that is recorded"""
         self._passes: list[tuple[Batch, Mapping[str, Tensor]]] = []
 
     def add(self, micro: Batch, outputs: Mapping[str, Tensor]) -> None:
@@ -41,6 +45,13 @@ class ForwardCache:
                 del self._passes[i]
                 return outputs
         return None
+
+    def compute(self, trainable: Trainable, micro: Batch, names: frozenset[str]) -> dict[str, Tensor]:
+        """Return the outputs of a new pass over these rows."""
+        outputs = trainable.forward(micro, names)
+        if self.tape is not None:
+            self.tape.add_pass(micro, outputs)
+        return outputs
 
     def clear(self) -> None:
         """Forget everything: the weights have moved, or memory is short."""
