@@ -157,7 +157,7 @@ def _silent(rollout: Any) -> NoEngine:
 def _collect(iteration: Iteration, kept: Mapping[str, Any]) -> None:
     """Give each source its recorded batch, and score it again where it was sampled."""
     recorded = {
-        name: _without(batch_of(tree), "rewards_N" if name in kept["rewards"] else "")
+        name: _drop_extra(batch_of(tree), "rewards_N" if name in kept["rewards"] else "")
         for name, tree in kept["batches"].items()
     }
     for source in iteration.plan.sources:
@@ -171,7 +171,7 @@ def _collect(iteration: Iteration, kept: Mapping[str, Any]) -> None:
     iteration.batches |= join_sources(iteration.plan, iteration.batches)
 
 
-def _without(batch: Batch, name: str) -> Batch:
+def _drop_extra(batch: Batch, name: str) -> Batch:
     """Return a batch without an extra."""
     return replace(batch, extras={each: values for each, values in batch.extras.items() if each != name})
 
@@ -246,7 +246,7 @@ def _compare_metrics(before: Mapping[str, float], now: Mapping[str, float], coun
     Raises:
         ReplayDifference: one is another number.
     """
-    for name, new in _seen(now):
+    for name, new in _comparable(now):
         if name in before:
             old = before[name]
             counts["metric"] = counts.get("metric", 0) + 1
@@ -254,5 +254,5 @@ def _compare_metrics(before: Mapping[str, float], now: Mapping[str, float], coun
                 raise ReplayDifference(f"metric {name}: {old:.12g} was recorded, {new:.12g} is computed now")
 
 
-def _seen(metrics: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _comparable(metrics: Mapping[str, float]) -> Iterator[tuple[str, float]]:
     return ((name, value) for name, value in metrics.items() if not name.startswith(UNSEEN))
