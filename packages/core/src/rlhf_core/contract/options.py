@@ -232,8 +232,7 @@ class TrainedOptions(ModelOptions):
     lora: Lora = Lora()
     """adapters"""
     freeze: tuple[str, ...] = ()
-    """parts that are not trained: `embed`, `vision` (what reads images), `body` (all but the heads), or parts of parameter
-    names as layers.0-3"""
+    """parts that are not trained: `embed`, `vision`, `body` (all but the heads), or parts of parameter names as layers.0-3"""
     features: str = field(default="", metadata=FREE)
     """folder where states of a frozen body are kept by weights and row, for later runs; empty keeps them in memory"""
     router_aux_coef: float = 0.0
@@ -273,8 +272,7 @@ class RunConfig:
     registry: RegistryView | None = field(default=None, compare=False, repr=False)
     """where outputs are looked up by name; everything installed where absent"""
     model: str = ""
-    """model to train: hub name, folder, GGUF file, or `tiny` to try (a small random Llama with a byte-level tokenizer, no
-    download); must be given"""
+    """model to train: hub name, folder, GGUF file, or `tiny` to try (small, random, byte-level, no download); must be given"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """what the forward passes of all roles compute in, but of those with a dtype of their own (--actor.dtype)"""
     add_tokens: str = ""
@@ -352,8 +350,7 @@ class RunConfig:
     partial: PartialRollouts = field(default_factory=PartialRollouts)
     """completions that go on under new weights (with --ahead)"""
     replay: str = field(default="", metadata=FREE)
-    """iterations.jsonl of a run with --ahead: sample each step with the weights that sampled it there; empty samples as soon as
-    possible"""
+    """iterations.jsonl of a run with --ahead: each step is sampled with the weights that sampled it there; empty: at once"""
     callbacks: Mapping[str, tuple[Callable[..., Any], ...]] = field(
         default_factory=dict, metadata=INTERNAL, compare=False, repr=False
     )
