@@ -27,6 +27,11 @@ class Measure(NamedTuple):
     unit: str
     """unit and, where it helps, of how much"""
 
+    @property
+    def label(self) -> str:
+        """Title and unit, without saying a word twice: `Reward, held out, per completion`."""
+        return f"{self.title}, {self.unit.removeprefix(self.title.partition(',')[0].lower()).strip() or self.unit}"
+
 
 MEASURES = (
     (r"(?:(\w+)/)?reward/mean", "Reward", "reward per completion"),
@@ -44,6 +49,7 @@ MEASURES = (
     (r"(?:(\w+)/)mismatch", "Difference between sampler and trainer", "nats per token"),
     (r"lr/(\w+)", "Learning rate", "rate"),
     (r"speed/tokens", "Speed", "tokens per second"),
+    (r"reward", "Reward", "reward per completion"),
 )
 """Metrics of training in the order of a report: pattern (a group names a role), title, and unit."""
 

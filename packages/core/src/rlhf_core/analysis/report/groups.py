@@ -63,10 +63,8 @@ def final_rows(metrics: Mapping[str, Points], groups: Sequence[str]) -> list[tup
         mean, half = t_interval(values)
         return f"{mean:.3f}" + (f" ± {half:.3f}" if len(values) > 1 else "")
 
-    words = {name: measure_of(name) for name in metrics}
     return [
-        (f"{words[name].title}, {words[name].unit}", *(final(points.get(group)) for group in groups))
-        for name, points in metrics.items()
+        (measure_of(name).label, *(final(points.get(group)) for group in groups)) for name, points in metrics.items()
     ]
 
 
@@ -86,9 +84,9 @@ def recipe_sections(folder: Path) -> Iterator[tuple[str, str]]:
     for ingredient, found in metrics.items():
         for name, points in found.items():
             title, unit = measure_of(name)
-            error = ", mean ± standard error" if any(error for *_, error in points) else ""
+            error = "; bands: standard error" if any(error for *_, error in points) else ""
             if len(points) > 1:
-                drawn.append(chart(f"{ingredient}: {title}", "iteration", f"{unit}{error}", [error_line(points)]))
+                drawn.append(chart(f"{ingredient}: {title}", f"iteration{error}", unit, [error_line(points)]))
     yield "Metrics by iteration", "".join(drawn) and f'<div class="panels">{"".join(drawn)}</div>'
     yield "Steps", table(("step", "time"), steps)
 

@@ -78,8 +78,8 @@ def panels(run: RunFiles) -> Iterator[str]:
     for name, measured in evaluation_points(run.evaluations).items():
         if len({value for _, value, _ in measured}) > 1:
             title, unit = measure_of(name)
-            error = ", mean ± standard error" if any(error for *_, error in measured) else ""
-            yield chart(title, "training step", f"{unit}{error}", [error_line(measured)])
+            error = "; bands: standard error" if any(error for *_, error in measured) else ""
+            yield chart(title, f"training step{error}", unit, [error_line(measured)])
 
 
 def evaluation_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
