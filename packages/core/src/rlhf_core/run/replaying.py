@@ -18,7 +18,7 @@ from rlhf_core.contract.distributed import World
 from rlhf_core.contract.plan import DATA, Plan
 from rlhf_core.contract.providers import Launcher, Rollout
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import UsageError, spell_options
+from rlhf_core.errors import UsageError, run_option, spell_options
 from rlhf_core.run.iteration import Iteration
 from rlhf_core.run.recording import FOLDER, batch_of, step_file
 from rlhf_core.run.run import Run
@@ -96,7 +96,11 @@ def read_step(output: Path, step: int) -> dict[str, Any]:
         steps = sorted(
             int(each.stem[5:]) for each in (output / FOLDER).glob("step-*.safetensors") if each.stem[5:].isdigit()
         )
-        have = f"it has {', '.join(map(str, steps))}" if steps else "let the run keep steps with --record-every N"
+        have = (
+            f"it has {', '.join(map(str, steps))}"
+            if steps
+            else f"let the run keep steps with {run_option('record_every', 'N')}"
+        )
         raise UsageError(f"{output} has no record of step {step}; {have}")
     try:
         tree: dict[str, Any] = read_tree(path)
