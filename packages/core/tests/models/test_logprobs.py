@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlhf_core.models.heads import logprobs
 from rlhf_core.models.heads.logprobs import full_logprobs, token_logprobs
 
 
@@ -255,6 +256,19 @@ def test_no_tensor_exceeds_the_rows_asked_for(options: dict[str, Any]) -> None:
     """8 of 64 rows: 8000 logits at a time, where the plain path makes all 64000."""
     assert largest(chunk=8, **options) <= 8 * 1000
     assert largest(chunk=0, **options) == 64 * 1000
+
+
+@pytest.mark.parametrize(("rows", "widest"), [(4, 1280), (5, 1000), (64, 79)])
+def test_large_blocks_are_aligned(rows: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4,999 tokens: 4 blocks of 1,250 become 1,280, 5 of 1,000 stay, and 64 of 79 stay too."""
+    seen: list[int] = []
+    blocks = logprobs._blocks
+    monkeypatch.setattr(logprobs, "_blocks", lambda V, block: (seen.append(block), blocks(V, block))[1])
+    hidden_MH, weight_VH = torch.randn(rows, 2), torch.randn(4999, 2)
+    found, _ = token_logprobs(hidden_MH, weight_VH, torch.arange(rows) * 3, chunk=1)
+    expected, _ = full_logprobs(hidden_MH, weight_VH, torch.arange(rows) * 3)
+    torch.testing.assert_close(found, expected)
+    assert seen == [widest]
 
 
 def test_a_frozen_weight_costs_no_weight_gradient() -> None:

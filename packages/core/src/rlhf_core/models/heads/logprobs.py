@@ -30,7 +30,7 @@ CPU_LOGITS = 2**24
 """Most logits held at a time on the CPU, 64 MiB of float32: 16 MiB to 256 MiB took the same time within 10 %."""
 
 ALIGNED = 64
-"""Blocks of the vocabulary are multiples of this: with others, an H200 took slow kernels for unaligned matrices."""
+"""Large blocks of the vocabulary are multiples of this: with others, an H200 took slow kernels for unaligned matrices."""
 
 LOWEST = -1e4
 """What stands for a log-probability of -inf in p log p: exp of it is 0 even in float64, and 0 times it is not nan."""
@@ -110,7 +110,8 @@ def token_logprobs(
     V = len(weight_VH)
     held = min(chunk * V, most or (CPU_LOGITS if weight_VH.device.type == "cpu" else chunk * V))
     block = -(-V // max(1, -(-V * len(hidden_MH) // held)))  # equal blocks: the last one is not computed again
-    block = min(V, -(-block // ALIGNED) * ALIGNED)
+    if block >= 16 * ALIGNED:  # a few numbers more than were asked for
+        block = min(V, -(-block // ALIGNED) * ALIGNED)
     dtype = _matmul_dtype(weight_VH)
     inputs = [tensor for tensor in (hidden_MH, weight_VH, bias_V) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
