@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,16 @@ def test_nothing_of_a_large_model_is_held() -> None:
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert max(events, default=0) < 2**24 and torch.empty(0).untyped_storage().nbytes() == 0
+
+
+@pytest.mark.skipif(find_spec("rlhf_strategy_deepspeed") is None, reason="needs rlhf-strategy-deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_of_zero_holds_eighteen_bytes_per_weight_in_bfloat16(stage: int) -> None:
+    """Weights 2, gradients 4, float32 copies 4, AdamW's moments 8: the last 12 over ranks, and the others by stage."""
+    P, R = PARAMETERS, 4
+    strategy = {"use": "deepspeed", "stage": stage}
+    config = config_of("sft", 8, 8, 4, model=SMALL, dtype="bfloat16", strategy=strategy)
+    memory = forecast(config, PlanOptions(gpus=R, gpu_gib=80)).roles["actor"].memory
+    expected = {1: (2 * P, 4 * P), 2: (2 * P, 4 * P // R), 3: (2 * P // R, 4 * P // R)}[stage]
+    assert (memory.weights, memory.gradients) == pytest.approx(expected, rel=0.01)
+    assert memory.optimizer == pytest.approx(12 * P / R, rel=0.01)

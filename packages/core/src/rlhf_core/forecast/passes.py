@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -79,6 +80,8 @@ def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, dev
         graph, note = 0, ""
         if train is not None:
             memory, graph = _training(module, spec, train, tracker, memory, narrow)
+            if narrow:
+                _widen(module)
             memory, note = _update(module, spec, tracker, memory)
     matrix, head, attention = _operations(module, size)
     return Passes(size, memory, graph, matrix, head, attention, read.tokens, note)
@@ -123,6 +126,14 @@ def _training(
     return replace(memory, gradients=trained, activations=activations, overlap=overlap), graph
 
 
+def _widen(module: RoleModule) -> None:
+    """Give what is trained float32 numbers: the copies that a strategy with narrow weights updates."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.grad = None
+            parameter.data = parameter.data.float()
+
+
 def _update(module: RoleModule, spec: RoleSpec, tracker: MemoryTracker, memory: RoleMemory) -> tuple[RoleMemory, str]:
     """Run two steps of the role's optimizer: the first makes its state, the second shows what else a step takes."""
     options = spec.options
@@ -131,6 +142,7 @@ def _update(module: RoleModule, spec: RoleSpec, tracker: MemoryTracker, memory: 
     average = 4 * sum(each.numel() for each in trained) if module.average is not None else 0
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gc.collect()  # what earlier passes left in cycles would be freed meanwhile
     before, temporary = tracker.live, 0
     try:
         if options.optim.closure or options.optim.observes:
