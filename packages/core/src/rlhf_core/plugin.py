@@ -142,6 +142,7 @@ def rlhf_command() -> Providers:
         "chat": "rlhf_core.cli.chat:Chat",
         "compare": "rlhf_core.cli.compare:Compare",
         "curves": "rlhf_core.cli.curves:Curves",
+        "diagnose": "rlhf_core.cli.diagnose:Diagnose",
         "doctor": "rlhf_core.cli.doctor:Doctor",
         "eval": "rlhf_core.cli.evaluate:Evaluate",
         "export": "rlhf_core.cli.export:Export",
