@@ -98,7 +98,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         ("drts x=1", "no option 'x'"),
     ):
         with pytest.raises(UsageError, match=message):
-            SelectedData("x", select="pairs", selector=selector).check()
+            SelectedData(scored(tmp_path), select="pairs", selector=selector).check()
     with pytest.raises(DataError, match=r"scored.jsonl:1: expected a column 'score'"):
         SelectedData(scored(tmp_path), reward_key="score")("train")
     with pytest.raises(DataError, match="expected one completion"):

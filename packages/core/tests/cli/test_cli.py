@@ -205,7 +205,7 @@ def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(s
     assert "--sampling.n INT completions per prompt (default: 6)" in text, "the algorithm's own default"
     assert "--reference.optim" not in text, "a frozen role has no optimiser"
     assert "--sampling.seed" not in text, "the loop sets it"
-    assert "--loss" not in text, "the algorithm has no loss to choose"
+    assert "--loss " not in text, "the algorithm has no loss to choose"
 
 
 def test_help_follows_the_providers_that_are_chosen(say: Callable[..., str]) -> None:

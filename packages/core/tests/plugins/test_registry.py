@@ -214,8 +214,8 @@ def test_autoload_can_be_switched_off_and_a_plugin_asked_for(install: Install, m
     install("rlhf-asked", GOOD, "asked")
     install("rlhf-unasked", GOOD.replace('"terse"', '"unasked"'), "unasked")
     monkeypatch.setenv("RLHF_DISABLE_PLUGIN_AUTOLOAD", "1")
-    assert set(Registry().plugins) == {"core", "console", "files"}
-    assert set(Registry(load=["asked"]).plugins) == {"core", "console", "files", "asked"}
+    assert set(Registry().plugins) == {"core", "console", "files", "report"}
+    assert set(Registry(load=["asked"]).plugins) == {"core", "console", "files", "report", "asked"}
 
 
 def test_a_module_that_is_no_entry_point_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,3 +172,17 @@ def test_sentiment_without_its_package_says_what_to_install(monkeypatch: Any) ->
     with pytest.raises(MissingPackage, match=r"pip install 'rlhf-core\[sentiment\]'"):
         Sentiment()(TWO)
     _analyser.cache_clear()
+
+
+def test_a_reward_file_that_has_changed_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook: the file is edited, or the same words mean a file of another folder."""
+    from rlhf_core.reward.calls import load_function
+
+    found = []
+    for folder, text in (("a", "1"), ("a", "22"), ("b", "3")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        Path("reward.py").write_text(f"def reward_func():\n    return {text}\n")
+        found.append(load_function("reward.py", "reward_func")())
+        assert load_function("reward.py", "reward_func") is load_function("reward.py", "reward_func")
+    assert found == [1, 22, 3]

@@ -35,5 +35,5 @@ def test_a_checkpoint_holds_the_state_after_its_step(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, model="tiny:hidden=16,layers=1")
     run.train()
     saved = json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text())
-    assert saved == json.loads(json.dumps(run.state.state_dict())) | {"strategy": "torch"}
+    assert saved == json.loads(json.dumps(run.state.state_dict())) | {"strategy": "torch", "by_parameter": True}
     assert (saved["step"], saved["stream"]["row"], saved["versions"]) == (2, 4, {"actor": 2})

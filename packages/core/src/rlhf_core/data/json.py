@@ -7,8 +7,6 @@ and held-out rows share it.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import lru_cache
@@ -54,8 +52,10 @@ class Json(Preparation, Columns):
         """Reject a missing file before anything heavy starts."""
         super().check()
         for path in filter(None, (self.path, self.heldout_path)):
-            if not Path(path).exists():
-                raise DataError(f"{path}: {os.strerror(errno.ENOENT)}")
+            try:
+                Path(path).stat()
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror}") from None
 
     def __call__(self, split: str) -> Sequence[Example]:
         if split == "heldout" and self.heldout_path:

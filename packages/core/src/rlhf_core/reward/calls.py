@@ -135,15 +135,24 @@ def _numbers(values: Any, name: str, count: int) -> list[float | None]:
         raise ValueError(f"returned {name} with a number that is too large") from None
 
 
-@cache
 def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function `name` of the file `path`, or the one `path` names as `module:name`, or is. Loaded once per process.
+    """The function `name` of the file `path`, or the one `path` names as `module:name`, or is.
+
+    A file is loaded once per process, and again when it has changed or another one is meant by the same words.
 
     Raises:
         UsageError: there is no such file, module or function, or the file cannot be imported.
     """
     if not isinstance(path, str):
         return path
+    file = Path(path)
+    stat = file.stat() if file.suffix == ".py" and file.is_file() else None
+    return _load(path, name, (str(file.resolve()), stat.st_mtime_ns, stat.st_size) if stat is not None else ())
+
+
+@cache
+def _load(path: str, name: str, _state: tuple[Any, ...]) -> Callable[..., Any]:
+    """Load a function; `_state` tells files apart, and what a file held."""
     if Path(path).suffix == ".py":
         if not Path(path).is_file():
             raise OptionError("path", f"{path}: there is no such file")

@@ -25,7 +25,7 @@ from rlhf_core.training.shared_forward import COLUMNS, ForwardCache
 from rlhf_core.training.token_budget import TokenBudget
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
 
@@ -101,7 +101,7 @@ class PlayedModel(Trainable):
 
     def __init__(self, tape: Tape, name: str) -> None:
         self.tape, self.name = tape, name
-        self.module: Any = _NoModule(tape)
+        self.module: Any = _no_module(tape)
         self.keeps_graphs = tape.keeps_graphs
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
@@ -157,15 +157,11 @@ class PlayedRole(LocalRole):
         """Take nothing: there are no weights."""
 
 
-class _NoModule(torch.nn.Module):
-    """What is read of a role's module while there is none."""
-
-    adapters = None
-    average = None
-    frozen = False
-    vision = None
-
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self.packs = tape.packs
-        self.elsewhere = torch.nn.Parameter(torch.empty(0, device="cpu" if tape.on_cpu else "meta"))
+def _no_module(tape: Tape) -> nn.Module:
+    """Return what is read of a role's module while there is none."""
+    module: Any = torch.nn.Module()
+    module.adapters = module.average = None
+    module.frozen = module.vision = False
+    module.packs = tape.packs
+    module.elsewhere = torch.nn.Parameter(torch.empty(0, device="cpu" if tape.on_cpu else "meta"))
+    return module  # type: ignore[no-any-return]
