@@ -29,7 +29,7 @@ from timed_runs import SHARED_ROLLOUT, Planned, TimedRuns, quiet_environment
 
 WHEELS = ["tomli-w", "gguf==0.19.0", "alt-profanity-check==1.9.1", "scikit-learn==1.9.1"]
 """Packages that the runs need and that a machine with torch and transformers may lack; `gguf` unpacks the model."""
-POINTS = 25
+POINTS = 10
 """Evaluations of a run, beside the one before its first step."""
 SERIES = {"logprob": "eval/bad/logprob", "reward": "reward/mean"}
 

@@ -57,6 +57,19 @@ def test_the_head_is_that_of_the_estimator_on_features_of_plain_transformers(nam
     assert stored.t == estimator.t and stored.kind == estimator.kind
 
 
+def test_no_pair_comes_twice_in_a_pass_that_batches_do_not_divide(
+    tmp_path: Path, order: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """12 pairs in batches of 5: two steps, and two pairs that no step takes; batches of 13 would take none at all."""
+    with caplog.at_level("INFO"):
+        train(tmp_path / "run", {"use": "omd"}, batch_size=5)
+    seen = [row for rows in order for row in rows]
+    assert len(order) == 2 and len(seen) == len(set(seen)) == 10
+    assert "are 2 steps of 5; the last 2 rows fill no batch and are not used" in caplog.text
+    with pytest.raises(UsageError, match="13 is more than the 12 rows, each of which the optimizer takes once"):
+        train(tmp_path / "none", {"use": "omd_memoryless"}, batch_size=13)
+
+
 def test_the_memoryless_optimizer_is_algorithm_5_on_the_head(tmp_path: Path, order) -> None:
     train(tmp_path / "order", {"use": "omd"})  # the same data order serves every estimator
     optim = {"use": "omd_memoryless", "lr": 0.5, "damping_strategy": "square", "num_cg_steps": 2}

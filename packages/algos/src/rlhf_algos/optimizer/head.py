@@ -43,6 +43,7 @@ class HeadOptimizer(OptimizerProvider):
     observes: ClassVar[bool] = True
     hands_on: ClassVar[bool] = True
     outputs: ClassVar[frozenset[str]] = frozenset({"features_NH"})
+    one_pass: ClassVar[bool] = True
     config_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1.0}
     grows: ClassVar[bool] = False
     """True if the state grows with the pairs"""

@@ -45,6 +45,7 @@ class OMDMemoryless(OptimizerProvider):
     """`released` computes what the authors' code does: another iteration, a constant ridge, a mixed step, a gate"""
 
     closure: ClassVar[bool] = True
+    one_pass: ClassVar[bool] = True
     config_defaults: ClassVar[Mapping[str, Any]] = {"epochs": 1.0}
 
     def __post_init__(self) -> None:

@@ -72,6 +72,9 @@ class OptimizerProvider(Provider):
     """True if it has `observe` and `receive`"""
     hands_on: ClassVar[bool] = False
     """True if a later training may continue its state, by an option `state`: recipes then keep it"""
+    one_pass: ClassVar[bool] = False
+    """True if a row that comes twice would count twice: `--epochs` then leaves an incomplete last batch out, and does not fill
+    it with rows of a further pass"""
     config_defaults: ClassVar[Mapping[str, Any]] = {}
     """core's own options (fields of `RunConfig`) that have another default where a role has this optimizer"""
     outputs: ClassVar[frozenset[str]] = frozenset()

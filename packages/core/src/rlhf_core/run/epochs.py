@@ -2,7 +2,7 @@
 
 The rows that fit are counted before anything else starts, each rank its share of them, so that schedules and the time left know
 the length of the run. A batch may begin in one pass and end in the next, and the last one is filled up with rows of a further
-pass.
+pass, unless an optimizer takes each row once (`one_pass`): then an incomplete last batch is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.engines import Engines
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.contract.plan import DATA
 from rlhf_core.data.prepare import SHARE, Preparer
 from rlhf_core.data.shuffling import SHUFFLED
@@ -32,6 +33,8 @@ __all__ = ["count_fitting", "count_steps"]
 
 def count_steps(plan: Plan) -> int:
     """Return the steps that `--epochs` of the plan's data are: epochs * rows that fit / rows per batch, rounded up.
+
+    With an optimizer of one pass they are rounded down.
 
     Raises:
         UsageError: the passes cannot be counted, since the data has no length, a sampler does not go through it in passes, or
@@ -65,11 +68,24 @@ def count_steps(plan: Plan) -> int:
         raise UsageError(
             f"none of the {len(rows)} rows can be used, so that {run_option('epochs')} has nothing to pass over"
         )
-    steps = math.ceil(config.epochs * fitting / config.batch_size)
+    once = any(_takes_rows_once(plan.roles[name].options) for name in plan.trained_roles)
+    batches = config.epochs * fitting / config.batch_size
+    steps = math.floor(batches) if once else math.ceil(batches)
+    if not steps:
+        raise OptionError(
+            "/batch_size",
+            f"{config.batch_size} is more than the {fitting} rows, each of which the optimizer takes once",
+        )
+    left = round(config.epochs * fitting) - steps * config.batch_size
     passes = f"{config.epochs:g} epoch{'' if config.epochs == 1 else 's'} of {fitting} rows"
     left_out = f" ({len(rows) - fitting} more are too long)" if fitting < len(rows) else ""
-    log.info(f"{passes}{left_out} are {steps} steps of {config.batch_size}")
+    unused = f"; the last {left} rows fill no batch and are not used" if left > 0 else ""
+    log.info(f"{passes}{left_out} are {steps} steps of {config.batch_size}{unused}")
     return steps
+
+
+def _takes_rows_once(options: ModelOptions) -> bool:
+    return isinstance(options, TrainedOptions) and options.optim.one_pass
 
 
 def count_fitting(rows: Sequence[Example], preparer: Preparer, world: World) -> int:
