@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rlhf_core.plugins.registry import Registry
 from rlhf_core.translation.shell import join_words
@@ -60,6 +63,20 @@ def line_of(head: str, flags: Mapping[str, Any]) -> str:
         if value is not True:
             words.append(join_words(value if isinstance(value, list) else [value]))
     return " ".join(words)
+
+
+def pretend_engines(patch: pytest.MonkeyPatch) -> None:
+    """Let checks find DeepSpeed, vLLM and Ray, where they are not installed, in versions that will do: nothing is started."""
+    for module, package, version in (
+        ("rlhf_strategy_deepspeed.strategy", "deepspeed", None),
+        ("rlhf_rollout_vllm.install", "vllm", lambda ours: ("vllm", f"{ours.SUPPORTED}.0")),
+        ("rlhf_distributed_ray.launcher", "ray", lambda ours: ours.LOWEST),
+    ):
+        if find_spec(package) is None and find_spec(module.partition(".")[0]) is not None:
+            ours = import_module(module)
+            patch.setattr(ours, "find_spec", lambda name: name)
+            if version is not None:
+                patch.setattr(ours, f"_{package}_version", lambda ours=ours, version=version: version(ours))
 
 
 def write_stubs(folder: Path) -> None:

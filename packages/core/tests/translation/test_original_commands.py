@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from old_commands import ROOT, is_possible, line_of, original_commands, write_stubs
+from old_commands import ROOT, is_possible, line_of, original_commands, pretend_engines, write_stubs
 
 from rlhf_core.analysis.sweep import read_sweep
 from rlhf_core.cli import main
@@ -85,6 +85,7 @@ def test_every_command_translates_and_can_start(
     number: int, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     translation = translated(COMMANDS[number][2], registry)
+    pretend_engines(monkeypatch)
     write_stubs(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")

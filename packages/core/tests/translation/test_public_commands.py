@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from old_commands import ROOT, is_possible, public_commands, write_stubs
+from old_commands import ROOT, is_possible, pretend_engines, public_commands, write_stubs
 
 from rlhf_core.cli import main
 from rlhf_core.config.builder import parse, to_names
@@ -27,6 +27,7 @@ def registry() -> Registry:
 
 @pytest.fixture(autouse=True)
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_engines(monkeypatch)
     write_stubs(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -45,7 +45,7 @@ def test_a_script_that_configures_nothing_has_todays_console(tmp_path: Path) -> 
     lines = run_script(tmp_path, "", "run.train()").splitlines()
     assert lines[:2] == ["rlhf-run: a warning", "step 1"]
     assert lines[2].startswith("rlhf_core.testing.tiny_algorithm:TinyAlgorithm · model tiny")
-    assert [line.split()[0] for line in lines[3:]] == ["step", "model"]
+    assert [line.split()[0] for line in lines[3:]] == ["step", "model", "report"]
 
 
 def test_a_level_silences_a_run(tmp_path: Path) -> None:

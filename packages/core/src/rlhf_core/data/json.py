@@ -56,6 +56,8 @@ class Json(Preparation, Columns):
                 Path(path).stat()
             except OSError as error:
                 raise DataError(f"{path}: {error.strerror}") from None
+            except ValueError as error:  # a null byte
+                raise DataError(f"{path!r}: {error}") from None
 
     def __call__(self, split: str) -> Sequence[Example]:
         if split == "heldout" and self.heldout_path:
