@@ -149,7 +149,8 @@ def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "", *
         shutil.copytree(folder / name, folder / copy)
         shutil.rmtree(folder / copy / "checkpoints" / f"step-{STEPS}")
     world.barrier()
-    return run(folder, case, strategy, copy, resume=True, **options)
+    # the algorithm of this file has another name in the process that runs the file
+    return run(folder, case, strategy, copy, resume=True, resume_changed=case == "plain", **options)
 
 
 def mistake(action: Callable[[], object]) -> str:
