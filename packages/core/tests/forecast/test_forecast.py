@@ -21,6 +21,8 @@ from rlhf_core.forecast.seconds import Rates, forward_operations, training_secon
 from rlhf_core.forecast.workload import Cells, Workload
 from rlhf_core.training.planner import make_plan
 
+pytest.importorskip("rlhf_algos")
+
 SMALL = "tiny:hidden=64,layers=2,heads=2,kv_heads=1,intermediate=192,vocab=259"
 PARAMETERS = 259 * 64 + 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 192 + 2 * 64) + 64
 """Of `SMALL`: the tied embedding; per layer queries and outputs, keys and values, the feed-forward part, two norms; a norm."""
