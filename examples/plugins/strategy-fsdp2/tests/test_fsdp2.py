@@ -67,7 +67,7 @@ def test_metrics_on_two_ranks_equal_those_of_torch(case: str, runs: Path) -> Non
     found, expected = metrics(runs / f"{case}-fsdp2"), metrics(runs / f"{case}-torch")
     assert len(expected) == 3
     for row, wanted in zip(found, expected, strict=True):
-        assert row == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+        assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # ranks add float32 gradients in another order
     assert expected[0] != pytest.approx(expected[-1], rel=1e-6, abs=1e-6), "training changed what is compared"
 
 
