@@ -66,6 +66,14 @@ def test_what_is_missing_is_one_line(lost: str, tmp_path: Path) -> None:
         open_states(tmp_path, ["w"]).read("w", "weight", 0, 5)
 
 
+def test_a_folder_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "layout.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no states by parameter"):
+        open_states(tmp_path, ["w"])
+    with pytest.raises(UsageError, match="holds no states by parameter"):
+        trained(0).load(str(tmp_path))
+
+
 def trained(steps: int) -> Any:
     """A tiny role after so many steps."""
     from rlhf_core.contract.options import TrainedOptions

@@ -118,11 +118,13 @@ def open_states(folder: str | Path, names: Sequence[str]) -> ParameterStates:
         names: the trained parameters in the order of the optimizer's groups (`parameter_names`).
 
     Raises:
-        UsageError: a rank's file is missing.
+        UsageError: a rank's file is missing, or the folder has neither form.
     """
     folder = Path(folder)
     if _piece_file(folder, 0).exists():
         return _open_pieces(folder)
+    if not (folder / "module.safetensors").exists():
+        raise UsageError(f"{folder} holds no states by parameter; an earlier version or another strategy wrote it")
     module, state = (read_tree(folder / f"{name}.safetensors") for name in ("module", "optimizer"))
     stretches = {(name, WEIGHT): [(0, tensor.flatten())] for name, tensor in module.items()}
     values: dict[str, dict[str, Any]] = {}
