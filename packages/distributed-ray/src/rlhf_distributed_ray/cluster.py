@@ -1,0 +1,160 @@
+"""Placement groups and actors of one run on a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_core.contract.distributed import World
+from rlhf_core.contract.roles import Placement
+from rlhf_core.errors import UsageError, option
+from rlhf_distributed_ray.placement import Layout, Seat, check_devices
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.plan import Plan
+
+__all__ = ["Cluster", "disconnect"]
+
+NODE = "ray.io/node-id"  # the label that Ray gives every node
+PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
+
+
+class Cluster:
+    """Placement groups and actors of one run.
+
+    Args:
+        plan: its roles are placed.
+        layout: who sits where.
+        threads: OpenMP threads of each worker.
+        started: the cluster was started here, and ends with the run.
+    """
+
+    def __init__(self, plan: Plan, layout: Layout, threads: int, started: bool) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.threads = threads
+        self.started = started
+        self.groups: list[Any] = []
+        self.actors: list[Any] = []
+
+    def place(self) -> Placement:
+        """Reserve bundles, start everyone, and hand the loop what it sees."""
+        from rlhf_core.config.builder import to_names
+        from rlhf_core.plugins.registry import default_registry
+        from rlhf_distributed_ray.group import EngineGroup, RoleGroup
+        from rlhf_distributed_ray.transport import Shipper
+        from rlhf_distributed_ray.worker import Description, EngineWorker, RoleWorker, versions
+
+        self._reserve()
+        config = self.plan.config
+        registry = config.registry or default_registry()
+        expected = versions(registry, config.names, config.uses)
+        described = Description(registry.selection, to_names(config), expected, str(Path.cwd()))
+        shipper = Shipper()
+        roles: dict[str, RoleGroup] = {}
+        for role, spec in self.plan.roles.items():
+            seats = self.layout.seats[role]
+            actors = [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
+            roles[role] = RoleGroup(
+                spec, actors, self._locations(f"role {role}", actors), shipper, self.plan.config.output
+            )
+            check_devices(role, roles[role].call("devices"))
+        engine = None
+        if "engine" in self.layout.seats:
+            actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats["engine"]]
+            engine = EngineGroup(actors, self._locations("rollout engine", actors))
+        for group in roles.values():
+            group.call("start", *group.call("address")[0])
+        return _RayPlaced(dict(roles), engine, World(), self)
+
+    def _reserve(self) -> None:
+        """Placement groups for every bundle of the layout."""
+        import ray
+
+        for number, (bundles, strategy) in enumerate(zip(self.layout.groups, self.layout.strategies, strict=True)):
+            avoid = self._nodes_of(next((each for each in self.layout.apart if number in each), frozenset()))
+            where = [{NODE: f"!in({','.join(avoid)})"} for _ in bundles] if avoid else None
+            group = ray.util.placement_group([dict(b) for b in bundles], strategy=strategy, bundle_label_selector=where)
+            self.groups.append(group)
+        self._await(self.groups)
+
+    def _nodes_of(self, groups: frozenset[int]) -> list[str]:
+        """The nodes that those of these groups which are reserved already are on."""
+        import ray
+
+        mine = [self.groups[number] for number in sorted(groups) if number < len(self.groups)]
+        self._await(mine)
+        tables = [ray.util.placement_group_table(group) for group in mine]
+        return sorted({node for table in tables for node in table["bundles_to_node_id"].values()})
+
+    def _await(self, groups: list[Any]) -> None:
+        import ray
+
+        if not groups:
+            return
+        _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=PLACEMENT_SECONDS)
+        if waiting:
+            raise UsageError(
+                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {PLACEMENT_SECONDS} s; "
+                f"free resources, or use {option('strategy', 'PACK')}"
+            )
+
+    def _actor(self, body: type, seat: Seat, *args: Any) -> Any:
+        """One actor in its seat."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        share = self.layout.share
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
+        if not share.get("GPU"):
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides the GPUs of a worker that asks for some, not of others
+        environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
+        actor = ray.remote(body).options(
+            num_cpus=share["CPU"],
+            num_gpus=share.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
+            runtime_env={"env_vars": environment},
+        )
+        handle = actor.remote(*args)
+        self.actors.append(handle)
+        return handle
+
+    def _locations(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
+        from rlhf_distributed_ray.group import gather_results
+
+        return gather_results(who, [], [actor.initialize.remote() for actor in actors])
+
+    def close(self) -> None:
+        """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""
+        import ray
+
+        try:
+            with suppress(ray.exceptions.RayError):
+                for actor in self.actors:
+                    ray.kill(actor)
+                for group in self.groups:
+                    ray.util.remove_placement_group(group)
+        finally:
+            disconnect(self.started)
+
+
+class _RayPlaced(Placement):
+    """What is placed, with the cluster to close."""
+
+    def __init__(self, roles: dict[str, Any], rollout: Any, world: World, cluster: Cluster) -> None:
+        super().__init__(roles, rollout, world)
+        self.cluster = cluster
+
+    def close(self) -> None:
+        self.cluster.close()
+
+
+def disconnect(started: bool) -> None:
+    """Leave the cluster; one that was started here ends."""
+    import ray
+
+    if started:
+        ray.shutdown()
