@@ -24,7 +24,7 @@ def test_one_pass_estimators_are_refused_at_every_stage(
 ) -> None:
     monkeypatch.setattr("rlhf_core.training.local_role._build", lambda *_, **__: pytest.fail("a model was built"))
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n" for _ in range(4)))
+    pairs.write_text("".join(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n" for _ in range(16)))
     config = make_config(
         "reward",
         model="tiny",
