@@ -44,21 +44,22 @@ class Sleeper(Engine):
         self.options = VLLM(enable_sleep=True)
         self.dtype = "float32"
         self.version, self.updates = None, 0
-        self._sleeps, self._asleep = True, False
+        self._sleeps, self._asleep = True, frozenset()
         self.calls: list[str] = []
-        self.llm: Any = self
+        self.llm: Any = _Recorder(self.calls)
+
+
+class _Recorder:
+    """Writes down what is called, with the tags and the level that it is given."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: self.calls.append(name)
-
-    def sleep(self, level: int | None = None) -> None:
-        if level is None:
-            super().sleep()
-        else:
-            self.calls.append("sleep")
+        return lambda *_, level="", tags=(): self.calls.append(" ".join([name, *tags, str(level)]).strip())
 
 
-def test_an_engine_that_sleeps_wakes_to_take_weights_and_only_then() -> None:
+def test_an_engine_that_sleeps_wakes_its_weights_to_take_new_ones_and_its_cache_later() -> None:
     engine = Sleeper()
 
     class Role:
@@ -73,9 +74,17 @@ def test_an_engine_that_sleeps_wakes_to_take_weights_and_only_then() -> None:
     engine.sleep()
     engine.sleep()
     engine.update(Role())  # type: ignore[arg-type]
-    assert engine.calls[:3] == ["sleep", "wake_up", "start_weight_update"]
+    assert engine.calls[:3] == ["sleep 1", "wake_up weights", "start_weight_update"]
+    assert engine.version == 1
+    engine.calls.clear()
     engine.wake()
-    assert engine.calls.count("wake_up") == 1
+    engine.wake()
+    assert engine.calls == ["wake_up kv_cache"]
+    engine.calls.clear()
+    engine.sleep(2)
+    assert engine.version is None, "dropped weights must come again"
+    engine.wake()
+    assert engine.calls == ["sleep 2", "wake_up weights kv_cache"]
 
 
 @pytest.mark.vllm

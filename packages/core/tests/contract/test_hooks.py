@@ -143,10 +143,6 @@ class Echo(Rollout):
         CALLED.append("sync")
         return {"echo/synced": float(role.version)}
 
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
-
     def close(self) -> None:
         CALLED.append("close")
 

@@ -320,11 +320,29 @@ def test_fake_refuses_to_sample_while_asleep() -> None:
     assert len(engine(fake_role(), PROMPTS, Sampling(n=2))) == 6
 
 
+def test_fake_wakes_by_parts_and_drops_its_weights_at_level_2() -> None:
+    engine = FakeEngine(FakeRollout(weights_gib=2.0, cache_gib=0.5))
+    engine.sync(fake_role(version=1, w=0.5))
+    assert (engine.sleep(), engine.sleep()) == (5 * 2**29, 0)
+    assert engine.w == 0.5
+    with pytest.raises(ContractError, match=r"wake\('weights'\)"):
+        engine.sync(fake_role())
+    assert (engine.wake("weights"), engine.wake("weights")) == (2**31, 0)
+    engine.sync(fake_role(version=2, w=0.75))
+    with pytest.raises(ContractError, match="asleep"):
+        engine(fake_role(), PROMPTS, Sampling())
+    assert engine.wake("all") == 2**29
+    assert (engine.sleep(2), engine.w) == (5 * 2**29, None)
+    engine.wake()
+    engine(fake_role(version=3, w=0.25), PROMPTS, Sampling())
+    assert (engine.w, engine.version) == (0.25, 3), "it takes the weights itself"
+
+
 def test_what_a_fake_engine_holds_is_not_in_its_provider() -> None:
     provider = FakeRollout(sync_seconds=0.05)
     with open_provider(provider) as engine, open_provider(provider) as other:
         engine.sync(fake_role(version=4, w=-0.25))
         engine.sleep()
-        assert (engine.w, engine.version, engine.awake) == (-0.25, 4, False)
-        assert (other.w, other.version, other.awake) == (None, 0, True)
+        assert (engine.w, engine.version, engine.asleep) == (-0.25, 4, {"weights", "cache"})
+        assert (other.w, other.version, other.asleep) == (None, 0, frozenset())
     assert pickle.loads(pickle.dumps(provider)) == FakeRollout(sync_seconds=0.05)

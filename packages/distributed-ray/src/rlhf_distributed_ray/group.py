@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts
 from rlhf_core.contract.plan import RoleSpec
@@ -224,6 +224,14 @@ class RoleGroup(Role):
         """Write a Hugging Face folder."""
         self.call("export", folder)
 
+    def sleep(self) -> int:
+        """Give device memory back; the most bytes of any rank."""
+        return int(max(self.call("sleep")))
+
+    def wake(self) -> int:
+        """Take it again; the most bytes of any rank."""
+        return int(max(self.call("wake")))
+
 
 class StoredWeights(Iterator[tuple[str, "Tensor"]]):
     """Weights in the object store, as references to buckets; tensors come here only if somebody iterates over them.
@@ -286,13 +294,13 @@ class EngineGroup(Rollout):
         metrics = self._each("finish_sync", role.name, role.version)[0]
         return {**metrics, "sync/buckets": float(count)}
 
-    def sleep(self) -> None:
-        """Give device memory back."""
-        self._each("sleep")
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Give device memory back; the most bytes of any engine."""
+        return int(max(self._each("sleep", level)))
 
-    def wake(self) -> None:
-        """Be ready to sample again."""
-        self._each("wake")
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
+        """Take the memory of a part again; the most bytes of any engine."""
+        return int(max(self._each("wake", part)))
 
     def state_dict(self) -> Mapping[str, Any]:
         """The states of the engines, by number."""

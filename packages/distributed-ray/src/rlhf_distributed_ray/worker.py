@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
 from rlhf_core.contract.distributed import World
@@ -223,6 +223,14 @@ class RoleWorker(Worker):
         """Write the Hugging Face folder; every rank takes part."""
         self.role.export(folder)
 
+    def sleep(self) -> int:
+        """Give device memory back; its bytes."""
+        return self.role.sleep()
+
+    def wake(self) -> int:
+        """Take it again; its bytes."""
+        return self.role.wake()
+
 
 def buckets(weights: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Any]]]:
     """`weights` in runs of about `BUCKET_BYTES`, as arrays (bfloat16 as its bits)."""
@@ -369,13 +377,15 @@ class EngineWorker(Worker):
             self._compared.add((role, after))
             self.mirrors[role].release()
 
-    def sleep(self) -> None:
-        """Give device memory back."""
-        self.engine.sleep()
+    def sleep(self, level: Literal[1, 2]) -> int:
+        """Give device memory back; its bytes."""
+        freed: int = self.engine.sleep(level)
+        return freed
 
-    def wake(self) -> None:
-        """Be ready again."""
-        self.engine.wake()
+    def wake(self, part: Literal["weights", "cache", "all"]) -> int:
+        """Take the memory of a part again; its bytes."""
+        taken: int = self.engine.wake(part)
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the engine and those inside it, by place."""

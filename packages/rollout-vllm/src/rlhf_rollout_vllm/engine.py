@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError, run_option
@@ -130,15 +130,13 @@ class VLLMEngines(Rollout):
             metrics |= check(engine, role, engine.probe, "the first update")
         return metrics
 
-    def sleep(self) -> None:
-        """Move the weights to host memory and drop the cache, with `enable_sleep`, until `wake`."""
-        for engine in self.engines.values():
-            engine.sleep()
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Give memory back, with `enable_sleep`, until `wake`: drop the cache, and move weights to the host or drop them."""
+        return sum(engine.sleep(level) for engine in self.engines.values())
 
-    def wake(self) -> None:
-        """Be ready to sample again."""
-        for engine in self.engines.values():
-            engine.wake()
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
+        """Take the memory of a part again."""
+        return sum(engine.wake(part) for engine in self.engines.values())
 
     def close(self) -> None:
         """Shut the engines down and free what they hold."""

@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.util.device_memory import free_bytes
 from rlhf_rollout_vllm.install import import_vllm
 from rlhf_rollout_vllm.kept_tokens import MOST, listed_tokens, read_kept_sets, sampled_logprobs
 
@@ -33,6 +34,10 @@ TRANSFER = "rlhf_in_process"
 """What `transfer.InProcess` is called in vLLM."""
 
 CPU_CACHE_GIB = 4.0
+
+TAGS = {"weights": "weights", "cache": "kv_cache"}
+"""Parts of an engine that wake by themselves, and what vLLM calls them."""
+PARTS = frozenset(TAGS)
 
 TEMPERATURE_LEAST = 0.01  # below it vLLM silently takes this one, but for 0
 
@@ -67,7 +72,8 @@ class Engine:
         self.ends = end_ids(role.spec, self.tokenizer)
         self.lacking: tuple[int, ...] = ()
         """ids of the head that the tokenizer has no token for"""
-        self._asleep = False
+        self._asleep: frozenset[str] = frozenset()
+        """parts whose memory is given back"""
         _groups.prepare()
         with preserve_process_state(), tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
             self.llm = self._open(_description(role.spec.options, folder), role.spec.options.trust_remote_code)
@@ -162,6 +168,7 @@ class Engine:
             for uid, limit in zip(prompts.uids, limits, strict=True)
             for k in range(sampling.n)
         ]
+        self.wake()
         with preserve_process_state():
             answers = self.llm.generate(asked, how, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
@@ -204,7 +211,7 @@ class Engine:
             `sync/bytes`, `sync/seconds`, `sync/calls`.
         """
         started = time.perf_counter()
-        self.wake()  # asleep, it has no memory for them
+        self.wake("weights")  # asleep, it has no memory for them
         weights = _CountedWeights(role.weights())
         with torch.no_grad():
             self.llm.start_weight_update()
@@ -219,17 +226,26 @@ class Engine:
             "sync/calls": 4.0,
         }
 
-    def sleep(self) -> None:
-        """Give device memory back."""
-        if self._sleeps and not self._asleep:
-            self.llm.sleep(level=1)
-            self._asleep = True
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Give device memory back; returns its bytes. Level 2 drops the weights, which `update` then brings."""
+        if not self._sleeps or self._asleep == PARTS:
+            return 0
+        before = free_bytes()
+        self.llm.sleep(level=level)
+        self._asleep = PARTS
+        if level == 2:
+            self.version = None
+        return free_bytes() - before
 
-    def wake(self) -> None:
-        """Take it again."""
-        if self._asleep:
-            self.llm.wake_up()
-            self._asleep = False
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
+        """Take the memory of a part again; returns its bytes."""
+        woken = self._asleep & (PARTS if part == "all" else {part})
+        if not woken:
+            return 0
+        before = free_bytes()
+        self.llm.wake_up(tags=[TAGS[each] for each in sorted(woken, reverse=True)])
+        self._asleep -= woken
+        return before - free_bytes()
 
     def close(self) -> None:
         """Free everything; the process groups too, if no other engine of the process is open."""

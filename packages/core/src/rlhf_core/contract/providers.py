@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.capability import replaceable
 from rlhf_core.contract.engines import call_once
@@ -116,11 +116,16 @@ class Rollout(Provider):
         """Take the role's present weights (`role.weights()`). Called after every update; returns metrics."""
         return {}
 
-    def sleep(self) -> None:
-        """Give device memory back until `wake`."""
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Give device memory back until `wake`; return its bytes. Level 2 drops weights, which come with the next `sync`.
 
-    def wake(self) -> None:
-        """Be ready to sample again."""
+        Level 1 keeps them in host memory. An engine that is called after level 2 without a `sync` takes the weights itself.
+        """
+        return 0
+
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
+        """Take the memory of a part again; return its bytes. `sync` needs the weights alone, a call needs all."""
+        return 0
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
         """Return the bytes that it holds on the role's device while it samples, for `rlhf-run plan`; 0 if none."""

@@ -108,6 +108,14 @@ class Trainable:
         """Restore what `save` wrote."""
         raise NotImplementedError
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the states that `offload` moves; by default what `module` holds, and its gradients."""
+        parameters = list(self.module.parameters())
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        tensors = (*parameters, *gradients, *self.module.buffers())
+        return sum(each.numel() * each.element_size() for each in tensors)
+
     def offload(self) -> None:
         """Move all states out of device memory until `reload`."""
         raise NotImplementedError
@@ -187,6 +195,14 @@ class Role:
         """Write a Hugging Face folder."""
         raise NotImplementedError
 
+    def sleep(self) -> int:
+        """Give device memory back until `wake`; return its bytes, the most of any rank. Nothing else is called between."""
+        return 0
+
+    def wake(self) -> int:
+        """Take the memory again, with the states as they were; return its bytes."""
+        return 0
+
 
 @dataclass
 class Placement:
@@ -198,6 +214,10 @@ class Placement:
     roles: dict[str, Role]
     rollout: Rollout | None
     world: World
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return what the launcher counted since it was last asked, sums over a step by name; by default nothing."""
+        return {}
 
     def close(self) -> None:
         """Free what the launcher holds, after everything else; by default nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import ContractError
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.engines import OpenContext
+    from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.roles import Role
 
 __all__ = ["FakeEngine", "FakeRollout", "Letters"]
+
+PARTS = frozenset({"weights", "cache"})
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,17 @@ class FakeRollout(Rollout):
     """time to take new weights"""
     wake_seconds: float = 0.0
     """time to wake up, and to fall asleep"""
+    weights_gib: float = 0.0
+    """memory that its weights are said to take, in GiB"""
+    cache_gib: float = 0.0
+    """memory that its key-value cache is said to take, in GiB"""
 
     has_own_weights: ClassVar[bool] = True
     """it has a copy of the number that is trained"""
+
+    def memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the stated memory."""
+        return int((self.weights_gib + self.cache_gib) * 2**30)
 
     def open(self, context: OpenContext) -> FakeEngine:
         """Return an engine that is awake and has no weights yet."""
@@ -67,13 +78,14 @@ class FakeEngine(Rollout):
         self.w: float | None = None
         """the number that the strategy `fake` trains, as last taken"""
         self.version = 0
-        self.awake = True
+        self.asleep: frozenset[str] = frozenset()
+        """parts whose memory is given back: `weights`, `cache`"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Letters, after the time it takes."""
         from rlhf_core.rollout.assemble import assemble
 
-        if not self.awake:
+        if self.asleep:
             raise ContractError("the rollout engine 'fake' was called while asleep; call wake() first")
         if self.w is None:
             self.sync(role)
@@ -99,20 +111,33 @@ class FakeEngine(Rollout):
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Take the role's number and version."""
+        if "weights" in self.asleep:
+            raise ContractError("the rollout engine 'fake' has no memory for weights; call wake('weights') first")
         sleep(self.options.sync_seconds)
         self.w = float(dict(role.weights())["w"])
         self.version = role.version
         return {}
 
-    def sleep(self) -> None:
-        """Fall asleep, in the time it takes."""
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Fall asleep, in the time it takes; with level 2, forget the number."""
+        freed = self._bytes(PARTS - self.asleep)
         sleep(self.options.wake_seconds)
-        self.awake = False
+        self.asleep = PARTS
+        if level == 2:
+            self.w = None
+        return freed
 
-    def wake(self) -> None:
+    def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
         """Wake up, in the time it takes."""
+        woken = self.asleep & (PARTS if part == "all" else {part})
         sleep(self.options.wake_seconds)
-        self.awake = True
+        self.asleep -= woken
+        return self._bytes(woken)
+
+    def _bytes(self, parts: frozenset[str]) -> int:
+        """Return the stated memory of these parts."""
+        gib = {"weights": self.options.weights_gib, "cache": self.options.cache_gib}
+        return sum(int(gib[part] * 2**30) for part in parts)
 
     def close(self) -> None:
         """Forget the weights."""

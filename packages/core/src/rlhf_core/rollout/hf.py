@@ -18,6 +18,7 @@ from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.util.device_memory import allocated_bytes
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -63,10 +64,12 @@ class HuggingFaceRollout(Rollout):
         """Return an engine that keeps small buffers, and the graphs over them, from one call to the next."""
         return replace(self, samplers={})
 
-    def sleep(self) -> None:
-        """Free what is kept."""
+    def sleep(self, level: Literal[1, 2] = 1) -> int:
+        """Free what is kept; the weights are the role's."""
+        before = allocated_bytes()
         for each in (self.samplers or {}).values():
             each.release()
+        return 0 if before is None else before - (allocated_bytes() or 0)
 
     def close(self) -> None:
         """Free what is kept, and forget the models."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.memory import RoleMemory
 from rlhf_core.contract.providers import Strategy
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.lazy import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.memory import ModelSize
     from rlhf_core.contract.optimizers import OptimizerProvider
 
 __all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
@@ -36,6 +38,12 @@ class FakeStrategy(Strategy):
     """time of a forward pass, per 1,000 tokens"""
     step_seconds: float = 0.0
     """time of an optimiser step"""
+    gib: float = 0.0
+    """memory that a role is said to hold, in GiB"""
+
+    def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+        """Return the stated memory, and nothing that a call adds."""
+        return RoleMemory(weights=int(self.gib * 2**30))
 
     def __call__(
         self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int
@@ -105,6 +113,11 @@ class FakeTrainable(Trainable):
         with torch.no_grad():
             self.w.fill_(state["w"])
         self.steps_done = state["steps_done"]
+
+    @property
+    def held_bytes(self) -> int:
+        """What is stated."""
+        return int(self.options.gib * 2**30)
 
     def offload(self) -> None:
         """Nothing to move."""

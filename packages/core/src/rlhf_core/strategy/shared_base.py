@@ -57,6 +57,11 @@ class SharedBase(Trainable):
     def load(self, folder: str) -> None:
         """Nothing: a frozen role is loaded again from where it came."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Nothing of its own."""
+        return 0
+
     def offload(self) -> None:
         """Nothing: where the model is, is the base_owner's business."""
 

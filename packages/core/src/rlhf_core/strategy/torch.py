@@ -197,6 +197,12 @@ class TorchTrainable(Trainable):
         }
         return {"module": self.module.state_dict(), "optimizer": optimizer}
 
+    @property
+    def held_bytes(self) -> int:
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return super().held_bytes + sum(each.numel() * each.element_size() for each in tensors)
+
     def offload(self) -> None:
         self._move("cpu")
 

@@ -90,6 +90,14 @@ def check_rollout(
         engine.wake()
         woken = engine(role, prompts, SAMPLING)
         assert torch.equal(first.tokens_NT, woken.tokens_NT), f"{name} must sample the same after sleep and wake"
+        engine.sleep(2)
+        engine.wake("weights")
+        engine.sync(role)
+        engine.wake("cache")
+        woken = engine(role, prompts, SAMPLING)
+        assert torch.equal(first.tokens_NT, woken.tokens_NT), (
+            f"{name} must sample the same after its weights were dropped"
+        )
     return first
 
 

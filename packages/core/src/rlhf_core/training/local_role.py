@@ -26,6 +26,7 @@ from rlhf_core.training.shared_forward import ForwardCache
 from rlhf_core.training.taken_weights import TakenWeights, read_weights, snapshot_weights
 from rlhf_core.training.token_budget import TokenBudget, release_memory
 from rlhf_core.util.activity import report
+from rlhf_core.util.device_memory import allocated_bytes
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -254,6 +255,24 @@ class LocalRole(Role):
             self.trainable.load(folder)
         else:
             self.load_weights(read_weights(folder, self.name))
+
+    def sleep(self) -> int:
+        """Move all states to host memory, and give the allocator's cache back; passes kept for training are dropped.
+
+        Returns:
+            the bytes that the device has again; on a CPU, where nothing moves, those of the states.
+        """
+        self.forward_cache.clear()
+        held, before = self.trainable.held_bytes, allocated_bytes()
+        self.trainable.offload()
+        release_memory()
+        return held if before is None else before - (allocated_bytes() or 0)
+
+    def wake(self) -> int:
+        """Move the states back; returns their bytes, as `sleep` does."""
+        before = allocated_bytes()
+        self.trainable.reload()
+        return self.trainable.held_bytes if before is None else (allocated_bytes() or 0) - before
 
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part.
