@@ -27,7 +27,7 @@ SMALL = [
 ENGINES = {
     "vllm": ["--rollout", "vllm"],
     "deepspeed": ["--strategy", "deepspeed"],
-    "ray": ["--launcher", "ray", "--launcher.gpus", "0.3"],
+    "ray": ["--launcher", "ray"],
 }
 """The flags that use a package."""
 

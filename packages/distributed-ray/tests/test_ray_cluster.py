@@ -104,12 +104,12 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
         ),
         # separate: the actor over all three nodes, two workers of the reference on one
         (
-            "--launcher.placement separate --launcher.role-workers actor=4:SPREAD reference=1x2".split(),
+            "--launcher.place separate --launcher.role-workers actor=4:SPREAD reference=1x2".split(),
             {"actor": 3, "reference": 1, "engine": 1},
         ),
         # two nodes of two workers each, surely on different ones
         (
-            "--launcher.placement separate --launcher.role-workers actor=2x2:STRICT_SPREAD".split(),
+            "--launcher.place separate --launcher.role-workers actor=2x2:STRICT_SPREAD".split(),
             {"actor": 2, "reference": 1, "engine": 1},
         ),
     ],
@@ -125,7 +125,7 @@ def test_roles_sit_where_they_were_placed_on_an_existing_cluster(
     line = next(line for line in done.stdout.splitlines() if line.startswith("NODES "))
     nodes = json.loads(line.removeprefix("NODES "))
     assert {name: len(set(where)) for name, where in nodes.items()} == groups
-    if "--launcher.placement" not in placement:
+    if "--launcher.place" not in placement:
         assert nodes["actor"] == nodes["reference"] and nodes["engine"] == nodes["actor"][:1]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 

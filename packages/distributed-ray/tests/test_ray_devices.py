@@ -56,16 +56,19 @@ def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("workers", ["2", "1x2"])
-def test_with_shares_rank_k_of_every_role_is_on_a_gpu_of_its_own(workers: str, tmp_path: Any) -> None:
+def test_together_rank_k_of_every_role_and_engine_k_are_on_a_gpu_of_their_own(workers: str, tmp_path: Any) -> None:
     """Ray by itself packs shares: two ranks of a role were on one GPU, which NCCL refuses."""
-    found = visible(f"--launcher.workers {workers} --launcher.gpus 0.3 --launcher.engines 2", tmp_path)
+    found = visible(f"--launcher.workers {workers}", tmp_path)
     assert len(set(found["actor"])) == 2 and "" not in found["actor"]
     assert found["actor"] == found["reference"] == found["engine"]
 
 
-def test_who_asks_for_no_gpu_sees_none_and_is_told(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ray by itself leaves all GPUs visible to it, and every worker would take the first."""
-    assert visible("", tmp_path) == {"actor": [""], "reference": [""], "engine": [""]}
-    assert (
-        "the cluster has 4 GPUs and --launcher.gpus is 0, so all workers compute on the CPU" in capsys.readouterr().err
-    )
+def test_a_partition_has_the_gpus_that_it_names(tmp_path: Any) -> None:
+    found = visible("--launcher.place actor@2,reference@1,GPU=0,engine@1,GPU=2", tmp_path)
+    assert found["reference"] == [""] and len(found["engine"][0].split(",")) == 2
+    assert len({*found["actor"], *found["engine"][0].split(",")}) == 4
+
+
+def test_without_gpus_nobody_sees_one(tmp_path: Any) -> None:
+    """Ray by itself leaves all GPUs visible to who asks for none, and every worker would take the first."""
+    assert visible("--launcher.gpus off", tmp_path) == {"actor": [""], "reference": [""], "engine": [""]}

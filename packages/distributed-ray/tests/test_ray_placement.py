@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from rlhf_core.errors import UsageError
-from rlhf_distributed_ray.placement import Seat, Shape, check_capacity, check_devices, lay_out, parse_shape
+from rlhf_distributed_ray.placement import Layout, Seat, check_capacity, check_devices, lay_out
+from rlhf_distributed_ray.places import Place, Shape, parse_places, parse_shape
 
 ROLES = {"actor": Shape(2), "reference": Shape(1)}
 
 
+def together(roles: dict[str, Shape], engines: int, cpus: float, gpus: bool, strategy: str = "PACK") -> Layout:
+    """Everyone in one place."""
+    everyone = {**roles, **({"engine": Shape(engines)} if engines else {})}
+    return lay_out([Place(everyone, strategy)], cpus, gpus)
+
+
+def separate(roles: dict[str, Shape], engines: int, cpus: float, gpus: bool, strategy: str = "PACK") -> Layout:
+    """Everyone in a place of their own."""
+    everyone = {**roles, **({"engine": Shape(engines)} if engines else {})}
+    places = [Place({name: shape}, shape.strategy or strategy) for name, shape in everyone.items()]
+    return lay_out(places, cpus, gpus)
+
+
 def test_together_rank_k_of_everyone_shares_bundle_k() -> None:
-    layout = lay_out(ROLES, engines=1, together=True, cpus=0.5, gpus=0.0)
+    layout = together(ROLES, engines=1, cpus=0.5, gpus=False)
     assert layout.groups == (({"CPU": 1.5}, {"CPU": 0.5}),)
     assert layout.seats["actor"] == (Seat(0, 0), Seat(0, 1))
     assert layout.seats["reference"] == layout.seats["engine"] == (Seat(0, 0),)
 
 
 def test_separate_everyone_has_bundles_of_its_own() -> None:
-    layout = lay_out(ROLES, engines=2, together=False, cpus=1.0, gpus=1.0)
+    layout = separate(ROLES, engines=2, cpus=1.0, gpus=True)
     one = {"CPU": 1.0, "GPU": 1.0}
     assert layout.groups == ((one, one), (one,), (one, one))
     assert layout.seats["engine"] == (Seat(2, 0), Seat(2, 1))
@@ -26,7 +42,7 @@ def test_separate_everyone_has_bundles_of_its_own() -> None:
 
 def test_the_devices_of_a_node_are_one_group_which_ray_keeps_on_one_node() -> None:
     roles = {"actor": Shape(2, 4), "critic": Shape(1, 2), "reference": Shape(3)}
-    layout = lay_out(roles, engines=0, together=True, cpus=0.5, gpus=0.25)
+    layout = together(roles, engines=0, cpus=0.5, gpus=True)
     first = ({"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.5, "GPU": 1.0})
     assert layout.groups == (first, ({"CPU": 0.5, "GPU": 1.0},) * 4)
     assert layout.strategies == ("STRICT_PACK", "STRICT_PACK") and layout.apart == ()
@@ -37,26 +53,85 @@ def test_the_devices_of_a_node_are_one_group_which_ray_keeps_on_one_node() -> No
 
 
 def test_nodes_that_are_spread_strictly_are_groups_apart() -> None:
-    layout = lay_out({"actor": Shape(2, 2, "STRICT_SPREAD"), "reference": Shape(1)}, 0, together=False, cpus=1, gpus=0)
+    layout = separate({"actor": Shape(2, 2, "STRICT_SPREAD"), "reference": Shape(1)}, 0, cpus=1, gpus=False)
     assert layout.strategies == ("STRICT_PACK", "STRICT_PACK", "PACK")
     assert layout.apart == (frozenset({0, 1}),)
 
 
 @pytest.mark.parametrize("text", ["3", "1x3", "3x1", "2x2"])
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.5, 0.75, 1.0, 2.0])
-def test_ranks_of_a_role_never_share_a_bundle_and_bundles_have_whole_gpus(
-    text: str, together: bool, share: float
+@pytest.mark.parametrize("arrange", [together, separate])
+@pytest.mark.parametrize("others", range(9))
+def test_ranks_of_a_role_never_share_a_bundle_and_those_in_one_fit_its_gpu(
+    text: str, arrange: Callable[..., Layout], others: int
 ) -> None:
     """So no two of them can be on one GPU, wherever Ray puts bundles and however it packs shares."""
-    roles = {"actor": parse_shape(text, ""), "critic": Shape(2), "reference": Shape(1, 2)}
-    layout = lay_out(roles, engines=2, together=together, cpus=0.1, gpus=share)
+    roles = {"actor": parse_shape(text, ""), **{f"role{k}": Shape(2) for k in range(others)}}
+    layout = arrange(roles, engines=2, cpus=0.1, gpus=True)
     assert all(len(set(seats)) == len(seats) for seats in layout.seats.values())
-    assert all(bundle["GPU"] == int(bundle["GPU"]) for group in layout.groups for bundle in group)
     for seat in {seat for seats in layout.seats.values() for seat in seats}:
         sharing = sum(seat in seats for seats in layout.seats.values())
-        room = layout.groups[seat.group][seat.bundle]["GPU"]
-        assert sharing * share - 1e-9 <= room < sharing * share + 1, "room for all of them, and no GPU more"
+        room, share = layout.groups[seat.group][seat.bundle]["GPU"], layout.share(seat)["GPU"]
+        counted = round(share, 4)  # Ray counts ten-thousandths
+        assert room == 1.0 and 0.99 <= sharing * counted <= room
+
+
+def test_ppo_on_eight_gpus_needs_no_options() -> None:
+    """Actor, critic, reference and engine k are on GPU k, a quarter for each."""
+    layout = together({role: Shape(8) for role in ("actor", "critic", "reference")}, engines=8, cpus=0.25, gpus=True)
+    check_capacity(layout, [{"CPU": 8.0, "GPU": 8.0}])
+    assert layout.share(Seat(0, 7)) == {"CPU": 0.25, "GPU": 0.25}
+    assert layout.sitting(Seat(0, 7)) == ["actor", "critic", "reference", "engine"]
+
+
+def test_a_partition_has_shares_strategies_and_resources_of_its_own() -> None:
+    text = "actor+reference@2x4:strict_spread, critic+reward@4, engine[tp=2]@3,RAM=64"
+    places = parse_places(text, ["actor", "critic", "reference", "reward"], "actor", "SPREAD", devices=2)
+    layout = lay_out(places, cpus=0.5, gpus=True)
+    assert layout.strategies == ("STRICT_PACK", "STRICT_PACK", "SPREAD", "SPREAD") and layout.apart == ({0, 1},)
+    assert layout.groups[:2] == (({"CPU": 1.0, "GPU": 1.0},) * 4,) * 2
+    assert layout.groups[3] == ({"CPU": 0.5, "GPU": 2.0, "RAM": 64.0},) * 3
+    assert layout.share(Seat(3, 0)) == {"CPU": 0.5, "GPU": 2.0, "RAM": 64.0}, "an engine has all of its bundle"
+    assert layout.share(layout.seats["critic"][3]) == {"CPU": 0.5, "GPU": 0.5}
+
+
+def test_engines_sit_with_the_role_that_they_sample_unless_they_have_a_place() -> None:
+    places = parse_places("critic@1,actor@3", ["actor", "critic"], "actor", "PACK", devices=1)
+    layout = lay_out(places, cpus=1, gpus=False)
+    assert layout.seats["engine"] == layout.seats["actor"] and len(layout.seats["engine"]) == 3
+    offline = parse_places("critic@1,actor@3", ["actor", "critic"], "", "PACK", devices=1)
+    assert all("engine" not in place.members for place in offline)
+
+
+def test_a_place_may_do_without_gpus() -> None:
+    layout = lay_out(parse_places("a@1,GPU=0,b@1", ["a", "b"], "", "PACK", 1), cpus=1, gpus=True)
+    assert layout.groups == (({"CPU": 1.0},), ({"CPU": 1.0, "GPU": 1.0},))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"^place '': give NAMES@BUNDLES, such as actor\+reference@8, or together or separate$"),
+        ("toegther", r"^place 'toegther': give NAMES@BUNDLES, "),
+        ("RAM=3", r"^place 'RAM=3': give NAMES@BUNDLES, "),
+        ("actor@2", r"^place has no place for critic; add NAMES@BUNDLES, or \+ to a place$"),
+        ("actor@2,critic@0", r"^place '0': give a number of workers, or NODESxDEVICES such as 2x4$"),
+        ("actor@2,critic@1:WIDE", r"^place '1:WIDE': give a number of workers"),
+        (
+            "actor@2,critc@1",
+            r"^place 'critc@1': this run has no 'critc' \(did you mean 'critic'\?\); it has actor, critic, ",
+        ),
+        ("actor+actor@2,critic@1", r"^place 'actor\+actor@2' names actor twice$"),
+        ("actor@2,critic+actor@1", r"^place gives actor two places$"),
+        ("actor[tp=2]@2,critic@1", r"^place 'actor\[tp=2\]': the engines of this run compute on 1 GPU; set that with "),
+        ("actor+critic@2,engine[tp=4]@1", r"^place 'engine\[tp=4\]': the engines of this run compute on 1 GPU; "),
+        ("actor+critic@2,GPU=0.5", r"^place 'GPU=0.5': give RESOURCE=AMOUNT, such as GPU=0 or RAM=64, and whole GPUs$"),
+        ("actor+critic@2,RAM=much", r"^place 'RAM=much': give RESOURCE=AMOUNT"),
+    ],
+)
+def test_what_is_no_partition_is_refused_in_one_line(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told) as caught:
+        parse_places(text, ["actor", "critic"], "actor", "PACK", devices=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_two_ranks_on_one_gpu_are_refused_by_name() -> None:
@@ -67,7 +142,7 @@ def test_two_ranks_on_one_gpu_are_refused_by_name() -> None:
 
 def test_each_role_that_stands_alone_may_be_laid_out_in_its_own_way() -> None:
     roles = {"actor": Shape(2, 1, "STRICT_SPREAD"), "reference": Shape(1)}
-    assert lay_out(roles, 1, together=False, cpus=1, gpus=0, strategy="SPREAD").strategies == (
+    assert separate(roles, 1, cpus=1, gpus=False, strategy="SPREAD").strategies == (
         "STRICT_SPREAD",
         "SPREAD",
         "SPREAD",
@@ -75,7 +150,7 @@ def test_each_role_that_stands_alone_may_be_laid_out_in_its_own_way() -> None:
 
 
 def test_an_offline_run_has_no_engine() -> None:
-    assert "engine" not in lay_out(ROLES, engines=0, together=True, cpus=1, gpus=0).seats
+    assert "engine" not in together(ROLES, engines=0, cpus=1, gpus=False).seats
 
 
 @pytest.mark.parametrize(
@@ -99,10 +174,10 @@ def test_other_shapes_are_refused(text: str) -> None:
 
 
 def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:
-    layout = lay_out(ROLES, engines=1, together=False, cpus=1.0, gpus=1.0)
+    layout = separate(ROLES, engines=1, cpus=1.0, gpus=True)
     with pytest.raises(
         UsageError,
-        match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, the cluster has 2; lower ",
+        match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, the cluster has 2; ask for less with ",
     ):
         check_capacity(layout, [{"CPU": 8.0, "GPU": 2.0}])
     check_capacity(layout, [{"CPU": 4.0, "GPU": 4.0}])
@@ -110,14 +185,14 @@ def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:
 
 @pytest.mark.parametrize(("text", "strategy"), [("1x4", "PACK"), ("4", "STRICT_PACK")])
 def test_what_must_be_on_one_node_must_fit_on_one(text: str, strategy: str) -> None:
-    layout = lay_out({"actor": parse_shape(text, "")}, 0, together=True, cpus=1.0, gpus=0.0, strategy=strategy)
-    with pytest.raises(UsageError, match=r"^launcher ray needs 4 CPU on one node, the largest has 2; lower "):
+    layout = together({"actor": parse_shape(text, "")}, 0, cpus=1.0, gpus=False, strategy=strategy)
+    with pytest.raises(UsageError, match=r"^launcher ray needs 4 CPU on one node, the largest has 2; ask for less "):
         check_capacity(layout, [{"CPU": 2.0}, {"CPU": 2.0}])
     check_capacity(layout, [{"CPU": 2.0}, {"CPU": 4.0}])
 
 
 def test_strict_spread_needs_as_many_nodes_as_bundles() -> None:
-    layout = lay_out(ROLES, engines=0, together=True, cpus=0.1, gpus=0.0, strategy="STRICT_SPREAD")
+    layout = together(ROLES, engines=0, cpus=0.1, gpus=False, strategy="STRICT_SPREAD")
     with pytest.raises(UsageError, match=r"STRICT_SPREAD needs 2 nodes, the cluster has 1"):
         check_capacity(layout, [{"CPU": 8.0}])
     check_capacity(layout, [{"CPU": 8.0}, {"CPU": 8.0}])

@@ -135,8 +135,8 @@ def same_as_in_one_process(preferences: Path, tmp_path_factory: pytest.TempPathF
     ("algorithm", "flags"),
     [
         ("grpo", ["--launcher.workers", "2", "--launcher.engines", "2"]),
-        ("ppo", ["--launcher.role-workers", "critic=1x2", "--launcher.placement", "separate"]),
-        ("dpo", ["--launcher.workers", "2", "--launcher.placement", "separate"]),
+        ("ppo", ["--launcher.place", "actor@1,critic+reference@1x2"]),
+        ("dpo", ["--launcher.workers", "2", "--launcher.place", "separate"]),
         ("sft", ["--launcher.workers", "1"]),
     ],
 )
@@ -162,7 +162,7 @@ def test_kept_sets_reach_the_workers_with_their_rows(preferences: Path, tmp_path
     """Replay under Ray: rows are cut, sent and put together, and the trainer's log-probabilities are the sampler's."""
     cut = ["--sampling.top-p", "0.8", "--minibatches", "2", "--algorithm.kl.coef", "0.1"]
     local = run([*words_of("grpo", preferences, tmp_path / "local", 2), *cut])
-    flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.placement", "separate"]
+    flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.place", "separate"]
     placed = run([*words_of("grpo", preferences, tmp_path / "ray", 2), *cut, *WORKERS, *flags])
     assert_equal_runs(local, placed)
     assert all(row["actor/mismatch_max"] < 1e-5 and row["rollout/kept_mass"] < 1 for row in placed)
@@ -218,7 +218,7 @@ def test_roles_that_track_or_judge_have_the_numbers_of_one_process(
 def test_twenty_steps_of_every_algorithm_wherever_roles_are_placed(
     algorithm: str, workers: str, placement: str, same_as_in_one_process: Callable[..., None]
 ) -> None:
-    same_as_in_one_process(algorithm, 20, ["--launcher.workers", workers, "--launcher.placement", placement])
+    same_as_in_one_process(algorithm, 20, ["--launcher.workers", workers, "--launcher.place", placement])
 
 
 @WITH_DEEPSPEED
@@ -246,7 +246,7 @@ def test_vllm_inside_ray_samples_the_weights_that_were_trained_elsewhere(
     strategy: list[str], preferences: Path, tmp_path: Path
 ) -> None:
     """Completions, rewards and log-probabilities of the run in one process, also with vLLM; shards are gathered for it."""
-    flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.placement", "separate"]
+    flags = ["--launcher.workers", "2", "--launcher.engines", "2", "--launcher.place", "separate"]
     local = run([*words_of("grpo", preferences, tmp_path / "local"), *VLLM])
     placed = run([*words_of("grpo", preferences, tmp_path / "ray"), *VLLM, *WORKERS, *flags, *strategy])
     assert_equal_runs(local, placed)
@@ -361,7 +361,7 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
             ["--launcher.cpus", "9"],
             r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;",
         ),
-        (["--launcher.gpus", "1"], r"^launcher ray needs 3 GPU for .*, the cluster has 0; lower "),
+        (["--launcher.gpus", "on"], r"^launcher ray needs 1 GPU for .*, the cluster has 0; ask for less with "),
         (["--launcher.workers", "3"], r"^--batch-size 4 does not divide over the 3 workers of role actor$"),
         (
             ["--launcher.workers", "two"],
@@ -371,8 +371,8 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
             ["--launcher.role-workers", "judge=2"],
             r"^--launcher.role-workers 'judge=2': this run has no role 'judge'; it has ",
         ),
-        (["--launcher.engines", "0"], r"^--launcher.engines 0: at least 1$"),
-        (["--launcher.workers", "1x4", "--launcher.cpus", "3"], r"^launcher ray needs 27 CPU for 4 x actor, "),
+        (["--launcher.engines", "-1"], r"^--launcher.engines -1: at least 1, or 0 for one for each worker "),
+        (["--launcher.workers", "1x4", "--launcher.cpus", "3"], r"^launcher ray needs 36 CPU for 4 x actor, "),
         (
             ["--launcher.role-workers", "actor=2:SPREAD"],
             r"^--launcher.role-workers 'actor=2:SPREAD': roles that are placed together are laid out together; use ",

@@ -11,6 +11,7 @@ from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import UsageError, option
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
+from rlhf_distributed_ray.places import ENGINE
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -63,8 +64,8 @@ class Cluster:
             )
             check_devices(role, roles[role].call("devices"))
         engine = None
-        if "engine" in self.layout.seats:
-            actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats["engine"]]
+        if ENGINE in self.layout.seats:
+            actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
             engine = EngineGroup(actors, self._locations("rollout engine", actors))
         for group in roles.values():
             group.call("start", *group.call("address")[0])
@@ -107,14 +108,15 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        share = self.layout.share
+        share = dict(self.layout.share(seat))
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
         if not share.get("GPU"):
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides the GPUs of a worker that asks for some, not of others
         environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
         actor = ray.remote(body).options(
-            num_cpus=share["CPU"],
-            num_gpus=share.get("GPU", 0),
+            num_cpus=share.pop("CPU", 0),
+            num_gpus=share.pop("GPU", 0),
+            resources=share,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
             runtime_env={"env_vars": environment},
         )

@@ -11,17 +11,18 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import MissingPackage, OptionError, UsageError, option, run_option
-from rlhf_core.util.messages import log
+from rlhf_core.errors import MissingPackage, OptionError, option
+from rlhf_core.util.messages import progress
 from rlhf_distributed_ray.cluster import Cluster, disconnect
-from rlhf_distributed_ray.placement import Layout, Shape, check_capacity, lay_out, parse_shape
+from rlhf_distributed_ray.placement import Layout, check_capacity, lay_out
+from rlhf_distributed_ray.places import ENGINE, Place, Shape, check_engines_alone, parse_places, parse_shape
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -47,17 +48,18 @@ class RayLauncher(Launcher):
     role_workers: tuple[str, ...] = ()
     """roles with workers of their own, as `critic=2` or `actor=2x4`, when separate also laid out their own way, as
     `actor=2x4:STRICT_SPREAD`"""
-    engines: int = 1
-    """rollout engines"""
-    placement: Literal["together", "separate"] = "together"
-    """rank k of every role and the engines share bundle k, or each has bundles of its own"""
+    engines: int = 0
+    """rollout engines; 0 is one for each worker of the role that is sampled, or for as many as an engine takes GPUs"""
+    place: str = "together"
+    """`together`: rank k of every role, and engine k, share bundle k; `separate`: bundles of their own; or a partition such as
+    `actor+reference@8,critic@4:SPREAD,engine@4,RAM=64`: who shares how many bundles, which strategy, what each bundle has"""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """how Ray lays bundles over nodes"""
     cpus: float = 0.25
     """CPUs that a worker asks for; a share, since roles work in turn"""
-    gpus: float = 0.0
-    """GPUs that a worker asks for: a share such as 0.3 lets rank k of every role, and engine k, be on one GPU; with 0 all
-    workers compute on the CPU"""
+    gpus: Literal["auto", "on", "off"] = "auto"
+    """`on`: each bundle has a GPU, which those who sit in it share; `off`: all compute on the CPU; `auto`: on where the cluster
+    has a GPU"""
     threads: int = 1
     """OpenMP threads of each worker"""
 
@@ -72,17 +74,63 @@ class RayLauncher(Launcher):
             )
 
     def __call__(self, plan: Plan) -> Placement:
-        shapes = self._shapes(plan)
-        engines = self.engines if plan.online else 0
-        layout = lay_out(shapes, engines, self.placement == "together", self.cpus, self.gpus, self.strategy)
-        started = self._connect(layout)
-        self._report_idle_gpus(plan)
-        cluster = Cluster(plan, layout, self.threads, started)
+        places = self._places(plan)
+        started = self._connect()
+        try:
+            layout = self._lay_out(places)
+            _report_engines(layout)
+            cluster = Cluster(plan, layout, self.threads, started)
+        except BaseException:
+            disconnect(started)
+            raise
         try:
             return cluster.place()
         except BaseException:
             cluster.close()
             raise
+
+    def _places(self, plan: Plan) -> list[Place]:
+        """Who shares bundles with whom in a run of the plan.
+
+        Raises:
+            UsageError: options contradict each other, or the batch does not divide over the workers of a role.
+        """
+        if self.engines < 0:
+            raise OptionError(
+                "engines", f"{self.engines}: at least 1, or 0 for one for each worker of the sampled role"
+            )
+        sampled = _sampled_role(plan)
+        devices = plan.config.providers["rollout"].devices if sampled else 1
+        if self.place in ("together", "separate"):
+            places = self._usual_places(plan, sampled, devices)
+        else:
+            if self.workers != "1" or self.role_workers:
+                other = "role_workers" if self.role_workers else "workers"
+                raise OptionError(["place", other], "contradict each other: a partition has sizes of its own")
+            places = parse_places(self.place, list(plan.roles), sampled, self.strategy, devices)
+            places = [_with_engines(place, self.engines) for place in places]
+        for place in places:
+            if self.gpus != "off":
+                check_engines_alone(place, devices)
+            for role, shape in place.members.items():
+                if role != ENGINE and plan.config.batch_size % shape.workers:
+                    raise OptionError(
+                        "/batch_size",
+                        f"{plan.config.batch_size} does not divide over the {shape.workers} workers of role {role}",
+                    )
+        return places
+
+    def _usual_places(self, plan: Plan, sampled: str, devices: int) -> list[Place]:
+        """The one place of `together`, or the places of `separate`."""
+        members = self._shapes(plan)
+        if sampled:
+            members[ENGINE] = Shape(self.engines or max(1, members[sampled].workers // devices))
+        if self.place == "together":
+            return [Place(members, self.strategy)]
+        return [
+            Place({name: shape}, shape.strategy or self.strategy, devices=devices if name == ENGINE else 1)
+            for name, shape in members.items()
+        ]
 
     def _shapes(self, plan: Plan) -> dict[str, Shape]:
         """Workers of each role of the plan."""
@@ -94,45 +142,33 @@ class RayLauncher(Launcher):
                     "role_workers", f"{text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
                 )
             shapes[role] = parse_shape(shape, "role_workers")
-            if shapes[role].strategy and self.placement == "together":
+            if shapes[role].strategy and self.place == "together":
                 raise OptionError(
                     "role_workers",
                     f"{text!r}: roles that are placed together are laid out together; "
-                    f"use {option('strategy')}, or {option('placement', 'separate')}",
-                )
-        if self.engines < 1:
-            raise OptionError("engines", f"{self.engines}: at least 1")
-        for role, laid in shapes.items():
-            if plan.config.batch_size % laid.workers:
-                raise OptionError(
-                    "/batch_size",
-                    f"{plan.config.batch_size} does not divide over the {laid.workers} workers of role {role}",
+                    f"use {option('strategy')}, or {option('place', 'separate')}",
                 )
         return shapes
 
-    def _connect(self, layout: Layout) -> bool:
-        """Join or start a cluster, and check that it can hold the layout; whether it was started here."""
+    def _lay_out(self, places: list[Place]) -> Layout:
+        """The layout on the cluster that this process has joined, which can hold it."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = self.gpus == "on" or (self.gpus == "auto" and any(node.get("GPU") for node in nodes))
+        layout = lay_out(places, self.cpus, gpus)
+        check_capacity(layout, nodes)
+        return layout
+
+    def _connect(self) -> bool:
+        """Join or start a cluster; whether it was started here."""
         import ray
 
         started = not ray.is_initialized()
         if started:
             _is_listening(self.address)
             self._open()
-        try:
-            check_capacity(layout, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        except UsageError:
-            disconnect(started)
-            raise
         return started
-
-    def _report_idle_gpus(self, plan: Plan) -> None:
-        """GPUs that nobody asks for are not used, which is hardly meant."""
-        import ray
-
-        idle = ray.cluster_resources().get("GPU", 0.0)
-        if idle and not self.gpus:
-            gpus = plan.config.option_names.render(run_option("launcher.gpus"))
-            log.warning(f"the cluster has {idle:g} GPUs and {gpus} is 0, so all workers compute on the CPU")
 
     def _open(self) -> None:
         """`ray.init`, whose every failure is one line."""
@@ -157,6 +193,31 @@ class RayLauncher(Launcher):
                 "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them",
             )
         raise OptionError("address", f"{self.address or 'local'}: no Ray cluster answers ({reason})")
+
+
+def _sampled_role(plan: Plan) -> str:
+    """The role whose workers decide how many engines there are: the policy if it is sampled; empty in an offline run."""
+    sampled = [role for role, spec in plan.roles.items() if spec.sampled] if plan.online else []
+    return plan.policy if plan.policy in sampled else next(iter(sampled), "")
+
+
+def _with_engines(place: Place, engines: int) -> Place:
+    """`place` with that many engines, where it has any and a number is given."""
+    if not engines or ENGINE not in place.members:
+        return place
+    room = place.members[ENGINE].workers
+    if engines > room:
+        raise OptionError(["place", "engines"], f"contradict each other: there is a place for {room} rollout engines")
+    return replace(place, members={**place.members, ENGINE: Shape(engines)})
+
+
+def _report_engines(layout: Layout) -> None:
+    """Log how many engines there are, and with whom they share their bundles."""
+    seats = layout.seats.get(ENGINE, ())
+    if len(seats) > 1:
+        others = [name for name in layout.sitting(seats[0]) if name != ENGINE]
+        where = f"beside {', '.join(others)}" if others else "in bundles of their own"
+        progress.info(f"{len(seats)} rollout engines {where}")
 
 
 def _ray_version() -> tuple[int, ...]:

@@ -108,6 +108,11 @@ class Rollout(Provider):
         """
         return False
 
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that one engine computes on, where there are any: several under tensor or pipeline parallelism."""
+        return 1
+
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
         raise NotImplementedError

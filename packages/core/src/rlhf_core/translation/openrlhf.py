@@ -231,8 +231,7 @@ def placement(draft: Draft) -> None:
     together = draft.take_switch("colocate_all_models")
     if engines := draft.flags.get("vllm_num_engines"):
         draft.set("launcher.engines", *engines)
-    draft.set("launcher.placement", "together" if together else "separate")
-    draft.set("launcher.gpus", 0.2 if together else 1)
+    draft.set("launcher.place", "together" if together else "separate")
     if "actor" in sizes:
         draft.set("launcher.workers", sizes["actor"])
     others = {role: size for role, size in sizes.items() if role in ("critic", "ref") and size != sizes.get("actor")}

@@ -238,8 +238,6 @@ def placement(draft: Draft) -> None:
     nodes, devices = draft.take_number("trainer.nnodes", 1), draft.take_number("trainer.n_gpus_per_node", 8)
     draft.set("launcher", "ray")
     draft.set("launcher.workers", f"{int(nodes)}x{int(devices)}")
-    draft.set("launcher.engines", nodes * devices)
-    draft.set("launcher.gpus", 0.2)
     engine = draft.take(f"{ROLLOUT}.name", "vllm")
     draft.set("rollout", ENGINES.get(engine, "vllm"))
     if engine not in ENGINES:
