@@ -20,7 +20,7 @@ from rlhf_core.contract.hooks import KINDS  # of this checkout, whichever is ins
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "packages/core/src/rlhf_core/plugins/known_packages.py"
 
-HEAD = '''"""Which sibling distribution provides which name. Written by tools/install_table.py: do not edit."""
+HEAD = '''"""Names that each sibling distribution provides. Written by tools/install_table.py: do not edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What online presets have in common: roles, and terms made of the chosen credit and objective.
+"""Shared parts of online presets: roles, and terms made of the chosen credit and objective.
 
 Everything is decided by what providers declare (`min_samples`, `needs`, a `length` to be filled in), nothing by name.
 """
@@ -42,7 +42,7 @@ POLICY_ROLES: Mapping[str, ModelOptions] = {
 
 @dataclass(frozen=True)
 class OnlineOptions(Algorithm):
-    """What every online preset can do before credit is assigned. Not a preset itself."""
+    """Options of every online preset that apply before credit is assigned. This is not a preset itself."""
 
     shaping: RewardShaping = RewardShaping()
     """scale and penalties of rewards"""

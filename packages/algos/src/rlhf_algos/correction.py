@@ -1,4 +1,4 @@
-"""What to do when the sampler is not quite the policy: another engine, another precision, or an older version.
+"""Correct for a sampler that differs from the policy: another engine, another precision, or an older version.
 
 Sampling and training disagree a little even on the same weights, so data is slightly off-policy before the first
 update. The remedy is an importance weight between the policy as the trainer computes it at the start of the step and
@@ -57,7 +57,7 @@ class Correction:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the weights are made of; nothing when they are off."""
+        """Return the needs of the weights; empty if they are off."""
         return frozenset() if self.level == "off" else frozenset({"old_logprobs_NT", "sampler_logprobs_NT"})
 
     def weights(self, batch: Batch) -> tuple[Tensor, Mapping[str, Metric]]:
@@ -88,7 +88,7 @@ class Correction:
         return _exp(log_ratio_N1).expand_as(log_ratio_NT)
 
     def _distance(self, batch: Batch) -> Tensor:
-        """How far sampler and trainer are apart, at every token; of a completion, the mean over its tokens."""
+        """Return the distance of sampler and trainer per token; per completion, the mean over its tokens."""
         names = ("sampler_logprobs_NT", "old_logprobs_NT")
         p_NT, q_NT = (batch[name].masked_fill(~batch.mask_NT, 0.0).exp().clamp(NEAR, 1 - NEAR) for name in names)
         if self.gate == "tv":

@@ -42,7 +42,7 @@ def group_sum(values_N: Tensor, group_N: Tensor) -> Tensor:
 
 
 def group_sizes(group_N: Tensor) -> Tensor:
-    """How many completions each one's group has; float64."""
+    """Return the size of each completion's group; float64."""
     return group_sum(torch.ones_like(group_N), group_N)
 
 

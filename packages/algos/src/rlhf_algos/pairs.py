@@ -54,7 +54,7 @@ def log_ratios(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor) -> Mapping[str, Metric]:
-    """How the implicit (or modelled) rewards of chosen and rejected completions compare. A tie within rounding counts as
+    """Compare the implicit (or modeled) rewards of chosen and rejected completions. A tie within rounding counts as
     half right."""
     margin = (chosen - rejected).detach()
     return {

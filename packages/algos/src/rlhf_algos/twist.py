@@ -26,7 +26,7 @@ LOGITS = f"{TRAINED}.logits_NT"
 
 
 def psi_needs(psi: Psi) -> frozenset[str]:
-    """What of the trained proposal itself must be in the batch."""
+    """Return the outputs of the trained proposal that the batch must contain."""
     return frozenset({LOGITS}) if psi == "unnormalised" else frozenset()
 
 

@@ -77,7 +77,7 @@ def render_options(message: str, names: OptionNames | None = None) -> str:
 
 @dataclass(frozen=True)
 class OptionNames:
-    """How the user of one run writes its options. Without arguments: as dotted paths."""
+    """Spelling of options for the user of one run. Without arguments: dotted paths."""
 
     options: frozenset[str] = frozenset()
     """the dotted path of every option that the run has; empty where they are unknown"""

@@ -1,4 +1,4 @@
-"""What core itself provides, through the same hooks as everybody else. Names and strings: nothing is imported here."""
+"""Providers of core, registered through the same hooks as any plugin's. It has names and strings only: nothing is imported."""
 
 from __future__ import annotations
 

@@ -117,12 +117,12 @@ def add_mismatched_rows(batch: Batch) -> Batch:
 
 
 def _is_paired(batch: Batch) -> bool:
-    """Whether rows are a chosen and a rejected completion in turn."""
+    """Return True if rows alternate between chosen and rejected completions."""
     return len(batch) % 2 == 0 and torch.equal(batch.group_N[0::2], batch.group_N[1::2])
 
 
 def _desirable_mask(rollouts: Batch) -> Tensor:
-    """Which rows are desirable (N,): by their labels, or by their place in a pair."""
+    """Mark the desirable rows (N,): by their labels, or by their position in a pair."""
     if any(label is not None for label in rollouts.labels) or not _is_paired(rollouts):
         return torch.tensor([_is_desirable(label) for label in rollouts.labels])
     return torch.arange(len(rollouts)) % 2 == 0

@@ -1,4 +1,4 @@
-"""How much more a teacher believes in a token, as credit: on-policy distillation."""
+"""On-policy distillation: credit is a teacher's log-probability of a token minus the policy's."""
 
 from __future__ import annotations
 

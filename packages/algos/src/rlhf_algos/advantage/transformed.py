@@ -42,7 +42,7 @@ class TransformedAdvantage(Advantage):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the other advantage needs: a critic's values, say."""
+        """Return the needs of the other advantage, for example a critic's values."""
         return self._other.needs
 
     @property

@@ -46,5 +46,5 @@ class DPO(Algorithm):
         return (term, Term("actor", "data", ChosenNLLLoss(), weight=self.nll)) if self.nll else (term,)
 
     def credit(self, loss: Loss) -> Advantage | None:
-        """What the loss reads of the whole batch before it is cut; nothing, but in variants."""
+        """Return the credit that the loss reads from the whole batch before it is split; None except in variants."""
         return None

@@ -64,7 +64,7 @@ class SelectedData(Json):
         return chosen
 
     def _choose(self, groups: list[list[Example]]) -> Iterator[Example]:
-        """What is trained on of each prompt."""
+        """Yield the completions of each prompt to train on."""
         best_first = [sorted(group, key=self._reward, reverse=True) for group in groups]
         if self.select == "best":
             return (ranked[0] for ranked in best_first)

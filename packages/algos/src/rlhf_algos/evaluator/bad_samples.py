@@ -1,4 +1,4 @@
-"""How probable known bad outputs still are: the policy's log-probabilities of what `--reward keep_bad` kept."""
+"""Measure the policy's log-probabilities of known bad outputs, which `--reward keep_bad` kept."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class HeldoutTable(Evaluator):
         return run.rollouts(policy(run, "heldout_table"), prompts, sampling)
 
     def _columns(self, run: RunView, rollouts: Rollouts, number: int) -> dict[str, list[Any]]:
-        """What is known of each completion."""
+        """Return the columns that describe each completion."""
         rewards = run.reward_of(rollouts)
         rewards_N, answered = rewards.total_N, rewards.answered_N.tolist()
         now_NT = run.roles[policy(run, "heldout_table")].infer(rollouts, LOGPROBS)["logprobs_NT"].double()

@@ -1,4 +1,4 @@
-"""What all policy objectives share: how tokens are averaged, and the correction for an imperfect sampler.
+"""Shared parts of policy objectives: the average over tokens, and the correction for an imperfect sampler.
 
 Not an objective itself; a subclass says what one token's loss is.
 """

@@ -1,4 +1,4 @@
-"""What all losses on the difference of log-ratios to a reference share. Not an objective itself."""
+"""Base class of losses on the difference of log-ratios to a reference. This is not an objective itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every estimator of a linear reward has: parameters, their average, a count of updates, and a state that can be stored.
+"""Base class of estimators of a linear reward: parameters, their average, a count of updates, and a state to store.
 
     estimator = Omd(d)
     estimator.step(z_BD)                # z = phi(chosen) - phi(rejected), B pairs

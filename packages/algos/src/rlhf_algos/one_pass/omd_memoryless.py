@@ -30,7 +30,7 @@ __all__ = ["Direction", "OmdMemoryless", "direction"]
 
 
 class Direction(NamedTuple):
-    """How a memoryless step finds its direction."""
+    """Direction of a memoryless step."""
 
     damping: float = 0.8
     """lambda_0"""

@@ -1,4 +1,4 @@
-"""What `omd`, `omd_cg` and `mle` have in common: an estimator runs on the features of a reward model's head.
+"""Base class of `omd`, `omd_cg` and `mle`: an estimator runs on the features of a reward model's head.
 
 The body is frozen. Features of all pairs of a step reach the estimator in the order of the data, from every rank, and each rank
 takes the same step. So neither ranks nor micro-batches change it.

@@ -29,7 +29,7 @@ __all__ = ["PairSelector"]
 
 @dataclass(frozen=True)
 class PairSelector(Advantage):
-    """What all pair selectors share. Not a selector itself."""
+    """Base class of pair selectors. This is not a selector itself."""
 
     min_gap: float = 0.0
     """pairs whose rewards differ by no more than this are left out"""

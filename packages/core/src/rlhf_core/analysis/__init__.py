@@ -1,1 +1,1 @@
-"""What is made of many runs: curves over seeds, and how rare bad outputs are against what it costs."""
+"""Analyze many runs: curves over seeds, and the rate of bad outputs against its cost."""

@@ -65,7 +65,7 @@ def _t_two_sided(t: float, freedom: int) -> float:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other beats: none is at least as high in both numbers and higher in one."""
+    """Mark the points on the Pareto front: no other point is as high in both numbers and higher in one."""
     return [not any(_beats(other, point) for other in points) for point in points]
 
 

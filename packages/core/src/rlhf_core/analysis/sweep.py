@@ -78,12 +78,12 @@ class Member:
 
     @property
     def is_started(self) -> bool:
-        """Whether there is something to resume."""
+        """Return True if there is something to resume."""
         return any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
     @property
     def status(self) -> dict[str, Any]:
-        """What the last attempt left: `exit` and `seconds`; empty while there was none, or it was killed."""
+        """Read `exit` and `seconds` of the last attempt; empty if there was none, or if it was killed."""
         try:
             found: Any = json.loads(self.status_file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -112,7 +112,7 @@ class Member:
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a file says."""
+    """Contents of a sweep file."""
 
     path: Path
     output: Path

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: sizes and checksums (XXH3, 128 bits) of its files, and of the list of them.
+"""Verify checkpoints: sizes and checksums (XXH3, 128 bits) of their files, and of the list of files.
 
 They tell what a disk, a copy or a full file system did; against somebody who forges a file and its checksum no unsigned list
 helps. So the fastest good hash will do: computing it costs a tenth of what the disk needs, where SHA-256 took two thirds.
@@ -37,7 +37,7 @@ def seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, empty if nothing."""
+    """Describe the damage of a checkpoint; empty if there is none."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"]

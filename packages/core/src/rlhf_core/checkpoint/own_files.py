@@ -42,7 +42,7 @@ OWN_FILES = "run.json"
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """What OUTPUT/run.json holds."""
+    """Contents of OUTPUT/run.json."""
 
     run: str
     config: str = ""

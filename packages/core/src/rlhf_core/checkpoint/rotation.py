@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest always, the best by a metric if one was named, others by number and by total size.
+"""Rotate checkpoints: keep the newest, the best by a named metric, and others by number and total size.
 
 The best is chosen anew each time from what the checkpoints themselves say, so that a run killed anywhere between saving,
 measuring and removing makes up for it the next time.
@@ -34,7 +34,7 @@ def which_is_better(name: str, mode: Literal["auto", "max", "min"]) -> Literal["
 
 @dataclass(frozen=True)
 class Rotation:
-    """What is kept of the checkpoints of a run."""
+    """Limits on the checkpoints that a run keeps."""
 
     keep: int
     """how many, the best not counted"""

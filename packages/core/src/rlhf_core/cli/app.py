@@ -1,4 +1,4 @@
-"""What `rlhf-run` does with its words, and how it ends.
+"""Entry point of `rlhf-run`: choose the command, run it, and set the exit code.
 
 A user's mistake is one line on stderr and exit code 2; Ctrl-C is 130; a run that stopped itself says why and brings its
 own code; anything else is a bug and keeps its traceback. Only work that came to its end exits with 0: a reader of the output

@@ -92,7 +92,7 @@ def two_vllms() -> Iterator[str]:
 
 
 def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
-    """What installed distributions need of the GPU stack in other versions than those that are installed."""
+    """Yield requirements on the GPU stack that the installed versions do not meet."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     for name in dict.fromkeys(distributions):

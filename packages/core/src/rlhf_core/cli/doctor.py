@@ -92,7 +92,7 @@ def _devices() -> Iterator[str]:
 
 
 def _missing_for_readme() -> Iterator[str]:
-    """What commands of the README lack, with the pip command of each."""
+    """Yield what the commands of the README lack, with a pip command for each."""
     for package, (what, wanted) in README.items():
         if not _version(package):
             yield f"{what} needs {package}: python3 -m pip install {wanted}"

@@ -191,7 +191,7 @@ def _discard(member: Member, names: Sequence[str]) -> None:
 
 
 def _ranks(processes: int) -> list[str]:
-    """What starts a run as several ranks on this machine."""
+    """Return the command line that starts a run as several ranks on this machine."""
     if processes == 1:
         return []
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -20,7 +20,7 @@ __all__ = ["ClassDocs", "docs_of", "first_line"]
 
 @dataclass(frozen=True)
 class ClassDocs:
-    """What a class says about itself."""
+    """Documentation of a class, parsed."""
 
     doc: str = ""
     """its docstring, cleaned"""

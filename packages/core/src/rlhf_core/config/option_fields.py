@@ -38,7 +38,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether it must be given."""
+        """Return True if the option has no default."""
         return self.default is MISSING
 
     def describe(self, name: str) -> str:
@@ -126,7 +126,7 @@ def nested_dataclass(annotation: Any) -> tuple[type | None, bool]:
 
 
 def default_of(each: dataclasses.Field[Any], base: Any) -> Any:
-    """What a field is unless it is set: its value in `base`, else its default; MISSING where there is neither."""
+    """Return a field's value in `base`, else its default; MISSING if it has neither."""
     if isinstance(base, Mapping) and each.name in base:
         return base[each.name]
     if base is not None and not isinstance(base, Mapping):

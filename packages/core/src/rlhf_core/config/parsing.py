@@ -1,4 +1,4 @@
-"""What is set for a run: values by dotted path, read from a file's tree and from flags, each by its option's type.
+"""Parse settings of a run from a TOML tree and from flags into values by dotted path.
 
 Two passes. The first finds what decides which options there are: the algorithm and one name per kind, from flags, else
 from the file, else the algorithm's usual ones. The second reads every value. Later wins: defaults, file, flags.

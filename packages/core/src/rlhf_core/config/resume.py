@@ -1,4 +1,4 @@
-"""What may differ between a run and its continuation: whatever changes no result.
+"""Compare the options of a run with those of its continuation: only options that change no result may differ.
 
 An option says so itself, by the metadata `FREE` of its field. Where processes run, how they hold models, and what measures or
 watches the policy are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
@@ -86,7 +86,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def _is_free(path: str, config: RunConfig) -> bool:
-    """Whether the field of a provider or role says that it changes no result."""
+    """Return True if the field is marked as changing no result."""
     kind, _, name = path.partition(".")
     holder = config.algorithm if kind == "algorithm" else config.providers.get(kind, config.roles.get(kind))
     fields = dataclasses.fields(holder) if holder is not None else ()
@@ -94,7 +94,7 @@ def _is_free(path: str, config: RunConfig) -> bool:
 
 
 def _follows_steps(options: Any) -> bool:
-    """Whether a role's learning rate depends on how many steps there are."""
+    """Return True if a role's learning rate depends on the number of steps."""
     if not isinstance(options, TrainedOptions):
         return False
     return options.optim.schedule != "constant" or 0 < options.optim.warmup < 1

@@ -1,4 +1,4 @@
-"""Which options a run has: the sections of its chosen providers and roles, flattened to dotted paths.
+"""Schema of a run's options: the sections of its providers and roles, flattened to dotted paths.
 
 `reward.limit` is the path of the flag `--reward.limit` and of the key `limit` in the TOML table `[reward]`. The schema
 follows from the names chosen, so that help, errors and the written file speak of exactly those options.
@@ -93,12 +93,12 @@ class Schema:
     """kinds that the user chose to have none of"""
 
     def is_group(self, path: str) -> bool:
-        """Whether there can be options under `path`."""
+        """Return True if `path` may contain options."""
         known = [*self.options, *(f"{section.prefix}." for section in self.sections)]
         return any(each.startswith(f"{path}.") for each in known) or path in self.names
 
     def hint(self, path: str, spell: Callable[[str], str]) -> str:
-        """What to say to somebody who wrote `path`, which is no option; `spell` writes a path as flag or key."""
+        """Return a hint for the unknown option `path`; `spell` writes a path as a flag or key."""
         head = path.partition(".")[0]
         (subject, name), *chosen = self.names.items()
         kinds = [kind for kind, _ in chosen]

@@ -59,7 +59,7 @@ def reveal(secret: str) -> str:
 
 
 def is_secret(annotation: Any) -> bool:
-    """Whether `annotation` is marked as a secret."""
+    """Return True if `annotation` is marked as a secret."""
     return get_origin(annotation) is Annotated and any(isinstance(mark, Secret) for mark in annotation.__metadata__)
 
 
@@ -106,7 +106,7 @@ def _element_types(annotation: Any, count: int) -> list[Any]:
 
 
 def metavar(annotation: Any) -> str:
-    """What stands for a value in help and errors: `INT`, `{k1,k2}`, `FLOAT FLOAT`, `[STR ...]`."""
+    """Return the placeholder of a value in help and errors: `INT`, `{k1,k2}`, `FLOAT FLOAT`, `[STR ...]`."""
     bare, origin, arguments = _strip_annotated(annotation), _origin(annotation), get_args(_strip_annotated(annotation))
     if (members := _members(annotation)) is not None:
         named = [metavar(each) for each in members if each is not types.NoneType and given_by(each) != "python"]

@@ -1,4 +1,4 @@
-"""What flows between the stages. What providers are called with is in `rlhf_core.contract.providers`, whose names are here too.
+"""Batches that flow between the stages. `rlhf_core.contract.providers` re-exports these names.
 
 Shape letters, used in names everywhere: P prompts, G completions per prompt, N = P*G completions (offline: rows), L prompt
 tokens, T completion tokens. Per-token tensors are aligned to the completion and left-aligned in time: column t belongs to

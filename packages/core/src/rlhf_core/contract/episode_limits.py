@@ -11,7 +11,7 @@ __all__ = ["EpisodeLimits"]
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """When an episode ends though its environment does not say so. `--sampling.max-new-tokens` limits its tokens."""
+    """Limits that end an episode before its environment does. `--sampling.max-new-tokens` limits its tokens."""
 
     turns: int = 8
     """turns of the policy after which an episode ends"""

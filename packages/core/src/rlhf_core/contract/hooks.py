@@ -165,13 +165,13 @@ def rlhf_algorithm() -> Providers:
 
 @hookspec
 def rlhf_strategy() -> Providers:
-    """How a role's model is trained inside a process: `(build, optim, total_steps) -> Trainable`."""
+    """Train a role's model inside a process: `(build, optim, total_steps) -> Trainable`."""
     raise AssertionError("a specification is never called")
 
 
 @hookspec
 def rlhf_launcher() -> Providers:
-    """Where processes and roles run: `(plan) -> Placement`."""
+    """Place processes and roles: `(plan) -> Placement`."""
     raise AssertionError("a specification is never called")
 
 
@@ -195,7 +195,7 @@ def rlhf_optimizer() -> Providers:
 
 @hookspec
 def rlhf_output() -> Providers:
-    """What a role's forward pass can give, by its name with shape (`quantiles_NTK`): `(states, head) -> Tensor`."""
+    """Add an output of a role's forward pass, named with its shape (`quantiles_NTK`): `(states, head) -> Tensor`."""
     raise AssertionError("a specification is never called")
 
 
@@ -213,7 +213,7 @@ def rlhf_ingredient() -> Providers:
 
 @hookspec
 def rlhf_metrics() -> Mapping[str, str]:
-    """What the plugin logs: `{name: "unit: meaning"}`, as in `rlhf_core.plugins.metric_catalogue`."""
+    """Document the metrics of the plugin: `{name: "unit: meaning"}`, as in `rlhf_core.plugins.metric_catalogue`."""
     raise AssertionError("a specification is never called")
 
 

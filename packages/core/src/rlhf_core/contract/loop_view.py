@@ -1,4 +1,4 @@
-"""What the loop asks of a run and of its iterations: the verbs that `rlhf_core.loop` calls, and nothing else."""
+"""Protocols of a run and its iterations: exactly the methods that `rlhf_core.loop` calls."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class RoleMemory:
 
 @dataclass(frozen=True)
 class SamplingLoad:
-    """What is sampled in a step on one device."""
+    """Samples of one step on one device."""
 
     prompts: int
     """distinct prompts"""

@@ -26,7 +26,7 @@ __all__ = ["AdamW", "OptimizerProvider", "StepClosure", "parameter_groups"]
 
 
 class StepClosure(Protocol):
-    """What `step` of an optimizer gets, where its provider declares `closure`."""
+    """Argument of an optimizer's `step` if its provider declares `closure`."""
 
     def __call__(self) -> float:
         """Return the loss over all ranks. The first call returns the one at hand; each further call evaluates it again, with

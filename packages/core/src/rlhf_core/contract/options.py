@@ -50,7 +50,7 @@ FREE = {"free": True}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
+    """Options for sampling completions."""
 
     n: int = 4
     """completions per prompt"""

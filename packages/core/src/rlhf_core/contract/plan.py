@@ -65,12 +65,12 @@ class RoleSpec:
 
     @property
     def trained(self) -> bool:
-        """Whether a term trains it."""
+        """Return True if a term trains the role."""
         return bool(self.terms)
 
     @property
     def tracking(self) -> Tracking | None:
-        """How its weights follow another role's; None if they do not."""
+        """Return how the weights track another role's; None if they do not."""
         options = self.options
         return options.track if isinstance(options, TrackingOptions) and options.track.of else None
 
@@ -101,11 +101,11 @@ class Plan:
 
     @property
     def online(self) -> bool:
-        """Whether any source samples."""
+        """Return True if any source samples."""
         return any(source != DATA for source in self.sources)
 
     def for_step(self, step: int) -> Plan:
-        """What takes part in a step, counted from 1: terms that have a cadence wait for their turn."""
+        """Return the plan of a step, counted from 1: terms with a cadence take part only in their steps."""
         terms = tuple(term for term in self.terms if step % term.every == 0)
         if len(terms) == len(self.terms):
             return self

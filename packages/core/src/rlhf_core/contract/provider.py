@@ -1,4 +1,4 @@
-"""What providers of every kind have in common."""
+"""Base class of providers of every kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Provider"]
 
 @replaceable
 class Provider:
-    """What providers of all kinds have in common.
+    """Base class of providers of all kinds.
 
     A provider that holds nothing is its own engine. One that holds something, or remembers something from step to step,
     returns another object from `open`: see `rlhf_core.contract.engines`.

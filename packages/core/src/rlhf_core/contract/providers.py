@@ -269,7 +269,7 @@ class Loss(Provider):
 
     @property
     def aggregate(self) -> str | None:
-        """How its values are averaged, where that is an option of it (`Reduction.per`)."""
+        """Return how the loss averages its values, if it has an option for that (`Reduction.per`)."""
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""What providers return: rewards, credit, and the values of losses with the reduction they ask for."""
+"""Results of providers: rewards, credit, and values of losses with the reduction they ask for."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class RewardOutput:
 
     @property
     def outcome_N(self) -> Tensor:
-        """What filters and samplers compare (N,), float64: `scores_N`, or the rewards of whole completions where absent."""
+        """Return the outcomes that filters and samplers compare (N,), float64: `scores_N`, or rewards of whole completions."""
         return self.total_N if self.scores_N is None else self.scores_N.double()
 
     @property
     def answered_N(self) -> Tensor:
-        """Where the reward gave an answer; bool (N,)."""
+        """Mark the samples that have a reward; bool (N,)."""
         none_N = torch.zeros(len(self.rewards_N), dtype=torch.bool)
         return ~(none_N if self.abstained_N is None else self.abstained_N)
 
@@ -147,7 +147,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Credit:
-    """What each completion token earned. Zero outside the mask, no gradient."""
+    """Advantage of each completion token. It is zero outside the mask and has no gradient."""
 
     advantages_NT: Tensor
     """float32"""
@@ -179,7 +179,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Reduction:
-    """How core turns a loss's values into one number over the whole optimiser step, all micro-batches and ranks.
+    """Rule that reduces a loss's values to one number over the optimizer step, all micro-batches and ranks.
 
     * `token`: sum over masked tokens / number of masked tokens.
     * `sequence`: mean over completions of the mean over their masked tokens (empty completions do not count).
@@ -196,7 +196,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What a loss returns: values, not a mean. Core masks, weighs and divides."""
+    """Values of a loss, not their mean. Core masks, weights and divides them."""
 
     values: Tensor
     """(N, T) per token, or (N,) per sample, or (N / rows_per_unit,) per pair"""

@@ -126,7 +126,7 @@ class Trainable:
 
 
 class SecondOrderTrainable(Trainable):
-    """What a strategy with `second_order` gives: a `Trainable` whose optimizer may read more than one gradient of a step."""
+    """`Trainable` of a strategy with `second_order`: its optimizer may read several gradients per step."""
 
     optimizer: Any
     """the torch optimizer"""
@@ -206,7 +206,7 @@ class Role:
 
 @dataclass
 class Placement:
-    """What a launcher returns: roles and rollout engine, wherever they run.
+    """Roles and rollout engine of a run, wherever they run. Launchers return it.
 
     `rollout` is the provider, which core opens and closes, or an object of that kind that stands for engines elsewhere.
     """

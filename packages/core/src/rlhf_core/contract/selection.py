@@ -1,4 +1,4 @@
-"""What a run learns from: the base classes of samplers, which choose rows of data, and filters, which choose sampled groups.
+"""Base classes of samplers, which choose rows of data, and filters, which choose sampled groups.
 
 A provider is a frozen dataclass that subclasses one of them, as for the kinds in `rlhf_core.contract.providers`.
 """

@@ -1,4 +1,4 @@
-"""How old a token may be when it is trained on, where iterations are sampled ahead (`--ahead`), and what happens to others."""
+"""Limits on the age of tokens for iterations sampled ahead (`--ahead`), and policies for older tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Staleness:
-    """What happens to tokens that older weights sampled."""
+    """Policy for tokens sampled by older weights."""
 
     most: int = 0
     """optimizer updates between the weights that sampled a token and those that begin to train on it, at most; 0 allows what
@@ -41,7 +41,7 @@ class Staleness:
 
 @dataclass(frozen=True)
 class PartialRollouts:
-    """How completions go on under new weights."""
+    """Options for completions that continue under new weights."""
 
     tokens: int = 0
     """tokens of a slice, between which new weights may arrive; 0 samples completions whole"""

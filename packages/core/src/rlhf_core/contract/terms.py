@@ -82,7 +82,7 @@ def update_order(terms: Iterable[Term]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ProviderChoices:
-    """What the user (or the algorithm's defaults) chose: providers an algorithm builds its terms from."""
+    """Providers from which an algorithm builds its terms: chosen by the user or by the algorithm's defaults."""
 
     advantage: Advantage | None = None
     loss: Loss | None = None

@@ -59,7 +59,7 @@ class RowCache:
         self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
 
     def key(self, example: Example) -> bytes:
-        """What the example's row depends on, in 16 bytes."""
+        """Hash everything that the example's row depends on, in 16 bytes."""
         content = [example.prompt, example.completions, example.meta.get("tools")]
         return hashlib.blake2b(json.dumps(content, default=repr).encode(), digest_size=16).digest()
 

@@ -113,7 +113,7 @@ def _excerpt(value: Any) -> str:
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether `text` is an HH dialogue: it begins with a human turn."""
+    """Return True if `text` is an HH dialogue: it begins with a human turn."""
     return text.lstrip().startswith("Human:")
 
 

@@ -56,7 +56,7 @@ KEPT = ("datasource", "tools")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row mean what."""
+    """Names of a row's columns by meaning."""
 
     path: str
     """where the rows are"""
@@ -179,7 +179,7 @@ class Columns:
             raise DataError(f"{origin}: {error}") from None
 
     def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What goes with the row to rewards and templates."""
+        """Return the columns that rewards and templates receive with the row."""
         kept = {key: row[key] for key in KEPT if row.get(key)}
         if "tools" in kept:
             kept["tools"] = tools(kept["tools"])
@@ -288,7 +288,7 @@ def _text(row: Mapping[str, Any], key: str) -> Text:
 
 
 def _with_column_name(key: str, read: Callable[..., Read], *arguments: Any) -> Read:
-    """What `read` gives; what it says to be wrong begins with the column."""
+    """Call `read`; its error messages begin with the column."""
     try:
         return read(*arguments)
     except ValueError as error:

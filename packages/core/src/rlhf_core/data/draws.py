@@ -60,7 +60,7 @@ class Draws:
 
     @property
     def place(self) -> int:
-        """How many rows were drawn in all epochs."""
+        """Return the number of rows drawn in all epochs."""
         return self._first_uid + self._row
 
     def segments(self, rows: int) -> tuple[list[Segment], Exception | None]:

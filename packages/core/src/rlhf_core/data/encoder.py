@@ -124,7 +124,7 @@ class Encoder:
         return (self._renderer.template or "") if self.encoding.template_file else ""
 
     def fits_prompt(self, example: Example) -> bool:
-        """Whether the example's prompt is short enough to be answered."""
+        """Return True if the example's prompt leaves room for an answer."""
         return self.truncate(self.prompt_row(example)) is not None
 
     def fitting_prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
@@ -248,7 +248,7 @@ class Encoder:
         return TokenizedRow(text, ids or [self._bos], opening=self._opening(example, ids))
 
     def _opening(self, example: Example, ids: list[int]) -> int:
-        """How many of a chat's ids stand before what its first user says."""
+        """Return the number of a chat's ids before its first user message."""
         key, render = self._renderer.opening(example)
         if key not in self._openings:
             if len(self._openings) >= OPENINGS:
@@ -342,7 +342,7 @@ class Encoder:
         return replace(row, text=text, ids=ids, completions=sides, cut=True)
 
     def _limits(self, answered: bool) -> tuple[int, int]:
-        """How many tokens a prompt may have, and a prompt with its completion."""
+        """Return the maximum tokens of a prompt, and of a prompt with its completion."""
         limit, budget = self.max_prompt_tokens, self.encoding.max_tokens
         if self.positions is None:
             return limit, budget

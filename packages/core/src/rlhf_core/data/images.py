@@ -108,7 +108,7 @@ def _parts(message: Message) -> list[Part]:
 
 
 def _places(message: Message) -> int:
-    """How many images of a column belong into a message."""
+    """Return how many images of a column belong to a message."""
     if message["role"] == "assistant":
         return 0
     return sum(part["text"].count(MARK) if part["type"] == "text" else part == HERE for part in _parts(message))
@@ -130,7 +130,7 @@ def _fill_places(message: Message, images: Iterator[Part]) -> Message:
 
 
 def has_images(chat: object) -> bool:
-    """Whether there is an image in a prompt or completion."""
+    """Return True if a prompt or completion contains an image."""
     return any(True for _ in images_of(chat))
 
 

@@ -157,7 +157,7 @@ _IN_USE: WeakValueDictionary[tuple[Any, ...], Sequence[Example]] = WeakValueDict
 
 
 def _identity(path: str) -> tuple[int, ...]:
-    """What changes when a file does; nothing of what is no file, which is read once."""
+    """Return what changes when a file changes; empty for what is not a regular file, which is read once."""
     try:
         found = Path(path).stat()
         return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size) if Path(path).is_file() else ()
@@ -166,7 +166,7 @@ def _identity(path: str) -> tuple[int, ...]:
 
 
 def _problem(columns: Columns, row: Any, origin: str) -> DataError | None:
-    """What is wrong with a row."""
+    """Return the error in a row, if there is one."""
     try:
         columns.example(row, origin)
     except DataError as error:

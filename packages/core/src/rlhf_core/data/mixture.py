@@ -135,7 +135,7 @@ class SetsReader:
         raise StopIteration
 
     def state(self) -> Any:
-        """What another reader continues from."""
+        """Return the state from which another reader continues."""
         return {"draws": self._draws, "left": sorted(self._left), "readers": [each.state() for each in self._readers]}
 
 

@@ -36,7 +36,7 @@ TARGET = "rlhf_core.data.prepare:_in_worker"
 
 @dataclass(frozen=True)
 class Preparation(Data):
-    """How a reader's rows become tokens, for readers to inherit from."""
+    """Base class of readers: turns their rows into tokens."""
 
     _: KW_ONLY
     encoding: Encoding = Encoding()
@@ -80,7 +80,7 @@ class Preparer:
 
     @property
     def block(self) -> int:
-        """How many examples are worth giving at a time."""
+        """Return how many examples to pass at a time."""
         return self._count * SHARE or 1
 
     def __call__(self, examples: Sequence[Example]) -> list[TokenizedRow | DataError | None]:
@@ -125,7 +125,7 @@ class Preparer:
 
 
 def _row_inputs(example: Example, online: bool) -> Example:
-    """What the row depends on, and its place for messages."""
+    """Return what the row depends on, with its position for messages."""
     tools = {"tools": example.meta["tools"]} if "tools" in example.meta else {}
     completions = () if online else example.completions
     return replace(example, label=None, meta=tools, fields={}, completions=completions)

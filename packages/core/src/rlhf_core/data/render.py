@@ -38,7 +38,7 @@ LIMITS_ADVICE = f"raise {run_option('max_prompt_tokens')}" + advice(
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become tokens."""
+    """Options that turn rows into tokens."""
 
     template: Literal["auto", "chat", "raw"] = "auto"
     """chat: the tokenizer's chat template, a plain prompt being one user message; raw: plain text, a chat being written
@@ -74,13 +74,13 @@ class Renderer:
 
     @property
     def identity(self) -> list[str]:
-        """What decides the text of a row, beside the row: templates, and the day where one asks for it."""
+        """Return what decides a row's text besides the row: templates, and the date if a template uses it."""
         template = self.template or ""
         day = f"{date.today()}" if "strftime_now" in template else ""
         return [template, self._input_template, day, *(["in parts"] if self._reader is not None else [])]
 
     def uses_template(self, example: Example) -> bool:
-        """Whether a chat template renders the example; special tokens like BOS are its business then."""
+        """Return True if a chat template renders the example, special tokens such as BOS included."""
         return self.template is not None and self._chat(example) is not None
 
     def prompt(self, example: Example) -> str:
@@ -168,7 +168,7 @@ class Renderer:
         return text.removesuffix(closing)
 
     def _rest_of_turn(self, example: Example, chat: Chat, before: str) -> str:
-        """What the last turn of `chat` adds to `before`, which opens it with more than a past turn shows: with <think>.
+        """Return what the last turn of `chat` adds to `before`, whose opening may hold more than past turns show: <think>.
 
         A turn that begins with that too continues it.
         """
@@ -240,7 +240,7 @@ def _is_begun(chat: Chat) -> bool:
 
 
 def _join_contents(begun: Message, turn: Message, origin: str) -> str:
-    """What a turn says in all whose beginning the prompt has."""
+    """Join the content of a turn whose beginning is part of the prompt."""
     parts = [begun.get("content"), turn.get("content")]
     if not all(isinstance(part, str) for part in parts):
         raise DataError(

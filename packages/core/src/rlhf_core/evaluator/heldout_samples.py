@@ -1,4 +1,4 @@
-"""What evaluators that sample share: completions of the policy on held-out prompts, and numbers split by data source.
+"""Shared parts of evaluators that sample: completions on held-out prompts, and metrics by data source.
 
 Seeds depend on the run's seed and the prompt alone, so evaluations at two steps differ by the policy only.
 """

@@ -1,4 +1,4 @@
-"""How far the policy has gone from its reference, and how long its answers are, on held-out prompts."""
+"""Measure the policy's KL from its reference and the length of its answers on held-out prompts."""
 
 from __future__ import annotations
 

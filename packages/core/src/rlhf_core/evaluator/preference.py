@@ -1,4 +1,4 @@
-"""How often a model prefers the chosen completion of a held-out pair."""
+"""Measure how often a model prefers the chosen completion of a held-out pair."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Preference(Evaluator):
         }
 
     def _values(self, run: RunView, batch: Batch) -> Tensor:
-        """What is compared, per completion."""
+        """Return the value of each completion that is compared."""
         name = run.plan.trained_roles[0] if run.plan.trained_roles else next(iter(run.plan.roles))
         if self.by == "scores":
             return run.roles[name].infer(batch, frozenset({"scores_N"}))["scores_N"]

@@ -1,4 +1,4 @@
-"""How often the policy's answer to a held-out prompt beats another model's, by the reward."""
+"""Measure how often the policy's answer to a held-out prompt beats another model's, by the reward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPPONENT = "reference"
 
 @dataclass(frozen=True)
 class WinRate(Evaluator):
-    """How often the policy's answers get a higher reward than the reference model's, on held-out prompts.
+    """Measure how often the policy's answers get a higher reward than the reference model's, on held-out prompts.
 
     Both answer with their own template and tokenizer, so the two may be of different families. A pair counts if the reward
     abstains from neither.

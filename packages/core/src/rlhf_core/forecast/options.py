@@ -1,4 +1,4 @@
-"""What `rlhf-run plan` is told of devices and of the lengths of rows (`--plan.gpus 8 --plan.gpu h100`)."""
+"""Options of `rlhf-run plan`: devices and lengths of rows (`--plan.gpus 8 --plan.gpu h100`)."""
 
 from __future__ import annotations
 

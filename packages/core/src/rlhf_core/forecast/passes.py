@@ -37,7 +37,7 @@ CACHE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Passes:
-    """What a role takes on a device that holds a whole copy of it."""
+    """Memory and operations of a role on a device that holds a whole copy of it."""
 
     size: ModelSize
     memory: RoleMemory

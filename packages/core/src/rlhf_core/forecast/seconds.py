@@ -31,7 +31,7 @@ MEASURED_SIZE = 2048
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches."""
+    """Rates that a device reaches."""
 
     operations: float
     """per second, in matrix products"""

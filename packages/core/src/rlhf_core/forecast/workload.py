@@ -1,4 +1,4 @@
-"""What one device reads and samples in a step: rows, their lengths, and how micro-batches are cut from them.
+"""Workload of one device per step: rows, their lengths, and micro-batches.
 
 Every row is taken to be as long as rows may be, so that memory is an upper bound for shorter ones.
 """

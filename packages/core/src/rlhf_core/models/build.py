@@ -99,7 +99,7 @@ def prepare_training(module: RoleModule, spec: RoleSpec) -> None:
 
 
 def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
-    """What is asked of a trained role's module beside its adapters."""
+    """Prepare a trained role's module, apart from its adapters."""
     if options.gradient_checkpointing:
         module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.compile:
@@ -115,7 +115,7 @@ def _train(module: RoleModule, options: TrainedOptions, role: str) -> None:
 
 
 def _vision(spec: RoleSpec) -> Vision | None:
-    """How the role's model takes images; None where it reads text alone.
+    """Return how the role's model reads images; None if it reads only text.
 
     Raises:
         UsageError: it should give values or scores of them.

@@ -41,7 +41,7 @@ def freeze(module: Any, patterns: Iterable[str], role: str) -> dict[str, int]:
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
-    """Whether the parts of `pattern` stand in a row in the dotted `name`."""
+    """Return True if the parts of `pattern` follow one another in the dotted `name`."""
     parts, wanted = name.split("."), pattern.split(".")
     return any(
         all(_part(part, want) for part, want in zip(parts[i:], wanted, strict=False))
@@ -50,7 +50,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for, those held in 4 bits or by other ranks (DeepSpeed's stage 3) included."""
+    """Return the number of elements of a parameter, including those in 4 bits or on other ranks (DeepSpeed's stage 3)."""
     state = getattr(parameter, "quant_state", None)
     return int(getattr(parameter, "ds_numel", parameter.numel())) if state is None else prod(state.shape)
 

@@ -142,7 +142,7 @@ class RoleModule(nn.Module):
         return states.index_select(0, states_M)
 
     def _states(self, inputs: Inputs, names: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What `_read` gives; each row is read once where only heads are trained."""
+        """Return what `_read` returns, and cache it per row if only heads are trained."""
         body, routed = self.model.base_model, ROUTER_LOSS in names
         if routed or inputs.images or self.sharded or not trains_only_heads(self, body):
             return self._read(inputs, routed)
@@ -183,7 +183,7 @@ class RoleModule(nn.Module):
 
     @property
     def _image_input(self) -> Vision:
-        """How the model takes images; asked where rows have some."""
+        """Return the model's image inputs, for rows that have images."""
         if self.vision is None:
             raise UsageError(
                 f"{self.model.config.name_or_path} reads text alone, and rows have images; pass another model"
@@ -204,7 +204,7 @@ class RoleModule(nn.Module):
 
     @property
     def flash(self) -> bool:
-        """Whether attention is flash attention of a package or of the hub; not torch's own, which `sdpa` takes."""
+        """Return True if attention is flash attention of a package or the hub, not torch's own, which `sdpa` uses."""
         return uses_flash(self.model.config.get_text_config(decoder=True))
 
     def hf_weights(
@@ -284,7 +284,7 @@ class RoleModule(nn.Module):
         return [*self.heads.values(), *([] if score is None else [score])]
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What a checkpoint needs: frozen weights are loaded again from where they came."""
+        """Return the state that a checkpoint needs. Frozen weights are not in it: they are loaded from their source again."""
         kept = self._checkpoint_names()
         state = super().state_dict(*args, **options)
         return {name: value for name, value in state.items() if name in kept}

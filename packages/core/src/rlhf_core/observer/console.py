@@ -1,4 +1,4 @@
-"""What a user sees while a run goes: a head line, a line a step with rates and the time left, and the result.
+"""Console output of a run: a header, a line per step with rates and the time left, and the result.
 
 On a terminal and in a notebook a live display shows what happens inside a step (`rlhf_core.observer.live`).
 """
@@ -72,7 +72,7 @@ class Console:
 
 
 def truncation(sampling: Sampling) -> str:
-    """What cutting the distribution does to importance ratios; empty where nothing is cut, or kept sets are replayed."""
+    """Describe how truncated sampling affects importance ratios; empty if nothing is truncated or kept sets are replayed."""
     cuts = {"top-p": (sampling.top_p, 1.0), "top-k": (sampling.top_k, 0), "min-p": (sampling.min_p, 0.0)}
     cut = [f"{name} {value:g}" for name, (value, whole) in cuts.items() if value != whole]
     if not cut or sampling.temperature == 0 or sampling.replay == "on":
@@ -132,7 +132,7 @@ def evaluation_table(before: tuple[int, Mapping[str, float]], after: tuple[int, 
 
 
 def evaluation_samples(path: Path) -> str:
-    """What was answered to the same prompts at the first and at the last evaluation."""
+    """Format the answers to the same prompts at the first and the last evaluation."""
     if not path.exists():
         return ""
     rows = [row for line in path.read_bytes().split(b"\n")[:-1] if (row := _shown_row(line)) is not None]

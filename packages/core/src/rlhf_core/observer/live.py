@@ -52,7 +52,7 @@ def in_notebook() -> bool:
 
 
 class LiveView(logging.Handler):
-    """What both displays have in common: the text, and when it is drawn.
+    """Base class of both displays: the text, and when to draw it.
 
     Args:
         steps: optimizer phases of the run.

@@ -35,7 +35,7 @@ class MLflow(Observer):
     writes: ClassVar[tuple[str, ...]] = ("mlflow.db", "trackers.json")
 
     def check(self) -> None:
-        """Whether the package is installed."""
+        """Raise UsageError if the package is not installed."""
         needs_package("mlflow", "mlflow", "mlflow")
 
     def __call__(self, run: RunView) -> Tracker:

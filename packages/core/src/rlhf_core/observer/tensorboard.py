@@ -25,7 +25,7 @@ class TensorBoard(Observer):
     writes: ClassVar[tuple[str, ...]] = ("tensorboard/", "trackers.json")
 
     def check(self) -> None:
-        """Whether the package is installed."""
+        """Raise UsageError if the package is not installed."""
         needs_package("tensorboard", "tensorboard", "tensorboard")
 
     def __call__(self, run: RunView) -> Tracker:

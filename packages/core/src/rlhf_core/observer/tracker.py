@@ -1,4 +1,4 @@
-"""What trackers share: each number of a run is handed on once, evaluations between steps included, and some samples.
+"""Base class of trackers: passes on each metric of a run once, evaluations included, and some samples.
 
 A tracker is an observer provider: called with a run it returns the object that watches it, here a `Tracker` that knows
 how one library takes numbers. A resumed run goes on in the same run of the tracker, by the id that is kept in its folder.

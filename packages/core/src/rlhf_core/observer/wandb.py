@@ -55,7 +55,7 @@ class Wandb(Observer):
     writes: ClassVar[tuple[str, ...]] = ("wandb/", "trackers.json")
 
     def check(self) -> None:
-        """Whether the package is there, and online a key.
+        """Raise UsageError if the package is not installed or, online, if there is no key.
 
         Raises:
             UsageError: no key, or nobody answers.

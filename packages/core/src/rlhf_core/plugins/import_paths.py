@@ -35,7 +35,7 @@ def check_provided(kind: str, name: object, target: object) -> None:
 
 
 def load(target: str) -> Any:
-    """What `"module:Class"` names."""
+    """Import the object that `"module:Class"` names."""
     module, _, name = target.partition(":")
     found: Any = import_module(module)
     for part in name.split("."):
@@ -44,7 +44,7 @@ def load(target: str) -> Any:
 
 
 def load_local(kind: str, target: str) -> Any:
-    """What the user's `module:Class` names. An error inside the user's module stays what it is."""
+    """Import the object that the user's `module:Class` names. Errors inside the user's module pass through."""
     module, _, name = target.partition(":")
     if not TARGET.fullmatch(target):
         raise UsageError(f"{run_option(kind)} {target}: expected a provider's name or module:Class")

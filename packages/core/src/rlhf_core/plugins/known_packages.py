@@ -1,4 +1,4 @@
-"""Which sibling distribution provides which name. Written by tools/install_table.py: do not edit."""
+"""Names that each sibling distribution provides. Written by tools/install_table.py: do not edit."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ METRICS: Mapping[str, str] = {**_RUN, **_TIME, **_PROVIDERS}
 
 
 def matches_documented(documented: str, name: str, words: Mapping[str, Collection[str]]) -> bool:
-    """Whether `name` is a metric that is documented as `documented`.
+    """Return True if `name` is a metric documented as `documented`.
 
     `words` are what placeholders may stand for (roles, sources, datasources); one that is not there stands for any word, and
     `<datasource>` for any text.

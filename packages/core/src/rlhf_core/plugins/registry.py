@@ -1,4 +1,4 @@
-"""Which plugins there are, and which class a name stands for.
+"""Registry of plugins and of the class that each name stands for.
 
 Plugins are the built-in modules and the entry points of the group `rlhf`, loaded one at a time: one that fails is kept
 in `broken_plugins` with its distribution and exception; the others are loaded. Provider hooks are asked once, here; afterwards
@@ -209,7 +209,7 @@ class Registry:
             raise PluginError(f"rlhf_command() and rlhf_algorithm() both give {both[0]!r}; rename one")
 
     def _ask(self, kind: str, plugin: Plugin) -> Iterator[RegisteredProvider]:
-        """What the plugin provides of `kind`."""
+        """Yield the plugin's providers of `kind`."""
         for implementation in getattr(self._manager.hook, f"rlhf_{kind}").get_hookimpls():
             if implementation.plugin_name != plugin.name:
                 continue

@@ -1,4 +1,4 @@
-"""What the engine gives an ingredient while it works."""
+"""Context of an ingredient: inputs, settings and output folder."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ MADE_OF = "made-of.json"
 
 @dataclass(frozen=True)
 class State:
-    """How far a step is, and why it will run if it will."""
+    """Progress of a step, and the reason to run it if there is one."""
 
     word: str
     """`finished`, `left out`, or `to run`"""

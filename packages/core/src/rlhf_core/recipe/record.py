@@ -34,7 +34,7 @@ UNHASHED = frozenset({"README.md"})
 
 @dataclass(frozen=True)
 class Record:
-    """What OUTPUT/steps/NAME/step.json holds."""
+    """Contents of OUTPUT/steps/NAME/step.json."""
 
     made_of: Mapping[str, str]
     outputs: Mapping[str, Mapping[str, str]]

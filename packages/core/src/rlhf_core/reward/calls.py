@@ -32,7 +32,7 @@ POSITIONAL = ("queries", "prompts", "labels")
 
 @dataclass
 class Answer:
-    """What a function said about some samples; None abstains."""
+    """Values that a function returned for some samples; None abstains."""
 
     rewards: list[float | None]
     scores: list[float | None] | None = None
@@ -50,7 +50,7 @@ def call(path: str | Callable[..., Any], name: str, columns: Columns) -> Answer:
 
 
 def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
-    """What the function returns, in this process: one that it forks ends here, or there would be two of us from now on."""
+    """Call the function in this process. A process that it forks ends here; otherwise two processes would continue the run."""
     process = os.getpid()
     try:
         return _call_with_columns(function, columns)
@@ -64,7 +64,7 @@ def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
 
 
 def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
-    """What the function says, given the arguments it names."""
+    """Call the function with the arguments that it names."""
     parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]

@@ -42,7 +42,7 @@ class Maths(Reward):
     """processes that compare"""
 
     def check(self) -> None:
-        """Whether the comparing package is installed."""
+        """Raise UsageError if the comparing package is not installed."""
         if importlib.util.find_spec("math_verify") is None:
             raise MissingPackage("reward math compares with math-verify: pip install 'rlhf-core[math]'")
 

@@ -1,4 +1,4 @@
-"""What a reward returned, checked: every reward goes through here, so a wrong one stops the run and never trains it."""
+"""Check what rewards return. Every reward passes this check, so a wrong one stops the run and never trains a model."""
 
 from __future__ import annotations
 

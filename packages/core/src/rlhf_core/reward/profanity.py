@@ -23,7 +23,7 @@ class Profanity(Reward):
     """Minus the probability that the completion is offensive, from -1 to 0, by alt-profanity-check."""
 
     def check(self) -> None:
-        """Whether the classifier is installed."""
+        """Raise UsageError if the classifier is not installed."""
         _classifier()
 
     def __call__(self, rollouts: Rollouts) -> list[float]:

@@ -20,7 +20,7 @@ __all__ = ["ReasoningReward"]
 
 @dataclass(frozen=True)
 class ReasoningReward(Reward):
-    """What reasoning-gym's verifier gives the answer, 0 to 1; for --data reasoning."""
+    """Score of the answer by reasoning-gym's verifier, 0 to 1; for --data reasoning."""
 
     extract: str = r"<answer>(.*?)</answer>"
     """regular expression whose last match (its first group) is the answer"""
@@ -28,7 +28,7 @@ class ReasoningReward(Reward):
     """without a match the whole completion is the answer; otherwise there is none"""
 
     def check(self) -> None:
-        """Whether the tasks are installed."""
+        """Raise UsageError if the tasks are not installed."""
         library()
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:

@@ -25,7 +25,7 @@ class Sentiment(Reward):
     """VADER's compound sentiment of the completion, from -1 (most negative) to 1 (most positive)."""
 
     def check(self) -> None:
-        """Whether the lexicon is installed."""
+        """Raise UsageError if the lexicon is not installed."""
         _analyser()
 
     def __call__(self, rollouts: Rollouts) -> list[float]:

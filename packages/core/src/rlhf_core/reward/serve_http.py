@@ -26,7 +26,7 @@ LAST = 5.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server bears."""
+    """Limits of a server."""
 
     seconds: float = 30.0
     """time that the head of a request has to arrive, then its body"""

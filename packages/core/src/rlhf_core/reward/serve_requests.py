@@ -1,4 +1,4 @@
-"""What a client of `serve-reward` sends, read with suspicion: whatever is wrong with it is its own error, 4xx, in one line."""
+"""Parse and validate requests to `serve-reward`. A wrong request gets a 4xx status and a one-line error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """What is scored."""
+    """Sample to score."""
 
     query: str
     """prompt and completion as the policy saw them"""

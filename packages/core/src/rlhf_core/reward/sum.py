@@ -123,7 +123,7 @@ class SumEngine:
 
 
 def _names(parts: Sequence[str | Callable[..., Any]]) -> list[str]:
-    """What each part is logged as: the name of its reward or function, numbered where there are several of one."""
+    """Return the metric name of each part: its reward or function, numbered if a name occurs several times."""
     names = [part.split()[0] if isinstance(part, str) else function_name(part) for part in parts]
     return [f"{name}.{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 

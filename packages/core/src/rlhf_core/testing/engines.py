@@ -236,7 +236,7 @@ def _policy(run: Run) -> Role:
 
 
 def check_observer(observer: Any) -> Run:
-    """What it returns has observer hooks, and lives through a run that ends well and through one that fails.
+    """Check that the result has observer hooks, and works in a run that succeeds and in one that fails.
 
     Returns:
         the run that ended well; its folder is gone, what the observer keeps elsewhere can be looked at.
@@ -261,4 +261,4 @@ def check_observer(observer: Any) -> Run:
 
 
 class _Failure(Exception):
-    """What ends a run early on purpose."""
+    """Exception that ends a run early on purpose."""

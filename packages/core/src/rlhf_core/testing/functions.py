@@ -52,7 +52,7 @@ def check_data(data: Data, split: str = "train") -> None:
 
 
 def _check_rows(data: Data, rows: Any, first: list[Example], second: list[Example], split: str) -> None:
-    """What two engines read is the same, and each row is one."""
+    """Check that two engines read the same rows, each of them once."""
     assert first, f"{_name(data)} gave no row of the split {split!r}"
     assert first == second, f"{_name(data)} must give the same rows in the same order each time it is opened"
     if isinstance(rows, Sequence):
@@ -263,7 +263,7 @@ def _check_parts(loss: Loss, whole: LossTerms, outputs: dict[str, Tensor], batch
 
 
 def _needs(asker: Any) -> frozenset[str]:
-    """What it needs, if all of it can be provided. Raises UsageError if not."""
+    """Return the needs of the provider. Raises UsageError if one cannot be provided."""
     needs: frozenset[str] = asker.needs
     for name in needs:
         resolve(name, "actor", asker)
@@ -275,7 +275,7 @@ def _finite(provider: Any, what: str, values: Tensor) -> None:
 
 
 def _freeze(batch: Batch) -> list[Any]:
-    """What must not change, in a form that compares."""
+    """Return a comparable copy of what must not change."""
     tensors = [batch.tokens_NT, batch.mask_NT, batch.lengths_N, *(batch.extras[name] for name in sorted(batch.extras))]
     return [batch.texts.copy(), sorted(batch.extras), *(tensor.tolist() for tensor in tensors)]
 

@@ -1,4 +1,4 @@
-"""What every provider keeps, whatever its kind: a frozen dataclass whose fields are documented options."""
+"""Checks for providers of every kind: a frozen dataclass whose fields are documented options."""
 
 from __future__ import annotations
 

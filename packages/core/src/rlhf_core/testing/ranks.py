@@ -42,7 +42,7 @@ GRACE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class RankResult:
-    """How a rank ended."""
+    """Result of a rank."""
 
     code: int
     """exit status; negative for a signal"""

@@ -38,7 +38,7 @@ class Straggler(FakeRollout):
 
 
 class StragglerEngine(FakeEngine):
-    """What the engine holds: the weights, and the length of each prompt when it was first asked.
+    """State of the engine: the weights, and the length of each prompt at its first request.
 
     Args:
         options: lengths and times.

@@ -74,7 +74,7 @@ def tiny_extras(needs: Iterable[str], batch: Batch) -> dict[str, Tensor]:
 
 
 def tiny_outputs(names: Iterable[str], batch: Batch) -> dict[str, Tensor]:
-    """What a forward pass would give: leaves that collect gradients."""
+    """Return outputs like those of a forward pass, as leaves that collect gradients."""
     return {name: _plausible(name, batch).requires_grad_() for name in sorted(names)}
 
 

@@ -14,7 +14,7 @@ __all__ = ["Dialect", "Draft", "Note", "Program", "Rule", "is_true"]
 
 @dataclass(frozen=True)
 class Note:
-    """What a flag has not become, and why."""
+    """Note on a flag without translation, and the reason."""
 
     flag: str
     text: str
@@ -87,7 +87,7 @@ Rule = Callable[[Draft], None]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the programs of one project write their options."""
+    """Option syntax of one project's programs."""
 
     title: str
     rules: tuple[Rule, ...] = ()

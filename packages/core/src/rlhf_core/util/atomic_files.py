@@ -73,7 +73,7 @@ def discard(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `fresh_folder(path)` is written."""
+    """Return the temporary path that `fresh_folder(path)` writes."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""Where a command writes: checked before it computes anything, so that a name that cannot be is one line."""
+"""Check output paths before a command computes anything, so that an impossible name ends in a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is secret is never written: values of secret options, tokens of the environment, and what addresses carry.
+"""Redact secrets: values of secret options, tokens of the environment, and credentials in URLs.
 
 Lines of metrics and samples, error lines and tracebacks have secrets replaced wherever they are found, an ordinary word only
 where it stands alone. `config.toml` has to repeat the run: secret options are masked there by their field, and of other values
@@ -72,5 +72,5 @@ def redact_tree(value: Any, text: Callable[[str], str] = redact) -> Any:
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What a bug leaves on stderr: Python's own traceback, redacted."""
+    """Print a bug's traceback to stderr, redacted."""
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

@@ -141,7 +141,7 @@ class _Name(str):
 
 
 def _memory(tensor: Tensor) -> Any:
-    """What two names of one tensor have in common; nothing else has it."""
+    """Return an identity of the tensor's memory, equal only for two names of one tensor."""
     if not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
@@ -174,7 +174,7 @@ def _to_json(tree: Any) -> Any:
 
 
 def _from_json(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `_to_json` was given."""
+    """Invert `_to_json`."""
     match tree:
         case {"tensor": name}:
             return tensors[name]

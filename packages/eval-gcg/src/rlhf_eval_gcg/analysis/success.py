@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Success:
-    """How often answers are bad."""
+    """Rate of bad answers."""
 
     mean: Estimate
     """share of bad answers"""

@@ -1,4 +1,4 @@
-"""What an attack is after: a question and what the model is to answer."""
+"""Goal of an attack: a question and the answer that the attack wants."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["Answers", "Lane"]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a suffix is to make likely after one prompt, and how the losses of several answers become one."""
+    """Answers that a suffix must make likely after one prompt, and the rule that combines their losses."""
 
     ids: tuple[Tensor, ...]
     """tokens of each answer"""

@@ -65,7 +65,7 @@ class Move:
 
 @dataclass
 class Suffix:
-    """What an optimizer sees of the suffix that it improves."""
+    """View of the suffix that an optimizer improves."""
 
     ids_L: Tensor
     """the current tokens"""

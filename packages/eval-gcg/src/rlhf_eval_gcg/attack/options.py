@@ -24,7 +24,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Attack:
-    """How an attack searches for a suffix."""
+    """Options of an attack's search for a suffix."""
 
     steps: int = 250
     """steps per goal: each computes one gradient and the losses of the candidates drawn from it"""

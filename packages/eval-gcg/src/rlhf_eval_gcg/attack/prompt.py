@@ -1,4 +1,4 @@
-"""Where a suffix sits in a chat: the tokens before it, after it, and those of the answers.
+"""Position of a suffix in a chat: the tokens before it, after it, and of the answers.
 
 A chat is rendered once with a placeholder in the suffix's place. The tokens before, the suffix and the tokens after are
 those of the whole text, so that what the attack optimizes is what a user's text becomes. `AttackPrompt.texts` and `stable`

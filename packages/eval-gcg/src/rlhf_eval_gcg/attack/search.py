@@ -29,7 +29,7 @@ TRIES = 256
 
 @dataclass
 class Record:
-    """What a search did so far; plain values, so that it is saved as it is."""
+    """Progress of a search, as plain values that can be saved directly."""
 
     losses: list[float] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Who attacks what: units of work, dealt over ranks, made in turn and kept."""
+"""Distribute units of work over ranks, run them in turn, and keep their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked: goals without a suffix, and with the suffix of an attack, as the tokens that the attack optimized."""
+"""Questions to sample: goals without a suffix, and with the suffix of an attack, as the tokens that it optimized."""
 
 from __future__ import annotations
 

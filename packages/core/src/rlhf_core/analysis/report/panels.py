@@ -1,4 +1,4 @@
-"""What a report draws: curves of a run in words and units, its phases, and samples before and after."""
+"""Panels of a report: curves with words and units, phases, and samples before and after."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run left in its folder."""
+    """Files in the folder of a run."""
 
     folder: Path
     rows: Sequence[Mapping[str, Any]]

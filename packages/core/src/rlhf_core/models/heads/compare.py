@@ -41,7 +41,7 @@ class ComparedModule(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one output of a role is made of.
+    """Parts of one output of a role.
 
     Args:
         other: the module of the role it is compared with.

@@ -38,7 +38,7 @@ LOWEST = -1e4
 
 @dataclass(frozen=True)
 class Head:
-    """How logits come from hidden states: `cap(scale * (hidden weight^T + bias)) / temperature`."""
+    """Map from hidden states to logits: `cap(scale * (hidden weight^T + bias)) / temperature`."""
 
     temperature: float = 1.0
     """divides the logits"""
@@ -49,12 +49,12 @@ class Head:
 
     @property
     def inner_scale(self) -> float:
-        """What the raw products are multiplied with (before the tanh, if there is one)."""
+        """Return the factor of the raw products, before the tanh if there is one."""
         return self.scale / (self.softcap or self.temperature)
 
     @property
     def outer_scale(self) -> float:
-        """What the tanh is multiplied with."""
+        """Return the factor of the tanh."""
         return self.softcap / self.temperature if self.softcap else 1.0
 
     def to_logits(self, raw_MV: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def full_logprobs(
 
 @dataclass
 class _Sweep:
-    """What one pass over the vocabulary leaves behind."""
+    """Results of one pass over the vocabulary."""
 
     picked_M: Tensor
     """the targets' logits"""
@@ -312,7 +312,7 @@ def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _matmul_dtype(weight: Tensor) -> torch.dtype:
-    """What autocast computes in where it is on; the weight's dtype otherwise."""
+    """Return autocast's dtype if it is on, else the weight's dtype."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -1,4 +1,4 @@
-"""What turns hidden states into outputs: the language-model head in chunks, and scalar heads for values and scores.
+"""Heads that map hidden states to outputs: a chunked language-model head, and scalar heads for values and scores.
 
 Both take the place of a linear layer inside the Hugging Face model and share its parameters, so that names, tied weights,
 saving and `generate` stay as they are, and their weights are read inside a module's own forward pass, where sharding
@@ -96,7 +96,7 @@ class ChunkedHead(_SharedLinear):
 
     @property
     def is_adapted(self) -> bool:
-        """Whether there is an adapter."""
+        """Return True if the head has an adapter."""
         return "lora_A" in self._parameters
 
     def _acting_weight(self) -> Tensor:
@@ -132,7 +132,7 @@ class ScalarHead(_SharedLinear):
 
 
 def head_options(config: Any) -> dict[str, Any]:
-    """How the model scales its logits: Gemma's soft cap, Cohere's and Falcon-H1's factor, Granite's divisor."""
+    """Return how the model scales its logits: Gemma's soft cap, Cohere's and Falcon-H1's factor, Granite's divisor."""
     text = config.get_text_config()
     scale = 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
     for name in ("logit_scale", "lm_head_multiplier"):

@@ -27,7 +27,7 @@ __all__ = ["Inputs", "arrange_inputs"]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `RoleModule.forward` reads."""
+    """Inputs of `RoleModule.forward`."""
 
     ids_NS: Tensor
     """int64 token ids, zero where padded"""

@@ -118,7 +118,7 @@ def _size(row: _RowStates) -> int:
 
 
 def _keys(inputs: Inputs, tokens: bool) -> list[bytes]:
-    """What tells rows apart: their tokens, and how many of them are the completion."""
+    """Return a key per row: its tokens, and how many of them are the completion."""
     N, S = inputs.ids_NS.shape
     ends = (inputs.last_N - torch.arange(N, device=inputs.last_N.device) * S + 1).tolist()
     counts = _counts(inputs)

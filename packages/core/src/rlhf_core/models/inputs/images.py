@@ -20,7 +20,7 @@ PER_TOKEN = "token_type_ids"
 
 
 def stack_images(images: Sequence[Images], width: int, left: bool = False) -> dict[str, Tensor]:
-    """What rows read for their images, as one tensor a name; nothing where no row has an image.
+    """Stack the image inputs of rows into one tensor per name; empty if no row has an image.
 
     Args:
         images: of each row.

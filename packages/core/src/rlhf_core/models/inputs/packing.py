@@ -33,7 +33,7 @@ __all__ = ["PackedRows", "can_pack", "check_packing", "pack_rows"]
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What the body of a model reads."""
+    """Inputs of a model's body."""
 
     ids_1S: Tensor
     """int64 token ids of all rows, end to end"""
@@ -94,7 +94,7 @@ def can_pack(model: Any) -> bool:
 
 @torch.no_grad()
 def _isolates_rows(model: Any) -> bool:
-    """Whether two packed rows give the states of two rows."""
+    """Return True if two packed rows have the same states as two separate rows."""
     body = model.base_model
     ids_NS = torch.tensor([[1, 2, 3], [4, 5, 6]], device=model.device)
     lengths = torch.tensor([0, 3, 6], dtype=torch.int32, device=model.device)

@@ -32,7 +32,7 @@ VIDEO_FILE = "video_preprocessor_config.json"
 
 
 class ImageReader:
-    """What reads prompts with images for one model.
+    """Reader of prompts with images for one model.
 
     Args:
         place: what transformers loads from.
@@ -127,7 +127,7 @@ class ImageReader:
             (folder / VIDEO_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
     def _video(self) -> Mapping[str, Any] | None:
-        """What the checkpoint says about video."""
+        """Return the checkpoint's settings for video."""
         from transformers.utils.hub import cached_file
 
         for name in ("processor_config.json", VIDEO_FILE):

@@ -34,7 +34,7 @@ READ_AS = 0
 
 
 def is_vision(config: Any) -> bool:
-    """Whether a checkpoint's config is a vision-language model's: a decoder that has tokens for images."""
+    """Return True if a config is a vision-language model's: a decoder with tokens for images."""
     from transformers import AutoModelForImageTextToText
 
     known = type(config) in AutoModelForImageTextToText._model_mapping
@@ -58,7 +58,7 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Vision:
-    """How one model takes images.
+    """Image inputs of one model.
 
     Args:
         reader: of its prompts.

@@ -39,7 +39,7 @@ def read_base_model(folder: Path) -> str:
 
 
 def has_score(folder: Path) -> bool:
-    """Whether the adapter comes with the head `score` of a classifier."""
+    """Return True if the adapter contains the head `score` of a classifier."""
     return "score" in (_config(folder).get("modules_to_save") or ())
 
 

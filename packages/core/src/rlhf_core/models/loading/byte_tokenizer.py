@@ -50,7 +50,7 @@ def byte_tokenizer(vocab: int = TOKENS, context: int = 4096) -> PreTrainedTokeni
 
 
 def _letters() -> list[str]:
-    """What each byte is called inside byte-level BPE: itself where it is printable, else a letter from 256 on (GPT-2)."""
+    """Return the letter of each byte in byte-level BPE: itself if printable, else a letter from 256 on (GPT-2)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]

@@ -43,7 +43,7 @@ def offline_if_unreachable() -> None:
 
 
 def resolve_name(name: str) -> Source:
-    """What `name` stands for, as `find` says; a hub name of an adapter is the folder that it was downloaded to.
+    """Resolve `name` like `find`, and download an adapter of the hub: its source is then a folder.
 
     Raises:
         UsageError, MissingPackage: as `find`.

@@ -23,7 +23,7 @@ __all__ = ["load_reader"]
 def load_reader(
     name: str, options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> ImageReader | None:
-    """What reads prompts with images for the model called `name`, with its own tokenizer if none is given; None where it reads
+    """Load the reader of prompts with images for the model `name`, by default with its own tokenizer; None if it reads
     text alone.
 
     Raises:

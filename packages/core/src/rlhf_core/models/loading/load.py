@@ -107,7 +107,7 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
 
 
 def has_scorer(name: str, options: ModelOptions) -> bool:
-    """Whether transformers has a sequence classifier for this architecture; about a third of them have none."""
+    """Return True if transformers has a sequence classifier for this architecture; about a third have none."""
     from transformers import AutoModelForSequenceClassification
 
     source = resolve_name(name)
@@ -170,7 +170,7 @@ def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: M
 
 
 def _quantization(options: ModelOptions) -> dict[str, Any]:
-    """What holds the weights in 4 bits, where they are used: moving them later would pack them again."""
+    """Return the options that load weights in 4 bits on their device, because moving them later packs them again."""
     if options.quantize == "none":
         return {}
     for package in ("bitsandbytes", "accelerate"):  # transformers needs both
@@ -194,7 +194,7 @@ def _device() -> str:
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint was saved as a sequence classifier. Every config has `num_labels`; only those mean it."""
+    """Return True if the checkpoint was saved as a sequence classifier. `num_labels` does not tell: every config has it."""
     return any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
 
 

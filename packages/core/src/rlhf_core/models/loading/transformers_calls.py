@@ -42,7 +42,7 @@ def read_config(name: str, source: Source, options: ModelOptions, **overrides: A
 
 
 def loadable_path(source: Source) -> str:
-    """What transformers loads from."""
+    """Return the path or name that transformers loads."""
     if source.kind == "gguf":
         from rlhf_core.models.loading.convert import convert_gguf
 

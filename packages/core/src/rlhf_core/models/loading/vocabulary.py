@@ -1,4 +1,4 @@
-"""Whether roles that read the same token ids mean the same tokens by them."""
+"""Check that roles that read the same token ids use the same vocabulary."""
 
 from __future__ import annotations
 

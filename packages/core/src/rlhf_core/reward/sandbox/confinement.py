@@ -1,4 +1,4 @@
-"""What a process gives up before it runs code that nobody has read, layer by layer.
+"""Confine a process, layer by layer, before it runs untrusted code.
 
 | layer | keeps it from |
 |---|---|
@@ -51,7 +51,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Limits(NamedTuple):
-    """What a process may use."""
+    """Limits on the resources of a process."""
 
     seconds: float
     """processor time"""

@@ -80,7 +80,7 @@ class _Process(NamedTuple):
 
 
 class _Keeper:
-    """What the processes of one program share."""
+    """State shared by the processes of one program."""
 
     def __init__(self, program: str, limits: Limits, layers: Sequence[str]) -> None:
         self.program, self.limits, self.layers = program, limits, layers

@@ -1,4 +1,4 @@
-"""What tests hold of a program's functions, classes and objects: proxies, whose every use is a request to its process.
+"""Proxies of a program's functions, classes and objects for tests. Each use is a request to the program's process.
 
 What a test expects must not depend on what the program says of it:
 
