@@ -269,7 +269,7 @@ class Loss(Provider):
 
     @property
     def aggregate(self) -> str | None:
-        """Return how the loss averages its values, if it has an option for that (`Reduction.per`)."""
+        """Average over its values, if it has an option for it (`Reduction.per`)."""
         return None
 
     @property
