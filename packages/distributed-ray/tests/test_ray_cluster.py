@@ -57,7 +57,7 @@ DRIVE = """
             def node(self):
                 return ray.get_runtime_context().get_node_id()
             for name, group in {**run.roles, "engine": run.placed.rollout}.items():
-                nodes[name] = ray.get([actor.__ray_call__.remote(node) for actor in group.actors])
+                nodes[name] = ray.get([actor.__ray_call__.remote(node) for actor in group.crew.actors])
 
     registry = Registry()
     registry.register(Look(), name="look")

@@ -50,7 +50,7 @@ def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
     placed: Any = config.providers["launcher"](make_plan(config))
     try:
         groups = {**placed.roles, "engine": placed.rollout}
-        return {n: ray.get([actor.__ray_call__.remote(look) for actor in g.actors]) for n, g in groups.items()}
+        return {n: ray.get([actor.__ray_call__.remote(look) for actor in g.crew.actors]) for n, g in groups.items()}
     finally:
         placed.close()
 

@@ -337,7 +337,7 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
 
         @hookimpl
         def rlhf_step_end(self, run: Run, step: int, metrics: Mapping[str, float]) -> None:
-            self.victim = run.roles["actor"].where[rank]  # type: ignore[attr-defined]
+            self.victim = run.roles["actor"].crew.where[rank]  # type: ignore[attr-defined]
             if step == 3:
                 os.kill(self.victim[1], signal.SIGKILL)
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.testing.batches import make_batch, values_like
+from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.transport import COLUMNS, Shipper, sources_of, split_groups, unpack
-from rlhf_distributed_ray.worker import buckets, from_array
 
 
 def shipper() -> tuple[Shipper, list[Any]]:

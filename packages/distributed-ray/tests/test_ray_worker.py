@@ -21,7 +21,9 @@ from rlhf_core.testing import tiny_run
 from rlhf_core.testing.tiny import tiny_rollouts
 from rlhf_core.training.local_role import LocalRole
 from rlhf_distributed_ray import worker as worker_module
-from rlhf_distributed_ray.worker import Description, EngineWorker, MirrorRole, RoleWorker, buckets
+from rlhf_distributed_ray.arrays import buckets
+from rlhf_distributed_ray.engine_worker import EngineWorker, MirrorRole
+from rlhf_distributed_ray.worker import Description, RoleWorker
 
 LOGPROBS = frozenset({"logprobs_NT"})
 
@@ -55,7 +57,7 @@ def started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RoleWorker:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     worker = RoleWorker(described("."), "actor", 0, 1)
     worker.plan = plan
-    worker.start("localhost", 1)
+    worker.start("localhost", 1, 60.0)
     return worker
 
 

@@ -12,6 +12,7 @@
     ├── NotFinite                        a loss or gradient is nan or infinite; carries the samples, and becomes a RunStopped
     │   └── NotFiniteReward              (also ContractError) the same of a reward
     └── RunStopped                       a run ended before its last step on purpose (signal, safety net); carries the exit code
+        └── WorkerLost                   a process of the run died or hung; a launcher may replace it
 
 A message is one line that says what to do next. Anything else that escapes is a bug and keeps its traceback.
 """
@@ -37,6 +38,7 @@ __all__ = [
     "RunStopped",
     "UnknownName",
     "UsageError",
+    "WorkerLost",
     "advice",
     "option",
     "options_under",
@@ -147,6 +149,22 @@ class RunStopped(RlhfError):
 
     def __reduce__(self) -> tuple[type[RunStopped], tuple[str, int]]:
         return type(self), (text_of(self), self.exit_code)
+
+
+class WorkerLost(RunStopped):
+    """A process of the run, apart from the one of the loop, died or hung.
+
+    Args:
+        who: its name in the run: `role actor rank 1`.
+        message: one line for the user, if nothing replaces the process.
+    """
+
+    def __init__(self, who: str, message: str) -> None:
+        super().__init__(message)
+        self.who = who
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.who, text_of(self))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

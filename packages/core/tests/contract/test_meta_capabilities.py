@@ -95,7 +95,7 @@ FOREIGN = {
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
     "core/models/loading/limits": {"max_position_embeddings": "a config of transformers"},
     "core/strategy/parameter_states": {"get_shape": "a slice of safetensors"},
-    "distributed-ray/group": {"cause": "an error of Ray"},
+    "distributed-ray/crew": {"cause": "an error of Ray"},
     "strategy-deepspeed/engine": {
         "ds_id": "a parameter of DeepSpeed",
         "parameter_offload": "an optimizer of DeepSpeed",

@@ -12,9 +12,11 @@ from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import UsageError, option
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
+from rlhf_distributed_ray.pulse import GROUP, Limits
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
+    from rlhf_distributed_ray.crew import Crew
 
 __all__ = ["Cluster", "disconnect"]
 
@@ -30,13 +32,15 @@ class Cluster:
         plan: its roles are placed.
         layout: who sits where.
         threads: OpenMP threads of each worker.
+        limits: how long workers are waited for.
         started: the cluster was started here, and ends with the run.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, threads: int, started: bool) -> None:
+    def __init__(self, plan: Plan, layout: Layout, threads: int, limits: Limits, started: bool) -> None:
         self.plan = plan
         self.layout = layout
         self.threads = threads
+        self.limits = limits
         self.started = started
         self.groups: list[Any] = []
         self.actors: list[Any] = []
@@ -45,9 +49,10 @@ class Cluster:
         """Reserve bundles, start everyone, and hand the loop what it sees."""
         from rlhf_core.config.builder import to_names
         from rlhf_core.plugins.registry import default_registry
+        from rlhf_distributed_ray.engine_worker import EngineWorker
         from rlhf_distributed_ray.group import EngineGroup, RoleGroup
         from rlhf_distributed_ray.transport import Shipper
-        from rlhf_distributed_ray.worker import Description, EngineWorker, RoleWorker, versions
+        from rlhf_distributed_ray.worker import Description, RoleWorker, versions
 
         self._reserve()
         config = self.plan.config
@@ -59,16 +64,14 @@ class Cluster:
         for role, spec in self.plan.roles.items():
             seats = self.layout.seats[role]
             actors = [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
-            roles[role] = RoleGroup(
-                spec, actors, self._locations(f"role {role}", actors), shipper, self.plan.config.output
-            )
+            roles[role] = RoleGroup(spec, self._crew(f"role {role}", actors), shipper, self.plan.config.output)
             check_devices(role, roles[role].call("devices"))
         engine = None
         if ENGINE in self.layout.seats:
             actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
-            engine = EngineGroup(actors, self._locations("rollout engine", actors))
+            engine = EngineGroup(self._crew("rollout engine", actors))
         for group in roles.values():
-            group.call("start", *group.call("address")[0])
+            _start(group.crew)
         return _RayPlaced(dict(roles), engine, World(), self)
 
     def _reserve(self) -> None:
@@ -113,7 +116,7 @@ class Cluster:
         if not share.get("GPU"):
             environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides the GPUs of a worker that asks for some, not of others
         environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
-        actor = ray.remote(body).options(
+        actor = ray.remote(concurrency_groups={GROUP: 1})(body).options(
             num_cpus=share.pop("CPU", 0),
             num_gpus=share.pop("GPU", 0),
             resources=share,
@@ -124,10 +127,13 @@ class Cluster:
         self.actors.append(handle)
         return handle
 
-    def _locations(self, who: str, actors: list[Any]) -> list[tuple[str, int]]:
-        from rlhf_distributed_ray.group import gather_results
+    def _crew(self, who: str, actors: list[Any]) -> Crew:
+        """Return the crew of these new actors, each of which has built the plan."""
+        from rlhf_distributed_ray.crew import Crew
 
-        return gather_results(who, [], [actor.initialize.remote() for actor in actors])
+        crew = Crew(who, actors, self.limits)
+        crew.where = crew.call("initialize")
+        return crew
 
     def close(self) -> None:
         """End the actors, give the bundles back, stop a cluster that was started here; a cluster may be gone by then."""
@@ -141,6 +147,13 @@ class Cluster:
                     ray.util.remove_placement_group(group)
         finally:
             disconnect(self.started)
+
+
+def _start(crew: Crew) -> None:
+    """Let the ranks of a role meet, and build the role."""
+    timeout = crew.limits.timeout
+    host, port = crew.send(lambda actor, _: actor.open_store.remote(timeout), [0]).in_order()[0]
+    crew.call("start", host, port, timeout)
 
 
 class _RayPlaced(Placement):

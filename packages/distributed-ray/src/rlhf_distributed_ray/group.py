@@ -18,87 +18,35 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.contract.requirements import place
 from rlhf_core.contract.roles import Role
-from rlhf_core.errors import NotFinite, RlhfError, RunStopped, UsageError, run_option
+from rlhf_core.errors import NotFinite, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.training.mismatch import compared_extras
 from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.messages import PREFIX, log, progress
+from rlhf_distributed_ray.arrays import buckets, from_array
+from rlhf_distributed_ray.crew import Crew
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
-from rlhf_distributed_ray.worker import buckets, from_array
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.options import Sampling
 
-__all__ = ["EngineGroup", "RoleGroup", "StoredWeights", "gather_results"]
+__all__ = ["EngineGroup", "RoleGroup", "StoredWeights"]
 
-CAUSE = 240  # characters of what Ray says
 CLOSE_SECONDS = 10.0
 """What rollout engines have to close."""
-GRACE_SECONDS = 5.0
-"""What other ranks have to fail too, once one did."""
-
-
-def gather_results(who: str, where: list[tuple[str, int]], references: list[Any]) -> list[Any]:
-    """The results of one call on each actor, whose nodes and processes `where` names.
-
-    A failure ends the waiting: ranks that wait for a dead one would do so forever. When a rank dies, others may fail of it
-    first (their connection is closed), so the rest have some seconds to say what happened, and a death counts most.
-
-    Raises:
-        RlhfError: as raised in the actor.
-        RunStopped: an actor died; names the role, rank, node and cause.
-    """
-    import ray
-
-    rank_of = {reference: rank for rank, reference in enumerate(references)}
-    results: dict[int, Any] = {}
-    failures: dict[int, Exception] = {}
-    pending = list(references)
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=GRACE_SECONDS if failures else None)
-        if not done:
-            break
-        try:
-            results[rank_of[done[0]]] = ray.get(done[0])
-        except ray.exceptions.RayError as error:
-            failures[rank_of[done[0]]] = error
-    for rank, failure in failures.items():
-        if not isinstance(failure, ray.exceptions.RayTaskError):  # no error of the code: its process is gone
-            raise _death(who, rank, where, failure) from None
-    causes = [getattr(failure, "cause", None) for failure in failures.values()]
-    unfit = [cause for cause in causes if isinstance(cause, NotFinite)]
-    if unfit:  # of every rank, each with the samples that it knows of
-        unfit[0].samples = [sample for cause in unfit for sample in cause.samples]
-        raise unfit[0]
-    for failure, cause in zip(failures.values(), causes, strict=True):
-        raise cause if isinstance(cause, RlhfError) else failure
-    return [results[rank] for rank in range(len(references))]
-
-
-def _death(who: str, rank: int, where: list[tuple[str, int]], error: Exception) -> RunStopped:
-    """What is said of a dead actor."""
-    node, process = where[rank] if rank < len(where) else ("an unknown node", 0)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no cause given"]
-    memory = next((line for line in lines if "memory" in line), lines[-1])  # Ray kills workers before the system does
-    cause = memory if len(memory) <= CAUSE else f"{memory[:CAUSE]} …"
-    return RunStopped(
-        f"{who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint "
-        f"with {run_option('resume', True)}"
-    )
+BUCKET_SECONDS = 600.0
+"""What a bucket of weights may take from the node that it is on to this one."""
 
 
 class RoleGroup(Role):
-    """The role `spec.name`, held by `actors` (one per rank), of the run that writes to `output`."""
+    """The role `spec.name`, held by `crew` (an actor per rank), of the run that writes to `output`."""
 
-    def __init__(
-        self, spec: RoleSpec, actors: list[Any], where: list[tuple[str, int]], shipper: Shipper, output: str
-    ) -> None:
+    def __init__(self, spec: RoleSpec, crew: Crew, shipper: Shipper, output: str) -> None:
         self.name = spec.name
         self.spec = spec
-        self.actors = actors
-        self.where = where
+        self.crew = crew
         self.shipper = shipper
         self.output = output
         self._version = 0
@@ -122,20 +70,17 @@ class RoleGroup(Role):
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Call `method` on every rank at once; results in rank order."""
-        return gather_results(f"role {self.name}", self.where, [getattr(a, method).remote(*args) for a in self.actors])
+        return self.crew.call(method, *args)
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
         reference = self.shipper.columns(batch)
-        shares = split_groups(batch, len(self.actors))
+        shares = split_groups(batch, len(self.crew))
         busy = next(rows for rows in shares if rows)
         # ranks step together, since weights may be sharded over them: one without rows of its own repeats another's
-        calls = [
-            actor.infer.remote(reference, rows or busy, sorted(names))
-            for actor, rows in zip(self.actors, shares, strict=True)
-        ]
+        called = self.crew.send(lambda actor, rank: actor.infer.remote(reference, shares[rank] or busy, sorted(names)))
+        answers = called.in_order()
         found: dict[str, Tensor] = {}
-        answers = gather_results(f"role {self.name}", self.where, calls)
         for rows, outputs in zip(shares, answers, strict=True):
             for name, values in outputs.items() if rows else ():
                 place(found, name, rows, torch.from_numpy(values.copy()), batch.tokens_NT.shape)
@@ -147,7 +92,7 @@ class RoleGroup(Role):
         Raises:
             NotFinite: as under any launcher, with the samples' texts, which only the controller has.
         """
-        shares = {key: split_groups(batch, len(self.actors)) for key, batch in work.items()}
+        shares = {key: split_groups(batch, len(self.crew)) for key, batch in work.items()}
         read = {key: self._read(key, batch) for key, batch in work.items()}
         sent = [
             reference
@@ -155,13 +100,14 @@ class RoleGroup(Role):
             for reference in (self.shipper.columns(batch), *self.shipper.extras(batch, read[key]))
         ]
         steps = {key: batch.step for key, batch in work.items()}
-        calls = []
-        for rank, actor in enumerate(self.actors):
+
+        def call(actor: Any, rank: int) -> Any:
             rows = {key: shares[key][rank] for key in work}
             sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
-            calls += [actor.train.remote(*sent, read=read, rows=rows, steps=steps, sources=sources)]
+            return actor.train.remote(*sent, read=read, rows=rows, steps=steps, sources=sources)
+
         try:
-            answers = gather_results(f"role {self.name}", self.where, calls)
+            answers = self.crew.send(call).in_order()
         except NotFinite as error:
             error.samples = [with_texts(sample, work.values()) for sample in error.samples]
             raise
@@ -194,10 +140,15 @@ class RoleGroup(Role):
         self.call("open_weights")
         more = True
         while more:
-            # two results each: the bucket stays in the store, only the flag comes here; all ranks gather together
-            answers = [actor.next_weights.options(num_returns=2).remote() for actor in self.actors]
-            more = gather_results(f"role {self.name}", self.where, [flag for _, flag in answers])[0]
-            yield answers[0][0]
+            buckets_of: dict[int, Any] = {}
+
+            def call(actor: Any, rank: int, found: dict[int, Any] = buckets_of) -> Any:
+                # two results each: the bucket stays in the store, only the flag comes here; all ranks gather together
+                found[rank], flag = actor.next_weights.options(num_returns=2).remote()
+                return flag
+
+            more = self.crew.send(call).in_order()[0]
+            yield buckets_of[0]
 
     def weights(self) -> StoredWeights:
         """Full tensors under their Hugging Face names."""
@@ -251,7 +202,7 @@ class StoredWeights(Iterator[tuple[str, "Tensor"]]):
         import ray
 
         for reference in self.buckets:
-            for name, packed in ray.get(reference):
+            for name, packed in ray.get(reference, timeout=BUCKET_SECONDS):
                 yield name, from_array(packed)
 
 
@@ -261,20 +212,19 @@ class EngineGroup(Rollout):
     has_own_weights: ClassVar[bool] = True
     """their processes have weights of their own"""
 
-    def __init__(self, actors: list[Any], where: list[tuple[str, int]]) -> None:
-        self.actors = actors
-        self.where = where
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         import ray
 
-        engines = min(len(self.actors), len(prompts))
+        engines = min(len(self.crew), len(prompts))
         dealt = [list(range(k, len(prompts), engines)) for k in range(engines)]
         shipped = [ray.put(prompts.rows(rows)) for rows in dealt]
-        calls = [
-            actor.sample.remote(role.name, part, sampling) for actor, part in zip(self.actors, shipped, strict=False)
-        ]
-        parts = gather_results("rollout engine", self.where, calls)
+        called = self.crew.send(
+            lambda actor, rank: actor.sample.remote(role.name, shipped[rank], sampling), range(engines)
+        )
+        parts = called.in_order()
         together = Rollouts.cat(parts)
         if "kept_mass" in together.scalars:  # a mean over tokens, of which each engine has its own number
             kept = sum(part.scalars["kept_mass"] * float(part.mask_NT.sum()) for part in parts)
@@ -286,25 +236,26 @@ class EngineGroup(Rollout):
         return ordered
 
     def sync(self, role: Role) -> Mapping[str, float]:
-        """Weights from the role's rank 0 to every engine, bucket by bucket."""
+        """Weights from the role's rank 0 to every engine, bucket by bucket; of each metric the largest of all engines."""
         assert isinstance(role, RoleGroup)
         count = 0
         for count, reference in enumerate(role.buckets(), start=1):
-            self._each("receive", role.name, reference, count == 1)
-        metrics = self._each("finish_sync", role.name, role.version)[0]
-        return {**metrics, "sync/buckets": float(count)}
+            self.crew.call("receive", role.name, reference, count == 1)
+        metrics = self.crew.call("finish_sync", role.name, role.version)
+        slowest = {name: max(each[name] for each in metrics) for name in metrics[0]}
+        return {**slowest, "sync/buckets": float(count)}
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
         """Give device memory back; the most bytes of any engine."""
-        return int(max(self._each("sleep", level)))
+        return int(max(self.crew.call("sleep", level)))
 
     def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
         """Take the memory of a part again; the most bytes of any engine."""
-        return int(max(self._each("wake", part)))
+        return int(max(self.crew.call("wake", part)))
 
     def state_dict(self) -> Mapping[str, Any]:
         """The states of the engines, by number."""
-        states = self._each("state_dict")
+        states = self.crew.call("state_dict")
         return {str(number): state for number, state in enumerate(states) if state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -313,23 +264,19 @@ class EngineGroup(Rollout):
         Raises:
             UsageError: there were more engines.
         """
-        if len(state) > len(self.actors):
+        if len(state) > len(self.crew):
             raise UsageError(
-                f"the checkpoint has the states of {len(state)} rollout engines, and this run has {len(self.actors)}; start as "
+                f"the checkpoint has the states of {len(state)} rollout engines, and this run has {len(self.crew)}; start as "
                 "many"
             )
-        calls = [self.actors[int(number)].load_state_dict.remote(each) for number, each in state.items()]
-        gather_results("rollout engine", self.where, calls)
+        states = {int(number): each for number, each in state.items()}
+        self.crew.send(lambda actor, rank: actor.load_state_dict.remote(states[rank]), list(states)).in_order()
 
     def close(self) -> None:
         """Let the engines free what they hold, for a while: the launcher ends their processes afterwards."""
         import ray
 
         with suppress(ray.exceptions.RayActorError, ray.exceptions.RaySystemError):  # who is gone holds nothing
-            calls = [actor.close.remote() for actor in self.actors]
+            calls = [actor.close.remote() for actor in self.crew.actors]
             ready, _ = ray.wait(calls, num_returns=len(calls), timeout=CLOSE_SECONDS)
             ray.get(ready)
-
-    def _each(self, method: str, *args: Any) -> list[Any]:
-        calls = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return gather_results("rollout engine", self.where, calls)

@@ -23,6 +23,7 @@ from rlhf_core.util.messages import progress
 from rlhf_distributed_ray.cluster import Cluster, disconnect
 from rlhf_distributed_ray.placement import Layout, check_capacity, lay_out
 from rlhf_distributed_ray.places import ENGINE, Place, Shape, check_engines_alone, parse_places, parse_shape
+from rlhf_distributed_ray.pulse import Limits
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -62,6 +63,12 @@ class RayLauncher(Launcher):
     has a GPU"""
     threads: int = 1
     """OpenMP threads of each worker"""
+    patience: float = 120.0
+    """seconds without a sign of life after which a worker that is waited for counts as dead and is killed"""
+    stall: float = 1800.0
+    """seconds without progress in a call after which a worker counts as dead; at least ten times the longest call so far"""
+    timeout: float = 1800.0
+    """seconds that the ranks of a role wait for each other in a collective operation"""
 
     def check(self) -> None:
         """Whether Ray is installed, and new enough."""
@@ -74,12 +81,16 @@ class RayLauncher(Launcher):
             )
 
     def __call__(self, plan: Plan) -> Placement:
+        for name in ("patience", "stall", "timeout"):
+            if (seconds := vars(self)[name]) <= 0:
+                raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
         places = self._places(plan)
         started = self._connect()
         try:
             layout = self._lay_out(places)
             _report_engines(layout)
-            cluster = Cluster(plan, layout, self.threads, started)
+            limits = Limits(self.patience, self.stall, self.timeout)
+            cluster = Cluster(plan, layout, self.threads, limits, started)
         except BaseException:
             disconnect(started)
             raise

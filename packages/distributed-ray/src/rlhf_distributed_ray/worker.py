@@ -1,5 +1,5 @@
-"""What runs inside a Ray actor: one rank of a role, or a rollout engine. Of Ray only a node's address and devices are asked
-in here, so that it can be read and tested as plain Python; `launcher` turns the classes into actors."""
+"""What runs inside a Ray actor that is one rank of a role. Of Ray only a node's address and devices are asked in here, so
+that it can be read and tested as plain Python; `launcher` turns the classes into actors."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import io
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from rlhf_core.contract.batch import Batch, Prompts, Rollouts, StepInfo
-from rlhf_core.contract.distributed import World
-from rlhf_core.contract.engines import Engines
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.registry_view import PluginSelection
-from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
@@ -27,16 +24,11 @@ from rlhf_core.training.taken_weights import TakenWeights
 from rlhf_core.util.messages import install_console
 from rlhf_core.util.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.util.tensor_tree import read_tree, write_tree
+from rlhf_distributed_ray.arrays import buckets, from_array
+from rlhf_distributed_ray.pulse import Beating
 from rlhf_distributed_ray.transport import unpack
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rlhf_core.contract.options import Sampling
-
-__all__ = ["Description", "EngineWorker", "MirrorRole", "RoleWorker", "plan_from"]
-
-BUCKET_BYTES = 64 * 2**20
+__all__ = ["Description", "RoleWorker", "Worker", "plan_from", "versions"]
 
 
 @dataclass(frozen=True)
@@ -85,13 +77,14 @@ def versions(registry: Any, names: Mapping[str, str], uses: Mapping[str, str]) -
     }
 
 
-class Worker:
+class Worker(Beating):
     """A process of the run: what all kinds of it do first.
 
     Nothing can fail while it is made: Ray tells a mistake there as a death.
     """
 
     def __init__(self, run: Description) -> None:
+        super().__init__()
         self._run = run
 
     def initialize(self) -> tuple[str, int]:
@@ -111,6 +104,7 @@ class Worker:
                 "that all nodes see"
             ) from None
         install_console()
+        self.count_progress()
         self.plan = plan_from(self._run)
         return socket.gethostname(), os.getpid()
 
@@ -123,14 +117,16 @@ class RoleWorker(Worker):
         self.role_name, self.rank, self.size = role, rank, size
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
         self._taken: TakenWeights | None = None
+        self._store: Any = None
+        """where the ranks meet, on rank 0"""
 
-    def address(self) -> tuple[str, int]:
-        """This node's address, as the cluster knows it, and a free port, for the process group."""
+    def open_store(self, timeout: float) -> tuple[str, int]:
+        """Open the place where the ranks meet, on a port that the system gives; return its address as the cluster knows it."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        self._store = _store(host, 0, self.size, True, timeout)
+        return host, self._store.port
 
     def devices(self) -> list[tuple[str, str]]:
         """The GPUs this worker was given, each with its node."""
@@ -139,8 +135,8 @@ class RoleWorker(Worker):
         context = ray.get_runtime_context()
         return [(context.get_node_id(), each) for each in context.get_accelerator_ids().get("GPU", ())]
 
-    def start(self, host: str, port: int) -> None:
-        """Join the role's process group and build the role."""
+    def start(self, host: str, port: int, timeout: float) -> None:
+        """Join the role's process group, whose ranks meet at this address, and build the role."""
         os.environ |= {
             "RANK": str(self.rank),
             "LOCAL_RANK": "0",  # Ray shows each worker only its own devices
@@ -148,7 +144,8 @@ class RoleWorker(Worker):
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
         }
-        join_world()
+        store = self._store or (_store(host, port, self.size, False, timeout) if self.size > 1 else None)
+        join_world(timeout, store)
         seed_libraries(self.plan.config.seed)  # as the loop does in its process
         self.role = LocalRole(self.plan, self.role_name)
 
@@ -232,169 +229,7 @@ class RoleWorker(Worker):
         return self.role.wake()
 
 
-def buckets(weights: Iterator[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Any]]]:
-    """`weights` in runs of about `BUCKET_BYTES`, as arrays (bfloat16 as its bits)."""
-    bucket: list[tuple[str, Any]] = []
-    size = 0
-    for name, tensor in weights:
-        bucket.append((name, to_array(tensor)))
-        size += tensor.numel() * tensor.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def to_array(tensor: Tensor) -> Any:
-    """A tensor as (dtype name, array); NumPy has no bfloat16, so its bits travel as int16."""
-    tensor = tensor.detach().cpu().contiguous()
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return str(tensor.dtype).removeprefix("torch."), bits.numpy()
-
-
-def from_array(packed: Any) -> Tensor:
-    """What `to_array` packed."""
-    dtype, array = packed
-    tensor = torch.from_numpy(array.copy())
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
-class MirrorRole(Role):
-    """A role as its rollout engine sees it from another process: the same weights, taken at each sync, never trained."""
-
-    def __init__(self, plan: Plan, name: str) -> None:
-        self.plan = plan
-        self.name = name
-        self.spec = plan.roles[name]
-        self.version = 0
-        self._received: list[list[tuple[str, Any]]] = []
-        self._sampled = False
-        """the engine samples from the model itself"""
-        self._inside = False
-        """the last sync went into the model"""
-
-    @cached_property
-    def local(self) -> LocalRole:
-        """The model itself, for engines that sample from it; built when first asked for, with what was received so far."""
-        local = LocalRole(self.plan, self.name, frozen=True)
-        for bucket in self._received:
-            local.take_weights((name, from_array(packed)) for name, packed in bucket)
-        return local
-
-    def release(self) -> None:
-        """Free the model, unless the engine samples from it or no other place has its weights."""
-        if not self._sampled and not self._inside:
-            self.__dict__.pop("local", None)
-
-    @property
-    def module(self) -> Any:
-        """The role's module."""
-        self._sampled = True
-        return self.local.module
-
-    @property
-    def causal_lm(self) -> Any:
-        """The Hugging Face model inside."""
-        return self.module.causal_lm
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the role's model, which is not built for it."""
-        from rlhf_core.models.loading.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.spec.options.model, self.spec.options)
-
-    def gathered(self) -> AbstractContextManager[None]:
-        """While it is open, the module holds full weights."""
-        return self.local.gathered()
-
-    def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
-        """The wanted outputs under the mirrored weights."""
-        return self.local.infer(batch, names)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the last sync brought; the initial weights before the first."""
-        if not self._received:
-            yield from self.local.weights()
-            return
-        for bucket in self._received:
-            for name, packed in bucket:
-                yield name, from_array(packed)
-
-    def export(self, folder: str) -> None:
-        """Write the Hugging Face folder."""
-        self.local.export(folder)
-
-    def receive(self, bucket: list[tuple[str, Any]], first: bool) -> None:
-        """One bucket of a sync: into the model if there is one here, else kept for the engine to read."""
-        if first:
-            self._received, self._inside = [], "local" in self.__dict__
-        if self._inside:
-            self.local.take_weights((name, from_array(packed)) for name, packed in bucket)
-        else:
-            self._received.append(bucket)
-
-
-class EngineWorker(Worker):
-    """A rollout engine with mirrors of the roles it samples."""
-
-    def initialize(self) -> tuple[str, int]:
-        """The same, and the mirrors of the roles."""
-        where = super().initialize()
-        config = self.plan.config
-        seed_libraries(config.seed)
-        self.mirrors = {name: MirrorRole(self.plan, name) for name, spec in self.plan.roles.items() if spec.sampled}
-        self.engines = Engines(config.seed, Path(config.output), self.plan)
-        self.engines.bind(Placement(dict[str, Any](self.mirrors), None, World()))
-        self.engine = self.engines.open(config.providers["rollout"], "rollout")
-        self._received = 0
-        self._compared: set[tuple[str, str]] = set()
-        return where
-
-    def sample(self, role: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Completions of a mirrored role."""
-        rollouts: Rollouts = self.engine(self.mirrors[role], prompts, sampling)
-        self._release(role, "sample")
-        return rollouts
-
-    def receive(self, role: str, bucket: list[tuple[str, Any]], first: bool) -> None:
-        """One bucket of weights."""
-        self._received = sum(array.nbytes for _, (_, array) in bucket) + (0 if first else self._received)
-        self.mirrors[role].receive(bucket, first)
-
-    def finish_sync(self, role: str, version: int) -> dict[str, float]:
-        """All buckets are here: let the engine take them."""
-        self.mirrors[role].version = version
-        metrics = {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}
-        self._release(role, "synced")
-        return metrics
-
-    def _release(self, role: str, after: str) -> None:
-        """Free the model that an engine was compared with, as engines are after opening and after the first sync. Who asks for
-        it again does so for every batch, and keeps it."""
-        if (role, after) not in self._compared:
-            self._compared.add((role, after))
-            self.mirrors[role].release()
-
-    def sleep(self, level: Literal[1, 2]) -> int:
-        """Give device memory back; its bytes."""
-        freed: int = self.engine.sleep(level)
-        return freed
-
-    def wake(self, part: Literal["weights", "cache", "all"]) -> int:
-        """Take the memory of a part again; its bytes."""
-        taken: int = self.engine.wake(part)
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of the engine and those inside it, by place."""
-        return self.engines.state_dict(clone=True)
-
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Continue from them."""
-        self.engines.load_state_dict(states)
-
-    def close(self) -> None:
-        """Free everything."""
-        self.engines.close()
+def _store(host: str, port: int, size: int, opens: bool, timeout: float) -> Any:
+    """Return torch's store at this address: the one that answers there, or the one that asks it."""
+    seconds = timedelta(seconds=timeout)
+    return torch.distributed.TCPStore(host, port, size, opens, seconds, wait_for_workers=False)  # type: ignore[attr-defined]

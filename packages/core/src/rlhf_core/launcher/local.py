@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.plan import Plan
@@ -29,10 +30,15 @@ class Local(Launcher):
     one_process: ClassVar[bool] = True
     """roles see each other's models"""
 
+    timeout: float = 1800.0
+    """seconds that ranks wait for each other in a collective operation before the run ends with an error"""
+
     def __call__(self, plan: Plan) -> Placement:
         from rlhf_core.training.local_role import LocalRole
 
-        world = join_world()
+        if self.timeout <= 0:
+            raise OptionError("timeout", f"{self.timeout:g}: give a number of seconds above 0")
+        world = join_world(self.timeout)
         if plan.config.batch_size % world.size:
             raise OptionError("/batch_size", f"{plan.config.batch_size} does not divide over {world.size} ranks")
         roles: dict[str, LocalRole] = {}
@@ -58,8 +64,13 @@ def _report_copies(plan: Plan, roles: Mapping[str, LocalRole]) -> None:
         log.info(f"the {name} is loaded beside the {owner}, whose base it could share: {why}")
 
 
-def join_world() -> World:
-    """The process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR …), or this process alone."""
+def join_world(timeout: float = Local.timeout, store: Any = None) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR …), or return this process alone.
+
+    Args:
+        timeout: seconds that a collective operation may take, unless the group exists.
+        store: the ranks meet there; at MASTER_ADDR and MASTER_PORT without one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not torch.distributed.is_initialized():
@@ -72,5 +83,9 @@ def join_world() -> World:
                 )
             torch.cuda.set_device(local)
         # both, where there are GPUs: gradients are on them, counts and metrics are not
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        here: dict[str, Any] = {}
+        if store is not None:
+            here = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout), **here)
     return TorchWorld()

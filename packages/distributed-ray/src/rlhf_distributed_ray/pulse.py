@@ -1,0 +1,126 @@
+"""Signs of life. An actor answers `beat` beside its work, in a thread of its own; whoever waits for the actor asks.
+
+A process that is stopped, swapped out or cut off does not answer. One that is in a deadlock answers, and its progress stands
+still. Progress is what a run reports of itself inside a step (`rlhf_core.util.activity`), counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.util.activity import activity
+
+__all__ = ["GROUP", "Beating", "Limits", "Pulse"]
+
+GROUP = "pulse"
+"""Ray's concurrency group of `beat`: it is answered while the actor works."""
+START_SECONDS = 600.0
+"""Seconds until the first answer: a new process imports torch, and Ray starts many at once."""
+LONGEST = 10.0
+"""A call may stand still for so many times the longest call so far."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long actors are waited for."""
+
+    patience: float
+    """seconds without an answer"""
+    stall: float
+    """seconds without progress in a call, at the least"""
+    timeout: float = 1800.0
+    """seconds that ranks wait for each other in a collective operation"""
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two questions."""
+        return min(5.0, max(0.1, self.patience / 4))
+
+
+class Beating:
+    """The part of an actor that answers."""
+
+    def __init__(self) -> None:
+        self._progress = _Count()
+
+    def count_progress(self) -> None:
+        """Count what this process reports of itself from now on."""
+        activity.setLevel(logging.DEBUG)
+        activity.addHandler(self._progress)
+
+    def beat(self) -> int:
+        """Return a number that grows while work is done."""
+        return self._progress.number
+
+
+class _Count(logging.Handler):
+    """Counts reports of progress."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.number = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.number += 1
+
+
+class Pulse:
+    """What is known of one actor's life: by the controller, while it waits for a call.
+
+    Time in which nobody looked does not count, so that a controller that was itself stopped blames nobody.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._question: Any = None
+        self._known = False
+        """it has answered once"""
+        self._silent = self._idle = 0.0
+        self._progress = -1
+        self._looked = time.monotonic()
+
+    def begin(self) -> None:
+        """A call begins."""
+        self._silent = self._idle = 0.0
+        self._looked = time.monotonic()
+
+    def look(self, actor: Any, longest: float) -> str:
+        """Ask for a sign of life, and return why the actor counts as hung; empty while it does not.
+
+        Args:
+            actor: the actor.
+            longest: seconds that the longest call on it has taken so far.
+        """
+        import ray
+
+        now = time.monotonic()
+        passed = min(now - self._looked, 2 * self.limits.interval)
+        self._looked = now
+        self._silent += passed
+        self._idle += passed
+        if self._question is None:
+            self._question = actor.beat.options(concurrency_group=GROUP).remote()
+        if ray.wait([self._question], timeout=0)[0]:
+            self._hear(self._question)
+        patience = self.limits.patience if self._known else max(START_SECONDS, self.limits.patience)
+        if self._silent > patience:
+            return f"it gave no sign of life for {self._silent:.0f} s"
+        if self._idle > max(self.limits.stall, LONGEST * longest):
+            return f"it made no progress for {self._idle:.0f} s"
+        return ""
+
+    def _hear(self, answer: Any) -> None:
+        """Take an answer in; that of a dead actor is heard from its call."""
+        import ray
+
+        self._question = None
+        try:
+            progress = ray.get(answer)
+        except ray.exceptions.RayError:
+            return
+        self._known, self._silent = True, 0.0
+        if progress != self._progress:
+            self._progress, self._idle = progress, 0.0

@@ -1,0 +1,164 @@
+"""Waiting for actors: who died or hangs is named, and nobody is waited for without an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+
+from rlhf_core.errors import WorkerLost  # noqa: E402  after the check above
+from rlhf_core.util.activity import report  # noqa: E402
+from rlhf_distributed_ray.crew import Crew  # noqa: E402
+from rlhf_distributed_ray.pulse import GROUP, Beating, Limits, Pulse  # noqa: E402
+
+MEMORY = (
+    "6 worker(s) were killed due to the node running low on memory. Memory on the node was 22 GB.\nConsidered: …\n]"
+)
+
+
+@pytest.mark.parametrize(
+    ("death", "cause"),
+    [
+        (ray.exceptions.OutOfMemoryError(MEMORY), "6 worker(s) were killed due to the node running low on memory."),
+        (ray.exceptions.WorkerCrashedError(), "The worker died unexpectedly"),
+        (ray.exceptions.ActorDiedError(), "The actor died"),
+    ],
+)
+def test_a_death_is_told_with_its_cause_and_not_what_the_other_ranks_made_of_it(
+    death: Exception, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 fails first, since rank 1 closed the connection."""
+    answers = {"rank 0": ray.exceptions.RayTaskError("train", "Connection closed by peer", OSError()), "rank 1": death}
+
+    def get(reference: str) -> None:
+        raise answers[reference]
+
+    monkeypatch.setattr(ray, "wait", lambda pending, **_: (pending[:1], pending[1:]))
+    monkeypatch.setattr(ray, "get", get)
+    crew = Crew("role actor", [None, None], Limits(60, 60))
+    crew.where = [("here", 7), ("there", 8)]
+    with pytest.raises(WorkerLost) as caught:
+        crew.wait(dict(enumerate(answers))).in_order()
+    assert caught.value.who == "role actor rank 1"
+    message = str(caught.value)
+    assert message.startswith(f"role actor rank 1 on node there (process 8) died: {cause}") and "\n" not in message
+    assert message.endswith("; continue from the last checkpoint with resume = true") and len(message) < 400
+
+
+class Sleeper(Beating):
+    """An actor that works, reporting progress, or stands still."""
+
+    def initialize(self) -> tuple[str, int]:
+        self.count_progress()
+        return "here", os.getpid()
+
+    def work(self, seconds: float, parts: int) -> int:
+        for part in range(parts):
+            report("working", part, parts)
+            time.sleep(seconds / parts)
+        return parts
+
+    def deadlock(self) -> None:
+        threading.Event().wait()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def crew_of(limits: Limits) -> Crew:
+    actors = [ray.remote(concurrency_groups={GROUP: 1})(Sleeper).options(num_cpus=0.1).remote() for _ in range(2)]
+    crew = Crew("role actor", actors, limits)
+    crew.where = crew.call("initialize")
+    return crew
+
+
+def test_a_stopped_process_is_killed_and_named(cluster: None) -> None:
+    """SIGSTOP: the process is there and answers nothing; the other rank works on."""
+    crew = crew_of(Limits(patience=2, stall=600))
+    node, process = crew.where[1]
+    calls = {rank: actor.work.remote(3600, 3600) for rank, actor in enumerate(crew.actors)}
+    os.kill(process, signal.SIGSTOP)
+    began = time.monotonic()
+    found = crew.wait(calls, grace=0.5)
+    assert set(found.deaths) == {1} and time.monotonic() - began < 60, "2 s, on a machine without other work"
+    told = rf"^role actor rank 1 on node {node} \(process {process}\) died: it gave no sign of life for \d+ s; continue"
+    with pytest.raises(WorkerLost, match=told):
+        found.in_order()
+    for actor in crew.actors:
+        ray.kill(actor)
+
+
+def test_a_deadlock_is_found_where_progress_stands_still_and_slow_work_is_not_one(cluster: None) -> None:
+    """Both ranks answer, and one of them reports parts of its work for longer than a call may stand still."""
+    crew = crew_of(Limits(patience=600, stall=4))
+    found = crew.send(lambda actor, rank: actor.work.remote(8, 80) if rank == 0 else actor.work.remote(0, 1))
+    assert found.in_order() == [80, 1]
+    crew._longest = 0.0  # else ten times the 8 s are waited for
+    found = crew.wait({0: crew.actors[0].work.remote(3600, 36000), 1: crew.actors[1].deadlock.remote()}, grace=0.5)
+    assert set(found.deaths) == {1}
+    with pytest.raises(WorkerLost, match=r"rank 1 .* died: it made no progress for \d+ s; "):
+        found.in_order()
+    for actor in crew.actors:
+        ray.kill(actor)
+
+
+class Clock:
+    """Time that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def silent(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An actor that never answers."""
+    monkeypatch.setattr(ray, "wait", lambda pending, **_: ([], pending))
+    return SimpleNamespace(beat=SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: "asked")))
+
+
+def test_time_in_which_the_controller_itself_was_stopped_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, actor = Clock(monkeypatch), silent(monkeypatch)
+    pulse = Pulse(Limits(patience=20, stall=1000))
+    pulse._known = True
+    pulse.begin()
+    clock.now += 3600  # Ctrl-Z of the controller
+    assert pulse.look(actor, 0) == ""
+    seconds = 0
+    while not (why := pulse.look(actor, 0)):
+        clock.now += 1
+        seconds += 1
+    assert 10 < seconds <= 21 and why == "it gave no sign of life for 21 s"
+
+
+def test_a_call_may_stand_still_for_ten_times_the_longest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, actor = Clock(monkeypatch), silent(monkeypatch)
+    pulse = Pulse(Limits(patience=1e9, stall=5))
+    pulse.begin()
+    for _ in range(70):
+        clock.now += 1
+        assert pulse.look(actor, 7.0) == ""
+    clock.now += 1
+    assert pulse.look(actor, 7.0) == "it made no progress for 71 s"
+
+
+def test_a_process_that_starts_has_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, actor = Clock(monkeypatch), silent(monkeypatch)
+    pulse = Pulse(Limits(patience=5, stall=1e9))
+    pulse.begin()
+    for _ in range(600):
+        clock.now += 1
+        assert pulse.look(actor, 0) == ""
+    clock.now += 1
+    assert pulse.look(actor, 0) == "it gave no sign of life for 601 s"
