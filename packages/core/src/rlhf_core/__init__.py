@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch, Example, Message, Prompts, Rollouts, StepInfo
     from rlhf_core.contract.commands import Command, CommandContext
     from rlhf_core.contract.distributed import TorchWorld, World
+    from rlhf_core.contract.driving import EpisodeOver, Outcome, Policy, Reply
     from rlhf_core.contract.engines import Closeable, OpenContext, Stateful, open_provider
     from rlhf_core.contract.episode import Action, Feedback, Session
     from rlhf_core.contract.hooks import Providers, hookimpl
@@ -118,6 +119,7 @@ __all__ = [
     "DynamicSampling",
     "Environment",
     "EpisodeLimits",
+    "EpisodeOver",
     "Evaluator",
     "Example",
     "Feedback",
@@ -138,11 +140,13 @@ __all__ = [
     "OpenContext",
     "OptimizerProvider",
     "OptionError",
+    "Outcome",
     "Output",
     "Outputs",
     "Placement",
     "Plan",
     "PluginError",
+    "Policy",
     "Prompts",
     "ProviderChoices",
     "Providers",
@@ -151,6 +155,7 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Registry",
+    "Reply",
     "Reward",
     "RewardOutput",
     "RewardShaping",
@@ -220,6 +225,7 @@ _HOMES = {
     "contract.batch": "Batch Example Message Prompts Rollouts StepInfo",
     "contract.commands": "Command CommandContext",
     "contract.distributed": "TorchWorld World",
+    "contract.driving": "EpisodeOver Outcome Policy Reply",
     "contract.engines": "Closeable OpenContext Stateful open_provider",
     "contract.episode": "Action Feedback Session",
     "contract.hooks": "Providers hookimpl",

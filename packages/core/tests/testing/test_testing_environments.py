@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.contract.batch import Example
+from rlhf_core.contract.driving import Outcome, Policy
 from rlhf_core.contract.episode import Action, Feedback, Session
 from rlhf_core.testing import check_environment
 from rlhf_core.testing.tiny_environment import TinyEnvironment
@@ -97,3 +98,30 @@ def test_sessions_that_share_state_are_found() -> None:
 def test_an_environment_returns_sessions() -> None:
     with pytest.raises(AssertionError, match="NoSession must return a Session, not str"):
         check_environment(NoSession())
+
+
+@dataclass(frozen=True)
+class Driven(TinyEnvironment):
+    """Drives one turn."""
+
+    reward: float = 0.5
+    """of an episode"""
+    drives = True
+
+    def __call__(self, example: Example, seed: int) -> Session:
+        return Driving(self.reward)
+
+
+@dataclass
+class Driving(Session):
+    reward: float
+
+    async def drive(self, policy: Policy) -> Outcome:
+        await policy.ask([*b"Hello"])
+        return Outcome(self.reward)
+
+
+def test_an_environment_that_drives_is_played() -> None:
+    played = check_environment(Driven())
+    assert played["environment_rewards_NT"].sum(1).tolist() == [0.5] * 6
+    assert played.group_N.tolist() == [0, 0, 0, 1, 1, 1]

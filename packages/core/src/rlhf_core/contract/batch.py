@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.kept_sets import Truncation
 
-__all__ = ["Batch", "Example", "Message", "Prompts", "Rollouts", "StepInfo"]
+__all__ = ["Batch", "Example", "Finish", "Message", "Prompts", "Rollouts", "StepInfo"]
 
 Message = Mapping[str, Any]
 """One turn of a chat: `{"role": "user", "content": "…"}`, and whatever else the template knows."""
+
+
+Finish = Literal["stop", "length", "turns", "seconds", "error"]
+"""Why a completion ended; see `Rollouts.finish`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +246,9 @@ class Rollouts(Batch):
     that sampled: optimiser steps of the role by then. Both are 0 outside the mask.
     """
 
-    finish: list[Literal["stop", "length", "turns", "seconds"]] = field(default_factory=list)
+    finish: list[Finish] = field(default_factory=list)
     """N reasons: `stop` (EOS or a stop string; of an episode: its environment ended it), `length` (cut at max_new_tokens), and
-    of an episode `turns` or `seconds` (cut by these limits)"""
+    of an episode `turns` or `seconds` (cut by these limits), or `error` (its environment or agent failed)"""
 
     @property
     def version(self) -> int:

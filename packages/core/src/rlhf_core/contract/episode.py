@@ -4,7 +4,8 @@
                                     policy    others     policy   others     policy
 
 An `Environment` provider makes a `Session` for each completion. The session holds the state of its episode. It gets an
-`Action`, which is one turn of the policy, and returns a `Feedback`. Core owns the rest: sampling, seeds, limits, masks and
+`Action`, which is one turn of the policy, and returns a `Feedback`. A session may also drive its episode and ask the policy for
+turns (`rlhf_core.contract.driving`). Core owns the rest: sampling, seeds, limits, masks and
 rewards (`rlhf_core.rollout.episodes`).
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Message
+    from rlhf_core.contract.driving import Outcome, Policy
 
 __all__ = ["Action", "Feedback", "Session"]
 
@@ -67,6 +69,10 @@ class Session:
         A coroutine (`async def`) is fine: those of all episodes of a batch are awaited together. They all run in one event
         loop, which lives as long as the batch is sampled.
         """
+        raise NotImplementedError
+
+    def drive(self, policy: Policy) -> Awaitable[Outcome]:
+        """Play the whole episode and return what it earned, if the environment declares `drives = True`."""
         raise NotImplementedError
 
     def close(self) -> Awaitable[None] | None:

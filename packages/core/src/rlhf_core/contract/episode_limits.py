@@ -19,7 +19,15 @@ class EpisodeLimits:
     """tokens after which one turn of the policy is cut; 0 leaves a turn what is left of the episode"""
     seconds: float = 0.0
     """seconds after which no episode of a batch gets another turn; results then depend on the machine. 0 is no limit"""
+    at_once: int = 0
+    """episodes that the environment works on at the same time; 0 is all of a batch"""
+    failures: float = 0.0
+    """share of a batch's episodes whose environment or agent may fail, 0 to 1; these are logged and not trained on, and more of
+    them stop the run"""
+    gather: float = 0.05
+    """seconds that an agent's turn waits for turns of other episodes, which the engine then samples together (for environments
+    that drive)"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "turns")
-        at_least(0, self, "turn_tokens", "seconds")
+        at_least(0, self, "turn_tokens", "seconds", "at_once", "failures", "gather")

@@ -150,6 +150,11 @@ class Environment(Provider):
     """Answers a policy between its turns. State is in the sessions; see `rlhf_core.contract.episode`."""
 
     @property
+    def drives(self) -> bool:
+        """True if its sessions drive: core calls their `drive`, and never `respond`."""
+        return False
+
+    @property
     def messages(self) -> bool:
         """True if feedback has chat messages; the chat template is then checked before models are loaded."""
         return False

@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from rlhf_core.contract.results import Metric, RewardOutput
     from rlhf_core.contract.roles import Role
 
-__all__ = ["RowEncoder", "RunView"]
+__all__ = ["RenderedPrompt", "RowEncoder", "RunView"]
+
+
+class RenderedPrompt(Protocol):
+    """A prompt as the policy reads it."""
+
+    @property
+    def text(self) -> str:
+        """The text, rendered by the chat template where there is one."""
+        ...
+
+    @property
+    def ids(self) -> list[int]:
+        """Its token ids."""
+        ...
 
 
 class RowEncoder(Protocol):
@@ -28,6 +42,14 @@ class RowEncoder(Protocol):
 
     tokenizer: Any
     """the Hugging Face tokenizer"""
+    max_prompt_tokens: int
+    """tokens of the longest prompt"""
+    positions: int | None
+    """tokens of prompt and completion that every role has positions for; None knows no limit"""
+
+    def prompt_row(self, example: Example) -> RenderedPrompt:
+        """Return the prompt of `example`, tokenised at full length."""
+        ...
 
     def fits_prompt(self, example: Example) -> bool:
         """Return True if the row's prompt is within `--max-prompt-tokens`."""

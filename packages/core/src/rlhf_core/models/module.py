@@ -144,7 +144,8 @@ class RoleModule(nn.Module):
     def _states(self, inputs: Inputs, names: frozenset[str]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return what `_read` returns, and cache it per row if only heads are trained."""
         body, routed = self.model.base_model, ROUTER_LOSS in names
-        if routed or inputs.images or self.sharded or not trains_only_heads(self, body):
+        split = inputs.ends_R is not None
+        if routed or inputs.images or split or self.sharded or not trains_only_heads(self, body):
             return self._read(inputs, routed)
         tokens = any(name not in self.outputs or not self.outputs[name].last_only for name in names)
         return *self._features(inputs, tokens, body.parameters(), self._read), None

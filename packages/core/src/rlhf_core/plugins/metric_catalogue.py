@@ -38,6 +38,8 @@ _RUN = {
     "[<source>/]completion/truncated": "share 0..1: of completions cut at sampling.max_new_tokens (with an "
     "environment: or at a limit of episode)",
     "[<source>/]completion/turns": "turns: mean number in an episode; with an environment only",
+    "[<source>/]completion/failed": "share 0..1: of episodes whose environment or agent failed; with an environment only",
+    "[<source>/]completion/segments": "contexts: mean number in an episode; with an environment that drives only",
     "[<source>/]completion/feedback": "tokens: of a completion that the environment wrote, mean; with an environment only",
     "[<source>/]completion/entropy": "nats a token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",

@@ -20,7 +20,10 @@ METRIC = "environment/"
 
 @dataclass(frozen=True)
 class EnvironmentReward(Reward):
-    """The rewards, scores and metrics that `--environment` gave to the turns of each episode."""
+    """The rewards, scores and metrics that `--environment` gave to the turns of each episode.
+
+    It abstains from episodes whose environment or agent failed: they leave their group.
+    """
 
     per: Literal["episode", "turn"] = "episode"
     """episode: the sum over turns is the reward of the completion; turn: the last turn's is, and that of an earlier turn is
@@ -35,7 +38,9 @@ class EnvironmentReward(Reward):
         final_NT = rewards_NT
         if self.per == "turn":
             final_NT = rewards_NT.where(rollouts["turns_NT"] == rollouts["turns_N"][:, None] - 1, 0.0)
+        failed_N = rollouts["environment_failed_N"]
         return RewardOutput(
+            abstained_N=failed_N if failed_N.any() else None,
             rewards_N=final_NT.sum(1),
             rewards_NT=rewards_NT - final_NT if self.per == "turn" else None,
             scores_N=rollouts["environment_scores_N"],

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from rlhf_core.contract.batch import Prompts, Rollouts
+from rlhf_core.contract.batch import Finish, Prompts, Rollouts
 from rlhf_core.lazy import torch
 from rlhf_core.util.padding import pad_rows
 
@@ -33,7 +33,7 @@ PART = 1 << 16
 def assemble(
     prompts: Prompts,
     tokens: Sequence[Row],
-    finish: Sequence[Literal["stop", "length", "turns", "seconds"]],
+    finish: Sequence[Finish],
     tokenizer: PreTrainedTokenizerBase,
     *,
     version: int = 0,

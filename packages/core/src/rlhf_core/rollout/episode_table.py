@@ -7,6 +7,7 @@ In the batch
 * `turns_NT` is the number of the turn, from 0 (feedback has that of the turn that it answers), and `turns_N` counts turns;
 * `environment_rewards_NT` has each turn's reward at the turn's last token;
 * `environment_scores_N` is the last score, or the sum of rewards where there is none;
+* `environment_failed_N` is true where the environment or the agent failed;
 * `environment/<name>_N` is a metric, added up over turns;
 * `texts` is what the policy wrote, and `meta["transcript"]` lists turns and feedback.
 """
@@ -15,16 +16,19 @@ from __future__ import annotations
 
 import time
 from array import array
+from asyncio import Semaphore
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rlhf_core.contract.batch import Example, Prompts, Rollouts
+from rlhf_core.contract.batch import Example, Finish, Prompts, Rollouts
 from rlhf_core.contract.episode import Session
 from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.assemble import assemble
+from rlhf_core.rollout.failures import Failures
 
 if TYPE_CHECKING:
     from rlhf_core.contract.providers import Environment
@@ -57,8 +61,10 @@ class EpisodeState:
     transcript: list[dict[str, Any]] = field(default_factory=list)
     score: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    finish: Literal["stop", "length", "turns", "seconds"] | None = None
+    finish: Finish | None = None
     """why it ended; None while it goes on"""
+    error: Exception | None = None
+    """what it failed by"""
 
     def append(
         self, tokens: Sequence[int], mask: Sequence[bool], turn: int, numbers: Mapping[str, list[float]]
@@ -84,6 +90,9 @@ class EpisodeTable:
         self.limits = limits
         self.encoder = encoder
         self.deadline = time.monotonic() + limits.seconds if limits.seconds else None
+        self.at_once: AbstractAsyncContextManager[Any] = Semaphore(limits.at_once) if limits.at_once else nullcontext()
+        """what a coroutine of the environment holds while it works"""
+        self.failures = Failures(limits.failures, len(prompts) * sampling.n)
         self.episodes: list[EpisodeState] = []
         self.sampled: list[Rollouts] = []
         """what the engine returned, turn by turn"""
@@ -130,6 +139,7 @@ def to_rollouts(table: EpisodeTable) -> Rollouts:
     extras["turns_N"] = torch.tensor([each.turns[-1] + 1 for each in episodes])
     earned = [sum(each.rewards) if each.score is None else each.score for each in episodes]
     extras["environment_scores_N"] = torch.tensor(earned, dtype=torch.float32)
+    extras["environment_failed_N"] = torch.tensor([each.finish == "error" for each in episodes])
     for name in table.environment.metrics:
         extras[f"environment/{name}_N"] = torch.tensor([each.metrics.get(name, 0.0) for each in episodes])
     meta: list[Mapping[str, Any]] = [

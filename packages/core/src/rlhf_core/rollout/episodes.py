@@ -6,15 +6,15 @@ stay as they are, and feedback is tokenised once and appended. `rlhf_core.rollou
 
 An episode ends with a token of the policy: feedback after its last turn is in the transcript alone.
 
-Not here yet: sampling some episodes while the environment answers others, harnesses that drive the policy themselves, and
-images in feedback.
+An environment that declares `drives` asks for turns itself (`rlhf_core.rollout.driving`).
+
+Not here yet: sampling some episodes while the environment answers others, and images in feedback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,9 @@ from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_uid
 from rlhf_core.errors import ContractError
 from rlhf_core.rollout.assemble import decode
+from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
+from rlhf_core.rollout.failures import describe
 from rlhf_core.util.event_loop import LATE, EventLoop
 
 if TYPE_CHECKING:
@@ -78,6 +80,8 @@ def complete(
     if environment is None:
         return rollout(role, prompts, sampling)
     with rollout.session(role) as sample:
+        if environment.drives:
+            return drive(sample, environment, prompts, sampling, limits, encoder)
         return play(sample, environment, prompts, sampling, limits, encoder)
 
 
@@ -127,6 +131,11 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
         for _ in range(table.sampling.n)
     ]
     for i, session in enumerate(_answers(table, loop, calls)):
+        if isinstance(session, _Failure):
+            table.failures.add(session.error, session.where)
+            failed = EpisodeState(i // table.sampling.n, i % table.sampling.n, Session(), error=session.error)
+            table.episodes.append(failed)  # it ends after the first turn, which is sampled for all
+            continue
         if not isinstance(session, Session):
             raise _contract_error(
                 table, prompts.examples[i // table.sampling.n], f"returned {session!r}, which is no Session"
@@ -138,14 +147,32 @@ def _respond(table: EpisodeTable, loop: EventLoop, actions: Sequence[Action]) ->
     """Let the environment answer the turns of the episodes that go on."""
     going = table.going
     calls = [
-        (table.example(episode), f"turn {action.turn}", partial(episode.session.respond, action))
+        (table.example(episode), f"turn {action.turn}", partial(_answer_of, episode, action))
         for episode, action in zip(going, actions, strict=True)
     ]
     for episode, action, answer in zip(going, actions, _answers(table, loop, calls, table.time_left()), strict=True):
         if answer is LATE:
             episode.finish = "seconds"
             continue
+        if isinstance(answer, _Failure):
+            _fail(table, episode, action, answer)
+            continue
         _take_feedback(table, episode, action, _check_feedback(table, episode, answer))
+
+
+def _answer_of(episode: EpisodeState, action: Action) -> Any:
+    """Let the session answer, if there is one."""
+    return _Failure(episode.error, "") if episode.error is not None else episode.session.respond(action)
+
+
+def _fail(table: EpisodeTable, episode: EpisodeState, action: Action, failure: _Failure) -> None:
+    """End an episode whose environment failed; raise if there are too many."""
+    error = failure.error
+    if episode.error is None:
+        table.failures.add(error, failure.where)
+    episode.error, episode.finish = error, "error"
+    text = f"{type(error).__name__}: {error}"
+    episode.transcript.append({"from": "environment", "turn": action.turn, "error": text})
 
 
 def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, feedback: Feedback) -> None:
@@ -194,16 +221,16 @@ def _check_feedback(table: EpisodeTable, episode: EpisodeState, feedback: object
 
 
 def _contract_error(table: EpisodeTable, example: Example, how: str) -> ContractError:
-    return ContractError(f"{_describe(table, example)} {how}")
+    return ContractError(f"{describe(table.environment, example)} {how}")
 
 
-def _describe(table: EpisodeTable, example: Example) -> str:
-    """Name the environment and the example."""
-    kind = type(table.environment)
-    prompt = str(example.prompt)
-    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}…"
-    origin = f" of {example.origin}" if example.origin else ""
-    return f"environment {kind.__qualname__} of {kind.__module__}, on the prompt {shown!r}{origin},"
+@dataclass(frozen=True)
+class _Failure:
+    """What a call of the environment raised."""
+
+    error: Exception
+    where: str
+    """names the episode"""
 
 
 def _answers(
@@ -212,24 +239,26 @@ def _answers(
     calls: Sequence[tuple[Example, str, Callable[[], Any]]],
     seconds: float | None = None,
 ) -> list[Any]:
-    """Return what the calls answer, awaited. An exception gets a note of the environment, the example and the turn."""
+    """Return what the calls answer, awaited; `_Failure` for an exception, with a note of environment, example and turn."""
 
-    @contextmanager
-    def named(example: Example, turn: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"in the {_describe(table, example)} {turn}".rstrip(" ,"))
-            raise
+    def failed(error: Exception, example: Example, turn: str) -> _Failure:
+        where = f"in the {describe(table.environment, example)} {turn}".rstrip(" ,")
+        error.add_note(where)
+        return _Failure(error, where)
 
     async def waited(answer: Awaitable[Any], example: Example, turn: str) -> Any:
-        with named(example, turn):
-            return await answer
+        try:
+            async with table.at_once:
+                return await answer
+        except Exception as error:
+            return failed(error, example, turn)
 
     answers = []
     for example, turn, call in calls:
-        with named(example, turn):
+        try:
             answer = call()
+        except Exception as error:
+            answer = failed(error, example, turn)
         answers.append(waited(answer, example, turn) if isawaitable(answer) else answer)
     return loop.results(answers, seconds)
 

@@ -33,7 +33,10 @@ def log_completions(meter: Meter, prefix: str, rollouts: Rollouts, sampling: Sam
     meter.log_batch(f"{prefix}/truncated", torch.tensor([float(f != "stop") for f in rollouts.finish]))
     if "turns_N" in rollouts:
         meter.log_batch(f"{prefix}/turns", rollouts["turns_N"].float())
+        meter.log_batch(f"{prefix}/failed", rollouts["environment_failed_N"].float())
         meter.log_batch(f"{prefix}/feedback", (rollouts.lengths_N - rollouts.mask_NT.sum(1)).float())
+    if "segments_N" in rollouts:
+        meter.log_batch(f"{prefix}/segments", rollouts["segments_N"].float())
     if sampling.temperature > 0:
         surprise = -float(rollouts["sampler_logprobs_NT"][rollouts.mask_NT].double().sum())
         meter.log_token_mean(f"{prefix}/entropy", surprise, float(rollouts.mask_NT.sum()))

@@ -34,7 +34,8 @@ def check_environment(
     Args:
         environment: the provider.
         examples: rows of data that it can work with; two plain questions if absent.
-        turns: what a policy writes, turn by turn; choose some that the environment understands.
+        turns: what a policy writes, turn by turn; choose some that the environment understands. An environment that drives gets
+            none.
 
     Returns:
         The episodes that the tiny policy played, for checks of your own.
@@ -44,6 +45,8 @@ def check_environment(
     """
     check_provider(environment)
     name = type(environment).__qualname__
+    if environment.drives:
+        turns = ()
     examples = examples or [Example("What is 2+2?", label="4"), Example("And 3*3?", label="9")]
     with EventLoop() as loop:
         for example in examples:
@@ -90,12 +93,11 @@ def _converse(loop: EventLoop, environment: Environment, session: Session, turns
 
 def _play(environment: Environment, examples: Sequence[Example]) -> Rollouts:
     """Play episodes with a tiny policy."""
-    from rlhf_core.rollout.episodes import play
+    from rlhf_core.rollout.episodes import complete
     from rlhf_core.rollout.hf import HuggingFaceRollout
     from rlhf_core.training.local_role import LocalRole
 
     run = tiny_run("unused", environment=environment)
     role: Any = LocalRole(run.plan, "actor")
     prompts = run.encoder.prompts(examples, range(len(examples)))
-    with HuggingFaceRollout().session(role) as sample:
-        return play(sample, environment, prompts, SAMPLING, LIMITS, run.encoder)
+    return complete(HuggingFaceRollout(), environment, role, prompts, SAMPLING, LIMITS, run.encoder)

@@ -31,7 +31,7 @@ def balance_loss(model: Any, logits: tuple[Tensor, ...], padded: Inputs | None) 
     mask_NS = None
     if padded is not None:
         N, S = padded.ids_NS.shape
-        last_N1 = (padded.last_N - torch.arange(N, device=padded.last_N.device) * S)[:, None]
+        last_N1 = (padded.row_ends - torch.arange(N, device=padded.ids_NS.device) * S)[:, None]
         mask_NS = torch.arange(S, device=last_N1.device)[None] <= last_N1
     loss: Tensor = _function(model)(logits, experts, config.num_experts_per_tok, mask_NS)
     return loss

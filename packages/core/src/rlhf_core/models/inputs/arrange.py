@@ -4,7 +4,8 @@ A row is its prompt immediately followed by its completion, left-aligned and pad
 token, and causal attention keeps real tokens from seeing padding without any mask. A completion token is predicted by the
 state one position before it; only those states reach a head.
 
-Shape letters: N rows, S longest prompt + completion, T longest completion, M completion tokens of all rows.
+Shape letters: N rows, S longest prompt + completion, T longest completion, M completion tokens of all rows, R rows that are
+read: N, or more where completions have segments (`models.inputs.segments`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from rlhf_core.lazy import torch
 from rlhf_core.models.heads.kept_tokens import KeptTokens, arrange_kept
 from rlhf_core.models.inputs.images import stack_images
+from rlhf_core.models.inputs.segments import split_segments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +47,26 @@ class Inputs:
     """the kept sets of those tokens; None where nothing was cut"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """what the model reads for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
+    ends_R: Tensor | None = None
+    """int64, flat positions of the last token of each row of `ids_NS`, where completions have segments; None where a row is a
+    completion with its prompt"""
+
+    @property
+    def row_ends(self) -> Tensor:
+        """Flat positions of the last token of each row of `ids_NS`."""
+        return self.last_N if self.ends_R is None else self.ends_R
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("images", "kept")}
-        images = {name: tensor.to(device) for name, tensor in self.images.items()}
-        kept = None if self.kept is None else self.kept.to(device)
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()}, images=images, kept=kept)
+        optional = ("images", "kept", "ends_R")
+        tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in optional}
+        return replace(
+            self,
+            **{name: tensor.to(device) for name, tensor in tensors.items()},
+            images={name: tensor.to(device) for name, tensor in self.images.items()},
+            kept=None if self.kept is None else self.kept.to(device),
+            ends_R=None if self.ends_R is None else self.ends_R.to(device),
+        )
 
 
 def arrange_inputs(batch: Batch) -> Inputs:
@@ -70,7 +85,7 @@ def arrange_inputs(batch: Batch) -> Inputs:
     ).masked_fill_(after_NS >= lengths_N1, 0)
     columns_1T = torch.arange(batch.tokens_NT.shape[1], device=prompts_N1.device)[None]
     used_NT = columns_1T < lengths_N1
-    return Inputs(
+    inputs = Inputs(
         ids_NS=ids_NS,
         states_M=(rows_N1 * S + prompts_N1 + columns_1T - 1)[used_NT],
         slots_M=used_NT.flatten().nonzero().squeeze(1),
@@ -80,6 +95,7 @@ def arrange_inputs(batch: Batch) -> Inputs:
         kept=arrange_kept(batch),
         images=stack_images(batch.images, S),
     )
+    return split_segments(inputs, batch)
 
 
 def _pick(tokens: Tensor, columns_NS: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class PackedRows:
 def pack_rows(inputs: Inputs) -> tuple[PackedRows, Inputs]:
     """The rows without their padding, and `inputs` with its positions counted in them."""
     N, S = inputs.ids_NS.shape
-    lengths_N = inputs.last_N - torch.arange(N, device=inputs.last_N.device) * S + 1
+    lengths_N = inputs.row_ends - torch.arange(N, device=inputs.ids_NS.device) * S + 1
     real_NS = torch.arange(S, device=lengths_N.device) < lengths_N[:, None]
     place_NS = real_NS.flatten().cumsum(0) - 1
     rows = PackedRows(

@@ -1,0 +1,47 @@
+"""Episodes that fail: each ends by itself, and too many of them stop the run."""
+
+from __future__ import annotations
+
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.providers import Environment
+from rlhf_core.errors import run_option
+from rlhf_core.util.messages import log
+
+__all__ = ["Failures", "describe"]
+
+
+class Failures:
+    """Counts the failed episodes of a batch.
+
+    Args:
+        share: of the episodes that may fail, 0 to 1.
+        episodes: of the batch.
+    """
+
+    def __init__(self, share: float, episodes: int) -> None:
+        self.share, self.episodes = share, episodes
+        self.count = 0
+        self.first: Exception | None = None
+
+    def add(self, error: Exception, where: str) -> None:
+        """Count one, and log the first; `where` names the episode. Raises `error` if there are more than the share allows."""
+        self.count += 1
+        if self.count > self.share * self.episodes:
+            if self.share:
+                error.add_note(
+                    f"{self.count} of {self.episodes} episodes failed, more than {run_option('episode.failures', self.share)} "
+                    "allows"
+                )
+            raise error
+        if self.first is None:
+            self.first = error
+            log.warning(f"an episode failed and is not trained on, {where}: {type(error).__name__}: {error}")
+
+
+def describe(environment: Environment, example: Example) -> str:
+    """Name the environment and the example, for messages."""
+    kind = type(environment)
+    prompt = str(example.prompt)
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}…"
+    origin = f" of {example.origin}" if example.origin else ""
+    return f"environment {kind.__qualname__} of {kind.__module__}, on the prompt {shown!r}{origin},"
