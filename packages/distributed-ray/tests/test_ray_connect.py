@@ -56,7 +56,7 @@ def test_every_way_to_fail_is_one_line(
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UsageError) as caught:
-        RayLauncher(address="cluster:6379")._open()
+        RayLauncher(address="cluster:6379")._open({})
     message = str(caught.value)
     assert message.startswith(f"address cluster:6379: {told}") and "\n" not in message
     assert capfd.readouterr().err == ""
@@ -66,6 +66,6 @@ def test_standard_error_is_itself_again_afterwards(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: os.write(2, b"swallowed"))
-    RayLauncher()._open()
+    RayLauncher()._open({})
     os.write(2, b"seen")
     assert capfd.readouterr().err == "seen"

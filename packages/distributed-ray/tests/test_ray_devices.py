@@ -35,8 +35,8 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
-    """CUDA_VISIBLE_DEVICES of each rank of each role and of each engine."""
+def visible(flags: str, tmp_path: Any, variable: str = "CUDA_VISIBLE_DEVICES") -> dict[str, list[str]]:
+    """An environment variable of each rank of each role and of each engine."""
     deadline = time.monotonic() + 120  # until the placement groups of the run before are given back
     while ray.available_resources().get("GPU", 0.0) < 4 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -45,7 +45,7 @@ def visible(flags: str, tmp_path: Any) -> dict[str, list[str]]:
     def look(self: object) -> str:
         import os
 
-        return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        return os.environ.get(variable, "unset")
 
     placed: Any = config.providers["launcher"](make_plan(config))
     try:
@@ -61,6 +61,14 @@ def test_together_rank_k_of_every_role_and_engine_k_are_on_a_gpu_of_their_own(wo
     found = visible(f"--launcher.workers {workers}", tmp_path)
     assert len(set(found["actor"])) == 2 and "" not in found["actor"]
     assert found["actor"] == found["reference"] == found["engine"]
+
+
+def test_a_secret_reaches_every_worker_past_what_ray_shows(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    found = visible("--launcher.place actor+reference@1", tmp_path, "HF_TOKEN")
+    assert found == {"actor": ["hf_0123456789"], "reference": ["hf_0123456789"], "engine": ["hf_0123456789"]}
+    assert "hf_0123456789" not in str(ray._private.worker.global_worker.runtime_env), "of the job"
+    assert not [actor for actor in ray._private.state.actors().values() if "hf_0123456789" in str(actor)]
 
 
 def test_a_partition_has_the_gpus_that_it_names(tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +136,14 @@ def test_a_run_that_is_only_placed_closes_what_it_has_and_calls_no_observer(tmp_
         assert set(run.roles) == {"actor"}
     assert CLOSED == ["reward", "placement"]
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_without_peft_are_refused_before_anything_is_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under Ray a cluster had been started by then."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    run = tiny_run(tmp_path / "run", actor={"lora": {"rank": 4}})
+    with pytest.raises(UsageError, match=r"actor.lora needs the package 'peft': pip install"):
+        run.check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from rlhf_core.errors import UsageError, option
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
 from rlhf_distributed_ray.pulse import GROUP, Limits
+from rlhf_distributed_ray.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["Cluster", "disconnect"]
 
 NODE = "ray.io/node-id"  # the label that Ray gives every node
-PLACEMENT_SECONDS = 60  # an idle cluster places a group in well under a second
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads of two busy processes slow each other fivefold
 
 
 class Cluster:
@@ -31,15 +29,15 @@ class Cluster:
     Args:
         plan: its roles are placed.
         layout: who sits where.
-        threads: OpenMP threads of each worker.
+        surroundings: what the processes of workers begin with.
         limits: how long workers are waited for.
         started: the cluster was started here, and ends with the run.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, threads: int, limits: Limits, started: bool) -> None:
+    def __init__(self, plan: Plan, layout: Layout, surroundings: Surroundings, limits: Limits, started: bool) -> None:
         self.plan = plan
         self.layout = layout
-        self.threads = threads
+        self.surroundings = surroundings
         self.limits = limits
         self.started = started
         self.groups: list[Any] = []
@@ -58,7 +56,8 @@ class Cluster:
         config = self.plan.config
         registry = config.registry or default_registry()
         expected = versions(registry, config.names, config.uses)
-        described = Description(registry.selection, to_names(config), expected, str(Path.cwd()))
+        secrets = self.surroundings.secrets
+        described = Description(registry.selection, to_names(config), expected, str(Path.cwd()), secrets)
         shipper = Shipper()
         roles: dict[str, RoleGroup] = {}
         for role, spec in self.plan.roles.items():
@@ -99,11 +98,11 @@ class Cluster:
 
         if not groups:
             return
-        _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=PLACEMENT_SECONDS)
+        _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=self.limits.placing)
         if waiting:
             raise UsageError(
-                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {PLACEMENT_SECONDS} s; "
-                f"free resources, or use {option('strategy', 'PACK')}"
+                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {self.limits.placing:g} s; "
+                f"free resources, use {option('strategy', 'PACK')}, or let it take longer with {option('wait')}"
             )
 
     def _actor(self, body: type, seat: Seat, *args: Any) -> Any:
@@ -112,16 +111,14 @@ class Cluster:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         share = dict(self.layout.share(seat))
-        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
-        if not share.get("GPU"):
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides the GPUs of a worker that asks for some, not of others
-        environment |= {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "DS_ACCELERATOR", "HF_HUB_OFFLINE")}
+        # Ray hides the GPUs of a worker that asks for some, not of others
+        hidden = {} if share.get("GPU") else {"CUDA_VISIBLE_DEVICES": ""}
         actor = ray.remote(concurrency_groups={GROUP: 1})(body).options(
             num_cpus=share.pop("CPU", 0),
             num_gpus=share.pop("GPU", 0),
             resources=share,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
-            runtime_env={"env_vars": environment},
+            runtime_env=self.surroundings.runtime_environment(**hidden),
         )
         handle = actor.remote(*args)
         self.actors.append(handle)

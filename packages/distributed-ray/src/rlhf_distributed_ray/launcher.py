@@ -9,21 +9,22 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, OptionError, option
 from rlhf_core.util.messages import progress
 from rlhf_distributed_ray.cluster import Cluster, disconnect
-from rlhf_distributed_ray.placement import Layout, check_capacity, lay_out
+from rlhf_distributed_ray.placement import Layout, check_capacity, find_lack, lay_out
 from rlhf_distributed_ray.places import ENGINE, Place, Shape, check_engines_alone, parse_places, parse_shape
 from rlhf_distributed_ray.pulse import Limits
+from rlhf_distributed_ray.surroundings import Surroundings, read_runtime_environment, travelling_variables
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
@@ -32,6 +33,7 @@ __all__ = ["RayLauncher"]
 
 LOWEST = (2, 50)
 KNOCK_SECONDS = 5
+PLACING_SECONDS = 60.0  # an idle cluster places a group in well under a second
 REASON = 150  # characters of what Ray says: a line
 
 
@@ -69,6 +71,12 @@ class RayLauncher(Launcher):
     """seconds without progress in a call after which a worker counts as dead; at least ten times the longest call so far"""
     timeout: float = 1800.0
     """seconds that the ranks of a role wait for each other in a collective operation"""
+    wait: float = 0.0
+    """seconds that a cluster which grows on demand has to grow; 0 refuses what it lacks now"""
+    env: tuple[str, ...] = ()
+    """environment variables that workers get, beside those whose names begin with HF_, NCCL_, GLOO_, VLLM_, TORCH_, PYTORCH_"""
+    runtime_env: str = ""
+    """YAML or JSON file with a runtime environment of Ray for all workers"""
 
     def check(self) -> None:
         """Whether Ray is installed, and new enough."""
@@ -85,12 +93,15 @@ class RayLauncher(Launcher):
             if (seconds := vars(self)[name]) <= 0:
                 raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
         places = self._places(plan)
-        started = self._connect()
+        variables, secrets = travelling_variables(os.environ, self.env)
+        runtime = read_runtime_environment(self.runtime_env)
+        started = self._connect(runtime)
         try:
             layout = self._lay_out(places)
             _report_engines(layout)
-            limits = Limits(self.patience, self.stall, self.timeout)
-            cluster = Cluster(plan, layout, self.threads, limits, started)
+            surroundings = Surroundings(self.threads, variables, secrets, {} if started else runtime)
+            limits = Limits(self.patience, self.stall, self.timeout, max(self.wait, PLACING_SECONDS))
+            cluster = Cluster(plan, layout, surroundings, limits, started)
         except BaseException:
             disconnect(started)
             raise
@@ -168,20 +179,23 @@ class RayLauncher(Launcher):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = self.gpus == "on" or (self.gpus == "auto" and any(node.get("GPU") for node in nodes))
         layout = lay_out(places, self.cpus, gpus)
-        check_capacity(layout, nodes)
+        if not self.wait:
+            check_capacity(layout, nodes)
+        elif lack := find_lack(layout, nodes):
+            progress.info(f"{lack}; waiting up to {self.wait:g} s for it to grow")
         return layout
 
-    def _connect(self) -> bool:
-        """Join or start a cluster; whether it was started here."""
+    def _connect(self, runtime: Mapping[str, Any]) -> bool:
+        """Join or start a cluster, with a runtime environment for its workers; whether it was joined or started here."""
         import ray
 
         started = not ray.is_initialized()
         if started:
             _is_listening(self.address)
-            self._open()
+            self._open(runtime)
         return started
 
-    def _open(self) -> None:
+    def _open(self, runtime: Mapping[str, Any]) -> None:
         """`ray.init`, whose every failure is one line."""
         import ray
 
@@ -192,6 +206,7 @@ class RayLauncher(Launcher):
                     log_to_driver=False,
                     include_dashboard=False if not self.address else None,
                     logging_level="ERROR",
+                    runtime_env=dict(runtime) or None,
                 )
                 return
             except Exception as error:  # of any type: a node that does not start in time is a bare one

@@ -33,6 +33,8 @@ class Limits:
     """seconds without progress in a call, at the least"""
     timeout: float = 1800.0
     """seconds that ranks wait for each other in a collective operation"""
+    placing: float = 60.0
+    """seconds that the cluster may take to place everyone"""
 
     @property
     def interval(self) -> float:

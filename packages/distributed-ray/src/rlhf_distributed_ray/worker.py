@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Description:
     """distribution and version of each provider, as the controller has them"""
     folder: str
     """where the run was started: relative paths mean it, and local modules are in it"""
+    secrets: Mapping[str, str] = field(repr=False, default_factory=dict)
+    """environment variables of the controller that Ray must not show"""
 
 
 def plan_from(run: Description) -> Plan:
@@ -103,6 +105,7 @@ class Worker(Beating):
                 f"node {socket.gethostname()} has no folder {self._run.folder} ({error.strerror}); start the run in a folder "
                 "that all nodes see"
             ) from None
+        os.environ.update(self._run.secrets)
         install_console()
         self.count_progress()
         self.plan = plan_from(self._run)

@@ -11,8 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlhf_core.errors import UsageError, options_under, spell_options
+from rlhf_core.contract.options import TrainedOptions
+from rlhf_core.errors import UsageError, options_under, run_option, spell_options
 from rlhf_core.lazy import torch
+from rlhf_core.models.loading.optional_imports import check_peft
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
 from rlhf_core.run.collecting import check_ahead
@@ -47,6 +49,9 @@ def check(plan: Plan) -> None:
         for path, provider in plan.config.provider_paths():
             with options_under(path):
                 provider.check()
+        for role, spec in plan.roles.items():
+            if isinstance(spec.options, TrainedOptions) and spec.options.lora.rank:
+                check_peft(run_option(f"{role}.lora"))
         check_ahead(plan)
         check_vocabularies(plan)
         check_hub(plan.config)

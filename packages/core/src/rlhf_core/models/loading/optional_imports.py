@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_core.errors import MissingPackage
 
-__all__ = ["import_peft", "quiet_bitsandbytes"]
+__all__ = ["check_peft", "import_peft", "quiet_bitsandbytes"]
 
 NOT_NEEDED = "Failed to load CPU gemm_4bit_forward"
 """How bitsandbytes says, at import, that a faster kernel is not installed; it has no backward pass and is never used here."""
@@ -21,10 +21,19 @@ def import_peft(wanted_by: str) -> Any:
     Raises:
         MissingPackage: it is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPackage(f"{wanted_by} needs the package 'peft': pip install 'rlhf-core[lora]'")
+    check_peft(wanted_by)
     quiet_bitsandbytes()
     return importlib.import_module("peft")
+
+
+def check_peft(wanted_by: str) -> None:
+    """Check that PEFT is installed, without importing it.
+
+    Raises:
+        MissingPackage: it is not.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPackage(f"{wanted_by} needs the package 'peft': pip install 'rlhf-core[lora]'")
 
 
 def quiet_bitsandbytes() -> None:
