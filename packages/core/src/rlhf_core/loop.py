@@ -12,6 +12,7 @@ Not here on purpose: tokenizing (`data.encoder`), sampling and scoring (`run.ite
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.plan import DATA
@@ -53,7 +54,7 @@ def credit(run: LoopRun, iteration: LoopIteration, after: str = "") -> dict[str,
         return credited
     with run.phase("needs"):
         for source, batch in iteration.batches.items():
-            iteration.batches[source] = compute_needs(plan, run.roles, source, batch, after)
+            iteration.batches[source] = compute_needs(plan, run.roles, source, batch, after, together=run.together)
     with run.phase("credit"):
         for spec in specs:
             batch, rewards = iteration.batches[spec.source], iteration.rewards.get(spec.source)
@@ -67,11 +68,15 @@ def credit(run: LoopRun, iteration: LoopIteration, after: str = "") -> dict[str,
 
 def update(run: LoopRun, iteration: LoopIteration, credited: dict[str, Batch]) -> None:
     """Let each trained role take its optimiser steps; then sampling sees the new weights."""
-    for name in iteration.plan.trained_roles:
-        run.notify("rlhf_before_update", role=name)
-        with run.phase("train"):
+    for wave in iteration.plan.update_waves:  # roles that do not wait for each other
+        calls = {}
+        for name in wave:
+            run.notify("rlhf_before_update", role=name)
             work = {key: credited[key] for key, _ in run.plan.roles[name].terms if key in credited}
-            run.log(run.roles[name].train(work))
-        credited |= credit(run, iteration, after=name)
+            calls[name] = partial(run.roles[name].train, work)
+        with run.phase("train"):
+            for metrics in run.together(calls).values():
+                run.log(metrics)
+        credited |= credit(run, iteration, after=wave[-1])
     with run.phase("sync"):
         run.sync()

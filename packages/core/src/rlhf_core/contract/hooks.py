@@ -261,6 +261,8 @@ def rlhf_rollouts_ready(run: RunView, source: str, rollouts: Batch, rewards: Rew
 def rlhf_before_update(run: RunView, role: str) -> None:
     """Called before each trained role takes the optimiser steps of a step.
 
+    Roles whose updates do not depend on each other are named one after the other, before the first of their updates.
+
     Args:
         run: the run.
         role: name of the role; `run.roles[role]` has the weights before the update.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rlhf_core.contract.roles import Role
 
 __all__ = ["LoopIteration", "LoopRun"]
+
+T = TypeVar("T")
 
 
 class LoopIteration(Protocol):
@@ -62,6 +64,10 @@ class LoopRun(Protocol):
     @property
     def kl_coef(self) -> float:
         """The KL coefficient in force."""
+        ...
+
+    def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """Make independent calls to roles, by role; at once where the launcher can."""
         ...
 
     def iterations(self, collect: Callable[[Any], None]) -> Iterator[Any]:

@@ -147,6 +147,21 @@ class Plan:
         """Names of the trained roles, in the order of their updates (`update_order`)."""
         return update_order(self.terms)
 
+    @property
+    def update_waves(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the trained roles, in tuples of those whose updates do not depend on each other.
+
+        A role that credit waits for (`Term.after`) is alone: what follows sees those before it updated, and no others.
+        """
+        awaited = {credit.after for credit in self.credits.values()}
+        waves: list[list[str]] = []
+        for name in self.trained_roles:
+            if waves and not awaited & {name, waves[-1][-1]}:
+                waves[-1].append(name)
+            else:
+                waves.append([name])
+        return tuple(map(tuple, waves))
+
     def updated_by(self, role: str) -> tuple[str, ...]:
         """Return the roles that have new weights in a step once `role` has; none for an empty name."""
         order = self.trained_roles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rlhf_core.contract.providers import Rollout
 
 __all__ = ["Placement", "Role", "SecondOrderTrainable", "Trainable"]
+
+T = TypeVar("T")
 
 
 class Trainable:
@@ -218,6 +220,13 @@ class Placement:
     def metrics(self) -> Mapping[str, float]:
         """Return what the launcher counted since it was last asked, sums over a step by name; by default nothing."""
         return {}
+
+    def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """Make a call to each of some roles, by the role's name, none of which depends on another; return their results.
+
+        By default one after the other, in order. A launcher whose roles have devices of their own makes them at once.
+        """
+        return {name: call() for name, call in calls.items()}
 
     def close(self) -> None:
         """Free what the launcher holds, after everything else; by default nothing."""

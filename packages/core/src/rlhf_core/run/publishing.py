@@ -19,9 +19,10 @@ from rlhf_core.util.atomic_files import write_text
 
 if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
+    from rlhf_core.contract.roles import Role
     from rlhf_core.contract.run_view import RunView
 
-__all__ = ["check_hub", "publish"]
+__all__ = ["check_hub", "export_best", "publish"]
 
 BEST = "model-best"
 """The folder of the best checkpoint's policy, by --keep-best."""
@@ -40,6 +41,13 @@ def check_hub(config: RunConfig) -> None:
 
     if get_token() is None:
         raise OptionError("/push_to_hub", f"{config.push_to_hub} needs a login: set HF_TOKEN, or run hf auth login")
+
+
+def export_best(checkpoint: Path | None, policy: Role, output: Path) -> None:
+    """With `--keep-best`, write the policy of the best checkpoint to OUTPUT/model-best; the role then holds its weights."""
+    if checkpoint is not None:
+        policy.load(str(checkpoint / "roles" / policy.name))
+        policy.export(str(output / BEST))
 
 
 def publish(run: RunView) -> None:

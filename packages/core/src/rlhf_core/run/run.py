@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core import loop
 from rlhf_core.checkpoint import Checkpoints, OutputFolder, check_metric
@@ -32,7 +32,7 @@ from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.polite_stop import Rest, end_in_time, give_up_in_time
-from rlhf_core.run.publishing import BEST, publish
+from rlhf_core.run.publishing import BEST, export_best, publish
 from rlhf_core.run.recording import Recorder
 from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from rlhf_core.run.iteration import Iteration
 
 __all__ = ["Run"]
+
+T = TypeVar("T")
 
 
 class Run:
@@ -271,17 +273,9 @@ class Run:
         self.roles[self.plan.policy].export(str(self.output / "model"))
         for name in self.plan.exports:
             self.roles[name].export(str(self.output / name))
-        self._export_best()
+        export_best(self.checkpoints.best(self.world), self.roles[self.plan.policy], self.output)
         if self.leader:
             publish(self)
-
-    def _export_best(self) -> None:
-        """With `--keep-best`, write the policy of the best checkpoint to OUTPUT/model-best; the role then holds its weights."""
-        best = self.checkpoints.best(self.world)
-        if best is not None:
-            policy = self.roles[self.plan.policy]
-            policy.load(str(best / "roles" / self.plan.policy))
-            policy.export(str(self.output / BEST))
 
     def notify(self, hook: str, **arguments: Any) -> list[Any]:
         """Call an observer hook with this run and `arguments`; return the answers that are not None."""
@@ -330,6 +324,11 @@ class Run:
         """The ranks that run this same loop."""
         assert self.placed is not None
         return self.placed.world
+
+    def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """Make independent calls to roles, by role; at once where the launcher can."""
+        assert self.placed is not None
+        return self.placed.together(calls)
 
     @property
     def leader(self) -> bool:

@@ -6,9 +6,10 @@ What it needs is computed by the roles that provide it, once per source, and onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rlhf_core.contract.batch import Batch, Example
 from rlhf_core.contract.distributed import World
@@ -35,10 +36,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+T = TypeVar("T")
+
 STALE = "stale_NT"
 """1 at tokens that are too old to be trained on, where they are masked (`Staleness.policy`)."""
 
 __all__ = ["STALE", "assign_credit", "check_rows", "compute_needs", "prepare_rows"]
+
+
+class Together(Protocol):
+    """Makes independent calls to roles, by role, and returns their results: `Placement.together`."""
+
+    def __call__(self, calls: Mapping[str, Callable[[], T]], /) -> dict[str, T]: ...
+
+
+def in_turn(calls: Mapping[str, Callable[[], T]], /) -> dict[str, T]:
+    """Make calls one after the other."""
+    return {name: call() for name, call in calls.items()}
 
 
 def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
@@ -89,11 +103,18 @@ def prepare_rows(plan: Plan, batch: Batch) -> Batch:
 
 
 def compute_needs(
-    plan: Plan, roles: Mapping[str, Role], source: str, batch: Batch, after: str = "", trains: bool = True
+    plan: Plan,
+    roles: Mapping[str, Role],
+    source: str,
+    batch: Batch,
+    after: str = "",
+    trains: bool = True,
+    together: Together = in_turn,
 ) -> Batch:
     """`batch` with every extra that the credits on `source` need and that it does not have yet.
 
-    One forward pass per role gives all outputs asked of it. For old log-probabilities see `training.old_logprobs`.
+    One forward pass per role gives all outputs asked of it; `together` makes the passes. For old log-probabilities see
+    `training.old_logprobs`.
 
     `trains` is false for an evaluation: no forward pass is kept for training.
 
@@ -113,15 +134,18 @@ def compute_needs(
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _is_earned(need.name):
             raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
-    extras: dict[str, Tensor] = {}
+    calls: dict[str, Callable[[], dict[str, Tensor]]] = {}
     for role in dict.fromkeys(role for role, _ in wanted):
         trained = any((term.role, term.source) == (role, source) for term in plan.terms)
         learns = trains and trained and role not in plan.updated_by(after)  # still to come in this step
         asked = frozenset(output for owner, output in wanted if owner == role)
-        outputs = roles[role].infer(batch.read_by(role, source), asked, source if learns else "")
+        calls[role] = partial(roles[role].infer, batch.read_by(role, source), asked, source if learns else "")
+    outputs = together(calls)
+    extras: dict[str, Tensor] = {}
+    for role in calls:
         for (owner, output), names in wanted.items():
             if owner == role:
-                extras |= dict.fromkeys(names, outputs[output])
+                extras |= dict.fromkeys(names, outputs[role][output])
     for name in extras.keys() & set(OLDS) if late and not plan.proximal else ():
         extras[name] = replace_late(batch, extras[name], roles[source].version, full=name == FULL_OLD)
     if plan.config.stale.policy == "mask" and VERSIONS in batch and not after:
