@@ -158,3 +158,12 @@ def test_a_model_must_be_given_for_every_role_that_is_needed() -> None:
         make_plan(config)
     named = {**ROLES, "actor": replace(ROLES["actor"], model="tiny")}
     assert make_plan(replace(config, roles=named)).roles["actor"].options.model == "tiny"
+
+
+def test_a_role_that_credit_waits_for_is_updated_alone() -> None:
+    """What is computed after its update sees the roles before it with new weights, and no others."""
+    own = Term("actor", "actor", Policy(), Baseline())
+    value, other = Term("critic", "actor", Value(), Gae()), Term("proposal", "actor", Policy(), Baseline())
+    assert plan_of(own, value, other).update_waves == (("actor", "critic", "proposal"),)
+    assert plan_of(own, replace(value, after="actor"), other).update_waves == (("actor",), ("critic", "proposal"))
+    assert plan_of(own, value, replace(other, after="critic")).update_waves == (("actor",), ("critic",), ("proposal",))

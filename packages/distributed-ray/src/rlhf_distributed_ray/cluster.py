@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import UsageError, option
+from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
 from rlhf_distributed_ray.pulse import GROUP, Limits
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from rlhf_distributed_ray.crew import Crew
 
 __all__ = ["Cluster", "disconnect"]
+
+T = TypeVar("T")
 
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 
@@ -59,18 +64,23 @@ class Cluster:
         secrets = self.surroundings.secrets
         described = Description(registry.selection, to_names(config), expected, str(Path.cwd()), secrets)
         shipper = Shipper()
-        roles: dict[str, RoleGroup] = {}
-        for role, spec in self.plan.roles.items():
-            seats = self.layout.seats[role]
-            actors = [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
-            roles[role] = RoleGroup(spec, self._crew(f"role {role}", actors), shipper, self.plan.config.output)
-            check_devices(role, roles[role].call("devices"))
-        engine = None
+        actors = {
+            role: [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
+            for role, seats in self.layout.seats.items()
+            if role != ENGINE
+        }
         if ENGINE in self.layout.seats:
-            actors = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
-            engine = EngineGroup(self._crew("rollout engine", actors))
-        for group in roles.values():
-            _start(group.crew)
+            actors[ENGINE] = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
+        alone = [[name] for name in actors]  # their processes come up at once, whoever shares bundles
+        crews = call_chains({name: partial(self._crew, _title(name), each) for name, each in actors.items()}, alone)
+        engine = EngineGroup(crews.pop(ENGINE)) if ENGINE in crews else None
+        roles = {
+            role: RoleGroup(spec, crews[role], shipper, self.plan.config.output)
+            for role, spec in self.plan.roles.items()
+        }
+        for role, group in roles.items():
+            check_devices(role, group.call("devices"))
+        call_chains({role: partial(_start, crew) for role, crew in crews.items()}, [[role] for role in crews])
         return _RayPlaced(dict(roles), engine, World(), self)
 
     def _reserve(self) -> None:
@@ -153,12 +163,21 @@ def _start(crew: Crew) -> None:
     crew.call("start", host, port, timeout)
 
 
+def _title(name: str) -> str:
+    """The name of a role's workers, or of the engines, in messages."""
+    return "rollout engine" if name == ENGINE else f"role {name}"
+
+
 class _RayPlaced(Placement):
     """What is placed, with the cluster to close."""
 
     def __init__(self, roles: dict[str, Any], rollout: Any, world: World, cluster: Cluster) -> None:
         super().__init__(roles, rollout, world)
         self.cluster = cluster
+
+    def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """Roles with bundles of their own work at once; those that share one work in turn."""
+        return call_chains(calls, self.cluster.layout.chains(calls))
 
     def close(self) -> None:
         self.cluster.close()

@@ -43,6 +43,17 @@ class Layout:
         """Names of those who sit in a bundle."""
         return [name for name, seats in self.seats.items() if seat in seats]
 
+    def chains(self, names: Iterable[str]) -> list[list[str]]:
+        """`names` in lists of those who share bundles, with each other or through others, and so work in turn."""
+        found: list[tuple[list[str], set[Seat]]] = []
+        for name in names:
+            mine = set(self.seats[name])
+            meeting = [each for each in found if each[1] & mine]
+            found = [each for each in found if not each[1] & mine]
+            members = [member for each in meeting for member in each[0]]
+            found.append(([*members, name], mine.union(*(each[1] for each in meeting))))
+        return [members for members, _ in found]
+
     def share(self, seat: Seat) -> Resources:
         """What one of those who sit in a bundle asks for: an equal part, so that all of them fit."""
         parts = len(self.sitting(seat))

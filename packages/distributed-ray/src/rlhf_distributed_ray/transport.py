@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch, StepInfo
@@ -103,6 +104,8 @@ class Shipper:
         self._sent: OrderedDict[tuple[int, ...], tuple[Any, list[Tensor]]] = OrderedDict()
         self.bytes = 0
         """bytes put so far"""
+        self._lock = Lock()
+        """of the threads in which roles are called"""
 
     def columns(self, batch: Batch) -> Any:
         """The reference of the batch's columns, and of what its model reads for images."""
@@ -121,6 +124,18 @@ class Shipper:
     ) -> Any:
         """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
         key = (len(kept_sets), *(number for tensor in tensors for number in (id(tensor), _changes(tensor))))
+        with self._lock:
+            return self._remember(key, tensors, names, images, kept_sets)
+
+    def _remember(
+        self,
+        key: tuple[int, ...],
+        tensors: list[Tensor],
+        names: tuple[str, ...],
+        images: Sequence[Images],
+        kept_sets: Sequence[KeptSets | Truncation],
+    ) -> Any:
+        """The reference of what is known by `key`, put if it is not."""
         if key not in self._sent:
             packed: dict[str, Any] = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
             self.bytes += sum(array.nbytes for array in packed.values())
