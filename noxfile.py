@@ -297,6 +297,14 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/run_commands.py", *session.posargs, env=QUIET)
 
 
+@nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation site into .nox/html; a dead link, a dead anchor or a page outside of the nav fails."""
+    session.install(*PINNED, "mkdocs-material", "hatchling", "numpy", "pluggy", "xxhash")
+    session.install("--no-deps", "--no-build-isolation", *(f"packages/{name}" for name in PACKAGES))  # needs no torch
+    session.run("mkdocs", "build", "--strict", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # helpers
 # ----------------------------------------------------------------------------------------------------------------------
