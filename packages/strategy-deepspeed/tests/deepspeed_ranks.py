@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 
@@ -111,6 +112,27 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
 }
 """Algorithm and options of each case."""
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "o": {"offload": "optimizer"},
+    "a": {"offload": "all"},
+    "c": {"offload": "optimizer", "cpu_adam": True},
+    "h": {"hpz": 2},
+    "l": {"leaf_modules": ("LlamaDecoderLayer",)},
+}
+"""Options beside the stage, by the letter that follows it in a word."""
+
+EVERY = ("0", "1", "1o", "2", "2o", "3", "3o", "3a", "3l")
+"""Stages with their letters that work on any number of ranks and without a compiler."""
+
+
+def sharded(stage: str) -> Any:
+    """The strategy of a stage and its letter, such as `2o`."""
+    from rlhf_strategy_deepspeed.strategy import DeepSpeed
+
+    number: Any = int(stage[0])
+    return DeepSpeed(stage=number, **VARIANTS[stage[1:]])
+
 
 class Recording(Run):
     """A run that remembers its metrics and what was sampled, in the order of the prompts."""
@@ -165,8 +187,6 @@ def mistake(action: Callable[[], object]) -> str:
 def main(folder: Path, *words: str) -> None:
     """Each word is CASE:STAGE; or CASE:FOLDER:STAGE, which resumes what is in a folder; or `wrong`, for mistakes; or `steps`,
     for what no whole run shows."""
-    from rlhf_strategy_deepspeed.strategy import DeepSpeed
-
     world = join_world()
     for word in words:
         name = word.replace(":", "-")
@@ -174,26 +194,27 @@ def main(folder: Path, *words: str) -> None:
         if word == "wrong":
             result = wrong(folder)
         elif word == "steps":
-            strategies = {"torch": TorchStrategy("cpu"), **{stage: DeepSpeed(stage=stage) for stage in range(4)}}
+            strategies = {"torch": TorchStrategy("cpu"), **{stage: sharded(stage) for stage in EVERY}}
             result = {
                 key: {
                     "norms": norms(each),
                     "moved": moved(each),
                     "broken": {dtype: broken(each, dtype) for dtype in ("float32", "bfloat16")},
                     "slept": slept(each),
+                    "overflow": None if key == "0" else overflow(each),
                 }
                 for key, each in strategies.items()
             }
             if world.size == 1:
-                for strategy in strategies.values():
-                    check_strategy(strategy)
+                for stage in ("torch", *"0123"):
+                    check_strategy(strategies[stage])
         elif word.count(":") == 2:
             case, old, stage = word.split(":")
-            result = resumed(folder, case, DeepSpeed(stage=int(stage)), old, name)
+            result = resumed(folder, case, sharded(stage), old, name)
         else:
             case, stage = word.split(":")
-            result = run(folder, case, DeepSpeed(stage=int(stage)), name)
-            result["resumed"] = resumed(folder, case, DeepSpeed(stage=int(stage)), name)
+            result = run(folder, case, sharded(stage), name)
+            result["resumed"] = resumed(folder, case, sharded(stage), name)
         if world.rank == 0:
             torch.save(result, folder / f"{name}.pt")
 
@@ -278,6 +299,28 @@ def slept(strategy: Strategy) -> tuple[bool, float]:
     return torch.equal(before, after.detach()), role.step()["grad_norm"]
 
 
+def overflow(strategy: Strategy) -> dict[str, Any]:
+    """A step in float16 whose scaled gradient overflows, and an ordinary one after it.
+
+    DeepSpeed refuses float16 on CPUs without instructions for it, where torch computes all the same.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    with patch.object(get_accelerator(), "is_fp16_supported", lambda: True):
+        role: Any = trainable(strategy, "float16", AdamW(lr=1e-2))
+    batch = tiny_rollouts()
+    before = {name: tensor.clone() for name, tensor in role.weights()}
+    told = []
+    for factor in (1e4, 1e-3):
+        logprobs_NT = role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"]
+        role.backward(logprobs_NT.sum() * factor / role.world.size)
+        told.append(dict(role.step()))
+        if factor > 1:
+            same = all(torch.equal(before[name], tensor) for name, tensor in role.weights())
+    changed = any(not torch.equal(before[name], tensor) for name, tensor in role.weights())
+    return {"same": same, "changed": changed, "told": told, "steps": role.steps_done}
+
+
 def wrong(folder: Path) -> dict[str, Any]:
     """Mistakes that only ranks can make."""
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
@@ -285,7 +328,9 @@ def wrong(folder: Path) -> dict[str, Any]:
     strategy = DeepSpeed(stage=1)
     return {
         "batch": mistake(lambda: run(folder, "plain", strategy, "odd", batch_size=3)),
-        "dtype": mistake(lambda: run(folder, "plain", strategy, "half", actor={"dtype": "float16"})),
+        "dtype": mistake(lambda: run(folder, "plain", sharded("0"), "half", actor={"dtype": "float16"})),
+        "hpz": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, hpz=3), "hpz")),
+        "leaves": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, leaf_modules=("Experts",)), "leaves")),
     }
 
 

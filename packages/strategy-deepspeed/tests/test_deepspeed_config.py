@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_core.contract.memory import ModelSize, RoleMemory
 from rlhf_core.contract.optimizers import AdamW, OptimizerProvider
 from rlhf_core.errors import UsageError
 from rlhf_core.testing.batches import make_batch
@@ -34,15 +35,59 @@ def given(folder: Path, content: Any, **options: Any) -> DeepSpeed:
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_backward_never_ends_a_step_and_master_weights_are_float32(stage: Any, dtype: str) -> None:
     config = configuration(DeepSpeed(stage=stage), dtype, OPTIM)
     assert config["managed_gradient_accumulation"] is False
     assert config["zero_optimization"]["stage"] == stage
     low = dtype == "bfloat16"
+    narrow = dtype != "float32" and stage > 0
     assert config["bf16"] == {"enabled": low and stage > 0}
-    assert config.get("data_types", {}) == ({"grad_accum_dtype": "fp32"} if low and stage > 0 else {})
+    assert config["fp16"]["enabled"] == (dtype == "float16" and stage > 0)
+    assert config.get("data_types", {}) == ({"grad_accum_dtype": "fp32"} if narrow else {})
     assert ("torch_autocast" in config) == (low and stage == 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained", "frozen"),
+    [
+        ({"stage": 2}, set(), set()),
+        ({"stage": 2, "offload": "optimizer"}, {"offload_optimizer"}, set()),
+        ({"stage": 3, "offload": "optimizer"}, {"offload_optimizer"}, set()),
+        ({"stage": 3, "offload": "all"}, {"offload_optimizer", "offload_param"}, {"offload_param"}),
+    ],
+)
+def test_what_is_offloaded_is_in_main_memory(options: dict[str, Any], trained: set[str], frozen: set[str]) -> None:
+    for optim, parts in ((OPTIM, trained), (None, frozen)):
+        zero = configuration(DeepSpeed(**options), "float32", optim)["zero_optimization"]
+        found = {name: zero[name] for name in ("offload_optimizer", "offload_param") if name in zero}
+        assert found == {part: {"device": "cpu", "pin_memory": True} for part in parts}
+
+
+def test_a_file_may_tune_what_is_offloaded_and_fix_the_scale_of_float16(tmp_path: Path) -> None:
+    user = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}},
+        "fp16": {"loss_scale": 128},
+    }
+    config = configuration(given(tmp_path, user, offload="optimizer"), "float16", OPTIM)
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert (config["fp16"]["enabled"], config["fp16"]["loss_scale"]) == (True, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "part", "bytes_held"),
+    [
+        ({"stage": 2}, "optimizer", (8 + 4) * 1000 // 2),
+        ({"stage": 2, "offload": "optimizer"}, "optimizer", 0),
+        ({"stage": 3}, "weights", 4000 // 2),
+        ({"stage": 3, "offload": "optimizer"}, "weights", 4000 // 2),
+        ({"stage": 3, "offload": "all"}, "weights", 0),
+    ],
+)
+def test_offloaded_states_need_no_memory_of_the_device(options: dict[str, Any], part: str, bytes_held: int) -> None:
+    size = ModelSize(1000, 1000, layer=100, root=100, layers=9, vocabulary=10, compute_bytes=4, cache_bytes=8)
+    whole = RoleMemory(weights=4000, gradients=4000, optimizer=8000)
+    assert getattr(DeepSpeed(**options).memory(whole, size, 2), part) == bytes_held
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -91,8 +136,12 @@ def test_a_file_adds_settings_and_changes_defaults_and_may_leave_the_rest_to_us(
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the run's own options make it False"),
         ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by batch_size"),
         ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimiser is the role's"),
-        ({"fp16": {"enabled": True}}, {}, "take fp16.enabled out: train in bfloat16 or float32"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "offload during training is not part"),
+        ({"fp16": {"enabled": True}}, {}, "fp16.enabled is True, but the run's own options make it False"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            {},
+            "take zero_optimization.offload_optimizer.device out: offload = .optimizer. decides it",
+        ),
         ("{", {}, "is not JSON"),
         ([1], {}, "must hold a JSON object, not list"),
     ],

@@ -29,9 +29,8 @@ REFUSED = {
     "gradient_accumulation_steps": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
     "optimizer": "the optimiser is the role's (--<role>.optim…)",
     "scheduler": "the schedule is the role's (--<role>.optim.schedule)",
-    "fp16": "train in bfloat16 or float32 (--<role>.dtype)",
-    "zero_optimization.offload_optimizer": "offload during training is not part of this version",
-    "zero_optimization.offload_param": "offload during training is not part of this version",
+    "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} decides it",
+    "zero_optimization.offload_param.device": f"{option('offload', 'all')} decides it",
     "tensor_parallel": "tensor parallelism is not part of this version",
     "sequence_parallel_size": "sequence parallelism is not part of this version",
     "hybrid_engine": "completions are sampled by the rollout engine",
@@ -48,7 +47,7 @@ def configuration(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvide
         UsageError: the user's file cannot be read, or contradicts the run.
     """
     fixed = _fixed_settings(options, dtype, optim)
-    free = _defaults(options)
+    free = _defaults(options, optim)
     if not options.config:
         return _merge(free, fixed)
     user = _drop_auto(_read(options.config))
@@ -65,33 +64,47 @@ def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvi
         zero["overlap_comm"] = options.overlap
     if options.persist is not None:
         zero["stage3_param_persistence_threshold"] = options.persist
-    sharded_bf16 = dtype == "bfloat16" and options.stage > 0
+    if options.hpz is not None and optim is not None:
+        zero["zero_hpz_partition_size"] = options.hpz
+    zero |= {part: {"device": "cpu"} for part in _offloaded_parts(options, optim)}
+    narrow = dtype if options.stage > 0 else ""
     fixed: Json = {
         "train_micro_batch_size_per_gpu": 1,  # only its throughput timer reads it
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_allreduce_op": "mean",  # undone by the loss: stage 3 knows no sum
         "zero_optimization": zero,
-        "bf16": {"enabled": sharded_bf16},
+        "bf16": {"enabled": narrow == "bfloat16"},
+        "fp16": {"enabled": narrow == "float16"},
     }
     if dtype == "bfloat16" and options.stage == 0 and optim is not None:
         # nothing is sharded, so nothing is gained by a second copy of the weights: as in the strategy `torch`
         fixed["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if sharded_bf16:
+    if narrow in ("bfloat16", "float16"):
         fixed["data_types"] = {"grad_accum_dtype": "fp32"}
     if optim is not None:
         # stage 0 in DeepSpeed clips but does not tell the norm, so the trainable clips there itself
         fixed["gradient_clipping"] = optim.max_grad_norm if options.stage > 0 else 0.0
+        fixed["zero_force_ds_cpu_optimizer"] = False  # the role's optimizer works on CPUs too
     return fixed
 
 
-def _defaults(options: DeepSpeedOptions) -> Json:
+def _offloaded_parts(options: DeepSpeedOptions, optim: OptimizerProvider | None) -> list[str]:
+    """Return the sections of what stays in main memory."""
+    parts = ["offload_optimizer"] if options.offload != "none" and optim is not None else []
+    return [*parts, "offload_param"] if options.offload == "all" else parts
+
+
+def _defaults(options: DeepSpeedOptions, optim: OptimizerProvider | None) -> Json:
     """What a user's file may change."""
     zero: Json = dict.fromkeys(_bucket_keys(options.stage), 50_000_000)
     zero["overlap_comm"] = options.stage >= 2
     if options.stage == 3:
         zero |= {"stage3_param_persistence_threshold": 100_000, "memory_efficient_linear": False}
-    return {"steps_per_print": None, "zero_optimization": zero}
+    zero |= {part: {"pin_memory": True} for part in _offloaded_parts(options, optim)}
+    # the first overflow lowers the scale of float16, as torch's does
+    scaling = {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
+    return {"steps_per_print": None, "zero_optimization": zero, "fp16": scaling}
 
 
 def _bucket_keys(stage: int) -> tuple[str, ...]:
@@ -117,7 +130,7 @@ def _check(user: Json, fixed: Json, path: str) -> None:
     for key, value in _leaves(user):
         refused = next((why for name, why in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
         off = key.endswith(".enabled") and value is False
-        if refused is not None and not off and not _is_disabled(user, key):
+        if refused is not None and not off and not _is_disabled(user, key) and decided.get(key) != value:
             raise OptionError("config", f"{path}: take {key} out: {refused}")
         if key in decided and decided[key] != value:
             raise OptionError(

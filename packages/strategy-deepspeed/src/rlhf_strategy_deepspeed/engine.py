@@ -15,11 +15,11 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import UsageError, run_option
+from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.messages import progress
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Json",
     "assign",
+    "clear_gradients",
     "forward",
     "gather_weights",
     "initialize",
     "library",
+    "mark_leaves",
     "shard",
     "show",
     "silence_deepspeed",
@@ -66,12 +68,31 @@ def silence_deepspeed() -> Iterator[None]:
 
 def shard(module: nn.Module, config: Json, device: torch.device) -> None:
     """Stage 3: cut every parameter over the ranks, one at a time, so that the device never holds the whole model."""
-    if config["bf16"]["enabled"]:
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    library().zero.Init(module=module, config_dict_or_path=config)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if config[name]["enabled"]:
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+    deepspeed = library()
+    # DeepSpeed makes the groups of a node once in a process, and refuses to make them again for a second role
+    node = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, zero_param_parallel_group=node)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
+
+
+def mark_leaves(module: nn.Module, classes: Sequence[str]) -> None:
+    """Let stage 3 gather all weights inside modules of these classes at once, whichever of them a row uses.
+
+    Raises:
+        OptionError: the model has no module of a class.
+    """
+    known = {type(each).__name__ for each in module.modules()}
+    for name in classes:
+        if name not in known:
+            blocks = ", ".join(sorted(each for each in known if each not in vars(torch.nn)))
+            raise OptionError("leaf_modules", f"the model has no module of class {name!r}; it has {blocks}")
+    if classes:
+        library().utils.set_z3_leaf_modules(module, list(classes))
 
 
 def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -102,6 +123,29 @@ def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.devi
     with torch.inference_mode(False), torch.set_grad_enabled(differentiate):
         outputs: dict[str, Tensor] = engine(arrange_inputs(batch).to(device), names)
     return outputs
+
+
+def clear_gradients(engine: Any, stage: int) -> None:
+    """Forget what DeepSpeed keeps of a step's gradients.
+
+    Else a weight that the next step leaves out (an expert nobody asked) has this gradient in it, and one that was not finite
+    stays.
+    """
+    optimizer = engine.optimizer
+    if stage == 0:
+        return
+    kept = [optimizer.grad_partitions_flat_buffer] if stage == 3 else []
+    if engine.zero_use_cpu_optimizer():
+        masters = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        kept += [each.grad for each in masters]
+    if engine.zero_use_cpu_optimizer() and stage < 3:
+        kept += optimizer.accumulated_grads_in_cpu.values()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+        for parameter in engine.module.parameters():
+            parameter.grad_accum = None
+    for gradient in kept:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def whole_weights(module: nn.Module, elements: int) -> Iterator[tuple[str, Tensor]]:

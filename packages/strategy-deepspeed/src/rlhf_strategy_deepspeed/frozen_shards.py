@@ -14,11 +14,13 @@ from rlhf_strategy_deepspeed.engine import (
     forward,
     gather_weights,
     initialize,
+    mark_leaves,
     shard,
     show,
     whole,
     whole_weights,
 )
+from rlhf_strategy_deepspeed.parking import Parking
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +45,10 @@ class FrozenShards(Trainable):
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.device = device
         module.eval().requires_grad_(False)
+        mark_leaves(module, options.leaf_modules)
         shard(module, config, device)
         self.engine = initialize(module, config)
+        self.parking = Parking(self.engine, device)
         self.module: nn.Module = self.engine.module
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
@@ -75,7 +79,7 @@ class FrozenShards(Trainable):
         """Nothing: a frozen role is loaded again from where it came."""
 
     def offload(self) -> None:
-        """Its shards stay: DeepSpeed moves no states of an engine without an optimiser."""
+        self.parking.leave()
 
     def reload(self) -> None:
-        """Its shards have stayed."""
+        self.parking.come_back()

@@ -9,6 +9,9 @@ float32. Everything trained has a float32 copy beside, in float32 too, where sta
     optimizer state  S           (S + 4 P_t) / R   (S + 4 P_t) / R          (S + 4 P_t) / R
     buffers          bucket      bucket            2 buckets, overlapped    gathered: e (root + 2 layers), 2 buckets
 
+With `--strategy.offload optimizer` the optimizer state is in main memory, and so are the gradients' sums of stage 3; with `all`
+the weights of stage 3, too.
+
 S is the optimizer's state of a whole copy. A bucket holds 50 million numbers unless `bucket` says otherwise, and at most P_t.
 """
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_core.contract.memory import ModelSize, RoleMemory
+    from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
 __all__ = ["BUCKET", "zero_memory"]
 
@@ -26,10 +30,22 @@ BUCKET = 50_000_000
 """Numbers that are reduced or gathered in one call, where the options name none."""
 
 
-def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, stage: int, bucket: int | None) -> RoleMemory:
+def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpeedOptions) -> RoleMemory:
     """Return what one of `ranks` devices holds of a role."""
+    stage = options.stage
     if not size.trained:
-        return _frozen_memory(whole, size, ranks) if stage == 3 and ranks > 1 else whole
+        if stage < 3 or ranks == 1:
+            return whole
+        held = _frozen_memory(whole, size, ranks)
+    else:
+        held = _trained_memory(whole, size, ranks, stage, options.bucket)
+        if options.offload != "none":
+            held = replace(held, optimizer=0, gradients=0 if stage == 3 else held.gradients)
+    return replace(held, weights=0) if options.offload == "all" else held
+
+
+def _trained_memory(whole: RoleMemory, size: ModelSize, ranks: int, stage: int, bucket: int | None) -> RoleMemory:
+    """Return the memory of a trained role without offload."""
     buffer = 4 * min(bucket or BUCKET, size.trained)
     if not stage:
         return replace(whole, buffers=whole.buffers + buffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError
 
 __all__ = ["DeepSpeedOptions"]
 
@@ -16,6 +16,16 @@ class DeepSpeedOptions:
 
     stage: Literal[0, 1, 2, 3] = 2
     """what is sharded: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too"""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """what is kept in main memory during training: `optimizer` (states and float32 weights, updated by the CPU; stages 1 to 3),
+    or `all` (the sharded weights too; stage 3)"""
+    cpu_adam: bool = False
+    """update offloaded weights with DeepSpeed's AdamW for CPUs, which is compiled at first use"""
+    hpz: int | None = None
+    """stage 3: ranks that hold one more copy of the weights among them, such as those of a node, so that the backward pass
+    gathers inside the node (ZeRO++)"""
+    leaf_modules: tuple[str, ...] = ()
+    """stage 3: classes of modules whose weights are gathered at once, such as the block of experts of a mixture"""
     bucket: int | None = None
     """elements that are reduced or gathered in one call; 50 million where absent"""
     overlap: bool | None = None
@@ -28,11 +38,22 @@ class DeepSpeedOptions:
     """print the DeepSpeed configuration of each role before it is built"""
 
     def __post_init__(self) -> None:
-        for name in ("bucket", "persist"):
+        for name, least in (("bucket", 1), ("persist", 1), ("hpz", 2)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, not {value}")
         if self.overlap and self.stage < 2:
             raise UsageError(
                 f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass"
             )
+        if self.offload == "optimizer" and self.stage == 0:
+            raise OptionError("offload", "optimizer needs stage 1, 2 or 3, not 0, which shards no optimizer state")
+        if self.offload == "all" and self.stage < 3:
+            raise OptionError(
+                "offload", f"all needs stage 3, not {self.stage}, which keeps whole weights on every device"
+            )
+        if self.cpu_adam and self.offload == "none":
+            raise OptionError("cpu_adam", "updates weights in main memory; choose what is there with offload as well")
+        for name in ("hpz", "leaf_modules"):
+            if getattr(self, name) and self.stage < 3:
+                raise OptionError(name, f"needs stage 3, not {self.stage}, where weights are sharded; leave it out")

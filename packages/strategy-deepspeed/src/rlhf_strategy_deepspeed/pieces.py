@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
 from rlhf_core.strategy.parameter_states import WEIGHT, Piece
+from rlhf_strategy_deepspeed.engine import library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +51,8 @@ def rank_pieces(engine: Any, stage: int) -> Iterator[Piece]:
         for kind, value in known.items():
             if _is_flat(value, stretch.key):
                 tensors[kind] = _part(value, stretch)
-            else:
-                values[kind] = value
+            else:  # torch's AdamW counts its steps in a tensor
+                values[kind] = torch.tensor(float(value)) if kind == "step" else value
         yield Piece(stretch.name, stretch.start, tensors, values)
 
 
@@ -61,7 +62,7 @@ def read_states(engine: Any, stage: int, states: ParameterStates) -> None:
         engine.optimizer.checkpoint_event_prologue()  # no parameter stays whole with its old numbers
     with torch.no_grad():
         for stretch in _stretches(engine, stage):
-            _read(stretch, states, _base(engine).state)
+            _read(stretch, states, _base(engine))
         if stage == 3:
             _update_shards(engine.optimizer)
             engine.optimizer.checkpoint_event_epilogue()
@@ -69,18 +70,19 @@ def read_states(engine: Any, stage: int, states: ParameterStates) -> None:
             engine.optimizer.update_lp_params()
 
 
-def _read(stretch: _Stretch, states: ParameterStates, optimizer_state: Any) -> None:
+def _read(stretch: _Stretch, states: ParameterStates, optimizer: Any) -> None:
     count = stretch.weight.numel()
     stretch.weight.copy_(states.read(stretch.name, WEIGHT, stretch.start, count))
     if stretch.key is None:
         return
-    known = optimizer_state[stretch.key]
+    known = optimizer.state[stretch.key]
     for kind in states.kinds(stretch.name):
         read = states.read(stretch.name, kind, stretch.start, count)
         if not _is_flat(known.get(kind), stretch.key):
             known[kind] = torch.zeros_like(stretch.key, dtype=read.dtype)
         _part(known[kind], stretch).copy_(read)
-    known.update(states.values.get(stretch.name, {}))
+    counts = isinstance(optimizer, library().ops.adam.DeepSpeedCPUAdam)
+    known.update({kind: int(value) if counts else value for kind, value in states.values.get(stretch.name, {}).items()})
 
 
 def _part(state: Tensor, stretch: _Stretch) -> Tensor:

@@ -1,8 +1,7 @@
 """The strategy `deepspeed`: the kind of trainable that each role gets.
 
-Built in: ZeRO 0 to 3 in float32 and bfloat16, on one process or many, started by `deepspeed`, `torchrun` or Ray. Left for
-later, and refused in a configuration file with one line: offload of optimiser and parameters during training, float16,
-tensor and sequence parallelism.
+Built in: ZeRO 0 to 3 in float32, bfloat16 and float16, with states in main memory if wanted, on one process or many, started by
+`deepspeed`, `torchrun` or Ray. Left for later, and refused in a configuration file with one line: tensor parallelism.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
 
     def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
         """Return the share of a rank under this stage."""
-        return zero_memory(whole, size, ranks, self.stage, self.bucket)
+        return zero_memory(whole, size, ranks, self)
 
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""

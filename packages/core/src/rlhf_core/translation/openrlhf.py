@@ -129,7 +129,7 @@ ABSENT = {
     "colocate_critic_reward": BY_ENGINE,
     "vllm_sync_backend": "weights take the fastest path that trainer and engine share",
     "vllm_sync_with_ray": "weights take the fastest path that trainer and engine share",
-    "adam_offload": "--strategy.config takes a DeepSpeed file with offload_optimizer",
+    "adam_offload": "--strategy.offload optimizer keeps its states in main memory; --strategy.cpu-adam True is its update",
     "ref_reward_offload": "--reward.offload True keeps a reward model in CPU memory between calls",
     "normalize_reward": "--reward.mean and --reward.std are what is subtracted and divided by; the model's card has them",
     "loss_type": "the difference of scores goes through the logarithm of a sigmoid, which log-exp is too",
