@@ -362,7 +362,10 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
             r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;",
         ),
         (["--launcher.gpus", "on"], r"^launcher ray needs 1 GPU for .*, the cluster has 0; ask for less with "),
-        (["--launcher.workers", "3"], r"^--batch-size 4 does not divide over the 3 workers of role actor$"),
+        (
+            ["--launcher.workers", "5"],
+            r"^--batch-size 4 leaves some of the 5 workers of role actor without a row; raise it$",
+        ),
         (
             ["--launcher.workers", "two"],
             r"^--launcher.workers 'two': give a number of workers, or NODESxDEVICES such as 2x4$",

@@ -106,11 +106,15 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "dpo": lambda folder: ("dpo", offline(folder, "pairs")),
     "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
     "grpo": lambda folder: ("grpo", {**ONLINE}),
+    "grpo3": lambda folder: ("grpo", {**ONLINE, "batch_size": 3}),
+    "ppo5": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR, "batch_size": 5}),
+    "dpo3": lambda folder: ("dpo", {**offline(folder, "pairs"), "batch_size": 3}),
+    "sft3": lambda folder: ("sft", {**offline(folder, "rows"), "batch_size": 3}),
     "distill": lambda folder: ("distill", {**offline(folder, "rows"), "teacher": {"model": "tiny:layers=1"}}),
     "lora": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "lora": {"rank": 4}}}),
     "bf16": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "dtype": "bfloat16"}}),
 }
-"""Algorithm and options of each case."""
+"""Algorithm and options of each case; a number is the rows of a batch, which two ranks do not divide."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
@@ -325,9 +329,8 @@ def wrong(folder: Path) -> dict[str, Any]:
     """Mistakes that only ranks can make."""
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
-    strategy = DeepSpeed(stage=1)
     return {
-        "batch": mistake(lambda: run(folder, "plain", strategy, "odd", batch_size=3)),
+        "batch": mistake(lambda: run(folder, "plain", sharded("1"), "few", batch_size=1)),
         "dtype": mistake(lambda: run(folder, "plain", sharded("0"), "half", actor={"dtype": "float16"})),
         "hpz": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, hpz=3), "hpz")),
         "leaves": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, leaf_modules=("Experts",)), "leaves")),

@@ -64,9 +64,16 @@ def test_ranks_share_each_batch_of_one_process(world_size: int) -> None:
     assert joined == prompts(Stream(ROWS, 4, seed=3), 6)
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(UsageError, match="batch_size 4 cannot be shared by 3 ranks"):
-        Stream(ROWS, 4, world_size=3)
+@pytest.mark.parametrize(("batch", "world_size"), [(4, 3), (5, 2), (2, 3), (1, 4)])
+def test_ranks_that_do_not_divide_a_batch_differ_by_one_row(batch: int, world_size: int) -> None:
+    ranks = [Stream(ROWS, batch, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    steps = [[next(rank).examples for rank in ranks] for _ in range(7)]
+    for step in steps:
+        counts = [len(share) for share in step]
+        assert max(counts) - min(counts) == 1
+        assert sum(counts) == batch
+    joined = [[example.prompt for share in step for example in share] for step in steps]
+    assert joined == prompts(Stream(ROWS, batch, seed=3), 7)
 
 
 def test_a_uid_is_row_number_plus_rows_times_epoch_and_never_comes_twice() -> None:

@@ -184,7 +184,6 @@ def test_the_command_prints_the_table_and_fails_where_nothing_fits(
     ("words", "message"),
     [
         ("--plan.gpu h10", "--plan.gpu h10: no such type (did you mean 'h100'?)"),
-        ("--plan.gpus 3", "--batch-size 16 does not divide over 3 devices"),
         ("--plan.gpus 0", "--plan.gpus must be at least 1, not 0"),
         ("--plan.gpuss 2", "unknown flag --plan.gpuss; did you mean --plan.gpus"),
         ("--steppes 2", "unknown flag --steppes; did you mean --steps"),

@@ -115,7 +115,7 @@ class RayLauncher(Launcher):
         """Who shares bundles with whom in a run of the plan.
 
         Raises:
-            UsageError: options contradict each other, or the batch does not divide over the workers of a role.
+            UsageError: options contradict each other, or the batch has fewer rows than a role has workers.
         """
         if self.engines < 0:
             raise OptionError(
@@ -135,10 +135,11 @@ class RayLauncher(Launcher):
             if self.gpus != "off":
                 check_engines_alone(place, devices)
             for role, shape in place.members.items():
-                if role != ENGINE and plan.config.batch_size % shape.workers:
+                if role != ENGINE and plan.config.batch_size < shape.workers:
                     raise OptionError(
                         "/batch_size",
-                        f"{plan.config.batch_size} does not divide over the {shape.workers} workers of role {role}",
+                        f"{plan.config.batch_size} leaves some of the {shape.workers} workers of role {role} without a row; "
+                        "raise it",
                     )
         return places
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_core.data.reading import Place
     from rlhf_core.data.rows import TokenizedRow
 
-__all__ = ["CUT", "DROPPED", "FAILED", "USABLE", "Chunk", "PreparedRow", "Segment", "assign_ranks"]
+__all__ = ["CUT", "DROPPED", "FAILED", "USABLE", "Chunk", "PreparedRow", "Segment", "assign_ranks", "rank_bounds"]
 
 DROPPED, USABLE, CUT, FAILED = range(4)
 """Codes of rows: passed over, usable, usable after a cut, one that ends the run."""
@@ -97,17 +97,25 @@ class Chunk:
         raise IndexError(place)
 
 
+def rank_bounds(rows: int, ranks: int) -> np.ndarray:
+    """Return where each rank's slice of a batch begins, and where the last one ends; int64, (ranks + 1,).
+
+    Slices differ by at most one row. Where there are fewer rows than ranks, some are empty.
+    """
+    return np.arange(ranks + 1) * rows // ranks
+
+
 def assign_ranks(owner_B: np.ndarray, ranks: int) -> np.ndarray:
-    """Return places of a batch in the order of ranks, int64_B: rank r has the r-th of `ranks` equal slices.
+    """Return places of a batch in the order of ranks, int64_B: rank r has the r-th of the slices of `rank_bounds`.
 
     Each rank has the rows that it owns, as far as its slice goes. What is over goes to ranks that own too few, lowest rank
     first. Within a slice rows keep their order.
     """
-    share = len(owner_B) // ranks
+    share = np.diff(rank_bounds(len(owner_B), ranks))
     by_owner_B = np.argsort(owner_B, kind="stable")
     starts = np.searchsorted(owner_B[by_owner_B], np.arange(ranks))
     rank_in_owner = np.arange(len(owner_B)) - starts[owner_B[by_owner_B]]
-    over = rank_in_owner >= share
+    over = rank_in_owner >= share[owner_B[by_owner_B]]
     rank_B = np.array(owner_B)
     lacking = share - np.bincount(owner_B[by_owner_B[~over]], minlength=ranks)
     rank_B[np.sort(by_owner_B[over])] = np.repeat(np.arange(ranks), lacking)

@@ -20,7 +20,7 @@ import numpy as np
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
-from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, assign_ranks
+from rlhf_core.data.chunks import CUT, DROPPED, FAILED, USABLE, Chunk, PreparedRow, assign_ranks, rank_bounds
 from rlhf_core.data.draws import Draws, is_indexed
 from rlhf_core.data.reading import Place
 from rlhf_core.data.render import LIMITS_ADVICE
@@ -69,7 +69,7 @@ class Stream:
         batch_size: rows per batch over all ranks.
         seed: of the shuffling.
         rank: whose slice to give.
-        world_size: how many ranks share a batch; divides `batch_size`.
+        world_size: how many ranks share a batch. Their slices differ by at most one row.
         prepare: makes rows of examples (`Preparer`): None for those to be passed over, an error for those to stop at.
         block: how many examples of this rank to prepare at a time, if that is more than its share of a batch.
         buffer: rows to shuffle a source without a length within; 0 keeps its order.
@@ -103,10 +103,6 @@ class Stream:
     ) -> None:
         if readers is not None and buffer:
             raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
-        if batch_size % world_size:
-            raise OptionError(
-                "/batch_size", f"{batch_size} cannot be shared by {world_size} ranks: use a multiple of it"
-            )
         if not sampler.epochs and not is_indexed(examples):
             raise OptionError(
                 "/sampler",
@@ -120,9 +116,10 @@ class Stream:
         """True if no row may be drawn that the batch at hand does not need"""
         self.pull: Callable[[], Chunk] = self.chunk
         """where the next chunk comes from; somebody may make chunks ahead"""
-        self._share = batch_size // world_size
+        self._bounds = rank_bounds(batch_size, world_size)
+        self._own = slice(*self._bounds[rank : rank + 2].tolist())
         self._prepare = prepare
-        self._chunk_batches = max(-(-block // self._share), BATCHES if world_size > 1 else 1)
+        self._chunk_batches = max(-(-block // -(-batch_size // world_size)), BATCHES if world_size > 1 else 1)
         self._readers = readers
         self._draws = Draws(examples, seed, sampler, engine or sampler, buffer, readers is not None, seeds_rows)
         self._add_up = add_up
@@ -165,17 +162,15 @@ class Stream:
             self._pass(chunk, len(chunk) if self._missing else int(places[-1]) + 1)
             parts.append((chunk, places))
         order_B = assign_ranks(_join(parts, "owner_C"), self.ranks)
-        own = order_B[self.rank * self._share : (self.rank + 1) * self._share].tolist()
-        rows = [self._row_at(*_locate(parts, i)) for i in own]
+        rows = [self._row_at(*_locate(parts, i)) for i in order_B[self._own].tolist()]
         return DrawnBatch(self._join_rows(rows), _join(parts, "number_C")[order_B], _join(parts, "uid_C")[order_B])
 
     def reread(self, places: Sequence[tuple[int, int]]) -> DrawnBatch:
         """Return a batch that was drawn before, by number and uid of its rows."""
         number_B, uid_B = np.array(places, np.int64).reshape(-1, 2).T
-        own = slice(self.rank * self._share, (self.rank + 1) * self._share)
-        examples = list(map(self._draws.example, number_B[own].tolist(), uid_B[own].tolist()))
+        examples = list(map(self._draws.example, number_B[self._own].tolist(), uid_B[self._own].tolist()))
         rows: Sequence[Any] = [None] * len(examples) if self._prepare is None else self._prepare(examples)
-        prepared = list(map(PreparedRow, examples, uid_B[own].tolist(), rows))
+        prepared = list(map(PreparedRow, examples, uid_B[self._own].tolist(), rows))
         return DrawnBatch(self._join_rows(prepared), number_B, uid_B)
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,7 +263,7 @@ class Stream:
         place_C = begin + np.arange(sum(map(len, segments)))
         uids = [each.first_uid + each.number_C for each in segments]
         uid_C = np.concatenate(uids) if self.sampler.epochs and uids else place_C
-        owner_C = place_C % self.batch_size // self._share
+        owner_C = np.searchsorted(self._bounds, place_C % self.batch_size, side="right") - 1
         chunk = Chunk(segments, uid_C, owner_C, np.full(len(place_C), float(self._prepare is None)), {}, failure)
         self._prepare_own(chunk)
         return chunk

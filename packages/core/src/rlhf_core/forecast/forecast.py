@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.memory import ModelSize, RoleMemory, SamplingLoad
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import DATA
-from rlhf_core.errors import UsageError, run_option
 from rlhf_core.forecast.options import GPUS, PlanOptions
 from rlhf_core.forecast.passes import Passes, run_passes
 from rlhf_core.forecast.seconds import (
@@ -114,10 +113,6 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
         UsageError: the configuration cannot work, or a model cannot be read.
     """
     plan = make_plan(config)
-    if config.batch_size % options.gpus:
-        raise UsageError(
-            f"{run_option('batch_size', config.batch_size)} does not divide over {options.gpus} devices; pass a multiple of it"
-        )
     device = "cuda" if options.gpu or options.gpu_gib or torch.cuda.is_available() else "cpu"
     load = Workload.for_run(plan, options, options.gpus)
     passes = {name: _passes(plan, spec, load, device) for name, spec in plan.roles.items()}

@@ -59,7 +59,7 @@ class Workload:
     @property
     def prompts(self) -> int:
         """Prompts, or rows of data, of a step."""
-        return max(1, self.plan.config.batch_size // self.ranks)
+        return -(-self.plan.config.batch_size // self.ranks)
 
     def training(self, spec: RoleSpec) -> Cells:
         """Return the micro-batches of an optimizer step of a trained role; of several batches those of the largest."""

@@ -39,8 +39,10 @@ class Local(Launcher):
         if self.timeout <= 0:
             raise OptionError("timeout", f"{self.timeout:g}: give a number of seconds above 0")
         world = join_world(self.timeout)
-        if plan.config.batch_size % world.size:
-            raise OptionError("/batch_size", f"{plan.config.batch_size} does not divide over {world.size} ranks")
+        if plan.config.batch_size < world.size:
+            raise OptionError(
+                "/batch_size", f"{plan.config.batch_size} leaves some of {world.size} ranks without a row; raise it"
+            )
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
             roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))
