@@ -101,13 +101,8 @@ FOREIGN = {
         "parameter_offload": "an optimizer of DeepSpeed",
     },
     "strategy-deepspeed/pieces": {"optimizer": "an optimizer of DeepSpeed"},
-    "strategy-deepspeed/trainable": {
-        "overflow": "an optimizer of DeepSpeed",
-        "offload_states": "an optimizer of DeepSpeed",
-        "reload_states": "an optimizer of DeepSpeed",
-        "ds_tensor": "a parameter of DeepSpeed",
-        "optimizer": "an optimizer of DeepSpeed",
-    },
+    "strategy-deepspeed/parking": {"__dict__", "optimizer", "state"},
+    "strategy-deepspeed/trainable": {"overflow"},
 }
 """Attributes that are looked for by name, by module, each with whose it is."""
 
