@@ -343,7 +343,7 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
 
     straight = run([*words_of("grpo", preferences, tmp_path / "straight"), *engines])
     words = [*words_of("grpo", preferences, tmp_path / "run"), *engines, "--save-every", "1", *WORKERS]
-    words += ["--launcher.workers", workers]
+    words += ["--launcher.workers", workers, "--launcher.retries", "0"]
     assassin = Assassin()
     with pytest.raises(RunStopped) as stopped:
         run(words, assassin)

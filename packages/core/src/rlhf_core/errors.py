@@ -156,15 +156,15 @@ class WorkerLost(RunStopped):
 
     Args:
         who: its name in the run: `role actor rank 1`.
-        message: one line for the user, if nothing replaces the process.
+        report: what happened to it, in words that a line may go on from.
     """
 
-    def __init__(self, who: str, message: str) -> None:
-        super().__init__(message)
-        self.who = who
+    def __init__(self, who: str, report: str) -> None:
+        super().__init__(f"{report}; continue from the last checkpoint with {run_option('resume', True)}")
+        self.who, self.report = who, report
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.who, text_of(self))
+        return type(self), (self.who, self.report)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

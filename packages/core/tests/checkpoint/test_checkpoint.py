@@ -61,7 +61,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
                 shutil.copytree(newest, output / "whole")
                 damage(newest / name)
                 run.state.step = 0
-                run.restore()
+                run.lives.restore()
                 assert run.step == 1
                 line = capsys.readouterr().err
                 what = line.partition("(")[2].partition(")")[0]

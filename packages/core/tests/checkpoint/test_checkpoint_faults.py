@@ -97,7 +97,7 @@ def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:
     again = tiny_run(tmp_path / "run", model=MODEL, steps=2, resume=True)
     with again.open():
         assert again.step == 2 and again.last_metrics == run.last_metrics
-        again.restore()
+        again.lives.restore()
         saved_before = (tmp_path / "run" / "checkpoints" / "step-2").rename(tmp_path / "before")
         saved(again, 2)
         for path in sorted(p for p in saved_before.rglob("*") if p.is_file()):

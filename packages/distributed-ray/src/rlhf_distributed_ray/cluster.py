@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import UsageError, option
+from rlhf_core.errors import RunStopped, UsageError, option, run_option
 from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
 from rlhf_distributed_ray.pulse import GROUP, Limits
+from rlhf_distributed_ray.snapshots import Keeper, Snapshots
 from rlhf_distributed_ray.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from rlhf_core.contract.plan import Plan
     from rlhf_distributed_ray.crew import Crew
+    from rlhf_distributed_ray.group import EngineGroup, RoleGroup
 
 __all__ = ["Cluster", "disconnect"]
 
@@ -47,6 +50,8 @@ class Cluster:
         self.started = started
         self.groups: list[Any] = []
         self.actors: list[Any] = []
+        self.described: Any = None
+        """the run, as workers build it again"""
 
     def place(self) -> Placement:
         """Reserve bundles, start everyone, and hand the loop what it sees."""
@@ -54,6 +59,7 @@ class Cluster:
         from rlhf_core.plugins.registry import default_registry
         from rlhf_distributed_ray.engine_worker import EngineWorker
         from rlhf_distributed_ray.group import EngineGroup, RoleGroup
+        from rlhf_distributed_ray.replacing import EngineCrew
         from rlhf_distributed_ray.transport import Shipper
         from rlhf_distributed_ray.worker import Description, RoleWorker, versions
 
@@ -62,7 +68,9 @@ class Cluster:
         registry = config.registry or default_registry()
         expected = versions(registry, config.names, config.uses)
         secrets = self.surroundings.secrets
-        described = Description(registry.selection, to_names(config), expected, str(Path.cwd()), secrets)
+        self.described = described = Description(
+            registry.selection, to_names(config), expected, str(Path.cwd()), secrets
+        )
         shipper = Shipper()
         actors = {
             role: [self._actor(RoleWorker, s, described, role, k, len(seats)) for k, s in enumerate(seats)]
@@ -73,7 +81,9 @@ class Cluster:
             actors[ENGINE] = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
         alone = [[name] for name in actors]  # their processes come up at once, whoever shares bundles
         crews = call_chains({name: partial(self._crew, _title(name), each) for name, each in actors.items()}, alone)
-        engine = EngineGroup(crews.pop(ENGINE)) if ENGINE in crews else None
+        engine = None
+        if ENGINE in crews:
+            engine = EngineGroup(EngineCrew(crews.pop(ENGINE), self.hire_engine, self.limits.retries))
         roles = {
             role: RoleGroup(spec, crews[role], shipper, self.plan.config.output)
             for role, spec in self.plan.roles.items()
@@ -81,7 +91,51 @@ class Cluster:
         for role, group in roles.items():
             check_devices(role, group.call("devices"))
         call_chains({role: partial(_start, crew) for role, crew in crews.items()}, [[role] for role in crews])
-        return _RayPlaced(dict(roles), engine, World(), self)
+        return _RayPlaced(roles, engine, World(), self)
+
+    def hire_engine(self, rank: int) -> Any:
+        """Return a new actor in the seat of a rollout engine."""
+        from rlhf_distributed_ray.engine_worker import EngineWorker
+
+        self.await_room()
+        return self._actor(EngineWorker, self.layout.seats[ENGINE][rank], self.described)
+
+    def restart(self, group: RoleGroup) -> None:
+        """Put new actors into the seats of a role, and let them build it."""
+        from rlhf_distributed_ray.worker import RoleWorker
+
+        role, seats = group.name, self.layout.seats[group.name]
+        actors = [self._actor(RoleWorker, s, self.described, role, k, len(seats)) for k, s in enumerate(seats)]
+        group.begin_again(self._crew(_title(role), actors))
+        check_devices(role, group.call("devices"))
+        _start(group.crew)
+
+    def await_room(self) -> None:
+        """Wait until Ray has placed the bundles of lost nodes elsewhere.
+
+        Raises:
+            RunStopped: there is no room for them.
+        """
+        import ray
+
+        ends = time.monotonic() + self.limits.room
+        while any(ray.util.placement_group_table(group)["state"] != "CREATED" for group in self.groups):
+            if time.monotonic() > ends:
+                raise RunStopped(
+                    f"a node is lost, and no other has had room for its workers for {self.limits.room:g} s; continue from the "
+                    f"last checkpoint with {run_option('resume', True)}, on fewer workers or when nodes are back"
+                )
+            time.sleep(0.5)
+
+    def keeper(self, node: str) -> Any:
+        """Return a new keeper of snapshots on a node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        handle = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=there).remote()
+        self.actors.append(handle)
+        return handle
 
     def _reserve(self) -> None:
         """Placement groups for every bundle of the layout."""
@@ -171,16 +225,47 @@ def _title(name: str) -> str:
 class _RayPlaced(Placement):
     """What is placed, with the cluster to close."""
 
-    def __init__(self, roles: dict[str, Any], rollout: Any, world: World, cluster: Cluster) -> None:
-        super().__init__(roles, rollout, world)
-        self.cluster = cluster
+    def __init__(
+        self, groups: dict[str, RoleGroup], engines: EngineGroup | None, world: World, cluster: Cluster
+    ) -> None:
+        limits = cluster.limits
+        super().__init__(dict(groups), engines, world, limits.retries, limits.snapshot_every)
+        self.groups, self.engines, self.cluster = groups, engines, cluster
+        self.snapshots = Snapshots(cluster.keeper, limits.patience)
+
+    def keep(self, step: int, roles: Sequence[str]) -> bool:
+        return self.snapshots.keep(step, {name: self.groups[name] for name in roles}, _live_nodes())
+
+    def give_back(self, step: int, roles: Sequence[str]) -> None:
+        self.snapshots.give_back(step, {name: self.groups[name] for name in roles})
+
+    def revive(self, roles: Sequence[str]) -> None:
+        import ray
+
+        doomed = [group for name, group in self.groups.items() if name in roles or not group.crew.is_whole()]
+        for actor in [actor for group in doomed for actor in group.crew.actors]:
+            ray.kill(actor)  # also of ranks that are alive: they may wait for a dead one, or work on what is given up
+        self.snapshots.forget(_live_nodes())
+        self.cluster.await_room()
+        restarts = {group.name: partial(self.cluster.restart, group) for group in doomed}
+        call_chains(restarts, [[name] for name in restarts])
+        if self.engines is not None:
+            self.engines.engines.forget_weights()
 
     def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Roles with bundles of their own work at once; those that share one work in turn."""
         return call_chains(calls, self.cluster.layout.chains(calls))
 
     def close(self) -> None:
+        if self.engines is not None:
+            self.engines.end()
         self.cluster.close()
+
+
+def _live_nodes() -> list[str]:
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
 def disconnect(started: bool) -> None:

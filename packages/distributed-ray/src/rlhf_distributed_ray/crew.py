@@ -6,18 +6,21 @@ dead as one that crashed. Whoever died is named.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_core.errors import NotFinite, RlhfError, WorkerLost, run_option
-from rlhf_distributed_ray.pulse import Limits, Pulse
+from rlhf_core.errors import NotFinite, RlhfError, WorkerLost
+from rlhf_distributed_ray.pulse import GROUP, Limits, Pulse
 
 __all__ = ["Crew", "Outcomes"]
 
 CAUSE = 240  # characters of what Ray says
+ADVICE = " Some common causes include"
+"""What Ray adds to every death."""
 GRACE_SECONDS = 5.0
 """What other ranks have to fail too, once one did."""
 
@@ -77,34 +80,51 @@ class Crew:
         """Call `method` on every rank at once; results in rank order."""
         return self.send(lambda actor, _: getattr(actor, method).remote(*args)).in_order()
 
-    def send(self, call: Callable[[Any, int], Any], ranks: Sequence[int] | None = None) -> Outcomes:
+    def is_whole(self) -> bool:
+        """Return True if every actor gives a sign of life."""
+        import ray
+
+        asked = [actor.beat.options(concurrency_group=GROUP).remote() for actor in self.actors]
+        done, silent = ray.wait(asked, num_returns=len(asked), timeout=self.limits.patience)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError:
+            return False
+        return not silent
+
+    def replace(self, rank: int, actor: Any) -> None:
+        """Put a new actor, which has not built its plan yet, in the place of a dead one."""
+        self.actors[rank] = actor
+        self._pulses[rank] = Pulse(self.limits)
+        (self.where[rank],) = self.send(lambda new, _: new.initialize.remote(), [rank]).in_order()
+
+    def send(
+        self, call: Callable[[Any, int], Any], ranks: Sequence[int] | None = None, grace: float = GRACE_SECONDS
+    ) -> Outcomes:
         """Make a call on each of `ranks` (all of them by default) by `call(actor, rank)`, and wait for the ends.
 
-        A failure ends the waiting: ranks that wait for a dead one would do so forever. The rest have some seconds to say what
-        happened.
+        A failure ends the waiting, unless `grace` is infinite: ranks that wait for a dead one would do so forever. The rest
+        have so many seconds to say what happened.
         """
         with self._sending:
             references = {
                 rank: call(self.actors[rank], rank) for rank in (range(len(self.actors)) if ranks is None else ranks)
             }
-        return self.wait(references)
+        return self.wait(references, grace)
 
     def wait(self, references: Mapping[int, Any], grace: float = GRACE_SECONDS) -> Outcomes:
-        """Wait for calls by rank; once one failed, at most `grace` seconds for each of the others."""
+        """Wait for calls by rank; once one failed, at most `grace` seconds for the others."""
         import ray
 
         rank_of = {reference: rank for rank, reference in references.items()}
         outcomes, hung = Outcomes(), dict[int, str]()
         for rank in references:
             self._pulses[rank].begin()
-        pending, began = list(rank_of), time.monotonic()
-        while pending:
-            failed = bool(outcomes.errors or outcomes.deaths)
-            seconds = grace if failed else self.limits.interval
+        pending, began, ends = list(rank_of), time.monotonic(), math.inf
+        while pending and time.monotonic() < ends:
+            seconds = min(self.limits.interval, max(0.0, ends - time.monotonic()))
             done, pending = ray.wait(pending, num_returns=1, timeout=seconds)
             if not done:
-                if failed:
-                    break
                 hung |= self._kill_hung(rank for rank in map(rank_of.__getitem__, pending) if rank not in hung)
                 continue
             rank = rank_of[done[0]]
@@ -114,6 +134,8 @@ class Crew:
                 outcomes.errors[rank] = error
             except ray.exceptions.RayError as error:  # no error of the code: its process is gone
                 outcomes.deaths[rank] = self._describe(rank, hung.get(rank) or _cause(error))
+            if rank not in outcomes.results:
+                ends = min(ends, time.monotonic() + grace)
         if not (outcomes.errors or outcomes.deaths):
             self._longest = max(self._longest, time.monotonic() - began)
         return outcomes
@@ -133,15 +155,13 @@ class Crew:
     def _describe(self, rank: int, cause: str) -> WorkerLost:
         """Return what is raised for a dead actor."""
         node, process = self.where[rank] if rank < len(self.where) else ("an unknown node", 0)
-        return WorkerLost(
-            f"{self.who} rank {rank}",
-            f"{self.who} rank {rank} on node {node} (process {process}) died: {cause}; continue from the last checkpoint "
-            f"with {run_option('resume', True)}",
-        )
+        who = f"{self.who} rank {rank}"
+        return WorkerLost(who, f"{who} on node {node} (process {process}) died: {cause}")
 
 
 def _cause(error: Exception) -> str:
     """Return the line of Ray's report that says most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no cause given"]
+    told = [line.strip().partition(ADVICE)[0] for line in str(error).splitlines()]
+    lines = [line for line in told if line] or ["no cause given"]
     memory = next((line for line in lines if "memory" in line), lines[-1])  # Ray kills workers before the system does
     return memory if len(memory) <= CAUSE else f"{memory[:CAUSE]} …"

@@ -25,6 +25,7 @@ from rlhf_core.util.atomic_files import write_text
 from rlhf_core.util.messages import PREFIX, log, progress
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.crew import Crew
+from rlhf_distributed_ray.replacing import EngineCrew
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class RoleGroup(Role):
         self.shipper = shipper
         self.output = output
         self._version = 0
+
+    def begin_again(self, crew: Crew) -> None:
+        """Be held by new actors, which have taken no step."""
+        self.crew, self._version = crew, 0
 
     @property
     def version(self) -> int:
@@ -212,8 +217,13 @@ class EngineGroup(Rollout):
     has_own_weights: ClassVar[bool] = True
     """their processes have weights of their own"""
 
-    def __init__(self, crew: Crew) -> None:
-        self.crew = crew
+    def __init__(self, engines: EngineCrew) -> None:
+        self.engines = engines
+
+    @property
+    def crew(self) -> Crew:
+        """The actors that the engines are now."""
+        return self.engines.crew
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         import ray
@@ -221,10 +231,12 @@ class EngineGroup(Rollout):
         engines = min(len(self.crew), len(prompts))
         dealt = [list(range(k, len(prompts), engines)) for k in range(engines)]
         shipped = [ray.put(prompts.rows(rows)) for rows in dealt]
-        called = self.crew.send(
+        answers = self.engines.ask(
             lambda actor, rank: actor.sample.remote(role.name, shipped[rank], sampling), range(engines)
         )
-        parts = called.in_order()
+        parts = [answers[rank] for rank in range(engines)]
+        for part, rows in zip(parts, dealt, strict=True):
+            assert len(part) == len(rows) * sampling.n, "every prompt is answered once"
         together = Rollouts.cat(parts)
         if "kept_mass" in together.scalars:  # a mean over tokens, of which each engine has its own number
             kept = sum(part.scalars["kept_mass"] * float(part.mask_NT.sum()) for part in parts)
@@ -238,24 +250,22 @@ class EngineGroup(Rollout):
     def sync(self, role: Role) -> Mapping[str, float]:
         """Weights from the role's rank 0 to every engine, bucket by bucket; of each metric the largest of all engines."""
         assert isinstance(role, RoleGroup)
-        count = 0
-        for count, reference in enumerate(role.buckets(), start=1):
-            self.crew.call("receive", role.name, reference, count == 1)
-        metrics = self.crew.call("finish_sync", role.name, role.version)
-        slowest = {name: max(each[name] for each in metrics) for name in metrics[0]}
-        return {**slowest, "sync/buckets": float(count)}
+        metrics = self.engines.bring_weights(role.name, role.version, role.buckets())
+        slowest = {name: max(each[name] for each in metrics.values()) for name in metrics[0]}
+        return {**slowest, "sync/buckets": float(self.engines.buckets(role.name)), **self.engines.recoveries()}
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
         """Give device memory back; the most bytes of any engine."""
-        return int(max(self.crew.call("sleep", level)))
+        return int(max(self.engines.call("sleep", level)))
 
     def wake(self, part: Literal["weights", "cache", "all"] = "all") -> int:
         """Take the memory of a part again; the most bytes of any engine."""
-        return int(max(self.crew.call("wake", part)))
+        return int(max(self.engines.call("wake", part)))
 
     def state_dict(self) -> Mapping[str, Any]:
         """The states of the engines, by number."""
-        states = self.crew.call("state_dict")
+        states = self.engines.call("state_dict")
+        self.engines.remember(dict(enumerate(states)))
         return {str(number): state for number, state in enumerate(states) if state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,9 +280,13 @@ class EngineGroup(Rollout):
                 "many"
             )
         states = {int(number): each for number, each in state.items()}
-        self.crew.send(lambda actor, rank: actor.load_state_dict.remote(states[rank]), list(states)).in_order()
+        self.engines.remember(states)
+        self.engines.ask(lambda actor, rank: actor.load_state_dict.remote(states[rank]), list(states))
 
     def close(self) -> None:
+        """Do nothing: the engines end with the placement, which may outlive this life of the run (`end`)."""
+
+    def end(self) -> None:
         """Let the engines free what they hold, for a while: the launcher ends their processes afterwards."""
         import ray
 

@@ -71,6 +71,13 @@ class RayLauncher(Launcher):
     """seconds without progress in a call after which a worker counts as dead; at least ten times the longest call so far"""
     timeout: float = 1800.0
     """seconds that the ranks of a role wait for each other in a collective operation"""
+    retries: int = 8
+    """dead workers that are replaced, of roles and of rollout engines each; then a death ends the run"""
+    snapshot_every: int = 0
+    """steps between two snapshots of trained roles in the memory of two nodes, from which the run continues after a death; with
+    0 it continues from its last checkpoint"""
+    room: float = 600.0
+    """seconds that the run waits for room for its workers after a node was lost"""
     wait: float = 0.0
     """seconds that a cluster which grows on demand has to grow; 0 refuses what it lacks now"""
     env: tuple[str, ...] = ()
@@ -89,9 +96,12 @@ class RayLauncher(Launcher):
             )
 
     def __call__(self, plan: Plan) -> Placement:
-        for name in ("patience", "stall", "timeout"):
+        for name in ("patience", "stall", "timeout", "room"):
             if (seconds := vars(self)[name]) <= 0:
                 raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
+        for name in ("retries", "snapshot_every"):
+            if (number := vars(self)[name]) < 0:
+                raise OptionError(name, f"{number}: at least 0")
         places = self._places(plan)
         variables, secrets = travelling_variables(os.environ, self.env)
         runtime = read_runtime_environment(self.runtime_env)
@@ -100,7 +110,15 @@ class RayLauncher(Launcher):
             layout = self._lay_out(places)
             _report_engines(layout)
             surroundings = Surroundings(self.threads, variables, secrets, {} if started else runtime)
-            limits = Limits(self.patience, self.stall, self.timeout, max(self.wait, PLACING_SECONDS))
+            limits = Limits(
+                patience=self.patience,
+                stall=self.stall,
+                timeout=self.timeout,
+                placing=max(self.wait, PLACING_SECONDS),
+                retries=self.retries,
+                room=self.room,
+                snapshot_every=self.snapshot_every,
+            )
             cluster = Cluster(plan, layout, surroundings, limits, started)
         except BaseException:
             disconnect(started)

@@ -35,6 +35,12 @@ class Limits:
     """seconds that ranks wait for each other in a collective operation"""
     placing: float = 60.0
     """seconds that the cluster may take to place everyone"""
+    retries: int = 0
+    """deaths that the run survives"""
+    room: float = 600.0
+    """seconds that the run waits for room for the workers of a lost node"""
+    snapshot_every: int = 0
+    """steps between two snapshots of roles in memory"""
 
     @property
     def interval(self) -> float:

@@ -26,6 +26,7 @@ from rlhf_core.util.random_states import get_random_states, seed_libraries, set_
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.pulse import Beating
+from rlhf_distributed_ray.snapshots import Files, memory_folder, read_files, write_files
 from rlhf_distributed_ray.transport import unpack
 
 __all__ = ["Description", "RoleWorker", "Worker", "plan_from", "versions"]
@@ -218,6 +219,21 @@ class RoleWorker(Worker):
 
     def _random(self, folder: str) -> Path:
         return Path(folder) / f"random-{self.rank}.safetensors"
+
+    def keep_state(self) -> tuple[Files, str]:
+        """What `save` would write, as it would be in files, and the id of this node."""
+        import ray
+
+        with memory_folder() as folder:
+            self.save(folder)
+            return read_files(folder), ray.get_runtime_context().get_node_id()
+
+    def load_state(self, *parts: Files) -> None:
+        """Restore what `keep_state` of every rank returned."""
+        with memory_folder() as folder:
+            for files in parts:
+                write_files(folder, files)
+            self.load(folder)
 
     def export(self, folder: str) -> None:
         """Write the Hugging Face folder; every rank takes part."""

@@ -216,6 +216,33 @@ class Placement:
     roles: dict[str, Role]
     rollout: Rollout | None
     world: World
+    retries: int = 0
+    """deaths of processes (`WorkerLost`) after which the run goes on, with the roles that `revive` brings back"""
+    snapshot_every: int = 0
+    """steps between two calls of `keep`; 0 makes none"""
+
+    def keep(self, step: int, roles: Sequence[str]) -> bool:
+        """Copy the state of these roles, as `Role.save` would write it, to where a death leaves it; True if that worked.
+
+        The copy of an earlier step stays until this one is whole.
+        """
+        raise NotImplementedError
+
+    def give_back(self, step: int, roles: Sequence[str]) -> None:
+        """Restore the state of these roles that was kept after `step`.
+
+        Raises:
+            WorkerLost: it is lost, too.
+        """
+        raise NotImplementedError
+
+    def revive(self, roles: Sequence[str]) -> None:
+        """Start these roles anew, and whoever else is dead, where they were placed or where there is room now.
+
+        Raises:
+            RunStopped: there is no room for them.
+        """
+        raise NotImplementedError
 
     def metrics(self) -> Mapping[str, float]:
         """Return what the launcher counted since it was last asked, sums over a step by name; by default nothing."""

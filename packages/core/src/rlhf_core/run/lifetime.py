@@ -78,7 +78,7 @@ def open_run(run: Run) -> Iterator[Run]:
         stack.callback(run.stream.close)
         stack.callback(_stop_collecting, run)
         if run.config.resume:
-            run.restore()
+            run.lives.restore()
         stack.enter_context(run.observers.watch(run, run.engines))
         _check_states_taken(run)
         stack.enter_context(_ending(run))
@@ -103,7 +103,7 @@ def _open_providers(run: Run) -> Iterator[None]:
     config = run.config
     seed_libraries(config.seed)
     with ExitStack() as stack:
-        stack.callback(_free_placement, run)
+        stack.enter_context(_freeing_placement(run))
         stack.enter_context(run.engines)
         for kind in (each for each in config.providers if each not in NOT_OPENED):
             several = isinstance(config.providers[kind], tuple)
@@ -123,13 +123,16 @@ def _place_roles(run: Run) -> None:
     run.plan = run.data.with_language(run.plan)
     _announce_loading(run.plan)
     with options_under("/launcher"):
-        run.placed = run.config.providers["launcher"](run.plan)
+        if run.lives.revives and run.placed is not None:
+            run.placed.revive(list(run.plan.changing_roles))
+        else:
+            run.placed = run.config.providers["launcher"](run.plan)
+            cache_frozen_roles(run.placed, run.plan)
     run.engines.bind(run.placed)
     run.meter = Meter(run.world)
     if run.placed.rollout is not None:
         with options_under("/rollout"):
             run.engines.open(run.placed.rollout, "rollout")
-    cache_frozen_roles(run.placed, run.plan)
     begin_tracking(run.plan, run.roles)
 
 
@@ -150,10 +153,19 @@ def _stop_collecting(run: Run) -> None:
         run.collecting.close()
 
 
-def _free_placement(run: Run) -> None:
-    """Free the roles, if they were placed."""
-    if run.placed is not None:
-        run.placed.close()
+@contextmanager
+def _freeing_placement(run: Run) -> Iterator[None]:
+    """At the end, free the roles if they were placed, unless the run lives on with them."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        if run.placed is not None and not run.lives.spares(error):
+            run.lives.revives = False
+            run.placed.close()
 
 
 def _check_states_taken(run: Run) -> None:

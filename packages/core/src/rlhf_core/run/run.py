@@ -30,6 +30,7 @@ from rlhf_core.run.batch_watch import watch_batches
 from rlhf_core.run.collecting import Collecting
 from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
+from rlhf_core.run.lives import Lives
 from rlhf_core.run.observing import Observers
 from rlhf_core.run.polite_stop import Rest, end_in_time, give_up_in_time
 from rlhf_core.run.publishing import BEST, export_best, publish
@@ -80,19 +81,25 @@ class Run:
         install_console()
         self.registry = registry or Registry()
         self.output = Path(config.output)
+        self.signals = StopSignals(config.stop_within)
+        self.placed: Placement | None = None
+        self.lives = Lives(self)
+        self.begin_again(config)
+
+    def begin_again(self, config: RunConfig) -> None:
+        """Be a run of `config` that is not open."""
         self.configure(config)
         self.observers = Observers(self.registry)
-        self.signals = StopSignals(config.stop_within)
         self.stop = Stop()
         self.recorder = Recorder(self)
         self.meter = Meter()
         """the metrics of the step at hand, from credit on; what was collected for it is in its iteration"""
         self.samples: dict[str, Batch] = {}
         """the credited batches of the last step"""
-        self.placed: Placement | None = None
         self.collecting: Collecting | None = None
         """where iterations come from, once the loop asks for them"""
         self._last_end = 0.0
+        self.__dict__.pop("stream", None)
 
     def configure(self, config: RunConfig) -> None:
         """Work out the plan of `config`, and hold what follows from it; the run is not open."""
@@ -112,8 +119,11 @@ class Run:
 
     def train(self) -> RunResult:
         """Train to the last step, evaluate, save and export; return the numbers and files that are left."""
-        names = self.config.option_names
-        with spell_options(names), translate_failures(self), end_in_time(self), self.open():
+        with spell_options(self.config.option_names), translate_failures(self), end_in_time(self):
+            return self.lives.live(self._train)
+
+    def _train(self) -> RunResult:
+        with self.open():
             if self.step == 0:
                 self.evaluate()
             with give_up_in_time(self):
@@ -166,9 +176,9 @@ class Run:
         moved = follow_roles(self.plan, self.roles)
         self.log({f"staleness/{name}": float(steps) for name, steps in steps_behind(self.plan, self.roles).items()})
         with self.collecting.bringing_weights(self.step + 1) if self.collecting is not None else nullcontext():
-            self._sync_engine({*self.plan.trained_roles, *moved})
+            self.sync_engine({*self.plan.trained_roles, *moved})
 
-    def _sync_engine(self, changed: Collection[str]) -> None:
+    def sync_engine(self, changed: Collection[str]) -> None:
         """Let the rollout engine take the weights of those roles that it samples."""
         if "rollout" in self.engines:
             for name in self.plan.sources:
@@ -191,7 +201,7 @@ class Run:
         begun = max(iteration.started, self._last_end) if self.config.ahead else iteration.started
         self._last_end = current_time()
         self.log(measure_step(self._last_end - begun))
-        self.log(self.stream.metrics(iteration.position))
+        self.log({**self.stream.metrics(iteration.position), **self.lives.recoveries()})
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
         metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
         metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}
@@ -205,6 +215,7 @@ class Run:
         self.stop.agree(answers, self.signals, self.world)
         if self.config.save_every and step % self.config.save_every == 0:
             self.save()
+        self.lives.keep()
 
     def evaluate(self) -> dict[str, float]:
         """Return every chosen evaluator's metrics, as `eval/<name>`, and call observers with them."""
@@ -230,33 +241,20 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""
-        self.state.versions = {name: role.version for name, role in self._changing_roles.items()}
+        state, roles = self.capture_state(), self.changing_roles
+        self._add_background(lambda: self.checkpoints.save(state, roles, self.engine_states, self.world))
+
+    def capture_state(self) -> dict[str, Any]:
+        """Return the state between two steps as plain data, with the versions of roles and the position of the data."""
+        self.state.versions = {name: role.version for name, role in self.changing_roles.items()}
         if not (self.config.ahead and self.state.stream):  # then it has what was drawn ahead of its own step
             self.state.stream = self.stream.with_ahead(self.state.stream or self.stream.state_dict())
-        state, roles = self.state.state_dict(), self._changing_roles
-        self._add_background(lambda: self.checkpoints.save(state, roles, self._engine_states, self.world))
+        return self.state.state_dict()
 
-    def _engine_states(self) -> dict[str, Any]:
+    def engine_states(self) -> dict[str, Any]:
         """Return this rank's states of engines by place: readers' as of the rows that were trained on, others' as they are."""
         collected = self.collecting.collected if self.collecting is not None else {}
         return self.engines.state_dict(clone=True) | collected | dict(self.state.readers)
-
-    def restore(self) -> None:
-        """Continue from the newest valid checkpoint; from the start if none was written.
-
-        Raises:
-            UsageError: there are checkpoints, but each is damaged, or another strategy wrote them.
-        """
-        found = self.checkpoints.restore(self._changing_roles, self.world)
-        if found is None:
-            return
-        state, engine_states = found
-        self.state.load_state_dict(state)
-        self.engines.load_state_dict(engine_states)
-        for name, role in self._changing_roles.items():
-            role.version = self.state.versions[name]
-        self.stream.load_state_dict(self.state.stream)
-        self._sync_engine(self._changing_roles)
 
     def _add_background(self, finished: Callable[[], float]) -> None:
         """Count the seconds of a background save that is over. Raises what it raised."""
@@ -316,7 +314,8 @@ class Run:
         return self.placed.roles
 
     @property
-    def _changing_roles(self) -> dict[str, Role]:
+    def changing_roles(self) -> dict[str, Role]:
+        """The roles whose weights change, by name: those that a checkpoint holds."""
         return {name: self.roles[name] for name in self.plan.changing_roles}
 
     @property

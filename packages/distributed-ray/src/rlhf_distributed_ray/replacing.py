@@ -1,0 +1,160 @@
+"""Rollout engines that are replaced when they die: a new actor in the same seat, with the weights and the state of the old one.
+
+Engines do not depend on each other, so the others go on, and only the calls that were not answered are made again. Sampling
+is seeded per completion: the new engine draws what the old one would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from rlhf_core.errors import WorkerLost
+from rlhf_core.util.messages import log
+from rlhf_distributed_ray.crew import Crew
+
+__all__ = ["EngineCrew"]
+
+Call = Callable[[Any, int], Any]
+
+
+class EngineCrew:
+    """The actors of the rollout engines; a call on them survives the death of some.
+
+    Args:
+        crew: the actors.
+        hire: returns a new actor in the seat of that number.
+        retries: how many deaths the run survives.
+    """
+
+    def __init__(self, crew: Crew, hire: Callable[[int], Any], retries: int) -> None:
+        self.crew = crew
+        self._hire, self._left = hire, retries
+        self._weights: dict[str, tuple[int, list[Any]]] = {}
+        """version of the last weights of each role, and the references of their buckets"""
+        self._states: dict[int, Mapping[str, Any]] = {}
+        """the states that are known of engines that have one"""
+        self._replaced, self._seconds = 0, 0.0
+
+    def __len__(self) -> int:
+        return len(self.crew)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` on every engine at once; results in their order."""
+        found = self.ask(lambda actor, _: getattr(actor, method).remote(*args), range(len(self.crew)))
+        return [found[rank] for rank in sorted(found)]
+
+    def ask(self, call: Call, ranks: Iterable[int]) -> dict[int, Any]:
+        """Make a call on each of these engines, again where one died; results by number.
+
+        Raises:
+            WorkerLost: an engine died, and the run has survived as many deaths as it may.
+            RlhfError: as raised in an engine.
+        """
+        results: dict[int, Any] = {}
+        missing = list(ranks)
+        while missing:
+            found = self.crew.send(call, missing, grace=math.inf)
+            if found.errors:
+                found.deaths.clear()
+                found.in_order()
+            results |= found.results
+            missing = sorted(found.deaths)
+            for rank in missing:
+                self._replace(rank, found.deaths[rank])
+        return results
+
+    def bring_weights(self, role: str, version: int, buckets: Iterable[Any]) -> dict[int, Mapping[str, float]]:
+        """Send the buckets of a role's weights to every engine; what each reports of it, by number.
+
+        The references are kept until the next weights, for an engine that has to be replaced. One that dies meanwhile is
+        replaced at the end, and takes them all then.
+        """
+        kept: list[Any] = []
+        self._weights.pop(role, None)  # the store need not hold two copies
+        live, deaths = list(range(len(self.crew))), dict[int, WorkerLost]()
+        for reference in buckets:
+            kept.append(reference)
+            first = len(kept) == 1
+            found = self.crew.send(_receive(role, reference, first), live, grace=math.inf)
+            live = [rank for rank in live if rank not in found.deaths]
+            deaths |= found.deaths
+            found.deaths = {}
+            found.in_order()
+        self._weights[role] = (version, kept)
+        for rank, death in deaths.items():
+            self._replace(rank, death)
+        # a replaced engine has taken them already; to take them again changes nothing, and it reports as the others do
+        return self.ask(_finish(role, version), range(len(self.crew)))
+
+    def buckets(self, role: str) -> int:
+        """Return how many buckets the last weights of a role were."""
+        return len(self._weights[role][1])
+
+    def remember(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        """Keep the states of engines, which those that replace them continue from."""
+        self._states = dict(states)
+
+    def forget_weights(self) -> None:
+        """Drop the weights that are kept; all engines are about to get others."""
+        self._weights.clear()
+
+    def recoveries(self) -> dict[str, float]:
+        """Return how many engines were replaced since the last question, and the seconds that it took."""
+        metrics = {"recovered/engine": float(self._replaced), "recovered/engine_seconds": self._seconds}
+        self._replaced, self._seconds = 0, 0.0
+        return metrics
+
+    def _replace(self, rank: int, death: WorkerLost) -> None:
+        """Put a new engine in the place of a dead one.
+
+        Raises:
+            WorkerLost: there were too many deaths, or the weights that the new engine would take are lost too.
+        """
+        began = time.monotonic()
+        while True:
+            if not self._left:
+                raise death
+            self._left -= 1
+            log.warning(f"{death.report}; a new engine takes its place")
+            try:
+                self._equip(rank, death)
+                break
+            except WorkerLost as again:
+                if again.who != death.who:
+                    raise
+                death = again
+        self._replaced += 1
+        self._seconds += time.monotonic() - began
+
+    def _equip(self, rank: int, death: WorkerLost) -> None:
+        """Start a new engine, with the state and the weights of the old one."""
+        import ray
+
+        self.crew.replace(rank, self._hire(rank))
+        try:
+            if self._states.get(rank):
+                self._ask_one(rank, lambda actor, _: actor.load_state_dict.remote(self._states[rank]))
+            for role, (version, buckets) in self._weights.items():
+                for count, reference in enumerate(buckets):
+                    self._ask_one(rank, _receive(role, reference, count == 0))
+                self._ask_one(rank, _finish(role, version))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):  # whoever had them is dead too
+                raise WorkerLost(self.crew.who, f"{death.report}; the weights that it had are lost") from None
+            raise
+
+    def _ask_one(self, rank: int, call: Call) -> Any:
+        return self.crew.send(call, [rank]).in_order()[0]
+
+
+def _receive(role: str, reference: Any, first: bool) -> Call:
+    """Return the call that gives an engine one bucket."""
+    return lambda actor, _: actor.receive.remote(role, reference, first)
+
+
+def _finish(role: str, version: int) -> Call:
+    """Return the call that lets an engine take the buckets that it has received."""
+    return lambda actor, _: actor.finish_sync.remote(role, version)
