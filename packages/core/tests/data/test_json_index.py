@@ -43,9 +43,10 @@ def indexed(path: Path) -> list[tuple[str, Any]]:
     st.sampled_from(["", "\ufeff"]),
     st.booleans(),
     st.sampled_from(["", " ", "\t"]),
+    st.sampled_from([1, 7, 40, 2**16]),
 )
-def test_lines_are_what_python_reads(
-    tmp_path_factory: Any, rows: list[Any], end: str, mark: str, escape: bool, blank: str
+def test_lines_are_what_python_reads_however_they_are_cut(
+    tmp_path_factory: Any, rows: list[Any], end: str, mark: str, escape: bool, blank: str, block: int
 ) -> None:
     """None is a blank line. Python's own reading of lines is the reference."""
     lines = ["" if row is None else blank + json.dumps(row, ensure_ascii=escape) + blank for row in rows]
@@ -57,7 +58,22 @@ def test_lines_are_what_python_reads(
     path.write_bytes((mark + end.join(lines)).encode())
     with path.open(encoding="utf-8-sig") as file:
         expected = [(str(n), json.loads(line)) for n, line in enumerate(file.read().split("\n"), 1) if line.strip()]
-    assert indexed(path) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_index, "LINES", block)
+        assert indexed(path) == expected
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt":\n"a"}', '{"prompt": "a"} {"prompt": "b"}', "x", '{"prompt": "\\ud800"}', "{"]
+)
+def test_a_line_that_is_no_row_is_named_among_rows_that_are(tmp_path: Path, line: str) -> None:
+    """An object over two lines is none, though its block is a sequence of objects."""
+    good = '{"prompt": "a"}\n'
+    path = tmp_path / "rows.jsonl"
+    path.write_text(good * 20 + "\n" + line + "\n" + good * 20)
+    with pytest.raises(DataError, match=rf"{path}:22: "):
+        Json(str(path))("train")
+    assert len(Json(str(path), limit=20)("train")) == 20
 
 
 @settings(max_examples=80, deadline=None)
@@ -113,8 +129,8 @@ def test_training_and_held_out_rows_are_of_one_reading(tmp_path: Path, monkeypat
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(50)))
     opened: list[str] = []
-    scan = FileIndex.scan
-    monkeypatch.setattr(FileIndex, "scan", lambda self, limit: opened.append(self.path) or scan(self, limit))
+    blocks = FileIndex.blocks
+    monkeypatch.setattr(FileIndex, "blocks", lambda self, limit: opened.append(self.path) or blocks(self, limit))
     data = Json(str(path), heldout=0.2)
     train, heldout = data("train"), data("heldout")
     assert (len(train), len(heldout), len(opened)) == (40, 10, 1)
@@ -184,6 +200,26 @@ def test_a_row_that_needs_no_check_passes_it(
     for each in (first, {**first, **row}, row):
         if PlainCheck(columns)(each):
             assert isinstance(columns.example(each, "rows.jsonl:2"), Example)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.sampled_from(NAMES[:5]), CELLS) | st.text(max_size=2), max_size=3), st.integers(0, 12)
+)
+def test_rows_are_accepted_together_only_if_each_is(rows: list[Any], plain: int) -> None:
+    """Rows of one shape are taken together; rows of several shapes may be refused together and accepted alone."""
+    usual = {"prompt": "a", "response": "b"}
+    columns = Columns("rows.jsonl").find_columns(usual, "rows.jsonl:1")
+    block = [usual] * plain + rows
+    together, alone = PlainCheck(columns), PlainCheck(columns)
+    answers = [alone(row) for row in block]  # of all of them: shapes are remembered
+    each = all(answers)
+    assert not together.accepts(block) or each
+    if not rows:
+        assert each and together.accepts(block)
+    for row in block:
+        together(row)  # as whoever is refused does
+    assert together.shapes == alone.shapes
 
 
 def test_most_rows_need_no_check() -> None:

@@ -17,6 +17,7 @@ from rlhf_core.data.cells import plain_number, tool_calls
 from rlhf_core.data.images import image_part
 
 __all__ = [
+    "DIALOGUE",
     "Chat",
     "Text",
     "Turns",
@@ -38,6 +39,8 @@ Turns = Literal["last", "all"]
 
 SPEAKER = {"user": "Human", "assistant": "Assistant"}
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
+DIALOGUE = f"{SPEAKER['user']}:"
+"""Beginning of a dialogue."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -114,7 +117,7 @@ def _excerpt(value: Any) -> str:
 
 def is_dialogue(text: str) -> bool:
     """Return True if `text` is an HH dialogue: it begins with a human turn."""
-    return text.lstrip().startswith("Human:")
+    return text.lstrip().startswith(DIALOGUE)
 
 
 def parse_dialogue(text: str) -> Chat:

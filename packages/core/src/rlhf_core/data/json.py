@@ -107,26 +107,28 @@ class JsonRows(Sequence[Example]):
         first: tuple[Any, str] | None = None
         failure: DataError | None = None
         known, check = columns, PlainCheck(columns)
-        for number, row in enumerate(index.scan(limit)):
+        for block in index.blocks(limit):
             if first is None:
-                first = row, index.origin(0)
-                known = columns.find_columns(*first) if isinstance(row, dict) else columns
+                first = block[0], index.origin(0)
+                known = columns.find_columns(*first) if isinstance(block[0], dict) else columns
                 check = PlainCheck(known)
-            if not check(row) and failure is None:
-                failure = _problem(known, row, index.origin(number))
+            if not check.accepts(block):
+                for number, row in enumerate(block, len(index) - len(block)):
+                    if not check(row) and failure is None:
+                        failure = _problem(known, row, index.origin(number))
         if first is None:
             raise DataError(f"{path}: the file has no rows")
         row, origin = first
         if isinstance(row, dict):
             later = {name: None for shape in check.shapes for name in OPTIONAL if name in shape}
             columns = columns.infer_columns(later | row, origin)
-        rows = cls(index, columns)
+        checked = cls(index, columns)
         if columns != known:  # a later row has a column that stands before prompts
             problems = (_problem(columns, index.value(i), index.origin(i)) for i in range(len(index)))
             failure = next(filter(None, problems), None)
         if failure is not None:
             raise failure
-        return rows
+        return checked
 
     def __len__(self) -> int:
         return len(self._index)

@@ -1,6 +1,9 @@
 """Places of the rows of a JSON file, found in one pass that parses every row, hands it on, and keeps nothing else.
 
-    file  ──scan──▶  (row number, value)  ──▶  whoever checks it        FileIndex: first byte and checksum of each row
+    file  ──scan──▶  blocks of values  ──▶  whoever checks them         FileIndex: first byte and checksum of each row
+
+Lines are taken a block at a time: Python's work per line would cost more than parsing it. A block with anything unusual in
+it is read again line by line, so that every message names its line.
 
 A row is read again when it is drawn. Its checksum, 4 bytes beside the 8 of its place, shows a file that was changed meanwhile;
 lines that are added to its end do no harm. A file that is replaced under its name stays readable, since it is kept open. A
@@ -19,9 +22,12 @@ import stat
 import weakref
 from array import array
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from zlib import crc32
+
+import numpy as np
 
 from rlhf_core.errors import DataError
 
@@ -29,9 +35,13 @@ __all__ = ["FileIndex"]
 
 BLOCK = 2**20
 """Bytes read at a time."""
+LINES = 2**16
+"""Bytes of lines that are parsed at a time; their values stay in the processor's cache until they are checked."""
 BOM = codecs.BOM_UTF8
 BLANKS = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
+_SCAN: Any = vars(_DECODER)["scan_once"]
+"""Returns (value, end) of the text that begins at a place; unlike `raw_decode` it calls no Python per row."""
 
 
 class FileIndex:
@@ -89,26 +99,68 @@ class FileIndex:
         Raises:
             DataError: `file:row: ` what is wrong with a row.
         """
+        return chain.from_iterable(self.blocks(limit))
+
+    def blocks(self, limit: int = 0) -> Iterator[list[Any]]:
+        """Yield the same rows, one or some at a time.
+
+        Raises:
+            DataError: `file:row: ` what is wrong with a row; it comes after the rows before it.
+        """
         with self._reader() as file:
             begin = len(BOM) if file.read(len(BOM)) == BOM else 0
             file.seek(begin)
             first = next((head for line in file if (head := line.decode(errors="replace").strip())), None)
         if first is None:
             return
-        listed = first.startswith("[")
         with self._reader() as file:
             file.seek(begin)
-            found = self._elements(file, begin) if listed else self._values(file, begin)
-            for number, start, text, value in found:
-                if self._numbers or number != len(self) + 1:  # there are blank lines
-                    self._numbers = self._numbers or array("q", range(1, len(self) + 1))
-                    self._numbers.append(number)
-                self._starts.append(start)
-                self._sums.append(crc32(text))
-                self._end = start + len(text)
-                yield value
-                if len(self._starts) == limit:
+            if not first.startswith("["):
+                yield from self._lines(file, begin, limit)
+                return
+            for found in self._elements(file, begin):
+                yield [self._add(*found)]
+                if len(self) == limit:
                     return
+
+    def _lines(self, file: BinaryIO, at: int, limit: int) -> Iterator[list[Any]]:
+        """Yield the values of lines, and index them."""
+        number = 0
+        while block := file.read(LINES) + file.readline():
+            values = _plain_values(block)
+            if values and not 0 < limit < len(self) + len(values):
+                self._add_block(number + 1, at, block)
+                number += len(values)
+                yield values
+            else:
+                for line, start, text, value in self._values(io.BytesIO(block), at, number):
+                    number = line
+                    if text:
+                        yield [self._add(line, start, text, value)]
+                        if len(self) == limit:
+                            return
+            at += len(block)
+
+    def _add_block(self, number: int, at: int, block: bytes) -> None:
+        """Index lines that are a row each, from the line `number` and the byte `at` on."""
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at
+        if self._numbers or number != len(self) + 1:  # there are blank lines
+            self._numbers = self._numbers or array("q", range(1, len(self) + 1))
+            self._numbers.extend(range(number, number + len(ends)))
+        self._starts.append(at)
+        self._starts.frombytes((ends[:-1] + 1).astype(np.int64).tobytes())
+        self._sums.extend(map(crc32, block.split(b"\n")[:-1]))
+        self._end = int(ends[-1])
+
+    def _add(self, number: int, start: int, text: bytes, value: Any) -> Any:
+        """Index a row; return its value."""
+        if self._numbers or number != len(self) + 1:
+            self._numbers = self._numbers or array("q", range(1, len(self) + 1))
+            self._numbers.append(number)
+        self._starts.append(start)
+        self._sums.append(crc32(text))
+        self._end = start + len(text)
+        return value
 
     def _reader(self) -> BinaryIO:
         if self._bytes is not None:
@@ -116,9 +168,9 @@ class FileIndex:
         os.lseek(self._file, 0, os.SEEK_SET)
         return open(self._file, "rb", buffering=BLOCK, closefd=False)
 
-    def _values(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
-        """(number, first byte, bytes, value) of each line that is not blank."""
-        number, at, decode = 0, begin, _DECODER.raw_decode
+    def _values(self, file: BinaryIO, at: int, number: int) -> Iterator[tuple[int, int, bytes, Any]]:
+        """(number, first byte, bytes, value) of each line, the first one after `number`; a blank line has no bytes."""
+        decode = _DECODER.raw_decode
         for line in file:
             text = ""
             if line.startswith(b"{") and b"\r" not in line and b"\\u" not in line:  # most lines
@@ -133,8 +185,7 @@ class FileIndex:
             else:
                 before = number
                 for number, start, bare in _split_line(line, before, at, self.path):
-                    if bare:
-                        yield number, start, bare.encode(), parse(bare, self.path, number)
+                    yield number, start, bare.encode(), parse(bare, self.path, number) if bare else None
             at += len(line)
 
     def _elements(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
@@ -238,6 +289,28 @@ def _open(path: Path) -> int:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "is a device and no file", str(path))
     return descriptor
+
+
+def _plain_values(block: bytes) -> list[Any]:
+    """Return the value of each line; nothing if a line is anything but one JSON value and a newline.
+
+    A carriage return may end a line of its own, and the escape of half a character needs a closer look.
+    """
+    if not block.endswith(b"\n") or b"\r" in block or b"\\ud" in block or b"\\uD" in block:
+        return []
+    values: list[Any] = []
+    at = 0
+    try:
+        text = block.decode()
+        while at < len(text):
+            value, at = _SCAN(text, at)
+            values.append(value)
+            if text[at] != "\n":
+                return []
+            at += 1
+    except (ValueError, RecursionError, StopIteration):  # a blank line, no JSON, or no UTF-8
+        return []
+    return values if len(values) == block.count(b"\n") else []  # an object may span lines
 
 
 def _split_line(line: bytes, before: int, begin: int, path: str) -> Iterator[tuple[int, int, str]]:
