@@ -142,6 +142,20 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
         prepared(cache=str(tmp_path / "file" / "inside"))
 
 
+def test_a_row_under_another_key_counts_as_absent(tmp_path: Path) -> None:
+    """What a damaged index may answer."""
+    row = TokenizedRow("x", [1, 2**32 - 1], (TokenizedCompletion("é", [], []), TokenizedCompletion("", [3], [True])), 1)
+    cache = RowCache(str(tmp_path), "f")
+    cache.put({b"a" * 16: row, b"b" * 16: row})
+    assert cache.get([b"a" * 16]) == {b"a" * 16: row}  # one that waits
+    cache.close()
+    with sqlite3.connect(tmp_path / "rows-f.sqlite") as file:
+        file.execute("UPDATE rows SET row = (SELECT row FROM rows WHERE key = ?) WHERE key = ?", (b"a" * 16, b"b" * 16))
+    file.close()
+    assert cache.get([b"a" * 16, b"b" * 16]) == {b"a" * 16: row}
+    cache.close()
+
+
 WRITER = """
 import sys
 from rlhf_core.data import cache as module

@@ -2,8 +2,11 @@
 
 A row is found by what it holds, so other orders, mixtures, caps and limits of the same data use it too. Runs may share a
 folder at the same time and be killed at any moment: what a transaction did not finish is not there, and a row whose checksum
-does not hold counts as absent. Rows are JSON, never pickled. They are written about once a second, since each transaction waits
-for the disk; a run that is killed may lose those of its last second.
+does not hold counts as absent. Rows are JSON and arrays, never pickled. They are written about once a second; a run that is
+killed may lose those of its last second. Nothing waits for the disk: a machine that loses its power may leave a damaged file.
+
+Rows lie in the order in which they came, and an index beside them has their keys. In the tree of keys itself each row would go
+to a page of its own, which is read and written again for every row.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import sys
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +39,10 @@ WAITING = 20_000
 """Rows that wait for a transaction at most."""
 ASKED = 500
 """Keys in one question, below SQLite's smallest limit."""
+HEAD = 4
+"""Bytes that hold the length of a row's JSON."""
+NUMBER = "I"
+"""Type of a token in a file: 4 bytes, the lowest first."""
 
 
 class RowCache:
@@ -56,7 +65,7 @@ class RowCache:
         self._open: sqlite3.Connection | None = None
         self._waiting: dict[bytes, bytes] = {}
         self._written = time.monotonic()
-        self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
+        self._execute("CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, row BLOB NOT NULL)")
 
     def key(self, example: Example) -> bytes:
         """Hash everything that the example's row depends on, in 16 bytes."""
@@ -65,18 +74,18 @@ class RowCache:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, TokenizedRow]:
         """The rows that are there."""
-        found = {key: _row(self._waiting[key][CHECK:]) for key in keys if key in self._waiting}
+        found = {key: _row(self._waiting[key]) for key in keys if key in self._waiting}
         for at in range(0, len(keys), ASKED):
             part = keys[at : at + ASKED]
             marks = ",".join("?" * len(part))
             for key, stored in self._execute(f"SELECT key, row FROM rows WHERE key IN ({marks})", part):  # noqa: S608  # question marks only
-                if stored[:CHECK] == _check(stored[CHECK:]):
-                    found[key] = _row(stored[CHECK:])
+                if stored[:CHECK] == _check(key, stored):
+                    found[key] = _row(stored)
         return found
 
     def put(self, rows: Mapping[bytes, TokenizedRow]) -> None:
         """Keep rows. They are written when a second has passed, when there are many, or when the cache is closed."""
-        self._waiting |= {key: _to_bytes(row) for key, row in rows.items()}
+        self._waiting |= {key: _to_bytes(key, row) for key, row in rows.items()}
         if time.monotonic() - self._written > PAUSE or len(self._waiting) > WAITING:
             self.flush()
 
@@ -101,6 +110,7 @@ class RowCache:
         try:
             if self._open is None:  # used by one thread at a time, though not always by the same
                 self._open = sqlite3.connect(self._path, timeout=PATIENCE, check_same_thread=False)
+                self._open.execute("PRAGMA synchronous = OFF")
             with self._open:  # a transaction
                 run = self._open.executemany if many else self._open.execute
                 return run(statement, values).fetchall()
@@ -110,19 +120,40 @@ class RowCache:
             raise UsageError(f"{run_option('data.cache')}: {self._path} cannot be used ({error}); remove it") from None
 
 
-def _check(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=CHECK).digest()
+def _check(key: bytes, stored: bytes) -> bytes:
+    return hashlib.blake2b(memoryview(stored)[CHECK:], digest_size=CHECK, key=key).digest()
 
 
-def _to_bytes(row: TokenizedRow) -> bytes:
-    sides = [[side.text, side.ids, "".join("01"[trained] for trained in side.mask)] for side in row.completions]
-    data = json.dumps([row.text, row.ids, row.opening, sides], separators=(",", ":")).encode()
-    return _check(data) + data
+def _to_bytes(key: bytes, row: TokenizedRow) -> bytes:
+    """A checksum, the length of the JSON, the JSON, and then tokens and masks in the order in which it names their lengths."""
+    sides = row.completions
+    head = [row.text, len(row.ids), row.opening, [[side.text, len(side.ids), len(side.mask)] for side in sides]]
+    text = json.dumps(head).encode()
+    tokens = array(NUMBER, row.ids)
+    for side in sides:
+        tokens.extend(side.ids)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    masks = b"".join(bytes(side.mask) for side in sides)
+    data = b"".join((bytes(CHECK), len(text).to_bytes(HEAD, "little"), text, tokens.tobytes(), masks))
+    return _check(key, data) + data[CHECK:]
 
 
-def _row(data: bytes) -> TokenizedRow:
+def _row(stored: bytes) -> TokenizedRow:
     from rlhf_core.data.rows import TokenizedCompletion, TokenizedRow
 
-    text, ids, opening, sides = json.loads(data)
-    completions = (TokenizedCompletion(said, tokens, [m == "1" for m in mask]) for said, tokens, mask in sides)
-    return TokenizedRow(text, ids, tuple(completions), opening)
+    begin = CHECK + HEAD
+    at = begin + int.from_bytes(stored[CHECK:begin], "little")
+    text, length, opening, sides = json.loads(stored[begin:at])
+    tokens = array(NUMBER)
+    end = at + tokens.itemsize * (length + sum(ids for _, ids, _ in sides))
+    tokens.frombytes(stored[at:end])
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    numbers, masks = tokens.tolist(), stored[end:]
+    at, end = length, 0
+    completions = []
+    for said, ids, mask in sides:
+        completions.append(TokenizedCompletion(said, numbers[at : at + ids], [*map(bool, masks[end : end + mask])]))
+        at, end = at + ids, end + mask
+    return TokenizedRow(text, numbers[:length], tuple(completions), opening)

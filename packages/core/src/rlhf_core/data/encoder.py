@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "Encoding"]
 
-FORMAT = 2
-"""Raise it when a row becomes other tokens than before: what is cached then counts no more."""
+FORMAT = 3
+"""Raise it when a row becomes other tokens than before, or is stored in another form: what is cached then counts no more."""
 COMPLETION_ADVICE = advice(
     f"pass {run_option('data.completion_key')} if there is one", "choose data that has completions"
 )
