@@ -10,7 +10,6 @@ An algorithm that has a field `dynamic` has options of it. The loop knows nothin
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -20,6 +19,7 @@ from rlhf_core.data.stream import DrawnRows
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.filters import InsideFilter, VariedFilter, accepted_groups
+from rlhf_core.training.moved_groups import from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,11 +176,10 @@ def share_evenly(rounds: list[ScoredRollouts], world: World) -> ScoredRollouts:
     parts = [b""] * world.size
     for source, target, count in moves:
         if source == world.rank:
-            leaving = _of_groups(own, groups[stop - count : stop])
-            parts[target] = pickle.dumps(replace(leaving, rollouts=replace(leaving.rollouts, world=None)))
+            parts[target] = to_bytes(_of_groups(own, groups[stop - count : stop]))
             stop -= count
-    received = [pickle.loads(part) for part in world.exchange(parts) if part]  # noqa: S301  # from a rank of this run
     kept = _of_groups(own, groups[:stop])
+    received = [from_bytes(part, like=own.rollouts) for part in world.exchange(parts) if part]
     share = ScoredRollouts.cat([part for part in (kept, *received) if len(part)] or [kept])
     return replace(share, rollouts=replace(share.rollouts, world=world))
 

@@ -17,13 +17,45 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Copies", "plain_tree", "read_stored_tree", "read_tree", "same_tree", "write_tree"]
+__all__ = [
+    "Copies",
+    "plain_tree",
+    "read_stored_tree",
+    "read_tree",
+    "same_tree",
+    "tree_from_bytes",
+    "tree_to_bytes",
+    "write_tree",
+]
 
 
 def write_tree(path: str | Path, tree: Any) -> None:
     """Write `tree` to the safetensors file `path`."""
     from safetensors.torch import save_file
 
+    tensors, skeleton = _take_apart(tree)
+    save_file(tensors, path, metadata={"tree": skeleton})
+
+
+def tree_to_bytes(tree: Any) -> bytes:
+    """Return the content of the file that `write_tree` would write."""
+    from safetensors.torch import save
+
+    tensors, skeleton = _take_apart(tree)
+    return save(tensors, metadata={"tree": skeleton})
+
+
+def tree_from_bytes(data: bytes) -> Any:
+    """Return the tree in what `tree_to_bytes` returned."""
+    from safetensors.torch import load
+
+    length = int.from_bytes(data[:8], "little")  # of the header of a safetensors file
+    header = json.loads(data[8 : 8 + length])
+    return _from_json(json.loads(header["__metadata__"]["tree"]), load(data))
+
+
+def _take_apart(tree: Any) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a tree by name, and the rest as JSON."""
     tensors: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
 
@@ -35,8 +67,7 @@ def write_tree(path: str | Path, tree: Any) -> None:
             tensors[where] = tensor.detach().contiguous()
         return _Name(first)
 
-    skeleton = json.dumps(_to_json(_map_tensors(name, tree)))
-    save_file(tensors, path, metadata={"tree": skeleton})
+    return tensors, json.dumps(_to_json(_map_tensors(name, tree)))
 
 
 def read_tree(path: str | Path, device: str | torch.device = "cpu") -> Any:
