@@ -12,7 +12,7 @@ import inspect
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,11 +21,12 @@ from typing import Any
 from rlhf_core.errors import OptionError, RlhfError
 from rlhf_core.util.worker_processes import reason
 
-__all__ = ["Answer", "Columns", "answer_of", "call", "load_function"]
+__all__ = ["Answer", "Columns", "answer_of", "call", "load_function", "read_columns"]
 
 Columns = Mapping[str, list[Any]]
 """Arguments by name, one entry per sample: queries, prompts, completions, labels, meta, and columns of the data."""
 
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 POSITIONAL = ("queries", "prompts", "labels")
 """What a function with parameters of other names is called with."""
 
@@ -46,7 +47,17 @@ def call(path: str | Callable[..., Any], name: str, columns: Columns) -> Answer:
         ValueError: it answers for another number of samples, or in another form.
     """
     raw = _call_here(load_function(path, name), columns)
-    return answer_of(raw, len(columns["queries"]))
+    return answer_of(raw, len(next(iter(columns.values()))))
+
+
+def read_columns(function: Callable[..., Any], names: Collection[str]) -> Collection[str]:
+    """Return those of `names` that a call of `function` reads, at least one; all where that is not known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one that is built in, which the call itself reports
+        return names
+    known = [p.name for p in parameters if p.name in names and p.kind in _BY_NAME]
+    return known if known and len(known) == len(parameters) else names
 
 
 def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
@@ -66,8 +77,7 @@ def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
 def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
     """Call the function with the arguments that it names."""
     parameters = inspect.signature(function).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = [p.name for p in parameters if p.default is p.empty and p.kind in kinds]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME]
     if all(name in columns for name in required) and not any(p.kind is p.POSITIONAL_ONLY for p in parameters):
         everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         names = {p.name for p in parameters}

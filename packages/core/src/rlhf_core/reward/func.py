@@ -20,14 +20,14 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from rlhf_core.config.python_values import function_name
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.lazy import torch
-from rlhf_core.reward.calls import Answer, Columns, call, load_function
+from rlhf_core.reward.calls import Answer, Columns, call, load_function, read_columns
 from rlhf_core.reward.output import excerpt
 from rlhf_core.util.worker_processes import Failure, Workers, reason
 
@@ -100,19 +100,7 @@ class FuncEngine:
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.reward.check()
-        columns: Columns = {
-            "queries": [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts)],
-            "prompts": rollouts.prompts,
-            "completions": rollouts.texts,
-            "labels": rollouts.labels,
-            "meta": rollouts.meta,
-            "raw_completions": rollouts.raw_texts or rollouts.texts,
-            "finish": rollouts.finish or [""] * len(rollouts),
-            "token_ids": [
-                ids[:length] for ids, length in zip(rollouts.tokens_NT.tolist(), rollouts.lengths_N.tolist())
-            ],
-        }
-        columns = {**_meta_columns(rollouts.meta), **columns}
+        columns = _columns(rollouts, load_function(self.reward.path, self.reward.name))
         N = len(rollouts)
         parts = _parts(N, self.reward.batch, self.reward.workers)
         answers = list(zip(parts, self._calls(columns, parts)))
@@ -124,10 +112,7 @@ class FuncEngine:
 
     def _calls(self, columns: Columns, parts: Sequence[range]) -> list[Any]:
         """An `Answer` or a `Failure` for each part of the rows."""
-        calls = [
-            (self.reward.path, self.reward.name, {key: [column[i] for i in rows] for key, column in columns.items()})
-            for rows in parts
-        ]
+        calls = _Calls(self.reward, columns, parts)
         if self.workers is not None:
             return self.workers.map(calls, self.reward.timeout, seed=random.getrandbits(63))
         return [_call_guarded(arguments) for arguments in calls]
@@ -154,15 +139,20 @@ class FuncEngine:
         answered = [False] * N
         logs: dict[str, list[float]] = {name: [0.0] * N for _, answer in known for name in answer.logs}
         for rows, answer in known:
-            for at, row in enumerate(rows):
-                reward = answer.rewards[at]
-                abstained[row] = reward is None
-                answered[row] = reward is None or self.reward.fallback is None or math.isfinite(reward)
-                rewards[row] = nothing if reward is None or not answered[row] else reward
-                score = answer.scores[at] if answer.scores is not None and answered[row] else None
-                scores[row] = 0.0 if score is None else score
-                for name, values in answer.logs.items():
-                    logs[name][row] = values[at]
+            at = slice(rows.start, rows.stop, rows.step)
+            strict = self.reward.fallback is None
+            fine = [reward is None or strict or math.isfinite(reward) for reward in answer.rewards]
+            abstained[at], answered[at] = [reward is None for reward in answer.rewards], fine
+            rewards[at] = [
+                nothing if reward is None or not good else reward
+                for reward, good in zip(answer.rewards, fine, strict=True)
+            ]
+            if answer.scores is not None:
+                scores[at] = [
+                    0.0 if score is None or not good else score for score, good in zip(answer.scores, fine, strict=True)
+                ]
+            for name, values in answer.logs.items():
+                logs[name][at] = values
         if self.reward.fallback is not None:
             logs["failed"] = [float(not fine) for fine in answered]
         scored = any(answer.scores is not None for _, answer in known)
@@ -194,6 +184,52 @@ def _next_prime(number: int) -> int:
     while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
         number += 1
     return number
+
+
+class _Calls(Sequence[tuple[Any, ...]]):
+    """Arguments of each call, which are made when the call is sent: the first process need not wait for the last call.
+
+    Args:
+        reward: whose function is called.
+        columns: of all rows.
+        parts: rows of each call.
+    """
+
+    def __init__(self, reward: Func, columns: Columns, parts: Sequence[range]) -> None:
+        self._reward, self._columns, self._parts = reward, columns, parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Any, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Any, ...] | Sequence[tuple[Any, ...]]:
+        if isinstance(index, slice):
+            return _Calls(self._reward, self._columns, self._parts[index])
+        rows = self._parts[index]
+        of_rows = {name: column[rows.start : rows.stop : rows.step] for name, column in self._columns.items()}
+        return self._reward.path, self._reward.name, of_rows
+
+
+def _columns(rollouts: Rollouts, function: Callable[..., Any]) -> Columns:
+    """Return the columns that `function` reads."""
+    columns: dict[str, Callable[[], list[Any]]] = {
+        "queries": lambda: [prompt + text for prompt, text in zip(rollouts.prompts, rollouts.texts)],
+        "prompts": lambda: rollouts.prompts,
+        "completions": lambda: rollouts.texts,
+        "labels": lambda: rollouts.labels,
+        "meta": lambda: list(rollouts.meta),
+        "raw_completions": lambda: rollouts.raw_texts or rollouts.texts,
+        "finish": lambda: list(rollouts.finish) or [""] * len(rollouts),
+        "token_ids": lambda: [
+            ids[:length] for ids, length in zip(rollouts.tokens_NT.tolist(), rollouts.lengths_N.tolist())
+        ],
+    }
+    of_data = _meta_columns(rollouts.meta)
+    names = read_columns(function, {**of_data, **columns})
+    return {name: columns[name]() if name in columns else of_data[name] for name in names}
 
 
 def _meta_columns(meta: Sequence[Mapping[str, Any]]) -> Columns:

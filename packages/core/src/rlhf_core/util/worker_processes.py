@@ -71,14 +71,15 @@ class _Dispatch:
     """The calls of one `map`, dealt out as processes become free.
 
     A quick call is sent before the one in front of it is answered, so that no process waits for this one. A slow call is
-    not: it would wait behind another while some process is idle. What is sent when cannot change a result.
+    not, and neither are the last ones: they would wait behind another while some process is idle. What is sent when cannot
+    change a result.
 
     Args:
         workers: the processes.
         calls, timeout, seed: see `Workers.map`.
     """
 
-    AHEAD_SECONDS = 0.002
+    AHEAD_SECONDS = 0.005
     """work that is sent ahead to a process: more than the time until it would get its next call otherwise"""
     AHEAD_CALLS = 16
     """calls that are sent ahead at most"""
@@ -109,7 +110,8 @@ class _Dispatch:
 
     def _feed(self, worker: _Worker) -> None:
         """Send the next calls to a process that has room for them."""
-        ahead = min(self.AHEAD_CALLS, int(self.AHEAD_SECONDS / self._slowest)) if self._answered else 0
+        quick = self._answered and len(self._waiting) > len(self._workers)
+        ahead = min(self.AHEAD_CALLS, int(self.AHEAD_SECONDS / self._slowest)) if quick else 0
         while self._waiting and len(worker.calls) < 1 + ahead:
             number = self._waiting.popleft()
             if worker.process is None:
