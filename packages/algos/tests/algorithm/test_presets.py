@@ -204,7 +204,11 @@ def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refuse
         ("ppo", {"loss": "bradley_terry"}, "BradleyTerryLoss trains scores_N, which is nothing of a sampled policy"),
         ("grpo", {"loss": "value"}, "ValueLoss trains values_NT"),
         ("grpo", {"loss": "sft"}, "SFTLoss reads no advantages, so every sample would be learned alike"),
-        ("sft", {"loss": "grpo"}, "GRPOLoss needs advantages_NT, and the term actor <- data assigns no credit"),
+        (
+            "sft",
+            {"loss": "grpo"},
+            "GRPOLoss needs advantages_NT, and the term that trains actor on data assigns no credit",
+        ),
         ("dpo", {"loss": "sft"}, "SFTLoss compares no pairs, so rejected completions would be learned as well"),
         ("kto", {"loss": "sft"}, "SFTLoss does not read which rows are desirable"),
     ],

@@ -217,7 +217,7 @@ def test_help_follows_the_providers_that_are_chosen(say: Callable[..., str]) -> 
 def test_help_begins_with_the_ten_flags_that_a_first_run_sets_and_shows_each_once(say: Callable[..., str]) -> None:
     pytest.importorskip("rlhf_algos")
     for words in (["sft", "--data", "hf"], ["grpo", "--reward", "func"], ["dpo"], ["reward"]):
-        text = say("-p", "algos", *words, "--help")
+        text = say("-p", "algos", *words, "--help-all")
         first = text.partition("\nfirst of all\n")[2].partition("\n\n")[0]
         flags = re.findall(r"^  (--\S+)", first, re.MULTILINE)
         assert len(flags) == 10 and {"--model", "--batch-size"} < set(flags)
@@ -225,6 +225,23 @@ def test_help_begins_with_the_ten_flags_that_a_first_run_sets_and_shows_each_onc
         everything = re.findall(r"^  (--[a-z]\S*) (?!NAME)", text.partition("first of all")[2], re.MULTILINE)
         options = [flag for flag in everything if "." in flag]
         assert len(options) == len(set(options)) > 30
+
+
+def test_help_names_every_flag_that_help_all_explains(say: Callable[..., str]) -> None:
+    brief, whole = say("online", "--help"), say("online", "--help-all")
+    explained = {text: set(re.findall(r"^  (--[a-z]\S*)", text, re.MULTILINE)) for text in (brief, whole)}
+    named = set(re.findall(r"(?<![\w`])--[a-z][\w.-]*", "".join(brief.split("explained by --help-all:")[1:])))
+    assert explained[whole] > {"--seed", "--micro-tokens", "--actor.optim.warmup", "--reward.limit"}
+    assert explained[whole] <= explained[brief] | named
+    assert {"--seed", "--micro-tokens", "--actor.optim.warmup"} <= named - explained[brief]
+    assert len(brief.splitlines()) < 0.6 * len(whole.splitlines())
+
+
+def test_help_explains_what_is_set_and_the_options_of_a_chosen_optimizer(say: Callable[..., str]) -> None:
+    text = say("online", "--help", "--micro-tokens", "7", "--actor.optim.use", "adamw")
+    assert re.search(r"^  --micro-tokens INT +token budget", text, re.MULTILINE) and "(set: 7)" in text
+    assert re.search(r"^  --actor.optim.betas FLOAT FLOAT", text, re.MULTILINE)
+    assert not re.search(r"^  --seed INT", text, re.MULTILINE)
 
 
 def test_help_shows_what_a_file_sets(say: Callable[..., str]) -> None:

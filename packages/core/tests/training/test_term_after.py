@@ -139,7 +139,10 @@ def test_updates_are_ordered_by_after_and_else_by_terms() -> None:
             ReadAfter(prm_after="actor"),
             "the updates of actor and prm wait for each other: change `after` of their terms",
         ),
-        (ReadAfter(after="poet"), "ReadAfter: the term actor <- actor comes after the update of 'poet', which no term"),
+        (
+            ReadAfter(after="poet"),
+            "ReadAfter: the term that trains actor on samples of actor comes after the update of 'poet', which no term",
+        ),
         (ReadAfter(after="actor"), "comes after the update of 'actor', which it trains itself; change its `after`"),
     ],
 )

@@ -27,6 +27,10 @@ from rlhf_core.util.suggestions import closest_names, or_list
 
 __all__ = ["main"]
 
+HELP_ALL = "--help-all"
+HELP = ("-h", "--help", HELP_ALL)
+"""Words that ask for help in place of work."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -91,7 +95,7 @@ def _run(argv: list[str]) -> int:
 
 def _obey(words: list[str], registry: Registry) -> int:
     """Show help, run a command, or train."""
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(help_.overview(registry))
         return 0
     if registry.is_command(words[0]):
@@ -101,7 +105,7 @@ def _obey(words: list[str], registry: Registry) -> int:
         return run_command(words, registry)
     _check_first(words[0], registry)
     if wants_help(words):
-        print(help_.algorithm(*read(words, registry), registry))
+        print(help_.algorithm(*read(words, registry), registry, everything=HELP_ALL in words))
         return 0
     return _train(words, registry)
 
@@ -153,4 +157,4 @@ def _check_first(word: str, registry: Registry) -> None:
 
 def wants_help(words: Sequence[str]) -> bool:
     """Return True if help is asked for."""
-    return "-h" in words or "--help" in words
+    return any(word in HELP for word in words)

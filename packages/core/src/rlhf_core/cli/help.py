@@ -36,7 +36,10 @@ FIRST = (
 """Options that a first run sets, most wanted first; `{role}` is the role that the algorithm trains."""
 
 MOST_FIRST = 10
-"""Options that stand before the others."""
+"""Options that come before the others."""
+
+MORE = "explained by --help-all:"
+"""Words before the flags that `--help` only names."""
 
 LEFT = 34
 """Columns of names; what does not fit has its explanation on the next line."""
@@ -64,8 +67,11 @@ def overview(registry: Registry) -> str:
     )
 
 
-def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
-    """`rlhf-run ALGORITHM --help`: the options of exactly the chosen providers."""
+def algorithm(schema: Schema, settings: Settings, registry: Registry, everything: bool = False) -> str:
+    """`rlhf-run ALGORITHM --help`: the options of exactly the chosen providers.
+
+    Options of the run and its roles are named only, unless they are set or `everything` is asked for (`--help-all`).
+    """
     name = schema.names["algorithm"]
     (own,) = (section for section in schema.sections if section.kind == "algorithm")
     first = _first(schema)
@@ -79,8 +85,10 @@ def algorithm(schema: Schema, settings: Settings, registry: Registry) -> str:
     ]
     for section in schema.sections:
         if rest := [option for option in section.options if option not in first]:
-            blocks += [[_title(section)], _rows(_row(option, settings) for option in rest)]
-    others = [("--config FILE", "config"), ("--dry-run", "dry_run"), ("-h, --help", "help")]
+            explained = [option for option in rest if everything or _is_explained(option, section, settings)]
+            named = [flag(option.path) for option in rest if option not in explained and not option.elsewhere]
+            blocks += [[_title(section)], _rows(_row(option, settings) for option in explained), _names(named)]
+    others = [("--config FILE", "config"), ("--dry-run", "dry_run"), ("-h, --help", "help"), ("--help-all", "help_all")]
     blocks += [["other"], _rows((name, FIXED[key]) for name, key in others)]
     return _text(*blocks)
 
@@ -91,6 +99,12 @@ def _first(schema: Schema) -> list[Option]:
     wanted = [path.replace("{role}", role) for path in FIRST]
     required = [path for path, option in schema.options.items() if option.required and path not in wanted]
     return [schema.options[path] for path in (*required, *wanted) if path in schema.options][:MOST_FIRST]
+
+
+def _is_explained(option: Option, section: Section, settings: Settings) -> bool:
+    """Return True for the options that `--help` explains: those of providers, and those that are set."""
+    chosen = [path for path in section.uses if f"{path}.use" in settings]
+    return bool(section.kind) or option.path in settings or option.path.startswith(tuple(f"{path}." for path in chosen))
 
 
 def command(schema: Schema, settings: Settings, registry: Registry) -> str:
@@ -134,7 +148,7 @@ def _row(option: Option, settings: Settings) -> tuple[str, str]:
 
 def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Two columns, the right one wrapped."""
-    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    width = _width()
     lines: list[str] = []
     for left, right in rows:
         wrapped = textwrap.wrap(right, width - LEFT) or [""]
@@ -144,6 +158,20 @@ def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
             lines.append(f"  {left}".ljust(LEFT) + wrapped.pop(0))
         lines += [" " * LEFT + line for line in wrapped]
     return [line.rstrip() for line in lines]
+
+
+def _names(flags: list[str]) -> list[str]:
+    """Return the flags that are named only, as wrapped lines."""
+    if not flags:
+        return []
+    return textwrap.wrap(
+        " ".join([MORE, *flags]), _width() - 2, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _width() -> int:
+    """Return the columns of a help text."""
+    return max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _text(*blocks: list[str]) -> str:

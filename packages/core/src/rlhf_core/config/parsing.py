@@ -51,7 +51,11 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     tree = _read_file(single_word("--config", file)) if file is not None else {}
     where = single_word("--config", file) if file is not None else ""
     wanted = {kind: single_word(flag(kind), flags[kind]) for kind in CHOSEN if kind in flags and kind != "algorithm"}
-    flags = {path: words for path, words in flags.items() if path not in wanted and path not in ("help", "dry_run")}
+    flags = {
+        path: words
+        for path, words in flags.items()
+        if path not in wanted and path not in ("help", "help_all", "dry_run")
+    }
     if words:
         wanted["algorithm"] = words[0]
     uses = {path.removesuffix(".use"): single_word(flag(path), flags[path]) for path in flags if path.endswith(".use")}
@@ -113,7 +117,7 @@ def split_own(own: Collection[str], words: Sequence[str]) -> tuple[list[str], li
     for word in words:
         if word.startswith("--") or word == "-h":
             head = word.lstrip("-").partition("=")[0].partition(".")[0].replace("-", "_")
-            part = parts[0] if head in {*own, "help", "h"} else parts[1]
+            part = parts[0] if head in {*own, "help", "help_all", "h"} else parts[1]
         part.append(word)
     return parts
 

@@ -56,7 +56,8 @@ HELDOUT_LOSS = "heldout_loss"
 FIXED = {
     "config": "TOML file with options; flags win over it",
     "dry_run": "check everything that can be checked before the first step, and train nothing",
-    "help": "show the options of exactly the chosen providers",
+    "help": "show the options of exactly the chosen providers, and name those of the run and its roles",
+    "help_all": "explain every option",
 }
 """Flags that are no options of the run."""
 

@@ -95,7 +95,8 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
     given, flags = split_flags(_run_words(cls, words[1:])[0])
     kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
     chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
-    asked_help = flags.pop("help", None) is not None
+    asked_help = bool({"help", "help_all"} & flags.keys())
+    flags = {path: words for path, words in flags.items() if path not in ("help", "help_all")}
     if "dry_run" not in own:
         flags.pop("dry_run", None)
     schema = _schema(name, cls, chosen, registry)

@@ -111,6 +111,11 @@ def with_corrections(terms: tuple[Term, ...], config: RunConfig) -> tuple[Term, 
     return tuple(term if term.source == DATA else replace(term, loss=term.loss.with_correction()) for term in terms)
 
 
+def _term_in_words(term: Term) -> str:
+    """Return a term in words, for messages."""
+    return f"the term that trains {term.role} on {'data' if term.source == DATA else f'samples of {term.source}'}"
+
+
 def _check_order(plan: Plan) -> None:
     """Check that terms come after roles that are trained, and that some role can be the first."""
     trained = plan.trained_roles
@@ -118,7 +123,7 @@ def _check_order(plan: Plan) -> None:
         if term.after and (term.after not in trained or term.after == term.role):
             which = "which it trains itself" if term.after == term.role else "which no term trains"
             raise UsageError(
-                f"{type(plan.config.algorithm).__qualname__}: the term {term.role} <- {term.source} comes after the update "
+                f"{type(plan.config.algorithm).__qualname__}: {_term_in_words(term)} comes after the update "
                 f"of {term.after!r}, {which}; change its `after`"
             )
 
@@ -197,7 +202,7 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable
     earned = sorted(name for name in term.needs if name in CREDIT)
     if term.advantage is None and earned:
         raise UsageError(
-            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, and the term {term.role} <- {term.source} assigns no "
+            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, and {_term_in_words(term)} assigns no "
             "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
         )
     for name, asker in asked:
