@@ -66,6 +66,15 @@ def test_the_readme_of_a_package_names_everything_that_it_provides(package: Path
     assert not [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", text)]
 
 
+def test_the_readme_has_every_algorithm_once_in_its_table() -> None:
+    table = README.partition("| algorithms | learn from |")[2].partition("\n\n")[0]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    plugin = (ROOT / "packages/algos/src/rlhf_algos/plugin.py").read_text(encoding="utf-8")
+    provided = plugin.partition("def rlhf_algorithm()")[2].partition("\n\n\n")[0]
+    known = re.findall(r'^\s+"(\w+)": ', provided, re.MULTILINE)
+    assert sorted(names) == sorted(known), "add the algorithm to the table of algorithms in README.md"
+
+
 ROOMS = ROOT / "packages" / "core" / "src" / "rlhf_core"
 OF_OTHERS = ("CHANGELOG.md", "coming-from.md")
 """Pages with names of what is gone, or of other projects."""
