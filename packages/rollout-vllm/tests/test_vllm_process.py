@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rlhf_core.errors import UsageError
-from rlhf_rollout_vllm import session
+from rlhf_rollout_vllm import in_process, process_state
 from rlhf_rollout_vllm.engine import VLLM
+from rlhf_rollout_vllm.in_process import InProcess
 from rlhf_rollout_vllm.session import Engine
 
 
@@ -21,7 +22,7 @@ def test_ranks_of_a_launcher_have_engines_on_gpus_of_their_own(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if ranks:
         monkeypatch.setenv("WORLD_SIZE", ranks)
-    assert session._external_launcher() == executor
+    assert in_process._external_launcher() == executor
 
 
 def test_the_trainers_gpu_is_the_current_one_again_whatever_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,19 +32,18 @@ def test_the_trainers_gpu_is_the_current_one_again_whatever_the_engine_does(monk
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-    with pytest.raises(ZeroDivisionError), session.preserve_process_state():
+    with pytest.raises(ZeroDivisionError), process_state.preserve_process_state():
         torch.cuda.set_device(0)
         raise ZeroDivisionError
     assert current == [3]
 
 
-class Sleeper(Engine):
+class Sleeper(InProcess):
     """An engine that has vLLM's part written down instead of called."""
 
     def __init__(self) -> None:
         self.options = VLLM(enable_sleep=True)
-        self.dtype = "float32"
-        self.version, self.updates = None, 0
+        self.has_weights = False
         self._sleeps, self._asleep = True, frozenset()
         self.calls: list[str] = []
         self.llm: Any = _Recorder(self.calls)
@@ -60,7 +60,8 @@ class _Recorder:
 
 
 def test_an_engine_that_sleeps_wakes_its_weights_to_take_new_ones_and_its_cache_later() -> None:
-    engine = Sleeper()
+    engine, host = Engine.__new__(Engine), Sleeper()
+    engine.host, engine.version, engine.updates = host, None, 0
 
     class Role:
         version = 1
@@ -69,22 +70,22 @@ def test_an_engine_that_sleeps_wakes_its_weights_to_take_new_ones_and_its_cache_
             return iter(())
 
     engine.update(Role())  # type: ignore[arg-type]
-    assert "wake_up" not in engine.calls
-    engine.calls.clear()
+    assert "wake_up" not in host.calls
+    host.calls.clear()
     engine.sleep()
     engine.sleep()
     engine.update(Role())  # type: ignore[arg-type]
-    assert engine.calls[:3] == ["sleep 1", "wake_up weights", "start_weight_update"]
+    assert host.calls[:3] == ["sleep 1", "wake_up weights", "start_weight_update"]
     assert engine.version == 1
-    engine.calls.clear()
+    host.calls.clear()
     engine.wake()
     engine.wake()
-    assert engine.calls == ["wake_up kv_cache"]
-    engine.calls.clear()
+    assert host.calls == ["wake_up kv_cache"]
+    host.calls.clear()
     engine.sleep(2)
     assert engine.version is None, "dropped weights must come again"
     engine.wake()
-    assert engine.calls == ["sleep 2", "wake_up weights kv_cache"]
+    assert host.calls == ["sleep 2", "wake_up weights kv_cache"]
 
 
 @pytest.mark.vllm
@@ -93,6 +94,6 @@ def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyP
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    monkeypatch.setattr(session._groups, "users", 1)
+    monkeypatch.setattr(in_process._groups, "users", 1)
     with pytest.raises(UsageError, match=r"enable_sleep.* is for runs that sample one role: .*; leave it out$"):
-        Sleeper()._open("unread", trust_remote_code=False)
+        Sleeper()._open("unread", "float32", trust_remote_code=False)

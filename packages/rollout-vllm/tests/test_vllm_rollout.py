@@ -227,7 +227,7 @@ def test_a_prompt_is_read_once_for_all_its_completions(
     prompts = make_prompts(role, [f"{i} " + "once upon a time " * 24 for i in range(3)])
     engine(role, prompts.rows([0]), GREEDY)  # opens it
     role.version += 1  # and so empties the cache before the next call
-    llm, cached = engine.engines["actor"].llm, []
+    llm, cached = engine.engines["actor"].host.llm, []
     generate = llm.generate
     monkeypatch.setattr(llm, "generate", lambda *a, **k: cached.extend(generate(*a, **k)) or cached)
     engine(role, prompts, replace(SAMPLED, n=4))

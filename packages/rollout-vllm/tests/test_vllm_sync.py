@@ -79,7 +79,7 @@ def test_an_engine_that_is_not_open_has_nothing_to_take(role: LocalRole) -> None
 
 def test_calls_do_not_grow_with_the_model(engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: Any) -> None:
     calls: list[str] = []
-    core = opened.llm.llm_engine.engine_core
+    core = opened.host.llm.llm_engine.engine_core
     for name in ("collective_rpc", "reset_prefix_cache"):
         original = getattr(core, name)
 
@@ -144,7 +144,7 @@ def test_a_tied_head_that_is_not_packed_again_stops_the_run(
     engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., Any]
 ) -> None:
     """What vLLM 0.32 does by itself on the CPU; when this test fails, `_repack_tied` has become needless."""
-    monkeypatch.setattr("rlhf_rollout_vllm.transfer.InProcess._repack_tied", lambda self: None)
+    monkeypatch.setattr("rlhf_rollout_vllm.receivers.InProcess._repack_tied", lambda self: None)
     randomise(role, seed=10014)
     with pytest.raises(RunStopped, match="differ"):
         engine.sync(role)

@@ -1,11 +1,10 @@
-"""`--rollout vllm`: completions from vLLM, in this process, with the weights of the role that is trained here.
+"""`--rollout vllm`: completions from vLLM, in this process or in processes of its own, with the weights of a role.
 
 One engine per sampled role, opened at the first call. Its weights come from the role and nowhere else, when it is opened
-and after every update, always by the same path (`transfer`); after opening and after the first update the engine is
+and after every update, always by the same path (`receivers`); after opening and after the first update the engine is
 compared with its trainer (`agreement`). Token ids go in and come out; nothing is decoded on the way.
 
-Not here yet: an engine in a process of its own, tensor parallelism, adapters, sampling while training. They will be further
-ways to open an `Engine`; this file is what the loop sees of all of them.
+This file is what the loop sees of every way to run vLLM (`session.Host`). Not here yet: adapters, and engines behind a server.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["VLLM", "VLLMEngines"]
 
 @dataclass(frozen=True)
 class VLLM(VLLMOptions, Rollout):
-    """Samples with vLLM in this process, on CUDA or the CPU; weights follow every update.
+    """Samples with vLLM, in this process or in processes of its own, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
     temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the mean share of the
@@ -44,6 +43,16 @@ class VLLM(VLLMOptions, Rollout):
         """vLLM takes min-p as a logits processor, before top-k and top-p (its `v1/sample/sampler.py`, step 7)."""
         return True
 
+    @property
+    def devices(self) -> int:
+        """Number of GPUs that an engine computes on."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Processes of its own have weights of their own."""
+        return self.process == "own"
+
     def check(self) -> None:
         """Whether vLLM is installed, in the version whose weight loading we know; before any model is loaded."""
         from rlhf_rollout_vllm.install import check_installed
@@ -52,18 +61,20 @@ class VLLM(VLLMOptions, Rollout):
 
     def open(self, context: OpenContext) -> VLLMEngines:
         """Return engines that start vLLM for a role when it is first sampled."""
-        return VLLMEngines(self)
+        ahead = context.plan is not None and context.plan.config.ahead > 0
+        return VLLMEngines(self, ahead)
 
 
 class VLLMEngines(Rollout):
-    """One engine of vLLM per sampled role, all in this process.
+    """One engine of vLLM per sampled role.
 
     Args:
         options: the provider.
+        ahead: the role trains while completions are sampled, so that nothing is asked of it then.
     """
 
-    def __init__(self, options: VLLM) -> None:
-        self.options = options
+    def __init__(self, options: VLLM, ahead: bool = False) -> None:
+        self.options, self.ahead = options, ahead
         self.engines: dict[str, Engine] = {}
         """open engines by role"""
 
@@ -101,11 +112,11 @@ class VLLMEngines(Rollout):
             engine = self.engines[role.name] = Engine(self.options, role)
             engine.update(role)
             check(engine, role, prompts, "loading")
-        elif engine.version != role.version:  # a checkpoint was restored, say
+        elif engine.version != role.version and not self.ahead:  # a checkpoint was restored, say
             engine.update(role)
         rollouts = engine.sample(prompts, sampling)
         truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-        if measured and truncated and sampling.temperature == role.spec.temperature:
+        if measured and truncated and not self.ahead and sampling.temperature == role.spec.temperature:
             rollouts.scalars["kept_mass"] = kept_mass(role, rollouts)
         return rollouts
 

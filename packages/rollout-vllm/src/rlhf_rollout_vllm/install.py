@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
 from rlhf_core.errors import MissingPackage, UsageError
 
-__all__ = ["SUPPORTED", "check_installed", "import_vllm"]
+__all__ = ["SUPPORTED", "check_entry_point", "check_installed", "import_vllm"]
 
 SUPPORTED = "0.32"
 """The release series whose weight loading this package was tested with."""
+
+PLUGINS, PLUGIN = "vllm.general_plugins", "rlhf"
+"""Entry point by which vLLM's processes load `vllm_plugin`."""
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # its start-up log is two screens long
@@ -66,6 +69,24 @@ def import_vllm() -> Any:
             "python3 -m pip uninstall -y torchvision torchaudio torchcodec"
         ) from error
     return vllm
+
+
+def check_entry_point() -> None:
+    """Check that processes of vLLM will load what this package registers in them.
+
+    Raises:
+        UsageError: they will not.
+    """
+    if not any(each.name == PLUGIN for each in entry_points(group=PLUGINS)):
+        raise UsageError(
+            "rlhf-rollout-vllm was installed in a version without an engine in processes of its own: install it again "
+            "(python3 -m pip install --force-reinstall --no-deps rlhf-rollout-vllm)"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise UsageError(
+            f"VLLM_PLUGINS leaves out {PLUGIN!r}, which brings weights to the engine: add it, or unset the variable"
+        )
 
 
 def _vllm_version() -> tuple[str, str]:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 
 __all__ = ["VLLMOptions"]
+
+LARGEST_BIAS = 100.0  # vLLM takes no larger one
+
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True)
 class VLLMOptions:
     """Options of sampling with vLLM."""
 
+    process: Literal["trainer", "own"] = "trainer"
+    """where the engine runs: in the process that trains, or in processes of its own on the same machine, which can sample while
+    the role trains and may span several GPUs"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """what the engine computes in; `auto` takes the role's dtype"""
     max_model_len: int = 0
     """longest prompt and completion together, in tokens; 0 takes what the model and the cache allow"""
-    max_num_seqs: int = 256
-    """completions that are sampled at a time; more wait"""
+    max_num_seqs: int = 0
+    """completions that are sampled at a time; more wait. 0 takes vLLM's own number for the GPU, and 256 on the CPU"""
     kv_cache_gib: float = 0.0
     """size of the key-value cache in GiB; 0 takes what `gpu_memory_utilization` leaves, and 4 on the CPU"""
-    gpu_memory_utilization: float = 0.5
-    """share of the GPU's memory for the engine, weights and cache, 0 to 1; training shares the device. CPU: not read"""
+    gpu_memory_utilization: float = 0.0
+    """share of the GPU's memory for the engine, weights and cache, up to 1; 0 takes half of what is free when the engine opens,
+    since training shares the device. CPU: not read"""
     enforce_eager: bool | None = None
     """run without compilation and CUDA graphs: slower, quicker to start. By default on the CPU only"""
     enable_prefix_caching: bool = True
@@ -34,12 +46,104 @@ class VLLMOptions:
     max_logprob_diff: float = 0.0
     """the run stops if engine and trainer differ by more than this in the mean log-probability of the same tokens, after
     opening or after the first update; 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never stops"""
+    quantization: Literal[
+        "",
+        "fp8_per_tensor",
+        "fp8_per_block",
+        "fp8_per_channel",
+        "int8_per_channel_weight_only",
+        "mxfp8",
+        "nvfp4_per_token",
+    ] = ""
+    """how the engine rounds weights as they arrive, by vLLM's names; by default not at all. Samples then come from another
+    policy than the trained one: raise `max_logprob_diff`, and correct importance weights"""
+    seed: int = 0
+    """changes the seeds of all completions; engines with other seeds sample other completions of the same prompts"""
+    logit_bias: Mapping[str, float] = field(default_factory=dict)
+    """added to the logits of tokens by id, -100 to 100, as 13=-100; training does not know of it"""
+    guided_regex: str = ""
+    """every completion matches this regular expression, if it is not cut; training does not know of it"""
+    guided_json: str = ""
+    """every completion is JSON of this schema: a file, or the schema itself; training does not know of it"""
+    guided_choice: tuple[str, ...] = ()
+    """every completion is one of these texts; training does not know of it"""
+    tensor_parallel_size: int = 1
+    """GPUs (on the CPU processes) that share each layer of an engine with processes of its own"""
+    pipeline_parallel_size: int = 1
+    """GPUs (on the CPU processes) that share the layers of an engine with processes of its own"""
+    data_parallel_size: int = 1
+    """copies of an engine with processes of its own; each request goes to one of them"""
+    restarts: int = 3
+    """times in a run that an engine with processes of its own is started again when they die; what they had not answered is
+    asked again"""
+    answer_seconds: float = 600.0
+    """time within which processes of an engine's own must answer a call; later they are killed, which counts as a death"""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "kv_cache_gib", "max_logprob_diff"):
+        for name in ("max_model_len", "max_num_seqs", "kv_cache_gib", "max_logprob_diff"):
             if not getattr(self, name) >= 0:  # written so that nan fails
                 raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
-        if self.max_num_seqs < 1:
-            raise UsageError(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UsageError(f"gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}")
+        if not 0 <= self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                f"gpu_memory_utilization must be at least 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
+        for token, bias in self.logit_bias.items():
+            if not token.isdecimal() or not abs(bias) <= LARGEST_BIAS:
+                raise OptionError(
+                    "logit_bias", f"takes biases of -100 to 100 for ids of tokens, not {bias} for {token}; change it"
+                )
+        self._check_guide()
+        self._check_process()
+
+    def _check_guide(self) -> None:
+        """Check that at most one shape of completions is asked for, and that it can be read.
+
+        Raises:
+            UsageError: it is not so.
+        """
+        asked = [name for name in ("guided_regex", "guided_json", "guided_choice") if getattr(self, name)]
+        if len(asked) > 1:
+            raise OptionError(asked[0], f"cannot be combined with {option(asked[1])}; leave one out")
+        if self.guided_regex:
+            try:
+                re.compile(self.guided_regex)
+            except re.error as error:
+                raise OptionError("guided_regex", f"is no regular expression ({error}); correct it") from error
+        if self.guided_json:
+            self.json_schema()
+
+    def _check_process(self) -> None:
+        """Check the options of an engine with processes of its own.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        if self.restarts < 0:
+            raise OptionError("restarts", f"must be at least 0, not {self.restarts}")
+        if not self.answer_seconds > 0:
+            raise OptionError("answer_seconds", f"must be above 0, not {self.answer_seconds}")
+        for name in SIZES:
+            size = getattr(self, name)
+            if size < 1:
+                raise OptionError(name, f"must be at least 1, not {size}")
+            if size > 1 and self.process == "trainer":
+                raise OptionError(name, f"is for engines with processes of their own; pass {option('process', 'own')}")
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the schema that `guided_json` gives.
+
+        Raises:
+            UsageError: there is none.
+        """
+        text = self.guided_json.strip()
+        try:
+            if not text.startswith("{"):
+                text = Path(text).expanduser().read_text(encoding="utf-8")
+            schema = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                "guided_json", f"is no file with a JSON schema, and no schema ({error}); correct it"
+            ) from error
+        if not isinstance(schema, dict):
+            raise OptionError("guided_json", "must be a schema that is a JSON object; correct it")
+        return schema

@@ -1,0 +1,62 @@
+"""The arguments that vLLM's engine is made with, from the options and what the machine has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_rollout_vllm.kept_tokens import MOST
+
+if TYPE_CHECKING:
+    from rlhf_rollout_vllm.options import VLLMOptions
+
+__all__ = ["engine_arguments", "memory_share", "reason_of"]
+
+CPU_CACHE_GIB = 4.0
+
+CPU_SEQUENCES = 256
+
+
+def engine_arguments(options: VLLMOptions, model: str, dtype: str, cpu: bool, share: float) -> dict[str, Any]:
+    """Return vLLM's engine arguments, but for those of the place where it runs.
+
+    Args:
+        options: the provider.
+        model: folder or hub name that configuration and tokenizer are read from.
+        dtype: what the engine computes in.
+        cpu: True if vLLM runs on the CPU.
+        share: of the GPU's memory, see `memory_share`.
+    """
+    cache_gib = options.kv_cache_gib or (CPU_CACHE_GIB if cpu else 0.0)
+    return {
+        "model": model,
+        "dtype": dtype,
+        "load_format": "dummy",
+        "quantization": options.quantization or None,
+        "max_model_len": options.max_model_len or -1,
+        "max_num_seqs": options.max_num_seqs or (CPU_SEQUENCES if cpu else None),
+        "kv_cache_memory_bytes": int(cache_gib * 2**30) or None,
+        "gpu_memory_utilization": share,
+        "enforce_eager": cpu if options.enforce_eager is None else options.enforce_eager,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enable_chunked_prefill": False if cpu else None,  # a seed would be rewound, which fails on the CPU
+        "enable_sleep_mode": options.enable_sleep and not cpu,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": MOST,
+        "generation_config": "vllm",  # sampling is the run's, not the model's
+    }
+
+
+def memory_share(asked: float, free: int, total: int) -> float:
+    """Return the share of a device's memory that the engine takes: as asked, or half of what is free.
+
+    Args:
+        asked: the option; 0 leaves it to this function.
+        free, total: bytes of the device.
+    """
+    return asked or free / total / 2
+
+
+def reason_of(error: Exception) -> str:
+    """Return the line of an error of vLLM that names the reason."""
+    reasons = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in reasons if "validation error" not in line and len(line) > 20), reasons[0])

@@ -1,0 +1,43 @@
+"""The calls of a weight update to an engine in processes of its own, as a sender makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["SyncClient"]
+
+
+class SyncClient:
+    """Calls that a sender makes, as vLLM's `VLLMWeightSyncClient` has them.
+
+    Args:
+        llm: the engine.
+        call: waits for a coroutine of the engine.
+        version: returns the version of the weights that are sent.
+    """
+
+    def __init__(self, llm: Any, call: Callable[[Any], Any], version: Callable[[], str]) -> None:
+        self.llm = llm
+        self.call = call
+        self.version = version
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Begin with a sender."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self.call(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+
+    def start_weight_update(self) -> None:
+        """Begin an update."""
+        self.call(self.llm.start_weight_update())
+
+    def update_weights(self, update_info: Any) -> None:
+        """Take weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self.call(self.llm.update_weights(WeightTransferUpdateRequest(update_info)))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End an update; tokens carry the role's version from now on."""
+        self.call(self.llm.finish_weight_update(weight_version or self.version()))

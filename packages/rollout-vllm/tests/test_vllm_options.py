@@ -1,0 +1,133 @@
+"""Options become vLLM's arguments and parameters, and wrong ones end in one line before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_core.contract.batch import Prompts
+from rlhf_core.contract.options import Sampling
+from rlhf_core.errors import UsageError
+from rlhf_core.training.local_role import LocalRole
+from rlhf_rollout_vllm.arguments import engine_arguments, memory_share
+from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
+
+
+def test_the_engine_takes_half_of_what_is_free_unless_it_is_told_otherwise() -> None:
+    assert memory_share(0.0, free=60, total=80) == 0.375
+    assert memory_share(0.0, free=80, total=80) == 0.5
+    assert memory_share(0.3, free=10, total=80) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("cpu", "sequences", "eager", "cache"), [(True, 256, True, 4 * 2**30), (False, None, False, None)]
+)
+def test_devices_have_defaults_of_their_own(cpu: bool, sequences: int | None, eager: bool, cache: int | None) -> None:
+    built = engine_arguments(VLLM(), "model", "float32", cpu, 0.4)
+    assert (built["max_num_seqs"], built["enforce_eager"], built["kv_cache_memory_bytes"]) == (sequences, eager, cache)
+    assert built["gpu_memory_utilization"] == 0.4
+
+
+def test_options_that_are_given_win() -> None:
+    options = VLLM(
+        max_num_seqs=3, enforce_eager=True, kv_cache_gib=0.5, quantization="fp8_per_tensor", max_model_len=77
+    )
+    built = engine_arguments(options, "model", "bfloat16", False, 0.4)
+    expected = {
+        "max_num_seqs": 3,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**29,
+        "quantization": "fp8_per_tensor",
+        "max_model_len": 77,
+        "dtype": "bfloat16",
+    }
+    assert {name: built[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": {"x": 1.0}}, "logit_bias takes biases of -100 to 100 for ids of tokens, not 1.0 for x"),
+        ({"logit_bias": {"3": 101.0}}, "logit_bias takes biases of -100 to 100 for ids of tokens, not 101.0 for 3"),
+        ({"logit_bias": {"3": float("nan")}}, "logit_bias takes biases of -100 to 100"),
+        ({"guided_regex": "("}, "guided_regex is no regular expression"),
+        ({"guided_json": "{"}, "guided_json is no file with a JSON schema, and no schema"),
+        ({"guided_json": "nowhere.json"}, "guided_json is no file with a JSON schema, and no schema"),
+        ({"guided_regex": "a", "guided_choice": ("a",)}, "guided_regex cannot be combined with guided_choice"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be at least 0 and at most 1, not 1.1"),
+        ({"max_num_seqs": -1}, "max_num_seqs must be at least 0, not -1"),
+    ],
+)
+def test_wrong_options_end_in_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        VLLM(**options)
+
+
+def test_a_schema_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    assert VLLM(guided_json=str(path)).json_schema() == VLLM(guided_json=json.dumps(SCHEMA)).json_schema() == SCHEMA
+
+
+@pytest.fixture
+def shaped(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> Iterator[Any]:
+    """`shaped(sampling, **options)`: texts and ids of what the open engine samples under other options."""
+    engine(role, prompts, Sampling(n=1, max_new_tokens=1))
+    session = engine.engines["actor"]
+    before = session.parameters
+
+    def sample(sampling: Sampling, **options: Any) -> Any:
+        from dataclasses import replace
+
+        session.parameters = replace(before, options=VLLM(**options))
+        return engine(role, prompts, sampling)
+
+    yield sample
+    session.parameters = before
+
+
+@pytest.mark.vllm
+def test_completions_have_the_shape_that_is_asked_for(shaped: Any) -> None:
+    sampling = Sampling(n=2, max_new_tokens=40, temperature=0.7)
+    for text, how in zip(*_rows(shaped(sampling, guided_regex="[ab]{2,4}")), strict=True):
+        assert how == "stop"
+        assert re.fullmatch("[ab]{2,4}", text)
+    for text, how in zip(*_rows(shaped(sampling, guided_choice=("yes", "no"))), strict=True):
+        assert how == "stop"
+        assert text in ("yes", "no")
+    texts, finish = _rows(shaped(sampling, guided_json=json.dumps(SCHEMA)))
+    complete = [json.loads(text) for text, how in zip(texts, finish, strict=True) if how == "stop"]
+    assert complete
+    assert all(isinstance(each["a"], int) for each in complete)
+
+
+@pytest.mark.vllm
+def test_a_biased_token_is_drawn_always_or_never(shaped: Any) -> None:
+    sampling = Sampling(n=4, max_new_tokens=8, temperature=0.7)
+    assert set(shaped(sampling, logit_bias={"65": 100.0}).tokens_NT.flatten().tolist()) == {65}
+    drawn = shaped(sampling)
+    often = int(drawn.tokens_NT[drawn.mask_NT].mode().values)
+    without = shaped(sampling, logit_bias={str(often): -100.0})
+    assert often not in without.tokens_NT[without.mask_NT].tolist()
+    with pytest.raises(UsageError, match="logit_bias names the token 99999, and the model has"):
+        shaped(sampling, logit_bias={"99999": 1.0})
+
+
+@pytest.mark.vllm
+def test_engines_with_other_seeds_sample_other_completions(shaped: Any) -> None:
+    sampling = Sampling(n=4, max_new_tokens=8, temperature=0.7)
+    first, second = shaped(sampling, seed=1), shaped(sampling, seed=2)
+    assert first.tokens_NT.tolist() == shaped(sampling, seed=1).tokens_NT.tolist()
+    assert first.tokens_NT.tolist() != second.tokens_NT.tolist()
+    assert shaped(sampling, seed=0).tokens_NT.tolist() == shaped(sampling).tokens_NT.tolist()
+
+
+def _rows(rollouts: Any) -> tuple[list[str], list[str]]:
+    return rollouts.texts, rollouts.finish
