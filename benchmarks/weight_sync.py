@@ -3,7 +3,8 @@
     python3 benchmarks/weight_sync.py --models tiny tiny:layers=8 smollm2-135m
 
 The calls must not grow with the number of tensors. On the CPU vLLM loads each layer into a fresh one, packs it for its matrix
-products and copies the result to where the model reads it: about three copies and a reordering.
+products and copies the result to where the model reads it: about three copies and a reordering. With `--process own` one more
+copy goes before, into the memory that both processes share.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["tiny", "tiny:layers=8", "smollm2-135m"])
     parser.add_argument("--dtype", default="float32", help="of the engine")
+    parser.add_argument("--process", default="trainer", choices=["trainer", "own"], help="where the engine runs")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     print("model            tensors      MiB   calls   sync s   copy s   ratio")
     for model in args.models:
-        measure(model, args.dtype, args.repeats)
+        measure(model, args.dtype, args.repeats, args.process)
 
 
-def measure(model: str, dtype: str, repeats: int) -> None:
+def measure(model: str, dtype: str, repeats: int, process: str) -> None:
     """One line of the table: medians over repeats, sync and copy in turn."""
     role = LocalRole(tiny_run("unused", model=model).plan, "actor")
     ids = role.tokenizer("Hello")["input_ids"]
-    rollout = VLLMEngines(VLLM(dtype=dtype, kv_cache_gib=0.5, max_num_seqs=8))  # type: ignore[arg-type]
+    rollout = VLLMEngines(VLLM(dtype=dtype, process=process, kv_cache_gib=0.5, max_num_seqs=8))  # type: ignore[arg-type]
     rollout(role, Prompts(["Hello"], [ids], [Example("Hello")], [0]), Sampling(n=1, max_new_tokens=2))
     role.version += 1
     rollout.sync(role)  # compares with the trainer, once

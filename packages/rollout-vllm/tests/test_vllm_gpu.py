@@ -51,3 +51,28 @@ def test_weights_follow_the_trainer_and_survive_sleep(
             torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
     finally:
         rollout.close()
+
+
+@pytest.mark.parametrize("transfer", ["shared_memory", "ipc", "nccl"])
+def test_processes_of_an_engine_get_the_weights(
+    transfer: Any, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+) -> None:
+    """NCCL joins no GPU with itself: it needs a second one, which the engine's processes get."""
+    if transfer == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    role: Any = LocalRole(tiny_run("unused").plan, "actor")
+    prompts = make_prompts(role, ["Hello", "What is it?"])
+    sizes: dict[str, Any] = {"data_parallel_size": 1, "max_num_seqs": 16, "gpu_memory_utilization": 0.3}
+    rollout = VLLMEngines(VLLM(process="own", transfer=transfer, enable_sleep=True, **sizes))
+    try:
+        rollout(role, prompts, GREEDY)
+        for seed in (1, 2):
+            randomise(role, seed=seed)
+            assert rollout.sync(role)["sync/calls"] == 3
+            rollout.sleep(2)
+            rollout.wake()
+            ours, theirs = rollout(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
+            assert ours.tokens_NT.tolist() == theirs.tokens_NT.tolist()
+            torch.testing.assert_close(ours["sampler_logprobs_NT"], theirs["sampler_logprobs_NT"], rtol=0, atol=1e-3)
+    finally:
+        rollout.close()

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_core.contract.batch import Prompts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
+from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
-from rlhf_rollout_vllm.arguments import engine_arguments, memory_share
+from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_share
 from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
@@ -62,6 +64,18 @@ def test_options_that_are_given_win() -> None:
         ({"guided_json": "nowhere.json"}, "guided_json is no file with a JSON schema, and no schema"),
         ({"guided_regex": "a", "guided_choice": ("a",)}, "guided_regex cannot be combined with guided_choice"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be at least 0 and at most 1, not 1.1"),
+        (
+            {"tensor_parallel_size": 2},
+            "tensor_parallel_size is for engines with processes of their own; pass process own",
+        ),
+        ({"process": "own", "data_parallel_size": 0}, "data_parallel_size must be at least 1, not 0"),
+        ({"transfer": "ipc"}, "transfer is for engines with processes of their own; pass process own"),
+        (
+            {"process": "own", "transfer": "ipc", "tensor_parallel_size": 2},
+            "transfer ipc reaches one GPU, the trainer's",
+        ),
+        ({"restarts": -1}, "restarts must be at least 0, not -1"),
+        ({"answer_seconds": 0.0}, "answer_seconds must be above 0, not 0.0"),
         ({"max_num_seqs": -1}, "max_num_seqs must be at least 0, not -1"),
     ],
 )
@@ -74,6 +88,52 @@ def test_a_schema_may_be_a_file(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
     assert VLLM(guided_json=str(path)).json_schema() == VLLM(guided_json=json.dumps(SCHEMA)).json_schema() == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "rank", "expected"),
+    [
+        ({}, 1, 0, None),
+        ({"tensor_parallel_size": 4}, 1, 0, None),
+        ({}, 8, 5, [5]),
+        ({"transfer": "nccl"}, 1, 0, [1]),
+        ({"transfer": "nccl", "tensor_parallel_size": 2}, 4, 1, [6, 7]),
+    ],
+)
+def test_engines_of_ranks_have_gpus_of_their_own(
+    options: dict[str, Any], ranks: int, rank: int, expected: list[int] | None
+) -> None:
+    environment = {"LOCAL_WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    assert engine_gpus(VLLM(process="own", **options), environment) == expected
+
+
+def test_ranks_with_an_engine_on_several_gpus_each_are_refused() -> None:
+    with pytest.raises(
+        UsageError, match="tensor_parallel_size are for one engine, and each of 2 ranks has one on its GPU"
+    ):
+        engine_gpus(VLLM(process="own", tensor_parallel_size=2), {"LOCAL_WORLD_SIZE": "2"})
+
+
+def test_a_launcher_is_told_how_many_gpus_an_engine_has() -> None:
+    assert VLLM().devices == 1
+    assert VLLM(process="own", tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=3).devices == 24
+
+
+def test_weights_that_the_trainer_lost_cannot_be_sent_again(tmp_path: Path) -> None:
+    """Ahead of training, only shared memory still has the weights that an engine had when it died."""
+    options = {"process": "own", "transfer": "ipc"}
+    with pytest.raises(
+        UsageError, match="restarts.* with .*ahead.* takes weights that the trainer does not have any more"
+    ):
+        tiny_run(tmp_path, rollout=VLLM(**options), ahead=1).train()
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ways_of_weights_between_gpus_need_some(role: LocalRole, prompts: Prompts) -> None:
+    engines = VLLMEngines(VLLM(process="own", transfer="nccl"))
+    with pytest.raises(UsageError, match="transfer nccl is for GPUs, and there is none; leave it out"):
+        engines(role, prompts, Sampling(n=1, max_new_tokens=1))
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.errors import OptionError, run_option
 from rlhf_rollout_vllm.kept_tokens import MOST
 
 if TYPE_CHECKING:
     from rlhf_rollout_vllm.options import VLLMOptions
 
-__all__ = ["engine_arguments", "memory_share", "reason_of"]
+__all__ = ["engine_arguments", "engine_gpus", "memory_share", "reason_of"]
 
 CPU_CACHE_GIB = 4.0
 
@@ -54,6 +56,30 @@ def memory_share(asked: float, free: int, total: int) -> float:
         free, total: bytes of the device.
     """
     return asked or free / total / 2
+
+
+def engine_gpus(options: VLLMOptions, environment: Mapping[str, str]) -> list[int] | None:
+    """Return the GPUs of an engine with processes of its own, by number; None where vLLM takes the first ones.
+
+    An engine is on its trainer's GPU, or for NCCL, which joins no GPU with itself, on those after all trainers' of the machine.
+
+    Args:
+        options: the provider.
+        environment: tells how many ranks a launcher started, and which of them this one is.
+
+    Raises:
+        UsageError: each of several ranks would have an engine on several GPUs.
+    """
+    size, ranks = options.engine_devices, int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    rank = int(environment.get("LOCAL_RANK", "0"))
+    if options.transfer == "nccl":
+        return list(range(ranks + rank * size, ranks + (rank + 1) * size))
+    if ranks > 1 and size > 1:
+        raise OptionError(
+            options.parallel_sizes,
+            f"are for one engine, and each of {ranks} ranks has one on its GPU; pass {run_option('launcher', 'ray')}",
+        )
+    return [rank] if ranks > 1 else None
 
 
 def reason_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.contract.providers import Rollout
-from rlhf_core.errors import UsageError, run_option
+from rlhf_core.errors import OptionError, UsageError, option, run_option
 from rlhf_rollout_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class VLLM(VLLMOptions, Rollout):
     @property
     def devices(self) -> int:
         """Number of GPUs that an engine computes on."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+        return self.engine_devices
 
     @property
     def has_own_weights(self) -> bool:
@@ -62,6 +62,12 @@ class VLLM(VLLMOptions, Rollout):
     def open(self, context: OpenContext) -> VLLMEngines:
         """Return engines that start vLLM for a role when it is first sampled."""
         ahead = context.plan is not None and context.plan.config.ahead > 0
+        if ahead and self.process == "own" and self.transfer != "shared_memory" and self.restarts:
+            raise OptionError(
+                "restarts",
+                f"with {run_option('ahead')} takes weights that the trainer does not have any more: pass "
+                f"{option('restarts', 0)} or {option('transfer', 'shared_memory')}",
+            )
         return VLLMEngines(self, ahead)
 
 

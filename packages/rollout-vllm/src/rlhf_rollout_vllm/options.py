@@ -73,6 +73,9 @@ class VLLMOptions:
     """GPUs (on the CPU processes) that share the layers of an engine with processes of its own"""
     data_parallel_size: int = 1
     """copies of an engine with processes of its own; each request goes to one of them"""
+    transfer: Literal["shared_memory", "ipc", "nccl"] = "shared_memory"
+    """how weights reach processes of an engine's own: memory of the machine, which keeps them for a new start; CUDA IPC, where
+    the engine is on the trainer's GPUs; NCCL, where it is on others"""
     restarts: int = 3
     """times in a run that an engine with processes of its own is started again when they die; what they had not answered is
     asked again"""
@@ -122,12 +125,30 @@ class VLLMOptions:
             raise OptionError("restarts", f"must be at least 0, not {self.restarts}")
         if not self.answer_seconds > 0:
             raise OptionError("answer_seconds", f"must be above 0, not {self.answer_seconds}")
+        if self.transfer != "shared_memory" and self.process == "trainer":
+            raise OptionError(
+                "transfer", f"is for engines with processes of their own; pass {option('process', 'own')}"
+            )
+        if self.transfer == "ipc" and self.engine_devices > 1:
+            raise OptionError(
+                "transfer", f"ipc reaches one GPU, the trainer's; pass {option('transfer', 'shared_memory')}"
+            )
         for name in SIZES:
             size = getattr(self, name)
             if size < 1:
                 raise OptionError(name, f"must be at least 1, not {size}")
             if size > 1 and self.process == "trainer":
                 raise OptionError(name, f"is for engines with processes of their own; pass {option('process', 'own')}")
+
+    @property
+    def engine_devices(self) -> int:
+        """GPUs (on the CPU processes) of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
+    def parallel_sizes(self) -> list[str]:
+        """Names of the sizes above 1."""
+        return [name for name in SIZES if getattr(self, name) > 1]
 
     def json_schema(self) -> dict[str, Any]:
         """Return the schema that `guided_json` gives.

@@ -1,6 +1,6 @@
 """vLLM in processes of its own on this machine: an engine core and its workers, behind vLLM's `AsyncLLM`.
 
-Weights go through shared memory (`shared_weights`), which keeps them, so that processes that died are started again with the
+Weights come by a courier (`couriers`). Shared memory keeps them, so that processes that died are started again with the
 same ones, whatever the trainer does meanwhile. What they had not answered is asked again: completions follow from their seeds.
 Weights may arrive while completions are sampled, which then go on with their cache; every token carries the version that
 sampled it.
@@ -9,6 +9,7 @@ sampled it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import tempfile
@@ -17,17 +18,16 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rlhf_core.errors import ContractError, RunStopped, UsageError, option, run_option
+from rlhf_core.errors import ContractError, OptionError, RunStopped, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.device_memory import free_bytes
 from rlhf_core.util.messages import log
-from rlhf_rollout_vllm.arguments import engine_arguments, memory_share, reason_of
+from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_share, reason_of
 from rlhf_rollout_vllm.asking import ask, destroy_context
 from rlhf_rollout_vllm.install import check_entry_point, import_vllm
 from rlhf_rollout_vllm.loop_thread import LoopThread
 from rlhf_rollout_vllm.process_state import preserve_process_state, quiet_children, without_main_script
 from rlhf_rollout_vllm.process_tree import kill_all, process_tree
-from rlhf_rollout_vllm.shared_weights import SharedWeights
 from rlhf_rollout_vllm.sleeping import PARTS, parts_of, tags_of
 from rlhf_rollout_vllm.sync_client import SyncClient
 from rlhf_rollout_vllm.vllm_plugin import TRAINER
@@ -65,7 +65,7 @@ class OwnProcess:
     ) -> None:
         import_vllm()
         check_entry_point()
-        from rlhf_rollout_vllm.senders import RoleWeights
+        from rlhf_rollout_vllm.couriers import COURIERS
 
         self.options, self.dtype, self.trust_remote_code = options, dtype, trust_remote_code
         self.describe = describe
@@ -73,8 +73,9 @@ class OwnProcess:
         """deaths so far after which the processes were started again"""
         self.version = ""
         """of the weights that are in the store"""
-        self.store = SharedWeights(getattr(torch, dtype))
-        self.source = RoleWeights(self.store.dtype)
+        if options.transfer != "shared_memory" and not torch.cuda.is_available():
+            raise OptionError("transfer", f"{options.transfer} is for GPUs, and there is none; leave it out")
+        self.courier = COURIERS[options.transfer](getattr(torch, dtype))
         self.loop = LoopThread()
         self._life = threading.RLock()
         """held while weights are taken and while processes are started"""
@@ -119,7 +120,7 @@ class OwnProcess:
             with preserve_process_state():
                 self.llm = self.loop.call(self._open(model))
         self.call(self._warm_up())
-        self.sender = self._join()
+        self.courier.join(SyncClient(self.llm, self.call, lambda: self.version), self.options.engine_devices)
 
     async def _open(self, model: str) -> Any:
         """Return vLLM's engine. Its processes have a deadline of vLLM's own (`VLLM_ENGINE_READY_TIMEOUT_S`).
@@ -144,10 +145,11 @@ class OwnProcess:
                     options, model, self.dtype, cpu, memory_share(options.gpu_memory_utilization, free, total)
                 ),
                 trust_remote_code=self.trust_remote_code,
-                weight_transfer_config=WeightTransferConfig(backend="rlhf_shared_memory"),
+                weight_transfer_config=WeightTransferConfig(backend=f"rlhf_{options.transfer}"),
                 tensor_parallel_size=options.tensor_parallel_size,
                 pipeline_parallel_size=options.pipeline_parallel_size,
                 data_parallel_size=options.data_parallel_size,
+                device_ids=None if cpu else engine_gpus(options, os.environ),
                 disable_log_stats=True,
             )
             with without_main_script(), quiet_children():
@@ -162,19 +164,6 @@ class OwnProcess:
 
         await ask(self.llm, [0], SamplingParams(max_tokens=1, detokenize=False), "warm-up", "warm-up")
 
-    def _join(self) -> Any:
-        """Return the sending end of a transfer into the present processes."""
-        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
-
-        from rlhf_rollout_vllm.senders import SharedMemoryInfo, SharedMemorySender
-
-        if SharedMemoryInfo.backend not in WeightTransferTrainerFactory._registry:
-            WeightTransferTrainerFactory.register_engine(SharedMemoryInfo.backend, SharedMemorySender)
-        info = SharedMemoryInfo(rank=0, store=self.store)
-        return WeightTransferTrainerFactory.trainer_init(
-            info, client=SyncClient(self.llm, self.call, lambda: self.version), source=self.source
-        )
-
     def _start_again(self, dead: Any) -> None:
         """Start the processes anew with the weights that they had, unless another thread already has.
 
@@ -184,20 +173,26 @@ class OwnProcess:
         Raises:
             RunStopped: they have died too often.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         with self._life:
             if self.llm is not dead:
                 return
-            self.restarted += 1
-            if self.restarted > self.options.restarts:
-                raise RunStopped(
-                    f"the processes of rollout 'vllm' died {self.restarted} times, more than {option('restarts')} "
-                    f"{self.options.restarts}; continue from the last checkpoint with {run_option('resume')}"
-                )
-            log.warning(f"the processes of rollout 'vllm' died; they are started again ({self.restarted})")
             self._end()
-            self._start()
-            if self.store.sheets:
-                self.sender.send_again()
+            while self.llm is None:
+                self.restarted += 1
+                if self.restarted > self.options.restarts:
+                    raise RunStopped(
+                        f"the processes of rollout 'vllm' died {self.restarted} times, more than {option('restarts')} "
+                        f"{self.options.restarts}; continue from the last checkpoint with {run_option('resume')}"
+                    )
+                log.warning(f"the processes of rollout 'vllm' died; they are started again ({self.restarted})")
+                try:
+                    self._start()
+                    if self.courier.has_weights:
+                        self.courier.send()
+                except EngineDeadError:
+                    self._end()
 
     def kill(self) -> None:
         """End the processes at once."""
@@ -214,6 +209,8 @@ class OwnProcess:
                 each.join(CLOSE_SECONDS)
             self.loop.call(destroy_context(resources.ctx), CLOSE_SECONDS)
             self.llm = None
+            gc.unfreeze()  # vLLM freezes what it made, which would stay to the end of the interpreter
+            gc.collect()
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
         """Give device memory back; returns its bytes. The device's weights are dropped at any level: the store has them."""
@@ -234,7 +231,7 @@ class OwnProcess:
         with self._life:
             self._wake(woken)
             if "weights" in woken:
-                self.sender.send_again()
+                self.courier.send()
         return before - free_bytes()
 
     def _wake(self, parts: frozenset[str]) -> None:
@@ -245,14 +242,14 @@ class OwnProcess:
 
     @property
     def has_weights(self) -> bool:
-        """True if the store has a role's weights."""
-        return bool(self.store.sheets)
+        """True if a role's weights can be brought."""
+        return self.courier.has_weights
 
     def close(self) -> None:
         """Free everything."""
         self._end()
         self.loop.close()
-        self.store.close()
+        self.courier.close()
 
     # ------------------------------------------------------------------------------------------------------------------
     # completions
@@ -334,7 +331,7 @@ class OwnProcess:
         """Take the role's weights, completions in progress or not: a fixed number of calls.
 
         Returns:
-            `sync/bytes`, `sync/seconds`, `sync/calls`.
+            `sync/bytes`, `sync/seconds`, `sync/calls`, `sync/restarts`.
 
         Raises:
             ContractError: the role left weights out.
@@ -344,11 +341,7 @@ class OwnProcess:
 
         started = time.perf_counter()
         with self._life:
-            self.source.role = role
-            try:
-                self.store.write(self.source.raw())
-            finally:
-                self.source.role = None
+            self.courier.begin(role)
             self.version = str(role.version)
             self._wake(self._asleep & {"weights"})
             llm, paused = self.llm, self._waiting > 0
@@ -357,9 +350,10 @@ class OwnProcess:
             except EngineDeadError:
                 self._start_again(llm)
         return {
-            "sync/bytes": float(self.store.bytes),
+            "sync/bytes": float(self.courier.bytes),
             "sync/seconds": time.perf_counter() - started,
             "sync/calls": 5.0 if paused else 3.0,
+            "sync/restarts": float(self.restarted),
         }
 
     def _deliver(self, llm: Any, paused: bool) -> None:
@@ -367,7 +361,7 @@ class OwnProcess:
         if paused:
             self.call(llm.pause_generation(mode="keep", clear_cache=False))
         try:
-            self.sender.send_again()
+            self.courier.send()
         finally:
             if paused:
                 self.call(llm.resume_generation())

@@ -19,6 +19,8 @@ from vllm.distributed.weight_transfer.base import (  # noqa: TID253  see above
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: TID253  see above
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine  # noqa: TID253  see above
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: TID253  see above
 from vllm.model_executor.model_loader.reload import (  # noqa: TID253  see above
     finalize_layerwise_reload,
@@ -31,7 +33,7 @@ from rlhf_rollout_vllm.shared_weights import read_sheet
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["InProcess", "SharedMemory"]
+__all__ = ["InProcess", "Ipc", "Nccl", "SharedMemory"]
 
 
 @dataclass
@@ -45,6 +47,19 @@ class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]  # the same
 
     weights: Iterator[tuple[str, Tensor]]
     """full tensors under their Hugging Face names"""
+
+
+def check_complete(expected: set[str], loaded: set[str]) -> None:
+    """Check that all tensors were loaded.
+
+    Raises:
+        ContractError: some were left out.
+    """
+    left_out = expected - loaded
+    if left_out:
+        raise ContractError(
+            f"the role's weights() left out {len(left_out)} of the model's tensors, vLLM's {min(left_out)!r} first"
+        )
 
 
 class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
@@ -68,11 +83,8 @@ class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
         """
         loaded = self.model.load_weights(weights)
         self.loaded = loaded or set()
-        left_out = set() if loaded is None else self.expected - loaded  # a few models do not say what they loaded
-        if left_out:
-            raise ContractError(
-                f"the role's weights() left out {len(left_out)} of the model's tensors, vLLM's {min(left_out)!r} first"
-            )
+        if loaded is not None:  # a few models do not say what they loaded
+            check_complete(self.expected, loaded)
 
     def finish_weight_update(self) -> None:
         """Put the layers back to how they run."""
@@ -154,3 +166,58 @@ class SharedMemory(LayerLoader):
         if self.file is not None:
             os.close(self.file)
             self.file = None
+
+
+class Complete:
+    """Names tensors that were left out, for a receiver of vLLM that loads them in parts."""
+
+    model: Any
+    expected: set[str]
+
+    def __init__(self, *of_vllm: Any) -> None:
+        super().__init__(*of_vllm)
+        self.expected = {name for name, _ in self.model.named_parameters()}
+        self.loaded: set[str] = set()
+
+    def start_weight_update(self) -> None:
+        """Begin to note what is loaded."""
+        self.loaded.clear()
+        super().start_weight_update()  # type: ignore[misc]  # of the receiver that this is mixed into
+
+    def receive_weights(self, update_info: Any) -> None:
+        """Load a part."""
+        model = self.model
+        self.model = _NotedModel(model, self.loaded)
+        try:
+            super().receive_weights(update_info)  # type: ignore[misc]  # the same
+        finally:
+            self.model = model
+
+    def finish_weight_update(self) -> None:
+        """Check that all is there, and put the layers back to how they run."""
+        check_complete(self.expected, self.loaded)
+        super().finish_weight_update()  # type: ignore[misc]  # the same
+
+
+class _NotedModel:
+    """A model that notes what is loaded into it."""
+
+    def __init__(self, model: Any, loaded: set[str]) -> None:
+        self._model, self._loaded = model, loaded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+        """Load tensors; a model that does not say what it loaded counts as complete."""
+        loaded: set[str] | None = self._model.load_weights(weights)
+        self._loaded |= {name for name, _ in self._model.named_parameters()} if loaded is None else loaded
+        return loaded
+
+
+class Ipc(Complete, IPCWeightTransferEngine):  # type: ignore[misc]  # the same
+    """vLLM's receiver of CUDA IPC. Not run on a GPU yet."""
+
+
+class Nccl(Complete, NCCLWeightTransferEngine):  # type: ignore[misc]  # the same
+    """vLLM's receiver of NCCL broadcasts. Not run on a GPU yet."""

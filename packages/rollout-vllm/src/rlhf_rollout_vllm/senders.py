@@ -39,6 +39,8 @@ class RoleWeights(WeightSource):  # type: ignore[misc]  # vLLM is not there wher
         self.dtype = dtype
         self.role: Role | None = None
         """whose weights the next update takes"""
+        self.bytes = 0
+        """of the last iteration"""
         self._metadata: list[ParamMeta] = []
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:
@@ -47,8 +49,11 @@ class RoleWeights(WeightSource):  # type: ignore[misc]  # vLLM is not there wher
         return self.role.weights()
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.bytes = 0
         for name, tensor in self.raw():
-            yield name, tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor.detach()
+            sent = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor.detach()
+            self.bytes += sent.numel() * sent.element_size()
+            yield name, sent
 
     def metadata(self) -> list[ParamMeta]:
         """Return names, dtypes and shapes, found out by the first call, which gathers sharded weights once."""

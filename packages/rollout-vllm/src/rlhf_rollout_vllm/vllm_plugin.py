@@ -11,7 +11,12 @@ import threading
 
 __all__ = ["RECEIVERS", "TRAINER", "register"]
 
-RECEIVERS = {"rlhf_in_process": "InProcess", "rlhf_shared_memory": "SharedMemory"}
+RECEIVERS = {
+    "rlhf_in_process": "InProcess",
+    "rlhf_shared_memory": "SharedMemory",
+    "rlhf_ipc": "Ipc",
+    "rlhf_nccl": "Nccl",
+}
 """Classes of `receivers` by their names in vLLM."""
 
 TRAINER = "RLHF_VLLM_TRAINER"

@@ -100,6 +100,7 @@ _PROVIDERS = {
     "sync/bytes": "bytes: of weights sent to the engine",
     "sync/seconds": "seconds: the engine took for them; measured, as times are",
     "sync/calls": "calls: to the engine for one update",
+    "sync/restarts": "times: so far that processes of an engine's own died and were started again",
     "sync/buckets": "buckets: in which weights were sent to the engine's process",
     "recovered/roles": "deaths: of a role's processes since the last step, after which the run went on; in such steps only",
     "recovered/seconds": "seconds: from the deaths until the run was restored; measured, as times are",
