@@ -66,10 +66,10 @@ def test_options_that_are_given_win() -> None:
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be at least 0 and at most 1, not 1.1"),
         (
             {"tensor_parallel_size": 2},
-            "tensor_parallel_size is for engines with processes of their own; pass process own",
+            "tensor_parallel_size is for engines with processes of their own; pass process = ",
         ),
         ({"process": "own", "data_parallel_size": 0}, "data_parallel_size must be at least 1, not 0"),
-        ({"transfer": "ipc"}, "transfer is for engines with processes of their own; pass process own"),
+        ({"transfer": "ipc"}, "transfer is for engines with processes of their own; pass process ="),
         (
             {"process": "own", "transfer": "ipc", "tensor_parallel_size": 2},
             "transfer ipc reaches one GPU, the trainer's",
