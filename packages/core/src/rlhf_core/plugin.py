@@ -9,6 +9,7 @@ from rlhf_core.contract.hooks import Providers, hookimpl
 __all__ = [
     "rlhf_command",
     "rlhf_data",
+    "rlhf_environment",
     "rlhf_evaluator",
     "rlhf_filter",
     "rlhf_ingredient",
@@ -43,6 +44,11 @@ def rlhf_sampler() -> Providers:
 @hookimpl
 def rlhf_rollout() -> Providers:
     return {"fake": "rlhf_core.rollout.fake:FakeRollout", "hf": "rlhf_core.rollout.hf:HuggingFaceRollout"}
+
+
+@hookimpl
+def rlhf_environment() -> Providers:
+    return {"harness": "rlhf_core.endpoint.harness:Harness"}
 
 
 @hookimpl

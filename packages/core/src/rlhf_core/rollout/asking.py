@@ -89,7 +89,7 @@ class AskQueue:
     # in the thread that samples ---------------------------------------------------------------------------------------
 
     def take(self) -> list[_Waiting] | None:
-        """Return asks that one call of the engine answers: all with the same `stop`; None when all episodes are over."""
+        """Return asks that one call of the engine answers, all with the same `stop`, by episode; None when all are over."""
         with self._changed:
             while not self._closed:
                 self._waiting = [each for each in self._waiting if not each.answer.done()]
@@ -103,7 +103,7 @@ class AskQueue:
                 stop = self._waiting[0].ask.stop
                 taken = [each for each in self._waiting if each.ask.stop == stop]
                 self._waiting = [each for each in self._waiting if each.ask.stop != stop]
-                return taken
+                return sorted(taken, key=lambda each: each.ask.episode)
             return None
 
     @staticmethod

@@ -50,12 +50,19 @@ class DrivenEpisode:
     k: int
     """which of the prompt's completions it is"""
     segments: list[Segment] = field(default_factory=list)
-    asked: int = 0
-    """turns that were answered, and those that are waited for"""
+    recorded: int = 0
+    """turns so far"""
+    waiting: int = 0
+    """turns that are asked for and not answered yet"""
     finish: Finish | None = None
     """the limit that ended it, or `error`"""
     outcome: Outcome = field(default_factory=Outcome)
     error: BaseException | None = None
+
+    @property
+    def asks(self) -> int:
+        """Turns so far, and those that are waited for."""
+        return self.recorded + self.waiting
 
     @property
     def length(self) -> int:
@@ -84,6 +91,7 @@ class DrivenEpisode:
             self.segments.append(segment)
         feedback = tuple(ids[len(segment.ids) :])
         segment.ids += [*feedback, *turn.tokens]
+        self.recorded += 1
         segment.turns.append(
             Turn(turn.number, feedback, turn.tokens, turn.mask, turn.numbers, turn.kept_sets, turn.text)
         )

@@ -143,7 +143,7 @@ class _Player:
 
     def _fail(self, episode: DrivenEpisode, error: Exception) -> None:
         """Note a failed episode; raise if there are too many."""
-        where = f"in the {describe(self.table.environment, self._example(episode))} turn {episode.asked}"
+        where = f"in the {describe(self.table.environment, self._example(episode))} turn {episode.asks}"
         error.add_note(where)
         episode.finish, episode.error = "error", error
         self.failures.add(error, where)
@@ -220,22 +220,20 @@ class _EpisodePolicy:
     async def ask(self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
         """Return the policy's turn after `token_ids`."""
         episode, table = self._episode, self._player.table
-        ids, number = tuple(token_ids), episode.asked
+        ids, number = tuple(token_ids), episode.asks
         limit = self._limit(ids, max_tokens)
         uid = table.prompts.uids[episode.prompt]
         if number or episode.k:
             uid = turn_uid(uid, episode.k, number)
         index = episode.prompt * table.sampling.n + episode.k
-        episode.asked += 1
+        episode.waiting += 1
         try:
             sampled = await self._player.queue.wait_for(Ask(index, ids, uid, limit, tuple(stop)))
-        except BaseException:
-            episode.asked -= 1  # nobody read it: the next turn has its number
-            raise
+        finally:
+            episode.waiting -= 1
         if episode.count_added(ids) + episode.length >= table.sampling.max_new_tokens:
-            episode.asked -= 1  # turns that were asked for at the same time have used what was left
-            raise self._over("length", "no token is left for another turn")
-        turn, reply = _read(sampled, limit, number, table.encoder.tokenizer)
+            raise self._over("length", "turns that were asked for at the same time have used all tokens")
+        turn, reply = _read(sampled, limit, episode.recorded, table.encoder.tokenizer)
         episode.record(ids, turn)
         return reply
 
@@ -252,7 +250,7 @@ class _EpisodePolicy:
             raise self._over(
                 "length", f"no token is left after {len(ids)}; raise {run_option('sampling.max_new_tokens')}"
             )
-        if episode.asked >= table.limits.turns:
+        if episode.asks >= table.limits.turns:
             turns = run_option("episode.turns")
             raise self._over("turns", f"the episode has had its {table.limits.turns} turns; raise {turns}")
         if table.time_left() == 0.0:

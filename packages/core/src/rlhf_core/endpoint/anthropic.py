@@ -1,0 +1,123 @@
+"""Anthropic's wire format: messages, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
+from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
+from rlhf_core.endpoint.openai import MODEL, positive, texts
+
+__all__ = ["answer_messages", "encode_error"]
+
+REASONS = {"stop": "end_turn", "length": "max_tokens"}
+"""Why a turn ended, in Anthropic's words."""
+
+
+async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
+    """Answer `POST /v1/messages`."""
+    messages, tools = body.get("messages"), body.get("tools") or []
+    if not isinstance(messages, list) or not isinstance(tools, list):
+        raise HttpError(400, "messages and tools are lists")
+    stop = texts(body.get("stop_sequences"), "stop_sequences")
+    answer = await conversation.chat(
+        [*_system(body), *(each for message in messages for each in _messages(message))],
+        [_tool(each) for each in tools],
+        positive(body, "max_tokens"),
+        stop,
+    )
+    blocks: list[dict[str, Any]] = (
+        [{"type": "text", "text": answer.content}] if answer.content or not answer.calls else []
+    )
+    for call in message_of(answer).get("tool_calls", []):
+        function = call["function"]
+        blocks.append(
+            {"type": "tool_use", "id": call["id"], "name": function["name"], "input": json.loads(function["arguments"])}
+        )
+    message = {
+        "id": f"msg-{answer.reply.turn}",
+        "type": "message",
+        "role": "assistant",
+        "model": str(body.get("model") or MODEL),
+        "content": blocks,
+        "stop_reason": _reason(answer),
+        "stop_sequence": answer.stop or None,
+        "usage": {"input_tokens": len(answer.prompt_ids), "output_tokens": len(answer.reply.token_ids)},
+    }
+    return encode_events(_events(message)) if body.get("stream") else encode_json(200, message)
+
+
+def encode_error(status: int, message: str) -> bytes:
+    """Return an error in Anthropic's form."""
+    kind = {401: "authentication_error", 404: "not_found_error"}.get(status, "invalid_request_error")
+    return encode_json(
+        status, {"type": "error", "error": {"type": kind if status < 500 else "api_error", "message": message}}
+    )
+
+
+def _events(message: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the events of a message: its beginning, each block, and why it ended."""
+    usage = message["usage"]
+    begun = {
+        **message,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {**usage, "output_tokens": 0},
+    }
+    yield "message_start", {"type": "message_start", "message": begun}
+    for i, block in enumerate(message["content"]):
+        if block["type"] == "text":
+            empty, delta = {**block, "text": ""}, {"type": "text_delta", "text": block["text"]}
+        else:
+            empty = {**block, "input": {}}
+            delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
+        yield "content_block_start", {"type": "content_block_start", "index": i, "content_block": empty}
+        yield "content_block_delta", {"type": "content_block_delta", "index": i, "delta": delta}
+        yield "content_block_stop", {"type": "content_block_stop", "index": i}
+    end = {"stop_reason": message["stop_reason"], "stop_sequence": message["stop_sequence"]}
+    yield "message_delta", {"type": "message_delta", "delta": end, "usage": {"output_tokens": usage["output_tokens"]}}
+    yield "message_stop", {"type": "message_stop"}
+
+
+def _reason(answer: Answer) -> str:
+    if answer.calls:
+        return "tool_use"
+    return "stop_sequence" if answer.stop else REASONS[answer.reply.finish]
+
+
+def _system(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the system prompt as a message, if there is one."""
+    system = body.get("system")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """Return the description of a tool in OpenAI's form."""
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
+        raise HttpError(400, "each tool has a name")
+    function = {"name": tool["name"], "description": tool.get("description", "")}
+    return {"type": "function", "function": {**function, "parameters": tool.get("input_schema", {})}}
+
+
+def _messages(message: Any) -> Sequence[dict[str, Any]]:
+    """Return a message in OpenAI's form: results of tools are messages of their own."""
+    if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
+        raise HttpError(400, "each message has the role user or assistant")
+    content = message.get("content")
+    if not isinstance(content, list):
+        return [{"role": message["role"], "content": content}]
+    results, calls, rest = [], [], []
+    for block in content:
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind == "tool_result":
+            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
+        elif kind == "tool_use":
+            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        else:
+            rest.append(block)
+    whole = {"role": message["role"], "content": rest, **({"tool_calls": calls} if calls else {})}
+    return [*results, whole] if rest or calls else results

@@ -1,0 +1,215 @@
+"""From messages that an agent sends to the ids that the policy reads, and back.
+
+An agent sends its whole conversation with every request. The turns in it that the policy wrote are found again, and stand in
+the rendered chat as they were sampled. If the chat then begins with everything that a context holds, the ids of that context
+are continued: sampled ids are never encoded again. Otherwise the template or the agent has rewritten what stood before, and the
+request begins a new context with the ids of the rendered chat.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_core.contract.batch import Example
+from rlhf_core.contract.driving import Policy, Reply
+from rlhf_core.contract.episode import Feedback
+from rlhf_core.endpoint.http import HttpError
+from rlhf_core.endpoint.tool_calls import ToolCall, find_tool_calls
+
+__all__ = ["Answer", "Conversation", "message_of"]
+
+Chat = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn as the agent gets it."""
+
+    reply: Reply
+    prompt_ids: tuple[int, ...]
+    content: str
+    """the text without tool calls and without the stop string"""
+    calls: Sequence[ToolCall]
+    stop: str = ""
+    """the agent's stop string that ended it"""
+
+
+@dataclass(frozen=True)
+class _Context:
+    """A context after a turn of the policy."""
+
+    keys: tuple[str, ...]
+    """of the messages, the policy's last turn included"""
+    tools: str
+    prompt: Chat
+    """the messages before the last turn, as they were rendered"""
+    text: str
+    """everything that was rendered and sampled, without the token that ends the turn"""
+    ids: tuple[int, ...]
+    reply: Reply
+
+
+class Conversation:
+    """The contexts of one session.
+
+    Args:
+        policy: that of the session.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._contexts: list[_Context] = []
+        self._texts: list[tuple[str, tuple[int, ...]]] = []
+        """plain texts that the policy has read and written, with their ids"""
+        self._sampled: dict[str, str] = {}
+        """turns of the policy as they were sampled, by the key of the message that the agent got"""
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], max_tokens: int, stop: Sequence[str]
+    ) -> Answer:
+        """Return the policy's answer to a chat.
+
+        Args:
+            messages: in OpenAI's form.
+            tools: functions that the template describes to the policy; with some, calls are found in the answer.
+            max_tokens, stop: of the turn; see `Policy.ask`.
+        """
+        if not messages:
+            raise HttpError(400, "a chat has at least one message")
+        keys = tuple(_key(message) for message in messages)
+        prompt: Chat = tuple(
+            {"role": "assistant", "content": self._sampled[key]} if key in self._sampled else _plain(message)
+            for key, message in zip(keys, messages, strict=True)
+        )
+        meta = {"tools": list(tools)} if tools else {}
+        row = self.policy.encoder.prompt_row(Example(prompt, meta=meta, origin="the agent's request"))
+        ids = self._continue(keys, prompt, json.dumps(list(tools), sort_keys=True), row.text, meta) or tuple(row.ids)
+        reply = await self.policy.ask(ids, max_tokens, stop)
+        raw = self._raw(reply)
+        answer = _answer(reply, ids, stop, bool(tools))
+        key = _key(message_of(answer))
+        self._sampled[key] = raw
+        context = _Context((*keys, key), json.dumps(list(tools), sort_keys=True), prompt, row.text + raw, ids, reply)
+        self._contexts.append(context)
+        return answer
+
+    def _continue(
+        self, keys: tuple[str, ...], prompt: Chat, tools: str, text: str, meta: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """Return the ids of a context that the chat continues, and of what is new; nothing if it continues none."""
+        if prompt[-1]["role"] == "assistant":
+            return ()  # a turn that the agent began itself
+        fitting = [
+            each
+            for each in self._contexts
+            if each.tools == tools and keys[: len(each.keys)] == each.keys and text.startswith(each.text)
+        ]
+        if not fitting:
+            return ()
+        context = max(fitting, key=lambda each: len(each.keys))
+        new = Feedback(messages=prompt[len(context.keys) :])
+        before = Example(context.prompt, meta=meta, origin="the agent's request")
+        return (
+            *context.ids,
+            *context.reply.token_ids,
+            *self.policy.encoder.feedback(before, new, context.reply.token_ids),
+        )
+
+    async def complete(self, text: str, max_tokens: int, stop: Sequence[str]) -> Answer:
+        """Return the policy's continuation of a plain text."""
+        tokenizer = self.policy.encoder.tokenizer
+        fitting = [each for each in self._texts if text.startswith(each[0])]
+        if fitting:
+            begun, ids = max(fitting, key=lambda each: len(each[0]))
+            rest = text[len(begun) :]
+            ids = (*ids, *(self.policy.encoder.feedback(Example(""), Feedback(text=rest), ()) if rest else ()))
+        else:
+            found = list(tokenizer(text)["input_ids"])
+            ids = tuple(found[:-1] if found[-1:] == [tokenizer.eos_token_id] else found)
+        reply = await self.policy.ask(ids, max_tokens, stop)
+        answer = _answer(reply, ids, stop, tools=False)
+        self._texts.append((text + answer.content, (*ids, *reply.token_ids)))
+        return answer
+
+    def _raw(self, reply: Reply) -> str:
+        """Return the turn as text with its special tokens, but for the one that ends it."""
+        tokenizer = self.policy.encoder.tokenizer
+        ids = list(reply.token_ids)
+        if reply.finish == "stop" and ids[-1] in tokenizer.all_special_ids:
+            ids = ids[:-1]
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def message_of(answer: Answer) -> dict[str, Any]:
+    """Return the assistant's message of an answer, in OpenAI's form."""
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.calls:
+        message["content"] = answer.content or None
+        message["tool_calls"] = [
+            {
+                "id": f"call_{answer.reply.turn}_{i}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+            }
+            for i, call in enumerate(answer.calls)
+        ]
+    return message
+
+
+def _answer(reply: Reply, ids: tuple[int, ...], stop: Sequence[str], tools: bool) -> Answer:
+    """Return the reply as the agent gets it."""
+    text = reply.text
+    ended = next((each for each in stop if reply.finish == "stop" and text.endswith(each)), "")
+    content, calls = find_tool_calls(text.removesuffix(ended)) if tools else (text.removesuffix(ended), [])
+    return Answer(reply, ids, content, calls, ended)
+
+
+def _text_of(content: Any) -> str:
+    """Return the text of a message's content."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise HttpError(400, "the content of a message is a text, or a list of parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in ("text", "input_text", "output_text"):
+            raise HttpError(400, "a message has a part that is no text; this policy reads text alone")
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as chat templates read it: contents as texts, arguments of calls as mappings."""
+    if message.get("role") == "developer":
+        message = {**message, "role": "system"}
+    plain = {name: value for name, value in message.items() if value is not None} | {
+        "content": _text_of(message.get("content"))
+    }
+    if message.get("tool_calls"):
+        plain["tool_calls"] = [
+            {**call, "function": {**call["function"], "arguments": _arguments(call)}} for call in message["tool_calls"]
+        ]
+    return plain
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    """Return the arguments of a call, read where they are JSON."""
+    given = call["function"].get("arguments") or "{}"
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return given
+
+
+def _key(message: Mapping[str, Any]) -> str:
+    """Return what makes two messages the same, whatever client wrote them down."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise HttpError(400, "each message has a role")
+    try:
+        calls = [[call["function"]["name"], _arguments(call)] for call in message.get("tool_calls") or ()]
+    except (KeyError, TypeError):
+        raise HttpError(400, "a tool call has a function with a name and arguments") from None
+    return json.dumps(
+        [message["role"], _text_of(message.get("content")), calls, message.get("tool_call_id")], sort_keys=True
+    )

@@ -1,0 +1,106 @@
+"""HTTP/1.1 as the endpoint speaks it: one request at a time on a connection, each part with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+__all__ = ["HttpError", "Request", "encode_events", "encode_json", "read_request"]
+
+HEAD_BYTES = 1 << 16
+"""The longest head of a request."""
+
+
+class HttpError(Exception):
+    """A request that is refused.
+
+    Args:
+        status: the HTTP status.
+        message: for the agent's author.
+        code: a word for programs.
+    """
+
+    def __init__(self, status: int, message: str, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, read whole."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    """by name in lower case"""
+    body: bytes
+
+    def json(self) -> dict[str, Any]:
+        """Return the body. Raises `HttpError` if it is no JSON object."""
+        try:
+            found = json.loads(self.body)
+        except ValueError:
+            raise HttpError(400, "the body is no JSON") from None
+        if not isinstance(found, dict):
+            raise HttpError(400, "the body is no JSON object")
+        return found
+
+    @property
+    def token(self) -> str:
+        """The token that the request brings, as OpenAI's clients or as Anthropic's do."""
+        given = self.headers.get("authorization", "")
+        return given.removeprefix("Bearer ").strip() or self.headers.get("x-api-key", "")
+
+
+async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request | None:
+    """Return the next request of a connection; None at its end.
+
+    Raises:
+        HttpError: it is no request that this server reads.
+    """
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    except asyncio.LimitOverrunError:
+        raise HttpError(431, "the head of the request is too long") from None
+    first, *lines = head.decode("latin-1").split("\r\n")
+    try:
+        method, target, _ = first.split(" ")
+    except ValueError:
+        raise HttpError(400, "no HTTP request") from None
+    headers = {}
+    for line in filter(None, lines):
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    if "transfer-encoding" in headers:
+        raise HttpError(411, "send the body with its Content-Length")
+    length = headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > most_bytes:
+        raise HttpError(413, f"a body of {length} bytes; at most {most_bytes} are read")
+    return Request(method, target.partition("?")[0], headers, await reader.readexactly(int(length)))
+
+
+def encode_json(status: int, content: Any) -> bytes:
+    """Return a whole response."""
+    return _encode(status, "application/json", json.dumps(content).encode())
+
+
+def encode_events(events: Iterable[tuple[str, Any]]) -> bytes:
+    """Return a response of server-sent events, each a name (empty for none) and what is sent: JSON, or a text as it is."""
+    parts = []
+    for name, content in events:
+        said = content if isinstance(content, str) else json.dumps(content)
+        parts.append(f"event: {name}\ndata: {said}\n\n" if name else f"data: {said}\n\n")
+    return _encode(200, "text/event-stream; charset=utf-8", "".join(parts).encode())
+
+
+def _encode(status: int, kind: str, body: bytes) -> bytes:
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode("latin-1") + body
