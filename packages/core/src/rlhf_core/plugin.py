@@ -48,7 +48,10 @@ def rlhf_rollout() -> Providers:
 
 @hookimpl
 def rlhf_environment() -> Providers:
-    return {"harness": "rlhf_core.endpoint.harness:Harness"}
+    return {
+        "harness": "rlhf_core.endpoint.harness:Harness",
+        "python_tool": "rlhf_core.environment.python_tool:PythonTool",
+    }
 
 
 @hookimpl

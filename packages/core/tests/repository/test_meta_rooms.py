@@ -27,7 +27,7 @@ LEVELS = [
     ["analysis", "config", "data", "plugin.py", "rollout"],
     ["observer", "training"],
     ["checkpoint", "evaluator", "forecast", "launcher", "loop.py", "reward", "strategy"],
-    ["endpoint", "run"],
+    ["endpoint", "environment", "run"],
     ["recipe", "translation"],
     ["__init__.py"],
     ["testing"],

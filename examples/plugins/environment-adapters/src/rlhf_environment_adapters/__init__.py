@@ -1,0 +1,1 @@
+"""Environments of other libraries, each a short provider over the public contract."""

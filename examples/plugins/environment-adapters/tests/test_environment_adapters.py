@@ -1,0 +1,275 @@
+"""Each adapter against a transcript written by hand, with a policy that follows a script, and with a tiny policy in a run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_core import Environment, EpisodeOver, Example, Feedback, Outcome, Reply, UsageError
+from rlhf_core.testing import check_environment, check_light
+from rlhf_environment_adapters.agent_file import AgentFile
+from rlhf_environment_adapters.openenv import OpenEnv
+from rlhf_environment_adapters.reasoning_gym import ReasoningGym
+from rlhf_environment_adapters.textarena import TextArena
+from rlhf_environment_adapters.tools import Tools
+
+
+class Letters:
+    """An encoder whose ids are letters; messages stand as [role]content."""
+
+    tokenizer = staticmethod(lambda text, **options: {"input_ids": list(text)})
+
+    def prompt_row(self, example: Example) -> Any:
+        prompt = example.prompt
+        text = prompt if isinstance(prompt, str) else "".join(f"[{m['role']}]{m['content']}" for m in prompt)
+        tools = len(example.meta.get("tools", ()))
+        text = f"{tools} tools: {text}" if tools else text
+        return SimpleNamespace(text=text, ids=list(text))
+
+    def feedback(self, example: Example, feedback: Feedback, turn_ids: Sequence[int]) -> list[str]:
+        return list(feedback.text or "".join(f"[{m['role']}]{m['content']}" for m in feedback.messages))
+
+
+class Script:
+    """A policy that writes its lines in turn and remembers what it read."""
+
+    def __init__(self, *lines: str) -> None:
+        self.encoder: Any = Letters()
+        self.lines = list(lines)
+        self.read: list[str] = []
+
+    async def ask(self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+        if not self.lines:
+            raise EpisodeOver("turns", "no more turns")
+        self.read.append("".join(token_ids))
+        line = self.lines.pop(0)
+        return Reply(line, tuple(line), tuple(-1.0 for _ in line), "stop", len(self.read) - 1)  # type: ignore[arg-type]
+
+
+def play(environment: Environment, policy: Any, example: Example | None = None) -> Outcome:
+    async def episode() -> Outcome:
+        session: Any = environment(example or Example("Two?", label="2"), 7)
+        try:
+            return await session.drive(policy)
+        finally:
+            if asyncio.iscoroutine(closing := session.close()):
+                await closing
+
+    return asyncio.run(episode())
+
+
+def test_the_package_is_light() -> None:
+    check_light("rlhf_environment_adapters.plugin", "rlhf_environment_adapters.agent_file")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# OpenRLHF's agent files
+# ----------------------------------------------------------------------------------------------------------------------
+
+INSTANCE = """
+from openrlhf.utils.agent import AgentExecutorBase, AgentInstanceBase, MultiTurnAgentExecutor
+import torch
+
+class AgentInstance(AgentInstanceBase):
+    async def __init__(self, *args, **kwargs):
+        self.step_idx = 0
+
+    async def reset(self, states, **kwargs):
+        return {"observation": states["observation"] + " Go."}
+
+    async def step(self, states, **kwargs):
+        done = states["label"] in states["action_text"] or self.step_idx == 2
+        self.step_idx += 1
+        return {
+            "rewards": torch.tensor([1.0 if states["label"] in states["action_text"] else -0.5]),
+            "scores": torch.tensor([float(done)]),
+            "environment_feedback": "" if done else " No. ",
+            "done": done,
+            "sampling_params": states.get("sampling_params", None),
+            "extra_logs": {"step": self.step_idx},
+        }
+
+class AgentExecutor(MultiTurnAgentExecutor):
+    def __init__(self):
+        super().__init__(AgentInstance)
+"""
+
+EXECUTOR = """
+from openrlhf.utils.agent import AgentExecutorBase
+
+class AgentExecutor(AgentExecutorBase):
+    async def execute(self, prompt, label, sampling_params, max_length, hf_tokenizer, llm_engine):
+        ids = hf_tokenizer(prompt)["input_ids"]
+        first = (await llm_engine.generate(ids, sampling_params)).outputs[0]
+        second = (await llm_engine.generate([*ids, *first.token_ids, "!"], sampling_params)).outputs[0]
+        logprob = first.logprobs[0][first.token_ids[0]].logprob
+        return {"reward": float(label in second.text), "scores": 1.0, "extra_logs": {"first": logprob}}
+"""
+
+
+def test_an_agent_instance_of_openrlhf_runs_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "agent_func.py").write_text(INSTANCE)
+    environment = AgentFile(str(tmp_path / "agent_func.py"), log=("step",))
+    environment.check()
+    policy = Script("3", "2")
+    assert play(environment, policy) == Outcome(0.0, [-0.5, 1.0], 1.0, {"step": 2.0})
+    assert policy.read == ["Two? Go.", "Two? Go.3 No. "]
+
+
+def test_an_executor_of_openrlhf_asks_the_engine_itself(tmp_path: Path) -> None:
+    (tmp_path / "agent_func.py").write_text(EXECUTOR)
+    policy = Script("3", "2")
+    outcome = play(AgentFile(str(tmp_path / "agent_func.py"), log=("first",)), policy)
+    assert outcome == Outcome(1.0, (), 1.0, {"first": -1.0})
+    assert policy.read == ["Two?", "Two?3!"]
+
+
+def test_a_file_without_an_agent_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "agent_func.py").write_text("x = 1")
+    with pytest.raises(UsageError, match="defines neither AgentInstance nor an AgentExecutor"):
+        AgentFile(str(tmp_path / "agent_func.py")).check()
+    with pytest.raises(UsageError, match="is no Python file"):
+        AgentFile(str(tmp_path / "missing.py")).check()
+
+
+def test_a_tiny_policy_plays_an_agent_file(tmp_path: Path) -> None:
+    (tmp_path / "agent_func.py").write_text(INSTANCE)
+    played = check_environment(AgentFile(str(tmp_path / "agent_func.py"), log=("step",)), [Example("Two?", label="no")])
+    assert played["turns_N"].tolist() == [3, 3, 3]
+    assert played["environment_rewards_NT"].sum(1).tolist() == [-1.5] * 3
+    assert played["segments_N"].tolist() == [1, 1, 1]
+    assert not played["sampler_logprobs_NT"][~played.mask_NT].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tool classes
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHOP = '''
+class Shop:
+    def reset(self, prompt, label, **row):
+        self.asked = 0
+        self.answer = label
+        return " Think."
+
+    def price(self, item: str) -> float:
+        """Return the price of an item.
+
+        Args:
+            item: its name.
+        """
+        self.asked += 1
+        return {"tea": 2.0}[item]
+
+    def reward(self):
+        return float(self.asked)
+'''
+
+
+def test_public_methods_are_tools(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(SHOP)
+    environment = Tools(f"{tmp_path / 'shop.py'}:Shop")
+    environment.check()
+    call = '<tool_call>{"name": "price", "arguments": {"item": "%s"}}</tool_call>'
+    policy = Script(call % "tea", call % "gold", "2.0")
+    assert play(environment, policy) == Outcome(2.0, metrics={"calls": 2.0, "errors": 1.0})
+    assert policy.read[0] == "1 tools: [user]Two? Think."
+    assert policy.read[1] == policy.read[0] + call % "tea" + "[tool]2.0"
+    assert policy.read[2] == policy.read[1] + call % "gold" + "[tool]KeyError: 'gold'"
+
+
+def test_a_tool_without_a_description_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text("class Shop:\n    def price(self, item):\n        return 1\n")
+    with pytest.raises(UsageError, match="a tool cannot be described"):
+        Tools(f"{tmp_path / 'shop.py'}:Shop").check()
+    with pytest.raises(UsageError, match="has no 'Store'"):
+        Tools(f"{tmp_path / 'shop.py'}:Store").check()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# libraries
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_gym_verifies_and_asks_again() -> None:
+    pytest.importorskip("reasoning_gym")
+    environment = ReasoningGym("basic_arithmetic")
+    environment.check()
+    entry = environment.tasks(7)[0]
+    policy = Script("no idea", entry["answer"])
+    outcome = play(environment, policy)
+    assert (outcome.reward, outcome.score, outcome.metrics) == (0.5, 1.0, {"tries": 2.0})
+    assert policy.read[1] == f"[user]{entry['question']}no idea[user]That is not right. Try again."
+    assert play(environment, Script(entry["answer"])).reward == 1.0
+    assert check_environment(environment)["turns_N"].max() <= 3
+
+
+def test_textarena_plays_to_the_end() -> None:
+    pytest.importorskip("textarena")
+    environment = TextArena("TowerOfHanoi-v0")
+    environment.check()
+    pegs = "A B C".split()
+    moves: list[str] = []
+
+    def move(disks: int, source: str, target: str, other: str) -> None:
+        if disks:
+            move(disks - 1, source, other, target)
+            moves.append(f"[{source} {target}]")
+            move(disks - 1, other, target, source)
+
+    move(3, pegs[0], pegs[2], pegs[1])
+    won, lost = Script(*moves), Script("[A C]")
+    assert play(environment, won).reward == 1.0
+    assert play(environment, lost).reward < 1.0
+    assert len(won.read) == len(moves) == 7
+    assert won.read[1].startswith(won.read[0] + "[A C][user]")
+
+
+CLIENT = """
+from types import SimpleNamespace
+
+class Client:
+    def __init__(self, base_url):
+        self.base_url, self.count = base_url, 0
+
+    def reset(self, seed):
+        return SimpleNamespace(observation={"text": f"Say it thrice ({seed})."}, reward=None, done=False)
+
+    async def step(self, action):
+        self.count += 1
+        done = self.count == 3
+        return SimpleNamespace(observation={"text": f"{action['say']} heard"}, reward=0.5, done=done)
+
+    def close(self):
+        pass
+
+def to_action(text):
+    return {"say": text}
+
+def to_text(observation):
+    return observation["text"]
+"""
+
+
+def test_a_client_of_openenv_is_stepped(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(CLIENT)
+    here = f"{tmp_path / 'client.py'}:"
+    environment = OpenEnv("http://127.0.0.1:1", here + "to_action", here + "to_text", client=here + "Client")
+    policy = Script("a", "b", "c")
+    assert play(environment, policy) == Outcome(turn_rewards=[0.5, 0.5, 0.5])
+    assert policy.read[2] == "[user]Say it thrice (7).a[user]a heardb[user]b heard"
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text(CLIENT)
+    here = f"{tmp_path / 'client.py'}:"
+    environment = OpenEnv("http://127.0.0.1:1", here + "to_action", here + "to_text", client="no_such_package:Client")
+    with pytest.raises(
+        UsageError, match=r"cannot import no_such_package.*install rlhf-environment-adapters\[openenv\]"
+    ):
+        environment.check()
