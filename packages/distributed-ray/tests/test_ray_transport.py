@@ -36,8 +36,8 @@ def test_packed_rows_are_the_batchs_rows_without_texts_labels_or_other_extras() 
     batch = make_batch([3, 1, 4, 2], groups=[0, 0, 1, 1]).with_extras(secret_N=torch.arange(4.0))
     batch.extras["a_NT"] = values_like(batch)
     ship, store = shipper()
-    columns, (extra,) = store[ship.columns(batch)], ship.extras(batch, ["a_NT"])
-    part = unpack(columns, [2, 0], {"a_NT": store[extra][""]}, StepInfo(3, kl_coef=0.5))
+    columns, (extra,) = store[ship.columns(batch, [2, 0])], ship.extras(batch, ["a_NT"], [2, 0])
+    part = unpack(columns, {"a_NT": store[extra][""]}, StepInfo(3, kl_coef=0.5))
     direct = batch.rows([2, 0])
     for name in ("prompt_NL", "tokens_NT", "mask_NT", "lengths_N", "group_N"):
         assert torch.equal(getattr(part, name), getattr(direct, name))
@@ -50,11 +50,11 @@ def test_images_go_with_their_rows_and_those_of_one_prompt_cross_once() -> None:
     seen = {"pixel_values": torch.arange(3000.0).view(1, 3, -1)}
     batch.images = [seen, seen, {}, {}]
     ship, store = shipper()
-    part = unpack(pickle.loads(pickle.dumps(store[ship.columns(batch)])), [2, 0])
+    part = unpack(pickle.loads(pickle.dumps(store[ship.columns(batch, [2, 0, 1, 3])])))
     assert part.images[0] == {}
     assert torch.equal(part.images[1]["pixel_values"], seen["pixel_values"])
     assert ship.bytes == nbytes(batch, *COLUMNS) + 3000 * 4
-    assert unpack(store[ship.columns(make_batch([2], groups=[0]))], [0]).images == [], "texts have none at all"
+    assert unpack(store[ship.columns(make_batch([2], groups=[0]), [0])]).images == [], "texts have none at all"
 
 
 def test_what_several_roles_read_crosses_once_and_what_nobody_reads_never() -> None:
@@ -62,24 +62,41 @@ def test_what_several_roles_read_crosses_once_and_what_nobody_reads_never() -> N
     sampled = make_batch([30, 10, 40, 20], groups=[0, 0, 1, 1])
     sampled.texts = ["a long story " * 100] * 4
     ship, store = shipper()
-    ship.columns(sampled)  # the reference's
-    ship.columns(sampled)  # the critic's
+    halves = ([0, 1], [2, 3])
+    for _ in ("reference", "critic"):
+        for rows in halves:
+            ship.columns(sampled, rows)
     credited = sampled.with_extras(**{f"{name}_NT": torch.randn(4, 40) for name in ("advantages", "returns", "unread")})
     for names in (["advantages_NT"], ["advantages_NT", "returns_NT"]):
-        ship.columns(credited)
-        ship.extras(credited, names)
+        for rows in halves:
+            ship.columns(credited, rows)
+            ship.extras(credited, names, rows)
     assert ship.bytes == nbytes(credited, *COLUMNS, "advantages_NT", "returns_NT")
     pickled = sum(len(pickle.dumps(each)) for each in store)
-    assert ship.bytes < pickled < ship.bytes + 1500, "names and shapes, but no text"
+    assert ship.bytes < pickled < ship.bytes + 3000, "names and shapes, but no text"
 
 
 def test_a_tensor_that_changed_in_place_is_sent_again() -> None:
     batch = make_batch([2, 3]).with_extras(a_N=torch.zeros(2))
     ship, store = shipper()
-    before = ship.extras(batch, ["a_N"])
+    before = ship.extras(batch, ["a_N"], [0, 1])
     batch["a_N"][0] = 5.0
-    after = ship.extras(batch, ["a_N"])
+    after = ship.extras(batch, ["a_N"], [0, 1])
     assert before != after and store[after[0]][""].tolist() == [5.0, 0.0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=7), st.integers(1, 4))
+def test_the_rows_of_all_workers_are_the_batch_and_what_one_is_sent_is_its_rows(groups: list[int], parts: int) -> None:
+    lengths = [1 + (3 * i) % 5 for i in range(len(groups))]
+    batch = make_batch(lengths, groups=sorted(groups)).with_extras(row_N=torch.arange(len(groups)))
+    ship, store = shipper()
+    for rows in split_groups(batch, parts):
+        (extra,) = ship.extras(batch, ["row_N"], rows)
+        part = unpack(store[ship.columns(batch, rows)], {"row_N": store[extra][""]})
+        assert part["row_N"].tolist() == rows and part.lengths_N.tolist() == [lengths[row] for row in rows]
+        assert torch.equal(part.tokens_NT, batch.rows(rows).tokens_NT)
+    assert ship.bytes == nbytes(batch, *COLUMNS, "row_N")
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,11 +133,11 @@ def test_weights_travel_in_buckets_and_arrive_bit_for_bit() -> None:
 def test_of_metadata_the_datasource_crosses_if_a_row_says_one() -> None:
     batch = make_batch([3, 1, 4], groups=[0, 1, 2])
     ship, store = shipper()
-    columns = store[ship.columns(batch)]
+    columns = store[ship.columns(batch, [2, 1, 0])]
     batch.meta = [{"datasource": "web", "secret": 1}, {}, {"datasource": 3}]
-    assert unpack(columns, [2, 1, 0], sources=sources_of(batch, [2, 1, 0])).meta == [
+    assert unpack(columns, sources=sources_of(batch, [2, 1, 0])).meta == [
         {"datasource": 3},
         {},
         {"datasource": "web"},
     ]
-    assert sources_of(batch, [1]) is None and unpack(columns, [1]).meta == [{}]
+    assert sources_of(batch, [1]) is None and unpack(store[ship.columns(batch, [1])]).meta == [{}]

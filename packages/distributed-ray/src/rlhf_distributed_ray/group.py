@@ -79,11 +79,11 @@ class RoleGroup(Role):
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs of all rows."""
-        reference = self.shipper.columns(batch)
         shares = split_groups(batch, len(self.crew))
         busy = next(rows for rows in shares if rows)
         # ranks step together, since weights may be sharded over them: one without rows of its own repeats another's
-        called = self.crew.send(lambda actor, rank: actor.infer.remote(reference, shares[rank] or busy, sorted(names)))
+        parts = [self.shipper.columns(batch, rows or busy) for rows in shares]
+        called = self.crew.send(lambda actor, rank: actor.infer.remote(parts[rank], sorted(names)))
         answers = called.in_order()
         found: dict[str, Tensor] = {}
         for rows, outputs in zip(shares, answers, strict=True):
@@ -99,17 +99,22 @@ class RoleGroup(Role):
         """
         shares = {key: split_groups(batch, len(self.crew)) for key, batch in work.items()}
         read = {key: self._read(key, batch) for key, batch in work.items()}
-        sent = [
-            reference
-            for key, batch in work.items()
-            for reference in (self.shipper.columns(batch), *self.shipper.extras(batch, read[key]))
-        ]
         steps = {key: batch.step for key, batch in work.items()}
+        parts = [
+            [
+                reference
+                for key, batch in work.items()
+                for reference in (
+                    self.shipper.columns(batch, shares[key][rank]),
+                    *self.shipper.extras(batch, read[key], shares[key][rank]),
+                )
+            ]
+            for rank in range(len(self.crew))
+        ]
 
         def call(actor: Any, rank: int) -> Any:
-            rows = {key: shares[key][rank] for key in work}
-            sources = {key: sources_of(batch, rows[key]) for key, batch in work.items()}
-            return actor.train.remote(*sent, read=read, rows=rows, steps=steps, sources=sources)
+            sources = {key: sources_of(batch, shares[key][rank]) for key, batch in work.items()}
+            return actor.train.remote(*parts[rank], read=read, steps=steps, sources=sources)
 
         try:
             answers = self.crew.send(call).in_order()

@@ -1,8 +1,9 @@
-"""Batches through Ray's object store: put once, read in slices, and nothing in them that the reader does not need.
+"""Batches through Ray's object store: the rows of each worker, put once, with nothing in them that it does not need.
 
-Arrays, not tensors, are stored: Ray maps NumPy arrays into every reader without a copy, so a worker copies its own rows
-only. Tokens and each extra are objects of their own: what several roles read, or one role reads twice in a step, crosses
-once. Prompts, texts, labels and metadata stay with the controller, but for the rows' datasource, which splits metrics.
+A node is sent the rows of its own workers, and never a whole batch. Arrays, not tensors, are stored: Ray maps NumPy arrays into
+every reader without a copy. Tokens and each extra are objects of their own: what several roles read, or one role reads twice
+in a step, crosses once, since roles with as many workers share a batch out alike. Prompts, texts, labels and metadata stay with
+the controller, but for the rows' datasource, which splits metrics.
 """
 
 from __future__ import annotations
@@ -19,43 +20,36 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.models.inputs.images import Images
-
 __all__ = ["COLUMNS", "Shipper", "sources_of", "split_groups", "unpack", "with_texts"]
 
 COLUMNS = ("prompt_NL", "prompt_lengths_N", "tokens_NT", "lengths_N", "mask_NT", "group_N")
 IMAGES = "images"
 KEPT = "kept_sets"
-REMEMBERED = 64  # objects of one step: a few sources and credits with a few extras each
+REMEMBERED = 64  # tensors of one step: a few sources and credits with a few extras each
 
 Arrays = Mapping[str, Any]
 
 
 def unpack(
     packed: Arrays,
-    rows: list[int],
     extras: Arrays | None = None,
     step: StepInfo | None = None,
     sources: list[Any] | None = None,
 ) -> Batch:
-    """Rows of packed columns and extras as a batch; texts and labels are empty, and metadata but for the rows' `sources`."""
-    index = torch.tensor(rows, dtype=torch.long).numpy()
-
-    def column(array: Any) -> Tensor:
-        return torch.from_numpy(array[index])  # the copy of these rows, and only these
-
-    n = len(rows)
-    own: dict[str, Any] = {name: column(packed[name]) for name in COLUMNS}
-    seen, kept = packed.get(IMAGES, ()), packed.get(KEPT, ())
+    """Packed columns and extras as a batch; texts and labels are empty, and metadata but for the rows' `sources`."""
+    n = len(packed[COLUMNS[0]])
+    own: dict[str, Any] = {name: torch.from_numpy(packed[name].copy()) for name in COLUMNS}  # Ray's memory is read-only
     whole = Batch(
         prompts=[""] * n,
         texts=[""] * n,
         labels=[None] * n,
         meta=[{} if source is None else {"datasource": source} for source in sources or [None] * n],
-        kept_sets=[_from_arrays(kept[row]) for row in rows if kept],
-        images=[{name: torch.from_numpy(array.copy()) for name, array in seen[row].items()} for row in rows if seen],
+        kept_sets=[_from_arrays(each) for each in packed.get(KEPT, ())],
+        images=[
+            {name: torch.from_numpy(array.copy()) for name, array in each.items()} for each in packed.get(IMAGES, ())
+        ],
         **own,
-        extras={name: column(array) for name, array in (extras or {}).items()},
+        extras={name: torch.from_numpy(array.copy()) for name, array in (extras or {}).items()},
         step=step or StepInfo(),
     )
     return whole.rows(range(n))  # trimmed to the longest of these rows
@@ -93,7 +87,7 @@ def with_texts(sample: Mapping[str, Any], batches: Iterable[Batch]) -> dict[str,
 
 
 class Shipper:
-    """Puts each tensor into the object store once, however many roles read it.
+    """Puts the rows of each worker into the object store once, however many roles read them.
 
     Args:
         put: stores an object and returns its reference; Ray's where absent.
@@ -101,56 +95,53 @@ class Shipper:
 
     def __init__(self, put: Callable[[Any], Any] | None = None) -> None:
         self._put = put
-        self._sent: OrderedDict[tuple[int, ...], tuple[Any, list[Tensor]]] = OrderedDict()
+        self._sent: OrderedDict[tuple[int, ...], tuple[dict[tuple[int, ...], Any], list[Tensor]]] = OrderedDict()
+        """references by rows, and the tensors, which are kept so that their ids stay theirs; by ids and changes of tensors"""
         self.bytes = 0
         """bytes put so far"""
         self._lock = Lock()
         """of the threads in which roles are called"""
 
-    def columns(self, batch: Batch) -> Any:
-        """The reference of the batch's columns, and of what its model reads for images."""
-        return self._put_once([getattr(batch, name) for name in COLUMNS], COLUMNS, batch.images, batch.kept_sets)
+    def columns(self, batch: Batch, rows: Sequence[int]) -> Any:
+        """The reference of the columns of some rows, and of what their model reads for images."""
 
-    def extras(self, batch: Batch, names: Iterable[str]) -> list[Any]:
-        """The references of the named extras, in their order."""
-        return [self._put_once([batch[name]], ("",)) for name in names]
+        def pack() -> dict[str, Any]:
+            packed: dict[str, Any] = {name: _rows_of(getattr(batch, name), rows) for name in COLUMNS}
+            if batch.images:
+                # completions of one prompt share theirs, and pickling keeps that
+                seen = {id(batch.images[row]): batch.images[row] for row in rows}
+                arrays = {key: {name: tensor.numpy() for name, tensor in each.items()} for key, each in seen.items()}
+                packed[IMAGES] = [arrays[id(batch.images[row])] for row in rows]
+                self.bytes += sum(array.nbytes for each in arrays.values() for array in each.values())
+            if batch.kept_sets:
+                packed[KEPT] = [_to_arrays(batch.kept_sets[row]) for row in rows]
+                self.bytes += sum(array.nbytes for each in packed[KEPT] if isinstance(each, tuple) for array in each)
+            return packed
+
+        return self._put_once([getattr(batch, name) for name in COLUMNS], len(batch.kept_sets), rows, pack)
+
+    def extras(self, batch: Batch, names: Iterable[str], rows: Sequence[int]) -> list[Any]:
+        """The references of some rows of the named extras, in their order."""
+
+        def packing(tensor: Tensor) -> Callable[[], dict[str, Any]]:
+            return lambda: {"": _rows_of(tensor, rows)}
+
+        return [self._put_once([batch[name]], 0, rows, packing(batch[name])) for name in names]
 
     def _put_once(
-        self,
-        tensors: list[Tensor],
-        names: tuple[str, ...],
-        images: Sequence[Images] = (),
-        kept_sets: Sequence[KeptSets | Truncation] = (),
+        self, tensors: list[Tensor], kept_sets: int, rows: Sequence[int], pack: Callable[[], dict[str, Any]]
     ) -> Any:
-        """The reference of arrays of `tensors` under these names, put unless these very tensors were."""
-        key = (len(kept_sets), *(number for tensor in tensors for number in (id(tensor), _changes(tensor))))
+        """The reference of what `pack` returns, which is put unless these rows of these very tensors were."""
+        key = (kept_sets, *(number for tensor in tensors for number in (id(tensor), _changes(tensor))))
         with self._lock:
-            return self._remember(key, tensors, names, images, kept_sets)
-
-    def _remember(
-        self,
-        key: tuple[int, ...],
-        tensors: list[Tensor],
-        names: tuple[str, ...],
-        images: Sequence[Images],
-        kept_sets: Sequence[KeptSets | Truncation],
-    ) -> Any:
-        """The reference of what is known by `key`, put if it is not."""
-        if key not in self._sent:
-            packed: dict[str, Any] = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-            self.bytes += sum(array.nbytes for array in packed.values())
-            if images:
-                # completions of one prompt share theirs, and pickling keeps that
-                arrays = {id(row): {name: tensor.numpy() for name, tensor in row.items()} for row in images}
-                packed[IMAGES] = [arrays[id(row)] for row in images]
-                self.bytes += sum(array.nbytes for row in arrays.values() for array in row.values())
-            if kept_sets:
-                packed[KEPT] = [_to_arrays(each) for each in kept_sets]
-                self.bytes += sum(array.nbytes for row in packed[KEPT] if isinstance(row, tuple) for array in row)
-            self._sent[key] = (self._store(packed), tensors)  # the tensors are kept so that their ids stay theirs
+            references, _ = self._sent.setdefault(key, ({}, tensors))
+            if tuple(rows) not in references:
+                packed = pack()
+                self.bytes += sum(packed[name].nbytes for name in packed if name not in (IMAGES, KEPT))
+                references[tuple(rows)] = self._store(packed)
             while len(self._sent) > REMEMBERED:
                 self._sent.popitem(last=False)
-        return self._sent[key][0]
+            return references[tuple(rows)]
 
     def _store(self, packed: Arrays) -> Any:
         if self._put is not None:
@@ -158,6 +149,12 @@ class Shipper:
         import ray
 
         return ray.put(packed)
+
+
+def _rows_of(tensor: Tensor, rows: Sequence[int]) -> Any:
+    """Some rows as an array; all of them, in order, as they are."""
+    array = tensor.numpy()
+    return array if len(rows) == len(array) and list(rows) == list(range(len(array))) else array[list(rows)]
 
 
 def _changes(tensor: Tensor) -> int:

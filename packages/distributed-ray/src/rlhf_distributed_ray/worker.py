@@ -153,20 +153,19 @@ class RoleWorker(Worker):
         seed_libraries(self.plan.config.seed)  # as the loop does in its process
         self.role = LocalRole(self.plan, self.role_name)
 
-    def infer(self, packed: Mapping[str, Any], rows: list[int], names: list[str]) -> dict[str, Any]:
+    def infer(self, packed: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
         """Outputs of these rows, as arrays."""
-        outputs = self.role.infer(unpack(packed, rows), frozenset(names))
+        outputs = self.role.infer(unpack(packed), frozenset(names))
         return {name: values.numpy() for name, values in outputs.items()}
 
     def train(
         self,
         *sent: Mapping[str, Any],
         read: Mapping[str, list[str]],
-        rows: Mapping[str, list[int]],
         steps: Mapping[str, StepInfo],
         sources: Mapping[str, list[Any] | None],
     ) -> tuple[dict[str, float], int, str]:
-        """Optimiser steps on these rows of each credited batch; metrics, the new version, and what was said meanwhile.
+        """Optimiser steps on this rank's rows of each credited batch; metrics, the new version, and what was said meanwhile.
 
         `sent` are, for each key of `read`, the columns and then the extras that it names.
         """
@@ -175,7 +174,7 @@ class RoleWorker(Worker):
         for key, names in read.items():
             columns = next(arriving)
             extras = {name: next(arriving)[""] for name in names}
-            work[key] = unpack(columns, rows[key], extras, steps[key], sources[key])
+            work[key] = unpack(columns, extras, steps[key], sources[key])
             work[key].world = self.role.world
         with redirect_stderr(io.StringIO()) as said:  # nobody reads a worker's
             metrics = self.role.train(work)
