@@ -66,6 +66,7 @@ def rlhf_reward() -> Providers:
         "length": "rlhf_core.reward.length:Length",
         "math": "rlhf_core.reward.maths:Maths",
         "model": "rlhf_core.reward.model:RewardModel",
+        "model_role": "rlhf_core.reward.model_role:RewardModelRole",
         "profanity": "rlhf_core.reward.profanity:Profanity",
         "reasoning": "rlhf_core.reward.reasoning:ReasoningReward",
         "regex": "rlhf_core.reward.regex:Regex",

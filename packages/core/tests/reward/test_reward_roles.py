@@ -55,6 +55,28 @@ def test_a_role_that_reads_texts_scores_as_the_reward_model_provider_does(scorer
         assert len(set(expected.tolist())) > 1
 
 
+def test_a_placed_reward_model_scores_as_one_in_the_process_of_the_loop(scorer: str, tmp_path: Path) -> None:
+    own = run_of(tmp_path / "own", reward={"use": "model", "model": scorer, "mean": 0.25, "std": 2.0})
+    placed = run_of(
+        tmp_path / "placed", reward={"use": "model_role", "mean": 0.25, "std": 2.0}, reward_model={"model": scorer}
+    )
+    assert placed.plan.roles["reward_model"].outputs == {"scores_N"} and not placed.plan.roles["reward_model"].trained
+    own.train()
+    placed.train()
+    for one, other in zip(rows(tmp_path / "own"), rows(tmp_path / "placed"), strict=True):
+        names = one.keys() - {"padding", "reward/cut"}
+        assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-6)
+        assert one["reward/score"] != one["reward/mean"]
+
+
+def test_a_placed_reward_model_without_a_score_head_is_refused(tmp_path: Path) -> None:
+    policy = run_of(tmp_path / "policy")
+    policy.train()
+    run = run_of(tmp_path / "run", reward="model_role", reward_model={"model": str(policy.output / "model")})
+    with pytest.raises(UsageError, match="has no score head, so its scores would be noise"):
+        run.train()
+
+
 def test_a_role_reads_the_sampled_tokens_unless_the_reward_says_otherwise(scorer: str, tmp_path: Path) -> None:
     """The independent source: transformers' classifier on prompt and completion, without padding."""
     from transformers import AutoModelForSequenceClassification

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, OptionError, option
+from rlhf_core.lazy import torch
 from rlhf_core.util.messages import progress
 from rlhf_distributed_ray.cluster import Cluster, disconnect
+from rlhf_distributed_ray.drawing import draw_layout, forecast_memory
 from rlhf_distributed_ray.placement import Layout, check_capacity, find_lack, lay_out
 from rlhf_distributed_ray.places import ENGINE, Place, Shape, check_engines_alone, parse_places, parse_shape
 from rlhf_distributed_ray.pulse import Limits
@@ -84,6 +86,8 @@ class RayLauncher(Launcher):
     """environment variables that workers get, beside those whose names begin with HF_, NCCL_, GLOO_, VLLM_, TORCH_, PYTORCH_"""
     runtime_env: str = ""
     """YAML or JSON file with a runtime environment of Ray for all workers"""
+    show_placement: bool = False
+    """draw who sits where, with memory by formula, before anything starts; with --dry-run nothing does"""
 
     def check(self) -> None:
         """Whether Ray is installed, and new enough."""
@@ -128,6 +132,14 @@ class RayLauncher(Launcher):
         except BaseException:
             cluster.close()
             raise
+
+    def check_plan(self, plan: Plan) -> None:
+        """Whether the options give every role of the plan a place; draw them if asked for."""
+        places = self._places(plan)
+        if self.show_placement:
+            layout = lay_out(places, self.cpus, self.gpus != "off" and (bool(self.address) or _has_gpu()))
+            held = forecast_memory(plan.config, layout, _sampled_role(plan))
+            progress.info(draw_layout(layout, held))
 
     def _places(self, plan: Plan) -> list[Place]:
         """Who shares bundles with whom in a run of the plan.
@@ -244,6 +256,11 @@ def _sampled_role(plan: Plan) -> str:
     """The role whose workers decide how many engines there are: the policy if it is sampled; empty in an offline run."""
     sampled = [role for role, spec in plan.roles.items() if spec.sampled] if plan.online else []
     return plan.policy if plan.policy in sampled else next(iter(sampled), "")
+
+
+def _has_gpu() -> bool:
+    """Whether this machine has a GPU, which a cluster that starts on it has too."""
+    return bool(torch.cuda.is_available())
 
 
 def _with_engines(place: Place, engines: int) -> Place:

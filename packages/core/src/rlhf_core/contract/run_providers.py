@@ -75,6 +75,9 @@ class Launcher(Provider):
         """True if all roles are in the process of the loop, so that one may read another's logits."""
         return False
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `UsageError` if the roles of a plan cannot be placed, as far as that is known before anything starts."""
+
     def __call__(self, plan: Plan) -> Placement:
         """Return the placed roles and the rollout engine."""
         raise NotImplementedError

@@ -52,6 +52,9 @@ def check(plan: Plan) -> None:
         for role, spec in plan.roles.items():
             if isinstance(spec.options, TrainedOptions) and spec.options.lora.rank:
                 check_peft(run_option(f"{role}.lora"))
+        if "launcher" in plan.config.providers:
+            with options_under("/launcher"):
+                plan.config.providers["launcher"].check_plan(plan)
         check_ahead(plan)
         check_vocabularies(plan)
         check_hub(plan.config)

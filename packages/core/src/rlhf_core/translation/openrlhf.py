@@ -223,7 +223,7 @@ def placement(draft: Draft) -> None:
         for name in ("reward_num_nodes", "reward_num_gpus_per_node"):
             draft.note(
                 name,
-                "a reward model has no workers of its own; `rlhf-run serve-reward` and --reward remote give it devices",
+                "--reward model_role makes the reward model a role with workers of its own (--reward-model.model)",
             )
     queue = draft.take("async_queue_size", "1")
     if draft.take_switch("async_train"):
