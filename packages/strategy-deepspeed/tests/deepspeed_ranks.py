@@ -110,6 +110,10 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "ppo5": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR, "batch_size": 5}),
     "dpo3": lambda folder: ("dpo", {**offline(folder, "pairs"), "batch_size": 3}),
     "sft3": lambda folder: ("sft", {**offline(folder, "rows"), "batch_size": 3}),
+    "wide": lambda folder: (
+        "grpo",
+        {**ONLINE, "model": "tiny:heads=4,kv_heads=2", "actor": {**ACTOR, "gradient_checkpointing": True}},
+    ),
     "distill": lambda folder: ("distill", {**offline(folder, "rows"), "teacher": {"model": "tiny:layers=1"}}),
     "lora": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "lora": {"rank": 4}}}),
     "bf16": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "dtype": "bfloat16"}}),
@@ -122,6 +126,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a": {"offload": "all"},
     "c": {"offload": "optimizer", "cpu_adam": True},
     "h": {"hpz": 2},
+    "s": {"sequence": 2},
+    "q": {"sequence": 4},
     "l": {"leaf_modules": ("LlamaDecoderLayer",)},
 }
 """Options beside the stage, by the letter that follows it in a word."""
@@ -333,6 +339,9 @@ def wrong(folder: Path) -> dict[str, Any]:
         "batch": mistake(lambda: run(folder, "plain", sharded("1"), "few", batch_size=1)),
         "dtype": mistake(lambda: run(folder, "plain", sharded("0"), "half", actor={"dtype": "float16"})),
         "hpz": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, hpz=3), "hpz")),
+        "groups": mistake(lambda: run(folder, "plain", DeepSpeed(stage=1, sequence=3), "groups")),
+        "heads": mistake(lambda: run(folder, "plain", sharded("1s"), "heads", model="tiny:heads=1")),
+        "padded": mistake(lambda: run(folder, "plain", sharded("1s"), "padded", actor={"packing": False})),
         "leaves": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, leaf_modules=("Experts",)), "leaves")),
     }
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_core import make_config
+from rlhf_core.contract.plan import Plan
+from rlhf_core.contract.providers import Launcher
+from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, UsageError
 from rlhf_core.testing import tiny_run
+from rlhf_core.training.planner import make_plan
 from rlhf_strategy_deepspeed import plugin, strategy
 from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
@@ -86,12 +92,27 @@ def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"stage": 2, "leaf_modules": ("Experts",)}, "leaf_modules needs stage 3, not 2"),
         ({"stage": 0, "offload": "optimizer"}, "offload optimizer needs stage 1, 2 or 3, not 0"),
         ({"stage": 2, "offload": "all"}, "offload all needs stage 3, not 2"),
+        ({"sequence": 0}, "sequence must be at least 1, not 0"),
         ({"cpu_adam": True}, "cpu_adam updates weights in main memory; choose what is there with offload as well"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DeepSpeed(**options)
+
+
+@dataclass(frozen=True)
+class Apart(Launcher):
+    """A launcher whose roles are in processes of their own."""
+
+    def __call__(self, plan: Plan) -> Placement:
+        raise AssertionError("the plan is refused before")
+
+
+def test_ranks_that_share_rows_need_a_launcher_of_one_process() -> None:
+    config = make_config(TINY, model="tiny", strategy=DeepSpeed(sequence=2), launcher=Apart())
+    with pytest.raises(UsageError, match="the launcher Apart gives each rank rows of its own, and this strategy lets"):
+        make_plan(config)
 
 
 def test_an_unknown_stage_is_one_line_and_exit_code_2() -> None:

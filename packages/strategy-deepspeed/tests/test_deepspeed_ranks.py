@@ -29,14 +29,17 @@ Result = dict[str, Any]
 
 QUICK = {
     1: ["plain:3", "steps"],
-    2: ["plain:0", "sft:1o", "dpo:2", "ppo:3", "grpo3:2o", "distill:3a", "steps", "wrong"],
+    2: ["plain:0", "sft:1o", "dpo:2", "ppo:3s", "grpo3:2o", "distill:3a", "steps", "wrong"],
 }
 """By number of ranks; every case and every stage occurs, those of rlhf-algos if it is installed."""
 
 CHECKS = ("steps", "wrong")
 """Words that are no runs."""
 
-CROSS = {1: ["0", "1", "2", "3", "2c"], 2: ["0", "1", "1o", "2", "2o", "2c", "3", "3o", "3a", "3c", "3h"]}
+CROSS = {
+    1: ["0", "1", "2", "3", "2c"],
+    2: ["0", "1", "1o", "2", "2o", "2c", "3", "3o", "3a", "3c", "3h", "0s", "1s", "2s", "3s"],
+}
 """Stages by number of ranks, under each of which every case runs."""
 
 BF16_TOLERANCE = 0.02
@@ -239,6 +242,9 @@ def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Pa
     assert "scales the loss of float16 from stage 1 on" in told["dtype"]
     assert told["hpz"] == "strategy.hpz=… 3 does not divide 2 ranks; choose a number that does"
     assert "the model has no module of class 'Experts'; it has" in told["leaves"]
+    assert told["groups"] == "2 ranks do not make groups of 3 that share rows; start a multiple of 3"
+    assert told["heads"].endswith("2 does not fit 1 attention heads of 1 keys; choose a number that does")
+    assert "cuts packed rows, which this model's attention 'sdpa' does not take" in told["padded"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,6 +263,16 @@ def test_adapters_change_no_number_either(tmp_path: Path, reference: Callable[[s
         assert_same(found, reference("lora"), tolerance=1e-4)
         rest = {key: found[key][ranks.STEPS // 2 :] for key in ("metrics", "sampled")}
         assert_same(found["resumed"], {**found, **rest}, tolerance=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not runnable(["wide:2q"]), reason="needs rlhf-algos")
+def test_four_ranks_that_share_rows_change_no_number(tmp_path: Path, reference: Callable[[str], Result]) -> None:
+    """Four ranks per row, and two pairs of ranks with rows of their own."""
+    words = ["wide:2q", "wide:0s", "wide:3s"]
+    launch(tmp_path, 4, words)
+    for word in words:
+        assert_same(outcome(tmp_path, word), reference("wide"), tolerance=1e-4)
 
 
 @pytest.fixture(scope="module", params=[1, 2])

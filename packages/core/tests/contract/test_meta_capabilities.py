@@ -101,8 +101,16 @@ FOREIGN = {
         "parameter_offload": "an optimizer of DeepSpeed",
     },
     "strategy-deepspeed/pieces": {"optimizer": "an optimizer of DeepSpeed"},
-    "strategy-deepspeed/parking": {"__dict__", "optimizer", "state"},
-    "strategy-deepspeed/trainable": {"overflow"},
+    "strategy-deepspeed/parking": {
+        "__dict__": "any object that DeepSpeed made",
+        "optimizer": "an optimizer of DeepSpeed",
+        "state": "an optimizer of DeepSpeed or torch, where there is one",
+    },
+    "strategy-deepspeed/sequence": {
+        "head_dim": "a configuration of transformers",
+        "num_key_value_groups": "an attention layer of transformers",
+    },
+    "strategy-deepspeed/trainable": {"overflow": "an optimizer of DeepSpeed"},
 }
 """Attributes that are looked for by name, by module, each with whose it is."""
 

@@ -32,7 +32,7 @@ REFUSED = {
     "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} decides it",
     "zero_optimization.offload_param.device": f"{option('offload', 'all')} decides it",
     "tensor_parallel": "tensor parallelism is not part of this version",
-    "sequence_parallel_size": "sequence parallelism is not part of this version",
+    "sequence_parallel_size": f"{option('sequence')} decides it",
     "hybrid_engine": "completions are sampled by the rollout engine",
     "elasticity": "the world size is that of the launcher",
     "checkpoint.load_universal": "checkpoints are written and read by parameter, under every stage and number of ranks",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
-from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Trainable
 from rlhf_strategy_deepspeed.config import configuration
 from rlhf_strategy_deepspeed.engine import (
@@ -21,6 +21,7 @@ from rlhf_strategy_deepspeed.engine import (
     whole_weights,
 )
 from rlhf_strategy_deepspeed.parking import Parking
+from rlhf_strategy_deepspeed.sequence import join_rows
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ class FrozenShards(Trainable):
         config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
         if options.show_config:
             show("a frozen role", config)
-        self.world: World = TorchWorld()
+        self.world: World = join_rows(module, options.sequence)
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.device = device
         module.eval().requires_grad_(False)

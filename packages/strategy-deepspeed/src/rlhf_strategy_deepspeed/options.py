@@ -26,6 +26,8 @@ class DeepSpeedOptions:
     gathers inside the node (ZeRO++)"""
     leaf_modules: tuple[str, ...] = ()
     """stage 3: classes of modules whose weights are gathered at once, such as the block of experts of a mixture"""
+    sequence: int = 1
+    """ranks that share each row, for long contexts: each holds a part of the tokens, and attention has all of them (Ulysses)"""
     bucket: int | None = None
     """elements that are reduced or gathered in one call; 50 million where absent"""
     overlap: bool | None = None
@@ -54,6 +56,8 @@ class DeepSpeedOptions:
             )
         if self.cpu_adam and self.offload == "none":
             raise OptionError("cpu_adam", "updates weights in main memory; choose what is there with offload as well")
+        if self.sequence < 1:
+            raise OptionError("sequence", f"must be at least 1, not {self.sequence}")
         for name in ("hpz", "leaf_modules"):
             if getattr(self, name) and self.stage < 3:
                 raise OptionError(name, f"needs stage 3, not {self.stage}, where weights are sharded; leave it out")

@@ -56,6 +56,11 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
         """True from stage 1 on: bfloat16 weights beside sharded float32 copies."""
         return self.stage > 0
 
+    @property
+    def ranks_per_row(self) -> int:
+        """The number of ranks that share each row."""
+        return self.sequence
+
     def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
         """Return the share of a rank under this stage."""
         return zero_memory(whole, size, ranks, self)
@@ -65,6 +70,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
         self.check()
         device = prepare_process()
         from rlhf_strategy_deepspeed.frozen_shards import FrozenShards
+        from rlhf_strategy_deepspeed.sequence import join_rows
         from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
 
         if optim is not None:
@@ -73,7 +79,10 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
             return FrozenShards(self, build(), device)
         from rlhf_core.strategy.torch import TorchTrainable
 
-        return TorchTrainable(build().to(device), None, total_steps, device)
+        module = build()
+        frozen = TorchTrainable(module.to(device), None, total_steps, device)
+        frozen.world = join_rows(module, self.sequence)
+        return frozen
 
 
 def _deepspeed_version() -> tuple[int, ...]:

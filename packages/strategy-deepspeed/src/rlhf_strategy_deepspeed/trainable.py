@@ -35,6 +35,7 @@ from rlhf_strategy_deepspeed.engine import (
 )
 from rlhf_strategy_deepspeed.parking import Parking
 from rlhf_strategy_deepspeed.pieces import rank_pieces, read_states
+from rlhf_strategy_deepspeed.sequence import join_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,10 +60,11 @@ class DeepSpeedTrainable(Trainable):
     ) -> None:
         dtype = str(module.compute_dtype).removeprefix("torch.")
         _check_choices(options, dtype, optim)
-        self.world: World = TorchWorld()
-        if options.hpz is not None and self.world.size % options.hpz:
+        self.ranks = TorchWorld()
+        self.world: World = join_rows(module, options.sequence)
+        if options.hpz is not None and self.ranks.size % options.hpz:
             raise OptionError(
-                "hpz", f"{options.hpz} does not divide {self.world.size} ranks; choose a number that does"
+                "hpz", f"{options.hpz} does not divide {self.ranks.size} ranks; choose a number that does"
             )
         config = configuration(options, dtype, optim)
         if options.show_config:
@@ -98,7 +100,7 @@ class DeepSpeedTrainable(Trainable):
         return forward(self.engine, batch, names, self.device)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss.to(self.device) * self.world.size)  # DeepSpeed takes the mean over ranks
+        self.engine.backward(loss.to(self.device) * self.ranks.size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> dict[str, float]:
         lr = self.schedule.set(self.steps_done)
@@ -140,7 +142,7 @@ class DeepSpeedTrainable(Trainable):
 
     def save(self, folder: str) -> None:
         pieces = rank_pieces(self.engine, self.stage)
-        write_pieces(folder, self.world.rank, self.world.size, self.steps_done, pieces)
+        write_pieces(folder, self.ranks.rank, self.ranks.size, self.steps_done, pieces)
 
     def load(self, folder: str) -> None:
         states = open_states(folder, self._names)

@@ -76,7 +76,7 @@ def save(
     With `background`, and roles that can be copied, only the copy is made now and the leader writes it there.
     `engine_states` returns this rank's, which nobody changes afterwards.
     """
-    leader = world.rank == 0
+    leader = world.leads
     if world.gather(shared.folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
         if leader:
             if shared.folder not in own_checkpoints(shared.output):
@@ -110,12 +110,13 @@ def _write_together(
     shared: SharedState, roles: Mapping[str, Role], engine_states: Mapping[str, Any], world: World
 ) -> None:
     """Write every rank's part into a folder that the leader opens and closes."""
-    leader = world.rank == 0
+    leader = world.leads
     with fresh_folder(shared.folder) if leader else nullcontext(temporary_name(shared.folder)) as temporary:
         world.barrier()  # the folder is there
         for name, role in roles.items():
             role.save(_role_folder(temporary, name))
-        write_states(temporary, world.rank, engine_states)
+        if world.first:
+            write_states(temporary, world.rank, engine_states)
         world.barrier()  # every rank has saved
         if leader:
             shared.write(temporary)

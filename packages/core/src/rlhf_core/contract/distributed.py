@@ -7,14 +7,16 @@ One process is a world of size one, where every sum is the thing itself. Strateg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TorchWorld", "World"]
+__all__ = ["DataWorld", "TorchWorld", "World", "data_world"]
 
 
 class World:
@@ -22,6 +24,17 @@ class World:
 
     rank: int = 0
     size: int = 1
+    first: bool = True
+    """False on a rank that works on the rows of another one, which writes for both (`DataWorld`)"""
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank that writes files and logs."""
+        return self.first and self.rank == 0
+
+    def share(self, thing: Any) -> Any:
+        """Return the `thing` of the first of the ranks that work on the same rows; here the only one."""
+        return thing
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over ranks; every rank gets it. Collective: all ranks call it in the same order."""
@@ -75,3 +88,37 @@ class TorchWorld(World):
 
     def barrier(self) -> None:
         torch.distributed.barrier(group=self.group)
+
+
+class DataWorld(TorchWorld):
+    """The ranks as holders of rows, where `together` neighbors work on the same rows.
+
+    `rank` and `size` count the holders. Sums and gathers are over one rank of each, and give every rank the same.
+    """
+
+    def __init__(self, together: int) -> None:
+        ranks, mine = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        if ranks % together:
+            raise UsageError(
+                f"{ranks} ranks do not make groups of {together} that share rows; start a multiple of {together}"
+            )
+        across = [torch.distributed.new_group(list(range(each, ranks, together))) for each in range(together)]
+        neighbors = [list(range(each, each + together)) for each in range(0, ranks, together)]
+        super().__init__(across[mine % together])
+        self.first = mine % together == 0
+        self.leader = mine - mine % together
+        self.neighbors = [torch.distributed.new_group(each) for each in neighbors][mine // together]
+
+    def share(self, thing: Any) -> Any:
+        things = [thing]
+        torch.distributed.broadcast_object_list(things, src=self.leader, group=self.neighbors)
+        return things[0]
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+
+@cache
+def data_world(together: int) -> DataWorld:
+    """Return the ranks as holders of rows; its groups are made once in a process. Collective."""
+    return DataWorld(together)

@@ -48,6 +48,11 @@ class Strategy(Provider):
         """True if the module computes on weights in the role's dtype; False if autocast converts float32 weights."""
         return False
 
+    @property
+    def ranks_per_row(self) -> int:
+        """Neighboring ranks that work on the same rows together; their trainables have the `data_world` of this number."""
+        return 1
+
     def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
         """Return what each of `ranks` devices holds of a role, for `rlhf-run plan`.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlhf_core.contract.distributed import TorchWorld, World
+from rlhf_core.contract.distributed import TorchWorld, World, data_world
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
@@ -39,6 +39,10 @@ class Local(Launcher):
         if self.timeout <= 0:
             raise OptionError("timeout", f"{self.timeout:g}: give a number of seconds above 0")
         world = join_world(self.timeout)
+        together = plan.config.providers["strategy"].ranks_per_row
+        if together > 1 and world.size == 1:
+            raise UsageError(f"one process does not make a group of {together} ranks that share rows; start {together}")
+        world = data_world(together) if together > 1 else world
         if plan.config.batch_size < world.size:
             raise OptionError(
                 "/batch_size", f"{plan.config.batch_size} leaves some of {world.size} ranks without a row; raise it"
@@ -46,7 +50,7 @@ class Local(Launcher):
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
             roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))
-        if world.rank == 0:
+        if world.leads:
             _report_copies(plan, roles)
         for role in roles.values():
             role.bind_comparisons(roles)

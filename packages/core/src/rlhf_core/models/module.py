@@ -35,6 +35,7 @@ from rlhf_core.models.inputs.arrange import Inputs
 from rlhf_core.models.inputs.features import Features, trains_only_heads
 from rlhf_core.models.inputs.packed_attention import uses_flash, varlen_obstacle
 from rlhf_core.models.inputs.packing import pack_rows
+from rlhf_core.models.inputs.sequence import SequenceShards
 from rlhf_core.models.inputs.vision import Vision
 from rlhf_core.models.lora import Adapters, dequantize
 
@@ -80,6 +81,8 @@ class RoleModule(nn.Module):
         self.frozen: dict[str, int] = {}
         """how many numbers each pattern of `freeze` stands for"""
         self.average: Average | None = None
+        self.sequence: SequenceShards | None = None
+        """the ranks that share each row, where a strategy cuts rows"""
         self.sharded = False
         """True if ranks hold shares of the parameters, and so must call the body together (`Trainable.sharded`)"""
 
@@ -112,6 +115,8 @@ class RoleModule(nn.Module):
 
     def forward(self, inputs: Inputs, names: frozenset[str]) -> dict[str, Tensor]:
         """The outputs of these names, float32, zero outside the completions."""
+        if self.sequence is not None:
+            return self._forward_stretch(self.sequence, inputs, names)
         states, states_M, last_N, balance = self._states(inputs, names)
         outputs: dict[str, Tensor] = {}
         if balance is not None:
@@ -124,6 +129,24 @@ class RoleModule(nn.Module):
             values_M = self.comparisons[name](self._language_head(), states.index_select(0, states_M), inputs)
             outputs[name] = scatter_tokens(values_M, inputs)
         return {name: outputs[name] for name in names}
+
+    def _forward_stretch(self, ranks: SequenceShards, inputs: Inputs, names: frozenset[str]) -> dict[str, Tensor]:
+        """Return the outputs of whole rows, of which this rank computes a stretch."""
+        whole = sorted(names - CORE.keys())
+        if whole or inputs.images or inputs.ends_R is not None:
+            what = f"the output {whole[0]}" if whole else "rows with images or segments"
+            raise UsageError(f"{what} cannot be computed where ranks share each row; let each rank have its own rows")
+        stretch = ranks.cut(*pack_rows(inputs))
+        states, own = self._run_body(stretch.arguments)[0].flatten(0, 1), stretch.inputs
+        given = ModelStates(states, own.states_M, own.last_N, own, self._language_head, "entropy_NT" in names)
+        outputs: dict[str, Tensor] = {}
+        for name in sorted(names):  # in one order on all ranks
+            output = self.outputs[name]
+            values = check_output(name, output, output(given, self._head_of(name)), own)
+            if output.last_only:
+                values = torch.where(stretch.own_N.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+            outputs[name] = ranks.add_up(values, states)
+        return outputs
 
     def _language_head(self) -> ChunkedHead:
         """The language-model head."""
@@ -156,7 +179,6 @@ class RoleModule(nn.Module):
 
         No attention mask: rows are packed, or padding is on the right, where nothing real can see it.
         """
-        body = self.model.base_model
         inputs = self.vision.read(inputs) if self.vision is not None else inputs
         arguments: dict[str, Any] = {"input_ids": inputs.ids_NS}
         if inputs.images:
@@ -164,13 +186,21 @@ class RoleModule(nn.Module):
         elif self.packs and len(inputs.ids_NS):
             rows, inputs = pack_rows(inputs)
             arguments = rows.arguments(self.flash)
+        if routed:
+            arguments["output_router_logits"] = True
+        found = self._run_body(arguments)
+        padded = None if "position_ids" in arguments else inputs
+        balance = balance_loss(self.model, found.router_logits, padded) if routed else None
+        return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance
+
+    def _run_body(self, arguments: Mapping[str, Any]) -> Any:
+        """Return the body's output, with its layers computed again in the backward pass where that is wanted."""
+        body = self.model.base_model
         if self.adapters is not None:
             self.adapters.drop(self.model, torch.is_grad_enabled())
         recompute = self.model.is_gradient_checkpointing and torch.is_grad_enabled()
         if recompute:
             body.train()  # transformers recomputes in training mode only; dropout is off in both
-        if routed:
-            arguments["output_router_logits"] = True
         found = body(use_cache=False, **arguments)
         if recompute:
             body.eval()
@@ -178,9 +208,7 @@ class RoleModule(nn.Module):
                 self.adapters.drop(
                     self.model, True
                 )  # when its layers are computed again their dropout must draw, and draw the same
-        padded = None if "position_ids" in arguments else inputs
-        balance = balance_loss(self.model, found.router_logits, padded) if routed else None
-        return found[0].flatten(0, 1), inputs.states_M, inputs.last_N, balance
+        return found
 
     @property
     def _image_input(self) -> Vision:

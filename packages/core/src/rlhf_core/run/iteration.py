@@ -200,6 +200,7 @@ class Iteration:
                 rollouts = self.run.rollouts(source, prompts, sampling, trained=True)
             engine, tokenizer = config.providers["rollout"], self.run.roles[source].tokenizer
             rollouts = with_kept_sets(rollouts, config.sampling, engine, tokenizer)
+        rollouts = self.world.share(rollouts)
         dtype = self.plan.roles[source].options.compute_dtype
         if not self.plan.proximal:
             rollouts = keep_exact(rollouts, engine, config.sampling.temperature, dtype)
@@ -275,7 +276,7 @@ class Iteration:
         engine, reward, precision = self.run.reward, self.config.providers["reward"], reward_precision(self.run.plan)
         with self.meter.phase("reward"):
             with options_under("/reward"):
-                raw = engine(self.run.reward_inputs(rollouts))
+                raw = self.world.share(engine(self.run.reward_inputs(rollouts)))
             try:
                 return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward, precision))
             except NotFiniteReward as error:

@@ -332,7 +332,7 @@ class Run:
     @property
     def leader(self) -> bool:
         """True in the process that writes files and calls observers."""
-        return self.world.rank == 0
+        return self.world.leads
 
     @property
     def encoder(self) -> Encoder:

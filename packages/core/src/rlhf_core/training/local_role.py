@@ -108,7 +108,7 @@ class LocalRole(Role):
             if isinstance(self.spec.options, TrainedOptions) and self.spec.options.features:
                 raise OptionError(f"/{self.name}.features", "is for weights that are not sharded; leave it out")
             self._shard_average()
-        if self.world.rank == 0 and (self.module.frozen or self.module.adapters is not None):
+        if self.world.leads and (self.module.frozen or self.module.adapters is not None):
             from rlhf_core.models.freezing import trained_share
 
             log.info(f"the {self.name} trains {trained_share(self.module)}")
@@ -247,7 +247,7 @@ class LocalRole(Role):
         return self._snapshot_weights()
 
     def _snapshot_weights(self) -> Callable[[str], None]:
-        return snapshot_weights(self.weights(), self.world.rank == 0)
+        return snapshot_weights(self.weights(), self.world.leads)
 
     def load(self, folder: str) -> None:
         """Restore what `save` wrote."""
@@ -290,7 +290,7 @@ class LocalRole(Role):
         from rlhf_core.models.export.folder import export
         from rlhf_core.models.export.precision import saved_dtype
 
-        leads = self.world.rank == 0
+        leads = self.world.leads
         state = {}
         if self.module.adapters is None:  # else the model's own weights are where they came from
             weights = self.module.hf_weights(self.trainable.full, averaged) if averaged else self.weights()

@@ -114,5 +114,5 @@ class Mismatch:
         )
         if self.config.on_mismatch == "stop":
             raise RunStopped(text)
-        if world.rank == 0:
+        if world.leads:
             log.warning(text)

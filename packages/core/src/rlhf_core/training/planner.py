@@ -65,6 +65,11 @@ def make_plan(config: RunConfig) -> Plan:
         credits[key] = _add_needs(credit, term, kl, table, config.sampling)
         keyed.append((key, term))
     launcher = config.providers.get("launcher")
+    if launcher is not None and not launcher.one_process and config.providers["strategy"].ranks_per_row > 1:
+        raise UsageError(
+            f"the launcher {type(launcher).__qualname__} gives each rank rows of its own, and this strategy lets several work "
+            f"on the same; use {run_option('launcher', 'local')} under torchrun"
+        )
     for term in terms:
         if term.partners and launcher is not None and not launcher.one_process:
             raise UsageError(

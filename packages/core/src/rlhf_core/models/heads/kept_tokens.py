@@ -49,6 +49,11 @@ class KeptTokens:
         tensors = {name: value.to(device) for name, value in vars(self).items() if name != "rules"}
         return replace(self, **tensors)
 
+    def part(self, tokens: slice) -> KeptTokens:
+        """Return the kept sets of some of the tokens."""
+        own = {name: value[tokens] for name, value in vars(self).items() if name.endswith("_M")}
+        return replace(self, **own)
+
     def mask(self, tokens: slice, logits_mV: Tensor) -> Tensor:
         """Return which tokens of the vocabulary are kept, bool (m, V), where rules cut the distribution of these logits."""
         mask_mV = self.whole_M[tokens, None].repeat(1, logits_mV.shape[1])

@@ -103,13 +103,17 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None = None,
+    attend: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers' `sdpa` does, (batch, heads, length, D) to (batch, length, heads, D); packed rows each by itself.
 
     Args:
         cu_seq_lens_q: int32 (rows + 1), where each row begins, and the end; None where rows are not packed.
+        attend: what attends in the place of this, where ranks hold a shard of the tokens each (`SequenceShards`).
     """
+    if attend is not None:
+        return attend(module, query, key, value, cu_seq_lens_q=cu_seq_lens_q, **kwargs), None
     if cu_seq_lens_q is not None and _takes_kernel(query, value):
         return varlen_attention(module, query, key, value, cu_seq_lens_q, **kwargs)
     return rows_attention(module, query, key, value, attention_mask, cu_seq_lens_q, **kwargs)
