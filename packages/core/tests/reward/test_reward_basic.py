@@ -14,6 +14,7 @@ import torch
 from rlhf_core.contract.batch import Rollouts
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import ContractError, MissingPackage, UsageError
+from rlhf_core.reward.calls import read_columns
 from rlhf_core.reward.func import Func
 from rlhf_core.reward.length import Length
 from rlhf_core.reward.output import to_reward_output
@@ -186,3 +187,21 @@ def test_a_reward_file_that_has_changed_is_loaded_again(tmp_path: Path, monkeypa
         found.append(load_function("reward.py", "reward_func")())
         assert load_function("reward.py", "reward_func") is load_function("reward.py", "reward_func")
     assert found == [1, 22, 3]
+
+
+@pytest.mark.parametrize(
+    ("function", "read"),
+    [
+        (lambda completions: 0, ["completions"]),
+        (lambda completions, labels=None: 0, ["completions", "labels"]),
+        (lambda completions, scale=1.0: 0, ["completions"]),
+        (lambda completions, **rest: 0, ["queries", "prompts", "completions", "labels"]),
+        (lambda q, p, a: 0, ["queries", "prompts", "completions", "labels"]),
+        (lambda completions, unknown: 0, ["queries", "prompts", "completions", "labels"]),
+        (lambda: 0, ["queries", "prompts", "completions", "labels"]),
+        (dict, ["queries", "prompts", "completions", "labels"]),
+    ],
+)
+def test_a_call_takes_the_columns_that_the_function_names(function: Any, read: list[str]) -> None:
+    """Workers are sent no others. Where the names do not say what is read, all are taken."""
+    assert list(read_columns(function, ["queries", "prompts", "completions", "labels"])) == read

@@ -56,8 +56,9 @@ def read_columns(function: Callable[..., Any], names: Collection[str]) -> Collec
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # one that is built in, which the call itself reports
         return names
-    known = [p.name for p in parameters if p.name in names and p.kind in _BY_NAME]
-    return known if known and len(known) == len(parameters) else names
+    known = [p.name for p in parameters if p.name in names]
+    unclear = (p.kind not in _BY_NAME or (p.name not in names and p.default is p.empty) for p in parameters)
+    return names if not known or any(unclear) else known
 
 
 def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
