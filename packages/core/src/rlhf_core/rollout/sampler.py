@@ -258,31 +258,34 @@ def _decode(
     uniforms_BT = uniforms_BT.to(device)
     tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
     logprobs_BT, log_mass_BT = torch.zeros(2, B, T, device=device)
-    limits_B = torch.tensor(limits, device=device)
+    limits_R = torch.tensor(limits, device=device)
     ends_B = torch.zeros(B, dtype=torch.long, device=device)  # length of what has ended, 0 for the rest
     stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
     recorder = KeptSetsRecorder(B, T) if replays(sampling) else None
     lacking_L = torch.tensor(lacking, dtype=torch.long, device=device)
     row_R = torch.arange(B, device=device)  # which row of the wave each row of the batch is
+    rows: slice | Tensor = slice(None)  # the same; a slice costs less to read and write than row numbers
+    live_R, live = torch.ones(B, dtype=torch.bool, device=device), B
     for t in range(T):
-        tokens_R, logprobs_R, warped = pick(state.logits_RV, uniforms_BT[row_R, t], sampling, lacking_L)
-        tokens_BT[row_R, t], logprobs_BT[row_R, t], log_mass_BT[row_R, t] = tokens_R, logprobs_R, warped.log_mass_N
-        live_R = ends_B[row_R] == 0
+        tokens_R, logprobs_R, warped = pick(state.logits_RV, uniforms_BT[rows, t], sampling, lacking_L)
+        tokens_BT[rows, t], logprobs_BT[rows, t], log_mass_BT[rows, t] = tokens_R, logprobs_R, warped.log_mass_N
         if recorder is not None:
             recorder.add(row_R[live_R], t, warped.kept_NV[live_R])
         stopped_R = live_R & stops.hit(tokens_BT, row_R, live_R, t)
-        stopped_B[row_R[stopped_R]] = True
-        ended_R = live_R & (stopped_R | (limits_B[row_R] <= t + 1))
-        ends_B[row_R[ended_R]] = t + 1
-        live_R &= ~ended_R
-        live = int(live_R.sum())
+        ended_R = live_R & (stopped_R | (limits_R <= t + 1))
+        if bool(ended_R.any()):
+            stopped_B[row_R[stopped_R]] = True
+            ends_B[row_R[ended_R]] = t + 1
+            live_R = live_R & ~ended_R
+            live = int(live_R.sum())
         report("sampling", count[0] + B - live, count[1])
         if live == 0:
             break
         if live <= (1 - compact) * len(row_R):
             keep = live_R.nonzero()[:, 0]
             state.select(keep)
-            row_R, tokens_R = row_R[keep], tokens_R[keep]
+            row_R, tokens_R, limits_R, live_R = row_R[keep], tokens_R[keep], limits_R[keep], live_R[keep]
+            rows = row_R
         read_R = tokens_R if state.vision is None else state.vision.replace_image_tokens(tokens_R)
         _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
