@@ -51,7 +51,7 @@ def overview(registry: Registry) -> str:
     docs = docs_of(RunConfig).fields
     return _text(
         [
-            "usage: rlhf-run ALGORITHM [flags]        train; `rlhf-run ALGORITHM --help` shows its flags",
+            "usage: rlhf-run ALGORITHM [flags]        train; `rlhf-run ALGORITHM --help` shows its flags, --help-all all",
             "       rlhf-run --config FILE [flags]    train what a file says; flags win over it",
             "       rlhf-run COMMAND [flags]",
         ],
