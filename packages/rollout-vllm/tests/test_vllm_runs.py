@@ -121,3 +121,31 @@ def test_the_command_line_runs_it_in_one_process_and_in_two(tmp_path: Path, laun
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert rows[0]["sync/logprob_diff_max"] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("rlhf_algos") is None, reason="rlhf-algos is not installed")
+def test_processes_of_an_engine_sample_ahead_of_training(tmp_path: Path) -> None:
+    """Without Ray: every step but the first is trained on tokens that are one update old, and the correction knows it."""
+    options = {
+        "model": "tiny",
+        "rollout": "vllm",
+        "rollout.process": "own",
+        "rollout.kv-cache-gib": "0.25",
+        "reward": "length",
+        "steps": "3",
+        "ahead": "1",
+        "batch-size": "4",
+        "sampling.n": "2",
+        "sampling.max-new-tokens": "8",
+        "output": str(tmp_path / "run"),
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_core", "grpo", *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1]
+    assert [(row["sync/calls"], row["sync/restarts"]) for row in rows] == [(3, 0)] * 3

@@ -115,7 +115,7 @@ def engines(draft: Draft) -> None:
         draft.set("rollout", "vllm")
     parallel = draft.take("vllm_tensor_parallel_size", "1")
     if parallel != "1":
-        draft.note("vllm_tensor_parallel_size", "an engine computes on one device; take more engines")
+        draft.note("vllm_tensor_parallel_size", "pass --rollout.process own --rollout.tensor-parallel-size")
 
 
 def template(draft: Draft) -> None:

@@ -244,7 +244,7 @@ def sampled_by(draft: Draft) -> None:
         draft.set("rollout", "vllm")
     parallel = draft.take("vllm_tensor_parallel_size", "1")
     if parallel != "1":
-        draft.note("vllm_tensor_parallel_size", "an engine computes on one device")
+        draft.note("vllm_tensor_parallel_size", "pass --rollout.process own --rollout.tensor-parallel-size")
 
 
 SHARED = (precision, rules.schedule, rules.checkpoints, rules.evaluation, rules.tracking, moments)

@@ -96,7 +96,7 @@ ANSWERS = {
 
 MICRO = "micro-batches are cut by tokens and change no result; --micro-tokens bounds their memory"
 SHARDED = "--strategy deepspeed shards; docs/fsdp.md has FSDP2"
-ENGINE = "an engine computes on one device; take more engines"
+ENGINE = "pass --rollout.process own --rollout.tensor-parallel-size"
 ABSENT_ENDS = {
     "ppo_micro_batch_size": MICRO,
     "ppo_micro_batch_size_per_gpu": MICRO,
