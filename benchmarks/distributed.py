@@ -8,8 +8,8 @@ alike. Of an iteration's seconds the least and the median over all rounds are pr
 CPU seconds of all its processes together, for machines that have other work. One thread a process.
 
 What crosses processes in an iteration is counted where it is sent: under Ray every object that is put or returned, pickled
-(batches and answers), and the weights of a sync; under DeepSpeed the tensors that a rank hands to a collective. Engines that
-are not installed are left out.
+(batches and answers), the weights of a sync, and the calls that the controller makes; under DeepSpeed the tensors that a rank
+hands to a collective. Engines that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -70,15 +70,19 @@ def main() -> None:
         f"grpo, {args.model}, {args.prompts} prompts x {args.completions} x {args.tokens} tokens, {args.rounds} rounds"
     )
     print(
-        f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'CPU s':>8} {'added':>8} {'MiB':>9} {'KiB a sample':>13}"
+        f"{'':18} {'least s':>9} {'median s':>9} {'added s':>9} {'CPU s':>8} {'added':>8} {'MiB':>9} {'KiB a sample':>13} "
+        f"{'calls':>6} {'of a sync':>9}"
     )
     local = least(found["local"]) if "local" in found else {"seconds": float("nan"), "cpu": float("nan")}
     for name, steps in found.items():
         best = least(steps)
-        middle, moved = (median(step[key] for step in steps) for key in ("seconds", "bytes"))
+        middle, moved, calls, sync = (
+            median(step[key] for step in steps) for key in ("seconds", "bytes", "calls", "sync_calls")
+        )
         row = f"{best['seconds']:9.3f} {middle:9.3f} {best['seconds'] - local['seconds']:9.3f} {best['cpu']:8.3f} "
         samples = args.prompts * args.completions
-        row += f"{best['cpu'] - local['cpu']:8.3f} {moved / 2**20:9.2f} {moved / 2**10 / samples:13.1f}"
+        row += f"{best['cpu'] - local['cpu']:8.3f} {moved / 2**20:9.2f} {moved / 2**10 / samples:13.1f} "
+        row += f"{calls:6.0f} {sync:9.0f}"
         print(f"{name:18} {row}", flush=True)
 
 
@@ -124,8 +128,11 @@ def child(args: argparse.Namespace) -> None:
         def finish(self, iteration: Any, credited: Any) -> None:
             super().finish(iteration, credited)
             cpu = sum(self.world.gather(cpu_seconds()))
-            moved = crossed.taken() + self.last_metrics.get("sync/bytes", 0.0)
-            steps.append({"seconds": self.last_metrics["time/step"], "cpu": cpu, "bytes": moved})
+            moved, calls = crossed.taken()
+            moved += self.last_metrics.get("sync/bytes", 0.0)
+            sync = self.last_metrics.get("sync/controller_calls", 0.0)
+            seconds = self.last_metrics["time/step"]
+            steps.append({"seconds": seconds, "cpu": cpu, "bytes": moved, "calls": calls, "sync_calls": sync})
 
     run = Watched(config, registry)
     counted()
@@ -153,34 +160,36 @@ def cpu_seconds() -> float:
 
 
 class Crossed:
-    """Bytes that left this process, since they were last asked for."""
+    """Bytes that left this process, and calls of Ray's actors, since they were last asked for."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes = self.calls = 0
 
-    def taken(self) -> int:
-        """What was counted since the last call."""
-        found, self.bytes = self.bytes, 0
+    def taken(self) -> tuple[int, int]:
+        """Return what was counted since the last call: bytes, and calls."""
+        found = self.bytes, self.calls
+        self.bytes = self.calls = 0
         return found
 
     def by_ray(self) -> None:
         """Count what is put into the object store here, and the answers that come back."""
         import ray
 
-        from rlhf_distributed_ray import group
+        from rlhf_distributed_ray.crew import Crew
 
-        put, collect = ray.put, group.gather_results
+        put, wait = ray.put, Crew.wait
 
         def counting_put(thing: Any, *args: Any, **kwargs: Any) -> Any:
             self.bytes += len(pickle.dumps(thing, protocol=5))
             return put(thing, *args, **kwargs)
 
-        def counting_collect(*args: Any) -> list[Any]:
-            answers = collect(*args)
-            self.bytes += sum(len(pickle.dumps(answer, protocol=5)) for answer in answers)
-            return answers
+        def counting_wait(crew: Crew, references: Any, *args: Any, **kwargs: Any) -> Any:
+            outcomes = wait(crew, references, *args, **kwargs)
+            self.calls += len(references)
+            self.bytes += sum(len(pickle.dumps(answer, protocol=5)) for answer in outcomes.results.values())
+            return outcomes
 
-        ray.put, group.gather_results = counting_put, counting_collect
+        ray.put, Crew.wait = counting_put, counting_wait
 
     def by_collectives(self) -> None:
         """Count the tensors that this rank hands to a collective of torch, through which DeepSpeed's go too."""

@@ -14,10 +14,15 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
 
-from rlhf_core.errors import WorkerLost  # noqa: E402  after the check above
+import torch  # noqa: E402  after the check above
+
+from rlhf_core.errors import WorkerLost  # noqa: E402
 from rlhf_core.util.activity import report  # noqa: E402
+from rlhf_distributed_ray import arrays  # noqa: E402
+from rlhf_distributed_ray.arrays import from_array  # noqa: E402
 from rlhf_distributed_ray.crew import Crew  # noqa: E402
 from rlhf_distributed_ray.pulse import GROUP, Beating, Limits, Pulse  # noqa: E402
+from rlhf_distributed_ray.sending import ReceivedBuckets, send_weights  # noqa: E402
 
 MEMORY = (
     "6 worker(s) were killed due to the node running low on memory. Memory on the node was 22 GB.\nConsidered: …\n]"
@@ -144,8 +149,11 @@ def test_time_in_which_the_controller_itself_was_stopped_blames_nobody(monkeypat
 
 def test_a_call_may_stand_still_for_ten_times_the_longest_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, actor = Clock(monkeypatch), silent(monkeypatch)
+    monkeypatch.setattr(ray, "wait", lambda pending, **_: (pending, []))
+    monkeypatch.setattr(ray, "get", lambda _: 5)  # it answers, and its progress is always the same
     pulse = Pulse(Limits(patience=1e9, stall=5))
     pulse.begin()
+    assert pulse.look(actor, 7.0) == ""
     for _ in range(70):
         clock.now += 1
         assert pulse.look(actor, 7.0) == ""
@@ -155,10 +163,56 @@ def test_a_call_may_stand_still_for_ten_times_the_longest_one(monkeypatch: pytes
 
 def test_a_process_that_starts_has_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, actor = Clock(monkeypatch), silent(monkeypatch)
-    pulse = Pulse(Limits(patience=5, stall=1e9))
+    pulse = Pulse(Limits(patience=5, stall=5))
     pulse.begin()
     for _ in range(600):
         clock.now += 1
         assert pulse.look(actor, 0) == ""
     clock.now += 1
     assert pulse.look(actor, 0) == "it gave no sign of life for 601 s"
+
+
+class Sink:
+    """An engine that keeps the buckets it is given."""
+
+    def __init__(self) -> None:
+        self.buckets: dict[int, Any] = {}
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def receive(self, role: str, sync: int, number: int, bucket: Any) -> None:
+        assert (role, sync) == ("actor", 7)
+        self.buckets[number] = bucket
+
+    def all(self) -> Any:
+        return [self.buckets[number] for number in sorted(self.buckets)]
+
+
+def test_weights_reach_every_engine_that_lives_and_the_others_are_named(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty buckets; one engine is dead, one stopped."""
+    monkeypatch.setattr(arrays, "BUCKET_BYTES", 32)
+    sinks = [ray.remote(Sink).options(num_cpus=0.1).remote() for _ in range(3)]
+    processes = ray.get([sink.process.remote() for sink in sinks])
+    os.kill(processes[1], signal.SIGKILL)
+    os.kill(processes[2], signal.SIGSTOP)
+    weights = {f"w{k}": torch.randn(8, generator=torch.Generator().manual_seed(k)) for k in range(20)}
+    sent = send_weights(iter(weights.items()), sinks, "actor", 7, patience=10)
+    assert len(sent.buckets) == 20 and sent.late == [1, 2]
+    got = {name: from_array(packed) for bucket in ray.get(sinks[0].all.remote()) for name, packed in bucket}
+    assert got.keys() == weights.keys() and all(torch.equal(got[name], weights[name]) for name in weights)
+    for sink in sinks:
+        ray.kill(sink)
+
+
+def test_a_bucket_that_comes_twice_counts_once_and_a_missing_one_is_no_sync() -> None:
+    received = ReceivedBuckets()
+    assert [received.accept(1, number, 10) for number in (0, 1, 1, 0)] == [True, True, False, False]
+    assert received.bytes == 20
+    received.check(1, 2)
+    for sync, count in ((1, 3), (2, 2)):
+        with pytest.raises(AssertionError):
+            received.check(sync, count)
+    assert received.accept(2, 1, 10) and received.bytes == 10, "another sync begins anew"

@@ -87,6 +87,7 @@ def test_a_dead_engine_is_replaced_and_samples_what_it_would_have_sampled(tmp_pa
     assert [row["recovered/engine"] for row in rows] == [0, 1, 1, 0, 1]
     assert all((row["recovered/engine_seconds"] > 0) == (row["recovered/engine"] > 0) for row in rows)
     assert all(row["actor/mismatch"] < 1e-5 for row in rows), "the new engine has the weights that were trained"
+    assert {row["sync/controller_calls"] for row in rows} == {1 + 2}, "one call on each worker and engine"
 
 
 def test_the_run_ends_with_one_line_when_too_many_engines_have_died(tmp_path: Path) -> None:

@@ -147,10 +147,10 @@ def test_the_worker_of_a_rollout_engine_opens_it_stores_its_state_and_closes_it(
     worker, later = EngineWorker(described(".")), EngineWorker(described("."))
     worker.initialize()
     for version in (1, 2):
-        worker.finish_sync("actor", version)
+        worker.finish_sync("actor", version, -1, 0)
     later.initialize()
     later.load_state_dict(worker.state_dict())
-    later.finish_sync("actor", 3)
+    later.finish_sync("actor", 3, -1, 0)
     assert later.state_dict() == {"rollout": {"versions": [1, 2, 3]}}
     engine = worker.engine
     worker.close()

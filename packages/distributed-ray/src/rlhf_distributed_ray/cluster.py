@@ -239,6 +239,9 @@ class _RayPlaced(Placement):
     def give_back(self, step: int, roles: Sequence[str]) -> None:
         self.snapshots.give_back(step, {name: self.groups[name] for name in roles})
 
+    def recoveries(self) -> dict[str, float]:
+        return self.engines.engines.recoveries() if self.engines is not None else {}
+
     def revive(self, roles: Sequence[str]) -> None:
         import ray
 

@@ -16,6 +16,7 @@ from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.util.random_states import seed_libraries
 from rlhf_distributed_ray.arrays import from_array
+from rlhf_distributed_ray.sending import ReceivedBuckets
 from rlhf_distributed_ray.worker import Worker
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class EngineWorker(Worker):
         self.engines = Engines(config.seed, Path(config.output), self.plan)
         self.engines.bind(Placement(dict[str, Any](self.mirrors), None, World()))
         self.engine = self.engines.open(config.providers["rollout"], "rollout")
-        self._received = 0
+        self._received = {name: ReceivedBuckets() for name in self.mirrors}
         self._compared: set[tuple[str, str]] = set()
         return where
 
@@ -124,15 +125,16 @@ class EngineWorker(Worker):
         self._release(role, "sample")
         return rollouts
 
-    def receive(self, role: str, bucket: list[tuple[str, Any]], first: bool) -> None:
-        """One bucket of weights."""
-        self._received = sum(array.nbytes for _, (_, array) in bucket) + (0 if first else self._received)
-        self.mirrors[role].receive(bucket, first)
+    def receive(self, role: str, sync: int, number: int, bucket: list[tuple[str, Any]]) -> None:
+        """Take a bucket of the weights of a sync, by its number in them."""
+        if self._received[role].accept(sync, number, sum(array.nbytes for _, (_, array) in bucket)):
+            self.mirrors[role].receive(bucket, number == 0)
 
-    def finish_sync(self, role: str, version: int) -> dict[str, float]:
-        """All buckets are here: let the engine take them."""
+    def finish_sync(self, role: str, version: int, sync: int, count: int) -> dict[str, float]:
+        """Let the engine take the weights, all `count` buckets of which are here."""
+        self._received[role].check(sync, count)
         self.mirrors[role].version = version
-        metrics = {"sync/bytes": float(self._received), **(self.engine.sync(self.mirrors[role]) or {})}
+        metrics = {"sync/bytes": float(self._received[role].bytes), **(self.engine.sync(self.mirrors[role]) or {})}
         self._release(role, "synced")
         return metrics
 

@@ -26,6 +26,7 @@ from rlhf_core.util.messages import PREFIX, log, progress
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.crew import Crew
 from rlhf_distributed_ray.replacing import EngineCrew
+from rlhf_distributed_ray.sending import Shipment
 from rlhf_distributed_ray.transport import Shipper, sources_of, split_groups, with_texts
 
 if TYPE_CHECKING:
@@ -160,6 +161,11 @@ class RoleGroup(Role):
             more = self.crew.send(call).in_order()[0]
             yield buckets_of[0]
 
+    def send_weights(self, engines: list[Any], sync: int) -> Shipment:
+        """Let rank 0 send the weights to these engines; every rank is called once."""
+        shipment: Shipment = self.call("send_weights", engines, sync, self.crew.limits.patience)[0]
+        return shipment
+
     def weights(self) -> StoredWeights:
         """Full tensors under their Hugging Face names."""
         return StoredWeights(self.buckets())
@@ -255,9 +261,11 @@ class EngineGroup(Rollout):
     def sync(self, role: Role) -> Mapping[str, float]:
         """Weights from the role's rank 0 to every engine, bucket by bucket; of each metric the largest of all engines."""
         assert isinstance(role, RoleGroup)
-        metrics = self.engines.bring_weights(role.name, role.version, role.buckets())
+        metrics = self.engines.bring_weights(role.name, role.version, role.send_weights)
         slowest = {name: max(each[name] for each in metrics.values()) for name in metrics[0]}
-        return {**slowest, "sync/buckets": float(self.engines.buckets(role.name)), **self.engines.recoveries()}
+        calls = len(role.crew) + len(self.crew)
+        counts = {"sync/buckets": float(self.engines.buckets(role.name)), "sync/controller_calls": float(calls)}
+        return {**slowest, **counts}
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
         """Give device memory back; the most bytes of any engine."""

@@ -45,7 +45,7 @@ class Limits:
     @property
     def interval(self) -> float:
         """Seconds between two questions."""
-        return min(5.0, max(0.1, self.patience / 4))
+        return min(5.0, max(0.1, min(self.patience, self.stall) / 4))
 
 
 class Beating:
@@ -108,15 +108,16 @@ class Pulse:
         passed = min(now - self._looked, 2 * self.limits.interval)
         self._looked = now
         self._silent += passed
-        self._idle += passed
+        self._idle += passed if self._known else 0.0  # one that has not begun stands still
         if self._question is None:
             self._question = actor.beat.options(concurrency_group=GROUP).remote()
-        if ray.wait([self._question], timeout=0)[0]:
+        heard = bool(ray.wait([self._question], timeout=0)[0])
+        if heard:
             self._hear(self._question)
         patience = self.limits.patience if self._known else max(START_SECONDS, self.limits.patience)
         if self._silent > patience:
             return f"it gave no sign of life for {self._silent:.0f} s"
-        if self._idle > max(self.limits.stall, LONGEST * longest):
+        if heard and self._idle > max(self.limits.stall, LONGEST * longest):
             return f"it made no progress for {self._idle:.0f} s"
         return ""
 

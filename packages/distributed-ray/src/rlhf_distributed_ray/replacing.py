@@ -9,15 +9,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_core.errors import WorkerLost
 from rlhf_core.util.messages import log
 from rlhf_distributed_ray.crew import Crew
+from rlhf_distributed_ray.sending import Shipment
 
 __all__ = ["EngineCrew"]
 
 Call = Callable[[Any, int], Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a role, as they were sent last."""
+
+    version: int
+    sync: int
+    buckets: list[Any]
+    """references"""
+
+    def receive(self, role: str, number: int) -> Call:
+        """Return the call that gives an engine one bucket."""
+        return lambda actor, _: actor.receive.remote(role, self.sync, number, self.buckets[number])
+
+    def finish(self, role: str) -> Call:
+        """Return the call that lets an engine take the buckets that it has received."""
+        return lambda actor, _: actor.finish_sync.remote(role, self.version, self.sync, len(self.buckets))
 
 
 class EngineCrew:
@@ -32,8 +52,9 @@ class EngineCrew:
     def __init__(self, crew: Crew, hire: Callable[[int], Any], retries: int) -> None:
         self.crew = crew
         self._hire, self._left = hire, retries
-        self._weights: dict[str, tuple[int, list[Any]]] = {}
-        """version of the last weights of each role, and the references of their buckets"""
+        self._weights: dict[str, Weights] = {}
+        """the last ones of each role"""
+        self._syncs = 0
         self._states: dict[int, Mapping[str, Any]] = {}
         """the states that are known of engines that have one"""
         self._replaced, self._seconds = 0, 0.0
@@ -66,32 +87,30 @@ class EngineCrew:
                 self._replace(rank, found.deaths[rank])
         return results
 
-    def bring_weights(self, role: str, version: int, buckets: Iterable[Any]) -> dict[int, Mapping[str, float]]:
-        """Send the buckets of a role's weights to every engine; what each reports of it, by number.
+    def bring_weights(
+        self, role: str, version: int, send: Callable[[list[Any], int], Shipment]
+    ) -> dict[int, Mapping[str, float]]:
+        """Let every engine take a role's weights; return what each reports of it, by number.
 
-        The references are kept until the next weights, for an engine that has to be replaced. One that dies meanwhile is
-        replaced at the end, and takes them all then.
+        The references of buckets are kept until the next weights, for an engine that has to be replaced.
+
+        Args:
+            role: name of the role.
+            version: of its weights.
+            send: sends the weights to these actors, as sync of that number.
         """
-        kept: list[Any] = []
+        self._syncs += 1
         self._weights.pop(role, None)  # the store need not hold two copies
-        live, deaths = list(range(len(self.crew))), dict[int, WorkerLost]()
-        for reference in buckets:
-            kept.append(reference)
-            first = len(kept) == 1
-            found = self.crew.send(_receive(role, reference, first), live, grace=math.inf)
-            live = [rank for rank in live if rank not in found.deaths]
-            deaths |= found.deaths
-            found.deaths = {}
-            found.in_order()
-        self._weights[role] = (version, kept)
-        for rank, death in deaths.items():
-            self._replace(rank, death)
-        # a replaced engine has taken them already; to take them again changes nothing, and it reports as the others do
-        return self.ask(_finish(role, version), range(len(self.crew)))
+        shipment = send(list(self.crew.actors), self._syncs)
+        self._weights[role] = weights = Weights(version, self._syncs, shipment.buckets)
+        for rank in shipment.late:  # it is asked by the controller, who finds out if it is dead
+            for number in range(len(weights.buckets)):
+                self.ask(weights.receive(role, number), [rank])
+        return self.ask(weights.finish(role), range(len(self.crew)))
 
     def buckets(self, role: str) -> int:
         """Return how many buckets the last weights of a role were."""
-        return len(self._weights[role][1])
+        return len(self._weights[role].buckets)
 
     def remember(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Keep the states of engines, which those that replace them continue from."""
@@ -137,10 +156,10 @@ class EngineCrew:
         try:
             if self._states.get(rank):
                 self._ask_one(rank, lambda actor, _: actor.load_state_dict.remote(self._states[rank]))
-            for role, (version, buckets) in self._weights.items():
-                for count, reference in enumerate(buckets):
-                    self._ask_one(rank, _receive(role, reference, count == 0))
-                self._ask_one(rank, _finish(role, version))
+            for role, weights in self._weights.items():
+                for number in range(len(weights.buckets)):
+                    self._ask_one(rank, weights.receive(role, number))
+                self._ask_one(rank, weights.finish(role))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):  # whoever had them is dead too
                 raise WorkerLost(self.crew.who, f"{death.report}; the weights that it had are lost") from None
@@ -148,13 +167,3 @@ class EngineCrew:
 
     def _ask_one(self, rank: int, call: Call) -> Any:
         return self.crew.send(call, [rank]).in_order()[0]
-
-
-def _receive(role: str, reference: Any, first: bool) -> Call:
-    """Return the call that gives an engine one bucket."""
-    return lambda actor, _: actor.receive.remote(role, reference, first)
-
-
-def _finish(role: str, version: int) -> Call:
-    """Return the call that lets an engine take the buckets that it has received."""
-    return lambda actor, _: actor.finish_sync.remote(role, version)

@@ -21,11 +21,13 @@ from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.taken_weights import TakenWeights
+from rlhf_core.util.activity import report
 from rlhf_core.util.messages import install_console
 from rlhf_core.util.random_states import get_random_states, seed_libraries, set_random_states
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.pulse import Beating
+from rlhf_distributed_ray.sending import Shipment, send_weights
 from rlhf_distributed_ray.snapshots import Files, memory_folder, read_files, write_files
 from rlhf_distributed_ray.transport import unpack
 
@@ -193,6 +195,18 @@ class RoleWorker(Worker):
         assert self._bucket is not None, "open_weights comes first"
         bucket = next(self._bucket, [])
         return (bucket if self.rank == 0 else []), bool(bucket)
+
+    def send_weights(self, engines: list[Any], sync: int, patience: float) -> Shipment:
+        """Send the weights to these engines, from rank 0; the other ranks take part where weights are gathered.
+
+        Only rank 0 copies them to the host.
+        """
+        if self.rank == 0:
+            return send_weights(self.role.weights(), engines, self.role_name, sync, patience)
+        if self.role.trainable.sharded:
+            for _ in self.role.weights():
+                report("gathering weights")
+        return Shipment()
 
     def take_weights(self, bucket: list[tuple[str, Any]], decay: float, first: bool) -> None:
         """Take one bucket of another role's weights; every rank gets it and takes its share."""

@@ -236,6 +236,10 @@ class Placement:
         """
         raise NotImplementedError
 
+    def recoveries(self) -> Mapping[str, float]:
+        """Return metrics of processes that were replaced since the last call, without the run's help. Called once per step."""
+        return {}
+
     def revive(self, roles: Sequence[str]) -> None:
         """Start these roles anew, and whoever else is dead, where they were placed or where there is room now.
 

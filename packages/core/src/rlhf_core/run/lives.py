@@ -115,11 +115,12 @@ class Lives:
             self._died = 0.0
 
     def recoveries(self) -> dict[str, float]:
-        """Return what is logged of recoveries since the last finished step; nothing where there was none."""
-        if not self._recovered:
-            return {}
-        metrics = {"recovered/roles": float(self._recovered), "recovered/seconds": self._seconds}
-        self._recovered, self._seconds = 0, 0.0
+        """Return what is logged of recoveries since the last finished step."""
+        assert self.run.placed is not None
+        metrics = dict(self.run.placed.recoveries())
+        if self._recovered:
+            metrics |= {"recovered/roles": float(self._recovered), "recovered/seconds": self._seconds}
+            self._recovered, self._seconds = 0, 0.0
         return metrics
 
     def _continue_from(self, state: Mapping[str, Any], engine_states: Mapping[str, Any]) -> None:
