@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Placement
-from rlhf_core.errors import RunStopped, UsageError, option, run_option
+from rlhf_core.errors import RunStopped, UsageError, WorkerLost, option, run_option
 from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
@@ -28,6 +28,8 @@ __all__ = ["Cluster", "disconnect"]
 
 T = TypeVar("T")
 
+ATTEMPTS = 5
+"""How often a role is started anew before it counts as dead: Ray takes some seconds to notice that a node is gone."""
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 
 
@@ -102,11 +104,23 @@ class Cluster:
 
     def restart(self, group: RoleGroup) -> None:
         """Put new actors into the seats of a role, and let them build it."""
+        import ray
+
         from rlhf_distributed_ray.worker import RoleWorker
 
         role, seats = group.name, self.layout.seats[group.name]
-        actors = [self._actor(RoleWorker, s, self.described, role, k, len(seats)) for k, s in enumerate(seats)]
-        group.begin_again(self._crew(_title(role), actors))
+        for left in reversed(range(ATTEMPTS)):
+            self.await_room()
+            actors = [self._actor(RoleWorker, s, self.described, role, k, len(seats)) for k, s in enumerate(seats)]
+            try:
+                crew = self._crew(_title(role), actors)
+                break
+            except WorkerLost:
+                for actor in actors:
+                    ray.kill(actor)
+                if not left:
+                    raise
+        group.begin_again(crew)
         check_devices(role, group.call("devices"))
         _start(group.crew)
 
@@ -248,10 +262,9 @@ class _RayPlaced(Placement):
         doomed = [group for name, group in self.groups.items() if name in roles or not group.crew.is_whole()]
         for actor in [actor for group in doomed for actor in group.crew.actors]:
             ray.kill(actor)  # also of ranks that are alive: they may wait for a dead one, or work on what is given up
-        self.snapshots.forget(_live_nodes())
-        self.cluster.await_room()
         restarts = {group.name: partial(self.cluster.restart, group) for group in doomed}
         call_chains(restarts, [[name] for name in restarts])
+        self.snapshots.forget(_live_nodes())
         if self.engines is not None:
             self.engines.engines.forget_weights()
 

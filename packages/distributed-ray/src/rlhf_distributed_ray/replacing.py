@@ -20,6 +20,8 @@ from rlhf_distributed_ray.sending import Shipment
 __all__ = ["EngineCrew"]
 
 Call = Callable[[Any, int], Any]
+ATTEMPTS = 5
+"""How often a new engine is started before its death counts: Ray takes some seconds to notice that a node is gone."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,17 @@ class EngineCrew:
             WorkerLost: there were too many deaths, or the weights that the new engine would take are lost too.
         """
         began = time.monotonic()
-        while True:
-            if not self._left:
-                raise death
-            self._left -= 1
-            log.warning(f"{death.report}; a new engine takes its place")
+        if not self._left:
+            raise death
+        self._left -= 1
+        log.warning(f"{death.report}; a new engine takes its place")
+        for left in reversed(range(ATTEMPTS)):
             try:
                 self._equip(rank, death)
                 break
             except WorkerLost as again:
-                if again.who != death.who:
+                if again.who != death.who or not left:
                     raise
-                death = again
         self._replaced += 1
         self._seconds += time.monotonic() - began
 
