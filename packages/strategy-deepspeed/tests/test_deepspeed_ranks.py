@@ -240,7 +240,7 @@ def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Pa
     told = outcome(quick[2], "wrong")
     assert told["batch"] == "batch_size=… 1 leaves some of 2 ranks without a row; raise it"
     assert "scales the loss of float16 from stage 1 on" in told["dtype"]
-    assert told["hpz"] == "strategy.hpz=… 3 does not divide 2 ranks; choose a number that does"
+    assert told["hpz"] == "DeepSpeed(hpz=…) 3 does not divide 2 ranks; choose a number that does"
     assert "the model has no module of class 'Experts'; it has" in told["leaves"]
     assert told["groups"] == "2 ranks do not make groups of 3 that share rows; start a multiple of 3"
     assert told["heads"].endswith("2 does not fit 1 attention heads of 1 keys; choose a number that does")
