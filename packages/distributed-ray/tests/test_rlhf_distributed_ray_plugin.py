@@ -12,6 +12,7 @@ import pytest
 from rlhf_core.errors import MissingPackage
 from rlhf_core.testing import tiny_run
 from rlhf_distributed_ray import plugin
+from rlhf_distributed_ray.dashboard import RayDashboard
 from rlhf_distributed_ray.launcher import RayLauncher
 
 TINY = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
@@ -22,8 +23,9 @@ def test_its_entry_point_names_the_plugin_module() -> None:
     assert entry.load() is plugin
 
 
-def test_it_registers_its_name() -> None:
+def test_it_registers_its_names() -> None:
     assert plugin.rlhf_launcher() == {"ray": f"{RayLauncher.__module__}:RayLauncher"}
+    assert plugin.rlhf_observer() == {"ray_dashboard": f"{RayDashboard.__module__}:RayDashboard"}
 
 
 def test_importing_it_does_not_import_torch_or_ray() -> None:

@@ -127,6 +127,9 @@ INSTALL: dict[str, dict[str, str]] = {
         "value": "rlhf-algos",
         "weighted_nll": "rlhf-algos",
     },
+    "observer": {
+        "ray_dashboard": "rlhf-distributed-ray",
+    },
     "optimizer": {
         "mle": "rlhf-algos",
         "omd": "rlhf-algos",

@@ -1,0 +1,68 @@
+"""Templates of clusters and the gauges of a run, as far as one machine can check them."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_core.errors import UsageError
+from rlhf_distributed_ray.dashboard import RayDashboard
+from rlhf_distributed_ray.launcher import RayLauncher
+from rlhf_distributed_ray.places import parse_shape
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+def launcher_flags(words: list[str]) -> set[str]:
+    return {word.removeprefix("--launcher.").replace("-", "_") for word in words if word.startswith("--launcher.")}
+
+
+def test_the_slurm_template_is_bash_and_its_flags_exist() -> None:
+    file = TEMPLATES / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(file)], capture_output=True).returncode == 0
+    flags = launcher_flags(file.read_text("utf-8").split())
+    assert flags and flags <= set(RayLauncher.__dataclass_fields__)
+
+
+def test_the_kuberay_template_is_a_job_whose_workers_fit_its_largest_size() -> None:
+    yaml = pytest.importorskip("yaml", reason="comes with ray")
+    job = yaml.safe_load((TEMPLATES / "kuberay.yaml").read_text("utf-8"))
+    assert job["kind"] == "RayJob"
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert launcher_flags(words) <= set(RayLauncher.__dataclass_fields__)
+    shape = parse_shape(words[words.index("--launcher.workers") + 1], "workers")
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert shape.devices == int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert shape.nodes == group["maxReplicas"]
+
+
+def test_each_metric_is_a_gauge_under_a_name_that_prometheus_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+    gauges = pytest.importorskip("ray.util.metrics")
+    values: dict[str, Any] = {}
+
+    class Gauge:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+            assert name not in values, "one gauge for a name"
+            self.name = name
+            values[name] = None
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            values[self.name] = (value, tags)
+
+    monkeypatch.setattr(gauges, "Gauge", Gauge)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    view: Any = SimpleNamespace(output=Path("runs/a"), config=SimpleNamespace(steps=2))
+    watching = RayDashboard()(view)
+    watching.rlhf_step_end(view, 1, {"step": 1, "reward/mean": 0.5})
+    watching.rlhf_step_end(view, 2, {"step": 2, "reward/mean": 0.75})
+    assert values == {"rlhf_reward_mean": (0.75, {"run": "runs/a"}), "rlhf_step": (2.0, {"run": "runs/a"})}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match="^observer ray_dashboard needs a Ray cluster; add launcher = "):
+        RayDashboard()(view)
