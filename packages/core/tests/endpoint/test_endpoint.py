@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import threading
 import time
@@ -382,6 +383,20 @@ def test_what_an_agent_returns_is_checked(raw: Any, message: str) -> None:
 def test_numbers_and_nothing_are_outcomes() -> None:
     assert outcome_of(True, ()) == Outcome(1.0)
     assert outcome_of(None, ()) == Outcome()
+
+
+def test_the_game_of_the_examples_is_played(tmp_path: Path) -> None:
+    """The number is what Python's generator draws from the seed of the prompt, as the example says."""
+    number = random.Random(Sampling(seed=5).seed_for(10, -1)).randrange(10)
+    wrong = (number + 1) % 10
+    policy = Echo(["?", str(wrong), str(number)])
+    agent = f"{Path(__file__).parents[4] / 'examples' / 'agents' / 'guess.py'}:play"
+    rollouts = run_agent(policy, agent, encoder(PLAIN, tmp_path), log=("tries",))
+    assert rollouts["environment_rewards_NT"].sum().item() == pytest.approx(0.9)
+    assert rollouts["environment/tries_N"].tolist() == [3.0]
+    read = [bytes(each for each in ids if each < 256).decode() for ids in policy.read]
+    hint = "higher" if wrong < number else "lower"
+    assert read == ["Guess a digit: ", "Guess a digit: ?\nno digit: ", f"Guess a digit: ?\nno digit: {wrong}\n{hint}: "]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
