@@ -95,9 +95,7 @@ def test_the_run_ends_with_one_line_when_too_many_engines_have_died(tmp_path: Pa
     with pytest.raises(
         WorkerLost, match=r"^rollout engine rank 0 on node .* died: .*; continue from the last checkpoint"
     ):
-        run([*JOB, "--steps", "4", *RAY, "--launcher.retries", "1", "--save-every", "1"], tmp_path / "run", harm)
-    expected = run([*JOB, "--steps", "4"], tmp_path / "undisturbed")
-    assert_same(expected, run([*JOB, "--steps", "4", *RAY, "--resume"], tmp_path / "run"))
+        run([*JOB, "--steps", "3", *RAY, "--launcher.retries", "1"], tmp_path / "run", harm)
 
 
 @pytest.mark.slow
@@ -113,7 +111,7 @@ def test_a_stopped_engine_is_replaced_too(tmp_path: Path) -> None:
     ("rank", "flags", "seen"),
     [
         pytest.param(1, ["--launcher.snapshot-every", "1"], 2, id="snapshot"),
-        pytest.param(0, ["--save-every", "2"], 2, id="checkpoint"),
+        pytest.param(0, ["--save-every", "2"], 2, id="checkpoint", marks=pytest.mark.slow),
         pytest.param(0, [], 0, id="neither", marks=pytest.mark.slow),
     ],
 )
@@ -136,9 +134,3 @@ def test_a_dead_trainer_comes_back_and_the_run_goes_on(
     assert steps == sorted(steps) and len(steps) == len(
         (tmp_path / "undisturbed" / "samples.jsonl").read_text().splitlines()
     )
-
-
-def test_no_retries_mean_that_a_death_ends_the_run(tmp_path: Path) -> None:
-    harm = Harm((1, "actor", 0, signal.SIGKILL))
-    with pytest.raises(WorkerLost, match=r"^role actor rank 0 on node .* died: "):
-        run([*JOB, "--steps", "2", *RAY, "--launcher.retries", "0"], tmp_path / "run", harm)

@@ -1,7 +1,7 @@
 """The launcher `ray`: one controller runs the loop, roles and rollout engines are groups of actors on a cluster.
 
-Works against a cluster it starts on this machine, and against an existing one (`--launcher.address`). Not here yet: the
-hybrid engine's sleeping and waking, and living on after a death without a restart.
+Works against a cluster it starts on this machine, and against an existing one (`--launcher.address`). A run survives the death
+of workers and nodes (`cluster`). Not here yet: roles and engines that take turns on a device.
 """
 
 from __future__ import annotations
