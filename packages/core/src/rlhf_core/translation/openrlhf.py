@@ -135,7 +135,7 @@ ABSENT = {
     "loss_type": "the difference of scores goes through the logarithm of a sigmoid, which log-exp is too",
     "agent_func_path": "an environment is a class, --environment MODULE:CLASS; docs/environments.md writes one",
     "partial_rollout": "a completion is sampled by the weights that it began with",
-    "ring_attn_size": "there is no ring attention",
+    "ring_attn_size": "--strategy.sequence lets ranks share rows by Ulysses; there is no ring attention",
     "ring_head_stride": "there is no ring attention",
     "grad_accum_dtype": "gradients are summed in float32",
     "disable_fast_tokenizer": "the tokenizer is the model's own",
