@@ -275,11 +275,16 @@ def test_four_ranks_that_share_rows_change_no_number(tmp_path: Path, reference: 
         assert_same(outcome(tmp_path, word), reference("wide"), tolerance=1e-4)
 
 
+def fits(case: str, stage: str) -> bool:
+    """Return False for a loss of whole distributions where ranks share rows, which is refused."""
+    return not (case == "distill" and stage.endswith("s"))
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def cross(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """All cases under all stages."""
     folder = tmp_path_factory.mktemp(f"cross{request.param}")
-    words = [f"{case}:{stage}" for case in ranks.CASES for stage in CROSS[request.param]]
+    words = [f"{case}:{stage}" for case in ranks.CASES for stage in CROSS[request.param] if fits(case, stage)]
     launch(folder, request.param, runnable(words))
     return request.param, folder
 
@@ -292,8 +297,8 @@ def test_every_algorithm_under_every_stage(
 ) -> None:
     if not runnable([case]):
         pytest.skip("needs rlhf-algos, and peft for adapters")
-    if stage not in CROSS[cross[0]]:
-        pytest.skip("runs on another number of ranks")
+    if stage not in CROSS[cross[0]] or not fits(case, stage):
+        pytest.skip("runs on another number of ranks, or is refused")
     found = outcome(cross[1], f"{case}:{stage}")
     assert_same(found, reference(case), tolerance=BF16_TOLERANCE if case == "bf16" else 1e-4)
     rest = {key: found[key][ranks.STEPS // 2 :] for key in ("metrics", "sampled")}
