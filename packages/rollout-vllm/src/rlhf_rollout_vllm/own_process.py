@@ -208,6 +208,7 @@ class OwnProcess:
             for each in manager.processes if manager is not None else ():
                 each.join(CLOSE_SECONDS)
             self.loop.call(destroy_context(resources.ctx), CLOSE_SECONDS)
+            self.llm.shutdown = _do_nothing  # vLLM calls it once more, at an interpreter's end that has no modules left
             self.llm = None
             gc.unfreeze()  # vLLM freezes what it made, which would stay to the end of the interpreter
             gc.collect()
@@ -387,3 +388,7 @@ class OwnProcess:
             if LEFT_OUT in text:
                 raise ContractError(text[text.index(LEFT_OUT) :].split("\n")[0].rstrip("'\"),")) from error
             raise
+
+
+def _do_nothing() -> None:
+    """Stand for a call that has been made."""
