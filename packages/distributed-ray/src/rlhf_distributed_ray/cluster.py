@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import RunStopped, UsageError, WorkerLost, option, run_option
+from rlhf_core.launcher.sharing import SharingOptions
 from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
@@ -41,14 +42,24 @@ class Cluster:
         layout: who sits where.
         surroundings: what the processes of workers begin with.
         limits: how long workers are waited for.
+        sharing: whether those who share a device take turns on it.
         started: the cluster was started here, and ends with the run.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, surroundings: Surroundings, limits: Limits, started: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        surroundings: Surroundings,
+        limits: Limits,
+        sharing: SharingOptions,
+        started: bool,
+    ) -> None:
         self.plan = plan
         self.layout = layout
         self.surroundings = surroundings
         self.limits = limits
+        self.sharing = sharing
         self.started = started
         self.groups: list[Any] = []
         self.actors: list[Any] = []
@@ -60,8 +71,9 @@ class Cluster:
         from rlhf_core.config.builder import to_names
         from rlhf_core.plugins.registry import default_registry
         from rlhf_distributed_ray.engine_worker import EngineWorker
-        from rlhf_distributed_ray.group import EngineGroup, RoleGroup
+        from rlhf_distributed_ray.group import EngineGroup
         from rlhf_distributed_ray.replacing import EngineCrew
+        from rlhf_distributed_ray.sharing import RayTurns
         from rlhf_distributed_ray.transport import Shipper
         from rlhf_distributed_ray.worker import Description, RoleWorker, versions
 
@@ -86,13 +98,12 @@ class Cluster:
         engine = None
         if ENGINE in crews:
             engine = EngineGroup(EngineCrew(crews.pop(ENGINE), self.hire_engine, self.limits.retries))
-        roles = {
-            role: RoleGroup(spec, crews[role], shipper, self.plan.config.output)
-            for role, spec in self.plan.roles.items()
-        }
-        for role, group in roles.items():
-            check_devices(role, group.call("devices"))
-        call_chains({role: partial(_start, crew) for role, crew in crews.items()}, [[role] for role in crews])
+        for role, crew in crews.items():
+            check_devices(role, crew.call("devices"))
+        device_bytes = min(size for crew in crews.values() for size in crew.call("device_bytes"))
+        self.turns = RayTurns(self.sharing, self.plan, self.layout, device_bytes)
+        roles = {role: self.turns.group(role, crews[role], shipper) for role in self.plan.roles}
+        call_chains({role: partial(self._load, group) for role, group in roles.items()}, self.turns.chains(list(roles)))
         return _RayPlaced(roles, engine, World(), self)
 
     def hire_engine(self, rank: int) -> Any:
@@ -122,7 +133,7 @@ class Cluster:
                     raise
         group.begin_again(crew)
         check_devices(role, group.call("devices"))
-        _start(group.crew)
+        self._load(group)
 
     def await_room(self) -> None:
         """Wait until Ray has placed the bundles of lost nodes elsewhere.
@@ -150,6 +161,11 @@ class Cluster:
         handle = ray.remote(Keeper).options(num_cpus=0, scheduling_strategy=there).remote()
         self.actors.append(handle)
         return handle
+
+    def _load(self, group: RoleGroup) -> None:
+        """Let a role's ranks load it, when there is room for it."""
+        with self.turns.loading(group):
+            _start(group.crew)
 
     def _reserve(self) -> None:
         """Placement groups for every bundle of the layout."""
@@ -243,7 +259,8 @@ class _RayPlaced(Placement):
         self, groups: dict[str, RoleGroup], engines: EngineGroup | None, world: World, cluster: Cluster
     ) -> None:
         limits = cluster.limits
-        super().__init__(dict(groups), engines, world, limits.retries, limits.snapshot_every)
+        rollout = cluster.turns.engine(engines) if engines is not None else None
+        super().__init__(dict(groups), rollout, world, limits.retries, limits.snapshot_every)
         self.groups, self.engines, self.cluster = groups, engines, cluster
         self.snapshots = Snapshots(cluster.keeper, limits.patience)
 
@@ -263,7 +280,7 @@ class _RayPlaced(Placement):
         for actor in [actor for group in doomed for actor in group.crew.actors]:
             ray.kill(actor)  # also of ranks that are alive: they may wait for a dead one, or work on what is given up
         restarts = {group.name: partial(self.cluster.restart, group) for group in doomed}
-        call_chains(restarts, [[name] for name in restarts])
+        call_chains(restarts, self.cluster.turns.chains(list(restarts)))
         self.snapshots.forget(_live_nodes())
         if self.engines is not None:
             self.engines.engines.forget_weights()
@@ -271,6 +288,9 @@ class _RayPlaced(Placement):
     def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Roles with bundles of their own work at once; those that share one work in turn."""
         return call_chains(calls, self.cluster.layout.chains(calls))
+
+    def metrics(self) -> Mapping[str, float]:
+        return self.cluster.turns.metrics()
 
     def close(self) -> None:
         if self.engines is not None:

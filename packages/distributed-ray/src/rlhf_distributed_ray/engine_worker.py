@@ -14,6 +14,7 @@ from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.roles import Placement, Role
 from rlhf_core.training.local_role import LocalRole
+from rlhf_core.training.token_budget import release_memory
 from rlhf_core.util.random_states import seed_libraries
 from rlhf_distributed_ray.arrays import from_array
 from rlhf_distributed_ray.sending import ReceivedBuckets
@@ -40,6 +41,8 @@ class MirrorRole(Role):
         """the engine samples from the model itself"""
         self._inside = False
         """the last sync went into the model"""
+        self._asleep = False
+        """the model is out of device memory"""
 
     @cached_property
     def local(self) -> LocalRole:
@@ -51,8 +54,22 @@ class MirrorRole(Role):
 
     def release(self) -> None:
         """Free the model, unless the engine samples from it or no other place has its weights."""
-        if not self._sampled and not self._inside:
-            self.__dict__.pop("local", None)
+        if not self._sampled and not self._inside and self.__dict__.pop("local", None) is not None:
+            release_memory()  # the engine is in this process, too, and may grow into it
+
+    def sleep(self) -> int:
+        """Give the memory of the model back, if there is one here; its bytes."""
+        if self._asleep or "local" not in self.__dict__:
+            return 0
+        self._asleep = True
+        return self.local.sleep()
+
+    def wake(self) -> int:
+        """Take it again; its bytes."""
+        if not self._asleep:
+            return 0
+        self._asleep = False
+        return self.local.wake()
 
     @property
     def module(self) -> Any:
@@ -147,13 +164,12 @@ class EngineWorker(Worker):
 
     def sleep(self, level: Literal[1, 2]) -> int:
         """Give device memory back; its bytes."""
-        freed: int = self.engine.sleep(level)
-        return freed
+        return int(self.engine.sleep(level)) + sum(mirror.sleep() for mirror in self.mirrors.values())
 
     def wake(self, part: Literal["weights", "cache", "all"]) -> int:
         """Take the memory of a part again; its bytes."""
-        taken: int = self.engine.wake(part)
-        return taken
+        woken = 0 if part == "cache" else sum(mirror.wake() for mirror in self.mirrors.values())
+        return int(self.engine.wake(part)) + woken
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the engine and those inside it, by place."""

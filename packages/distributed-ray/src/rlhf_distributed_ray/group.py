@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -190,6 +190,10 @@ class RoleGroup(Role):
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder."""
         self.call("export", folder)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """While it is open, the states are on their devices; they always are where devices are not shared."""
+        return nullcontext()
 
     def sleep(self) -> int:
         """Give device memory back; the most bytes of any rank."""

@@ -1,7 +1,7 @@
 """The launcher `ray`: one controller runs the loop, roles and rollout engines are groups of actors on a cluster.
 
 Works against a cluster it starts on this machine, and against an existing one (`--launcher.address`). A run survives the death
-of workers and nodes (`cluster`). Not here yet: roles and engines that take turns on a device.
+of workers and nodes (`cluster`), and roles and engines may take turns on a device (`sharing`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, OptionError, option
+from rlhf_core.launcher.sharing import SharingOptions
 from rlhf_core.lazy import torch
 from rlhf_core.util.messages import progress
 from rlhf_distributed_ray.cluster import Cluster, disconnect
@@ -40,7 +41,7 @@ REASON = 150  # characters of what Ray says: a line
 
 
 @dataclass(frozen=True)
-class RayLauncher(Launcher):
+class RayLauncher(SharingOptions, Launcher):
     """Roles and rollout engines as groups of Ray actors."""
 
     engines_apart: ClassVar[bool] = True
@@ -123,7 +124,7 @@ class RayLauncher(Launcher):
                 room=self.room,
                 snapshot_every=self.snapshot_every,
             )
-            cluster = Cluster(plan, layout, surroundings, limits, started)
+            cluster = Cluster(plan, layout, surroundings, limits, self, started)
         except BaseException:
             disconnect(started)
             raise

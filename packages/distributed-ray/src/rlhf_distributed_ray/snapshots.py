@@ -105,7 +105,8 @@ class Snapshots:
                 parts[rank], node = actor.keep_state.options(num_returns=2).remote()
                 return node
 
-            homes = group.crew.send(call).in_order()
+            with group.awake():
+                homes = group.crew.send(call).in_order()
             for rank, home in enumerate(homes):
                 targets = [home, *_next_node(home, nodes)]
                 taken[name, rank] = [self._keeper(node).take.remote(step, name, rank, parts[rank]) for node in targets]
@@ -126,7 +127,8 @@ class Snapshots:
         """
         for name, group in groups.items():
             parts = [self._find(step, name, rank) for rank in range(self._sizes[name])]
-            group.crew.call("load_state", *parts)
+            with group.awake():
+                group.crew.call("load_state", *parts)
 
     def _find(self, step: int, role: str, rank: int) -> Any:
         """Return the reference of a part."""

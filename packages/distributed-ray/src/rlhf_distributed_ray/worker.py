@@ -141,6 +141,10 @@ class RoleWorker(Worker):
         context = ray.get_runtime_context()
         return [(context.get_node_id(), each) for each in context.get_accelerator_ids().get("GPU", ())]
 
+    def device_bytes(self) -> int:
+        """Memory of the GPU that this worker was given; 0 without one."""
+        return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
     def start(self, host: str, port: int, timeout: float) -> None:
         """Join the role's process group, whose ranks meet at this address, and build the role."""
         os.environ |= {

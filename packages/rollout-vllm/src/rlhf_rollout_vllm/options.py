@@ -41,8 +41,8 @@ class VLLMOptions:
     enable_prefix_caching: bool = True
     """compute a prompt once for all its completions (and again only after an update)"""
     enable_sleep: bool = False
-    """let the engine's weights and cache leave the GPU when it is put to sleep, which no launcher does yet; one sampled role,
-    not on the CPU"""
+    """let the engine's weights and cache leave the GPU when a launcher puts it to sleep (`--launcher.share-memory`); for one
+    sampled role, not on the CPU"""
     max_logprob_diff: float = 0.0
     """the run stops if engine and trainer differ by more than this in the mean log-probability of the same tokens, after
     opening or after the first update; 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never stops"""

@@ -68,8 +68,12 @@ class BadProbability(Evaluator):
         bad = self._bad_ids(role.tokenizer)
         prompt = run.encoder.prompts([Example(self.prompt)], [0]).token_ids[0]
         lm, dtype = role.causal_lm, role.module.compute_dtype
-        training, device = lm.training, next(lm.parameters()).device.type
-        with torch.inference_mode(), role.gathered(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        training = lm.training
+        with (
+            torch.inference_mode(),
+            role.gathered(),
+            torch.autocast(next(lm.parameters()).device.type, dtype, enabled=dtype != torch.float32),
+        ):
             lm.eval()
             first_V, second = _distributions(lm, prompt)
             ends = end_ids(role.spec, role.tokenizer)

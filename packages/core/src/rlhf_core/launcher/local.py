@@ -12,6 +12,7 @@ from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import OptionError, UsageError
+from rlhf_core.launcher.sharing import SharingOptions, plan_sharing
 from rlhf_core.lazy import torch
 from rlhf_core.util.messages import log
 
@@ -24,7 +25,7 @@ __all__ = ["Local"]
 
 
 @dataclass(frozen=True)
-class Local(Launcher):
+class Local(SharingOptions, Launcher):
     """All roles in one process; under torchrun or deepspeed, one rank of each in every process."""
 
     one_process: ClassVar[bool] = True
@@ -34,6 +35,7 @@ class Local(Launcher):
     """seconds that ranks wait for each other in a collective operation before the run ends with an error"""
 
     def __call__(self, plan: Plan) -> Placement:
+        from rlhf_core.launcher.local_turns import LocalTurns
         from rlhf_core.training.local_role import LocalRole
 
         if self.timeout <= 0:
@@ -47,15 +49,25 @@ class Local(Launcher):
             raise OptionError(
                 "/batch_size", f"{plan.config.batch_size} leaves some of {world.size} ranks without a row; raise it"
             )
+        engine = plan.online and not plan.config.providers["rollout"].exact
+        sharing = plan_sharing(self, plan, _device_bytes(), world.size, list(plan.roles), engine)
+        shared = LocalTurns(plan, world, sharing) if sharing is not None else None
         roles: dict[str, LocalRole] = {}
         for name in sorted(plan.roles, key=lambda each: not plan.roles[each].trained):  # who lends comes first
-            roles[name] = LocalRole(plan, name, base_owner=roles.get(plan.base_owner(name)))
+            owner = roles.get(plan.base_owner(name))
+            roles[name] = shared.role(name, owner) if shared is not None else LocalRole(plan, name, base_owner=owner)
         if world.leads:
             _report_copies(plan, roles)
         for role in roles.values():
             role.bind_comparisons(roles)
         rollout = plan.config.providers.get("rollout") if plan.online else None
-        return Placement({name: roles[name] for name in plan.roles}, rollout, world)
+        placed = {name: roles[name] for name in plan.roles}
+        return shared.placement(placed, rollout) if shared is not None else Placement(dict(placed), rollout, world)
+
+
+def _device_bytes() -> int:
+    """Return the memory of this rank's GPU; 0 without one."""
+    return int(torch.cuda.get_device_properties().total_memory) if torch.cuda.is_available() else 0
 
 
 def _report_copies(plan: Plan, roles: Mapping[str, LocalRole]) -> None:

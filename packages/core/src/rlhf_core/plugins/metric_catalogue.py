@@ -97,6 +97,9 @@ _PROVIDERS = {
     "<role>/router_loss": "loss: load balancing of a mixture of experts, before its weight",
     "<role>/kl": "nats a token: the KL loss's own estimate, with the weights of the step",
     "<role>/<name>/<datasource>": "as <role>/<name>: over the rows of data that say they come from there",
+    "sleep/<resident>/seconds": "seconds: of the step in which a role, or the rollout engine, was put to sleep or woken; with "
+    "launcher.share_memory; measured, as times are",
+    "sleep/<resident>/gib": "GiB: that it gave back and took again in these switches",
     "sync/bytes": "bytes: of weights sent to the engine",
     "sync/seconds": "seconds: the engine took for them; measured, as times are",
     "sync/calls": "calls: to the engine for one update",

@@ -202,6 +202,7 @@ class Run:
         self._last_end = current_time()
         self.log(measure_step(self._last_end - begun))
         self.log({**self.stream.metrics(iteration.position), **self.lives.recoveries()})
+        self.log(self.placed.metrics() if self.placed else {})
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
         metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
         metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}

@@ -1,0 +1,123 @@
+"""Whether roles and rollout engine take turns on a device, and within how many bytes.
+
+The forecast of the run says what each takes alone, and all at once. With `auto` they take turns where a CUDA device cannot hold
+all. One that does not fit alone is refused before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rlhf_core.contract.memory import RoleMemory
+from rlhf_core.contract.ranges import at_least
+from rlhf_core.errors import OptionError, UsageError, option, run_option
+from rlhf_core.launcher.residents import GIB, Residents
+from rlhf_core.util.messages import log
+
+if TYPE_CHECKING:
+    from rlhf_core.contract.plan import Plan
+
+__all__ = ["Sharing", "SharingOptions", "companions", "expected_memory", "plan_sharing"]
+
+RESERVE = 0.08
+"""Share of a device that no tensor takes: the CUDA context, libraries, fragmentation; that of `rlhf-run plan`."""
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """Options of launchers whose roles and engine may share a device."""
+
+    share_memory: Literal["auto", "on", "off"] = "auto"
+    """let roles and rollout engine take turns on a device: who works is there, others wait in host memory while room is short.
+    `auto` does so on CUDA devices that cannot hold all at once, by forecast"""
+    share_gib: float = 0.0
+    """most memory of a device that roles and rollout engine hold at once, in GiB; 0 takes 92 % of the device"""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "share_gib")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Turns on one set of devices."""
+
+    residents: Residents
+    memory: Mapping[str, RoleMemory]
+    """of each role, by forecast"""
+
+
+def plan_sharing(
+    options: SharingOptions, plan: Plan, device_bytes: int, ranks: int, names: Sequence[str], engine: bool
+) -> Sharing | None:
+    """Return how these roles, and rollout engines with weights of their own (`engine`), take turns on a device.
+
+    Args:
+        options: of the launcher.
+        plan: the run.
+        device_bytes: memory of the device; 0 on a CPU.
+        ranks: of the roles.
+        names: roles on the device.
+        engine: an engine with weights of its own is on it too.
+
+    Returns:
+        None if they all stay on it.
+
+    Raises:
+        UsageError: one does not fit alone, or the options contradict each other.
+    """
+    config = plan.config
+    budget = round(options.share_gib * GIB) or int(device_bytes * (1 - RESERVE))
+    if options.share_memory == "off" or len(names) + engine < 2:
+        return None
+    if options.share_memory == "auto" and (config.ahead or not device_bytes):
+        return None
+    if config.ahead:
+        raise OptionError(
+            "share_memory", f"on: sampling ahead needs the engine while roles train; leave out {run_option('ahead')}"
+        )
+    if not budget:
+        raise OptionError("share_memory", f"on: the memory of a CPU has no bound here; pass {option('share_gib')}")
+    memory = expected_memory(plan, budget, ranks)
+    needed = _needs(memory, names, engine)
+    together = sum(stays for stays, _ in needed.values()) + max(work for _, work in needed.values())
+    if options.share_memory == "auto" and together <= budget:
+        return None
+    for name, (stays, work) in needed.items():
+        if stays + work > budget:
+            raise UsageError(
+                f"the {name} alone takes {(stays + work) / GIB:.3g} GiB of a device by forecast, and {budget / GIB:.3g} may be "
+                f"used; raise {run_option('launcher.share_gib')}, lower {run_option('micro_tokens')} or the tokens that are "
+                "sampled, or shard it over more devices"
+            )
+    log.info(
+        f"{', '.join(needed)} take turns on a device: together they need {together / GIB:.3g} GiB by forecast, and "
+        f"{budget / GIB:.3g} may be used"
+    )
+    return Sharing(Residents(budget), memory)
+
+
+def _needs(memory: Mapping[str, RoleMemory], names: Sequence[str], engine: bool) -> dict[str, tuple[int, int]]:
+    """Return the bytes that each resident keeps while it is awake, and those that its largest call adds."""
+    needed = {}
+    for name in names:
+        each = memory[name]
+        needed[name] = (each.resident, max(each.training, each.inference, 0 if engine else each.cache))
+    return needed | ({"rollout engine": (max(memory[name].cache for name in names), 0)} if engine else {})
+
+
+def expected_memory(plan: Plan, budget: int, ranks: int) -> Mapping[str, RoleMemory]:
+    """Return the forecast memory of each role on a device."""
+    from rlhf_core.forecast.forecast import forecast
+    from rlhf_core.forecast.options import PlanOptions
+
+    even = ranks if plan.config.batch_size % ranks == 0 else 1  # on fewer devices each role takes more
+    found = forecast(plan.config, PlanOptions(gpus=even, gpu_gib=budget / GIB, reserve=0.0))
+    return {name: role.memory for name, role in found.roles.items()}
+
+
+def companions(plan: Plan, name: str) -> list[str]:
+    """Return the roles whose logits a loss of this role compares with its own."""
+    outputs = {output for _, term in plan.roles[name].terms for output in term.outputs}
+    return sorted({output.rpartition(".")[0] for output in outputs if "." in output})

@@ -1,0 +1,86 @@
+"""Roles and engines of a bundle take turns on its device: the same numbers, one asleep while another works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
+
+from rlhf_core import Registry, Run  # noqa: E402  after the checks above
+from rlhf_core.config.builder import parse  # noqa: E402
+from rlhf_core.contract.memory import RoleMemory  # noqa: E402
+from rlhf_core.launcher import sharing  # noqa: E402
+from rlhf_core.launcher.residents import GIB  # noqa: E402
+from rlhf_distributed_ray.placement import Layout, Seat  # noqa: E402
+from rlhf_distributed_ray.sharing import neighbors  # noqa: E402
+
+WORK = 2**20
+BUDGET = (2 * 1_400_000 + WORK) / GIB
+"""room for one role at work, and for the weights of an engine with the role that they come from"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stated forecast, so that no model is traced here."""
+
+    def expected(plan: Any, budget: int, ranks: int) -> dict[str, RoleMemory]:
+        held = {name: 1_400_000 if spec.trained else 470_000 for name, spec in plan.roles.items()}
+        return {name: RoleMemory(weights=size, inference=WORK, activations=WORK) for name, size in held.items()}
+
+    monkeypatch.setattr(sharing, "expected_memory", expected)
+
+
+def finish(words: list[str], output: Path) -> tuple[list[dict[str, float]], bytes]:
+    """The metrics of a run, a mapping per step, and its model."""
+    registry = Registry()
+    run = Run(parse([*words, "--output", str(output)], registry), registry)
+    run.train()
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return rows, (output / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_turns_change_no_number_under_ray(tmp_path: Path, cluster: None, small: None, workers: int) -> None:
+    words = ["ppo", "--model", "tiny", "--data", "prompts", "--reward", "length", "--batch-size", "4", "--steps", "2"]
+    words += ["--sampling.max-new-tokens", "3", "--launcher", "ray", "--launcher.cpus", "0.1", "--report", "False"]
+    words += ["--launcher.workers", str(workers)]
+    apart, stayed = finish(words, tmp_path / "all")
+    turns = ["--launcher.share-memory", "on", "--launcher.share-gib", f"{BUDGET!r}"]
+    shared, woken = finish(words + turns, tmp_path / "turns")
+    measured = ("time/", "speed/", "memory/", "sync/seconds", "sleep/")
+    for a, b in zip(apart, shared, strict=True):
+        assert {name: value for name, value in b.items() if not name.startswith(measured)} == {
+            name: value for name, value in a.items() if not name.startswith(measured)
+        }
+        assert not any(name.startswith("sleep/") for name in a)
+        for resident in ("actor", "critic", "reference", "rollout"):
+            assert b[f"sleep/{resident}/gib"] > 0, "it slept and woke in every step"
+    assert stayed == woken
+
+
+def test_who_meets_in_a_bundle_takes_turns() -> None:
+    seats = {
+        "actor": (Seat(0, 0), Seat(0, 1)),
+        "critic": (Seat(1, 0),),
+        "reference": (Seat(0, 1), Seat(0, 2)),
+        "engine": (Seat(0, 2),),
+        "judge": (Seat(2, 0),),
+    }
+    assert neighbors(Layout(((), (), ()), ("PACK",) * 3, seats)) == [
+        ["critic"],
+        ["actor", "reference", "engine"],
+        ["judge"],
+    ]
