@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,8 +110,8 @@ def chat(base_url: str, api_key: str, messages: Any, **more: Any) -> dict[str, A
     return message
 
 
-def leave_early(base_url: str, api_key: str, content: str) -> None:
-    """Ask for a turn and go away before it comes."""
+def leave_early(base_url: str, api_key: str, content: str, sampling: threading.Event | None = None) -> None:
+    """Ask for a turn and go away before it comes; with `sampling`, after that is set, and until the endpoint has noticed."""
     parts = urlsplit(base_url)
     body = b'{"messages": [{"role": "user", "content": "%s"}]}' % content.encode()
     head = (
@@ -118,3 +119,7 @@ def leave_early(base_url: str, api_key: str, content: str) -> None:
     )
     with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        if sampling is not None:
+            assert sampling.wait(60)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b"", "the turn was answered"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,18 +289,18 @@ def test_a_limit_is_an_error_that_clients_do_not_repeat(tmp_path: Path) -> None:
 
 def test_a_client_that_goes_away_leaves_no_trace(tmp_path: Path) -> None:
     """It goes while the engine samples: the turn is asked for again with the same seed, and recorded once."""
-    asked, gone = [], threading.Event()
+    asked, sampling_begins, gone = [], threading.Event(), threading.Event()
 
     class Slow(Echo):
         def __call__(self, prompts: Any, sampling: Any) -> Any:
             asked.extend(prompts.uids)
+            sampling_begins.set()
             if len(asked) == 1:
                 assert gone.wait(60)
-                time.sleep(0.5)  # the endpoint hears of it
             return super().__call__(prompts, sampling)
 
     def agent(base_url: str, api_key: str) -> float:
-        leave_early(base_url, api_key, "Hi")
+        leave_early(base_url, api_key, "Hi", sampling_begins)
         gone.set()
         chat(base_url, api_key, [USER])
         return 1.0
