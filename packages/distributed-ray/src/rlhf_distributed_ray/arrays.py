@@ -37,7 +37,7 @@ def to_array(tensor: Tensor) -> Any:
 
 
 def from_array(packed: Any) -> Tensor:
-    """What `to_array` packed."""
+    """Unpack what `to_array` packed."""
     dtype, array = packed
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -253,7 +253,7 @@ def _title(name: str) -> str:
 
 
 class _RayPlaced(Placement):
-    """What is placed, with the cluster to close."""
+    """Placement that closes its cluster."""
 
     def __init__(
         self, groups: dict[str, RoleGroup], engines: EngineGroup | None, world: World, cluster: Cluster

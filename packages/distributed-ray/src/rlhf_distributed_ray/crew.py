@@ -27,7 +27,7 @@ GRACE_SECONDS = 5.0
 
 @dataclass
 class Outcomes:
-    """What became of a call on several actors, by rank; a rank that was no longer waited for is in neither."""
+    """Results and errors of a call on several actors, by rank; a rank whose result is not awaited is in neither."""
 
     results: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, Exception] = field(default_factory=dict)

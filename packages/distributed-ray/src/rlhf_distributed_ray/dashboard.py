@@ -23,7 +23,7 @@ class RayDashboard(Observer):
     """Each metric as a gauge of Ray, `rlhf_` and its name, with the run's folder as the tag `run`."""
 
     def check(self) -> None:
-        """Whether Ray is installed."""
+        """Raise UsageError if Ray is not installed."""
         if find_spec("ray") is None:
             raise MissingPackage("observer ray_dashboard needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
 

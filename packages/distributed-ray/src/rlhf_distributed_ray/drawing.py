@@ -41,7 +41,7 @@ class WorkerMemory:
 
 
 def forecast_memory(config: RunConfig, layout: Layout, sampled: str) -> dict[str, WorkerMemory]:
-    """What a worker of each role, and an engine that samples `sampled`, holds, as `rlhf-run plan` works it out."""
+    """Forecast the memory of a worker of each role, and of an engine that samples `sampled`, as `rlhf-run plan` does."""
     from rlhf_core.forecast.forecast import Forecast, forecast
     from rlhf_core.forecast.options import PlanOptions
 

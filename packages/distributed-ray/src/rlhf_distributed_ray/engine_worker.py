@@ -1,4 +1,4 @@
-"""What runs inside a Ray actor that is a rollout engine: the engine, and mirrors of the roles that it samples."""
+"""Code inside a Ray actor that is a rollout engine: the engine, and mirrors of the roles that it samples."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class MirrorRole(Role):
         return self.local.infer(batch, names)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What the last sync brought; the initial weights before the first."""
+        """Yield the weights of the last sync; before the first sync, the initial weights."""
         if not self._received:
             yield from self.local.weights()
             return

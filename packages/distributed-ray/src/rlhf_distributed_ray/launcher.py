@@ -91,7 +91,7 @@ class RayLauncher(SharingOptions, Launcher):
     """draw who sits where, with memory by formula, before anything starts; with --dry-run nothing does"""
 
     def check(self) -> None:
-        """Whether Ray is installed, and new enough."""
+        """Raise UsageError if Ray is missing or too old."""
         if find_spec("ray") is None:
             raise MissingPackage("launcher 'ray' needs ray: python3 -m pip install 'rlhf-distributed-ray[ray]'")
         found = _ray_version()
@@ -135,7 +135,7 @@ class RayLauncher(SharingOptions, Launcher):
             raise
 
     def check_plan(self, plan: Plan) -> None:
-        """Whether the options give every role of the plan a place; draw them if asked for."""
+        """Check that the options give every role of the plan a place; draw the places if asked."""
         places = self._places(plan)
         if self.show_placement:
             layout = lay_out(places, self.cpus, self.gpus != "off" and (bool(self.address) or _has_gpu()))
@@ -143,7 +143,7 @@ class RayLauncher(SharingOptions, Launcher):
             progress.info(draw_layout(layout, held))
 
     def _places(self, plan: Plan) -> list[Place]:
-        """Who shares bundles with whom in a run of the plan.
+        """Return the groups of roles and engines that share bundles.
 
         Raises:
             UsageError: options contradict each other, or the batch has fewer rows than a role has workers.
@@ -260,7 +260,7 @@ def _sampled_role(plan: Plan) -> str:
 
 
 def _has_gpu() -> bool:
-    """Whether this machine has a GPU, which a cluster that starts on it has too."""
+    """Return True if this machine has a GPU, which a cluster that starts on it has too."""
     return bool(torch.cuda.is_available())
 
 
@@ -293,7 +293,7 @@ def _ray_version() -> tuple[int, ...]:
 
 @contextmanager
 def _capture_stderr() -> Iterator[bytearray]:
-    """What is written to standard error meanwhile, by any code of this process, is kept instead: Ray warns there every second
+    """Keep what this process writes to standard error in the meantime: Ray warns there every second
     of an address that it cannot join."""
     said = bytearray()
     with tempfile.TemporaryFile() as file:
@@ -309,7 +309,7 @@ def _capture_stderr() -> Iterator[bytearray]:
 
 
 def _is_listening(address: str) -> None:
-    """Whether something listens at `host:port`; Ray itself tries an address that is not there for minutes."""
+    """Raise UsageError if nothing listens at `host:port`. Ray itself tries such an address for minutes."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     if not port.isdigit():
         return  # empty, `auto`, or a name that Ray resolves

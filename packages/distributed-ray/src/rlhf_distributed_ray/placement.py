@@ -1,4 +1,4 @@
-"""Who sits where: roles and engines over the bundles of a Ray cluster, checked before anything starts.
+"""Layout of roles and engines over the bundles of a Ray cluster, checked before anything starts.
 
 A bundle has room for one rank of each role that shares it, and whole GPUs: Ray packs shares of a GPU onto as few devices as it
 can, and only another bundle's device is surely another one, which ranks of one role need. Who sits in a bundle shares what it
@@ -22,7 +22,7 @@ GRAIN = 10_000  # Ray counts resources in ten-thousandths
 
 @dataclass(frozen=True)
 class Seat:
-    """Where one worker sits: bundle `bundle` of placement group `group`."""
+    """Bundle of one worker: `bundle` of placement group `group`."""
 
     group: int
     bundle: int
@@ -55,7 +55,7 @@ class Layout:
         return [members for members, _ in found]
 
     def share(self, seat: Seat) -> Resources:
-        """What one of those who sit in a bundle asks for: an equal part, so that all of them fit."""
+        """Return the resources of one worker in a bundle: an equal part, so that all of them fit."""
         parts = len(self.sitting(seat))
         return {name: _part(amount, parts) for name, amount in self.groups[seat.group][seat.bundle].items()}
 
@@ -110,7 +110,7 @@ def find_lack(layout: Layout, nodes: Sequence[Resources]) -> str:
 
 
 def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
-    """Whether nodes with these resources can hold the layout.
+    """Check that nodes with these resources can hold the layout.
 
     Raises:
         UsageError: it asks for more of a resource than there is, or than a node has, or for more nodes than there are.
@@ -121,7 +121,7 @@ def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
 
 
 def check_devices(role: str, devices: Sequence[Iterable[tuple[str, str]]]) -> None:
-    """Whether ranks of a role, each of which sees `devices` (node, GPU), share none: NCCL would refuse that much later.
+    """Check that ranks of a role, which see `devices` (node, GPU), share no GPU. NCCL would refuse that much later.
 
     Raises:
         UsageError: two do.

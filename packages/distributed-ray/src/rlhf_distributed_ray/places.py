@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def workers(self) -> int:
-        """How many there are."""
+        """Return the number of workers."""
         return self.nodes * self.devices
 
 

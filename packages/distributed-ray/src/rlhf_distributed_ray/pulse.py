@@ -25,7 +25,7 @@ LONGEST = 10.0
 
 @dataclass(frozen=True)
 class Limits:
-    """How long actors are waited for."""
+    """Deadlines of calls to actors."""
 
     patience: float
     """seconds without an answer"""
@@ -76,7 +76,7 @@ class _Count(logging.Handler):
 
 
 class Pulse:
-    """What is known of one actor's life: by the controller, while it waits for a call.
+    """Signs of life of one actor, which the controller reads while it waits for a call.
 
     Time in which nobody looked does not count, so that a controller that was itself stopped blames nobody.
     """

@@ -44,7 +44,7 @@ class SharedRoleGroup(SharedRole, RoleGroup):
 
 
 class RayTurns:
-    """Who takes turns with whom in a layout.
+    """Turns of the roles and engines that share bundles in a layout.
 
     Args:
         options: of the launcher.

@@ -27,7 +27,7 @@ PASSIVE = "PASSIVE"  # spinning threads of two busy processes slow each other fi
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the processes of all workers begin with."""
+    """Environment in which the processes of all workers start."""
 
     threads: int
     """OpenMP threads of each"""

@@ -63,7 +63,7 @@ def _to_arrays(kept: KeptSets | Truncation) -> Any:
 
 
 def _from_arrays(packed: Any) -> KeptSets | Truncation:
-    """What `_to_arrays` was given."""
+    """Invert `_to_arrays`."""
     if isinstance(packed, Truncation):
         return packed
     return KeptSets(*(torch.from_numpy(array.copy()) for array in packed))
@@ -158,7 +158,7 @@ def _rows_of(tensor: Tensor, rows: Sequence[int]) -> Any:
 
 
 def _changes(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; one made in inference mode cannot be outside it."""
+    """Return how often a tensor was changed in place. Tensors made in inference mode cannot change outside it."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -1,4 +1,4 @@
-"""What runs inside a Ray actor that is one rank of a role. Of Ray only a node's address and devices are asked in here, so
+"""Code inside a Ray actor that is one rank of a role. It asks Ray only for a node's address and devices, so
 that it can be read and tested as plain Python; `launcher` turns the classes into actors."""
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class RoleWorker(Worker):
         return Path(folder) / f"random-{self.rank}.safetensors"
 
     def keep_state(self) -> tuple[Files, str]:
-        """What `save` would write, as it would be in files, and the id of this node."""
+        """Return the files that `save` would write, and the id of this node."""
         import ray
 
         with memory_folder() as folder:

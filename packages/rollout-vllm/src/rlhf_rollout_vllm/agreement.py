@@ -1,4 +1,4 @@
-"""Whether the engine computes what its trainer computes: the log-probabilities of a few sampled tokens, by both.
+"""Compare the engine with its trainer: the log-probabilities of a few sampled tokens, by both.
 
 A weight that did not arrive, a head that stayed as it was, another attention mask or another tokenizer all show here, before
 a step is trained on wrong ratios. What cannot show is an error smaller than rounding: the bound is that of the dtypes.

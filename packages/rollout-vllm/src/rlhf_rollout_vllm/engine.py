@@ -54,7 +54,7 @@ class VLLM(VLLMOptions, Rollout):
         return self.process == "own"
 
     def check(self) -> None:
-        """Whether vLLM is installed, in the version whose weight loading we know; before any model is loaded."""
+        """Raise UsageError before any model is loaded if vLLM is missing, or if its weight loading is not known here."""
         from rlhf_rollout_vllm.install import check_installed
 
         check_installed()

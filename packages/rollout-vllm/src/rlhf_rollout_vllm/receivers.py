@@ -43,7 +43,7 @@ class Nothing(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not ther
 
 @dataclass
 class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]  # the same
-    """What the trainer hands over."""
+    """Weights that the trainer sends."""
 
     weights: Iterator[tuple[str, Tensor]]
     """full tensors under their Hugging Face names"""
@@ -131,7 +131,7 @@ class SharedFile(WeightTransferInitInfo):  # type: ignore[misc]  # the same
 
 @dataclass
 class Sheets(WeightTransferUpdateInfo):  # type: ignore[misc]  # the same
-    """Where each tensor is; see `shared_weights`."""
+    """Position of each tensor; see `shared_weights`."""
 
     buckets: list[list[int]]
     sheets: list[list[Any]]

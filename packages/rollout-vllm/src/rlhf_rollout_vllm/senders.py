@@ -64,7 +64,7 @@ class RoleWeights(WeightSource):  # type: ignore[misc]  # vLLM is not there wher
 
 @dataclass
 class SharedMemoryInfo(TrainerInitInfo):  # type: ignore[misc]  # the same
-    """What the sender begins with."""
+    """Initial arguments of the sender."""
 
     backend: ClassVar[str] = "rlhf_shared_memory"
 

@@ -24,7 +24,7 @@ __all__ = ["Engine", "Host"]
 
 
 class Host(Protocol):
-    """Where vLLM runs."""
+    """Process in which vLLM runs."""
 
     @property
     def has_weights(self) -> bool:

@@ -64,7 +64,7 @@ class SharedWeights:
 
     @property
     def path(self) -> str:
-        """What other processes of this user open."""
+        """Return the path that other processes of this user open."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     @property

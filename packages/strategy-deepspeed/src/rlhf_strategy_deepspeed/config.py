@@ -41,7 +41,7 @@ REFUSED = {
 
 
 def configuration(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider | None) -> Json:
-    """What `deepspeed.initialize` gets for a role that computes in `dtype`; `optim` is None for a frozen one.
+    """Build the configuration of `deepspeed.initialize` for a role that computes in `dtype`; `optim` is None if it is frozen.
 
     Raises:
         UsageError: the user's file cannot be read, or contradicts the run.
@@ -56,7 +56,7 @@ def configuration(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvide
 
 
 def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider | None) -> Json:
-    """What follows from the run's options, and from how core trains."""
+    """Return settings that follow from the run's options and from how core trains."""
     zero: Json = {"stage": options.stage}
     if options.bucket is not None:
         zero |= dict.fromkeys(_bucket_keys(options.stage), options.bucket)
@@ -96,7 +96,7 @@ def _offloaded_parts(options: DeepSpeedOptions, optim: OptimizerProvider | None)
 
 
 def _defaults(options: DeepSpeedOptions, optim: OptimizerProvider | None) -> Json:
-    """What a user's file may change."""
+    """Return settings that a user's file may change."""
     zero: Json = dict.fromkeys(_bucket_keys(options.stage), 50_000_000)
     zero["overlap_comm"] = options.stage >= 2
     if options.stage == 3:
@@ -139,7 +139,7 @@ def _check(user: Json, fixed: Json, path: str) -> None:
 
 
 def _is_disabled(user: Json, key: str) -> bool:
-    """Whether the section that `key` is in says that it is not used (`enabled` false, `device` none)."""
+    """Return True if the section of `key` is off (`enabled` false, `device` none)."""
     section: Any = user
     for name in key.split(".")[:-1]:
         section = section[name]

@@ -24,7 +24,7 @@ __all__ = ["rank_pieces", "read_states"]
 
 @dataclass(frozen=True)
 class _Stretch:
-    """What this rank holds of one parameter or buffer."""
+    """Part of one parameter or buffer on this rank."""
 
     name: str
     start: int
@@ -100,7 +100,7 @@ def _base(engine: Any) -> Any:
 
 
 def _stretches(engine: Any, stage: int) -> Iterator[_Stretch]:
-    """What this rank holds, in the module's order."""
+    """Yield this rank's parts in the module's order."""
     saved = engine.module.state_dict().keys()  # a frozen body is loaded again from where it came
     rank = torch.distributed.get_rank()
     for name, parameter in engine.module.named_parameters():

@@ -40,7 +40,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
     by_parameter: ClassVar[bool] = True
 
     def check(self) -> None:
-        """Whether DeepSpeed is installed, and new enough; before any model is loaded."""
+        """Raise UsageError before any model is loaded if DeepSpeed is missing or too old."""
         if find_spec("deepspeed") is None:
             raise MissingPackage(
                 "strategy 'deepspeed' needs deepspeed: python3 -m pip install 'rlhf-strategy-deepspeed[deepspeed]'"

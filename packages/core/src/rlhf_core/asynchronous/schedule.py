@@ -1,4 +1,4 @@
-"""Which weights sampled what, call by call: recorded in OUTPUT/iterations.jsonl, and followed again by a replay.
+"""Record which weights sampled each call in OUTPUT/iterations.jsonl, and replay such a record.
 
 A line per step:
 

@@ -43,7 +43,7 @@ class Workload:
 
 @dataclass
 class Outcome:
-    """What a simulated run measured."""
+    """Measurements of a simulated run."""
 
     ahead: int
     step_ends: list[float] = field(default_factory=list)

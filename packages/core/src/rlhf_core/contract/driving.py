@@ -48,7 +48,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode earned."""
+    """Rewards of an episode."""
 
     reward: float = 0.0
     """of the episode, given at its last token"""
@@ -65,7 +65,7 @@ class Policy(Protocol):
 
     @property
     def encoder(self) -> RowEncoder:
-        """What tokenises rows of the run, its chat template included."""
+        """Return the encoder of the run's rows, with its chat template."""
         ...
 
     async def ask(self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:

@@ -95,7 +95,7 @@ class Harness(Environment):
 
 
 class HarnessEngine(Environment):
-    """What serves the sessions: an endpoint for each event loop that episodes run in, open while there are some.
+    """Server of sessions: one endpoint per event loop of episodes, open while it has episodes.
 
     Args:
         harness: the options.

@@ -43,7 +43,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a session reaches the policy."""
+    """Address at which a session reaches the policy."""
 
     base_url: str
     """for OpenAI's clients: …/v1; Anthropic's clients take it without /v1"""

@@ -95,7 +95,7 @@ class PythonTool(Environment):
 
 
 class PythonToolEngine(Environment):
-    """What runs the programs of a run.
+    """Runner of a run's programs.
 
     Args:
         options: of the environment.

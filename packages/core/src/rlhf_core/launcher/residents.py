@@ -1,4 +1,4 @@
-"""Who is on a device: residents wake before they work, and the least recently used sleep where memory is short.
+"""Residents of a device: each wakes before it works, and the least recently used sleep if memory is short.
 
 A resident is a role, or the rollout engine. It registers its calls `sleep` and `wake`, which return the bytes that moved, and
 how large it is by forecast; the first switch measures it. An engine wakes in two parts, weights before the cache. Nothing here

@@ -1,4 +1,4 @@
-"""Whether roles and rollout engine take turns on a device, and within how many bytes.
+"""Decide whether roles and rollout engine take turns on a device, and within how many bytes.
 
 The forecast of the run says what each takes alone, and all at once. With `auto` they take turns where a CUDA device cannot hold
 all. One that does not fit alone is refused before a model is loaded.

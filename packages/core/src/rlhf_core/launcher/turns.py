@@ -34,7 +34,7 @@ ENGINE = "rollout"
 
 @dataclass
 class Turn:
-    """How a role comes to work."""
+    """Turn of a role on its device."""
 
     residents: Residents
     role: str

@@ -1,4 +1,4 @@
-"""Where agents' asks meet the engine: coroutines in an event loop wait, and one thread samples what has gathered."""
+"""Queue of agents' requests to the engine: coroutines wait, and one thread samples what they gathered."""
 
 from __future__ import annotations
 

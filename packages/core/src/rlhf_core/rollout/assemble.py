@@ -141,6 +141,6 @@ def _parts(tokens: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills up short rows: the padding token, or EOS where there is none."""
+    """Return the id that pads short rows: the padding token, or EOS if there is none."""
     number: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return int(number)

@@ -55,7 +55,7 @@ def decode_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls `sdpa`, (batch, heads, length, dim) to (batch, length, heads, dim); one token the short way."""
+    """Attention `sdpa`: (batch, heads, length, dim) to (batch, length, heads, dim); one token takes a short path."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, length, _ = query.shape

@@ -51,7 +51,7 @@ class Rows(Protocol):
 
     @property
     def encoder(self) -> RowEncoder:
-        """What tokenises them."""
+        """Return the encoder of their rows."""
         ...
 
 
@@ -226,7 +226,7 @@ def _contract_error(table: EpisodeTable, example: Example, how: str) -> Contract
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a call of the environment raised."""
+    """Exception that a call of the environment raised."""
 
     error: Exception
     where: str

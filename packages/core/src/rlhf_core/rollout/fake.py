@@ -65,7 +65,7 @@ class FakeRollout(Rollout):
 
 
 class FakeEngine(Rollout):
-    """What the engine holds.
+    """State of the engine.
 
     Args:
         options: the stated times.
@@ -145,7 +145,7 @@ class FakeEngine(Rollout):
 
 
 class Letters:
-    """What the engine reads its tokens with: 1 is `a`, 26 is `z`, 0 ends a completion."""
+    """Tokenizer of the engine: 1 is `a`, 26 is `z`, 0 ends a completion."""
 
     eos_token_id = 0
     pad_token_id = 0

@@ -39,7 +39,7 @@ __all__ = ["Piece", "SampledCompletion", "Stops", "pick", "plan_waves", "sample"
 
 
 class SampledCompletion(NamedTuple):
-    """What was sampled for one prompt."""
+    """Completion sampled for one prompt."""
 
     tokens: Tensor
     """int64, at least one; the EOS that ended it included"""
@@ -124,7 +124,7 @@ def sample(
 
 
 def plan_waves(lengths: Sequence[int], sampling: Sampling, wave_tokens: int) -> list[list[Piece]]:
-    """Which completions are sampled together: prompts of similar length, longest first, up to `wave_tokens` in the cache.
+    """Group completions to sample together: prompts of similar length, longest first, up to `wave_tokens` in the cache.
 
     A prompt is read once unless its completions alone exceed the budget. One that is so much shorter than the longest of
     the wave that padding it would cost more tokens than its completions have begins a new wave.
@@ -229,7 +229,7 @@ def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor, ima
 
 
 def _supported_arguments(forward: Callable[..., Any], optional: Collection[str]) -> frozenset[str]:
-    """Which of the `optional` arguments a forward pass takes: a few architectures know no positions. Wrappers pass on what
+    """Return which `optional` arguments a forward pass takes: a few architectures have no positions. Wrappers pass on what
     they do not know."""
     parameters = inspect.signature(forward).parameters
     if "cache_params" in parameters:
@@ -317,7 +317,7 @@ def pick(
 def _pick_known(
     logits_RV: Tensor, uniforms_R: Tensor, sampling: Sampling, lacking_L: Tensor
 ) -> tuple[Tensor, Tensor, WarpedDistribution]:
-    """What `pick` gives, from the tokens that are not lacking; the probability of those that are is the trainer's too."""
+    """Call `pick` on the tokens that the tokenizer has. The trainer counts the probability of the others too."""
     known_RV = logits_RV.index_fill(1, lacking_L, -torch.inf)
     tokens_R, logprobs_R, warped = pick(known_RV, uniforms_R, sampling, lacking_L[:0])
     temperature = sampling.temperature or 1.0

@@ -1,4 +1,4 @@
-"""Which completions are sampled together in one buffer of keys and values, a segment of cells for each."""
+"""Group completions into one buffer of keys and values, with a segment of cells for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["plan_chunks", "plan_segments"]
 def plan_segments(
     lengths: Sequence[int], limits: Sequence[int], n: int, cells: int, rows: int = BUCKETS[-1]
 ) -> list[list[Piece]]:
-    """Which completions are sampled together: as many as fit into the cells and rows, those of long prompts first.
+    """Group completions to sample together: as many as fit into the cells and rows, those of long prompts first.
 
     Args:
         lengths, limits: P prompts' tokens, and the most new ones of each completion of them.

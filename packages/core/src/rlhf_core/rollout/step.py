@@ -34,7 +34,7 @@ def bucket_of(rows: int) -> int:
 
 
 class Next(NamedTuple):
-    """What was drawn for each row."""
+    """Tokens drawn for each row."""
 
     tokens_R: Tensor
     logprobs_R: Tensor

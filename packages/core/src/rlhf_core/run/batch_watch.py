@@ -1,4 +1,4 @@
-"""What is measured of sampled batches when they are trained on: how old their tokens are, and how far the policy has moved."""
+"""Measure sampled batches when they are trained on: the age of their tokens, and how far the policy has moved."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _check_rows(plan: Plan) -> None:
 
 
 class Collecting:
-    """How a run comes by its iterations, and who may use its rollout engines when.
+    """Collect a run's iterations, and guard its rollout engines.
 
     Args:
         run: the open run.

@@ -26,7 +26,7 @@ __all__ = ["RunData"]
 
 
 class RunData:
-    """What the reader of a run gives, while it is open; each part is made when it is first used."""
+    """Data of a run while its reader is open. Each part is built on first use."""
 
     def __init__(self, plan: Plan, engines: Engines) -> None:
         self.plan = plan

@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What hypotheses are made of."""
+    """Evidence on which hypotheses are tested."""
 
     rows: Sequence[Row]
     forward: Callable[[Sequence[int], Sequence[int]], Tensor]

@@ -30,7 +30,7 @@ UNTRAINED = ("data", "rollout", "reward", "needs", "credit")
 
 @dataclass(frozen=True)
 class Rest:
-    """What a step changes before its roles are updated: enough to forget the step."""
+    """State that a step changes before its roles update: enough to undo the step."""
 
     random_states: dict[str, Any]
     versions: dict[str, int]

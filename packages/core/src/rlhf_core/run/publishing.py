@@ -1,4 +1,4 @@
-"""What is done with OUTPUT/model when a run ends: its card says how it was made and how well it does, and it goes to the
+"""Publish OUTPUT/model when a run ends: its card reports how it was trained and how it performs, and it goes to the
 Hugging Face hub if that was asked for.
 
 Uploads are private, and the token is the environment's (HF_TOKEN) or that of `hf auth login`; it is no option, so that no file

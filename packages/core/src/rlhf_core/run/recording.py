@@ -1,4 +1,4 @@
-"""What a run keeps of a step with `--record-every`, so that `rlhf-run replay` computes its reward, credit and loss again.
+"""Record steps with `--record-every`, so that `rlhf-run replay` can compute their reward, credit and loss again.
 
     OUTPUT/record/step-N.safetensors
         batches   the completions, or rows of data, that the step was about, with what was at hand before credit

@@ -1,4 +1,4 @@
-"""What a run measures of itself: sampled completions and their rewards, and the time, speed and memory of a step.
+"""Metrics of a run: sampled completions and their rewards, and the time, speed and memory of a step.
 
 What each metric means stands in `rlhf_core.plugins.metric_catalogue`; docs/metrics.md is made from it.
 """

@@ -57,7 +57,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """What the process should exit with; 0 if no signal came."""
+        """Return the exit code of the process; 0 if it received no signal."""
         return EXIT_CODES[self.received] if self.received is not None else 0
 
     def _first(self, number: int, frame: FrameType | None) -> None:

@@ -20,7 +20,7 @@ READERS = "readers"
 
 @dataclass
 class RunState:
-    """What the steps so far have left behind."""
+    """State of a run after its steps so far."""
 
     kl: KLController | None = None
     """the KL coefficient in force and the rule that moves it; None without a penalty"""

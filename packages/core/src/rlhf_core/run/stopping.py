@@ -29,7 +29,7 @@ def describe_resuming(config: RunConfig) -> str:
 
 @dataclass
 class Stop:
-    """Why the run ends after the step at hand."""
+    """Reason to end the run after the current step."""
 
     asked: bool = False
     """an observer returned True or a text"""

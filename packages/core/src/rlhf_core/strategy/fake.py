@@ -116,7 +116,7 @@ class FakeTrainable(Trainable):
 
     @property
     def held_bytes(self) -> int:
-        """What is stated."""
+        """Return the stated bytes."""
         return int(self.options.gib * 2**30)
 
     def offload(self) -> None:
@@ -128,7 +128,7 @@ class FakeTrainable(Trainable):
 
 @dataclass
 class FakeModel:
-    """What is exported in the place of a model: the file that a checkpoint has."""
+    """Export in place of a model: the file of a checkpoint."""
 
     trainable: FakeTrainable
 

@@ -55,7 +55,7 @@ def _piece_file(folder: str | Path, rank: int) -> Path:
 
 
 class ParameterStates:
-    """What a checkpoint holds of a role.
+    """State of a role in a checkpoint.
 
     Args:
         folder: the role's folder in the checkpoint; named in errors.

@@ -155,7 +155,7 @@ def compute_needs(
 
 
 def _is_earned(name: str) -> bool:
-    """Whether credit itself produces `name`."""
+    """Return True if credit itself produces `name`."""
     return name in ("advantages_NT", "returns_NT", "rewards_NT", "scores_N")
 
 

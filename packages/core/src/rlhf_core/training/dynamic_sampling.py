@@ -35,7 +35,7 @@ __all__ = ["DynamicSampling", "choose_filter", "keep_sampling", "plan_moves", "s
 
 @dataclass(frozen=True)
 class DynamicSampling:
-    """How prompts that a filter rejects are replaced by fresh ones."""
+    """Options for replacing prompts that a filter rejects."""
 
     keep: Literal["all", "varied", "inside"] = "all"
     """the filter where none is chosen by name: none, `varied` (prompts whose completions do not all score the same, Yu et al.
@@ -82,7 +82,7 @@ def choose_filter(config: RunConfig) -> Filter | None:
 
 
 class PromptSampler(Protocol):
-    """What the rounds ask of an iteration."""
+    """Parts of an iteration that the rounds need."""
 
     config: RunConfig
     """the resolved options"""
@@ -93,7 +93,7 @@ class PromptSampler(Protocol):
 
     @property
     def meter(self) -> Meter:
-        """Where metrics go."""
+        """Return the meter that collects metrics."""
         ...
 
     def draw(self) -> DrawnRows:

@@ -1,4 +1,4 @@
-"""What evaluators ask of roles, and the option to change where a run has no such role."""
+"""Check that a run has the roles and outputs that its evaluators need; if not, name the option to change."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class LocalRole(Role):
         return found
 
     def _later_outputs(self, source: str) -> frozenset[str]:
-        """What training on a batch of `source` will want of the same pass; nothing where it must be another one."""
+        """Return the outputs that training on `source` needs from the same pass; empty if it needs a pass of its own."""
         options = self.spec.options
         if not (source and self.plan.single_update and self.trainable.keeps_graphs):
             return frozenset()

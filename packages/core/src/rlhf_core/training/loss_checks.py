@@ -1,4 +1,4 @@
-"""What a loss says: whether it keeps its contract, and what it says of each datasource alone.
+"""Check the results of losses against their contract, and split their metrics by data source.
 
 Whatever couples rows is credit, computed before, so that a loss of some rows is the loss that they have among others. It
 is asked again, without a gradient, for the rows of each `datasource` of a batch of data; beside the forward pass that

@@ -1,4 +1,4 @@
-"""What is not a number must not train: a loss or gradient that is not finite ends the run, or its optimiser step is skipped;
+"""Guard training against values that are not finite: such a loss or gradient ends the run, or its optimizer step is skipped;
 either way the samples are kept.
 
 Ranks agree: each watches its own micro-batches, and all decide by the sum over ranks, in which any nan survives.
@@ -61,7 +61,7 @@ class Watch:
 
 
 def term_name(term: Term) -> str:
-    """What a term is called in messages: its loss and where its batch comes from."""
+    """Return the name of a term in messages: its loss and the source of its batch."""
     return f"{type(term.loss).__name__} on {term.source}"
 
 

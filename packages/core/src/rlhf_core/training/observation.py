@@ -1,4 +1,4 @@
-"""What an optimizer sees of a step before it: sums over rows for curvature, rows themselves, and the step evaluated again.
+"""Views of a step for optimizers: sums over rows for curvature, the rows, and the step evaluated again.
 
 Core adds up what `OptimizerProvider.observe` returns for each micro-batch, over micro-batches and ranks. Values per row are
 put into the order of the data. So accumulation and world size cannot change what the optimizer receives, just as they cannot
@@ -147,7 +147,7 @@ class Evaluation:
 
 
 class ClippedClosure:
-    """What a strategy hands to an optimizer: `closure`, whose new gradients are summed and clipped as those at hand were.
+    """Wrapper that a strategy gives to an optimizer: `closure` with gradients summed and clipped like the current ones.
 
     Args:
         closure: that of the step.

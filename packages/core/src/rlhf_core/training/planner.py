@@ -1,4 +1,4 @@
-"""What a configuration means, worked out before anything heavy starts: roles, sources, credits and needs.
+"""Derive the plan of a configuration before anything heavy starts: roles, sources, credits and needs.
 
 A plan is plain data. It is the same in every process: a worker builds it again from names and options.
 """

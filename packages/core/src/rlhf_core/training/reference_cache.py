@@ -1,4 +1,4 @@
-"""What a frozen role said of rows of data, kept in a folder: no row is asked twice, in a second epoch or another run.
+"""Cache the outputs of a frozen role on rows of data in a folder, for later epochs and other runs.
 
 A value belongs to a key of everything that it depends on: the role's options, the files of its model and of what that adapts
 (names, sizes, times of change; of a hub name the revision), the temperature, the output's name, and the tokens of prompt and

@@ -43,5 +43,5 @@ class Moments:
         return sqrt(self.squares / self.count) if self.count else 0.0
 
     def state(self) -> tuple[float, float, float]:
-        """What the constructor takes."""
+        """Return the arguments of the constructor."""
         return self.count, self.mean, self.squares

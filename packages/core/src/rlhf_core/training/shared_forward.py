@@ -59,7 +59,7 @@ class ForwardCache:
 
 
 def _same_images(images: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether two rows with the same tokens have the same images; usually they are the very same tensors."""
+    """Return True if two rows with the same tokens have the same images; usually they are the very same tensors."""
     if images is others:
         return True
     return images.keys() == others.keys() and all(torch.equal(each, others[name]) for name, each in images.items())

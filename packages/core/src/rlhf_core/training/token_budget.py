@@ -1,4 +1,4 @@
-"""How many tokens a role takes at a time; with `--on-oom halve`, fewer after memory ran out.
+"""Token budget of a role's micro-batches; with `--on-oom halve`, it shrinks after memory ran out.
 
 A micro-batch that does not fit halves the budget, and the whole optimiser step (or inference) is done again. How a batch is
 cut changes no result beyond rounding (see `training.reduction`), so that only memory and speed differ. Left out: several
@@ -46,7 +46,7 @@ class TokenBudget:
         self._cells = len(micro) * int((micro.prompt_lengths_N + micro.lengths_N).max())
 
     def halve(self, error: Exception) -> bool:
-        """Whether to try again with fewer tokens at a time: memory ran out, and what did not fit can be cut."""
+        """Return True if fewer tokens at a time can help: memory ran out, and the batch can be split."""
         if not self._may_halve or self._units < 2 or not is_out_of_memory(error):
             return False
         self.tokens = self._cells // 2
@@ -65,13 +65,13 @@ def release_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of a device or of the machine ran out."""
+    """Return True if memory of a device or of the machine ran out."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return any(isinstance(e, kinds) or "DefaultCPUAllocator: can't allocate" in str(e) for e in error_chain(error))
 
 
 def requested_memory(error: BaseException) -> str:
-    """How much memory was asked for when there was no more, empty if the error does not say."""
+    """Return the size of the failed request for memory; empty if the error does not contain it."""
     found = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", " ".join(map(str, error_chain(error))))
     return found[1] if found else ""
 
