@@ -1,4 +1,4 @@
-"""What `new-plugin` writes. `$name` and the like are filled in; everything else is the author's file.
+"""Templates of `new-plugin`. `$name` and the like are filled in; everything else is the author's file.
 
 One module per kind of provider has its class (MODULE), its test (TEST) and a command that uses it (RUN).
 """

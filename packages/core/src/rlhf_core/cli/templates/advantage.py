@@ -1,4 +1,4 @@
-"""What `new-plugin --kind advantage` writes: an advantage and its test."""
+"""Template of `new-plugin --kind advantage`: an advantage and its test."""
 
 from __future__ import annotations
 

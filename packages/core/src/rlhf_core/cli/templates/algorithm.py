@@ -1,4 +1,4 @@
-"""What `new-plugin --kind algorithm` writes: an algorithm and its test."""
+"""Template of `new-plugin --kind algorithm`: an algorithm and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind command` writes: a command and its test."""
+"""Template of `new-plugin --kind command`: a command and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind data` writes: a data and its test."""
+"""Template of `new-plugin --kind data`: a data and its test."""
 
 from __future__ import annotations
 

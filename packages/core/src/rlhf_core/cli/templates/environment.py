@@ -1,4 +1,4 @@
-"""What `new-plugin --kind environment` writes: an environment and its test."""
+"""Template of `new-plugin --kind environment`: an environment and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind evaluator` writes: an evaluator and its test."""
+"""Template of `new-plugin --kind evaluator`: an evaluator and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind filter` writes: a filter and its test."""
+"""Template of `new-plugin --kind filter`: a filter and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind ingredient` writes: an ingredient and its test."""
+"""Template of `new-plugin --kind ingredient`: an ingredient and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind launcher` writes: a launcher and its test."""
+"""Template of `new-plugin --kind launcher`: a launcher and its test."""
 
 from __future__ import annotations
 

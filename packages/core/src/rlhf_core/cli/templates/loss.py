@@ -1,4 +1,4 @@
-"""What `new-plugin --kind loss` writes: a loss and its test."""
+"""Template of `new-plugin --kind loss`: a loss and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind observer` writes: an observer and its test."""
+"""Template of `new-plugin --kind observer`: an observer and its test."""
 
 from __future__ import annotations
 

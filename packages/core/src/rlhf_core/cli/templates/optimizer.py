@@ -1,4 +1,4 @@
-"""What `new-plugin --kind optimizer` writes: an optimizer and its test."""
+"""Template of `new-plugin --kind optimizer`: an optimizer and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind output` writes: an output of a role's forward pass and its test."""
+"""Template of `new-plugin --kind output`: an output of a role's forward pass and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind reward` writes: a reward and its test."""
+"""Template of `new-plugin --kind reward`: a reward and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind rollout` writes: a rollout and its test."""
+"""Template of `new-plugin --kind rollout`: a rollout and its test."""
 
 from __future__ import annotations
 

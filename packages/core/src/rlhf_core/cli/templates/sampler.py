@@ -1,4 +1,4 @@
-"""What `new-plugin --kind sampler` writes: a sampler and its test."""
+"""Template of `new-plugin --kind sampler`: a sampler and its test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `new-plugin --kind strategy` writes: a strategy and its test."""
+"""Template of `new-plugin --kind strategy`: a strategy and its test."""
 
 from __future__ import annotations
 
