@@ -20,7 +20,6 @@ LIMIT = 25
 
 TO_DO = frozenset(
     {
-        "docs/algorithms.md",
         "docs/architecture.md",
         "docs/asynchronous.md",
         "docs/benchmarks.md",
@@ -42,11 +41,8 @@ TO_DO = frozenset(
         "docs/reliability.md",
         "docs/reports/gpu-h200.md",
         "docs/repulse.md",
-        "docs/scaling.md",
         "docs/sweeps.md",
         "docs/writing-a-plugin.md",
-        "packages/distributed-ray/README.md",
-        "packages/rollout-vllm/README.md",
     }
 )
 """Pages that still have longer sentences. Rewrite a page, then remove it here; add none."""
