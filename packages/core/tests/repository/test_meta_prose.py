@@ -38,7 +38,6 @@ TO_DO = frozenset(
         "docs/python.md",
         "docs/real-runs.md",
         "docs/recipes.md",
-        "docs/reliability.md",
         "docs/reports/gpu-h200.md",
         "docs/repulse.md",
         "docs/sweeps.md",
