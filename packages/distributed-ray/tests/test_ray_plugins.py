@@ -39,7 +39,7 @@ def trained(words: list[str], output: Path, *flags: str) -> list[dict[str, Any]]
     """The metrics of a run, but for seconds and transfers."""
     assert main([*words, "--output", str(output), *flags]) == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    apart = ("time/", "speed/", "memory/", "sync/", "padding")
+    apart = ("time/", "speed/", "memory/", "sync/", "padding", "recovered/")
     return [{name: value for name, value in row.items() if not name.startswith(apart)} for row in rows]
 
 
