@@ -17,20 +17,23 @@ TARGET = ROOT / "docs/metrics.md"
 
 HEAD = """# Metrics
 
-Every number that a run logs, in `metrics.jsonl` and in trackers, under its one name. Written by `tools/metrics_page.py` from
-what the packages document: do not edit. A test runs tiny jobs of every algorithm and fails on a name that is not here.
+This page has every number that a run logs, in `metrics.jsonl` and in trackers, under its one name. `tools/metrics_page.py`
+writes it from the documentation of the packages: do not edit. A test runs tiny jobs of every algorithm and fails on a name
+that is not here.
 
-`<role>` is a trained role (`actor`, `critic`, …), `<source>` a role that is sampled beside the first one (`proposal`),
-`<datasource>` where a row of data says it comes from, in its column of this name. What stands in `[]` is left out for the
-first source. A column `datasource` splits what training and evaluation measure: rewards of what is sampled, and of what is
-learnt from data the loss and all that it logs (`reward/accuracy/web`, `actor/nll/gsm8k`).
+`<role>` is a trained role (`actor`, `critic`, …), and `<source>` a role that is sampled in addition to the first one
+(`proposal`). `<datasource>` is the origin of a row of data, from its column of this name. The part in `[]` is left out for
+the first source. A column `datasource` splits the metrics of training and evaluation. It splits the rewards of samples. For
+rows that are trained on directly, it splits the loss and all metrics of the loss (`reward/accuracy/web`,
+`actor/nll/gsm8k`).
 
-Means are over all ranks, tokens and completions of the step. What begins with `time/`, `speed/` or `memory/` is measured by
-the first process and differs between two runs; all other numbers are the same for the same configuration and seed.
+Means are over all ranks, tokens and completions of the step. Metrics that begin with `time/`, `speed/` or `memory/` are
+measured by the first process and differ between two runs. All other numbers are the same for the same configuration and
+seed.
 
-**A plugin's own metrics.** A loss returns `Metric`s (logged as `<role>/<name>`), an advantage plain numbers (as it names
-them), a reward numbers per completion (`reward/<name>`), an evaluator numbers (`eval/<name>`). The plugin documents them
-through one hook, and `rlhf-run plugins --kind metric` lists them with everybody else's:
+**A plugin's own metrics.** A loss returns `Metric`s (logged as `<role>/<name>`), and an advantage plain numbers (under its
+own names). A reward returns numbers per completion (`reward/<name>`), and an evaluator numbers (`eval/<name>`). The plugin
+documents them through one hook, and `rlhf-run plugins --kind metric` lists them with all others:
 
 ```python
 from collections.abc import Mapping

@@ -124,7 +124,7 @@ class EngineWorker(Worker):
     """A rollout engine with mirrors of the roles it samples."""
 
     def initialize(self) -> tuple[str, int]:
-        """The same, and the mirrors of the roles."""
+        """Initialize the worker, the mirrors of the roles and the engine."""
         where = super().initialize()
         config = self.plan.config
         seed_libraries(config.seed)

@@ -51,7 +51,7 @@ class AOTCredit(Advantage):
 
 
 def match_by_rank(own: Tensor, others: Tensor, world: World) -> Tensor:
-    """Of all ranks' `others`, the one of the same rank in order as each of `own` has among all ranks' `own`; (P,) each."""
+    """Return, for each of `own`, the value of `others` with the same rank in order, both over all ranks; (P,) each."""
     gathered = world.gather((own, others))
     everyone, their = (torch.cat([each[side] for each in gathered]) for side in (0, 1))
     matched = torch.empty_like(their)

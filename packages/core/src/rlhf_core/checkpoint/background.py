@@ -38,7 +38,7 @@ class Background:
         return 0.0 if self._thread is not None and self._thread.is_alive() else self.wait()
 
     def wait(self) -> float:
-        """The same, when it has ended."""
+        """Wait until the work has ended, then return its seconds as `poll` does."""
         if self._thread is None:
             return 0.0
         self._thread.join()

@@ -200,7 +200,7 @@ def construct(schema: Schema, settings: Settings) -> dict[str, Any]:
 
 
 def split_sections(schema: Schema, made: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `construct` made, the roles' options and the providers, as a RunConfig holds them."""
+    """Return the roles' options and the providers that `construct` made, as a RunConfig holds them."""
     roles = {section.prefix: made[section.prefix] for section in schema.sections if section.prefix and not section.kind}
     providers: dict[str, Any] = {}
     for section in schema.sections:

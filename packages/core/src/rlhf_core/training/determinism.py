@@ -1,4 +1,4 @@
-"""The same numbers again on a GPU: operations that add in any order are replaced by slower ones, or refused by name.
+"""Repeatable numbers on a GPU: operations that add in any order are replaced by slower ones, or refused by name.
 
 On a CPU nothing is needed. What stays different, whatever is chosen here, stands in docs/reliability.md.
 """

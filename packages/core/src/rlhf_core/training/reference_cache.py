@@ -105,7 +105,7 @@ class CachedRole(Role):
         return {name: _tensor([known[key] for key in keys[name]], batch, name) for name in names}
 
     def _key(self, batch: Batch, i: int, name: str) -> bytes:
-        """Of one output of one row."""
+        """Return the key of one output of one row."""
         digest = hashlib.blake2b(f"{self._identity}/{name}/".encode(), digest_size=20)
         L, T = int(batch.prompt_lengths_N[i]), int(batch.lengths_N[i])
         digest.update(

@@ -38,7 +38,7 @@ def seed_libraries(seed: int) -> None:
 
 
 def get_random_states() -> dict[str, Any]:
-    """Of this process: torch (and its CUDA device, if there is one), numpy and Python."""
+    """Return the states of torch (and its CUDA device, if there is one), numpy and Python in this process."""
     import numpy
 
     kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)

@@ -57,7 +57,7 @@ class Inputs:
         return self.last_N if self.ends_R is None else self.ends_R
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """Return these inputs on another device."""
         optional = ("images", "kept", "ends_R")
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in optional}
         return replace(
