@@ -74,3 +74,8 @@ def test_an_error_waits_for_those_at_work() -> None:
     with pytest.raises(RuntimeError, match="the actor died"):
         call_chains({"actor": fail, "critic": end}, [["actor"], ["critic"]])
     assert ended == ["critic"]
+
+
+def test_no_calls_have_no_results() -> None:
+    """A step whose credit needs no role, such as one with log-probabilities of the sampler alone."""
+    assert call_chains({}, []) == {}
