@@ -189,7 +189,7 @@ class FileIndex:
             at += len(line)
 
     def _elements(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
-        """Yield number, place, text and value of each element of a list, without holding the list.
+        """Yield number, first byte, bytes and value of each element of a list, without holding the list.
 
         Raises:
             DataError: it is no list; a second reading, of the whole text, finds the words for it.
