@@ -1,8 +1,9 @@
-"""Docstrings open with a verb or a name, and sentences of the pages stay short."""
+"""Docstrings open with a verb or a name, help lines stand alone, and sentences of the pages stay short."""
 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,28 @@ def test_docstrings_open_with_a_verb_or_the_name_of_the_thing() -> None:
         for path in SOURCES
         for name, text in docstrings(path)
         if OPENING.match(text)
+    ]
+    assert not found
+
+
+HELP = re.compile(r"(whether|the same|of|and)\b", re.IGNORECASE)
+"""openings of a help line that hang on the name of the field or on the line before"""
+
+
+def field_helps(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text under each annotated field of the classes of a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for field, text in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else []):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                yield ast.unparse(field.target), str(text.value.value)
+
+
+def test_the_help_of_a_field_stands_alone() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{name}: {text}"
+        for path in SOURCES
+        for name, text in field_helps(path)
+        if HELP.match(text)
     ]
     assert not found
 

@@ -34,7 +34,7 @@ class Layout:
 
     groups: tuple[tuple[Resources, ...], ...]
     strategies: tuple[str, ...]
-    """of each group"""
+    """strategy of each group"""
     seats: Mapping[str, tuple[Seat, ...]]
     apart: tuple[frozenset[int], ...] = ()
     """sets of groups that must be on different nodes"""

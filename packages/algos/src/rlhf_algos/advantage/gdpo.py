@@ -38,7 +38,7 @@ class GDPOAdvantage(Advantage):
     parts: tuple[str, ...] = ()
     """names of the parts, as in the metrics `reward/<name>`; empty takes all that the reward reports, but parts of parts"""
     weights: tuple[float, ...] = ()
-    """of the parts, in their order: those of the reward, all 1 where absent"""
+    """weights of the parts, in their order: those of the reward, all 1 where absent"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2

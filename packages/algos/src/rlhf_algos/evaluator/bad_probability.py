@@ -109,9 +109,9 @@ class BadLogprobs:
     """Natural logarithms of probabilities."""
 
     logprob: float
-    """of a bad output"""
+    """log-probability of a bad output"""
     eos_unaware: float
-    """the same if outputs went on after an end token"""
+    """log-probability of a bad output if outputs went on after an end token"""
     bound: float
     """what the first can be at most, given what was not enumerated"""
 

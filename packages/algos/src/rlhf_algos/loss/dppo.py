@@ -34,7 +34,7 @@ class DPPOLoss(PolicyLoss):
     """
 
     divergence: Literal["tv", "kl"] = "tv"
-    """of the two coins: total variation |mu - pi|, or KL(mu || pi)"""
+    """divergence of the two coins: total variation |mu - pi|, or KL(mu || pi)"""
     delta: float = 0.15
     """bound of the divergence; 0.05 suits kl"""
 

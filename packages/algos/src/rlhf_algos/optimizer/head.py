@@ -32,7 +32,7 @@ class HeadOptimizer(OptimizerProvider):
     lr: float = 1.0
     """step size eta"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
+    """schedule of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
     max_grad_norm: float = 0.0
     """without effect: the step is computed from features, not from a gradient that core could clip"""
     start: Literal["zero", "head"] = "zero"

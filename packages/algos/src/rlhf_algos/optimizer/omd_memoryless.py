@@ -28,7 +28,7 @@ class OMDMemoryless(OptimizerProvider):
     lr: float = 1e-3
     """step size eta"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
+    """schedule of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
     max_grad_norm: float = 0.0
     """clip the gradient, before the system is solved, to this norm; 0 does not clip"""
     damping: float = 0.8

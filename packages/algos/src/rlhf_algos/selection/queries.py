@@ -30,7 +30,7 @@ class Queries:
     z_BD: Tensor
     """float64, phi(one) - phi(other)"""
     curvature: Curvature
-    """of the pairs asked so far"""
+    """curvature of the pairs asked so far"""
     generator: Generator
     """source of chance"""
 

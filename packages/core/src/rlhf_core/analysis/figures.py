@@ -41,7 +41,7 @@ class Drawing(Command, ABC):
     output: str
     """name of the files, without an ending"""
     formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
-    """of the figure; none writes the table alone"""
+    """file formats of the figure; none writes the table alone"""
 
     @abstractmethod
     def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:

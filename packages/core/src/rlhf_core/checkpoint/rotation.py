@@ -43,7 +43,7 @@ class Rotation:
     metric: str = ""
     """by which metric the best is chosen; none where empty"""
     mode: Literal["max", "min"] = "max"
-    """whether high or low values are good"""
+    """direction of good values: high or low"""
     measured: Mapping[int, float] | None = None
     """values of the metric, by step, that were measured after the checkpoint was written"""
 

@@ -42,7 +42,7 @@ class SharedState:
     output: Path
     """the folder of the run"""
     random_states: list[Any] = field(default_factory=list)
-    """of every rank"""
+    """random states of every rank"""
     engine_states: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """states of engines by rank, then by place; of those ranks that do not write their own"""
 

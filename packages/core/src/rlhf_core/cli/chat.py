@@ -36,7 +36,7 @@ class Chat(Command):
     temperature: float = 0.7
     """randomness of the answer; 0 always takes the likeliest token"""
     seed: int = 0
-    """the same seed gives the same answers"""
+    """seed of the random draws; the same seed gives the same answers"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed")

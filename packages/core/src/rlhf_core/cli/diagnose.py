@@ -33,7 +33,7 @@ class Diagnose(Command):
     max_difference: float = 0.0
     """mean difference up to which both agree, nats per token; 0 is 0.001 in float32 and 0.05 in 16 bits"""
     seed: int = 0
-    """the same seed gives the same answers"""
+    """seed of the random draws; the same seed gives the same answers"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped"""
 

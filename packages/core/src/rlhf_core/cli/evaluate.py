@@ -31,7 +31,7 @@ class Evaluate(Command):
     output: str = "evaluation"
     """folder for what evaluators write; it may be a run's, whose own files stay as they are"""
     seed: int = 0
-    """the same seed gives the same numbers"""
+    """seed of the random draws; the same seed gives the same numbers"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped"""
     micro_tokens: int = 8192

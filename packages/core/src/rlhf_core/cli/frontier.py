@@ -48,7 +48,7 @@ class Frontier(Drawing):
     output: str = "frontier"
     """name of the files, without an ending"""
     seed: int = 0
-    """of the bootstrap; the same seed gives the same intervals"""
+    """seed of the bootstrap; the same seed gives the same intervals"""
 
     def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:
         """A row per method, of its finished runs."""

@@ -58,7 +58,7 @@ class Generate(Command):
     max_prompt_tokens: int = 1024
     """longer prompts are left out and counted"""
     seed: int = 0
-    """the same seed gives the same completions"""
+    """seed of the random draws; the same seed gives the same completions"""
     sampling: Sampling = Sampling(n=1)
     """how completions are drawn"""
 

@@ -28,7 +28,7 @@ class MergeLora(Command):
     base: str = ""
     """the model the adapter belongs to, if it is not where it was"""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """of the weights that are written; `base` is the base model's own. Merging itself is done in float32"""
+    """dtype of the weights that are written; `base` is the base model's own. Merging itself is done in float32"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.models.loading.hub import resolve_name

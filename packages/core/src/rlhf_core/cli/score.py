@@ -48,7 +48,7 @@ class Score(Command):
     batch_size: int = 64
     """completions scored, and then written, together"""
     seed: int = 0
-    """the same seed and batch size give the same rewards, also of one that draws from `random`, numpy or torch"""
+    """seed of the random draws; the same seed and batch size give the same rewards, also of one that draws random numbers"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {"reward": ""}
     roles: ClassVar[Mapping[str, Any]] = {}

@@ -38,7 +38,7 @@ class Simulate(Command):
     steps: int = 200
     """steps of the simulated run"""
     seed: int = 0
-    """of the generation times"""
+    """seed of the generation times"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "generation", "training", "sync", "spread", "ahead", "seed")

@@ -51,9 +51,9 @@ class Outcome:
     """Rewards of an episode."""
 
     reward: float = 0.0
-    """of the episode, given at its last token"""
+    """reward of the episode, given at its last token"""
     turn_rewards: Sequence[float] = ()
-    """of its first turns, in addition, each given at the turn's last token"""
+    """additional rewards of its first turns, each given at the turn's last token"""
     score: float | None = None
     """how well it went, 0 to 1, for filtering and pass rates"""
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -43,7 +43,7 @@ class RoleMemory:
     weights: int = 0
     """all weights, those of adapters and heads included"""
     gradients: int = 0
-    """of what is trained, from the first backward pass of a step to its update"""
+    """gradients of the trained parameters, from the first backward pass of a step to its update"""
     optimizer: int = 0
     """state of the optimizer, and a moving average of the weights"""
     activations: int = 0

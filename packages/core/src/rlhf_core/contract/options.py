@@ -284,7 +284,7 @@ class RunConfig:
     epochs: float = 0.0
     """passes over the data, in place of --steps (0.5 is half a pass); 0 trains --steps"""
     seed: int = 0
-    """the same seed gives the same numbers"""
+    """seed of the random draws; the same seed gives the same numbers"""
     deterministic: bool = False
     """on a GPU too: slower kernels that add in a fixed order; an operation that has none stops the run. A CPU needs no flag"""
     resume: bool | Literal["auto"] = field(default=False, metadata=FREE)
@@ -321,7 +321,7 @@ class RunConfig:
     keep: int = field(default=2, metadata=FREE)
     """newest checkpoints kept"""
     keep_gb: float = field(default=0.0, metadata=FREE)
-    """and only as many of them as fit into this many GB; the newest always stays. 0 is no limit"""
+    """maximum total size of kept checkpoints in GB (the newest is always kept); 0 means no limit"""
     keep_best: str = field(default="", metadata=FREE)
     """a metric (`eval/heldout/reward`, say) whose best checkpoint stays too; `checkpoints/best.json` names it"""
     keep_best_mode: Literal["auto", "max", "min"] = field(default="auto", metadata=FREE)

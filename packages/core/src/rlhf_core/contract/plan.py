@@ -49,9 +49,9 @@ class RoleSpec:
     terms: tuple[tuple[str, Term], ...] = ()
     """(credit key, term) for each term that trains it; empty for a frozen role"""
     sampled: bool = False
-    """whether a source samples it, or an evaluator"""
+    """True if a source or an evaluator samples it"""
     reads: bool = True
-    """whether it is given the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
+    """True if it gets the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
     temperature: float = 1.0
     """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
     providers: Mapping[str, Output] = field(default_factory=dict)

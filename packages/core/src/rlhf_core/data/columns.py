@@ -90,7 +90,7 @@ class Columns:
     system: str = ""
     """system prompt put before every prompt that has none"""
     turns: Turns = "last"
-    """of a chat, train on its last assistant turn or on all of them"""
+    """turns of a chat that are trained on: its last assistant turn, or all of them"""
     unique: bool = False
     """drop rows whose prompt and completions came before, counted in data/duplicates"""
 

@@ -51,7 +51,7 @@ class HuggingFaceData(Preparation, Columns):
     limit: int = 0
     """use the first so many rows of the whole; 0 uses all"""
     mix_seed: int = 0
-    """of the draws between sets"""
+    """seed of the draws between sets"""
     streaming: bool = False
     """read without loading whole sets: for sets larger than the disk or memory"""
     shuffle_buffer: int = 1000

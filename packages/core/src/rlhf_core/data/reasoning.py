@@ -35,7 +35,7 @@ class ReasoningData(Preparation):
     heldout: int = 50
     """held-out rows of each task"""
     task_seed: int = 0
-    """of the tasks; the same seed makes the same ones"""
+    """seed of the tasks; the same seed makes the same ones"""
     ask: str = ASK
     """put after each question"""
 

@@ -34,7 +34,7 @@ class TokenizedRow:
     opening: int = 0
     """how many of `ids` open the text: BOS, and in a chat all that stands before what the first user says"""
     cut: bool = False
-    """whether it was too long and is not whole"""
+    """True if it was too long and is not whole"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """what the model reads for the images of the prompt, by name"""
     sizes: tuple[tuple[int, int], ...] = ()

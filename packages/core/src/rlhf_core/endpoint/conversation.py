@@ -42,7 +42,7 @@ class _Context:
     """A context after a turn of the policy."""
 
     keys: tuple[str, ...]
-    """of the messages, the policy's last turn included"""
+    """keys of the messages, the policy's last turn included"""
     tools: str
     prompt: Chat
     """the messages before the last turn, as they were rendered"""

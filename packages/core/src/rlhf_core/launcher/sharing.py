@@ -45,7 +45,7 @@ class Sharing:
 
     residents: Residents
     memory: Mapping[str, RoleMemory]
-    """of each role, by forecast"""
+    """memory of each role, by forecast"""
 
 
 def plan_sharing(

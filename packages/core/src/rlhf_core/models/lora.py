@@ -65,7 +65,7 @@ class Adapters:
     """PEFT's `LoraConfig`"""
     sites: tuple[Site, ...] = ()
     on: bool = True
-    """whether they act"""
+    """True if they act"""
 
     @contextmanager
     def disable(self, model: nn.Module) -> Iterator[None]:

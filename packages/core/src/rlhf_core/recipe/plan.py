@@ -55,7 +55,7 @@ class Recipe:
     output: str | Path = "recipe"
     """folder of everything that the steps make"""
     seed: int = 0
-    """the same seed gives the same artifacts"""
+    """seed of the random draws; the same seed gives the same artifacts"""
     start_t: int = 0
     """first iteration that runs"""
     stop_t: int | None = None

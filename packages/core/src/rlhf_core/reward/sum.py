@@ -37,7 +37,7 @@ class Sum(Reward):
     parts: tuple[str | Callable[..., Any], ...]
     """rewards by name, each with its options: "length target=40"; from Python functions and providers too"""
     weights: tuple[float, ...] = ()
-    """of the parts, in their order; all 1 where absent"""
+    """weights of the parts, in their order; all 1 where absent"""
     path: str = field(default="", metadata=INTERNAL)
     """the option of another provider that holds the only part, for messages"""
 

@@ -51,13 +51,13 @@ class EpisodeState:
     turns: array[int] = field(default_factory=lambda: array("q"))
     """the turn of each token"""
     rewards: array[float] = field(default_factory=lambda: array("d"))
-    """of each token"""
+    """reward of each token"""
     numbers: dict[str, array[float]] = field(default_factory=dict)
     """what the engine returned for each token, by name"""
     kept_sets: list[KeptSets] = field(default_factory=list)
-    """of each part, if the engine returned some"""
+    """kept sets of each part, if the engine returned some"""
     texts: list[str] = field(default_factory=list)
-    """of the policy's turns"""
+    """texts of the policy's turns"""
     transcript: list[dict[str, Any]] = field(default_factory=list)
     score: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -164,7 +164,7 @@ class _State:
     """The rows that are still in the batch."""
 
     logits_RV: Tensor
-    """of the next token"""
+    """logits of the next token"""
     cache: Any
     mask_RS: Tensor
     """bool, real tokens; S = L + T, the part to come is already true"""

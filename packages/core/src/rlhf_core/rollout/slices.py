@@ -37,7 +37,7 @@ class PartialCompletion:
     numbers: dict[str, array[float]] = field(default_factory=dict)
     """what the engine returned for each token, by name"""
     kept_sets: list[KeptSets] = field(default_factory=list)
-    """of each slice, if the engine returned some"""
+    """kept sets of each slice, if the engine returned some"""
     slices: int = 0
     finish: Any = None
     """`stop` or `length`; None while it goes on"""

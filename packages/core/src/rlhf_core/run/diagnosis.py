@@ -60,7 +60,7 @@ class Evidence:
     forward: Callable[[Sequence[int], Sequence[int]], Tensor]
     """logits (T, V) of the trainer for a completion after a prompt"""
     narrow: Mapping[str, Callable[[Sequence[int], Sequence[int]], Tensor]]
-    """the same computed in other dtypes, by their names"""
+    """`forward` computed in other dtypes, by their names"""
     ends: Sequence[int]
     """tokens that end a completion"""
     pad: int
@@ -82,7 +82,7 @@ class Finding:
     before: float
     """mean absolute difference, nats per token"""
     after: float
-    """the same once the cause is taken into account"""
+    """the difference once the cause is taken into account"""
 
 
 def mean_difference(rows: Sequence[Row], predicted: Sequence[Tensor]) -> float:

@@ -44,7 +44,7 @@ class RLHFConfig:
     max_new_tokens: int = 512
     """longest completion"""
     temperature: float = 0.7
-    """of sampling"""
+    """temperature of sampling"""
     top_p: float = 0.9
     """smallest set of tokens with this probability that is sampled from; 1 keeps all"""
     num_episodes: int = 1000
@@ -58,7 +58,7 @@ class RLHFConfig:
     heldout: float = 0.1
     """share of the rows that is evaluated and not trained on, 0 to below 1; 0 reports the last batch's numbers"""
     seed: int = 0
-    """the same seed gives the same numbers"""
+    """seed of the random draws; the same seed gives the same numbers"""
 
     def __post_init__(self) -> None:
         if not self.pretrain:

@@ -36,7 +36,7 @@ class Stop:
     alarm: str = ""
     """the text of the first observer that returned one"""
     exit_code: int = 0
-    """of a signal that any rank received; 0 for none"""
+    """exit code of a signal that any rank received; 0 for none"""
 
     def __bool__(self) -> bool:
         return self.asked or self.exit_code > 0

@@ -61,7 +61,7 @@ class OptimizerStep:
     budget: TokenBudget
     forward_cache: ForwardCache
     version: int
-    """of the weights before these steps"""
+    """version of the weights before these steps"""
 
     @property
     def name(self) -> str:

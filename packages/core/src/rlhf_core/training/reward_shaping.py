@@ -40,7 +40,7 @@ class RewardShaping:
     overlong_factor: float = 1.0
     """the penalty at max-new-tokens"""
     stop_properly: float | None = None
-    """of a completion that was cut: from 0 to 1 its reward is multiplied by this, below 0 it is this; absent is off"""
+    """reward of a completion that was cut: from 0 to 1 it is multiplied by this, below 0 it is this; absent is off"""
     clip: float | None = None
     """rewards are cut to -clip and clip"""
 

@@ -60,9 +60,9 @@ class GCGReport(Command):
     output: str = ""
     """name of the files, without an ending; empty writes none"""
     formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
-    """of the figure; none writes the table alone"""
+    """file formats of the figure; none writes the table alone"""
     seed: int = 0
-    """of the bootstrap; the same seed gives the same intervals"""
+    """seed of the bootstrap; the same seed gives the same intervals"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "k", "seed")

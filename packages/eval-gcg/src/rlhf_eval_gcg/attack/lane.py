@@ -49,11 +49,11 @@ class Lane:
     after_A: Tensor
     """tokens after it"""
     opening: Beginning = field(default_factory=Beginning)
-    """of the tokens before the suffix; empty without a prefix cache"""
+    """key-value cache of the tokens before the suffix; empty without a prefix cache"""
     base_L: Tensor | None = None
     """the suffix whose keys and values `base` holds"""
     base: Beginning = field(default_factory=Beginning)
-    """of the tokens before the suffix and of `base_L`"""
+    """key-value cache of the tokens before the suffix and of `base_L`"""
     cached: bool = False
     """share beginnings"""
 

@@ -70,11 +70,11 @@ class Suffix:
     ids_L: Tensor
     """the current tokens"""
     options: Attack
-    """of the attack"""
+    """options of the attack"""
     allowed_V: Tensor
     """tokens that may stand in a suffix, bool"""
     generator: torch.Generator
-    """of everything that is drawn, on the CPU"""
+    """generator of all random draws, on the CPU"""
     survivors: Callable[[Tensor], Tensor]
     """returns which candidates (C, L) become the same tokens again in their place in the chat (C,)"""
     letters_M: Tensor

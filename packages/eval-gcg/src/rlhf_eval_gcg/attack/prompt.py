@@ -50,9 +50,9 @@ class AttackPrompt:
     blanks: str
     """blanks at the end of the text before, where the tokenizer makes them a part of the suffix's first token"""
     tokenizer: PreTrainedTokenizerBase
-    """of the model"""
+    """tokenizer of the model"""
     options: Attack
-    """of the attack"""
+    """options of the attack"""
 
     @classmethod
     def build(cls, goal: Goal, tokenizer: PreTrainedTokenizerBase, options: Attack) -> AttackPrompt:

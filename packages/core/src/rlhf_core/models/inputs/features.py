@@ -36,7 +36,7 @@ Read = Callable[["Inputs"], tuple[Any, ...]]
 
 class _RowStates(NamedTuple):
     states_TH: Tensor
-    """of its completion tokens; none where only scores are wanted"""
+    """states of its completion tokens; none where only scores are wanted"""
     last_H: Tensor
 
 

@@ -28,7 +28,7 @@ class Stretch:
     """A rank's stretch of a micro-batch."""
 
     arguments: dict[str, Any]
-    """of the body's forward pass"""
+    """arguments of the body's forward pass"""
     inputs: Inputs
     """those whose states are in the stretch, by their places in it"""
     own_N: Tensor

@@ -32,7 +32,7 @@ class Tiny:
     layers: int = 2
     hidden: int = 64
     heads: int = 2
-    """of 32 numbers each: the least that vLLM computes on the CPU"""
+    """number of attention heads, of 32 numbers each: the least that vLLM computes on the CPU"""
     kv_heads: int = 1
     intermediate: int = 192
     vocab: int = TOKENS
@@ -40,7 +40,7 @@ class Tiny:
     context: int = 4096
     """most positions"""
     seed: int = 0
-    """of the weights"""
+    """seed of the weights"""
 
     def config(self, **more: Any) -> PretrainedConfig:
         """Return the model's configuration."""

@@ -18,7 +18,7 @@ class Merge(Ingredient):
     """Merge an adapter into its base, so that the next step can start from it."""
 
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """of the weights that are written; `base` is the base model's own"""
+    """dtype of the weights that are written; `base` is the base model's own"""
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {"model": "model"}
     outputs: ClassVar[Mapping[str, ArtifactKind]] = {"model": "model"}
