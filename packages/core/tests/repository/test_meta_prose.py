@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[4]
 SOURCES = sorted(ROOT.glob("packages/*/src/**/*.py"))
 PAGES = sorted(
     path
-    for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "packages/*/README.md")
+    for pattern in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/**/*.md",
+        "packages/*/README.md",
+        "examples/plugins/*/README.md",
+    )
     for path in ROOT.glob(pattern)
     if path.parent.name != "reports"  # measurements as scripts wrote them
 )
