@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line(words: str, message: str, registry: Registry) -> 
 def test_help_shows_the_options_of_the_chosen_optimizer(registry: Registry) -> None:
     def text(*words: str) -> str:
         schema, settings = read(["online", *words], registry)
-        return " ".join(algorithm_help(schema, settings, registry).split())
+        return " ".join(algorithm_help(schema, settings, registry, everything=True).split())
 
     assert (
         "--actor.optim.use STR optimizer of this role: adamw, momentum, none, trust_region, or module:Class (default: adamw)"
