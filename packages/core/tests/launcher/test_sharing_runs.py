@@ -95,8 +95,7 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("algorithm", ["sft", "ppo", "grpo", "repulse"])
 def test_turns_change_no_number(tmp_path: Path, algorithm: str, small: None, moves: Counter[str]) -> None:
-    if algorithm != "sft":
-        pytest.importorskip("rlhf_algos")
+    pytest.importorskip("rlhf_algos")
     apart = Run(config(tmp_path / "all", algorithm))
     apart.train()
     assert not moves
