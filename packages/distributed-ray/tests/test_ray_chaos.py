@@ -21,7 +21,9 @@ SCRIPT = Path(__file__).with_name("ray_chaos.py")
 
 def disturbed(seeds: list[int], steps: int, faults: int, output: Path) -> list[dict[str, Any]]:
     words = ["--seeds", *map(str, seeds), "--steps", str(steps), "--faults", str(faults), "--output", str(output)]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=400 * len(seeds)
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"seed"')]
 
