@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from changed_role import ChangedRole
 
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
@@ -78,11 +79,11 @@ def test_a_tensor_that_is_stale_or_left_out_stops_the_run(
 ) -> None:
     old = {each: tensor.clone() for each, tensor in role.weights()}
     randomise(role, seed=2004)
-    stale = _Changed(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
+    stale = ChangedRole(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
     with pytest.raises(RunStopped, match="differ"):
         apart.sync(stale)  # type: ignore[arg-type]
     randomise(role, seed=2005)
-    lacking = _Changed(role, lambda each, tensor: [] if each == name else [(each, tensor)])
+    lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
     with pytest.raises(ContractError, match=r"left out 1 of the model's tensors, vLLM's '[a-z0-9_.]*' first$"):
         apart.sync(lacking)  # type: ignore[arg-type]
     randomise(role, seed=2006)
@@ -141,21 +142,6 @@ def test_it_leaves_nothing_behind(apart: VLLMEngines, role: LocalRole, prompts: 
     apart.close()
     assert not [number for number in processes if Path(f"/proc/{number}").exists()]
     assert threading.active_count() < 50
-
-
-class _Changed:
-    """A role whose `weights()` are changed on their way."""
-
-    def __init__(self, role: LocalRole, change: Any) -> None:
-        self.role = role
-        self.change = change
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.role, name)
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.role.weights():
-            yield from self.change(name, tensor)
 
 
 class _Sampling:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from changed_role import ChangedRole
 
 from rlhf_core.contract.batch import Prompts
 from rlhf_core.contract.options import Sampling
@@ -31,21 +32,6 @@ NAMES = [
     ),
     "model.norm.weight",
 ]
-
-
-class Faulty:
-    """A role whose `weights()` are `change`d on their way."""
-
-    def __init__(self, role: LocalRole, change: Any) -> None:
-        self.role = role
-        self.change = change
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.role, name)
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.role.weights():
-            yield from self.change(name, tensor)
 
 
 @pytest.fixture
@@ -121,7 +107,7 @@ def test_a_tensor_that_stays_behind_stops_the_run(
     old = {each: tensor.clone() for each, tensor in role.weights()}
     assert name in old
     randomise(role, seed=10011)
-    stale = Faulty(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
+    stale = ChangedRole(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
     with pytest.raises(
         RunStopped, match=r"^after the first update, log-probabilities of rollout 'vllm' differ .* use rollout.*hf.*$"
     ):
@@ -133,7 +119,7 @@ def test_a_tensor_that_is_left_out_is_named(
     engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=10012)
-    lacking = Faulty(role, lambda each, tensor: [] if each == name else [(each, tensor)])
+    lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
     with pytest.raises(ContractError, match=f"left out 1 of the model's tensors, vLLM's '{name}' first"):
         engine.sync(lacking)
     randomise(role, seed=10013)
@@ -154,7 +140,7 @@ def test_numbers_that_are_not_numbers_stop_the_run(
     engine: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
 ) -> None:
     randomise(role, seed=10015)
-    broken = Faulty(
+    broken = ChangedRole(
         role, lambda each, tensor: [(each, tensor * float("nan") if each == "model.norm.weight" else tensor)]
     )
     with pytest.raises(RunStopped, match="nan"):

@@ -391,8 +391,7 @@ for line in {LIGHT!r}:
 def test_python_dash_m_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "rlhf_core", "nonsense"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("rlhf-run: no algorithm is called 'nonsense'")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rlhf-run: no algorithm is called 'nonsense'") and done.stderr.count("\n") == 1
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
