@@ -119,6 +119,7 @@ def test_a_launcher_is_told_how_many_gpus_an_engine_has() -> None:
     assert VLLM(process="own", tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=3).devices == 24
 
 
+@pytest.mark.vllm
 def test_weights_that_the_trainer_lost_cannot_be_sent_again(tmp_path: Path) -> None:
     """Ahead of training, only shared memory still has the weights that an engine had when it died."""
     options = {"process": "own", "transfer": "ipc"}
