@@ -53,6 +53,14 @@ def test_a_group_is_named_by_the_options_that_differ(tmp_path: Path, capsys: pyt
     assert "1.000" not in text and "2.000" in text and "±" not in text.partition("options")[0].splitlines()[1]
 
 
+def test_different_algorithms_name_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Presets differ in many options; a folder's name tells a reader less than the method's."""
+    one = write_run(tmp_path / "a", "grpo", 0, 1.0, "minibatches = 1\n[sampling]\nn = 8\ntop_p = 0.9\ntop_k = 5")
+    two = write_run(tmp_path / "b", "rloo", 0, 1.0, "minibatches = 2\n[sampling]\nn = 4\ntop_p = 0.8\ntop_k = 6")
+    assert main(["compare", one, two, "--output", ""]) == 0
+    assert "GRPO, n=1  RLOO, n=1" in capsys.readouterr().out
+
+
 def test_equal_configurations_are_said_to_be_so(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *runs[:2], "--output", ""]) == 0
     assert "differ in seeds alone" in capsys.readouterr().out

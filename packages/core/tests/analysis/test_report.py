@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.analysis.chart import Line, chart, round_ticks
+from rlhf_core.analysis.chart import Line, chart, round_ticks, tick_labels
 from rlhf_core.analysis.style import smooth
 from rlhf_core.cli import main
 
@@ -174,6 +174,12 @@ def test_ticks_of_steps_are_whole(low: float, high: float, ticks: list[float]) -
 
 def test_a_rounding_error_below_zero_needs_no_tick() -> None:
     assert round_ticks(-1e-9, 0.4)[0] == 0
+
+
+def test_no_two_ticks_of_an_axis_read_alike() -> None:
+    assert tick_labels([1.8e-7, 1.825e-7, 1.85e-7]) == ["1.8e-7", "1.82e-7", "1.85e-7"]
+    assert tick_labels([12345.1, 12345.2]) == ["12345.1", "12345.2"]
+    assert tick_labels([0.0, 5.0, 10.0]) == ["0", "5", "10"]
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_change() -> None:

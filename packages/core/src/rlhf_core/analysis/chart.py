@@ -71,13 +71,13 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
             f'<rect class="key c{line.color % len(COLORS)}" x="{x:.0f}" y="{24 + ROW * row}" width="9" height="9"/>'
         )
         parts.append(f'<text class="tick" x="{x + 13:.0f}" y="{32 + ROW * row}">{escape(line.label)}</text>')
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
         _, y = place(x_ticks[0], tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in x_ticks:
+        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for tick, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{_number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>')
     at = f'x="12" y="{top + PLOT / 2}" transform="rotate(-90 12 {top + PLOT / 2})"'
@@ -98,6 +98,15 @@ def round_ticks(low: float, high: float, whole: bool = False) -> list[float]:
     step = next(power * factor for factor in factors if rough <= power * factor * (1 + 1e-9))
     first, last = math.floor(low / step + NOISE), math.ceil(high / step - NOISE)
     return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Return the ticks as text, with as many digits as tell them apart."""
+    for digits in range(2, 17):
+        labels = [_number(tick, digits) for tick in ticks]
+        if len(set(labels)) == len(set(ticks)):
+            break
+    return labels
 
 
 def _curve(line: Line, place: Callable[[float, float], tuple[float, float]]) -> list[str]:
@@ -145,8 +154,8 @@ def _points(places: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def _number(value: float) -> str:
-    """Return a number with as many digits as a reader needs."""
+def _number(value: float, digits: int = 2) -> str:
+    """Return a number with at least as many digits as are given."""
     if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}"
+        return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{max(digits, 4)}g}"

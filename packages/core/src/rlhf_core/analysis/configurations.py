@@ -56,9 +56,12 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
         found.setdefault(repr(sorted(options.items())), (options, []))[1].append(folder)
     trees = [options for options, _ in found.values()]
     changes = differences(trees)
+    algorithms = [options.get("algorithm.use") for options in trees]
+    distinct = len(trees) > 1 and None not in algorithms and len(set(algorithms)) == len(trees)
     groups: list[Group] = []
     for options, paths in found.values():
-        name = _name(options, changes, paths[0])
+        # the presets of two algorithms differ in many options; their names alone tell such groups apart
+        name = method_name(str(options["algorithm.use"])) if distinct else _name(options, changes, paths[0])
         while any(each.name == name for each in groups):
             name += "'"
         algorithm = str(options.get("algorithm.use", ""))
