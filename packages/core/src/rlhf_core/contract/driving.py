@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from rlhf_core.errors import RlhfError
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.run_view import RowEncoder
 
 __all__ = ["EpisodeOver", "Outcome", "Policy", "Reply"]
@@ -68,13 +69,21 @@ class Policy(Protocol):
         """Return the encoder of the run's rows, with its chat template."""
         ...
 
-    async def ask(self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+    @property
+    def sampling(self) -> Sampling:
+        """Return the options that turns are drawn with, which training's log-probabilities assume."""
+        ...
+
+    async def ask(
+        self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None
+    ) -> Reply:
         """Return the policy's turn after `token_ids`, sampled as `--sampling` says.
 
         Args:
             token_ids: everything that the policy reads.
             max_tokens: tokens after which the turn is cut; 0 leaves it what is left of the episode.
             stop: strings that end the turn, in addition to `--sampling.stop`.
+            seed: varies the draw. It never repeats one: turns and completions stay independent, as policy gradients assume.
 
         Raises:
             EpisodeOver: a limit of the episode is reached.

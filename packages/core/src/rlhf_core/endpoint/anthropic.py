@@ -8,7 +8,8 @@ from typing import Any
 
 from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
-from rlhf_core.endpoint.openai import MODEL, positive, texts
+from rlhf_core.endpoint.openai import MODEL
+from rlhf_core.endpoint.sampling import read_options
 
 __all__ = ["answer_messages", "encode_error"]
 
@@ -21,12 +22,14 @@ async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
         raise HttpError(400, "messages and tools are lists")
-    stop = texts(body.get("stop_sequences"), "stop_sequences")
+    options = read_options(body, "max_tokens", stop="stop_sequences")
+    conversation.check(body)
+    if body.get("tool_choice") == {"type": "none"}:
+        tools = []
     answer = await conversation.chat(
         [*_system(body), *(each for message in messages for each in _messages(message))],
         [_tool(each) for each in tools],
-        positive(body, "max_tokens"),
-        stop,
+        options,
     )
     blocks: list[dict[str, Any]] = (
         [{"type": "text", "text": answer.content}] if answer.content or not answer.calls else []

@@ -17,6 +17,7 @@ from rlhf_core.contract.batch import Example
 from rlhf_core.contract.driving import Policy, Reply
 from rlhf_core.contract.episode import Feedback
 from rlhf_core.endpoint.http import HttpError
+from rlhf_core.endpoint.sampling import TurnOptions, check_distribution
 from rlhf_core.endpoint.tool_calls import ToolCall, find_tool_calls
 
 __all__ = ["Answer", "Conversation", "message_of"]
@@ -57,25 +58,29 @@ class Conversation:
 
     Args:
         policy: that of the session.
+        strict: refuse requests whose sampling options differ from those that the policy is trained with.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policy: Policy, strict: bool = True) -> None:
+        self.policy, self.strict = policy, strict
         self._contexts: list[_Context] = []
         self._texts: list[tuple[str, tuple[int, ...]]] = []
         """plain texts that the policy has read and written, with their ids"""
         self._sampled: dict[str, str] = {}
         """turns of the policy as they were sampled, by the key of the message that the agent got"""
 
-    async def chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], max_tokens: int, stop: Sequence[str]
-    ) -> Answer:
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Check the sampling options of a request, if the session is strict."""
+        if self.strict:
+            check_distribution(body, self.policy.sampling)
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], options: TurnOptions) -> Answer:
         """Return the policy's answer to a chat.
 
         Args:
             messages: in OpenAI's form.
             tools: functions that the template describes to the policy; with some, calls are found in the answer.
-            max_tokens, stop: of the turn; see `Policy.ask`.
+            options: of the turn.
         """
         if not messages:
             raise HttpError(400, "a chat has at least one message")
@@ -87,9 +92,9 @@ class Conversation:
         meta = {"tools": list(tools)} if tools else {}
         row = self.policy.encoder.prompt_row(Example(prompt, meta=meta, origin="the agent's request"))
         ids = self._continue(keys, prompt, json.dumps(list(tools), sort_keys=True), row.text, meta) or tuple(row.ids)
-        reply = await self.policy.ask(ids, max_tokens, stop)
+        reply = await self.ask(ids, options)
         raw = self._raw(reply)
-        answer = _answer(reply, ids, stop, bool(tools))
+        answer = _answer(reply, ids, options.stop, bool(tools))
         key = _key(message_of(answer))
         self._sampled[key] = raw
         context = _Context((*keys, key), json.dumps(list(tools), sort_keys=True), prompt, row.text + raw, ids, reply)
@@ -118,7 +123,11 @@ class Conversation:
             *self.policy.encoder.feedback(before, new, context.reply.token_ids),
         )
 
-    async def complete(self, text: str, max_tokens: int, stop: Sequence[str]) -> Answer:
+    async def ask(self, ids: Sequence[int], options: TurnOptions) -> Reply:
+        """Return the policy's turn after `ids`."""
+        return await self.policy.ask(ids, options.max_tokens, options.stop, options.seed)
+
+    async def complete(self, text: str, options: TurnOptions) -> Answer:
         """Return the policy's continuation of a plain text."""
         tokenizer = self.policy.encoder.tokenizer
         fitting = [each for each in self._texts if text.startswith(each[0])]
@@ -129,8 +138,8 @@ class Conversation:
         else:
             found = list(tokenizer(text)["input_ids"])
             ids = tuple(found[:-1] if found[-1:] == [tokenizer.eos_token_id] else found)
-        reply = await self.policy.ask(ids, max_tokens, stop)
-        answer = _answer(reply, ids, stop, tools=False)
+        reply = await self.ask(ids, options)
+        answer = _answer(reply, ids, options.stop, tools=False)
         self._texts.append((text + answer.content, (*ids, *reply.token_ids)))
         return answer
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_core.contract.driving import Policy
+from rlhf_core.endpoint.conversation import Conversation
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
-from rlhf_core.endpoint.openai import MODEL, positive, texts, token_ids
+from rlhf_core.endpoint.openai import MODEL, token_ids
+from rlhf_core.endpoint.sampling import read_options
 
 __all__ = ["answer_generate"]
 
 
-async def answer_generate(policy: Policy, body: Mapping[str, Any]) -> bytes:
+async def answer_generate(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer with the token ids of a turn, and with their log-probabilities if `sampling_params` asks for some."""
     how = body.get("sampling_params") or {}
     if not isinstance(how, Mapping):
         raise HttpError(400, "sampling_params is an object")
-    if how.get("n") not in (None, 1):
-        raise HttpError(400, "n is 1: one answer for each request is sampled")
+    options = read_options(how, "max_tokens")
+    conversation.check(how)
     ids = token_ids(body.get("token_ids"), "token_ids")
-    reply = await policy.ask(ids, positive(how, "max_tokens"), texts(how.get("stop"), "stop"))
+    reply = await conversation.ask(ids, options)
     choice: dict[str, Any] = {"index": 0, "finish_reason": reply.finish, "token_ids": list(reply.token_ids)}
     if how.get("logprobs") is not None:
         choice["logprobs"] = {

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_core.contract.driving import EpisodeOver, Outcome, Policy
 from rlhf_core.contract.episode import Session
@@ -46,6 +46,9 @@ class Harness(Environment):
     """seconds after which an agent is stopped and its episode ends"""
     turn_seconds: float = 600.0
     """seconds after which a request for a turn is answered with an error"""
+    request_sampling: Literal["refuse", "ignore"] = "refuse"
+    """answer to a request with a temperature, a penalty or another option that changes the distribution and is not the run's:
+    refuse returns an error, ignore samples with `--sampling` all the same"""
     log: tuple[str, ...] = ()
     """names of numbers that the agent returns as metrics, logged as reward/<name>"""
 
@@ -157,7 +160,8 @@ class HarnessSession(Session):
     async def drive(self, policy: Policy) -> Outcome:
         """Run the agent until it ends, or its time is up."""
         harness, function = self.engine.harness, self.engine.function
-        async with self.engine.endpoint() as endpoint, endpoint.session(policy) as address:
+        strict = harness.request_sampling == "refuse"
+        async with self.engine.endpoint() as endpoint, endpoint.session(policy, strict) as address:
             try:
                 async with asyncio.timeout(harness.seconds) as timer:
                     if function is None:

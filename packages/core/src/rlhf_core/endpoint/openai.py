@@ -8,8 +8,9 @@ from typing import Any
 from rlhf_core.contract.driving import Policy
 from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
+from rlhf_core.endpoint.sampling import read_options
 
-__all__ = ["MODEL", "answer_chat", "answer_completion", "list_models", "positive", "texts"]
+__all__ = ["MODEL", "answer_chat", "answer_completion", "list_models", "token_ids"]
 
 MODEL = "policy"
 """The name of the model, for clients that want one; requests may say any other."""
@@ -17,14 +18,12 @@ MODEL = "policy"
 
 async def answer_chat(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer `POST /v1/chat/completions`."""
-    _check_choices(body)
+    options = read_options(body, "max_completion_tokens", "max_tokens")
+    conversation.check(body)
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
         raise HttpError(400, "messages and tools are lists")
-    most = positive(body, "max_completion_tokens") or positive(body, "max_tokens")
-    answer = await conversation.chat(
-        messages, [] if body.get("tool_choice") == "none" else tools, most, texts(body.get("stop"), "stop")
-    )
+    answer = await conversation.chat(messages, [] if body.get("tool_choice") == "none" else tools, options)
     head = _head(body, answer, "chat.completion")
     message = message_of(answer)
     choice = {"index": 0, "message": {**message, "refusal": None}, "finish_reason": _finish(answer)}
@@ -62,15 +61,16 @@ def _chat_events(
 
 async def answer_completion(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer `POST /v1/completions`: a text, or token ids."""
-    _check_choices(body)
-    prompt, most, stop = body.get("prompt"), positive(body, "max_tokens"), texts(body.get("stop"), "stop")
+    options = read_options(body, "max_tokens")
+    conversation.check(body)
+    prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         (prompt,) = prompt
     if isinstance(prompt, str):
-        answer = await conversation.complete(prompt, most, stop)
+        answer = await conversation.complete(prompt, options)
     else:
         ids = token_ids(prompt, "prompt")
-        reply = await conversation.policy.ask(ids, most, stop)
+        reply = await conversation.ask(ids, options)
         answer = Answer(reply, ids, reply.text, [])
     head = _head(body, answer, "text_completion")
     choice: dict[str, Any] = {
@@ -103,27 +103,6 @@ def token_ids(given: Any, name: str) -> tuple[int, ...]:
     if not isinstance(given, list) or not all(isinstance(each, int) and each >= 0 for each in given) or not given:
         raise HttpError(400, f"{name} is a text, or a list of token ids")
     return tuple(given)
-
-
-def positive(body: Mapping[str, Any], name: str) -> int:
-    """Return a whole number of a request; 0 where it is absent."""
-    value = body.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise HttpError(400, f"{name} is a whole number of at least 1, not {value!r}")
-    return value or 0
-
-
-def texts(given: Any, name: str) -> tuple[str, ...]:
-    """Return one text or several; none where it is absent."""
-    found = (given,) if isinstance(given, str) else tuple(given or ())
-    if not all(isinstance(each, str) and each for each in found):
-        raise HttpError(400, f"{name} is a text, or a list of texts")
-    return found
-
-
-def _check_choices(body: Mapping[str, Any]) -> None:
-    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
-        raise HttpError(400, "n is 1: one answer for each request is sampled")
 
 
 def _head(body: Mapping[str, Any], answer: Answer, kind: str) -> dict[str, Any]:

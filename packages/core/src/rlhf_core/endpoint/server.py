@@ -108,10 +108,15 @@ class Endpoint:
             await asyncio.wait(tasks)
 
     @asynccontextmanager
-    async def session(self, policy: Policy) -> AsyncIterator[Address]:
-        """Serve `policy` under a URL and a token of its own while the context is open."""
+    async def session(self, policy: Policy, strict: bool = True) -> AsyncIterator[Address]:
+        """Serve `policy` under a URL and a token of its own while the context is open.
+
+        Args:
+            policy: that of an episode.
+            strict: refuse requests whose sampling options differ from those that the policy is trained with.
+        """
         name, key = secrets.token_hex(8), secrets.token_urlsafe(24)
-        self._sessions[name] = (key, Conversation(policy))
+        self._sessions[name] = (key, Conversation(policy, strict))
         try:
             yield Address(f"http://127.0.0.1:{self.port}/{name}/v1", key)
         finally:
@@ -211,7 +216,7 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
         case "messages":
             return await answer_messages(conversation, request.json())
         case "inference/v1/generate":
-            return await answer_generate(conversation.policy, request.json())
+            return await answer_generate(conversation, request.json())
     raise HttpError(
         404,
         f"no route {route!r}; there are chat/completions, completions, messages and inference/v1/generate",

@@ -215,20 +215,19 @@ class _EpisodePolicy:
 
     def __init__(self, player: _Player, episode: DrivenEpisode) -> None:
         self._player, self._episode = player, episode
-        self.encoder = player.table.encoder
+        self.encoder, self.sampling = player.table.encoder, player.table.sampling
 
-    async def ask(self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+    async def ask(
+        self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None
+    ) -> Reply:
         """Return the policy's turn after `token_ids`."""
         episode, table = self._episode, self._player.table
         ids, number = tuple(token_ids), episode.asks
         limit = self._limit(ids, max_tokens)
-        uid = table.prompts.uids[episode.prompt]
-        if number or episode.k:
-            uid = turn_uid(uid, episode.k, number)
         index = episode.prompt * table.sampling.n + episode.k
         episode.waiting += 1
         try:
-            sampled = await self._player.queue.wait_for(Ask(index, ids, uid, limit, tuple(stop)))
+            sampled = await self._player.queue.wait_for(Ask(index, ids, self._uid(number, seed), limit, tuple(stop)))
         finally:
             episode.waiting -= 1
         if episode.count_added(ids) + episode.length >= table.sampling.max_new_tokens:
@@ -236,6 +235,14 @@ class _EpisodePolicy:
         turn, reply = _read(sampled, limit, episode.recorded, table.encoder.tokenizer)
         episode.record(ids, turn)
         return reply
+
+    def _uid(self, number: int, seed: int | None) -> int:
+        """Return the number that seeds a turn."""
+        episode = self._episode
+        uid = self._player.table.prompts.uids[episode.prompt]
+        if number or episode.k:
+            uid = turn_uid(uid, episode.k, number)
+        return uid if seed is None else turn_uid(turn_uid(uid, episode.k, number), seed, 1)
 
     def _limit(self, ids: tuple[int, ...], max_tokens: int) -> int:
         """Return how many tokens the turn may have; raise if the episode is over."""
