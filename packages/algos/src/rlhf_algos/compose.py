@@ -47,7 +47,7 @@ class OnlineOptions(Algorithm):
     shaping: RewardShaping = RewardShaping()
     """scale and penalties of rewards"""
     dynamic: DynamicSampling = DynamicSampling()
-    """which prompts are trained on; fresh ones replace the others"""
+    """filter of prompts; fresh prompts replace those that are left out"""
 
 
 def policy_terms(choices: ProviderChoices, kl: KL | None = None, entropy: float = 0.0) -> tuple[Term, ...]:

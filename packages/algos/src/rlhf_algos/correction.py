@@ -35,17 +35,18 @@ class Correction:
     """
 
     level: Literal["off", "token", "sequence", "geometric"] = "off"
-    """whose ratio is bounded: each token's, the completion's product of them, or their geometric mean (tokens then keep
-    their own weights)"""
+    """importance ratio that is bounded: of each token, the product over a completion, or their geometric mean (tokens
+    then keep their own weights)"""
     mode: Literal["clip", "mask"] = "clip"
-    """outside the bounds: set the weight to the bound, or to zero, which drops the token or completion"""
+    """action outside the bounds: clip the weight to the bound, or set it to zero, which drops the token or
+    completion"""
     low: float = 0.0
-    """lower bound of the ratio; 0 has none"""
+    """lower bound of the ratio; 0 means no bound"""
     high: float = 2.0
     """upper bound of the ratio, or of the distance"""
     gate: Literal["ratio", "binary_kl", "tv"] = "ratio"
-    """what the bounds are of: the ratio, or how far apart the two probabilities of a sampled token are, as the KL of two coins
-    or the absolute difference (OpenRLHF 0.11; of a completion, their mean); distances only mask"""
+    """quantity that is bounded: the ratio, or the distance between the two probabilities of a sampled token, as the KL
+    of two coins or the absolute difference (OpenRLHF 0.11; mean over a completion). Distances only mask"""
 
     def __post_init__(self) -> None:
         if self.gate != "ratio" and (self.mode == "clip" or self.level == "geometric") and self.level != "off":

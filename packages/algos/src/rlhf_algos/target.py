@@ -25,16 +25,17 @@ class Target:
     """The potential phi that turns the policy into the target."""
 
     beta: float = -10.0
-    """log phi = beta * reward: negative favours low rewards (the paper's beta with the sign changed)"""
+    """exponent in log phi = beta * reward: negative values favor low rewards (the paper's beta with the sign
+    changed)"""
     start_beta: float | None = None
-    """beta at the start, moved geometrically to `beta` over the run; constant where absent"""
+    """beta at the start, which moves geometrically to `beta` over the run; constant by default"""
     potential: Literal["reward", "toxicity", "indicator"] = "reward"
     """log phi: beta * reward; beta * log(1 - sigmoid(reward)), where the reward is the logit of being harmless; or the
     logarithm of 1[reward < threshold], whatever beta"""
     threshold: float = -5.0
-    """rewards strictly below it are bad (`indicator`)"""
+    """threshold of `indicator`: rewards strictly below it are bad"""
     reward_cap: float | None = None
-    """higher rewards count as this much in phi; no cap where absent"""
+    """largest reward that counts in phi; no cap by default"""
 
     def __post_init__(self) -> None:
         _same_sign("beta", self.beta, self.start_beta)

@@ -31,7 +31,7 @@ class Outcomes:
 
     results: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, Exception] = field(default_factory=dict)
-    """what was raised in the actor"""
+    """exceptions that were raised in the actor"""
     deaths: dict[int, WorkerLost] = field(default_factory=dict)
 
     def in_order(self) -> list[Any]:

@@ -30,9 +30,9 @@ class WorkerMemory:
     """Bytes of a worker on its device."""
 
     idle: int
-    """between its calls"""
+    """bytes between its calls"""
     work: int
-    """most that a call adds"""
+    """bytes that a call adds at most"""
 
     @property
     def most(self) -> int:

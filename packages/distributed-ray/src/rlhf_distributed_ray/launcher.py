@@ -45,50 +45,57 @@ class RayLauncher(SharingOptions, Launcher):
     """Roles and rollout engines as groups of Ray actors."""
 
     engines_apart: ClassVar[bool] = True
-    """engines are processes with weights of their own, so that they sample while roles train"""
+    """engines are processes with their own weights, so that they sample while roles train"""
 
     address: str = ""
     """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""
     workers: str = "1"
-    """workers of each role, each on a GPU of its own: a number, or NODESxDEVICES, whose devices Ray keeps on one node"""
+    """number of workers of each role, each on its own GPU: a number, or NODESxDEVICES, whose devices Ray keeps on one
+    node"""
     role_workers: tuple[str, ...] = ()
-    """roles with workers of their own, as `critic=2` or `actor=2x4`, when separate also laid out their own way, as
-    `actor=2x4:STRICT_SPREAD`"""
+    """roles with their own number of workers, such as `critic=2` or `actor=2x4`; if separate also with their own
+    placement, such as `actor=2x4:STRICT_SPREAD`"""
     engines: int = 0
-    """rollout engines; 0 is one for each worker of the role that is sampled, or for as many as an engine takes GPUs"""
+    """number of rollout engines; 0 takes one for each worker of the sampled role, or one for each set of GPUs that an
+    engine needs"""
     place: str = "together"
-    """`together`: rank k of every role, and engine k, share bundle k; `separate`: bundles of their own; or a partition such as
-    `actor+reference@8,critic@4:SPREAD,engine@4,RAM=64`: who shares how many bundles, which strategy, what each bundle has"""
+    """placement of workers: `together` puts rank k of every role, and engine k, into bundle k; `separate` gives each
+    its own bundles; or a partition such as `actor+reference@8,critic@4:SPREAD,engine@4,RAM=64`, which states the roles
+    that share bundles, their number, strategy and resources"""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """how Ray lays bundles over nodes"""
+    """Ray's placement strategy for bundles over nodes"""
     cpus: float = 0.25
-    """CPUs that a worker asks for; a share, since roles work in turn"""
+    """CPUs that a worker requests; less than 1 is usual, since roles work in turn"""
     gpus: Literal["auto", "on", "off"] = "auto"
-    """`on`: each bundle has a GPU, which those who sit in it share; `off`: all compute on the CPU; `auto`: on where the cluster
-    has a GPU"""
+    """use of GPUs: `on` gives each bundle a GPU, which its workers share; `off` computes on the CPU; `auto` is on if
+    the cluster has a GPU"""
     threads: int = 1
-    """OpenMP threads of each worker"""
+    """number of OpenMP threads of each worker"""
     patience: float = 120.0
-    """seconds without a sign of life after which a worker that is waited for counts as dead and is killed"""
+    """seconds without a sign of life after which a worker in a call counts as dead and is killed"""
     stall: float = 1800.0
-    """seconds without progress in a call after which a worker counts as dead; at least ten times the longest call so far"""
+    """seconds without progress in a call after which a worker counts as dead; the limit is at least ten times the
+    longest call so far"""
     timeout: float = 1800.0
     """seconds that the ranks of a role wait for each other in a collective operation"""
     retries: int = 8
-    """dead workers that are replaced, of roles and of rollout engines each; then a death ends the run"""
+    """number of dead workers that are replaced, counted for roles and for rollout engines separately; a further death
+    ends the run"""
     snapshot_every: int = 0
-    """steps between two snapshots of trained roles in the memory of two nodes, from which the run continues after a death; with
-    0 it continues from its last checkpoint"""
+    """steps between two snapshots of trained roles in the memory of two nodes, from which the run continues after a
+    death; 0 continues from the last checkpoint"""
     room: float = 600.0
-    """seconds that the run waits for room for its workers after a node was lost"""
+    """seconds that the run waits for resources for its workers after the loss of a node"""
     wait: float = 0.0
-    """seconds that a cluster which grows on demand has to grow; 0 refuses what it lacks now"""
+    """seconds to wait for a cluster that grows on demand; 0 refuses resources that are missing now"""
     env: tuple[str, ...] = ()
-    """environment variables that workers get, beside those whose names begin with HF_, NCCL_, GLOO_, VLLM_, TORCH_, PYTORCH_"""
+    """environment variables to pass to workers, in addition to those whose names begin with HF_, NCCL_, GLOO_, VLLM_,
+    TORCH_, PYTORCH_"""
     runtime_env: str = ""
-    """YAML or JSON file with a runtime environment of Ray for all workers"""
+    """YAML or JSON file with a Ray runtime environment for all workers"""
     show_placement: bool = False
-    """draw who sits where, with memory by formula, before anything starts; with --dry-run nothing does"""
+    """print the placement of all workers with their calculated memory before the run starts; with --dry-run nothing
+    starts"""
 
     def check(self) -> None:
         """Raise UsageError if Ray is missing or too old."""

@@ -30,11 +30,11 @@ class Shape:
     """Workers of one role."""
 
     nodes: int
-    """nodes, or workers anywhere"""
+    """number of nodes, or workers anywhere"""
     devices: int = 1
-    """workers that sit on one node"""
+    """number of workers on one node"""
     strategy: str = ""
-    """how Ray lays them over nodes; as for everyone where empty"""
+    """Ray's placement strategy over nodes; empty takes the launcher's"""
 
     @property
     def workers(self) -> int:
@@ -49,7 +49,7 @@ class Place:
     members: Mapping[str, Shape]
     strategy: str = "PACK"
     resources: Resources = field(default_factory=dict)
-    """what a bundle has beside, or in place of, what is worked out"""
+    """resources of a bundle, in addition to or in place of the calculated ones"""
     devices: int = 1
     """GPUs of a bundle, where GPUs are used: more than one for a rollout engine that computes on several"""
 

@@ -38,7 +38,7 @@ class Limits:
     retries: int = 0
     """deaths that the run survives"""
     room: float = 600.0
-    """seconds that the run waits for room for the workers of a lost node"""
+    """seconds that the run waits for resources for the workers of a lost node"""
     snapshot_every: int = 0
     """steps between two snapshots of roles in memory"""
 

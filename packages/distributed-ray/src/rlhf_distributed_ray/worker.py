@@ -39,13 +39,13 @@ class Description:
     """The run as it travels to a worker: names and options, and never functions."""
 
     plugins: PluginSelection
-    """the plugins that are loaded there, those of `-p` too"""
+    """plugins that are loaded there, including those of `-p`"""
     names: Mapping[str, Any]
     """the configuration, as `to_names` gives it"""
     versions: Mapping[str, str]
     """distribution and version of each provider, as the controller has them"""
     folder: str
-    """where the run was started: relative paths mean it, and local modules are in it"""
+    """folder in which the run was started: relative paths refer to it, and local modules are in it"""
     secrets: Mapping[str, str] = field(repr=False, default_factory=dict)
     """environment variables of the controller that Ray must not show"""
 

@@ -23,29 +23,31 @@ class VLLMOptions:
     """Options of sampling with vLLM."""
 
     process: Literal["trainer", "own"] = "trainer"
-    """where the engine runs: in the process that trains, or in processes of its own on the same machine, which can sample while
-    the role trains and may span several GPUs"""
+    """placement of the engine: in the process that trains, or in separate processes on the same machine, which can
+    sample while the role trains and may span several GPUs"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """what the engine computes in; `auto` takes the role's dtype"""
+    """dtype of the engine; `auto` takes the role's dtype"""
     max_model_len: int = 0
     """longest prompt and completion together, in tokens; 0 takes what the model and the cache allow"""
     max_num_seqs: int = 0
-    """completions that are sampled at a time; more wait. 0 takes vLLM's own number for the GPU, and 256 on the CPU"""
+    """maximum number of completions sampled at the same time; more wait. 0 takes vLLM's own number for the GPU, and 256
+    on the CPU"""
     kv_cache_gib: float = 0.0
     """size of the key-value cache in GiB; 0 takes what `gpu_memory_utilization` leaves, and 4 on the CPU"""
     gpu_memory_utilization: float = 0.0
-    """share of the GPU's memory for the engine, weights and cache, up to 1; 0 takes half of what is free when the engine opens,
-    since training shares the device. CPU: not read"""
+    """share of the GPU's memory for the engine, weights and cache, up to 1; 0 takes half of the memory that is free
+    when the engine opens, since training shares the device. Ignored on the CPU"""
     enforce_eager: bool | None = None
-    """run without compilation and CUDA graphs: slower, quicker to start. By default on the CPU only"""
+    """run without compilation and CUDA graphs, which is slower and starts faster. By default only on the CPU"""
     enable_prefix_caching: bool = True
-    """compute a prompt once for all its completions (and again only after an update)"""
+    """compute a prompt once for all its completions (again after each update)"""
     enable_sleep: bool = False
     """let the engine's weights and cache leave the GPU when a launcher puts it to sleep (`--launcher.share-memory`); for one
     sampled role, not on the CPU"""
     max_logprob_diff: float = 0.0
-    """the run stops if engine and trainer differ by more than this in the mean log-probability of the same tokens, after
-    opening or after the first update; 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never stops"""
+    """largest mean difference in log-probabilities of the same tokens between engine and trainer, in nats; a larger one
+    stops the run after opening or after the first update. 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never
+    stops"""
     quantization: Literal[
         "",
         "fp8_per_tensor",
@@ -55,32 +57,34 @@ class VLLMOptions:
         "mxfp8",
         "nvfp4_per_token",
     ] = ""
-    """how the engine rounds weights as they arrive, by vLLM's names; by default not at all. Samples then come from another
-    policy than the trained one: raise `max_logprob_diff`, and correct importance weights"""
+    """rounding of weights as they arrive, by vLLM's names; by default none. Samples then come from another policy than
+    the trained one: raise `max_logprob_diff`, and correct importance weights"""
     seed: int = 0
-    """changes the seeds of all completions; engines with other seeds sample other completions of the same prompts"""
+    """change of the seeds of all completions; engines with different seeds sample different completions of the same
+    prompts"""
     logit_bias: Mapping[str, float] = field(default_factory=dict)
-    """added to the logits of tokens by id, -100 to 100, as 13=-100; training does not know of it"""
+    """values added to the logits of tokens by id, -100 to 100, such as 13=-100; training ignores it"""
     guided_regex: str = ""
-    """every completion matches this regular expression, if it is not cut; training does not know of it"""
+    """regular expression that every completion matches unless it is cut; training ignores it"""
     guided_json: str = ""
-    """every completion is JSON of this schema: a file, or the schema itself; training does not know of it"""
+    """JSON schema that every completion follows, as a file or as text; training ignores it"""
     guided_choice: tuple[str, ...] = ()
-    """every completion is one of these texts; training does not know of it"""
+    """texts that every completion is chosen from; training ignores it"""
     tensor_parallel_size: int = 1
-    """GPUs (on the CPU processes) that share each layer of an engine with processes of its own"""
+    """number of GPUs (processes on the CPU) that share each layer of an engine in separate processes"""
     pipeline_parallel_size: int = 1
-    """GPUs (on the CPU processes) that share the layers of an engine with processes of its own"""
+    """number of GPUs (processes on the CPU) that share the layers of an engine in separate processes"""
     data_parallel_size: int = 1
-    """copies of an engine with processes of its own; each request goes to one of them"""
+    """number of copies of an engine in separate processes; each request goes to one of them"""
     transfer: Literal["shared_memory", "ipc", "nccl"] = "shared_memory"
-    """how weights reach processes of an engine's own: memory of the machine, which keeps them for a new start; CUDA IPC, where
-    the engine is on the trainer's GPUs; NCCL, where it is on others"""
+    """path of weights to separate engine processes: shared memory of the machine, which keeps them for a restart; CUDA
+    IPC, if the engine is on the trainer's GPUs; NCCL, if it is on others"""
     restarts: int = 3
-    """times in a run that an engine with processes of its own is started again when they die; what they had not answered is
-    asked again"""
+    """number of times in a run that an engine in separate processes is restarted after a death; unanswered requests are
+    repeated"""
     answer_seconds: float = 600.0
-    """time within which processes of an engine's own must answer a call; later they are killed, which counts as a death"""
+    """seconds within which separate engine processes must answer a call; later they are killed, which counts as a
+    death"""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "kv_cache_gib", "max_logprob_diff"):

@@ -69,7 +69,7 @@ class SharedMemoryInfo(TrainerInitInfo):  # type: ignore[misc]  # the same
     backend: ClassVar[str] = "rlhf_shared_memory"
 
     store: SharedWeights
-    """where weights are written"""
+    """destination of the weights"""
 
 
 class SharedMemorySender(TrainerWeightTransferEngine):  # type: ignore[misc]  # the same

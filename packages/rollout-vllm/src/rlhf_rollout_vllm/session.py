@@ -65,7 +65,7 @@ class Engine:
     """
 
     probe: Prompts
-    """the prompts that engine and trainer are compared on"""
+    """prompts on which engine and trainer are compared"""
 
     def __init__(self, options: VLLMOptions, role: Role) -> None:
         from rlhf_core.models.loading.end_tokens import end_ids

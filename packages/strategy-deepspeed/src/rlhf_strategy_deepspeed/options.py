@@ -15,27 +15,28 @@ class DeepSpeedOptions:
     """Options of DeepSpeed ZeRO."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """what is sharded: 0 nothing, 1 optimiser states, 2 gradients too, 3 weights too"""
+    """parts that are sharded: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too"""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """what is kept in main memory during training: `optimizer` (states and float32 weights, updated by the CPU; stages 1 to 3),
-    or `all` (the sharded weights too; stage 3)"""
+    """parts that stay in main memory during training: `optimizer` (states and float32 weights, updated by the CPU;
+    stages 1 to 3), or `all` (the sharded weights too; stage 3)"""
     cpu_adam: bool = False
-    """update offloaded weights with DeepSpeed's AdamW for CPUs, which is compiled at first use"""
+    """update offloaded weights with DeepSpeed's AdamW for CPUs, which compiles at first use"""
     hpz: int | None = None
-    """stage 3: ranks that hold one more copy of the weights among them, such as those of a node, so that the backward pass
-    gathers inside the node (ZeRO++)"""
+    """number of ranks, such as those of a node, that together hold one more copy of the weights, so that the backward
+    pass gathers inside the node (ZeRO++; stage 3)"""
     leaf_modules: tuple[str, ...] = ()
-    """stage 3: classes of modules whose weights are gathered at once, such as the block of experts of a mixture"""
+    """classes of modules whose weights are gathered at once, such as the block of experts of a mixture (stage 3)"""
     sequence: int = 1
-    """ranks that share each row, for long contexts: each holds a part of the tokens, and attention has all of them (Ulysses)"""
+    """number of ranks that share each row, for long contexts: each holds a part of the tokens, and attention reads all
+    of them (Ulysses)"""
     bucket: int | None = None
-    """elements that are reduced or gathered in one call; 50 million where absent"""
+    """number of elements that are reduced or gathered in one call; 50 million by default"""
     overlap: bool | None = None
-    """communicate while the backward pass runs (stages 2 and 3); yes where absent"""
+    """communicate while the backward pass runs (stages 2 and 3); enabled by default"""
     persist: int | None = None
-    """stage 3: weights with fewer elements stay whole on every rank; 100,000 where absent"""
+    """size in elements below which weights stay whole on every rank (stage 3); 100,000 by default"""
     config: str = ""
-    """JSON file with further DeepSpeed settings; may say "auto" for, but not contradict, what the run decides itself"""
+    """JSON file with further DeepSpeed settings; it may set "auto" for, but not contradict, the run's own decisions"""
     show_config: bool = False
     """print the DeepSpeed configuration of each role before it is built"""
 

@@ -32,7 +32,8 @@ class _Stretch:
     weight: Tensor
     """(elements,): float32 masters of what is trained; a view, so that writing into it changes the weight"""
     key: Tensor | None
-    """what the torch optimizer keeps states of: the parameter, or the flat shard that it lies in; None: not trained"""
+    """object that the torch optimizer keeps states of: the parameter, or the flat shard that contains it; None: not
+    trained"""
     offset: int = 0
     """the first of its elements in the flattened `key`"""
     repeated: bool = False

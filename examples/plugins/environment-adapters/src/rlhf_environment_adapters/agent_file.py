@@ -34,7 +34,7 @@ class AgentFile(Environment):
     log: tuple[str, ...] = ()
     """names among extra_logs that are logged as reward/<name>"""
     max_length: int = 0
-    """what an executor gets as max_length; 0 is a number that never limits"""
+    """value that an executor gets as max_length; 0 means a number that never limits"""
 
     drives = True
 

@@ -30,9 +30,9 @@ class OpenEnv(Environment):
     to_text: str
     """file.py:function or module:function: an observation, as the policy reads it"""
     client: str = "openenv.core.generic_client:GenericEnvClient"
-    """module:class of the client, which is made with base_url"""
+    """Python class of the client as module:class; it is constructed with base_url"""
     seconds: float = 120.0
-    """time that a call of the server may take"""
+    """time limit of one call to the server, in seconds"""
 
     drives = True
 

@@ -20,11 +20,11 @@ class ReasoningGym(Environment):
     task: str = "basic_arithmetic"
     """name of the data set"""
     tries: int = 3
-    """answers that the policy may give"""
+    """number of answers that the policy may give"""
     retry: str = "That is not right. Try again."
-    """what it is told after a wrong one"""
+    """text that the policy reads after a wrong answer"""
     discount: float = 0.5
-    """factor of the reward for each further try"""
+    """factor on the reward for each further try, 0 to 1"""
 
     drives = True
     metrics = ("tries",)

@@ -104,7 +104,7 @@ class _RemoteEngine:
 
     name: str
     version: int = -1
-    """of the weights that were sent last"""
+    """version of the weights that were sent last"""
     lacking: tuple[int, ...] = ()
     """ids of the head that the tokenizer has no token for; they are never drawn"""
     vocabulary: int = 0

@@ -29,8 +29,8 @@ class AOTCredit(Advantage):
     """
 
     paired: bool = True
-    """match pairs: the policy's log-ratios of chosen to rejected with the reference's; or match chosen with rejected
-    completions, by log(pi / ref)"""
+    """match pairs: the policy's log-ratios of chosen to rejected with the reference's. False matches chosen with
+    rejected completions by log(pi / ref)"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"actor.logprobs_NT", "ref_logprobs_NT"})
 

@@ -28,7 +28,7 @@ class BestOfNAdvantage(Advantage):
     """
 
     keep: int = 1
-    """how many completions of each prompt are kept"""
+    """number of completions that are kept for each prompt"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     selects: ClassVar[str] = "rows"

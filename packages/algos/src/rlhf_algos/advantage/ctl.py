@@ -32,7 +32,7 @@ class CTLAdvantage(Advantage):
     """
 
     target: Target = Target()
-    """what the proposal should sample"""
+    """distribution that the proposal learns to sample"""
     psi: Psi = "q_p_s_t"
     """the twist psi_t: q/p of token t, of all tokens up to t (token k then counts for every t from k on), or with q's raw
     logit in the place of its log-probability (the loss then is of logits)"""

@@ -34,7 +34,8 @@ class GAEAdvantage(Advantage):
     lam: float = 0.95
     """lambda, 0 to 1: 0 trusts the critic (low variance), 1 the sampled return (no bias)"""
     whiten: Whiten = "std"
-    """over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither (`none`)"""
+    """whitening over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither
+    (`none`)"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"values_NT"})
 

@@ -36,9 +36,10 @@ class GDPOAdvantage(Advantage):
     """
 
     parts: tuple[str, ...] = ()
-    """names of the parts, as in the metrics `reward/<name>`; empty takes all that the reward reports, but parts of parts"""
+    """names of the parts, as in the metrics `reward/<name>`; empty takes every part that the reward reports, without
+    parts of parts"""
     weights: tuple[float, ...] = ()
-    """weights of the parts, in their order: those of the reward, all 1 where absent"""
+    """weights of the parts, in their order; the default takes the reward's own weights, or 1 for all"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2

@@ -29,7 +29,7 @@ class GRPOAdvantage(Advantage):
     """
 
     std: bool = True
-    """divide by the group's standard deviation; off leaves prompts weighed by the spread of their scores (Dr. GRPO)"""
+    """divide by the group's standard deviation; False weighs prompts by the spread of their scores (Dr. GRPO)"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2

@@ -30,11 +30,11 @@ class NegativeAdvantage(Advantage):
     """
 
     target: Target = Target()
-    """whose samples are made less likely"""
+    """distribution whose samples become less likely"""
     alpha: float = 0.02
     """strength, in the unit of the loss: the paper's with --loss.scale prompt, N times that with `sequence`"""
     start_alpha: float | None = None
-    """alpha at the start, moved geometrically to `alpha` over the run; constant where absent"""
+    """alpha at the start, which moves geometrically to `alpha` over the run; constant by default"""
     weighting: Literal["importance", "reward", "uniform"] = "importance"
     """samples of a proposal weigh p phi / q; of the policy itself, phi; `uniform` takes the samples as the target's"""
     objective: Literal["likelihood", "reinforce"] = "likelihood"

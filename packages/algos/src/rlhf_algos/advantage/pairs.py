@@ -29,12 +29,12 @@ class PairsAdvantage(Advantage):
     """
 
     min_gap: float = 0.0
-    """pairs whose rewards differ by no more than this are left out"""
+    """largest difference of rewards at which a pair is left out"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2
     selects: ClassVar[str] = "pairs"
-    """its rows are pairs, chosen first: what losses on pairs need"""
+    """the rows are pairs that the advantage chose, as losses on pairs need"""
 
     def __post_init__(self) -> None:
         check_ranges(self, min_gap="[0, inf)")

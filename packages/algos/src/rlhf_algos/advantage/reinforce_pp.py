@@ -32,7 +32,8 @@ class ReinforcePPAdvantage(Advantage):
     gamma: float = 1.0
     """discount per sampled token, 0 to 1"""
     whiten: Whiten = "std"
-    """over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither (`none`)"""
+    """whitening over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither
+    (`none`)"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 

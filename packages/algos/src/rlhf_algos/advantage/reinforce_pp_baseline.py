@@ -29,7 +29,8 @@ class ReinforcePPBaselineAdvantage(Advantage):
     """
 
     whiten: Whiten = "std"
-    """over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither (`none`)"""
+    """whitening over the batch's sampled tokens: zero mean and unit deviation, zero mean only (`mean`), or neither
+    (`none`)"""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_samples: ClassVar[int] = 2

@@ -31,7 +31,7 @@ class SixoNegativesAdvantage(Advantage):
     """
 
     psi: Psi = "q_p_s_t"
-    """how the twist is read off the proposal"""
+    """twist of the proposal: the q/p ratio of single tokens or of prefixes, or the raw logit"""
 
     min_samples: ClassVar[int] = 2
     raw_rewards: ClassVar[bool] = True

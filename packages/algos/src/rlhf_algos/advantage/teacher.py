@@ -32,7 +32,7 @@ class TeacherAdvantage(Advantage):
     gamma: float = 0.0
     """discount per token: 0 blames each token for itself alone (Lu 2025), 1 is the exact gradient of the sequence KL"""
     reward: float = 0.0
-    """weight of the reward, added at the last token, and of per-token ones where they stand; 0 imitates only"""
+    """weight of the reward at the last token and of per-token rewards at their tokens; 0 imitates the teacher only"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher.logprobs_NT", "sampler_logprobs_NT"})
 

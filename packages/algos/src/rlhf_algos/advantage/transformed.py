@@ -34,7 +34,7 @@ class TransformedAdvantage(Advantage):
     alpha: float = 1.0
     """strength of the transformation"""
     beta: float = -1.0
-    """its rate: the more negative, the more it falls on low rewards only; the exponent is bounded at 80"""
+    """rate of the exponential: a more negative value affects low rewards only; the exponent is bounded at 80"""
     threshold: float | None = None
     """subtract alpha from rewards strictly below this, instead of the exponential"""
     of: str = "rloo"

@@ -25,7 +25,8 @@ class Distill(Algorithm):
     """
 
     nll: float = 0.0
-    """weight of the completions' likelihood beside the divergence; OpenRLHF's kd_coef k is (1 - k) / k of it"""
+    """weight of the completions' likelihood, added to the divergence; OpenRLHF's kd_coef k corresponds to (1 - k) /
+    k"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "distill"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -27,7 +27,7 @@ class DPO(Algorithm):
     nll: float = 0.0
     """weight of the chosen completions' mean negative log-likelihood (Pang et al. 2024 use 1); 0 leaves it out"""
     cache: str = field(default="", metadata=FREE)
-    """folder where the reference's log-probabilities are kept, for further epochs and other runs; empty keeps none"""
+    """folder that caches the reference's log-probabilities for later epochs and runs; empty caches nothing"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -23,7 +23,7 @@ class GDPO(Algorithm):
     """
 
     dynamic: DynamicSampling = DynamicSampling()
-    """which prompts are trained on; fresh ones replace the others"""
+    """filter of prompts; fresh prompts replace those that are left out"""
     kl: KL = KL(coef=0.04, estimator="k3", where="loss")
     """penalty that keeps the policy near the reference"""
     entropy: float = 0.0

@@ -24,7 +24,7 @@ class KTO(Algorithm):
     """
 
     cache: str = field(default="", metadata=FREE)
-    """folder where the reference's log-probabilities are kept, for further epochs and other runs; empty keeps none"""
+    """folder that caches the reference's log-probabilities for later epochs and runs; empty caches nothing"""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "advantage": "kto", "loss": "kto"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -36,7 +36,8 @@ class PPO(OnlineOptions):
     critic_warmup: float = 0.0
     """share of the steps in which only the critic learns, 0 to 1"""
     ptx: float = 0.0
-    """weight of the likelihood of the data's own completions (PPO-ptx, Ouyang et al. 2022, eq. 2); 0 needs none"""
+    """weight of the likelihood of the data's own completions (PPO-ptx, Ouyang et al. 2022, eq. 2); 0 needs no
+    completions"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "gae", "loss": "clip"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {**POLICY_ROLES, "critic": TrainedOptions(optim=AdamW(lr=1e-5))}

@@ -40,29 +40,29 @@ class RePULSe(Algorithm):
     alpha: float = 0.02
     """strength of the negative term, relative to the expected reward (eq. 4); with `compat original`, N times that"""
     start_alpha: float | None = None
-    """alpha at the start, moved geometrically to `alpha` over the run; constant where absent"""
+    """alpha at the start, which moves geometrically to `alpha` over the run; constant by default"""
     proposal: Literal["learned", "base"] = "learned"
-    """a second model, sampled too (2N samples per prompt); or the policy itself, whose own samples are weighed"""
+    """model that finds bad outputs: a second model, also sampled (2N samples per prompt); or the policy itself, with
+    weighted samples"""
     proposal_updates: int = 1
-    """steps of the proposal for one of the policy, which moves in every so many-th step of the run, and only then is
-    sampled"""
+    """proposal updates per policy update; the policy is sampled and updated only in every such step of the run"""
     psi: Psi = "q_p_s_t"
     """the proposal's twist: its log-ratio to the policy at token t, of all tokens up to t, or its raw logit over the policy"""
     contrast: Literal["prefix", "none", "sixo", "sixo_exact"] = "prefix"
     """the proposal's negative term: CTL's, none (weighted likelihood, DPG), or SIXO's with reweighted or exact negatives;
     the last samples the policy in every step"""
     weighting: Literal["importance", "uniform"] = "importance"
-    """how the negative term weighs samples: towards the target, or all alike"""
+    """weights of the samples in the negative term: towards the target, or all equal"""
     weighting_beta: float | None = None
-    """another beta for the weights of the negative term; the target's where absent"""
+    """beta of the weights in the negative term; the target's beta by default"""
     objective: Literal["likelihood", "reinforce"] = "likelihood"
     """the negative term lowers the likelihood of bad outputs, or is REINFORCE on them (appendix C.2)"""
     compat: Literal["paper", "original"] = "paper"
     """scale of all losses: sums over tokens as in the paper, or the released code's means over tokens and completions"""
     kl: KL = KL(coef=0.0, estimator="k1", where="reward")
-    """penalty that keeps the policy near the reference; never on the proposal's samples"""
+    """penalty that keeps the policy near the reference; it never applies to the proposal's samples"""
     value: ValueLoss = ValueLoss()
-    """the critic's objective, where the advantage has a critic"""
+    """the critic's objective, for advantages that use a critic"""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "rloo", "loss": "reinforce"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -25,11 +25,11 @@ class ConditionalData(Json):
     reward_key: str = "reward"
     """column of the reward"""
     condition: str = "{prompt} <rm_score>: {reward} "
-    """what becomes of a prompt (of a chat, of its last message): {prompt} and {reward}, with two decimals"""
+    """template that replaces a prompt (in a chat, its last message): {prompt} and {reward}, with two decimals"""
     normalise: bool = False
-    """say how many standard deviations the reward lies above the mean of the training rows"""
+    """write the reward as the number of standard deviations above the mean of the training rows"""
     target: float | None = None
-    """say this reward of every row, to be answered; rows need none then"""
+    """reward that is written into every row, as the request to be answered; rows then need no reward"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

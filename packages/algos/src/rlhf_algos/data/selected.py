@@ -35,11 +35,12 @@ class SelectedData(Json):
     select: Literal["best", "pairs"] = "best"
     """best for sft, pairs for dpo and its family"""
     selector: str = ""
-    """pairs: the pair selector, by name with its options, such as "best_quartile rank=3"; empty takes the best and the worst"""
+    """pair selector of `pairs`, by name with its options, such as "best_quartile rank=3"; empty takes the best and the
+    worst"""
     min_gap: float = 0.0
-    """pairs: those whose rewards differ by no more than this are left out"""
+    """largest difference of rewards at which `pairs` leaves a pair out"""
     uncertainty_key: str = ""
-    """column of the reward's standard deviation, which some pair selectors read; empty for none"""
+    """column of the reward's standard deviation, for pair selectors that read it; empty means no column"""
 
     def check(self) -> None:
         """Make the pair selector, so that a mistake in it is raised before anything is read."""

@@ -48,9 +48,10 @@ class BadProbability(Evaluator):
     batch: int = 512
     """continuations per forward pass; changes memory and speed, not the result"""
     tolerance: float = 0.0
-    """leave out the least likely first tokens that together could add at most this share of what was found; 0 none"""
+    """share of the result that the omitted, least likely first tokens may add at most; 0 omits none"""
     most: int = 0
-    """enumerate at most this many first tokens, the likeliest; 0 all. `bad/logprob_bound` says what the rest could add"""
+    """maximum number of first tokens to enumerate, the likeliest first; 0 enumerates all. `bad/logprob_bound` bounds
+    the contribution of the rest"""
 
     def __post_init__(self) -> None:
         if self.tokens not in (1, 2):
@@ -111,9 +112,9 @@ class BadLogprobs:
     logprob: float
     """log-probability of a bad output"""
     eos_unaware: float
-    """log-probability of a bad output if outputs went on after an end token"""
+    """log-probability of a bad output if outputs continued after an end token"""
     bound: float
-    """what the first can be at most, given what was not enumerated"""
+    """upper bound of `logprob`, given the outputs that were not enumerated"""
 
 
 def log_bad_probability(

@@ -36,19 +36,20 @@ class HeldoutTable(Evaluator):
     """
 
     prompts: int = 0
-    """at most this many held-out prompts, from the first; 0 takes all"""
+    """maximum number of held-out prompts, taken from the first; 0 takes all"""
     n: int = 5
     """completions per prompt and pass"""
     passes: int = 1
-    """times that all prompts are gone through"""
+    """number of passes over all prompts"""
     batch: int = 32
     """prompts sampled together; changes memory and speed, never results"""
     kl_coef: float = 0.0
-    """return = reward - this times (log p - log reference) of the completion; 0 needs no reference"""
+    """coefficient of log p - log reference, which the return subtracts from the reward; 0 needs no reference"""
     always: bool = False
-    """also before the end of the run; the file is then the latest evaluation's"""
+    """write the file at every evaluation, not only at the end of the run; the latest evaluation replaces the earlier
+    ones"""
     name: str = "heldout.parquet"
-    """the file, in the run's folder"""
+    """name of the file in the run's folder"""
 
     @property
     def needs(self) -> frozenset[str]:

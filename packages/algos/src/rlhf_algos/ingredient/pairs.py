@@ -29,17 +29,20 @@ class Pairs(Ingredient):
     """Choose two completions of each prompt and write them as a preference pair."""
 
     selector: str = "best_worst"
-    """pair selector that chooses the two that are compared, such as best_quartile; `margin` and `ties` leave pairs out"""
+    """pair selector that chooses the two completions to compare, such as best_quartile; `margin` and `ties` leave pairs
+    out"""
     margin: float = 0.0
-    """pairs whose labels differ by no more than this are left out"""
+    """largest difference of labels at which a pair is left out"""
     ties: Literal["drop", "keep"] = "drop"
-    """pairs with equal labels: left out, or kept in the order in which the selector chose them"""
+    """treatment of pairs with equal labels: left out, or kept in the order in which the selector chose them"""
     duplicates: Literal["first", "collapse", "keep"] = "first"
-    """equal texts of a prompt: the first one counts; all count with the reward of the last one (as Online_RLHF does); or all"""
+    """treatment of equal texts of a prompt: only the first one counts; all count with the last one's reward (as
+    Online_RLHF does); or all count"""
     length_penalty: float = 0.0
     """subtracted from the reward for every character (0.001 in RLHFlow's concise variant)"""
     label_by: Literal["penalized", "raw"] = "penalized"
-    """reward that labels pairs without an oracle: less the penalty for length, or without it (as RLHFlow's code does)"""
+    """labels of pairs without an oracle: the reward less the penalty for length, or the plain reward (as RLHFlow's code
+    does)"""
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {"scored": "dataset", "oracle": "dataset"}
     optional: ClassVar[frozenset[str]] = frozenset({"oracle"})

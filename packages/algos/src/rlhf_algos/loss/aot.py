@@ -30,12 +30,12 @@ class AOTLoss(Loss):
     """
 
     beta: float = 0.1
-    """strength of the pull to the reference; larger stays nearer"""
+    """strength of the pull to the reference; larger values stay nearer"""
     label_smoothing: float = 0.0
-    """s: the probability that a label is flipped, 0 to 0.5"""
+    """probability s that a label is flipped, 0 to 0.5"""
     paired: bool = True
-    """compare the policy's preferences with the reference's (TRL's `aot`), or chosen with rejected completions, whatever their
-    prompts (`aot_unpaired`)"""
+    """compare the policy's preferences with the reference's (TRL's `aot`); False compares chosen with rejected
+    completions of any prompts (`aot_unpaired`)"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT", "returns_NT"})

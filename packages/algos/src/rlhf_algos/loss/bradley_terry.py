@@ -29,7 +29,8 @@ class BradleyTerryLoss(Loss):
     margin: bool = False
     """subtract the data's column `margin` from the difference (Touvron et al. 2023, Llama 2, eq. 2)"""
     centre: float = 0.0
-    """weight of a pull of the pair's sum to zero (Eisenstein et al. 2023), 0.01 say: scores then have a fixed origin"""
+    """weight of a pull of the pair's sum to zero, for example 0.01 (Eisenstein et al. 2023); scores then have a fixed
+    origin"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"scores_N"})
     rows_per_unit: ClassVar[int] = 2

@@ -23,7 +23,7 @@ class CDPOLoss(PreferenceLoss):
     """
 
     label_smoothing: float = 0.1
-    """s: the probability that a label is flipped, 0 to 0.5"""
+    """probability s that a label is flipped, 0 to 0.5"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

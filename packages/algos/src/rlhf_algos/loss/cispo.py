@@ -24,9 +24,9 @@ class CISPOLoss(PolicyLoss):
     """
 
     clip_low: float = 1.0
-    """how far the weight may fall below 1; the paper sets no lower bound, which is 1"""
+    """distance below 1 at which the weight is clipped; 1 means no lower bound, as in the paper"""
     clip_high: float = 4.0
-    """how far the weight may rise above 1; the paper tunes it and gives no number"""
+    """distance above 1 at which the weight is clipped; the paper tunes it and gives no number"""
 
     def __post_init__(self) -> None:
         check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")

@@ -25,11 +25,12 @@ class ClipLoss(PolicyLoss):
     """
 
     clip_low: float = 0.2
-    """how far the ratio may fall below 1 where the advantage is negative"""
+    """distance below 1 at which the ratio is clipped where the advantage is negative"""
     clip_high: float = 0.2
-    """how far the ratio may rise above 1 where the advantage is positive; DAPO's clip-higher is 0.28"""
+    """distance above 1 at which the ratio is clipped where the advantage is positive; DAPO's clip-higher is 0.28"""
     dual_clip: float = 0.0
-    """bound -r A by this times -A, above 1, where the advantage is negative (Ye et al. 2020, eq. 5), 3 say; 0 does not"""
+    """factor above 1 of the bound on -r A where the advantage is negative, for example 3 (Ye et al. 2020, eq. 5); 0
+    sets no bound"""
 
     def __post_init__(self) -> None:
         check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")

@@ -22,7 +22,7 @@ class DelayedLoss(Loss):
     loss: Loss
     """the loss that is delayed"""
     start: float
-    """share of the run's steps after which it counts, 0 to 1"""
+    """share of the run's steps after which the loss counts, 0 to 1"""
 
     @property
     def outputs(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ class DiscoPOPLoss(PreferenceLoss):
     """
 
     tau: float = 0.05
-    """temperature of the mixture, between 0 and 1; at 1 and above the exponential would have no bound"""
+    """temperature of the mixture, above 0 and below 1; from 1 on the exponential has no bound"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

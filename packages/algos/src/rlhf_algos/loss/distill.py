@@ -30,11 +30,12 @@ class DistillLoss(Loss):
     """
 
     divergence: Literal["forward", "reverse", "js"] = "forward"
-    """forward covers all that the teacher says, reverse keeps to what it says most, js lies between"""
+    """divergence: forward covers the whole teacher distribution, reverse keeps to its modes, js is between them"""
     beta: float = 0.5
     """weight of the teacher in js, between 0 and 1"""
     temperature: float = 1.0
-    """divides the logits of both; the loss is multiplied by its square, so that gradients keep their size (Hinton et al.)"""
+    """divisor of both models' logits; the loss is multiplied by its square, so that gradients keep their size (Hinton
+    et al.)"""
     aggregate: Literal["token", "sequence"] = "token"
     """mean over all tokens of the step, or over completions of their token means"""
 

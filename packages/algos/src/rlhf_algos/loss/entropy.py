@@ -21,9 +21,9 @@ class EntropyLoss(Loss):
     """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
 
     aggregate: Aggregate = "token"
-    """see the policy losses; a bonus beside one of those averages as it does"""
+    """averaging of the bonus, as in the policy losses; use that of the loss that it is added to"""
     length: int = 0
-    """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
+    """number of tokens for `constant`; 0 takes the run's --sampling.max-new-tokens"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"entropy_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -24,7 +24,7 @@ class EXOPairLoss(PreferenceLoss):
     """
 
     label_smoothing: float = 1e-3
-    """s: the probability that a label is flipped, between 0 and 0.5; TRL's loss uses 0.001 where it is told none"""
+    """probability s that a label is flipped, above 0 and below 0.5; TRL's loss uses 0.001 by default"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,9 +26,10 @@ class GSPOLoss(PolicyLoss):
 
     aggregate: Aggregate = "sequence"
     clip_low: float = 3e-4
-    """how far s may fall below 1; the paper's. OpenRLHF leaves PPO's 0.2, which hardly ever clips"""
+    """distance below 1 at which the sequence ratio s is clipped, as in the paper. OpenRLHF keeps PPO's 0.2, which
+    hardly ever clips"""
     clip_high: float = 4e-4
-    """how far s may rise above 1; the paper's"""
+    """distance above 1 at which the sequence ratio s is clipped, as in the paper"""
 
     def __post_init__(self) -> None:
         check_ranges(self, clip_low="[0, inf)", clip_high="[0, inf)")

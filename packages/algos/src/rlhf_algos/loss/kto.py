@@ -27,7 +27,7 @@ class KTOLoss(Loss):
     """
 
     beta: float = 0.1
-    """strength of the pull to the reference, and aversion to risk; larger stays nearer"""
+    """strength of the pull to the reference, and aversion to risk; larger values stay nearer"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT", "advantages_NT", "returns_NT"})

@@ -31,7 +31,7 @@ class ORPOLoss(Loss):
     """
 
     lam: float = 0.1
-    """lambda: weight of the odds ratio"""
+    """weight lambda of the odds ratio"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -31,13 +31,13 @@ class PolicyLoss(Loss):
     """mean over tokens, mean over completions of token means (`sequence`), sum over tokens / (completions * length)
     (`constant`), or `sum`"""
     length: int = 0
-    """the tokens of `constant`; 0 is the run's --sampling.max-new-tokens"""
+    """number of tokens for `constant`; 0 takes the run's --sampling.max-new-tokens"""
     correction: Correction = Correction()
-    """importance weights for a sampler that differs from the policy"""
+    """importance weights for a sampler whose probabilities differ from the policy's"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     reads: ClassVar[frozenset[str]] = frozenset({"old_logprobs_NT", "advantages_NT"})
-    """what the objective needs, whatever its options"""
+    """inputs that the objective needs under any options"""
     rows_per_unit: ClassVar[int] = 1
 
     @property

@@ -24,7 +24,7 @@ class PreferenceLoss(Loss):
     """A function of log(pi / ref) of both completions, sums over tokens; of most, of their difference h."""
 
     beta: float = 0.1
-    """strength of the pull to the reference; larger stays nearer"""
+    """strength of the pull to the reference; larger values stay nearer"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"ref_logprobs_NT"})

@@ -23,7 +23,7 @@ class RobustLoss(PreferenceLoss):
     """
 
     label_smoothing: float = 0.1
-    """s: the probability that a label is flipped, 0 to 0.5 without 0.5 itself"""
+    """probability s that a label is flipped, from 0 to below 0.5"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,8 @@ class SAPOLoss(PolicyLoss):
     tau_pos: float = 1.0
     """temperature where the advantage is positive; larger fades sooner"""
     tau_neg: float = 1.05
-    """temperature elsewhere; above tau_pos in the paper, as such updates raise the logits of many tokens never sampled"""
+    """temperature where the advantage is negative; above tau_pos in the paper, since such updates raise the logits of
+    many tokens never sampled"""
 
     def __post_init__(self) -> None:
         check_ranges(self, tau_pos="(0, inf)", tau_neg="(0, inf)")

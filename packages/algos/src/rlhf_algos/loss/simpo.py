@@ -28,7 +28,7 @@ class SimPOLoss(Loss):
     beta: float = 2.0
     """scale of the reward, the mean log-probability; the paper uses 2 to 2.5"""
     gamma: float = 1.0
-    """wanted margin; the paper uses 0.3 to 0.5 times beta on instruction-tuned models"""
+    """target margin; the paper uses 0.3 to 0.5 times beta on instruction-tuned models"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -25,7 +25,8 @@ class ValueLoss(Loss):
     """
 
     clip: float = 0.2
-    """how far a prediction may move from the old one within a batch, in units of reward; 0 does not clip"""
+    """largest distance, in units of reward, that a prediction may move from the old one within a batch; 0 does not
+    clip"""
     aggregate: Literal["token", "sequence"] = "token"
     """mean over tokens, or over completions of their token means"""
 

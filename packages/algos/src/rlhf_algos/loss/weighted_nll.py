@@ -24,7 +24,7 @@ class WeightedNLLLoss(Loss):
     token means (the released code: 1/N of it for N completions, and short completions count more)"""
 
     output: Literal["logprobs_NT", "logits_NT"] = "logprobs_NT"
-    """what is weighted: log-probabilities, or the raw logits of the sampled tokens (unnormalised twists)"""
+    """quantity that is weighted: log-probabilities, or the raw logits of the sampled tokens (unnormalized twists)"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
     rows_per_unit: ClassVar[int] = 1

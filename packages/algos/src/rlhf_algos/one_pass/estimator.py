@@ -33,9 +33,9 @@ class Estimator(Protocol):
     t: int
     """updates so far"""
     eta: float
-    """step size; without effect where an estimator has no step"""
+    """step size; it has no effect where an estimator has no step"""
     theta_D: Tensor
-    """the present iterate, float64"""
+    """current iterate, float64"""
 
     @property
     def average_D(self) -> Tensor:

@@ -32,13 +32,14 @@ class HeadOptimizer(OptimizerProvider):
     lr: float = 1.0
     """step size eta"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """schedule of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
+    """schedule of the step size: constant, linear decay, or half-cosine decay, to `min_lr_ratio` of eta"""
     max_grad_norm: float = 0.0
-    """without effect: the step is computed from features, not from a gradient that core could clip"""
+    """no effect: the step is computed from features, not from a gradient that core can clip"""
     start: Literal["zero", "head"] = "zero"
     """first iterate: zero, as in the paper, or the head's present weights"""
     state: str = ""
-    """folder of an earlier run, or a checkpoint of one, whose estimator continues: theta, curvature and t; empty begins anew"""
+    """folder of an earlier run, or a checkpoint of one, whose estimator continues: theta, curvature and t; empty starts
+    a new one"""
 
     observes: ClassVar[bool] = True
     hands_on: ClassVar[bool] = True

@@ -27,7 +27,7 @@ class OMDCG(OMD):
     rank: int = 64
     """directions of past curvature that are kept; weaker ones count in the diagonal"""
     num_cg_steps: int = 16
-    """steps of conjugate gradient per update at most; a small residual ends it before"""
+    """maximum number of conjugate gradient steps per update; a small residual ends it earlier"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,17 +28,17 @@ class OMDMemoryless(OptimizerProvider):
     lr: float = 1e-3
     """step size eta"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """schedule of the step size: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of eta"""
+    """schedule of the step size: constant, linear decay, or half-cosine decay, to `min_lr_ratio` of eta"""
     max_grad_norm: float = 0.0
-    """clip the gradient, before the system is solved, to this norm; 0 does not clip"""
+    """norm to which the gradient is clipped before the system is solved; 0 does not clip"""
     damping: float = 0.8
-    """lambda_0, the ridge that stands for past curvature; 0 or above"""
+    """ridge lambda_0 in place of past curvature; 0 or above"""
     damping_strategy: Strategy = "linear"
     """growth of the ridge to `damping`: constant, linear, log, square or cosine"""
     damping_growth_rate: float = 1.0
-    """steps after which the ridge is `damping`; up to 1, the steps of the whole run"""
+    """number of steps after which the ridge equals `damping`; values up to 1 mean a share of the whole run"""
     num_cg_steps: int = 3
-    """steps of conjugate gradient per update at most"""
+    """maximum number of conjugate gradient steps per update"""
     use_hvp: bool = True
     """take the second-order step; False takes the gradient itself, which is sgd"""
     compat: Literal["paper", "released"] = "paper"

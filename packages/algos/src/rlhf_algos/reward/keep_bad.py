@@ -31,11 +31,11 @@ class KeepBad(Reward):
     """Another reward, unchanged; samples that it scores below a threshold are kept in a JSONL file."""
 
     of: str
-    """the reward, by name with its options, as "length target=40" """
+    """reward provider, by name with its options, such as "length target=40""""
     threshold: float = -5.0
-    """rewards strictly below it are kept"""
+    """threshold: rewards strictly below it are kept"""
     path: str = "bad_samples.jsonl"
-    """file that samples are added to: prompt_ids, ids, prompt, completion, reward"""
+    """file that samples are appended to: prompt_ids, ids, prompt, completion, reward"""
 
     def check(self) -> None:
         """Let the reward check what it needs."""

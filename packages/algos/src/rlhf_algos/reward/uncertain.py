@@ -35,15 +35,16 @@ class UncertainReward(RewardModel):
     """A reward model with the uncertainty of its head: a folder that `rlhf-run reward --reward.optim.use omd` wrote."""
 
     state: str = ""
-    """folder of the run that trained the head, or a checkpoint of it; empty is the folder that holds the model's"""
+    """folder of the run that trained the head, or a checkpoint of it; empty takes the folder of the model"""
     mode: Literal["mean", "bonus", "pessimistic"] = "mean"
     """the score; score + bonus std, an exploration bonus; or -beta log E[exp(-score / beta)], arXiv 2606.09073"""
     bonus: float = 1.0
-    """bonus: weight of the standard deviation, 0 or more"""
+    """weight of the standard deviation in mode `bonus`, 0 or more"""
     beta: float = 1.0
-    """pessimistic: above 0, in units of the reward; infinity is the mean, and the smaller the more pessimistic"""
+    """temperature of mode `pessimistic`, above 0, in units of the reward; infinity gives the mean, smaller values are
+    more pessimistic"""
     scale: float = 1.0
-    """all standard deviations are multiplied by it, above 0"""
+    """factor on all standard deviations, above 0"""
     against: Literal["prompt", "zero"] = "prompt"
     """uncertainty of a completion's reward minus the mean of its prompt's, which is all that preferences determine; or of the
     reward itself. With one completion per prompt, zero"""

@@ -25,9 +25,9 @@ class Candidates:
     rewards_G: Tensor
     """float64, predicted rewards"""
     covariance_GG: Tensor | None = None
-    """float64, how uncertain they are together; None where the reward does not know"""
+    """float64 covariance of the rewards; None for a reward without uncertainty"""
     generator: Generator | None = None
-    """source of chance, seeded per prompt; torch's own where absent"""
+    """random generator, seeded per prompt; torch's default generator by default"""
 
     def __len__(self) -> int:
         return len(self.rewards_G)

@@ -31,7 +31,7 @@ class Deployment:
     """An estimator of the user's utility, and a rule for what to show."""
 
     estimator: Estimator
-    """its state moves with every answer that is heard"""
+    """its state changes with every answer"""
     selector: PairSelector
     """chooses by the present estimate"""
 
@@ -67,7 +67,7 @@ class SimulatedUser:
     """A user who prefers by the Bradley-Terry model: P(first preferred) = sigmoid((u_first - u_second) / temperature)."""
 
     generator: Generator
-    """source of chance"""
+    """random generator"""
     temperature: float = 1.0
     """above 0; towards 0 the better answer always wins"""
 

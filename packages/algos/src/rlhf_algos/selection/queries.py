@@ -32,7 +32,7 @@ class Queries:
     curvature: Curvature
     """curvature of the pairs asked so far"""
     generator: Generator
-    """source of chance"""
+    """random generator"""
 
     def scores(self, by: str) -> Tensor:
         """Return how much each pair is worth a label (B,), float64, by a name of `SCORES`."""

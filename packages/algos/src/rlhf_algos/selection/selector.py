@@ -32,15 +32,15 @@ class PairSelector(Advantage):
     """Base class of pair selectors. This is not a selector itself."""
 
     min_gap: float = 0.0
-    """pairs whose rewards differ by no more than this are left out"""
+    """largest difference of rewards at which a pair is left out"""
     keep_ties: bool = False
     """keep pairs of equal rewards, in the order in which the selector chose them"""
     seed: int = 0
-    """seed of what is left to chance, together with the prompt and the step"""
+    """seed of random choices, combined with the prompt and the step"""
 
     min_samples: ClassVar[int] = 2
     selects: ClassVar[str] = "pairs"
-    """its rows are pairs, chosen first: what losses on pairs need"""
+    """the rows are pairs that the advantage chose, as losses on pairs need"""
 
     def __post_init__(self) -> None:
         check_ranges(self, min_gap="[0, inf)")

@@ -31,7 +31,7 @@ class Group:
     """Runs of one configuration, seeds apart."""
 
     name: str
-    """as people read it, such as `GRPO` or `GRPO, actor.optim.lr=0.001`"""
+    """display name, such as `GRPO` or `GRPO, actor.optim.lr=0.001`"""
     folders: tuple[Path, ...]
     """folders of the runs"""
     options: Mapping[str, Any]

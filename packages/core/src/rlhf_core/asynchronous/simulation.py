@@ -27,7 +27,7 @@ class Workload:
     sync: float = 0.0
     """handing the new weights to the engines"""
     steps: int = 200
-    """at least 3"""
+    """number of steps, at least 3"""
     updates: int = 1
     """optimizer updates per step"""
     spread: float = 0.0

@@ -51,7 +51,7 @@ class Holder:
     started: str = ""
     """start time of the process, in ticks since the machine's start; empty where there is no /proc"""
     since: str = ""
-    """when it took the lock, for messages"""
+    """time at which the lock was taken, for messages"""
     released: bool = False
 
     def __str__(self) -> str:

@@ -37,11 +37,11 @@ class Rotation:
     """Limits on the checkpoints that a run keeps."""
 
     keep: int
-    """how many, the best not counted"""
+    """number of checkpoints, the best not counted"""
     gigabytes: float = 0.0
-    """total size in units of 10^9 bytes; 0 is no limit"""
+    """total size in units of 10^9 bytes; 0 means no limit"""
     metric: str = ""
-    """by which metric the best is chosen; none where empty"""
+    """metric that chooses the best checkpoint; empty keeps no best one"""
     mode: Literal["max", "min"] = "max"
     """direction of good values: high or low"""
     measured: Mapping[int, float] | None = None

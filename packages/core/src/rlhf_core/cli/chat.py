@@ -30,9 +30,9 @@ class Chat(Command):
     model: str
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     prompt: str = ""
-    """answer only this and end"""
+    """prompt to answer once before the command ends; empty starts a conversation"""
     max_new_tokens: int = 256
-    """tokens after which an answer is cut"""
+    """maximum number of tokens per answer"""
     temperature: float = 0.7
     """randomness of the answer; 0 always takes the likeliest token"""
     seed: int = 0

@@ -22,7 +22,7 @@ class Compare(Command):
     """Compare runs: final values and curves with 95 % t-intervals over seeds, and the options that differ."""
 
     runs: tuple[str, ...]
-    """OUTPUT folders of runs; those that differ in nothing but their seed are one group"""
+    """OUTPUT folders of runs; runs that differ only in their seed form one group"""
     _: KW_ONLY
     output: str = "compare.html"
     """page with tables and curves; empty prints the tables alone"""

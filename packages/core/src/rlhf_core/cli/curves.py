@@ -25,13 +25,13 @@ class Curves(Drawing):
 
     _: KW_ONLY
     metrics: tuple[str, ...] = ("reward/mean",)
-    """names as in metrics.jsonl; `return` is the reward less the KL penalty"""
+    """names of metrics, as in metrics.jsonl; `return` is the reward less the KL penalty"""
     x: Literal["samples", "steps"] = "samples"
-    """what they are drawn against; samples are those of all roles"""
+    """horizontal axis of the curves; `samples` counts those of all roles"""
     output: str = "curves"
-    """name of the files, without an ending"""
+    """name of the output files, without an ending"""
     seeds: int = 1
-    """points that fewer seeds than this have are left out"""
+    """least number of seeds per point; points with fewer are left out"""
 
     def rows(self, sweep: SweepFile) -> list[dict[str, Any]]:
         """A row per metric, method and point."""

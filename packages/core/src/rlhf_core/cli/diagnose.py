@@ -27,15 +27,15 @@ class Diagnose(Command):
     """hub name, folder, GGUF file, or `tiny`"""
     _: KW_ONLY
     prompts: int = 8
-    """prompts that are answered"""
+    """number of prompts to answer"""
     tokens: int = 24
-    """tokens of each answer"""
+    """number of tokens per answer"""
     max_difference: float = 0.0
-    """mean difference up to which both agree, nats per token; 0 is 0.001 in float32 and 0.05 in 16 bits"""
+    """largest mean difference at which both agree, in nats per token; 0 takes 0.001 in float32 and 0.05 in 16 bits"""
     seed: int = 0
     """seed of the random draws; the same seed gives the same answers"""
     max_prompt_tokens: int = 1024
-    """longer prompts are dropped"""
+    """longest prompt in tokens; longer prompts are dropped"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {
         "data": "prompts",

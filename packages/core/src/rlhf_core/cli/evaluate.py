@@ -29,15 +29,15 @@ class Evaluate(Command):
     model: str
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""
     output: str = "evaluation"
-    """folder for what evaluators write; it may be a run's, whose own files stay as they are"""
+    """folder for what evaluators write; the folder of a run is allowed, whose own files stay unchanged"""
     seed: int = 0
     """seed of the random draws; the same seed gives the same numbers"""
     max_prompt_tokens: int = 1024
-    """longer prompts are dropped"""
+    """longest prompt in tokens; longer prompts are dropped"""
     micro_tokens: int = 8192
     """token budget of one micro-batch, padding included; changes memory and speed, never results"""
     sampling: Sampling = Sampling()
-    """how completions are drawn, by evaluators that sample"""
+    """sampling options of evaluators that sample"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {
         "evaluator": "",

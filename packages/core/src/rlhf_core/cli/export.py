@@ -22,9 +22,9 @@ class Export(Command):
     checkpoint: str
     """folder OUTPUT/checkpoints/step-N"""
     output: str = ""
-    """folder to write, which must be new; OUTPUT/model-step-N where empty"""
+    """new folder to write; empty takes OUTPUT/model-step-N"""
     role: str = ""
-    """role to export; the policy where empty"""
+    """role to export; empty takes the policy"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.run.exporting import export_checkpoint

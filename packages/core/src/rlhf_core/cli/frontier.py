@@ -33,20 +33,20 @@ class Frontier(Drawing):
 
     _: KW_ONLY
     y: Literal["bad", "cvar", "attack"] = "bad"
-    """share of rewards strictly below the threshold; mean of the worst rewards; or share of samples whose column
-    `attack_success` is true"""
+    """vertical axis: share of rewards strictly below the threshold; mean of the worst rewards; or share of samples
+    whose column `attack_success` is true"""
     gcg: bool = False
-    """draw the share of attacks that succeed: one of the answers to the attacked prompt has a reward below the threshold"""
+    """plot the attack success rate: the share of attacks with an answer whose reward is below the threshold"""
     threshold: float = -5.0
-    """rewards below it are bad"""
+    """threshold: rewards strictly below it are bad"""
     share: float = 1e-4
-    """share of the rewards that CVaR is the mean of, the lowest; at least one"""
+    """share of the lowest rewards that CVaR averages, at least one reward"""
     x: Literal["return", "reward"] = "return"
-    """what it costs: the mean of this column"""
+    """horizontal axis (the cost): mean of this column"""
     table: str = "heldout.parquet"
-    """the table in each run's folder, Parquet or JSON lines"""
+    """name of the table in each run's folder, Parquet or JSON lines"""
     output: str = "frontier"
-    """name of the files, without an ending"""
+    """name of the output files, without an ending"""
     seed: int = 0
     """seed of the bootstrap; the same seed gives the same intervals"""
 

@@ -50,17 +50,17 @@ class Generate(Command):
     split: str = "train"
     """rows to answer: train or heldout"""
     shard: str = "0/1"
-    """i/n answers the rows whose number modulo n is i"""
+    """shard i/n: answers the rows whose number modulo n is i"""
     prompts: int = 0
-    """at most this many rows of the split, over all shards; 0 answers all"""
+    """maximum number of rows of the split to answer, over all shards; 0 answers all"""
     batch_size: int = 16
-    """prompts sampled, and then written, together; changes speed, never results"""
+    """number of prompts sampled and written together; changes speed, never results"""
     max_prompt_tokens: int = 1024
-    """longer prompts are left out and counted"""
+    """longest prompt in tokens; longer prompts are left out and counted"""
     seed: int = 0
     """seed of the random draws; the same seed gives the same completions"""
     sampling: Sampling = Sampling(n=1)
-    """how completions are drawn"""
+    """sampling options"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {
         "data": "prompts",

@@ -26,9 +26,9 @@ class MergeLora(Command):
     output: str = ""
     """folder to write; must be new"""
     base: str = ""
-    """the model the adapter belongs to, if it is not where it was"""
+    """model that the adapter belongs to; empty takes the one that the adapter names"""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """dtype of the weights that are written; `base` is the base model's own. Merging itself is done in float32"""
+    """dtype of the written weights; `base` takes the base model's. The merge itself is computed in float32"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.models.loading.hub import resolve_name

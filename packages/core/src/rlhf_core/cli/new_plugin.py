@@ -26,9 +26,9 @@ class NewPlugin(Command):
     """Write a working plugin package with a test: the folder rlhf-NAME here."""
 
     name: str
-    """the provider's name: small letters, digits and dashes"""
+    """name of the provider: lowercase letters, digits and dashes"""
     kind: KindName = "reward"
-    """what it provides"""
+    """kind of provider to create"""
 
     def __call__(self, context: CommandContext) -> int:
         words = self.name.removeprefix("rlhf-")

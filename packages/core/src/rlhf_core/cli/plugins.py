@@ -33,9 +33,9 @@ class Plugins(Command):
     """List what is installed: kind, name, distribution, version and one line each; broken plugins last."""
 
     kind: Literal["", KindName, "metric"] = ""
-    """only this kind; all but metrics where empty"""
+    """kind of provider to list; empty lists all kinds except metrics"""
     json: bool = False
-    """as JSON: providers, conflicts and broken plugins"""
+    """print JSON: providers, conflicts and broken plugins"""
 
     def __call__(self, context: CommandContext) -> int:
         registry = context.registry

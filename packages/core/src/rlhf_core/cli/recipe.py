@@ -27,17 +27,17 @@ class RecipeCommand(Command):
     file: str
     """TOML file; docs/recipes.md describes it"""
     output: str = ""
-    """folder of the recipe; the file's own where empty"""
+    """folder of the recipe; empty takes the one in the file"""
     seed: int | None = None
-    """seed of the recipe; none takes the file's own"""
+    """seed of the recipe; the default takes the one in the file"""
     start_t: int | None = None
-    """first iteration that runs; none takes the file's own"""
+    """first iteration to run; the default takes the one in the file"""
     stop_t: int | None = None
-    """iteration at which the recipe stops; none takes the file's own"""
+    """iteration at which the recipe stops; the default takes the one in the file"""
     set: tuple[str, ...] = ()
     """values of the file's variables, as NAME=VALUE"""
     jobs: int = 1
-    """steps at a time, where they do not depend on each other"""
+    """number of independent steps that run at the same time"""
     report: bool = True
     """write report.html in the output when all steps have run: metrics by iteration, and times"""
     show: bool = False

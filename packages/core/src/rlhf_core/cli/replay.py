@@ -25,7 +25,7 @@ class Replay(Command):
     step: str
     """number of the step"""
     config: str = ""
-    """configuration in place of the run's own, to see what another option changes first"""
+    """configuration in place of the run's, to find the first number that another option changes"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.config.builder import parse

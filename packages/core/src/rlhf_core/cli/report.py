@@ -21,7 +21,7 @@ class Report(Command):
     folder: str
     """OUTPUT of a run or of a recipe, or the TOML file of a sweep"""
     output: str = ""
-    """file to write; `report.html` in the folder where empty"""
+    """file to write; empty takes `report.html` in the folder"""
 
     def __call__(self, context: CommandContext) -> int:
         from rlhf_core.analysis.report.writing import write_report

@@ -44,11 +44,12 @@ class Score(Command):
     file: str
     """JSONL file whose lines have `prompt` and `completion`"""
     output: str = ""
-    """file to write; FILE with `.scored.jsonl` for its ending where empty"""
+    """file to write; empty takes FILE with the ending `.scored.jsonl`"""
     batch_size: int = 64
-    """completions scored, and then written, together"""
+    """number of completions scored and written together"""
     seed: int = 0
-    """seed of the random draws; the same seed and batch size give the same rewards, also of one that draws random numbers"""
+    """seed of the random draws; the same seed and batch size give the same rewards, also for rewards that draw random
+    numbers"""
 
     defaults: ClassVar[Mapping[str, str | None]] = {"reward": ""}
     roles: ClassVar[Mapping[str, Any]] = {}

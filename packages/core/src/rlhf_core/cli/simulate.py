@@ -24,15 +24,15 @@ class Simulate(Command):
 
     _: KW_ONLY
     generation: float = 10.0
-    """seconds that sampling one step's completions takes"""
+    """seconds to sample one step's completions"""
     training: float = 10.0
-    """seconds that training on them takes, scoring and credit included"""
+    """seconds to train on them, scoring and credit included"""
     sync: float = 0.0
-    """seconds that handing the new weights to the engines takes"""
+    """seconds to hand the new weights to the engines"""
     spread: float = 0.0
-    """how much generation times differ: standard deviation of their logarithm, such as 0.3"""
+    """spread of generation times: standard deviation of their logarithm, for example 0.3"""
     ahead: int = 4
-    """largest number of steps to sample ahead; 0 to this are simulated"""
+    """largest number of steps to sample ahead; every number from 0 to this one is simulated"""
     updates: int = 1
     """optimizer updates per step, --update-epochs times --minibatches; staleness is counted in them"""
     steps: int = 200

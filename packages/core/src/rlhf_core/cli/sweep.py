@@ -53,19 +53,19 @@ class Sweep(Command):
     file: str
     """TOML file: a base configuration, variants, a grid and seeds; docs/sweeps.md shows one"""
     jobs: int = 1
-    """runs at a time on this machine"""
+    """number of runs at the same time on this machine"""
     at_most: int = 0
-    """start at most this many runs now; 0 starts all"""
+    """maximum number of runs to start now; 0 starts all"""
     only: int = -1
-    """the run with this number alone, from 0: what a task of a SLURM array does; -1 is all"""
+    """number of the only run to start, from 0, as a task of a SLURM array uses it; -1 starts all"""
     status: bool = False
-    """print the table of runs, and start none"""
+    """print the table of runs and start none"""
     report: bool = True
     """write report.html in the sweep's output when runs have ended: methods with intervals over seeds"""
     slurm: str = ""
-    """write a SLURM script for an array of all runs to this file, and start none"""
+    """file for a SLURM script that runs all runs as an array; no run is started"""
     ray: str = ""
-    """write a script that submits a Ray job for each unfinished run to this file, and start none"""
+    """file for a script that submits a Ray job for each unfinished run; no run is started"""
 
     def __call__(self, context: CommandContext) -> int:
         sweep, plugins = read_sweep(self.file), context.registry.selection.words

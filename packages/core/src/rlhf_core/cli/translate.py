@@ -21,7 +21,7 @@ class Translate(Command):
     """Print the command that takes the place of one of OpenRLHF, TRL, verl or RLHFlow, and name what has no place in it."""
 
     old: str
-    """the old command in quotes, or a file with it"""
+    """old command in quotes, or a file that contains it"""
     write: str = ""
     """TOML file to write the run's options to, for --config; empty writes none"""
 

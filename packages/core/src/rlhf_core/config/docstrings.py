@@ -23,7 +23,7 @@ class ClassDocs:
     """Documentation of a class, parsed."""
 
     doc: str = ""
-    """its docstring, cleaned"""
+    """cleaned docstring of the class"""
     fields: Mapping[str, str] = field(default_factory=dict)
     """the docstring line of each field, in one line"""
 

@@ -34,7 +34,7 @@ class Option:
     annotation: Any
     doc: str
     default: Any
-    """MISSING where it must be given"""
+    """default value; MISSING if the option is required"""
 
     @property
     def required(self) -> bool:
@@ -70,7 +70,7 @@ class Use:
     base: Any
     """the instance whose values are the defaults, or some of them by name"""
     names: tuple[str, ...]
-    """what can be chosen"""
+    """names that can be chosen"""
 
 
 def flag(path: str) -> str:

@@ -68,7 +68,7 @@ class Section:
 
     prefix: str
     title: str
-    """`reward 'length'`: who is spoken of in errors and help"""
+    """title in errors and help, such as `reward 'length'`"""
     cls: type
     base: Any = None
     """the instance whose values are the defaults; None where the class has required fields"""
@@ -89,7 +89,7 @@ class Schema:
     sections: tuple[Section, ...]
     options: Mapping[str, Option] = field(default_factory=dict)
     option_names: OptionNames = OptionNames()
-    """how the user who chose them writes these options"""
+    """spelling of these options for the user who chose them"""
     declined: frozenset[str] = frozenset()
     """kinds that the user chose to have none of"""
 

@@ -47,17 +47,17 @@ class Example:
     prompt: str | tuple[Message, ...]
     """plain text, or a chat that the tokenizer's template renders"""
     completions: tuple[str | tuple[Message, ...], ...] = ()
-    """what follows the prompt"""
+    """completions, the texts after the prompt"""
     label: Any = None
-    """passed through to rewards (a reference answer, say)"""
+    """data that is passed to rewards (for example a reference answer)"""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """passed through to rewards and samples.jsonl; `meta["datasource"]` splits metrics"""
+    """data that is passed to rewards and samples.jsonl; `meta["datasource"]` splits metrics"""
     fields: Mapping[str, float] = field(default_factory=dict)
     """numbers that losses read as `batch["<name>_N"]`: a margin, a rating"""
     origin: str = ""
     """`file:row`, for error messages"""
     row: int = -1
-    """its number among the training rows, from 0; -1 for any other row"""
+    """number among the training rows, from 0; -1 for any other row"""
 
     def __post_init__(self) -> None:
         if "row" in self.fields or "uids" in self.fields:

@@ -56,7 +56,7 @@ class Outcome:
     turn_rewards: Sequence[float] = ()
     """additional rewards of its first turns, each given at the turn's last token"""
     score: float | None = None
-    """how well it went, 0 to 1, for filtering and pass rates"""
+    """success of the episode, 0 to 1, for filtering and pass rates"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """numbers by name; the environment declares the names as its `metrics`"""
 

@@ -50,9 +50,9 @@ class Feedback:
     token_ids: tuple[int, ...] = ()
     """appended as they are"""
     reward: float = 0.0
-    """what this turn earned; the rewards of an episode's turns are added up"""
+    """reward of this turn; an episode adds up the rewards of its turns"""
     score: float | None = None
-    """how well the episode went so far, 0 to 1, for filtering and pass rates; the last one counts"""
+    """success of the episode so far, 0 to 1, for filtering and pass rates; the last one counts"""
     done: bool = False
     """True if the episode is over; its text is kept in the transcript and never read by the policy"""
     metrics: Mapping[str, float] = field(default_factory=dict)

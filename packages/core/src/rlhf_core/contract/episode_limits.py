@@ -14,16 +14,17 @@ class EpisodeLimits:
     """Limits that end an episode before its environment does. `--sampling.max-new-tokens` limits its tokens."""
 
     turns: int = 8
-    """turns of the policy after which an episode ends"""
+    """maximum number of turns of the policy in an episode"""
     turn_tokens: int = 0
-    """tokens after which one turn of the policy is cut; 0 leaves a turn what is left of the episode"""
+    """maximum number of tokens in one turn of the policy; 0 allows all that is left of the episode"""
     seconds: float = 0.0
-    """seconds after which no episode of a batch gets another turn; results then depend on the machine. 0 is no limit"""
+    """seconds after which no episode of a batch gets another turn; results then depend on the machine. 0 means no
+    limit"""
     at_once: int = 0
-    """episodes that the environment works on at the same time; 0 is all of a batch"""
+    """number of episodes that the environment works on at the same time; 0 means the whole batch"""
     failures: float = 0.0
-    """share of a batch's episodes whose environment or agent may fail, 0 to 1; these are logged and not trained on, and more of
-    them stop the run"""
+    """share of a batch's episodes whose environment or agent may fail, 0 to 1; failed episodes are logged and not
+    trained on, and a larger share stops the run"""
     gather: float = 0.05
     """seconds that an agent's turn waits for turns of other episodes, which the engine then samples together (for environments
     that drive)"""

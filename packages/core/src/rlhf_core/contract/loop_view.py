@@ -28,7 +28,7 @@ class LoopIteration(Protocol):
     batches: dict[str, Batch]
     """a batch per source, read or sampled"""
     rewards: dict[str, RewardOutput]
-    """what sampled batches earned, by source"""
+    """rewards of the sampled batches, by source"""
 
     def read(self) -> None:
         """Turn the rows of data into the batch of the source `data`."""

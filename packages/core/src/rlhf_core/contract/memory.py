@@ -17,17 +17,17 @@ class ModelSize:
     """Numbers of a role's model."""
 
     parameters: int
-    """all of them"""
+    """number of parameters"""
     trained: int
-    """those that have a gradient"""
+    """number of trained parameters"""
     layer: int
-    """those of its largest layer"""
+    """number of parameters of the largest layer"""
     root: int
-    """those outside of its layers: embeddings, heads"""
+    """number of parameters outside of layers: embeddings, heads"""
     layers: int
-    """its layers"""
+    """number of layers"""
     vocabulary: int
-    """tokens that its language-model head tells apart; 0 without such a head"""
+    """size of the vocabulary of the language-model head; 0 without such a head"""
     compute_bytes: int
     """bytes of a number of the forward pass: 2 in bfloat16, 4 in float32"""
     cache_bytes: int
@@ -49,8 +49,8 @@ class RoleMemory:
     activations: int = 0
     """most that a training pass holds at a time beside the parts above: what autograd keeps, logits, temporary tensors"""
     overlap: int = 0
-    """what `gradients` and `activations` never hold at once, since gradients appear as activations are freed; 0 where a step
-    has several micro-batches"""
+    """bytes that `gradients` and `activations` never hold at the same time, since gradients appear as activations are
+    freed; 0 where a step has several micro-batches"""
     update: int = 0
     """temporary tensors of the update"""
     inference: int = 0
@@ -58,7 +58,7 @@ class RoleMemory:
     cache: int = 0
     """keys and values, and what else sampling holds, in the process of the role"""
     buffers: int = 0
-    """what a strategy holds all the time beside: copies of weights, communication buffers"""
+    """bytes that a strategy holds permanently in addition: copies of weights, communication buffers"""
 
     @property
     def resident(self) -> int:

@@ -56,13 +56,14 @@ class OptimizerProvider(Provider):
     lr: float = 1e-6
     """peak learning rate"""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after warm-up: stay, fall linearly, or fall along a half cosine, to `min_lr_ratio` of the peak"""
+    """learning rate after warm-up: constant, linear decay, or half-cosine decay, to `min_lr_ratio` of the peak"""
     warmup: float = 0.0
-    """warm-up: below 1 a share of all optimiser steps, from 1 a number of them"""
+    """length of the warm-up: below 1 a share of all optimizer steps, from 1 a number of steps"""
     min_lr_ratio: float = 0.0
-    """where linear and cosine would be one step after the last, as a share of `lr`; every step's rate is above it"""
+    """final learning rate of linear and cosine, as a share of `lr`, reached one step after the last; every step's rate
+    is above it"""
     max_grad_norm: float = 1.0
-    """global gradient norm is clipped to this; 0 does not clip"""
+    """largest global gradient norm; larger gradients are clipped to it, 0 does not clip"""
 
     elementwise: ClassVar[bool] = False
     """True if the update of a number depends on its own gradients alone, so that shards may be updated apart (ZeRO)"""

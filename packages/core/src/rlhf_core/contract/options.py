@@ -55,21 +55,21 @@ class Sampling:
     n: int = 4
     """completions per prompt"""
     max_new_tokens: int = 128
-    """tokens after which a completion is cut (its finish reason is then `length`); with an environment those of the whole
-    episode, feedback included"""
+    """maximum number of tokens per completion (the finish reason is then `length`); with an environment, tokens of the
+    whole episode, feedback included"""
     temperature: float = 1.0
-    """divides the logits; 0 is greedy. Training log-probabilities use the same temperature"""
+    """divisor of the logits; 0 is greedy. Training log-probabilities use the same temperature"""
     top_p: float = 1.0
-    """keep the smallest set of tokens with at least this probability; 1 keeps all"""
+    """probability of the smallest set of tokens that is kept, above 0 and at most 1; 1 keeps all"""
     top_k: int = 0
-    """keep the k most likely tokens; 0 keeps all"""
+    """number of most likely tokens that are kept; 0 keeps all"""
     min_p: float = 0.0
-    """keep tokens with at least this share of the most likely one's probability; 0 keeps all"""
+    """least probability of a kept token, as a share of the most likely token's, 0 to 1; 0 keeps all"""
     replay: Literal["on", "off"] = "on"
-    """under top-p, top-k or min-p: take the policy's log-probabilities over the tokens that the sampler kept, so that ratios
-    are those of the policy that sampled (DeepSeek-V3.2); off takes them over the whole vocabulary, and ratios are biased"""
+    """log-probabilities under top-p, top-k or min-p: `on` takes them over the tokens that the sampler kept, so that
+    importance ratios are exact (DeepSeek-V3.2); `off` takes them over the whole vocabulary, and ratios are biased"""
     stop: tuple[str, ...] = ()
-    """strings that end a completion (kept in it)"""
+    """strings that end a completion; the completion keeps them"""
     seed: int = field(default=0, metadata=INTERNAL)
     """base of the per-completion seeds; the loop sets it from the run's seed and the step"""
 
@@ -105,17 +105,19 @@ class KL:
     """The penalty that keeps the policy near the reference."""
 
     coef: float = 0.02
-    """beta; 0 switches the penalty off, and then no reference model is loaded"""
+    """weight (beta) of the KL penalty; 0 disables it, and then no reference model is loaded"""
     estimator: Literal["k1", "k2", "k3"] = "k1"
-    """with d = log pi - log ref: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d (Schulman 2020)"""
+    """estimator of the KL divergence, with d = log pi - log ref: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d (Schulman
+    2020)"""
     where: Literal["reward", "loss"] = "reward"
-    """subtracted from each token's reward, or added to the loss with a live gradient"""
+    """place of the penalty: subtracted from each token's reward, or added to the loss with a gradient"""
     unbiased: bool = False
-    """in the loss: the estimate is reported, and the gradient is that of KL(pi || ref), off-policy too (DeepSeek-V3.2)"""
+    """give the KL loss the gradient of KL(pi || ref), off-policy too (DeepSeek-V3.2); the estimate is still reported"""
     target: float | None = None
-    """adapt `coef` so that the mean KL per completion approaches this (Ziegler et al. 2019); fixed where absent"""
+    """mean KL per completion, in nats, that `coef` is adapted to (Ziegler et al. 2019); the default keeps `coef`
+    fixed"""
     horizon: int = 10000
-    """completions over which the adaptive coefficient moves"""
+    """number of completions over which the adaptive coefficient moves"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "coef")
@@ -132,13 +134,14 @@ class Lora:
     """Low-rank adapters (Hu et al. 2022): the model's weights stay as they are, and only adapters and heads are trained."""
 
     rank: int = 0
-    """rank of the update of each adapted matrix; 0 trains all weights and has no adapters"""
+    """rank of each adapter's update; 0 disables adapters and trains all weights"""
     alpha: int = 16
-    """the update is multiplied by alpha / rank"""
+    """scale of the update, which is multiplied by alpha / rank"""
     dropout: float = 0.0
-    """share of an adapter's inputs that a training pass drops, 0 to 1; never while sampling or comparing"""
+    """share of an adapter's inputs that is dropped in training, 0 to below 1; never dropped while sampling or
+    comparing"""
     targets: tuple[str, ...] = ("all-linear",)
-    """names of the linear layers that are adapted, as q_proj v_proj; all-linear is all of them but the heads"""
+    """names of the linear layers to adapt, such as q_proj v_proj; all-linear takes all except the heads"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "rank", "dropout")
@@ -166,17 +169,17 @@ class ModelOptions:
     """A frozen role's model."""
 
     model: str = ""
-    """hub name, folder, GGUF file, or `tiny`; the run's --model where empty"""
+    """hub name, folder, GGUF file, or `tiny`; empty takes the run's --model"""
     dtype: Literal["run", "float32", "bfloat16", "float16"] = "run"
-    """what the forward pass computes in; `run` is the run's --dtype"""
+    """dtype of this role's forward pass; `run` takes the run's --dtype"""
     attention: str = "sdpa"
     """attention implementation: sdpa, eager, varlen (torch's kernel for packed rows, which sdpa takes where it can),
     flash_attention_2, flash_attention_3, flash_attention_4, or a kernel of the hub such as kernels-community/flash-attn3"""
     packing: bool = field(default=True, metadata=FREE)
-    """lay a micro-batch's rows end to end and compute no padding, where attention can keep them apart: flash attention, and
-    sdpa on the CPU and in half precision on a GPU; changes memory and speed, never results"""
+    """lay a micro-batch's rows end to end without padding, where attention can keep them apart (flash attention; sdpa
+    on the CPU, and in half precision on a GPU); changes memory and speed, never results"""
     quantize: Literal["none", "nf4"] = "none"
-    """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role needs adapters then"""
+    """hold frozen weights in 4-bit NormalFloat (QLoRA, Dettmers et al. 2023); a trained role then needs adapters"""
     trust_remote_code: bool = False
     """run model code that comes with the weights; only for models you trust"""
     add_tokens: str = field(default="", metadata=INTERNAL)
@@ -200,11 +203,13 @@ class Tracking:
     """Weights that follow another role's: an opponent, a target network, a moving reference."""
 
     of: str = ""
-    """trained role whose weights are taken, at the start and then every so many steps; empty keeps the weights as they are"""
+    """trained role whose weights are copied at the start and then periodically; empty keeps the weights fixed"""
     every: int = 100
-    """optimiser steps of that role from one update of these weights to the next, counted at the end of a step of the run"""
+    """optimizer steps of the tracked role between two updates of these weights; updates happen at the end of a step of
+    the run"""
     decay: float = 0.0
-    """0 copies; above, an exponential moving average, decay * these weights + (1 - decay) * that role's"""
+    """decay of the moving average, decay * these weights + (1 - decay) * the tracked role's, 0 to below 1; 0 copies the
+    weights"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
@@ -226,21 +231,23 @@ class TrainedOptions(ModelOptions):
     """A trained role's model and optimiser."""
 
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
+    """recompute activations in the backward pass, which needs less memory and a third more time"""
     compile: bool = field(default=False, metadata=FREE)
-    """compile the layers with torch.compile: less time on a GPU, after a first step of up to a minute; rounding differs"""
+    """compile the layers with torch.compile: faster on a GPU after a first step of up to a minute; rounding differs"""
     lora: Lora = Lora()
     """adapters"""
     freeze: tuple[str, ...] = ()
-    """parts that are not trained: `embed`, `vision`, `body` (all but the heads), or parts of parameter names as layers.0-3"""
+    """parts that are not trained: `embed`, `vision`, `body` (all except the heads), or parts of parameter names such as
+    layers.0-3"""
     features: str = field(default="", metadata=FREE)
-    """folder where states of a frozen body are kept by weights and row, for later runs; empty keeps them in memory"""
+    """folder that caches the states of a frozen body, by weights and row, for later runs; empty caches in memory"""
     router_aux_coef: float = 0.0
-    """weight of the auxiliary loss that balances the experts of a mixture of experts; 0.001 to 0.02 are usual"""
+    """weight of the auxiliary loss that balances the experts of a mixture of experts; usual values are 0.001 to 0.02"""
     ema: float = 0.0
-    """decay a step of an exponential moving average of the weights, as 0.99; 0 keeps none"""
+    """per-step decay of the weights' exponential moving average, for example 0.99; 0 disables it"""
     ema_export: Literal["beside", "model"] = field(default="beside", metadata=FREE)
-    """write the average to OUTPUT/model-ema beside the trained weights, or as OUTPUT/model in their place"""
+    """destination of the moving average: OUTPUT/model-ema in addition to the trained weights (`beside`), or
+    OUTPUT/model in their place (`model`)"""
     optim: OptimizerProvider = field(default=AdamW(), metadata=OPTIMIZER)
     """optimizer of this role"""
 
@@ -270,93 +277,101 @@ class RunConfig:
     uses: Mapping[str, str] = field(default_factory=dict)
     """the registered name (or `module:Class`) of each provider inside a role's options, by path: `actor.optim`"""
     registry: RegistryView | None = field(default=None, compare=False, repr=False)
-    """where outputs are looked up by name; everything installed where absent"""
+    """registry that resolves names of outputs; the default uses everything installed"""
     model: str = ""
-    """model to train: hub name, folder, GGUF file, or `tiny` to try (small, random, byte-level, no download); must be given"""
+    """model to train: hub name, folder, GGUF file, or `tiny` (small, random, byte-level, no download); required"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """what the forward passes of all roles compute in, but of those with a dtype of their own (--actor.dtype)"""
+    """dtype of the forward passes of all roles; --actor.dtype sets it for one role"""
     add_tokens: str = ""
-    """file with new tokens, one a line, for the tokenizer and the models of all roles"""
+    """file with new tokens, one per line, for the tokenizer and the models of all roles"""
     output: str = field(default="output", metadata=FREE)
-    """folder of the run"""
+    """output folder of the run"""
     steps: int = 100
     """training steps; each uses one batch"""
     epochs: float = 0.0
-    """passes over the data, in place of --steps (0.5 is half a pass); 0 trains --steps"""
+    """passes over the data, in place of --steps (0.5 is half a pass); 0 uses --steps"""
     seed: int = 0
     """seed of the random draws; the same seed gives the same numbers"""
     deterministic: bool = False
-    """on a GPU too: slower kernels that add in a fixed order; an operation that has none stops the run. A CPU needs no flag"""
+    """use slower GPU kernels that add in a fixed order; an operation without such a kernel stops the run. The CPU is
+    always deterministic"""
     resume: bool | Literal["auto"] = field(default=False, metadata=FREE)
-    """continue the run in --output from its newest valid checkpoint; `auto` begins it if there is none"""
+    """continue the run in --output from its newest valid checkpoint; `auto` starts a new run if there is none"""
     resume_changed: bool = field(default=False, metadata=FREE)
-    """continue it although options that change results are not those it began with"""
+    """resume even if options that affect results differ from the original run"""
     batch_size: int = 16
     """prompts (online) or rows (offline) per step, over all ranks"""
     update_epochs: int = 1
-    """passes over the same batch before the next (PPO epochs), not over the data"""
+    """passes over the same batch before the next one (PPO epochs), not over the data"""
     minibatches: int = 1
-    """optimiser steps per pass over a batch; 1 is strictly on-policy"""
+    """optimizer steps per pass over a batch; 1 is strictly on-policy"""
     micro_tokens: int = field(default=8192, metadata=FREE)
     """token budget of one micro-batch, padding included; changes memory and speed, never results"""
     on_oom: Literal["stop", "halve"] = field(default="stop", metadata=FREE)
-    """out of memory in training or inference: stop, or halve the role's token budget and do the step again (one process)"""
+    """reaction to running out of memory in training or inference: stop, or halve the role's token budget and repeat the
+    step (one process only)"""
     on_nonfinite: Literal["stop", "skip"] = field(default="stop", metadata=FREE)
-    """a reward, loss or gradient is nan or infinite: stop, or leave the role's optimiser step out; samples are kept"""
+    """reaction to a reward, loss or gradient that is nan or infinite: stop, or skip the role's optimizer step; the
+    samples are saved in both cases"""
     max_mismatch: float = field(default=0.0, metadata=FREE)
-    """largest mean difference between the log-probabilities of rollout engine and trainer on a step's tokens; 0 is 0.001 for
-    roles in float32 and 0.05 for others"""
+    """largest mean difference between the log-probabilities of rollout engine and trainer on a step's tokens, in nats;
+    0 takes 0.001 for roles in float32 and 0.05 for others"""
     on_mismatch: Literal["warn", "stop"] = field(default="warn", metadata=FREE)
-    """a larger difference: log a warning in each such step, or stop before the weights are updated"""
+    """reaction to a larger difference: log a warning in each such step, or stop before the weights are updated"""
     chunk: int = field(default=1024, metadata=FREE)
-    """completion tokens whose logits are held at a time; changes memory and speed, never results"""
+    """completion tokens whose logits are held at the same time; changes memory and speed, never results"""
     max_prompt_tokens: int = 1024
-    """longer prompts are dropped and counted"""
+    """longest prompt in tokens; longer prompts are dropped and counted"""
     save_every: int = field(default=0, metadata=FREE)
-    """steps between checkpoints; 0 saves at the end only"""
+    """steps between checkpoints; 0 saves only at the end"""
     save_async: bool = field(default=False, metadata=FREE)
-    """write checkpoints in the background, from a copy in CPU memory of weights and optimizer, where the strategy can"""
+    """write checkpoints in the background from a copy of weights and optimizer in CPU memory, if the strategy supports
+    it"""
     stop_within: float = field(default=120.0, metadata=FREE)
-    """seconds that a step may last after a signal to stop, and saving it again as long; then the step is given up"""
+    """seconds that a step may take after a signal to stop, and again for saving it; after that the step is abandoned"""
     keep: int = field(default=2, metadata=FREE)
-    """newest checkpoints kept"""
+    """number of newest checkpoints to keep"""
     keep_gb: float = field(default=0.0, metadata=FREE)
     """maximum total size of kept checkpoints in GB (the newest is always kept); 0 means no limit"""
     keep_best: str = field(default="", metadata=FREE)
-    """a metric (`eval/heldout/reward`, say) whose best checkpoint stays too; `checkpoints/best.json` names it"""
+    """metric (for example `eval/heldout/reward`) whose best checkpoint is also kept; `checkpoints/best.json` names it.
+    Empty keeps none"""
     keep_best_mode: Literal["auto", "max", "min"] = field(default="auto", metadata=FREE)
-    """high or low values of it are good; auto is low for a loss, a negative log-likelihood and perplexity, else high"""
+    """direction of good values of --keep-best; auto takes low values for a loss, a negative log-likelihood and
+    perplexity, high ones otherwise"""
     export_shard: str = field(default="5GB", metadata=FREE)
-    """largest file of weights in OUTPUT/model, as 5GB or 500MB"""
+    """largest size of one weight file in OUTPUT/model, such as 5GB or 500MB"""
     export_dtype: Literal["base", "float32", "bfloat16", "float16"] = field(default="base", metadata=FREE)
-    """dtype of the weights in OUTPUT/model; `base` is the base model's own. Adapters are float32"""
+    """dtype of the weights in OUTPUT/model; `base` takes the base model's. Adapters are float32"""
     push_to_hub: str = field(default="", metadata=FREE)
-    """name on the Hugging Face hub, USER/NAME, that OUTPUT/model is uploaded to at the end, private; empty uploads nothing"""
+    """name on the Hugging Face hub, USER/NAME, to upload OUTPUT/model to at the end as a private model; empty uploads
+    nothing"""
     report: bool = field(default=True, metadata=FREE)
     """write OUTPUT/report.html at the end: curves, evaluations, samples and times on one page"""
     record_every: int = field(default=0, metadata=FREE)
-    """steps from one to the next that is kept in OUTPUT/record, for `rlhf-run replay`; 0 keeps none"""
+    """steps between two that are recorded in OUTPUT/record for `rlhf-run replay`; 0 records none"""
     eval_every: int = field(default=0, metadata=FREE)
-    """steps between evaluations; 0 evaluates at start and end only, if an evaluator is chosen"""
+    """steps between evaluations; 0 evaluates only at the start and the end, if an evaluator is chosen"""
     sampling: Sampling = field(default_factory=Sampling)
-    """how completions are drawn (online algorithms)"""
+    """sampling options (online algorithms)"""
     episode: EpisodeLimits = field(default_factory=EpisodeLimits)
     """limits of an episode (with an environment)"""
     ahead: int = 0
-    """steps that are sampled while earlier ones are trained on, at most; 0 samples and trains in turn, on-policy. The rollout
-    engine needs weights of its own, such as every engine under --launcher ray"""
+    """maximum number of steps that are sampled while earlier ones are trained on; 0 alternates sampling and training,
+    on-policy. The rollout engine needs its own weights, as every engine under --launcher ray has"""
     stale: Staleness = field(default_factory=Staleness)
-    """what happens to tokens that older weights sampled (with --ahead)"""
+    """treatment of tokens that older weights sampled (with --ahead)"""
     partial: PartialRollouts = field(default_factory=PartialRollouts)
-    """completions that go on under new weights (with --ahead)"""
+    """completions that continue under new weights (with --ahead)"""
     replay: str = field(default="", metadata=FREE)
-    """iterations.jsonl of a run with --ahead: each step is sampled with the weights that sampled it there; empty: at once"""
+    """iterations.jsonl of a run with --ahead, to sample each step with the same version of the weights as that run;
+    empty disables it"""
     callbacks: Mapping[str, tuple[Callable[..., Any], ...]] = field(
         default_factory=dict, metadata=INTERNAL, compare=False, repr=False
     )
     """functions of a Python user by observer hook"""
     option_names: OptionNames = field(default=OptionNames(), metadata=INTERNAL, compare=False, repr=False)
-    """how the user writes these options, for messages"""
+    """spelling of these options for the user, in messages"""
 
     def provider_paths(self, *kinds: str) -> Iterator[tuple[str, Any]]:
         """Every chosen provider (of `kinds`, if given) with the path of its options: `/reward`, `/evaluator.heldout`."""

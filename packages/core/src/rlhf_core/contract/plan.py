@@ -29,9 +29,9 @@ class CreditSpec:
     source: str
     advantage: Advantage | None
     needs: tuple[Need, ...] = ()
-    """what must be in the batch before credit and losses run"""
+    """inputs that must be in the batch before credit and losses run"""
     every: int = 1
-    """its terms take part in the steps that are multiples of this"""
+    """steps between two in which its terms take part"""
     after: str = ""
     """the role whose update comes first (`Term.after`)"""
     parts: tuple[str, ...] = ()
@@ -53,9 +53,10 @@ class RoleSpec:
     reads: bool = True
     """True if it gets the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
     temperature: float = 1.0
-    """what divides its logits: the sampling temperature of an online run, so that what is trained is what was sampled"""
+    """divisor of its logits: the sampling temperature of an online run, so that training uses the sampled
+    distribution"""
     providers: Mapping[str, Output] = field(default_factory=dict)
-    """those of `outputs` that plugins bring, by name"""
+    """plugins' `outputs` by name"""
     ends: tuple[int, ...] = ()
     """ids of the tokens that end a completion, found when the run starts; empty for a role that reads other token ids, whose
     own they are (`end_ids`)"""

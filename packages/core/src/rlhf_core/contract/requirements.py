@@ -77,11 +77,11 @@ class Need:
     """One extra of a batch."""
 
     name: str
-    """as the provider asks for it, and as the batch holds it"""
+    """name of the need, in the provider and in the batch"""
     role: str = ""
-    """who computes it; empty if it is given"""
+    """role that computes it; empty if it is given"""
     output: str = ""
-    """which of the role's outputs"""
+    """output of the role that it is"""
 
 
 def letters(name: str) -> str:

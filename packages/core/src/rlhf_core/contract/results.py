@@ -27,7 +27,7 @@ class RewardOutput:
     """Scores of N completions."""
 
     rewards_N: Tensor
-    """float32, what is maximised"""
+    """float32, rewards to maximize"""
     rewards_NT: Tensor | None = None
     """float32, per-token rewards that are added to the final one"""
     scores_N: Tensor | None = None
@@ -37,8 +37,8 @@ class RewardOutput:
     known: Mapping[str, Tensor] = field(default_factory=dict)
     """bool (N), where the metric of that name has a value, over which its mean is taken; everywhere without an entry"""
     abstained_N: Tensor | None = None
-    """bool, where the reward gives no answer: such a completion leaves its group, and its numbers are read by nobody; none
-    where absent"""
+    """bool, completions without an answer of the reward: they leave their group, and their numbers are not read; the
+    default is none"""
     precision: float = PRECISION
     """relative size below which a difference of two rewards is rounding, above 0: about 0.008 for a bfloat16 model. Rewards of
     one prompt that are equal within it, relative to the larger of 1 and the largest of them, count as equal"""
@@ -166,7 +166,7 @@ class Metric:
     total: Tensor
     """sum of the values, a scalar"""
     count: Tensor
-    """how many there were, a scalar"""
+    """number of values, a scalar"""
 
     @classmethod
     def over(cls, values: Tensor, mask: Tensor | None = None) -> Metric:
@@ -199,7 +199,7 @@ class LossTerms:
     """Values of a loss, not their mean. Core masks, weights and divides them."""
 
     values: Tensor
-    """(N, T) per token, or (N,) per sample, or (N / rows_per_unit,) per pair"""
+    """(N, T) per token, (N,) per sample, or (N / rows_per_unit,) per pair"""
     reduction: Reduction
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     """logged as `<role>/<name>`"""

@@ -217,7 +217,7 @@ class Placement:
     rollout: Rollout | None
     world: World
     retries: int = 0
-    """deaths of processes (`WorkerLost`) after which the run goes on, with the roles that `revive` brings back"""
+    """deaths of processes (`WorkerLost`) that the run survives, with the roles that `revive` restores"""
     snapshot_every: int = 0
     """steps between two calls of `keep`; 0 makes none"""
 

@@ -26,14 +26,14 @@ class Staleness:
     """Policy for tokens sampled by older weights."""
 
     most: int = 0
-    """optimizer updates between the weights that sampled a token and those that begin to train on it, at most; 0 allows what
-    --ahead gives rise to, --ahead * updates per step"""
+    """maximum number of optimizer updates between the weights that sampled a token and those that start to train on it;
+    0 allows the number that --ahead causes, --ahead * updates per step"""
     policy: Literal["wait", "drop", "mask"] = "wait"
-    """what keeps the bound: sampling waits and wastes nothing; or completions that are too old are dropped and their prompts
-    sampled again; or tokens that are too old are masked"""
+    """enforcement of the bound: `wait` delays sampling and wastes nothing; `drop` discards completions that are too old
+    and samples their prompts again; `mask` masks tokens that are too old"""
     correct: Literal["on", "off"] = "on"
-    """weigh tokens by truncated importance weights, where the loss has them (--loss.correction) and they are off; ratios are
-    then those to the weights that begin to train (Fu et al. 2025), and no longer to those that sampled"""
+    """weigh tokens by truncated importance weights, where the loss has them (--loss.correction) and they are off;
+    ratios then refer to the weights that start to train (Fu et al. 2025), not to those that sampled"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "most")
@@ -44,12 +44,13 @@ class PartialRollouts:
     """Options for completions that continue under new weights."""
 
     tokens: int = 0
-    """tokens of a slice, between which new weights may arrive; 0 samples completions whole"""
+    """number of tokens in a slice, between which new weights may arrive; 0 samples completions whole"""
     surplus: int = 0
-    """prompts in progress beyond --batch-size: a step trains on the first --batch-size to be complete, and others go on"""
+    """prompts in progress beyond --batch-size: a step trains on the first --batch-size that complete, and the others
+    continue"""
     seconds: float = 0.0
-    """seconds after which a step trains on the prompts that are complete, if any; results then depend on the machine. 0 waits
-    for --batch-size"""
+    """seconds after which a step trains on the complete prompts, if there are any; results then depend on the machine.
+    0 waits for --batch-size"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "tokens", "surplus", "seconds")

@@ -37,7 +37,7 @@ class Term:
     """None: the batch is used as it is"""
     weight: float = 1.0
     every: int = 1
-    """takes part in the steps that are multiples of this; in others nothing is sampled or trained because of it"""
+    """steps between two in which the term takes part; in the others it causes no sampling and no training"""
     after: str = ""
     """a role that is updated first in the same step: needs and credit of this term are computed with its new weights"""
 

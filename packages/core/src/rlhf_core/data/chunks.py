@@ -66,9 +66,9 @@ class Chunk:
     code_C: np.ndarray
     """float64 codes: this rank's own, and 0 for others' until ranks have added them up"""
     prepared: dict[int, PreparedRow | Exception]
-    """this rank's usable rows and failures, by place"""
+    """usable rows and failures of this rank, by position"""
     failure: Exception | None = None
-    """why no row follows"""
+    """reason why no row follows"""
     number_C: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:

@@ -59,40 +59,42 @@ class Columns:
     """Names of a row's columns by meaning."""
 
     path: str
-    """where the rows are"""
+    """location of the rows"""
     _: KW_ONLY
     prompt_key: str = ""
-    """column of the prompt, text or chat; found as prompt, messages, conversations, question, instruction (+ input)"""
+    """column of the prompt, text or chat; the default finds prompt, messages, conversations, question, instruction (+
+    input)"""
     completion_key: str = ""
-    """column of the answer; found as response, answer, completion, output"""
+    """column of the answer; the default finds response, answer, completion, output"""
     chosen_key: str = ""
-    """column of the preferred answer or whole dialogue; found as chosen, beside rejected"""
+    """column of the preferred answer or whole dialogue; the default finds chosen, next to rejected"""
     rejected_key: str = ""
     """column of the other answer or whole dialogue"""
     system_key: str = ""
-    """column of the system prompt of rows that have none; found as system. none leaves it out"""
+    """column of the system prompt, for rows that have none; the default finds system. `none` ignores it"""
     context_key: str = ""
-    """column of a text put before a plain prompt; found as context. none leaves it out"""
+    """column of a text put before a plain prompt; the default finds context. `none` ignores it"""
     history_key: str = ""
-    """column of earlier turns: a chat, or pairs of question and answer; found as history. none leaves it out"""
+    """column of earlier turns: a chat, or pairs of question and answer; the default finds history. `none` ignores it"""
     label_key: str = ""
-    """column handed to rewards, a reference answer say; found as label"""
+    """column passed to rewards, for example a reference answer; the default finds label"""
     text_key: str = ""
-    """column of texts to continue pre-training on, no prompt; found as text where no prompt is"""
+    """column of texts for continued pre-training, without prompts; the default finds text if there is no prompt"""
     images_key: str = ""
-    """column of the prompt's images: a path beside the data, base64, or a list; found as images, image; none leaves them out"""
+    """column of the prompt's images: a path relative to the data, base64, or a list; the default finds images, image;
+    `none` ignores them"""
     max_images: int = 0
-    """images that a prompt may have; more are an error. 0 is no limit"""
+    """maximum number of images in a prompt; more are an error. 0 means no limit"""
     number_keys: tuple[str, ...] = ()
-    """columns of numbers that losses read as <column>_N, margin say"""
+    """columns of numbers that losses read as <column>_N, for example margin"""
     meta_keys: tuple[str, ...] = ()
-    """further columns handed to rewards and samples.jsonl; datasource and tools always are"""
+    """further columns passed to rewards and samples.jsonl; datasource and tools always are"""
     system: str = ""
     """system prompt put before every prompt that has none"""
     turns: Turns = "last"
     """turns of a chat that are trained on: its last assistant turn, or all of them"""
     unique: bool = False
-    """drop rows whose prompt and completions came before, counted in data/duplicates"""
+    """drop rows whose prompt and completions occurred before, counted in data/duplicates"""
 
     def infer_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
         """These columns with every key that was left open filled in from the names in `row`; says which are not read."""

@@ -34,28 +34,29 @@ class HuggingFaceData(Preparation, Columns):
     """Hugging Face datasets: hub names, saved folders, json, csv, parquet and arrow files, or a mixture of them."""
 
     path: str
-    """hub name (name:config), folder, file, or type@folder (json@./rows); several with commas between"""
+    """hub name (name:config), folder, file, or type@folder (json@./rows); commas separate several"""
     _: KW_ONLY
     split: str = "train"
     """split to train on; slices work too: train[:1000], train[:10%]"""
     heldout_path: str = ""
-    """where the held-out rows are, if not at `path`; read like it, split `heldout_split` or else `train`"""
+    """location of the held-out rows, if not `path`; it takes the same forms, and the split is `heldout_split` or
+    train"""
     heldout_split: str = ""
-    """split of the held-out rows, test say"""
+    """split of the held-out rows, for example test"""
     heldout: float = 0.0
-    """rows held out of `split` where there is no such split: below 1 a share, from 1 a number; always the same rows"""
+    """rows held out of `split` if there is no held-out split: below 1 a share, from 1 a number; always the same rows"""
     shares: tuple[float, ...] = ()
-    """probability of each set, drawn until all are used up (small ones come again); without, one set after another"""
+    """sampling weight of each set; sets are repeated until all are exhausted. By default sets are concatenated"""
     limit_each: int = 0
-    """use the first so many rows of each set; 0 uses all"""
+    """maximum number of rows of each set; 0 uses all"""
     limit: int = 0
-    """use the first so many rows of the whole; 0 uses all"""
+    """maximum number of rows in total; 0 uses all"""
     mix_seed: int = 0
-    """seed of the draws between sets"""
+    """seed for drawing rows from the sets of the mixture"""
     streaming: bool = False
-    """read without loading whole sets: for sets larger than the disk or memory"""
+    """read rows without loading whole sets, for sets larger than the disk or memory"""
     shuffle_buffer: int = 1000
-    """rows that a streamed set is shuffled within, anew each epoch; 0 keeps its order"""
+    """number of rows within which a streamed set is shuffled, anew in each epoch; 0 keeps its order"""
 
     runs_ahead: ClassVar[bool] = True
 

@@ -33,14 +33,14 @@ class Json(Preparation, Columns):
     """Rows of a local .json or .jsonl file: prompts, demonstrations or preferences."""
 
     path: str
-    """the file: one object a line, or a list of objects"""
+    """the file: one object per line, or a list of objects"""
     _: KW_ONLY
     heldout_path: str = ""
     """file of the held-out rows"""
     heldout: float = 0.0
-    """rows held out of `path` where there is no such file: below 1 a share, from 1 a number; always the same rows"""
+    """rows held out of `path` if there is no such file: below 1 a share, from 1 a number; always the same rows"""
     limit: int = 0
-    """use the first so many rows; 0 uses all"""
+    """maximum number of rows; 0 uses all"""
 
     runs_ahead: ClassVar[bool] = True
 

@@ -29,16 +29,16 @@ class MemoryRows(Preparation, Columns):
     """Rows given from Python: a list of dictionaries, or a Dataset or IterableDataset of `datasets`."""
 
     path: str = field(default="rows", metadata=INTERNAL)
-    """how messages call the rows"""
+    """name of the rows in messages"""
     _: KW_ONLY
     rows: Iterable[Any]
     """the rows"""
     heldout_rows: Iterable[Any] | None = None
     """held-out rows"""
     heldout: float = 0.0
-    """rows held out of `rows` where there are none: below 1 a share, from 1 a number; always the same rows"""
+    """rows held out of `rows` if `heldout_rows` is empty: below 1 a share, from 1 a number; always the same rows"""
     limit: int = 0
-    """use the first so many rows; 0 uses all"""
+    """maximum number of rows; 0 uses all"""
 
     @property
     def runs_ahead(self) -> bool:

@@ -40,13 +40,13 @@ class Preparation(Data):
 
     _: KW_ONLY
     encoding: Encoding = Encoding()
-    """how rows become tokens"""
+    """conversion of rows to tokens"""
     preview: int = field(default=0, metadata=FREE)
-    """print so many rows as the model reads them, with what is trained on in colour (or in « » where there is none)"""
+    """number of rows to print as the model reads them, with trained tokens in color (or in « » on a plain terminal)"""
     cache: str = field(default="", metadata=FREE)
-    """folder where tokenised rows are kept for later runs, of several at a time too; empty keeps none"""
+    """folder that caches tokenized rows for later and concurrent runs; empty caches nothing"""
     workers: int = field(default=0, metadata=FREE)
-    """processes that template and tokenise; 0 does it in a thread beside the loop"""
+    """number of processes that template and tokenize; 0 uses a background thread"""
 
     def __post_init__(self) -> None:
         counts = {

@@ -28,7 +28,7 @@ class ShippedPrompts(Preparation):
     runs_ahead: ClassVar[bool] = True
 
     system: str = ""
-    """system prompt put before every prompt; each prompt is a chat then"""
+    """system prompt put before every prompt, which turns each prompt into a chat"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         lines = files("rlhf_core.data").joinpath(FILE).read_text(encoding="utf-8").splitlines()

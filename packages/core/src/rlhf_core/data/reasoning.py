@@ -28,16 +28,16 @@ class ReasoningData(Preparation):
     """Procedural reasoning tasks of reasoning-gym, each with its verifier."""
 
     tasks: tuple[str, ...] = ("chain_sum",)
-    """generators by their names in reasoning-gym: chain_sum, leg_counting, …; several are mixed evenly"""
+    """names of generators in reasoning-gym: chain_sum, leg_counting, …; several are mixed evenly"""
     _: KW_ONLY
     size: int = 1000
-    """rows of each task"""
+    """number of rows of each task"""
     heldout: int = 50
-    """held-out rows of each task"""
+    """number of held-out rows of each task"""
     task_seed: int = 0
     """seed of the tasks; the same seed makes the same ones"""
     ask: str = ASK
-    """put after each question"""
+    """text put after each question"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         # entry i of a generator depends on seed + i: held-out rows lie after all of training's

@@ -41,16 +41,17 @@ class Encoding:
     """Options that turn rows into tokens."""
 
     template: Literal["auto", "chat", "raw"] = "auto"
-    """chat: the tokenizer's chat template, a plain prompt being one user message; raw: plain text, a chat being written
-    as a Human/Assistant dialogue; auto: chat if the tokenizer has a template"""
+    """form of prompts: `chat` applies the tokenizer's chat template, with a plain prompt as one user message; `raw`
+    writes plain text, with a chat as a Human/Assistant dialogue; `auto` takes chat if the tokenizer has a template"""
     template_file: str = ""
-    """a Jinja chat template to use instead of the tokenizer's"""
+    """file with a Jinja chat template, in place of the tokenizer's"""
     input_template: str = ""
-    """text around plain prompts, {} standing for the prompt: 'Question: {} Answer:'; implies raw"""
+    """text around plain prompts, with {} for the prompt: 'Question: {} Answer:'; implies raw"""
     max_tokens: int = 2048
-    """prompt and completion together, of rows that have completions"""
+    """longest row in tokens, prompt and completion together, for rows that have completions"""
     too_long: Literal["drop", "truncate"] = "drop"
-    """rows that are too long are dropped, or lose the prompt's beginning and the completion's end; both are counted"""
+    """treatment of rows that are too long: dropped, or truncated at the prompt's beginning and the completion's end;
+    both are counted"""
 
 
 class Renderer:

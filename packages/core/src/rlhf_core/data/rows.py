@@ -29,13 +29,13 @@ class TokenizedRow:
     text: str
     """the rendered prompt"""
     ids: list[int]
-    """its tokens, at least one"""
+    """tokens of the rendered prompt, at least one"""
     completions: tuple[TokenizedCompletion, ...] = ()
     opening: int = 0
-    """how many of `ids` open the text: BOS, and in a chat all that stands before what the first user says"""
+    """number of `ids` that open the text: BOS, and in a chat everything before the first user message"""
     cut: bool = False
     """True if it was too long and is not whole"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
-    """what the model reads for the images of the prompt, by name"""
+    """model inputs for the images of the prompt, by name"""
     sizes: tuple[tuple[int, int], ...] = ()
     """width and height of each image, in pixels"""

@@ -47,14 +47,14 @@ class DrawnRows(NamedTuple):
     uids: list[int]
     """a number for each that is never used twice in a run"""
     rows: list[TokenizedRow] | None = None
-    """the examples tokenised, by whoever prepared them"""
+    """the examples in tokenized form, if they were prepared"""
 
 
 class DrawnBatch(NamedTuple):
     """A batch of all ranks, as one rank has it."""
 
     rows: DrawnRows
-    """this rank's slice"""
+    """rows of this rank"""
     number_B: np.ndarray
     """row numbers, int64, by rank"""
     uid_B: np.ndarray

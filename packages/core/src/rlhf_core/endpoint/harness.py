@@ -39,9 +39,10 @@ class Harness(Environment):
     """An agent that asks the policy over HTTP, as OpenAI's or Anthropic's clients do."""
 
     agent: str | Callable[..., Any] = ""
-    """file.py:function or module:function that plays an episode and returns its reward; from Python the function itself"""
+    """function that plays an episode and returns its reward, as file.py:function or module:function; from Python the
+    function itself"""
     command: str = ""
-    """a command that plays an episode, in the place of a function; the last line it prints is the reward, as JSON"""
+    """command that plays an episode, in place of a function; the last line it prints is the reward, as JSON"""
     seconds: float = 600.0
     """seconds after which an agent is stopped and its episode ends"""
     turn_seconds: float = 600.0

@@ -36,7 +36,7 @@ class Request:
     method: str
     path: str
     headers: Mapping[str, str]
-    """by name in lower case"""
+    """headers by lowercase name"""
     body: bytes
 
     def json(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Address:
     """Address at which a session reaches the policy."""
 
     base_url: str
-    """for OpenAI's clients: …/v1; Anthropic's clients take it without /v1"""
+    """base URL for OpenAI's clients, …/v1; Anthropic's clients take it without /v1"""
     api_key: str
 
     @property

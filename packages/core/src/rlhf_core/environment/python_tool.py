@@ -39,15 +39,16 @@ class PythonTool(Environment):
     """Runs the Python that a turn ends with; any other turn is the answer, which is right if it ends with the label."""
 
     seconds: float = 5.0
-    """time of a program"""
+    """time limit of a program, in seconds"""
     memory: int = 512
-    """MiB that a program may allocate"""
+    """memory limit of a program, in MiB"""
     shown: int = 500
-    """characters of the output that the policy reads"""
+    """number of characters of the output that the policy reads"""
     call_reward: float = 0.0
     """reward of a turn whose program ends without an error, so that a policy learns to use the tool"""
     confine: bool = True
-    """refuse to run where nothing keeps programs from files, network and other processes; off only inside a container"""
+    """refuse to run if nothing isolates programs from files, network and other processes; set it to False only inside a
+    container"""
 
     metrics = ("calls", "errors")
     stop = ("```\n",)

@@ -32,11 +32,11 @@ class Heldout(Evaluator):
     """
 
     prompts: int = 64
-    """at most this many held-out prompts, from the first"""
+    """maximum number of held-out prompts, taken from the first"""
     n: int = 1
     """completions per prompt"""
     shown: int = 3
-    """completions written to evaluations.jsonl, the same prompts each time"""
+    """number of completions written to evaluations.jsonl, for the same prompts each time"""
 
     writes: ClassVar[tuple[str, ...]] = ("evaluations.jsonl", "evaluations.jsonl.damaged")
 

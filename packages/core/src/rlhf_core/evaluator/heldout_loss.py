@@ -36,7 +36,7 @@ class HeldoutLoss(Evaluator):
     """Loss, perplexity and the loss's own metrics (accuracy and margin of pairs) on held-out rows."""
 
     rows: int = 256
-    """at most this many held-out rows, from the first, as one batch; 0 takes all"""
+    """maximum number of held-out rows, taken from the first, as one batch; 0 takes all"""
 
     samples: ClassVar[bool] = False
     """nothing is sampled"""

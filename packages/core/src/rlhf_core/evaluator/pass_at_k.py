@@ -24,13 +24,13 @@ class PassAtK(Evaluator):
     """
 
     k: int = 4
-    """answers of which one must be right"""
+    """number of answers of which one must be right"""
     n: int = 8
-    """completions sampled per prompt, at least k"""
+    """number of completions sampled per prompt, at least k"""
     prompts: int = 64
-    """at most this many held-out prompts, from the first"""
+    """maximum number of held-out prompts, taken from the first"""
     threshold: float = 1.0
-    """a completion is right from this score on (the reward where the provider gives no score)"""
+    """least score of a right completion (the reward, if the provider gives no score)"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.n:

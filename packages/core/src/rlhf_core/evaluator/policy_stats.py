@@ -21,7 +21,7 @@ class PolicyStats(Evaluator):
     """KL to the reference, response lengths and the share cut at the limit, on held-out prompts."""
 
     prompts: int = 64
-    """at most this many held-out prompts, from the first"""
+    """maximum number of held-out prompts, taken from the first"""
     n: int = 1
     """completions per prompt"""
 

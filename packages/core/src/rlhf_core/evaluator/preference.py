@@ -31,9 +31,10 @@ class Preference(Evaluator):
     """Pair accuracy on held-out preferences: of a reward model's scores, or of DPO's implicit rewards."""
 
     by: Literal["scores", "implicit", "likelihood"] = "implicit"
-    """scores of a reward model; log pi - log ref, summed (Rafailov et al. 2023, eq. 5 up to beta); or log pi alone"""
+    """score of a completion: a reward model's; log pi - log ref, summed (Rafailov et al. 2023, eq. 5 up to beta); or
+    log pi alone"""
     pairs: int = 256
-    """at most this many held-out pairs, from the first"""
+    """maximum number of held-out pairs, taken from the first"""
 
     samples: ClassVar[bool] = False
     """nothing is sampled"""

@@ -28,7 +28,7 @@ class WinRate(Evaluator):
     """
 
     prompts: int = 64
-    """at most this many held-out prompts, from the first"""
+    """maximum number of held-out prompts, taken from the first"""
     n: int = 1
     """pairs of completions per prompt"""
 

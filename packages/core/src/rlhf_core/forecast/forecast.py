@@ -84,7 +84,7 @@ class Forecast:
     """memory of a device; 0 where it is not known"""
     rates: Rates | None
     notes: tuple[str, ...]
-    """what was assumed or not counted"""
+    """assumptions, and parts that are not counted"""
 
     @property
     def peak(self) -> int:

@@ -43,25 +43,27 @@ class PlanOptions:
     """Devices, and lengths of rows."""
 
     gpus: int = 1
-    """devices of the run; the launcher `local` puts a rank of every role on each"""
+    """number of devices of the run; the launcher `local` puts a rank of every role on each"""
     gpu: str = ""
     """type of device, for its memory and rates: a10, a100-40, a100-80, b200, h100, h200, l4, l40s, rtx3090 or rtx4090"""
     gpu_gib: float = 0.0
     """memory of a device in GiB; 0 takes that of the type, or of a GPU in this machine"""
     reserve: float = 0.08
-    """share of a device's memory that no tensor takes: the CUDA context, libraries, and fragmentation; 0 to 1"""
+    """share of a device's memory that no tensor can use, 0 to 1: the CUDA context, libraries, and fragmentation"""
     prompt_tokens: int = 0
-    """tokens of a prompt; 0 takes `max_prompt_tokens`, the most that there can be"""
+    """number of tokens of a prompt; 0 takes `max_prompt_tokens`, the maximum"""
     completion_tokens: int = 0
-    """tokens of a completion; 0 takes `sampling.max_new_tokens`, or as many as a prompt has where nothing is sampled"""
+    """number of tokens of a completion; 0 takes `sampling.max_new_tokens`, or the prompt's number if nothing is
+    sampled"""
     tflops: float = 0.0
-    """rate of matrix products that is reached, 10^12 per second and device; 0 takes `efficiency` times that of the type"""
+    """achieved rate of matrix products, in 10^12 operations per second and device; 0 takes `efficiency` times that of
+    the type"""
     gb_s: float = 0.0
-    """memory bandwidth that is reached, 10^9 bytes per second; 0 takes twice `efficiency`, at most 0.8, of the type's"""
+    """achieved memory bandwidth, in 10^9 bytes per second; 0 takes twice `efficiency`, at most 0.8, of the type's"""
     efficiency: float = 0.4
     """share of the type's matrix rate that training reaches, 0 to 1"""
     measure: bool = False
-    """measure both rates on this machine's device, in about a second"""
+    """measure both rates on this machine's device, which takes about a second"""
     json: bool = False
     """print one JSON object in place of the table"""
 

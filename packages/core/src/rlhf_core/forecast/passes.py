@@ -52,7 +52,7 @@ class Passes:
     read_tokens: int
     """tokens of the pass without gradient that `memory.inference` is about"""
     note: str = ""
-    """what could not be counted; empty if everything was"""
+    """parts that could not be counted; empty if everything was"""
 
 
 def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, device: str, narrow: bool) -> Passes:

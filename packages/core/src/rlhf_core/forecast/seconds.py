@@ -38,7 +38,7 @@ class Rates:
     bytes: float
     """per second, from memory"""
     origin: str
-    """where they come from, for the reader of a forecast"""
+    """source of the rates, for readers of a forecast"""
 
 
 def rates_of(options: PlanOptions, dtype: str) -> Rates | None:

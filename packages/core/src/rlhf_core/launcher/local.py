@@ -32,7 +32,7 @@ class Local(SharingOptions, Launcher):
     """roles see each other's models"""
 
     timeout: float = 1800.0
-    """seconds that ranks wait for each other in a collective operation before the run ends with an error"""
+    """seconds that ranks wait for each other in a collective operation before the run fails"""
 
     def __call__(self, plan: Plan) -> Placement:
         from rlhf_core.launcher.local_turns import LocalTurns

@@ -46,9 +46,9 @@ class Resident:
     pins: int = 0
     """calls in progress"""
     used: int = 0
-    """when it worked last"""
+    """time of its last work"""
     cause: str = ""
-    """whose call put it to sleep"""
+    """resident whose call put it to sleep"""
 
     def bytes_of(self, parts: set[Part], unknown: int) -> int:
         """Return the bytes of these parts; `unknown` where they are not measured yet."""

@@ -30,10 +30,11 @@ class SharingOptions:
     """Options of launchers whose roles and engine may share a device."""
 
     share_memory: Literal["auto", "on", "off"] = "auto"
-    """let roles and rollout engine take turns on a device: who works is there, others wait in host memory while room is short.
-    `auto` does so on CUDA devices that cannot hold all at once, by forecast"""
+    """let roles and rollout engine take turns on a device: inactive ones wait in host memory while room is short.
+    `auto` does so on CUDA devices that cannot hold all of them by forecast"""
     share_gib: float = 0.0
-    """most memory of a device that roles and rollout engine hold at once, in GiB; 0 takes 92 % of the device"""
+    """maximum memory of a device that roles and rollout engine hold at the same time, in GiB; 0 takes 92 % of the
+    device"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "share_gib")
@@ -45,7 +46,7 @@ class Sharing:
 
     residents: Residents
     memory: Mapping[str, RoleMemory]
-    """memory of each role, by forecast"""
+    """forecast memory of each role"""
 
 
 def plan_sharing(

@@ -39,7 +39,7 @@ class Turn:
     residents: Residents
     role: str
     memory: RoleMemory
-    """by forecast"""
+    """forecast memory"""
     names: tuple[str, ...]
     """residents that are awake while it works"""
 

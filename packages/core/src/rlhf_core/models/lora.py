@@ -44,9 +44,9 @@ class Site:
     base: str
     """the name of the matrix in the model"""
     A: str
-    """that of the factor (rank, in)"""
+    """name of the factor (rank, in)"""
     B: str
-    """that of the factor (out, rank)"""
+    """name of the factor (out, rank)"""
     scale: float
     transposed: bool = False
     """True if the matrix is (in, out), as GPT-2's are"""

@@ -29,19 +29,20 @@ class Alarm(Observer):
     """Warns, or stops the run, when a metric has left its band for some steps; see OUTPUT/alarms.jsonl."""
 
     kl: Band | None = (-0.05, 0.5)
-    """least and greatest KL to the reference, nats a token"""
+    """allowed range of the KL to the reference, in nats per token"""
     length: Band | None = None
-    """least and greatest mean length of completions, tokens"""
+    """allowed range of the mean length of completions, in tokens"""
     entropy: Band | None = (0.05, 20.0)
-    """least and greatest entropy of the sampled distribution, nats a token"""
+    """allowed range of the entropy of the sampled distribution, in nats per token"""
     reward: Band | None = None
-    """least and greatest mean reward"""
+    """allowed range of the mean reward"""
     more: Mapping[str, str] | None = None
-    """further bands, by the metric's full name: loss/actor=-1:3"""
+    """further allowed ranges, by the metric's full name: loss/actor=-1:3"""
     patience: int = 3
-    """steps in a row outside before it says so"""
+    """number of consecutive steps outside the range before the alarm is raised"""
     action: Literal["warn", "stop"] = "warn"
-    """warn writes a line and goes on; stop saves the step and ends the run with exit code 1"""
+    """reaction to an alarm: `warn` logs a warning and continues; `stop` saves the step and ends the run with exit code
+    1"""
 
     def __post_init__(self) -> None:
         if self.patience < 1:

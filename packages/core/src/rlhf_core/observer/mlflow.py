@@ -28,9 +28,9 @@ class MLflow(Observer):
     """A run of MLflow: every metric, and the options as parameters. In OUTPUT/mlflow.db, or where MLFLOW_TRACKING_URI says."""
 
     experiment: str = "rlhf"
-    """the experiment it belongs to"""
+    """name of the experiment"""
     name: str = ""
-    """what the run is called; as its folder where empty"""
+    """name of the run; empty takes the name of its folder"""
 
     writes: ClassVar[tuple[str, ...]] = ("mlflow.db", "trackers.json")
 

@@ -20,7 +20,7 @@ class TensorBoard(Observer):
     """Event files of TensorBoard, in OUTPUT/tensorboard: every metric, and samples as text."""
 
     samples_every: int = 10
-    """steps between samples; 0 shows none"""
+    """steps between samples; 0 logs none"""
 
     writes: ClassVar[tuple[str, ...]] = ("tensorboard/", "trackers.json")
 

@@ -42,13 +42,14 @@ class Wandb(Observer):
     """A run of Weights & Biases: every metric, the options, and a table of samples. The key: `wandb login`."""
 
     project: str = "rlhf"
-    """the project it belongs to"""
+    """name of the project"""
     entity: str = ""
-    """user or team; the usual one where empty"""
+    """user or team; empty takes the account's default"""
     name: str = ""
-    """what the run is called; as its folder where empty"""
+    """name of the run; empty takes the name of its folder"""
     mode: Literal["auto", "online", "offline"] = "auto"
-    """offline writes OUTPUT/wandb for a later `wandb sync`; auto is what WANDB_MODE says, else online"""
+    """connection: `offline` writes OUTPUT/wandb for a later `wandb sync`; `auto` follows WANDB_MODE, and is online
+    without it"""
     samples_every: int = 10
     """steps between tables of samples; 0 sends none"""
 

@@ -49,7 +49,8 @@ class Recipe:
     steps: Sequence[Any]
     """names of ingredients, groups (lists of names), and `{"repeat": n, "steps": [...]}`"""
     ingredients: Mapping[str, Mapping[str, Any]]
-    """by name: `use` (a registered name, or an `Ingredient` from Python), its options, `reads` and `writes`"""
+    """ingredients by name: `use` (a registered name, or an `Ingredient` from Python), its options, `reads` and
+    `writes`"""
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     """artifacts that are there before the first step"""
     output: str | Path = "recipe"

@@ -32,15 +32,16 @@ class Code(Reward):
     """Unit tests of the Python program in the completion; the label holds the tests: 1 if all pass, else 0."""
 
     partial: bool = False
-    """the share of the tests that pass instead"""
+    """give the share of the tests that pass, in place of 1 only if all pass"""
     timeout: float = 5.0
-    """seconds for a program and its tests together"""
+    """time limit of a program and its tests together, in seconds"""
     memory: int = 1024
-    """MiB a program may allocate"""
+    """memory limit of a program, in MiB"""
     workers: int = 0
-    """programs run at a time; 0 is one per CPU"""
+    """number of programs that run at the same time; 0 runs one per CPU"""
     confine: bool = True
-    """refuse to run where nothing keeps programs from files, network and other processes; off only inside a container"""
+    """refuse to run if nothing isolates programs from files, network and other processes; set it to False only inside a
+    container"""
 
     def check(self) -> None:
         """Refuse a machine that cannot confine programs, before a model is loaded."""

@@ -34,7 +34,7 @@ class Assertions:
 
     tests: list[str]
     names: tuple[str, ...] = ()
-    """names that the label says are the program's"""
+    """names that the label attributes to the program"""
     kind: ClassVar = "tests"
 
     def part(self) -> dict[str, Any]:

@@ -26,8 +26,8 @@ class EnvironmentReward(Reward):
     """
 
     per: Literal["episode", "turn"] = "episode"
-    """episode: the sum over turns is the reward of the completion; turn: the last turn's is, and that of an earlier turn is
-    given at its last token, for advantages that discount (gae, reinforce++)"""
+    """place of the reward: `episode` gives the sum over turns as the reward of the completion; `turn` gives each turn's
+    reward at its last token, for advantages that discount (gae, reinforce++)"""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if "environment_rewards_NT" not in rollouts:

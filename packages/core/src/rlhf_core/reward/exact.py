@@ -20,9 +20,9 @@ class ExactMatch(Reward):
     """1 if the completion is the label (one of them, if it is a list), else 0; blanks around both do not count."""
 
     ignore_case: bool = True
-    """upper and lower case are the same"""
+    """ignore case in the comparison"""
     extract: str = ""
-    """regular expression whose last match in the completion (its first group, if it has one) is the answer"""
+    """regular expression whose last match in the completion (its first group, if there is one) is the answer"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         require_labels(rollouts, "exact")

@@ -49,18 +49,18 @@ class Func(Reward):
     """A Python function: of a file, reward_func(queries, prompts, labels), or module:name."""
 
     path: str | Callable[..., Any]
-    """a .py file, or module:name; from Python the function itself"""
+    """the function: a .py file, or module:name; from Python the function itself"""
     name: str = "reward_func"
-    """the function's name in the file"""
+    """name of the function in the file"""
     batch: int = 0
-    """adjacent samples per call; 0 is all of them, or with several workers many small calls of samples that are not
-    adjacent"""
+    """number of adjacent samples per call; 0 passes all in one call, or with several workers many small calls of
+    samples that are not adjacent"""
     workers: int = 0
-    """processes to run it in, for slow or CPU-bound code; 0 runs it in this one"""
+    """number of worker processes, for slow or CPU-bound code; 0 runs the function in this process"""
     timeout: float = 0.0
-    """seconds a call may take before its worker is killed; 0 waits for ever; needs workers"""
+    """time limit of a call, in seconds, before its worker is killed; needs workers. 0 means no limit"""
     fallback: float | None = None
-    """reward of samples the function fails on, counted in reward/failed; without it they stop the run"""
+    """reward of samples on which the function fails, counted in reward/failed; by default they stop the run"""
 
     def check(self) -> None:
         """A wrong path is the user's mistake before it is a worker's failure."""

@@ -50,27 +50,28 @@ class Judge(Reward):
     """A language model that grades completions, at an OpenAI-compatible endpoint; 0 is its lowest grade, 1 its highest."""
 
     url: tuple[str, ...]
-    """addresses, http://127.0.0.1:8000/v1/chat/completions say; several are replicas that are asked in turn"""
+    """addresses, for example http://127.0.0.1:8000/v1/chat/completions; several are replicas that are asked in turn"""
     model: str
-    """the name the endpoint knows it by"""
+    """name of the model at the endpoint"""
     token: Annotated[str, Secret()] = ""
     """API key; env:NAME reads it from the environment"""
     instruction: str = INSTRUCTION
-    """what the judge is told; {prompt}, {completion}, {label}, {low} and {high} are filled in"""
+    """instruction to the judge, in which {prompt}, {completion}, {label}, {low} and {high} are filled in"""
     low: float = 1.0
     """lowest grade"""
     high: float = 10.0
     """highest grade"""
     cache_file: str = ""
-    """file that keeps grades from run to run, one JSON object a line"""
+    """file that caches grades from run to run, one JSON object per line"""
     fallback: float | None = None
-    """reward where the judge's answer has no grade, counted in reward/ungraded; without it the reward abstains there"""
+    """reward of completions that the judge gives no grade, counted in reward/ungraded; by default the reward
+    abstains"""
     timeout: float = 180.0
-    """seconds for one whole answer"""
+    """time limit of one whole answer, in seconds"""
     tries: int = 5
-    """how often all endpoints may fail one question before the run stops"""
+    """number of failures of all endpoints on one question before the run stops"""
     parallel: int = 16
-    """questions under way at a time"""
+    """number of questions in progress at the same time"""
 
     def __post_init__(self) -> None:
         finite(self, "low", "high")

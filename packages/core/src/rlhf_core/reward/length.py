@@ -19,9 +19,9 @@ class Length(Reward):
     """Nearness to a wanted length: 0 at the target, falling by 1 for each target's length away."""
 
     target: int = 32
-    """wanted length, in `unit`"""
+    """target length, in `unit`"""
     unit: Literal["tokens", "words", "characters"] = "tokens"
-    """what is counted; tokens include the EOS"""
+    """unit of length; tokens include the EOS"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         if self.unit == "tokens":

@@ -35,11 +35,11 @@ class Maths(Reward):
     """1 if the completion's final answer equals the label's (after "####", boxed, or a bare expression), else 0."""
 
     where: Where = "any"
-    """where an answer counts: anywhere, only in \\boxed{}, or only after ####"""
+    r"""place where an answer counts: anywhere, only in \boxed{}, or only after ####"""
     timeout: float = 10.0
-    """seconds after which an answer that cannot be compared is wrong"""
+    """seconds after which an answer that cannot be compared counts as wrong"""
     workers: int = 1
-    """processes that compare"""
+    """number of processes that compare answers"""
 
     def check(self) -> None:
         """Raise UsageError if the comparing package is not installed."""

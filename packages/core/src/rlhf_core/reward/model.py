@@ -34,13 +34,13 @@ class RewardModel(Reward):
     """A trained reward model: hub name or folder of a sequence classifier with one score."""
 
     model: str
-    """hub name or folder, rlhf-run reward's output say"""
+    """hub name or folder, for example the output of rlhf-run reward"""
     mean: float = 0.0
-    """taken from each score"""
+    """value that is subtracted from each score"""
     std: float = 1.0
-    """each score is divided by it, after `mean` was taken"""
+    """value that each score is divided by, after `mean` is subtracted"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """what the forward pass computes in"""
+    """dtype of the forward pass"""
     attention: str = "sdpa"
     """attention implementation: sdpa, eager, varlen, flash_attention_2, flash_attention_3, flash_attention_4, or a kernel of
     the hub"""
@@ -51,7 +51,7 @@ class RewardModel(Reward):
     offload: bool = False
     """keep the model in CPU memory between calls"""
     encoding: Encoding = Encoding(too_long="truncate")
-    """how prompt and completion become this model's tokens"""
+    """conversion of prompt and completion to this model's tokens"""
 
     def __post_init__(self) -> None:
         check_attention(self.attention)

@@ -32,9 +32,9 @@ class RewardModelRole(Reward):
     reads_texts: ClassVar[bool] = True
 
     mean: float = 0.0
-    """taken from each score"""
+    """value that is subtracted from each score"""
     std: float = 1.0
-    """each score is divided by it, after `mean` was taken"""
+    """value that each score is divided by, after `mean` is subtracted"""
 
     def __post_init__(self) -> None:
         if not self.std > 0:

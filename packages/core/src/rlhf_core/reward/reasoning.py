@@ -25,7 +25,7 @@ class ReasoningReward(Reward):
     extract: str = r"<answer>(.*?)</answer>"
     """regular expression whose last match (its first group) is the answer"""
     anywhere: bool = False
-    """without a match the whole completion is the answer; otherwise there is none"""
+    """use the whole completion as the answer if nothing matches; False gives no answer then"""
 
     def check(self) -> None:
         """Raise UsageError if the tasks are not installed."""

@@ -20,12 +20,12 @@ class Regex(Reward):
     """1 if the completion matches a regular expression, else 0."""
 
     pattern: str
-    """Python's syntax; the dot matches line ends too"""
+    """regular expression in Python's syntax; the dot also matches line ends"""
     match: Literal["whole", "anywhere", "none"] = "whole"
-    """the whole completion must match (blanks around it aside), some part of it, or no part"""
+    """required match: the whole completion (except surrounding blanks), some part of it, or no part"""
 
     raw: bool = False
-    """match the text with its special tokens, where <think> is one"""
+    """match the text with its special tokens, for models where <think> is one"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         try:

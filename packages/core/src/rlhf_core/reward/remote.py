@@ -36,15 +36,15 @@ class Remote(Reward):
     token: Annotated[str, Secret()] = ""
     """bearer token; env:NAME reads it from the environment"""
     timeout: float = 180.0
-    """seconds for one whole answer"""
+    """time limit of one whole answer, in seconds"""
     tries: int = 5
-    """how often all servers may fail one question before the run stops"""
+    """number of failures of all servers on one question before the run stops"""
     backoff: float = 1.0
-    """seconds before the second try, doubled for each further one"""
+    """seconds before the second try, doubled for each further try"""
     batch: int = 16
-    """samples per question"""
+    """number of samples per request"""
     parallel: int = 4
-    """questions under way at a time, per address"""
+    """number of requests in progress at the same time, per address"""
 
     def open(self, context: OpenContext) -> RemoteEngine:
         """Look at the addresses and the token; the servers may still be starting."""

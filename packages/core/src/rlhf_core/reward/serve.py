@@ -49,25 +49,25 @@ class ServeReward(Command):
     model: str
     """hub name or folder of a sequence classifier with one score"""
     host: str = "127.0.0.1"
-    """interface to listen on; 0.0.0.0 is all of them"""
+    """interface to listen on; 0.0.0.0 listens on all of them"""
     port: int = 5000
-    """0 takes a free one"""
+    """port to listen on; 0 takes a free one"""
     token: Annotated[str, Secret()] = ""
-    """what clients must send as bearer token; made up and shown where empty; `none` lets everybody ask"""
+    """bearer token that clients must send; empty generates and prints one; `none` accepts every client"""
     wait: float = 0.005
     """seconds to wait for more requests to score together"""
     batch: int = 64
-    """samples scored together at most, unless one request has more"""
+    """maximum number of samples scored together, unless one request has more"""
     max_body: int = 8
-    """MiB a request may have"""
+    """maximum size of a request, in MiB"""
     limits: Limits = Limits()
-    """what clients may cost"""
+    """limits of what clients may use"""
     mean: float = 0.0
-    """taken from each score"""
+    """value that is subtracted from each score"""
     std: float = 1.0
-    """each score is divided by it, after `mean` was taken"""
+    """value that each score is divided by, after `mean` is subtracted"""
     encoding: Encoding = Encoding(too_long="truncate")
-    """how prompt and completion become the model's tokens"""
+    """conversion of prompt and completion to the model's tokens"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "batch", "max_body")

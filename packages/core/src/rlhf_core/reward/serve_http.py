@@ -29,11 +29,11 @@ class Limits:
     """Limits of a server."""
 
     seconds: float = 30.0
-    """time that the head of a request has to arrive, then its body"""
+    """seconds within which the head of a request must arrive, and then its body"""
     connections: int = 512
-    """open connections; more are answered with 503"""
+    """maximum number of open connections; further ones get status 503"""
     stop_within: float = 10.0
-    """seconds that requests under way have to end after a signal; 5 s later the process is ended"""
+    """seconds that requests in progress have to finish after a signal; the process ends 5 s later"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "seconds", "connections", "stop_within")

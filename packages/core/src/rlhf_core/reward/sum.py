@@ -35,9 +35,9 @@ class Sum(Reward):
     """Several rewards, weighted and added up; each is logged under its name, numbered where one comes twice."""
 
     parts: tuple[str | Callable[..., Any], ...]
-    """rewards by name, each with its options: "length target=40"; from Python functions and providers too"""
+    """rewards by name, each with its options: "length target=40"; from Python also functions and providers"""
     weights: tuple[float, ...] = ()
-    """weights of the parts, in their order; all 1 where absent"""
+    """weights of the parts, in their order; all 1 by default"""
     path: str = field(default="", metadata=INTERNAL)
     """the option of another provider that holds the only part, for messages"""
 
@@ -80,9 +80,9 @@ class _Part(NamedTuple):
     """An open part."""
 
     name: str
-    """its name in metrics"""
+    """name of the part in metrics"""
     path: str
-    """the path of its options"""
+    """path of the part's options"""
     provider: Reward
     engine: Any
 

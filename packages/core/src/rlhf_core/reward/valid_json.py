@@ -22,9 +22,9 @@ class ValidJson(Reward):
     """1 if the completion is valid JSON, else 0."""
 
     keys: tuple[str, ...] = ()
-    """it must be an object with at least these keys"""
+    """keys that the object must have at least"""
     fenced: bool = True
-    """a Markdown fence around it is allowed"""
+    """allow a Markdown fence around the JSON"""
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         return [float(self._valid(text)) for text in rollouts.texts]

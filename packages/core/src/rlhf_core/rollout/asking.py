@@ -18,7 +18,7 @@ class Ask:
     """One turn that is asked for."""
 
     episode: int
-    """the number of the episode in its batch"""
+    """number of the episode in its batch"""
     token_ids: tuple[int, ...]
     uid: int
     """the number that seeds the turn"""

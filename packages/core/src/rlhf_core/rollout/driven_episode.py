@@ -22,11 +22,11 @@ class Turn:
 
     number: int
     feedback: tuple[int, ...]
-    """what stands between the turn before it and this one; nothing at a segment's beginning"""
+    """text between the previous turn and this one; empty at a segment's beginning"""
     tokens: list[int]
     mask: list[bool]
     numbers: dict[str, list[float]]
-    """what the engine returned for each token, by name"""
+    """numbers that the engine returned for each token, by name"""
     kept_sets: KeptSets | None
     text: str
 
@@ -48,12 +48,12 @@ class DrivenEpisode:
     prompt: int
     """the number of its prompt in the batch"""
     k: int
-    """which of the prompt's completions it is"""
+    """number of the completion among its prompt's"""
     segments: list[Segment] = field(default_factory=list)
     recorded: int = 0
     """turns so far"""
     waiting: int = 0
-    """turns that are asked for and not answered yet"""
+    """turns that were requested and not answered yet"""
     finish: Finish | None = None
     """the limit that ended it, or `error`"""
     outcome: Outcome = field(default_factory=Outcome)

@@ -44,7 +44,7 @@ class EpisodeState:
     prompt: int
     """the number of its prompt in the batch"""
     k: int
-    """which of the prompt's completions it is"""
+    """number of the completion among its prompt's"""
     session: Session
     tokens: array[int] = field(default_factory=lambda: array("q"))
     mask: array[int] = field(default_factory=lambda: array("b"))
@@ -53,7 +53,7 @@ class EpisodeState:
     rewards: array[float] = field(default_factory=lambda: array("d"))
     """reward of each token"""
     numbers: dict[str, array[float]] = field(default_factory=dict)
-    """what the engine returned for each token, by name"""
+    """numbers that the engine returned for each token, by name"""
     kept_sets: list[KeptSets] = field(default_factory=list)
     """kept sets of each part, if the engine returned some"""
     texts: list[str] = field(default_factory=list)
@@ -62,9 +62,9 @@ class EpisodeState:
     score: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     finish: Finish | None = None
-    """why it ended; None while it goes on"""
+    """reason why it ended; None while it continues"""
     error: Exception | None = None
-    """what it failed by"""
+    """error that it failed with"""
 
     def append(
         self, tokens: Sequence[int], mask: Sequence[bool], turn: int, numbers: Mapping[str, list[float]]

@@ -40,20 +40,20 @@ class FakeRollout(Rollout):
     """
 
     token_seconds: float = 0.0
-    """time of a decoding step: a call takes as many as its longest completion has tokens"""
+    """time of a decoding step in seconds; a call takes as many steps as its longest completion has tokens"""
     prompt_seconds: float = 0.0
-    """time to read 1,000 prompt tokens"""
+    """time to read 1,000 prompt tokens, in seconds"""
     sync_seconds: float = 0.0
-    """time to take new weights"""
+    """time to take new weights, in seconds"""
     wake_seconds: float = 0.0
-    """time to wake up, and to fall asleep"""
+    """time to wake up, and again to fall asleep, in seconds"""
     weights_gib: float = 0.0
-    """memory that its weights are said to take, in GiB"""
+    """memory that its weights are reported to take, in GiB"""
     cache_gib: float = 0.0
-    """memory that its key-value cache is said to take, in GiB"""
+    """memory that its key-value cache is reported to take, in GiB"""
 
     has_own_weights: ClassVar[bool] = True
-    """it has a copy of the number that is trained"""
+    """the engine has its own copy of the trained number"""
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
         """Return the stated memory."""

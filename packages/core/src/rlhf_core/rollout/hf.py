@@ -44,16 +44,17 @@ class HuggingFaceRollout(Rollout):
     """
 
     wave_tokens: int = 0
-    """tokens in the key-value cache at a time, prompts, completions and padding; more are sampled in waves. 0 takes 32,768, and
-    with graphs what half of the GPU's free memory holds. Changes memory and speed, never results"""
+    """maximum number of tokens in the key-value cache, including prompts, completions and padding; more are sampled in
+    waves. 0 takes 32,768, and with graphs half of the GPU's free memory. Changes memory and speed, never results"""
     compact: float = 0.25
-    """share of the batch that must have ended before it leaves the batch, 0 to 1; dropping costs one copy of the cache, with
-    graphs none"""
+    """share of the batch that must have ended before its rows are removed, 0 to 1; a removal costs one copy of the
+    cache, with graphs none"""
     graphs: Literal["auto", "off"] = "auto"
-    """on a GPU in half precision, decode with a CUDA graph per step where the model allows it, or launch every operation"""
+    """decode with one CUDA graph per step on a GPU in half precision, if the model allows it (`auto`), or launch every
+    operation (`off`)"""
     compile: bool = False
-    """with graphs, compile the model's blocks for decoding steps (torch.compile): fewer and larger kernels, and other rounding
-    of log-probabilities, after half a minute once; needs a C compiler"""
+    """compile the model's blocks for decoding with graphs (torch.compile): fewer and larger kernels, different rounding
+    of log-probabilities, and half a minute once; needs a C compiler"""
     samplers: dict[int, Any] | None = field(default=None, compare=False, repr=False, metadata=INTERNAL)
     """while the engine is open, what it keeps of each model that it samples: buffers and graphs"""
 

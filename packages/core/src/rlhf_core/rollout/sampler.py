@@ -49,7 +49,7 @@ class SampledCompletion(NamedTuple):
     """float32: log of the probability that truncation kept at each token; zeros where nothing is truncated"""
     finish: Literal["stop", "length"]
     kept_sets: KeptSets | None = None
-    """which tokens truncation kept at each token, if `Sampling.replay` asks for them"""
+    """tokens that truncation kept at each position, if `Sampling.replay` asks for them"""
 
 
 class Piece(NamedTuple):
@@ -173,7 +173,7 @@ class _State:
     accepted: frozenset[str]
     """optional arguments that the model takes"""
     vision: Vision | None = None
-    """how the model takes images"""
+    """images in the form that the model takes"""
     width: int = 0
     """tokens in the cache, padding included"""
 

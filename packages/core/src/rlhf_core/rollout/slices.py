@@ -32,15 +32,15 @@ class PartialCompletion:
     """One completion, as far as it went."""
 
     k: int
-    """which of its prompt's completions it is"""
+    """number of the completion among its prompt's"""
     tokens: array[int] = field(default_factory=lambda: array("q"))
     numbers: dict[str, array[float]] = field(default_factory=dict)
-    """what the engine returned for each token, by name"""
+    """numbers that the engine returned for each token, by name"""
     kept_sets: list[KeptSets] = field(default_factory=list)
     """kept sets of each slice, if the engine returned some"""
     slices: int = 0
     finish: Any = None
-    """`stop` or `length`; None while it goes on"""
+    """`stop` or `length`; None while it continues"""
 
 
 @dataclass

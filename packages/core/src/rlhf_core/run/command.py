@@ -52,7 +52,7 @@ class CommandRun:
     sections: Mapping[str, Any] = field(default_factory=dict)
     """roles' options and providers, as a RunConfig holds them"""
     option_names: OptionNames = OptionNames()
-    """how the user writes options, for messages"""
+    """spelling of options for the user, in messages"""
     run: RunConfig | None = None
     """the run whose flags the command was given, where it reads one"""
 

@@ -76,7 +76,7 @@ class Finding:
     """A cause and what is known of it."""
 
     cause: str
-    """in a few words; empty where both agree"""
+    """observation, and advice"""
     detail: str
     """what was seen, and what to do"""
     before: float
@@ -158,9 +158,9 @@ class Hypothesis(NamedTuple):
     """A fault, and what the engine would report if it had it."""
 
     cause: str
-    """in a few words"""
+    """cause in a few words"""
     detail: str
-    """what the engine does, and what to do about it"""
+    """behavior of the engine, and advice"""
     predicted: list[Tensor]
     """log-probabilities (T,) of every completion; nan where nothing is predicted"""
 

@@ -54,7 +54,7 @@ class Progress(Protocol):
     """The state of a run that a message about its failure needs."""
 
     registry: Registry
-    """where the providers came from"""
+    """source of the providers"""
     config: RunConfig
     """the chosen providers"""
     meter: Meter

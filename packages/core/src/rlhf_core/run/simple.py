@@ -32,7 +32,7 @@ class RLHFConfig:
     kl_coef: float = 0.1
     """weight of the KL penalty of PPO"""
     clip_range: float = 0.2
-    """how far PPO's importance ratio may move from 1"""
+    """distance from 1 at which PPO's importance ratio is clipped"""
     ppo_epochs: int = 4
     """passes over a batch of completions"""
     batch_size: int = 128
@@ -42,19 +42,19 @@ class RLHFConfig:
     lr: float = 1e-6
     """peak learning rate of the trained model"""
     max_new_tokens: int = 512
-    """longest completion"""
+    """maximum number of tokens per completion"""
     temperature: float = 0.7
     """temperature of sampling"""
     top_p: float = 0.9
-    """smallest set of tokens with this probability that is sampled from; 1 keeps all"""
+    """probability of the smallest set of tokens to sample from; 1 keeps all"""
     num_episodes: int = 1000
     """steps of PPO, one batch of prompts each"""
     save_steps: int = 50
-    """steps between checkpoints; 0 saves at the end alone"""
+    """steps between checkpoints; 0 saves only at the end"""
     eval_steps: int = 25
-    """steps between evaluations; 0 evaluates at the start and the end alone"""
+    """steps between evaluations; 0 evaluates only at the start and the end"""
     output_dir: str = "rlhf_output"
-    """folder with a folder of each training"""
+    """folder with one subfolder per training"""
     heldout: float = 0.1
     """share of the rows that is evaluated and not trained on, 0 to below 1; 0 reports the last batch's numbers"""
     seed: int = 0

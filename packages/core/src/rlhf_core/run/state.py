@@ -29,7 +29,7 @@ class RunState:
     stream: dict[str, Any] = field(default_factory=dict)
     """position of the data after the last finished step (`Stream.state_dict`), with the states of readers that have one"""
     moments: dict[str, Moments] = field(default_factory=dict)
-    """running mean and deviation of all rewards so far, by source, where an algorithm's shaping normalises by them"""
+    """running mean and deviation of all rewards so far, by source, if an algorithm normalizes by them"""
     versions: dict[str, int] = field(default_factory=dict)
     """optimiser steps of each trained role; of one that tracks another, those of the other when it took its weights"""
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)

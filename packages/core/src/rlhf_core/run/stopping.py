@@ -32,7 +32,7 @@ class Stop:
     """Reason to end the run after the current step."""
 
     asked: bool = False
-    """an observer returned True or a text"""
+    """True if an observer returned True or a text"""
     alarm: str = ""
     """the text of the first observer that returned one"""
     exit_code: int = 0

@@ -35,11 +35,11 @@ class FakeStrategy(Strategy):
     """No model: one number is trained, outputs follow from it, stated times."""
 
     forward_seconds: float = 0.0
-    """time of a forward pass, per 1,000 tokens"""
+    """time of a forward pass per 1,000 tokens, in seconds"""
     step_seconds: float = 0.0
-    """time of an optimiser step"""
+    """time of an optimizer step, in seconds"""
     gib: float = 0.0
-    """memory that a role is said to hold, in GiB"""
+    """memory that a role is reported to hold, in GiB"""
 
     def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
         """Return the stated memory, and nothing that a call adds."""

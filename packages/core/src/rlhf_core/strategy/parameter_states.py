@@ -41,7 +41,7 @@ class Piece:
     tensors: Mapping[str, Tensor]
     """(elements,) by kind"""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """what the optimizer remembers of the whole parameter: numbers and tensors of one element, such as `step`"""
+    """optimizer state of the whole parameter: numbers and tensors of one element, such as `step`"""
 
 
 def write_pieces(folder: str | Path, rank: int, ranks: int, steps_done: int, pieces: Iterable[Piece]) -> None:

@@ -39,7 +39,7 @@ class TorchStrategy(Strategy):
     """Float32 master weights, autocast to the role's dtype, gradients summed over ranks."""
 
     device: str = "auto"
-    """`auto` takes the first CUDA device if there is one, else the CPU; or a torch device name"""
+    """device: `auto` takes the first CUDA device, or the CPU if there is none; or a torch device name"""
 
     second_order: ClassVar[bool] = True
     by_parameter: ClassVar[bool] = True

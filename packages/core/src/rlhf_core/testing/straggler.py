@@ -30,7 +30,7 @@ class Straggler(FakeRollout):
     slow_row: int = 0
     """the row whose completions are longer"""
     factor: int = 10
-    """how many times"""
+    """factor on the length"""
 
     def open(self, context: OpenContext) -> StragglerEngine:
         """Return an engine that has no weights yet."""

@@ -19,7 +19,7 @@ class TinyEnvironment(Environment):
     """Asks for more while a turn begins with an even token, and gives 1 for each such turn."""
 
     more: str = " more"
-    """what it answers"""
+    """answers of the environment"""
 
     metrics = ("even",)
 

@@ -38,16 +38,17 @@ class DynamicSampling:
     """Options for replacing prompts that a filter rejects."""
 
     keep: Literal["all", "varied", "inside"] = "all"
-    """the filter where none is chosen by name: none, `varied` (prompts whose completions do not all score the same, Yu et al.
-    2025, eq. 11), or `inside` (those whose mean score lies strictly between `low` and `high`)"""
+    """filter if none is chosen by name: `all` keeps every prompt, `varied` keeps prompts whose completions do not all
+    score the same (Yu et al. 2025, eq. 11), `inside` keeps those whose mean score is strictly between `low` and
+    `high`"""
     low: float = 0.0
     """mean score at or below which a prompt is too hard for `inside`"""
     high: float = 1.0
     """mean score at or above which a prompt is too easy for `inside`"""
     oversample: int = 1
-    """batches of prompts that a round samples at a time: more of them need fewer rounds, and may keep more prompts"""
+    """number of batches of prompts that a round samples; larger values need fewer rounds and may keep more prompts"""
     rounds: int = 10
-    """rounds after which a step trains on what it has"""
+    """maximum number of rounds, after which a step trains on the prompts it has"""
 
     def __post_init__(self) -> None:
         for name in ("oversample", "rounds"):

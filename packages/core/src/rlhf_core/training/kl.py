@@ -60,7 +60,7 @@ class KLLoss(Loss):
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """see `KL.estimator`"""
     reduction: Reduction = BY_TOKEN
-    """how tokens are averaged: as those of the objective that it is added to"""
+    """averaging of tokens, as in the objective that it is added to"""
     unbiased: bool = False
     """see `KL.unbiased`"""
 

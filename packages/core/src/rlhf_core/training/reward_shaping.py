@@ -30,19 +30,22 @@ class RewardShaping:
     """Scale, penalties and bounds of rewards, applied in the order of the fields."""
 
     normalise: Literal["none", "running", "fixed"] = "none"
-    """subtract a mean and divide by a deviation: of all rewards of the run so far, over all ranks, or `mean` and `std`"""
+    """normalization of rewards, (reward - mean) / deviation: `running` uses all rewards of the run so far, over all
+    ranks; `fixed` uses `mean` and `std`"""
     mean: float = 0.0
-    """what `fixed` subtracts"""
+    """value that `fixed` subtracts"""
     std: float = 1.0
-    """what `fixed` divides by"""
+    """value that `fixed` divides by"""
     overlong_buffer: int = 0
-    """tokens before --sampling.max-new-tokens over which the penalty grows from 0 (Yu et al. 2025, eq. 13); 0 is off"""
+    """number of tokens before --sampling.max-new-tokens over which the penalty grows from 0 (Yu et al. 2025, eq. 13); 0
+    disables it"""
     overlong_factor: float = 1.0
-    """the penalty at max-new-tokens"""
+    """penalty at --sampling.max-new-tokens"""
     stop_properly: float | None = None
-    """reward of a completion that was cut: from 0 to 1 it is multiplied by this, below 0 it is this; absent is off"""
+    """reward of a completion that was cut: values from 0 to 1 multiply the reward, values below 0 replace it; the
+    default changes nothing"""
     clip: float | None = None
-    """rewards are cut to -clip and clip"""
+    """bound c of rewards, which are clipped to -c and c; the default does not clip"""
 
     def __post_init__(self) -> None:
         if not self.std > 0:

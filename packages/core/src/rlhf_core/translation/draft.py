@@ -94,9 +94,9 @@ class Dialect:
     names: Mapping[str, str] = field(default_factory=dict)
     """the usual name of an option, by another name of it"""
     answers: Mapping[str, str] = field(default_factory=dict)
-    """what to write here, by option, where it differs from `config.foreign_flags` or is not there"""
+    """answers to write, by option, where they differ from `config.foreign_flags` or are missing there"""
     absent: Mapping[str, str] = field(default_factory=dict)
-    """why an option has no place here"""
+    """reasons why an option has no place here"""
     groups: bool = False
     """options may be written with a group, as `--rollout.temperature`"""
 

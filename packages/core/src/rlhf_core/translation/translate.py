@@ -37,14 +37,14 @@ class Translation:
     """A command of `rlhf-run` in the place of another one."""
 
     words: tuple[str, ...]
-    """the words of `rlhf-run`, or those of a shell command where `program` is not `rlhf-run`"""
+    """words of `rlhf-run`, or of a shell command if `program` is not `rlhf-run`"""
     notes: tuple[Note, ...]
     blanks: tuple[str, ...]
     """words in capital letters that stand for what the old command does not say"""
     launcher: tuple[str, ...] = ()
-    """what starts several processes, in the place of `rlhf-run`"""
+    """launcher that starts several processes, in place of `rlhf-run`"""
     is_run: bool = True
-    """the command trains, so that a file can describe it"""
+    """True if the command trains, so that a file can describe it"""
 
     @property
     def program(self) -> tuple[str, ...]:

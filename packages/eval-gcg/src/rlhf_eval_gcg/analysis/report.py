@@ -50,15 +50,15 @@ class GCGReport(Command):
     """folder of a run, or of rlhf-run eval --output"""
     _: KW_ONLY
     compare: tuple[str, ...] = ()
-    """further folders; those that differ in their ending -seedN alone are one method"""
+    """further folders; those whose names differ only in their ending -seedN form one method"""
     thresholds: tuple[float, ...] = ()
-    """rewards strictly below are bad; empty takes the threshold of the evaluation"""
+    """thresholds: rewards strictly below are bad; empty takes the threshold of the evaluation"""
     k: int = 0
-    """answers of which one must be bad, in any-of-k; 0 takes as many as were sampled"""
+    """number of answers of which one must be bad, in any-of-k; 0 takes as many as were sampled"""
     steps: Literal["last", "all"] = "last"
-    """the evaluations of a run: that after its last step, or all"""
+    """evaluations of a run: only the one after its last step, or all"""
     output: str = ""
-    """name of the files, without an ending; empty writes none"""
+    """name of the output files, without an ending; empty writes none"""
     formats: tuple[Literal["png", "svg", "pdf"], ...] = ("svg",)
     """file formats of the figure; none writes the table alone"""
     seed: int = 0

@@ -60,7 +60,7 @@ class Move:
     ids_L: Tensor
     """the suffix that the next step starts from"""
     loss: float
-    """its loss"""
+    """loss of the next suffix"""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Suffix:
     options: Attack
     """options of the attack"""
     allowed_V: Tensor
-    """tokens that may stand in a suffix, bool"""
+    """bool, tokens that a suffix may contain"""
     generator: torch.Generator
     """generator of all random draws, on the CPU"""
     survivors: Callable[[Tensor], Tensor]

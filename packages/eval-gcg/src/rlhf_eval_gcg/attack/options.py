@@ -31,21 +31,21 @@ class Attack:
     max_flops: float = 0.0
     """stop a goal after this many floating-point operations; 0 means no limit"""
     flop_rule: Literal["counted", "2nt"] = "counted"
-    """counted: multiplications of matrices as they are done (torch's own counter); 2nt: the convention of papers, 2NT forward
-    and 4NT backward for N parameters and T tokens"""
+    """count of operations: `counted` counts matrix multiplications as they are executed (torch's own counter); `2nt` is
+    the convention of papers, 2NT forward and 4NT backward for N parameters and T tokens"""
     schedule: str = "acg"
     """gcg, acg (several coordinates and few candidates early), momentum, probe (a draft model chooses), or the import path of
     a suffix optimizer, `module:Class`"""
     search_width: int = 512
-    """candidates per step; the most of them in acg, which begins with a 32nd"""
+    """number of candidates per step; the maximum in acg, which starts with a 32nd"""
     topk: int = 256
-    """replacements of a token are drawn from this many with the most negative gradient"""
+    """number of tokens with the most negative gradient that replacements are drawn from"""
     n_replace: int = 1
-    """tokens that a candidate replaces; acg begins with one more"""
+    """number of tokens that a candidate replaces; acg starts with one more"""
     buffer: int = 0
-    """keep this many best suffixes and continue from the best; 0 always moves to the best candidate of the step"""
+    """number of best suffixes to keep, continuing from the best; 0 always moves to the best candidate of the step"""
     momentum: float = 0.4
-    """share of the earlier steps' gradients in schedule `momentum` (0 to below 1)"""
+    """share of the earlier steps' gradients in schedule `momentum`, 0 to below 1"""
     objective: Literal["target", "bad_set", "reward"] = "target"
     """target: the target's loss; bad_set: minus the log-probability that the target or a text of the bad set is given; reward:
     the mean reward of sampled answers (REINFORCE)"""
@@ -54,7 +54,7 @@ class Attack:
     mellowmax_alpha: float = 1.0
     """sharpness of mellowmax: near 0 it is the mean over the target's tokens, large the worst of them"""
     cw_margin: float = 1e-3
-    """margin, in logits, beyond which loss `cw` asks no more of a token"""
+    """margin in logits beyond which loss `cw` is satisfied with a token"""
     early_stop: bool = False
     """stop a goal when greedy decoding gives its whole target"""
     ascii: bool = True
@@ -62,34 +62,36 @@ class Attack:
     filter_ids: bool = True
     """drop candidates whose text does not become the same tokens again in its place in the chat"""
     prefix_cache: bool = True
-    """compute what candidates have in common once"""
+    """compute the common beginning of candidates once"""
     batch_tokens: int = 16384
-    """most tokens of a forward pass over candidates; halved when memory runs out"""
+    """maximum number of tokens in a forward pass over candidates; halved when memory runs out"""
     suffix: str = "x x x x x x x x x x"
     """the initial suffix"""
     separator: str = " "
     """text between the question and the initial suffix; the attack may replace it"""
     suffix_place: Literal["end", "before", "marker"] = "end"
-    """end: after the question; before: before it; marker: in place of `marker` in the question"""
+    """place of the suffix: `end` after the question; `before` before it; `marker` in place of `marker` in the
+    question"""
     marker: str = "{suffix}"
-    """text that the suffix takes the place of, if suffix_place is marker"""
+    """text that the suffix replaces if suffix_place is marker"""
     system: str = ""
-    """system prompt; empty for none"""
+    """system prompt; empty uses none"""
     chat: bool = True
-    """use the tokenizer's chat template; False attacks plain text: system prompt, a blank line, question with suffix, a line
-    break, target"""
+    """use the tokenizer's chat template; False attacks plain text: system prompt, a blank line, question with suffix, a
+    line break, target"""
     add_space: bool = False
     """put a blank before the target"""
     restarts: int = 1
-    """independent suffixes per goal, attacked in one batch; the best one counts"""
+    """number of independent suffixes per goal, attacked in one batch; the best one counts"""
     goals_at_once: int = 0
-    """goals (and restarts) that are attacked together; 0: as many as fill a batch (8 by the evaluator), one by one on a CPU"""
+    """number of goals (and restarts) that are attacked together; 0 fills a batch (8 in the evaluator), and takes one at
+    a time on a CPU"""
     transfer: bool = False
     """search one suffix for all goals (and all models) together; the loss is the mean over them"""
     reward_samples: int = 8
-    """answers sampled per step by objective `reward`"""
+    """number of answers sampled per step by objective `reward`"""
     sample_tokens: int = 32
-    """most tokens of an answer sampled by objective `reward`"""
+    """maximum number of tokens of an answer sampled by objective `reward`"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "steps", "search_width", "topk", "n_replace", "batch_tokens", "restarts", "sample_tokens")

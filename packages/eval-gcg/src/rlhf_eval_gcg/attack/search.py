@@ -50,11 +50,11 @@ class Search:
     """One suffix under search."""
 
     goals: tuple[int, ...]
-    """numbers of the goals that it is for"""
+    """numbers of the goals that the suffix is searched for"""
     lanes: list[Lane]
-    """its prompts on the models under attack"""
+    """prompts on the models under attack"""
     draft_lanes: list[Lane]
-    """its prompts on the draft model"""
+    """prompts on the draft model"""
     suffix: Suffix
     optimizer: SuffixOptimizer
     record: Record = field(default_factory=Record)

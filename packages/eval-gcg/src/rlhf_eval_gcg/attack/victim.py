@@ -29,7 +29,7 @@ class Group:
     """Rows of one length after one beginning."""
 
     beginning: Beginning
-    """what stands before"""
+    """tokens before the rows"""
     rows: Tensor
     """token ids (B, N) or embeddings (B, N, H) after the beginning"""
     keep: int

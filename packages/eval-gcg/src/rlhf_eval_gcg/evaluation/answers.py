@@ -34,9 +34,9 @@ class Question:
     text: str
     """the rendered prompt"""
     ids: tuple[int, ...]
-    """its tokens"""
+    """tokens of the rendered prompt"""
     prompt: str | tuple[Message, ...]
-    """the prompt as data would have it"""
+    """the prompt in the form of data"""
 
     @property
     def has_suffix(self) -> bool:

@@ -36,7 +36,7 @@ class Models:
     """the attacked causal language model"""
     tokenizer: Any
     more: tuple[Any, ...] = ()
-    """further models that a suffix is to work on"""
+    """further models that a suffix must also work on"""
     draft: Any = None
     """the small model of schedule `probe`"""
 

@@ -18,10 +18,10 @@ class GCGOptions(Attack):
     """Everything that a user of the evaluator chooses."""
 
     goals: str | tuple[tuple[str, str], ...] = HARMLESS
-    """.csv, .json or .jsonl file with columns goal and target (or target alone), hub set OWNER/NAME[:CONFIG], `harmless` (a
-    small set that is shipped), or (goal, target) pairs"""
+    """.csv, .json or .jsonl file with columns goal and target (or target alone), hub set OWNER/NAME[:CONFIG],
+    `harmless` (a small set that is included), or (goal, target) pairs"""
     rows: str = ""
-    """the goals to attack, as a slice such as :10 or 10:; empty attacks all"""
+    """goals to attack, as a slice such as :10 or 10:; empty attacks all"""
     goal_key: str = "goal"
     """column of the questions"""
     target_key: str = "target"
@@ -31,25 +31,25 @@ class GCGOptions(Attack):
     seeds: tuple[int, ...] = (0,)
     """seeds of the attacks; every goal is attacked once with each"""
     n: int = 16
-    """answers sampled per goal, without a suffix and with each; --sampling says how"""
+    """number of answers sampled per goal, without a suffix and with each; --sampling sets their options"""
     batch: int = 8
-    """goals sampled together; changes memory and speed, never results"""
+    """number of goals sampled together; changes memory and speed, never results"""
     judge: str = ""
-    """reward that judges answers, by name with its options, such as "refusal within=80"; empty is the run's reward, or
-    `refusal` if it has none"""
+    """reward that judges answers, by name with its options, such as "refusal within=80"; empty takes the run's reward,
+    or `refusal` if it has none"""
     judge_suffix: bool = True
-    """True: the judge reads goal and suffix as the prompt; False: it reads the goal alone"""
+    """let the judge read goal and suffix as the prompt; False shows it the goal alone"""
     threshold: float | None = None
-    """answers with a reward strictly below it are bad, in metrics; none is 0.5 for the judge refusal, -0.5 for strongreject
-    and harmbench, and logs no success for others"""
+    """threshold of bad answers in metrics: rewards strictly below it; `none` takes 0.5 for the judge refusal, -0.5 for
+    strongreject and harmbench, and logs no success for others"""
     end_only: bool = False
-    """attack after a run's last step only, neither at its start nor every --eval-every steps"""
+    """attack only after a run's last step, neither at its start nor every --eval-every steps"""
     export: str = ""
     """JSONL file for the attacked prompts, which --data json reads; empty writes none"""
     draft: str = ""
-    """model for schedule probe, a hub name or folder: small, with the policy's tokenizer"""
+    """model for schedule probe, a hub name or folder: a small one with the policy's tokenizer"""
     more_models: tuple[str, ...] = ()
-    """further models that each suffix is to work on, hub names or folders; with the policy's tokenizer"""
+    """further models that each suffix must also work on, hub names or folders, with the policy's tokenizer"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

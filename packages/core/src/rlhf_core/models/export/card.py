@@ -20,16 +20,16 @@ class Card:
     base: str
     """the model it was trained from"""
     algorithm: str
-    """what it was trained with"""
+    """algorithm that trained it"""
     steps: int = 0
     data: str = ""
-    """what it was trained on, in words"""
+    """description of its training data"""
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """the last evaluation's metrics"""
     note: str = ""
-    """which weights these are, if not simply the trained ones"""
+    """description of the weights, if they are not simply the trained ones"""
     home: str = "."
-    """where the loading code finds the model: this folder, or its name on the hub"""
+    """location of the model in the loading code: this folder, or its name on the hub"""
 
     def text(self, model_class: str, adapter: bool = False, classifier: bool = False) -> str:
         """Return the card as Markdown with the metadata that hubs read."""

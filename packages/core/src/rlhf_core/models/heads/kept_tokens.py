@@ -42,7 +42,7 @@ class KeptTokens:
     rule_M: Tensor
     """int64, which of `rules` cuts a token's distribution; -1 where the engine gave the set"""
     rules: tuple[Truncation, ...] = ()
-    """those that occur"""
+    """rules that occur"""
 
     def to(self, device: torch.device | str) -> KeptTokens:
         """Return the same on another device."""

@@ -46,7 +46,7 @@ class Inputs:
     kept: KeptTokens | None = None
     """the kept sets of those tokens; None where nothing was cut"""
     images: Mapping[str, Tensor] = field(default_factory=dict)
-    """what the model reads for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
+    """model inputs for the images of all rows, by name (`models.inputs.images`); empty where no row has one"""
     ends_R: Tensor | None = None
     """int64, flat positions of the last token of each row of `ids_NS`, where completions have segments; None where a row is a
     completion with its prompt"""

@@ -30,7 +30,7 @@ class Stretch:
     arguments: dict[str, Any]
     """arguments of the body's forward pass"""
     inputs: Inputs
-    """those whose states are in the stretch, by their places in it"""
+    """positions in the stretch of the inputs whose states it holds"""
     own_N: Tensor
     """bool, completions whose last state is in it; `inputs.last_N` is 0 for others"""
 

@@ -22,13 +22,13 @@ class Rows(Ingredient):
     """Write rows of data to a file: all, a slice, or the first ones."""
 
     data: str = "prompts"
-    """data provider and its options, as "hf path=NAME"; unused where the step reads `rows`"""
+    """data provider and its options, such as "hf path=NAME"; unused if the step reads `rows`"""
     split: str = "train"
     """split of the data provider: train or heldout"""
     part: str = "0/1"
-    """`t/T`: slice number t of T equal slices, from 0; what is left over after T slices is in none"""
+    """`t/T`: slice number t of T equal slices, from 0; rows that remain after T slices are in none"""
     most: int = 0
-    """at most this many rows of the slice, from its first; 0 takes all"""
+    """maximum number of rows of the slice, taken from its first; 0 takes all"""
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {"rows": "dataset"}
     optional: ClassVar[frozenset[str]] = frozenset({"rows"})
