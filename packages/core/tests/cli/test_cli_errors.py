@@ -205,17 +205,18 @@ FLAGS = {
     "plugins --data x": "plugins has no data, see rlhf-run plugins --help",
     "eval tiny": "eval needs --evaluator NAME; see rlhf-run plugins --kind evaluator",
     "eval tiny --loss bare": "eval has no loss, it uses evaluator, data, reward, rollout, strategy, launcher",
-    "plugins --jsn": "unknown flag --jsn; did you mean --json True|False, as JSON: providers, conflicts and "
+    "plugins --jsn": "unknown flag --jsn; did you mean --json True|False, print JSON: providers, conflicts and "
     "broken plugins (default: False)?",
     "plugins reward": "unexpected 'reward': rlhf-run plugins",
-    "new-plugin": "new-plugin needs NAME, the provider's name: small letters, digits and dashes: rlhf-run new-plugin NAME",
+    "new-plugin": "new-plugin needs NAME, name of the provider: lowercase letters, digits and dashes: rlhf-run new-plugin NAME",
     "new-plugin Big": "new-plugin Big: a name is small letters, digits and dashes, such as brevity",
     "new-plugin brevity": "new-plugin brevity: (local) already provides the reward 'brevity'",
     "new-plugin here": "new-plugin rlhf-here: it exists already; name a new folder",
     "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`: "
     "rlhf-run chat MODEL",
     "chat tiny --temperature -1": "--temperature must be at least 0, not -1.0",
-    "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, answer only this and end "
+    "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, prompt to answer once before the command "
+    "ends; empty starts a conversation "
     "(default: empty)?",
 }
 

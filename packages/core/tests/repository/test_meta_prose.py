@@ -95,7 +95,7 @@ def test_docstrings_open_with_a_verb_or_the_name_of_the_thing() -> None:
     assert not found
 
 
-HELP = re.compile(r"(whether|the same|of|and)\b", re.IGNORECASE)
+HELP = re.compile(r"(whether|how|what|which|whose|where|who|when|why|the same|of|and)\b", re.IGNORECASE)
 """openings of a help line that hang on the name of the field or on the line before"""
 
 

@@ -65,7 +65,7 @@ def test_the_reference_has_every_public_name_hook_and_provider(reference: dict[s
 
 def test_the_options_of_a_provider_stand_with_type_default_and_meaning(reference: dict[str, str]) -> None:
     page = reference["reference/providers/reward.md"].partition("## `length`")[2].partition("\n## ")[0]
-    assert "| `target` | `INT` | 32 | wanted length, in `unit` |" in page
+    assert "| `target` | `INT` | 32 | target length, in `unit` |" in page
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class KeepBad(Reward):
     """Another reward, unchanged; samples that it scores below a threshold are kept in a JSONL file."""
 
     of: str
-    """reward provider, by name with its options, such as "length target=40""""
+    """reward provider (for example "length target=40"), by name with its options"""
     threshold: float = -5.0
     """threshold: rewards strictly below it are kept"""
     path: str = "bad_samples.jsonl"

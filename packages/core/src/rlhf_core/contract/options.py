@@ -205,11 +205,9 @@ class Tracking:
     of: str = ""
     """trained role whose weights are copied at the start and then periodically; empty keeps the weights fixed"""
     every: int = 100
-    """optimizer steps of the tracked role between two updates of these weights; updates happen at the end of a step of
-    the run"""
+    """optimizer steps of the tracked role between two updates, which happen at the end of a step of the run"""
     decay: float = 0.0
-    """decay of the moving average, decay * these weights + (1 - decay) * the tracked role's, 0 to below 1; 0 copies the
-    weights"""
+    """decay of the moving average, decay * these weights + (1 - decay) * the tracked role's, 0 to below 1; 0 copies"""
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")

@@ -42,7 +42,7 @@ class Preparation(Data):
     encoding: Encoding = Encoding()
     """conversion of rows to tokens"""
     preview: int = field(default=0, metadata=FREE)
-    """number of rows to print as the model reads them, with trained tokens in color (or in « » on a plain terminal)"""
+    """number of rows to print as the model reads them, with trained tokens in color (or in « » without color)"""
     cache: str = field(default="", metadata=FREE)
     """folder that caches tokenized rows for later and concurrent runs; empty caches nothing"""
     workers: int = field(default=0, metadata=FREE)

@@ -32,7 +32,7 @@ class Code(Reward):
     """Unit tests of the Python program in the completion; the label holds the tests: 1 if all pass, else 0."""
 
     partial: bool = False
-    """give the share of the tests that pass, in place of 1 only if all pass"""
+    """reward the share of tests that pass, in place of 1 for all and 0 otherwise"""
     timeout: float = 5.0
     """time limit of a program and its tests together, in seconds"""
     memory: int = 1024

@@ -35,7 +35,7 @@ class Sum(Reward):
     """Several rewards, weighted and added up; each is logged under its name, numbered where one comes twice."""
 
     parts: tuple[str | Callable[..., Any], ...]
-    """rewards by name, each with its options: "length target=40"; from Python also functions and providers"""
+    """rewards by name, each with its options, such as "length target=40"; from Python also functions and providers"""
     weights: tuple[float, ...] = ()
     """weights of the parts, in their order; all 1 by default"""
     path: str = field(default="", metadata=INTERNAL)

@@ -76,9 +76,9 @@ class Finding:
     """A cause and what is known of it."""
 
     cause: str
-    """observation, and advice"""
+    """cause in a few words; empty if both agree"""
     detail: str
-    """what was seen, and what to do"""
+    """observation, and advice"""
     before: float
     """mean absolute difference, nats per token"""
     after: float
