@@ -101,7 +101,7 @@ def develop(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def develop_engines(session: nox.Session) -> None:
-    """The same in .nox/develop_engines, with vLLM, DeepSpeed and Ray."""
+    """Install all packages in .nox/develop_engines, with vLLM, DeepSpeed and Ray."""
     kept = [
         line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.split("==")[0] not in VLLM_PINS
     ]
@@ -137,7 +137,7 @@ def slow(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["develop"], default=False)
 def gpu(session: nox.Session) -> None:
-    """What a CPU cannot show, in 8 minutes, with the tests marked gpu; .nox/develop needs a torch that sees the GPU."""
+    """Run the GPU checks (8 minutes) and the tests marked gpu; .nox/develop needs a torch that sees the GPU."""
     run_in(DEVELOP, session, "python", "benchmarks/gpu.py", threads=True)
 
 
@@ -358,7 +358,7 @@ def plugins(session: nox.Session) -> set[str]:
 
 
 def gpu_needs() -> list[str]:
-    """What all packages need with the extras of `GPU_EXTRAS`, and in place of what has no wheel what that needs."""
+    """Return what all packages need with `GPU_EXTRAS`; what has no wheel is replaced by its own needs."""
     wanted = []
     for name in PACKAGES:
         table = project(f"packages/{name}")

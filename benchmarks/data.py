@@ -1,4 +1,4 @@
-"""How fast rows become tokens, and that a run never waits for them: `python benchmarks/data.py [MODEL]`.
+"""Benchmark of data preparation; a run must never wait for rows: `python benchmarks/data.py [MODEL]`.
 
 Rows are made here: preference pairs of about 100 tokens a side, with the chat template of MODEL (the byte-level tokenizer of
 `tiny` by default: more tokens a row than any real one has). Printed are rows/s of reading and checking a file, and of

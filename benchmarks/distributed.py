@@ -1,4 +1,4 @@
-"""What Ray and DeepSpeed add to an iteration: the same GRPO run in one process, under each engine, and on two ranks.
+"""Overhead of Ray and DeepSpeed per iteration: the same GRPO run in one process, under each engine, and on two ranks.
 
     python3 benchmarks/distributed.py --model tiny
     python3 benchmarks/distributed.py --model smollm2-135m --prompts 4 --completions 2 --engines local "ray 1" "deepspeed 2 x 1"

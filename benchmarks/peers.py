@@ -1,4 +1,4 @@
-"""The same jobs in this project and in TRL 1.16: time and memory of a step, and the distance of both from the bound.
+"""Comparison of this project with TRL 1.16: time and memory of a step, and the distance of both from the bound.
 
 Four jobs on a random Llama (4 layers, width 256, a vocabulary of 32,000; one thread, float32): GRPO with 16 prompts × 4 samples
 × 32 new tokens, DPO and a reward model on 16 pairs, SFT on 16 rows; lengths are log-normal. Both sides read the same files,

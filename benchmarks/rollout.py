@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def cpu_seconds(apart: VLLMEngines) -> float:
-    """Of this process and of the processes of the engines in `apart`."""
+    """Return the CPU seconds of this process and of the engine processes in `apart`."""
     seconds = time.process_time()
     for engine in apart.engines.values():
         for process in engine.host.processes:  # type: ignore[attr-defined]  # they have processes of their own
@@ -79,13 +79,13 @@ def cpu_seconds(apart: VLLMEngines) -> float:
 
 
 def medians(rates: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of both columns."""
+    """Return the medians of both columns."""
     wall, cpu = zip(*rates, strict=True)
     return statistics.median(wall), statistics.median(cpu)
 
 
 def bare(engine: Any, prompts: Prompts, sampling: Sampling) -> int:
-    """What the same prompts cost without the project; the number of tokens."""
+    """Measure the same prompts without the project; return the number of tokens too."""
     params = engine.host.vllm.SamplingParams(
         n=sampling.n, temperature=1.0, max_tokens=sampling.max_new_tokens, logprobs=0
     )

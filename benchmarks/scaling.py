@@ -1,4 +1,4 @@
-"""How cost grows with size, a curve at a time: `python benchmarks/scaling.py [--only NAME …] [--quick] [--list]`.
+"""Growth of cost with size, one curve at a time: `python benchmarks/scaling.py [--only NAME …] [--quick] [--list]`.
 
 Each module of `benchmarks/scaling_curves/` holds curves: a place of the system measured at three to five sizes. Printed are the
 points, the exponent and the constant of the power law through them, and ratios within the same run beside their limits. Times

@@ -75,7 +75,7 @@ def keep_within(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """What one step measured."""
+    """Measurements of one step."""
 
     step: int
     memory: float

@@ -1,4 +1,4 @@
-"""How long `rlhf-run` takes to answer, and whether it imports torch: each of these must stay under a second without it.
+"""Start-up time of `rlhf-run` commands; each must take less than a second and not import torch.
 
     python benchmarks/startup.py [--repeat 5]
 

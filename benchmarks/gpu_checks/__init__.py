@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu.py` checks and measures: a file per topic, and `check`, `driver`, `worker` and `page` that run them."""
+"""Checks and measurements of `benchmarks/gpu.py`: a file per topic, and `check`, `driver`, `worker`, `page` to run them."""

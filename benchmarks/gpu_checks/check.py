@@ -85,7 +85,7 @@ def load(check: Check) -> Callable[[Context], None]:
 
 @dataclass
 class Context:
-    """What a check is given: where it runs, what was measured before, and where results go."""
+    """Inputs of a check: its machine, earlier measurements, and the destination of results."""
 
     rehearse: bool
     """tiny sizes on the CPU; figures mean nothing"""

@@ -54,7 +54,7 @@ def decoding(context: Context) -> None:
 
 
 def generate(context: Context) -> None:
-    """The same prompts for `--rollout hf`, `generate` and `generate_batch` of transformers, on 0.5B in bfloat16."""
+    """Compare `--rollout hf` with `generate` and `generate_batch` of transformers on the same prompts, on 0.5B in bfloat16."""
     P, L, T = context.pick((64, 128, 128), (4, 8, 6))
     with sampling_run(context, "0.5B", P) as run:
         model = run.roles["actor"].causal_lm

@@ -1,4 +1,4 @@
-"""What checks found, as one JSON file and one Markdown page, both written again after every event."""
+"""Results of the checks as one JSON file and one Markdown page, both rewritten after every event."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ MODEL = "tiny:layers=4,hidden=256,heads=4,kv_heads=2,intermediate=512"
 
 
 class Cut(Exception):
-    """What ends a run in its middle."""
+    """Exception that ends a run in its middle."""
 
 
 def deterministic(context: Context) -> None:

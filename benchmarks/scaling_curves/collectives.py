@@ -20,7 +20,7 @@ CALLS = ("all_reduce", "all_gather_object", "all_to_all_single")
 
 
 def count(folder: str, algorithm: str) -> None:
-    """Of a rank: train three steps and write how often each collective was called in the last one, and its pickled bytes."""
+    """Train three steps on a rank; write the number of calls of each collective in the last one, and its pickled bytes."""
     torch.set_num_threads(1)
     calls: Counter[str] = Counter()
 

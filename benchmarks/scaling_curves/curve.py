@@ -1,4 +1,4 @@
-"""What a curve is, and how its costs are measured.
+"""Curves and the measurement of their costs.
 
 @curve("ranks", "tokenising a rank's share of a batch")
 def ranks(quick: bool) -> Measured:
@@ -67,7 +67,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a curve found."""
+    """Result of a curve."""
 
     series: Sequence[Series]
     ratios: Sequence[Ratio] = field(default=())
@@ -107,7 +107,7 @@ def cpu_seconds(call: Callable[[], object], repeat: int = 3) -> float:
 
 
 class Cost(NamedTuple):
-    """What a call took in its own process."""
+    """Cost of a call in its own process."""
 
     cpu: float
     """seconds"""

@@ -38,7 +38,7 @@ def disturbed(seeds: list[int], steps: int, faults: int, output: Path) -> list[d
 def test_every_disturbed_run_has_the_numbers_and_rows_of_an_undisturbed_one(
     seeds: list[int], steps: int, faults: int, tmp_path: Path
 ) -> None:
-    """Of the three short ones a seed hits an engine, one a rank of the actor, and one a node."""
+    """Disturb three short runs per seed: one at an engine, one at a rank of the actor, and one at a node."""
     found = disturbed(seeds, steps, faults, tmp_path)
     assert [each["seed"] for each in found] == seeds
     for each in found:

@@ -1,4 +1,4 @@
-"""Which GPU each worker is given, on a machine that says it has four: Ray counts devices whether there are any or not."""
+"""GPU assignment of workers on a simulated machine with four: Ray counts devices whether there are any or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sits where, worked out without Ray."""
+"""Placement of workers, computed without Ray."""
 
 from __future__ import annotations
 

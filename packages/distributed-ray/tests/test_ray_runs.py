@@ -1,4 +1,4 @@
-"""The same run under Ray and in one process: equal numbers, and one clear line when something dies or cannot be had.
+"""Runs under Ray and in one process: equal numbers, and a one-line error when something dies or is missing.
 
 One local cluster serves the whole file; every run starts its own actors. Sampling is seeded per completion, so samples are
 the same wherever they are drawn, and differences are those of summing in another order.
@@ -96,7 +96,7 @@ def weights(output: Path) -> dict[str, Any]:
 
 
 def assert_equal_runs(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
-    """The same tokens, and every metric that is not a time, a rate of padding or a count of transfers, step by step.
+    """Assert equal tokens and metrics, step by step, except times, rates of padding and counts of transfers.
 
     In dpo's first step every margin is rounding, and so is the share of those above zero.
     """

@@ -1,4 +1,4 @@
-"""Which variables of the controller reach the workers, and that secrets do so past Ray's logs."""
+"""Environment variables that reach the workers, and secrets that bypass Ray's logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses processes: each worker gets its rows exactly, and nothing that it does not need, once."""
+"""Transport between processes: each worker gets exactly its rows, once, and nothing that it does not need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shipper() -> tuple[Shipper, list[Any]]:
 
 
 def nbytes(batch: Batch, *names: str) -> int:
-    """Of columns or extras."""
+    """Return the bytes of columns or extras."""
     tensors = [batch[name] if name in batch else getattr(batch, name) for name in names]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

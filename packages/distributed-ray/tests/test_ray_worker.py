@@ -1,4 +1,4 @@
-"""What runs inside an actor, as plain Python in this process."""
+"""Code that runs inside an actor, as plain Python in this process."""
 
 from __future__ import annotations
 

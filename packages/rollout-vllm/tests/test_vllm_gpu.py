@@ -1,4 +1,4 @@
-"""The same path on a GPU: the trainer's tensors are handed to the engine beside it, which may sleep between phases."""
+"""Weight transfer on a GPU: the trainer hands its tensors to an engine on the same device, which may sleep between phases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which GPU an engine takes, and what it may do when it is not alone; looked at without a GPU."""
+"""Choice of an engine's GPU and its limits on a shared one, tested without a GPU."""
 
 from __future__ import annotations
 

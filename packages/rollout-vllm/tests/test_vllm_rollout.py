@@ -1,4 +1,4 @@
-"""What vLLM samples is what the trained model says, in transformers, and as the contract has it."""
+"""Agreement of vLLM's samples with the trained model in transformers, and with the contract."""
 
 from __future__ import annotations
 

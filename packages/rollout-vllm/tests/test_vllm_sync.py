@@ -129,7 +129,7 @@ def test_a_tensor_that_is_left_out_is_named(
 def test_a_tied_head_that_is_not_packed_again_stops_the_run(
     engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., Any]
 ) -> None:
-    """What vLLM 0.32 does by itself on the CPU; when this test fails, `_repack_tied` has become needless."""
+    """Check vLLM 0.32's own behavior on the CPU; when this test fails, `_repack_tied` is no longer needed."""
     monkeypatch.setattr("rlhf_rollout_vllm.receivers.InProcess._repack_tied", lambda self: None)
     randomise(role, seed=10014)
     with pytest.raises(RunStopped, match="differ"):

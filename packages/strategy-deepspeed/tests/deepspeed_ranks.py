@@ -186,7 +186,7 @@ def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "", *
 
 
 def mistake(action: Callable[[], object]) -> str:
-    """What the user is told."""
+    """Return the user's message."""
     try:
         action()
     except UsageError as error:
@@ -297,8 +297,7 @@ def broken(strategy: Strategy, dtype: str) -> dict[str, Any]:
 
 
 def slept(strategy: Strategy) -> tuple[bool, float]:
-    """Whether a model whose embeddings are frozen has its very outputs after it left the device and came back, and the norm of
-    the gradient then."""
+    """Return True if frozen embeddings leave outputs unchanged after a stay off the device, and the norm of the gradient."""
     role = trainable(strategy, "float32", AdamW(lr=1e-2), freeze=("embed",))
     batch, names = tiny_rollouts(), frozenset({"logprobs_NT"})
     before = role.forward(batch, names)["logprobs_NT"].detach().clone()

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the run's decisions, good defaults, and a user's file that may add to them but not contradict."""
+"""DeepSpeed's configuration: the run's decisions, good defaults, and a user's file that may add to them but not contradict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same run, under plain torch in one process and under DeepSpeed on ranks: the same numbers, step by step.
+"""Runs under plain torch in one process and under DeepSpeed on ranks: the same numbers, step by step.
 
 The reference is core's own loop and strategy in this process, in float32. The ranks are real processes on gloo.
 """
@@ -73,7 +73,7 @@ def launch(folder: Path, size: int, words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Result]:
-    """What a case gives under plain torch in this process."""
+    """Return the numbers of a case under plain torch in this process."""
     known: dict[str, Result] = {}
 
     def find(case: str) -> Result:
@@ -96,7 +96,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def outcome(folder: Path, word: str) -> Result:
-    """What the run called `word` gave."""
+    """Return the outcome of the run named `word`."""
     result: Result = torch.load(folder / f"{word.replace(':', '-')}.pt", weights_only=False)
     return result
 

@@ -25,7 +25,7 @@ RAY = "--launcher ray --launcher.workers 2 --launcher.cpus 0.1".split()
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """What a run measured, but for seconds, and what depends on how rows are dealt to ranks."""
+    """Return the metrics of a run, except seconds and those that depend on the distribution of rows over ranks."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     apart = ("time/", "speed/", "memory/", "padding", "sync/", "recovered/")
     return [{name: value for name, value in row.items() if not name.startswith(apart)} for row in rows]

@@ -106,7 +106,7 @@ def test_a_mistake_is_one_line() -> None:
 
 
 class Watcher:
-    """What the policy's credit read, what the `prm` gives of the same tokens after the step, and the last weights."""
+    """Records of the policy's credit inputs, the `prm` outputs for the same tokens after the step, and the last weights."""
 
     def __init__(self) -> None:
         self.read: list[Any] = []

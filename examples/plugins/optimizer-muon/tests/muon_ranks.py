@@ -1,4 +1,4 @@
-"""What each of two gloo ranks does: one step of Muon on matrices that FSDP2 shards, compared with whole ones."""
+"""Program of two gloo ranks: one step of Muon on matrices that FSDP2 shards, compared with whole ones."""
 
 from __future__ import annotations
 

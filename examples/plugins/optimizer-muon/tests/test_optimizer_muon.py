@@ -26,14 +26,14 @@ MUON = Muon(lr=3e-2)
 
 
 def rlhf_run(*words: str, ranks: int = 1) -> str:
-    """What `rlhf-run` prints, in a process of its own or in several under torchrun."""
+    """Return the output of `rlhf-run`, in its own process or in several under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     plugin = [] if entry_points(group="rlhf", name="muon") else ["-p", "rlhf_optimizer_muon.plugin"]
     return start(*torchrun, "-m", "rlhf_core", *plugin, *words)
 
 
 def start(*words: str) -> str:
-    """What Python prints with these words."""
+    """Return the output of Python with these arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

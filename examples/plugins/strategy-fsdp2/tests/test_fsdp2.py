@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """What a run logged, machine and clock left out."""
+    """Return the metrics of a run, except those of machine and clock."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{name: value for name, value in row.items() if name.split("/")[0] not in MEASURED} for row in rows]
 

@@ -1,4 +1,4 @@
-"""What the tests of advantages share: a ragged batch, and every estimator beside its definition in loops over lists."""
+"""Shared tables of the advantage tests: a ragged batch, and every estimator with its definition in loops over lists."""
 
 from __future__ import annotations
 

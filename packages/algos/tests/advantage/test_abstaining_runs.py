@@ -34,7 +34,7 @@ def score(rollouts: Any, i: int) -> float:
 
 
 def trained(output: Path, algorithm: str, missing: int = 1) -> tuple[Any, dict[str, Any]]:
-    """What a step trains on, and its metrics."""
+    """Return the rows that a step trains on, and its metrics."""
     usual: dict[str, Any] = {
         "model": MODEL,
         "reward": Partial(missing),

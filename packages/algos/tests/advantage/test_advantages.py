@@ -357,7 +357,7 @@ def test_pairs_are_the_best_and_the_worst_and_equal_ones_are_none():
 
 @pytest.mark.parametrize(("n", "p"), [(2, 0.5), (3, 0.2), (5, 0.7), (6, 0.01)])
 def test_maxrl_climbs_the_log_likelihood_of_success_to_the_order_that_its_samples_allow(n, p):
-    """Of one choice between success and failure, whose score is d log pi / d p, every outcome of n samples is enumerated."""
+    """Enumerate all outcomes of n samples of one choice between success and failure, whose score is d log pi / d p."""
     rollouts = make_batch([1] * n, groups=[0] * n)
     gradient = 0.0
     for outcome in itertools.product([1.0, 0.0], repeat=n):

@@ -1,4 +1,4 @@
-"""Which pairs `ask` chooses, over ranks too, what it remembers, and that a run trains on no others."""
+"""Tests of `ask`: its choice of pairs, over ranks too, its state, and runs that train on no other pairs."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def checksums(names: dict[str, str]) -> dict[str, str]:
 
 @dataclass
 class End:
-    """How an attempt ended."""
+    """End of an attempt."""
 
     code: int
     message: str = ""
@@ -145,7 +145,7 @@ def resume(**more: Any) -> End:
 
 
 def left_by(folder: Path, without: str = "") -> dict[str, Any]:
-    """What a run leaves that does not tell the time, less one file."""
+    """Return the files of a run without times, except one file."""
     left: dict[str, Any] = {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("model/*.safetensors"))
     }

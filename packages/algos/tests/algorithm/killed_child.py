@@ -81,7 +81,7 @@ def train_ranks(options: dict[str, Any], kill_in_step: int = 0) -> None:
 
 
 class At:
-    """Whether a file operation is the one to die at."""
+    """Predicate for the file operation at which the process dies."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -24,7 +24,7 @@ LR, STEPS, N, P = 0.5, 6, 4, 4
 
 
 class Watch:
-    """What each step trained on, and the number after it; may end the run or raise."""
+    """Records of each step's training rows and the number after it; may end the run or raise."""
 
     def __init__(self, fail_at: tuple[str, int] = ("", 0)) -> None:
         self.fail_at = fail_at

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: rights that are missing, kills, and runs at once."""
+"""Failures around a run: missing permissions, kills, and concurrent runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a step reads what, exactly: pairs in one pass, nothing whose value is at hand, no reference without a penalty."""
+"""Exact counts of forward passes: pairs in one pass, no repeated computation, no reference without a penalty."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLED = ROWS * SAMPLES
 
 
 def passes(algorithm: str | dict[str, Any], output: Path, **options: Any) -> dict[tuple[str, bool, int], int]:
-    """How many forward passes a step makes after sampling, by (role, with a graph, rows); all are in eval mode."""
+    """Count the forward passes of a step after sampling, by (role, with a graph, rows); all are in eval mode."""
     small: dict[str, Any] = {"model": "tiny:hidden=16,layers=1", "batch_size": ROWS, "steps": 1, "output": str(output)}
     run, seen = Run(make_config(algorithm, **(small | options))), Counter[tuple[str, bool, int]]()
     original = TorchTrainable.forward

@@ -60,7 +60,7 @@ def options_of(algorithm: Any, folder: Path, made: Callable[[Path], str], **more
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
-    """What was logged each step, less what depends on the clock."""
+    """Return the metrics of each step, except those that depend on the clock."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "speed/", "memory/"))} for line in lines]
 

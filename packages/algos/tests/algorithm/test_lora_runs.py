@@ -50,7 +50,7 @@ def options_of(algorithm: str, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
-    """What was logged each step, less what depends on the clock."""
+    """Return the metrics of each step, except those that depend on the clock."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if not name.startswith(("time/", "speed/", "memory/"))}

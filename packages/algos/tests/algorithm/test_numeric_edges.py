@@ -54,7 +54,7 @@ def steps_of(output: Path, algorithm: Any, **options: Any) -> list[Mapping[str, 
 
 @dataclass(frozen=True)
 class Noisy(Reward):
-    """The same reward for every completion, up to `noise`; returned as it comes, or in bfloat16."""
+    """Reward that is equal for all completions up to `noise`, in float32 or bfloat16."""
 
     noise: float = 6e-8
     precision: float = 0.0
@@ -152,7 +152,7 @@ class Off(HuggingFaceRollout):
     ],
 )
 def test_the_kl_of_a_policy_that_is_its_reference_is_zero(cut: dict[str, float], where: str, tmp_path: Path) -> None:
-    """Of hf, and of an engine whose log-probabilities are not the trainer's; and what is trained moves it away from 0."""
+    """Check hf and an engine whose log-probabilities differ from the trainer's; training moves the KL away from 0."""
     for name, rollout in (("exact", HuggingFaceRollout()), ("off", Off())):
         kl: Any = {"coef": 0.04, "where": where, "estimator": "k3"}
         sampling = {"n": 4, "max_new_tokens": 6, **cut}

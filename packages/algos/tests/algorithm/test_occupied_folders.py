@@ -1,4 +1,4 @@
-"""What the user has in a folder before a run begins there: it is refused in one line, and stays as it is."""
+"""Runs in occupied folders: a one-line error, and the user's files stay unchanged."""
 
 from __future__ import annotations
 

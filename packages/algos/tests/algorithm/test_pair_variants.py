@@ -32,7 +32,7 @@ CUT = ["--micro-tokens", "1", "--actor.packing", "False", "--chunk", "7"]
 
 
 def metrics(folder: Path, data: Path, words: list[str]) -> list[dict[str, float]]:
-    """What three steps of a run log of their loss, but for times and sizes."""
+    """Return the loss metrics of three steps, except times and sizes."""
     words = [*words, "--model", "tiny:hidden=16,layers=1", "--data.path", str(data), "--output", str(folder)]
     words += ["--steps", "3", "--batch-size", "6", "--actor.optim.lr", "1e-2"]
     assert main(words) == 0

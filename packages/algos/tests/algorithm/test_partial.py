@@ -19,7 +19,7 @@ STEPS, N, P = 8, 2, 4
 
 
 class Watch:
-    """What each step trained on; may end the run by an exception."""
+    """Records of each step's training rows; may end the run by an exception."""
 
     def __init__(self, fail_at: int = 0) -> None:
         self.fail_at = fail_at

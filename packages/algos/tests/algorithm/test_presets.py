@@ -1,4 +1,4 @@
-"""What this package registers keeps the contract, and presets compose what they say."""
+"""Contract tests of this package's providers, and the composition of presets."""
 
 from __future__ import annotations
 

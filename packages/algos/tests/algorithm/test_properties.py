@@ -1,4 +1,4 @@
-"""How a batch is padded, ordered, cut and dealt out to ranks changes no loss, no gradient and no credit (hypothesis).
+"""Invariance of losses, gradients and credit to padding, order, micro-batches and ranks (hypothesis).
 
 Completions have one to seven tokens, the policy's and an environment's mixed as in several turns; groups have one to four.
 Losses are reduced as core does it, with `count` and `weighted_sum`; ranks are parts whose counts are summed first.

@@ -32,7 +32,7 @@ def run(output: Path, **more: Any) -> list[int]:
 
 
 def left_by(output: Path) -> dict[str, Any]:
-    """What a run leaves that does not tell the time."""
+    """Return the files of a run without times."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     told_of_time = ("time/", "speed/", "memory/")

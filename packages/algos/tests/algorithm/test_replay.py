@@ -32,7 +32,7 @@ def words_of(output: Path, *flags: str) -> list[str]:
 
 
 def logged(output: Path) -> list[Mapping[str, float]]:
-    """What a run logged, step by step."""
+    """Return the metrics of a run, step by step."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -116,7 +116,7 @@ class Silent(HuggingFaceRollout):
 
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_where_the_engine_keeps_silent_the_trainer_cuts_by_the_same_rules(minibatches: int, tmp_path: Path) -> None:
-    """The same numbers as with the engine's own sets, as long as the weights are those that sampled."""
+    """Compare with the engine's own sets, under the weights that sampled."""
     found: list[Any] = []
     for rollout in (HuggingFaceRollout(), Silent()):
         run = Run(

@@ -1,4 +1,4 @@
-"""What is kept of rare outputs: tables of held-out samples, and bad samples found on the way."""
+"""Storage of rare outputs: tables of held-out samples, and bad samples found in training."""
 
 from __future__ import annotations
 

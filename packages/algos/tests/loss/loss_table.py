@@ -1,4 +1,4 @@
-"""What the tests of losses share: a hostile example, and every loss beside its formula in plain floats."""
+"""Shared tables of the loss tests: a hostile example, and every loss with its formula in plain floats."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def student_and_teacher(chunk: int, student: str = "tiny:hidden=16,layers=1") ->
 
 
 def plain(own: RoleModule, teacher: RoleModule, inputs: Any) -> torch.Tensor:
-    """The same from the models' whole logits."""
+    """Return the divergence from the models' whole logits."""
     own_MV, teacher_MV = (
         m.model(input_ids=inputs.ids_NS).logits.flatten(0, 1)[inputs.states_M] for m in (own, teacher)
     )

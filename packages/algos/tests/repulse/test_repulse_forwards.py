@@ -1,4 +1,4 @@
-"""How often RePULSe reads what: no role the same tokens twice with the same weights, and several proposal updates a step."""
+"""Counts of RePULSe's forward passes: no role reads a token twice with the same weights; several proposal updates per step."""
 
 from __future__ import annotations
 

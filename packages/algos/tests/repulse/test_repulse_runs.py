@@ -130,7 +130,7 @@ def weights(run: Run) -> dict[str, dict[str, Tensor]]:
     ids=["rloo", "learned proposal", "base proposal"],
 )
 def test_one_iteration_touches_exactly_the_right_models(algorithm, moved, samples, tmp_path):
-    """And RePULSe samples twice as much: 2N per prompt."""
+    """Check that RePULSe also samples twice as much: 2N per prompt."""
     with run_of(tmp_path, algorithm).open() as run:
         before = weights(run)
         iteration = next(run.iterations(collect))

@@ -20,7 +20,7 @@ BATCH = 3
 
 @dataclass
 class Disk:
-    """What a checkpoint holds: the last step that was trained on, and the position of the data after it."""
+    """In-memory checkpoint: the last step that was trained on, and the position of the data after it."""
 
     trained: int = 0
     position: int = 0

@@ -21,7 +21,7 @@ MODEL = "tiny:hidden=16,layers=1"
 
 
 class Disk:
-    """What is written below a folder, operation by operation; one of them finds no space. Audit hooks cannot be removed, so
+    """Recorder of writes below a folder; one operation fails with a full disk. Audit hooks cannot be removed, so
     there is one, which does nothing unless a folder is watched."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the best, and as many others as number and size allow."""
+"""Rotation of checkpoints: the newest, the best, and as many others as number and size allow stay."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ RUN = (
 
 
 def one_line(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """What the answer to the usual words and these is, if it is one line."""
+    """Return the one-line answer to the usual arguments and these."""
     assert main([*RUN.split(), *words]) == code, words
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line.startswith("rlhf-run: ")]

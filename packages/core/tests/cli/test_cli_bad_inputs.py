@@ -19,7 +19,7 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
 
 def file(name: str, content: str | bytes = "") -> Callable[[], None]:
-    """What makes this file in the working folder."""
+    """Return a function that writes this file in the working folder."""
 
     def make() -> None:
         path = Path(name)

@@ -25,7 +25,7 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def greedy(text: str, tokens: int) -> str:
-    """What the model `tiny` says to a text, token by token without a cache."""
+    """Return the greedy answer of the model `tiny`, token by token without a cache."""
     import torch
 
     from rlhf_core.contract.options import ModelOptions

@@ -1,4 +1,4 @@
-"""What core reads of a provider is declared by its base class, documented, and read by its name."""
+"""Tests that capabilities are declared by base classes, documented, and read by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What evaluators and observers may see of a run: all of it documented, all of it there."""
+"""Tests of `RunView`: every member is documented and present."""
 
 from __future__ import annotations
 

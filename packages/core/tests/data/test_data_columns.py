@@ -1,4 +1,4 @@
-"""How rows become examples, beside what the tables of test_data_table.py and data_mistakes.py say."""
+"""Conversion of rows to examples, in addition to the tables of test_data_table.py and data_mistakes.py."""
 
 from __future__ import annotations
 

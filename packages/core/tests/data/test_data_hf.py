@@ -1,4 +1,4 @@
-"""What the `datasets` library reads becomes the same examples as the rows it was written from, alone and mixed."""
+"""Rows from the `datasets` library: the same examples as the original rows, alone and mixed."""
 
 from __future__ import annotations
 

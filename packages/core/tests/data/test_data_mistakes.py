@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: Any) -> Iterator[None]:
 
 
 def answered(folder: Path, rows: list[Any], options: dict[str, Any]) -> str:
-    """What is said when these rows are read and tokenised with these options."""
+    """Return the messages for these rows, read and tokenized with these options."""
     path = written(folder, *rows)
     (folder / "t.jinja").write_text(CHAT)
     options = dict(options)

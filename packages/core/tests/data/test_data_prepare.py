@@ -143,7 +143,7 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
 
 
 def test_a_row_under_another_key_counts_as_absent(tmp_path: Path) -> None:
-    """What a damaged index may answer."""
+    """Check the answer of a damaged index."""
     row = TokenizedRow("x", [1, 2**32 - 1], (TokenizedCompletion("é", [], []), TokenizedCompletion("", [3], [True])), 1)
     cache = RowCache(str(tmp_path), "f")
     cache.put({b"a" * 16: row, b"b" * 16: row})

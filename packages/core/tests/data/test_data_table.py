@@ -1,4 +1,4 @@
-"""What users bring, in tables; what they get wrong is in data_mistakes.py.
+"""Tables of users' data; data_mistakes.py has their mistakes.
 
 SHAPES: rows and the examples they become. FORMATS: files the readers open. TEMPLATES: examples and the text a model reads,
 with « » around what is trained on. MIXTURES: sets and the rows drawn from them.

@@ -39,7 +39,7 @@ class Table(Sequence[Example]):
 
 
 class Lines(Iterable[Example]):
-    """The same without a length, in an order that is drawn too."""
+    """Rows without a length, in a random order."""
 
     def __iter__(self) -> Iterator[Example]:
         order = list(range(COUNT))

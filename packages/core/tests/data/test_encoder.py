@@ -74,7 +74,7 @@ def joined(batch: Any, row: int) -> list[int]:
 
 
 def said(batch: Any, row: int, tok: Any) -> str:
-    """What the loss applies to, as text."""
+    """Return the text that the loss applies to."""
     return str(tok.decode(batch.tokens_NT[row][batch.mask_NT[row]]))
 
 

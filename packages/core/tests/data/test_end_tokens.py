@@ -1,4 +1,4 @@
-"""What ends a turn: one set of tokens, for training rows, sampling, metrics and the saved folder."""
+"""End tokens of a turn: one set for training rows, sampling, metrics and the saved folder."""
 
 from __future__ import annotations
 

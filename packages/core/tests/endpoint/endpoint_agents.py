@@ -1,4 +1,4 @@
-"""What the tests of the endpoint share: a tiny chat template, a policy that follows a script, and HTTP calls."""
+"""Shared parts of the endpoint tests: a tiny chat template, a scripted policy, and HTTP calls."""
 
 from __future__ import annotations
 

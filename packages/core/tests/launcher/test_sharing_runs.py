@@ -72,7 +72,7 @@ BUDGET = (1_400_000 + WORK + 100_000) / GIB
 
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often models left the device."""
+    """Return the number of times that models left the device."""
     counted: Counter[str] = Counter()
     offload = TorchTrainable.offload
 
@@ -164,7 +164,7 @@ def test_turns_are_taken_by_themselves_only_where_a_gpu_is_too_small(
 def test_an_engine_with_its_own_weights_sleeps_while_roles_train_and_wakes_in_two_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 8.5 GiB an engine takes 4 + 2 and each role 4: a role fits beside the weights, and not beside the cache too."""
+    """Plan 8.5 GiB with an engine of 4 + 2 and roles of 4 each: a role fits with the weights, but not with the cache too."""
     pytest.importorskip("rlhf_algos")
     sizes = {"weights": 4, "cache": 2}
     held: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What is saved is tried out before the first step, in the base's dtype, and can be loaded by plain transformers."""
+"""Trial saves before the first step, in the base's dtype, which plain transformers can load."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ CHANGES: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_is_read_back_as_something_else_is_named(case: str, tmp_path: Path, monkeypatch: Any) -> None:
-    """What is written is changed on its way to the disk, as a bug of a library's does."""
+    """Change the written file on its way to the disk, as a library bug would."""
     place, change, fault = CHANGES[case]
     plain = dry_save.write_folder
 

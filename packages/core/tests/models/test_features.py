@@ -1,4 +1,4 @@
-"""Where only heads are trained, a row goes through the body once; outputs, gradients and training are those without a cache."""
+"""Cache of body states where only heads are trained; outputs, gradients and training are those without a cache."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_training_is_the_same_with_and_without_kept_rows(names: frozenset[str], 
 
 
 def test_only_new_rows_are_read() -> None:
-    """And the order and the company of a row make no difference."""
+    """Check that the order and the neighbors of a row make no difference."""
     module, read = heads_only("scores_N")
     batch = rows()
     lengths = (batch.prompt_lengths_N + batch.lengths_N).tolist()

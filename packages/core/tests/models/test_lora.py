@@ -309,7 +309,7 @@ def test_a_step_leaves_the_base_as_it_was_and_a_checkpoint_is_small(tmp_path: Pa
 
 
 def test_a_copy_that_takes_merged_weights_has_no_adapters() -> None:
-    """What a rollout engine's process holds of a role that is trained elsewhere."""
+    """Check the copy of a remote role in a rollout engine's process."""
     actor, _ = placed()
     mirror = LocalRole(actor.plan, "actor", frozen=True)
     assert mirror.module.adapters is None

@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where conversions go: nobody's own cache."""
+    """Set a separate cache for conversions."""
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     return path
@@ -329,7 +329,7 @@ def write_gguf(path: Path) -> None:
 def test_a_gguf_file_is_converted_once_and_is_a_plain_checkpoint_then(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Which takes its time, and is announced."""
+    """Check that the slow conversion is announced."""
     file = tmp_path / "somewhere" / "tiny.gguf"
     file.parent.mkdir()
     write_gguf(file)

@@ -231,7 +231,7 @@ def test_an_attention_that_does_not_exist_is_refused(name: str) -> None:
     "name", ["flash_attention_2", "flash_attention_3", "flash_attention_4", "kernels-community/flash-attn3"]
 )
 def test_every_flash_attention_needs_its_package_and_packs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What transformers calls its variable-length function for keeps rows apart, whatever its name."""
+    """Check packing for every variable-length function of transformers."""
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -1,4 +1,4 @@
-"""What a role computes of rows with images against plain transformers on each row by itself, and what can go wrong."""
+"""Outputs for rows with images, compared with plain transformers on each row, and their errors."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from rlhf_core.testing import check_observer, tiny_run
 
 
 def said(alarm: Alarm, rows: Sequence[Mapping[str, float]], tmp_path: Path) -> list[Any]:
-    """What the alarm answers at each step of a run with these metrics."""
+    """Return the alarm's answers at each step of a run with these metrics."""
     run: Any = SimpleNamespace(output=tmp_path, step=0)
     watch = alarm(run)
     watch.rlhf_run_start(run)

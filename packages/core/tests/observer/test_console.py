@@ -1,4 +1,4 @@
-"""What a user reads while a run goes, and at its end."""
+"""Messages to the user during a run and at its end."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Written(LiveView):
 
 
 def run_on_a_terminal(folder: Path, words: list[str]) -> str:
-    """What a command writes to a terminal of its own."""
+    """Return the output of a command on its own terminal."""
     leader, follower = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     with subprocess.Popen(words, cwd=folder, env=env, stdout=follower, stderr=follower, stdin=follower) as process:

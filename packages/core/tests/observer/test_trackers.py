@@ -44,7 +44,7 @@ def service() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ends(Evaluator):
-    """How far the run is: an evaluator whose numbers are known."""
+    """Evaluator with known numbers: the progress of the run."""
 
     def __call__(self, run: Run) -> Mapping[str, float]:
         return {"done": float(run.step)}
@@ -66,7 +66,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 
 def numbers(output: Path) -> dict[str, list[tuple[int, float]]]:
-    """What the files of a run hold, by name: (step, number)."""
+    """Return the numbers in a run's files, by name: (step, number)."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows(output):
         for name, value in row.items():

@@ -196,7 +196,7 @@ def test_no_installed_provider_is_taken_for_a_mistake(kind: str) -> None:
 
 
 def test_every_capability_of_a_kind_is_refused_when_a_letter_is_missing() -> None:
-    """Of the longer names; `kl` without a letter is any name."""
+    """Check the longer names; `kl` without a letter is any name."""
     for kind, base in (("advantage", "Advantage"), ("loss", "Loss"), ("evaluator", "Evaluator")):
         bare = define(f"{FROZEN}class X({base}):\n{CALL[kind]}")
         for name in capabilities(bare.__mro__[1]):

@@ -179,7 +179,7 @@ def test_an_exception_in_an_observer_says_whose_it_is() -> None:
 
 
 def test_an_exception_in_an_observer_of_a_run_names_the_observer() -> None:
-    """And not the address of an object."""
+    """Check that the message has no address of an object."""
 
     def failing(step: int) -> None:
         raise OSError("disk full")

@@ -24,7 +24,7 @@ EXTRAS = {
 
 
 def needs(package: str) -> list[Requirement]:
-    """What a package needs with its extras for GPUs, its siblings left out."""
+    """Return a package's needs with its extras for GPUs, siblings left out."""
     table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))["project"]
     optional = [need for extra in EXTRAS.get(package, ()) for need in table["optional-dependencies"][extra]]
     return [Requirement(need) for need in [*table["dependencies"], *optional] if not need.startswith("rlhf-")]

@@ -33,7 +33,7 @@ ALGORITHM = f"{TinyAlgorithm.__module__}:{TinyAlgorithm.__name__}"
 
 
 def refused(error: UsageError, place: str = "") -> None:
-    """Whether the line says something, and where."""
+    """Return True if the line has a location and a message."""
     assert str(error).strip() and place in str(error)
 
 

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[4]
-SOURCES = sorted(ROOT.glob("packages/*/src/**/*.py"))
+SOURCES = sorted([*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("examples/plugins/*/src/**/*.py")])
+PYTHON = sorted(
+    path
+    for pattern in ("*.py", "packages/**/*.py", "benchmarks/**/*.py", "docs/**/*.py", "examples/**/*.py", "tools/**/*.py")
+    for path in ROOT.glob(pattern)
+)
 PAGES = sorted(
     path
     for pattern in (
@@ -88,7 +93,7 @@ def long_sentences(page: str) -> list[str]:
 def test_docstrings_open_with_a_verb_or_the_name_of_the_thing() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{name}: {text.splitlines()[0]}"
-        for path in SOURCES
+        for path in PYTHON
         for name, text in docstrings(path)
         if OPENING.match(text)
     ]

@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attempted(output: Path, **options: Any) -> str:
-    """What is said of a run that nobody should get far with; empty if it went well."""
+    """Return the error of a run that must fail; empty if it succeeds."""
     try:
         tiny_run(output, **{"model": MODEL, "steps": 1, **options}).train()
     except RlhfError as error:

@@ -27,7 +27,7 @@ ONE = "def reward_func(completions): return "
 
 
 def answer(reward: Any, batch: Any = TWO) -> RewardOutput:
-    """What the reward gives to `batch`, checked."""
+    """Return the checked rewards of `batch`."""
     with open_provider(reward) as engine:
         return to_reward_output(engine(batch), batch, reward)
 

@@ -174,7 +174,7 @@ PLAIN = (
 @example(["named", "A", ["count"], [["object", 0]]])
 def test_a_forged_form_is_data_or_an_error(form: Any) -> None:
     class Handle:
-        """What stands for an object of the program."""
+        """Handle of an object of the program."""
 
     message = Message(lambda _: None, lambda _: Handle())
     try:

@@ -1,4 +1,4 @@
-"""What a reward sees of special tokens: hidden in `texts`, shown in `raw_texts`, to functions, regex and samples.jsonl."""
+"""Special tokens in rewards: hidden in `texts`, shown in `raw_texts`, to functions, regex and samples.jsonl."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def descendants() -> set[int]:
 
 
 def left(before: set[int]) -> set[int]:
-    """What still runs that did not run `before`, after a moment for what was killed."""
+    """Return the processes that did not run `before` and still run a moment after the kill."""
     deadline = time.monotonic() + 120
     while (more := descendants() - before) and time.monotonic() < deadline:
         time.sleep(0.05)

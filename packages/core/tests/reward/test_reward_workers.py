@@ -174,7 +174,7 @@ def test_a_timeout_needs_a_process_that_can_be_killed(tmp_path: Path) -> None:
 
 
 def test_a_function_that_is_closed_leaves_nothing_and_can_be_opened_again(tmp_path: Path) -> None:
-    """What its calls had started ends too."""
+    """Check that processes started by its calls end too."""
     path = written(tmp_path, "subprocess.Popen(['sleep', '600'])")
     for _ in range(2):
         with open_provider(Func(path, workers=1)) as reward:

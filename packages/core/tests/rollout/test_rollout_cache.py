@@ -1,4 +1,4 @@
-"""What makes a decoding step cheap changes no number: the roomy cache and the attention of one token."""
+"""Equality of numbers with and without the spare cache and the attention of one token."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_heads_that_share_keys_attend_as_if_keys_were_repeated(kv_heads: int, le
 
 
 def test_the_model_attends_that_way_only_inside() -> None:
-    """And gets its own implementation back, whatever happened."""
+    """Check that the model gets its own implementation back in all cases."""
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     with pytest.raises(ZeroDivisionError), shared_heads(model):
         assert model.config._attn_implementation == attention.NAME

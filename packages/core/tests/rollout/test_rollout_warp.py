@@ -117,7 +117,7 @@ def test_nothing_is_cut_by_default() -> None:
 
 @pytest.mark.parametrize("V", [100, 1000, 5000])
 def test_top_p_keeps_the_smallest_set_in_a_large_flat_vocabulary(V: int) -> None:
-    """Where the first guess of most likely tokens does not hold the share, more are looked at."""
+    """Check that more tokens are examined if the first guess does not hold the share."""
     logits_NV = torch.randn(2, V, generator=torch.Generator().manual_seed(V)) * 0.1
     kept_NV = warp(logits_NV, top_p=0.9).kept_NV
     probs_NV = logits_NV.double().softmax(-1)
@@ -128,7 +128,7 @@ def test_top_p_keeps_the_smallest_set_in_a_large_flat_vocabulary(V: int) -> None
 
 
 def test_the_order_of_min_p_and_top_p_matters() -> None:
-    """Of 0.5, 0.3, 0.2, min-p 0.5 leaves two, as 0.625 and 0.375. So top-p 0.6 keeps one token after min-p, and two before."""
+    """Cut 0.5, 0.3, 0.2: min-p 0.5 leaves 0.625 and 0.375, so top-p 0.6 keeps one token after min-p, and two before."""
     logits_NV = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, first, expected in ((0.75, False, 2), (0.75, True, 2), (0.6, False, 2), (0.6, True, 1)):
         assert int(warp(logits_NV, top_p=top_p, min_p=0.5, min_p_first=first).kept_NV.sum()) == expected

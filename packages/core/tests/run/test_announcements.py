@@ -1,4 +1,4 @@
-"""What takes its time before the first step is announced, in the order in which it happens."""
+"""Announcements of slow work before the first step, in the order in which it happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engines of providers remember is part of every checkpoint: a resumed run continues as if it had never stopped."""
+"""Engine states in checkpoints: a resumed run continues as if it had never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says about its model, and that it goes to nobody unless asked."""
+"""Model cards of runs, and uploads only on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run besides roles goes through JSON and comes back the same."""
+"""Round trip of `RunState` through JSON."""
 
 from __future__ import annotations
 

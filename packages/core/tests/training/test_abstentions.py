@@ -188,7 +188,7 @@ def test_two_ranks_with_other_numbers_of_abstentions_train_as_one(tmp_path: Path
 
 @pytest.mark.parametrize(("abstained", "left"), [([True, True, False, True], None), ([True, False, False, True], 1)])
 def test_a_step_with_fewer_groups_than_ranks_is_skipped_by_all(abstained: list[bool], left: int | None) -> None:
-    """Of two ranks, the other has nothing left: one group in all is too few to share, and of two each gets one."""
+    """Skip a step with one group for two ranks, since one has nothing left; with two groups each gets one."""
     scored = ScoredRollouts(tiny_rollouts(2, 2), RewardOutput(torch.zeros(4), abstained_N=torch.tensor(abstained)))
 
     def rank(world: World) -> int | None:

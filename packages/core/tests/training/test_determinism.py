@@ -1,4 +1,4 @@
-"""The same configuration and seed: the same numbers and the same weights, bit for bit on a CPU, in another process too."""
+"""Determinism: the same configuration and seed give the same numbers and weights, bit for bit on a CPU, in any process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ tiny_run(sys.argv[1], steps=3, update_epochs=2, minibatches=2, save_every=2, sam
 
 
 def left_by(output: Path) -> dict[str, Any]:
-    """What a run leaves, apart from what tells the time."""
+    """Return the files of a run, except those with times."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     roles = sorted((output / "checkpoints" / "step-2" / "roles").rglob("*"))
     return {

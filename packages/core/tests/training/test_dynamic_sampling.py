@@ -125,7 +125,7 @@ class Ranks(World):
 
 
 class Few:
-    """What `keep_sampling` asks of an iteration: 4 prompts a batch, of which number k is worth keeping if k is in `good`."""
+    """Iteration for `keep_sampling`: 4 prompts per batch; number k is worth keeping if k is in `good`."""
 
     def __init__(self, good: set[int], world: World, step: int = 1) -> None:
         self.good, self.world, self.step, self.drawn = good, world, step, 0

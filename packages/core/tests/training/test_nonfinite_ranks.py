@@ -1,4 +1,4 @@
-"""What is not finite on one rank alone stops, or is skipped, on all of them: else they wait for each other, or drift apart."""
+"""Non-finite numbers on one rank stop all ranks, or are skipped by all, so that ranks neither hang nor diverge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORDS += [
 
 
 def last_rank() -> bool:
-    """Whether this is the last process, or the only one."""
+    """Return True on the last rank, or in a single process."""
     alone = not torch.distributed.is_initialized()
     return alone or torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
 

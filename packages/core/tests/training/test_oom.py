@@ -1,4 +1,4 @@
-"""Where memory runs out, `--on-oom halve` takes fewer tokens at a time and does the work again, to the same result.
+"""Out of memory: `--on-oom halve` repeats the work with fewer tokens at a time, with the same result.
 
 The memory that runs out is planted: a pass over more cells than a limit raises what CUDA raises. A run whose budget was the
 smaller one from the beginning is the truth: the same weights, bit for bit, if no gradient counts twice.

@@ -161,7 +161,7 @@ def test_a_model_must_be_given_for_every_role_that_is_needed() -> None:
 
 
 def test_a_role_that_credit_waits_for_is_updated_alone() -> None:
-    """What is computed after its update sees the roles before it with new weights, and no others."""
+    """Check that later computations see the earlier roles with new weights, and no others."""
     own = Term("actor", "actor", Policy(), Baseline())
     value, other = Term("critic", "actor", Value(), Gae()), Term("proposal", "actor", Policy(), Baseline())
     assert plan_of(own, value, other).update_waves == (("actor", "critic", "proposal"),)

@@ -1,4 +1,4 @@
-"""What frozen roles said is kept: the same numbers, asked for once, and never taken for another model's or row's."""
+"""Cached outputs of frozen roles: equal numbers, computed once, and never confused between models or rows."""
 
 from __future__ import annotations
 

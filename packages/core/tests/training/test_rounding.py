@@ -76,7 +76,7 @@ def test_a_part_of_a_sum_is_as_coarse_as_its_weight(weight: float, precision: fl
 
 
 class NarrowReward(Reward):
-    """The same score for all, of a model in bfloat16."""
+    """Reward that is equal for all completions, from a model in bfloat16."""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         return RewardOutput(torch.ones(len(rollouts)), precision=8e-3)

@@ -56,7 +56,7 @@ class ReadAfter(Algorithm):
 
 
 class Watcher:
-    """What the policy's credit read in each step, and what the role gives of the same tokens before and after the update."""
+    """Records of the policy's credit inputs, and of the role's outputs for these tokens before and after the update."""
 
     def __init__(self) -> None:
         self.read: list[torch.Tensor] = []

@@ -36,7 +36,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run_script(folder: Path, before: str, after: str = "") -> str:
-    """What a script writes to stderr."""
+    """Return the stderr output of a script."""
     words = [sys.executable, "-c", f"{SCRIPT.format(before=before)}\n{after}"]
     return subprocess.run(words, cwd=folder, stderr=subprocess.PIPE, text=True, check=True).stderr
 

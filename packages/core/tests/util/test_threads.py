@@ -13,7 +13,7 @@ from rlhf_core.util.threads import map_in_threads
 
 
 class Stop(BaseException):
-    """What a stop raises in the main thread."""
+    """Exception that a stop raises in the main thread."""
 
 
 def test_results_are_in_order_and_a_failure_is_raised() -> None:

@@ -108,7 +108,7 @@ class AgentFileSession(Session):
 
 
 class _Engine:
-    """What executors call `llm_engine`."""
+    """Object that executors receive as `llm_engine`."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

@@ -1,4 +1,4 @@
-"""Which parameters Muon trains, and its options."""
+"""Options of Muon, and the choice of the parameters that it trains."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Curriculum(Sampler):
 
 
 class CurriculumEngine:
-    """What a run remembers of its rows, in float64. Arrays have the rows in the order of the permutation."""
+    """Statistics of a run's rows, in float64. Arrays have the rows in the order of the permutation."""
 
     def __init__(self, options: Curriculum) -> None:
         self.options = options
