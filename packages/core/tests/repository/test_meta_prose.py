@@ -12,7 +12,14 @@ ROOT = Path(__file__).resolve().parents[4]
 SOURCES = sorted([*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("examples/plugins/*/src/**/*.py")])
 PYTHON = sorted(
     path
-    for pattern in ("*.py", "packages/**/*.py", "benchmarks/**/*.py", "docs/**/*.py", "examples/**/*.py", "tools/**/*.py")
+    for pattern in (
+        "*.py",
+        "packages/**/*.py",
+        "benchmarks/**/*.py",
+        "docs/**/*.py",
+        "examples/**/*.py",
+        "tools/**/*.py",
+    )
     for path in ROOT.glob(pattern)
 )
 PAGES = sorted(
