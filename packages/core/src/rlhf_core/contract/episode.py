@@ -11,7 +11,7 @@ rewards (`rlhf_core.rollout.episodes`).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -51,6 +51,8 @@ class Feedback:
     """appended as they are"""
     reward: float = 0.0
     """reward of this turn; an episode adds up the rewards of its turns"""
+    token_rewards: Sequence[float] = ()
+    """additional rewards of the turn's tokens, one for each of `Action.token_ids`, or none"""
     score: float | None = None
     """success of the episode so far, 0 to 1, for filtering and pass rates; the last one counts"""
     done: bool = False

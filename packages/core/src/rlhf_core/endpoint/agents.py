@@ -24,7 +24,7 @@ __all__ = ["call_function", "outcome_of", "run_command"]
 
 ARGUMENTS = ("base_url", "api_key", "example", "prompt", "label", "meta", "seed")
 """What a function may name."""
-FIELDS = {"reward", "turn_rewards", "score", "metrics"}
+FIELDS = {"reward", "turn_rewards", "token_rewards", "score", "metrics"}
 """What an agent may return in a mapping."""
 TAIL = 2000
 """Characters of a failed command's errors that are shown."""
@@ -149,11 +149,25 @@ def outcome_of(raw: Any, names: Sequence[str]) -> Outcome:
         score = raw.get("score")
         return Outcome(
             _number(raw.get("reward", 0.0), "reward"),
-            [_number(each, "turn_rewards") for each in raw.get("turn_rewards") or ()],
+            _numbers(raw, "turn_rewards"),
+            [_numbers({"token_rewards": each}, "token_rewards") for each in _list(raw, "token_rewards")],
             None if score is None else _number(score, "score"),
             metrics,
         )
     return Outcome(_number(raw, "reward"))
+
+
+def _numbers(raw: Mapping[str, Any], name: str) -> list[float]:
+    """Return finite numbers; none where they are absent."""
+    return [_number(each, name) for each in _list(raw, name)]
+
+
+def _list(raw: Mapping[str, Any], name: str) -> Sequence[Any]:
+    """Return a list; an empty one where it is absent."""
+    value = raw.get(name)
+    if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise UsageError(f"the agent returned {value!r} as {name}, which is no list")
+    return value or ()
 
 
 def _number(value: Any, name: str) -> float:

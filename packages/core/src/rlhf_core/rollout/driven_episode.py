@@ -11,6 +11,7 @@ from rlhf_core.contract.batch import Finish
 from rlhf_core.contract.driving import Outcome
 from rlhf_core.contract.episode import Session
 from rlhf_core.contract.kept_sets import KeptSets
+from rlhf_core.errors import UsageError
 from rlhf_core.rollout.episode_table import EpisodeState
 
 __all__ = ["DrivenEpisode", "Turn"]
@@ -68,6 +69,21 @@ class DrivenEpisode:
     def length(self) -> int:
         """Tokens of its completion: all but the first segment's prompt."""
         return sum(len(each.ids) for each in self.segments) - (len(self.segments[0].prompt) if self.segments else 0)
+
+    def end(self, outcome: Outcome) -> None:
+        """Take what the episode earned.
+
+        Raises:
+            UsageError: rewards of tokens are not one for each token of a turn.
+        """
+        lengths = {turn.number: len(turn.tokens) for segment in self.segments for turn in segment.turns}
+        for number, rewards in enumerate(outcome.token_rewards):
+            if rewards and len(rewards) != lengths.get(number, 0):
+                raise UsageError(
+                    f"the agent returned {len(rewards)} token_rewards for turn {number}, which has "
+                    f"{lengths.get(number, 0)} tokens; return one for each token, or none"
+                )
+        self.outcome = outcome
 
     def find_segment(self, ids: Sequence[int]) -> Segment | None:
         """Return the segment that an ask of these ids continues: the longest of those whose every token they begin with."""
@@ -133,6 +149,9 @@ class DrivenEpisode:
         for number, reward in enumerate(self.outcome.turn_rewards):
             if number in last:
                 state.rewards[last[number]] += reward
+        for number, rewards in enumerate(self.outcome.token_rewards):
+            if rewards:
+                state.reward_tokens(last[number], rewards)
         state.rewards[-1] += self.outcome.reward
         state.score, state.finish = self.outcome.score, self.finish or "stop"
         state.metrics = dict(self.outcome.metrics)

@@ -165,7 +165,7 @@ class _Player:
                 raise ContractError(
                     f"{describe(table.environment, self._example(episode))} returned {outcome!r}, which is no Outcome"
                 )
-            episode.outcome = outcome
+            episode.end(outcome)
         except TimeoutError:
             if not timer.expired():
                 raise

@@ -5,7 +5,7 @@ In the batch
 * `tokens_NT` holds the tokens of the policy and of the environment, and `mask_NT` is true where the policy sampled;
 * `sampler_logprobs_NT` and other numbers of the engine are zero at tokens of the environment;
 * `turns_NT` is the number of the turn, from 0 (feedback has that of the turn that it answers), and `turns_N` counts turns;
-* `environment_rewards_NT` has each turn's reward at the turn's last token;
+* `environment_rewards_NT` has each turn's reward at the turn's last token, and rewards of tokens at these;
 * `environment_scores_N` is the last score, or the sum of rewards where there is none;
 * `environment_failed_N` is true where the environment or the agent failed;
 * `environment/<name>_N` is a metric, added up over turns;
@@ -76,6 +76,11 @@ class EpisodeState:
         self.rewards.extend([0.0] * len(tokens))
         for name, values in numbers.items():
             self.numbers.setdefault(name, array("d")).extend(values)
+
+    def reward_tokens(self, last: int, rewards: Sequence[float]) -> None:
+        """Add the rewards of the tokens up to the one at `last`."""
+        for place, reward in enumerate(rewards, last + 1 - len(rewards)):
+            self.rewards[place] += reward
 
 
 class EpisodeTable:

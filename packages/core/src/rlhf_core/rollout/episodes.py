@@ -157,7 +157,7 @@ def _respond(table: EpisodeTable, loop: EventLoop, actions: Sequence[Action]) ->
         if isinstance(answer, _Failure):
             _fail(table, episode, action, answer)
             continue
-        _take_feedback(table, episode, action, _check_feedback(table, episode, answer))
+        _take_feedback(table, episode, action, _check_feedback(table, episode, action, answer))
 
 
 def _answer_of(episode: EpisodeState, action: Action) -> Any:
@@ -178,6 +178,7 @@ def _fail(table: EpisodeTable, episode: EpisodeState, action: Action, failure: _
 def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, feedback: Feedback) -> None:
     """Add what the environment answered to the episode, which may end here. Feedback that nobody reads is not added."""
     episode.rewards[-1] += feedback.reward
+    episode.reward_tokens(len(episode.tokens) - 1, feedback.token_rewards)
     episode.score = episode.score if feedback.score is None else feedback.score
     for name, value in feedback.metrics.items():
         episode.metrics[name] = episode.metrics.get(name, 0.0) + value
@@ -201,7 +202,7 @@ def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, f
         episode.kept_sets.append(KeptSets.whole(len(ids)))
 
 
-def _check_feedback(table: EpisodeTable, episode: EpisodeState, feedback: object) -> Feedback:
+def _check_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, feedback: object) -> Feedback:
     """Return `feedback` if it keeps the contract."""
     example, environment = table.example(episode), table.environment
     if not isinstance(feedback, Feedback):
@@ -212,6 +213,9 @@ def _check_feedback(table: EpisodeTable, episode: EpisodeState, feedback: object
         raise _contract_error(
             table, example, "returned messages and does not declare it; give the class `messages = True`"
         )
+    if len(feedback.token_rewards) not in (0, len(action.token_ids)):
+        count = f"{len(feedback.token_rewards)} token_rewards for {len(action.token_ids)} tokens"
+        raise _contract_error(table, example, f"returned {count}; give one for each token of the turn, or none")
     for name in feedback.metrics:
         if name not in environment.metrics:
             raise _contract_error(

@@ -81,6 +81,9 @@ def _converse(loop: EventLoop, environment: Environment, session: Session, turns
         assert len(given) <= 1, f"{name} must give one of text, messages and token_ids"
         assert not feedback.messages or environment.messages, f"{name} gives messages: declare `messages = True`"
         assert math.isfinite(feedback.reward), f"{name} gave the reward {feedback.reward}"
+        assert len(feedback.token_rewards) in (0, len(text.encode()) + 1), (
+            f"{name} gave {len(feedback.token_rewards)} token_rewards for {len(text.encode()) + 1} tokens"
+        )
         assert feedback.score is None or 0 <= feedback.score <= 1, (
             f"{name} gave a score of {feedback.score}, not 0 to 1"
         )
