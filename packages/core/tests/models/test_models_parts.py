@@ -70,6 +70,7 @@ def test_the_average_of_weights_that_move_evenly_lags_by_a_closed_form() -> None
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
     average, decay = Average(module, 0.9), 0.9
+    average.begin(module)
     for t in range(1, 8):
         with torch.no_grad():
             module.weight += 1
@@ -82,6 +83,7 @@ def test_the_average_of_weights_that_move_evenly_lags_by_a_closed_form() -> None
 def test_the_average_stays_in_float32_while_the_module_changes_its_dtype() -> None:
     module = nn.Linear(3, 3)
     module.average = Average(module, 0.5)
+    module.average.begin(module)
     module.bfloat16()
     assert {buffer.dtype for buffer in module.average.buffers()} == {torch.float32}
     assert module.weight.dtype == torch.bfloat16
@@ -130,7 +132,7 @@ def test_parameters_are_found_by_name_when_a_strategy_replaces_them(lora: Lora, 
 
 def test_an_average_is_refused_before_training_where_weights_are_held_nowhere() -> None:
     class Freed(TorchTrainable):
-        """Frees weights between steps, as DeepSpeed's stage 3 does."""
+        """Frees weights between steps, and holds no share of them."""
 
         sharded = True
 

@@ -35,6 +35,7 @@ __all__ = [
     "forward",
     "gather_weights",
     "initialize",
+    "join_shares",
     "library",
     "mark_leaves",
     "shard",
@@ -159,6 +160,20 @@ def whole(parameter: Tensor) -> Tensor:
     """Return the whole of a sharded parameter. Collective."""
     with library().zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
+
+
+def join_shares(parameter: Any, share: Tensor, device: torch.device) -> Tensor:
+    """Return the whole of a tensor that is cut as a sharded parameter is. Collective.
+
+    Args:
+        parameter: sharded.
+        share: (elements,), this rank's, padded as `parameter.ds_tensor`.
+        device: where ranks exchange tensors.
+    """
+    share = share.to(device)
+    flat = share.new_empty(torch.distributed.get_world_size() * share.numel())
+    torch.distributed.all_gather_into_tensor(flat, share)
+    return flat.narrow(0, 0, parameter.ds_numel).view(parameter.ds_shape)
 
 
 def assign(parameter: Tensor, whole: Tensor) -> None:

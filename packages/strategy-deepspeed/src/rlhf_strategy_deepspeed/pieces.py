@@ -103,22 +103,33 @@ def _base(engine: Any) -> Any:
 def _stretches(engine: Any, stage: int) -> Iterator[_Stretch]:
     """Yield this rank's parts in the module's order."""
     saved = engine.module.state_dict().keys()  # a frozen body is loaded again from where it came
-    rank = torch.distributed.get_rank()
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             stretch = _trained(engine, stage, name, parameter)
             if stretch is not None:
                 yield stretch
         elif name in saved and stage == 3:
-            held = parameter.ds_tensor.view(-1)
-            start = rank * held.numel()
-            count = max(0, min(held.numel(), parameter.ds_numel - start))
-            yield _Stretch(name, start, held.narrow(0, 0, count), None)
+            yield _share(name, parameter.ds_tensor.view(-1), parameter)
         elif name in saved:
             yield _Stretch(name, 0, parameter.data.view(-1), None, repeated=True)
+    averages = _shared_averages(engine.module) if stage == 3 else {}
     for name, buffer in engine.module.named_buffers():
-        if name in saved:
+        if name in saved and id(buffer) in averages:
+            yield _share(name, buffer, averages[id(buffer)])
+        elif name in saved:
             yield _Stretch(name, 0, buffer.data.view(-1), None, repeated=True)
+
+
+def _share(name: str, share: Tensor, parameter: Any) -> _Stretch:
+    """This rank's stretch of what stage 3 cuts as `parameter`, without the padding; not trained."""
+    start = torch.distributed.get_rank() * share.numel()
+    return _Stretch(name, start, share.narrow(0, 0, max(0, min(share.numel(), parameter.ds_numel - start))), None)
+
+
+def _shared_averages(module: Any) -> dict[int, Any]:
+    """Return the parameters that moving averages follow, by the ids of the averages."""
+    named = module.average.by_name() if module.average is not None else {}
+    return {id(average): module.get_parameter(name) for name, average in named.items()}
 
 
 def _trained(engine: Any, stage: int, name: str, parameter: Any) -> _Stretch | None:

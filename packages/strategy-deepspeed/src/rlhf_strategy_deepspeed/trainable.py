@@ -26,6 +26,7 @@ from rlhf_strategy_deepspeed.engine import (
     forward,
     gather_weights,
     initialize,
+    join_shares,
     library,
     mark_leaves,
     shard,
@@ -124,6 +125,12 @@ class DeepSpeedTrainable(Trainable):
 
     def full(self, parameter: Tensor) -> Tensor:
         return whole(parameter) if self.sharded else parameter.detach()
+
+    def own_share(self, parameter: Any) -> Tensor:
+        return parameter.ds_tensor.detach().view(-1) if self.sharded else parameter.detach()  # type: ignore[no-any-return]
+
+    def join_shares(self, parameter: Tensor, share: Tensor) -> Tensor:
+        return join_shares(parameter, share, self.device) if self.sharded else share
 
     def assign(self, parameter: Tensor, whole: Tensor) -> None:
         assign(parameter, whole)

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Trainable:
     """A model under a strategy, inside one process (one rank of `world`).
 
-    Strategies subclass it. `sharded`, `full`, `assign` and what options ask for (`shared_base`, `snapshot`, `discard`) have
-    defaults.
+    Strategies subclass it. `sharded`, `full`, `own_share`, `join_shares`, `assign` and what options ask for (`shared_base`,
+    `snapshot`, `discard`) have defaults.
 
     `module` is the `RoleModule` that `build` made, or one with its attributes `adapters`, `average`, `frozen`, `packs`
     and `vision`.
@@ -46,6 +46,20 @@ class Trainable:
         It is valid until the next call. Collective: every rank calls it for the same parameters in the same order.
         """
         return parameter.detach()
+
+    def own_share(self, parameter: Tensor) -> Tensor:
+        """Return this rank's share of a parameter of `module`, with the numbers that it has now, without gradient.
+
+        Its shape stays the same from step to step.
+        """
+        return parameter.detach()
+
+    def join_shares(self, parameter: Tensor, share: Tensor) -> Tensor:
+        """Return the whole of a tensor, in the shape of `parameter`, of which this rank has `share`, cut as `own_share` cuts.
+
+        It is valid until the next call. Collective, like `full`.
+        """
+        return self.full(share)
 
     def assign(self, parameter: Tensor, whole: Tensor) -> None:
         """Write a whole tensor into a parameter or buffer of `module`; where it is sharded, this rank's share of it.

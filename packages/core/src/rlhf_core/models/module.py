@@ -41,6 +41,9 @@ from rlhf_core.models.lora import Adapters, dequantize
 
 __all__ = ["RoleModule"]
 
+Joined = Callable[[Tensor, Tensor], Tensor]
+"""(a parameter, this rank's share of a tensor like it) -> the whole tensor"""
+
 
 class RoleModule(nn.Module):
     """A Hugging Face model and a role's heads.
@@ -237,7 +240,7 @@ class RoleModule(nn.Module):
         return uses_flash(self.model.config.get_text_config(decoder=True))
 
     def hf_weights(
-        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False
+        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, joined: Joined | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's tensors under their Hugging Face names, each once: of tied ones the first, the embedding.
 
@@ -245,17 +248,18 @@ class RoleModule(nn.Module):
 
         Args:
             full: the whole of a parameter; `Trainable.full` of a strategy that shards. Every rank calls it for every parameter.
-            averaged: give the moving average in the place of what is trained.
+            joined: the whole of a parameter's moving average, from the parameter and this rank's share of the average;
+                `Trainable.join_shares`. It gives the averages in the place of what is trained; None gives the weights.
         """
         adapters = self.adapters or Adapters(None)
         sites = {site.base: site for site in adapters.sites if adapters.on}
-        averages = self._averages() if averaged else {}
+        averages = self._averages() if joined else {}
         named = dict(self.model.named_parameters())
 
         def value(name: str) -> Tensor:
             parameter = named[name]
-            if name in averages:
-                return full(averages[name]).to(parameter.dtype)
+            if joined and name in averages:
+                return joined(parameter, averages[name]).to(parameter.dtype)
             return dequantize(parameter, full(parameter))
 
         for name in [name for name in named if name not in adapters.names]:
@@ -280,7 +284,7 @@ class RoleModule(nn.Module):
         return {name.replace(".base_layer.", "."): tensor for name, tensor in named.items()}
 
     def own_weights(
-        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, averaged: bool = False
+        self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, joined: Joined | None = None
     ) -> dict[str, Tensor]:
         """Return what an export writes beside `hf_weights`: heads, and of an adapted model all that is trained.
 
@@ -288,9 +292,11 @@ class RoleModule(nn.Module):
         """
         trained = {f"model.{name}" for name in self.adapters.names} if self.adapters is not None else set()
         scored = "model.score." if self.adapters is not None else "heads."
-        averages = {f"model.{name}": tensor for name, tensor in self._averages().items()} if averaged else {}
+        averages = self.average.by_name() if self.average is not None else {}
         return {
-            name: full(averages[name]).to(parameter.dtype) if name in averages else full(parameter).clone()
+            name: joined(parameter, averages[name]).to(parameter.dtype)
+            if joined and name in averages
+            else full(parameter).clone()
             for name, parameter in self.named_parameters()
             if name in trained or name.startswith(("heads.", scored))
         }

@@ -230,7 +230,8 @@ def _weights(role: LocalRole) -> dict[str, Tensor]:
 def _averages(role: LocalRole) -> dict[str, Tensor]:
     """Return the whole moving averages, by the names of their parameters."""
     named = role.average.by_name() if role.average is not None else {}
-    return {key: role.trainable.full(tensor).cpu().clone() for key, tensor in named.items()}
+    joined, module = role.trainable.join_shares, role.module
+    return {key: joined(module.get_parameter(key), tensor).cpu().clone() for key, tensor in named.items()}
 
 
 def _check_export(what: str, role: LocalRole, reference: LocalRole, atol: float, averaged: bool) -> None:

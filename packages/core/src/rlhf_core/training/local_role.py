@@ -107,23 +107,29 @@ class LocalRole(Role):
             self.module.sharded = True
             if isinstance(self.spec.options, TrainedOptions) and self.spec.options.features:
                 raise OptionError(f"/{self.name}.features", "is for weights that are not sharded; leave it out")
-            self._shard_average()
+            self._check_halving()
+        self._begin_average()
         if self.world.leads and (self.module.frozen or self.module.adapters is not None):
             from rlhf_core.models.freezing import trained_share
 
             log.info(f"the {self.name} trains {trained_share(self.module)}")
 
-    def _shard_average(self) -> None:
-        """Let a moving average begin at the weights as the strategy has sharded them."""
+    def _begin_average(self) -> None:
+        """Let a moving average begin at the weights as the strategy has placed them, sharded where they are."""
+        if self.average is None:
+            return
+        if not self.average.follows(self.module, self.trainable.own_share):
+            strategy = self.plan.config.names.get("strategy", "")
+            raise OptionError(
+                f"/{self.name}.ema",
+                f"{self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
+                "an average must follow them; leave it out, or choose a strategy that holds them (torch, deepspeed)",
+            )
+        self.average.begin(self.module, self.trainable.own_share)
+
+    def _check_halving(self) -> None:
+        """Refuse to halve batches where ranks wait for each other."""
         strategy = self.plan.config.names.get("strategy", "")
-        if self.average is not None:
-            if not self.average.follows(self.module):
-                raise OptionError(
-                    f"/{self.name}.ema",
-                    f"{self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
-                    "an average must follow them; leave it out, or choose a strategy that holds them (torch, fsdp2)",
-                )
-            self.average.begin(self.module)
         if self.plan.config.on_oom == "halve" and self.world.size > 1:
             raise UsageError(
                 f"{run_option('on_oom', 'halve')}: ranks of strategy {strategy!r} wait for each other inside a "
@@ -291,11 +297,12 @@ class LocalRole(Role):
         from rlhf_core.models.export.precision import saved_dtype
 
         leads = self.world.leads
+        joined = self.trainable.join_shares if averaged else None
         state = {}
         if self.module.adapters is None:  # else the model's own weights are where they came from
-            weights = self.module.hf_weights(self.trainable.full, averaged) if averaged else self.weights()
+            weights = self.module.hf_weights(self.trainable.full, joined) if joined else self.weights()
             state = {name: tensor.cpu() for name, tensor in weights if leads}
-        own = self.module.own_weights(self.trainable.full, averaged)
+        own = self.module.own_weights(self.trainable.full, joined)
         if leads:
             card: dict[str, Any] = {
                 "base": self.spec.options.model,

@@ -136,7 +136,7 @@ class OptimizerStep:
         else:
             watch.check_gradient(metrics["grad_norm"], work)
             if self.average is not None:
-                self.average.update(self.module)
+                self.average.update(self.module, self.trainable.own_share)
         for name, value in metrics.items():
             means.add(f"{name}/{self.name}", value)
 
