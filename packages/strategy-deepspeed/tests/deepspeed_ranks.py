@@ -114,6 +114,10 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
         "grpo",
         {**ONLINE, "model": "tiny:heads=4,kv_heads=2", "actor": {**ACTOR, "gradient_checkpointing": True}},
     ),
+    "repulse": lambda folder: (
+        {"use": "repulse", "alpha": 0.1, "target": {"beta": -2.0}},
+        {**ONLINE, "sampling": {"n": 4, "max_new_tokens": 6}, "proposal": ACTOR},
+    ),
     "distill": lambda folder: ("distill", {**offline(folder, "rows"), "teacher": {"model": "tiny:layers=1"}}),
     "lora": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "lora": {"rank": 4}}}),
     "bf16": lambda folder: ("sft", {**offline(folder, "rows"), "actor": {**ACTOR, "dtype": "bfloat16"}}),
@@ -183,6 +187,15 @@ def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "", *
     world.barrier()
     # the algorithm of this file has another name in the process that runs the file
     return run(folder, case, strategy, copy, resume=True, resume_changed=case == "plain", **options)
+
+
+def every_stage(folder: str, case: str, options: Mapping[str, Any]) -> None:
+    """Run `case` under each stage on every rank, and leave FOLDER/found.pt; without a start of torchrun."""
+    torch.set_num_threads(1)
+    world = join_world()
+    found = {stage: run(Path(folder), case, sharded(str(stage)), f"stage{stage}", **options) for stage in range(4)}
+    if world.rank == 0:
+        torch.save(found, Path(folder, "found.pt"))
 
 
 def mistake(action: Callable[[], object]) -> str:
