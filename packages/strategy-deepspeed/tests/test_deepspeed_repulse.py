@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path, an
 import deepspeed_ranks as ranks
 from test_deepspeed_ranks import assert_same
 
-
 pytest.importorskip("rlhf_algos", reason="trains RePULSe of rlhf-algos")
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
 
