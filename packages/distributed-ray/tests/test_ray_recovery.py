@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,4 +134,44 @@ def test_a_dead_trainer_comes_back_and_the_run_goes_on(
     steps = [sample["step"] for sample in samples]
     assert steps == sorted(steps) and len(steps) == len(
         (tmp_path / "undisturbed" / "samples.jsonl").read_text().splitlines()
+    )
+
+
+class Rows:
+    """The numbers of the prompts that each step was trained on; of a step that comes again, the last time counts."""
+
+    def __init__(self) -> None:
+        self.uids: dict[int, list[int]] = {}
+
+    @hookimpl
+    def rlhf_step_end(self, run: Run, step: int) -> None:
+        self.uids[step] = run.samples["actor"]["uids_N"].tolist()
+
+
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_survives_the_death_of_an_engine_and_of_a_trainer(tmp_path: Path) -> None:
+    """Which weights sample depends on timing, so numbers may differ; rows, ages and recoveries may not."""
+    expected, found = Rows(), Rows()
+    run([*JOB, "--steps", "6"], tmp_path / "undisturbed", expected)
+    harm = Harm((2, "engine", 0, signal.SIGKILL), (4, "actor", 1, signal.SIGKILL))
+    flags = ["--ahead", "1", "--launcher.workers", "2", "--launcher.snapshot-every", "1"]
+    rows = run([*JOB, "--steps", "6", *RAY, *flags], tmp_path / "disturbed", found, harm)
+    assert [row["step"] for row in rows] == [*range(1, 7)]
+    assert found.uids == expected.uids, "no prompt is lost, and none is trained on twice"
+    assert total(rows, "recovered/engine") == 1 and total(rows, "recovered/roles") == 1
+    assert max(row["rollout/staleness_max"] for row in rows) <= 1
+    assert all(row.get("actor/mismatch", 0.0) < 1e-5 for row in rows), "the versions of tokens are right"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed beside ray")
+def test_a_dead_rank_of_a_deepspeed_role_comes_back_with_its_shards(tmp_path: Path) -> None:
+    """Stage 2: each rank has its part of the optimizer's states, which its snapshot holds. The numbers are those of torch."""
+    expected = run([*JOB, "--steps", "4"], tmp_path / "undisturbed")
+    harm = Harm((3, "actor", 1, signal.SIGKILL))
+    flags = "--strategy deepspeed --strategy.stage 2 --launcher.workers 2 --launcher.snapshot-every 1".split()
+    rows = run([*JOB, "--steps", "4", *RAY, *flags], tmp_path / "disturbed", harm)
+    assert_same(expected, rows)
+    assert [row.get("recovered/roles", 0.0) for row in rows] == [0, 0, 1, 0], (
+        "the death came before the snapshot of step 3"
     )

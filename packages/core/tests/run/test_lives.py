@@ -41,6 +41,8 @@ class Mortal(Launcher):
     """folder of snapshots"""
     forgets: bool = False
     """snapshots are lost with the process"""
+    replaced: tuple[int, ...] = ()
+    """an engine is replaced before these calls of `train`"""
 
     def __call__(self, plan: Plan) -> Placement:
         return MortalPlacement(self, plan)
@@ -51,7 +53,7 @@ class MortalPlacement(Placement):
         placed = Local()(plan)
         super().__init__(placed.roles, placed.rollout, placed.world, launcher.retries, launcher.snapshot_every)
         self.launcher, self.plan = launcher, plan
-        self.trained = 0
+        self.trained = self.replaced = 0
         self._haunt()
 
     def _haunt(self) -> None:
@@ -61,6 +63,7 @@ class MortalPlacement(Placement):
         def fail_or_train(work: Any) -> Any:
             metrics = train(work)  # what it changed is given up
             self.trained += 1
+            self.replaced += self.trained in self.launcher.replaced
             if self.trained in self.launcher.deaths:
                 raise WorkerLost("role actor rank 0", "role actor rank 0 on node here (process 7) died: for the test")
             return metrics
@@ -88,6 +91,10 @@ class MortalPlacement(Placement):
             shutil.rmtree(self.launcher.memory, ignore_errors=True)
         self.roles |= {name: role for name, role in Local()(self.plan).roles.items() if name in roles}
         self._haunt()
+
+    def recoveries(self) -> dict[str, float]:
+        replaced, self.replaced = self.replaced, 0
+        return {"recovered/engine": float(replaced)}
 
     def close(self) -> None:
         CALLS.append("close")
@@ -152,6 +159,30 @@ def test_several_deaths_are_counted_where_the_run_went_on(undisturbed: Path, tmp
     rows = run(tmp_path / "run", launcher)
     assert_same(undisturbed, tmp_path / "run")
     assert [row.get("recovered/roles", 0.0) for row in rows] == [0, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("deaths", "replaced", "save_every", "roles", "engines"),
+    [
+        pytest.param((4,), (3,), 2, [0, 0, 1, 0, 0], [0, 0, 1, 0, 0], id="the line of step 3 is cut"),
+        pytest.param((4,), (4,), 2, [0, 0, 1, 0, 0], [0, 0, 1, 0, 0], id="step 4 is given up"),
+        pytest.param((2, 5), (1,), 0, [2, 0, 0, 0, 0], [1, 0, 0, 0, 0], id="everything is cut, twice"),
+        # calls 1 to 3, then 3 to 4 again, of which the second dies, then 3 to 5
+        pytest.param((3, 5), (3, 4, 5, 8), 2, [0, 0, 2, 0, 0], [0, 0, 3, 0, 1], id="some are cut and some stay"),
+    ],
+)
+def test_what_is_counted_outlives_the_line_that_is_cut(
+    deaths: tuple[int, ...],
+    replaced: tuple[int, ...],
+    save_every: int,
+    roles: list[int],
+    engines: list[int],
+    tmp_path: Path,
+) -> None:
+    """Every recovery is in one line, which is in the file at the end."""
+    rows = run(tmp_path / "run", Mortal(deaths, replaced=replaced), save_every=save_every)
+    assert [row["recovered/engine"] for row in rows] == engines
+    assert [row.get("recovered/roles", 0) for row in rows] == roles
 
 
 def test_a_snapshot_that_is_lost_too_leaves_the_checkpoint(undisturbed: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ is seeded per completion: the new engine draws what the old one would have drawn
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class EngineCrew:
         self._states: dict[int, Mapping[str, Any]] = {}
         """the states that are known of engines that have one"""
         self._replaced, self._seconds = 0, 0.0
+        self._counting = threading.Lock()
+        self._asking = threading.RLock()
+        """with `--ahead` one thread samples and another asks for states; only one of them may replace an engine"""
 
     def __len__(self) -> int:
         return len(self.crew)
@@ -78,15 +82,16 @@ class EngineCrew:
         """
         results: dict[int, Any] = {}
         missing = list(ranks)
-        while missing:
-            found = self.crew.send(call, missing, grace=math.inf)
-            if found.errors:
-                found.deaths.clear()
-                found.in_order()
-            results |= found.results
-            missing = sorted(found.deaths)
-            for rank in missing:
-                self._replace(rank, found.deaths[rank])
+        with self._asking:  # an engine answers one call at a time, so nobody waits longer for it
+            while missing:
+                found = self.crew.send(call, missing, grace=math.inf)
+                if found.errors:
+                    found.deaths.clear()
+                    found.in_order()
+                results |= found.results
+                missing = sorted(found.deaths)
+                for rank in missing:
+                    self._replace(rank, found.deaths[rank])
         return results
 
     def bring_weights(
@@ -124,8 +129,9 @@ class EngineCrew:
 
     def recoveries(self) -> dict[str, float]:
         """Return how many engines were replaced since the last question, and the seconds that it took."""
-        metrics = {"recovered/engine": float(self._replaced), "recovered/engine_seconds": self._seconds}
-        self._replaced, self._seconds = 0, 0.0
+        with self._counting:
+            metrics = {"recovered/engine": float(self._replaced), "recovered/engine_seconds": self._seconds}
+            self._replaced, self._seconds = 0, 0.0
         return metrics
 
     def _replace(self, rank: int, death: WorkerLost) -> None:
@@ -139,21 +145,28 @@ class EngineCrew:
             raise death
         self._left -= 1
         log.warning(f"{death.report}; a new engine takes its place")
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                self._equip(rank, death)
-                break
-            except WorkerLost as again:
-                if again.who != death.who or not left:
-                    raise
-        self._replaced += 1
-        self._seconds += time.monotonic() - began
+        replaced = False
+        try:
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    self.crew.replace(rank, self._hire(rank))
+                    self._equip(rank, death)
+                    break
+                except WorkerLost as again:
+                    # one that is there without weights gets those of the run's next life, and is not replaced again
+                    replaced = again.who != death.who
+                    if replaced or not left:
+                        raise
+            replaced = True
+        finally:
+            with self._counting:
+                self._replaced += replaced
+                self._seconds += time.monotonic() - began
 
     def _equip(self, rank: int, death: WorkerLost) -> None:
-        """Start a new engine, with the state and the weights of the old one."""
+        """Give a new engine the state and the weights of the old one."""
         import ray
 
-        self.crew.replace(rank, self._hire(rank))
         try:
             if self._states.get(rank):
                 self._ask_one(rank, lambda actor, _: actor.load_state_dict.remote(self._states[rank]))

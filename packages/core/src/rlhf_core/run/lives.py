@@ -50,7 +50,10 @@ class Lives:
         """the placement is that of the life before, and its roles are brought back"""
         self._snapshot: Snapshot | None = None
         self._deaths, self._died = 0, 0.0
-        self._recovered, self._seconds = 0, 0.0
+        self._counts: dict[str, float] = {}
+        """recoveries that no line of the metrics has yet"""
+        self._told: dict[int, dict[str, float]] = {}
+        """recoveries that a line has, by step; lines of steps that come again are cut"""
 
     def live(self, train: Callable[[], Result]) -> Result:
         """Return what `train` returns, in the first life that does not end by a death.
@@ -110,18 +113,24 @@ class Lives:
             run.sync_engine(run.changing_roles)  # engines have weights of the life before
         if self.revives:
             log.warning(f"continuing after step {run.step}")
-            self._recovered += 1
-            self._seconds += current_time() - self._died
+            self._count({"recovered/roles": 1.0, "recovered/seconds": current_time() - self._died})
             self._died = 0.0
+        for step in [each for each in self._told if each > run.step]:
+            self._count(self._told.pop(step))
 
     def recoveries(self) -> dict[str, float]:
-        """Return what is logged of recoveries since the last finished step."""
+        """Return the recoveries for the line of the step that ends: those that no line has yet, or whose line was cut."""
         assert self.run.placed is not None
-        metrics = dict(self.run.placed.recoveries())
-        if self._recovered:
-            metrics |= {"recovered/roles": float(self._recovered), "recovered/seconds": self._seconds}
-            self._recovered, self._seconds = 0, 0.0
-        return metrics
+        self._count(self.run.placed.recoveries())
+        metrics, self._counts = self._counts, {}
+        if any(metrics.values()):
+            self._told[self.run.step] = metrics
+        return dict(metrics)
+
+    def _count(self, metrics: Mapping[str, float]) -> None:
+        """Add to what the next line will have."""
+        for name, value in metrics.items():
+            self._counts[name] = self._counts.get(name, 0.0) + value
 
     def _continue_from(self, state: Mapping[str, Any], engine_states: Mapping[str, Any]) -> None:
         """Take over the state of a step, whose roles are as they were then."""
