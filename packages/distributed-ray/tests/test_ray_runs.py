@@ -146,13 +146,17 @@ def test_a_run_under_ray_has_the_numbers_and_the_weights_of_one_process(
     same_as_in_one_process(algorithm, 4, flags)
 
 
-def test_episodes_under_ray_are_those_of_one_process(preferences: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("game", ["rlhf_core.testing.tiny_environment:TinyEnvironment", "harness"])
+def test_episodes_under_ray_are_those_of_one_process(game: str, preferences: Path, tmp_path: Path) -> None:
     """Turns are dealt to two engines; a completion that goes on may get its next turn from the other one."""
-    game = ["--environment", "rlhf_core.testing.tiny_environment:TinyEnvironment", "--reward", "environment"]
-    game += ["--sampling.max-new-tokens", "30", "--episode.turn-tokens", "3"]
-    local = run([*words_of("grpo", preferences, tmp_path / "local", 2), *game])
-    flags = ["--launcher.workers", "2", "--launcher.engines", "2"]
-    placed = run([*words_of("grpo", preferences, tmp_path / "ray", 2), *game, *WORKERS, *flags])
+    flags = ["--environment", game, "--reward", "environment", "--sampling.max-new-tokens", "30"]
+    flags += ["--episode.turn-tokens", "3"]
+    if game == "harness":
+        agent = Path(__file__).with_name("ray_agent.py")
+        flags += ["--environment.agent", f"{agent}:play"]
+    local = run([*words_of("grpo", preferences, tmp_path / "local", 2), *flags])
+    engines = ["--launcher.workers", "2", "--launcher.engines", "2"]
+    placed = run([*words_of("grpo", preferences, tmp_path / "ray", 2), *flags, *WORKERS, *engines])
     assert_equal_runs(local, placed)
     assert local[0]["completion/turns"] > 1
 
