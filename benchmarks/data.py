@@ -2,7 +2,7 @@
 
 Rows are made here: preference pairs of about 100 tokens a side, with the chat template of MODEL (the byte-level tokenizer of
 `tiny` by default: more tokens a row than any real one has). Printed are rows/s of reading and checking a file, and of
-templating and tokenising in this process, in two others, and out of the cache; then what an `sft` run of the tiny model
+templating and tokenizing in this process, in two others, and out of the cache; then what an `sft` run of the tiny model
 waited for data, as its own `time/data` says, when rows are read ahead and, for comparison, made when they are asked for.
 """
 
@@ -91,10 +91,10 @@ def main() -> None:
 
         some = examples[:PREPARED]
         encoder = Encoder(load_tokenizer(model, ModelOptions()))
-        prepared("tokenise, one process", encoder, Json(str(path)), some)
-        prepared("tokenise, two processes", encoder, Json(str(path), workers=2), some)
+        prepared("tokenize, one process", encoder, Json(str(path)), some)
+        prepared("tokenize, two processes", encoder, Json(str(path), workers=2), some)
         cached = Json(str(path), cache=str(folder / "cache"))
-        prepared("tokenise into the cache", encoder, cached, some)
+        prepared("tokenize into the cache", encoder, cached, some)
         prepared("out of the cache", encoder, cached, some)
 
         waited("waited, read ahead", Run, path, folder / "ahead")

@@ -11,11 +11,11 @@ has one. Seconds are the processor's.
     python benchmarks/one_pass_hh.py deploy FEATURES --user FEATURES_OF_ANOTHER_MODEL
 
 `passive`: accuracy and loss on held-out pairs against the number of pairs, for all estimators. `active`: a quarter of each
-batch of 32 is labelled, chosen before its labels are seen; accuracy at equal labels. `deploy`: a round offers 16 texts of the
+batch of 32 is labeled, chosen before its labels are seen; accuracy at equal labels. `deploy`: a round offers 16 texts of the
 file at random, a simulated user is shown two of them, and regret is counted.
 
 The simulated user's utility is the fit of all pairs on the features of --user, scaled to a standard deviation of 1.5 over
-texts. Its choices follow Bradley-Terry. `active --user` has it label the pairs; held-out pairs are then labelled without
+texts. Its choices follow Bradley-Terry. `active --user` has it label the pairs; held-out pairs are then labeled without
 noise.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def read_features(path: Path) -> tuple[Tensor, Tensor]:
-    """Features of all texts (R, D), centred and scaled, and the two texts of each pair (N, 2)."""
+    """Features of all texts (R, D), centered and scaled, and the two texts of each pair (N, 2)."""
     tensors = load_file(path)
     features_RD, index_N2 = tensors["features_RH"].double(), tensors["index_NK"]
     features_RD = features_RD - features_RD.mean(0)

@@ -1,6 +1,6 @@
 """One RePULSe update against the bare forwards and backwards it needs, on the same samples.
 
-An update is everything after sampling: needs, credit, both optimiser steps. It needs three forward and backward passes: the
+An update is everything after sampling: needs, credit, both optimizer steps. It needs three forward and backward passes: the
 policy on its own and on the proposal's samples, the proposal on its samples. That on the proposal's samples gives the
 importance weights too, and the proposal's own log-probabilities come with the samples. The bare side does those with
 `transformers`, full logits, clipping and AdamW. Both take turns; target on the 135M model: a ratio of at most 1.1.
@@ -48,7 +48,7 @@ def compare(run: Run, options: argparse.Namespace) -> None:
     for role in run.roles.values():
         role.module.eval()  # type: ignore[attr-defined]
     models: dict[str, Any] = {name: role.causal_lm for name, role in run.roles.items()}  # type: ignore[attr-defined]
-    optimisers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
 
     def ours() -> None:
         update(run, iteration, credit(run, iteration))
@@ -58,8 +58,8 @@ def compare(run: Run, options: argparse.Namespace) -> None:
             for source in sources:
                 logprobs(models[name], batches[source]).mean().backward()
             torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
-            optimisers[name].step()
-            optimisers[name].zero_grad()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
 
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     for k in range(options.rounds + 1):

@@ -1,6 +1,6 @@
 """Curves and the measurement of their costs.
 
-@curve("ranks", "tokenising a rank's share of a batch")
+@curve("ranks", "tokenizing a rank's share of a batch")
 def ranks(quick: bool) -> Measured:
     points = [(n, cpu_seconds(lambda: share_of(n))) for n in ((1, 2) if quick else (1, 4, 16, 64))]
     return Measured([Series("a batch", "ranks", "s", points)], [Ratio("64 ranks / 1", points[-1][1] / points[0][1], 1.2)])

@@ -24,7 +24,7 @@ def timed(call: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-@curve("row_cache", f"tokenised rows on the disk, in blocks of {BLOCK} rows")
+@curve("row_cache", f"tokenized rows on the disk, in blocks of {BLOCK} rows")
 def row_cache(quick: bool) -> Measured:
     """Passes without a cache and into one take turns block by block, so that other work on the machine meets both."""
     text = "What is the color of the sky over a town that nobody in the world has ever heard of? "

@@ -144,7 +144,7 @@ def agree(rollout: VLLMEngines, role: LocalRole, prompts: Prompts, sampling: Sam
 
 
 def train(role: LocalRole, rollouts: Rollouts) -> None:
-    """One optimiser step that makes the first completions less and the last ones more likely."""
+    """One optimizer step that makes the first completions less and the last ones more likely."""
     before = {name: tensor.clone() for name, tensor in role.weights()}
     advantages_NT = torch.where(rollouts.mask_NT, torch.linspace(-1, 1, len(rollouts))[:, None], 0.0)
     role.train({role.spec.terms[0][0]: rollouts.with_extras(advantages_NT=advantages_NT)})

@@ -135,7 +135,7 @@ def test_a_file_adds_settings_and_changes_defaults_and_may_leave_the_rest_to_us(
         ({"zero_optimization": {"reduce_bucket_size": 7}}, {"bucket": 9}, "reduce_bucket_size is 7, but .* make it 9"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the run's own options make it False"),
         ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by batch_size"),
-        ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimiser is the role's"),
+        ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimizer is the role's"),
         ({"fp16": {"enabled": True}}, {}, "fp16.enabled is True, but the run's own options make it False"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},

@@ -66,7 +66,7 @@ def standardise(values_N: Tensor, group_N: Tensor, precision: float = PRECISION)
 
 
 def leave_one_out(values_N: Tensor, group_N: Tensor) -> Tensor:
-    """The value minus the mean of the group's others: n / (n - 1) times the centred value; 0 for groups of one."""
+    """The value minus the mean of the group's others: n / (n - 1) times the centered value; 0 for groups of one."""
     size_N = group_sizes(group_N)
     centred_N = values_N - group_mean(values_N, group_N)
     return (centred_N * size_N / (size_N - 1).clamp(min=1)).to(values_N.dtype)

@@ -1,4 +1,4 @@
-"""Self-normalised importance weights over the samples of one prompt, and what they say about target and proposal.
+"""Self-normalized importance weights over the samples of one prompt, and what they say about target and proposal.
 
 For samples of a proposal q and a target sigma = p phi / Z, the unnormalised weights are w~ = p phi / q; E_q[w~] = Z. All
 sums run over the mask only and in float64: a long completion's log-weight is a difference of large numbers. `group_N`

@@ -1,4 +1,4 @@
-"""Discounted returns and generalised advantage estimation over completions with gaps, without a loop over tokens.
+"""Discounted returns and generalized advantage estimation over completions with gaps, without a loop over tokens.
 
 Sampled tokens are the actions; environment tokens between them (a tool's answer, the next user turn) take no time. So
 the actions of each completion are first moved together, which makes the step from the last action of one turn to the

@@ -252,7 +252,7 @@ def test_comparing_needs_someone_to_compare_with(advantage):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# judgements and teachers
+# judgments and teachers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -310,8 +310,8 @@ def test_a_teacher_s_credit_weighs_per_token_rewards_too_and_leaves_a_penalty_al
     whole_NT = TeacherAdvantage(gamma=1.0, reward=2.0)(batch.rewards, batch.rollouts, extras).advantages_NT
     torch.testing.assert_close(whole_NT[:, 0], 2 * (batch.rewards.rewards_N + own_NT.sum(1)))
     penalty_NT = 0.1 * mask_NT
-    penalised = replace(batch.rewards, rewards_NT=own_NT - penalty_NT)
-    found_NT = TeacherAdvantage(gamma=1.0)(penalised, batch.rollouts, extras | {"penalty_NT": penalty_NT}).advantages_NT
+    penalized = replace(batch.rewards, rewards_NT=own_NT - penalty_NT)
+    found_NT = TeacherAdvantage(gamma=1.0)(penalized, batch.rollouts, extras | {"penalty_NT": penalty_NT}).advantages_NT
     torch.testing.assert_close(found_NT[:, 0], -penalty_NT.sum(1), rtol=0, atol=1e-6)
 
 

@@ -115,9 +115,9 @@ def test_token_rewards_are_added_after_the_normalisation() -> None:
     rollouts, rewards = given((1.0, 1.0, 1.0))
     plain_NT = GDPOAdvantage()(rewards, rollouts, {}).advantages_NT
     penalty_NT = -0.1 * rollouts.mask_NT
-    penalised = RewardOutput(rewards.rewards_N, penalty_NT, metrics=rewards.metrics)
+    penalized = RewardOutput(rewards.rewards_N, penalty_NT, metrics=rewards.metrics)
     to_go_NT = penalty_NT.flip(1).cumsum(1).flip(1) * rollouts.mask_NT
-    torch.testing.assert_close(GDPOAdvantage()(penalised, rollouts, {}).advantages_NT, plain_NT + to_go_NT)
+    torch.testing.assert_close(GDPOAdvantage()(penalized, rollouts, {}).advantages_NT, plain_NT + to_go_NT)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Classes of command lines that must give one curve: how a batch is cut, ordered or interrupted changes no number.
 
 Each runs through the real command line on a 4-layer model for 50 steps. Tolerances are for float32 rounding in another
-order, amplified by 50 optimiser steps: a maximum for single steps, and a tighter one for the mean residual, which a
+order, amplified by 50 optimizer steps: a maximum for single steps, and a tighter one for the mean residual, which a
 systematic difference (a wrong denominator, a lost row) would exceed at once.
 """
 

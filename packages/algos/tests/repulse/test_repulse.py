@@ -272,7 +272,7 @@ def test_an_unnormalised_twist_has_the_published_loss_and_a_negative_term_that_d
 
 
 def test_dpg_of_an_unnormalised_twist_is_weighted_likelihood_too():
-    """Its second part turns grad z into grad log q: the option is `contrast none` with a normalised twist."""
+    """Its second part turns grad z into grad log q: the option is `contrast none` with a normalized twist."""
     q, w = Q.live(), weights(-1)[1][:, None]
     rows = torch.stack([q.first_V.expand(4, 8), q.second_VV[Q_SAMPLES[:, 0]]], 1)  # z_t(v)
     dpg = -(w * (logits(q, Q_SAMPLES) - (rows.softmax(2).detach() * rows).sum(2))).mean(1).mean()

@@ -315,8 +315,8 @@ def test_the_negative_term_in_expectation_is_a_reward_transformation_on_a_transf
         log_ref = (log_p.detach() + 0.3 * (5.0 * reward_N).cos()).log_softmax(0)
         score = (p * (reward_N - 0.2 * (log_p.detach() - log_ref))) @ log_p
         found = torch.autograd.grad(score, parameters, retain_graph=True)
-        penalised = log_p.exp() @ (reward_N - 0.2 * (log_p - log_ref))
-        for mine, exact in zip(found, torch.autograd.grad(penalised, parameters)):
+        penalized = log_p.exp() @ (reward_N - 0.2 * (log_p - log_ref))
+        for mine, exact in zip(found, torch.autograd.grad(penalized, parameters)):
             torch.testing.assert_close(mine, exact, atol=1e-9, rtol=0)
 
 

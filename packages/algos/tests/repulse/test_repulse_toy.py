@@ -36,7 +36,7 @@ def toy(terms: tuple[Term, ...], updates: int, seed: int) -> tuple[float, float]
     """Trains two tables of logits on `terms` as the loop does; the exact log P(bad) and expected reward of the policy."""
     noise = torch.Generator().manual_seed(seed)
     tables = {name: START.clone().requires_grad_() for name in dict.fromkeys(term.role for term in terms)}
-    optimisers = {
+    optimizers = {
         name: torch.optim.Adam([table], lr={"actor": 0.05, "proposal": 0.1}[name]) for name, table in tables.items()
     }
     template = make_batch([2] * N, groups=[0] * N)
@@ -46,10 +46,10 @@ def toy(terms: tuple[Term, ...], updates: int, seed: int) -> tuple[float, float]
         for name, table in tables.items():
             mine = [(term, batch) for term, batch in zip(terms, credited) if term.role == name]
             loss = sum(loss_of(term, batch, table) for term, batch in mine)
-            optimisers[name].zero_grad()
+            optimizers[name].zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([table], 1.0)
-            optimisers[name].step()
+            optimizers[name].step()
     p = tables["actor"].detach().double().softmax(1)
     bad = p[:, BAD].sum(1)
     return math.log(float(bad[0] + (1 - bad[0]) * bad[1])), float((p @ VALUE.double()).sum())

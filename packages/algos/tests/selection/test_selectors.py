@@ -149,7 +149,7 @@ def test_drts_pairs_a_likely_best_with_a_likely_worst() -> None:
 def test_a_random_pair_is_uniform_and_depends_on_seed_prompt_and_step() -> None:
     rewards_G = tensor([3, 1, 2])
     found = Counter(selector("random_pair").pair(rewards_G, uid, 1) for uid in range(3000))
-    assert set(found) == {(0, 1), (0, 2), (2, 1)}, "each is labelled by the reward"
+    assert set(found) == {(0, 1), (0, 2), (2, 1)}, "each is labeled by the reward"
     assert all(abs(count / 3000 - 1 / 3) < 0.03 for count in found.values())
     draws = {
         key: [selector("random_pair", seed=key[0]).pair(rewards_G, uid, key[1]) for uid in range(20)]

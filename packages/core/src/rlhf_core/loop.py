@@ -67,7 +67,7 @@ def credit(run: LoopRun, iteration: LoopIteration, after: str = "") -> dict[str,
 
 
 def update(run: LoopRun, iteration: LoopIteration, credited: dict[str, Batch]) -> None:
-    """Let each trained role take its optimiser steps; then sampling sees the new weights."""
+    """Let each trained role take its optimizer steps; then sampling sees the new weights."""
     for wave in iteration.plan.update_waves:  # roles that do not wait for each other
         calls = {}
         for name in wave:

@@ -80,7 +80,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits_f
     options: dict[str, Any] = {"model": MODEL, "steps": 5, "save_every": 2, "save_async": True}
     tiny_run(tmp_path, registry=observing(step_ended), **options).train()
     assert events[:4] == ["step 1", "step 2", "step 3", "step 4"]
-    assert events[4:6] == ["written", "written"], "module and optimiser of step 2, before those of step 4 are begun"
+    assert events[4:6] == ["written", "written"], "module and optimizer of step 2, before those of step 4 are begun"
     assert set(events[4:]) == {"written", "step 5"}
     assert [folder.name for folder in valid_checkpoints(tmp_path)] == ["step-4", "step-5"]
 

@@ -203,7 +203,7 @@ def test_help_of_an_algorithm_shows_exactly_its_options_with_docs_and_defaults(s
     assert "--algorithm.clip FLOAT where the ratio is cut (default: 0.2)" in text
     assert "--actor.optim.lr FLOAT peak learning rate (default: 3e-05)" in text
     assert "--sampling.n INT completions per prompt (default: 6)" in text, "the algorithm's own default"
-    assert "--reference.optim" not in text, "a frozen role has no optimiser"
+    assert "--reference.optim" not in text, "a frozen role has no optimizer"
     assert "--sampling.seed" not in text, "the loop sets it"
     assert "--loss " not in text, "the algorithm has no loss to choose"
 

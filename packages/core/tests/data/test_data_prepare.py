@@ -68,7 +68,7 @@ def test_a_cached_row_is_the_row(tmp_path: Path, online: bool, monkeypatch: Any)
     expected = [plain.prompt_row(e) if online else plain.row(e) for e in EXAMPLES]
     assert prepared(online, cache=str(tmp_path)) == expected
     monkeypatch.setattr(Encoder, "row", None)
-    monkeypatch.setattr(Encoder, "prompt_row", None)  # nothing is tokenised again
+    monkeypatch.setattr(Encoder, "prompt_row", None)  # nothing is tokenized again
     assert prepared(online, cache=str(tmp_path)) == expected
     with pytest.raises(TypeError):
         prepared(not online, cache=str(tmp_path))  # prompts alone are other rows

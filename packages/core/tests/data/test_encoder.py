@@ -1,6 +1,6 @@
 """Training reads exactly the ids that sampling would have seen and produced, and the loss applies to its words.
 
-The tokenizer is a byte-level BPE trained here. Special tokens never merge with text, so tokenising a whole rendered
+The tokenizer is a byte-level BPE trained here. Special tokens never merge with text, so tokenizing a whole rendered
 conversation at once is an independent account of what the joined prompt and completion ids must be.
 """
 

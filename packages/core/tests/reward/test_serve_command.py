@@ -61,7 +61,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(saved: tuple[str, str]) -> Iterator[Served]:
-    """The command with a token from the environment, and scores that are normalised."""
+    """The command with a token from the environment, and scores that are normalized."""
     server = Served(saved[0], "--token", "env:KEY", "--mean", "0.5", "--std", "2", KEY="secret")
     yield server
     server.process.kill()

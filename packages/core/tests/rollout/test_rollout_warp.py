@@ -40,21 +40,21 @@ def reference(
     """Truncated probabilities, each rule in the words of its definition, one after the other."""
     probs = probabilities(logits, temperature)
     if min_p_first:
-        probs = renormalised([p if p >= min_p * max(probs) else 0.0 for p in probs])
+        probs = renormalized([p if p >= min_p * max(probs) else 0.0 for p in probs])
     if 0 < top_k < len(probs):
         kth = sorted(probs, reverse=True)[top_k - 1]
-        probs = renormalised([p if p >= kth else 0.0 for p in probs])
+        probs = renormalized([p if p >= kth else 0.0 for p in probs])
     if top_p < 1:
         mass, least = 0.0, 0.0
         for p in sorted(probs, reverse=True):
             mass, least = mass + p, p
             if mass >= top_p:
                 break
-        probs = renormalised([p if p >= least else 0.0 for p in probs])
-    return renormalised([p if p >= min_p * max(probs) else 0.0 for p in probs])
+        probs = renormalized([p if p >= least else 0.0 for p in probs])
+    return renormalized([p if p >= min_p * max(probs) else 0.0 for p in probs])
 
 
-def renormalised(probs: list[float]) -> list[float]:
+def renormalized(probs: list[float]) -> list[float]:
     return [p / math.fsum(probs) for p in probs]
 
 
@@ -146,7 +146,7 @@ def test_the_gradient_is_that_of_the_distribution_over_the_kept_set() -> None:
     logits_NV = torch.tensor([[2.0, 1.0, 0.5, -1.0, -4.0]], requires_grad=True)
     warped = warp(logits_NV, temperature=0.5, top_k=3)
     (gradient_NV,) = torch.autograd.grad(warped.logprobs_NV[0, 1], logits_NV)
-    probs = renormalised([math.exp(x / 0.5) for x in (2.0, 1.0, 0.5)])
+    probs = renormalized([math.exp(x / 0.5) for x in (2.0, 1.0, 0.5)])
     expected = [-probs[0] / 0.5, (1 - probs[1]) / 0.5, -probs[2] / 0.5, 0.0, 0.0]
     assert gradient_NV[0].tolist() == pytest.approx(expected, abs=1e-6)
 

@@ -31,7 +31,7 @@ def test_a_state_comes_back_from_json_as_it_was() -> None:
 
 
 def test_a_checkpoint_holds_the_state_after_its_step(tmp_path: Path) -> None:
-    """Two steps of two rows each have read four rows; the actor has taken two optimiser steps."""
+    """Two steps of two rows each have read four rows; the actor has taken two optimizer steps."""
     run = tiny_run(tmp_path, model="tiny:hidden=16,layers=1")
     run.train()
     saved = json.loads((tmp_path / "checkpoints" / "step-2" / "state.json").read_text())

@@ -32,7 +32,7 @@ def left_by(output: Path) -> dict[str, Any]:
         "metrics": [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in rows],
         "samples": (output / "samples.jsonl").read_bytes(),
         "weights": (output / "model" / "model.safetensors").read_bytes(),
-        "optimiser": {str(path.relative_to(output)): path.read_bytes() for path in roles if path.is_file()},
+        "optimizer": {str(path.relative_to(output)): path.read_bytes() for path in roles if path.is_file()},
     }
 
 

@@ -1,4 +1,4 @@
-"""Dynamic sampling and running normalisation: which prompts are kept, what ranks and resuming change (nothing)."""
+"""Dynamic sampling and running normalization: which prompts are kept, what ranks and resuming change (nothing)."""
 
 from __future__ import annotations
 

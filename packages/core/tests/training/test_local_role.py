@@ -1,4 +1,4 @@
-"""The optimiser step: whatever is cut however, the gradient is that of the whole batch."""
+"""The optimizer step: whatever is cut however, the gradient is that of the whole batch."""
 
 from __future__ import annotations
 

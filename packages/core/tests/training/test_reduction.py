@@ -1,4 +1,4 @@
-"""Reductions: the mean over the whole optimiser step, however it is cut."""
+"""Reductions: the mean over the whole optimizer step, however it is cut."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a role: what the run decides, good defaults, and what the user's file adds.
 
-Gradients are summed by core's count over a whole optimiser step whose micro-batches nobody announces beforehand, so
+Gradients are summed by core's count over a whole optimizer step whose micro-batches nobody announces beforehand, so
 DeepSpeed must not count micro-batches: `managed_gradient_accumulation` is off, `backward` only accumulates and `step`
 is the boundary. Learning rate, clipping and batch size are the run's own options; a file may leave them out or say
 "auto" (the custom of transformers), so that a file written for another program can be used here.
@@ -27,7 +27,7 @@ REFUSED = {
     "train_batch_size": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
     "train_micro_batch_size_per_gpu": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
     "gradient_accumulation_steps": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
-    "optimizer": "the optimiser is the role's (--<role>.optim…)",
+    "optimizer": "the optimizer is the role's (--<role>.optim…)",
     "scheduler": "the schedule is the role's (--<role>.optim.schedule)",
     "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} decides it",
     "zero_optimization.offload_param.device": f"{option('offload', 'all')} decides it",

@@ -35,7 +35,7 @@ LOWEST = (0, 19, 8)
 
 @dataclass(frozen=True)
 class DeepSpeed(DeepSpeedOptions, Strategy):
-    """DeepSpeed ZeRO: optimiser states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
+    """DeepSpeed ZeRO: optimizer states, gradients and weights sharded over ranks (Rajbhandari et al. 2020)."""
 
     by_parameter: ClassVar[bool] = True
 

@@ -49,7 +49,7 @@ __all__ = ["DeepSpeedTrainable"]
 
 
 class DeepSpeedTrainable(Trainable):
-    """A module, its optimiser and its schedule, sharded as `options.stage` says."""
+    """A module, its optimizer and its schedule, sharded as `options.stage` says."""
 
     def __init__(
         self,

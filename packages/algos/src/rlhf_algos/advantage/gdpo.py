@@ -1,4 +1,4 @@
-"""Several rewards normalised apart, the credit of GDPO."""
+"""Several rewards normalized apart, the credit of GDPO."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _desirable_mask(rollouts: Batch) -> Tensor:
 
 
 def _is_desirable(label: object) -> bool:
-    """The label of a row as a judgement."""
+    """The label of a row as a judgment."""
     if isinstance(label, (bool, int, float)):
         return label > 0
     raise UsageError(f"KTO needs labels true or false (or numbers, positive being desirable), or pairs, not {label!r}")

@@ -25,7 +25,7 @@ __all__ = ["MaxRLAdvantage"]
 class MaxRLAdvantage(Advantage):
     """Scores minus the prompt's mean score, divided by that mean (Tajwar et al. 2026, MaxRL).
 
-    With n completions and scores of 0 and 1 this maximises the sum over k < n of pass@k / k instead of pass@1: what log p is
+    With n completions and scores of 0 and 1 this maximizes the sum over k < n of pass@k / k instead of pass@1: what log p is
     the limit of. Prompts that are hardly ever solved weigh most. A prompt without any success earns nothing.
     """
 

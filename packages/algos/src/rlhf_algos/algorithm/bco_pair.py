@@ -1,4 +1,4 @@
-"""Binary classifier optimisation."""
+"""Binary classifier optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conservative direct preference optimisation."""
+"""Conservative direct preference optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clipped importance sampling policy optimisation."""
+"""Clipped importance sampling policy optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoupled clip and dynamic sampling policy optimisation."""
+"""Decoupled clip and dynamic sampling policy optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation."""
+"""Direct preference optimization."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DPO"]
 
 @dataclass(frozen=True)
 class DPO(Algorithm):
-    """Direct preference optimisation on pairs (Rafailov et al. 2023): from data, with a reference.
+    """Direct preference optimization on pairs (Rafailov et al. 2023): from data, with a reference.
 
     Works with every loss on pairs: --loss robust, hinge, …
     """

@@ -1,4 +1,4 @@
-"""Divergence proximal policy optimisation."""
+"""Divergence proximal policy optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Group reward-decoupled normalisation policy optimisation."""
+"""Group reward-decoupled normalization policy optimization."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["GDPO"]
 
 @dataclass(frozen=True)
 class GDPO(Algorithm):
-    """GRPO for several rewards, normalised apart (Liu et al. 2026): from its own samples, no critic.
+    """GRPO for several rewards, normalized apart (Liu et al. 2026): from its own samples, no critic.
 
-    Rewards are not shaped: normalisation and penalties are of single parts here, such as `--reward sum` has.
+    Rewards are not shaped: normalization and penalties are of single parts here, such as `--reward sum` has.
     """
 
     dynamic: DynamicSampling = DynamicSampling()

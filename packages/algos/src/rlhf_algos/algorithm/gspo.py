@@ -1,4 +1,4 @@
-"""Group sequence policy optimisation."""
+"""Group sequence policy optimization."""
 
 from __future__ import annotations
 

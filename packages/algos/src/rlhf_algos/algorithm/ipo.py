@@ -1,4 +1,4 @@
-"""Identity preference optimisation."""
+"""Identity preference optimization."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ __all__ = ["IPO"]
 
 @dataclass(frozen=True)
 class IPO(DPO):
-    """Identity preference optimisation on pairs (Azar et al. 2023): from data, with a reference."""
+    """Identity preference optimization on pairs (Azar et al. 2023): from data, with a reference."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "ipo"}

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation."""
+"""Kahneman-Tversky optimization."""
 
 from __future__ import annotations
 

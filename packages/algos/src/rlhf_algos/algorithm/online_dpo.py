@@ -1,4 +1,4 @@
-"""Direct preference optimisation on the policy's own completions."""
+"""Direct preference optimization on the policy's own completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation."""
+"""Odds ratio preference optimization."""
 
 from __future__ import annotations
 

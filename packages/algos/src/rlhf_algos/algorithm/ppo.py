@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a critic."""
+"""Proximal policy optimization with a critic."""
 
 from __future__ import annotations
 

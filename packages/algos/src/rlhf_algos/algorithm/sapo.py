@@ -1,4 +1,4 @@
-"""Soft adaptive policy optimisation."""
+"""Soft adaptive policy optimization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SAPO"]
 class SAPO(OnlineOptions):
     """SAPO: a soft gate on the importance ratio (Gao et al. 2025): from its own samples, no critic.
 
-    Tokens off the policy fade out instead of being cut off; several optimiser steps per batch are what it is for.
+    Tokens off the policy fade out instead of being cut off; several optimizer steps per batch are what it is for.
     """
 
     kl: KL = KL(coef=0.0, estimator="k3", where="loss")

@@ -1,4 +1,4 @@
-"""Simple preference optimisation."""
+"""Simple preference optimization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SimPO"]
 
 @dataclass(frozen=True)
 class SimPO(Algorithm):
-    """Preference optimisation without a reference (Meng et al. 2024): from data."""
+    """Preference optimization without a reference (Meng et al. 2024): from data."""
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "loss": "simpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -1,4 +1,4 @@
-"""Anchored preference optimisation for data better than the model."""
+"""Anchored preference optimization for data better than the model."""
 
 from __future__ import annotations
 

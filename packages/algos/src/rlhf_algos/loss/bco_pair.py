@@ -1,4 +1,4 @@
-"""Binary classifier optimisation on pairs."""
+"""Binary classifier optimization on pairs."""
 
 from __future__ import annotations
 

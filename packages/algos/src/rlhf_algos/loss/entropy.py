@@ -18,7 +18,7 @@ __all__ = ["EntropyLoss"]
 
 @dataclass(frozen=True)
 class EntropyLoss(Loss):
-    """Negative policy entropy at each sampled token: minimising it keeps exploration alive (Mnih et al. 2016)."""
+    """Negative policy entropy at each sampled token: minimizing it keeps exploration alive (Mnih et al. 2016)."""
 
     aggregate: Aggregate = "token"
     """averaging of the bonus, as in the policy losses; use that of the loss that it is added to"""

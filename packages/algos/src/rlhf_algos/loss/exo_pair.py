@@ -1,4 +1,4 @@
-"""Exact preference optimisation on pairs."""
+"""Exact preference optimization on pairs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["HingeLoss"]
 
 @dataclass(frozen=True)
 class HingeLoss(PreferenceLoss):
-    """Hinge on the margin, SLiC normalised by a reference (Zhao et al. 2023; Liu et al. 2024, RSO, eq. 12).
+    """Hinge on the margin, SLiC normalized by a reference (Zhao et al. 2023; Liu et al. 2024, RSO, eq. 12).
 
     Per pair:  max(0, 1 - beta h).  A pair that is right by enough no longer pulls.
     """

@@ -1,4 +1,4 @@
-"""Identity preference optimisation."""
+"""Identity preference optimization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: judgements of single completions instead of pairs."""
+"""Kahneman-Tversky optimization: judgments of single completions instead of pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process reward model's objective: a judgement after every step of a solution."""
+"""The process reward model's objective: a judgment after every step of a solution."""
 
 from __future__ import annotations
 

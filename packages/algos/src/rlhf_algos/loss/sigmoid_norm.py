@@ -19,7 +19,7 @@ __all__ = ["SigmoidNormLoss"]
 
 @dataclass(frozen=True)
 class SigmoidNormLoss(PreferenceLoss):
-    """Logistic loss on mean log-ratios, so that length earns nothing (length-normalised DPO of Tulu 3, Lambert et al. 2024).
+    """Logistic loss on mean log-ratios, so that length earns nothing (length-normalized DPO of Tulu 3, Lambert et al. 2024).
 
     Per pair:  -log sigmoid(beta (log(pi / ref)_w / |w| - log(pi / ref)_l / |l|))
     """

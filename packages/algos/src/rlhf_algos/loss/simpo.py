@@ -1,4 +1,4 @@
-"""Preference optimisation without a reference, by average likelihood."""
+"""Preference optimization without a reference, by average likelihood."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-play preference optimisation, with certain labels."""
+"""Self-play preference optimization, with certain labels."""
 
 from __future__ import annotations
 

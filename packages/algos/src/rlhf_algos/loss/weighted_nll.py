@@ -17,7 +17,7 @@ __all__ = ["WeightedNLLLoss"]
 
 @dataclass(frozen=True)
 class WeightedNLLLoss(Loss):
-    """Minus credit times log-likelihood, for self-normalised weights (RePULSe's CTL and negative term)."""
+    """Minus credit times log-likelihood, for self-normalized weights (RePULSe's CTL and negative term)."""
 
     scale: Literal["prompt", "sequence"] = "prompt"
     """sum over a prompt's completions and their tokens, mean over prompts (the paper), or mean over completions of their

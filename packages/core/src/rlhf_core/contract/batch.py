@@ -39,7 +39,7 @@ Finish = Literal["stop", "length", "turns", "seconds", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of data, before tokenising.
+    """One row of data, before tokenizing.
 
     No completions: a prompt. One: a demonstration. Two: a preference, chosen first.
     """
@@ -66,7 +66,7 @@ class Example:
 
 @dataclass
 class Prompts:
-    """P prompts, tokenised for the role that will answer them."""
+    """P prompts, tokenized for the role that will answer them."""
 
     texts: list[str]
     """P rendered prompts"""
@@ -243,7 +243,7 @@ class Rollouts(Batch):
     """Completions that a rollout engine sampled.
 
     `extras["sampler_logprobs_NT"]` are the engine's log-probabilities, `extras["versions_NT"]` (int64) the policy versions
-    that sampled: optimiser steps of the role by then. Both are 0 outside the mask.
+    that sampled: optimizer steps of the role by then. Both are 0 outside the mask.
     """
 
     finish: list[Finish] = field(default_factory=list)
@@ -252,7 +252,7 @@ class Rollouts(Batch):
 
     @property
     def version(self) -> int:
-        """The oldest policy version among the sampled tokens (`versions_NT`): optimiser steps of the role by then."""
+        """The oldest policy version among the sampled tokens (`versions_NT`): optimizer steps of the role by then."""
         versions = self["versions_NT"][self.mask_NT]
         return int(versions.min()) if len(versions) else 0
 

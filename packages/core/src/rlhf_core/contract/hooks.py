@@ -259,7 +259,7 @@ def rlhf_rollouts_ready(run: RunView, source: str, rollouts: Batch, rewards: Rew
 
 @hookspec
 def rlhf_before_update(run: RunView, role: str) -> None:
-    """Called before each trained role takes the optimiser steps of a step.
+    """Called before each trained role takes the optimizer steps of a step.
 
     Roles whose updates do not depend on each other are named one after the other, before the first of their updates.
 
@@ -284,7 +284,7 @@ def rlhf_evaluated(run: RunView, step: int, metrics: Mapping[str, float]) -> Non
 
 @hookspec
 def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
-    """Called after each optimiser step and before the checkpoint of that step.
+    """Called after each optimizer step and before the checkpoint of that step.
 
     Args:
         run: the run; `run.samples` holds the batches that were trained on.

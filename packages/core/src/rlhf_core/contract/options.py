@@ -226,7 +226,7 @@ class TrackingOptions(ModelOptions):
 
 @dataclass(frozen=True)
 class TrainedOptions(ModelOptions):
-    """A trained role's model and optimiser."""
+    """A trained role's model and optimizer."""
 
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass, which needs less memory and a third more time"""

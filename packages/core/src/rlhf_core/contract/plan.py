@@ -120,14 +120,14 @@ class Plan:
         return replace(self, terms=terms, credits=credits, sources=tuple(s for s in self.sources if s not in resting))
 
     def optimiser_steps(self, role: str) -> int:
-        """Optimiser steps of a role in the whole run: what its schedule is laid over."""
+        """Optimizer steps of a role in the whole run: what its schedule is laid over."""
         every = {term.every for term in self.terms if term.role == role}
         turns = sum(any(step % each == 0 for each in every) for step in range(1, self.config.steps + 1))
         return turns * self.config.update_epochs * self.config.minibatches
 
     @property
     def single_update(self) -> bool:
-        """True if each batch gets one optimiser step. Whether a batch is on-policy is read from its versions."""
+        """True if each batch gets one optimizer step. Whether a batch is on-policy is read from its versions."""
         return self.config.update_epochs == 1 and self.config.minibatches == 1
 
     @property

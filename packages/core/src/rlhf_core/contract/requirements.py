@@ -2,7 +2,7 @@
 
 A provider says `needs = frozenset({"ref_logprobs_NT"})`; the loop computes that and nothing else, and the role exists
 because of it. Any output of any role can be asked for as `"<role>.<output>"`, `"teacher.logprobs_NT"` say; the usual ones
-have short names. Nothing is computed twice, and nothing whose value is at hand: with one optimiser step per batch the old
+have short names. Nothing is computed twice, and nothing whose value is at hand: with one optimizer step per batch the old
 log-probabilities are the ones of the training forward pass itself.
 """
 

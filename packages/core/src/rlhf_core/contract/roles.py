@@ -117,7 +117,7 @@ class Trainable:
         raise NotImplementedError
 
     def save(self, folder: str) -> None:
-        """Write model, optimiser and schedule state for `load`; every rank calls it."""
+        """Write model, optimizer and schedule state for `load`; every rank calls it."""
         raise NotImplementedError
 
     def load(self, folder: str) -> None:
@@ -178,7 +178,7 @@ class Role:
         raise NotImplementedError
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
-        """One pass of optimiser steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
+        """One pass of optimizer steps over the credited batches, keyed as `Plan.credits`; returns metrics."""
         raise NotImplementedError
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

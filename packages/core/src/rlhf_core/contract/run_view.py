@@ -48,7 +48,7 @@ class RowEncoder(Protocol):
     """tokens of prompt and completion that every role has positions for; None knows no limit"""
 
     def prompt_row(self, example: Example) -> RenderedPrompt:
-        """Return the prompt of `example`, tokenised at full length."""
+        """Return the prompt of `example`, tokenized at full length."""
         ...
 
     def fits_prompt(self, example: Example) -> bool:
@@ -56,7 +56,7 @@ class RowEncoder(Protocol):
         ...
 
     def fitting_prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
-        """Return the prompts that are within `--max-prompt-tokens`, maybe none; each is tokenised once."""
+        """Return the prompts that are within `--max-prompt-tokens`, maybe none; each is tokenized once."""
         ...
 
     def prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:

@@ -23,9 +23,9 @@ PAIRS_ADVICE = "use data with the columns chosen and rejected" + advice(
 
 @dataclass(frozen=True)
 class Term:
-    """One thing that is minimised: `role` is trained on what `source` gave, with this credit and this loss.
+    """One thing that is minimized: `role` is trained on what `source` gave, with this credit and this loss.
 
-    Terms that share a source and an advantage share the work; the terms of one role are summed in one optimiser step.
+    Terms that share a source and an advantage share the work; the terms of one role are summed in one optimizer step.
     """
 
     role: str

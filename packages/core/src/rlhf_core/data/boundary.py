@@ -1,7 +1,7 @@
 """The boundary between texts that become tokens: a prompt and its completion, a turn and what follows it.
 
 What follows a text gets the ids that it has in the whole text, where those of the text before are its beginning. Else (a
-prompt that ends with a blank, which would merge with the next word) it is tokenised apart, since sampling continues the ids
+prompt that ends with a blank, which would merge with the next word) it is tokenized apart, since sampling continues the ids
 of the prompt as they are. Tokenizers in the manner of sentencepiece put a blank before every text; such a blank is cut off.
 """
 
@@ -23,7 +23,7 @@ ANCHORS = ("\n", ".", "0")
 
 
 class TextTokenizer:
-    """Tokenises texts, alone or as what follows others.
+    """Tokenizes texts, alone or as what follows others.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

@@ -31,7 +31,7 @@ class PreparedRow(NamedTuple):
     example: Example
     uid: int
     tokens: TokenizedRow | None
-    """the example tokenised, if rows are prepared"""
+    """the example tokenized, if rows are prepared"""
 
 
 @dataclass

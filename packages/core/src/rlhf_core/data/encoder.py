@@ -53,7 +53,7 @@ DEFAULT = Encoding()
 
 
 class Encoder:
-    """Tokenises examples for one tokenizer. Several threads may use one.
+    """Tokenizes examples for one tokenizer. Several threads may use one.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -128,7 +128,7 @@ class Encoder:
         return self.truncate(self.prompt_row(example)) is not None
 
     def fitting_prompts(self, examples: Sequence[Example], uids: Sequence[int]) -> Prompts:
-        """The prompts that are short enough to be answered; maybe none of them. Each is tokenised once."""
+        """The prompts that are short enough to be answered; maybe none of them. Each is tokenized once."""
         rows = [self.truncate(self.prompt_row(example)) for example in examples]
         kept = [i for i, row in enumerate(rows) if row is not None]
         return self.prompts(
@@ -138,7 +138,7 @@ class Encoder:
     def prompts(
         self, examples: Sequence[Example], uids: Sequence[int], rows: Sequence[TokenizedRow] | None = None
     ) -> Prompts:
-        """The prompts of `examples`, completions ignored; `rows` where they are tokenised and short enough already.
+        """The prompts of `examples`, completions ignored; `rows` where they are tokenized and short enough already.
 
         Raises:
             UsageError: every one of them is too long.
@@ -163,7 +163,7 @@ class Encoder:
         Args:
             examples: with a completion each.
             uids: a number for each.
-            rows: the examples tokenised and short enough already, where somebody has seen to that.
+            rows: the examples tokenized and short enough already, where somebody has seen to that.
 
         Raises:
             UsageError: every one of them is too long, or one has no completion.
@@ -198,7 +198,7 @@ class Encoder:
         )
 
     def row(self, example: Example) -> TokenizedRow:
-        """`example`, tokenised at full length.
+        """`example`, tokenized at full length.
 
         Raises:
             DataError: it has no completion, or the template cannot render it.
@@ -213,7 +213,7 @@ class Encoder:
         return replace(row, completions=completions)
 
     def prompt_row(self, example: Example) -> TokenizedRow:
-        """The prompt of `example`, tokenised at full length."""
+        """The prompt of `example`, tokenized at full length."""
         with self._lock:
             return self._prompt(example)
 

@@ -275,7 +275,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
 
 
 def without_decoding(table: Any) -> Any:
-    """The set with its images as they are stored: whoever tokenises a row opens them, and says whose they are."""
+    """The set with its images as they are stored: whoever tokenizes a row opens them, and says whose they are."""
     import datasets
 
     for name, feature in (table.features or {}).items():

@@ -3,7 +3,7 @@
 An image is a part of a message, `{"type": "image"}` with `path`, `url` (of a file), `base64` or `image`, or stands in a column
 of its own. All become `{"type": "image", "path": …}`, the path absolute, or `{"type": "image", "base64": …}`: plain values,
 as a chat of text has them. The images of a column go where a message has `{"type": "image"}` alone, where its text says
-`<image>`, or before the first user's text. Files are looked for when a row is read, and opened when it is tokenised.
+`<image>`, or before the first user's text. Files are looked for when a row is read, and opened when it is tokenized.
 
 Left out on purpose: downloading, and images that an answer would have to draw.
 """

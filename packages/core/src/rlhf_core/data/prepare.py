@@ -1,4 +1,4 @@
-"""Rows made ready for the loop: templated, tokenised and measured, in several processes or out of a cache if asked.
+"""Rows made ready for the loop: templated, tokenized and measured, in several processes or out of a cache if asked.
 
     stream  ──examples──▶  Preparer  ──rows──▶  Prefetcher  ──batches──▶  loop
 

@@ -1,4 +1,4 @@
-"""Tokenised rows of data: what the encoder makes of an example, before rows become a batch."""
+"""Tokenized rows of data: what the encoder makes of an example, before rows become a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["TokenizedCompletion", "TokenizedRow"]
 
 @dataclass(frozen=True)
 class TokenizedCompletion:
-    """One tokenised completion."""
+    """One tokenized completion."""
 
     text: str
     ids: list[int]
@@ -24,7 +24,7 @@ class TokenizedCompletion:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """One tokenised example."""
+    """One tokenized example."""
 
     text: str
     """the rendered prompt"""

@@ -1,4 +1,4 @@
-"""Held-out loss: what an algorithm minimises, measured on rows that it is not trained on.
+"""Held-out loss: what an algorithm minimizes, measured on rows that it is not trained on.
 
 The rows go the way of a training batch: needs of frozen roles, credit, the losses themselves, and the reduction they ask for,
 over the rows of all ranks together. So the loss is that of one batch of all held-out rows, whatever the batch size of the run.
@@ -48,7 +48,7 @@ class HeldoutLoss(Evaluator):
         """
         if not any(_learns_rows(term) for term in run.plan.terms):
             raise UsageError(
-                "evaluator heldout_loss measures what an algorithm minimises on rows of data, and nothing here is trained on "
+                "evaluator heldout_loss measures what an algorithm minimizes on rows of data, and nothing here is trained on "
                 "them; use the evaluator heldout"
             )
         batches = self._credit_rows(run)

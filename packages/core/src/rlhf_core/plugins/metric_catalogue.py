@@ -21,14 +21,14 @@ _RUN = {
     "several roles share count once",
     "samples": "completions: drawn in the step, of all roles and over all ranks",
     "padding": "share 0..1: of the trained cells, those that are padding",
-    "loss/<role>": "loss: what the role's optimiser step minimised, the weighted sum of its terms",
+    "loss/<role>": "loss: what the role's optimizer step minimized, the weighted sum of its terms",
     "loss/<role>/<datasource>": "loss: the same over the rows of data that say they come from there",
     "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
-    "skipped/<role>": "optimiser steps: of the role that were left out in the step, since something was not finite (with "
+    "skipped/<role>": "optimizer steps: of the role that were left out in the step, since something was not finite (with "
     "on_nonfinite skip), float16 overflowed, credit selected no row of any rank, or the reward abstained from all; a step "
     "without any update has no loss/<role>",
-    "staleness/<role>": "optimiser steps: that the role which this one tracks has taken since it gave its weights",
+    "staleness/<role>": "optimizer steps: that the role which this one tracks has taken since it gave its weights",
     "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with on_oom halve",
     "kl/mean": "nats a token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
@@ -45,12 +45,12 @@ _RUN = {
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
     "truncate: without replay importance ratios are biased by it",
-    "rollout/staleness": "optimiser steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
-    "rollout/staleness_max": "optimiser steps: age of the oldest sampled token that the step trains on",
-    "rollout/staleness_oldest": "optimiser steps: age of a completion's oldest token when it is trained on, mean over "
+    "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
+    "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
+    "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
     "completions; with ahead",
-    "rollout/staleness_newest": "optimiser steps: age of a completion's newest token, mean over completions; with ahead",
-    "rollout/span": "optimiser steps: between the weights that sampled a completion's oldest and newest token, mean over "
+    "rollout/staleness_newest": "optimizer steps: age of a completion's newest token, mean over completions; with ahead",
+    "rollout/span": "optimizer steps: between the weights that sampled a completion's oldest and newest token, mean over "
     "completions; with ahead",
     "rollout/slices": "calls: of the rollout engines for the step; with partial.tokens",
     "rollout/carried": "prompts: that are begun and go on in a later step; with partial.tokens",
@@ -60,7 +60,7 @@ _RUN = {
     "tokens of the step's first update that its weights sampled; see max_mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats a token: KL(sampler || trainer) estimated from these tokens (k3)",
-    "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximised",
+    "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",
     "[<source>/]reward/mean/<datasource>": "reward: the same over the rows that say they come from there",
     "[<source>/]reward/variance": "reward squared: variance over the batch",
     "[<source>/]reward/unshaped": "reward: mean as the provider gave it, logged where shaping is on",
@@ -81,7 +81,7 @@ _TIME = {
     "time/reward": "seconds: scoring",
     "time/needs": "seconds: forward passes for what credit and losses need: reference, critic, old log-probabilities",
     "time/credit": "seconds: advantages",
-    "time/train": "seconds: forward, backward and optimiser",
+    "time/train": "seconds: forward, backward and optimizer",
     "time/sync": "seconds: new weights to the rollout engine",
     "time/wait": "seconds: the loop waited for the step's completions and, as part of time/sync, for a call of the sampler to "
     "end before new weights; with ahead",

@@ -1,7 +1,7 @@
 """`--reward model`: a trained reward model, any sequence classifier with one score.
 
 The model has its own tokenizer and chat template: prompt and completion come to it as the data had them and as the policy
-wrote them, and are rendered and tokenised anew. The score is that of the last token, the end of turn.
+wrote them, and are rendered and tokenized anew. The score is that of the last token, the end of turn.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ class RewardModelEngine:
         return RewardOutput(rewards_N=rewards_N, metrics=metrics, precision=self._precision()), outputs
 
     def _precision(self) -> float:
-        """Return the rounding of a normalised score, relative to 1: that of the model's dtype, before the scaling."""
+        """Return the rounding of a normalized score, relative to 1: that of the model's dtype, before the scaling."""
         rounding = max(PRECISION, torch.finfo(getattr(torch, self.reward.dtype)).eps)
         return rounding * max(1.0, abs(self.reward.mean)) / self.reward.std
 
     def score(self, prompts: Sequence[Text], completions: Sequence[str | None]) -> tuple[Tensor, float]:
-        """Normalised scores, and the share of the rows that had to be cut.
+        """Normalized scores, and the share of the rows that had to be cut.
 
         A prompt is text or messages; one with None as completion is a text to be scored as it is, without a template.
         """

@@ -2,7 +2,7 @@
 
 All episodes of a batch take their turns together: one call of the engine samples a turn of every episode that goes on. Its
 prompts are then the first prompts with everything that followed. Token ids are never decoded and encoded again: sampled ones
-stay as they are, and feedback is tokenised once and appended. `rlhf_core.rollout.episode_table` describes the batch.
+stay as they are, and feedback is tokenized once and appended. `rlhf_core.rollout.episode_table` describes the batch.
 
 An episode ends with a token of the policy: feedback after its last turn is in the transcript alone.
 
@@ -101,7 +101,7 @@ def play(
         prompts: what the episodes begin with.
         sampling: how turns are drawn; `max_new_tokens` limits a whole episode, feedback included.
         limits: the other limits.
-        encoder: tokenises feedback; the one that tokenised the prompts.
+        encoder: tokenizes feedback; the one that tokenized the prompts.
 
     Raises:
         ContractError: the environment breaks its contract.

@@ -34,7 +34,7 @@ class Rest:
 
     random_states: dict[str, Any]
     versions: dict[str, int]
-    """optimiser steps of each changing role"""
+    """optimizer steps of each changing role"""
 
     @classmethod
     def take(cls, run: Run) -> Rest:

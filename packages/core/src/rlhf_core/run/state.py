@@ -31,7 +31,7 @@ class RunState:
     moments: dict[str, Moments] = field(default_factory=dict)
     """running mean and deviation of all rewards so far, by source, if an algorithm normalizes by them"""
     versions: dict[str, int] = field(default_factory=dict)
-    """optimiser steps of each trained role; of one that tracks another, those of the other when it took its weights"""
+    """optimizer steps of each trained role; of one that tracks another, those of the other when it took its weights"""
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     """(step, metrics) of every evaluation"""
     last_metrics: dict[str, float] = field(default_factory=dict)

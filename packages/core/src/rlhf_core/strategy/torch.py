@@ -60,7 +60,7 @@ class TorchStrategy(Strategy):
 
 
 class TorchTrainable(Trainable):
-    """A module, its optimiser and its schedule."""
+    """A module, its optimizer and its schedule."""
 
     keeps_graphs = discards = True
 

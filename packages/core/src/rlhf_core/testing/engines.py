@@ -192,7 +192,7 @@ def check_launcher(launcher: Launcher, plan: Plan | None = None, atol: float = 1
             assert off <= atol, f"{name}: loss/{role_name} is {off:.2g} off that of the launcher local"
             found, expected = (each.infer(batch, COMPARED)["logprobs_NT"] for each in (role, here))
             assert_close(name, f"training {role_name}", found, expected, atol)
-            assert role.version == here.version, f"{name}: {role_name}.version must count its optimiser steps"
+            assert role.version == here.version, f"{name}: {role_name}.version must count its optimizer steps"
     finally:
         placed.close()
 

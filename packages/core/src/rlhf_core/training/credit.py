@@ -180,8 +180,8 @@ def assign_credit(
     completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT
     extras = dict(batch.extras)
-    penalised = plan.kl is not None and plan.kl.where == "reward" and not spec.advantage.raw_rewards
-    if penalised and plan.kl is not None and "ref_logprobs_NT" in batch:
+    penalized = plan.kl is not None and plan.kl.where == "reward" and not spec.advantage.raw_rewards
+    if penalized and plan.kl is not None and "ref_logprobs_NT" in batch:
         policy_NT = full_old_logprobs(batch)
         assert policy_NT is not None, "the planner asks for them"
         kl_NT = kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, plan.kl.estimator)

@@ -193,7 +193,7 @@ class LocalRole(Role):
         return frozenset[str]().union(*(term.outputs for _, term in self.spec.terms if term.source == source))
 
     def train(self, work: Mapping[str, Batch]) -> dict[str, float]:
-        """`update_epochs` passes of `minibatches` optimiser steps over the credited batches, by credit key."""
+        """`update_epochs` passes of `minibatches` optimizer steps over the credited batches, by credit key."""
         config = self.plan.config
         step = OptimizerStep(self.plan, self.spec, self.trainable, self.budget, self.forward_cache, self.version)
         means = Means()
@@ -240,7 +240,7 @@ class LocalRole(Role):
         return taken
 
     def save(self, folder: str) -> None:
-        """Checkpoint state: model, optimiser, schedule; of a role that tracks another one, its weights."""
+        """Checkpoint state: model, optimizer, schedule; of a role that tracks another one, its weights."""
         if self.spec.tracking is None:
             self.trainable.save(folder)
         else:

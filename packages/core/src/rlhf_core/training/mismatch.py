@@ -46,7 +46,7 @@ def compared_extras(batch: Batch) -> frozenset[str]:
 
 
 class Mismatch:
-    """The differences that one role saw in one optimiser step.
+    """The differences that one role saw in one optimizer step.
 
     Args:
         config: how large they may be, and what happens beyond that.

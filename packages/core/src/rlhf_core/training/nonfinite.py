@@ -26,7 +26,7 @@ __all__ = ["Watch", "keep_samples", "row_as_dict", "term_name"]
 
 
 class Watch:
-    """Watches one optimiser step of a role."""
+    """Watches one optimizer step of a role."""
 
     def __init__(self, role: str) -> None:
         self.role = role

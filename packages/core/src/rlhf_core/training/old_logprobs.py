@@ -5,7 +5,7 @@ pi_old is the policy that sampled. Each token takes its log-probability from the
 1. The engine's own, if the engine computes exactly what the trainer computes (`Rollout.exact`). They cost nothing and hold
    however old the sample is.
 2. Those of the training pass itself, detached: the ratio is exactly 1. It applies if the present weights sampled the token
-   (its version is the role's), the batch gets one optimiser step, and nothing reads the values before that step.
+   (its version is the role's), the batch gets one optimizer step, and nothing reads the values before that step.
 3. Those that the role computes before its update, if the present weights sampled the token.
 4. The engine's, if older weights sampled the token: the present weights cannot say what those computed.
 
@@ -152,7 +152,7 @@ def with_live(micro: Batch, logprobs_NT: Tensor, version: int, proximal: bool = 
 
 
 def ages_of(batch: Batch, version: int) -> tuple[float, float, float]:
-    """Return the number of a rank's sampled tokens, and the sum and maximum of their ages, in optimiser steps.
+    """Return the number of a rank's sampled tokens, and the sum and maximum of their ages, in optimizer steps.
 
     It is the age when the batch is trained on: `version` is that of the weights that the next update changes.
     """

@@ -1,4 +1,4 @@
-"""One optimiser step of a role over its terms.
+"""One optimizer step of a role over its terms.
 
 For every micro-batch there is one forward pass per credited batch, shared by all terms on it; each term's values become
 `weight * weighted_sum / count`, where the count is that of the whole step; and the gradients of everything are summed before
@@ -45,7 +45,7 @@ __all__ = ["OptimizerStep"]
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """The optimiser steps of one role: gradients of its terms, then an update of its weights.
+    """The optimizer steps of one role: gradients of its terms, then an update of its weights.
 
     Args:
         plan: the run.
@@ -91,7 +91,7 @@ class OptimizerStep:
         return options.optim
 
     def run(self, work: Mapping[str, Batch], means: Means, compare: bool = False) -> None:
-        """One optimiser step on a minibatch of each credited batch, or none where something is not finite and the run was
+        """One optimizer step on a minibatch of each credited batch, or none where something is not finite and the run was
         told to go on."""
         config, found = self.plan.config, Means()
         try:
@@ -171,7 +171,7 @@ class OptimizerStep:
         return products
 
     def _gradients(self, work: Mapping[str, Batch], means: Means) -> tuple[float, StepRecord]:
-        """Add up the gradients of one optimiser step; its loss over all ranks, and what was seen of it.
+        """Add up the gradients of one optimizer step; its loss over all ranks, and what was seen of it.
 
         Where memory runs out and the token budget may be halved, it begins again from no gradient at all.
         """

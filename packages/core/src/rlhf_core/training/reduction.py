@@ -1,6 +1,6 @@
 """From a loss's values to one number: the only place that divides.
 
-A loss says how its values should be averaged; core knows the counts of the whole optimiser step, over every micro-batch
+A loss says how its values should be averaged; core knows the counts of the whole optimizer step, over every micro-batch
 and every rank. So each micro-batch contributes `weighted_sum(...) / count`, with `count` the same for all of them, and
 accumulation, packing, padding, order and world size cannot change a loss or its gradient beyond rounding.
 """
@@ -39,7 +39,7 @@ def weighted_sum(values: Tensor, reduction: Reduction, batch: Batch) -> Tensor:
 
 
 def count(reduction: Reduction, batch: Batch, rows_per_unit: int = 1) -> float:
-    """Return the denominator that a rank's whole optimiser step contributes."""
+    """Return the denominator that a rank's whole optimizer step contributes."""
     return _count_per(reduction.per, batch, rows_per_unit)
 
 
@@ -112,7 +112,7 @@ class SharedNames:
 
 
 class Means:
-    """Metrics with their own denominators, added up over micro-batches, optimiser steps and ranks."""
+    """Metrics with their own denominators, added up over micro-batches, optimizer steps and ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], tuple[float, float]] = {}

@@ -1,7 +1,7 @@
 """Reward shaping: a reward's scale, and what is added to or taken from it because of how a completion ended.
 
 An algorithm that has a field `shaping` gets it; the scores that filters and pass rates read stay as the provider gave them.
-The state of a running normalisation is the run's (`Moments`), so that checkpoints have it.
+The state of a running normalization is the run's (`Moments`), so that checkpoints have it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Running mean and deviation of everything seen so far, over all ranks: what normalises rewards from step to step.
+"""Running mean and deviation of everything seen so far, over all ranks: what normalizes rewards from step to step.
 
-Batches are merged by Chan, Golub and LeVeque's rule (1979), which generalises Welford's (1962) and does not cancel.
+Batches are merged by Chan, Golub and LeVeque's rule (1979), which generalizes Welford's (1962) and does not cancel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Token budget of a role's micro-batches; with `--on-oom halve`, it shrinks after memory ran out.
 
-A micro-batch that does not fit halves the budget, and the whole optimiser step (or inference) is done again. How a batch is
+A micro-batch that does not fit halves the budget, and the whole optimizer step (or inference) is done again. How a batch is
 cut changes no result beyond rounding (see `training.reduction`), so that only memory and speed differ. Left out: several
 ranks, which would have to agree in the middle of a step in which some of them wait for others.
 """

@@ -1,6 +1,6 @@
 """Roles whose weights follow a trained role's: opponents, target networks, moving references.
 
-Their version is that of the role they track when they last took its weights, so that the two differ by the optimiser steps that
+Their version is that of the role they track when they last took its weights, so that the two differ by the optimizer steps that
 they are behind.
 """
 
@@ -27,7 +27,7 @@ def begin_tracking(plan: Plan, roles: Mapping[str, Role]) -> None:
 def follow_roles(plan: Plan, roles: Mapping[str, Role]) -> list[str]:
     """Let tracking roles take weights where it is time; return the names of those that did.
 
-    It is time when the tracked role has taken `every` optimiser steps or more since the last time. Every rank calls it.
+    It is time when the tracked role has taken `every` optimizer steps or more since the last time. Every rank calls it.
     """
     moved = []
     for role, tracked, track in _pairs(plan, roles):
@@ -39,7 +39,7 @@ def follow_roles(plan: Plan, roles: Mapping[str, Role]) -> list[str]:
 
 
 def steps_behind(plan: Plan, roles: Mapping[str, Role]) -> dict[str, int]:
-    """Return how many optimiser steps each tracking role is behind."""
+    """Return how many optimizer steps each tracking role is behind."""
     return {role.name: tracked.version - role.version for role, tracked, _ in _pairs(plan, roles)}
 
 

@@ -118,7 +118,7 @@ ABSENT_ENDS = {
     "val_batch_size": "held-out rows are batched by --evaluator",
     "filter_overlong_prompts": "longer prompts are dropped and counted",
     "truncation": "longer prompts are dropped and counted",
-    "filter_overlong_prompts_workers": "--data.workers is a number of processes that tokenise",
+    "filter_overlong_prompts_workers": "--data.workers is a number of processes that tokenize",
     "shuffle": "rows are shuffled by --seed",
     "return_raw_chat": "rewards get prompts as text and rows with all columns",
     "critic_warmup": "--algorithm.critic-warmup is a share of the steps",

@@ -1,6 +1,6 @@
 """Answers to prompts with and without suffixes: sampled by the run's rollout engine, and judged.
 
-A prompt goes to the engine as the tokens that were attacked; text is not tokenised again. The seed of a completion follows from
+A prompt goes to the engine as the tokens that were attacked; text is not tokenized again. The seed of a completion follows from
 the run's seed, the goal and the attack's seed, so that neither ranks nor batches nor other goals change it.
 """
 

@@ -3,7 +3,7 @@
 A processor (`models.inputs.processor`) makes a prompt with images into tokens, some of which are pieces of the images, and
 tensors by name: `pixel_values` and whatever else its model asks for. Those go with each sample as they are; a micro-batch has
 them one after another along the first dimension, whether that counts images (LLaVA), patches of all images (Qwen2-VL) or
-samples (Idefics). What is smaller than its neighbours is filled with zeros, as processors themselves do. Names that end in
+samples (Idefics). What is smaller than its neighbors is filled with zeros, as processors themselves do. Names that end in
 `token_type_ids` have one number a token and are laid out like tokens.
 
 A token that stands for a piece of an image means nothing in a completion, yet a policy can sample it. It is read as the token

@@ -1,4 +1,4 @@
-"""From a GGUF file to a Hugging Face folder, once: dequantising takes a quarter of a minute even for 135M parameters.
+"""From a GGUF file to a Hugging Face folder, once: dequantizing takes a quarter of a minute even for 135M parameters.
 
 The folder holds float32 safetensors under `$XDG_CACHE_HOME/rlhf/gguf` (`~/.cache/rlhf/gguf`), named after the file's
 content, and appears under its name only when it is complete: processes that convert at the same time do not disturb each
@@ -57,7 +57,7 @@ def convert_gguf(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer as a plain checkpoint: the quantisation is no part of it any more."""
+    """Write the model and the tokenizer as a plain checkpoint: the quantization is no part of it any more."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlhf_core.lazy import torch

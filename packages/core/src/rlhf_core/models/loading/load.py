@@ -6,7 +6,7 @@ not run unless asked for. torch and transformers are imported when something is 
 
 An adapter, in a folder or on the hub, is its base with the adapter merged (`models.loading.adapters`).
 
-Left out on purpose: checkpoints that are quantised already, and sharding over devices, which is a strategy's business.
+Left out on purpose: checkpoints that are quantized already, and sharding over devices, which is a strategy's business.
 """
 
 from __future__ import annotations

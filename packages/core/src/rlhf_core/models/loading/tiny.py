@@ -1,4 +1,4 @@
-"""`--model tiny`: a small randomly initialised Llama that needs no download and is the same everywhere.
+"""`--model tiny`: a small randomly initialized Llama that needs no download and is the same everywhere.
 
 Its weights depend on its name alone, neither on the global random state nor on the order in which a library version makes
 tensors, so that a policy and its reference, a resumed run and a worker all get the same model. `tiny:hidden=128,layers=4`
