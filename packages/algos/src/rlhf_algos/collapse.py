@@ -1,7 +1,7 @@
 """Says on the console, once in a while, that importance weights have collapsed: nearly all on one sample of each prompt.
 
-The estimates then say little, the negative term follows single samples, and CTL gets a noisy signal. Silence between two
-warnings is counted in steps, so that a long run is not drowned.
+The estimates are then unreliable, the negative term follows single samples, and CTL gets a noisy signal. Silence
+between two warnings is counted in steps, so that a long run is not drowned.
 """
 
 from __future__ import annotations

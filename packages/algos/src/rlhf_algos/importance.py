@@ -1,4 +1,4 @@
-"""Self-normalized importance weights over the samples of one prompt, and what they say about target and proposal.
+"""Self-normalized importance weights over the samples of one prompt, and what they imply about target and proposal.
 
 For samples of a proposal q and a target sigma = p phi / Z, the unnormalised weights are w~ = p phi / q; E_q[w~] = Z. All
 sums run over the mask only and in float64: a long completion's log-weight is a difference of large numbers. `group_N`
@@ -22,7 +22,7 @@ COLLAPSED = 0.99  # a prompt whose largest weight is beyond this rests on one sa
 
 
 def group_logsumexp(values: Tensor, group_N: Tensor) -> Tensor:
-    """log sum exp over its group, for every row and each column by itself; float64."""
+    """log sum exp over its group, for every row and each column separately; float64."""
     groups, index_N = torch.unique(group_N, return_inverse=True)
     values = values.double()
     shape = (len(groups), *values.shape[1:])
@@ -33,7 +33,7 @@ def group_logsumexp(values: Tensor, group_N: Tensor) -> Tensor:
 
 
 def group_log_softmax(values: Tensor, group_N: Tensor) -> Tensor:
-    """Log of weights that sum to one over each group, each column by itself; float64."""
+    """Log of weights that sum to one over each group, each column separately; float64."""
     return values.double() - group_logsumexp(values, group_N)
 
 

@@ -1,4 +1,4 @@
-"""Registers what this package supplies, and says when importance weights collapse.
+"""Registers what this package supplies, and warns when importance weights collapse.
 
 Names and strings: nothing is imported until it is chosen.
 """

@@ -1,4 +1,4 @@
-"""Options that are numbers lie where the method is defined: said when a provider is made, before anything is loaded."""
+"""Checks that numeric options are inside their domain, when a provider is made and before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["check_ranges"]
 
 
 def check_ranges(provider: object, **intervals: str) -> None:
-    """Check each named option of `provider` against its interval as it is written in mathematics, `[0, 1)` say.
+    """Check each named option of `provider` against its interval in mathematical notation, for example `[0, 1)`.
 
     Raises:
-        UsageError: a value lies outside.
+        UsageError: a value is outside.
     """
     for name, interval in intervals.items():
         value, (low, high) = getattr(provider, name), map(float, interval[1:-1].split(","))

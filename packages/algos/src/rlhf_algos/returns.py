@@ -3,7 +3,7 @@
 Sampled tokens are the actions; environment tokens between them (a tool's answer, the next user turn) take no time. So
 the actions of each completion are first moved together, which makes the step from the last action of one turn to the
 first of the next an ordinary one: it bootstraps from the value at the next *action*, not from a zero on the
-environment's tokens. A reward that stands on an environment token is credited to the action before it.
+environment's tokens. A reward on an environment token is credited to the action before it.
 
 The recursion x_t = d_t + c x_{t+1} is solved in log2(T) whole-tensor steps (Hillis and Steele 1986): after the step
 with stride s every x_t holds the first 2s terms of its sum. Summing pairwise also rounds less than the loop does.

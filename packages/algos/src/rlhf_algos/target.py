@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["FLOOR", "Target", "anneal"]
 
 FLOOR = 1e-16
-"""What an indicator gives in place of zero, so that its logarithm is finite."""
+"""Value of an indicator in place of zero, so that its logarithm is finite."""
 
 
 @dataclass(frozen=True)

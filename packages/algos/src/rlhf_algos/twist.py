@@ -1,4 +1,4 @@
-"""Twists: what a proposal network says about the future of a prefix, read off its log-probabilities or logits.
+"""Twists: estimates by a proposal network of the future of a prefix, from its log-probabilities or logits.
 
 A twist psi_t turns samples of the policy's prefixes into those of pi_t(s_1:t) = p(s_1:t) psi_t(s_1:t) / Z_t. Three ways to read
 it off the network q with logits z (RePULSe's `--parameterization`), where only q is differentiated:

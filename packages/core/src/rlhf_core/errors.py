@@ -3,9 +3,9 @@
     RlhfError
     ├── UsageError (also ValueError)     a user's mistake: `rlhf-run` prints the message and exits with 2, no traceback
     │   ├── OptionError                  the value of an option is wrong; names it as the user wrote it
-    │   ├── UnknownName                  no provider, role or option of that name; says what is near
+    │   ├── UnknownName                  no provider, role or option of that name; suggests similar names
     │   ├── NameConflict                 two distributions provide the chosen name
-    │   ├── MissingPackage               something optional is not installed; says the pip command
+    │   ├── MissingPackage               an optional package is not installed; gives the pip command
     │   └── DataError                    bad data; names file and row
     ├── PluginError                      a plugin could not be loaded (only raised in strict mode)
     ├── ContractError (also TypeError)   a provider returned something the contract forbids; names it and its distribution
@@ -14,7 +14,7 @@
     └── RunStopped                       a run ended before its last step on purpose (signal, safety net); carries the exit code
         └── WorkerLost                   a process of the run died or hung; a launcher may replace it
 
-A message is one line that says what to do next. Anything else that escapes is a bug and keeps its traceback.
+A message is one line that states what to do next. Anything else that escapes is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RlhfError(Exception):
 
 
 class UsageError(RlhfError, ValueError):
-    """A user's mistake. The message says what to do; the process exits with 2."""
+    """A user's mistake. The message states what to do; the process exits with 2."""
 
 
 class OptionError(UsageError):
@@ -156,7 +156,7 @@ class WorkerLost(RunStopped):
 
     Args:
         who: its name in the run: `role actor rank 1`.
-        report: what happened to it, in words that a line may go on from.
+        report: what happened to it, as the beginning of a sentence.
     """
 
     def __init__(self, who: str, report: str) -> None:

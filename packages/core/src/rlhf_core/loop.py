@@ -4,7 +4,7 @@
     data  ─────▶  rollout  ────▶  reward  ────▶  advantage ────▶  loss  ──────▶  update
 
 An algorithm is its terms, (role trained, source, advantage, loss); the loop knows no algorithm. Whether roles live in this
-process, in ranks beside it or in Ray actors is the launcher's business; the loop cannot tell.
+process, in other ranks or in Ray actors is decided by the launcher; the loop does not know.
 
 Not here on purpose: tokenizing (`data.encoder`), sampling and scoring (`run.iteration`), reductions and micro-batches
 (`training`), checkpoints and observers (`run`).

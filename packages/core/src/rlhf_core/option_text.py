@@ -1,7 +1,7 @@
 """Names of options inside messages, written the way the user of a run writes them.
 
 A provider knows its fields, and not how its user set them: as a flag, in a file, or as an argument in Python. A message
-therefore holds a mark in place of each name, and whoever knows the user replaces it:
+therefore holds a mark in place of each name, and code that knows the user replaces it:
 
     raise OptionError("url", f"{url}: expected an http address")   # in the provider Remote
     --reward.url ftp://x: expected an http address                 # from the command line
@@ -115,7 +115,7 @@ class OptionNames:
         return self._python(path, value)
 
     def _find(self, root: str, path: str) -> str:
-        """The path from the run. What another provider's call let through is the only option that ends so, if one does."""
+        """The path from the run. An error inside another provider gets the only option with this ending."""
         field = path.partition(".")[2] if root else path
         if not field or path in self.options:
             return path

@@ -93,7 +93,7 @@ class Cluster:
         }
         if ENGINE in self.layout.seats:
             actors[ENGINE] = [self._actor(EngineWorker, seat, described) for seat in self.layout.seats[ENGINE]]
-        alone = [[name] for name in actors]  # their processes come up at once, whoever shares bundles
+        alone = [[name] for name in actors]  # their processes come up at once, even if they share bundles
         crews = call_chains({name: partial(self._crew, _title(name), each) for name, each in actors.items()}, alone)
         engine = None
         if ENGINE in crews:
@@ -286,7 +286,7 @@ class _RayPlaced(Placement):
             self.engines.engines.forget_weights()
 
     def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-        """Roles with bundles of their own work at once; those that share one work in turn."""
+        """Roles with their own bundles work at the same time; those that share one work in turn."""
         return call_chains(calls, self.cluster.layout.chains(calls))
 
     def metrics(self) -> Mapping[str, float]:

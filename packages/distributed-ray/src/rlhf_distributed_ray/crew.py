@@ -18,11 +18,11 @@ from rlhf_distributed_ray.pulse import GROUP, Limits, Pulse
 
 __all__ = ["Crew", "Outcomes"]
 
-CAUSE = 240  # characters of what Ray says
+CAUSE = 240  # characters of Ray's message
 ADVICE = " Some common causes include"
 """What Ray adds to every death."""
 GRACE_SECONDS = 5.0
-"""What other ranks have to fail too, once one did."""
+"""Seconds that other ranks have to fail too, once one did."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Crew:
         self.who, self.limits = who, limits
         self.actors = list(actors)
         self.where: list[tuple[str, int]] = []
-        """host name and process id of each, once it has told them"""
+        """host name and process id of each, once they are known"""
         self._pulses = [Pulse(limits) for _ in self.actors]
         self._longest = 0.0
         """seconds of the longest call so far"""
@@ -104,7 +104,7 @@ class Crew:
         """Make a call on each of `ranks` (all of them by default) by `call(actor, rank)`, and wait for the ends.
 
         A failure ends the waiting, unless `grace` is infinite: ranks that wait for a dead one would do so forever. The rest
-        have so many seconds to say what happened.
+        have this many seconds to report what happened.
         """
         with self._sending:
             references = {
@@ -160,7 +160,7 @@ class Crew:
 
 
 def _cause(error: Exception) -> str:
-    """Return the line of Ray's report that says most."""
+    """Return the most informative line of Ray's report."""
     told = [line.strip().partition(ADVICE)[0] for line in str(error).splitlines()]
     lines = [line for line in told if line] or ["no cause given"]
     memory = next((line for line in lines if "memory" in line), lines[-1])  # Ray kills workers before the system does

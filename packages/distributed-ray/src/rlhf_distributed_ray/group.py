@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["EngineGroup", "RoleGroup", "StoredWeights"]
 
 CLOSE_SECONDS = 10.0
-"""What rollout engines have to close."""
+"""Seconds that rollout engines have to close."""
 BUCKET_SECONDS = 600.0
-"""What a bucket of weights may take from the node that it is on to this one."""
+"""Seconds that the transfer of a bucket of weights to this node may take."""
 
 
 class RoleGroup(Role):
@@ -82,7 +82,7 @@ class RoleGroup(Role):
         """The wanted outputs of all rows."""
         shares = split_groups(batch, len(self.crew))
         busy = next(rows for rows in shares if rows)
-        # ranks step together, since weights may be sharded over them: one without rows of its own repeats another's
+        # ranks step together, since weights may be sharded over them: one without rows repeats another's
         parts = [self.shipper.columns(batch, rows or busy) for rows in shares]
         called = self.crew.send(lambda actor, rank: actor.infer.remote(parts[rank], sorted(names)))
         answers = called.in_order()
@@ -205,7 +205,7 @@ class RoleGroup(Role):
 
 
 class StoredWeights(Iterator[tuple[str, "Tensor"]]):
-    """Weights in the object store, as references to buckets; tensors come here only if somebody iterates over them.
+    """Weights in the object store, as references to buckets; tensors come here only on iteration.
 
     Args:
         buckets: the references, each valid until the next one is asked for.
@@ -230,7 +230,7 @@ class EngineGroup(Rollout):
     """Rollout engines, each an actor; prompts are dealt to them in turn."""
 
     has_own_weights: ClassVar[bool] = True
-    """their processes have weights of their own"""
+    """their processes have their own weights"""
 
     def __init__(self, engines: EngineCrew) -> None:
         self.engines = engines
@@ -256,7 +256,7 @@ class EngineGroup(Rollout):
         if "kept_mass" in together.scalars:  # a mean over tokens, of which each engine has its own number
             kept = sum(part.scalars["kept_mass"] * float(part.mask_NT.sum()) for part in parts)
             together.scalars["kept_mass"] = kept / max(1.0, float(together.mask_NT.sum()))
-        place = {p: i for i, p in enumerate(p for rows in dealt for p in rows)}  # prompt -> where its group stands now
+        place = {p: i for i, p in enumerate(p for rows in dealt for p in rows)}  # prompt -> place of its group now
         order = [place[p] * sampling.n + k for p in range(len(prompts)) for k in range(sampling.n)]
         ordered: Rollouts = together.rows(order)
         ordered.group_N = torch.arange(len(prompts)).repeat_interleave(sampling.n)

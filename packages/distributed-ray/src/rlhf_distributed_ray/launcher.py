@@ -37,7 +37,7 @@ __all__ = ["RayLauncher"]
 LOWEST = (2, 50)
 KNOCK_SECONDS = 5
 PLACING_SECONDS = 60.0  # an idle cluster places a group in well under a second
-REASON = 150  # characters of what Ray says: a line
+REASON = 150  # characters of Ray's message: a line
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class RayLauncher(SharingOptions, Launcher):
         return started
 
     def _open(self, runtime: Mapping[str, Any]) -> None:
-        """`ray.init`, whose every failure is one line."""
+        """Call `ray.init`; every failure becomes a one-line error."""
         import ray
 
         with _capture_stderr() as said:
@@ -291,7 +291,7 @@ def _report_engines(layout: Layout) -> None:
 
 
 def _ray_version() -> tuple[int, ...]:
-    """Ray's version; one that does not say is taken for new."""
+    """Return Ray's version; an unknown one counts as new."""
     try:
         return tuple(int(part) for part in version("ray").split(".")[:2])
     except (PackageNotFoundError, ValueError):

@@ -15,7 +15,7 @@ def call_chains(calls: Mapping[str, Callable[[], T]], chains: Sequence[Sequence[
     """Make the calls of each chain in turn, and chains at once; return the results by name, in the order of `calls`.
 
     All chains come to their end before an error is raised, the first by the order of chains, so that nothing is still at work
-    when a run goes on after it. An exception that a signal raises here does not wait for them.
+    when a run continues after it. An exception that a signal raises here does not wait for them.
     """
     if len(chains) <= 1:
         return {name: calls[name]() for name in calls}

@@ -3,7 +3,8 @@
 A bundle has room for one rank of each role that shares it, and whole GPUs: Ray packs shares of a GPU onto as few devices as it
 can, and only another bundle's device is surely another one, which ranks of one role need. Who sits in a bundle shares what it
 has in equal parts. A role of `nodes` x `devices` workers has a placement group per node, whose bundles Ray keeps on one node;
-else the strategy of its place says how its bundles lie to each other. `rlhf_distributed_ray.places` has the language of places.
+else the strategy of its place decides the placement of its bundles. `rlhf_distributed_ray.places` has the language of
+places.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Layout:
 
 
 def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
-    """Bundles and seats for `places`: `cpus` for each worker, and with `gpus` as many in a bundle as its place says."""
+    """Bundles and seats for `places`: `cpus` for each worker, and with `gpus` as many in a bundle as its place requests."""
     strategies: list[str] = []
     apart: list[frozenset[int]] = []
     seats: dict[str, tuple[Seat, ...]] = {}

@@ -55,7 +55,7 @@ class Place:
 
 
 def parse_shape(text: str, field: str) -> Shape:
-    """`2` workers, each in a bundle of its own; `2x4`: nodes x devices; either with a strategy: `2x4:STRICT_SPREAD`.
+    """`2` workers, each in its own bundle; `2x4`: nodes x devices; either with a strategy: `2x4:STRICT_SPREAD`.
 
     Raises:
         UsageError: it is none of these.

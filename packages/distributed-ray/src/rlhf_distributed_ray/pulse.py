@@ -1,4 +1,4 @@
-"""Signs of life. An actor answers `beat` beside its work, in a thread of its own; whoever waits for the actor asks.
+"""Signs of life. An actor answers `beat` in a separate thread; callers that wait for the actor ask.
 
 A process that is stopped, swapped out or cut off does not answer. One that is in a deadlock answers, and its progress stands
 still. Progress is what a run reports of itself inside a step (`rlhf_core.util.activity`), counted.
@@ -78,7 +78,7 @@ class _Count(logging.Handler):
 class Pulse:
     """Signs of life of one actor, which the controller reads while it waits for a call.
 
-    Time in which nobody looked does not count, so that a controller that was itself stopped blames nobody.
+    Time without checks does not count, so that a controller that was itself stopped blames no worker.
     """
 
     def __init__(self, limits: Limits) -> None:

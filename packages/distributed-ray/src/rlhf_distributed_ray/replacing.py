@@ -1,7 +1,7 @@
 """Rollout engines that are replaced when they die: a new actor in the same seat, with the weights and the state of the old one.
 
-Engines do not depend on each other, so the others go on, and only the calls that were not answered are made again. Sampling
-is seeded per completion: the new engine draws what the old one would have drawn.
+Engines do not depend on each other, so the others continue, and only the calls that were not answered are made again.
+Sampling is seeded per completion: the new engine draws what the old one would have drawn.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class EngineCrew:
                     self._ask_one(rank, weights.receive(role, number))
                 self._ask_one(rank, weights.finish(role))
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ray.exceptions.ObjectLostError):  # whoever had them is dead too
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):  # their owner is dead too
                 raise WorkerLost(self.crew.who, f"{death.report}; the weights that it had are lost") from None
             raise
 

@@ -1,7 +1,7 @@
 """Roles and rollout engines that sit in the same bundles take turns on their devices.
 
 The controller keeps the books (`rlhf_core.launcher.residents`): one for each set of roles and engines that meet in some bundle.
-Workers sleep and wake when they are told to, each with an allocator of its own, whose cache it gives back.
+Workers sleep and wake on request, each with its own allocator, whose cache it gives back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["RayTurns", "SharedRoleGroup", "neighbors"]
 
 CONTEXT_BYTES = GIB // 2
-"""What a process has on a GPU before its first tensor: the CUDA context and the kernels of its libraries."""
+"""GPU memory of a process before its first tensor: the CUDA context and the kernels of its libraries."""
 
 
 class SharedRoleGroup(SharedRole, RoleGroup):

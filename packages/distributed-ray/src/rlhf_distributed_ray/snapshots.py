@@ -27,7 +27,7 @@ Files = Mapping[str, Any]
 """Contents of files as arrays of bytes, by name."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  a folder in memory, where there is one
 COPY_SECONDS = 600.0
-"""What the parts of a snapshot may take on their way between nodes."""
+"""Seconds that the transfer of a snapshot's parts between nodes may take."""
 
 
 def memory_folder() -> AbstractContextManager[str]:

@@ -1,7 +1,7 @@
 """Surroundings of a worker's process: the controller's environment variables, and a runtime environment of Ray.
 
 Variables that a library reads when it is imported are there before the process begins. Ray writes those to its logs and its
-dashboard, so variables that are named like secrets travel with the description of the run instead, which Ray shows to nobody.
+dashboard, so variables that are named like secrets travel with the description of the run instead, which Ray does not show.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_core.util.secrets import IN_ENVIRONMENT
 __all__ = ["PREFIXES", "Surroundings", "read_runtime_environment", "travelling_variables"]
 
 PREFIXES = ("HF_", "NCCL_", "GLOO_", "VLLM_", "TORCH_", "PYTORCH_")
-"""Beginnings of the names of variables that go to the workers by themselves."""
+"""Prefixes of variables that always go to the workers."""
 
 NAMES = ("PYTHONPATH", "DS_ACCELERATOR")
 """Names of others that do."""
@@ -72,7 +72,7 @@ def read_runtime_environment(file: str) -> dict[str, Any]:
     """
     if not file:
         return {}
-    import yaml  # type: ignore[import-untyped]  # stubs are a package of their own, for one call
+    import yaml  # type: ignore[import-untyped]  # stubs are a separate package, for one call
     from ray.runtime_env import RuntimeEnv
 
     try:

@@ -1,7 +1,7 @@
 """Batches through Ray's object store: the rows of each worker, put once, with nothing in them that it does not need.
 
 A node is sent the rows of its own workers, and never a whole batch. Arrays, not tensors, are stored: Ray maps NumPy arrays into
-every reader without a copy. Tokens and each extra are objects of their own: what several roles read, or one role reads twice
+every reader without a copy. Tokens and each extra are separate objects: what several roles read, or one role reads twice
 in a step, crosses once, since roles with as many workers share a batch out alike. Prompts, texts, labels and metadata stay with
 the controller, but for the rows' datasource, which splits metrics.
 """
@@ -70,7 +70,7 @@ def _from_arrays(packed: Any) -> KeptSets | Truncation:
 
 
 def sources_of(batch: Batch, rows: list[int]) -> list[Any] | None:
-    """The datasource of each of these rows, None for one that does not say; nothing where none does."""
+    """The datasource of each of these rows, None for one without; nothing if none has one."""
     sources = [batch.meta[row].get("datasource") for row in rows]
     return None if all(source is None for source in sources) else sources
 

@@ -85,7 +85,7 @@ def versions(registry: Any, names: Mapping[str, str], uses: Mapping[str, str]) -
 class Worker(Beating):
     """A process of the run: what all kinds of it do first.
 
-    Nothing can fail while it is made: Ray tells a mistake there as a death.
+    Nothing can fail while it is made: Ray reports an error there as a death.
     """
 
     def __init__(self, run: Description) -> None:
@@ -171,7 +171,7 @@ class RoleWorker(Worker):
         steps: Mapping[str, StepInfo],
         sources: Mapping[str, list[Any] | None],
     ) -> tuple[dict[str, float], int, str]:
-        """Optimiser steps on this rank's rows of each credited batch; metrics, the new version, and what was said meanwhile.
+        """Take optimizer steps on this rank's rows of each credited batch; return metrics, the new version, and messages.
 
         `sent` are, for each key of `read`, the columns and then the extras that it names.
         """
@@ -182,7 +182,7 @@ class RoleWorker(Worker):
             extras = {name: next(arriving)[""] for name in names}
             work[key] = unpack(columns, extras, steps[key], sources[key])
             work[key].world = self.role.world
-        with redirect_stderr(io.StringIO()) as said:  # nobody reads a worker's
+        with redirect_stderr(io.StringIO()) as said:  # a worker's is not read
             metrics = self.role.train(work)
         return metrics, self.role.version, said.getvalue()
 

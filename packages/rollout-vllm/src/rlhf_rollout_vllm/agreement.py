@@ -1,7 +1,7 @@
 """Compare the engine with its trainer: the log-probabilities of a few sampled tokens, by both.
 
 A weight that did not arrive, a head that stayed as it was, another attention mask or another tokenizer all show here, before
-a step is trained on wrong ratios. What cannot show is an error smaller than rounding: the bound is that of the dtypes.
+a step is trained on wrong ratios. An error smaller than rounding does not show: the bound is that of the dtypes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["check", "kept_mass"]
 LOGPROBS = frozenset({"logprobs_NT"})
 
 PROMPTS, TOKENS = 4, 16
-"""How much is compared: little next to a batch, and enough to see any layer."""
+"""Size of the comparison: small compared with a batch, and enough to see any layer."""
 
 BOUNDS = {"float32": 1e-3}
 """Largest mean difference by dtype. Engines agree to 1e-5 in float32; 16-bit ones differ by 0.01 to 0.03."""

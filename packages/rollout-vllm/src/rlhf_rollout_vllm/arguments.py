@@ -59,13 +59,13 @@ def memory_share(asked: float, free: int, total: int) -> float:
 
 
 def engine_gpus(options: VLLMOptions, environment: Mapping[str, str]) -> list[int] | None:
-    """Return the GPUs of an engine with processes of its own, by number; None where vLLM takes the first ones.
+    """Return the GPUs of an engine in separate processes, by number; None where vLLM takes the first ones.
 
     An engine is on its trainer's GPU, or for NCCL, which joins no GPU with itself, on those after all trainers' of the machine.
 
     Args:
         options: the provider.
-        environment: tells how many ranks a launcher started, and which of them this one is.
+        environment: has the number of ranks that a launcher started, and the number of this one.
 
     Raises:
         UsageError: each of several ranks would have an engine on several GPUs.

@@ -1,4 +1,4 @@
-"""A request to an engine in processes of its own."""
+"""A request to an engine in separate processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def ask(llm: Any, prompt: Sequence[int], parameters: Any, number: str, sal
         llm: the engine that is asked.
         prompt: token ids.
         parameters: of sampling.
-        number: tells requests apart.
+        number: identifies the request.
         salt: prompts share cached keys and values with those of equal salt only, so that no cache outlives an update.
 
     Raises:

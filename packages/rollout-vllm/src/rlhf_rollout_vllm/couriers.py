@@ -1,4 +1,4 @@
-"""Ways of weights from the trainer to an engine in processes of its own: shared memory, CUDA IPC, NCCL.
+"""Ways of weights from the trainer to an engine in separate processes: shared memory, CUDA IPC, NCCL.
 
 All are vLLM's weight transfer: a sender drives start, update and finish through a client, and a receiver of the same name loads
 in every worker. Like `receivers`, this module needs vLLM at once; `own_process` imports it late.

@@ -1,4 +1,4 @@
-"""`--rollout vllm`: completions from vLLM, in this process or in processes of its own, with the weights of a role.
+"""`--rollout vllm`: completions from vLLM, in this process or in separate processes, with the weights of a role.
 
 One engine per sampled role, opened at the first call. Its weights come from the role and nowhere else, when it is opened
 and after every update, always by the same path (`receivers`); after opening and after the first update the engine is
@@ -31,7 +31,7 @@ __all__ = ["VLLM", "VLLMEngines"]
 
 @dataclass(frozen=True)
 class VLLM(VLLMOptions, Rollout):
-    """Samples with vLLM, in this process or in processes of its own, on CUDA or the CPU; weights follow every update.
+    """Samples with vLLM, in this process or in separate processes, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
     temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the mean share of the
@@ -50,7 +50,7 @@ class VLLM(VLLMOptions, Rollout):
 
     @property
     def has_own_weights(self) -> bool:
-        """Processes of its own have weights of their own."""
+        """Separate processes have their own weights."""
         return self.process == "own"
 
     def check(self) -> None:
@@ -118,7 +118,7 @@ class VLLMEngines(Rollout):
             engine = self.engines[role.name] = Engine(self.options, role)
             engine.update(role)
             check(engine, role, prompts, "loading")
-        elif engine.version != role.version and not self.ahead:  # a checkpoint was restored, say
+        elif engine.version != role.version and not self.ahead:  # for example, a checkpoint was restored
             engine.update(role)
         rollouts = engine.sample(prompts, sampling)
         truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0

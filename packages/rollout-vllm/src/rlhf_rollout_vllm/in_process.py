@@ -143,7 +143,7 @@ class InProcess:
     def close(self) -> None:
         """Free everything; the process groups too, if no other engine of the process is open."""
         client = self.llm.llm_engine.engine_core
-        client._finalizer.detach()  # it would destroy the groups whoever uses them, the trainer's too
+        client._finalizer.detach()  # it would destroy the groups even while in use, the trainer's too
         client.engine_core.model_executor.shutdown()
         client.engine_core.scheduler.shutdown()
         del self.llm, client
@@ -155,13 +155,13 @@ class InProcess:
 
 
 def _external_launcher() -> str | None:
-    """vLLM's name for ranks that a launcher started, each with an engine of its own, which then takes its rank's GPU, not the
+    """vLLM's name for ranks that a launcher started, each with its own engine, which then takes its rank's GPU, not the
     first one."""
     return "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 class _ProcessGroups:
-    """vLLM's process groups. vLLM keeps them in globals of its own, so that all engines of a process share them."""
+    """Return vLLM's process groups. vLLM keeps them in globals, so that all engines of a process share them."""
 
     def __init__(self) -> None:
         self.users = 0

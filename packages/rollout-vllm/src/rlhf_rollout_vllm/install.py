@@ -1,4 +1,4 @@
-"""Importing vLLM, with one line for each thing that can be wrong with its installation."""
+"""Import of vLLM, with a one-line error for each fault of its installation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tokens that truncated sampling kept, read from vLLM's log-probabilities.
 
 vLLM returns those of the likeliest tokens after truncation, minus infinity at what was cut. So under top-k, alone or with top-p
-and min-p, they tell the whole kept set. Without top-k a set may be as large as the vocabulary: none is asked for, and the
+and min-p, they give the whole kept set. Without top-k a set can be as large as the vocabulary: none is asked for, and the
 trainer applies the rules to its own logits.
 """
 
@@ -40,7 +40,7 @@ def listed_tokens(sampling: Sampling, width: int) -> int:
 
 
 def sampled_logprobs(flat: Any) -> list[float]:
-    """Return the log-probabilities of the sampled tokens, which stand first at each token of a completion.
+    """Return the log-probabilities of the sampled tokens, which come first at each token of a completion.
 
     Args:
         flat: vLLM's `FlatLogprobs` of the completion.

@@ -1,4 +1,4 @@
-"""An event loop that runs in a thread of its own for as long as an engine lives, for callers in any other thread."""
+"""An event loop that runs in a separate thread for as long as an engine lives, for callers in any other thread."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoopThread:
 
         Args:
             work: runs in the loop; it is cancelled if the caller stops waiting.
-            seconds: deadline; None for work that has deadlines of its own.
+            seconds: deadline; None for work that has its own deadlines.
 
         Raises:
             TimeoutError: the deadline is over.

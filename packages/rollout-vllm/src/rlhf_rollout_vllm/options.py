@@ -120,7 +120,7 @@ class VLLMOptions:
             self.json_schema()
 
     def _check_process(self) -> None:
-        """Check the options of an engine with processes of its own.
+        """Check the options of an engine in separate processes.
 
         Raises:
             UsageError: they do not fit.

@@ -1,8 +1,8 @@
-"""vLLM in processes of its own on this machine: an engine core and its workers, behind vLLM's `AsyncLLM`.
+"""vLLM in separate processes on this machine: an engine core and its workers, behind vLLM's `AsyncLLM`.
 
 Weights come by a courier (`couriers`). Shared memory keeps them, so that processes that died are started again with the
-same ones, whatever the trainer does meanwhile. What they had not answered is asked again: completions follow from their seeds.
-Weights may arrive while completions are sampled, which then go on with their cache; every token carries the version that
+same ones, whatever the trainer does meanwhile. Unanswered requests are repeated: completions follow from their seeds.
+Weights may arrive while completions are sampled, which then continue with their cache; every token carries the version that
 sampled it.
 """
 
@@ -51,7 +51,7 @@ LEFT_OUT = "the role's weights() left out"
 
 
 class OwnProcess:
-    """vLLM in processes of its own.
+    """vLLM in separate processes.
 
     Args:
         options: the provider.
@@ -156,7 +156,7 @@ class OwnProcess:
                 llm = AsyncLLM.from_engine_args(arguments)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"vLLM does not start with this model and these options: {reason_of(error)}") from error
-        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)  # a death is told by us, in a line
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)  # we report a death in one line
         return llm
 
     async def _warm_up(self) -> None:
@@ -358,7 +358,7 @@ class OwnProcess:
         }
 
     def _deliver(self, llm: Any, paused: bool) -> None:
-        """Tell the engine of the weights in the store; no completion goes on meanwhile if `paused`."""
+        """Announce the weights in the store to the engine; completions stop meanwhile if `paused`."""
         if paused:
             self.call(llm.pause_generation(mode="keep", clear_cache=False))
         try:

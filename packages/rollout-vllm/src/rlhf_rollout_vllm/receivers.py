@@ -83,7 +83,7 @@ class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
         """
         loaded = self.model.load_weights(weights)
         self.loaded = loaded or set()
-        if loaded is not None:  # a few models do not say what they loaded
+        if loaded is not None:  # a few models do not report what they loaded
             check_complete(self.expected, loaded)
 
     def finish_weight_update(self) -> None:
@@ -209,7 +209,7 @@ class _NotedModel:
         return getattr(self._model, name)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
-        """Load tensors; a model that does not say what it loaded counts as complete."""
+        """Load tensors; a model that does not report what it loaded counts as complete."""
         loaded: set[str] | None = self._model.load_weights(weights)
         self._loaded |= {name for name, _ in self._model.named_parameters()} if loaded is None else loaded
         return loaded

@@ -73,7 +73,7 @@ class SharedMemoryInfo(TrainerInitInfo):  # type: ignore[misc]  # the same
 
 
 class SharedMemorySender(TrainerWeightTransferEngine):  # type: ignore[misc]  # the same
-    """Writes weights to shared memory, and tells the engine's processes where each tensor is."""
+    """Writes weights to shared memory, and sends the engine's processes the place of each tensor."""
 
     init_info_cls = SharedMemoryInfo
     store: SharedWeights
@@ -89,7 +89,7 @@ class SharedMemorySender(TrainerWeightTransferEngine):  # type: ignore[misc]  # 
         return sender
 
     def send_weights(self) -> None:
-        """Write and tell: three calls, however many tensors and buckets there are."""
+        """Write and announce: three calls for any number of tensors and buckets."""
         self.store.write(self.source.raw())
         self.send_again()
 

@@ -37,7 +37,7 @@ class Host(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], names: Sequence[str]) -> list[Any]:
-        """Return vLLM's completion of each prompt, in order; `names` tell them apart."""
+        """Return vLLM's completion of each prompt, in order; `names` identify them."""
         ...
 
     def take(self, role: Role) -> Mapping[str, float]:
@@ -98,7 +98,7 @@ class Engine:
         return int(self.host.model_config.max_model_len)
 
     def sample(self, prompts: Prompts, sampling: Sampling, whole_head: bool = False) -> Rollouts:
-        """`sampling.n` completions of each prompt, each with a seed of its own; from ids that the tokenizer has.
+        """`sampling.n` completions of each prompt, each with its own seed; from ids that the tokenizer has.
 
         With `whole_head` from all ids, with the probabilities that the role has.
 

@@ -28,7 +28,7 @@ ALIGNMENT = 64
 
 @dataclass
 class _Bucket:
-    """A part of the memory that is mapped by itself."""
+    """A separately mapped part of the memory."""
 
     offset: int
     memory: mmap

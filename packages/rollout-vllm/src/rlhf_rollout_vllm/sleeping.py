@@ -1,4 +1,4 @@
-"""Parts of an engine that sleep and wake by themselves."""
+"""Parts of an engine that sleep and wake independently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls of a weight update to an engine in processes of its own, as a sender makes them."""
+"""The calls of a weight update to an engine in separate processes, as a sender makes them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def register() -> None:
 
 
 def _end_with(process: int) -> None:
-    """End this process as soon as `process` has ended, however it did; vLLM's would go on."""
+    """End this process as soon as `process` has ended, however it did; vLLM's would continue."""
     try:
         handle = os.pidfd_open(process)
     except ProcessLookupError:

@@ -1,6 +1,6 @@
 """The DeepSpeed configuration of a role: what the run decides, good defaults, and what the user's file adds.
 
-Gradients are summed by core's count over a whole optimizer step whose micro-batches nobody announces beforehand, so
+Gradients are summed by core's count over a whole optimizer step whose micro-batches are not announced beforehand, so
 DeepSpeed must not count micro-batches: `managed_gradient_accumulation` is off, `backward` only accumulates and `step`
 is the boundary. Learning rate, clipping and batch size are the run's own options; a file may leave them out or say
 "auto" (the custom of transformers), so that a file written for another program can be used here.
@@ -83,7 +83,7 @@ def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvi
     if narrow in ("bfloat16", "float16"):
         fixed["data_types"] = {"grad_accum_dtype": "fp32"}
     if optim is not None:
-        # stage 0 in DeepSpeed clips but does not tell the norm, so the trainable clips there itself
+        # stage 0 in DeepSpeed clips but does not report the norm, so the trainable clips there itself
         fixed["gradient_clipping"] = optim.max_grad_norm if options.stage > 0 else 0.0
         fixed["zero_force_ds_cpu_optimizer"] = False  # the role's optimizer works on CPUs too
     return fixed

@@ -2,7 +2,7 @@
 engine.
 
 Under stage 3 a parameter holds nothing except while its module runs: hooks on every module gather its weights before and
-release them after. Whoever calls modules in an order of its own (a sampler, whose ranks stop at different lengths) must
+release them after. Code that calls modules in its own order (a sampler, whose ranks stop at different lengths) must
 not trigger those collective calls: `gathered` holds all weights and takes the hooks away for as long as it is open.
 
 Not here: building the module sharded from the start (`deepspeed.zero.Init` around the construction). It saves host
@@ -49,7 +49,7 @@ Json = dict[str, Any]
 
 
 def library() -> Any:
-    """The package deepspeed, imported and set up for training. Which versions will do is `DeepSpeed.check`'s to say."""
+    """The package deepspeed, imported and set up for training. `DeepSpeed.check` decides which versions are supported."""
     import deepspeed
 
     # inference on CPUs would use this operation, training does not: spare the minute and the compiler it takes to build
@@ -129,7 +129,7 @@ def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.devi
 def clear_gradients(engine: Any, stage: int) -> None:
     """Forget what DeepSpeed keeps of a step's gradients.
 
-    Else a weight that the next step leaves out (an expert nobody asked) has this gradient in it, and one that was not finite
+    Else a weight that the next step leaves out (an unused expert) has this gradient in it, and one that was not finite
     stays.
     """
     optimizer = engine.optimizer

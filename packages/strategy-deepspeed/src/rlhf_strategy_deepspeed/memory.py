@@ -1,7 +1,8 @@
 """Memory of a role under ZeRO, for `rlhf-run plan` (Rajbhandari et al. 2020, section 5).
 
 With P parameters of which P_t are trained, R ranks, and e bytes of a weight that the module computes on, 2 in bfloat16 and 4 in
-float32. Everything trained has a float32 copy beside, in float32 too, where stages 1 to 3 work on a flat copy of their share.
+float32. Everything trained has an additional float32 copy, in float32 too, where stages 1 to 3 work on a flat copy of
+their share.
 
     part             stage 0     stage 1           stage 2                  stage 3
     weights          4 P         e P               e P                      e P / R
@@ -12,7 +13,7 @@ float32. Everything trained has a float32 copy beside, in float32 too, where sta
 With `--strategy.offload optimizer` the optimizer state is in main memory, and so are the gradients' sums of stage 3; with `all`
 the weights of stage 3, too.
 
-S is the optimizer's state of a whole copy. A bucket holds 50 million numbers unless `bucket` says otherwise, and at most P_t.
+S is the optimizer's state of a whole copy. A bucket holds 50 million numbers by default (`bucket`), and at most P_t.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ __all__ = ["join_rows"]
 
 
 def join_rows(module: Any, together: int) -> World:
-    """Return the ranks that have rows of their own; with more `together` than one, let those of a row share its tokens.
+    """Return the ranks that have their own rows; with more `together` than one, let those of a row share its tokens.
 
     Raises:
         UsageError: the model's heads or layers do not allow it.

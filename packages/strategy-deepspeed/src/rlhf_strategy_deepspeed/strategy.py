@@ -1,7 +1,8 @@
 """The strategy `deepspeed`: the kind of trainable that each role gets.
 
 Built in: ZeRO 0 to 3 in float32, bfloat16 and float16, with states in main memory if wanted, on one process or many, started by
-`deepspeed`, `torchrun` or Ray. Left for later, and refused in a configuration file with one line: tensor parallelism.
+`deepspeed`, `torchrun` or Ray. Left for later, and refused in a configuration file with a one-line error: tensor
+parallelism.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
 
     @property
     def narrow(self) -> bool:
-        """True from stage 1 on: bfloat16 weights beside sharded float32 copies."""
+        """True from stage 1 on: bfloat16 weights and sharded float32 copies."""
         return self.stage > 0
 
     @property
@@ -66,7 +67,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
         return zero_memory(whole, size, ranks, self)
 
     def __call__(self, build: Callable[[], nn.Module], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
-        """A trained role in an engine of its own; a frozen one sharded if the trained ones are, and plain otherwise."""
+        """Return a trained role in its own engine; a frozen one sharded if the trained ones are, and plain otherwise."""
         self.check()
         device = prepare_process()
         from rlhf_strategy_deepspeed.frozen_shards import FrozenShards
@@ -86,7 +87,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
 
 
 def _deepspeed_version() -> tuple[int, ...]:
-    """DeepSpeed's version; one that does not say is taken for new."""
+    """Return DeepSpeed's version; an unknown one counts as new."""
     try:
         return tuple(int(part) for part in version("deepspeed").split("+")[0].split(".")[:3])
     except (PackageNotFoundError, ValueError):

@@ -49,7 +49,7 @@ __all__ = ["DeepSpeedTrainable"]
 
 
 class DeepSpeedTrainable(Trainable):
-    """A module, its optimizer and its schedule, sharded as `options.stage` says."""
+    """A module, its optimizer and its schedule, sharded according to `options.stage`."""
 
     def __init__(
         self,
@@ -109,14 +109,14 @@ class DeepSpeedTrainable(Trainable):
         self.engine.step()
         clear_gradients(self.engine, self.stage)
         norm = float(self._norm if self.stage == 0 else self.engine.get_global_grad_norm())
-        if getattr(self.engine.optimizer, "overflow", False) or norm < 0:  # what it says of a step that it did not take
+        if getattr(self.engine.optimizer, "overflow", False) or norm < 0:  # its mark of a step that it did not take
             norm = float("inf")
         self.steps_done += int(isfinite(norm))  # the schedule follows the steps that were taken
         return {"grad_norm": norm, "lr": lr, **scale}
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Clip the reduced gradients and keep their norm, which DeepSpeed would not tell; nothing that is not finite gets into
-        the weights."""
+        """Clip the reduced gradients and keep their norm, which DeepSpeed does not report; nothing that is not finite
+        gets into the weights."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or float("inf"))
         if not self._norm.isfinite():

@@ -28,11 +28,11 @@ ADDS_UP = 1e-3
 
 @dataclass(frozen=True)
 class GDPOAdvantage(Advantage):
-    """Each part of the reward relative to the prompt's other completions by itself (Liu et al. 2026, GDPO).
+    """Each part of the reward relative to the prompt's other completions separately (Liu et al. 2026, GDPO).
 
     A_k = (r_k - mean) / std of the group, std unbiased, for each part r_k; their weighted sum is whitened over the batch's
     completions, on all ranks. Different combinations of parts with one sum keep different credit, and the scale does not grow
-    with the number of parts. What per-token rewards still come after a token, a KL penalty say, is added to its A.
+    with the number of parts. Per-token rewards that follow a token, for example a KL penalty, are added to its A.
     """
 
     parts: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class GDPOAdvantage(Advantage):
         for weight, name, part_N in self._weighted_parts(rewards):
             known_N = rewards.known.get(
                 name, everywhere_N
-            )  # a part that abstains has no say in this completion's credit
+            )  # a part that abstains does not affect this completion's credit
             summed_N[known_N] += weight * standardise(part_N[known_N].double(), group_N[known_N], rewards.precision)
         ones_N1 = torch.ones(len(group_N), 1, dtype=torch.bool)
         whitened_N = whiten(summed_N[:, None], ones_N1, "std", rollouts.world).squeeze(1)

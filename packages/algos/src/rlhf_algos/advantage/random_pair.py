@@ -13,7 +13,7 @@ __all__ = ["RandomPairs"]
 
 @dataclass(frozen=True)
 class RandomPairs(PairSelector):
-    """Selects two different completions of each prompt, uniformly and by a seed of its own for every prompt and step."""
+    """Selects two different completions of each prompt, uniformly and with a separate seed for every prompt and step."""
 
     def choose(self, candidates: Candidates) -> tuple[int, int] | None:
         first = int(torch.randint(len(candidates), (), generator=candidates.generator))

@@ -25,7 +25,7 @@ OWN = f"{TRAINED}.logprobs_NT"
 
 @dataclass(frozen=True)
 class SixoNegativesAdvantage(Advantage):
-    """SIXO's exact negatives: samples of the policy, told from the target's by a twist (Lawson et al. 2022).
+    """SIXO's exact negatives: samples of the policy, distinguished from the target's by a twist (Lawson et al. 2022).
 
     The gradient of -(1/N) log(1 - sigmoid(log psi_t)) on a prompt's N samples, for the loss `weighted_nll`.
     """

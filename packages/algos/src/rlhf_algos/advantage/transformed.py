@@ -75,7 +75,7 @@ class TransformedEngine:
     other: Any
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
-        own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay where they stand
+        own_N = split_rewards(rewards, rollouts, extras)[0].sum(1)  # per-token rewards stay at their tokens
         transformed = replace(rewards, rewards_N=self.advantage.transform(rewards.rewards_N + own_N) - own_N)
         with options_under("of"):
             credit: Credit = self.other(transformed, rollouts, extras)

@@ -19,7 +19,7 @@ __all__ = ["ActiveRewardModeling"]
 class ActiveRewardModeling(Algorithm):
     """A reward model from the preference pairs that it asks for (arXiv 2502.07193, algorithm 3): from data.
 
-    Each batch is a pool of pairs whose labels nobody has looked at; `ask` chooses those that are labeled and trained on.
+    Each batch is a pool of pairs whose labels are still unknown; `ask` chooses those that are labeled and trained on.
     """
 
     defaults: ClassVar[Mapping[str, str]] = {**OFFLINE, "advantage": "ask", "loss": "bradley_terry"}

@@ -20,7 +20,7 @@ __all__ = ["KTO"]
 class KTO(Algorithm):
     """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): from data.
 
-    Data with labels, one completion a row; or pairs, whose chosen completions are desirable and rejected ones not.
+    Data with labels, one completion per row; or pairs, whose chosen completions are desirable and rejected ones not.
     """
 
     cache: str = field(default="", metadata=FREE)

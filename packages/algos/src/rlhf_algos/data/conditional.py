@@ -1,4 +1,4 @@
-"""Rows whose prompt says how good the completion is."""
+"""Rows whose prompt states the quality of the completion."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ConditionalData(Json):
         return fmean(rewards), spread or 1.0  # equal rewards have no scale
 
     def _add_condition(self, row: Example, reward: float) -> Example:
-        """The row with its reward said."""
+        """Return the row with its reward in the prompt."""
         if isinstance(row.prompt, str):
             return replace(row, prompt=self._render_condition(row.prompt, reward))
         *before, last = row.prompt

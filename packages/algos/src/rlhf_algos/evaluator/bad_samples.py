@@ -24,7 +24,7 @@ __all__ = ["BadSamples"]
 class BadSamples(Evaluator):
     """Log-probability of saved bad samples, one by one and together for each prompt (RePULSe's negative data).
 
-    At the run's --sampling.temperature, as everything that a role says; `bad_probability` is at 1.
+    At the run's --sampling.temperature, like everything that a role computes; `bad_probability` is at 1.
     """
 
     path: str = "bad_samples.jsonl"

@@ -1,7 +1,7 @@
 """The ingredient `pairs`: preference pairs of scored completions, by any pair selector.
 
 Online_RLHF and RLHFlow build their data this way (arXiv 2502.07193, released code; arXiv 2405.07863, algorithm 2): a reward
-model says which two completions of a prompt are compared, and a labeler says which one is preferred. The labeler is the oracle
+model chooses the two completions of a prompt to compare, and a labeler chooses the preferred one. The labeler is the oracle
 where one is read, else the reward itself.
 """
 

@@ -51,7 +51,7 @@ class AOTLoss(Loss):
             policy_w, policy_l = split_pairs(sequence_logprobs(outputs["logprobs_NT"], batch.mask_NT), batch)
             values = self.cost(policy_w - policy_l - above)
         else:
-            # each side meets its partner as a constant: all terms stand here twice, and each has half of their gradient
+            # each side meets its partner as a constant: all terms occur here twice, and each has half of their gradient
             twice = self.cost(chosen - above) + self.cost(below - rejected)
             values = twice - twice.detach() / 2
         return LossTerms(values, Reduction("sample"), pair_metrics(self.beta * chosen, self.beta * rejected))

@@ -1,4 +1,4 @@
-"""The likelihood of chosen completions, a term beside a preference loss."""
+"""The likelihood of chosen completions, a term in addition to a preference loss."""
 
 from __future__ import annotations
 

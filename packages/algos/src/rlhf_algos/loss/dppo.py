@@ -25,7 +25,7 @@ NEAR = 1e-6  # probabilities stay this far from 0 and 1, so that the KL of two c
 
 @dataclass(frozen=True)
 class DPPOLoss(PolicyLoss):
-    """Policy gradient without tokens that have left the trust region and would go on (Qi et al. 2026, DPPO).
+    """Policy gradient without tokens that have left the trust region and would move further (Qi et al. 2026, DPPO).
 
     Per token, with the sampler mu, r = pi / mu and D the divergence of the coins "this token or another" under mu and pi:
     -M r A, where M is 0 if D > delta and the update leads further away (A > 0 and r > 1, or A < 0 and r < 1), else 1.

@@ -1,4 +1,4 @@
-"""The entropy bonus, a term beside a policy's objective."""
+"""The entropy bonus, a term in addition to a policy's objective."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Shared parts of policy objectives: the average over tokens, and the correction for an imperfect sampler.
 
-Not an objective itself; a subclass says what one token's loss is.
+Not an objective itself; a subclass defines the loss of one token.
 """
 
 from __future__ import annotations

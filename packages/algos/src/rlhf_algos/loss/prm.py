@@ -27,7 +27,7 @@ class PRMLoss(Loss):
     """Cross-entropy of a step's predicted and given probability of being right (Lightman et al. 2023; Wang et al. 2024).
 
     A step ends at a placeholder token; the model reads all before it and gives one logit. Row labels are lists, one
-    entry a step: "+" and "-", or probabilities 0 to 1. The loss is the mean over rows of the mean over their steps.
+    entry per step: "+" and "-", or probabilities 0 to 1. The loss is the mean over rows of the mean over their steps.
     """
 
     placeholder: int

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Curvature", "Dense", "LowRank"]
 
 BLOCK = 256
-"""Rows that one downdate takes at once: its own system stays small beside D x D."""
+"""Rows that one downdate takes at once: its own system stays small compared with D x D."""
 
 
 class Curvature(Protocol):

@@ -22,7 +22,7 @@ log = logging.getLogger("rlhf.one_pass")
 
 
 class HeadStep(torch.optim.Optimizer):
-    """The optimizer of a head whose weight (1, D) is what an estimator says.
+    """The optimizer of a head whose weight (1, D) comes from an estimator.
 
     Args:
         parameters: all that is trained: the weight, and a bias, which no difference of rewards depends on and which stays.

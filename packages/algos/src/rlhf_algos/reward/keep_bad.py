@@ -1,4 +1,4 @@
-"""`--reward keep_bad`: another reward, which also keeps what it finds bad in a file, whoever sampled it.
+"""`--reward keep_bad`: another reward, which also saves the samples that it rates as bad, from any role.
 
     rlhf-run repulse --reward keep_bad --reward.of "model model=folder" --reward.threshold -5 --reward.path bad.jsonl
 

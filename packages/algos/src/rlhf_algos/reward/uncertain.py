@@ -5,7 +5,7 @@
 
 The metric `uncertainty` is the standard deviation of each completion's reward under N(theta, H^-1): what pair selectors read.
 The reward itself may be the mean, an optimistic one, which explores, or a pessimistic one, which does not reach for what
-nobody has compared.
+was never compared.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class UncertainEngine(RewardModelEngine):
         return replace(output, rewards_N=rewards_N, metrics={**output.metrics, UNCERTAINTY: std_N})
 
     def _std(self, features_NH: Tensor, group_N: Tensor) -> Tensor:
-        """The standard deviation of each completion's score (N,), float64, as `against` says."""
+        """The standard deviation of each completion's score (N,), float64, according to `against`."""
         if self.reward.against == "prompt":
             _, prompt_N, sizes_P = torch.unique(group_N, return_inverse=True, return_counts=True)
             sums_PH = features_NH.new_zeros(len(sizes_P), features_NH.shape[1]).index_add(0, prompt_N, features_NH)

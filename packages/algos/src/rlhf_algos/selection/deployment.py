@@ -38,7 +38,7 @@ class Deployment:
     def choose(self, features_GD: Tensor, *key: int) -> tuple[int, int]:
         """Return the answers to show: the selector's pair, or the best one twice where it has none.
 
-        The first two are shown while the estimate tells no answers apart.
+        The first two are shown while the estimate does not distinguish answers.
 
         Args:
             features_GD: of the answers to one prompt.

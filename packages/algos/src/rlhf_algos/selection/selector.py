@@ -54,7 +54,7 @@ class PairSelector(Advantage):
 
         Args:
             rewards_G: rewards of the prompt's completions, which also decide which one of the pair is preferred.
-            key: numbers that tell prompts and steps apart, for what is left to chance.
+            key: numbers that identify prompts and steps, to seed random choices.
             covariance_GG: how uncertain the rewards are together, if known.
         """
         rewards_G = rewards_G.double()

@@ -101,7 +101,7 @@ def round_ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Return the ticks as text, with as many digits as tell them apart."""
+    """Return the ticks as text, with enough digits to distinguish them."""
     for digits in range(2, 17):
         labels = [_number(tick, digits) for tick in ticks]
         if len(set(labels)) == len(set(ticks)):

@@ -37,7 +37,7 @@ class Group:
     options: Mapping[str, Any]
     """every option by its path"""
     key: str
-    """name that the color of the group follows from: the algorithm's where it tells the groups apart"""
+    """name that the color of the group follows from: the algorithm's if it distinguishes the groups"""
 
 
 def group_runs(folders: Sequence[Path]) -> list[Group]:
@@ -60,7 +60,7 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
     distinct = len(trees) > 1 and None not in algorithms and len(set(algorithms)) == len(trees)
     groups: list[Group] = []
     for options, paths in found.values():
-        # the presets of two algorithms differ in many options; their names alone tell such groups apart
+        # the presets of two algorithms differ in many options; only their names distinguish such groups
         name = method_name(str(options["algorithm.use"])) if distinct else _name(options, changes, paths[0])
         while any(each.name == name for each in groups):
             name += "'"

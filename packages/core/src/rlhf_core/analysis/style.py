@@ -90,7 +90,7 @@ METHODS = {
     "reinforce_pp": "REINFORCE++",
     "rm": "reward model",
 }
-"""Proper names of methods; any other name stands as the user wrote it. The first eight have colors of their own."""
+"""Proper names of methods; any other name is shown as the user wrote it. The first eight have their own colors."""
 
 
 def measure_of(name: str) -> Measure:

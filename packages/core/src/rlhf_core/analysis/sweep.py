@@ -19,7 +19,7 @@
     entrypoint-num-gpus = 1
 
 A method is a variant with one combination of the grid; a run is a method with a seed. A method's own `grid` table takes the
-place of the common one, and `skip = true` in it leaves a variant out. What a run's state is, is read from its folder alone.
+place of the common one, and `skip = true` in it leaves a variant out. The state of a run is read from its folder alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KINDS: Mapping[str, type] = {
     "slurm": dict,
     "ray": dict,
 }
-"""What a sweep's keys hold, those apart that have a check of their own."""
+"""Types of a sweep's keys, except those with their own check."""
 WORDS: Mapping[type, str] = {str: "path", list: "list of names", dict: "table"}
 
 State = Literal["waiting", "begun", "failed", "finished"]

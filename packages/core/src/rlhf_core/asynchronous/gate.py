@@ -1,7 +1,7 @@
 """The gate in front of the rollout engines: one call at a time, and new weights before the next one.
 
 An engine samples while its role trains, but takes new weights only between two calls. Training waits for the call in progress
-and for no other, because whoever brings weights goes first.
+and for no other, because callers that bring weights go first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Groups in progress over several iterations: which of them an iteration trains on, and which it must wait for.
 
-An iteration ends as soon as enough groups are complete. Others go on under the next weights and are trained on later: a slow
-completion holds nobody up, and surplus groups are not wasted. A group that would be too old in the next one is waited for.
+An iteration ends as soon as enough groups are complete. Others continue under the next weights and are trained on
+later: a slow completion delays no others, and surplus groups are not wasted. A group that would be too old in the next
+    one is waited for.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def read_schedule(path: str) -> Schedule:
 
 
 def describe_batches(batches: Mapping[str, Batch], trained: Mapping[str, int]) -> dict[str, Any]:
-    """Return what a line holds about the sampled batches of a step: uids, tokens by version, and versions in training."""
+    """Return the record of the sampled batches of a step: uids, tokens by version, and versions in training."""
     sampled = {name: batch for name, batch in batches.items() if VERSIONS in batch}
     return {
         "versions": {name: _tokens_by_version(batch) for name, batch in sampled.items()},

@@ -41,12 +41,12 @@ class InTurn(Generic[Thing]):
 
 
 class AheadSupply(Generic[Thing]):
-    """Collects iterations in order in a thread of its own, as far ahead as the queue allows.
+    """Collects iterations in order in its own thread, as far ahead as the queue allows.
 
     Args:
         collect: returns the iteration of that number; only the thread calls it, from the first `take` on.
-        queue: says what may begin.
-        changed: guards and announces every change; shared with whoever decides when collecting is due.
+        queue: decides what may begin.
+        changed: guards and announces every change; shared with the code that decides when collecting is due.
         may_begin: True if the iteration of that number is due; asked under `changed`.
         take_seconds: deadline for the next iteration when the loop asks for it.
         close_seconds: deadline for the call in progress when the supply is closed.

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to continue as if it had never stopped.
 
     OUTPUT/checkpoints/step-N/
         state.json           step, data position, KL coefficient, role versions, metrics, evaluations so far

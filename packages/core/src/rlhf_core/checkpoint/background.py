@@ -1,4 +1,4 @@
-"""One piece of work beside the loop, in a thread: at most one at a time, and its failure is raised in the loop."""
+"""Background work in a thread: one piece at a time, whose failure is raised in the loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Background:
         self._thread.start()
 
     def poll(self) -> float:
-        """The seconds that the work took, told once; 0 while it runs or if there was none. Raises what it raised."""
+        """Return the seconds that the work took, once; 0 while it runs or without work. Raises the work's exception."""
         return 0.0 if self._thread is not None and self._thread.is_alive() else self.wait()
 
     def wait(self) -> float:

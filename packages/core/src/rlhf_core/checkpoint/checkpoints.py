@@ -53,11 +53,11 @@ class Checkpoints:
         Args:
             state: plain data with the keys `step`, `metrics` and `evaluations`, and whatever else the run needs.
             roles: the trained roles by name.
-            engine_states: returns this rank's states of engines by place, in memory of their own; called if one is written.
+            engine_states: returns this rank's states of engines by place, in separate memory; called if one is written.
             world: the ranks that save together.
 
         Returns:
-            the seconds that an earlier background save took and nobody has asked for yet.
+            the seconds that an earlier background save took and that were not returned yet.
         """
         seconds = self.background.wait()  # one at a time
         rotation = self._rotation(state["evaluations"])

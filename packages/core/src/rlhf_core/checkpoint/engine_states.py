@@ -3,7 +3,7 @@
     providers/rank-R/<place>.safetensors
 
 A run with as many ranks gives each rank what it had. With another number of ranks, a state that was the first rank's alone
-goes to the first rank, and one that was equal on all ranks goes to all. Nobody can tell how to divide states that differ.
+goes to the first rank, and one that was equal on all ranks goes to all. There is no way to divide states that differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one process writes to it at a time, and another is told who does.
+"""The lock on a run's folder: one process writes to it at a time, and others get an error that names it.
 
     OUTPUT/.run-lock/N.json     host, boot, process and its start time; the file's time is the holder's last sign of life
 
@@ -77,10 +77,10 @@ class RunLock:
         self._end = threading.Event()
 
     def refuse_holder(self) -> None:
-        """Check that no live process holds the lock. Nothing is written if nobody ever took it.
+        """Check that no live process holds the lock. Nothing is written if it was never taken.
 
         Raises:
-            UsageError: one does; the message says who.
+            UsageError: one does; the message names it.
         """
         number = self._newest()
         if number and _is_live(self._path(number)):
@@ -91,7 +91,7 @@ class RunLock:
         """Take the lock, and give signs of life until `release`.
 
         Raises:
-            UsageError: a live process holds it; the message says who.
+            UsageError: a live process holds it; the message names it.
         """
         for _ in range(ATTEMPTS):
             number = self._newest()
@@ -175,7 +175,7 @@ class RunLock:
             try:
                 os.utime(path)
             except FileNotFoundError:
-                return  # `check` tells the run
+                return  # `check` reports it to the run
             except OSError:  # a file server that does not answer for a moment
                 continue
 
@@ -184,7 +184,7 @@ def _give_name(draft: Path, path: Path) -> bool:
     """Return True if `path` is now a name of the file `draft`, False if there was one of that name."""
     try:
         os.link(draft, path)
-    except (FileExistsError, FileNotFoundError):  # somebody was faster, and has cleared the drafts away
+    except (FileExistsError, FileNotFoundError):  # another process was faster and has removed the drafts
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
@@ -270,7 +270,7 @@ def _this_process() -> Holder:
 
 
 def _machine() -> str:
-    """The machine since its start, and the process table there, which containers have of their own."""
+    """The machine since its start, and the process table there, which each container has for itself."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

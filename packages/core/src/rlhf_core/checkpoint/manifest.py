@@ -1,6 +1,6 @@
 """Verify checkpoints: sizes and checksums (XXH3, 128 bits) of their files, and of the list of files.
 
-They tell what a disk, a copy or a full file system did; against somebody who forges a file and its checksum no unsigned list
+They detect faults of a disk, a copy or a full file system; against forgery of a file and its checksum no unsigned list
 helps. So the fastest good hash will do: computing it costs a tenth of what the disk needs, where SHA-256 took two thirds.
 A file's checksum is a list, one for every 64 MiB of it, so that all cores work on a large one; meanwhile the disk writes.
 """

@@ -1,4 +1,4 @@
-"""The folder of a run while the run is open: locked, with its configuration written, and with nobody else's file touched."""
+"""The folder of a run while the run is open: locked, with its configuration written, and without changes to other files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class OutputFolder:
         self.own.write(self.path)
 
     def _begin(self) -> None:
-        """Look again, now that nobody else writes, and take the folder."""
+        """Look again, now that no other process writes, and take the folder."""
         config = replace(self.config, resume=False, resume_changed=False)
         try:
             own = self._check()

@@ -1,7 +1,7 @@
-"""The files of a run: what it may write, replace and remove in its folder. Anything else there is somebody else's.
+"""The files of a run: what it may write, replace and remove in its folder. Anything else there belongs to the user.
 
     OUTPUT/run.json
-        run      drawn when the run began; tells its checkpoints from those of other runs
+        run      drawn when the run began; identifies its checkpoints
         config   config.toml as the run wrote it
         names    the run's files and folders in OUTPUT (folders end in /); a name is written here before the file appears
     later    files and folders that commands wrote there afterwards, such as rlhf-run eval
@@ -158,7 +158,7 @@ def remove_own_leftovers(output: Path, own: OwnFiles) -> None:
 
 
 def _run_of(folder: Path) -> str:
-    """The run that wrote a checkpoint; empty if that cannot be told."""
+    """Return the run that wrote a checkpoint; empty if it is unknown."""
     found = read_own_files(folder)
     return found.run if found is not None else ""
 

@@ -60,9 +60,9 @@ def restore(
 
 
 def _newest_valid(output: Path) -> Path | str | None:
-    """The newest undamaged checkpoint, None if there is none at all, and what to say if all are damaged or one is foreign.
+    """The newest undamaged checkpoint, None if there is none at all, and the error if all are damaged or one is foreign.
 
-    Damaged ones that are newer are named and set aside, once an older one is found to go on from.
+    Damaged ones that are newer are named and set aside, once an older one is found to continue from.
     """
     damages: list[tuple[Path, str]] = []
     own = read_own_files(output)

@@ -1,6 +1,6 @@
 """Rotate checkpoints: keep the newest, the best by a named metric, and others by number and total size.
 
-The best is chosen anew each time from what the checkpoints themselves say, so that a run killed anywhere between saving,
+The best is chosen anew each time from the metrics in the checkpoints, so that a run killed anywhere between saving,
 measuring and removing makes up for it the next time.
 """
 
@@ -100,7 +100,7 @@ def read_best(output: Path) -> Path | None:
 
 
 def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:
-    """Check that `--keep-best` names something that is measured: in a step, or by an evaluator.
+    """Check that `--keep-best` names a measured metric: in a step, or by an evaluator.
 
     A step that leaves an update out, or in which a role rests, proves nothing; nor does one without a row of some datasource.
 

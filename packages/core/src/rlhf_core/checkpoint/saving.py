@@ -1,4 +1,4 @@
-"""Writing a checkpoint: in the loop, every rank its part; or beside it, from a copy in memory.
+"""Writing a checkpoint: in the loop, every rank its part; or in the background, from a copy in memory.
 
 Either way under a temporary name, forced to the disk, renamed. Whatever a role saves is covered, since the role does it: by
 `save`, or by `snapshot` where its strategy has one (see `Trainable`), which then holds all that `save` would write.
@@ -74,7 +74,7 @@ def save(
     """Write the checkpoint unless it exists, then `rotate`. Every rank takes part.
 
     With `background`, and roles that can be copied, only the copy is made now and the leader writes it there.
-    `engine_states` returns this rank's, which nobody changes afterwards.
+    `engine_states` returns this rank's, which is not changed afterwards.
     """
     leader = world.leads
     if world.gather(shared.folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
@@ -120,7 +120,7 @@ def _write_together(
         world.barrier()  # every rank has saved
         if leader:
             shared.write(temporary)
-    world.barrier()  # nobody stops, or looks for it, before it has its name
+    world.barrier()  # no rank stops, or looks for it, before it has its name
 
 
 def _write_copies(shared: SharedState, writers: Mapping[str, Writer], rotate: Callable[[Path], None]) -> None:

@@ -1,8 +1,8 @@
 """Entry point of `rlhf-run`: choose the command, run it, and set the exit code.
 
-A user's mistake is one line on stderr and exit code 2; Ctrl-C is 130; a run that stopped itself says why and brings its
-own code; anything else is a bug and keeps its traceback. Only work that came to its end exits with 0: a reader of the output
-that goes away ends nothing, and neither does a plugin that calls `sys.exit`.
+A user's mistake prints one line and exits with 2; Ctrl-C exits with 130; a run that stopped itself prints why and exits
+with its own code; anything else is a bug and keeps its traceback. Only work that came to its end exits with 0: a reader
+of the output that goes away ends nothing, and neither does a plugin that calls `sys.exit`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _say(message: str) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    if argv and argv[0].startswith("--local_rank="):  # put there by the launcher `deepspeed`; LOCAL_RANK says the same
+    if argv and argv[0].startswith("--local_rank="):  # the launcher `deepspeed` adds it; LOCAL_RANK has it too
         argv = argv[1:]
     for word in argv:
         if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python shows a byte that it cannot read

@@ -1,6 +1,6 @@
 """`rlhf-run chat`: talk to a model in the terminal, or ask it one thing.
 
-With a chat template the conversation is remembered; a model without one continues each line by itself.
+With a chat template the conversation is remembered; a model without one continues each line separately.
 """
 
 from __future__ import annotations

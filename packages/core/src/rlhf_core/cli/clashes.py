@@ -1,4 +1,4 @@
-"""Installed packages that do not go together, for `rlhf-run doctor`: one line each, with what to do.
+"""Incompatible installed packages, for `rlhf-run doctor`: one line of advice each.
 
 Every package with compiled GPU code is built against one torch, and vLLM pins its own. pip reports what does not fit only while
 it installs, and builds for another torch not at all; both show later, as errors of an import.
@@ -27,7 +27,7 @@ WATCHED = (
     "flash-attn",
     "kernels",
 )
-"""Distributions whose needs are compared with what is installed, beside our own."""
+"""Distributions whose needs are compared with what is installed, in addition to our own."""
 
 GPU_STACK = (
     *(
@@ -51,10 +51,10 @@ BUILT_FOR_TORCH = {
     "flash_attn": "flash-attn",
     "torchcodec": "torchcodec",
 }
-"""Modules that load code compiled against torch, which no requirement tells; the distribution of each."""
+"""Modules that load code compiled against torch, which no requirement states; the distribution of each."""
 
 CONSTRAINTS = "install with --constraint constraints-cuda.txt"
-"""What to do where versions differ."""
+"""Advice for versions that differ."""
 
 NVIDIA = Path("/proc/driver/nvidia/version")
 """There where an NVIDIA driver runs."""
@@ -99,7 +99,7 @@ def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
         for text in metadata.requires(name) or [] if _version(name) else []:
             try:
                 need = Requirement(text)
-            except InvalidRequirement:  # of an old package: pip takes it, and says so
+            except InvalidRequirement:  # of an old package: pip accepts it with a warning
                 continue
             wanted = re.sub(r"[-_.]+", "-", need.name).lower()
             found = _version(wanted)

@@ -1,4 +1,4 @@
-"""`rlhf-run eval MODEL --evaluator NAME`: evaluators on a model that nobody trains. Prints one JSON object of metrics."""
+"""`rlhf-run eval MODEL --evaluator NAME`: evaluators on a model that is not trained. Prints one JSON object of metrics."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def attack_success(path: Path, threshold: float) -> float:
 def frontier_rows(
     results: dict[str, list[tuple[float, float]]], x: str, y: str, higher: bool, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """A row a method from the (x, y) of its seeds; `higher` says which way y is good. x is good when it is high."""
+    """Return one row per method from the (x, y) of its seeds; `higher` states if high y is good. x is good when it is high."""
     rows: list[dict[str, Any]] = []
     for method, points in results.items():
         row: dict[str, Any] = {"method": method, "seeds": len(points)}

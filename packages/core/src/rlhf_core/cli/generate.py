@@ -41,7 +41,7 @@ MOST = 2**31
 
 @dataclass(frozen=True)
 class Generate(Command):
-    """Write a model's completions on the data's prompts to a JSONL file; started again, it goes on where it stopped."""
+    """Write a model's completions on the data's prompts to a JSONL file; a restart continues where it stopped."""
 
     model: str = ""
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""

@@ -18,9 +18,9 @@ __all__ = ["append_lines", "continue_output", "parse_line", "whole_lines", "writ
 
 
 def continue_output(path: Path, **options: object) -> None:
-    """Let a command write to `path`, and go on with what is there if the options that made it were these.
+    """Let a command write to `path`, and continue an existing file if the options that made it were these.
 
-    Fingerprints of the options are kept beside it, in PATH.options.json; those that change no result are left out.
+    Fingerprints of the options are kept next to it, in PATH.options.json; those that change no result are left out.
 
     Raises:
         UsageError: nothing can be written there, the file is none of the command's, or was begun with other options.
@@ -113,7 +113,7 @@ def _redact_text(value: object) -> str:
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add a line per row in one write, in place of a half-written last line, and force it to the disk.
 
-    What was killed leaves at most its last line half.
+    A killed writer leaves at most half of its last line.
 
     Raises:
         RunStopped: the disk is full, or the file can no longer be written; the lines before are whole.

@@ -38,7 +38,7 @@ __all__ = ["Score", "make_rollouts"]
 
 @dataclass(frozen=True)
 class Score(Command):
-    """Add `reward` to each line of a JSONL file of completions, null if the reward abstains; started again, it goes on
+    """Add `reward` to each line of a JSONL file of completions, null if the reward abstains; a restart continues
     where it stopped."""
 
     file: str

@@ -1,8 +1,9 @@
 """`rlhf-run sweep FILE`: every run of a sweep, one after another or several at a time; what is finished is never run again.
 
-Each run is a process of its own, `rlhf-run --config OUTPUT/<run>/sweep-config.toml`, whose words go to OUTPUT/<run>/log.txt.
-A run that was killed or failed is resumed from its newest checkpoint. A lock on the run's folder keeps two sweeps (the tasks
-of a SLURM array, say) from taking the same one; a lock dies with its process, so nothing is to be cleaned.
+Each run is a separate process, `rlhf-run --config OUTPUT/<run>/sweep-config.toml`, whose output goes to
+OUTPUT/<run>/log.txt. A run that was killed or failed is resumed from its newest checkpoint. A lock on the run's folder
+keeps two sweeps (the tasks of a SLURM array, for example) from taking the same one; a lock dies with its process, so
+nothing is to be cleaned.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _write_script(path: Path, text: str) -> None:
 def run_member(
     member: Member, sweep: SweepFile, running: set[subprocess.Popen[bytes]], plugins: Sequence[str] = ()
 ) -> None:
-    """Run one member to its end, unless it is finished or somebody else is at it; its state is then in its folder.
+    """Run one member to its end, unless it is finished or another process runs it; its state is then in its folder.
 
     `plugins` are the words `-p NAME` that the sweep itself was started with.
 
@@ -147,7 +148,7 @@ def run_member(
         print(f"{member.name}: {'resumed' if member.is_started else 'begun'}", flush=True)
         started = time.time()
         with (member.folder / "log.txt").open("ab") as log:
-            # the run holds the lock too: should this process be killed, nobody else takes what still runs
+            # the run holds the lock too: if this process is killed, no other takes what still runs
             process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock])
             running.add(process)
             code = process.wait()
@@ -199,7 +200,7 @@ def _ranks(processes: int) -> list[str]:
 
 @contextmanager
 def _try_lock(folder: Path) -> Iterator[int | None]:
-    """The lock on a folder, None if somebody else has it."""
+    """The lock on a folder, None if another process has it."""
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,7 +225,7 @@ def status_table(sweep: SweepFile) -> str:
 
 
 def slurm_script(sweep: SweepFile, plugins: Sequence[str] = ()) -> str:
-    """An array with a task a run. A task that is killed and submitted again goes on where its run was."""
+    """Return an array script with one task per run. A task that is killed and submitted again continues its run."""
     lines = [
         "#!/bin/bash",
         SCRIPT_MARK,

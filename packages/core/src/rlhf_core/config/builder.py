@@ -49,7 +49,7 @@ def parse(argv: Sequence[str], registry: Registry) -> RunConfig:
     """The run that `[algorithm] [flags]` describe.
 
     Raises:
-        UsageError: in one line, what is wrong and what to do.
+        UsageError: states what is wrong and what to do.
     """
     return _build(*read(argv, registry), registry)
 
@@ -81,7 +81,7 @@ def make_config(
             model, which is written to OUTPUT/base-model.
 
     Raises:
-        UsageError: a value does not fit; one line says what to pass.
+        UsageError: a value does not fit; the message states what to pass.
     """
     from rlhf_core.plugins.registry import default_registry
 
@@ -272,7 +272,7 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
             plain = _plain_options(each, kind, masked)
             tree[kind] |= plain if len(several) == 1 else {name: plain}
     absent = (*SEVERAL, *(OPTIONAL if "rollout" in names else ()))
-    return {**dict.fromkeys(absent, "none"), **tree}  # left out is said too: an algorithm may have usual ones
+    return {**dict.fromkeys(absent, "none"), **tree}  # omissions are stated too: an algorithm may have usual ones
 
 
 def _plain_options(
@@ -304,7 +304,7 @@ def _plain_options(
 
 
 def _file_value(annotation: Any, value: Any) -> Any:
-    """A value that Python may have given, as a file has it: its parts as they are, or the text that stands for them."""
+    """A value that Python may have given, as a file has it: its parts as they are, or the text that represents them."""
     if given_by(annotation) == "python":
         return to_plain(None) if value is None else python_text(value)
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """Documentation of provider classes, read from source text: `--help` and `plugins` import nothing for it.
 
-Python keeps no docstring of a dataclass field, and importing a provider to ask for its own can cost seconds. Both stand
+Python keeps no docstring of a dataclass field, and importing a provider to ask for its own can cost seconds. Both are
 in the source file, so that is what is read: the class's docstring, and the string right under each annotated field.
 """
 
@@ -72,7 +72,7 @@ def _collect(node: ast.AST, prefix: str, found: dict[str, ClassDocs]) -> None:
 
 
 def _field_docs(node: ast.ClassDef) -> dict[str, str]:
-    """The string that stands right under each annotated field."""
+    """Return the string right under each annotated field."""
     docs: dict[str, str] = {}
     for statement, after in zip(node.body, node.body[1:], strict=False):
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):

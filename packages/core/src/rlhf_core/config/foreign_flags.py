@@ -1,8 +1,8 @@
 """Flags of TRL and OpenRLHF, each with what to write here.
 
-The table answers whoever types one of them, `docs/flags.md` prints it, and `rlhf-run translate` translates with it. An answer
-holds flags, with a value where one is part of it; `{role}` stands for the role that the algorithm trains. Of several answers,
-the first one counts that a run has.
+The table provides the error for users who type one of them, `docs/flags.md` prints it, and `rlhf-run translate`
+translates with it. An answer holds flags, with a value where one is part of it; `{role}` stands for the role that the
+algorithm trains. Of several answers, the first one counts that a run has.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "load_checkpoint": ("--resume",),
     "hub_model_id": ("--push-to-hub",),
 }
-"""What to write, by their flag without dashes."""
+"""Answers, by the foreign flag without dashes."""
 
 
 def read_answer(answer: str) -> tuple[list[tuple[str, str]], str]:

@@ -1,4 +1,4 @@
-"""The length of a run is given in one way: `steps`, or `epochs` of the data. What wins over a file wins over both of them."""
+"""The length of a run is given in one way: `steps`, or `epochs` of the data. An override of a file replaces both."""
 
 from __future__ import annotations
 

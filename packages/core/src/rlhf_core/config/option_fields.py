@@ -108,7 +108,7 @@ def annotation_of(cls: type, name: str) -> Any:
     if not isinstance(annotation, str):
         return annotation
     try:
-        return eval(annotation, dict(vars(sys.modules[owner.__module__])), dict(vars(owner)))  # noqa: S307  # the provider's own source says it
+        return eval(annotation, dict(vars(sys.modules[owner.__module__])), dict(vars(owner)))  # noqa: S307  # the provider's source
     except NameError as error:
         raise ContractError(
             f"{owner.__module__}.{owner.__qualname__}.{name}: the type {annotation!r} of an option must be known at "

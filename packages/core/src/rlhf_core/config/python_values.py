@@ -1,7 +1,7 @@
 """Values that only Python can give: functions as rewards, lists and tables as data.
 
-`make_config` turns each into the provider that holds it. OUTPUT/config.toml names such a value and cannot repeat it; whoever
-reads that file is asked to give it from Python again.
+`make_config` turns each into the provider that holds it. OUTPUT/config.toml names such a value and cannot repeat it; a
+user who reads that file is asked to give it from Python again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["describe", "from_python", "function_name", "import_path", "python_text", "text_of_value"]
 
 MARK = "<from Python: "
-"""What the text of such a value begins with in a file."""
+"""Beginning of the text of such a value in a file."""
 SAMPLED = 1000
 """Rows of a table that its fingerprint reads."""
 HELDOUT = ("heldout", "test", "validation")
@@ -36,7 +36,7 @@ def from_python(kind: str, value: Any, registry: Registry) -> Any:
     A function is the reward `func`, a list of rewards is `sum`, and rows are the data `memory`; all else is returned as it is.
 
     Raises:
-        UsageError: the value can be no provider of this kind; the line says what to pass.
+        UsageError: the value cannot be a provider of this kind; the message states what to pass.
     """
     if isinstance(value, type):
         raise UsageError(f"{kind} is the class {value.__name__}; pass an instance, {kind}={value.__name__}(…)")
@@ -102,7 +102,7 @@ def _data(value: Any, _: Registry) -> Any:
 
 
 def _is_module(value: Any) -> bool:
-    """Return True for a torch module, without importing torch: whoever has one did."""
+    """Return True for a torch module, without importing torch: its owner has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.nn.Module)
 
@@ -136,7 +136,7 @@ def describe(value: Any) -> str:
 
 
 def python_text(value: Any) -> str:
-    """Return what a file says in place of a value that only Python can give; equal values have equal texts."""
+    """Return the text in a file in place of a value that only Python can give; equal values have equal texts."""
     return f"{MARK}{_identity(value)}>"
 
 

@@ -1,7 +1,7 @@
 """Compare the options of a run with those of its continuation: only options that change no result may differ.
 
-An option says so itself, by the metadata `FREE` of its field. Where processes run, how they hold models, and what measures or
-watches the policy are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
+An option declares this itself, by the metadata `FREE` of its field. Where processes run, how they hold models, and what
+measures or watches the policy are free as a whole. `steps` is free unless a learning rate follows a schedule over them.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def check_resume(config: RunConfig, written: str) -> None:
 
 
 def changed_options(old: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """`--seed 0 -> 1` for each option that changes results and is not what `old`, a config.toml, says.
+    """`--seed 0 -> 1` for each option that changes results and differs from `old`, a config.toml.
 
-    Options that one of the two does not know are passed over: a newer version may have more of them.
+    Options that one of the two does not know are ignored: a newer version may have more of them.
     """
     from rlhf_core.config.builder import to_toml
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["BRINGS_ROLES", "roles_of"]
 
 BRINGS_ROLES = ("advantage", "loss", "reward")
-"""Kinds of provider that may bring roles of their own."""
+"""Kinds of provider that can bring their own roles."""
 
 
 def roles_of(

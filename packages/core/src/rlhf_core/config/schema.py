@@ -160,8 +160,8 @@ def make_schema(
 ) -> Schema:
     """The schema of a run of `algorithm` with the providers `chosen` by kind, its usual ones elsewhere.
 
-    `instances` are ready-made providers by kind; their values stand. `uses` are names of providers inside roles' options,
-    by path (`actor.optim`).
+    `instances` are ready-made providers by kind; their values are used. `uses` are names of providers inside roles'
+    options, by path (`actor.optim`).
 
     Raises:
         UsageError: a name is unknown, or a kind is chosen that the algorithm does not have.

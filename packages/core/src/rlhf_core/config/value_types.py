@@ -160,7 +160,7 @@ def _is_readable(annotation: Any, nested: bool, inside: bool = False) -> bool:
 
 
 def from_words(annotation: Any, words: Sequence[str]) -> Any:
-    """The value that `words` give. Raises ValueError if they do not fit; what would, says `metavar`."""
+    """The value that `words` give. Raises ValueError if they do not fit; `metavar` describes what fits."""
     if (members := _members(annotation)) is not None:
         return _first_that_reads(members, lambda member: from_words(member, words))
     origin = _origin(annotation)

@@ -136,12 +136,12 @@ class Batch:
     images: list[Mapping[str, Tensor]] = field(default_factory=list)
     """N tensors by name that the model reads for a prompt's images; an empty list where it reads text alone"""
     raw_texts: list[str] = field(default_factory=list)
-    """N completions as text with their special tokens, <think> say, but for the end token; empty for rows of data"""
+    """N completions as text with their special tokens, for example <think>, except the end token; empty for rows of data"""
     kept_sets: list[KeptSets | Truncation] = field(default_factory=list)
     """N completions' kept sets (`contract.kept_sets`), over which the role that sampled them takes its log-probabilities; an
-    empty list where nothing was cut. Rows may be of engines that say it and of engines that do not"""
+    empty list where nothing was cut. Rows may come from engines that report sets and from engines that do not"""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """tensors by name, whose suffix says the shape (`contract.requirements`)"""
+    """tensors by name, whose suffix states the shape (`contract.requirements`)"""
     scalars: dict[str, float] = field(default_factory=dict)
     """numbers of an engine about the whole batch, such as `kept_mass`"""
     step: StepInfo = StepInfo()

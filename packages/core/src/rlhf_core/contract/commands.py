@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Hello(Command):
-        \"\"\"Greet somebody.\"\"\"
+        \"\"\"Greet a person.\"\"\"
 
         name: str
         \"\"\"the person to greet\"\"\"
@@ -67,7 +67,7 @@ class Command(Provider):
     defaults: ClassVar[Mapping[str, str | None]] = {}
     """the kinds of providers that the command uses, each with its usual name; `""` must be chosen, None may be left out"""
     reads_run: ClassVar[bool] = False
-    """True if an algorithm and the flags of a run come after its name, besides its own flags; `context.config` is that run"""
+    """True if an algorithm and the flags of a run follow its own flags; `context.config` is that run"""
     roles: ClassVar[Mapping[str, Any]] = {}
     """the roles that the command uses, each with its default `ModelOptions`"""
 

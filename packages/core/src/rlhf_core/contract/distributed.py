@@ -1,4 +1,4 @@
-"""The ranks that share a batch or a model, and the few things they tell each other.
+"""The ranks that share a batch or a model, and the few values they exchange.
 
 One process is a world of size one, where every sum is the thing itself. Strategies that run under `torchrun` or
 `deepspeed`, or inside a group of Ray actors, give a `TorchWorld`.

@@ -79,7 +79,7 @@ class Policy(Protocol):
     async def ask(
         self, token_ids: Sequence[int], max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None
     ) -> Reply:
-        """Return the policy's turn after `token_ids`, sampled as `--sampling` says.
+        """Return the policy's turn after `token_ids`, sampled with the options of `--sampling`.
 
         Args:
             token_ids: everything that the policy reads.

@@ -203,7 +203,7 @@ class Engines:
         return engine
 
     def add(self, engine: object, place: str, name: str) -> None:
-        """Store the state of `engine`, called `name` in messages, with that of the others; somebody else closes it.
+        """Store the state of `engine`, called `name` in messages, with that of the others; its owner closes it.
 
         Raises:
             ContractError: it has only one of `state_dict` and `load_state_dict`.

@@ -1,4 +1,4 @@
-"""The limits of an episode: when it ends though its environment does not say so."""
+"""The limits of an episode: conditions that end it before its environment does."""
 
 from __future__ import annotations
 

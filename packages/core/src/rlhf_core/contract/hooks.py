@@ -117,7 +117,7 @@ def rlhf_data() -> Providers:
 
 @hookspec
 def rlhf_sampler() -> Providers:
-    """Orders of rows: `(rows, seed) -> Iterator[int]`, endless; one that reacts is told what rows earned."""
+    """Orders of rows: `(rows, seed) -> Iterator[int]`, endless; one that reacts receives the rows' scores."""
     raise AssertionError("a specification is never called")
 
 

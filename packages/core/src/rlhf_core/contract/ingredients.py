@@ -56,7 +56,7 @@ class IngredientContext(Protocol):
 
     @property
     def folder(self) -> Path:
-        """The ingredient's own folder, which exists; every output lies in it."""
+        """Existing folder of the ingredient; every output is in it."""
         ...
 
     @property
@@ -101,7 +101,7 @@ class Ingredient(Provider):
             given: names of `inputs`; all but those of `optional` are among them.
 
         Raises:
-            UsageError: they do not; the message says what to give.
+            UsageError: they do not; the message states what to give.
         """
 
     def __call__(self, context: IngredientContext) -> Mapping[str, Artifact]:

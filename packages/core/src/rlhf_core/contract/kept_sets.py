@@ -5,7 +5,8 @@ trainer takes its log-probabilities over the same set, of old and new weights al
 mask"). So a batch carries the sets (`Batch.kept_sets`).
 
 A set of K of the V tokens of the vocabulary takes 4 K bytes as a list, and V / 8 bytes as bits. The smaller is held, so that
-the flattest distribution under top-p costs V / 8 bytes a token, a thirty-second of its logits, and a typical one under 100.
+the flattest distribution under top-p costs V / 8 bytes per token, a thirty-second of its logits, and a typical one
+under 100.
 
 Shape letters: T tokens of a completion, K entries of lists, W tokens whose set is held as bits, B bytes of V bits.
 """
@@ -45,7 +46,7 @@ def replays(sampling: Sampling) -> bool:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Rules by which a trainer cuts its own distribution as the engine did, where that does not say which tokens it kept."""
+    """Rules by which a trainer cuts its own distribution as the engine did, if the engine does not report the kept tokens."""
 
     top_p: float = 1.0
     """see `Sampling`"""

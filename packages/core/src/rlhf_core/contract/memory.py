@@ -1,8 +1,8 @@
-"""Memory of a role on one device, as `rlhf-run plan` forecasts it, and what a strategy or a rollout engine knows to say so.
+"""Memory of a role on one device, as `rlhf-run plan` forecasts it, and the contributions of strategies and rollout engines.
 
-All numbers are bytes unless a name says otherwise. Core counts the parts of a whole copy of the role's model, on shapes alone.
-A strategy then says what of it one device holds (`Strategy.memory`), and a rollout engine what sampling takes
-(`Rollout.memory`).
+All numbers are bytes unless a name states another unit. Core counts the parts of a whole copy of the role's model, on
+shapes alone. A strategy then returns the share of one device (`Strategy.memory`), and a rollout engine the memory of
+sampling (`Rollout.memory`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelSize:
     cache_bytes: int
     """bytes of one token's keys and values in all layers"""
     shares_base: bool = False
-    """True if it is another role's model without its adapters, and holds no weights of its own"""
+    """True if it is another role's model without its adapters, and holds no weights itself"""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class RoleMemory:
     optimizer: int = 0
     """state of the optimizer, and a moving average of the weights"""
     activations: int = 0
-    """most that a training pass holds at a time beside the parts above: what autograd keeps, logits, temporary tensors"""
+    """most that a training pass holds in addition to the parts above: autograd's tensors, logits, temporary tensors"""
     overlap: int = 0
     """bytes that `gradients` and `activations` never hold at the same time, since gradients appear as activations are
     freed; 0 where a step has several micro-batches"""
     update: int = 0
     """temporary tensors of the update"""
     inference: int = 0
-    """most that a forward pass without gradient holds beside the weights"""
+    """most that a forward pass without gradient holds in addition to the weights"""
     cache: int = 0
     """keys and values, and what else sampling holds, in the process of the role"""
     buffers: int = 0
@@ -84,6 +84,6 @@ class SamplingLoad:
     new_tokens: int
     """tokens of a completion"""
     prefill: int
-    """bytes that a forward pass without gradient over all prompts holds beside the weights"""
+    """bytes that a forward pass without gradient over all prompts holds in addition to the weights"""
     free_bytes: int = 0
     """memory of the device that weights and optimizers of all roles leave; 0 where it is not known"""

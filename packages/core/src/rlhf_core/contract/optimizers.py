@@ -1,8 +1,9 @@
 """Optimizers of roles: the base class of their providers, and AdamW, which every role has unless another one is chosen.
 
-A provider is chosen per role (`--actor.optim.use muon`) and called with the role's trained parameters by name. What it returns
-is an ordinary `torch.optim.Optimizer`, whose state is in every checkpoint. Five options belong to core and not to the method:
-the peak learning rate, its schedule (three of them) and clipping. Core applies them around any optimizer.
+A provider is chosen per role (`--actor.optim.use muon`) and called with the role's trained parameters by name. Its
+return value is an ordinary `torch.optim.Optimizer`, whose state is in every checkpoint. Five options belong to core and
+not to the method: the peak learning rate, its schedule (three of them) and clipping. Core applies them around any
+optimizer.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ INTERNAL = {"internal": True}
 """Metadata of a field that is not an option: it is set by the system and neither shown nor written."""
 
 OPTIMIZER = {"kind": "optimizer"}
-"""Metadata of a field that holds a provider of this kind: `use` beside its options names which."""
+"""Metadata of a field that holds a provider of this kind: `use`, next to its options, names it."""
 
 ATTENTION = ("sdpa", "eager", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Attention implementations by name; kernels of the hub are `owner/kernel`."""
@@ -83,7 +83,7 @@ class Sampling:
         """Return the 63-bit seed of a turn of completion `k` of the prompt `uid`.
 
         It is the same on any engine, rank or batch composition. Engines leave `turn` out: a later turn reaches them as a prompt
-        of its own, with the number `turn_uid(uid, k, turn)` and one completion.
+        with its own number `turn_uid(uid, k, turn)` and one completion.
         """
         if turn:
             uid, k = turn_uid(uid, k, turn), 0

@@ -1,8 +1,9 @@
 """Outputs: what a role's forward pass can give, a table that plugins extend.
 
-The name of an output says its shape, like every tensor's: `_N`, `_NH` or `_NK` per completion, `_NT`, `_NTH` or `_NTK` per
-completion token. Losses ask for outputs of the role that they train, with gradient. Advantages, losses and evaluators need
-`<role>.<output>` of any role, without. Nothing of size (N, T, V) exists: `States.distribution` is the way to the vocabulary.
+The name of an output states its shape, like every tensor's: `_N`, `_NH` or `_NK` per completion, `_NT`, `_NTH` or
+`_NTK` per completion token. Losses ask for outputs of the role that they train, with gradient. Advantages, losses and
+evaluators need `<role>.<output>` of any role, without. Nothing of size (N, T, V) exists: `States.distribution` is the
+way to the vocabulary.
 """
 
 from __future__ import annotations
@@ -70,5 +71,5 @@ class Output(Provider):
         return None
 
     def __call__(self, states: States, head: nn.Module | None) -> Tensor:
-        """Return the output of a micro-batch, of the shape that its name says. `head` is what `head()` made."""
+        """Return the output of a micro-batch, in the shape that its name states. `head` is what `head()` made."""
         raise NotImplementedError

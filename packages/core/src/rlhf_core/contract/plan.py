@@ -17,12 +17,12 @@ DATA = "data"
 """The source that is not a role."""
 
 CREDIT = ("advantages_NT", "returns_NT")
-"""What only an advantage gives."""
+"""Names that only an advantage provides."""
 
 
 @dataclass(frozen=True)
 class CreditSpec:
-    """One (source, advantage): computed once a step, shared by the terms that use it."""
+    """One (source, advantage): computed once per step, shared by the terms that use it."""
 
     key: str
     """`<source>` or `<source>#<k>`: names the credited batch"""
@@ -51,7 +51,7 @@ class RoleSpec:
     sampled: bool = False
     """True if a source or an evaluator samples it"""
     reads: bool = True
-    """True if it gets the same token ids as the others; one that only answers an evaluator may have another vocabulary"""
+    """True if it gets the same token ids as the others; one that only answers an evaluator can have another vocabulary"""
     temperature: float = 1.0
     """divisor of its logits: the sampling temperature of an online run, so that training uses the sampled
     distribution"""
@@ -94,7 +94,7 @@ class Plan:
     policy: str
     """the role that OUTPUT/model is (`Algorithm.policy`)"""
     exports: tuple[str, ...] = ()
-    """roles that are written to OUTPUT/<role> besides"""
+    """roles that are written to OUTPUT/<role> in addition"""
     reward_needs: tuple[Need, ...] = ()
     """outputs of roles that the reward reads"""
     kl: KL | None = field(default=None)
@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def proximal(self) -> bool:
-        """True if old log-probabilities are those of the weights that begin to train, whoever sampled (Hilton et al. 2022).
+        """True if old log-probabilities are those of the weights that begin to train, of any sampler (Hilton et al. 2022).
 
         So it is in a run that samples ahead and corrects for it, if all who read them weigh tokens by old over sampler
         probabilities. Else they are those of the weights that sampled.
@@ -189,7 +189,7 @@ class Plan:
         The role's name is empty if none trains adapters on the model of `name`.
         """
         frozen = self.roles[name]
-        beside = any(name in term.partners for term in self.terms)  # both are asked at once
+        beside = any(name in term.partners for term in self.terms)  # both are computed together
         if frozen.trained or frozen.tracking or frozen.sampled or beside or not frozen.outputs <= LANGUAGE:
             return "", ()
         nearest: dict[str, tuple[str, ...]] = {}

@@ -102,7 +102,7 @@ class Rollout(Provider):
 
     @property
     def has_own_weights(self) -> bool:
-        """True if it has weights of its own and may sample in a thread while the role trains, as `--ahead` does.
+        """True if it has its own weights and can sample in a thread while the role trains, as `--ahead` does.
 
         It is called and takes weights by one thread at a time. Under a launcher with `engines_apart` every engine may.
         """
@@ -114,7 +114,7 @@ class Rollout(Provider):
         return 1
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one by itself."""
+        """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one separately."""
         raise NotImplementedError
 
     def sync(self, role: Role) -> Mapping[str, float]:
@@ -237,7 +237,7 @@ class Advantage(Provider):
         return ""
 
     def prepare(self, batch: Batch) -> Batch:
-        """Add rows of its own to rows of data, before anything is computed about them; `Credit.rows` leaves them out again."""
+        """Add its own rows to rows of data, before anything is computed about them; `Credit.rows` leaves them out again."""
         return batch
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit | Tensor:
@@ -335,7 +335,7 @@ class Algorithm(Provider):
 
     @property
     def exports(self) -> tuple[str, ...]:
-        """Roles that are written to OUTPUT/<role> at the end, besides the policy."""
+        """Roles that are written to OUTPUT/<role> at the end, in addition to the policy."""
         return ()
 
     @property

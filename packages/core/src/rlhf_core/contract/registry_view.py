@@ -38,7 +38,7 @@ class PluginSelection:
     blocked: tuple[str, ...] = ()
     """plugin names that are not loaded: `-p no:NAME`"""
     load: tuple[str, ...] = ()
-    """entry points or modules to load whatever `autoload` says: `-p NAME`"""
+    """entry points or modules to load regardless of `autoload`: `-p NAME`"""
 
     @property
     def words(self) -> list[str]:
@@ -70,7 +70,7 @@ class BrokenPlugin:
 
     @property
     def reason(self) -> str:
-        """The error in one line, with the file and line of the plugin that raised it."""
+        """Return the error as one line, with the file and line of the plugin that raised it."""
         text = " ".join(str(self.error).split())
         kind = "" if isinstance(self.error, PluginError) else f"{type(self.error).__name__}: "
         return f"{kind}{text}{failure_place(self.error)}"
@@ -82,8 +82,8 @@ class BrokenPlugin:
 def failure_place(error: BaseException) -> str:
     """Return ` (FILE, line N)` for the innermost line of the author's own code; empty if there is none.
 
-    That is the first file outside host and standard library, or one of its package. What it calls may be a library's, and
-    a library may have replaced a function of Python, as wandb does with `sys.exit`.
+    That is the first file outside host and standard library, or one of its package. Code that it calls may belong to a
+    library, and a library may have replaced a function of Python, as wandb does with `sys.exit`.
     """
     if isinstance(error, SyntaxError) and error.filename is not None:
         return ""  # Python's own text names them

@@ -1,9 +1,9 @@
 """Needs: what an advantage or a loss reads from the batch, and which role's output provides it.
 
-A provider says `needs = frozenset({"ref_logprobs_NT"})`; the loop computes that and nothing else, and the role exists
-because of it. Any output of any role can be asked for as `"<role>.<output>"`, `"teacher.logprobs_NT"` say; the usual ones
-have short names. Nothing is computed twice, and nothing whose value is at hand: with one optimizer step per batch the old
-log-probabilities are the ones of the training forward pass itself.
+A provider declares `needs = frozenset({"ref_logprobs_NT"})`; the loop computes that and nothing else, and the role exists
+because of it. Any output of any role can be requested as `"<role>.<output>"`, for example `"teacher.logprobs_NT"`; the
+usual ones have short names. Nothing is computed twice, and nothing whose value is at hand: with one optimizer step per
+batch the old log-probabilities are the ones of the training forward pass itself.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LANGUAGE = frozenset({"logprobs_NT", "full_logprobs_NT", "entropy_NT", "logits_N
 """Those of the language-model head."""
 
 ROUTER_LOSS = "router_loss"
-"""What balances the experts of a mixture of experts: one number for a whole forward pass, added by the role itself."""
+"""Loss that balances the experts of a mixture of experts: one number for a whole forward pass, added by the role itself."""
 
 GIVEN = frozenset({"sampler_logprobs_NT", "rewards_N", "rewards_NT", "scores_N", "advantages_NT", "returns_NT"})
 """Extras that come from sampling, rewards and credit, without a forward pass."""
@@ -85,7 +85,7 @@ class Need:
 
 
 def letters(name: str) -> str:
-    """Return the shape that a name says: `NTK` of `critic.quantiles_NTK`; empty if it says none."""
+    """Return the shape in a name: `NTK` of `critic.quantiles_NTK`; empty if there is none."""
     found = re.search(r"_([A-Z]+)$", name)
     return found[1] if found else ""
 

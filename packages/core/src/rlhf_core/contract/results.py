@@ -115,7 +115,7 @@ class ScoredRollouts:
     rewards: RewardOutput
     """their rewards"""
     failed: bool = False
-    """True if a reward of these or of other completions of the step is not finite on this rank, and stands as 0"""
+    """True if a reward of these or of other completions of the step is not finite on this rank, and is replaced by 0"""
 
     def __len__(self) -> int:
         return len(self.rollouts)
@@ -206,4 +206,4 @@ class LossTerms:
 
 
 Outputs = Mapping[str, "Tensor"]
-"""What the trained role's forward pass gave, differentiable: `logprobs_NT`, `entropy_NT`, `values_NT`, `scores_N`."""
+"""Differentiable outputs of the trained role's forward pass: `logprobs_NT`, `entropy_NT`, `values_NT`, `scores_N`."""

@@ -113,7 +113,7 @@ class Trainable:
         raise NotImplementedError
 
     def gathered(self) -> AbstractContextManager[None]:
-        """While it is open, `module` holds full weights and each rank may use it by itself. Calls nest."""
+        """While it is open, `module` holds full weights and each rank may use it independently. Calls nest."""
         raise NotImplementedError
 
     def save(self, folder: str) -> None:
@@ -255,7 +255,7 @@ class Placement:
         return {}
 
     def revive(self, roles: Sequence[str]) -> None:
-        """Start these roles anew, and whoever else is dead, where they were placed or where there is room now.
+        """Start these roles anew, and other dead ones, in their old places or where there is room now.
 
         Raises:
             RunStopped: there is no room for them.
@@ -269,7 +269,7 @@ class Placement:
     def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """Make a call to each of some roles, by the role's name, none of which depends on another; return their results.
 
-        By default one after the other, in order. A launcher whose roles have devices of their own makes them at once.
+        By default one after the other, in order. A launcher whose roles have separate devices makes them at once.
         """
         return {name: call() for name, call in calls.items()}
 

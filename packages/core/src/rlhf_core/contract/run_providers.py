@@ -1,6 +1,6 @@
 """The base classes of providers that carry out a run and watch it: strategies, launchers, evaluators and observers.
 
-`rlhf_core.contract.providers` has those that a run computes with, and says what a capability is.
+`rlhf_core.contract.providers` has those that a run computes with, and defines capabilities.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["Evaluator", "Launcher", "Observer", "Strategy"]
 class Strategy(Provider):
     """Turns a role's module (and optimizer options, None for a frozen role) into a `Trainable`.
 
-    `build` makes the module when called, so that a strategy may build it inside a context of its own (sharded from the
+    `build` makes the module when called, so that a strategy may build it inside its own context (sharded from the
     start, for example) or not at all.
     """
 
     @property
     def second_order(self) -> bool:
-        """True if its trainables are `SecondOrderTrainable`: an optimizer may observe a step and evaluate it again."""
+        """True if its trainables are `SecondOrderTrainable`: an optimizer can observe a step and evaluate it again."""
         return False
 
     @property
@@ -72,7 +72,7 @@ class Launcher(Provider):
 
     @property
     def engines_apart(self) -> bool:
-        """True if rollout engines run in processes of their own, with weights of their own, whichever engine it is."""
+        """True if rollout engines of every kind run in separate processes, with their own weights."""
         return False
 
     @property
@@ -99,7 +99,7 @@ class Evaluator(Provider):
 
     @property
     def opponents(self) -> frozenset[str]:
-        """Roles that it samples besides the policy."""
+        """Roles that it samples in addition to the policy."""
         return frozenset()
 
     @property

@@ -21,7 +21,7 @@ __all__ = ["Filter", "Sampler"]
 
 
 class Filter(Provider):
-    """Chooses the groups that are trained on. `--algorithm.dynamic.*` says how many prompts are sampled in place of others."""
+    """Chooses the groups that are trained on. `--algorithm.dynamic.*` controls how many prompts replace others."""
 
     def __call__(self, rollouts: Rollouts, rewards: RewardOutput) -> Tensor:
         """Return True for each group to train on, bool_P.

@@ -70,7 +70,7 @@ def usable_ahead(config: RunConfig) -> int:
 def largest_age(config: RunConfig) -> int:
     """Return the bound on the age of a token that is trained on, in optimizer updates.
 
-    Without one of its own, completions that go on have one step more than those that are sampled whole.
+    Without an explicit bound, completions that continue have one step more than those that are sampled whole.
     """
     steps = config.ahead + (1 if config.partial.tokens else 0)
     return config.stale.most or steps * updates_per_iteration(config)
@@ -108,7 +108,7 @@ def check_staleness(config: RunConfig) -> None:
 
 
 def _check_partial(config: RunConfig) -> None:
-    """Check that completions may go on under new weights, if they are to."""
+    """Check that completions can continue under new weights, if they have to."""
     partial, updates = config.partial, updates_per_iteration(config)
     if not partial.tokens:
         for name in ("surplus", "seconds"):

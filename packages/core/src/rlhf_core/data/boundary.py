@@ -1,6 +1,6 @@
 """The boundary between texts that become tokens: a prompt and its completion, a turn and what follows it.
 
-What follows a text gets the ids that it has in the whole text, where those of the text before are its beginning. Else (a
+Text that follows a text gets the ids that it has in the whole text, if it starts with those of the first text. Else (a
 prompt that ends with a blank, which would merge with the next word) it is tokenized apart, since sampling continues the ids
 of the prompt as they are. Tokenizers in the manner of sentencepiece put a blank before every text; such a blank is cut off.
 """
@@ -33,7 +33,7 @@ class TextTokenizer:
         self._tokenizer: Any = tokenizer
 
     def ids(self, text: str, origin: str = "") -> list[int]:
-        """Return the ids of a text as it stands, nothing added.
+        """Return the ids of a text without additions.
 
         Raises:
             DataError: the text holds half a character.

@@ -5,8 +5,8 @@ folder at the same time and be killed at any moment: what a transaction did not 
 does not hold counts as absent. Rows are JSON and arrays, never pickled. They are written about once a second; a run that is
 killed may lose those of its last second. Nothing waits for the disk: a machine that loses its power may leave a damaged file.
 
-Rows lie in the order in which they came, and an index beside them has their keys. In the tree of keys itself each row would go
-to a page of its own, which is read and written again for every row.
+Rows are in the order in which they came, and an index next to them has their keys. In the tree of keys itself each row
+would go to its own page, which is read and written again for every row.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ __all__ = ["kind_of", "plain_number", "tool_calls", "tools", "without_nulls"]
 
 
 def plain_number(value: Any) -> str | None:
-    """Return a number as text, None if `value` is none. A whole one has no point: tables make 7 into 7.0 beside empty cells."""
+    """Return a number as text, None if `value` is none. A whole one has no point: empty cells make 7 into 7.0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return str(int(value)) if value == int(value) else repr(value)

@@ -2,7 +2,7 @@
 
 Three shapes are read: a list of `{"role", "content"}` messages, the ShareGPT list of `{"from", "value"}`, and the HH
 text "\\n\\nHuman: … \\n\\nAssistant: …". All become a tuple of messages; `as_dialogue` writes the HH text again for
-tokenizers that have no chat template. What is wrong with a row is said by raising `ValueError` without its place: the
+tokenizers that have no chat template. An error in a row raises `ValueError` without its place: the
 reader knows file and row and adds them.
 """
 
@@ -105,7 +105,7 @@ def _parts(content: Sequence[Any], number: int) -> str | list[Any]:
 
 
 def find_unread_part(chat: Chat, seen: Collection[str] = ("text",)) -> str:
-    """The first part of a type that a model does not read, an image say; empty if there is none."""
+    """The first part of a type that a model does not read, for example an image; empty if there is none."""
     parts = (part for message in chat if isinstance(message.get("content"), list) for part in message["content"])
     return next((str(part["type"]) for part in parts if part["type"] not in seen), "")
 
@@ -121,7 +121,7 @@ def is_dialogue(text: str) -> bool:
 
 
 def parse_dialogue(text: str) -> Chat:
-    """The turns of an HH dialogue without blanks around them; what one speaker says twice in a row is one turn."""
+    """The turns of an HH dialogue without blanks around them; two texts of one speaker in a row are one turn."""
     parts = _TURN.split("\n\n" + text.lstrip())[1:]
     roles = {speaker: role for role, speaker in SPEAKER.items()}
     chat: list[dict[str, str]] = []
@@ -162,8 +162,8 @@ def split_chat(chat: Chat, turns: Turns = "last") -> tuple[Chat, tuple[Text, ...
 
 
 def common_prompt(chosen: Chat, rejected: Chat) -> tuple[Chat, tuple[Text, Text]]:
-    """The shared beginning of two dialogues, and what each says after it, both beginning with an assistant turn."""
-    longest = min(len(chosen), len(rejected)) - 1  # both must say something
+    """Return the shared beginning of two dialogues, and the rest of each, both beginning with an assistant turn."""
+    longest = min(len(chosen), len(rejected)) - 1  # both must have a rest
     shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
     while shared > 0 and not chosen[shared]["role"] == rejected[shared]["role"] == "assistant":
         shared -= 1

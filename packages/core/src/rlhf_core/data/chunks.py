@@ -108,7 +108,7 @@ def rank_bounds(rows: int, ranks: int) -> np.ndarray:
 def assign_ranks(owner_B: np.ndarray, ranks: int) -> np.ndarray:
     """Return places of a batch in the order of ranks, int64_B: rank r has the r-th of the slices of `rank_bounds`.
 
-    Each rank has the rows that it owns, as far as its slice goes. What is over goes to ranks that own too few, lowest rank
+    Each rank has the rows that it owns, as far as its slice goes. The rest goes to ranks that own too few, lowest rank
     first. Within a slice rows keep their order.
     """
     share = np.diff(rank_bounds(len(owner_B), ranks))

@@ -39,7 +39,7 @@ Read = TypeVar("Read")
 CHATS = ("messages", "conversations")
 """Where a whole chat is looked for; it comes before a prompt if the row has no completion."""
 PROMPT = ("prompt", *CHATS, "question", "instruction", "input")
-"""Where a prompt is looked for, first hit first. A filled `input` beside `instruction` is added to it (Alpaca)."""
+"""Names of the prompt's column, in order of preference. A filled `input` next to `instruction` is added (Alpaca)."""
 COMPLETION = ("response", "answer", "completion", "output")
 """Where a completion is looked for."""
 TEXT = "text"
@@ -47,7 +47,7 @@ TEXT = "text"
 IMAGES = ("images", "image")
 """Where images are looked for."""
 OPTIONAL = ("system", "context", "history")
-"""What stands before a prompt; not every row has it."""
+"""Columns put before a prompt; not every row has them."""
 NAMED = 12
 """Columns that a message names at most."""
 KEPT = ("datasource", "tools")
@@ -97,7 +97,7 @@ class Columns:
     """drop rows whose prompt and completions occurred before, counted in data/duplicates"""
 
     def infer_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
-        """These columns with every key that was left open filled in from the names in `row`; says which are not read."""
+        """Return these columns with missing keys filled in from the names in `row`; log the columns that are not read."""
         return self.find_columns(row, origin)._reporting(row, origin)
 
     def find_columns(self, row: Mapping[str, Any], origin: str) -> Columns:
@@ -261,7 +261,7 @@ def lookup(row: Mapping[str, Any], key: str) -> Any:
     """The value at `key`, which may be a path: names and list positions separated by slashes.
 
     Raises:
-        ValueError: there is none; says how far the path led.
+        ValueError: there is none; the message states how far the path led.
     """
     if key in row:
         return row[key]
@@ -307,7 +307,7 @@ def _prompt(row: Mapping[str, Any], key: str) -> Text:
 
 
 def _answer(row: Mapping[str, Any], key: str, prompt: Text) -> Text:
-    """A completion: messages, or text as it stands. In a chat the template sets the blanks around it, but for an answer
+    """A completion: messages, or plain text. In a chat the template sets the blanks around it, but for an answer
     that the prompt begins."""
     value = lookup(row, key)
     if isinstance(value, str):

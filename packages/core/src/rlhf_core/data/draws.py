@@ -19,7 +19,7 @@ from rlhf_core.util.random_states import seed_apart, seeded_each
 __all__ = ["Draws", "is_indexed"]
 
 ROW, NUMBER = 0, 1
-"""What generators are seeded for."""
+"""Purposes of seeded generators."""
 
 
 class Draws:
@@ -31,7 +31,7 @@ class Draws:
         sampler: the provider that orders a sequence.
         engine: what it has opened.
         buffer: rows to shuffle a source without a length within.
-        stateful: the reader continues from a state of its own.
+        stateful: the reader continues from its own state.
         seeds_rows: seed the global random generators before each row is read and each number is chosen.
     """
 

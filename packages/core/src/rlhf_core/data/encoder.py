@@ -2,7 +2,8 @@
 
 A prompt has the same ids in training and sampling, and its completion those that it has in the whole text after them
 (`data.boundary`). The end token of a completion belongs to it. Text that a template puts after that token opens the next
-turn and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for whoever has another template.
+turn and is not part of the completion. `meta["prompt"]` keeps the prompt as the row had it, for models with another
+template.
 
 Packing is not here: the loop cuts micro-batches by tokens.
 """
@@ -49,7 +50,7 @@ COMPLETION_ADVICE = advice(
 OPENINGS = 256
 """Openings of chats that are remembered: one for each system prompt."""
 DEFAULT = Encoding()
-"""How rows become tokens where the data provider does not say."""
+"""Encoding of rows where the data provider has none."""
 
 
 class Encoder:
@@ -120,7 +121,7 @@ class Encoder:
 
     @property
     def given_template(self) -> str:
-        """The chat template of a file that stands in place of the tokenizer's; empty without one."""
+        """The chat template of a file that replaces the tokenizer's; empty without one."""
         return (self._renderer.template or "") if self.encoding.template_file else ""
 
     def fits_prompt(self, example: Example) -> bool:
@@ -163,7 +164,7 @@ class Encoder:
         Args:
             examples: with a completion each.
             uids: a number for each.
-            rows: the examples tokenized and short enough already, where somebody has seen to that.
+            rows: the examples tokenized and short enough already, if they were prepared.
 
         Raises:
             UsageError: every one of them is too long, or one has no completion.
@@ -260,7 +261,7 @@ class Encoder:
         return ids[:1] == [self.tokenizer.bos_token_id]
 
     def _completion(self, example: Example, prompt: str, completion: Text) -> TokenizedCompletion:
-        """A completion's tokens: assistant turns are trained, what others say between them is not."""
+        """A completion's tokens: assistant turns are trained, texts of others between them are not."""
         ids: list[int] = []
         mask: list[bool] = []
         before = prompt
@@ -282,7 +283,7 @@ class Encoder:
     def feedback(self, example: Example, feedback: Feedback, turn_ids: Sequence[int]) -> list[int]:
         """Return the tokens of `feedback` to a turn of `example`'s episode whose sampled tokens are `turn_ids`.
 
-        Before messages stands what closes the turn: all of it after a turn that was cut, else what follows its end token.
+        Messages follow the text that closes the turn: all of it after a turn that was cut, else what follows its end token.
 
         Raises:
             DataError: the template cannot render the messages.

@@ -212,7 +212,7 @@ class _TableReader:
         return self._number - 1, row
 
     def state(self) -> Any:
-        # before its first row, a table has the state of whoever read it last; and its state goes on changing
+        # before its first row, a table has the state of its last reader, and its state keeps changing
         known = self._begun and self._table is not None
         state = deepcopy(self._table.state_dict()) if known else self._begin  # type: ignore[union-attr]
         return {"number": self._number, "table": state}
@@ -250,7 +250,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
     """The split of a set, by whichever way its name asks for.
 
     Raises:
-        UsageError: it cannot be read; says why in the library's words.
+        UsageError: it cannot be read; the message has the library's reason.
     """
     try:
         import datasets
@@ -275,7 +275,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
 
 
 def without_decoding(table: Any) -> Any:
-    """The set with its images as they are stored: whoever tokenizes a row opens them, and says whose they are."""
+    """The set with its images as they are stored: the code that tokenizes a row opens them, and names the row in errors."""
     import datasets
 
     for name, feature in (table.features or {}).items():

@@ -1,8 +1,8 @@
-"""Images of rows: the ways they are written down, where they stand in a chat, and the pixels.
+"""Images of rows: the ways they are written down, their places in a chat, and the pixels.
 
-An image is a part of a message, `{"type": "image"}` with `path`, `url` (of a file), `base64` or `image`, or stands in a column
-of its own. All become `{"type": "image", "path": …}`, the path absolute, or `{"type": "image", "base64": …}`: plain values,
-as a chat of text has them. The images of a column go where a message has `{"type": "image"}` alone, where its text says
+An image is a part of a message, `{"type": "image"}` with `path`, `url` (of a file), `base64` or `image`, or is in a column
+for images. All become `{"type": "image", "path": …}`, the path absolute, or `{"type": "image", "base64": …}`: plain values,
+as a chat of text has them. The images of a column go where a message has `{"type": "image"}` alone, where its text has
 `<image>`, or before the first user's text. Files are looked for when a row is read, and opened when it is tokenized.
 
 Left out on purpose: downloading, and images that an answer would have to draw.
@@ -31,9 +31,9 @@ Part = dict[str, Any]
 
 SOURCES = ("path", "url", "base64", "image", "image_url")
 MARK = "<image>"
-"""What stands for an image in a text, where a column has the images."""
+"""Placeholder of an image in a text, if a column has the images."""
 HERE: Part = {"type": "image"}
-"""What stands for an image in a message, where a column has the images."""
+"""Placeholder of an image in a message, if a column has the images."""
 MAGIC = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
 """How PNG, JPEG, GIF and WebP begin in base64."""
 
@@ -42,7 +42,7 @@ def image_part(part: Mapping[str, Any]) -> Part:
     """A message's image in the one form, `HERE` if a column has it.
 
     Raises:
-        ValueError: it says where the image is in a way that is not known, or in two.
+        ValueError: it locates the image in an unknown way, or in two ways.
     """
     given = [name for name in SOURCES if part.get(name) is not None]
     if len(given) > 1:
@@ -74,7 +74,7 @@ def _image(value: Any) -> Part:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# where they stand
+# their places
 # ----------------------------------------------------------------------------------------------------------------------
 
 

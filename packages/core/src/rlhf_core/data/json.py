@@ -123,7 +123,7 @@ class JsonRows(Sequence[Example]):
             later = {name: None for shape in check.shapes for name in OPTIONAL if name in shape}
             columns = columns.infer_columns(later | row, origin)
         checked = cls(index, columns)
-        if columns != known:  # a later row has a column that stands before prompts
+        if columns != known:  # a later row has a column that is put before prompts
             problems = (_problem(columns, index.value(i), index.origin(i)) for i in range(len(index)))
             failure = next(filter(None, problems), None)
         if failure is not None:
@@ -155,7 +155,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 _IN_USE: WeakValueDictionary[tuple[Any, ...], Sequence[Example]] = WeakValueDictionary()
-"""Rows that somebody holds: training and held-out rows are of one index."""
+"""Rows in memory: training and held-out rows are of one index."""
 
 
 def _identity(path: str) -> tuple[int, ...]:

@@ -1,13 +1,13 @@
 """Places of the rows of a JSON file, found in one pass that parses every row, hands it on, and keeps nothing else.
 
-    file  ──scan──▶  blocks of values  ──▶  whoever checks them         FileIndex: first byte and checksum of each row
+    file  ──scan──▶  blocks of values  ──▶  checks         FileIndex: first byte and checksum of each row
 
 Lines are taken a block at a time: Python's work per line would cost more than parsing it. A block with anything unusual in
 it is read again line by line, so that every message names its line.
 
-A row is read again when it is drawn. Its checksum, 4 bytes beside the 8 of its place, shows a file that was changed meanwhile;
-lines that are added to its end do no harm. A file that is replaced under its name stays readable, since it is kept open. A
-pipe can be read once: its bytes are kept.
+A row is read again when it is drawn. Its checksum, 4 bytes in addition to the 8 of its place, reveals a file that was
+changed meanwhile; lines that are added to its end do no harm. A file that is replaced under its name stays readable,
+since it is kept open. A pipe can be read once: its bytes are kept.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class _Text:
                 continue
             after = BLANKS.match(self._text, end).end()  # type: ignore[union-attr]
             if self._text[after : after + 1] not in (",", "]") and self._fill():
-                continue  # a number may go on
+                continue  # a number may continue
             text = self._text[self._at : end]
             if "\\u" in text:
                 json.dumps(value, ensure_ascii=False).encode()
@@ -359,7 +359,7 @@ def parse(text: str, path: str, first_line: int) -> Any:
 
 
 def _column(row: Any, text: str) -> str:
-    """`'key': ` of the column that `text` is in, where `row` is one row and says so."""
+    """`'key': ` of the column that `text` is in, if `row` is one row."""
     columns = row.items() if isinstance(row, dict) else ()
     found = next((key for key, value in columns if text in json.dumps(value, ensure_ascii=False)), None)
     return "" if found is None else f"{found!r}: "

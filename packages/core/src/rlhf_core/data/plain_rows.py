@@ -18,7 +18,7 @@ FEW = 8
 
 
 class PlainCheck:
-    """Returns True for rows that `columns.example` accepts; False says nothing about a row.
+    """Returns True for rows that `columns.example` accepts; False makes no statement about a row.
 
     Args:
         columns: with every key filled in (`Columns.infer_columns`).

@@ -1,6 +1,6 @@
 """Batches made ready while the loop works: a thread draws from the stream a little ahead.
 
-It draws a batch more whenever the loop takes one. If the sampler reacts to scores, its `lookahead` says how many are drawn
+It draws a batch more whenever the loop takes one. If the sampler reacts to scores, its `lookahead` is the number drawn
 ahead. An update waits until these are drawn, so that the order depends on no timing; a checkpoint holds their numbers.
 
 Ranks that share a batch agree in the loop on which rows are usable, since collective operations have one order: the thread
@@ -10,9 +10,9 @@ can be drawn before that, and each rank prepares its share when the loop asks fo
 Only what draws from no global random generator is read by the thread (`Data.runs_ahead`, `Sampler.runs_ahead`, lists of rows).
 Whatever may draw from one is read in the loop, when it is due, and leaves the generators as they were.
 
-The position is that of the last batch taken, never of those made ahead, so that a resumed run goes on exactly there. What
+The position is that of the last batch taken, never of those made ahead, so that a resumed run continues exactly there. What
 goes wrong while reading ahead is raised when the loop gets to it. Rows that are left out or cut are counted in
-`data/dropped` and `data/truncated` and said once.
+`data/dropped` and `data/truncated` and logged once.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Batch(NamedTuple):
 
 
 class Prefetcher:
-    """A stream, read ahead by a thread of its own from the first batch on.
+    """A stream, read ahead by a separate thread from the first batch on.
 
     Args:
         stream: what to read; from then on only through here.

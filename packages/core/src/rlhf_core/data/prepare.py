@@ -2,7 +2,7 @@
 
     stream  ──examples──▶  Preparer  ──rows──▶  Prefetcher  ──batches──▶  loop
 
-What a row becomes depends on its prompt and completions, the tokenizer and the template, and on nothing else; lengths are
+The result for a row depends on its prompt and completions, the tokenizer and the template, and on nothing else; lengths are
 checked afterwards, so that other limits find the same rows in the cache. A row that cannot be rendered is handed on as the
 error it is, for the stream to raise when its turn comes.
 """
@@ -31,7 +31,7 @@ __all__ = ["Preparation", "Preparer"]
 SHARE = 64
 """Rows a process is given at a time."""
 TARGET = "rlhf_core.data.prepare:_in_worker"
-"""What processes run."""
+"""Function that worker processes run."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Preparer:
         calls = [(examples[at : at + size], self._online) for at in range(0, len(examples), size)]
         rows: list[TokenizedRow | DataError] = []
         for (part, _), answer in zip(calls, self._workers.map(calls, timeout=0)):
-            # a process that died says nothing about the rows: they are made here
+            # a process that died is no statement about the rows: they are prepared here
             rows += answer if isinstance(answer, list) else _rows(self._encoder, part, self._online)
         return rows
 

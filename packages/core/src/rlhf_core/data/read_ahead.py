@@ -24,7 +24,7 @@ class Supply(Protocol[Made]):
         ...
 
     def take(self) -> Made:
-        """Return the next one. Raises what went wrong while it was made, to whoever asks again, too."""
+        """Return the next one. Raises what went wrong while it was made, also when it is requested again."""
         ...
 
     def wait(self) -> None:
@@ -41,7 +41,7 @@ class Supply(Protocol[Made]):
 
 
 class ReadAhead(Generic[Thing]):
-    """Things made by a thread of its own from the first `take` on; one more whenever one is taken.
+    """Items made by a separate thread from the first `take` on; one more whenever one is taken.
 
     Args:
         make: makes the next one; only the thread calls it.
@@ -70,7 +70,7 @@ class ReadAhead(Generic[Thing]):
                 self._changed.notify_all()
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again
+            self._ready.put(item)  # for later requests
             raise item
         return item
 

@@ -82,7 +82,7 @@ def example_of(rows: Iterable[Example], row: Any) -> Example:
 
 
 class Place:
-    """A moment of a pass, which becomes plain data if somebody needs it."""
+    """A moment of a pass, which becomes plain data when it is needed."""
 
     def __init__(self, given: int, reader: Any, **kept: Any) -> None:
         self.given = given

@@ -40,7 +40,7 @@ class ReasoningData(Preparation):
     """text put after each question"""
 
     def __call__(self, split: str) -> Sequence[Example]:
-        # entry i of a generator depends on seed + i: held-out rows lie after all of training's
+        # entry i of a generator depends on seed + i: held-out rows come after all training rows
         seed, size = (self.task_seed + self.size, self.heldout) if split == "heldout" else (self.task_seed, self.size)
         return concatenate([_Tasks(_generator(name, seed, size), name, self.ask) for name in self.tasks])
 

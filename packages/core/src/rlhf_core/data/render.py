@@ -1,4 +1,4 @@
-"""From rows to text: the chat template, or plain text, and which parts of a conversation the policy says.
+"""From rows to text: the chat template, or plain text, and the parts of a conversation that are the policy's.
 
 A chat is rendered by its template alone; what a turn adds is the difference between two renderings. Templates are the
 tokenizer's own, a file's, or none: then chats are written as HH dialogues and plain prompts stay as they are.
@@ -75,7 +75,7 @@ class Renderer:
 
     @property
     def identity(self) -> list[str]:
-        """Return what decides a row's text besides the row: templates, and the date if a template uses it."""
+        """Return what decides a row's text in addition to the row: templates, and the date if a template uses it."""
         template = self.template or ""
         day = f"{date.today()}" if "strftime_now" in template else ""
         return [template, self._input_template, day, *(["in parts"] if self._reader is not None else [])]
@@ -97,7 +97,7 @@ class Renderer:
         return self._input_template.replace("{}", example.prompt) if self._wraps(example) else example.prompt
 
     def pieces(self, example: Example, prompt_text: str, completion: Text) -> Iterator[tuple[str, bool]]:
-        """The texts that follow the prompt, each with whether the policy says it (an assistant's turn) or others do.
+        """The texts that follow the prompt, each with True if it is the policy's (an assistant's turn).
 
         `prompt_text` is the prompt as `prompt` renders it.
 
@@ -162,7 +162,7 @@ class Renderer:
         return key, lambda: self._render(example, probed, generation=False).partition(PROBE)[0]
 
     def _prompt_to_continue(self, example: Example, chat: Chat) -> str:
-        """The text of a chat whose last turn, the assistant's, goes on: without what closes the turn."""
+        """The text of a chat whose last turn, the assistant's, continues: without what closes the turn."""
         text, (_, closing) = self._render(example, chat, generation=False), self._around(example, chat)
         if not text.endswith(closing):
             raise _not_shown(example)
@@ -184,7 +184,7 @@ class Renderer:
         return said + closing
 
     def _around(self, example: Example, chat: Chat) -> tuple[str, str]:
-        """The texts that a template writes before and after what the last turn of `chat` says."""
+        """Return the texts that a template writes before and after the text of the last turn of `chat`."""
         probed = (*chat[:-1], {**chat[-1], "content": PROBE})
         head, shown, closing = self._render(example, probed, generation=False).rpartition(PROBE)
         if not shown:

@@ -1,4 +1,4 @@
-"""Tokenized rows of data: what the encoder makes of an example, before rows become a batch."""
+"""Tokenized rows of data: the encoder's result for an example, before rows become a batch."""
 
 from __future__ import annotations
 

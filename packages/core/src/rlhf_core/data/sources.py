@@ -16,11 +16,11 @@ __all__ = ["means_by_source"]
 
 
 def means_by_source(name: str, values_N: Tensor, meta: Sequence[Mapping[str, Any]], world: World) -> dict[str, float]:
-    """`name/<datasource>`: the mean over the rows of all ranks that are from there. Rows that do not say count nowhere."""
+    """`name/<datasource>`: the mean over the rows of all ranks that are from there. Rows without a source are not counted."""
     own = [str(each["datasource"]) if "datasource" in each else None for each in meta]
     sources = sorted(set().union(*world.gather({source for source in own if source is not None})))
     means: dict[str, float] = {}
-    for source in sources:  # the same on every rank, which may have none of its rows
+    for source in sources:  # the same on every rank, some of which have none of its rows
         mine_N = torch.tensor([each == source for each in own])
         total, count = world.sum(torch.stack([values_N[mine_N].double().sum(), mine_N.double().sum()])).tolist()
         means[f"{name}/{source}"] = total / count

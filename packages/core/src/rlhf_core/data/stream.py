@@ -4,7 +4,7 @@ A sampler gives the numbers of the rows; the usual one permutes them anew in eve
 draw the same numbers, each prepares its own rows of them, and they add up which rows are usable (`data.chunks`). So ranks
 change who reads a row and never which batch it is in. Batches are always full: one may begin in an epoch and end in the next.
 A source without a length (streaming) is read in its own order, or shuffled within a buffer by (seed, epoch) (`data.reading`).
-A reader with a state continues from that by itself, and no row is read that the batch at hand does not need, so that its state
+A reader with a state continues from it, and no row is read that the batch at hand does not need, so that its state
 belongs to the last row drawn. The same holds for a sampler that reacts to scores.
 
 What a reader or a sampler draws from the global random generators follows from the seed and the row's place alone, if these
@@ -37,7 +37,7 @@ BATCHES = 4
 READING = "reading"
 """Of a position: the pass over a source that is read in order."""
 POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
-"""What a position is made of."""
+"""Parts of a position."""
 
 
 class DrawnRows(NamedTuple):
@@ -115,7 +115,7 @@ class Stream:
         self.exact = readers is not None or sampler.reacts
         """True if no row may be drawn that the batch at hand does not need"""
         self.pull: Callable[[], Chunk] = self.chunk
-        """where the next chunk comes from; somebody may make chunks ahead"""
+        """where the next chunk comes from; chunks may be made ahead"""
         self._bounds = rank_bounds(batch_size, world_size)
         self._own = slice(*self._bounds[rank : rank + 2].tolist())
         self._prepare = prepare
@@ -204,7 +204,7 @@ class Stream:
         """Move the position behind the rows up to `stop`, and count those that are left out or cut."""
         start = self._at
         for failed in np.flatnonzero(chunk.code_C[start:stop] == FAILED)[:1].tolist():
-            self._at = start + failed  # for whoever asks again
+            self._at = start + failed  # for later requests
             raise self._failure_at(chunk, self._at)
         for segment, rows, code_C in chunk.parts(start, stop):
             if segment.epoch != self.epoch:

@@ -23,15 +23,15 @@ from rlhf_core.errors import UsageError
 __all__ = ["call_function", "outcome_of", "run_command"]
 
 ARGUMENTS = ("base_url", "api_key", "example", "prompt", "label", "meta", "seed")
-"""What a function may name."""
+"""Arguments that a function may name."""
 FIELDS = {"reward", "turn_rewards", "token_rewards", "score", "metrics"}
-"""What an agent may return in a mapping."""
+"""Keys that an agent may return in a mapping."""
 TAIL = 2000
 """Characters of a failed command's errors that are shown."""
 
 
 async def call_function(function: Callable[..., Any], address: Address, example: Example, seed: int) -> Any:
-    """Return what the user's function returns. A function that is no coroutine runs in a thread of its own.
+    """Return what the user's function returns. A function that is not a coroutine runs in a separate thread.
 
     A thread cannot be ended: one that outlives its time is left alone, and its URL answers no more.
     """
@@ -57,7 +57,7 @@ async def call_function(function: Callable[..., Any], address: Address, example:
             value, error = context.run(function, **arguments), None
         except BaseException as raised:
             value, error = None, raised
-        with suppress(RuntimeError):  # the loop is closed: nobody waits for a thread that outlived its time
+        with suppress(RuntimeError):  # the loop is closed: nothing waits for a thread that outlived its time
             loop.call_soon_threadsafe(_settle, done, value, error)
 
     threading.Thread(target=work, name="rlhf-agent", daemon=True).start()

@@ -106,7 +106,7 @@ def _tool(tool: Any) -> dict[str, Any]:
 
 
 def _messages(message: Any) -> Sequence[dict[str, Any]]:
-    """Return a message in OpenAI's form: results of tools are messages of their own."""
+    """Return a message in OpenAI's form: results of tools are separate messages."""
     if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
         raise HttpError(400, "each message has the role user or assistant")
     content = message.get("content")

@@ -1,9 +1,9 @@
 """From messages that an agent sends to the ids that the policy reads, and back.
 
-An agent sends its whole conversation with every request. The turns in it that the policy wrote are found again, and stand in
-the rendered chat as they were sampled. If the chat then begins with everything that a context holds, the ids of that context
-are continued: sampled ids are never encoded again. Otherwise the template or the agent has rewritten what stood before, and the
-request begins a new context with the ids of the rendered chat.
+An agent sends its whole conversation with every request. The turns in it that the policy wrote are found again, and
+appear in the rendered chat as they were sampled. If the chat then begins with everything that a context holds, the ids
+of that context are continued: sampled ids are never encoded again. Otherwise the template or the agent has rewritten
+what stood before, and the request begins a new context with the ids of the rendered chat.
 """
 
 from __future__ import annotations

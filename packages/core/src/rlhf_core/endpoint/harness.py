@@ -5,7 +5,8 @@
         answer = client.chat.completions.create(model="policy", messages=[{"role": "user", "content": example.prompt}])
         return float(example.label in answer.choices[0].message.content)
 
-The function (or coroutine, or command) plays one episode and returns its reward. What the policy reads is what the agent sends.
+The function (or coroutine, or command) plays one episode and returns its reward. The policy reads exactly what the
+agent sends.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rlhf_core.endpoint.sampling import read_options
 __all__ = ["MODEL", "answer_chat", "answer_completion", "list_models", "token_ids"]
 
 MODEL = "policy"
-"""The name of the model, for clients that want one; requests may say any other."""
+"""The name of the model, for clients that want one; requests may name any other."""
 
 
 async def answer_chat(conversation: Conversation, body: Mapping[str, Any]) -> bytes:

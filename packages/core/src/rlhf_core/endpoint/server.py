@@ -109,7 +109,7 @@ class Endpoint:
 
     @asynccontextmanager
     async def session(self, policy: Policy, strict: bool = True) -> AsyncIterator[Address]:
-        """Serve `policy` under a URL and a token of its own while the context is open.
+        """Serve `policy` under a separate URL and token while the context is open.
 
         Args:
             policy: that of an episode.
@@ -131,7 +131,7 @@ class Endpoint:
             while await self._exchange(reader, writer):
                 pass
         except (ConnectionError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # the client is gone, or was too slow: its turn was cancelled, and nobody is left to be told
+            pass  # the client is gone, or was too slow: its turn was cancelled, and there is no one to notify
         except asyncio.CancelledError:
             pass  # `close` ends the connection
         finally:

@@ -5,7 +5,7 @@ A turn that ends with a fenced block of Python is run, and the policy reads what
     How many primes are below 100? │ ```python … ``` │ Output: 25 │ The answer is 25.
     prompt                           policy            interpreter  policy, compared with the label
 
-Every block is a program of its own: it sees no variable of the one before.
+Every block is a separate program: it sees no variable of the one before.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class PythonSession(Session):
         return Feedback(reward=float(right), score=float(right), done=True)
 
     async def _run(self, program: str) -> Feedback:
-        """Run a program beside those of other episodes."""
+        """Run a program concurrently with those of other episodes."""
         result = await asyncio.to_thread(self.run, program)
         if result is None:
             return Feedback("Output: no end in time\n", metrics={"calls": 1.0, "errors": 1.0})

@@ -77,7 +77,7 @@ class Heldout(Evaluator):
         }
 
     def _means_of_metrics(self, rewards: RewardOutput, world: World) -> dict[str, float]:
-        """Return the means of what the reward measures beside the score, where it has a value."""
+        """Return the means of the reward's further metrics, where it has a value."""
         measured: dict[str, float] = {}
         for name, values_N in rewards.metrics.items():
             known_N = rewards.known.get(name, torch.ones(len(values_N), dtype=torch.bool)) & rewards.answered_N

@@ -44,7 +44,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_datasource(name: str, values: Sequence[float], meta: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`name` and `name_se` over all values, and `name/<datasource>` where rows say theirs; nothing without a value."""
+    """`name` and `name_se` over all values, and `name/<datasource>` where rows have one; nothing without a value."""
     if not values:
         return {}
     mean, error = mean_and_error(values)

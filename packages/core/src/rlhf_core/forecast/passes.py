@@ -163,7 +163,7 @@ def _update(module: RoleModule, spec: RoleSpec, tracker: MemoryTracker, memory: 
 
 
 def _inference(module: RoleModule, spec: RoleSpec, cells: Cells, tracker: MemoryTracker) -> int:
-    """Run a forward pass without gradient; return the most that it holds beside the weights."""
+    """Run a forward pass without gradient; return the most that it holds in addition to the weights."""
     tracker.restart()
     before = tracker.live
     with torch.inference_mode():
@@ -187,7 +187,7 @@ def _names(spec: RoleSpec) -> frozenset[str]:
 
 
 def _inputs(module: RoleModule, cells: Cells) -> Inputs:
-    """Return rows of the lengths of `cells`: end to end where attention keeps rows apart by itself."""
+    """Return rows of the lengths of `cells`: end to end if attention keeps rows apart."""
     N, L, T = cells.rows, cells.prompt, cells.completion
     text = module.model.config.get_text_config(decoder=True)
     shape = (1, N * (L + T)) if text._attn_implementation == FUSED else (N, L + T)

@@ -42,7 +42,7 @@ class Rates:
 
 
 def rates_of(options: PlanOptions, dtype: str) -> Rates | None:
-    """Return stated or measured rates; None where nothing tells them."""
+    """Return stated or measured rates; None where they are unknown."""
     if options.measure:
         return _measure(dtype)
     gpu = GPUS.get(options.gpu)

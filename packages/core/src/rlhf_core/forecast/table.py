@@ -56,7 +56,7 @@ def forecast_table(found: Forecast) -> str:
 
 
 def _answer(found: Forecast, unit: str, size: int) -> str:
-    """Return the line that says whether it fits."""
+    """Return the line on whether it fits."""
     worst = max(found.phases, key=lambda phase: phase.bytes)
     peak = f"peak {found.peak / size:.2f} {unit} in {worst.name!r}"
     if found.fits is None:

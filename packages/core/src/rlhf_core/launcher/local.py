@@ -71,7 +71,7 @@ def _device_bytes() -> int:
 
 
 def _report_copies(plan: Plan, roles: Mapping[str, LocalRole]) -> None:
-    """Log one line for each frozen role whose model is in memory a second time, beside the base of another's adapters."""
+    """Log each frozen role whose model is a second copy of the base of another role's adapters."""
     for name in plan.roles:
         owner, differing = plan.nearest_base(name)
         if not owner or roles[name].module is roles[owner].module:

@@ -32,7 +32,7 @@ class _SharedLocalRole(SharedRole, LocalRole):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """While it is open, the module is awake, whole, and each rank may use it by itself."""
+        """While it is open, the module is awake, whole, and each rank may use it independently."""
         with self.turn("read"), super().gathered():
             yield
 

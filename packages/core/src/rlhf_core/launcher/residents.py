@@ -77,7 +77,7 @@ class Residents:
         self.budget = budget
         self.residents: dict[str, Resident] = {}
         self._working = 0
-        """bytes that calls in progress take besides"""
+        """additional bytes that calls in progress take"""
         self._clock = count(1)
         self._lock = RLock()
         self._next_uses: dict[tuple[str, str], str] = {}
@@ -110,7 +110,7 @@ class Residents:
             names: residents.
             use: the call, in words: `train the actor`.
             part: what of an engine is needed.
-            work: bytes that the call takes besides.
+            work: additional bytes that the call takes.
 
         Raises:
             UsageError: with everyone else asleep it is too much.
@@ -155,7 +155,7 @@ class Residents:
         """Put the least recently used to sleep until `size` more bytes fit.
 
         Raises:
-            UsageError: they do not fit beside those at work.
+            UsageError: they do not fit together with those at work.
         """
         unmeasured = any(self.residents[name].sizes is None and parts for name, parts in (wanted or {}).items())
         while unmeasured or self._awake_bytes(self.budget) + self._working + size > self.budget:
@@ -187,7 +187,7 @@ class Residents:
     def _sleep(self, resident: Resident, use: str) -> None:
         """Put a resident to sleep, and first those who point into its memory.
 
-        Weights that the next use will bring are dropped. What comes next is what came the last time; at first, an update
+        Weights that the next use will bring are dropped. The next use is predicted from the last time; at first, an update
         follows training.
         """
         for each in self.residents.values():

@@ -1,7 +1,7 @@
 """Decide whether roles and rollout engine take turns on a device, and within how many bytes.
 
-The forecast of the run says what each takes alone, and all at once. With `auto` they take turns where a CUDA device cannot hold
-all. One that does not fit alone is refused before a model is loaded.
+The forecast of the run has the memory of each alone, and of all together. With `auto` they take turns where a CUDA
+device cannot hold all. One that does not fit alone is refused before a model is loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Sharing:
 def plan_sharing(
     options: SharingOptions, plan: Plan, device_bytes: int, ranks: int, names: Sequence[str], engine: bool
 ) -> Sharing | None:
-    """Return how these roles, and rollout engines with weights of their own (`engine`), take turns on a device.
+    """Return how these roles, and rollout engines with their own weights (`engine`), take turns on a device.
 
     Args:
         options: of the launcher.
@@ -60,7 +60,7 @@ def plan_sharing(
         device_bytes: memory of the device; 0 on a CPU.
         ranks: of the roles.
         names: roles on the device.
-        engine: an engine with weights of its own is on it too.
+        engine: an engine with its own weights is on it too.
 
     Returns:
         None if they all stay on it.

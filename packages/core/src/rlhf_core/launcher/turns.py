@@ -93,7 +93,7 @@ class SharedRollout(Rollout):
         homes: residents that are awake while a role works, by role.
         caches: bytes that sampling a role takes, by forecast.
         weights: bytes of the weights of an engine that has its own, by forecast.
-        apart: the engine is in processes of its own, and keeps there what weights it was sent.
+        apart: the engine is in separate processes, and keeps the weights that it was sent there.
     """
 
     provider: Rollout

@@ -133,7 +133,7 @@ def _vision(spec: RoleSpec) -> Vision | None:
 
 
 def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, nn.Module]]:
-    """The role's model, and the heads beside it. `wide`: in float32 whatever it computes in."""
+    """The role's model, and its additional heads. `wide`: in float32 for any compute dtype."""
     options = spec.options
     scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
     if spec.needs_language_head or not scalars or not has_scorer(options.model, options):
@@ -150,7 +150,7 @@ def _with_heads(spec: RoleSpec, seed: int, wide: bool) -> tuple[Any, dict[str, n
 
 
 def _own_heads(spec: RoleSpec, model: Any, names: list[str], seed: int) -> dict[str, nn.Module]:
-    """Heads that are no part of the model, those of plugins' outputs included; loaded if they lie beside it."""
+    """Return heads that are not part of the model, including those of plugins' outputs; loaded if they are next to it."""
     hidden = model.config.get_text_config().hidden_size
     heads: dict[str, nn.Module] = {name: ScalarHead.new(hidden, model.dtype) for name in names}
     for name, output in spec.providers.items():

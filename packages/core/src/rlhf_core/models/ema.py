@@ -65,5 +65,5 @@ class Average(nn.Module):
 
 
 def _key(name: str) -> str:
-    """Return a parameter's name as a buffer's, which may have no dots."""
+    """Return a parameter's name as a buffer's, which must not have dots."""
     return name.replace(".", "/")

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2022) inside a role's module: which layers are adapted, what is trained, and what the update amounts to.
 
 PEFT puts the adapters into the model's linear layers, so that a saved adapter is an ordinary PEFT folder. The
-language-model head adapts itself (`heads.ChunkedHead`): PEFT's layer would compute the logits that nobody wants to hold. A
+language-model head adapts itself (`heads.ChunkedHead`): PEFT's layer would compute the logits that must not be held. A
 layer's weight is W + (alpha / rank) B A; B begins at zero, so a new adapter changes nothing.
 
 Left out on purpose: other kinds of adapters, and adapters on embeddings and on fused experts, which are no linear layers.

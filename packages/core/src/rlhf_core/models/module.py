@@ -1,6 +1,6 @@
 """A role's model with the heads its outputs need: one forward pass of the body, then only the states that are asked for.
 
-What can be asked for is in `models.heads.outputs`, and what plugins add to it (`contract.outputs`).
+Available outputs are those of `models.heads.outputs`, and those that plugins add (`contract.outputs`).
 
 A role that gives log-probabilities, or is sampled, is a causal language model. One that gives only values or scores is
 the sequence classifier of the same architecture, whose head `score` gives them: it saves and loads as such, a reward model
@@ -286,7 +286,7 @@ class RoleModule(nn.Module):
     def own_weights(
         self, full: Callable[[Tensor], Tensor] = torch.Tensor.detach, joined: Joined | None = None
     ) -> dict[str, Tensor]:
-        """Return what an export writes beside `hf_weights`: heads, and of an adapted model all that is trained.
+        """Return what an export writes in addition to `hf_weights`: heads, and of an adapted model all that is trained.
 
         Names are those of this module's parameters; the arguments are those of `hf_weights`.
         """

@@ -50,7 +50,7 @@ def shape_module(mode: FakeTensorMode, spec: RoleSpec, chunk: int, logits: int, 
         mode: the `FakeTensorMode`; not active yet.
         spec: the role.
         chunk: completion tokens whose logits are held at a time; 0 holds all.
-        logits: most logits held at a time besides (`ChunkedHead.most_logits`).
+        logits: most additional logits held at a time (`ChunkedHead.most_logits`).
         narrow: hold trained weights in the dtype that the role computes in, not in float32.
 
     Raises:

@@ -21,7 +21,7 @@ __all__ = ["Alarm"]
 Band = tuple[float, float]
 
 METRICS = {"kl": "kl/mean", "length": "completion/length", "entropy": "completion/entropy", "reward": "reward/mean"}
-"""What each band is laid over; the names are those of docs/metrics.md."""
+"""Metric of each band, as in docs/metrics.md."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Watch:
         past = run.output / "metrics.jsonl"
         for line in past.read_bytes().splitlines() if past.is_file() else ():
             row = json.loads(line)
-            list(self._count_step(row["step"], row))  # the count goes on where it was
+            list(self._count_step(row["step"], row))  # the count continues where it was
 
     @hookimpl
     def rlhf_step_end(self, run: RunView, step: int, metrics: Mapping[str, Any]) -> str | None:
@@ -107,7 +107,7 @@ class _Watch:
         return None
 
     def _count_step(self, step: int, metrics: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
-        """Count a step; for each metric watched: its name, how many steps it had been outside before, and what to say."""
+        """Count a step; for each metric watched: its name, how many steps it had been outside before, and the message."""
         for metric, (least, greatest) in self.alarm.bands():
             if metric not in metrics:
                 continue

@@ -85,7 +85,7 @@ def truncation(sampling: Sampling) -> str:
 
 
 def step_line(step: int, steps: int, metrics: Mapping[str, Any], seconds_left: float) -> str:
-    """One step in one line: what moves, how fast, how long still."""
+    """Return one line for a step: main metrics, speed, and time left."""
     shown = [f"step {step:>{len(str(steps))}}/{steps}", *outcome(metrics)]
     for name, label, form in (("kl/mean", "kl", "z.4f"), ("completion/length", "length", ".0f")):
         if name in metrics:

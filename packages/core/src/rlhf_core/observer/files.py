@@ -1,9 +1,9 @@
-"""The files a run leaves: metrics.jsonl, one object a step, and samples.jsonl, some completions of each step.
+"""The files a run leaves: metrics.jsonl, one object per step, and samples.jsonl, some completions of each step.
 
 evaluation-metrics.jsonl gets the metrics of every evaluation when it is over, that before the first step included; each line is
 forced to the disk.
 
-On resume, lines of steps after the checkpoint are cut off first, so that no step stands twice; of evaluations.jsonl, lines
+On resume, lines of steps after the checkpoint are cut off first, so that no step occurs twice; of evaluations.jsonl, lines
 of evaluations that the checkpoint does not know. A damaged line is set aside and named.
 """
 

@@ -2,8 +2,8 @@
 
     step 4/20 ███░░░░░░░  sampling 12/32  reward +0.420 ± 0.310  1:10 left
 
-It draws at most some times per second, when a report of `rlhf_core.util.activity` or a step comes in; no thread waits beside
-the run. In a pipe there is none.
+It draws at most some times per second, when a report of `rlhf_core.util.activity` or a step comes in; no thread runs
+next to the run. In a pipe there is none.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ TAG = "rlhf.run"
 
 @dataclass(frozen=True)
 class MLflow(Observer):
-    """A run of MLflow: every metric, and the options as parameters. In OUTPUT/mlflow.db, or where MLFLOW_TRACKING_URI says."""
+    """A run of MLflow: every metric, and the options as parameters. In OUTPUT/mlflow.db, or at MLFLOW_TRACKING_URI."""
 
     experiment: str = "rlhf"
     """name of the experiment"""

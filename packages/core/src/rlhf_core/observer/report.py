@@ -1,6 +1,6 @@
 """The report that every run leaves: OUTPUT/report.html, written when the run has ended and named in its last line.
 
-What a report shows and no other file holds is written to OUTPUT/about.json when the run starts: its plan, and versions.
+Content of a report that no other file holds is written to OUTPUT/about.json when the run starts: its plan, and versions.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class TensorBoard(Observer):
 
 
 class _Writing(Tracker):
-    """Writes one folder. What an interrupted run wrote beyond its checkpoint is purged by TensorBoard when it reads."""
+    """Writes one folder. TensorBoard purges steps that an interrupted run wrote beyond its checkpoint when it reads."""
 
     def __init__(self, run: RunView, samples_every: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,7 +1,7 @@
 """Base class of trackers: passes on each metric of a run once, evaluations included, and some samples.
 
 A tracker is an observer provider: called with a run it returns the object that watches it, here a `Tracker` that knows
-how one library takes numbers. A resumed run goes on in the same run of the tracker, by the id that is kept in its folder.
+how one library takes numbers. A resumed run continues the same run of the tracker, by the id that is kept in its folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Tracker", "needs_package", "options_of_run", "tracker_run_id"]
 
 
 class Tracker:
-    """Hands the numbers of a run on; a subclass says to whom.
+    """Passes on the numbers of a run; a subclass defines the destination.
 
     Args:
         samples_every: steps between two calls of `show`; 0 for none.

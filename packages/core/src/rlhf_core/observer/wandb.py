@@ -1,7 +1,7 @@
 """Weights & Biases: `--observer wandb --observer.project my-runs`.
 
 The key is wandb's own affair: `wandb login`, or WANDB_API_KEY. There is no option for it, so that no file can hold it.
-What wandb would collect by itself and nobody asked for stays off: the command line (flags may hold tokens), the terminal,
+Data that wandb collects by default without a request stays off: the command line (flags may hold tokens), the terminal,
 the environment's packages, the git state.
 """
 
@@ -59,7 +59,7 @@ class Wandb(Observer):
         """Raise UsageError if the package is not installed or, online, if there is no key.
 
         Raises:
-            UsageError: no key, or nobody answers.
+            UsageError: no key, or no answer.
         """
         needs_package("wandb", "wandb", "wandb")
         if self._mode() != "online":
@@ -96,7 +96,7 @@ class _Sending(Tracker):
             name=options.name or run.output.name,
             id=tracker_run_id(run, "wandb"),
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may hold anything; wandb says so
+            mode=mode,  # type: ignore[arg-type]  # WANDB_MODE may hold anything; wandb reports errors
             dir=str(run.output),
             config=options_of_run(run),
             settings=wandb.Settings(**COLLECTS_NOTHING),

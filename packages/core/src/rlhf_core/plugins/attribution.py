@@ -1,6 +1,6 @@
 """A note on an exception that names the provider whose code raised it, with its distribution.
 
-A KeyError from a stranger's reward ends in a traceback through core's files. The note at its end tells whose it is. It is
+A KeyError from a stranger's reward ends in a traceback through core's files. The note at its end names the provider. It is
 found from the traceback alone, so that no call of a provider needs a wrapper, and providers inside providers are named too.
 """
 

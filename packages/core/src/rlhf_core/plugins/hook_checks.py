@@ -1,4 +1,4 @@
-"""Checks of a plugin's hooks, and a note on an exception that says which plugin's hook raised it."""
+"""Checks of a plugin's hooks, and a note on an exception that names the plugin whose hook raised it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_core.util.suggestions import closest_names, or_list
 __all__ = ["check_marked", "name_the_culprit", "place_of", "unknown_hook"]
 
 HOOKS = (*(f"rlhf_{kind}" for kind in KINDS), METRICS, *OBSERVERS)
-"""What a plugin may have."""
+"""Attributes that a plugin may have."""
 
 
 def check_marked(plugin: object) -> None:
@@ -48,7 +48,7 @@ def place_of(function: Any) -> str:
 
 
 def name_the_culprit(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[Any], _: object) -> None:
-    """Note on an exception out of a hook which plugin raised it; pluggy does not say."""
+    """Note on an exception out of a hook which plugin raised it; pluggy does not report it."""
     error = outcome.exception
     trace = error.__traceback__ if error is not None else None
     while trace is not None:

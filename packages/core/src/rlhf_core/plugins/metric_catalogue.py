@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 __all__ = ["MEASURED", "METRICS", "matches_documented"]
 
 MEASURED = ("time/", "speed/", "memory/")
-"""What such names begin with is measured, not computed: two equal runs differ in it."""
+"""Prefixes of metrics that are measured, not computed: two equal runs differ in them."""
 
 _RUN = {
     "step": "steps: finished steps, from 1",

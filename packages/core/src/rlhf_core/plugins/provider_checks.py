@@ -1,7 +1,7 @@
 """Checks of a provider's class, before one is made of it: its base, its options, its capabilities and its signatures.
 
 Core reads capabilities by name (`rlhf_core.contract.providers`). A misspelt one would keep its default in silence, and an
-option that happens to have such a name would change what core does. Both are refused here, in one line.
+option that happens to have such a name would change what core does. Both are refused here with a one-line error.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_class(kind: str, who: str, target: Any) -> type[Any]:
         target: what is registered under that name, or what `module:Class` names.
 
     Raises:
-        UsageError: it is not; one line says what to write.
+        UsageError: it is not; the message states what to write.
     """
     _check_dataclass(kind, who, target)
     cls: type[Any] = target

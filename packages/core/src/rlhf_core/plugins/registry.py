@@ -2,9 +2,9 @@
 
 Plugins are the built-in modules and the entry points of the group `rlhf`, loaded one at a time: one that fails is kept
 in `broken_plugins` with its distribution and exception; the others are loaded. Provider hooks are asked once, here; afterwards
-names are looked up in plain tables. A clash of two distributions over one name matters only to whoever chooses it.
+names are looked up in plain tables. A clash of two distributions over one name matters only to users who choose it.
 
-`PLUGIN/NAME` is the name as that plugin provides it: `core/length` is core's own, whoever else has a `length`.
+`PLUGIN/NAME` is the name as that plugin provides it: `core/length` is core's own, even if others have a `length`.
 
     RLHF_DISABLE_PLUGIN_AUTOLOAD=1   load no entry point but those asked for with `-p NAME`
     RLHF_STRICT_PLUGINS=1            raise `PluginError` where a plugin would be listed as broken (for authors and CI)
@@ -64,7 +64,7 @@ class Registry:
     Args:
         autoload: load the entry points of installed distributions. Off, only the built-ins and `load` are there.
         blocked: plugin names that are not loaded.
-        load: names of entry points or importable modules to load whatever `autoload` says.
+        load: names of entry points or importable modules to load regardless of `autoload`.
 
     Raises:
         UsageError: `blocked` or `load` name something that does not exist, or a plugin of `load` failed to load.
@@ -106,7 +106,7 @@ class Registry:
         """Add a plugin: a module or any object with `@hookimpl` functions.
 
         Raises:
-            PluginError: it breaks the contract; the message says how. Nothing of it stays behind.
+            PluginError: it breaks the contract; the message states how. Nothing of it remains.
         """
         known = Plugin(name, distribution, version)
         if name in self.plugins:
@@ -255,7 +255,7 @@ class Registry:
         return bool(command)
 
     def observers(self) -> list[tuple[Plugin, str]]:
-        """The plugins with observer hooks, and what they say about themselves."""
+        """The plugins with observer hooks, and their descriptions."""
         watching = {each.plugin_name for hook in OBSERVERS for each in getattr(self.hook, hook).get_hookimpls()}
         objects = {name: self._manager.get_plugin(name) for name in self.plugins if name in watching}
         return [(self.plugins[name], (plugin.__doc__ or "").strip()) for name, plugin in objects.items()]

@@ -60,7 +60,7 @@ class Engine:
         report: called with a line of text when a step begins or ends.
 
     Raises:
-        UsageError: the recipe cannot work; the message says why.
+        UsageError: the recipe cannot work; the message states why.
     """
 
     def __init__(self, recipe: Recipe, registry: Registry, report: Callable[[str], None] = print) -> None:
@@ -75,7 +75,7 @@ class Engine:
     # what is to be done
 
     def states(self) -> dict[str, State]:
-        """Return how far every step is, as far as that can be told before the steps ahead of it have run."""
+        """Return how far every step is, as far as it is known before the steps ahead of it have run."""
         states: dict[str, State] = {}
         for step in self.steps:
             ahead = [name for name in sorted(step.producers) if states[name].word == "to run"]
@@ -105,7 +105,7 @@ class Engine:
         """Check everything that can be known before the first step: packages, files, and results of steps that are left out.
 
         Raises:
-            UsageError: something is missing; the message says what.
+            UsageError: something is missing; the message states what.
         """
         for step in self.steps:
             if not step.runs:
@@ -269,7 +269,7 @@ class Engine:
         """Remove a folder of the engine's own.
 
         Raises:
-            UsageError: it is somebody else's.
+            UsageError: it belongs to someone else.
         """
         if not folder.exists() and not folder.is_symlink():
             return
@@ -304,7 +304,7 @@ def run_recipe(recipe: Recipe, jobs: int = 1, registry: Registry | None = None) 
         registry: where ingredients are looked up; everything installed if absent.
 
     Raises:
-        UsageError: the recipe cannot work; one line says why.
+        UsageError: the recipe cannot work; the message states why.
         Exception: a step failed.
     """
     from rlhf_core.plugins.registry import default_registry

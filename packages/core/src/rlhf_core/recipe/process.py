@@ -1,4 +1,4 @@
-"""Run `rlhf-run` for an ingredient, in a process of its own: its memory is free afterwards, and it is stopped like any run."""
+"""Run `rlhf-run` for an ingredient, in a separate process: its memory is free afterwards, and it is stopped like any run."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _start(words: Sequence[str], registry: RegistryView, log: Path) -> tuple[sub
     command = [sys.executable, "-m", "rlhf_core", *registry.selection.words, *words]
     with log.open("ab") as file:
         begun = file.tell()
-        # a session of its own: Ctrl-C reaches this process first, which stops the other once
+        # a separate session: Ctrl-C reaches this process first, which stops the other once
         process = subprocess.Popen(
             command, stdout=file, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
         )

@@ -17,7 +17,8 @@
     reads = { model = "policy", data = "pairs", reference = "policy@initial" }
     writes = { model = "policy" }
 
-In texts of options, `{t}` stands for the iteration and `{total_T}` for the number of iterations. A file may have variables:
+In texts of options, `{t}` is replaced by the iteration and `{total_T}` by the number of iterations. A file can define
+variables:
 
     output = "runs/deployment-{selector}"
 

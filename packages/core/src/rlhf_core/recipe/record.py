@@ -29,7 +29,7 @@ RECORD = "step.json"
 HUB_KINDS = frozenset({"model"})
 """The kinds of artifacts that may be a name of the hub, or of a model that core makes, such as `tiny`."""
 UNHASHED = frozenset({"README.md"})
-"""Files of a model that say when it was made, and not what it is."""
+"""Files of a model that depend on the time it was made, not on its content."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ Columns = Mapping[str, list[Any]]
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 POSITIONAL = ("queries", "prompts", "labels")
-"""What a function with parameters of other names is called with."""
+"""Arguments of a function with other parameter names."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ def load_function(path: str | Callable[..., Any], name: str) -> Callable[..., An
 
 @cache
 def _load(path: str, name: str, _state: tuple[Any, ...]) -> Callable[..., Any]:
-    """Load a function; `_state` tells files apart, and what a file held."""
+    """Load a function; `_state` distinguishes files and their contents."""
     if Path(path).suffix == ".py":
         if not Path(path).is_file():
             raise OptionError("path", f"{path}: there is no such file")

@@ -116,7 +116,7 @@ def _same_word(word: str, wanted: str) -> bool:
 
 
 def _from_json(label: Any) -> Any:
-    """Return what a text that begins as JSON of a table or list says; other labels as they are."""
+    """Return the value of a text that starts like a JSON table or list; other labels unchanged."""
     if isinstance(label, str) and label.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(label)

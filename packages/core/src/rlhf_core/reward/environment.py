@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["EnvironmentReward"]
 
 METRIC = "environment/"
-"""Before the names of the environment's metrics among the extras of a batch."""
+"""Prefix of the environment's metrics among the extras of a batch."""
 
 
 @dataclass(frozen=True)

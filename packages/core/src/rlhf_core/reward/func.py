@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Func"]
 
 TARGET = "rlhf_core.reward.calls:call"
-"""What workers run."""
+"""Function that workers run."""
 
 CALLS_PER_WORKER = 16
 """Calls that a worker gets on average: a last one that is slow costs a sixteenth; more would cost cheap functions more."""

@@ -1,4 +1,4 @@
-"""Asking servers over HTTP: several replicas of one, tries, and a token. Standard library only.
+"""Requests to servers over HTTP, with replicas, retries, and a token. Standard library only.
 
 Replicas are asked in turn. One that does not answer is left alone for a while and its question goes to the next, so that
 a dead replica costs one failed connection and no reward. Redirects are refused: they would carry the token elsewhere.

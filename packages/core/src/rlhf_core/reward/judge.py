@@ -1,7 +1,7 @@
 """`--reward judge`: a language model grades completions, at any endpoint that speaks OpenAI's chat format.
 
 The grade is the last number in the judge's answer, mapped from its scale to 0..1; "7/10" and "7 out of 10" are 7. An answer
-without a grade abstains, as a reward that is None does: no number stands for "I cannot say". Answers are kept for the length of
+without a grade abstains, as a reward that is None does: no number means "I do not know". Answers are kept for the length of
 the run, and in a file if one is named: the same prompt and completion are never paid for twice.
 """
 

@@ -25,7 +25,7 @@ __all__ = ["Maths", "grade"]
 
 TARGET = "rlhf_core.reward.maths:grade"
 MARK = "####"
-"""What precedes the final answer in GSM8K."""
+"""Mark before the final answer in GSM8K."""
 
 Where = Literal["any", "boxed", "marked"]
 
@@ -103,7 +103,7 @@ def _strip_label(label: str) -> str:
 
 
 def _parse_gold(gold: str) -> Any:
-    """The reference: as it stands if it says where the answer is, else all of it is the answer."""
+    """Return the reference: unchanged if it marks the answer, else all of it is the answer."""
     from math_verify import parse
 
     return parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")

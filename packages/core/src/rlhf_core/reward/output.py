@@ -83,7 +83,7 @@ def _as_output(raw: RewardOutput | Tensor | Sequence[float | None]) -> RewardOut
 
 
 def _precision_of(output: RewardOutput) -> float:
-    """Return the relative precision of rewards: what the provider says, or that of a narrow dtype they come in."""
+    """Return the relative precision of rewards: the provider's, or that of a narrow dtype they come in."""
     dtype = output.rewards_N.dtype if isinstance(output.rewards_N, torch.Tensor) else torch.float32
     narrow = dtype.is_floating_point and torch.finfo(dtype).eps > output.precision
     return torch.finfo(dtype).eps if narrow else output.precision
@@ -135,7 +135,7 @@ def require_labels(rollouts: Batch, reward: str) -> None:
     """Check that every sample has a label for the reward called `reward`.
 
     Raises:
-        DataError: one has none; says which.
+        DataError: one has none; the message states which.
     """
     if None in rollouts.labels:
         row = rollouts.labels.index(None)

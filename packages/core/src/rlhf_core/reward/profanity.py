@@ -1,7 +1,7 @@
 """`--reward profanity`: how offensive a completion is, by a small classifier that ships inside a package.
 
 A linear model over words, trained on Wikipedia comments and tweets: fast, local, and blind to context. It suits as a
-penalty beside another reward, and for measuring.
+penalty in addition to another reward, and for measuring.
 """
 
 from __future__ import annotations

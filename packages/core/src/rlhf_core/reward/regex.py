@@ -1,4 +1,4 @@
-"""`--reward regex`: whether a completion has a wanted form, `<think>…</think><answer>…</answer>` say."""
+"""`--reward regex`: whether a completion has a wanted form, for example `<think>…</think><answer>…</answer>`."""
 
 from __future__ import annotations
 

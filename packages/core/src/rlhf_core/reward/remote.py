@@ -1,8 +1,8 @@
 """`--reward remote`: a reward server, `rlhf-run serve-reward MODEL` or any that speaks OpenRLHF's format.
 
 A question is `{"query": […], "prompts": […], "labels": […]}`, prompts as the policy saw them and queries with the
-completion after them; beside these go `raw_prompts`, `completions` and `ids`, which OpenRLHF's servers ignore. An answer
-is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server likes. A reward `null` abstains.
+completion after them; in addition to these go `raw_prompts`, `completions` and `ids`, which OpenRLHF's servers ignore.
+An answer is `{"rewards": […]}`, with `scores`, `extra_logs` and the `ids` if the server likes. A reward `null` abstains.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`rlhf-run serve-reward MODEL`: a reward model behind HTTP, for `--reward remote` and for OpenRLHF's clients.
 
 Requests that arrive within a few milliseconds are scored together; where that fails each is scored alone, so that a request
-fails by its own fault only. On the loopback interface and with a token unless told otherwise. Head, body and shutdown have
+fails by its own fault only. On the loopback interface and with a token by default. Head, body and shutdown have
 deadlines (`serve_http`), and bodies over a limit are refused before they are read (`serve_requests`).
 
     POST /get_reward   {"query": […], "prompts": […], "labels": […]}  ->  {"rewards": […], "scores": […], …}
@@ -100,7 +100,7 @@ class ServeReward(Command):
 
 
 class _RequestBatcher:
-    """Collects samples of several requests and scores them in one call, in a thread of its own."""
+    """Collects samples of several requests and scores them in one call, in a separate thread."""
 
     def __init__(self, score: Score, wait: float, batch: int) -> None:
         self._score, self._wait, self._batch = score, wait, batch
@@ -119,7 +119,7 @@ class _RequestBatcher:
             await self._collect(asked)
             asked = [(part, future) for part, future in asked if not future.done()]  # not of clients that hung up
             error = await self._answer(asked)
-            if error is not None and len(asked) > 1:  # somebody's fault: find out whose
+            if error is not None and len(asked) > 1:  # one request is at fault: find out which
                 for each in asked:
                     self._fail(each[1], await self._answer([each]))
             elif error is not None:
@@ -136,7 +136,7 @@ class _RequestBatcher:
             assert len(scores) == len(samples)
             if not all(map(math.isfinite, scores)):
                 raise ArithmeticError("the model's score is not finite")
-        except Exception as error:  # whoever asked is told; the server lives on
+        except Exception as error:  # the client gets the error; the server continues
             return error
         self.counts["batches"] += 1
         self.counts["samples"] += len(samples)

@@ -70,7 +70,7 @@ def samples_of(body: Any) -> list[Sample]:
     """Return the samples of a request.
 
     Raises:
-        BadRequest: says what a request looks like.
+        BadRequest: states the form of a request.
     """
     if not isinstance(body, dict) or "query" not in body:
         raise BadRequest(422, 'expected {"query": [texts], "prompts": [texts], "labels": [anything]}')

@@ -42,7 +42,7 @@ class Sum(Reward):
     """the option of another provider that holds the only part, for messages"""
 
     def check(self) -> None:
-        """Make the parts, and let each say what it misses."""
+        """Make the parts, and let each report what it misses."""
         self._check_weights()
         for path, provider in self._providers():
             if provider.needs:

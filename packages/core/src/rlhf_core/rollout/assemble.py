@@ -1,6 +1,6 @@
 """From ragged lists of sampled tokens to `Rollouts`: the one place where rollout engines meet the contract.
 
-Every engine ends here, so that padding, masks, groups and texts are the same whoever sampled. Token ids are taken as they
+Every engine ends here, so that padding, masks, groups and texts are the same for all engines. Token ids are taken as they
 were sampled; texts are decoded from them for rewards and for people, and never read back.
 """
 
@@ -52,7 +52,7 @@ def assemble(
         finish, tokenizer: N reasons; what makes the texts.
         version: of the policy that sampled.
         versions: N sequences with a version per token, if weights were updated while the engine sampled.
-        per_token: extras by name, `sampler_logprobs_NT` say, as N sequences with a number per token.
+        per_token: extras by name, such as `sampler_logprobs_NT`, as N sequences with a number per token.
         scalars: numbers that hold for the whole batch.
         mask: N sequences, true where the policy sampled a token.
         texts, kept_sets: of N completions; texts are decoded from the tokens where absent.
@@ -117,7 +117,7 @@ def _raw_texts(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Row], skip_special: bool = True) -> list[str]:
-    """Return texts, without special tokens unless told otherwise, with every space that the tokens say."""
+    """Return texts, without special tokens by default, with every space in the tokens."""
     texts: list[str] = []
     for part in _parts(tokens):
         lists = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in part]

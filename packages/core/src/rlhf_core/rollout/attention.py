@@ -1,10 +1,10 @@
 """Attention of one new token, without repeating keys and values for grouped queries.
 
-While decoding, every query head attends from the same position, so the heads that share a key-value head can stand in the
+While decoding, every query head attends from the same position, so the heads that share a key-value head can take the
 place where a sequence has its positions: (batch, heads, 1, dim) becomes (batch, kv heads, heads per kv head, dim), and the
 mask broadcasts. The result is the same; transformers' path copies all keys and values once per group of heads instead.
-Registered beside transformers' own implementations; models that are not on `sdpa`, or choose by its name, keep what they
-have.
+Registered in addition to transformers' own implementations; models that are not on `sdpa`, or choose by its name, keep
+what they have.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class _Buffers:
         self._end = 0
         """tokens of the buffers that are in use; the layer holds the last of them"""
         self._view: Tensor | None = None
-        """the keys as the layer last had them: whoever changes the rows or the length puts other tensors in their place"""
+        """the keys as the layer last had them: code that changes the rows or the length replaces them"""
 
     def append(self, held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return keys and values of `held` and `new` tokens, one after the other."""

@@ -34,7 +34,7 @@ class Turn:
 
 @dataclass
 class Segment:
-    """A context that grows: a prompt, and turns with what stands between them."""
+    """A context that grows: a prompt, and turns with the texts between them."""
 
     prompt: tuple[int, ...]
     ids: list[int]
@@ -93,7 +93,7 @@ class DrivenEpisode:
         return max(fitting, key=lambda each: len(each.ids), default=None)
 
     def count_added(self, ids: Sequence[int]) -> int:
-        """Return how many tokens that nobody sampled an ask of these ids adds to the completion."""
+        """Return the number of unsampled tokens that a request for these ids adds to the completion."""
         segment = self.find_segment(ids)
         if segment is not None:
             return len(ids) - len(segment.ids)

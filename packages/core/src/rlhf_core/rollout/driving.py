@@ -2,7 +2,7 @@
 
 Sessions run as coroutines in one event loop. The thread that called samples their turns: those of many episodes together, as
 `AskQueue` gathers them. A turn's seed follows from the prompt, the completion and the number of the turn, so the numbers do
-not depend on which turns were sampled together. `rlhf_core.rollout.driven_episode` says how an episode becomes a row.
+not depend on which turns were sampled together. `rlhf_core.rollout.driven_episode` turns an episode into a row.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Player:
             self.queue.close()
 
     async def _run(self, episode: DrivenEpisode, at_once: asyncio.Semaphore) -> None:
-        """Run one episode. What its agent raises ends this episode alone, as long as few fail."""
+        """Run one episode. An exception of its agent ends only this episode, as long as few fail."""
         async with at_once:
             self.queue.add_episode()
             try:

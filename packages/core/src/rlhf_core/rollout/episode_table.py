@@ -84,7 +84,7 @@ class EpisodeState:
 
 
 class EpisodeTable:
-    """All episodes of a batch, and what they are played with."""
+    """All episodes of a batch, and the objects that play them."""
 
     def __init__(
         self, environment: Environment, prompts: Prompts, sampling: Sampling, limits: EpisodeLimits, encoder: RowEncoder

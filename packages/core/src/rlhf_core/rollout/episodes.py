@@ -1,8 +1,9 @@
 """Plays episodes: a role and an environment take turns, over any rollout engine.
 
-All episodes of a batch take their turns together: one call of the engine samples a turn of every episode that goes on. Its
-prompts are then the first prompts with everything that followed. Token ids are never decoded and encoded again: sampled ones
-stay as they are, and feedback is tokenized once and appended. `rlhf_core.rollout.episode_table` describes the batch.
+All episodes of a batch take their turns together: one call of the engine samples a turn of every episode that
+continues. Its prompts are then the first prompts with everything that followed. Token ids are never decoded and encoded
+again: sampled ones stay as they are, and feedback is tokenized once and appended. `rlhf_core.rollout.episode_table`
+    describes the batch.
 
 An episode ends with a token of the policy: feedback after its last turn is in the transcript alone.
 
@@ -144,7 +145,7 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
 
 
 def _respond(table: EpisodeTable, loop: EventLoop, actions: Sequence[Action]) -> None:
-    """Let the environment answer the turns of the episodes that go on."""
+    """Let the environment answer the turns of the episodes that continue."""
     going = table.going
     calls = [
         (table.example(episode), f"turn {action.turn}", partial(_answer_of, episode, action))
@@ -176,7 +177,7 @@ def _fail(table: EpisodeTable, episode: EpisodeState, action: Action, failure: _
 
 
 def _take_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, feedback: Feedback) -> None:
-    """Add what the environment answered to the episode, which may end here. Feedback that nobody reads is not added."""
+    """Add what the environment answered to the episode, which may end here. Feedback that is not read is not added."""
     episode.rewards[-1] += feedback.reward
     episode.reward_tokens(len(episode.tokens) - 1, feedback.token_rewards)
     episode.score = episode.score if feedback.score is None else feedback.score
@@ -273,7 +274,7 @@ def _answers(
 
 
 def _take_turn(table: EpisodeTable, sample: Sampler) -> list[Action]:
-    """Sample a turn of every episode that goes on. The first is asked for as any completions are, with the same seeds."""
+    """Sample a turn of every episode that continues. The first is requested like any completions, with the same seeds."""
     going, prompts, turn = table.going, table.prompts, len(table.sampled)
     left = [table.sampling.max_new_tokens - len(episode.tokens) for episode in going]
     limits = [min(each, table.limits.turn_tokens or each) for each in left]

@@ -1,4 +1,4 @@
-"""Episodes that fail: each ends by itself, and too many of them stop the run."""
+"""Episodes that fail: each ends alone, and too many of them stop the run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`--rollout fake`: a rollout engine without a model, for tests and costing of placement, queues, sync and recovery.
 
-What it returns can be worked out by hand, and every call takes as long as it is told to. Its log-probabilities are those of
+Its results can be calculated by hand, and every call takes the configured time. Its log-probabilities are those of
 the strategy `fake`, with the trained number as it was when the weights were last taken: a stale engine shows.
 """
 

@@ -82,7 +82,7 @@ def with_kept_sets(rollouts: Rollouts, sampling: Sampling, engine: Rollout, toke
     Args:
         rollouts: N completions.
         sampling: what they were sampled with; without replay they get no sets, whatever the engine gave.
-        engine: the provider that sampled; it says in which order it truncates.
+        engine: the provider that sampled; it defines the order of truncation.
         tokenizer: of the role that was sampled; ids that it lacks are in no set.
 
     Raises:

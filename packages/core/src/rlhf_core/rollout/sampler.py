@@ -2,8 +2,8 @@
 
 Each prompt is read once, its cache is expanded to its completions, and one forward pass a step extends every completion by
 a token; only the last position goes through the language-model head. Completions that have ended leave the batch. Every
-completion draws from a stream of its own, so that its tokens depend on its prompt and its seed, not on what else is in the
-batch (up to the rounding of the logits).
+completion draws from its own random stream, so that its tokens depend on its prompt and its seed, not on what else is
+in the batch (up to the rounding of the logits).
 
 Left out on purpose: beams, repetition penalties and other processors that would make the sampled distribution differ from
 the one that is trained; speculative decoding; refilling the batch from a queue (a server's business: see vLLM).

@@ -18,7 +18,7 @@ def plan_segments(
     Args:
         lengths, limits: P prompts' tokens, and the most new ones of each completion of them.
         n: completions per prompt.
-        cells: tokens that fit; a completion that needs more is a wave by itself.
+        cells: tokens that fit; a completion that needs more is a separate wave.
     """
     waves: list[list[Piece]] = []
     left = many = 0

@@ -65,7 +65,7 @@ class PartialGroup:
 
 
 def next_slice(groups: Sequence[PartialGroup], most: int, length: int) -> tuple[Prompts, list[PartialCompletion]]:
-    """Return what an engine is asked next, a row per completion that goes on, and these completions.
+    """Return the next request to an engine, a row per completion that continues, and these completions.
 
     Args:
         groups: in progress.

@@ -337,7 +337,7 @@ def _no_host(device: torch.device) -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the mode is a prototype, torch says
+            warnings.simplefilter("ignore")  # the mode is a prototype, torch warns
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:

@@ -124,7 +124,7 @@ def slot_attention(
     """Keep the new keys and values and attend, (batch, heads, length, D) to (batch, length, heads, D).
 
     Args:
-        slots: the buffers; prompts lie end to end in a batch of one, later tokens are one per row.
+        slots: the buffers; prompts are end to end in a batch of one, later tokens are one per row.
     """
     rest = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
     if slots is None:

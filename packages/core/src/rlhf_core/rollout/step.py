@@ -2,7 +2,7 @@
 
 All that a step reads and writes is in tensors of fixed place, so that a CUDA graph recorded once is every step: replaying it
 costs one launch where a step has a thousand. Graphs are recorded per number of rows (`BUCKETS`); a batch takes the next larger
-one, its idle rows writing to a cell and a column that nobody reads. The host looks every few steps which rows have ended.
+one, its idle rows writing to a cell and a column that is not read. The host looks every few steps which rows have ended.
 
 Shape letters: R rows of the batch, B all rows of a wave, T new tokens, V vocabulary.
 """

@@ -104,7 +104,7 @@ class Collecting:
         self.collected: dict[str, Any] = {}
         """states of the engines of `COLLECTING`, as of the last finished step"""
         self.partial: PartialSampling | None = None
-        """groups in progress, where completions may go on in a later iteration"""
+        """groups in progress, where completions can continue in a later iteration"""
         self.last_call = run.step
         """steps that had been trained at the last call of the rollout engines for an iteration"""
         if not self.ahead:

@@ -119,7 +119,7 @@ def explain(evidence: Evidence) -> Finding:
 
 
 def _describe_rest(evidence: Evidence, logits: Sequence[Tensor], plain: float) -> Finding:
-    """Return what can be said where no hypothesis holds: rounding if differences are small and fair, else where they are."""
+    """Return the finding where no hypothesis holds: rounding if differences are small and fair, else where they are."""
     apart = torch.cat(
         [row.reported_T - _logprobs_of(z, row.completion) for z, row in zip(logits, evidence.rows, strict=True)]
     ).double()

@@ -83,7 +83,7 @@ def _read_config(path: Path, registry: Registry) -> RunConfig:
 
 
 def _without_secrets(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options without masked values, which nobody needs to export a model."""
+    """Return options without masked values, which the export of a model does not need."""
     return {
         name: _without_secrets(value) if isinstance(value, Mapping) else value
         for name, value in tree.items()

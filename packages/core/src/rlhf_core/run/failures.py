@@ -1,4 +1,4 @@
-"""Ends that are nobody's bug: numbers that are no longer finite, a full disk, no memory left. One line each, and what to do.
+"""Turns expected failures (non-finite numbers, a full disk, no memory left) into one-line errors with advice.
 
 The newest checkpoint stays as it is in all of them: a run that stops here writes none, and a checkpoint that could not be
 written whole leaves nothing.
@@ -30,7 +30,7 @@ __all__ = ["Progress", "is_full", "newest_checkpoint", "translate_failures"]
 FULL = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|StorageFull|PytorchStreamWriter failed writing|iostream error"
 )
-"""How libraries that hide the operating system's error say it."""
+"""Messages of libraries that hide the operating system's error."""
 
 SMALLER_BATCHES = (
     f"lower {run_option('micro_tokens')} or {run_option('chunk')}, or add {run_option('on_oom', 'halve')} "
@@ -78,7 +78,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
         yield
     except NotFinite as error:
         raise RunStopped(_not_finite(run, error)) from error
-    except UsageError:  # says already what to do
+    except UsageError:  # already states what to do
         raise
     except Exception as error:
         note_provider(error, run.registry, run.config)
@@ -109,7 +109,7 @@ def translate_failures(run: Progress) -> Iterator[None]:
 
 
 def _not_finite(run: Progress, error: NotFinite) -> str:
-    """Save the samples; what to say."""
+    """Save the samples; return the message."""
     path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
     advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"

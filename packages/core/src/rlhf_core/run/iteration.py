@@ -149,13 +149,13 @@ class Iteration:
         self.trained_versions: dict[str, int] = {}
         """version of each role when its updates began"""
         self.partial: PartialSampling | None = None
-        """groups in progress, where completions may go on in a later iteration"""
+        """groups in progress, where completions can continue in a later iteration"""
         self._moments_before = moments
         self.rows: DrawnRows
         """this rank's rows of data; dynamic sampling may draw more"""
 
     def begin(self) -> None:
-        """Draw the rows of the step; where groups go on from step to step, rows are drawn as they are wanted."""
+        """Draw the rows of the step; where groups continue over steps, rows are drawn on demand."""
         self.rows = self.draw() if self.partial is None else DrawnRows([], [])
 
     def draw(self) -> DrawnRows:

@@ -1,4 +1,4 @@
-"""The lives of a run: after the death of a process it closes, but for its placement, and goes on from what is left.
+"""The lives of a run: after the death of a process it closes, except its placement, and continues from what is left.
 
 A life begins as a resumed run does: providers are opened anew, logs are cut behind the step that is restored, and data and
 random states continue there. So a step counts once, whatever was trained on it before. The state comes from the newest
@@ -74,7 +74,7 @@ class Lives:
                 self.run.begin_again(replace(self.run.config, resume=True))
 
     def spares(self, error: BaseException | None) -> bool:
-        """Return True if the run goes on after `error`, so that its placement must not be freed."""
+        """Return True if the run continues after `error`, so that its placement must not be freed."""
         placed = self.run.placed
         alive = placed is not None and self._deaths < placed.retries and self.run.signals.received is None
         return alive and isinstance(error, WorkerLost)

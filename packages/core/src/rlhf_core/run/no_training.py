@@ -31,7 +31,7 @@ class NoTraining(Algorithm):
 
 @contextmanager
 def open_untrained(config: RunConfig, registry: Registry) -> Iterator[Run]:
-    """Yield a run whose roles are placed and which is not trained: it has no checkpoint and tells no observer."""
+    """Yield a run whose roles are placed and which is not trained: it has no checkpoint and calls no observer."""
     from rlhf_core.run.run import Run
 
     run = Run(config, registry)

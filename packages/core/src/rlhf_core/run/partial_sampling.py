@@ -1,6 +1,6 @@
 """Partial rollouts: a run's groups in progress over several iterations (`--partial.tokens`, `--partial.surplus`).
 
-An iteration samples slice by slice until it has --batch-size complete groups. The others go on in the next iteration. A
+An iteration samples slice by slice until it has --batch-size complete groups. The others continue in the next iteration. A
 checkpoint holds the position of the data before the oldest group that is not trained on, and the uids after it that are: a
 resumed run draws the same rows again, leaves these out, and begins the others anew.
 """
@@ -36,7 +36,7 @@ class PartialSampling:
 
     Args:
         run: the run.
-        collecting: tells which weights sample.
+        collecting: identifies the weights that sample.
     """
 
     def __init__(self, run: Run, collecting: Collecting) -> None:
@@ -75,7 +75,7 @@ class PartialSampling:
         return bool(self.options.seconds) and current_time() - began >= self.options.seconds
 
     def _sample_slice(self, source: str, sampling: Sampling) -> Rollouts:
-        """Let every completion in progress go on for a slice."""
+        """Continue every completion in progress for a slice."""
         groups = self.pool.groups
         prompts, going = next_slice(groups, sampling.max_new_tokens, self.options.tokens)
         asked = replace(sampling, n=1, max_new_tokens=max(prompts.limits))

@@ -1,7 +1,7 @@
-"""A stop that somebody asked for, from the signal to the exit code, also of a run that does not end by itself.
+"""A requested stop, from the signal to the exit code, also of a run that does not end on its own.
 
 The step at hand has `--stop-within` seconds. If it is not over then, it is given up, and the step before it is saved where
-nothing has changed since: one process, no role updated, no engine with a state of its own, no sampler that reacts.
+nothing has changed since: one process, no role updated, no engine with its own state, no sampler that reacts.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def check_hub(config: RunConfig) -> None:
     """Check that an upload can work before anything is trained for it.
 
     Raises:
-        UsageError: nobody is logged in.
+        UsageError: no user is logged in.
     """
     if not config.push_to_hub:
         return

@@ -1,7 +1,7 @@
 """Replays a recorded step: its completions go through reward, credit and loss again, with tapes in place of models.
 
 It is the code of a run: the same iteration, the same `loop.credit` and `loop.update`. No model is loaded, no completion is
-sampled, nothing is written. What differs from the record is a difference of code, options or packages since then.
+sampled, nothing is written. A difference from the record is a difference of code, options or packages since then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOLERANCE = 1e-9
 """Largest difference of two numbers that count as equal, relative to the larger of 1 and their size."""
 
 UNSEEN = ("time/", "speed/", "memory/", "grad_norm/", "lr/", "loss_scale/", "rollout/", "data/")
-"""What such metrics begin with is not computed again: times, gradients, and sampling itself."""
+"""Prefixes of metrics that are not computed again: times, gradients, and sampling itself."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ReplayRun(Run):
     """A run whose loop goes once over a recorded step. It calls no observer and hands no weights on."""
 
     def notify(self, hook: str, **arguments: Any) -> list[Any]:
-        """Call nobody."""
+        """Call no observer."""
         return []
 
     def sync(self) -> None:
@@ -86,7 +86,7 @@ class ReplayRun(Run):
 
 
 def read_step(output: Path, step: int) -> dict[str, Any]:
-    """Return what a run kept of a step.
+    """Return the record of a step.
 
     Raises:
         UsageError: nothing; the message lists the steps that are recorded.

@@ -1,6 +1,6 @@
 """Metrics of a run: sampled completions and their rewards, and the time, speed and memory of a step.
 
-What each metric means stands in `rlhf_core.plugins.metric_catalogue`; docs/metrics.md is made from it.
+The meaning of each metric is in `rlhf_core.plugins.metric_catalogue`; docs/metrics.md is made from it.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ class Run:
             self.meter.add_seconds("checkpoint_background", seconds)
 
     def export(self) -> None:
-        """Write the trained policy as a Hugging Face folder, OUTPUT/model, and other roles that are exported beside it."""
+        """Write the trained policy as a Hugging Face folder, OUTPUT/model, and other roles that are exported with it."""
         if self.leader:
             self.folder.claim_exports()
         self.world.barrier()
@@ -390,7 +390,7 @@ class Run:
     def reward_of(self, rollouts: Batch) -> RewardOutput:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
-            engine = self.reward  # not chosen: an error that says so
+            engine = self.reward  # not chosen: an error
             raw = engine(self.reward_inputs(rollouts))
             return to_reward_output(raw, rollouts, self.config.providers["reward"], reward_precision(self.plan))
 

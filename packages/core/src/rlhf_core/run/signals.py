@@ -27,13 +27,13 @@ __all__ = ["PreemptionExit", "StopSignals", "exit_on_preemption"]
 
 
 class PreemptionExit(SystemExit):
-    """The end of a process that was told to make room while no step was running; nobody else's `sys.exit`."""
+    """The end of a process that was asked to make room while no step was running; distinct from other `sys.exit` calls."""
 
 
 class StopSignals:
     """While the block runs, remembers the first signal and lets the second through.
 
-    Outside the main thread (a run driven from a notebook's worker, say) signals stay with whoever has them.
+    Outside the main thread (for example in a notebook's worker) signals keep their handlers.
 
     Args:
         seconds: for the step at hand, and again for saving.
@@ -74,7 +74,7 @@ class StopSignals:
 
 
 def _is_heeded(number: signal.Signals) -> bool:
-    """Return True unless whoever started this process had the signal ignored."""
+    """Return True unless the parent process set the signal to be ignored."""
     return signal.getsignal(number) != signal.SIG_IGN
 
 

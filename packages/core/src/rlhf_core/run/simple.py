@@ -175,7 +175,7 @@ class RLHFPipeline:
         }
 
     def _train(self, algorithm: str, rows: list[dict[str, Any]], options: Mapping[str, Any]) -> RunResult:
-        """Train in a folder of its own."""
+        """Train in a separate folder."""
         from rlhf_core.config.builder import make_config
         from rlhf_core.run.run import Run
 

@@ -1,4 +1,4 @@
-"""The state of a run between two steps: exactly what a checkpoint holds besides roles and random states."""
+"""The state of a run between two steps: exactly what a checkpoint holds in addition to roles and random states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The deadline of a polite stop: a run ends although its reward, template or plugin never returns.
 
 Python runs a signal's handler in the main thread, between two bytecodes; a main thread that waits in C for another rank never
-gets there. Hence a small process beside the run keeps the time. The interpreter's wake-up file (`signal.set_wakeup_fd`) brings
+gets there. Hence a small separate process keeps the time. The interpreter's wake-up file (`signal.set_wakeup_fd`) brings
 it the number of each signal the moment it arrives, whatever the main thread does. From the first signal of a stop
 
 1. the step has `seconds`; then SIGVTALRM has `StopOverdue` raised in the main thread, which unwinds it;
@@ -37,7 +37,7 @@ LAST = 2.0
 QUIT, RESTART = 0, 255
 """Bytes that are no signal's number."""
 _exit = os._exit
-"""The function of Python, whatever stands in its place during a run (`util.exits`)."""
+"""Python's own function, even while a run replaces it (`util.exits`)."""
 
 
 class StopOverdue(BaseException):
@@ -49,7 +49,7 @@ class StopWatch:
 
     Args:
         seconds: for the step at hand, and again for what follows it.
-        warn: takes the one line that says that the small process cannot be started; stops then have no deadline.
+        warn: receives one message if the small process cannot be started; stops then have no deadline.
     """
 
     def __init__(self, seconds: float, warn: Callable[[str], object] = print) -> None:
@@ -96,7 +96,7 @@ class StopWatch:
         except subprocess.TimeoutExpired:  # the machine is slow
             self._process.kill()
             self._process.wait()
-        signal.signal(signal.SIGVTALRM, self._alarm_before)  # now that nobody sends it
+        signal.signal(signal.SIGVTALRM, self._alarm_before)  # now that it is no longer sent
         os.close(self._pipe)
         self._process = None
 

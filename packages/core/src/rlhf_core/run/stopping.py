@@ -19,7 +19,7 @@ __all__ = ["Stop", "describe_resuming"]
 
 
 def describe_resuming(config: RunConfig) -> str:
-    """Return how the user continues the run: a command that works as it stands, or from Python the options to pass."""
+    """Return how the user continues the run: a complete command, or from Python the options to pass."""
     if config.option_names.language == "flags":
         plugins = config.registry.selection.words if config.registry is not None else []
         words = ["rlhf-run", *plugins, "--config", str(Path(config.output) / "config.toml")]
@@ -42,7 +42,7 @@ class Stop:
         return self.asked or self.exit_code > 0
 
     def agree(self, answers: Sequence[Any], signals: StopSignals, world: World) -> None:
-        """Take in what the observers of every rank answered after a step, and the signals. Collective."""
+        """Collect the answers of the observers of every rank after a step, and the signals. Collective."""
         alarm = next((answer for answer in answers if isinstance(answer, str)), "")
         ranks = world.gather((any(answers), alarm, signals.exit_code))
         self.asked = any(asked for asked, _, _ in ranks)

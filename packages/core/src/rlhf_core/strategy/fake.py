@@ -1,4 +1,4 @@
-"""A strategy without a model: one number is trained, and every call takes as long as it is told to.
+"""A strategy without a model: one number is trained, and every call takes the configured time.
 
 For tests and costing of placement, queues, sync and recovery. The log-probability of a token is a fixed function of its id
 plus the trained number, so losses have gradients, updates change outputs, and results can be worked out by hand.

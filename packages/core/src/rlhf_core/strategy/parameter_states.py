@@ -80,7 +80,7 @@ class ParameterStates:
             self._kinds.setdefault(name, []).append(kind)
 
     def kinds(self, name: str) -> list[str]:
-        """Return what is known of a parameter beside its weight, such as `exp_avg`; empty before the first step."""
+        """Return what is known of a parameter in addition to its weight, such as `exp_avg`; empty before the first step."""
         return [kind for kind in self._kinds.get(name, []) if kind != WEIGHT]
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:

@@ -59,7 +59,7 @@ class SharedBase(Trainable):
 
     @property
     def held_bytes(self) -> int:
-        """Nothing of its own."""
+        """Return nothing."""
         return 0
 
     def offload(self) -> None:

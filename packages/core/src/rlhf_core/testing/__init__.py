@@ -5,8 +5,8 @@
     def test_it_keeps_the_contract() -> None:
         check_reward(MyReward())
 
-A check fails with a sentence that says what the contract asks. It does not know whether the numbers mean what you want:
-compare those with a formula of your own. The kit is installed with core as a pytest plugin, so that the fixtures of
+A check fails with a sentence that states what the contract requires. It does not know whether the numbers mean what you
+want: compare those with a formula of your own. The kit is installed with core as a pytest plugin, so that the fixtures of
 `rlhf_core.testing.fixtures` are there without an import. Nothing here imports torch before a check runs.
 """
 

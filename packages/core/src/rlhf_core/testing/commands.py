@@ -34,7 +34,7 @@ def check_command(command: Command, context: CommandContext | None = None) -> in
         the exit code.
 
     Raises:
-        AssertionError: it is not so; the message says what the contract asks.
+        AssertionError: a check fails; the message states what the contract requires.
         UsageError: a provider without a usual name must be chosen, so pass a `context`.
     """
     from rlhf_core.run.command import context_of
@@ -81,7 +81,7 @@ def check_ingredient(ingredient: Ingredient, inputs: Mapping[str, Artifact] | No
         what it made; the files themselves are gone.
 
     Raises:
-        AssertionError: it is not so; the message says what the contract asks.
+        AssertionError: a check fails; the message states what the contract requires.
     """
     check_provider(ingredient)
     name = type(ingredient).__qualname__

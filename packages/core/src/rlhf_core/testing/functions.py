@@ -82,7 +82,8 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
 
     Args:
         reward: the provider.
-        rollouts: what to score, if it cannot score `tiny_rollouts()` (a label of a certain form, say).
+        rollouts: what to score, if it cannot score `tiny_rollouts()` (for example because it needs labels of a certain
+            form).
 
     Raises:
         AssertionError, ContractError: it is not so.

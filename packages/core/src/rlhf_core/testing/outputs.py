@@ -18,7 +18,7 @@ __all__ = ["check_output"]
 
 
 def check_output(output: Output, name: str) -> Tensor:
-    """It has the shape that its name says, finite float32 numbers, zero outside completions; of a row whatever else is there.
+    """Check the shape in its name, finite float32 numbers, zero outside completions; and independence of other rows.
 
     It carries a gradient in training, and no tensor holds the logits of all tokens.
 

@@ -19,7 +19,7 @@ def check_provider(provider: Any) -> None:
     """A provider is a frozen dataclass, documents itself and its options, travels to workers, and can be written down.
 
     Raises:
-        AssertionError: it is not so; the message says what the contract asks.
+        AssertionError: a check fails; the message states what the contract requires.
     """
     cls = type(provider)
     who = f"{cls.__module__}.{cls.__qualname__}"

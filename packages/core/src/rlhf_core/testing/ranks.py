@@ -8,7 +8,7 @@
         assert [rank.code for rank in done] == [0, 0], done[0].stderr
 
 A server process imports torch and core once; ranks are its forks. They find modules where the test does. A rank that fails is
-not the end of the others at once, as under `torchrun`: each says what it has to say, or is ended after a while.
+not the end of the others at once, as under `torchrun`: each reports its error, or is ended after a while.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ PRELOADED = [
     "rlhf_core.training.local_role",
 ]
 PRELOADED += ["rlhf_core.models.export", "rlhf_core.rollout.hf", "rlhf_core.strategy.torch"]
-"""What the server of the forks imports."""
+"""Modules that the server of the forks imports."""
 GRACE_SECONDS = 60.0
-"""What other ranks have to end, once one failed."""
+"""Seconds that other ranks have to end, once one failed."""
 
 
 @dataclass(frozen=True)

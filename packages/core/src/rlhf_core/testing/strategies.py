@@ -91,7 +91,7 @@ def _check(strategy: Strategy, atol: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# a trainable by itself
+# a trainable alone
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,14 +170,14 @@ def _rows_of(world: World, batch: Rollouts) -> Rollouts:
 
 
 def _check_role(name: str, strategy: Strategy, lora: Lora, atol: float) -> None:
-    """Two steps of a role with adapters or without, and everything it gives afterwards, beside those of `torch`."""
+    """Two steps of a role with adapters or without, and everything it gives afterwards, compared with those of `torch`."""
     from rlhf_core.strategy.torch import TorchStrategy
 
     what = f"{name}, with LoRA" if lora.rank else name
     averaged = True
     try:
         role = _role(strategy, lora, ema=0.5)
-    except UsageError:  # refused, in one line, before training
+    except UsageError:  # refused with a one-line error before training
         averaged, role = False, _role(strategy, lora, ema=0.0)
     reference = _role(TorchStrategy("cpu"), lora, ema=0.5 * averaged)
     batch = tiny_rollouts()
@@ -259,7 +259,7 @@ def _check_export(what: str, role: LocalRole, reference: LocalRole, atol: float,
 
 
 def _check_gathered(what: str, found: Trainable, expected: Trainable, batch: Rollouts, atol: float) -> None:
-    """Use the inner model as a sampler does: each rank by itself, and not equally often."""
+    """Use the inner model as a sampler does: each rank independently, and not equally often."""
     ids_NS = batch.prompt_NL[:2, : int(batch.prompt_lengths_N[:2].min())]
     logits = []
     for trainable in (found, expected):

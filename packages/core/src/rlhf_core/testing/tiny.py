@@ -27,7 +27,7 @@ __all__ = ["tiny_extras", "tiny_outputs", "tiny_rewards", "tiny_rollouts", "tiny
 EOS = 0
 
 ANSWERS = ("Yes.", "", "No, never!", "I am so happy", "4", "42 is it", "awful", "good, good")
-"""What completions say, in turn; the second is only the token that ends it."""
+"""Texts of completions, in turn; the second is only the token that ends it."""
 
 
 def tiny_rollouts(prompts: int = 2, completions: int = 4) -> Rollouts:

@@ -1,7 +1,7 @@
 """Needs and credit: from sampled or read batches to what the losses train on.
 
 Each credit, a (source, advantage), is computed once a step on whole groups, before anything is cut into micro-batches.
-What it needs is computed by the roles that provide it, once per source, and only if it is not already at hand.
+Its needs are computed by the roles that provide them, once per source, and only if it is not already at hand.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
     """Check that the first row of data has the completions that losses on data compare; of a stream, none is read yet.
 
     Raises:
-        UsageError: it has not. So models need not be loaded for that to be said; later rows are checked in their step.
+        UsageError: it has not. So the error comes before models are loaded; later rows are checked in their step.
     """
     terms = [term for term in plan.terms if term.source == DATA]
     if not terms or not isinstance(rows, Sequence) or not rows:
@@ -170,12 +170,12 @@ def assign_credit(
     """Return the batch that the terms of `spec` train on, and this rank's part of the metrics of its credit.
 
     `engine` is the opened advantage. The KL penalty in the reward is added here, per token and before the advantage:
-    r_t = -beta * KL_t (+ the reward's own per-token part). What was subtracted is the extra `penalty_NT`.
+    r_t = -beta * KL_t (+ the reward's own per-token part). The subtracted penalty is the extra `penalty_NT`.
     """
     batch = replace(batch, step=replace(batch.step, kl_coef=kl_coef))
     if spec.advantage is None:
         return batch, {}
-    if rewards is None:  # rows of data, which nobody scores: KTO's credit reads their labels
+    if rewards is None:  # rows of data, which have no rewards: KTO's credit reads their labels
         rewards = RewardOutput(torch.zeros(len(batch)))
     completions: Any = batch  # rollouts, or rows of data
     rewards_NT = torch.zeros(batch.mask_NT.shape) if rewards.rewards_NT is None else rewards.rewards_NT

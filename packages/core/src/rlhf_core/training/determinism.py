@@ -1,6 +1,6 @@
 """Repeatable numbers on a GPU: operations that add in any order are replaced by slower ones, or refused by name.
 
-On a CPU nothing is needed. What stays different, whatever is chosen here, stands in docs/reliability.md.
+On a CPU nothing is needed. docs/reliability.md lists the differences that remain with any option.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rlhf_core.lazy import torch
 __all__ = ["REFUSED", "be_deterministic"]
 
 REFUSED = "does not have a deterministic implementation"
-"""How torch says that an operation has no such form."""
+"""Message of torch for an operation without such a form."""
 
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats itself only with a workspace of fixed size

@@ -1,7 +1,7 @@
 """Dynamic sampling: prompts that a filter rejects are replaced by fresh ones before anything is trained.
 
-A round samples and scores a batch of prompts and keeps those that the filter accepts; rounds go on until as many are kept as
-the step wants. All that are kept are trained on in the step that sampled them: nothing accepted is thrown away or
+A round samples and scores a batch of prompts and keeps those that the filter accepts; rounds continue until as many are
+kept as the step wants. All that are kept are trained on in the step that sampled them: nothing accepted is thrown away or
 grows stale, and a checkpoint needs no more than the data's position. So a step has at least --batch-size prompts, and fewer
 only where the rounds ran out. Ranks decide together, and share what was kept evenly.
 

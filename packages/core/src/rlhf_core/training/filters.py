@@ -30,7 +30,7 @@ class VariedFilter(Filter):
 
 @dataclass(frozen=True)
 class InsideFilter(Filter):
-    """Prompts whose mean score lies strictly between two bounds."""
+    """Prompts whose mean score is strictly between two bounds."""
 
     low: float = 0.0
     """mean score at or below which a prompt is too hard"""

@@ -182,7 +182,7 @@ class LocalRole(Role):
         return found
 
     def _later_outputs(self, source: str) -> frozenset[str]:
-        """Return the outputs that training on `source` needs from the same pass; empty if it needs a pass of its own."""
+        """Return the outputs that training on `source` needs from the same pass; empty if it needs a separate pass."""
         options = self.spec.options
         if not (source and self.plan.single_update and self.trainable.keeps_graphs):
             return frozenset()
@@ -224,7 +224,7 @@ class LocalRole(Role):
         return self.trainable.weights()
 
     def gathered(self) -> AbstractContextManager[None]:
-        """While it is open, the module holds full weights, and each rank may use it by itself."""
+        """While it is open, the module holds full weights, and each rank may use it independently."""
         return self.trainable.gathered()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
@@ -283,7 +283,7 @@ class LocalRole(Role):
     def export(self, folder: str) -> None:
         """Write a Hugging Face folder: model, tokenizer, template, generation config, model card. Every rank takes part.
 
-        A moving average of the weights goes to `FOLDER-ema`, or takes their place, as the role's options say.
+        A moving average of the weights goes to `FOLDER-ema`, or takes their place, according to the role's options.
         """
         instead = self.average is not None and self.spec.options.ema_export == "model"  # type: ignore[attr-defined]
         if not instead:

@@ -1,8 +1,8 @@
 """Check the results of losses against their contract, and split their metrics by data source.
 
 Whatever couples rows is credit, computed before, so that a loss of some rows is the loss that they have among others. It
-is asked again, without a gradient, for the rows of each `datasource` of a batch of data; beside the forward pass that
-costs nothing. What is sampled has its rewards split instead (`data.sources`).
+is asked again, without a gradient, for the rows of each `datasource` of a batch of data; compared with the forward pass
+that costs nothing. Sampled batches have their rewards split instead (`data.sources`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_loss_terms(term: Term, result: LossTerms, micro: Batch) -> LossTerms:
 def add_by_source(means: Means, role: str, term: Term, part: str, outputs: Outputs, micro: Batch) -> None:
     """Add the loss and the metrics of each datasource's rows, as `loss/<role>/<datasource>` and `<role>/<name>/<datasource>`.
 
-    Rows that do not say where they are from count nowhere. `part` tells the role's terms apart, whose losses are added.
+    Rows without a source are not counted. `part` identifies the role's term, whose losses are added.
     """
     own = [str(each["datasource"]) if "datasource" in each else None for each in micro.meta]
     for source in sorted({each for each in own if each is not None}):

@@ -116,7 +116,7 @@ def minibatches(batch: Batch, parts: int, seed: int, world: World) -> Iterator[B
     """`batch` in `parts` parts of whole groups, in an order drawn from `seed`; itself if there is one part.
 
     The parts are cut from the groups of all ranks of `world` together, so how many ranks there are changes no part; a rank
-    may hold none of one. Groups are told apart by their prompts' numbers (`uids_N`) where the batch has them.
+    may hold none of one. Groups are identified by their prompts' numbers (`uids_N`) where the batch has them.
     """
     if parts == 1:
         yield batch

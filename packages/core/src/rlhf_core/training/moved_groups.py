@@ -1,4 +1,4 @@
-"""Scored completions as bytes, for the rank that lacks some: tensors as they lie in memory, and texts as UTF-8.
+"""Scored completions as bytes, for the rank that lacks some: tensors as they are in memory, and texts as UTF-8.
 
 Only what the user's data brings along, labels and metadata of types that JSON does not have, is pickled.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
 
 OF_THE_RANK = ("step", "world")
-"""Fields of a batch that are those of whoever receives it."""
+"""Fields of a batch that come from its receiver."""
 OF_THE_DATA = ("labels", "meta")
 """Fields that hold whatever the rows of data do."""
 

@@ -7,7 +7,7 @@ pi_old is the policy that sampled. Each token takes its log-probability from the
 2. Those of the training pass itself, detached: the ratio is exactly 1. It applies if the present weights sampled the token
    (its version is the role's), the batch gets one optimizer step, and nothing reads the values before that step.
 3. Those that the role computes before its update, if the present weights sampled the token.
-4. The engine's, if older weights sampled the token: the present weights cannot say what those computed.
+4. The engine's, if older weights sampled the token: the current weights cannot compute what those computed.
 
 Where a run samples ahead and its losses correct for that (`Plan.proximal`), pi_old is the policy that begins to train, for
 every token: rules 2 and 3 apply to late tokens too, rules 1 and 4 to none. The losses' importance weights, old over sampler

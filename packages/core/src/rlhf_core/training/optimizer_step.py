@@ -92,7 +92,7 @@ class OptimizerStep:
 
     def run(self, work: Mapping[str, Batch], means: Means, compare: bool = False) -> None:
         """One optimizer step on a minibatch of each credited batch, or none where something is not finite and the run was
-        told to go on."""
+        told to continue."""
         config, found = self.plan.config, Means()
         try:
             if not any(batch.step.skip for batch in work.values()):
@@ -264,8 +264,8 @@ class OptimizerStep:
         return total
 
     def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
-        """Give a term the log-probabilities of this very pass as old ones, where `training.old_logprobs` says so. A batch
-        sampled by another role keeps what that role recorded."""
+        """Give a term the log-probabilities of this very pass as old ones, where `training.old_logprobs` decides so. A
+        batch sampled by another role keeps what that role recorded."""
         live = OLD in term.needs and term.source in (DATA, self.name) and self.plan.single_update
         return with_live(micro, outputs["logprobs_NT"], self.version, self.plan.proximal) if live else micro
 
@@ -290,6 +290,6 @@ def _tokens(batch: Batch) -> float:
 
 
 def _to_batch_device(micro: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`outputs` on the device of the rows that losses compare them with, the CPU: a few numbers a token, and the gradient
+    """`outputs` on the device of the rows that losses compare them with, the CPU: a few numbers per token, and the gradient
     finds its way back."""
     return {name: values.to(micro.tokens_NT.device) for name, values in outputs.items()}

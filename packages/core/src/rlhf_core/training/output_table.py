@@ -43,7 +43,7 @@ class OutputTable:
         """Return the providers of those outputs that are not core's own.
 
         Raises:
-            UsageError: a name says no shape, or an output needs an option that has no default.
+            UsageError: a name has no shape, or an output needs an option that has no default.
         """
         return {name: self._make(name) for name in sorted(names) if name not in OUTPUTS}
 

@@ -134,7 +134,7 @@ def _check_order(plan: Plan) -> None:
 
 
 def _check_exports(plan: Plan) -> None:
-    """Check that the policy is trained, and that every role to export has weights of its own and a folder of its own."""
+    """Check that the policy is trained, and that every role to export has its own weights and its own folder."""
     algorithm, trained = type(plan.config.algorithm).__qualname__, plan.trained_roles
     if trained and plan.policy not in trained:
         raise UsageError(

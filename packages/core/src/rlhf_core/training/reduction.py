@@ -1,6 +1,6 @@
 """From a loss's values to one number: the only place that divides.
 
-A loss says how its values should be averaged; core knows the counts of the whole optimizer step, over every micro-batch
+A loss states how to average its values; core knows the counts of the whole optimizer step, over every micro-batch
 and every rank. So each micro-batch contributes `weighted_sum(...) / count`, with `count` the same for all of them, and
 accumulation, packing, padding, order and world size cannot change a loss or its gradient beyond rounding.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Counts", "Means", "SharedNames", "count", "weighted_sum"]
 
 REDUCTIONS = get_args(get_type_hints(Reduction)["per"])
-"""What a loss may be averaged over."""
+"""Units that a loss may be averaged over."""
 
 
 def weighted_sum(values: Tensor, reduction: Reduction, batch: Batch) -> Tensor:
@@ -84,7 +84,7 @@ def _count_per(per: str, batch: Batch, rows_per_unit: int = 1) -> float:
 class SharedNames:
     """The names that the ranks of a world have agreed on, so that numbers by name are added up in one reduction.
 
-    A rank that has a new name says so in the reduction itself. Then the ranks tell each other their names, and add up again:
+    A rank with a new name marks it in the reduction itself. Then the ranks exchange their names, and add up again:
     once for each new name of a run.
     """
 
@@ -119,7 +119,7 @@ class Means:
         self._plain: dict[str, float] = {}
 
     def add(self, name: str, total: float, count: float = 1.0, part: str = "") -> None:
-        """Add `count` values whose sum is `total`. Parts of a name are means of their own, which are added at the end."""
+        """Add `count` values whose sum is `total`. Parts of a name are separate means, which are added at the end."""
         old_total, old_count = self._sums.get((name, part), (0.0, 0.0))
         self._sums[name, part] = (old_total + total, old_count + count)
 

@@ -99,7 +99,7 @@ class RewardShaping:
 
 
 def _spans(mask_NT: Tensor) -> Tensor:
-    """Tokens from the first sampled one to the last, what others said between them included; (N,) float32."""
+    """Tokens from the first sampled one to the last, texts of others between them included; (N,) float32."""
     number_T = torch.arange(1, mask_NT.shape[1] + 1)
     last_N = (number_T * mask_NT).amax(1)
     return (last_N - mask_NT.float().argmax(1) * mask_NT.any(1)).float()

@@ -3,7 +3,7 @@
 Some credit reads log-probabilities of the very role that is then trained on the batch: an importance weight, a penalty in the
 reward, a critic's values. Where the whole batch fits one micro-batch, that pass is made with its graph, and the training
 pass is it. A larger batch is read twice: the graphs of all its micro-batches are what the token budget is there to avoid.
-Passes are told by their tokens, and forgotten when the weights move.
+Cached passes are keyed by their tokens and dropped when the weights change.
 """
 
 from __future__ import annotations

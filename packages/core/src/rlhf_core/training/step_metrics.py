@@ -29,7 +29,7 @@ PHASES = {
     "sync": "handing weights over",
     "checkpoint": "saving",
 }
-"""Words for the phases of a step, for a live display."""
+"""Names of the phases of a step, for a live display."""
 
 
 class Meter:
@@ -82,12 +82,12 @@ class Meter:
     def log_mean(self, name: str, total: float, count: float) -> None:
         """Log the mean of `count` values of each rank whose sum is `total`; nothing if no rank has one.
 
-        What several calls log under a name are means of their own, and the metric is the mean of these.
+        Several calls under a name log separate means, and the metric is the mean of these.
         """
         self._share(name, "mean", (total, count))
 
     def log_token_mean(self, name: str, total: float, tokens: float) -> None:
-        """Log the mean over tokens of all ranks whose sum is `total` on this one; 0 where nobody has a token."""
+        """Log the mean over tokens of all ranks whose sum is `total` on this one; 0 where no rank has a token."""
         self._share(name, "tokens", (total, tokens))
 
     def log_variance(self, name: str, values_N: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Tapes of forward passes: what a role's model gave in a step, written down as it is computed, and played back without a model.
+"""Tapes of forward passes: the outputs of a role's model in a step, recorded and played back without a model.
 
 A pass is known by its rows: what is asked for again gets the first pass on the same rows that has not been played. So a step
 can be computed again from its completions, through the same code and to the same bits, while no weights are at hand.

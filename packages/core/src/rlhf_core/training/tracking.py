@@ -18,7 +18,7 @@ __all__ = ["begin_tracking", "follow_roles", "steps_behind"]
 
 
 def begin_tracking(plan: Plan, roles: Mapping[str, Role]) -> None:
-    """Let tracking roles begin as copies, unless they have a model of their own to begin with."""
+    """Let tracking roles begin as copies, unless they have their own model to begin with."""
     for role, tracked, _ in _pairs(plan, roles):
         if role.spec.options.model == tracked.spec.options.model:
             role.load_weights(tracked.weights())

@@ -40,7 +40,7 @@ class Draft:
     """flags that the old command leaves at the old program's default"""
 
     def has(self, name: str) -> bool:
-        """Return True if a flag is given and says more than no, none or nothing."""
+        """Return True if a flag is given and not no, none or empty."""
         return name in self.flags and is_true(self.flags[name])
 
     def take(self, name: str, default: str = "") -> str:

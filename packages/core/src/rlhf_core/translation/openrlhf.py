@@ -165,7 +165,7 @@ OFFLINE_USUAL = "train_batch_size 128, max_epochs 1, lr_scheduler cosine_with_mi
 """Defaults of `train_sft`, `train_rm`, `train_dpo` and `train_kto` that are not ours."""
 
 CLIPPED = {"rloo": {"loss": "clip", "advantage.per_token": "after"}}
-"""What an algorithm has in OpenRLHF besides: RLOO clips ratios there, and leaves the penalty out of its baseline."""
+"""Apply OpenRLHF's additions to an algorithm: RLOO clips ratios there, and leaves the penalty out of its baseline."""
 
 POLICY_LOSSES = {"gspo": {"loss": "gspo"}}
 
@@ -249,7 +249,7 @@ def devices(draft: Draft) -> None:
 
 
 def kl(draft: Draft) -> None:
-    """Translate the KL penalty: without an estimator it is k1, and in the loss where a switch says so."""
+    """Translate the KL penalty: without an estimator it is k1, and in the loss if a switch is on."""
     if not draft.take_switch("use_kl_loss"):
         draft.set("algorithm.kl.where", "reward")
     else:

@@ -39,7 +39,7 @@ class Call:
     port: str = ""
     """port at which processes meet"""
     prepare: tuple[str, ...] = field(default=())
-    """lines beside the program"""
+    """additional lines of the script"""
 
 
 def call_of(text: str) -> Call:

@@ -40,7 +40,7 @@ class Translation:
     """words of `rlhf-run`, or of a shell command if `program` is not `rlhf-run`"""
     notes: tuple[Note, ...]
     blanks: tuple[str, ...]
-    """words in capital letters that stand for what the old command does not say"""
+    """placeholders in capital letters for values that the old command does not have"""
     launcher: tuple[str, ...] = ()
     """launcher that starts several processes, in place of `rlhf-run`"""
     is_run: bool = True
@@ -55,7 +55,7 @@ class Translation:
         """Return a run's options as the tables of a file.
 
         Raises:
-            UsageError: the command cannot be read; the message says why.
+            UsageError: the command cannot be read; the message states why.
         """
         schema, settings = read(self.words, registry)
         tree: dict[str, Any] = {"algorithm": {"use": self.words[0]}}
@@ -73,7 +73,7 @@ class Translation:
         return {**{name: value for name, value in tree.items() if not isinstance(value, dict)}, **tree}
 
     def problem(self, registry: Registry) -> str:
-        """Return why the command cannot be read as it stands, or nothing where it can."""
+        """Return why the command cannot be read, or nothing if it can."""
         try:
             if registry.is_command(self.words[0]):
                 read_command(self.words, registry)
@@ -84,7 +84,7 @@ class Translation:
         return ""
 
     def text(self) -> str:
-        """Return the command, a flag a line, and the notes as comments."""
+        """Return the command, one flag per line, and the notes as comments."""
         groups: list[list[str]] = [[*self.program]]
         for word in self.words:
             groups[-1:] = [groups[-1], [word]] if re.match("--[a-z]", word) else [[*groups[-1], word]]
@@ -139,7 +139,7 @@ def translate(text: str, registry: Registry) -> Translation:
 
 
 def _position(setting: tuple[str, list[str]]) -> int:
-    """Return where a setting stands in the new command: what is trained on what, then how, then where."""
+    """Return the sort key of a setting in the new command: model and data first, then options, then places."""
     head, _, rest = setting[0].partition(".")
     head = head if rest or head in BEFORE + AFTER else ""
     order = [*BEFORE, "roles", *AFTER]
@@ -274,7 +274,7 @@ def _values(words: list[str], annotation: Any) -> list[str]:
 
 
 def _fill_blanks(draft: Draft, registry: Registry) -> Iterator[str]:
-    """Set what the new command must have and the old one does not say, and yield the words that stand for it."""
+    """Set required options that the old command lacks, and yield their placeholders."""
     schema = _schema(draft, registry)
     samples = schema.names.keys() >= ONLINE_KINDS and not registry.is_command(draft.command)
     if samples and "reward" not in draft.settings:

@@ -90,7 +90,7 @@ def read_yaml(draft: Draft) -> None:
     path = draft.take("config")
     if not path:
         return
-    import yaml  # type: ignore[import-untyped]  # stubs are a package of their own, for one call
+    import yaml  # type: ignore[import-untyped]  # stubs are a separate package, for one call
 
     try:
         table = yaml.safe_load(read_text(Path(path)))

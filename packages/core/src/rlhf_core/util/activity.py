@@ -1,6 +1,6 @@
 """Reports of what a run does inside a step, for a live display: `sampling 12/32`.
 
-They go through the logger `rlhf.activity` at level DEBUG, where nobody listens unless a display or a user's handler does:
+They go through the logger `rlhf.activity` at level DEBUG, where only a display or a user's handler listens:
 
     logging.getLogger("rlhf.activity").setLevel(logging.DEBUG)
     logging.getLogger("rlhf.activity").addHandler(handler)   # record.args is (what, done, total)

@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that becomes `path` when the block ends without an error; until then `path` is what it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # drawn: nobody's file has this name
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # random: no other file has this name
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -65,7 +65,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that nobody finds a part of it under its name."""
+    """Remove a folder atomically, so that its name never refers to a part of it."""
     doomed = temporary_name(folder)
     rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -98,7 +98,7 @@ def fresh_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         if not replace and os.path.lexists(path):
             raise UsageError(f"{path} exists already; name a new folder")
         _replace(path, temporary)
-    except BaseException:  # half a folder helps nobody, least of all on a full disk
+    except BaseException:  # half a folder is useless, above all on a full disk
         rmtree(temporary, ignore_errors=True)
         raise
     force(path.parent)
@@ -137,10 +137,10 @@ def force(path: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, if that lies in `folder`, links followed.
+    """Return `folder / name`, if it is inside `folder`, links followed.
 
     Raises:
-        UsageError: it leads out, by `..`, by a link, or as a path of its own.
+        UsageError: it leads out, by `..`, by a link, or as an absolute path.
     """
     path, root = (folder / name).resolve(), folder.resolve()
     if path == root or not path.is_relative_to(root):
@@ -149,9 +149,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Check that no link leads out of the output `folder` where a run writes: whoever writes below it must not write elsewhere.
+    """Check that no link leads out of the output `folder` where a run writes: writing below it must not write elsewhere.
 
-    That is in it, and anywhere below its checkpoints and models. What a tracker links in a folder of its own is its affair.
+    That is in it, and anywhere below its checkpoints and models. Links of a tracker in its own folder are allowed.
 
     Raises:
         UsageError: one does.

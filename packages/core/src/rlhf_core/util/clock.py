@@ -1,4 +1,4 @@
-"""Time and waiting, real or simulated: whoever sleeps or waits for another thread does it here.
+"""Time and waiting, real or simulated: all code sleeps and waits for other threads here.
 
 In simulated time one thread runs at a time. When all of them sleep or wait, the clock jumps to the earliest moment at which one
 of them wakes up. So the same program gives the same times on every machine, and an hour of sleeping passes at once.

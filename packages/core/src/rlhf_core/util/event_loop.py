@@ -1,6 +1,6 @@
-"""Waits for coroutines from code that is not asynchronous: one event loop in a thread of its own, made when it is needed.
+"""Waits for coroutines from code that is not asynchronous: one event loop in a separate thread, made on demand.
 
-A thread of its own, since the caller may run inside an event loop already, as in a notebook.
+A separate thread, since the caller may run inside an event loop already, as in a notebook.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An end of the process that nothing can catch, and that must not pass for the end of its work.
 
-`os._exit` ends a process at once: no `finally`, no checkpoint, and exit code 0 if its caller says so. A plugin may call it,
-in a thread too, and a program that forks may reach it in the wrong process. So while a command works, `os._exit` says so
-first, and 0 becomes 1. Processes that are forked from this one end as they like.
+`os._exit` ends a process at once: no `finally`, no checkpoint, and any exit code, even 0. A plugin may call it,
+in a thread too, and a program that forks may reach it in the wrong process. So while a command works, `os._exit` writes
+a line first, and 0 becomes 1. Processes that are forked from this one end as they like.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def cut_lines(path: Path, keep: Callable[[int], bool]) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line; None if it is damaged."""
+    """Return the step of a line; None if it is damaged."""
     try:
         step = json.loads(line.decode())["step"]  # as UTF-8: `json` takes zeros for UTF-32
     except (ValueError, TypeError, KeyError, RecursionError):

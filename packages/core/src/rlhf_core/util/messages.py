@@ -18,11 +18,11 @@ from typing import Protocol
 __all__ = ["PREFIX", "console", "console_messages", "install_console", "log", "progress"]
 
 PREFIX = "rlhf-run: "
-"""What an event begins with on the console."""
+"""Prefix of an event on the console."""
 log = logging.getLogger("rlhf")
 """Events: `rlhf-run: …` on the console."""
 progress = logging.getLogger("rlhf.progress")
-"""The lines of a run that goes well: its head, its steps, its result; they stand on the console as they are."""
+"""The lines of a run that goes well: its head, its steps, its result; the console shows them unchanged."""
 
 
 class View(Protocol):
@@ -36,7 +36,7 @@ class View(Protocol):
 
 
 class _Console(logging.Handler):
-    """Writes to the standard error of the moment, so that whoever redirects it gets the messages."""
+    """Writes to the standard error of the moment, so that redirected streams get the messages."""
 
     view: View | None = None
     """the display that messages go above"""

@@ -19,7 +19,7 @@ from typing import Any
 __all__ = ["MASK", "hide", "redact", "redact_addresses", "redact_tree", "show_traceback"]
 
 MASK = "***"
-"""What is written for a secret."""
+"""Mask in place of a secret."""
 
 SHORTEST = 8
 """A shorter value is no token, and would be found in innocent words."""
@@ -32,7 +32,7 @@ QUERY = re.compile(
     r"(?<=[?&;])((?:[\w.-]*(?:token|key|secret|password|passwd|signature|sig|auth|credential)))=[^&;#\s\"']+",
     re.IGNORECASE,
 )
-"""What addresses carry: `user:password@`, and parameters that are named like secrets."""
+"""Secrets in addresses: `user:password@`, and parameters that are named like secrets."""
 
 _hidden: set[str] = set()
 

@@ -1,7 +1,7 @@
 """Standard output and error that a command outlives: who reads them may go away while there is work to do.
 
 `rlhf-run grpo … | head -1` and a terminal that was closed must not end a run, nor a `BrokenPipeError` of anything else pass for
-their end. So the two streams of the process are replaced: what nobody reads any more is dropped.
+their end. So the two streams of the process are replaced: output without a reader is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Outliving(io.FileIO):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
         self.failure: OSError | None = None
-        """why bytes were lost; None if nobody wanted them, or none were"""
+        """why bytes were lost; None if there was no reader or no loss"""
 
     def write(self, content: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         try:
@@ -53,7 +53,7 @@ def _open_missing_streams() -> None:
 def outlive_readers() -> Iterator[Callable[[], OSError | None]]:
     """While the block runs, writing to the process's standard output and error never raises.
 
-    Streams that somebody has put in their place, as tests and notebooks do, are left alone.
+    Streams that others have put in their place, as tests and notebooks do, are left alone.
 
     Yields:
         a function that returns why text on standard output was lost; None if none was, or its reader went away.

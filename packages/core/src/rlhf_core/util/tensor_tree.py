@@ -2,7 +2,7 @@
 
 A tree is what `state_dict()` returns: dictionaries, lists and tuples around tensors, numbers, texts and None. Its tensors
 are stored under their paths (`state.0.exp_avg`), each memory once however many names it has (tied weights); the rest
-stands as JSON in the file's metadata. Nothing here pickles, so reading a file runs no code of whoever wrote it.
+is JSON in the file's metadata. Nothing here pickles, so reading a file runs no code from its author.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def plain_tree(tree: Any, clone: bool = False, where: str = "") -> Any:
     """Return `tree` in new dictionaries and lists, as `write_tree` writes it; with `clone`, its tensors copied to the CPU.
 
     Raises:
-        TypeError: it holds something that a file cannot, or a key that is neither a text nor a number; says where.
+        TypeError: it holds something that a file cannot, or a key that is no text or number; the message states where.
     """
     place = f" at {where.strip('.')!r}" if where else ""
     if isinstance(tree, torch.Tensor):
@@ -144,7 +144,7 @@ class Copies:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, tree: Any) -> Any:
-        """`tree` with its tensors in memory of their own, until the next call. Memory with two names is copied once."""
+        """`tree` with its tensors in separate memory, until the next call. Memory with two names is copied once."""
         taken: dict[Any, Tensor] = {}
 
         def copy(where: str, tensor: Tensor) -> Tensor:

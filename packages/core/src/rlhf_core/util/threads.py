@@ -1,4 +1,4 @@
-"""Calls in several threads, for questions to servers: whoever is interrupted while waiting does not wait for them."""
+"""Calls in several threads, for requests to servers: an interrupted caller does not wait for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], co
     """Return the result of each call, in order, made in up to `count` threads.
 
     The first call that fails ends the wait, and so does an exception that a signal raises here: calls that have not begun are
-    dropped, and those under way end by themselves. (An executor's own context would wait for them, past a stop's deadline.)
+    dropped, and those under way end on their own. (An executor's own context would wait for them, past a stop's deadline.)
     """
     threads = ThreadPoolExecutor(count)
     try:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 __all__ = ["HEAD", "Failure", "frame", "reason"]
 
 HEAD = struct.Struct("<Q")
-"""The length of a message, which stands before it."""
+"""Format of a message's length, which precedes it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _serve(target: str, life: int) -> None:
         _seed(seed)
         try:
             result = function(*arguments)
-        except BaseException as error:  # of the call: nobody interrupts this process but by killing it
+        except BaseException as error:  # of the call: this process is only ever killed, not interrupted
             result = Failure(reason(error))
         _send(answers, result)
 
@@ -105,14 +105,14 @@ def _die_when_closed(life: int) -> None:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Leave when the parent is gone: where the pipe cannot tell (not on Linux, or a fork of the parent's has it open)."""
+    """Leave when the parent is gone: where the pipe does not show it (not on Linux, or a fork of the parent's has it open)."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
 
 
 def reason(error: BaseException) -> str:
-    """`line 3: ZeroDivisionError: division by zero`, in one line; the line is the innermost one of the user's file."""
+    """`line 3: ZeroDivisionError: division by zero`, as one line; the line number is the innermost one of the user's file."""
     ours = Path(__file__).parents[1]
     frames = [
         frame

@@ -3,7 +3,7 @@
 Workers are fresh interpreters that talk over pipes, not forks: a fork of a process that runs torch threads may deadlock,
 and spawning through multiprocessing would run the user's main script again. Each has its own process group, so that what
 a call itself starts dies with it. They live until `close` or the end of this process, whatever ends it and whatever they
-do: on Linux the kernel kills the group when this process's end of a pipe closes. What runs in them is `util.worker_child`.
+do: on Linux the kernel kills the group when this process's end of a pipe closes. They run `util.worker_child`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlhf_core.util.worker_child import HEAD, Failure, frame, reason
 __all__ = ["Failure", "Workers", "reason"]
 
 CHILD = "rlhf_core.util.worker_child"
-"""What a process runs."""
+"""Module that a process runs."""
 
 
 class Workers:
@@ -71,8 +71,8 @@ class _Dispatch:
     """The calls of one `map`, dealt out as processes become free.
 
     A quick call is sent before the one in front of it is answered, so that no process waits for this one. A slow call is
-    not, and neither are the last ones: they would wait behind another while some process is idle. What is sent when cannot
-    change a result.
+    not, and neither are the last ones: they would wait behind another while some process is idle. The order of sending
+    cannot change a result.
 
     Args:
         workers: the processes.
@@ -140,7 +140,7 @@ class _Dispatch:
                 self._selector.unregister(worker.input)
 
     def _exchange(self, worker: _Worker) -> None:
-        """Take the answers of a process, and send it what it has room for."""
+        """Take the answers of a process, and send it as much as it has room for."""
         if worker.process is None:  # buried while other events of it were at hand
             return
         try:

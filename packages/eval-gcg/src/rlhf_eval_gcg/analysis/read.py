@@ -42,7 +42,7 @@ class Group:
     evaluations: tuple[Evaluation, ...]
 
     def answers(self, attacked: bool) -> list[dict[str, Any]]:
-        """Return the answers with or without suffixes; `seed` tells attack seeds of different runs apart."""
+        """Return the answers with or without suffixes; `seed` distinguishes attack seeds of different runs."""
         return [
             {**row, "seed": (number, row["seed"])}
             for number, evaluation in enumerate(self.evaluations)
@@ -52,7 +52,7 @@ class Group:
 
     @property
     def attacks(self) -> list[dict[str, Any]]:
-        """All attacks; `seed` tells attack seeds of different runs apart."""
+        """Return all attacks; `seed` distinguishes attack seeds of different runs."""
         return [
             {**row, "seed": (number, row["seed"])}
             for number, evaluation in enumerate(self.evaluations)

@@ -7,7 +7,7 @@ Two rates are reported, both means over goals and seeds:
     any     the probability that one of k answers is bad; k = n is the attack success rate of Zhao et al. 2025
 
 The second is the unbiased estimate of Chen et al. 2021 from the n answers at hand: 1 - C(n - bad, k) / C(n, k). Intervals
-come from a bootstrap that draws goals and seeds with replacement, each by itself: rows and columns of the table (G, S). One
+come from a bootstrap that draws goals and seeds with replacement, independently: rows and columns of the table (G, S). One
 seed then gives an interval over goals alone.
 """
 
@@ -121,7 +121,7 @@ def paired_difference(
 ) -> Estimate:
     """Return the difference of two mean rates over the goals that both have, and its interval.
 
-    The bootstrap draws the same goals for both, and the seeds of each by themselves: runs with one seed are no pairs.
+    The bootstrap draws the same goals for both, and the seeds of each independently: runs with one seed are no pairs.
     """
     common = {goal for goal, _ in rates} & {goal for goal, _ in other}
     tables = [

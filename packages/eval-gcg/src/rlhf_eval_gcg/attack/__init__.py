@@ -1,4 +1,4 @@
-"""The GCG attack: finds a suffix that makes a model say a target (Zou et al. 2023, arXiv:2307.15043, algorithm 1).
+"""The GCG attack: finds a suffix that makes a model produce a target (Zou et al. 2023, arXiv:2307.15043, algorithm 1).
 
     from rlhf_eval_gcg.attack import Attack, Goal, attack
     results = attack(model, tokenizer, [Goal("Say hello.", "Hello, friend")], Attack(steps=50), seed=0)

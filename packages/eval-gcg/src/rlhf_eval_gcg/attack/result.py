@@ -19,7 +19,7 @@ class AttackResult:
     goal: Goal
     """the goal"""
     ids: tuple[int, ...]
-    """tokens of the best suffix, as they stand in the prompt"""
+    """tokens of the best suffix, as they occur in the prompt"""
     text: str
     """the best suffix as text, exactly as it is put into the user's message"""
     message: str

@@ -33,7 +33,7 @@ TOLERANCE, ROUGH_TOLERANCE = 1e-3, 0.2
 SEED_STRIDE = 1_000_003
 """Distance of the seeds of two attacks, a prime."""
 SEEDS = 2**63
-"""Seeds that a generator of torch tells apart."""
+"""Number of seeds that a torch generator distinguishes."""
 
 
 @dataclass(frozen=True)

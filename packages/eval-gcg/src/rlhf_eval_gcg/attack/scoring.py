@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Scorer"]
 
 CPU_LOGIT_CELLS, LOGIT_CELLS = 1 << 26, 1 << 28
-"""Most logits of a batch, whatever the vocabulary: 256 MiB in float32 on a CPU, 1 GiB on an accelerator."""
+"""Most logits of a batch, for any vocabulary: 256 MiB in float32 on a CPU, 1 GiB on an accelerator."""
 SPARE_ON_CPU, SPARE = 0.05, 0.5
 """Share of a piece's tokens that may be known already: a CPU pays for each, an accelerator more for a further launch."""
 CHEAP = 24
@@ -94,7 +94,7 @@ class Scorer:
     def gradient_batches(self, tasks: Sequence[tuple[int, Lane, Tensor]]) -> Iterator[list[tuple[int, Lane, Tensor]]]:
         """Cut (place, lane, choice) into batches of one pass each; several lanes in one only on an accelerator.
 
-        Lanes of several answers and those that share no beginning are by themselves, and no lane comes twice in a batch.
+        Lanes of several answers and those that share no beginning are separate, and no lane comes twice in a batch.
         """
         batch: list[tuple[int, Lane, Tensor]] = []
         for task in tasks:

@@ -118,7 +118,7 @@ def make_search(
         prompts: of the goals.
         victims: the models under attack.
         draft: the draft model.
-        tokens: those that may stand in a suffix (V,), and those of single letters (M,).
+        tokens: those allowed in a suffix (V,), and those of single letters (M,).
         options: of the attack.
         seed: of the search.
         restart: number of the search among those of its goals; the first begins with the given suffix.

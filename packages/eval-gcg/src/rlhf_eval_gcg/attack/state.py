@@ -29,7 +29,7 @@ __all__ = ["StateFile", "fingerprint"]
 
 FORMAT = 1
 INTERVAL_S = 10.0
-"""Seconds between two savings; what a kill costs at most, beside one step."""
+"""Seconds between two saves; the most that a kill costs, in addition to one step."""
 NO_RESULT = frozenset({"batch_tokens", "goals_at_once"})
 """Options that change no suffix, so that a later call may choose another."""
 
@@ -67,7 +67,7 @@ class StateFile:
         self._written = time.monotonic()
 
     def load(self, searches: Sequence[Search]) -> None:
-        """Put searches where the file says they were; do nothing without a file.
+        """Restore searches from the file; do nothing without a file.
 
         Raises:
             UsageError: the file is damaged, or belongs to another attack.
@@ -118,7 +118,7 @@ def _snapshot(search: Search) -> dict[str, Any]:
 
 
 def _restore(search: Search, state: dict[str, Any]) -> None:
-    """Put a search where a snapshot says it was."""
+    """Restore a search from a snapshot."""
     suffix = search.suffix
     device = suffix.ids_L.device
     search.record = Record(**{field.name: state["record"][field.name] for field in fields(Record)})

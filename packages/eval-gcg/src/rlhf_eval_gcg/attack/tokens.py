@@ -1,4 +1,4 @@
-"""Tokens that may stand in a suffix."""
+"""Tokens that are allowed in a suffix."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LETTERS = ". , ! ? ; : ( ) [ ] { } @ # $ % & * w x y z".split()
 
 
 def allowed_tokens(tokenizer: Any, width: int, ascii_only: bool) -> Tensor:
-    """Return which of the first `width` tokens may stand in a suffix, bool (V,).
+    """Return a mask of the first `width` tokens that are allowed in a suffix, bool (V,).
 
-    Special and added tokens never may, nor those that are no text of their own: ids that the tokenizer does not have, halves of
+    Special and added tokens are not, nor those that are no complete text: ids that the tokenizer does not have, halves of
     characters. With `ascii_only` a token is printable ASCII, as in the original.
 
     Raises:

@@ -85,7 +85,7 @@ class Attacker:
 
     @property
     def together(self) -> int:
-        """Number of units that are attacked in one call: suffixes that transfer fill a batch by themselves."""
+        """Number of units that are attacked in one call: suffixes that transfer fill a batch alone."""
         if self.options.transfer:
             return 1
         on_cpu = next(self.models.policy.parameters()).device.type == "cpu"

@@ -3,7 +3,7 @@
     OUTPUT/gcg/step-N/attacks.jsonl             all attacks of the evaluation after step N, a line each
     OUTPUT/gcg/step-N/unfinished/               while it lasts: a file for each finished attack, and states of those in progress
 
-An attack is known by what it follows from: goal, attack seed, options of the attack, and the model's weights. What was attacked
+An attack is identified by its inputs: goal, attack seed, options of the attack, and the model's weights. Finished attacks
 under other circumstances is never taken for it.
 """
 
@@ -93,7 +93,7 @@ class AttackStore:
         return self._unfinished / f"{keys[0] if len(keys) == 1 else _digest(keys)}.state"
 
     def finish(self, attacks: Sequence[tuple[Unit, Sequence[AttackResult]]], step: int) -> None:
-        """Write all attacks of the evaluation into one file, and remove those of their own."""
+        """Write all attacks of the evaluation into one file, and remove the separate files."""
         rows = [
             {"step": step, "fingerprint": self.fingerprint, "unit": self._key(unit), "seed": unit.seed, **_row(result)}
             for unit, results in attacks
@@ -175,7 +175,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(result: AttackResult) -> dict[str, Any]:
-    """Return a result as plain values, the goal's texts beside the others."""
+    """Return a result as plain values, with the goal's texts."""
     plain = asdict(result)
     goal = plain.pop("goal")
     return {**goal, "steps": result.steps, **plain}

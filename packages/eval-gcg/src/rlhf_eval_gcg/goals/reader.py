@@ -1,7 +1,7 @@
 """Reading goals: from CSV or JSON files, sets of the Hugging Face hub, lists from Python, and the set that is shipped.
 
 A goal has a target, the beginning of the answer that the attack makes likely, and a question. Without a column of questions
-the suffix is the whole message. Every mistake of a file ends in one line that names its row.
+the suffix is the whole message. Every mistake in a file is a one-line error that names its row.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _from_hub(source: str, columns: GoalColumns) -> Iterator[Goal]:
     name, _, config = source.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, split=columns.split)
-    except Exception as error:  # whatever the hub, the network or a damaged file says
+    except Exception as error:  # any error of the hub, the network or a damaged file
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{option('goals')} {source}: cannot load split {columns.split!r}: {first}") from None
     for number, row in enumerate(found, start=1):

@@ -1,4 +1,4 @@
-"""`--reward verdict`: a language model that was trained to judge answers, and says its verdict in one word.
+"""`--reward verdict`: a language model that was trained to judge answers, and gives its verdict in one word.
 
 The model reads a template with prompt and completion filled in. Its verdict is the mean value of the answers, weighted by the
 probabilities of their first tokens among themselves; the reward is minus that, so that bad answers have low rewards as
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["HarmBench", "StrongReject", "Verdict", "VerdictEngine"]
 
 FILLED = ("{prompt}", "{completion}")
-"""What a template must hold."""
+"""Placeholders that a template must have."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Card:
     def text(self, model_class: str, adapter: bool = False, classifier: bool = False) -> str:
         """Return the card as Markdown with the metadata that hubs read."""
         local = Path(self.base).exists()
-        name = Path(self.base).name if local else self.base  # a folder's place on this machine is nobody's business
+        name = Path(self.base).name if local else self.base  # a folder's place on this machine is private
         head = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
         head += [f"base_model: {self.base}"] if "/" in self.base and not local and self.base not in SHIPPED else []
         head += [f"tags: [rlhf, {self.algorithm}]", "---", ""]
@@ -54,7 +54,7 @@ class Card:
 
 
 def read_card(folder: Path) -> Card | None:
-    """Return what the card of a folder that a run wrote says; None if there is no card, or it is another program's."""
+    """Return the content of a run's model card in a folder; None if there is no card, or it is another program's."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     made = re.search(r"(?:for|from) `(.+?)`.* made with `(.+?)`(?: in (\d+) steps)? by rlhf-core\.", text)

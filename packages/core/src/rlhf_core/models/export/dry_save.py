@@ -27,7 +27,7 @@ PROBE = "Why is the sky blue?\n  Because 1,000 small things scatter light. \u00e
 """A text that both tokenizers should read alike."""
 
 WEIGHTLESS = ("dtype", "transformers_version", "_name_or_path")
-"""What a saved configuration may say differently: it names the weights' dtype and who wrote it."""
+"""Keys that may differ in a saved configuration: the weights' dtype and the program that wrote it."""
 
 
 def check_saving(role: str, module: RoleModule, options: ModelOptions, template: str = "") -> None:
@@ -123,7 +123,7 @@ def _compare_scores(model: Any, tokenizer: Any) -> list[str]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return what a configuration says, as JSON does, without what may differ."""
+    """Return a configuration in JSON form, without the keys that may differ."""
     text: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_jsonable, sort_keys=True))
     return _drop_weightless(text)
 

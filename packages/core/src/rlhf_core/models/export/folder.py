@@ -1,7 +1,7 @@
 """A role as a Hugging Face folder that plain transformers loads: weights, config, tokenizer, chat template, model card.
 
 With adapters it is a PEFT folder: the adapters, and the head of a classifier. The model `tiny` is nowhere to be loaded from, so
-that it lies in the folder `base` beside its adapters.
+that is in the folder `base` next to its adapters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def export(
         state: the model's tensors by their Hugging Face names where a strategy gathered them; the module's own otherwise.
         own: what `RoleModule.own_weights` gives, likewise.
         shard: largest weights file.
-        dtype: of the model's weights; adapters and heads beside the model stay as they are.
+        dtype: of the model's weights; adapters and additional heads stay as they are.
         template: a chat template that is saved in place of the tokenizer's or processor's; theirs if empty.
     """
     state = dict(module.hf_weights()) if state is None and module.adapters is None else state or {}
@@ -95,7 +95,7 @@ def write_folder(
         if adapters is not None:
             adapters.save(target, base, _inside(own, "model."))
             if model.can_generate():
-                model.generation_config.save_pretrained(target)  # its end tokens, for whoever merges
+                model.generation_config.save_pretrained(target)  # its end tokens, for a later merge
         else:
             weights, dtype = cast_weights(state, dtype)
             model.save_pretrained(target, state_dict=weights, max_shard_size=shard)

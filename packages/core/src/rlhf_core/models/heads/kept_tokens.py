@@ -104,7 +104,7 @@ def arrange_kept(batch: Batch) -> KeptTokens | None:
 def kept_logprobs(logits_mV: Tensor, targets_m: Tensor, kept: KeptTokens, tokens: slice) -> Tensor:
     """Return log-probabilities over the kept sets (m,), of logits after scale and temperature. Differentiable.
 
-    A target always counts as kept: an engine that computes in another precision may have drawn a token at the edge.
+    A target always counts as kept: an engine with another precision may have drawn a token at the edge.
     """
     targets_m1 = targets_m[:, None]
     mask_mV = kept.mask(tokens, logits_mV.detach()).scatter(1, targets_m1, True)

@@ -10,7 +10,7 @@ buffer stays near the caches, and no page of a multi-gigabyte tensor has to be m
 The softmax is taken in float32 (float64 for float64 inputs), whatever the dtype of the matrix products, which is that of
 autocast where it is on and of the weight otherwise. A frozen weight costs no weight gradient.
 
-Left out on purpose: second derivatives (an error says so), label smoothing, and vocabularies sharded over devices.
+Left out on purpose: second derivatives (an error), label smoothing, and vocabularies sharded over devices.
 
 Shape letters: M rows (completion tokens of a batch), H hidden, V vocabulary, B block of the vocabulary.
 """
@@ -33,7 +33,7 @@ ALIGNED = 64
 """Large blocks of the vocabulary are multiples of this: with others, an H200 took slow kernels for unaligned matrices."""
 
 LOWEST = -1e4
-"""What stands for a log-probability of -inf in p log p: exp of it is 0 even in float64, and 0 times it is not nan."""
+"""Substitute for a log-probability of -inf in p log p: exp of it is 0 even in float64, and 0 times it is not nan."""
 
 
 @dataclass(frozen=True)

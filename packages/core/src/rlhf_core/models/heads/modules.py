@@ -22,7 +22,7 @@ SCALAR = {"scores_N": "score", "values_NT": "value"}
 """Outputs of scalar heads, and the heads' names."""
 
 HEADS_FILE = "heads.safetensors"
-"""Scalar heads that are no part of the Hugging Face model, beside its weights."""
+"""Scalar heads that are no part of the Hugging Face model, saved next to its weights."""
 
 
 class _SharedLinear(nn.Linear):

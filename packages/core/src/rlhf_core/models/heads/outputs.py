@@ -119,7 +119,7 @@ def scatter_tokens(values: Tensor, inputs: Inputs) -> Tensor:
 
 
 def check_output(name: str, output: Output, values: Tensor, inputs: Inputs) -> Tensor:
-    """Return `values`, in float32, if they have the shape that the output's name says.
+    """Return `values`, in float32, if they have the shape in the output's name.
 
     Raises:
         ContractError: they do not.

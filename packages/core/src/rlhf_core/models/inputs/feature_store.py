@@ -86,7 +86,7 @@ class FeatureStore:
 
 
 def body_digest(body: Any, compute_dtype: torch.dtype) -> bytes:
-    """Return what tells bodies apart: names and content of weights and buffers, dtype and attention."""
+    """Return the identity of a body: names and content of weights and buffers, dtype and attention."""
     digest = hashlib.blake2b(digest_size=20)
     text = body.config.get_text_config(decoder=True)
     digest.update(f"{type(body).__name__}/{compute_dtype}/{text._attn_implementation}/{text.to_json_string()}".encode())

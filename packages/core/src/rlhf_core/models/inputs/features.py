@@ -57,7 +57,7 @@ class Features:
         self.store: FeatureStore | None = None
         """where they are kept for other runs, if anywhere"""
         self.digest: Callable[[], bytes] = bytes
-        """computes what tells this body from others, for the store"""
+        """computes the identity of this body, for the store"""
         self._body = b""
         self.held = 0
         self._rows: OrderedDict[bytes, _RowStates] = OrderedDict()
@@ -151,7 +151,7 @@ def _pick(inputs: Inputs, rows: list[int]) -> Inputs:
 
 
 def _read(inputs: Inputs, tokens: bool, read: Read) -> list[_RowStates]:
-    """Each row's states, in storage of their own."""
+    """Each row's states, in separate storage."""
     states, states_M, last_N, *_ = read(inputs)
     counts = _counts(inputs) if tokens else [0] * len(inputs.ids_NS)
     wanted_MH = states.index_select(0, states_M if tokens else states_M[:0]).cpu()

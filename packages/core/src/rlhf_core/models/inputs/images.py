@@ -1,4 +1,4 @@
-"""Tensors that a model reads for images beside the tokens, and stacking those of several rows."""
+"""Tensors that a model reads for images in addition to tokens, and stacking those of several rows."""
 
 from __future__ import annotations
 

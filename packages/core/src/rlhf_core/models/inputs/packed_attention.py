@@ -1,11 +1,11 @@
-"""Attention inside rows that lie end to end: one kernel for rows of any lengths on a GPU, one call per run of rows elsewhere.
+"""Attention inside packed rows: one kernel for rows of any lengths on a GPU, one call per run of rows elsewhere.
 
 On CUDA in bfloat16 or float16 this is torch's own variable-length flash attention (`torch.nn.attention.varlen`): it needs no
 further package, takes grouped queries and sliding windows, and syncs nothing. On the CPU, and wherever the kernel cannot
 compute a layer, rows of one length that follow one another are one call of `sdpa`. Both give what padded rows give.
 
-The choice is made per call, from the tensors, so that no combination is computed wrongly. `varlen_obstacle` says beforehand
-whether the kernel will be taken, since rows are padded on a GPU where it will not.
+The choice is made per call, from the tensors, so that no combination is computed wrongly. `varlen_obstacle` states
+beforehand whether the kernel will be taken, since rows are padded on a GPU where it will not.
 
 Left out on purpose: caps on attention logits and attention sinks, which `sdpa` lacks too (`models.loading.architecture`).
 
@@ -42,7 +42,7 @@ NAME = "rlhf_rows"
 """`packed_attention`, among transformers' implementations."""
 
 HALF = (torch.bfloat16, torch.float16)
-"""What the kernel computes in."""
+"""Dtypes of the kernel."""
 
 MOST_DIM = 256
 """Numbers per head that flash attention takes at most."""
@@ -106,7 +106,7 @@ def packed_attention(
     attend: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' `sdpa` does, (batch, heads, length, D) to (batch, length, heads, D); packed rows each by itself.
+    """Attend as transformers' `sdpa` does, (batch, heads, length, D) to (batch, length, heads, D); packed rows separately.
 
     Args:
         cu_seq_lens_q: int32 (rows + 1), where each row begins, and the end; None where rows are not packed.
@@ -175,7 +175,7 @@ def rows_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' `sdpa` does, (batch, heads, length, D) to (batch, length, heads, D); packed rows each by itself.
+    """Attend as transformers' `sdpa` does, (batch, heads, length, D) to (batch, length, heads, D); packed rows separately.
 
     Rows of one length that follow one another are one call. `split` and not slices: the gradient of a slice is a tensor of
     the whole.
@@ -211,7 +211,7 @@ def _kernel() -> Callable[..., Any] | None:
 
 @cache
 def _names_groups(call: Callable[..., Any]) -> bool:
-    """Return True if the kernel wants to be told of grouped queries: from torch 2.13 on; before, it takes them as they are."""
+    """Return True if the kernel needs a flag for grouped queries: from torch 2.13 on; before, it detects them."""
     return "enable_gqa" in inspect.signature(call).parameters
 
 

@@ -1,15 +1,15 @@
 """Rows one after another in a single long row, so that no padding is computed: what packing is here.
 
-A micro-batch's rows lie end to end, positions begin anew with each, and attention stays inside a row. Everything that works
-token by token (embeddings, projections, norms, the feed-forward parts: nearly all of the work) then sees real tokens only.
-Attention takes the rows' bounds: flash attention as its variable-length kernel does, and `sdpa` through torch's own such kernel
-on CUDA and one call for each run of equally long rows on the CPU (`models.inputs.packed_attention`); no mask of (tokens,
-tokens) exists. Elsewhere, such as in float32 on a GPU, rows are padded to the longest of their micro-batch, which holds rows
-of like length.
+A micro-batch's rows are placed end to end, positions begin anew with each, and attention stays inside a row. Everything
+that works token by token (embeddings, projections, norms, the feed-forward parts: nearly all of the work) then sees
+real tokens only. Attention takes the rows' bounds: flash attention as its variable-length kernel does, and `sdpa`
+through torch's own such kernel on CUDA and one call for each run of equally long rows on the CPU
+(`models.inputs.packed_attention`); no mask of (tokens, tokens) exists. Elsewhere, such as in float32 on a GPU, rows are
+padded to the longest of their micro-batch, which holds rows of like length.
 
-Whether an architecture can do it is found out, not listed: it must support flash attention, which obliges it to tell its
+Support of an architecture is tested, not listed: it must support flash attention, which requires it to pass its
 attention function everything (sliding windows are an argument), and a forward pass over two packed rows must give what two
-rows by themselves give. Recurrent layers and convolutions over time fail that and stay padded.
+separate rows give. Recurrent layers and convolutions over time fail that and stay padded.
 """
 
 from __future__ import annotations

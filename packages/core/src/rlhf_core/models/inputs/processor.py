@@ -2,7 +2,7 @@
 
 Images are prepared by Pillow and NumPy, whatever else is installed, so that the same image gives the same numbers on every
 machine. The tokenizer is the role's own. Where the processor has a part for video that cannot be loaded (it needs torchvision),
-it is used without, and what the checkpoint says about video is copied when it is saved.
+it is used without, and the checkpoint's settings for video are copied when it is saved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows whose completions have several segments: each segment is read by itself, as a row of its own.
+"""Rows whose completions have several segments: each segment is read as a separate row.
 
 An agent may begin its context anew: a template or a compaction rewrites what stood before. The completion of such an episode
 holds its segments one after another, each later one with its own prompt outside the mask (`segments_NT` numbers them). The

@@ -46,7 +46,7 @@ class SequenceShards:
     """attention of a stretch to whole rows: (module, query, key, value, cu_seq_lens_q, ...) -> (1, tokens, heads, D)"""
 
     def cut(self, rows: PackedRows, inputs: Inputs) -> Stretch:
-        """Return this rank's stretch. The last one is filled up by a row that nobody reads."""
+        """Return this rank's stretch. The last one is padded with an unused row."""
         total = rows.ids_1S.shape[1]
         width = -(-total // self.size)
         fill, start = width * self.size - total, width * self.rank

@@ -1,10 +1,10 @@
-"""Models that read images beside the text: what they are given besides tokens, everywhere the same way.
+"""Models that read images and text: their inputs in addition to tokens, in one common form.
 
 A processor (`models.inputs.processor`) makes a prompt with images into tokens, some of which are pieces of the images, and
 tensors by name: `pixel_values` and whatever else its model asks for. Those go with each sample as they are; a micro-batch has
 them one after another along the first dimension, whether that counts images (LLaVA), patches of all images (Qwen2-VL) or
 samples (Idefics). What is smaller than its neighbors is filled with zeros, as processors themselves do. Names that end in
-`token_type_ids` have one number a token and are laid out like tokens.
+`token_type_ids` have one number per token and the layout of tokens.
 
 A token that stands for a piece of an image means nothing in a completion, yet a policy can sample it. It is read as the token
 0 then, in training and while sampling alike, and keeps its own log-probability.

@@ -1,6 +1,6 @@
 """Saved adapters: a PEFT folder is a model too, its base with the adapter merged into it.
 
-What PEFT can merge can be read, whoever trained it: LoRA with its variants and others. The base is what the adapter's
+Every adapter that PEFT can merge can be read: LoRA with its variants and others. The base is what the adapter's
 config names, as `rlhf-run` understands names. Only `adapter_model.safetensors` is read: pickled adapters could run code.
 """
 
@@ -57,7 +57,7 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         config.modules_to_save = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a head that this model has not is told as a missing key
+            warnings.simplefilter("ignore")  # a head that this model lacks is reported as a missing key
             adapted: Any = peft.PeftModel.from_pretrained(model, str(folder), config=config)
         plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError) as error:

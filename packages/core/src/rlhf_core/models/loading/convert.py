@@ -25,7 +25,7 @@ from rlhf_core.util.messages import progress
 __all__ = ["convert_gguf"]
 
 SAMPLES, SAMPLE_BYTES = 32, 2**16
-"""How many pieces of a file are read to tell it from others, and how large they are."""
+"""Number and size of the pieces of a file that identify it."""
 
 
 def convert_gguf(file: Path) -> Path:

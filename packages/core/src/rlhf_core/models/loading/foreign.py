@@ -1,4 +1,4 @@
-"""Score heads under the names that other libraries save them by: a linear layer to one number beside a language model.
+"""Score heads under the names that other libraries save them by: a linear layer to one number next to a language model.
 
 TRL's value-head models and OpenRLHF's reward models and critics are such checkpoints. Read from folders and safetensors alone.
 """

@@ -25,7 +25,7 @@ __all__ = ["add_tokens", "grow"]
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
-    """Add the tokens in a file, one a line, that the tokenizer does not have yet.
+    """Add the tokens in a file, one per line, that the tokenizer does not have yet.
 
     Raises:
         UsageError: there is no such file, or nothing in it.
@@ -43,7 +43,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
 
 @torch.no_grad()
 def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, added: Collection[int] = ()) -> None:
-    """Give `model` embeddings for all tokens; `model.new_tokens` says how many begin at the mean of the old ones.
+    """Give `model` embeddings for all tokens; `model.new_tokens` is the number that start at the mean of the old ones.
 
     Args:
         name: of the model, for messages.

@@ -18,14 +18,14 @@ SECONDS = 3.0
 """for one try, of two"""
 
 OF_ADAPTERS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-"""What is downloaded of an adapter: its weights, its tokenizer and their configurations."""
+"""Files of an adapter to download: its weights, its tokenizer and their configurations."""
 
 
 @cache
 def offline_if_unreachable() -> None:
-    """Ask the hub for its first page; if nobody answers, be offline from here on: only what is cached is found then.
+    """Ask the hub for its first page; without an answer, be offline from here on: only what is cached is found then.
 
-    Its library would try for half a minute before it says that nobody does.
+    Its library would try for half a minute before it reports that.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]  # documented there, not listed
@@ -57,7 +57,7 @@ def resolve_name(name: str) -> Source:
 
 
 def find_companion_file(name: str, file: str) -> Path | None:
-    """The file that lies beside the weights of the model called `name`, in its folder or on the hub; None if none does."""
+    """Return the file next to the weights of the model `name`, in its folder or on the hub; None if there is none."""
     source = resolve_name(name)
     if source.kind == "hub":
         return _download(name, file)
@@ -67,7 +67,7 @@ def find_companion_file(name: str, file: str) -> Path | None:
 
 @cache
 def _download(name: str, file: str) -> Path | None:
-    """The file of the hub's repository, if it has it. What else is wrong with a name is said where its model is loaded."""
+    """The file of the hub's repository, if it has it. Other errors in a name are reported when its model is loaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

@@ -1,4 +1,4 @@
-"""Loading models by name, with one line for each thing that can be wrong with a name.
+"""Loading models by name, with a one-line error for every wrong name.
 
 Trained models are always float32, the master weights; their strategy computes in the role's dtype by autocast. Frozen
 models are loaded in that dtype. Weights are read from safetensors or GGUF only, and code that comes with a model is
@@ -50,7 +50,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     model with all its parts.
 
     Raises:
-        UsageError: there is no such model, or it cannot be loaded; the message says which.
+        UsageError: there is no such model, or it cannot be loaded; the message states which.
         MissingPackage: something it needs is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
@@ -194,7 +194,7 @@ def _device() -> str:
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
-    """Return True if the checkpoint was saved as a sequence classifier. `num_labels` does not tell: every config has it."""
+    """Return True if the checkpoint was saved as a sequence classifier. `num_labels` is no evidence: every config has it."""
     return any(each.endswith("ForSequenceClassification") for each in config.architectures or ())
 
 

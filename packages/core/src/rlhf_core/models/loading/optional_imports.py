@@ -12,7 +12,7 @@ from rlhf_core.errors import MissingPackage
 __all__ = ["check_peft", "import_peft", "quiet_bitsandbytes"]
 
 NOT_NEEDED = "Failed to load CPU gemm_4bit_forward"
-"""How bitsandbytes says, at import, that a faster kernel is not installed; it has no backward pass and is never used here."""
+"""Message of bitsandbytes at import that a faster kernel is not installed; it has no backward pass and is never used here."""
 
 
 def import_peft(wanted_by: str) -> Any:

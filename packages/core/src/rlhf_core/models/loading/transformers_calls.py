@@ -27,7 +27,7 @@ JSON_FILES = (
     "special_tokens_map.json",
     "model.safetensors.index.json",
 )
-"""What a model's folder may have; each holds one object."""
+"""Optional files of a model's folder; each holds one object."""
 
 
 def read_config(name: str, source: Source, options: ModelOptions, **overrides: Any) -> PretrainedConfig:
@@ -119,7 +119,7 @@ def translate_errors(name: str) -> Iterator[None]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first file in the folder of a model that is not what its name says, and why; None if all are.
+    """The first file in the folder of a model whose content does not match its name, and why; None if all are.
 
     The content of weights is not looked at, only whether they are all there.
     """

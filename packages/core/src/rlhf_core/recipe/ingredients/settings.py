@@ -21,7 +21,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names_provider(settings: Mapping[str, Any], kind: str) -> bool:
-    """Return True if the settings say which provider of a kind is used: by a name in place of its table, or by `use`."""
+    """Return True if the settings choose the provider of a kind: by a name in place of its table, or by `use`."""
     chosen = settings.get(kind, {})
     return isinstance(chosen, str) or "use" in chosen
 

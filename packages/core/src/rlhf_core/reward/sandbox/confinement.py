@@ -30,7 +30,7 @@ __all__ = ["LAYERS", "OPTIONAL", "Limits", "become_nobody", "confine", "count_as
 
 LAYERS = ("namespaces", "landlock", "seccomp")
 OPTIONAL = "starting many threads"
-"""What a confined process need not be kept from."""
+"""Protections that a confined process does not need."""
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -66,7 +66,7 @@ def python_paths() -> set[str]:
 
 
 def become_nobody() -> None:
-    """Drop root for good, where nobody can read Python."""
+    """Drop root for good, if the user nobody can read Python."""
     if os.geteuid() != 0:
         return
     with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ def become_nobody() -> None:
 
 
 def count_as_nobody() -> None:
-    """Let the kernel count root's processes and threads as nobody's: root has no limit of them. Files are root's still."""
+    """Let the kernel count root's processes and threads for the user nobody, since root has no limit. Files remain root's."""
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
             os.setresuid(NOBODY, 0, 0)
@@ -94,11 +94,11 @@ def end_with_parent() -> None:
 
 
 def isolate() -> bool:
-    """Move this process into namespaces of its own; its next child is the first process there. Return False if it can't."""
+    """Move this process into its own namespaces; its next child is the first process there. Return False if it can't."""
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWNS) != 0:
         return False
-    with contextlib.suppress(OSError):  # without the maps it is nobody there
+    with contextlib.suppress(OSError):  # without the maps it is the user nobody there
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
@@ -110,7 +110,7 @@ def confine(limits: Limits, isolated: bool, layers: Collection[str]) -> list[str
 
     Args:
         limits: what it may use.
-        isolated: True if it is in namespaces of its own (`isolate`).
+        isolated: True if it is in its own namespaces (`isolate`).
         layers: those to use; all of `LAYERS` but in tests.
     """
     end_with_parent()

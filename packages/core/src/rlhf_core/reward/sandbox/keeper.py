@@ -26,7 +26,7 @@ from rlhf_core.reward.sandbox.wire import Peer
 __all__ = ["OUTPUT_BYTES", "main", "pack"]
 
 OUTPUT_BYTES = 16 << 20
-"""What the outputs of a program may have together."""
+"""Total size limit of the outputs of a program."""
 
 
 def pack(part: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The names in tests that mean the program, found in the text of the tests: the program has no say in it.
+"""The names in tests that mean the program, found in the text of the tests: the program cannot influence it.
 
 A program that defines `abs`, `len` or `math` changes nothing in tests that use them: these are Python's, unless nothing
 else could be under test, as in `assert sum(10, 15) == 6`.
@@ -16,7 +16,7 @@ from rlhf_core.reward.sandbox.wire import DATA_ATTRIBUTES
 __all__ = ["ALIASES", "PRELUDE", "class_names", "free_names", "trusted_names"]
 
 ALIASES = {"np": "numpy", "pd": "pandas", **{name: name for name in "numpy pandas pytest scipy sympy torch".split()}}
-"""Names that a test need not import, besides those of the standard library's modules: a program's may be used as well."""
+"""Names that a test need not import, in addition to the standard library's modules; a program may define them too."""
 PRELUDE = {
     name: module
     for module, names in {

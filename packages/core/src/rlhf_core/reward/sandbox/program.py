@@ -1,6 +1,6 @@
 """The process of a generated program: it answers calls (`serve`), or reads an input and writes an output (`run_script`).
 
-The program may change anything here: it shares this process. What it writes is data to the other side, no more.
+The program may change anything here: it shares this process. The other side treats its output as data only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OPERATORS |= {
     "exit": lambda manager, kind, text: manager.__exit__(kind, kind and kind(text), None),
     "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
 }
-"""What the tests may do with an object of the program."""
+"""Operations that tests may apply to an object of the program."""
 
 
 def run_script(source: str) -> None:

@@ -1,10 +1,10 @@
 """Proxies of a program's functions, classes and objects for tests. Each use is a request to the program's process.
 
-What a test expects must not depend on what the program says of it:
+The expectation of a test must not depend on the program's answers about it:
 
 * an object of the program never equals data, and data is compared here;
 * operators between an object and data (`+`, `<`, `in`) are refused, or the program would be handed what the test expects;
-  only a class that the tests use as one (`names.class_names`) says what they mean for what it makes;
+  only a class that the tests use as one (`names.class_names`) defines their meaning for its objects;
 * exceptions are built-in ones or classes of the program; it can raise none that ends a loop or the tests.
 """
 
@@ -129,7 +129,7 @@ class Session:
         kind = self._exception_class(own, known)
         try:
             error = kind(*map(message.decode, arguments))
-        except Exception:  # a class with a constructor of its own
+        except Exception:  # a class with its own constructor
             error = kind.__new__(kind, text)
         if own:
             error._object = ProgramObject(self, number)  # type: ignore[attr-defined]

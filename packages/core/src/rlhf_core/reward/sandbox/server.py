@@ -1,6 +1,6 @@
 """The process that starts keepers, each a fork of it, so that a sample does not wait for an interpreter to start.
 
-It reads no job: each keeper has a socket of its own for that.
+It reads no job: each keeper has its own socket for that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["SandboxServer", "main"]
 START = (
     "import sys; sys.path[:], sys.argv[1:] = sys.argv[1:], []; from rlhf_core.reward.sandbox.server import main; main()"
 )
-"""The server imports what this process would, whatever its own environment says."""
+"""The server imports what this process would, regardless of its own environment."""
 GRACE = 60.0
 """Seconds that a keeper may take beyond its program's time."""
 

@@ -1,7 +1,7 @@
 """Values and messages between the process of the tests and that of the program, as lines of JSON.
 
 Nothing that arrives is run, and no class is looked up by a name that arrives, but for those in the tables below: a forged
-message can say no more than a value that the program might have returned.
+message carries no more than a value that the program might have returned.
 
 | value | form |
 |---|---|
@@ -135,7 +135,7 @@ class Message:
         return [self._items(container) for container in list(self.containers)]
 
     def assign(self, number: Any, items: Any) -> None:
-        """Let a container hold what a form of `contents` says."""
+        """Let a container hold the content of a form of `contents`."""
         container = self.containers[_index(number)]
         if isinstance(container, dict):
             pairs = [(self.decode(key), self.decode(value)) for key, value in items]

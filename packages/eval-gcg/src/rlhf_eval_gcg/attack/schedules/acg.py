@@ -23,7 +23,7 @@ __all__ = ["Acg"]
 FIRST_SHARE = 32
 """The first step tries this many times fewer candidates than the last ones may."""
 FURTHER = 1
-"""Tokens that the first candidates replace beside `n_replace`."""
+"""Tokens that the first candidates replace in addition to `n_replace`."""
 
 
 class Acg:
