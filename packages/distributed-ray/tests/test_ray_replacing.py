@@ -18,7 +18,7 @@ from rlhf_distributed_ray.sending import Shipment  # noqa: E402
 
 
 class Engine:
-    """What an engine does with its calls: nothing, or what the test lets it raise."""
+    """Engine that ignores its calls, or raises the exception of the test."""
 
     def __init__(self, dead: bool = False, weights_lost: bool = False) -> None:
         self.dead, self.weights_lost = dead, weights_lost

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs de
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks left."""
+    """Return the folder that two ranks left."""
     place = tmp_path_factory.mktemp("average")
     done = run_ranks(2, follow, str(place))
     assert [rank.code for rank in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[Any, Any]:
-    """What was averaged, by stage and precision."""
+    """Return the averages, by stage and precision."""
     result: dict[Any, Any] = torch.load(folder / "found.pt", weights_only=False)
     return result
 

@@ -28,7 +28,7 @@ SHORT = {"steps": 5, "save_every": 0}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What two ranks gave, by stage, and what torch gave in this process."""
+    """Return the results of two ranks, by stage, and those of torch in this process."""
     folder = tmp_path_factory.mktemp("repulse")
     done = run_ranks(2, ranks.every_stage, str(folder), "repulse", SHORT)
     assert [rank.code for rank in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
