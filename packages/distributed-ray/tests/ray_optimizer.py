@@ -33,7 +33,7 @@ class _Lookahead(torch.optim.SGD):
 
 @dataclass(frozen=True)
 class Lookahead(OptimizerProvider):
-    """Extragradient descent whose steps are longer where the policy's entropy is high, in nats a token of the whole step."""
+    """Extragradient descent whose steps are longer where the policy's entropy is high, in nats per token of the whole step."""
 
     lr: float = 0.3
     """step size"""

@@ -101,7 +101,7 @@ def test_a_run_is_only_warned_about_where_that_is_asked_and_a_healthy_one_is_not
 
 
 def test_entropy_is_that_of_the_distribution_that_was_sampled(tmp_path: Path) -> None:
-    """An untrained model of 259 tokens is nearly uniform: log 259 nats a token."""
+    """An untrained model of 259 tokens is nearly uniform: log 259 nats per token."""
     run = tiny_run(tmp_path, batch_size=8, sampling={"n": 8, "max_new_tokens": 16}, steps=1)
     metrics = run.train().metrics
     assert metrics["completion/entropy"] == pytest.approx(math.log(len(run.encoder.tokenizer)), rel=0.02)

@@ -50,7 +50,7 @@ def test_the_card_has_the_last_evaluation_and_the_data(tmp_path: Path, hub: type
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     reward = run.evaluations[-1][1]["eval/heldout/reward"]
     assert f"| heldout/reward | {reward:.4g} |" in card
-    assert "Read by `json`: questions.jsonl, 2 rows a step." in card
+    assert "Read by `json`: questions.jsonl, 2 rows per step." in card
     assert "in 2 steps by rlhf-core" in card
     assert str(tmp_path) not in card, "where files lie here is nobody's business"
     assert hub.calls == [], "nothing is uploaded unless asked"

@@ -97,7 +97,7 @@ def _describe_data(run: RunView) -> str:
         if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
     ]
     names = ", ".join(Path(value).name if Path(value).exists() else value for value in given)
-    rows = f", {run.config.batch_size} rows a step"
+    rows = f", {run.config.batch_size} rows per step"
     return f"Read by `{run.config.names.get('data', '')}`{': ' + names if names else ''}{rows}."
 
 
