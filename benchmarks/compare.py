@@ -8,7 +8,7 @@ started again leaves finished runs alone.
     python benchmarks/compare.py --output comparison                       # one run at a time, hours on a CPU
     python benchmarks/compare.py --output $OUT --model /tmp/model/smollm2-135m --jobs 8 --minutes 4      # on one GPU
     python benchmarks/compare.py --rehearse --output rehearsal             # the model tiny, to try the script
-    python benchmarks/compare.py --page docs/comparison.md --output comparison --minutes 0     # the table into the page
+    python benchmarks/compare.py --page docs/reports/comparison.md --output comparison --minutes 0     # the table into the page
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def documents() -> list[Path]:
         ROOT / "CONTRIBUTING.md",
         *sorted(ROOT.glob("docs/*.md")),
         *sorted(ROOT.glob("docs/tutorials/*.md")),
+        *sorted(ROOT.glob("docs/reports/*.md")),
         *sorted(ROOT.glob("*/*/README.md")),
         *sorted(ROOT.glob("examples/plugins/*/README.md")),
     ]
