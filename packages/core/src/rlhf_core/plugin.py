@@ -67,6 +67,7 @@ def rlhf_reward() -> Providers:
         "math": "rlhf_core.reward.maths:Maths",
         "model": "rlhf_core.reward.model:RewardModel",
         "model_role": "rlhf_core.reward.model_role:RewardModelRole",
+        "model_roles": "rlhf_core.reward.model_roles:RewardModelRoles",
         "profanity": "rlhf_core.reward.profanity:Profanity",
         "reasoning": "rlhf_core.reward.reasoning:ReasoningReward",
         "regex": "rlhf_core.reward.regex:Regex",

@@ -33,14 +33,17 @@ def rows(output: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
+def scorer_of(folder: Path, seed: int) -> str:
     """A folder with a sequence classifier."""
-    folder = tmp_path_factory.mktemp("scorer")
-    run = run_of(folder / "run", reward=Judged())
+    run = run_of(folder / "run", reward=Judged(), judge={"model": f"{MODEL},seed={seed}"})
     with run.place():
         run.roles["judge"].export(str(folder / "model"))
     return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return scorer_of(tmp_path_factory.mktemp("scorer"), 3)
 
 
 def test_a_role_that_reads_texts_scores_as_the_reward_model_provider_does(scorer: str, tmp_path: Path) -> None:
@@ -67,6 +70,34 @@ def test_a_placed_reward_model_scores_as_one_in_the_process_of_the_loop(scorer: 
         names = one.keys() - {"padding", "reward/cut"}
         assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-6)
         assert one["reward/score"] != one["reward/mean"]
+
+
+def test_several_placed_reward_models_are_weighted_and_added_up(scorer: str, tmp_path: Path) -> None:
+    """The independent source: each of the two models alone, as the reward of the same completions."""
+    other = scorer_of(tmp_path / "other", 5)
+    run = run_of(
+        tmp_path / "both",
+        reward={"use": "model_roles", "weights": (2.0, -0.5)},
+        reward_model={"model": scorer},
+        reward_model_2={"model": other},
+    )
+    with run.open():
+        prompts = run.encoder.prompts(list(run.data.rows)[:3], [0, 1, 2])
+        rollouts = run.rollouts("actor", prompts, run.config.sampling)
+        found = run.reward_of(rollouts)
+    alone: list[torch.Tensor] = []
+    for model in (scorer, other):
+        single = run_of(tmp_path / str(len(alone)), reward="model_role", reward_model={"model": model})
+        with single.open():
+            alone.append(single.reward_of(rollouts).rewards_N)
+    torch.testing.assert_close(found.rewards_N, 2.0 * alone[0] - 0.5 * alone[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.metrics["reward_model_2"], alone[1], atol=1e-6, rtol=0)
+    assert float((alone[0] - alone[1]).abs().min()) > 1e-4, "the models differ"
+
+
+def test_weights_of_reward_models_are_one_for_each(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has 3 numbers for the 2 roles reward_model, reward_model_2$"):
+        run_of(tmp_path, reward={"use": "model_roles", "weights": (1.0, 2.0, 3.0)})
 
 
 def test_a_placed_reward_model_without_a_score_head_is_refused(tmp_path: Path) -> None:

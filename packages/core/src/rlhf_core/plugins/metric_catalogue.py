@@ -118,6 +118,7 @@ _PROVIDERS = {
     "reward/tests_passed": "share 0..1: of a program's tests that passed, mean",
     "reward/ungraded": "share 0..1: of completions for which the judge gave no grade, and `reward.fallback` is used",
     "reward/score": "score: of the reward model, before its mean and standard deviation are taken out",
+    "reward/<role>": "score: of that role's model, mean, before weighing; under reward model_roles",
     "reward/cut": "share 0..1: of completions that were cut to the reward model's window",
     "reward/<part>": "reward: of one part of reward sum, before weighing, where it does not abstain; its own metrics "
     "follow as reward/<part>/<name>",

@@ -396,4 +396,4 @@ class Run:
 
     def reward_inputs(self, rollouts: Batch) -> Batch:
         """Return completions as the reward is called with them: with the outputs of roles that it needs."""
-        return with_reward_needs(self.plan, self.config.providers["reward"], rollouts, self.roles, self.data)
+        return with_reward_needs(self, rollouts)
