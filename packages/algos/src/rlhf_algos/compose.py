@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["OFFLINE", "ONLINE", "POLICY_ROLES", "OnlineOptions", "chosen_loss", "policy_terms"]
 
 OFFLINE: Mapping[str, str] = {"data": "json"}
-"""Where completions come from data."""
+"""Providers of algorithms whose completions come from data."""
 
 ONLINE: Mapping[str, str] = {"data": "prompts", "rollout": "hf", "reward": "length"}
-"""Where completions are sampled and scored."""
+"""Providers of algorithms that sample and score completions."""
 
 POLICY_ROLES: Mapping[str, ModelOptions] = {
     "actor": TrainedOptions(optim=AdamW(lr=1e-6)),

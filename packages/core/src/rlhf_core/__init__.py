@@ -7,7 +7,7 @@ A plugin needs `hookimpl` and the types its kind is called with; a script needs 
     run = Run(make_config("grpo", model="tiny", reward="length", steps=20, output="runs/first"))
     run.train()
 
-Names are imported when they are used, so that `import rlhf_core` costs nothing and brings no torch. What is not listed
+Names are imported when they are used, so that `import rlhf_core` costs nothing and brings no torch. Names that are not listed
 here is private and may change.
 """
 

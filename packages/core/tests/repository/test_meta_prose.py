@@ -112,11 +112,13 @@ HELP = re.compile(r"(whether|how|what|which|whose|where|who|when|why|the same|of
 
 
 def field_helps(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the name and the text under each annotated field of the classes of a module."""
+    """Yield the name and the text under each field, attribute and constant of a module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        for field, text in itertools.pairwise(node.body if isinstance(node, ast.ClassDef) else []):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                yield ast.unparse(field.target), str(text.value.value)
+        body = getattr(node, "body", None)
+        for field, text in itertools.pairwise(body if isinstance(body, list) else []):
+            if isinstance(field, (ast.Assign, ast.AnnAssign)) and isinstance(text, ast.Expr):
+                if isinstance(text.value, ast.Constant):
+                    yield ast.unparse(field).splitlines()[0], str(text.value.value)
 
 
 def test_the_help_of_a_field_stands_alone() -> None:

@@ -30,7 +30,7 @@ __all__ = ["Cluster", "disconnect"]
 T = TypeVar("T")
 
 ATTEMPTS = 5
-"""How often a role is started anew before it counts as dead: Ray takes some seconds to notice that a node is gone."""
+"""Number of restarts of a role before it counts as dead: Ray takes some seconds to notice that a node is gone."""
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 
 

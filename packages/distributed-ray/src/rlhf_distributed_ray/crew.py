@@ -20,7 +20,7 @@ __all__ = ["Crew", "Outcomes"]
 
 CAUSE = 240  # characters of Ray's message
 ADVICE = " Some common causes include"
-"""What Ray adds to every death."""
+"""Text that Ray adds to every death."""
 GRACE_SECONDS = 5.0
 """Seconds that other ranks have to fail too, once one did."""
 
@@ -71,7 +71,7 @@ class Crew:
         self._longest = 0.0
         """seconds of the longest call so far"""
         self._sending = threading.Lock()
-        """of several threads, one sends to all ranks at a time: ranks work together and need calls in one order"""
+        """lock: one thread at a time sends to all ranks, since ranks work together and need calls in one order"""
 
     def __len__(self) -> int:
         return len(self.actors)

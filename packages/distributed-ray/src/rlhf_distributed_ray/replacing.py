@@ -22,7 +22,7 @@ __all__ = ["EngineCrew"]
 
 Call = Callable[[Any, int], Any]
 ATTEMPTS = 5
-"""How often a new engine is started before its death counts: Ray takes some seconds to notice that a node is gone."""
+"""Number of starts of a new engine before its death counts: Ray takes some seconds to notice that a node is gone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EngineCrew:
         """
         results: dict[int, Any] = {}
         missing = list(ranks)
-        with self._asking:  # an engine answers one call at a time, so nobody waits longer for it
+        with self._asking:  # an engine answers one call at a time, so no caller waits longer for it
             while missing:
                 found = self.crew.send(call, missing, grace=math.inf)
                 if found.errors:

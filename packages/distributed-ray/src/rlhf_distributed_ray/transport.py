@@ -100,7 +100,7 @@ class Shipper:
         self.bytes = 0
         """bytes put so far"""
         self._lock = Lock()
-        """of the threads in which roles are called"""
+        """lock of the threads in which roles are called"""
 
     def columns(self, batch: Batch, rows: Sequence[int]) -> Any:
         """The reference of the columns of some rows, and of what their model reads for images."""

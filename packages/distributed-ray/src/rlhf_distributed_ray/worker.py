@@ -124,7 +124,7 @@ class RoleWorker(Worker):
         self._bucket: Iterator[list[tuple[str, Any]]] | None = None
         self._taken: TakenWeights | None = None
         self._store: Any = None
-        """where the ranks meet, on rank 0"""
+        """store in which the ranks meet, on rank 0"""
 
     def open_store(self, timeout: float) -> tuple[str, int]:
         """Open the place where the ranks meet, on a port that the system gives; return its address as the cluster knows it."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["InProcess"]
 
 TRANSFER = "rlhf_in_process"
-"""What `receivers.InProcess` is called in vLLM."""
+"""Name of `receivers.InProcess` in vLLM."""
 
 
 class InProcess:

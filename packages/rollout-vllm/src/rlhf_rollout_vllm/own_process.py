@@ -47,7 +47,7 @@ CLOSE_SECONDS = 10.0
 """Deadline for processes that were killed."""
 
 LEFT_OUT = "the role's weights() left out"
-"""How the receiver's complaint begins; vLLM hands it on as text."""
+"""Beginning of the receiver's error, which vLLM passes on as text."""
 
 
 class OwnProcess:
@@ -72,7 +72,7 @@ class OwnProcess:
         self.restarted = 0
         """deaths so far after which the processes were started again"""
         self.version = ""
-        """of the weights that are in the store"""
+        """version of the weights in the store"""
         if options.transfer != "shared_memory" and not torch.cuda.is_available():
             raise OptionError("transfer", f"{options.transfer} is for GPUs, and there is none; leave it out")
         self.courier = COURIERS[options.transfer](getattr(torch, dtype))

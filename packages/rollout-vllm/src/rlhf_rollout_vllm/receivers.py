@@ -68,7 +68,7 @@ class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
     def __init__(self, *of_vllm: Any) -> None:
         super().__init__(*of_vllm)
         self.expected = {name for name, _ in self.model.named_parameters()}  # tied ones once
-        """what an update has to bring, by vLLM's names"""
+        """parameters that an update has to bring, by vLLM's names"""
         self.loaded: set[str] = set()
 
     def start_weight_update(self) -> None:

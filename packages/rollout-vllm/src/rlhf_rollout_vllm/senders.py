@@ -38,9 +38,9 @@ class RoleWeights(WeightSource):  # type: ignore[misc]  # vLLM is not there wher
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.role: Role | None = None
-        """whose weights the next update takes"""
+        """role whose weights the next update takes"""
         self.bytes = 0
-        """of the last iteration"""
+        """bytes of the last iteration"""
         self._metadata: list[ParamMeta] = []
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from rlhf_strategy_deepspeed.engine import library, silence_deepspeed
 __all__ = ["compiled_adam"]
 
 GROUP = ("params", "lr", "betas", "eps", "weight_decay")
-"""what both know of a group of parameters"""
+"""options of a group of parameters in both"""
 
 
 def compiled_adam(optimizer: torch.optim.Optimizer) -> Any:

@@ -28,7 +28,7 @@ POINTS = 60
 """Points of a curve that a file holds."""
 
 MAKER = "rlhf-run"
-"""Who made a figure, in its metadata; a figure without it is not written over."""
+"""Mark of our figures in their metadata; a figure without it is not overwritten."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class RunLock:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, output / LOCK_FOLDER
         self._number = 0
-        """of the lock file that this object holds; 0 for none"""
+        """number of the lock file that this object holds; 0 for none"""
         self._descriptor: int | None = None
         self._end = threading.Event()
 

@@ -52,7 +52,7 @@ def overview(registry: Registry) -> str:
     return _text(
         [
             "usage: rlhf-run ALGORITHM [flags]        train; `rlhf-run ALGORITHM --help` shows its flags, --help-all all",
-            "       rlhf-run --config FILE [flags]    train what a file says; flags win over it",
+            "       rlhf-run --config FILE [flags]    train with the options of a file; flags override it",
             "       rlhf-run COMMAND [flags]",
         ],
         ["algorithms"],

@@ -25,7 +25,7 @@ class ClassDocs:
     doc: str = ""
     """cleaned docstring of the class"""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """the docstring line of each field, in one line"""
+    """docstring of each field, as one line"""
 
 
 def docs_of(target: type | str) -> ClassDocs:

@@ -6,7 +6,7 @@ follows from the names chosen, so that help, errors and the written file speak o
     ""            RunConfig's own numbers, and `sampling.*` where the algorithm samples
     <role>        one section per role of the algorithm
     algorithm     the algorithm's own fields
-    <kind>        the chosen provider's fields; with several (evaluators, say) `evaluator.<name>` each
+    <kind>        the chosen provider's fields; with several (such as evaluators) `evaluator.<name>` each
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ Message = Mapping[str, Any]
 
 
 Finish = Literal["stop", "length", "turns", "seconds", "error"]
-"""Why a completion ended; see `Rollouts.finish`."""
+"""Reason for the end of a completion; see `Rollouts.finish`."""
 
 
 @dataclass(frozen=True, slots=True)

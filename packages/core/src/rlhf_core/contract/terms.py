@@ -18,7 +18,7 @@ __all__ = ["PAIRS_ADVICE", "ProviderChoices", "Term", "update_order"]
 PAIRS_ADVICE = "use data with the columns chosen and rejected" + advice(
     f" (or name them with {run_option('data.chosen_key')} and {run_option('data.rejected_key')})"
 )
-"""Of errors about data without pairs."""
+"""Advice in errors about data without pairs."""
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,15 @@ __all__ = ["COMPLETION", "OPTIONAL", "PROMPT", "Columns", "lookup"]
 Read = TypeVar("Read")
 
 CHATS = ("messages", "conversations")
-"""Where a whole chat is looked for; it comes before a prompt if the row has no completion."""
+"""Names of the column of a whole chat; it comes before a prompt if the row has no completion."""
 PROMPT = ("prompt", *CHATS, "question", "instruction", "input")
 """Names of the prompt's column, in order of preference. A filled `input` next to `instruction` is added (Alpaca)."""
 COMPLETION = ("response", "answer", "completion", "output")
-"""Where a completion is looked for."""
+"""Names of the column of a completion."""
 TEXT = "text"
 """Without any of the above: a text to continue pre-training on, with no prompt."""
 IMAGES = ("images", "image")
-"""Where images are looked for."""
+"""Names of the column of images."""
 OPTIONAL = ("system", "context", "history")
 """Columns put before a prompt; not every row has them."""
 NAMED = 12

@@ -26,7 +26,7 @@ from rlhf_core.errors import DataError, MissingPackage, OptionError, UsageError,
 __all__ = ["HuggingFaceData", "StreamRows", "TableRows", "without_decoding"]
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-"""How a file is read, by its ending."""
+"""Reader of a file, by its ending."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ MARK = "<image>"
 HERE: Part = {"type": "image"}
 """Placeholder of an image in a message, if a column has the images."""
 MAGIC = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-"""How PNG, JPEG, GIF and WebP begin in base64."""
+"""Beginnings of PNG, JPEG, GIF and WebP files in base64."""
 
 
 def image_part(part: Mapping[str, Any]) -> Part:

@@ -50,7 +50,7 @@ __all__ = ["Prefetcher"]
 DEPTH = 2
 """Batches that wait for the loop, where rows do not depend on scores."""
 AHEAD = "ahead"
-"""Of a position of the data: the batches that are drawn and not taken."""
+"""Key in a position of the data: the batches that are drawn and not taken."""
 
 
 class _Batch(NamedTuple):

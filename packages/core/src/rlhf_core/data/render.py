@@ -33,7 +33,7 @@ PROBE = "probe-7c1d0f"
 LIMITS_ADVICE = f"raise {run_option('max_prompt_tokens')}" + advice(
     f" or {run_option('data.encoding.max_tokens')}, or pass {run_option('data.encoding.too_long', 'truncate')}"
 )
-"""Of errors about rows that are too long."""
+"""Advice in errors about rows that are too long."""
 
 
 @dataclass(frozen=True)

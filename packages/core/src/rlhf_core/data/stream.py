@@ -7,7 +7,7 @@ A source without a length (streaming) is read in its own order, or shuffled with
 A reader with a state continues from it, and no row is read that the batch at hand does not need, so that its state
 belongs to the last row drawn. The same holds for a sampler that reacts to scores.
 
-What a reader or a sampler draws from the global random generators follows from the seed and the row's place alone, if these
+Draws of a reader or a sampler from the global random generators follow from the seed and the row's place alone, if these
 are seeded for each row (`seeds_rows`): other code draws from them too, and a resumed run reads rows again or not at all.
 """
 
@@ -35,7 +35,7 @@ __all__ = ["READING", "DrawnBatch", "DrawnRows", "Stream", "is_indexed"]
 BATCHES = 4
 """Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
 READING = "reading"
-"""Of a position: the pass over a source that is read in order."""
+"""Key in a position: the pass over a source that is read in order."""
 POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
 """Parts of a position."""
 
@@ -115,7 +115,7 @@ class Stream:
         self.exact = readers is not None or sampler.reacts
         """True if no row may be drawn that the batch at hand does not need"""
         self.pull: Callable[[], Chunk] = self.chunk
-        """where the next chunk comes from; chunks may be made ahead"""
+        """source of the next chunk; chunks may be made ahead"""
         self._bounds = rank_bounds(batch_size, world_size)
         self._own = slice(*self._bounds[rank : rank + 2].tolist())
         self._prepare = prepare

@@ -14,7 +14,7 @@ from rlhf_core.endpoint.sampling import read_options
 __all__ = ["answer_messages", "encode_error"]
 
 REASONS = {"stop": "end_turn", "length": "max_tokens"}
-"""Why a turn ended, in Anthropic's words."""
+"""Reasons for the end of a turn, in Anthropic's words."""
 
 
 async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -> bytes:

@@ -81,7 +81,7 @@ class Residents:
         self._clock = count(1)
         self._lock = RLock()
         self._next_uses: dict[tuple[str, str], str] = {}
-        """what the first use of a resident was after the call of another had put it to sleep"""
+        """first use of a resident after the call of another put it to sleep"""
         self._metrics: dict[str, float] = {}
 
     def add(self, resident: Resident) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Adapters", "Site", "adapt", "linear_layers"]
 
 ADAPTER = "default"
-"""What PEFT calls an adapter that was given no name."""
+"""PEFT's name of an adapter without a name."""
 
 ALL = "all-linear"
 

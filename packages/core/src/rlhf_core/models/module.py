@@ -82,7 +82,7 @@ class RoleModule(nn.Module):
         self.vision = vision
         self._features = Features()
         self.frozen: dict[str, int] = {}
-        """how many numbers each pattern of `freeze` stands for"""
+        """number of parameters that each pattern of `freeze` matches"""
         self.average: Average | None = None
         self.sequence: SequenceShards | None = None
         """the ranks that share each row, where a strategy cuts rows"""

@@ -1,4 +1,4 @@
-"""Registry of plugins and of the class that each name stands for.
+"""Registry of plugins and of the class of each name.
 
 Plugins are the built-in modules and the entry points of the group `rlhf`, loaded one at a time: one that fails is kept
 in `broken_plugins` with its distribution and exception; the others are loaded. Provider hooks are asked once, here; afterwards
@@ -73,7 +73,7 @@ class Registry:
 
     def __init__(self, autoload: bool = True, blocked: Collection[str] = (), load: Sequence[str] = ()) -> None:
         self.plugins: dict[str, Plugin] = {}
-        """what was loaded, by plugin name"""
+        """loaded objects, by plugin name"""
         self.broken_plugins: list[BrokenPlugin] = []
         self.blocked = frozenset(blocked)
         self._strict = os.environ.get("RLHF_STRICT_PLUGINS") == "1"
@@ -91,7 +91,7 @@ class Registry:
                 self.register(import_module(module), name, "rlhf-core", metadata.version("rlhf-core"))
         autoload = autoload and os.environ.get("RLHF_DISABLE_PLUGIN_AUTOLOAD") != "1"
         self.selection = PluginSelection(autoload, tuple(sorted(self.blocked)), tuple(load))
-        """what workers in other processes make theirs with"""
+        """selection with which workers in other processes make theirs"""
         for entry_point in self._entry_points:
             if entry_point.name not in self.blocked and (autoload or entry_point.name in load):
                 self._load(entry_point, entry_point.name in load)

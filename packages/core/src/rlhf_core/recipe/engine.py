@@ -69,7 +69,7 @@ class Engine:
         self.steps = plan_of(recipe, registry)
         self._by_name = {step.name: step for step in self.steps}
         self._checksums: dict[str, str] = {}
-        """of artifacts that the recipe gives, which do not change while it runs"""
+        """checksums of artifacts that the recipe gives, which do not change while it runs"""
 
     # ------------------------------------------------------------------------------------------------------------------
     # what is to be done

@@ -22,7 +22,7 @@ __all__ = ["excerpt", "require_labels", "to_reward_output", "without_nan"]
 
 
 LABEL_ADVICE = advice(f"pass {run_option('data.label_key')}", "choose data that has them")
-"""Of errors about rows without labels."""
+"""Advice in errors about rows without labels."""
 
 
 def to_reward_output(

@@ -96,11 +96,11 @@ class EpisodeTable:
         self.encoder = encoder
         self.deadline = time.monotonic() + limits.seconds if limits.seconds else None
         self.at_once: AbstractAsyncContextManager[Any] = Semaphore(limits.at_once) if limits.at_once else nullcontext()
-        """what a coroutine of the environment holds while it works"""
+        """semaphore that a coroutine of the environment holds while it works"""
         self.failures = Failures(limits.failures, len(prompts) * sampling.n)
         self.episodes: list[EpisodeState] = []
         self.sampled: list[Rollouts] = []
-        """what the engine returned, turn by turn"""
+        """results of the engine, turn by turn"""
 
     @property
     def going(self) -> list[EpisodeState]:

@@ -48,7 +48,7 @@ KEEP = 0.1
 """Share of the GPU's memory that buffers, narrow weights and so graphs may keep from one call to the next."""
 
 _found: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()
-"""What `_try_out` found, per model."""
+"""Results of `_try_out`, per model."""
 
 
 def slot_obstacle(model: Any, dtype: torch.dtype) -> str:
@@ -143,7 +143,7 @@ class SlotSampler:
         self._widest = 0
         """most tokens of a row since graphs were recorded, rounded up: a graph is for so many"""
         self._places: list[int] = []
-        """where the weights were when graphs were recorded"""
+        """addresses of the weights when graphs were recorded"""
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
     @torch.inference_mode()

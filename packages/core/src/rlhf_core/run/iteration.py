@@ -131,11 +131,11 @@ class Iteration:
         self.batches: dict[str, Batch] = {}
         """a batch per source, read or sampled"""
         self.rewards: dict[str, RewardOutput] = {}
-        """what sampled batches earned, by source"""
+        """rewards of sampled batches, by source"""
         self.left_out: dict[str, Rollouts] = {}
         """completions from which the reward abstained, by source: those of the last time that it scored"""
         self._abstained: dict[str, Tensor] = {}
-        """how many of this rank's there were and how many were scored, by source"""
+        """numbers of this rank's abstentions and of its scored completions, by source"""
         self.moments = {source: Moments(*each.state()) for source, each in moments.items()}
         """running moments of rewards after this iteration"""
         self.position: Mapping[str, Any] = {}

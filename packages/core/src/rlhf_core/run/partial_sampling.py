@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["DONE", "PartialSampling"]
 
 DONE = "trained_uids"
-"""Of a position of the data: uids after it that have been trained on."""
+"""Key in a position of the data: uids after it that have been trained on."""
 
 
 class PartialSampling:
@@ -54,7 +54,7 @@ class PartialSampling:
         self._trained: set[int] = set(self._skip)
         self._position: Mapping[str, Any] = run.stream.state_dict()
         self._like: Rollouts | None = None
-        """what the engine returned last"""
+        """last result of the engine"""
 
     def sample(self, iteration: Iteration, source: str, sampling: Sampling) -> Rollouts:
         """Return the complete groups that `iteration` trains on; it draws rows where others are wanted."""

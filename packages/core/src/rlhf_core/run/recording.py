@@ -53,7 +53,7 @@ class Recorder:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.kept: dict[str, Any] = {}
-        """what is kept of the step at hand; empty in steps that are not recorded"""
+        """record of the current step; empty in steps that are not recorded"""
 
     def begin(self, iteration: Iteration) -> None:
         """Let the roles write down what they compute from here on, in a step that is recorded.

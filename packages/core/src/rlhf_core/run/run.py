@@ -97,7 +97,7 @@ class Run:
         self.samples: dict[str, Batch] = {}
         """the credited batches of the last step"""
         self.collecting: Collecting | None = None
-        """where iterations come from, once the loop asks for them"""
+        """source of iterations, once the loop asks for them"""
         self._last_end = 0.0
         self.__dict__.pop("stream", None)
 
@@ -108,7 +108,7 @@ class Run:
             self.plan = make_plan(config)
         self.state = RunState(KLController(self.plan.kl) if self.plan.kl is not None else None)
         self.engines = Engines(config.seed, self.output, self.plan)
-        """what the providers have opened, while the run is open"""
+        """engines that the providers have opened, while the run is open"""
         self.data = RunData(self.plan, self.engines)
         self.folder = OutputFolder(config, ["model", *self.plan.exports, *([BEST] if config.keep_best else [])])
         """`output`, locked while the run is open"""

@@ -80,7 +80,7 @@ class RLHFPipeline:
     def __init__(self, config: RLHFConfig) -> None:
         self.config = config
         self.results: dict[str, RunResult] = {}
-        """what each training left: `reward`, `ppo` and `dpo`"""
+        """results of each training: `reward`, `ppo` and `dpo`"""
 
     def train_reward(self, preference_data: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
         """Train a reward model on preference pairs.

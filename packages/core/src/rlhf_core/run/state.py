@@ -15,7 +15,7 @@ __all__ = ["RunState"]
 
 
 READERS = "readers"
-"""Of a position of the data: the states of readers, which are stored with those of other engines."""
+"""Key in a position of the data: the states of readers, which are stored with those of other engines."""
 
 
 @dataclass

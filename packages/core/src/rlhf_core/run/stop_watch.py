@@ -55,7 +55,7 @@ class StopWatch:
     def __init__(self, seconds: float, warn: Callable[[str], object] = print) -> None:
         self.seconds, self._warn = seconds, warn
         self.exit_code = 1
-        """what the process exits with if it does not unwind"""
+        """exit code of the process if it does not unwind"""
         self._process: subprocess.Popen[bytes] | None = None
         self._raised = False
 

@@ -256,7 +256,7 @@ def _check_parts(loss: Loss, whole: LossTerms, outputs: dict[str, Tensor], batch
         same = torch.allclose(alone[part.mask_NT], whole.values[rows, :T][part.mask_NT], atol=1e-6)
     assert same, (
         f"{_name(loss)}: values change when the batch is cut into micro-batches; return one value per token or sample "
-        "and let the reduction divide. What couples the samples of a group belongs into an advantage"
+        "and let the reduction divide. Coupling of a group's samples belongs into an advantage"
     )
 
 

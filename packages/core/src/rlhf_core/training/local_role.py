@@ -52,7 +52,7 @@ class LocalRole(Role):
         self.version = 0
         self.forward_cache = ForwardCache()
         self._names = SharedNames()
-        """of the metrics that its ranks add up"""
+        """names of the metrics that its ranks add up"""
         config = plan.config
         if config.deterministic:
             be_deterministic()

@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, role: str) -> None:
         self.role = role
         self.micro_batches = 0
-        """how many there were, on any rank: none if credit selected no row of anybody's"""
+        """number of micro-batches on any rank: 0 if credit selected no row of any rank"""
         self._term = ""
         self._samples: list[dict[str, Any]] = []
 

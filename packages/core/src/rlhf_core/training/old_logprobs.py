@@ -13,7 +13,7 @@ Where a run samples ahead and its losses correct for that (`Plan.proximal`), pi_
 every token: rules 2 and 3 apply to late tokens too, rules 1 and 4 to none. The losses' importance weights, old over sampler
 probabilities, then stand for the distance between the two.
 
-Whether a batch is on-policy is read from its versions (`versions_NT`), never from options. Rows of data have no version: no
+A batch counts as on-policy by its versions (`versions_NT`), never from options. Rows of data have no version: no
 policy sampled them, and the present weights count as their sampler.
 
     iteration   keep_exact     rule 1, when completions arrive

@@ -30,7 +30,7 @@ class ForwardCache:
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
-        """where passes and losses are written down, in a step that is recorded"""
+        """tape of passes and losses, in a step that is recorded"""
         self._passes: list[tuple[Batch, Mapping[str, Tensor]]] = []
 
     def add(self, micro: Batch, outputs: Mapping[str, Tensor]) -> None:

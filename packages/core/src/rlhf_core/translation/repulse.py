@@ -17,7 +17,7 @@ ABSENT = {
     "save_negdata": "--reward keep_bad --reward.of 'model model=NAME' keeps rewards below --reward.threshold",
     "save_negdata_threshold": "--reward.threshold of --reward keep_bad",
     "analytic_bad_word_calc": "--evaluator bad_probability enumerates outputs; recipes/repulse/toy.toml has the tokens",
-    "parameterization": "the proposal is a model of its own, or the policy",
+    "parameterization": "the proposal is a separate model, or the policy",
     "actor_loss_type": "--algorithm.contrast prefix is CTL",
     "reinforce_baseline_type": "the baseline of rloo is the mean of a prompt's other completions",
 }

@@ -127,7 +127,7 @@ def template(draft: Draft) -> None:
 
 
 def checkpoints(draft: Draft) -> None:
-    """Translate when checkpoints are written; -1 stands for the end alone."""
+    """Translate when checkpoints are written; -1 means only at the end."""
     steps = {name: draft.take_number(name, -1) for name in ("save_steps", "save_steps_harmless") if name in draft.flags}
     strategy = draft.take("save_strategy", "steps")
     if strategy == "steps" and any(each > 0 for each in steps.values()):
@@ -145,7 +145,7 @@ def checkpoints(draft: Draft) -> None:
 
 
 def evaluation(draft: Draft) -> None:
-    """Translate when held-out rows are evaluated; -1 stands for never in between."""
+    """Translate when held-out rows are evaluated; -1 means never in between."""
     strategy = draft.take("eval_strategy", draft.take("evaluation_strategy", "steps"))
     steps = draft.take_number("eval_steps", -1)
     if strategy == "steps" and steps > 0:

@@ -78,7 +78,7 @@ ALGORITHMS = {"cispo": "cispo", "sapo": "sapo"}
 """Losses of GRPO's trainer that are algorithms here."""
 
 AGGREGATES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
-"""How a loss of GRPO's trainer adds up, by its name."""
+"""Aggregation of a loss of GRPO's trainer, by its name."""
 
 
 def read_yaml(draft: Draft) -> None:

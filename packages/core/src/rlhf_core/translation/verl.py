@@ -138,9 +138,9 @@ ABSENT_ENDS = {
     "calculate_log_probs": "log-probabilities of the engine and the trainer are compared in every step",
     "mode": "the engine decides",
     "val_kwargs.n": "--evaluator heldout has --evaluator.n",
-    "val_kwargs.do_sample": "--evaluator heldout has a temperature of its own",
-    "val_kwargs.temperature": "--evaluator heldout has a temperature of its own",
-    "val_kwargs.top_p": "--evaluator heldout has sampling of its own",
+    "val_kwargs.do_sample": "--evaluator heldout has its own temperature",
+    "val_kwargs.temperature": "--evaluator heldout has its own temperature",
+    "val_kwargs.top_p": "--evaluator heldout has its own sampling",
     "use_fused_kernels": "the language-model head runs in chunks, --chunk",
     "use_torch_compile": "models are not compiled",
     "device": "--strategy.device names the device",
@@ -152,7 +152,7 @@ ABSENT_ENDS = {
     "max_num_gen_batches": "--algorithm.dynamic.rounds bounds rounds",
     "gen_batch_size": "--algorithm.dynamic.oversample is how many batches a round samples",
 }
-"""Why an option has no place here, by the end of its name."""
+"""Reasons why an option has no place here, by the end of its name."""
 
 LOSSES = {"gspo": "gspo", "gpg": "reinforce"}
 CLIPPED = {"rloo": "clip"}

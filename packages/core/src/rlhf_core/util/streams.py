@@ -22,7 +22,7 @@ class _Outliving(io.FileIO):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
         self.failure: OSError | None = None
-        """why bytes were lost; None if there was no reader or no loss"""
+        """reason why bytes were lost; None if there was no reader or no loss"""
 
     def write(self, content: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         try:

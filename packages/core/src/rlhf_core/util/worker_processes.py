@@ -200,7 +200,7 @@ class _Worker:
         self.calls: deque[int] = deque()
         """numbers of the calls that it has not answered, the present one first"""
         self.began = 0.0
-        """when the present call began"""
+        """start time of the current call"""
         self.outbox, self.inbox = bytearray(), bytearray()
         """bytes that are not yet sent, and those that are no whole message yet"""
         self._life = -1

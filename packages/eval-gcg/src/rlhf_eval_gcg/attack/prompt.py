@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["AttackPrompt"]
 
 PLACEHOLDER = "suffix-5e0b6c"
-"""Text that stands for the suffix while a chat is rendered."""
+"""Placeholder of the suffix while a chat is rendered."""
 ANCHOR = 8
 """Tokens before the suffix that are decoded with it; a blank or half a character needs no more."""
 

@@ -24,7 +24,7 @@ class $cls(Advantage):
     """The reward minus a fixed baseline, on every sampled token."""
 
     baseline: float = 0.0
-    """what is subtracted from each reward"""
+    """number that is subtracted from each reward"""
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
         return (rewards.rewards_N - self.baseline)[:, None] * rollouts.mask_NT

@@ -40,7 +40,7 @@ class ${cls}Advantage(Advantage):
     """The reward minus a fixed baseline, on every sampled token."""
 
     baseline: float = 0.0
-    """what is subtracted from each reward"""
+    """number that is subtracted from each reward"""
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
         return (rewards.rewards_N - self.baseline)[:, None] * rollouts.mask_NT
@@ -61,7 +61,7 @@ class $cls(Algorithm):
     """A policy gradient with a fixed baseline (Williams 1992)."""
 
     weight: float = 1.0
-    """multiplies the loss"""
+    """factor on the loss"""
 
     defaults: ClassVar[Mapping[str, str]] = {
         "data": "prompts",

@@ -22,7 +22,7 @@ class $cls(Command):
     """
 
     prefix: str
-    """beginning of the names, such as rlhf-"""
+    """prefix of the names, such as rlhf-"""
     versions: bool = True
     """print versions too"""
 

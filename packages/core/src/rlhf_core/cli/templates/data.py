@@ -1,4 +1,4 @@
-"""Template of `new-plugin --kind data`: a data and its test."""
+"""Template of `new-plugin --kind data`: a data provider and its test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class $cls(Data):
     """Sums of small numbers, with their answers."""
 
     rows: int = 100
-    """how many rows"""
+    """number of rows"""
 
     def __call__(self, split: str) -> Sequence[Example]:
         offset = 0 if split == "train" else self.rows

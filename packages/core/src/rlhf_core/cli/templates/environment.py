@@ -19,14 +19,14 @@ class $cls(Environment):
     """Asks again until an answer contains the label of the row."""
 
     attempts: int = 3
-    """answers per episode"""
+    """number of answers per episode"""
 
     def __call__(self, example: Example, seed: int) -> Session:
         return _Episode(str(example.label), self.attempts)
 
 
 class _Episode(Session):
-    """One conversation; what must be remembered between its turns is kept here."""
+    """One conversation; it holds the state between turns."""
 
     def __init__(self, label: str, attempts: int) -> None:
         self.label = label

@@ -20,7 +20,7 @@ class $cls(Evaluator):
     """The length of the policy's parameter vector: how far it moves while it is trained."""
 
     digits: int = 6
-    """decimal places"""
+    """number of decimal places"""
 
     def __call__(self, run: RunView) -> Mapping[str, float]:
         policy = next(role for name, role in run.roles.items() if run.plan.roles[name].trained)

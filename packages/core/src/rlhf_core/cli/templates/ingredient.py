@@ -19,10 +19,10 @@ from rlhf_core import Artifact, ArtifactKind, Ingredient, IngredientContext, hoo
 
 @dataclass(frozen=True)
 class $cls(Ingredient):
-    """Leave the rows out whose prompt is too long."""
+    """Drop the rows whose prompt is too long."""
 
     at_most: int = 2000
-    """characters of a prompt"""
+    """longest prompt, in characters"""
 
     inputs: ClassVar[Mapping[str, ArtifactKind]] = {"rows": "dataset"}
     outputs: ClassVar[Mapping[str, ArtifactKind]] = {"rows": "dataset", "counts": "metrics"}

@@ -24,7 +24,7 @@ class $cls(Launcher):
     """
 
     min_free_gib: float = 0.0
-    """memory that must be free on this machine before a model is loaded; 0 does not look"""
+    """memory that must be free on this machine before a model is loaded; 0 skips the check"""
 
     one_process: ClassVar[bool] = True
 

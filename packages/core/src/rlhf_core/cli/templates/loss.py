@@ -20,7 +20,7 @@ class $cls(Loss):
     """Advantage times negative log-likelihood (Williams 1992), averaged over tokens."""
 
     scale: float = 1.0
-    """multiplies the loss"""
+    """factor on the loss"""
 
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
 

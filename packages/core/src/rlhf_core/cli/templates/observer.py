@@ -22,7 +22,7 @@ class $cls(Observer):
     metric: str = "reward/mean"
     """full name of the metric, as in metrics.jsonl"""
     value: float = float("inf")
-    """the value at which the run ends"""
+    """value at which the run ends"""
 
     def __call__(self, run: RunView) -> object:
         return _Watcher(self)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class $cls(Output):
     """A linear function of the state at each completion's last token, (N,).
 
-    Losses ask for it by name: `outputs = frozenset({"${name}_N"})`. The ending says the shape.
+    Losses ask for it by name: `outputs = frozenset({"${name}_N"})`. The ending states the shape.
     """
 
     def head(self, hidden: int) -> nn.Module:

@@ -23,7 +23,7 @@ class $cls(Rollout):
     """
 
     at_most: int = 64
-    """tokens of a completion, whatever --sampling.max-new-tokens says"""
+    """maximum number of tokens per completion, below --sampling.max-new-tokens"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         engine: Rollout = Registry(autoload=False).resolve("rollout", "hf")()

@@ -31,7 +31,7 @@ class $cls(Sampler):
 
 
 class _Rows:
-    """What is remembered from step to step; every checkpoint holds its state."""
+    """Memory from step to step; every checkpoint holds its state."""
 
     def __init__(self, bound: float) -> None:
         self.bound = bound

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class $cls(Strategy):
-    """Core's strategy `torch` with a number of CPU threads of its own.
+    """Core's strategy `torch` with its own number of CPU threads.
 
     A strategy of your own returns a `Trainable` that it defines: forward, backward, step, save, load, offload and reload.
     """

@@ -55,7 +55,7 @@ class Features:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self.store: FeatureStore | None = None
-        """where they are kept for other runs, if anywhere"""
+        """store that keeps them for other runs, if there is one"""
         self.digest: Callable[[], bytes] = bytes
         """computes the identity of this body, for the store"""
         self._body = b""

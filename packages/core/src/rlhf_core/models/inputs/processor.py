@@ -38,7 +38,7 @@ class ImageReader:
         place: what transformers loads from.
         options: of the role.
         tokenizer: of the role.
-        token: what stands for a piece of an image.
+        token: the placeholder of a piece of an image.
     """
 
     def __init__(self, place: str, options: ModelOptions, tokenizer: PreTrainedTokenizerBase, token: int) -> None:

@@ -3,7 +3,7 @@
 A processor (`models.inputs.processor`) makes a prompt with images into tokens, some of which are pieces of the images, and
 tensors by name: `pixel_values` and whatever else its model asks for. Those go with each sample as they are; a micro-batch has
 them one after another along the first dimension, whether that counts images (LLaVA), patches of all images (Qwen2-VL) or
-samples (Idefics). What is smaller than its neighbors is filled with zeros, as processors themselves do. Names that end in
+samples (Idefics). Smaller tensors are padded with zeros, as processors themselves do. Names that end in
 `token_type_ids` have one number per token and the layout of tokens.
 
 A token that stands for a piece of an image means nothing in a completion, yet a policy can sample it. It is read as the token
@@ -47,7 +47,7 @@ def is_vision(config: Any) -> bool:
 
 
 def placeholder(config: Any) -> int | None:
-    """The token that stands for a piece of an image."""
+    """The placeholder token of a piece of an image."""
     found: int | None = getattr(config, "image_token_id", None)
     return found
 
@@ -62,7 +62,7 @@ class Vision:
 
     Args:
         reader: of its prompts.
-        token: what stands for a piece of an image.
+        token: the placeholder of a piece of an image.
     """
 
     reader: ImageReader

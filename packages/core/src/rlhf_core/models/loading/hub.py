@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it answers, and what its names stand for. Models themselves are read by transformers.
+"""The Hugging Face hub: its availability, and the meaning of its names. Models themselves are read by transformers.
 
 A repository with `adapter_config.json` is an adapter, as transformers too takes it; it is downloaded and from there on the
 folder that it would be on a disk. Nothing is asked of the hub for a name that is a folder, a file or made on the spot.
