@@ -116,9 +116,9 @@ def field_helps(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         body = getattr(node, "body", None)
         for field, text in itertools.pairwise(body if isinstance(body, list) else []):
-            if isinstance(field, (ast.Assign, ast.AnnAssign)) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant):
-                    yield ast.unparse(field).splitlines()[0], str(text.value.value)
+            assigns = isinstance(field, (ast.Assign, ast.AnnAssign))
+            if assigns and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                yield ast.unparse(field).splitlines()[0], str(text.value.value)
 
 
 def test_the_help_of_a_field_stands_alone() -> None:

@@ -94,7 +94,7 @@ GENERATION = Dialect(
         "dataset_key": "--data.prompt-key",
     },
     {
-        "eos_ids": "a completion ends at the end tokens of the model's tokenizer and generation settings; --sampling.stop takes texts",
+        "eos_ids": "a completion ends at the end tokens of tokenizer and generation config; --sampling.stop takes texts",
         "ports": "the command starts the engine itself, and no server is needed; --shard divides prompts over several",
     },
 )
