@@ -46,7 +46,7 @@ CALLS_PER_WORKER = 16
 
 @dataclass(frozen=True)
 class Func(Reward):
-    """A Python function: of a file, reward_func(queries, prompts, labels), or module:name."""
+    """Calls your Python function, from a .py file or module:name."""
 
     path: str | Callable[..., Any]
     """the function: a .py file, or module:name; from Python the function itself"""
