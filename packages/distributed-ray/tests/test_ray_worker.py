@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rlhf_core.training.local_role import LocalRole
 from rlhf_distributed_ray import worker as worker_module
 from rlhf_distributed_ray.arrays import buckets
 from rlhf_distributed_ray.engine_worker import EngineWorker, MirrorRole
-from rlhf_distributed_ray.worker import Description, RoleWorker
+from rlhf_distributed_ray.worker import Description, RoleWorker, package_versions, plan_from
 
 LOGPROBS = frozenset({"logprobs_NT"})
 
@@ -50,6 +51,25 @@ def test_a_worker_goes_where_the_run_was_started_or_says_that_it_cannot(
         UsageError, match=r"^node .* has no folder /not/here \(No such .*\); start the run in a folder that"
     ):
         RoleWorker(described("/not/here"), "actor", 0, 1).initialize()
+
+
+def test_a_worker_with_other_versions_than_the_controller_says_which_before_it_reads_the_run() -> None:
+    mine = package_versions(["torch", "rlhf-core", "no-such-package"])
+    assert mine == {
+        "torch": torch.__version__.partition("+")[0],
+        "rlhf-core": metadata.version("rlhf-core"),
+        "no-such-package": "none",
+    }
+    run = Description(
+        PluginSelection(), {"algorithm": "of another version"}, {}, ".", {}, {**mine, "torch": "1.0", "peft": "0.1"}
+    )
+    has_peft = package_versions(["peft"])["peft"]
+    with pytest.raises(UsageError) as caught:
+        plan_from(run)
+    assert str(caught.value) == (
+        f"packages of {socket.gethostname()} differ from the controller's (torch: 1.0 here, {mine['torch']} there, "
+        f"peft: 0.1 here, {has_peft} there); install the same versions"
+    )
 
 
 def started(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> RoleWorker:

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from rlhf_core.contract.batch import Prompts
+from rlhf_core.contract.memory import ModelSize, SamplingLoad
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
+from rlhf_core.forecast.forecast import forecast
+from rlhf_core.forecast.options import PlanOptions
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_share
@@ -51,6 +54,57 @@ def test_options_that_are_given_win() -> None:
         "dtype": "bfloat16",
     }
     assert {name: built[name] for name in expected} == expected
+
+
+SIZE = ModelSize(10**9, 0, 10**7, 10**8, 24, 32000, compute_bytes=2, cache_bytes=10**5)
+"""A model of a billion parameters in bfloat16."""
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "device", "expected"),
+    [
+        pytest.param({}, 60 * GIB, 80 * GIB, 30 * GIB, id="half of what is free"),
+        pytest.param({"gpu_memory_utilization": 0.25}, 60 * GIB, 80 * GIB, 20 * GIB, id="a share of the device"),
+        pytest.param(
+            {"kv_cache_gib": 3.0}, 60 * GIB, 80 * GIB, 2 * 10**9 + 3 * GIB, id="weights and a cache of that size"
+        ),
+        pytest.param({}, GIB, 80 * GIB, 2 * 10**9, id="weights at the least"),
+        pytest.param({}, 0, 0, 2 * 10**9 + 4 * GIB, id="on the CPU"),
+        pytest.param(
+            {"process": "own", "tensor_parallel_size": 2, "kv_cache_gib": 1.0},
+            60 * GIB,
+            80 * GIB,
+            10**9 + GIB,
+            id="weights over two GPUs",
+        ),
+        pytest.param({"process": "own", "transfer": "nccl"}, 60 * GIB, 80 * GIB, 0, id="on GPUs of its own"),
+    ],
+)
+def test_the_memory_of_an_engine_is_its_weights_and_the_cache_that_vllm_reserves(
+    options: dict[str, Any], free: int, device: int, expected: int
+) -> None:
+    load = SamplingLoad(8, 4, 100, 100, 0, free, device)
+    assert VLLM(**options).memory(SIZE, load) == pytest.approx(expected, abs=1)
+
+
+def test_a_plan_counts_the_engine_on_the_device_of_the_role(tmp_path: Path) -> None:
+    plan = forecast(tiny_run(tmp_path, rollout=VLLM(kv_cache_gib=2.0)).config, PlanOptions(gpu_gib=16))
+    actor = plan.roles["actor"]
+    assert actor.memory.cache == actor.size.parameters * actor.size.compute_bytes + 2 * GIB
+    sampling = next(phase for phase in plan.phases if phase.name == "sample actor")
+    assert sampling.bytes >= 2 * GIB + sum(role.memory.resident for role in plan.roles.values())
+
+
+def test_processes_that_do_not_divide_the_heads_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    four = VLLM(process="own", tensor_parallel_size=4)
+    with pytest.raises(UsageError) as caught:
+        four.check_plan(tiny_run(tmp_path, model="tiny:heads=6,hidden=192", rollout=four).plan)
+    assert str(caught.value) == (
+        "tensor_parallel_size 4 does not divide the 6 attention heads of tiny:heads=6,hidden=192, the model of role actor; "
+        "choose a number that does"
+    )
+    four.check_plan(tiny_run(tmp_path, model="tiny:heads=8,hidden=256", rollout=four).plan)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,10 @@ FOREIGN = {
     "core/plugins/hook_checks": {"__code__": "a function of Python"},
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
-    "core/models/loading/limits": {"max_position_embeddings": "a config of transformers"},
+    "core/models/loading/limits": {
+        "max_position_embeddings": "a config of transformers",
+        "num_attention_heads": "a config of transformers",
+    },
     "core/strategy/parameter_states": {"get_shape": "a slice of safetensors"},
     "distributed-ray/crew": {"cause": "an error of Ray"},
     "strategy-deepspeed/engine": {

@@ -161,6 +161,28 @@ def test_turns_are_taken_by_themselves_only_where_a_gpu_is_too_small(
     assert sharing.plan_sharing(Local(share_memory="off"), plan, 3_000_000, 1, names, False) is None
 
 
+@pytest.mark.parametrize(
+    ("engine", "copies", "expected"),
+    [
+        pytest.param(False, False, {"actor": (30, 7), "critic": (20, 5)}, id="samples in the role's process"),
+        pytest.param(
+            True, False, {"actor": (30, 5), "critic": (20, 5), "rollout engine": (7, 0)}, id="says all that it holds"
+        ),
+        pytest.param(
+            True, True, {"actor": (30, 5), "critic": (20, 5), "rollout engine": (17, 0)}, id="copies the weights"
+        ),
+    ],
+)
+def test_an_engine_in_a_process_of_its_own_is_counted_with_the_weights_it_copies(
+    engine: bool, copies: bool, expected: dict[str, tuple[int, int]]
+) -> None:
+    memory = {
+        "actor": RoleMemory(weights=10, optimizer=20, activations=5, inference=2, cache=7),
+        "critic": RoleMemory(weights=20, activations=5),
+    }
+    assert sharing._needs(memory, list(memory), engine, copies) == expected
+
+
 def test_an_engine_with_its_own_weights_sleeps_while_roles_train_and_wakes_in_two_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import RunStopped, UsageError, WorkerLost, option, run_option
 from rlhf_core.launcher.sharing import SharingOptions
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 5
 """Number of restarts of a role before it counts as dead: Ray takes some seconds to notice that a node is gone."""
+PACKAGES = ("rlhf-core", "torch", "transformers")
 NODE = "ray.io/node-id"  # the label that Ray gives every node
 
 
@@ -75,7 +77,7 @@ class Cluster:
         from rlhf_distributed_ray.replacing import EngineCrew
         from rlhf_distributed_ray.sharing import RayTurns
         from rlhf_distributed_ray.transport import Shipper
-        from rlhf_distributed_ray.worker import Description, RoleWorker, versions
+        from rlhf_distributed_ray.worker import Description, RoleWorker, package_versions, versions
 
         self._reserve()
         config = self.plan.config
@@ -83,7 +85,12 @@ class Cluster:
         expected = versions(registry, config.names, config.uses)
         secrets = self.surroundings.secrets
         self.described = described = Description(
-            registry.selection, to_names(config), expected, str(Path.cwd()), secrets
+            registry.selection,
+            to_names(config),
+            expected,
+            str(Path.cwd()),
+            secrets,
+            package_versions(_packages(self.plan)),
         )
         shipper = Shipper()
         actors = {
@@ -245,6 +252,12 @@ def _start(crew: Crew) -> None:
     timeout = crew.limits.timeout
     host, port = crew.send(lambda actor, _: actor.open_store.remote(timeout), [0]).in_order()[0]
     crew.call("start", host, port, timeout)
+
+
+def _packages(plan: Plan) -> list[str]:
+    """Return the packages that every process must have in one version: those that compute, and peft if a role has adapters."""
+    adapted = any(isinstance(spec.options, TrainedOptions) and spec.options.lora.rank for spec in plan.roles.values())
+    return [*PACKAGES, *(["peft"] if adapted else [])]
 
 
 def _title(name: str) -> str:

@@ -62,7 +62,8 @@ def forecast_memory(config: RunConfig, layout: Layout, sampled: str) -> dict[str
         engines = len(layout.seats[ENGINE])
         alike = engines if not config.batch_size % engines else len(layout.seats[sampled])
         role = of(alike).roles[sampled]
-        held[ENGINE] = WorkerMemory(role.size.parameters * role.size.compute_bytes + role.memory.cache, 0)
+        copied = role.size.parameters * role.size.compute_bytes if config.providers["rollout"].exact else 0
+        held[ENGINE] = WorkerMemory(copied + role.memory.cache, 0)
     return held
 
 

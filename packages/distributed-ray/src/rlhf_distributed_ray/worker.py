@@ -6,16 +6,18 @@ from __future__ import annotations
 import io
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.registry_view import PluginSelection
+from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import join_world
 from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
@@ -31,7 +33,7 @@ from rlhf_distributed_ray.sending import Shipment, send_weights
 from rlhf_distributed_ray.snapshots import Files, memory_folder, read_files, write_files
 from rlhf_distributed_ray.transport import unpack
 
-__all__ = ["Description", "RoleWorker", "Worker", "plan_from", "versions"]
+__all__ = ["Description", "RoleWorker", "Worker", "package_versions", "plan_from", "versions"]
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,20 @@ class Description:
     """folder in which the run was started: relative paths refer to it, and local modules are in it"""
     secrets: Mapping[str, str] = field(repr=False, default_factory=dict)
     """environment variables of the controller that Ray must not show"""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """versions of the libraries that decide numbers, as the controller has them (`package_versions`)"""
 
 
 def plan_from(run: Description) -> Plan:
     """The controller's plan, built again from names and options with the plugins of this process.
 
     Raises:
-        UsageError: this process has other plugins than the controller.
+        UsageError: this process has other packages or plugins than the controller.
     """
     from rlhf_core.config.builder import from_names
-    from rlhf_core.errors import UsageError
     from rlhf_core.plugins.registry import Registry
 
+    _check_packages(run.packages)
     chosen = run.plugins
     registry = Registry(autoload=chosen.autoload, blocked=chosen.blocked, load=chosen.load)
     config = from_names(run.names, registry)
@@ -82,6 +86,32 @@ def versions(registry: Any, names: Mapping[str, str], uses: Mapping[str, str]) -
     }
 
 
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the version of each package, `none` where it is missing. Builds of a version, such as `+cpu`, count as one."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _check_packages(expected: Mapping[str, str]) -> None:
+    """Check that this process has the controller's packages, before it reads the run with them.
+
+    Raises:
+        UsageError: it has others.
+    """
+    mine = package_versions(expected)
+    differing = [name for name in expected if mine[name] != expected[name]]
+    if differing:
+        pairs = ", ".join(f"{name}: {expected[name]} here, {mine[name]} there" for name in differing)
+        raise UsageError(
+            f"packages of {socket.gethostname()} differ from the controller's ({pairs}); install the same versions"
+        )
+
+
 class Worker(Beating):
     """A process of the run: what all kinds of it do first.
 
@@ -99,8 +129,6 @@ class Worker(Beating):
         Raises:
             UsageError: that folder is not here, or other plugins are.
         """
-        from rlhf_core.errors import UsageError
-
         try:
             os.chdir(self._run.folder)
         except OSError as error:

@@ -11,7 +11,7 @@ from rlhf_rollout_vllm.kept_tokens import MOST
 if TYPE_CHECKING:
     from rlhf_rollout_vllm.options import VLLMOptions
 
-__all__ = ["engine_arguments", "engine_gpus", "memory_share", "reason_of"]
+__all__ = ["CPU_CACHE_GIB", "engine_arguments", "engine_gpus", "memory_share", "reason_of"]
 
 CPU_CACHE_GIB = 4.0
 

@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import OptionError, UsageError, option, run_option
+from rlhf_rollout_vllm.arguments import CPU_CACHE_GIB, memory_share
 from rlhf_rollout_vllm.options import VLLMOptions
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.engines import OpenContext
+    from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import Sampling
+    from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
@@ -58,6 +61,33 @@ class VLLM(VLLMOptions, Rollout):
         from rlhf_rollout_vllm.install import check_installed
 
         check_installed()
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise UsageError if the processes of an engine cannot share the heads of a sampled model evenly."""
+        from rlhf_core.models.loading.limits import attention_heads
+
+        size = self.tensor_parallel_size
+        for name, spec in plan.roles.items() if size > 1 else ():
+            heads = attention_heads(spec.options.model, spec.options) if spec.sampled else None
+            if heads is not None and heads % size:
+                raise OptionError(
+                    "tensor_parallel_size",
+                    f"{size} does not divide the {heads} attention heads of {spec.options.model}, the model of role {name}; "
+                    "choose a number that does",
+                )
+
+    def memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the bytes of an engine on one of its GPUs: its part of the weights, and the cache that vLLM reserves.
+
+        vLLM takes its whole share of a device when it starts, however few samples there are (`arguments.memory_share`).
+        """
+        if self.transfer == "nccl":  # on other GPUs than the role's
+            return 0
+        weights = size.parameters * size.compute_bytes // (self.tensor_parallel_size * self.pipeline_parallel_size)
+        if self.kv_cache_gib or not load.device_bytes:
+            return weights + int((self.kv_cache_gib or CPU_CACHE_GIB) * 2**30)
+        share = memory_share(self.gpu_memory_utilization, load.free_bytes, load.device_bytes)
+        return max(weights, int(share * load.device_bytes))
 
     def open(self, context: OpenContext) -> VLLMEngines:
         """Return engines that start vLLM for a role when it is first sampled."""

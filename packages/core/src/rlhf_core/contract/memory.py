@@ -87,3 +87,5 @@ class SamplingLoad:
     """bytes that a forward pass without gradient over all prompts holds in addition to the weights"""
     free_bytes: int = 0
     """memory of the device that weights and optimizers of all roles leave; 0 where it is not known"""
+    device_bytes: int = 0
+    """memory of the device; 0 where it is not known"""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.episode import Session
     from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import KL, ModelOptions, Sampling
+    from rlhf_core.contract.plan import Plan
     from rlhf_core.contract.results import Credit, LossTerms, Outputs, RewardOutput
     from rlhf_core.contract.roles import Role
     from rlhf_core.contract.run_view import RowEncoder
@@ -113,6 +114,9 @@ class Rollout(Provider):
         """Number of GPUs that one engine computes on, where there are any: several under tensor or pipeline parallelism."""
         return 1
 
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `UsageError` if it cannot sample the roles of a plan, as far as that is known before anything starts."""
+
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Return `sampling.n` completions per prompt, adjacent. `sampling.seed_for(uid, k)` seeds each one separately."""
         raise NotImplementedError
@@ -133,7 +137,10 @@ class Rollout(Provider):
         return 0
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
-        """Return the bytes that it holds on the role's device while it samples, for `rlhf-run plan`; 0 if none."""
+        """Return the bytes that it holds on the role's device while it samples, for `rlhf-run plan`; 0 if none.
+
+        Weights of its own are among them, unless it is `exact` and samples from the role's.
+        """
         return 0
 
     def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:

@@ -120,7 +120,7 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
     memory = {name: strategy.memory(each.memory, each.size, options.gpus) for name, each in passes.items()}
     device_bytes = _device_bytes(options)
     free = max(0, device_bytes - sum(each.resident for each in memory.values()))
-    sampling = {name: _sampling(load, each, free) for name, each in passes.items()}
+    sampling = {name: _sampling(load, each, free, device_bytes) for name, each in passes.items()}
     rollout = config.providers.get("rollout")
     for name in plan.sources:
         if name != DATA and rollout is not None:
@@ -155,12 +155,12 @@ def _role(spec: RoleSpec, load: Workload, passes: Passes, memory: RoleMemory) ->
     return RoleForecast(spec.trained, memory, passes.size, passes.graph, cells.rows, cells.rounds)
 
 
-def _sampling(load: Workload, passes: Passes, free: int) -> SamplingLoad:
+def _sampling(load: Workload, passes: Passes, free: int, device_bytes: int) -> SamplingLoad:
     """Return what sampling a role takes on a device; its forward pass is scaled to the prompts alone."""
     prompts, n = load.prompts, load.plan.config.sampling.n
     spec_tokens = max(1, passes.read_tokens)
     prefill = passes.memory.inference * prompts * load.prompt // spec_tokens
-    return SamplingLoad(prompts, n, load.prompt, load.completion, prefill, free)
+    return SamplingLoad(prompts, n, load.prompt, load.completion, prefill, free, device_bytes)
 
 
 def _phases(

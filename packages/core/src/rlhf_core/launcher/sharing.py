@@ -81,7 +81,7 @@ def plan_sharing(
     if not budget:
         raise OptionError("share_memory", f"on: the memory of a CPU has no bound here; pass {option('share_gib')}")
     memory = expected_memory(plan, budget, ranks)
-    needed = _needs(memory, names, engine)
+    needed = _needs(memory, names, engine, copies=config.providers["rollout"].exact if engine else False)
     together = sum(stays for stays, _ in needed.values()) + max(work for _, work in needed.values())
     if options.share_memory == "auto" and together <= budget:
         return None
@@ -99,13 +99,22 @@ def plan_sharing(
     return Sharing(Residents(budget), memory)
 
 
-def _needs(memory: Mapping[str, RoleMemory], names: Sequence[str], engine: bool) -> dict[str, tuple[int, int]]:
-    """Return the bytes that each resident keeps while it is awake, and those that its largest call adds."""
+def _needs(
+    memory: Mapping[str, RoleMemory], names: Sequence[str], engine: bool, copies: bool
+) -> dict[str, tuple[int, int]]:
+    """Return the bytes that each resident keeps while it is awake, and those that its largest call adds.
+
+    An engine in another process that would sample from a role's own weights `copies` them.
+    """
     needed = {}
     for name in names:
         each = memory[name]
         needed[name] = (each.resident, max(each.training, each.inference, 0 if engine else each.cache))
-    return needed | ({"rollout engine": (max(memory[name].cache for name in names), 0)} if engine else {})
+    if engine:
+        sampled = [memory[name] for name in names if memory[name].cache]
+        held = max((each.cache + (each.weights if copies else 0) for each in sampled), default=0)
+        needed["rollout engine"] = (held, 0)
+    return needed
 
 
 def expected_memory(plan: Plan, budget: int, ranks: int) -> Mapping[str, RoleMemory]:

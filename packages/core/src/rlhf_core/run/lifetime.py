@@ -52,6 +52,9 @@ def check(plan: Plan) -> None:
         for role, spec in plan.roles.items():
             if isinstance(spec.options, TrainedOptions) and spec.options.lora.rank:
                 check_peft(run_option(f"{role}.lora"))
+        if plan.online and "rollout" in plan.config.providers:
+            with options_under("/rollout"):
+                plan.config.providers["rollout"].check_plan(plan)
         if "launcher" in plan.config.providers:
             with options_under("/launcher"):
                 plan.config.providers["launcher"].check_plan(plan)

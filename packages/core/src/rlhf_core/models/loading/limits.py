@@ -1,4 +1,4 @@
-"""Limits of a model that rows and samples keep to: its positions, and the ids that its tokenizer has."""
+"""Limits of a model that rows, samples and engines keep to: its positions, its heads, and the ids that its tokenizer has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_core.models.loading.transformers_calls import read_config
 if TYPE_CHECKING:
     from rlhf_core.contract.options import ModelOptions
 
-__all__ = ["end_of_vocabulary", "lacking_ids", "most_positions", "window_of"]
+__all__ = ["attention_heads", "end_of_vocabulary", "lacking_ids", "most_positions", "window_of"]
 
 
 def most_positions(name: str, options: ModelOptions) -> int | None:
@@ -25,6 +25,18 @@ def most_positions(name: str, options: ModelOptions) -> int | None:
     if source.kind == "adapter":
         return most_positions(read_base_model(Path(source.location)), options)
     return window_of(read_config(name, source, options))
+
+
+def attention_heads(name: str, options: ModelOptions) -> int | None:
+    """Return how many attention heads a layer of the model called `name` has; None where its config does not say."""
+    source = resolve_name(name)
+    if source.kind == "tiny":
+        return tiny.parse(name).heads
+    if source.kind == "adapter":
+        return attention_heads(read_base_model(Path(source.location)), options)
+    text = read_config(name, source, options).get_text_config(decoder=True)
+    heads: int | None = getattr(text, "num_attention_heads", None)
+    return heads
 
 
 def window_of(config: Any) -> int | None:
