@@ -218,11 +218,11 @@ def test_help_begins_with_the_ten_flags_that_a_first_run_sets_and_shows_each_onc
     pytest.importorskip("rlhf_algos")
     for words in (["sft", "--data", "hf"], ["grpo", "--reward", "func"], ["dpo"], ["reward"]):
         text = say("-p", "algos", *words, "--help-all")
-        first = text.partition("\nfirst of all\n")[2].partition("\n\n")[0]
+        first = text.partition("\nmain options\n")[2].partition("\n\n")[0]
         flags = re.findall(r"^  (--\S+)", first, re.MULTILINE)
         assert len(flags) == 10 and {"--model", "--batch-size"} < set(flags)
         assert any(flag.endswith(".optim.lr") for flag in flags)
-        everything = re.findall(r"^  (--[a-z]\S*) (?!NAME)", text.partition("first of all")[2], re.MULTILINE)
+        everything = re.findall(r"^  (--[a-z]\S*) (?!NAME)", text.partition("main options")[2], re.MULTILINE)
         options = [flag for flag in everything if "." in flag]
         assert len(options) == len(set(options)) > 30
 

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, the credit of PPO."""
+"""Generalized advantage estimation, the credit of PPO."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["GAEAdvantage"]
 
 @dataclass(frozen=True)
 class GAEAdvantage(Advantage):
-    """Generalised advantage estimation with a critic (Schulman et al. 2016, eq. 16).
+    """Generalized advantage estimation with a critic (Schulman et al. 2016, eq. 16).
 
     Environment tokens are skipped: after a turn's last action comes the critic's value at the next turn's first one.
     """

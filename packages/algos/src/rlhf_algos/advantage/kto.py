@@ -28,7 +28,7 @@ MISMATCHED = "mismatched_N"
 
 @dataclass(frozen=True)
 class KTOAdvantage(Advantage):
-    """+ for desirable and - for undesirable rows, and the point z they are compared with (Ethayarajh et al. 2024).
+    """Positive credit for desirable rows, negative for undesirable ones, and the reference point z (Ethayarajh et al. 2024).
 
     Reads the data's label: true or a positive number is desirable; of pairs the chosen one is, and the rejected one is not.
     z is what log(pi / ref) of a completion is to be expected to be, never below 0; its mean is over all ranks.

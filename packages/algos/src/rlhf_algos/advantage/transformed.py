@@ -25,7 +25,7 @@ MAX_EXPONENT = 80.0  # exp(80) is 5e34: beyond it float32 overflows
 
 @dataclass(frozen=True)
 class TransformedAdvantage(Advantage):
-    """Another advantage, of r - alpha exp(beta r), or of r - alpha 1[r < threshold] (RePULSe, appendix C.3).
+    """Advantage of a transformed reward, r - alpha exp(beta r) or r - alpha 1[r < threshold] (RePULSe, appendix C.3).
 
     With `rloo` this is RePULSe with the policy as its own proposal, in expectation and up to the prompt's constant Z. The KL
     penalty and the logged reward are left as they are.

@@ -17,7 +17,7 @@ __all__ = ["ActiveRewardModeling"]
 
 @dataclass(frozen=True)
 class ActiveRewardModeling(Algorithm):
-    """A reward model from the preference pairs that it asks for (arXiv 2502.07193, algorithm 3): from data.
+    """A reward model from preference pairs that it selects for labeling (arXiv 2502.07193, algorithm 3): from data.
 
     Each batch is a pool of pairs whose labels are still unknown; `ask` chooses those that are labeled and trained on.
     """

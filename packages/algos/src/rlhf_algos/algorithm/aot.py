@@ -18,7 +18,7 @@ __all__ = ["AOT"]
 
 @dataclass(frozen=True)
 class AOT(DPO):
-    """Distributions of rewards compared, by sorting, on pairs (Melnyk et al. 2024): from data, with a reference.
+    """Optimal transport between the sorted rewards of pairs (Melnyk et al. 2024): from data, with a reference.
 
     The larger the batch, the better its sorted samples stand for the distributions.
     """

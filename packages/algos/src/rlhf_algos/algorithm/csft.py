@@ -13,7 +13,7 @@ __all__ = ["CSFT"]
 
 @dataclass(frozen=True)
 class CSFT(SFT):
-    """Fine-tuning with the reward in the prompt, so that a good answer can be asked for (Hu et al. 2023): from data.
+    """Fine-tuning with the reward in the prompt, so that users can request a good answer (Hu et al. 2023): from data.
 
     Learns from bad completions too, as examples of what a low reward looks like.
     """

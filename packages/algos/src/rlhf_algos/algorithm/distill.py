@@ -18,7 +18,7 @@ __all__ = ["Distill"]
 
 @dataclass(frozen=True)
 class Distill(Algorithm):
-    """A student takes over a teacher's distributions on the data's completions (Hinton et al. 2015): from data.
+    """A student imitates a teacher's distributions on the data's completions (Hinton et al. 2015): from data.
 
     The completions may be anybody's: those of a data set, or the teacher's own (`rlhf-run generate`, then --data.path). On
     the student's own samples it is `on_policy_distill --loss distill`.

@@ -22,7 +22,7 @@ __all__ = ["AOTLoss"]
 
 @dataclass(frozen=True)
 class AOTLoss(Loss):
-    """Logistic cost between sorted samples: one distribution shall dominate the other (Melnyk et al. 2024, AOT).
+    """Logistic cost between sorted samples: one distribution should dominate the other (Melnyk et al. 2024, AOT).
 
     paired:    a = log pi(w) - log pi(l) of each pair, b the same of the reference
     otherwise: a = log(pi / ref)(w) of the chosen, b = log(pi / ref)(l) of the rejected completions

@@ -21,7 +21,7 @@ __all__ = ["PreferenceLoss"]
 
 @dataclass(frozen=True)
 class PreferenceLoss(Loss):
-    """A function of log(pi / ref) of both completions, sums over tokens; of most, of their difference h."""
+    """A function of log(pi / ref) of both completions, summed over tokens; in most losses of their difference h."""
 
     beta: float = 0.1
     """strength of the pull to the reference; larger values stay nearer"""

@@ -28,7 +28,7 @@ __all__ = ["KeepBad"]
 
 @dataclass(frozen=True)
 class KeepBad(Reward):
-    """Another reward, unchanged; samples that it scores below a threshold are kept in a JSONL file."""
+    """Scores of another reward, unchanged; samples with scores below a threshold are saved to a JSONL file."""
 
     of: str
     """reward provider (for example "length target=40"), by name with its options"""

@@ -25,7 +25,7 @@ __all__ = ["Chat"]
 
 @dataclass(frozen=True)
 class Chat(Command):
-    """Talk to a model: a line of input, an answer; works piped. Ctrl-D ends it."""
+    """Chat with a model, one line of input per answer; input may be piped. Ctrl-D ends the chat."""
 
     model: str
     """hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`"""

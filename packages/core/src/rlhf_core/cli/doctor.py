@@ -46,7 +46,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plu
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Show whether the README works here, versions that clash, devices and plugins, and what is missing for which feature."""
+    """Check this installation: the README's needs, conflicting versions, devices, plugins, and missing optional packages."""
 
     def __call__(self, context: CommandContext) -> int:
         sections = {

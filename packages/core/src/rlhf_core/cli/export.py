@@ -17,7 +17,7 @@ __all__ = ["Export"]
 
 @dataclass(frozen=True)
 class Export(Command):
-    """Write a checkpoint as a Hugging Face folder, adapters as a PEFT folder; the run's options place a moving average."""
+    """Write a checkpoint as a Hugging Face folder, or a PEFT folder for adapters. Averages follow the run's options."""
 
     checkpoint: str
     """folder OUTPUT/checkpoints/step-N"""

@@ -78,9 +78,9 @@ def algorithm(schema: Schema, settings: Settings, registry: Registry, everything
     choices = [(f"{flag(kind)} {chosen or 'none'}", _choices(kind, registry)) for kind, chosen in schema.names.items()]
     blocks = [
         [f"usage: rlhf-run {name} [flags]", "", *docs_of(own.cls).doc.split("\n")],
-        ["first of all"],
+        ["main options"],
         _rows(_row(option, settings) for option in first),
-        ["providers, as chosen here"],
+        ["providers (chosen one, then all of its kind)"],
         _rows(choices[1:]),
     ]
     for section in schema.sections:
@@ -116,7 +116,7 @@ def command(schema: Schema, settings: Settings, registry: Registry) -> str:
     blocks = [[usage, "", *docs_of(own.cls).doc.split("\n")]]
     if kinds:
         choices = [(f"{flag(kind)} {chosen or 'NAME'}", _choices(kind, registry)) for kind, chosen in kinds]
-        blocks += [["providers, as chosen here"], _rows(choices)]
+        blocks += [["providers (chosen one, then all of its kind)"], _rows(choices)]
     if own.options:
         blocks += [["options"], _rows((option.path.upper(), option.doc) for option in positional)]
         blocks += [_rows(_row(option, settings) for option in own.options if not option.required)]

@@ -19,7 +19,7 @@ __all__ = ["MergeLora"]
 
 @dataclass(frozen=True)
 class MergeLora(Command):
-    """Merge an adapter into its base: a folder that plain transformers loads. Language and reward models alike."""
+    """Merge an adapter of a language or reward model into its base, as a folder that plain transformers loads."""
 
     adapter: str
     """the adapter: OUTPUT/model of a run, another folder, or a hub name"""

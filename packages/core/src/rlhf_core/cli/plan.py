@@ -17,7 +17,7 @@ __all__ = ["PlanCommand"]
 
 @dataclass(frozen=True)
 class PlanCommand(Command):
-    """Forecast memory per role and device, and seconds per phase, of the run that the same flags start. Starts nothing.
+    """Forecast memory per role and device, and seconds per phase, of the run that the same flags start; nothing is started.
 
     The exit code is 1 if the run does not fit the devices.
     """

@@ -30,7 +30,7 @@ class ListedProvider:
 
 @dataclass(frozen=True)
 class Plugins(Command):
-    """List what is installed: kind, name, distribution, version and one line each; broken plugins last."""
+    """List installed providers: kind, name, distribution, version and a summary; broken plugins come last."""
 
     kind: Literal["", KindName, "metric"] = ""
     """kind of provider to list; empty lists all kinds except metrics"""

@@ -22,7 +22,7 @@ __all__ = ["RecipeCommand"]
 
 @dataclass(frozen=True)
 class RecipeCommand(Command):
-    """Run the steps of a recipe. Finished steps stay while nothing that they are made of changes."""
+    """Run the steps of a recipe. Finished steps are reused while their inputs do not change."""
 
     file: str
     """TOML file; docs/recipes.md describes it"""

@@ -18,7 +18,7 @@ __all__ = ["Replay"]
 
 @dataclass(frozen=True)
 class Replay(Command):
-    """Compute reward, credit and loss of a recorded step again, and name the first number that is not as it was."""
+    """Compute reward, credit and loss of a recorded step again, and name the first number that differs."""
 
     run: str
     """OUTPUT of a run that recorded steps"""

@@ -49,7 +49,7 @@ SCRIPT_MARK = "# written by rlhf-run sweep"
 
 @dataclass(frozen=True)
 class Sweep(Command):
-    """Run a grid of settings for several seeds; started again, it resumes what failed and leaves what is finished."""
+    """Run a grid of settings for several seeds; a restart resumes failed runs and skips finished ones."""
 
     file: str
     """TOML file: a base configuration, variants, a grid and seeds; docs/sweeps.md shows one"""

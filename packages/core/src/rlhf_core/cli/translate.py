@@ -18,7 +18,7 @@ __all__ = ["Translate"]
 
 @dataclass(frozen=True)
 class Translate(Command):
-    """Print the command that takes the place of one of OpenRLHF, TRL, verl or RLHFlow, and name what has no place in it."""
+    """Print the command that replaces one of OpenRLHF, TRL, verl or RLHFlow, and name options without an equivalent."""
 
     old: str
     """old command in quotes, or a file that contains it"""

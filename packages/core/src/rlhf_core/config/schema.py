@@ -54,7 +54,7 @@ HELDOUT_LOSS = "heldout_loss"
 """The evaluator of an offline algorithm whose data holds rows out, where the user chose none and declined none."""
 
 FIXED = {
-    "config": "TOML file with options; flags win over it",
+    "config": "TOML file with options; flags override it",
     "dry_run": "check everything that can be checked before the first step, and train nothing",
     "help": "show the options of exactly the chosen providers, and name those of the run and its roles",
     "help_all": "explain every option",

@@ -62,7 +62,7 @@ def read_recipe(path: str | Path, variables: Mapping[str, str] | None = None, **
     Args:
         path: a TOML file; relative paths of artifacts start in the working folder, as in `rlhf-run`.
         variables: values that take the place of those in the file's [variables], as texts.
-        overrides: fields of `Recipe` that win over the file.
+        overrides: fields of `Recipe` that override the file.
 
     Raises:
         UsageError: there is no such file, it is not TOML, or a key or value is wrong.

@@ -17,7 +17,7 @@ __all__ = ["ExactMatch"]
 
 @dataclass(frozen=True)
 class ExactMatch(Reward):
-    """1 if the completion is the label (one of them, if it is a list), else 0; blanks around both do not count."""
+    """1 if the completion is the label (one of them, if it is a list), else 0; surrounding blanks are ignored."""
 
     ignore_case: bool = True
     """ignore case in the comparison"""

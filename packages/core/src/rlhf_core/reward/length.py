@@ -1,4 +1,4 @@
-"""`--reward length`: how near a completion is to a wanted length. Its optimum is known: good for trying things out."""
+"""`--reward length`: closeness of a completion to a target length. Its optimum is known, which suits first experiments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Length"]
 
 @dataclass(frozen=True)
 class Length(Reward):
-    """Nearness to a wanted length: 0 at the target, falling by 1 for each target's length away."""
+    """Closeness to a target length: 0 at the target, and 1 less for each target length of distance."""
 
     target: int = 32
     """target length, in `unit`"""

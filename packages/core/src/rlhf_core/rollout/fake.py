@@ -32,7 +32,7 @@ PARTS = frozenset({"weights", "cache"})
 
 @dataclass(frozen=True)
 class FakeRollout(Rollout):
-    """No model: completions that follow from their seeds, stated times.
+    """Simulated engine without a model: completions follow from their seeds, and calls take stated times.
 
     Completion `k` of a prompt has `1 + s mod max_new_tokens` tokens, where `s = sampling.seed_for(uid, k)`: letters of the
     alphabet in turn (tokens 1 to 26), from the `s mod 26`-th. It ends with EOS (token 0), which counts, unless it has

@@ -32,7 +32,7 @@ __all__ = ["FakeModel", "FakeStrategy", "FakeTrainable"]
 
 @dataclass(frozen=True)
 class FakeStrategy(Strategy):
-    """No model: one number is trained, outputs follow from it, stated times."""
+    """Simulated strategy without a model: outputs follow from one trained number, and calls take stated times."""
 
     forward_seconds: float = 0.0
     """time of a forward pass per 1,000 tokens, in seconds"""

@@ -82,7 +82,7 @@ AGGREGATES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "
 
 
 def read_yaml(draft: Draft) -> None:
-    """Read the file of `--config`; flags of the command win over it.
+    """Read the file of `--config`; flags of the command override it.
 
     Raises:
         UsageError: the file cannot be read, or is no table of options.

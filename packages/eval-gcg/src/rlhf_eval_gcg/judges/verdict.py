@@ -31,7 +31,7 @@ FILLED = ("{prompt}", "{completion}")
 
 @dataclass(frozen=True)
 class Verdict(Reward):
-    """Minus the verdict of a language model that answers a question about prompt and completion with a word."""
+    """Minus the verdict of a language model that answers a question about prompt and completion in one word."""
 
     model: str
     """hub name or folder of the judge, a causal language model; adapters are merged before: rlhf-run merge-lora"""
