@@ -1,7 +1,7 @@
 """Benchmark of data preparation; a run must never wait for rows: `python benchmarks/data.py [MODEL]`.
 
 Rows are made here: preference pairs of about 100 tokens a side, with the chat template of MODEL (the byte-level tokenizer of
-`tiny` by default: more tokens a row than any real one has). Printed are rows/s of reading and checking a file, and of
+`tiny` by default: more tokens per row than any real one has). Printed are rows/s of reading and checking a file, and of
 templating and tokenizing in this process, in two others, and out of the cache; then what an `sft` run of the tiny model
 waited for data, as its own `time/data` says, when rows are read ahead and, for comparison, made when they are asked for.
 """

@@ -96,7 +96,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build(args.tiny)
-    print(f"{args.threads} threads, tokens a second, median of {args.repeat} (least to most)")
+    print(f"{args.threads} threads, tokens per second, median of {args.repeat} (least to most)")
     print(f"{'':30} {'generate':>22} {'--rollout hf':>22} {'faster by':>10}")
     slower = False
     for title, P, n, shortest, longest, new, early in CASES:

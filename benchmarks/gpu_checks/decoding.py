@@ -1,4 +1,4 @@
-"""Sampling with `--rollout hf`: tokens a second against what the memory bandwidth allows, and against transformers."""
+"""Sampling with `--rollout hf`: tokens per second compared with what the memory bandwidth allows, and against transformers."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def long_rows(quick: bool) -> Measured:
         series.append(Series(f"{title}, CPU", "tokens", "s", [(tokens, each[0]) for tokens, each in found]))
     largest, plain = costs[False][-1][0], costs[False][-1][1][1]
     ratios = [
-        Ratio(f"peak at {largest} tokens / {rate:.0f} B a token that autograd keeps", plain / (rate * largest), 2.0),
+        Ratio(f"peak at {largest} tokens / {rate:.0f} B per token that autograd keeps", plain / (rate * largest), 2.0),
         Ratio("memory with checkpointing / without, at the largest", costs[True][-1][1][1] / max(plain, 1.0), 0.8),
     ]
     return Measured(series, ratios)

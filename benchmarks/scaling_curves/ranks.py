@@ -1,4 +1,4 @@
-"""Preparing one rank's share of a batch, at growing numbers of ranks and a fixed number of rows a rank."""
+"""Preparing one rank's share of a batch, at growing numbers of ranks and a fixed number of rows per rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaling_curves.curve import Measured, Ratio, Series, cpu_seconds, curve
 ROWS, SHARE = 20_000, 8
 
 
-@curve("ranks", f"a batch of one rank, {SHARE} rows a rank: draw, template, tokenize")
+@curve("ranks", f"a batch of one rank, {SHARE} rows per rank: draw, template, tokenize")
 def ranks(quick: bool) -> Measured:
     """Rows of a text and an answer. The other ranks are simulated: they answer that their rows are usable."""
     text = "What is the color of the sky over a town that nobody in the world has ever heard of? "

@@ -1,6 +1,6 @@
 """Many samples on held-out prompts, kept with their numbers: what is rare is counted later, at any threshold.
 
-A row a completion, in the order of passes, prompts and completions, whatever the number of ranks: ranks share the prompts,
+One row per completion, in the order of passes, prompts and completions, for any number of ranks: ranks share the prompts,
 and their rows are gathered before the first one writes. Nothing of the algorithm's shaping or transformation is in the rewards.
 """
 

@@ -4,7 +4,7 @@
     output = "sweeps/toy"               # OUTPUT/<run>/ is a run's folder, relative to the working folder
     seeds = [0, 1, 2]
     discard = ["checkpoints", "model"]  # what is removed of a finished run; nothing where absent
-    processes = 4                       # ranks of each run, one a GPU, under torchrun; one process where absent
+    processes = 4                       # ranks of each run, one per GPU, under torchrun; one process by default
 
     [grid]                              # every combination; keys are paths as in flags, without the dashes
     "algorithm.alpha" = [0.01, 0.1]

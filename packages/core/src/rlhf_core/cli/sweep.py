@@ -211,7 +211,7 @@ def _try_lock(folder: Path) -> Iterator[int | None]:
 
 
 def status_table(sweep: SweepFile) -> str:
-    """A line a run: its number, state, step, and how long the last attempt took."""
+    """Return one line per run: its number, state, step, and the duration of the last attempt."""
     rows = [("", "run", "state", "step", "seconds")]
     for i, member in enumerate(sweep.members):
         step = max((int(line["step"]) for line in member.metrics()), default=0)

@@ -1,6 +1,6 @@
 """Batched sampling from a Hugging Face causal language model with a key-value cache.
 
-Each prompt is read once, its cache is expanded to its completions, and one forward pass a step extends every completion by
+Each prompt is read once, its cache is expanded to its completions, and one forward pass per step extends every completion by
 a token; only the last position goes through the language-model head. Completions that have ended leave the batch. Every
 completion draws from its own random stream, so that its tokens depend on its prompt and its seed, not on what else is
 in the batch (up to the rounding of the logits).
