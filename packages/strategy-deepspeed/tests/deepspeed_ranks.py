@@ -109,6 +109,7 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "grpo3": lambda folder: ("grpo", {**ONLINE, "batch_size": 3}),
     "ppo5": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR, "batch_size": 5}),
     "dpo3": lambda folder: ("dpo", {**offline(folder, "pairs"), "batch_size": 3}),
+    "sft1": lambda folder: ("sft", {**offline(folder, "rows"), "batch_size": 1}),
     "sft3": lambda folder: ("sft", {**offline(folder, "rows"), "batch_size": 3}),
     "wide": lambda folder: (
         "grpo",

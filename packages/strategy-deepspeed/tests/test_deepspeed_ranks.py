@@ -29,7 +29,7 @@ Result = dict[str, Any]
 
 QUICK = {
     1: ["plain:3", "steps"],
-    2: ["plain:0", "sft:1o", "dpo:2", "ppo:3s", "grpo3:2o", "distill:3a", "steps", "wrong"],
+    2: ["plain:0", "sft:1o", "dpo:2", "ppo:3s", "grpo3:2o", "distill:3a", "sft1:3", "steps", "wrong"],
 }
 """By number of ranks; every case and every stage occurs, those of rlhf-algos if it is installed."""
 
@@ -238,7 +238,7 @@ def test_float16_skips_a_step_that_overflows_and_halves_the_scale(size: int, qui
 
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
-    assert told["batch"] == "batch_size=… 1 leaves some of 2 ranks without a row; raise it"
+    assert told["batch"] == "batch_size=… 1 leaves some of 2 ranks without a prompt to sample on; raise it"
     assert "scales the loss of float16 from stage 1 on" in told["dtype"]
     assert told["hpz"] == "DeepSpeed(hpz=…) 3 does not divide 2 ranks; choose a number that does"
     assert "the model has no module of class 'Experts'; it has" in told["leaves"]

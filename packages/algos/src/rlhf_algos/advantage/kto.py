@@ -98,14 +98,18 @@ def add_mismatched_rows(batch: Batch) -> Batch:
         UsageError: there is no other prompt.
     """
     world = batch.world or World()
-    unit = 2 if _is_paired(batch) else 1
-    firsts = world.gather(replace(batch.rows(range(min(unit, len(batch)))), world=None))
-    if len(batch) * world.size <= unit:
+    unit = 2 if any(world.gather(len(batch) > 0 and _is_paired(batch))) else 1
+    firsts = world.gather((len(batch), replace(batch.rows(range(min(unit, len(batch)))), world=None)))
+    if sum(rows for rows, _ in firsts) <= unit:
         raise UsageError(
             f"KTO pairs completions with other prompts, and the batch has one prompt; raise {run_option('batch_size')}"
         )
-    others = Batch.cat([batch, firsts[(world.rank + 1) % world.size]]).rows(range(unit, unit + len(batch)))
-    room = max(world.gather(int((batch.prompt_lengths_N + batch.lengths_N).max())))
+    longest = int((batch.prompt_lengths_N + batch.lengths_N).max()) if len(batch) else 0
+    room = max(world.gather(longest))
+    if not len(batch):  # fewer rows than ranks
+        return batch
+    following = firsts[world.rank + 1 :] + firsts[: world.rank + 1]
+    others = Batch.cat([batch, next(first for rows, first in following if rows)]).rows(range(unit, unit + len(batch)))
     lengths_N = torch.minimum(others.lengths_N, (room - batch.prompt_lengths_N).clamp(min=1))
     return replace(
         batch,

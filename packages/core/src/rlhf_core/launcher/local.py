@@ -45,9 +45,10 @@ class Local(SharingOptions, Launcher):
         if together > 1 and world.size == 1:
             raise UsageError(f"one process does not make a group of {together} ranks that share rows; start {together}")
         world = data_world(together) if together > 1 else world
-        if plan.config.batch_size < world.size:
+        if plan.online and plan.config.batch_size < world.size:
             raise OptionError(
-                "/batch_size", f"{plan.config.batch_size} leaves some of {world.size} ranks without a row; raise it"
+                "/batch_size",
+                f"{plan.config.batch_size} leaves some of {world.size} ranks without a prompt to sample on; raise it",
             )
         engine = plan.online and not plan.config.providers["rollout"].exact
         sharing = plan_sharing(self, plan, _device_bytes(), world.size, list(plan.roles), engine)

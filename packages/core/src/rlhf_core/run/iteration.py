@@ -30,6 +30,7 @@ from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
 from rlhf_core.training.running_moments import Moments
 from rlhf_core.training.step_metrics import Meter
+from rlhf_core.training.token_balance import balance_rows, balance_tokens
 from rlhf_core.util.clock import current_time
 from rlhf_core.util.messages import log
 
@@ -177,7 +178,8 @@ class Iteration:
         with self.meter.phase("data"):
             batch = self.run.encoder.batch(*self.rows)
             batch = replace(batch, world=self.world, step=self.info)
-            self.batches[DATA] = prepare_rows(self.run.plan, batch)
+            batch = prepare_rows(self.run.plan, batch)  # it may pair rows in the order of ranks
+            self.batches[DATA] = balance_rows(batch, self.world) if self._may_move else batch
 
     def sample(self, source: str) -> Rollouts | ScoredRollouts:
         """Return completions of `source` on the rows' prompts; scored ones where a filter has had prompts replaced."""
@@ -226,6 +228,8 @@ class Iteration:
             self.rewards[source] = scored.rewards
             self.left_out.pop(source, None)  # they are in the batch
             return
+        if self._may_move:
+            answered = balance_tokens(answered, self.world)
         rollouts, rewards = answered.rollouts, answered.rewards
         shaping = self.config.algorithm.shaping
         if shaping not in (None, RewardShaping()):
@@ -236,6 +240,11 @@ class Iteration:
             log_rewards(self.meter, prefix, rewards, rollouts)
         self.batches[source] = rollouts.with_extras(rewards_N=rewards.rewards_N)
         self.rewards[source] = rewards
+
+    @property
+    def _may_move(self) -> bool:
+        """True if groups may move between ranks: no credit reads a prompt's rows of two sources together."""
+        return not any(spec.parts for spec in self.run.plan.credits.values())
 
     def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
         """Return completions of `source` with their rewards, and let the sampler of rows know what the policy earned."""
