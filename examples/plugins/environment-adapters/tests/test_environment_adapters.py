@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -263,6 +266,63 @@ def test_a_client_of_openenv_is_stepped(tmp_path: Path) -> None:
     policy = Script("a", "b", "c")
     assert play(environment, policy) == Outcome(turn_rewards=[0.5, 0.5, 0.5])
     assert policy.read[2] == "[user]Say it thrice (7).a[user]a heardb[user]b heard"
+
+
+@pytest.fixture
+def thrice() -> Iterator[str]:
+    """A server of OpenEnv on loopback, whose environment ends after three steps; yields its URL."""
+    http_server = pytest.importorskip("openenv.core.env_server.http_server", reason="needs openenv")
+    from openenv.core.env_server.interfaces import Environment as Served
+    from openenv.core.env_server.types import Action, Observation, State
+    from uvicorn import Config, Server
+
+    class Say(Action):  # type: ignore[misc]  # openenv may be absent where types are checked
+        message: str
+
+    class Heard(Observation):  # type: ignore[misc]
+        text: str
+
+    class Thrice(Served):  # type: ignore[misc]
+        SUPPORTS_CONCURRENT_SESSIONS = True
+        count = 0
+
+        def reset(self, seed: int | None = None, **more: Any) -> Heard:
+            return Heard(text=f"Say it thrice ({seed}).")
+
+        def step(self, action: Say, **more: Any) -> Heard:
+            self.count += 1
+            return Heard(text=f"{action.message} heard", reward=0.5, done=self.count == 3)
+
+        @property
+        def state(self) -> State:
+            return State(step_count=self.count)
+
+    app = http_server.create_fastapi_app(Thrice, Say, Heard, max_concurrent_envs=8)
+    server = Server(Config(app, log_level="error"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 120
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # those of its own dependencies
+def test_a_server_of_openenv_is_stepped(thrice: str, tmp_path: Path) -> None:
+    """The package itself on both sides: its server, and the client that the adapter uses where no other is named."""
+    functions = "def to_action(text): return {'message': text}\ndef to_text(seen): return seen['text']\n"
+    (tmp_path / "functions.py").write_text(functions)
+    here = f"{tmp_path / 'functions.py'}:"
+    environment = OpenEnv(thrice, here + "to_action", here + "to_text")
+    environment.check()
+    for _ in range(2):  # each session has an environment of its own
+        policy = Script("a", "b", "c")
+        assert play(environment, policy) == Outcome(turn_rewards=[0.5, 0.5, 0.5])
+        assert policy.read[2] == "[user]Say it thrice (7).a[user]a heardb[user]b heard"
 
 
 def test_a_package_that_is_missing_is_one_line(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.run_view import RowEncoder, RunView
     from rlhf_core.contract.selection import Filter, Sampler
     from rlhf_core.contract.terms import ProviderChoices, Term
+    from rlhf_core.endpoint.harness import Harness
     from rlhf_core.errors import (
         ContractError,
         DataError,
@@ -124,6 +125,7 @@ __all__ = [
     "Example",
     "Feedback",
     "Filter",
+    "Harness",
     "Ingredient",
     "IngredientContext",
     "Launcher",
@@ -241,6 +243,7 @@ _HOMES = {
     "contract.run_view": "RowEncoder RunView",
     "contract.selection": "Filter Sampler",
     "contract.terms": "ProviderChoices Term",
+    "endpoint.harness": "Harness",
     "errors": (
         "ContractError DataError MissingPackage NameConflict OptionError PluginError RlhfError RunStopped "
         "UnknownName UsageError advice option options_under run_option"
