@@ -1,8 +1,9 @@
-"""A role whose weights do not arrive as they were sent."""
+"""Roles whose weights do not arrive as they were sent, or never change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,3 +24,14 @@ class ChangedRole:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.role.weights():
             yield from self.change(name, tensor)
+
+
+class FrozenRole:
+    """A role that no term trains."""
+
+    def __init__(self, role: LocalRole) -> None:
+        self.role = role
+        self.spec = replace(role.spec, terms=())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.role, name)

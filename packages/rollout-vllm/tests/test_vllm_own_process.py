@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from background_sampling import BackgroundSampling, wait_until
 from changed_role import ChangedRole
 
 from rlhf_core.contract.batch import Prompts, Rollouts
@@ -25,7 +26,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 GREEDY = Sampling(n=1, max_new_tokens=12, temperature=0.0)
 LONG = Sampling(n=2, max_new_tokens=150, temperature=0.7)
-SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
     """The tokens from before an update have the old weights' log-probabilities. Those after it keep old keys and values."""
     opened.updates = 5
     before = role.version
-    with _Sampling(apart, role, prompts, LONG) as sampling:
-        _until(lambda: opened.host._waiting > 0)
+    with BackgroundSampling(apart, role, prompts, LONG) as sampling:
+        wait_until(lambda: opened.host._waiting > 0)
         time.sleep(0.05)
         old = {name: tensor.clone() for name, tensor in role.weights()}
         randomise(role, seed=2008)
@@ -128,8 +128,8 @@ def test_processes_that_die_are_started_again_with_the_same_weights(
 ) -> None:
     """Killed in the middle of completions: they are asked again, and none is lost, doubled or mixed up."""
     expected = apart(role, prompts, LONG)
-    with _Sampling(apart, role, prompts, LONG) as sampling:
-        _until(lambda: opened.host._waiting > 0)
+    with BackgroundSampling(apart, role, prompts, LONG) as sampling:
+        wait_until(lambda: opened.host._waiting > 0)
         os.kill(opened.host.processes[0], signal.SIGKILL)
     assert opened.host.restarted == 1
     _same(sampling.rollouts, expected)
@@ -142,33 +142,6 @@ def test_it_leaves_nothing_behind(apart: VLLMEngines, role: LocalRole, prompts: 
     apart.close()
     assert not [number for number in processes if Path(f"/proc/{number}").exists()]
     assert threading.active_count() < 50
-
-
-class _Sampling:
-    """Samples in a thread while the block runs, and until it is done."""
-
-    rollouts: Rollouts
-
-    def __init__(self, engine: VLLMEngines, role: LocalRole, prompts: Prompts, sampling: Sampling) -> None:
-        self.thread = threading.Thread(target=self._run, args=(engine, role, prompts, sampling))
-
-    def _run(self, engine: VLLMEngines, role: LocalRole, prompts: Prompts, sampling: Sampling) -> None:
-        self.rollouts = engine(role, prompts, sampling)
-
-    def __enter__(self) -> _Sampling:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.thread.join(SECONDS)
-        assert not self.thread.is_alive()
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def _assign(role: LocalRole, weights: dict[str, torch.Tensor]) -> None:

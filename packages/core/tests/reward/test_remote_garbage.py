@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_core.errors import UsageError
-from rlhf_core.reward import http
+from rlhf_core.util import http
 from rlhf_core.reward.http import Replicas
 from rlhf_core.reward.judge import Judge
 from rlhf_core.reward.remote import Remote

@@ -32,12 +32,14 @@ class Courier:
 
     Args:
         dtype: the engine's.
+        address: of this machine, as the engine reaches it.
     """
 
     keeps: ClassVar[bool] = False
     """True if weights can be sent again while the role trains"""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, address: str = "127.0.0.1") -> None:
+        self.address = address
         self.source = RoleWeights(dtype)
         self.sender: TrainerWeightTransferEngine | None = None
 
@@ -84,8 +86,8 @@ class SharedMemory(Courier):
 
     keeps = True
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+    def __init__(self, dtype: torch.dtype, address: str = "127.0.0.1") -> None:
+        super().__init__(dtype, address)
         self.store = SharedWeights(dtype)
 
     def info(self, workers: int) -> SharedMemoryInfo:
@@ -141,9 +143,9 @@ class Nccl(Courier):
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((self.address, 0))
             port = probe.getsockname()[1]
-        return NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + workers)
+        return NCCLTrainerInitInfo(rank=0, master_address=self.address, master_port=port, world_size=1 + workers)
 
 
 COURIERS: dict[str, type[Courier]] = {"shared_memory": SharedMemory, "ipc": Ipc, "nccl": Nccl}

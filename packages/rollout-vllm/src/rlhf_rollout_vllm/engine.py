@@ -1,10 +1,10 @@
-"""`--rollout vllm`: completions from vLLM, in this process or in separate processes, with the weights of a role.
+"""`--rollout vllm`: completions from vLLM in this process, in separate processes or at servers, with the weights of a role.
 
 One engine per sampled role, opened at the first call. Its weights come from the role and nowhere else, when it is opened
 and after every update, always by the same path (`receivers`); after opening and after the first update the engine is
 compared with its trainer (`agreement`). Token ids go in and come out; nothing is decoded on the way.
 
-This file is what the loop sees of every way to run vLLM (`session.Host`). Not here yet: adapters, and engines behind a server.
+This file is what the loop sees of every way to run vLLM (`session.Host`). Not here yet: adapters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["VLLM", "VLLMEngines"]
 
 @dataclass(frozen=True)
 class VLLM(VLLMOptions, Rollout):
-    """Samples with vLLM, in this process or in separate processes, on CUDA or the CPU; weights follow every update.
+    """Samples with vLLM in this process, in separate processes or at servers, on CUDA or the CPU; weights follow every update.
 
     Log-probabilities are those of the distribution that was sampled from, after temperature and truncation; with
     temperature 0 they are the untruncated ones at temperature 1. Where top-p, top-k or min-p truncate, the mean share of the
@@ -53,14 +53,18 @@ class VLLM(VLLMOptions, Rollout):
 
     @property
     def has_own_weights(self) -> bool:
-        """Separate processes have their own weights."""
-        return self.process == "own"
+        """Separate processes and servers have their own weights."""
+        return self.is_apart
 
     def check(self) -> None:
-        """Raise UsageError before any model is loaded if vLLM is missing, or if its weight loading is not known here."""
+        """Raise UsageError before any model is loaded if vLLM is missing, or if its weight loading is not known here.
+
+        Servers that keep their weights need none here.
+        """
         from rlhf_rollout_vllm.install import check_installed
 
-        check_installed()
+        if not self.server or self.transfer != "none":
+            check_installed()
 
     def check_plan(self, plan: Plan) -> None:
         """Raise UsageError if the processes of an engine cannot share the heads of a sampled model evenly."""
@@ -92,7 +96,7 @@ class VLLM(VLLMOptions, Rollout):
     def open(self, context: OpenContext) -> VLLMEngines:
         """Return engines that start vLLM for a role when it is first sampled."""
         ahead = context.plan is not None and context.plan.config.ahead > 0
-        if ahead and self.process == "own" and self.transfer != "shared_memory" and self.restarts:
+        if ahead and self.is_apart and self.transfer in ("ipc", "nccl") and self.restarts:
             raise OptionError(
                 "restarts",
                 f"with {run_option('ahead')} takes weights that the trainer does not have any more: pass "

@@ -13,6 +13,7 @@ from rlhf_core.lazy import torch
 from rlhf_core.util.device_memory import free_bytes
 from rlhf_rollout_vllm.arguments import engine_arguments, memory_share, reason_of
 from rlhf_rollout_vllm.install import import_vllm
+from rlhf_rollout_vllm.parameters import sampling_params
 from rlhf_rollout_vllm.process_state import preserve_process_state
 from rlhf_rollout_vllm.sleeping import PARTS, parts_of, tags_of
 from rlhf_rollout_vllm.vllm_plugin import register
@@ -92,11 +93,13 @@ class InProcess:
         """vLLM's description of the model."""
         return self.llm.llm_engine.model_config
 
-    def generate(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> list[Any]:
         """Return vLLM's completion of each prompt, in order."""
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         with preserve_process_state():
-            answers = self.llm.generate(asked, parameters, use_tqdm=False)
+            answers = self.llm.generate(asked, [sampling_params(each) for each in parameters], use_tqdm=False)
         return [answer.outputs[0] for answer in answers]
 
     def take(self, role: Role) -> Mapping[str, float]:

@@ -5,15 +5,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+from rlhf_core.config.value_types import Secret
 from rlhf_core.errors import OptionError, UsageError, option
+from rlhf_core.util.http import LOOPBACK, is_address
 
 __all__ = ["VLLMOptions"]
 
 LARGEST_BIAS = 100.0  # vLLM takes no larger one
+
+OF_STARTED_ENGINES = (
+    "process",
+    "max_model_len",
+    "max_num_seqs",
+    "kv_cache_gib",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_sleep",
+    "quantization",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+)
+"""Options that say how an engine is started."""
 
 SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
@@ -76,15 +95,24 @@ class VLLMOptions:
     """number of GPUs (processes on the CPU) that share the layers of an engine in separate processes"""
     data_parallel_size: int = 1
     """number of copies of an engine in separate processes; each request goes to one of them"""
-    transfer: Literal["shared_memory", "ipc", "nccl"] = "shared_memory"
-    """path of weights to separate engine processes: shared memory of the machine, which keeps them for a restart; CUDA
-    IPC, if the engine is on the trainer's GPUs; NCCL, if it is on others"""
+    transfer: Literal["shared_memory", "ipc", "nccl", "none"] = "shared_memory"
+    """path of weights to servers and separate engine processes: shared memory of the machine, which keeps them for a
+    restart; CUDA IPC, if the engine is on the trainer's GPUs; NCCL, if it is on others; none, if servers keep theirs"""
     restarts: int = 3
-    """number of times in a run that an engine in separate processes is restarted after a death; unanswered requests are
-    repeated"""
+    """number of times in a run that an engine in separate processes is restarted after a death, or that a server gets
+    weights again that it lost; unanswered requests are repeated"""
     answer_seconds: float = 600.0
-    """seconds within which separate engine processes must answer a call; later they are killed, which counts as a
-    death"""
+    """seconds within which a server or separate engine processes must answer a call; later the processes are killed, which
+    counts as a death, and a request to a server is repeated"""
+    server: tuple[str, ...] = ()
+    """addresses of running vLLM servers with the role's model, such as http://127.0.0.1:8000, that sample instead of an
+    engine of the run; several are replicas of one model"""
+    token: Annotated[str, Secret()] = ""
+    """bearer token of the servers; env:NAME reads it from the environment"""
+    in_flight: int = 256
+    """number of requests that a server has at a time; more wait"""
+    retries: int = 5
+    """number of times that a request is repeated after a failure, at another server if there is one"""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "kv_cache_gib", "max_logprob_diff"):
@@ -100,6 +128,7 @@ class VLLMOptions:
                     "logit_bias", f"takes biases of -100 to 100 for ids of tokens, not {bias} for {token}; change it"
                 )
         self._check_guide()
+        self._check_server()
         self._check_process()
 
     def _check_guide(self) -> None:
@@ -129,7 +158,7 @@ class VLLMOptions:
             raise OptionError("restarts", f"must be at least 0, not {self.restarts}")
         if not self.answer_seconds > 0:
             raise OptionError("answer_seconds", f"must be above 0, not {self.answer_seconds}")
-        if self.transfer != "shared_memory" and self.process == "trainer":
+        if self.transfer != "shared_memory" and not self.is_apart:
             raise OptionError(
                 "transfer", f"is for engines with processes of their own; pass {option('process', 'own')}"
             )
@@ -143,6 +172,40 @@ class VLLMOptions:
                 raise OptionError(name, f"must be at least 1, not {size}")
             if size > 1 and self.process == "trainer":
                 raise OptionError(name, f"is for engines with processes of their own; pass {option('process', 'own')}")
+
+    def _check_server(self) -> None:
+        """Check the options of servers.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        if self.transfer == "none" and not self.server:
+            raise OptionError("transfer", f"none is for servers, which have weights; pass {option('server')}")
+        if self.in_flight < 1:
+            raise OptionError("in_flight", f"must be at least 1, not {self.in_flight}")
+        if self.retries < 0:
+            raise OptionError("retries", f"must be at least 0, not {self.retries}")
+        if not self.server:
+            return
+        for url in self.server:
+            if not is_address(url):
+                raise OptionError("server", f": {url} is no address like http://127.0.0.1:8000; correct it")
+            if self.transfer == "shared_memory" and urlsplit(url).hostname not in LOOPBACK:
+                raise OptionError(
+                    "transfer",
+                    f"shared_memory does not reach {url}, another machine; pass {option('transfer', 'nccl')}",
+                )
+        if self.transfer == "ipc":
+            raise OptionError("transfer", f"ipc does not go over HTTP; pass {option('transfer', 'nccl')}")
+        defaults = {each.name: each.default for each in fields(VLLMOptions)}
+        given = [name for name in OF_STARTED_ENGINES if getattr(self, name) != defaults[name]]
+        if given:
+            raise OptionError(given[0], "is of engines that a run starts, and servers have their own; leave it out")
+
+    @property
+    def is_apart(self) -> bool:
+        """True if the engine is in other processes than the trainer."""
+        return self.process == "own" or bool(self.server)
 
     @property
     def engine_devices(self) -> int:

@@ -26,10 +26,11 @@ from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_sh
 from rlhf_rollout_vllm.asking import ask, destroy_context
 from rlhf_rollout_vllm.install import check_entry_point, import_vllm
 from rlhf_rollout_vllm.loop_thread import LoopThread
+from rlhf_rollout_vllm.parameters import sampling_params
 from rlhf_rollout_vllm.process_state import preserve_process_state, quiet_children, without_main_script
 from rlhf_rollout_vllm.process_tree import kill_all, process_tree
 from rlhf_rollout_vllm.sleeping import PARTS, parts_of, tags_of
-from rlhf_rollout_vllm.sync_client import SyncClient
+from rlhf_rollout_vllm.sync_client import LEFT_OUT, SyncClient, left_out
 from rlhf_rollout_vllm.vllm_plugin import TRAINER
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ PULSE_SECONDS = 5.0
 
 CLOSE_SECONDS = 10.0
 """Deadline for processes that were killed."""
-
-LEFT_OUT = "the role's weights() left out"
-"""Beginning of the receiver's error, which vLLM passes on as text."""
 
 
 class OwnProcess:
@@ -256,7 +254,9 @@ class OwnProcess:
     # completions
     # ------------------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> list[Any]:
         """Return vLLM's completion of each prompt, in order.
 
         Raises:
@@ -273,7 +273,10 @@ class OwnProcess:
                 tries = [
                     f"{names[i]}#{self._asked}.{i}" for i in left
                 ]  # a request that is asked again has another number
-                asks = {i: ask(llm, prompts[i], parameters[i], name, salt) for i, name in zip(left, tries, strict=True)}
+                asks = {
+                    i: ask(llm, prompts[i], sampling_params(parameters[i]), name, salt)
+                    for i, name in zip(left, tries, strict=True)
+                }
                 alive = self.loop.call(self._gather(llm, asks, answers))
             finally:
                 self._waiting -= len(left)
@@ -386,7 +389,7 @@ class OwnProcess:
         except Exception as error:
             text = str(error)
             if LEFT_OUT in text:
-                raise ContractError(text[text.index(LEFT_OUT) :].split("\n")[0].rstrip("'\"),")) from error
+                raise ContractError(left_out(text)) from error
             raise
 
 

@@ -1,8 +1,11 @@
-"""vLLM's sampling parameters of one completion, from the run's sampling and the engine's options."""
+"""vLLM's sampling parameters of one completion, from the run's sampling and the engine's options.
+
+They are plain values under vLLM's names, as its servers take them; an engine that the run starts takes vLLM's own object.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
     from rlhf_rollout_vllm.options import VLLMOptions
 
-__all__ = ["Parameters", "check_temperature"]
+__all__ = ["Parameters", "check_temperature", "sampling_params"]
 
 TEMPERATURE_LEAST = 0.01  # below it vLLM silently takes this one, but for 0
 
@@ -59,8 +62,8 @@ class Parameters:
         if beyond:
             raise OptionError("logit_bias", f"names the token {beyond[0]}, and the model has {self.width}; change it")
 
-    def __call__(self, sampling: Sampling, seed: int, max_tokens: int, whole_head: bool = False) -> Any:
-        """Return one completion's parameters; never shared. It ends with the run's end tokens and with no other.
+    def __call__(self, sampling: Sampling, seed: int, max_tokens: int, whole_head: bool = False) -> dict[str, Any]:
+        """Return one completion's parameters. It ends with the run's end tokens and with no other.
 
         Args:
             sampling: of the run.
@@ -68,28 +71,24 @@ class Parameters:
             max_tokens: tokens after which it is cut.
             whole_head: sample from the role's own distribution: without biases, from all ids, in any shape.
         """
-        from vllm import SamplingParams
-
         bias = {} if whole_head else {int(token): value for token, value in self.options.logit_bias.items()}
         bias |= {} if whole_head else dict.fromkeys(self.lacking, NEVER)
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=max(sampling.top_p, TOP_P_LEAST),
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=max_tokens,
-            stop=list(sampling.stop),
-            stop_token_ids=list(self.ends),
-            ignore_eos=True,  # vLLM's own idea of it
-            logit_bias=bias or None,
-            include_stop_str_in_output=True,
-            detokenize=bool(sampling.stop),  # only to find stop strings
-            seed=seed ^ self._own_seed,
-            logprobs=listed_tokens(sampling, self.width),  # and of the sampled token
-            flat_logprobs=True,
-            structured_outputs=None if whole_head else self._guide(),
-            skip_clone=True,
-        )
+        return {
+            "temperature": sampling.temperature,
+            "top_p": max(sampling.top_p, TOP_P_LEAST),
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "max_tokens": max_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(self.ends),
+            "ignore_eos": True,  # vLLM's own idea of it
+            "logit_bias": bias or None,
+            "include_stop_str_in_output": True,
+            "detokenize": bool(sampling.stop),  # only to find stop strings
+            "seed": seed ^ self._own_seed,
+            "logprobs": listed_tokens(sampling, self.width),  # and of the sampled token
+            "structured_outputs": None if whole_head else self._guide(),
+        }
 
     @property
     def is_guided(self) -> bool:
@@ -102,15 +101,25 @@ class Parameters:
         """The engine's seed over all bits of a completion's; 0 for 0."""
         return int(self.options.seed * 0x9E3779B97F4A7C15) % SEEDS
 
-    def _guide(self) -> Any:
-        """Return vLLM's description of the shape; None where there is none."""
-        from vllm.sampling_params import StructuredOutputsParams
-
+    def _guide(self) -> dict[str, Any] | None:
+        """Return the description of the shape; None where there is none."""
         if not self.is_guided:
             return None
         options = self.options
-        return StructuredOutputsParams(
-            regex=options.guided_regex or None,
-            json=options.json_schema() if options.guided_json else None,
-            choice=list(options.guided_choice) or None,
-        )
+        schema = options.json_schema() if options.guided_json else None
+        shape = {"regex": options.guided_regex, "json": schema, "choice": list(options.guided_choice)}
+        return {name: value for name, value in shape.items() if value}
+
+
+def sampling_params(parameters: Mapping[str, Any]) -> Any:
+    """Return vLLM's `SamplingParams` of one completion, which is never shared.
+
+    Args:
+        parameters: what `Parameters` returned.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    guide = parameters["structured_outputs"]
+    shape = {"structured_outputs": StructuredOutputsParams(**guide) if guide else None}
+    return SamplingParams(**{**parameters, **shape}, flat_logprobs=True, skip_clone=True)

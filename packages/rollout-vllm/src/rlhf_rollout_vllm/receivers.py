@@ -151,6 +151,7 @@ class SharedMemory(LayerLoader):
 
     def init_transfer_engine(self, init_info: SharedFile) -> None:
         """Open the memory. It has no name, so that it goes away with the last process that has it open."""
+        self.shutdown()  # a server outlives its trainers
         self.file = os.open(init_info.path, os.O_RDWR)
 
     def receive_weights(self, update_info: Sheets) -> None:
@@ -163,6 +164,7 @@ class SharedMemory(LayerLoader):
 
     def shutdown(self) -> None:
         """Close the memory."""
+        self.buckets.clear()
         if self.file is not None:
             os.close(self.file)
             self.file = None

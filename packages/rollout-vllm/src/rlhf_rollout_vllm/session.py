@@ -13,6 +13,7 @@ from rlhf_rollout_vllm.in_process import InProcess
 from rlhf_rollout_vllm.kept_tokens import listed_tokens, read_kept_sets, sampled_logprobs
 from rlhf_rollout_vllm.own_process import OwnProcess
 from rlhf_rollout_vllm.parameters import Parameters, check_temperature
+from rlhf_rollout_vllm.server_host import ServerHost
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
@@ -36,7 +37,9 @@ class Host(Protocol):
         """vLLM's description of the model."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> list[Any]:
         """Return vLLM's completion of each prompt, in order; `names` identify them."""
         ...
 
@@ -87,6 +90,8 @@ class Engine:
 
     def _open(self, model: ModelOptions) -> Host:
         """Return vLLM, where the options want it."""
+        if self.options.server:
+            return ServerHost(self.options, partial(describe_model, model), self.dtype, model.trust_remote_code)
         if self.options.process == "own":
             return OwnProcess(self.options, partial(describe_model, model), self.dtype, model.trust_remote_code)
         with tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:

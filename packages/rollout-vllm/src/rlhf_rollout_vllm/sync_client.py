@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SyncClient"]
+__all__ = ["LEFT_OUT", "SyncClient", "left_out"]
+
+LEFT_OUT = "the role's weights() left out"
+"""How the receiver's complaint begins; vLLM hands it on as text."""
+
+
+def left_out(text: str) -> str:
+    """Return the receiver's complaint inside an error of vLLM, which has `LEFT_OUT` in it."""
+    return text[text.index(LEFT_OUT) :].split("\n")[0].split("', please")[0].rstrip("'\"),")
 
 
 class SyncClient:
