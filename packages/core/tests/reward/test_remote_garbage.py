@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from rlhf_core.errors import UsageError
-from rlhf_core.util import http
 from rlhf_core.reward.http import Replicas
 from rlhf_core.reward.judge import Judge
 from rlhf_core.reward.remote import Remote
 from rlhf_core.testing import tiny_rollouts
+from rlhf_core.util import http
 
 OK = b"HTTP/1.1 200 OK\r\n"
 

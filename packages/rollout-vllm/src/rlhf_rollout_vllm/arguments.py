@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.errors import OptionError, run_option
+from rlhf_core.errors import OptionError, option, run_option
 from rlhf_rollout_vllm.kept_tokens import MOST
 
 if TYPE_CHECKING:
     from rlhf_rollout_vllm.options import VLLMOptions
 
-__all__ = ["CPU_CACHE_GIB", "engine_arguments", "engine_gpus", "memory_share", "reason_of"]
+__all__ = ["CPU_CACHE_GIB", "engine_arguments", "engine_gpus", "lora_arguments", "memory_share", "reason_of"]
 
 CPU_CACHE_GIB = 4.0
 
 CPU_SEQUENCES = 256
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for (`vllm.config.lora.MaxLoRARanks`)."""
+
+KEPT_ADAPTERS = 2
 
 
 def engine_arguments(options: VLLMOptions, model: str, dtype: str, cpu: bool, share: float) -> dict[str, Any]:
@@ -45,6 +50,32 @@ def engine_arguments(options: VLLMOptions, model: str, dtype: str, cpu: bool, sh
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": MOST,
         "generation_config": "vllm",  # sampling is the run's, not the model's
+    }
+
+
+def lora_arguments(rank: int) -> dict[str, Any]:
+    """Return vLLM's engine arguments for adapters that come apart from the weights.
+
+    Two are kept at a time: completions may still be sampled with the last one after an update.
+
+    Args:
+        rank: of the adapters; 0 for none.
+
+    Raises:
+        OptionError: it is larger than vLLM takes.
+    """
+    if not rank:
+        return {}
+    fitting = [each for each in LORA_RANKS if each >= rank]
+    if not fitting:
+        raise OptionError(
+            "lora", f"adapter takes ranks up to {LORA_RANKS[-1]}, not {rank}; pass {option('lora', 'merged')}"
+        )
+    return {
+        "enable_lora": True,
+        "max_lora_rank": fitting[0],
+        "max_loras": KEPT_ADAPTERS,
+        "max_cpu_loras": KEPT_ADAPTERS,
     }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import BaseWeights
 
 __all__ = ["COURIERS", "Courier"]
 
@@ -55,7 +56,7 @@ class Courier:
         """Meet processes that have just started."""
         self.sender = WeightTransferTrainerFactory.trainer_init(self.info(workers), client=client, source=self.source)
 
-    def begin(self, role: Role) -> None:
+    def begin(self, role: Role | BaseWeights) -> None:
         """Take over the role's present weights, as far as they can be taken before the engine is called."""
         self.source.role = role
 
@@ -96,7 +97,7 @@ class SharedMemory(Courier):
             WeightTransferTrainerFactory.register_engine(SharedMemoryInfo.backend, SharedMemorySender)
         return SharedMemoryInfo(rank=0, store=self.store)
 
-    def begin(self, role: Role) -> None:
+    def begin(self, role: Role | BaseWeights) -> None:
         """Write the weights; completions may be sampled meanwhile."""
         self.source.role = role
         try:

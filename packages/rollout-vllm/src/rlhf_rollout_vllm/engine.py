@@ -4,7 +4,7 @@ One engine per sampled role, opened at the first call. Its weights come from the
 and after every update, always by the same path (`receivers`); after opening and after the first update the engine is
 compared with its trainer (`agreement`). Token ids go in and come out; nothing is decoded on the way.
 
-This file is what the loop sees of every way to run vLLM (`session.Host`). Not here yet: adapters.
+This file is what the loop sees of every way to run vLLM (`session.Host`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.device_memory import free_bytes
-from rlhf_rollout_vllm.arguments import engine_arguments, memory_share, reason_of
+from rlhf_rollout_vllm.arguments import engine_arguments, lora_arguments, memory_share, reason_of
 from rlhf_rollout_vllm.install import import_vllm
 from rlhf_rollout_vllm.parameters import sampling_params
 from rlhf_rollout_vllm.process_state import preserve_process_state
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import Adapter, BaseWeights
     from rlhf_rollout_vllm.options import VLLMOptions
 
 __all__ = ["InProcess"]
@@ -38,9 +39,12 @@ class InProcess:
         model: folder or hub name that configuration and tokenizer are read from.
         dtype: what the engine computes in.
         trust_remote_code: run code that comes with the model.
+        lora_rank: of the adapters that come apart from the weights; 0 if none do.
     """
 
-    def __init__(self, options: VLLMOptions, model: str, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(
+        self, options: VLLMOptions, model: str, dtype: str, trust_remote_code: bool, lora_rank: int = 0
+    ) -> None:
         self.vllm = import_vllm()
         self.options = options
         self._asleep: frozenset[str] = frozenset()
@@ -49,10 +53,10 @@ class InProcess:
         """True if a role's weights are there, on the device or in main memory"""
         _groups.prepare()
         with preserve_process_state():
-            self.llm = self._open(model, dtype, trust_remote_code)
+            self.llm = self._open(model, dtype, trust_remote_code, lora_rank)
         _groups.acquire()
 
-    def _open(self, model: str, dtype: str, trust_remote_code: bool) -> Any:
+    def _open(self, model: str, dtype: str, trust_remote_code: bool, lora_rank: int) -> Any:
         """vLLM's engine, its weights still arbitrary.
 
         Raises:
@@ -74,6 +78,7 @@ class InProcess:
         try:
             llm = self.vllm.LLM(
                 **engine_arguments(self.options, model, dtype, cpu, share),
+                **lora_arguments(lora_rank),
                 trust_remote_code=trust_remote_code,
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
                 distributed_executor_backend=None if cpu else _external_launcher(),
@@ -94,15 +99,24 @@ class InProcess:
         return self.llm.llm_engine.model_config
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        adapter: Adapter | None = None,
     ) -> list[Any]:
         """Return vLLM's completion of each prompt, in order."""
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         with preserve_process_state():
-            answers = self.llm.generate(asked, [sampling_params(each) for each in parameters], use_tqdm=False)
+            answers = self.llm.generate(
+                asked,
+                [sampling_params(each) for each in parameters],
+                use_tqdm=False,
+                lora_request=adapter.request() if adapter is not None else None,
+            )
         return [answer.outputs[0] for answer in answers]
 
-    def take(self, role: Role) -> Mapping[str, float]:
+    def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights: a fixed number of calls, however many tensors there are.
 
         Returns:

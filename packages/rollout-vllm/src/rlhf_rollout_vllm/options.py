@@ -98,6 +98,9 @@ class VLLMOptions:
     transfer: Literal["shared_memory", "ipc", "nccl", "none"] = "shared_memory"
     """path of weights to servers and separate engine processes: shared memory of the machine, which keeps them for a
     restart; CUDA IPC, if the engine is on the trainer's GPUs; NCCL, if it is on others; none, if servers keep theirs"""
+    lora: Literal["merged", "adapter"] = "merged"
+    """form in which a role with LoRA reaches the engine: adapters merged into the weights, or apart from them, so that an
+    update brings the adapters alone"""
     restarts: int = 3
     """number of times in a run that an engine in separate processes is restarted after a death, or that a server gets
     weights again that it lost; unanswered requests are repeated"""
@@ -130,6 +133,7 @@ class VLLMOptions:
         self._check_guide()
         self._check_server()
         self._check_process()
+        self._check_lora()
 
     def _check_guide(self) -> None:
         """Check that at most one shape of completions is asked for, and that it can be read.
@@ -172,6 +176,21 @@ class VLLMOptions:
                 raise OptionError(name, f"must be at least 1, not {size}")
             if size > 1 and self.process == "trainer":
                 raise OptionError(name, f"is for engines with processes of their own; pass {option('process', 'own')}")
+
+    def _check_lora(self) -> None:
+        """Check that adapters can come apart from the weights.
+
+        Raises:
+            UsageError: they cannot.
+        """
+        if self.lora == "merged":
+            return
+        if self.server or self.transfer != "shared_memory":
+            name = "server" if self.server else "transfer"
+            raise OptionError("lora", f"adapter does not go with {option(name)}; pass {option('lora', 'merged')}")
+        if self.enable_sleep or self.quantization:
+            name = "enable_sleep" if self.enable_sleep else "quantization"
+            raise OptionError("lora", f"adapter does not go with {option(name)}; pass {option('lora', 'merged')}")
 
     def _check_server(self) -> None:
         """Check the options of servers.

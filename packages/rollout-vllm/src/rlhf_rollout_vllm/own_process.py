@@ -16,14 +16,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlhf_core.errors import ContractError, OptionError, RunStopped, UsageError, option, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.util.device_memory import free_bytes
 from rlhf_core.util.messages import log
-from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_share, reason_of
-from rlhf_rollout_vllm.asking import ask, destroy_context
+from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, lora_arguments, memory_share, reason_of
+from rlhf_rollout_vllm.asking import ask, destroy_context, gather
 from rlhf_rollout_vllm.install import check_entry_point, import_vllm
 from rlhf_rollout_vllm.loop_thread import LoopThread
 from rlhf_rollout_vllm.parameters import sampling_params
@@ -35,14 +36,12 @@ from rlhf_rollout_vllm.vllm_plugin import TRAINER
 
 if TYPE_CHECKING:
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import Adapter, BaseWeights
     from rlhf_rollout_vllm.options import VLLMOptions
 
 __all__ = ["OwnProcess"]
 
 Result = TypeVar("Result")
-
-PULSE_SECONDS = 5.0
-"""Time without an answer after which the engine is asked whether it is alive."""
 
 CLOSE_SECONDS = 10.0
 """Deadline for processes that were killed."""
@@ -56,16 +55,23 @@ class OwnProcess:
         describe: writes configuration and tokenizer to a folder, and returns where vLLM finds them.
         dtype: what the engine computes in.
         trust_remote_code: run code that comes with the model.
+        lora_rank: of the adapters that come apart from the weights; 0 if none do.
     """
 
     def __init__(
-        self, options: VLLMOptions, describe: Callable[[str], str], dtype: str, trust_remote_code: bool
+        self,
+        options: VLLMOptions,
+        describe: Callable[[str], str],
+        dtype: str,
+        trust_remote_code: bool,
+        lora_rank: int = 0,
     ) -> None:
         import_vllm()
         check_entry_point()
         from rlhf_rollout_vllm.couriers import COURIERS
 
         self.options, self.dtype, self.trust_remote_code = options, dtype, trust_remote_code
+        self.lora_rank = lora_rank
         self.describe = describe
         self.restarted = 0
         """deaths so far after which the processes were started again"""
@@ -142,6 +148,7 @@ class OwnProcess:
                 **engine_arguments(
                     options, model, self.dtype, cpu, memory_share(options.gpu_memory_utilization, free, total)
                 ),
+                **lora_arguments(self.lora_rank),
                 trust_remote_code=self.trust_remote_code,
                 weight_transfer_config=WeightTransferConfig(backend=f"rlhf_{options.transfer}"),
                 tensor_parallel_size=options.tensor_parallel_size,
@@ -255,7 +262,11 @@ class OwnProcess:
     # ------------------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        adapter: Adapter | None = None,
     ) -> list[Any]:
         """Return vLLM's completion of each prompt, in order.
 
@@ -263,6 +274,7 @@ class OwnProcess:
             RunStopped: the processes died too often.
         """
         answers: dict[int, Any] = {}
+        lora = adapter.request() if adapter is not None else None
         while len(answers) < len(prompts):
             left = [i for i in range(len(prompts)) if i not in answers]
             with self._life:  # no request gets in between the calls of an update
@@ -274,44 +286,15 @@ class OwnProcess:
                     f"{names[i]}#{self._asked}.{i}" for i in left
                 ]  # a request that is asked again has another number
                 asks = {
-                    i: ask(llm, prompts[i], sampling_params(parameters[i]), name, salt)
+                    i: ask(llm, prompts[i], sampling_params(parameters[i]), name, salt, lora)
                     for i, name in zip(left, tries, strict=True)
                 }
-                alive = self.loop.call(self._gather(llm, asks, answers))
+                alive = self.loop.call(gather(asks, answers, partial(self._is_alive, llm)))
             finally:
                 self._waiting -= len(left)
             if not alive:
                 self._start_again(llm)
         return [answers[i] for i in range(len(prompts))]
-
-    async def _gather(self, llm: Any, asks: Mapping[int, Coroutine[Any, Any, Any]], answers: dict[int, Any]) -> bool:
-        """Put answers into `answers` until all are there; return False if the engine died.
-
-        Args:
-            llm: the engine that is asked.
-            asks: by number.
-            answers: by number.
-        """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        tasks = {asyncio.ensure_future(ask): i for i, ask in asks.items()}
-        pending: set[Any] = set(tasks)
-        alive = True
-        try:
-            while pending and alive:
-                done, pending = await asyncio.wait(pending, timeout=PULSE_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
-                for task in done:
-                    try:
-                        answers[tasks[task]] = task.result()
-                    except EngineDeadError:
-                        alive = False
-                if pending and not done:
-                    alive = await self._is_alive(llm)
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-        return alive
 
     async def _is_alive(self, llm: Any) -> bool:
         """Return True if the engine answers in time; end its processes otherwise."""
@@ -331,7 +314,7 @@ class OwnProcess:
     # weights
     # ------------------------------------------------------------------------------------------------------------------
 
-    def take(self, role: Role) -> Mapping[str, float]:
+    def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights, completions in progress or not: a fixed number of calls.
 
         Returns:

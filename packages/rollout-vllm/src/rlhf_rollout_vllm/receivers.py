@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (  # noqa: TID253  see above
 )
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: TID253  see above
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine  # noqa: TID253  see above
+from vllm.lora.layers import BaseLayerWithLoRA  # noqa: TID253  see above
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: TID253  see above
 from vllm.model_executor.model_loader.reload import (  # noqa: TID253  see above
     finalize_layerwise_reload,
@@ -62,18 +64,37 @@ def check_complete(expected: set[str], loaded: set[str]) -> None:
         )
 
 
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Put layers in the place of vLLM's layers with adapters around them, so that names are those of a checkpoint."""
+    places = []
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, BaseLayerWithLoRA):
+            parent, _, own = name.rpartition(".")
+            places.append((model.get_submodule(parent), own, layer))
+    for module, own, layer in places:
+        setattr(module, own, layer.base_layer)
+    try:
+        yield
+    finally:
+        for module, own, layer in places:
+            setattr(module, own, layer)
+
+
 class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
     """Loads full tensors into the engine's model, a layer at a time."""
 
     def __init__(self, *of_vllm: Any) -> None:
         super().__init__(*of_vllm)
-        self.expected = {name for name, _ in self.model.named_parameters()}  # tied ones once
+        with without_adapters(self.model):
+            self.expected = {name for name, _ in self.model.named_parameters()}  # tied ones once
         """parameters that an update has to bring, by vLLM's names"""
         self.loaded: set[str] = set()
 
     def start_weight_update(self) -> None:
         """Put the model's layers back to how a checkpoint is loaded into them."""
-        initialize_layerwise_reload(self.model)
+        with without_adapters(self.model):
+            initialize_layerwise_reload(self.model)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load all tensors.
@@ -81,15 +102,17 @@ class LayerLoader(WeightTransferEngine):  # type: ignore[misc]  # the same
         Raises:
             ContractError: some were left out.
         """
-        loaded = self.model.load_weights(weights)
+        with without_adapters(self.model):
+            loaded = self.model.load_weights(weights)
         self.loaded = loaded or set()
         if loaded is not None:  # a few models do not report what they loaded
             check_complete(self.expected, loaded)
 
     def finish_weight_update(self) -> None:
         """Put the layers back to how they run."""
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied()
+        with without_adapters(self.model):
+            finalize_layerwise_reload(self.model, self.model_config)
+            self._repack_tied()
 
     def _repack_tied(self) -> None:
         """Pack heads again that are tied to an embedding.

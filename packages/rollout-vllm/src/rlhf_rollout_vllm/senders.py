@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import BaseWeights
     from rlhf_rollout_vllm.shared_weights import SharedWeights
 
 __all__ = ["RoleWeights", "SharedMemoryInfo", "SharedMemorySender"]
@@ -37,7 +38,7 @@ class RoleWeights(WeightSource):  # type: ignore[misc]  # vLLM is not there wher
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.role: Role | None = None
+        self.role: Role | BaseWeights | None = None
         """role whose weights the next update takes"""
         self.bytes = 0
         """bytes of the last iteration"""

@@ -30,6 +30,7 @@ from rlhf_rollout_vllm.servers import Server, Servers, address_towards, servers_
 
 if TYPE_CHECKING:
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import Adapter, BaseWeights
     from rlhf_rollout_vllm.options import VLLMOptions
 
 __all__ = ["ServerHost"]
@@ -75,7 +76,7 @@ class ServerHost:
         described = [server.describe() for server in self.servers.all]
         self.model_config = ServedModel(_width(describe, trust_remote_code), min(most for _, most in described))
         self.version: int | None = None
-        """of the weights that were sent last"""
+        """version of the weights that were sent last"""
         self.restarted = 0
         """times that a server got the weights again"""
         self._life = threading.RLock()
@@ -127,14 +128,19 @@ class ServerHost:
     # ------------------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        adapter: Adapter | None = None,
     ) -> list[Any]:
-        """Return the completion of each prompt, in order.
+        """Return the completion of each prompt, in order; servers take no adapter apart from the weights.
 
         Raises:
             RunStopped: a request failed too often.
             UsageError: a server refused it.
         """
+        assert adapter is None, "the options refuse it"
         rows = list(zip(prompts, parameters, names, strict=True))
         threads = min(len(rows), self.options.in_flight * len(self.servers.all))
         return map_in_threads(lambda row: self._ask(*row), rows, threads)
@@ -210,7 +216,7 @@ class ServerHost:
     # weights
     # ------------------------------------------------------------------------------------------------------------------
 
-    def take(self, role: Role) -> Mapping[str, float]:
+    def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Send the role's weights to all servers that answer, completions in progress or not: a fixed number of calls.
 
         Returns:
@@ -238,7 +244,7 @@ class ServerHost:
             "sync/restarts": float(self.restarted),
         }
 
-    def _keep(self, role: Role) -> Mapping[str, float]:
+    def _keep(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Leave the servers their own weights.
 
         Raises:

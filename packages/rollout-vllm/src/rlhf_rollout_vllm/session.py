@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.errors import UsageError, option, run_option
+from rlhf_rollout_vllm.adapters import AdapterFolders, BaseWeights
 from rlhf_rollout_vllm.description import describe_model
 from rlhf_rollout_vllm.in_process import InProcess
 from rlhf_rollout_vllm.kept_tokens import listed_tokens, read_kept_sets, sampled_logprobs
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.options import ModelOptions, Sampling
     from rlhf_core.contract.roles import Role
+    from rlhf_rollout_vllm.adapters import Adapter
     from rlhf_rollout_vllm.options import VLLMOptions
 
 __all__ = ["Engine", "Host"]
@@ -38,12 +42,19 @@ class Host(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], parameters: Sequence[Mapping[str, Any]], names: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        parameters: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        adapter: Adapter | None = None,
     ) -> list[Any]:
-        """Return vLLM's completion of each prompt, in order; `names` identify them."""
+        """Return vLLM's completion of each prompt, in order; `names` identify them.
+
+        With `adapter` they are sampled with it, from the first token to the last one.
+        """
         ...
 
-    def take(self, role: Role) -> Mapping[str, float]:
+    def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights; returns `sync/bytes`, `sync/seconds`, `sync/calls`."""
         ...
 
@@ -82,6 +93,9 @@ class Engine:
         """the role's version that its weights are from; None before the first `update`"""
         self.updates = 0
         self.tokenizer = load_tokenizer(model.model, model)
+        self.adapters = AdapterFolders() if options.lora == "adapter" else None
+        """the role's adapters, where they come apart from the weights"""
+        self._base_is_there = False
         self.host: Host = self._open(model)
         width = int(self.host.model_config.get_vocab_size())
         self.parameters = Parameters(
@@ -92,10 +106,12 @@ class Engine:
         """Return vLLM, where the options want it."""
         if self.options.server:
             return ServerHost(self.options, partial(describe_model, model), self.dtype, model.trust_remote_code)
+        rank = model.lora.rank if self.adapters is not None and isinstance(model, TrainedOptions) else 0
+        how = (self.dtype, model.trust_remote_code, rank)
         if self.options.process == "own":
-            return OwnProcess(self.options, partial(describe_model, model), self.dtype, model.trust_remote_code)
+            return OwnProcess(self.options, partial(describe_model, model), *how)
         with tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
-            return InProcess(self.options, describe_model(model, folder), self.dtype, model.trust_remote_code)
+            return InProcess(self.options, describe_model(model, folder), *how)
 
     @property
     def window(self) -> int:
@@ -128,30 +144,48 @@ class Engine:
             for k in range(sampling.n)
         ]
         self.host.wake()
-        completions = self.host.generate(*zip(*rows, strict=True))
-        assert self.version is not None, "update comes first"
+        adapter = self.adapters.newest if self.adapters is not None else None
+        asked, parameters, names = zip(*rows, strict=True)
+        completions = self.host.generate(asked, parameters, names, adapter)
+        version = adapter.version if adapter is not None else self.version
+        assert version is not None, "update comes first"
         told = listed_tokens(sampling, self.parameters.width) > 0
         return assemble(
             prompts,
             [list(each.token_ids) for each in completions],
             [each.finish_reason for each in completions],
             self.tokenizer,
-            version=self.version,
-            versions=_versions(completions, self.version),
+            version=version,
+            versions=_versions(completions, version) if adapter is None else None,
             per_token={"sampler_logprobs_NT": [sampled_logprobs(each.logprobs) for each in completions]},
             kept_sets=[read_kept_sets(each.logprobs, self.parameters.lacking) for each in completions] if told else (),
         )
 
     def update(self, role: Role) -> dict[str, float]:
-        """Take the role's weights: a fixed number of calls, however many tensors there are.
+        """Take the role's weights, or its adapter alone once those under it are there.
 
         Returns:
             `sync/bytes`, `sync/seconds`, `sync/calls`.
         """
-        metrics = dict(self.host.take(role))
+        metrics = self._take_adapter(role) if self.adapters is not None else dict(self.host.take(role))
         self.version = role.version
         self.updates += 1
         return metrics
+
+    def _take_adapter(self, role: Role) -> dict[str, float]:
+        """Write the role's adapter where the engine reads it; the first time it takes the weights under it, too.
+
+        Returns:
+            `sync/bytes`, `sync/seconds`, `sync/calls`.
+        """
+        assert self.adapters is not None
+        started = time.perf_counter()
+        adapter = self.adapters.write(role)
+        if not self._base_is_there:
+            metrics = dict(self.host.take(BaseWeights(role)))
+            self._base_is_there = True
+            return metrics
+        return {"sync/bytes": float(adapter.size), "sync/seconds": time.perf_counter() - started, "sync/calls": 0.0}
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
         """Give device memory back; returns its bytes. Level 2 may drop the weights, which `update` then brings."""
@@ -167,6 +201,8 @@ class Engine:
     def close(self) -> None:
         """Free everything."""
         self.host.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
 
 def _versions(completions: Sequence[Any], version: int) -> list[list[int]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["LEFT_OUT", "SyncClient", "left_out"]
 
 LEFT_OUT = "the role's weights() left out"
-"""How the receiver's complaint begins; vLLM hands it on as text."""
+"""Beginning of the receiver's error, which vLLM passes on as text."""
 
 
 def left_out(text: str) -> str:

@@ -185,6 +185,17 @@ class Role:
         """Full tensors under their Hugging Face names."""
         raise NotImplementedError
 
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Return what `weights` does, without the role's adapters."""
+        return self.weights()
+
+    def save_adapters(self, folder: str) -> bool:
+        """Write the role's adapters to a folder as PEFT reads them; return False where this process has none.
+
+        Every rank calls it, and writes its own folder.
+        """
+        return False
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
         """Take the weights that another role's `weights` yields: decay * own + (1 - decay) * those; a copy with decay 0.
 

@@ -30,6 +30,16 @@ class _SharedLocalRole(SharedRole, LocalRole):
         with self.turn("read"):
             yield from super().weights()
 
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors without adapters; the role is awake until the last one is read."""
+        with self.turn("read"):
+            yield from super().base_weights()
+
+    def save_adapters(self, folder: str) -> bool:
+        """Write the adapters, with the role awake."""
+        with self.turn("read"):
+            return super().save_adapters(folder)
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """While it is open, the module is awake, whole, and each rank may use it independently."""

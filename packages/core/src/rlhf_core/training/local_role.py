@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
@@ -222,6 +223,20 @@ class LocalRole(Role):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names."""
         return self.trainable.weights()
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names, without adapters."""
+        with self.module.without_adapters() if self.module.adapters is not None else nullcontext():
+            yield from self.trainable.weights()
+
+    def save_adapters(self, folder: str) -> bool:
+        """Write the adapters to a folder as PEFT reads them; return False if there are none."""
+        if self.module.adapters is None:
+            return False
+        own = self.module.own_weights(self.trainable.full)
+        tensors = {name.removeprefix("model."): tensor for name, tensor in own.items()}
+        self.module.adapters.save(Path(folder), self.spec.options.model, tensors)
+        return True
 
     def gathered(self) -> AbstractContextManager[None]:
         """While it is open, the module holds full weights, and each rank may use it independently."""
