@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from math import log
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from served_model import TOKEN, WIDTH, ServedModel
 from rlhf_core.contract.batch import Prompts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import RunStopped, UsageError
+from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm import server_host
 from rlhf_rollout_vllm.engine import VLLM
@@ -172,6 +174,14 @@ def test_a_trained_role_needs_a_way_for_its_weights(role: LocalRole, monkeypatch
         engine.update(role)
     engine.close()
     served.close()
+
+
+def test_a_trained_role_is_told_of_it_before_models_are_loaded(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"none is for roles that no term trains, and actor is trained; choose another way$"
+    ):
+        tiny_run(tmp_path / "run", rollout=VLLM(server=("http://127.0.0.1:1",), transfer="none")).train()
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_share_servers_evenly() -> None:

@@ -79,6 +79,7 @@ GIB = 2**30
             id="weights over two GPUs",
         ),
         pytest.param({"process": "own", "transfer": "nccl"}, 60 * GIB, 80 * GIB, 0, id="on GPUs of its own"),
+        pytest.param({"server": ("http://127.0.0.1:1",)}, 60 * GIB, 80 * GIB, 0, id="at a server"),
     ],
 )
 def test_the_memory_of_an_engine_is_its_weights_and_the_cache_that_vllm_reserves(

@@ -67,9 +67,17 @@ class VLLM(VLLMOptions, Rollout):
             check_installed()
 
     def check_plan(self, plan: Plan) -> None:
-        """Raise UsageError if the processes of an engine cannot share the heads of a sampled model evenly."""
+        """Raise UsageError if the processes of an engine cannot share the heads of a sampled model evenly.
+
+        Also raise it if servers keep their weights and the sampled role is trained.
+        """
         from rlhf_core.models.loading.limits import attention_heads
 
+        changing = [name for name, spec in plan.roles.items() if spec.sampled and spec.trained]
+        if self.transfer == "none" and changing:
+            raise OptionError(
+                "transfer", f"none is for roles that no term trains, and {changing[0]} is trained; choose another way"
+            )
         size = self.tensor_parallel_size
         for name, spec in plan.roles.items() if size > 1 else ():
             heads = attention_heads(spec.options.model, spec.options) if spec.sampled else None
@@ -85,7 +93,7 @@ class VLLM(VLLMOptions, Rollout):
 
         vLLM takes its whole share of a device when it starts, however few samples there are (`arguments.memory_share`).
         """
-        if self.transfer == "nccl":  # on other GPUs than the role's
+        if self.server or self.transfer == "nccl":  # on other GPUs than the role's, or not of the run
             return 0
         weights = size.parameters * size.compute_bytes // (self.tensor_parallel_size * self.pipeline_parallel_size)
         if self.kv_cache_gib or not load.device_bytes:
