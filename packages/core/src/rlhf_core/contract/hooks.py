@@ -4,10 +4,10 @@ A plugin is a module (or object) with functions named like these and marked `@ho
 group `rlhf`. Two families:
 
 * provider hooks run once at start-up and return `{name: provider}`. A provider is a frozen dataclass (its fields are its
-  options, calling it does the work) or the string `"module:Class"` where importing it should wait until it is chosen.
+  options, calling it does the work), or the string `"module:Class"` if its import should wait until it is chosen.
   `rlhf_core.contract.providers` has the base class of each kind: its call, and everything that core reads of it.
-* observer hooks are called during a run, a few times per step. All implementations are called; none can change the run
-  but by what it returns from `rlhf_step_end`, which may end it after the step. They are called in the first process only; an
+* observer hooks are called during a run, a few times per step. All implementations are called; only the
+  return value of `rlhf_step_end` can change the run: it may end it after the step. They are called in the first process only; an
   observer that declares `all_ranks = True`, or a plugin that does, is called in every process.
 
 No hook is called per token or per sequence. This module imports nothing heavy: it is read by every `rlhf-run --help`.
@@ -69,10 +69,10 @@ KINDS: tuple[str, ...] = get_args(KindName)
 """Every kind."""
 
 OF_ROLES = ("optimizer", "output")
-"""Kinds that a run does not choose one of: an optimizer is chosen per role, and outputs are asked for by their names."""
+"""Kinds without one choice per run: an optimizer is chosen per role, and outputs are requested by name."""
 
 OUTSIDE_RUNS = ("command", "ingredient")
-"""Kinds that no run has."""
+"""Kinds that are not part of a run."""
 
 CHOSEN = tuple(kind for kind in KINDS if kind not in (*OF_ROLES, *OUTSIDE_RUNS))
 """Kinds with a flag `--<kind>` and a TOML table `[<kind>]`."""
@@ -165,13 +165,13 @@ def rlhf_algorithm() -> Providers:
 
 @hookspec
 def rlhf_strategy() -> Providers:
-    """Train a role's model inside a process: `(build, optim, total_steps) -> Trainable`."""
+    """Strategies that train a role's model inside a process: `(build, optim, total_steps) -> Trainable`."""
     raise AssertionError("a specification is never called")
 
 
 @hookspec
 def rlhf_launcher() -> Providers:
-    """Place processes and roles: `(plan) -> Placement`."""
+    """Launchers that place processes and roles: `(plan) -> Placement`."""
     raise AssertionError("a specification is never called")
 
 
@@ -183,7 +183,7 @@ def rlhf_evaluator() -> Providers:
 
 @hookspec
 def rlhf_observer() -> Providers:
-    """Trackers, alarms and other company of a run that is asked for by name: `(run) -> object with observer hooks`."""
+    """Observers selected by name, such as trackers and alarms: `(run) -> object with observer hooks`."""
     raise AssertionError("a specification is never called")
 
 
@@ -195,7 +195,7 @@ def rlhf_optimizer() -> Providers:
 
 @hookspec
 def rlhf_output() -> Providers:
-    """Add an output of a role's forward pass, named with its shape (`quantiles_NTK`): `(states, head) -> Tensor`."""
+    """Outputs of a role's forward pass, named with their shape (`quantiles_NTK`): `(states, head) -> Tensor`."""
     raise AssertionError("a specification is never called")
 
 
@@ -226,7 +226,7 @@ def rlhf_metrics() -> Mapping[str, str]:
 def rlhf_watch(run: RunView) -> object | None:
     """Called once per run when roles are placed and a checkpoint is restored, before `rlhf_run_start`.
 
-    For a plugin that watches every run and remembers something of each.
+    It suits a plugin that watches every run and keeps data of each.
 
     Args:
         run: the run.

@@ -26,7 +26,7 @@ class Provider:
         return ()
 
     def open(self, context: OpenContext) -> Closeable:
-        """Return the engine that a run calls in this provider's place. Called once a run, after `check`.
+        """Return the engine that a run calls in this provider's place. Called once per run, after `check`.
 
         Observers, algorithms, strategies and launchers are not opened: calling one makes what is open.
         """
