@@ -22,7 +22,7 @@ from rlhf_distributed_ray import arrays  # noqa: E402
 from rlhf_distributed_ray.arrays import from_array  # noqa: E402
 from rlhf_distributed_ray.crew import Crew  # noqa: E402
 from rlhf_distributed_ray.pulse import GROUP, Beating, Limits, Pulse  # noqa: E402
-from rlhf_distributed_ray.sending import ReceivedBuckets, send_weights  # noqa: E402
+from rlhf_distributed_ray.sending import ReceivedBuckets, narrow, send_weights  # noqa: E402
 
 MEMORY = (
     "6 worker(s) were killed due to the node running low on memory. Memory on the node was 22 GB.\nConsidered: …\n]"
@@ -205,6 +205,24 @@ def test_weights_reach_every_engine_that_lives_and_the_others_are_named(
     assert got.keys() == weights.keys() and all(torch.equal(got[name], weights[name]) for name in weights)
     for sink in sinks:
         ray.kill(sink)
+
+
+def test_matrices_travel_in_the_dtype_of_the_engine_and_take_half_the_bytes() -> None:
+    """Matrices arrive as an engine in bfloat16 would round them itself, to the bit."""
+    drawn = torch.Generator().manual_seed(0)
+    weights = {"matrix": torch.randn(64, 48, generator=drawn), "norm": torch.randn(48, generator=drawn)}
+    weights |= {"counter": torch.arange(6).view(2, 3), "half": torch.randn(4, 4, generator=drawn).half()}
+
+    def sent(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], int]:
+        (bucket,) = arrays.buckets(narrow(weights.items(), dtype))
+        return {name: from_array(packed) for name, packed in bucket}, sum(array.nbytes for _, (_, array) in bucket)
+
+    whole, all_bytes = sent(torch.float32)
+    assert all(torch.equal(whole[name], weights[name]) for name in weights)
+    cut, fewer = sent(torch.bfloat16)
+    engine = torch.empty(64, 48, dtype=torch.bfloat16).copy_(weights["matrix"])
+    assert torch.equal(cut["matrix"], engine) and all_bytes - fewer == 64 * 48 * 2
+    assert all(torch.equal(cut[name], weights[name]) for name in ("norm", "counter", "half"))
 
 
 def test_a_bucket_that_comes_twice_counts_once_and_a_missing_one_is_no_sync() -> None:

@@ -7,16 +7,17 @@ out, and reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf_distributed_ray.arrays import buckets
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["ReceivedBuckets", "Shipment", "send_weights"]
+__all__ = ["ReceivedBuckets", "Shipment", "narrow", "send_weights"]
 
 AT_ONCE = 4
 """Buckets on their way to an engine; the sender waits for the oldest before it copies another one."""
@@ -30,6 +31,16 @@ class Shipment:
     """references of all buckets, in order"""
     late: list[int] = field(default_factory=list)
     """numbers of the engines that did not take them all"""
+
+
+def narrow(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights with matrices in `dtype`, where that is smaller: what an engine rounds anyway need not travel.
+
+    Vectors (norms, biases) are few bytes, and some models keep them in float32, so they stay as they are.
+    """
+    for name, tensor in weights:
+        wide = tensor.is_floating_point() and tensor.dim() > 1 and tensor.element_size() > dtype.itemsize
+        yield name, tensor.to(dtype) if wide else tensor
 
 
 def send_weights(

@@ -29,7 +29,7 @@ from rlhf_core.util.random_states import get_random_states, seed_libraries, set_
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.pulse import Beating
-from rlhf_distributed_ray.sending import Shipment, send_weights
+from rlhf_distributed_ray.sending import Shipment, narrow, send_weights
 from rlhf_distributed_ray.snapshots import Files, memory_folder, read_files, write_files
 from rlhf_distributed_ray.transport import unpack
 
@@ -231,10 +231,15 @@ class RoleWorker(Worker):
     def send_weights(self, engines: list[Any], sync: int, patience: float) -> Shipment:
         """Send the weights to these engines, from rank 0; the other ranks take part where weights are gathered.
 
-        Only rank 0 copies them to the host.
+        Only rank 0 copies them to the host, in the dtype in which engines hold them.
         """
         if self.rank == 0:
-            return send_weights(self.role.weights(), engines, self.role_name, sync, patience)
+            held = (
+                self.plan.config.providers["rollout"].weight_dtype
+                or self.plan.roles[self.role_name].options.compute_dtype
+            )
+            weights = narrow(self.role.weights(), getattr(torch, held))
+            return send_weights(weights, engines, self.role_name, sync, patience)
         if self.role.trainable.sharded:
             for _ in self.role.weights():
                 report("gathering weights")

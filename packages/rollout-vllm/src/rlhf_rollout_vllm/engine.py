@@ -52,6 +52,11 @@ class VLLM(VLLMOptions, Rollout):
         return self.engine_devices
 
     @property
+    def weight_dtype(self) -> str:
+        """The dtype that is given, if any."""
+        return "" if self.dtype == "auto" else self.dtype
+
+    @property
     def has_own_weights(self) -> bool:
         """Separate processes and servers have their own weights."""
         return self.is_apart

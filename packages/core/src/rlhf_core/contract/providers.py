@@ -114,6 +114,14 @@ class Rollout(Provider):
         """Number of GPUs that one engine computes on, where there are any: several under tensor or pipeline parallelism."""
         return 1
 
+    @property
+    def weight_dtype(self) -> str:
+        """Type in which it holds the matrices of a role, such as `float16`; empty if it is the role's compute dtype.
+
+        A launcher may send matrices in it. Vectors keep their precision: some are held in float32 everywhere.
+        """
+        return ""
+
     def check_plan(self, plan: Plan) -> None:
         """Raise `UsageError` if it cannot sample the roles of a plan, as far as that is known before anything starts."""
 
