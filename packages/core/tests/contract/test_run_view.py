@@ -18,7 +18,7 @@ MEMBERS = {name for name in vars(RunView) if not name.startswith("_")}
 
 def test_the_documentation_lists_every_member_of_a_view_and_no_other() -> None:
     text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
-    section = text.partition("## The run as callees see it")[2].partition("\n## ")[0]
+    section = text.partition("## The run that evaluators and observers see")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `(\w+)(?:\([\w, ]*\))?` \|", section, re.MULTILINE)
     assert sorted(documented) == sorted(MEMBERS)
 

@@ -6,9 +6,9 @@ group `rlhf`. Two families:
 * provider hooks run once at start-up and return `{name: provider}`. A provider is a frozen dataclass (its fields are its
   options, calling it does the work), or the string `"module:Class"` if its import should wait until it is chosen.
   `rlhf_core.contract.providers` has the base class of each kind: its call, and everything that core reads of it.
-* observer hooks are called during a run, a few times per step. All implementations are called; only the
-  return value of `rlhf_step_end` can change the run: it may end it after the step. They are called in the first process only; an
-  observer that declares `all_ranks = True`, or a plugin that does, is called in every process.
+* observer hooks are called during a run, a few times per step. All implementations are called. Only the return value of
+  `rlhf_step_end` can change the run: it may end it after the step. They are called in the first process only; an observer
+  that declares `all_ranks = True`, or a plugin that does, is called in every process.
 
 No hook is called per token or per sequence. This module imports nothing heavy: it is read by every `rlhf-run --help`.
 """

@@ -73,7 +73,7 @@ class RowEncoder(Protocol):
 
 
 class RunView(Protocol):
-    """A run as its callees see it. Every member is for reading; on several ranks, each rank has its own view."""
+    """The run that evaluators and observers see. Every member is for reading; on several ranks, each rank has its own view."""
 
     @property
     def config(self) -> RunConfig:
