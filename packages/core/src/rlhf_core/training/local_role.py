@@ -307,27 +307,38 @@ class LocalRole(Role):
             self._export(folder if instead else f"{folder}-ema", averaged=True)
 
     def _export(self, folder: str, averaged: bool = False) -> None:
-        """Write the weights that the module has now, or their moving average."""
+        """Write the weights that the module has now, or their moving average, a file at a time."""
         from rlhf_core.models.export.folder import export
-        from rlhf_core.models.export.precision import saved_dtype
+        from rlhf_core.models.export.precision import fitting_dtype, saved_dtype
 
-        leads = self.world.leads
-        joined = self.trainable.join_shares if averaged else None
-        state = {}
-        if self.module.adapters is None:  # else the model's own weights are where they came from
-            weights = self.module.hf_weights(self.trainable.full, joined) if joined else self.weights()
-            state = {name: tensor.cpu() for name, tensor in weights if leads}
-        own = self.module.own_weights(self.trainable.full, joined)
-        if leads:
-            card: dict[str, Any] = {
-                "base": self.spec.options.model,
-                "algorithm": self.plan.config.names.get("algorithm", ""),
-            }
-            shard = self.plan.config.export_shard
-            dtype = saved_dtype(self.plan.config.export_dtype, self.spec.options.model, self.spec.options)
-            how: dict[str, Any] = {"shard": shard, "dtype": dtype, "template": self.spec.template}
-            export(self.module, self.tokenizer, folder, state=state, own=own, **how, **card)
+        options = self.spec.options
+        own = self.module.own_weights(self.trainable.full, self.trainable.join_shares if averaged else None)
+        dtype = fitting_dtype(
+            self._weights_to_export(averaged), saved_dtype(self.plan.config.export_dtype, options.model, options)
+        )
+        weights = iter(self._weights_to_export(averaged))
+        try:
+            if self.world.leads:
+                names = self.plan.config.names
+                card: dict[str, Any] = {"base": options.model, "algorithm": names.get("algorithm", "")}
+                shard = self.plan.config.export_shard
+                how: dict[str, Any] = {"shard": shard, "dtype": dtype, "template": self.spec.template}
+                export(self.module, self.tokenizer, folder, state=weights, own=own, **how, **card)
+        finally:
+            for _ in weights:  # gathered by all ranks together, also for one that cannot write
+                pass
         self.world.barrier()
+
+    def _weights_to_export(self, averaged: bool) -> Iterable[tuple[str, Tensor]]:
+        """Return the whole weights of the model, or their averages; none with adapters, whose model is where it came from."""
+        if self.module.adapters is not None:
+            return ()
+        if averaged:
+            exported: Iterable[tuple[str, Tensor]] = self.module.hf_weights(
+                self.trainable.full, self.trainable.join_shares
+            )
+            return exported
+        return self.weights()
 
 
 def _without_adapters(spec: RoleSpec) -> RoleSpec:

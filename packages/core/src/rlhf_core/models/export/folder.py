@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
 from rlhf_core.models.export.card import Card
-from rlhf_core.models.export.precision import cast_weights, write_dtype
+from rlhf_core.models.export.precision import fitting_dtype, write_dtype
+from rlhf_core.models.export.shards import write_weights
 from rlhf_core.models.loading.load import load_model
 from rlhf_core.models.loading.names import find
 from rlhf_core.models.loading.transformers_calls import no_progress_bars
@@ -40,7 +41,7 @@ def export(
     *,
     base: str,
     algorithm: str,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None,
     own: Mapping[str, Tensor] | None = None,
     shard: str = SHARD,
     dtype: torch.dtype = torch.float32,
@@ -54,13 +55,17 @@ def export(
         folder: where.
         base: the model it was trained from, for the card and the adapters.
         algorithm: what it was trained with, for the card.
-        state: the model's tensors by their Hugging Face names where a strategy gathered them; the module's own otherwise.
+        state: the model's tensors by their Hugging Face names where a strategy gathers them; the module's own otherwise. Of
+            an iterable of pairs one tensor is taken at a time, and `dtype` must hold all of them (`fitting_dtype`).
         own: what `RoleModule.own_weights` gives, likewise.
         shard: largest weights file.
         dtype: of the model's weights; adapters and additional heads stay as they are.
         template: a chat template that is saved in place of the tokenizer's or processor's; theirs if empty.
     """
-    state = dict(module.hf_weights()) if state is None and module.adapters is None else state or {}
+    if state is None:
+        state = dict(module.hf_weights()) if module.adapters is None else {}
+    if isinstance(state, Mapping):
+        dtype = fitting_dtype(state.items(), dtype)
     own = module.own_weights() if own is None else own
     with fresh_folder(Path(folder)) as target:
         place = _place_of(base, Path(folder))
@@ -78,7 +83,7 @@ def write_folder(
     target: Path,
     *,
     base: str,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     own: Mapping[str, Tensor],
     shard: str = SHARD,
     dtype: torch.dtype = torch.float32,
@@ -97,8 +102,7 @@ def write_folder(
             if model.can_generate():
                 model.generation_config.save_pretrained(target)  # its end tokens, for a later merge
         else:
-            weights, dtype = cast_weights(state, dtype)
-            model.save_pretrained(target, state_dict=weights, max_shard_size=shard)
+            write_weights(model, target, state.items() if isinstance(state, Mapping) else state, dtype, shard)
             if (target / "config.json").exists():  # a model that is none of transformers writes no such file
                 write_dtype(target / "config.json", dtype)
         if heads := _inside(own, "heads."):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import ModelOptions
 
-__all__ = ["cast_weights", "saved_dtype", "write_dtype"]
+__all__ = ["fitting_dtype", "saved_dtype", "write_dtype"]
 
 
 def saved_dtype(wanted: str, name: str, options: ModelOptions) -> torch.dtype:
@@ -56,15 +56,21 @@ def _dtype_of_weights(name: str) -> torch.dtype:
     return torch.float32
 
 
-def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Return the weights in `dtype`, and that dtype; float32 with a warning where a weight is beyond its range."""
-    cast = {name: each.to(dtype) if each.is_floating_point() else each for name, each in weights.items()}
-    if dtype == torch.float16:  # bfloat16 has the range of float32
-        beyond = [name for name in cast if bool(torch.isinf(cast[name]).any() & ~torch.isinf(weights[name]).any())]
-        if beyond:
-            log.warning(f"{beyond[0]} has weights beyond float16's range: the model is saved in float32")
-            return dict(weights), torch.float32
-    return cast, dtype
+def fitting_dtype(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> torch.dtype:
+    """Return `dtype`; float32 with a warning if it is float16 and a weight is beyond its range.
+
+    All of `weights` are read if it is float16, and none otherwise: bfloat16 has the range of float32.
+    """
+    if dtype != torch.float16:
+        return dtype
+    beyond = [
+        name
+        for name, each in weights
+        if each.is_floating_point() and bool((torch.isinf(each.to(dtype)) & ~torch.isinf(each)).any())
+    ]
+    if beyond:
+        log.warning(f"{beyond[0]} has weights beyond float16's range: the model is saved in float32")
+    return torch.float32 if beyond else dtype
 
 
 def write_dtype(path: Path, dtype: torch.dtype) -> None:
