@@ -8,6 +8,7 @@ the controller, but for the rows' datasource, which splits metrics.
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
@@ -172,9 +173,10 @@ def split_groups(batch: Batch, parts: int) -> list[list[int]]:
     for row, group in enumerate(batch.group_N.tolist()):
         groups.setdefault(group, []).append(row)
     by_size = sorted(groups.values(), key=lambda rows: -sum(tokens_N[row] for row in rows))
-    loads, shares = [0] * parts, [[] for _ in range(parts)]  # type: tuple[list[int], list[list[int]]]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    least = [(0, k) for k in range(parts)]  # a heap: a thousand workers are not searched for every group
     for rows in by_size:
-        least = min(range(parts), key=lambda k: (loads[k], k))
-        loads[least] += sum(tokens_N[row] for row in rows)
-        shares[least] += rows
+        load, k = least[0]
+        heapq.heapreplace(least, (load + sum(tokens_N[row] for row in rows), k))
+        shares[k] += rows
     return [sorted(rows) for rows in shares]
