@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import RunStopped, option, run_option
+from rlhf_core.lazy import torch
+from rlhf_core.util.messages import log
+from rlhf_rollout_vllm.checksums import add_checksums, describe_groups, differing
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Prompts, Rollouts
     from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
-__all__ = ["check", "kept_mass"]
+__all__ = ["check", "compare_weights", "kept_mass"]
 
 LOGPROBS = frozenset({"logprobs_NT"})
 
@@ -58,6 +61,35 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
             f"as they are, or vLLM computes this model differently; use {run_option('rollout', 'hf')}"
         )
     return {"sync/logprob_diff_mean": mean, "sync/logprob_diff_max": largest}
+
+
+def compare_weights(engine: Engine, role: Role, when: str) -> None:
+    """Compare all weights by checksums, exactly, wherever the engine gives some.
+
+    Models whose weights vLLM changes on loading are found when the engine opens: layers that differ then are never compared. A
+    layer that was left out at that time shows in `check`.
+
+    Raises:
+        RunStopped: weights differ.
+    """
+    found = engine.host.checksums()
+    if not found:
+        return
+    weights = role.weights() if engine.adapters is None else role.base_weights()
+    expected = add_checksums(weights, getattr(torch, engine.dtype))
+    wrong = set[int]().union(*(differing(expected, each) for each in found))
+    if engine.changed_layers is None:
+        engine.changed_layers = frozenset(wrong)
+        if wrong:
+            log.warning(
+                f"rollout 'vllm' changes weights of {describe_groups(wrong)} on loading, so that checksums cannot compare them"
+            )
+    wrong -= engine.changed_layers
+    if wrong:
+        raise RunStopped(
+            f"after {when}, weights of rollout 'vllm' in {describe_groups(wrong)} differ from those of role {role.name!r}: "
+            f"they did not arrive as they are; report it, and use {run_option('rollout', 'hf')}"
+        )
 
 
 def kept_mass(role: Role, rollouts: Rollouts) -> float:

@@ -49,6 +49,7 @@ def engine_arguments(options: VLLMOptions, model: str, dtype: str, cpu: bool, sh
         "enable_sleep_mode": options.enable_sleep and not cpu,
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": MOST,
+        "worker_extension_cls": "rlhf_rollout_vllm.worker_extension.WorkerExtension",
         "generation_config": "vllm",  # sampling is the run's, not the model's
     }
 

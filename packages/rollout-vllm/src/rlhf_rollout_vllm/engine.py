@@ -157,13 +157,14 @@ class VLLMEngines(Rollout):
             raise UsageError(
                 f"rollout vllm passes no images on: use {run_option('rollout', 'hf')} for prompts with images"
             )
-        from rlhf_rollout_vllm.agreement import check, kept_mass
+        from rlhf_rollout_vllm.agreement import check, compare_weights, kept_mass
         from rlhf_rollout_vllm.session import Engine
 
         engine = self.engines.get(role.name)
         if engine is None:
             engine = self.engines[role.name] = Engine(self.options, role)
             engine.update(role)
+            compare_weights(engine, role, "loading")
             check(engine, role, prompts, "loading")
         elif engine.version != role.version and not self.ahead:  # for example, a checkpoint was restored
             engine.update(role)
@@ -184,13 +185,16 @@ class VLLMEngines(Rollout):
             ContractError: the role left weights out.
             RunStopped: engine and trainer disagree after the first update.
         """
-        from rlhf_rollout_vllm.agreement import check
+        from rlhf_rollout_vllm.agreement import check, compare_weights
 
         engine = self.engines.get(role.name)
         if engine is None or engine.version == role.version:
             return {}
         metrics = engine.update(role)
-        if engine.updates == 2:  # the first was part of opening it
+        update, every = engine.updates - 1, self.options.check_weights  # the first was part of opening it
+        if update == 1 or (every and update % every == 0):
+            compare_weights(engine, role, f"update {update}")
+        if update == 1:
             metrics |= check(engine, role, engine.probe, "the first update")
         return metrics
 

@@ -116,6 +116,14 @@ class InProcess:
             )
         return [answer.outputs[0] for answer in answers]
 
+    def checksums(self) -> list[dict[int, int]]:
+        """Return the checksum of each layer's weights; none for quantized ones, which are others than the trainer's."""
+        return (
+            [dict(pairs) for pairs in self.llm.collective_rpc("rlhf_checksums")]
+            if not self.options.quantization
+            else []
+        )
+
     def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights: a fixed number of calls, however many tensors there are.
 

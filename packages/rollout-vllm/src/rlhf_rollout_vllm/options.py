@@ -67,6 +67,9 @@ class VLLMOptions:
     """largest mean difference in log-probabilities of the same tokens between engine and trainer, in nats; a larger one
     stops the run after opening or after the first update. 0 takes 0.001 for float32 and 0.05 for 16 bits, `inf` never
     stops"""
+    check_weights: int = 0
+    """number of updates between two comparisons of all weights of engine and trainer by checksums; 0 compares after
+    opening and after the first update only"""
     quantization: Literal[
         "",
         "fp8_per_tensor",
@@ -118,7 +121,7 @@ class VLLMOptions:
     """number of times that a request is repeated after a failure, at another server if there is one"""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "kv_cache_gib", "max_logprob_diff"):
+        for name in ("max_model_len", "max_num_seqs", "kv_cache_gib", "max_logprob_diff", "check_weights"):
             if not getattr(self, name) >= 0:  # written so that nan fails
                 raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.gpu_memory_utilization <= 1:

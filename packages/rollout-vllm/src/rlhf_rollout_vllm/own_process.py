@@ -314,6 +314,14 @@ class OwnProcess:
     # weights
     # ------------------------------------------------------------------------------------------------------------------
 
+    def checksums(self) -> list[dict[int, int]]:
+        """Return the checksum of each layer's weights, of each copy; none if they are quantized or spread over workers."""
+        options = self.options
+        if options.quantization or options.tensor_parallel_size * options.pipeline_parallel_size > 1:
+            return []
+        with self._life:
+            return [dict(pairs) for pairs in self.call(self.llm.collective_rpc("rlhf_checksums"))]
+
     def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights, completions in progress or not: a fixed number of calls.
 

@@ -216,6 +216,10 @@ class ServerHost:
     # weights
     # ------------------------------------------------------------------------------------------------------------------
 
+    def checksums(self) -> list[dict[int, int]]:
+        """Return none: a server has no route for them."""
+        return []
+
     def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Send the role's weights to all servers that answer, completions in progress or not: a fixed number of calls.
 

@@ -54,6 +54,10 @@ class Host(Protocol):
         """
         ...
 
+    def checksums(self) -> list[dict[int, int]]:
+        """Return the checksum of each layer's weights, of each worker that has all of them; none if no worker has."""
+        ...
+
     def take(self, role: Role | BaseWeights) -> Mapping[str, float]:
         """Take the role's weights; returns `sync/bytes`, `sync/seconds`, `sync/calls`."""
         ...
@@ -96,6 +100,8 @@ class Engine:
         self.adapters = AdapterFolders() if options.lora == "adapter" else None
         """the role's adapters, where they come apart from the weights"""
         self._base_is_there = False
+        self.changed_layers: frozenset[int] | None = None
+        """layers whose weights vLLM changes on loading; None before the first comparison by checksums"""
         self.host: Host = self._open(model)
         width = int(self.host.model_config.get_vocab_size())
         self.parameters = Parameters(
