@@ -79,6 +79,7 @@ def test_it_travels_without_what_it_has_opened() -> None:
         ({"max_model_len": -1}, "max_model_len must be at least 0, not -1"),
         ({"max_num_seqs": -1}, "max_num_seqs must be at least 0, not -1"),
         ({"kv_cache_gib": float("nan")}, "kv_cache_gib must be at least 0, not nan"),
+        ({"block_size": -1}, "block_size must be at least 0, not -1"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be at least 0 and at most 1, not 1.5"),
         ({"max_logprob_diff": -0.1}, "max_logprob_diff must be at least 0"),
     ],

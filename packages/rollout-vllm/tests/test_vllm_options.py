@@ -38,15 +38,22 @@ def test_devices_have_defaults_of_their_own(cpu: bool, sequences: int | None, ea
     built = engine_arguments(VLLM(), "model", "float32", cpu, 0.4)
     assert (built["max_num_seqs"], built["enforce_eager"], built["kv_cache_memory_bytes"]) == (sequences, eager, cache)
     assert built["gpu_memory_utilization"] == 0.4
+    assert built["block_size"] is None
 
 
 def test_options_that_are_given_win() -> None:
     options = VLLM(
-        max_num_seqs=3, enforce_eager=True, kv_cache_gib=0.5, quantization="fp8_per_tensor", max_model_len=77
+        max_num_seqs=3,
+        enforce_eager=True,
+        kv_cache_gib=0.5,
+        quantization="fp8_per_tensor",
+        max_model_len=77,
+        block_size=64,
     )
     built = engine_arguments(options, "model", "bfloat16", False, 0.4)
     expected = {
         "max_num_seqs": 3,
+        "block_size": 64,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 2**29,
         "quantization": "fp8_per_tensor",

@@ -85,3 +85,20 @@ def test_the_game_of_the_examples_is_played(tmp_path: Path) -> None:
     read = [bytes(each for each in ids if each < 256).decode() for ids in policy.read]
     hint = "higher" if wrong < number else "lower"
     assert read == ["Guess a digit: ", "Guess a digit: ?\nno digit: ", f"Guess a digit: ?\nno digit: {wrong}\n{hint}: "]
+
+
+def test_the_sums_of_the_examples_are_verified_and_tried_again(tmp_path: Path) -> None:
+    """The sum is what Python's generator draws from the seed of the prompt; the second try earns half of the reward."""
+    draw = random.Random(Sampling(seed=5).seed_for(10, -1))
+    first, second = draw.randrange(3), draw.randrange(3)
+    agent = f"{Path(__file__).parents[4] / 'examples' / 'agents' / 'sums.py'}:play"
+    policy = Echo(["?", str(first + second)])
+    rollouts = run_agent(policy, agent, encoder(PLAIN, tmp_path), log=("first", "right"))
+    assert rollouts["environment_rewards_NT"].sum().item() == pytest.approx(0.5 - 0.1)
+    assert [rollouts[f"environment/{name}_N"].tolist() for name in ("first", "right")] == [[0.0], [1.0]]
+    read = [bytes(each for each in ids if each < 256).decode() for ids in policy.read]
+    question = f"{first}+{second}="
+    assert read == [question, f"{question}?\nno\n{question}"]
+    wrong = run_agent(Echo(["x"] * 3), agent, encoder(PLAIN, tmp_path), log=("first", "right"))
+    assert wrong["environment_scores_N"].tolist() == [0.0]
+    assert wrong["environment_rewards_NT"].sum().item() == pytest.approx(-0.3)

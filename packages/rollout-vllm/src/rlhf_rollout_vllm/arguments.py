@@ -45,6 +45,7 @@ def engine_arguments(options: VLLMOptions, model: str, dtype: str, cpu: bool, sh
         "gpu_memory_utilization": share,
         "enforce_eager": cpu if options.enforce_eager is None else options.enforce_eager,
         "enable_prefix_caching": options.enable_prefix_caching,
+        "block_size": options.block_size or None,
         "enable_chunked_prefill": False if cpu else None,  # a seed would be rewound, which fails on the CPU
         "enable_sleep_mode": options.enable_sleep and not cpu,
         "logprobs_mode": "processed_logprobs",
