@@ -31,6 +31,7 @@ PLACES = ["trainer", pytest.param("own", marks=pytest.mark.slow)]
 @pytest.fixture(scope="module")
 def adapted() -> LocalRole:
     """A tiny actor with adapters, whose weights under them are far from flat."""
+    pytest.importorskip("peft")
     actor = TrainedOptions(model="tiny", lora=LORA)
     sampling = Sampling(n=2, max_new_tokens=8, temperature=0.7)
     role = LocalRole(tiny_run("unused", sampling=sampling, actor=actor).plan, "actor")

@@ -37,6 +37,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[VLLMEngines]:
 @pytest.fixture(scope="module")
 def actor() -> LocalRole:
     """A tiny actor with adapters, all of whose tensors matter."""
+    pytest.importorskip("peft")
     options = TrainedOptions(model="tiny", lora=Lora(rank=4, alpha=8))
     role = LocalRole(tiny_run("unused", sampling=Sampling(n=1, max_new_tokens=8), actor=options).plan, "actor")
     _step(role, 0.25)

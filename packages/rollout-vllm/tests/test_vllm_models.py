@@ -207,8 +207,9 @@ def test_sixteen_bits_agree_within_their_bound(tmp_path: Path, make_prompts: Cal
 
 
 @pytest.mark.engines
+@pytest.mark.parametrize("process", ["trainer", pytest.param("own", marks=pytest.mark.slow)])
 def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
-    make_prompts: Callable[..., Prompts],
+    process: Any, make_prompts: Callable[..., Prompts]
 ) -> None:
     """SmolLM2-135M in float32: 64 prompts, greedy, then other weights, then weights that were trained."""
     from rlhf_core.models.loading.names import find
@@ -220,7 +221,7 @@ def test_a_real_model_says_the_same_in_both_engines_before_and_after_training(
     role = LocalRole(tiny_run("unused", model="smollm2-135m").plan, "actor")
     prompts = make_prompts(role, [f"Question {i}: what is {i} times {i + 3}, and why?" for i in range(64)])
     sampling = replace(GREEDY, max_new_tokens=12)
-    rollout = VLLMEngines(VLLM(kv_cache_gib=1, max_num_seqs=64))
+    rollout = VLLMEngines(VLLM(process=process, kv_cache_gib=1, max_num_seqs=64))
     try:
         agree(rollout, role, prompts, sampling)
         with torch.no_grad():
