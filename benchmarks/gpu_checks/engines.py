@@ -58,7 +58,7 @@ def two_processes(context: Context) -> None:
     _, said = finish(ranks[1:], 40)
     finish(ranks[:1], 0)
     one_line = [line for line in said[0].splitlines() if line.startswith("rlhf-run: ")]
-    refused = len(one_line) == 1 and "has no GPU of its own" in one_line[0]
+    refused = len(one_line) == 1 and "has no GPU, since" in one_line[0]
     context.expect("a second process on one GPU is refused in one line", refused, (one_line or [said[0][-300:]])[0])
     codes, said = finish(start_ranks([sys.executable, "-c", NCCL]), 25)
     last = said[0].strip().splitlines()[-1] if said[0].strip() else "nothing said"

@@ -119,7 +119,7 @@ def test_a_loss_that_was_recorded_as_another_is_named(folder: Path, capsys: pyte
     [
         (["out", "1"], "no record of step 1; it has 2"),
         (["elsewhere", "1"], "--record-every N"),
-        (["out", "two"], "STEP is the number of a step"),
+        (["out", "two"], "STEP must be the number of a step"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -139,6 +139,6 @@ def test_a_cluster_with_a_token_lets_in_who_has_it_and_others_are_told_in_one_li
     assert right.returncode == 0, right.stderr[-2000:]
     assert wrong.returncode == 2
     assert wrong.stderr.strip() == (
-        f"rlhf-run: --launcher.address {address}: the cluster refuses this token; set RAY_AUTH_MODE=token and "
-        "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them"
+        f"rlhf-run: --launcher.address {address}: the cluster rejects this token; set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the values of the cluster"
     )

@@ -38,12 +38,12 @@ REFUSED = b"gcs_client.cc:210: Failed to get cluster ID from GCS server: Unauthe
         (
             RuntimeError("Failed to connect"),
             3 * REFUSED,
-            "the cluster refuses this token; set RAY_AUTH_MODE=token and RAY_AUTH",
+            "the cluster rejects this token; set RAY_AUTH_MODE=token and RAY_AUTH",
         ),
         (
             ray.exceptions.AuthenticationError("no token"),
             b"",
-            "the cluster refuses this token; set RAY_AUTH_MODE=token and",
+            "the cluster rejects this token; set RAY_AUTH_MODE=token and",
         ),
     ],
 )

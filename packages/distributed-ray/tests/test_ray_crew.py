@@ -98,7 +98,7 @@ def test_a_stopped_process_is_killed_and_named(cluster: None) -> None:
     began = time.monotonic()
     found = crew.wait(calls, grace=0.5)
     assert set(found.deaths) == {1} and time.monotonic() - began < 60, "2 s, on a machine without other work"
-    told = rf"^role actor rank 1 on node {node} \(process {process}\) died: it gave no sign of life for \d+ s; continue"
+    told = rf"^role actor rank 1 on node {node} \(process {process}\) died: it sent no heartbeat for \d+ s; continue"
     with pytest.raises(WorkerLost, match=told):
         found.in_order()
     for actor in crew.actors:
@@ -144,7 +144,7 @@ def test_time_in_which_the_controller_itself_was_stopped_blames_nobody(monkeypat
     while not (why := pulse.look(actor, 0)):
         clock.now += 1
         seconds += 1
-    assert 10 < seconds <= 21 and why == "it gave no sign of life for 21 s"
+    assert 10 < seconds <= 21 and why == "it sent no heartbeat for 21 s"
 
 
 def test_a_call_may_stand_still_for_ten_times_the_longest_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_a_process_that_starts_has_ten_minutes(monkeypatch: pytest.MonkeyPatch) 
         clock.now += 1
         assert pulse.look(actor, 0) == ""
     clock.now += 1
-    assert pulse.look(actor, 0) == "it gave no sign of life for 601 s"
+    assert pulse.look(actor, 0) == "it sent no heartbeat for 601 s"
 
 
 class Sink:

@@ -120,10 +120,10 @@ def test_a_place_may_do_without_gpus() -> None:
             "actor@2,critc@1",
             r"^place 'critc@1': this run has no 'critc' \(did you mean 'critic'\?\); it has actor, critic, ",
         ),
-        ("actor+actor@2,critic@1", r"^place 'actor\+actor@2' names actor twice$"),
-        ("actor@2,critic+actor@1", r"^place gives actor two places$"),
-        ("actor[tp=2]@2,critic@1", r"^place 'actor\[tp=2\]': the engines of this run compute on 1 GPU; set that with "),
-        ("actor+critic@2,engine[tp=4]@1", r"^place 'engine\[tp=4\]': the engines of this run compute on 1 GPU; "),
+        ("actor+actor@2,critic@1", r"^place 'actor\+actor@2' names actor twice; name it once$"),
+        ("actor@2,critic+actor@1", r"^place gives actor two places; name it once$"),
+        ("actor[tp=2]@2,critic@1", r"^place 'actor\[tp=2\]': each engine of this run uses 1 GPU; change that with "),
+        ("actor+critic@2,engine[tp=4]@1", r"^place 'engine\[tp=4\]': each engine of this run uses 1 GPU; "),
         ("actor+critic@2,GPU=0.5", r"^place 'GPU=0.5': give RESOURCE=AMOUNT, such as GPU=0 or RAM=64, and whole GPUs$"),
         ("actor+critic@2,RAM=much", r"^place 'RAM=much': give RESOURCE=AMOUNT"),
     ],
@@ -177,7 +177,7 @@ def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:
     layout = separate(ROLES, engines=1, cpus=1.0, gpus=True)
     with pytest.raises(
         UsageError,
-        match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, the cluster has 2; ask for less with ",
+        match=r"^launcher ray needs 4 GPU for 2 x actor, 1 x reference, 1 x engine, but the cluster has 2; request less with ",
     ):
         check_capacity(layout, [{"CPU": 8.0, "GPU": 2.0}])
     check_capacity(layout, [{"CPU": 4.0, "GPU": 4.0}])
@@ -186,13 +186,15 @@ def test_more_than_the_cluster_has_is_refused_with_the_sum() -> None:
 @pytest.mark.parametrize(("text", "strategy"), [("1x4", "PACK"), ("4", "STRICT_PACK")])
 def test_what_must_be_on_one_node_must_fit_on_one(text: str, strategy: str) -> None:
     layout = together({"actor": parse_shape(text, "")}, 0, cpus=1.0, gpus=False, strategy=strategy)
-    with pytest.raises(UsageError, match=r"^launcher ray needs 4 CPU on one node, the largest has 2; ask for less "):
+    with pytest.raises(
+        UsageError, match=r"^launcher ray needs 4 CPU on one node, but the largest node has 2; request less "
+    ):
         check_capacity(layout, [{"CPU": 2.0}, {"CPU": 2.0}])
     check_capacity(layout, [{"CPU": 2.0}, {"CPU": 4.0}])
 
 
 def test_strict_spread_needs_as_many_nodes_as_bundles() -> None:
     layout = together(ROLES, engines=0, cpus=0.1, gpus=False, strategy="STRICT_SPREAD")
-    with pytest.raises(UsageError, match=r"STRICT_SPREAD needs 2 nodes, the cluster has 1"):
+    with pytest.raises(UsageError, match=r"STRICT_SPREAD needs 2 nodes, but the cluster has 1"):
         check_capacity(layout, [{"CPU": 8.0}])
     check_capacity(layout, [{"CPU": 8.0}, {"CPU": 8.0}])

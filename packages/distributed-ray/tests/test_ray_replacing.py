@@ -85,7 +85,7 @@ def test_an_engine_whose_weights_are_lost_with_their_sender_is_counted_though_th
     crew = crew_of([new], Engine(), retries=1)
     crew.bring_weights("actor", 1, lambda *_: Shipment(["reference"], []))
     crew.crew.actors[0].dead, new.weights_lost = True, True
-    with pytest.raises(WorkerLost, match="the weights that it had are lost"):
+    with pytest.raises(WorkerLost, match="its weights are lost"):
         crew.ask(answer, [0])
     new.weights_lost = False
     crew.forget_weights()

@@ -363,12 +363,12 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
     [
         (
             ["--launcher.cpus", "9"],
-            r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, the cluster has 8;",
+            r"^launcher ray needs 27 CPU for 1 x actor, 1 x reference, 1 x engine, but the cluster has 8;",
         ),
-        (["--launcher.gpus", "on"], r"^launcher ray needs 1 GPU for .*, the cluster has 0; ask for less with "),
+        (["--launcher.gpus", "on"], r"^launcher ray needs 1 GPU for .*, but the cluster has 0; request less with "),
         (
             ["--launcher.workers", "5"],
-            r"^--batch-size 4 leaves some of the 5 workers of role actor without a row; raise it$",
+            r"^--batch-size 4 is too small: some of the 5 workers of role actor get no row; raise it$",
         ),
         (
             ["--launcher.workers", "two"],
@@ -378,11 +378,11 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
             ["--launcher.role-workers", "judge=2"],
             r"^--launcher.role-workers 'judge=2': this run has no role 'judge'; it has ",
         ),
-        (["--launcher.engines", "-1"], r"^--launcher.engines -1: at least 1, or 0 for one for each worker "),
+        (["--launcher.engines", "-1"], r"^--launcher.engines -1: must be at least 1, or 0 for one engine per worker "),
         (["--launcher.workers", "1x4", "--launcher.cpus", "3"], r"^launcher ray needs 36 CPU for 4 x actor, "),
         (
             ["--launcher.role-workers", "actor=2:SPREAD"],
-            r"^--launcher.role-workers 'actor=2:SPREAD': roles that are placed together are laid out together; use ",
+            r"^--launcher.role-workers 'actor=2:SPREAD': roles that share a place must have the same layout; use ",
         ),
     ],
 )

@@ -53,11 +53,11 @@ def test_what_is_no_runtime_environment_is_refused_in_one_line(content: str, tmp
     pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
     file = tmp_path / "runtime.yaml"
     file.write_text(content)
-    with pytest.raises(UsageError, match=r"^runtime_env .*runtime.yaml: no runtime environment of Ray \(") as caught:
+    with pytest.raises(UsageError, match=r"^runtime_env .*runtime.yaml is not a Ray runtime environment \(") as caught:
         read_runtime_environment(str(file))
     assert "\n" not in str(caught.value)
 
 
 def test_a_variable_that_is_not_set_is_named_without_what_was_given_for_it() -> None:
-    with pytest.raises(UsageError, match=r"^env 'TOKEN': no such environment variable; give the names of variables"):
+    with pytest.raises(UsageError, match=r"^env 'TOKEN': no such environment variable; set the variable in the shell"):
         travelling_variables(SHELL, ["TOKEN=hf_0123456789"])

@@ -131,8 +131,8 @@ def test_a_broken_installation_is_told_in_one_line(versions: dict[str, str], mon
     with pytest.raises(UsageError) as caught:
         import_vllm()
     assert str(caught.value) == (
-        "vllm 0.32.0 does not import (operator torchvision::nms does not exist); where it was built for the CPU, remove "
-        "what it brings for CUDA: python3 -m pip uninstall -y torchvision torchaudio torchcodec"
+        "vllm 0.32.0 does not import (operator torchvision::nms does not exist); if it is a CPU build, remove "
+        "its CUDA packages: python3 -m pip uninstall -y torchvision torchaudio torchcodec"
     )
 
 
@@ -145,5 +145,5 @@ def test_prompts_with_images_are_refused_before_an_engine_opens() -> None:
     images: Any = [{}, {"pixel_values": torch.zeros(1)}]
     prompts = Prompts(["a", "b"], [[1], [2]], [Example("a"), Example("b")], [0, 1], images)
     nobody: Any = None
-    with pytest.raises(UsageError, match='rollout vllm passes no images on: use rollout = "hf"'):
+    with pytest.raises(UsageError, match='rollout vllm does not support images: use rollout = "hf"'):
         VLLMEngines(VLLM())(nobody, prompts, Sampling())

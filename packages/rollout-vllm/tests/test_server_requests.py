@@ -150,7 +150,7 @@ def test_a_server_that_does_not_answer_in_time_is_given_up(opened: Opened, promp
 
     try:
         engine = opened(ServedModel(wait), answer_seconds=5.0, retries=0)
-        with pytest.raises(RunStopped, match="no whole answer within 5 s"):
+        with pytest.raises(RunStopped, match="no complete answer within 5 s"):
             engine.sample(prompts.rows([0]), Sampling(n=1, max_new_tokens=2))
     finally:
         hang.set()
@@ -191,14 +191,14 @@ def test_ranks_share_servers_evenly() -> None:
         ["a", "c"],
         ["b", "d"],
     ]
-    with pytest.raises(UsageError, match="has 4 addresses for 3 ranks"):
+    with pytest.raises(UsageError, match="has 4 addresses, which 3 ranks cannot share evenly"):
         servers_of_rank(urls, {"WORLD_SIZE": "3", "RANK": "0"})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server": ("localhost:8000",)}, "server: localhost:8000 is no address like http://127.0.0.1:8000"),
+        ({"server": ("localhost:8000",)}, "server: localhost:8000 is not an address such as http://127.0.0.1:8000"),
         ({"server": ("http://elsewhere:1",)}, "shared_memory does not reach http://elsewhere:1, another machine"),
         ({"server": ("http://127.0.0.1:1",), "transfer": "ipc"}, "ipc does not go over HTTP"),
         ({"server": ("http://127.0.0.1:1",), "process": "own"}, "process is of engines that a run starts"),

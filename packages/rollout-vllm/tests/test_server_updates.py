@@ -78,17 +78,15 @@ def test_without_a_server_that_takes_weights_the_run_stops(
 ) -> None:
     for each in pair:
         each.routes["/update_weights"] = (500, {"error": "worker failed"})
-    with pytest.raises(RunStopped, match=r"takes weights any more; .* failed at /update_weights: 500 .*worker failed"):
+    with pytest.raises(RunStopped, match=r"accepts weights any more .* failed at /update_weights: 500 .*worker failed"):
         _update(client)
 
 
 def test_a_tensor_that_was_left_out_is_named(pair: tuple[ServedModel, ServedModel], client: ServerClient) -> None:
-    told = (
-        "Worker failed with error 'the role's weights() left out 1 of the model's tensors, vLLM's 'a.b' first', please"
-    )
+    told = "Worker failed with error 'the role's weights() omitted 1 of the model's tensors; vLLM's 'a.b' is the first', please"
     pair[1].routes["/update_weights"] = (500, {"error": {"message": told}})
     with pytest.raises(
-        ContractError, match=r"^the role's weights\(\) left out 1 of the model's tensors, vLLM's 'a.b' first$"
+        ContractError, match=r"^the role's weights\(\) omitted 1 of the model's tensors; vLLM's 'a.b' is the first$"
     ):
         _update(client)
 

@@ -187,7 +187,7 @@ def test_an_architecture_that_vllm_borrows_from_transformers_is_refused(
 ) -> None:
     role = make_role(tmp_path, "GPTNeoX", {key: value for key, value in COMMON.items() if "key_value" not in key})
     rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
-    with pytest.raises(UsageError, match="vLLM has no GPTNeoXForCausalLM of its own, .* use rollout"):
+    with pytest.raises(UsageError, match="vLLM does not implement GPTNeoXForCausalLM, .* use rollout"):
         rollout(role, make_prompts(role, ["Hello"]), GREEDY)
     rollout.close()
 

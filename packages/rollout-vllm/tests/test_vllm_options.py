@@ -118,23 +118,23 @@ def test_processes_that_do_not_divide_the_heads_are_refused_before_anything_star
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"logit_bias": {"x": 1.0}}, "logit_bias takes biases of -100 to 100 for ids of tokens, not 1.0 for x"),
-        ({"logit_bias": {"3": 101.0}}, "logit_bias takes biases of -100 to 100 for ids of tokens, not 101.0 for 3"),
-        ({"logit_bias": {"3": float("nan")}}, "logit_bias takes biases of -100 to 100"),
-        ({"guided_regex": "("}, "guided_regex is no regular expression"),
-        ({"guided_json": "{"}, "guided_json is no file with a JSON schema, and no schema"),
-        ({"guided_json": "nowhere.json"}, "guided_json is no file with a JSON schema, and no schema"),
+        ({"logit_bias": {"x": 1.0}}, "logit_bias needs token ids with biases from -100 to 100, not 1.0 for x"),
+        ({"logit_bias": {"3": 101.0}}, "logit_bias needs token ids with biases from -100 to 100, not 101.0 for 3"),
+        ({"logit_bias": {"3": float("nan")}}, "logit_bias needs token ids with biases from -100 to 100"),
+        ({"guided_regex": "("}, "guided_regex is not a regular expression"),
+        ({"guided_json": "{"}, "guided_json is neither a JSON schema nor a file that contains one"),
+        ({"guided_json": "nowhere.json"}, "guided_json is neither a JSON schema nor a file that contains one"),
         ({"guided_regex": "a", "guided_choice": ("a",)}, "guided_regex cannot be combined with guided_choice"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be at least 0 and at most 1, not 1.1"),
         (
             {"tensor_parallel_size": 2},
-            "tensor_parallel_size is for engines with processes of their own; pass process = ",
+            "tensor_parallel_size works only with engines in separate processes; pass process = ",
         ),
         ({"process": "own", "data_parallel_size": 0}, "data_parallel_size must be at least 1, not 0"),
-        ({"transfer": "ipc"}, "transfer is for engines with processes of their own; pass process ="),
+        ({"transfer": "ipc"}, "transfer works only with engines in separate processes; pass process ="),
         (
             {"process": "own", "transfer": "ipc", "tensor_parallel_size": 2},
-            "transfer ipc reaches one GPU, the trainer's",
+            "transfer ipc works only on the trainer's GPU",
         ),
         ({"restarts": -1}, "restarts must be at least 0, not -1"),
         ({"answer_seconds": 0.0}, "answer_seconds must be above 0, not 0.0"),
@@ -171,7 +171,7 @@ def test_engines_of_ranks_have_gpus_of_their_own(
 
 def test_ranks_with_an_engine_on_several_gpus_each_are_refused() -> None:
     with pytest.raises(
-        UsageError, match="tensor_parallel_size are for one engine, and each of 2 ranks has one on its GPU"
+        UsageError, match="tensor_parallel_size need a single engine, but each of the 2 ranks has one on its GPU"
     ):
         engine_gpus(VLLM(process="own", tensor_parallel_size=2), {"LOCAL_WORLD_SIZE": "2"})
 
@@ -185,9 +185,7 @@ def test_a_launcher_is_told_how_many_gpus_an_engine_has() -> None:
 def test_weights_that_the_trainer_lost_cannot_be_sent_again(tmp_path: Path) -> None:
     """Ahead of training, only shared memory still has the weights that an engine had when it died."""
     options = {"process": "own", "transfer": "ipc"}
-    with pytest.raises(
-        UsageError, match="restarts.* with .*ahead.* takes weights that the trainer does not have any more"
-    ):
+    with pytest.raises(UsageError, match="restarts.* with .*ahead.* needs weights that the trainer no longer has"):
         tiny_run(tmp_path, rollout=VLLM(**options), ahead=1).train()
 
 
@@ -195,7 +193,7 @@ def test_weights_that_the_trainer_lost_cannot_be_sent_again(tmp_path: Path) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_ways_of_weights_between_gpus_need_some(role: LocalRole, prompts: Prompts) -> None:
     engines = VLLMEngines(VLLM(process="own", transfer="nccl"))
-    with pytest.raises(UsageError, match="transfer nccl is for GPUs, and there is none; leave it out"):
+    with pytest.raises(UsageError, match="transfer nccl needs a GPU, but there is none; leave it out"):
         engines(role, prompts, Sampling(n=1, max_new_tokens=1))
 
 
@@ -239,7 +237,7 @@ def test_a_biased_token_is_drawn_always_or_never(shaped: Any) -> None:
     often = int(drawn.tokens_NT[drawn.mask_NT].mode().values)
     without = shaped(sampling, logit_bias={str(often): -100.0})
     assert often not in without.tokens_NT[without.mask_NT].tolist()
-    with pytest.raises(UsageError, match="logit_bias names the token 99999, and the model has"):
+    with pytest.raises(UsageError, match="logit_bias names the token 99999, but the model has"):
         shaped(sampling, logit_bias={"99999": 1.0})
 
 

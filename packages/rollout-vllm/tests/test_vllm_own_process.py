@@ -84,7 +84,7 @@ def test_a_tensor_that_is_stale_or_left_out_stops_the_run(
         apart.sync(stale)  # type: ignore[arg-type]
     randomise(role, seed=2005)
     lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
-    with pytest.raises(ContractError, match=r"left out 1 of the model's tensors, vLLM's '[a-z0-9_.]*' first$"):
+    with pytest.raises(ContractError, match=r"omitted 1 of the model's tensors; vLLM's '[a-z0-9_.]*' is the first$"):
         apart.sync(lacking)  # type: ignore[arg-type]
     randomise(role, seed=2006)
     apart.sync(role)

@@ -95,5 +95,5 @@ def test_a_second_engine_that_would_sleep_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(in_process._groups, "users", 1)
-    with pytest.raises(UsageError, match=r"enable_sleep.* is for runs that sample one role: .*; leave it out$"):
+    with pytest.raises(UsageError, match=r"enable_sleep.* works only in runs that sample one role, .*; leave it out$"):
         Sleeper()._open("unread", "float32", trust_remote_code=False)

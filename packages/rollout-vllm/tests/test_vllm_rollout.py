@@ -53,9 +53,7 @@ def test_a_temperature_that_vllm_would_replace_is_refused(
     engine: VLLMEngines, role: LocalRole, prompts: Prompts
 ) -> None:
     """It samples at 0.01 instead, and says so in a log that is off."""
-    with pytest.raises(
-        UsageError, match=r"does not sample at a temperature of 0.005; give sampling.temperature = 0 or at"
-    ):
+    with pytest.raises(UsageError, match=r"cannot sample at temperature 0.005; give sampling.temperature = 0 or at"):
         engine(role, prompts, replace(SAMPLED, temperature=0.005))
 
 

@@ -120,7 +120,7 @@ def test_a_tensor_that_is_left_out_is_named(
 ) -> None:
     randomise(role, seed=10012)
     lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
-    with pytest.raises(ContractError, match=f"left out 1 of the model's tensors, vLLM's '{name}' first"):
+    with pytest.raises(ContractError, match=f"omitted 1 of the model's tensors; vLLM's '{name}' is the first"):
         engine.sync(lacking)
     randomise(role, seed=10013)
     assert engine.sync(role)["sync/logprob_diff_max"] < 1e-3, "the next update is whole again"

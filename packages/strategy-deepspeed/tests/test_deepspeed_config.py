@@ -95,7 +95,7 @@ def test_an_optimizer_of_whole_matrices_is_refused_where_they_are_cut(stage: Any
     module = torch.nn.Linear(2, 2)
     module.compute_dtype = torch.float32  # type: ignore[assignment]
     with pytest.raises(
-        UsageError, match=f"cuts matrices into flat shards at stage {stage}, and the optimizer"
+        UsageError, match=f"cuts matrices into flat shards at stage {stage}, but the optimizer"
     ) as caught:
         DeepSpeedTrainable(DeepSpeed(stage=stage), module, WholeMatrices(), 1, torch.device("cpu"))
     assert "\n" not in str(caught.value)
@@ -129,18 +129,30 @@ def test_a_file_adds_settings_and_changes_defaults_and_may_leave_the_rest_to_us(
         (
             {"gradient_clipping": 1.0},
             {},
-            "gradient_clipping is 1.0, but the run's own options make it 0.5; take it out",
+            "gradient_clipping is 1.0, but the options of the run set it to 0.5; remove it",
         ),
-        ({"zero_optimization": {"stage": 3}}, {}, "zero_optimization.stage is 3, but the run's own options make it 2"),
-        ({"zero_optimization": {"reduce_bucket_size": 7}}, {"bucket": 9}, "reduce_bucket_size is 7, but .* make it 9"),
-        ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the run's own options make it False"),
-        ({"train_batch_size": 64}, {}, "take train_batch_size out: batches are cut by batch_size"),
-        ({"optimizer": {"type": "Adam", "params": {}}}, {}, "take optimizer.type out: the optimizer is the role's"),
-        ({"fp16": {"enabled": True}}, {}, "fp16.enabled is True, but the run's own options make it False"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            {},
+            "zero_optimization.stage is 3, but the options of the run set it to 2",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": 7}},
+            {"bucket": 9},
+            "reduce_bucket_size is 7, but .* set it to 9",
+        ),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled is True, but the options of the run set it to False"),
+        ({"train_batch_size": 64}, {}, "remove train_batch_size: batch_size"),
+        (
+            {"optimizer": {"type": "Adam", "params": {}}},
+            {},
+            "remove optimizer.type: --<role>.optim chooses the optimizer",
+        ),
+        ({"fp16": {"enabled": True}}, {}, "fp16.enabled is True, but the options of the run set it to False"),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             {},
-            "take zero_optimization.offload_optimizer.device out: offload = .optimizer. decides it",
+            "remove zero_optimization.offload_optimizer.device: offload = .optimizer. sets it",
         ),
         ("{", {}, "is not JSON"),
         ([1], {}, "must hold a JSON object, not list"),
@@ -170,5 +182,5 @@ def test_images_in_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     batch = make_batch([2, 3], groups=[0, 1])
     batch.images = [{}, {"pixel_values": torch.zeros(1)}]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(UsageError, match='takes images in one process only: use strategy = "torch", or one rank'):
+    with pytest.raises(UsageError, match='supports images only in one process; use strategy = "torch", or one rank'):
         forward(None, batch, frozenset(), torch.device("cpu"))

@@ -33,7 +33,7 @@ def test_one_pass_estimators_are_refused_at_every_stage(
         strategy={"use": "deepspeed", "stage": stage},
         output=str(tmp_path / "run"),
     )
-    expected = rf"optimizer {name} reads more than the gradient .* strategy deepspeed does not give it; use strategy"
+    expected = rf"optimizer {name} needs more than the gradient .* strategy deepspeed does not provide; use strategy"
     with pytest.raises(UsageError, match=expected) as error:
         Run(config).train()
     assert "\n" not in str(error.value)

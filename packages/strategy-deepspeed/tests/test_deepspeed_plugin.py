@@ -88,12 +88,12 @@ def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"bucket": 0}, "bucket must be at least 1, not 0"),
         ({"persist": -1}, "persist must be at least 1, not -1"),
         ({"stage": 3, "hpz": 1}, "hpz must be at least 2, not 1"),
-        ({"stage": 2, "hpz": 2}, "hpz needs stage 3, not 2, where weights are sharded; leave it out"),
-        ({"stage": 2, "leaf_modules": ("Experts",)}, "leaf_modules needs stage 3, not 2"),
+        ({"stage": 2, "hpz": 2}, "hpz needs stage 3, which shards weights, not 2; leave it out"),
+        ({"stage": 2, "leaf_modules": ("Experts",)}, "leaf_modules needs stage 3, which shards weights, not 2"),
         ({"stage": 0, "offload": "optimizer"}, "offload optimizer needs stage 1, 2 or 3, not 0"),
         ({"stage": 2, "offload": "all"}, "offload all needs stage 3, not 2"),
         ({"sequence": 0}, "sequence must be at least 1, not 0"),
-        ({"cpu_adam": True}, "cpu_adam updates weights in main memory; choose what is there with offload as well"),
+        ({"cpu_adam": True}, "cpu_adam updates weights in main memory; choose an offload too"),
     ],
 )
 def test_options_that_cannot_work_are_refused_at_once(options: dict[str, Any], message: str) -> None:
@@ -111,7 +111,9 @@ class Apart(Launcher):
 
 def test_ranks_that_share_rows_need_a_launcher_of_one_process() -> None:
     config = make_config(TINY, model="tiny", strategy=DeepSpeed(sequence=2), launcher=Apart())
-    with pytest.raises(UsageError, match="the launcher Apart gives each rank rows of its own, and this strategy lets"):
+    with pytest.raises(
+        UsageError, match="the launcher Apart gives each rank separate rows, but with this strategy several"
+    ):
         make_plan(config)
 
 

@@ -238,12 +238,15 @@ def test_float16_skips_a_step_that_overflows_and_halves_the_scale(size: int, qui
 
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
-    assert told["batch"] == "batch_size=… 1 leaves some of 2 ranks without a prompt to sample on; raise it"
-    assert "scales the loss of float16 from stage 1 on" in told["dtype"]
-    assert told["hpz"] == "DeepSpeed(hpz=…) 3 does not divide 2 ranks; choose a number that does"
-    assert "the model has no module of class 'Experts'; it has" in told["leaves"]
-    assert told["groups"] == "2 ranks do not make groups of 3 that share rows; start a multiple of 3"
-    assert told["heads"].endswith("2 does not fit 1 attention heads of 1 keys; choose a number that does")
+    assert told["batch"] == "batch_size=… 1 is too small: some of the 2 ranks have no prompt to sample on; raise it"
+    assert "cannot train in float16 at stage 0" in told["dtype"]
+    assert told["hpz"] == "DeepSpeed(hpz=…) 3 does not divide the 2 ranks; choose a number that does"
+    assert "the model has no module of class 'Experts'; name one of" in told["leaves"]
+    assert told["groups"] == "2 ranks cannot form groups of 3 that share rows; start a multiple of 3 ranks"
+    assert told["heads"].endswith(
+        "2 must divide the model's 1 attention heads, and must divide the 1 key heads or be a multiple of them; "
+        "choose another number"
+    )
     assert "cuts packed rows, which this model's attention 'sdpa' does not take" in told["padded"]
 
 

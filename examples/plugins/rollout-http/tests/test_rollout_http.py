@@ -201,7 +201,7 @@ def test_a_server_that_keeps_old_weights_is_seen_in_the_first_late_step(model: s
 def test_a_server_that_keeps_old_weights_stops_the_run_if_that_is_asked(model: str, tmp_path: Path) -> None:
     with (
         servers.up(servers.Forgetful(model)) as server,
-        pytest.raises(RunStopped, match="does not have the role's weights"),
+        pytest.raises(RunStopped, match="the engine has other weights"),
     ):
         servers.train(model, tmp_path, at(server), on_mismatch="stop")
     assert len(servers.curve(tmp_path)) == 1

@@ -41,9 +41,9 @@ class CollapseWarning:
             return
         self.last = step
         message = (
-            f"step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is far "
-            f"from the proposal. Bring {run_option('algorithm.target.beta')} nearer to 0 or anneal it with "
-            f"start-beta, or raise {run_option('sampling.n')}, "
-            f"{run_option('algorithm.proposal_updates')} or {run_option('proposal.optim.lr')}"
+            f"step {step}: importance weights have collapsed (repulse/ess {ess:.2f} of {n} samples): the target is "
+            f"too far from the proposal. Move {run_option('algorithm.target.beta')} closer to 0 or anneal it with "
+            f"start-beta, or raise {run_option('sampling.n')}, {run_option('algorithm.proposal_updates')} or "
+            f"{run_option('proposal.optim.lr')}"
         )
         log.warning(run.config.option_names.render(message))

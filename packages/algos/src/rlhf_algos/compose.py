@@ -84,8 +84,8 @@ def _chosen_advantage(choices: ProviderChoices) -> Advantage | None:
     n = choices.sampling.n if choices.sampling is not None else 1
     if n < least:
         raise UsageError(
-            f"{type(advantage).__name__} compares the completions of one prompt; "
-            f"set {run_option('sampling.n')} to {least} or more (it is {n})"
+            f"{type(advantage).__name__} compares the completions of each prompt; set {run_option('sampling.n')} to "
+            f"at least {least}, not {n}"
         )
     return advantage
 
@@ -96,18 +96,18 @@ def _check_fit(term: Term) -> None:
     strange = sorted(name for name in term.outputs - LANGUAGE if "." not in name)
     if strange:
         raise UsageError(
-            f"the loss {loss} trains {strange[0]}, which is nothing of a sampled policy; choose one that trains "
-            "log-probabilities, see rlhf-run plugins --kind loss"
+            f"the loss {loss} needs {strange[0]}, which a policy does not produce; choose a loss on "
+            "log-probabilities (rlhf-run plugins --kind loss)"
         )
     selects = term.advantage.selects if term.advantage is not None else ""
     if term.unit > 1 and selects != "pairs":
         raise UsageError(
-            f"the loss {loss} compares a chosen with a rejected completion, and the advantage "
-            f"{type(term.advantage).__qualname__} selects no pairs; choose {run_option('advantage', 'pairs')}, "
-            "or a loss of single completions"
+            f"the loss {loss} compares a chosen with a rejected completion, but the advantage "
+            f"{type(term.advantage).__qualname__} selects no pairs; choose {run_option('advantage', 'pairs')}, or a "
+            "loss on single completions"
         )
     if term.advantage is not None and "advantages_NT" not in term.needs and not selects:
         raise UsageError(
-            f"the loss {loss} reads no advantages, so every sample would be learned alike; choose a policy loss, or "
-            f"{run_option('advantage', 'best_of_n')}"
+            f"the loss {loss} does not read advantages, so it would learn good and bad samples alike; choose a "
+            f"policy loss, or {run_option('advantage', 'best_of_n')}"
         )

@@ -50,9 +50,12 @@ class Correction:
 
     def __post_init__(self) -> None:
         if self.gate != "ratio" and (self.mode == "clip" or self.level == "geometric") and self.level != "off":
-            raise ValueError(f"correction gate {self.gate} only masks, tokens or sequences: set its mode to mask")
+            raise ValueError(
+                f"correction gate {self.gate} can only mask tokens or sequences; set the correction's mode to mask "
+                "and its level to token or sequence"
+            )
         if self.level == "geometric" and self.mode == "clip":
-            raise ValueError("correction level geometric only masks: set its mode to mask")
+            raise ValueError("correction level geometric can only mask; set the correction's mode to mask")
         if not 0 <= self.low < self.high:
             raise ValueError(f"correction needs 0 <= low < high, not {self.low} and {self.high}")
 

@@ -28,7 +28,7 @@ def split_pairs(values_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if len(batch) % 2 or not torch.equal(batch.group_N[0::2], batch.group_N[1::2]):
         raise UsageError(
-            f"this loss compares pairs, and the data has prompts without a rejected completion: {PAIRS_ADVICE}"
+            f"this loss compares pairs, but the data has prompts without a rejected completion: {PAIRS_ADVICE}"
         )
     return values_N[0::2], values_N[1::2]
 

@@ -18,4 +18,4 @@ def check_ranges(provider: object, **intervals: str) -> None:
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):  # nan is neither
-            raise UsageError(f"{name} must lie in {interval}, not {value}")
+            raise UsageError(f"{name} must be in {interval}, not {value}")

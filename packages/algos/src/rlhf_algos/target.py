@@ -58,4 +58,4 @@ def anneal(start: float | None, end: float, progress: float) -> float:
 
 def _same_sign(name: str, end: float, start: float | None) -> None:
     if start is not None and start * end <= 0:
-        raise UsageError(f"start_{name} and {name} must be both positive or both negative, not {start} and {end}")
+        raise UsageError(f"start_{name} and {name} must have the same sign and not be 0, not {start} and {end}")

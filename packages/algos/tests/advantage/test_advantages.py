@@ -284,7 +284,7 @@ def test_kto_with_one_class_only_is_refused_at_the_start_and_survived_later():
     with pytest.raises(UsageError, match="first batch has only desirable ones"):
         judged(KTOAdvantage(z="other"), [True] * 4, progress=0.0)
     assert not judged(KTOAdvantage(z="other"), [True] * 4).returns_NT.any()
-    with pytest.raises(UsageError, match="labels true or false"):
+    with pytest.raises(UsageError, match="labels that are true, false or a number"):
         judged(KTOAdvantage(z="other"), ["good"] * 4)
 
 
@@ -370,7 +370,7 @@ def test_maxrl_climbs_the_log_likelihood_of_success_to_the_order_that_its_sample
 
 def test_maxrl_refuses_rewards_that_it_cannot_divide_by():
     rollouts = make_batch([1, 1], groups=[0, 0])
-    with pytest.raises(UsageError, match="a reward is negative; use a reward of 0 and 1"):
+    with pytest.raises(UsageError, match="a reward is negative; use a reward of 0 or 1"):
         Given(rollouts, RewardOutput(torch.tensor([1.0, -1.0])), torch.zeros(2, 1)).credit(MaxRLAdvantage())
 
 

@@ -151,8 +151,8 @@ def wide(batch: Batch, rows: list[int], world: World) -> Batch:
 @pytest.mark.parametrize(
     ("algorithm", "loss", "message"),
     [
-        ("aot", "dpo", "the algorithm aot is for the loss aot, not DPOLoss"),
-        ("bco_pair", "aot", "the algorithm bco_pair is for the loss bco_pair, not AOTLoss"),
+        ("aot", "dpo", "the algorithm aot works only with the loss aot, not DPOLoss"),
+        ("bco_pair", "aot", "the algorithm bco_pair works only with the loss bco_pair, not AOTLoss"),
         ("dpo", "aot", "AOTLoss needs returns_NT"),
     ],
 )

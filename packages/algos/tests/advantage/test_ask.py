@@ -145,5 +145,5 @@ def test_a_run_trains_on_the_pairs_that_it_asks_and_logs_how_many(tmp_path: Path
 
 def test_options_outside_their_range_are_refused() -> None:
     for options in ({"share": 0.0}, {"share": 1.5}, {"damping": 0.0}):
-        with pytest.raises(UsageError, match="must lie in"):
+        with pytest.raises(UsageError, match="must be in"):
             AskAdvantage(**options)

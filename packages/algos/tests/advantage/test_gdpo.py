@@ -123,10 +123,10 @@ def test_token_rewards_are_added_after_the_normalisation() -> None:
 @pytest.mark.parametrize(
     ("advantage", "message"),
     [
-        (GDPOAdvantage(weights=(1.0, 2.0, 1.0)), "the parts 1 math, 2 form, 1 length add up to"),
-        (GDPOAdvantage(parts=("math", "form")), "add up to"),
-        (GDPOAdvantage(weights=(1.0,)), "has 1 numbers for the 3 parts math, form, length"),
-        (GDPOAdvantage(parts=("maths",)), "advantage.parts names? maths, and the reward reports math, form, length"),
+        (GDPOAdvantage(weights=(1.0, 2.0, 1.0)), "the parts 1 math, 2 form, 1 length sum to"),
+        (GDPOAdvantage(parts=("math", "form")), "sum to"),
+        (GDPOAdvantage(weights=(1.0,)), "has 1 numbers, but there are 3 parts: math, form, length"),
+        (GDPOAdvantage(parts=("maths",)), "advantage.parts names? maths, but the reward reports math, form, length"),
     ],
 )
 def test_parts_that_are_not_those_of_the_reward_are_refused(advantage: GDPOAdvantage, message: str) -> None:

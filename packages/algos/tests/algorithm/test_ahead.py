@@ -218,25 +218,25 @@ def test_a_replay_repeats_the_numbers_of_a_run_whose_engine_had_other_times(tmp_
 def test_a_replay_that_cannot_be_followed_ends_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"step": 1, "after": [0]}\n{"step": 2, "after": [5]}\n')
-    with pytest.raises(UsageError, match="step 2 waits for weights that do not come"):
+    with pytest.raises(UsageError, match="step 2 waits for weights that never arrive"):
         run_fakes(tmp_path / "run", ahead=1, replay=str(path))
 
 
 def test_an_engine_that_takes_no_weights_breaks_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = FakeEngine.sync
     monkeypatch.setattr(FakeEngine, "sync", lambda self, role: {} if self.w is not None else take(self, role))
-    with pytest.raises(ContractError, match="2 updates old, and 1 is the most"):
+    with pytest.raises(ContractError, match="2 updates old, but this run allows at most 1"):
         run_fakes(tmp_path / "run", ahead=1)
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("grpo --ahead 1", "rollout engine 'hf' samples from the trained weights themselves; pass --launcher ray"),
-        ("grpo --stale.most 3", "about sampling ahead; pass --ahead 1"),
-        ("grpo --stale.policy drop", "about sampling ahead; pass --ahead 1"),
+        ("grpo --ahead 1", "rollout engine 'hf' samples from the weights that are trained; pass --launcher ray"),
+        ("grpo --stale.most 3", "applies only to sampling ahead; pass --ahead 1"),
+        ("grpo --stale.policy drop", "applies only to sampling ahead; pass --ahead 1"),
         ("grpo --rollout fake --ahead 2 --minibatches 2 --stale.most 1", "less than the 2 optimizer updates of a step"),
-        ("grpo --rollout fake --ahead 2 --stale.policy mask", "has nothing to do: tokens are at most 2 updates old"),
+        ("grpo --rollout fake --ahead 2 --stale.policy mask", "has no effect: tokens are at most 2 updates old"),
         ("grpo --rollout fake --ahead 1 --replay nowhere.jsonl", "nowhere.jsonl: No such file or directory"),
         ("dapo --rollout fake --ahead 2 --stale.most 1 --stale.policy drop", "a filter replaces prompts"),
     ],

@@ -130,9 +130,11 @@ def test_two_ranks_agree_on_the_steps_of_the_epochs(rows: str, tmp_path: Path) -
 
 def test_one_length_is_given(rows: str, tmp_path: Path) -> None:
     flags = ["sft", "--model", "tiny", "--data", "json", "--data.path", rows]
-    with pytest.raises(UsageError, match="^--steps and --epochs are two lengths of one run; give one of them$"):
+    with pytest.raises(
+        UsageError, match="^--steps and --epochs both set the length of the run; give only one of them$"
+    ):
         parse([*flags, "--steps", "3", "--epochs", "2"], Registry())
-    with pytest.raises(UsageError, match="two lengths"):
+    with pytest.raises(UsageError, match="both set the length"):
         make_config("sft", data={"use": "json", "path": rows}, steps=3, epochs=2, **TINY)
     file = tmp_path / "run.toml"
     file.write_text(to_toml(parse([*flags, "--steps", "3"], Registry())))
@@ -146,8 +148,8 @@ def test_what_cannot_be_counted_is_one_line_before_a_model_is_loaded(rows: str, 
     pytest.importorskip("datasets")
     stream = {"use": "hf", "path": rows, "streaming": True}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"data": stream, "algorithm": "sft"}, "epochs=… needs data of a known length, and a stream has none"),
-        ({"algorithm": "grpo", "reward": "length", "filter": "varied"}, "a filter draws further rows"),
+        ({"data": stream, "algorithm": "sft"}, "epochs=… needs data of known length, which a stream is not"),
+        ({"algorithm": "grpo", "reward": "length", "filter": "varied"}, "a filter draws extra rows"),
         (
             {"algorithm": "sft", "data": {"use": "json", "path": rows, "encoding": {"max_tokens": 2}}},
             "none of the 10 rows",

@@ -129,10 +129,10 @@ def test_mistakes_are_one_line(rows: str, tmp_path: Path, capsys: Any) -> None:
         assert line.count("\n") == 1
         return line
 
-    assert "is no checkpoint; name a folder OUTPUT/checkpoints/step-N" in said("export", str(output))
+    assert "is not a checkpoint; name a folder OUTPUT/checkpoints/step-N" in said("export", str(output))
     assert "has no role 'critic'; it has actor" in said("export", str(checkpoint), "--role", "critic")
-    assert "it exists already; name a new folder" in said("export", str(checkpoint), "--output", str(output))
-    hint = f"make a model folder of it with rlhf-run export {checkpoint}"
+    assert "it already exists; name a new folder" in said("export", str(checkpoint), "--output", str(output))
+    hint = f"convert it to a model folder with rlhf-run export {checkpoint}"
     assert hint in said(
         "dpo", "--model", str(checkpoint), "--data", "json", "--data.path", rows, "--output", str(tmp_path / "no")
     )
@@ -140,4 +140,6 @@ def test_mistakes_are_one_line(rows: str, tmp_path: Path, capsys: Any) -> None:
     (checkpoint / "roles/actor/module.safetensors").write_bytes(b"")
     assert "is damaged (roles/actor/module.safetensors" in said("export", str(checkpoint))
     (output / "config.toml").unlink()
-    assert "config.toml is missing" in said("export", str(output / "checkpoints/step-2"))
+    assert "config.toml, the configuration of the checkpoint, is missing" in said(
+        "export", str(output / "checkpoints/step-2")
+    )

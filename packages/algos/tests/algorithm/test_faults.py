@@ -103,7 +103,7 @@ def test_what_a_user_put_among_the_runs_files_is_left_alone_or_refused(runs: Pat
     write_files(LATER_TRAPS)
     truncated(OUTPUT / NEWEST / "state.json")  # is set aside under a name that is taken
     end = resume()
-    assert end.code == 2 and end.message.startswith("run/model is there and no file of this run")
+    assert end.code == 2 and end.message.startswith("run/model exists and is not a file of this run")
     shutil.move(OUTPUT / "model", OUTPUT / "model-of-mine")
     assert resume() == End(0)
     shutil.move(OUTPUT / "model-of-mine", OUTPUT / "mine")
@@ -115,5 +115,5 @@ def test_a_checkpoint_of_another_run_is_refused_and_never_removed(runs: Path, be
     other = OUTPUT / "checkpoints" / "step-9"
     shutil.copytree(runs / "whole" / OUTPUT / "checkpoints" / "step-3", other)
     end = resume(keep=1)
-    assert (end.code, end.message) == (2, f"{other} was written by another run than the one in run; move it away")
+    assert (end.code, end.message) == (2, f"{other} was not written by the run in run; move it away")
     assert other.is_dir()

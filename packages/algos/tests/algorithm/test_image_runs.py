@@ -136,7 +136,7 @@ def test_adapters_learn_from_images_too(tmp_path: Path) -> None:
 
 def test_a_critic_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="the critic would value what .* reads, and models with images have no such head"
+        UsageError, match="the critic needs a value head, but the vision-language model .* cannot have one"
     ):
         Run(make_config(**options_of("ppo", tmp_path, llava, output=str(tmp_path / "run")))).train()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

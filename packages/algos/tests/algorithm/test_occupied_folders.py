@@ -12,12 +12,12 @@ from rlhf_core.cli import main
 WORDS = "ppo --model tiny:hidden=8,layers=1 --data json --data.path train.jsonl --reward length --steps 1 --output run"
 ROWS = "".join(json.dumps({"prompt": word}) + "\n" for word in ("alpha", "be", "gamma ray", "d"))
 PLACES: dict[str, tuple[dict[str, str], str, str]] = {
-    "a folder of sources": ({"run/model/train.py": "mine"}, "", "run/model is there and no file of this run"),
+    "a folder of sources": ({"run/model/train.py": "mine"}, "", "run/model exists and is not a file of this run"),
     "the model that is read": ({"run/model/config.json": "{}"}, "--model run/model", "run/model"),
     "the folder of the model that is read": (
         {"run/config.json": "{}"},
         "--model run",
-        "--model run is where the run would write",
+        "--model run is a path that the run would overwrite",
     ),
     "the rows that are read": (
         {"run/samples.jsonl": ROWS},
@@ -27,24 +27,24 @@ PLACES: dict[str, tuple[dict[str, str], str, str]] = {
     "the configuration that is read": (
         {"run/config.toml": "seed = 1"},
         "--config run/config.toml",
-        "run/config.toml is there",
+        "run/config.toml exists",
     ),
     "metrics of something else": (
         {"run/metrics.jsonl": "{}"},
         "",
-        "run/metrics.jsonl is there and no file of this run",
+        "run/metrics.jsonl exists and is not a file of this run",
     ),
-    "checkpoints of something else": ({"run/checkpoints/step-1/w": "mine"}, "", "run/checkpoints is there"),
-    "a moving average": ({"run/model-ema/w": "mine"}, "", "run/model-ema is there"),
-    "what would be a temporary folder": ({"run/.model.tmp/w": "mine"}, "", "run/.model.tmp is there"),
-    "what would be an old folder": ({"run/.model.old/w": "mine"}, "", "run/.model.old is there"),
-    "a manifest of something else": ({"run/run.json": "{}"}, "", "run/run.json is there"),
-    "events of another run": ({"run/tensorboard/events": "mine"}, "--observer tensorboard", "run/tensorboard is there"),
-    "alarms of another run": ({"run/alarms.jsonl": "mine"}, "--observer alarm", "run/alarms.jsonl is there"),
+    "checkpoints of something else": ({"run/checkpoints/step-1/w": "mine"}, "", "run/checkpoints exists"),
+    "a moving average": ({"run/model-ema/w": "mine"}, "", "run/model-ema exists"),
+    "what would be a temporary folder": ({"run/.model.tmp/w": "mine"}, "", "run/.model.tmp exists"),
+    "what would be an old folder": ({"run/.model.old/w": "mine"}, "", "run/.model.old exists"),
+    "a manifest of something else": ({"run/run.json": "{}"}, "", "run/run.json exists"),
+    "events of another run": ({"run/tensorboard/events": "mine"}, "--observer tensorboard", "run/tensorboard exists"),
+    "alarms of another run": ({"run/alarms.jsonl": "mine"}, "--observer alarm", "run/alarms.jsonl exists"),
     "evaluations of another run": (
         {"run/evaluations.jsonl": "mine"},
         "--evaluator heldout",
-        "run/evaluations.jsonl is there",
+        "run/evaluations.jsonl exists",
     ),
     "a link to rows": (
         {"train.jsonl": ROWS, "run/x": ""},

@@ -173,7 +173,7 @@ def test_critic_warmup_delays_the_policy_and_not_the_critic():
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "dapo", "reinforce_pp_baseline", "online_dpo", "rejection_sampling"])
 def test_one_completion_per_prompt_is_refused_where_they_are_compared(name):
-    with pytest.raises(UsageError, match=r"set sampling.n to 2 or more \(it is 1\)"):
+    with pytest.raises(UsageError, match=r"set sampling.n to at least 2, not 1"):
         planned(name, sampling={"n": 1})
 
 
@@ -198,18 +198,18 @@ def test_a_reference_free_algorithm_with_a_loss_that_compares_with_one_is_refuse
         (
             "grpo",
             {"loss": "dpo"},
-            "DPOLoss compares a chosen with a rejected completion, and the advantage GRPOAdvantage selects no pairs",
+            "DPOLoss compares a chosen with a rejected completion, but the advantage GRPOAdvantage selects no pairs",
         ),
         ("online_dpo", {"advantage": "rloo"}, 'selects no pairs; choose advantage = "pairs"'),
-        ("ppo", {"loss": "bradley_terry"}, "BradleyTerryLoss trains scores_N, which is nothing of a sampled policy"),
-        ("grpo", {"loss": "value"}, "ValueLoss trains values_NT"),
-        ("grpo", {"loss": "sft"}, "SFTLoss reads no advantages, so every sample would be learned alike"),
+        ("ppo", {"loss": "bradley_terry"}, "BradleyTerryLoss needs scores_N, which a policy does not produce"),
+        ("grpo", {"loss": "value"}, "ValueLoss needs values_NT"),
+        ("grpo", {"loss": "sft"}, "SFTLoss does not read advantages, so it would learn good and bad samples alike"),
         (
             "sft",
             {"loss": "grpo"},
-            "GRPOLoss needs advantages_NT, and the term that trains actor on data assigns no credit",
+            "GRPOLoss needs advantages_NT, but the term that trains actor on data assigns no credit",
         ),
-        ("dpo", {"loss": "sft"}, "SFTLoss compares no pairs, so rejected completions would be learned as well"),
+        ("dpo", {"loss": "sft"}, "SFTLoss does not compare pairs, so it would also learn the rejected completions"),
         ("kto", {"loss": "sft"}, "SFTLoss does not read which rows are desirable"),
     ],
 )
@@ -229,7 +229,7 @@ def test_supervised_learning_does_not_take_rejected_completions_for_good_ones(tm
     data = {"use": "json", "path": str(tmp_path / "rows.jsonl")}
     options = {"model": MODEL, "batch_size": 2, "steps": 1}
     with pytest.raises(
-        UsageError, match='would learn rejected completions like chosen ones; pass data.completion_key = "chosen"'
+        UsageError, match='would learn the rejected completions too; pass data.completion_key = "chosen"'
     ):
         Run(make_config("sft", data=data, output=str(tmp_path / "pairs"), **options)).train()
     assert not (tmp_path / "pairs").exists(), "said before anything is written"
@@ -302,7 +302,7 @@ def test_the_data_s_completions_are_not_learned_at_the_temperature_that_samples(
         )
     with pytest.raises(
         UsageError,
-        match=r"^the actor learns samples at sampling.temperature 0.5, and the data's completions at 1",
+        match=r"^the actor is trained on samples drawn at sampling.temperature 0.5 and on data at temperature 1",
     ):
         make_plan(make_config(ppo, model="tiny", sampling={"temperature": 0.5}))
 

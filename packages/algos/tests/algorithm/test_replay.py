@@ -51,7 +51,7 @@ def test_the_ratio_of_a_first_step_is_one_and_trainer_and_sampler_agree(
             assert step["actor/ratio"] == pytest.approx(1, abs=1e-5)
             assert step["actor/mismatch_max"] < 1e-5
             assert step["rollout/kept_mass"] < 1
-    assert "sampling is cut" not in "".join(capsys.readouterr())
+    assert "sampling is truncated" not in "".join(capsys.readouterr())
 
 
 def test_switched_off_the_trainer_takes_whole_distributions_and_says_what_that_biases(
@@ -60,7 +60,7 @@ def test_switched_off_the_trainer_takes_whole_distributions_and_says_what_that_b
     cut = ["--sampling.top-k", "20", "--algorithm.kl.coef", "0"]
     off = command(tmp_path / "off", *cut, "--sampling.replay", "off")
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "sampling is cut by top-k 20: importance ratios" in said
+    assert "sampling is truncated by top-k 20, but importance ratios" in said
     assert off[0]["actor/ratio"] == pytest.approx(1, abs=1e-5)
     on = command(tmp_path / "on", *cut)
     assert on[0]["reward/mean"] == off[0]["reward/mean"], "the same samples"

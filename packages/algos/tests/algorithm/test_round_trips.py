@@ -88,12 +88,12 @@ def test_sft_reward_model_ppo_and_merging_by_the_command_line(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("merge-lora tiny --output {new}", "this is a model and no adapter"),
+        ("merge-lora tiny --output {new}", "this is a full model, not an adapter"),
         ("merge-lora {adapter}", "needs --output FOLDER"),
-        ("merge-lora {adapter} --output {adapter}", "it exists already; name a new folder"),
+        ("merge-lora {adapter} --output {adapter}", "it already exists; name a new folder"),
         ("merge-lora {nothing} --output {new}", "no folder"),
         ("merge-lora {pickled} --output {new}", "pickled weights can run code and are not loaded"),
-        ("merge-lora {baseless} --output {new}", "names no base_model_name_or_path"),
+        ("merge-lora {baseless} --output {new}", "has no base_model_name_or_path"),
         ("merge-lora {misfit} --output {new}", "does not fit its base"),
     ],
 )

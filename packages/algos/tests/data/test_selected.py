@@ -39,7 +39,7 @@ def test_a_pair_is_the_best_and_the_worst_and_equal_ones_are_none(tmp_path: Path
     path = scored(tmp_path)
     assert [row.completions for row in SelectedData(path, select="pairs")("train")] == [("a1", "a3"), ("d1", "d0")]
     assert [row.completions for row in SelectedData(path, select="pairs", min_gap=0.5)("train")] == [("a1", "a3")]
-    with pytest.raises(DataError, match="two completions that make a pair by pairs, their rewards more than 4 apart"):
+    with pytest.raises(DataError, match="two completions that pairs selects as a pair with rewards more than 4 apart"):
         SelectedData(path, select="pairs", min_gap=4.0)("train")
 
 
@@ -93,7 +93,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="limit must be at least 0"):
         SelectedData("x", limit=-1)
     for selector, message in (
-        ("rloo", "'rloo' chooses no pairs"),
+        ("rloo", "'rloo' does not choose pairs"),
         ("best_wurst", "best_worst"),
         ("drts x=1", "no option 'x'"),
     ):

@@ -192,7 +192,7 @@ def test_mistakes_are_one_line(files: tuple[str, str], tmp_path: Path, capsys: p
     assert "--evaluator.by scores" in line and line.count("\n") == 1
     assert main(["orpo", *flags, "--evaluator", "preference"]) == 2
     assert "--evaluator.by likelihood" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="nothing here is trained on them"):
+    with pytest.raises(UsageError, match="this algorithm does not train on data"):
         evaluator = [
             "--evaluator",
             "heldout_loss",

@@ -80,7 +80,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
     run_of(tmp_path / "some", steps=0, max_prompt_tokens=limit, evaluator=HeldoutTable(n=1)).train()
     found = read_columns(tmp_path / "some" / "heldout.parquet", ["uid"])["uid"]
     assert found == [uid for uid, length in lengths.items() if length <= limit]
-    with pytest.raises(UsageError, match="no held-out prompt fits; raise max_prompt_tokens=…"):
+    with pytest.raises(UsageError, match="every held-out prompt is too long; raise max_prompt_tokens=…"):
         run_of(tmp_path / "none", steps=0, max_prompt_tokens=limit - 1, evaluator=HeldoutTable(n=1)).train()
 
 
@@ -129,7 +129,7 @@ def test_a_model_is_not_measured_against_itself(tmp_path, monkeypatch, capsys):
     words = ["eval", MODEL, "--evaluator", "heldout_table", "--evaluator.kl-coef", "0.2", "--evaluator.prompts", "1"]
     words += ["--reward", "length", "--reward.target", "2", "--data", "prompts"]
     assert main(words) == 2
-    assert "pass --reference.model, the model that training began with" in capsys.readouterr().err
+    assert "pass --reference.model with the model that training started from" in capsys.readouterr().err
     assert main([*words, "--reference.model", f"{MODEL},seed=1"]) == 0
     assert any(read_columns(tmp_path / "evaluation" / "heldout.parquet", ["kl"])["kl"])
 
@@ -154,7 +154,7 @@ def test_bad_samples_are_kept_once_by_token_ids_and_survive_a_restart(tmp_path):
     KeepBad("length target=2", threshold=-1.0, path=path)(rollouts)
     assert len(Path(path).read_text().splitlines()) == len(bad)
     Path(path).write_text("{}\n")
-    with pytest.raises(UsageError, match="something else than bad samples"):
+    with pytest.raises(UsageError, match="is not a file of bad samples"):
         KeepBad("length target=2", threshold=-1.0, path=path)(rollouts)
 
 
@@ -176,7 +176,7 @@ def test_the_policy_is_measured_on_the_bad_samples_that_a_run_found(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("", "holds no samples"), ('{"ids": [1]}\n', "bad.jsonl:1: expected")],
+    [(None, "No such file"), ("", "contains no samples"), ('{"ids": [1]}\n', "bad.jsonl:1: expected")],
 )
 def test_a_file_without_samples_is_refused_in_one_line(content, message, tmp_path):
     if content is not None:

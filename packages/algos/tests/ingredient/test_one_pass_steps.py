@@ -85,5 +85,5 @@ def test_an_optimizer_without_such_a_state_hands_on_none(tmp_path: Path) -> None
     sgd = {**RM, "reward": {"freeze": ["body"], "optim": {"use": "sgd"}}, "steps": 1}
     plain = {"use": "train", "reads": {"data": "early"}, "settings": sgd, "writes": {"model": "reward"}}
     Engine(recipe(tmp_path, ["plain"], plain=plain), Registry()).run()
-    with pytest.raises(UsageError, match="holds 0 states of an estimator, not 1"):
+    with pytest.raises(UsageError, match="contains 0 estimator states, not 1"):
         read_state(state_of(tmp_path, "t0-plain"))

@@ -195,7 +195,7 @@ def test_regret_is_what_the_shown_ones_lack_of_the_best(tmp_path: Path) -> None:
             "rm.jsonl:1: expected a completion with uid, prompt and reward",
         ),
         ("\n{\n", "rm.jsonl:2: expected"),
-        ("", "no pair is left of 0 prompts"),
+        ("", "no pair can be made from 0 prompts"),
     ],
 )
 def test_bad_rows_are_named(text: str, message: str, tmp_path: Path) -> None:
@@ -207,13 +207,17 @@ def test_bad_rows_are_named(text: str, message: str, tmp_path: Path) -> None:
 def test_an_oracle_of_other_completions_is_refused(tmp_path: Path) -> None:
     rows = scored(tmp_path / "rm.jsonl", [[1, 2]])
     oracle = scored(tmp_path / "oracle.jsonl", [[1, 2]], [["x", "y"]])
-    with pytest.raises(DataError, match=r"oracle\.jsonl: it has no reward for each completion of prompt 0"):
+    with pytest.raises(DataError, match=r"oracle\.jsonl: some completions of prompt 0 have no reward"):
         choose(tmp_path, Pairs(), scored=rows, oracle=oracle)
 
 
 @pytest.mark.parametrize(
     ("ingredient", "message"),
-    [(Pairs("gae"), "chooses no pairs"), (Pairs("best_wurst"), "best_worst"), (Pairs("drts"), "needs the uncertainty")],
+    [
+        (Pairs("gae"), "does not choose pairs"),
+        (Pairs("best_wurst"), "best_worst"),
+        (Pairs("drts"), "needs the uncertainty"),
+    ],
 )
 def test_a_wrong_selector_is_named(ingredient: Pairs, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):

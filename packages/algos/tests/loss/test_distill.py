@@ -161,7 +161,7 @@ def test_of_vocabularies_padded_to_different_sizes_the_shorter_one_counts() -> N
 
 def test_two_functions_cannot_share_a_name() -> None:
     own, teacher = student_and_teacher(5)
-    with pytest.raises(ContractError, match="let their names differ"):
+    with pytest.raises(ContractError, match="rename one of them"):
         _compare(own, NAME, teacher, DistillLoss("js", beta=0.1))
 
 

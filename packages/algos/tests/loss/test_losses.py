@@ -235,7 +235,7 @@ def test_rows_that_are_no_pairs_are_refused(loss):
 
 def test_labels_that_do_not_fit_the_steps_are_refused():
     outputs, batch = example()
-    for labels, message in ((["+"] * 3, "has 2 steps"), (["good", "+"], "is '\\+', '-' or a probability")):
+    for labels, message in ((["+"] * 3, "has 2 steps"), (["good", "+"], "must be '\\+', '-' or a probability")):
         batch.labels[0] = labels
         with pytest.raises(UsageError, match=message):
             PRMLoss(placeholder=7)(outputs, batch)

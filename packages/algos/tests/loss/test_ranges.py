@@ -55,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "name", "option", "value"), CASES)
 def test_a_value_outside_is_refused_in_one_line(kind: str, name: str, option: str, value: float) -> None:
     provider = default_registry().resolve(kind, name)
-    with pytest.raises(UsageError, match=rf"^{option} must lie in .*, not {value}$"):
+    with pytest.raises(UsageError, match=rf"^{option} must be in .*, not {value}$"):
         provider(**{option: value})
 
 
@@ -77,4 +77,4 @@ def test_whatever_checks_a_range_is_in_the_table_above() -> None:
 
 def test_the_command_says_which_provider_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ppo", "--model", "tiny", "--advantage.lam", "2"]) == 2
-    assert "lam must lie in [0, 1], not 2" in capsys.readouterr().err
+    assert "lam must be in [0, 1], not 2" in capsys.readouterr().err

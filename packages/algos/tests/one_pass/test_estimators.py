@@ -234,7 +234,7 @@ def test_first_order_estimators_step_on_mean_gradients() -> None:
     estimator = FirstOrder(3, lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     estimator.step(z_TD)
     torch.testing.assert_close(estimator.theta_D, 0.25 * z_TD.mean(0))
-    with pytest.raises(UsageError, match="has no curvature; take omd"):
+    with pytest.raises(UsageError, match="has no curvature; use omd"):
         _ = estimator.curvature
 
 
@@ -273,9 +273,9 @@ def test_bad_input_is_refused_in_one_line_and_changes_nothing(name: str) -> None
     bad = f64((1, 2, 3), (1, float("nan"), 3))
     with pytest.raises(UsageError, match="features of pair 1 of 2 are not finite"):
         estimator.step(bad)
-    with pytest.raises(UsageError, match=r"pairs have shape \(2, 4\); this estimator takes \(pairs, 3\)"):
+    with pytest.raises(UsageError, match=r"pairs have shape \(2, 4\); this estimator needs the shape \(pairs, 3\)"):
         estimator.step(torch.ones(2, 4))
-    with pytest.raises(UsageError, match="stored state of .* has 5 features, and this reward head has 3"):
+    with pytest.raises(UsageError, match="stored state of .* has 5 features, but this reward head has 3"):
         estimator.load_state_dict(MAKERS[name](5).state_dict())
     with pytest.raises(UsageError, match="the stored state is of 'other'"):
         estimator.load_state_dict({**estimator.state_dict(), "kind": "other"})

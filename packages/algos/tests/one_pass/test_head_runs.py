@@ -65,8 +65,8 @@ def test_no_pair_comes_twice_in_a_pass_that_batches_do_not_divide(
         train(tmp_path / "run", {"use": "omd"}, batch_size=5)
     seen = [row for rows in order for row in rows]
     assert len(order) == 2 and len(seen) == len(set(seen)) == 10
-    assert "are 2 steps of 5; the last 2 rows fill no batch and are not used" in caplog.text
-    with pytest.raises(UsageError, match="13 is more than the 12 rows, each of which the optimizer takes once"):
+    assert "are 2 steps of 5; the last 2 rows do not fill a batch and are not used" in caplog.text
+    with pytest.raises(UsageError, match="13 is more than the 12 rows, but this optimizer uses each row only once"):
         train(tmp_path / "none", {"use": "omd_memoryless"}, batch_size=13)
 
 
@@ -198,21 +198,21 @@ def test_each_row_goes_through_the_body_once_whatever_the_number_of_runs(tmp_pat
     train(tmp_path / "other", {"use": "omd"}, **shared, model="tiny:hidden=16,layers=2")
     assert sum(rows) == 48  # another body
     (tmp_path / "features" / "features.sqlite").write_text("no database" * 1000)
-    with pytest.raises(UsageError, match="cannot keep features in .* remove a damaged features.sqlite"):
+    with pytest.raises(UsageError, match="cannot store features in .* remove the damaged features.sqlite"):
         train(tmp_path / "four", {"use": "omd"}, **shared)
 
 
 @pytest.mark.parametrize(
     ("optim", "more", "message"),
     [
-        ({"use": "omd"}, {"reward": {"freeze": []}}, "trains the head of a reward model alone, and .*freeze"),
+        ({"use": "omd"}, {"reward": {"freeze": []}}, "trains only the head of a reward model, but .*freeze"),
         ({"use": "omd"}, {"loss": {"use": "bradley_terry", "centre": 0.1}}, "without margin and centre"),
         ({"use": "omd", "damping": 0.0}, {}, "damping.* must be above 0, not 0.0: the curvature would be singular"),
         ({"use": "omd", "state": "nowhere"}, {}, "nowhere has no valid checkpoint"),
         ({"use": "mle", "damping": -1.0}, {}, "damping.* must be above 0"),
         ({"use": "omd_cg", "rank": 0}, {}, "rank.* must be at least 1"),
         ({"use": "sgd", "nesterov": True}, {}, "nesterov.* needs momentum above 0"),
-        ({"use": "adamw"}, {"reward": {"freeze": [], "features": "x"}}, "body that is not trained; .*freeze"),
+        ({"use": "adamw"}, {"reward": {"freeze": [], "features": "x"}}, "but the body is trained; .*freeze"),
     ],
 )
 def test_mistakes_end_in_one_line(optim: dict[str, Any], more: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_mistakes_end_in_one_line(optim: dict[str, Any], more: dict[str, Any], m
 
 def test_a_state_of_another_dimension_is_refused(tmp_path: Path) -> None:
     first = train(tmp_path / "first", {"use": "omd"})
-    with pytest.raises(UsageError, match="stored state of omd has 16 features, and this reward head has 32"):
+    with pytest.raises(UsageError, match="stored state of omd has 16 features, but this reward head has 32"):
         train(tmp_path / "next", {"use": "omd", "state": str(first.config.output)}, model="tiny:hidden=32,layers=1")
-    with pytest.raises(UsageError, match="the stored state is of 'omd', and this estimator is 'mle'"):
+    with pytest.raises(UsageError, match="the stored state is of 'omd', but this estimator is 'mle'"):
         train(tmp_path / "mle", {"use": "mle", "state": str(first.config.output)})
 
 

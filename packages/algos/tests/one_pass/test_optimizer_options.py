@@ -73,10 +73,10 @@ def test_the_newest_checkpoint_of_a_run_has_its_estimator_or_the_one_that_is_nam
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [load_estimator(folder).t for folder in (tmp_path / "run", *checkpoints)] == [12, 4, 8, 12]
     train(tmp_path / "other", {"use": "adamw"}, steps=1)
-    with pytest.raises(UsageError, match="holds 0 states of an estimator, not 1; name a run"):
+    with pytest.raises(UsageError, match="contains 0 estimator states, not 1; name a run"):
         load_estimator(tmp_path / "other")
     shutil.copytree(checkpoints[0] / "roles" / "reward", checkpoints[0] / "roles" / "second")
-    with pytest.raises(UsageError, match="holds 2 states of an estimator, not 1"):
+    with pytest.raises(UsageError, match="contains 2 estimator states, not 1"):
         load_estimator(checkpoints[0])
 
 

@@ -198,7 +198,7 @@ def test_a_singular_system_is_refused_in_one_line() -> None:
     for make in (lambda: Dense.ridge(3, 0.0), lambda: LowRank.ridge(3, -1.0, 2)):
         with pytest.raises(UsageError, match="damping must be above 0"):
             make()
-    with pytest.raises(UsageError, match="stored curvature is singular"):
+    with pytest.raises(UsageError, match="stored curvature is not positive definite"):
         _ = Dense(torch.zeros(2, 2, dtype=torch.float64)).matrix_DD
 
 

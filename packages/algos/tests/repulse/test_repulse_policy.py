@@ -217,5 +217,5 @@ def test_potentials():
     near(Target(beta=2.0, potential="toxicity").log_potential(r, 0.0), 2 * (1 - r.sigmoid()).log())
     near(Target(beta=-8.0, start_beta=-2.0).log_potential(r, 0.5), -4 * r)
     near(anneal(0.01, 1.0, 0.25), 10**-1.5)
-    with pytest.raises(UsageError, match="both positive or both negative"):
+    with pytest.raises(UsageError, match="the same sign and not be 0"):
         Target(beta=-8.0, start_beta=2.0)

@@ -178,18 +178,18 @@ def test_as_credit_an_uncertain_selector_reads_the_reward_s_metric() -> None:
     rewards = RewardOutput(torch.tensor([1.0, 0.9, 0.8]), metrics={"uncertainty": torch.tensor([0.1, 0.1, 2.0])})
     assert selector("optimistic")(rewards, rollouts, {}).rows.tolist() == [0, 2]
     for name in UNCERTAIN:
-        with pytest.raises(UsageError, match="needs the uncertainty of each reward, and this reward reports none"):
+        with pytest.raises(UsageError, match="needs the uncertainty of each reward, but this reward reports none"):
             selector(name)(RewardOutput(torch.tensor([1.0, 0.9, 0.8])), rollouts, {})
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("best_worst", {"min_gap": -1.0}, "min_gap must lie in"),
-        ("best_quartile", {"rank": 1}, "rank must lie in"),
-        ("optimistic", {"beta": math.nan}, "beta must lie in"),
-        ("delta_ucb", {"beta": -1.0}, "beta must lie in"),
-        ("drts", {"draws": 0}, "draws must lie in"),
+        ("best_worst", {"min_gap": -1.0}, "min_gap must be in"),
+        ("best_quartile", {"rank": 1}, "rank must be in"),
+        ("optimistic", {"beta": math.nan}, "beta must be in"),
+        ("delta_ucb", {"beta": -1.0}, "beta must be in"),
+        ("drts", {"draws": 0}, "draws must be in"),
     ],
 )
 def test_options_outside_their_range_are_refused(name: str, options: dict[str, Any], message: str) -> None:
@@ -198,5 +198,5 @@ def test_options_outside_their_range_are_refused(name: str, options: dict[str, A
 
 
 def test_one_completion_per_prompt_is_refused_in_one_line() -> None:
-    with pytest.raises(UsageError, match="BestSecondPairs compares the completions of one prompt"):
+    with pytest.raises(UsageError, match="BestSecondPairs compares the completions of each prompt"):
         selector("best_second")(RewardOutput(torch.ones(2)), make_batch([1, 1], groups=[0, 1]), {})

@@ -97,7 +97,7 @@ def test_a_pair_selector_reads_it(state: Path) -> None:
 def test_a_state_that_does_not_fit_is_refused_in_one_line(state: Path, tmp_path: Path) -> None:
     write_state(tmp_path, 8)
     with (
-        pytest.raises(UsageError, match=r"the state has 8 features, and the model .* has 16"),
+        pytest.raises(UsageError, match=r"the state has 8 features, but the model .* has 16"),
         open_provider(UncertainReward(MODEL, state=str(tmp_path))),
     ):
         pass
@@ -107,5 +107,5 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(state: Path, tmp_path:
     ):
         pass
     for options in ({"beta": 0.0}, {"bonus": -1.0}, {"scale": 0.0}):
-        with pytest.raises(UsageError, match="must lie in"):
+        with pytest.raises(UsageError, match="must be in"):
             UncertainReward(MODEL, **options)

@@ -41,7 +41,7 @@ def test_seeds_are_one_group_with_students_interval(runs: list[str], capsys: pyt
     assert ["algorithm.use", "grpo", "repulse"] in [line.split() for line in text.splitlines()]
     assert "seed" not in text.split("options that differ")[1].split("compare.html")[0], "nor what changes no result"
     page = Path("compare.html").read_text()
-    assert page.count("<svg") == 1 and "What differs" in page and "grpo-seed1" in page
+    assert page.count("<svg") == 1 and "Differences between" in page and "grpo-seed1" in page
 
 
 def test_a_group_is_named_by_the_options_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,16 +63,16 @@ def test_different_algorithms_name_the_groups(tmp_path: Path, capsys: pytest.Cap
 
 def test_equal_configurations_are_said_to_be_so(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *runs[:2], "--output", ""]) == 0
-    assert "differ in seeds alone" in capsys.readouterr().out
+    assert "differ only in seeds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere holds no run"),
+        (["nowhere"], "nowhere contains no run"),
         ([], "compare needs RUNS"),
         (["grpo-seed0", "./grpo-seed0"], "named twice"),
-        (["empty"], "no step and no evaluation"),
+        (["empty"], "no step or evaluation"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -113,7 +113,7 @@ def test_a_report_replaces_reports_only(name: str, tmp_path: Path, capsys: pytes
     folder = write_run(tmp_path / "run")
     (folder / "report.html").write_text("mine")
     assert main(["report", str(folder), "--output", str(folder / name)]) == 2
-    assert f"{name} is there and no report" in capsys.readouterr().err
+    assert f"{name} exists and is not a report" in capsys.readouterr().err
     assert (folder / "report.html").read_text() == "mine"
     report(folder, capsys, "--output", str(tmp_path / "mine.html"))
     report(folder, capsys, "--output", str(tmp_path / "mine.html"))

@@ -99,7 +99,7 @@ def test_a_variant_with_another_provider_replaces_the_table_and_its_own_grid_the
         ("[grid]\n'steps' = 3\n", "grid 'steps' must be a list"),
         ("[variants]\na = 1\n", "variants.a must be a table"),
         ("processes = 0\n", "processes must be a whole number of at least 1, not 0"),
-        ("[grid]\n'actor.optim.lr' = [1e-3]\n'proposal.optim.lr' = [1, 1]\n", "two runs have one name"),
+        ("[grid]\n'actor.optim.lr' = [1e-3]\n'proposal.optim.lr' = [1, 1]\n", "two runs have the same name"),
         ("= 3", "not valid TOML"),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_is_finished_never_runs_again_and_what_failed_is_resumed(
     assert "1 failed, 1 finished" in out.out
     assert "run-seed1: ended with code 3" in out.err
     assert not (folder / "out/run-seed0/model").exists()
-    assert "out/run-seed0/notes stays: it is no folder of the run" in out.err
+    assert "out/run-seed0/notes is kept, since it is not a folder of the run" in out.err
     assert (folder / "out/run-seed0/notes").exists(), "what the run did not write"
     assert (folder / "out/run-seed1/model").exists(), "of a failed run nothing is thrown away"
     (folder / "out/run-seed1/mended").touch()
@@ -169,7 +169,7 @@ def test_a_file_of_the_users_in_a_runs_folder_stays(
     member.folder.mkdir(parents=True)
     (member.folder / name).write_text("{}")
     assert main(["sweep", str(path)]) == 2
-    assert f"{name} is there and no file of this sweep" in capsys.readouterr().err
+    assert f"{name} exists and is not a file of this sweep" in capsys.readouterr().err
     assert [each.name for each in member.folder.iterdir()] == [name] and (member.folder / name).read_text() == "{}"
     (member.folder / name).unlink()
     assert main(["sweep", str(path)]) == 0 == main(["sweep", str(path)])

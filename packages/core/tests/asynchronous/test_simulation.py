@@ -52,4 +52,4 @@ def test_the_command_prints_a_line_per_number_of_steps(capsys: pytest.CaptureFix
 
 def test_a_phase_without_time_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--training", "0"]) == 2
-    assert "nothing to overlap" in capsys.readouterr().err
+    assert "nothing overlaps" in capsys.readouterr().err

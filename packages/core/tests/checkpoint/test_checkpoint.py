@@ -65,7 +65,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_named_and_the_one_befo
                 assert run.step == 1
                 line = capsys.readouterr().err
                 what = line.partition("(")[2].partition(")")[0]
-                assert line == f"rlhf-run: {newest} is damaged ({what}), now damaged-step-2; using step-1\n"
+                assert line == f"rlhf-run: {newest} is damaged ({what}) and renamed to damaged-step-2; using step-1\n"
                 assert what.startswith(name), (name, damage)
                 assert aside.exists() and not newest.exists()
                 shutil.rmtree(aside)
@@ -107,7 +107,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_started_over_and_all_are_na
     gone = "random.safetensors is missing"
     assert str(caught.value) == (
         f"every checkpoint in {output / 'checkpoints'} is damaged (step-2: {gone}; step-1: {gone}); "
-        "begin again with another output=…"
+        "start over with another output=…"
     )
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2, "what was measured is still there"
 
@@ -133,7 +133,7 @@ def refusal(output: Path, **options: object) -> str:
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     said = refusal(tmp_path / "none", model=MODEL)
-    advice = 'leave resume=True out to begin one, or pass resume="auto" to begin or continue'
+    advice = 'leave out resume=True to start one, or pass resume="auto" to start or continue'
     assert said == f"there is no run in {tmp_path / 'none'} to resume; {advice}"
     assert not (tmp_path / "none").exists()
 
@@ -143,7 +143,7 @@ def test_options_that_change_results_are_listed_and_refused(output: Path) -> Non
     said = refusal(output, model=MODEL, seed=7, actor={"optim": {"lr": 0.5}}, reward={"use": "length", "target": 9})
     for change in ("seed=… 0 -> 7", "actor.optim.lr 0.001 -> 0.5", "reward.target 32 -> 9"):
         assert change in said
-    assert said.endswith("; give them as they were, or add resume_changed=True to go on with the new ones")
+    assert said.endswith("; restore them, or add resume_changed=True to continue with the new ones")
     assert (output / "config.toml").read_bytes() == before
 
 

@@ -87,7 +87,10 @@ def test_another_strategy_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         tiny_run(tmp_path, resume_changed=True, **options).train()
     newest = tmp_path / "checkpoints" / "step-2"
-    assert str(caught.value) == f"{newest} was written by strategy torch, which fake cannot read; resume with it"
+    assert (
+        str(caught.value)
+        == f"{newest} was written by strategy torch, which fake cannot read; resume with strategy torch"
+    )
 
 
 def test_what_is_restored_is_everything_that_was_saved(tmp_path: Path) -> None:

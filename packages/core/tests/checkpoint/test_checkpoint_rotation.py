@@ -166,4 +166,4 @@ def test_a_damaged_marker_of_the_best_is_named_and_never_followed(
     assert read_best(tmp_path) == tmp_path / "checkpoints/step-1"
     marker.write_bytes(content)
     assert read_best(tmp_path) is None
-    assert "best.json is damaged; no model of the best checkpoint is written" in capsys.readouterr().err
+    assert "best.json is damaged; the model of the best checkpoint is not written" in capsys.readouterr().err

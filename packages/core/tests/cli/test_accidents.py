@@ -68,7 +68,7 @@ DATA = "--data json --data.path rows"
 ROWS: list[tuple[bytes, str]] = [
     ("{}".encode("utf-16"), "rows: expected UTF-8 text"),
     (b"\n\n", "rows: the file has no rows"),
-    (b'{"prompt": "a\0b"}', "rows:1: expected one JSON object a line"),
+    (b'{"prompt": "a\0b"}', "rows:1: expected one JSON object per line"),
     (b'{"prompt": null}', "rows:1: 'prompt' should be text or a chat, not null"),
     (b'{"prompt": NaN}', "rows:1: 'prompt' should be text or a chat"),
     (b'{"prompt": [{"role": 1, "content": 2}]}', "rows:1: 'prompt': message 0"),
@@ -78,8 +78,8 @@ CONFIGS: list[tuple[bytes, str]] = [
     (b"seed = -1", "seed in c.toml must be at least 0, not -1"),
     (b"seed = 1e3", "c.toml: seed must be INT, not 1000.0"),
     (f"steps = {HUGE}".encode(), "c.toml: steps must be INT"),
-    (b'output = "a\\u0000b"', "has a NUL"),
-    (b"sampling = [1]", "c.toml: sampling is a table"),
+    (b'output = "a\\u0000b"', "contains a NUL"),
+    (b"sampling = [1]", "c.toml: sampling must be a table"),
 ]
 TEMPLATES: list[tuple[bytes, str]] = [
     (b"{% if", "rows:1: the chat cannot be rendered: unexpected"),
@@ -89,7 +89,7 @@ TEMPLATES: list[tuple[bytes, str]] = [
     (b"{% for i in range(10**9) %}x{% endfor %}", "rendered: Range too big"),
     (b"{{ 1 / 0 }}", "rendered: division by zero"),
     (b"{% include 'x' %}", "rows:1: the chat cannot be rendered"),
-    (b"\xff", "--data.encoding.template-file t: it is no UTF-8 text"),
+    (b"\xff", "--data.encoding.template-file t: it is not UTF-8 text"),
 ]
 REWARDS: list[tuple[bytes, str]] = [
     (b"def reward(", "cannot be imported: SyntaxError: '(' was never closed"),
@@ -141,7 +141,7 @@ def test_a_path_that_cannot_be_is_one_line(option: str, capsys: pytest.CaptureFi
     for kind, place in PLACES.items():
         if (option, kind) in NO_ACCIDENT:
             continue
-        said = "is no UTF-8 text" if kind == "text that is no UTF-8" else PATHS[option]
+        said = "is not UTF-8 text" if kind == "text that is no UTF-8" else PATHS[option]
         refused([*option.split(), place], said, capsys)
 
 

@@ -78,7 +78,7 @@ def test_a_torch_for_cpus_beside_a_gpu_is_named(tmp_path: Path, monkeypatch: pyt
     assert not list(module.torch_without_gpu())
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue\n")
     (line,) = module.torch_without_gpu()
-    assert line.startswith(f"torch {torch.__version__} is built for CPUs, and this machine has an NVIDIA driver")
+    assert line.startswith(f"torch {torch.__version__} is built for CPUs, but this machine has an NVIDIA driver")
 
 
 def test_a_driver_that_is_too_old_for_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_a_driver_that_is_too_old_for_torch_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (line,) = module.torch_without_gpu()
-    assert "built for CUDA 13.0 and cannot use the driver of this machine (driver 470.10.01)" in line
+    assert "built for CUDA 13.0 but the driver of this machine (driver 470.10.01) does not support it" in line
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not list(module.torch_without_gpu())
 
@@ -105,7 +105,8 @@ def test_code_that_is_built_for_another_torch_is_named(
     install({"torchvision": ("0.28.0+cu130", [])})
     (line,) = module.broken_imports()
     assert line == (
-        f"torchvision 0.28.0+cu130 cannot be imported beside torch {torch.__version__} (operator torchvision::nms does not "
+        f"torchvision 0.28.0+cu130 cannot be imported together with torch {torch.__version__} (operator "
+        "torchvision::nms does not "
         "exist): install the build for this torch, or uninstall it"
     )
     sys.modules.pop("torchaudio", None)

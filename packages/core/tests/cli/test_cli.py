@@ -271,7 +271,8 @@ def test_plugins_lists_kind_name_origin_and_description_in_one_line_each(say: Ca
     assert re.search(r"^reward +brevity +\(local\) +Short is good\. Shorter is better$", text, re.MULTILINE)
     assert re.search(r"^reward +length +rlhf-core \S+ +\S", text, re.MULTILINE)
     watching = (
-        r"^observer +cli_fakes +\(local\) +Providers to try the command line with \(always there; -p no:cli_fakes\)$"
+        r"^observer +cli_fakes +\(local\) +Providers to try the command line with \(always loaded; -p no:cli_fakes "
+        r"blocks it\)$"
     )
     assert re.search(watching, text, re.MULTILINE)
 

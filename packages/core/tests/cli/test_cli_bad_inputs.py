@@ -55,21 +55,21 @@ FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "the output is a file": (file("run"), "", "--output run is a file; name a folder"),
     "the output's parent is a file": (file("there"), "--output there/run", "cannot write to --output there/run"),
     "the output holds a run": (begun, "", "run already holds a run; add --resume"),
-    "a folder of checkpoints": (folder("run/checkpoints"), "", "run/checkpoints is there and no file of this run"),
-    "a file of metrics": (file("run/metrics.jsonl"), "", "run/metrics.jsonl is there and no file of this run"),
+    "a folder of checkpoints": (folder("run/checkpoints"), "", "run/checkpoints exists and is not a file of this run"),
+    "a file of metrics": (file("run/metrics.jsonl"), "", "run/metrics.jsonl exists and is not a file of this run"),
     "nothing to resume": (folder("empty"), "--output empty --resume", "there is no run in empty to resume"),
     "a run that cannot be told from other files": (
         file("run/config.toml"),
         "--resume",
-        "run/run.json is missing or damaged, and no checkpoint has a copy",
+        "run/run.json, the list of the run's files, is missing or damaged, and no checkpoint has a copy",
     ),
     "a link that leads out": (
         lambda: (Path("run").mkdir(), Path("run/model").symlink_to("/"))[1],
         "",
-        "run/model is a link that leads out of run",
+        "run/model is a link that points outside run",
     ),
     "a model folder that is not there": (folder("x"), "--model ./missing", "no folder './missing'"),
-    "a model folder without anything": (folder("empty"), "--model ./empty", "empty has no config.json"),
+    "a model folder without anything": (folder("empty"), "--model ./empty", "empty is not a Hugging Face model folder"),
     "a model folder without weights": (
         file("bare/config.json", json.dumps(CONFIG)),
         "--model ./bare",
@@ -88,7 +88,7 @@ FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "an adapter without a base": (
         both(file("a/adapter_config.json", "{}"), file("a/adapter_model.safetensors", b"")),
         "--model ./a",
-        "names no base_model_name_or_path",
+        "has no base_model_name_or_path",
     ),
     "an adapter with a pickle": (file("a/adapter_config.json", "{}"), "--model ./a", "pickled weights can run code"),
     "several GGUF files": (
@@ -107,7 +107,7 @@ FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "a row that is no JSON": (
         file("d.jsonl", '{"prompt": "a"}\n{oops'),
         "--data json --data.path d.jsonl",
-        "d.jsonl:2: expected one JSON object a line",
+        "d.jsonl:2: expected one JSON object per line",
     ),
     "a row that is no object": (
         file("d.jsonl", '{"prompt": "a"}\n7'),
@@ -122,7 +122,7 @@ FOLDERS: dict[str, tuple[Callable[[], None], str, str]] = {
     "half a character": (
         file("d.jsonl", '{"prompt": "\\ud800"}'),
         "--data json --data.path d.jsonl",
-        "d.jsonl:1: 'prompt': half a character",
+        "d.jsonl:1: 'prompt': '\\ud800' is half of a surrogate pair",
     ),
     "rows that nest without end": (
         file("d.jsonl", '{"prompt": ' + "[" * 100_000),
@@ -147,7 +147,7 @@ ENVIRONMENT: dict[str, tuple[dict[str, str], str, str]] = {
     "a token's variable that is not set": (
         {},
         "--reward remote --reward.url http://127.0.0.1:9/ --reward.token env:RLHF_NOT_SET",
-        "the environment variable RLHF_NOT_SET is not set, but an option is given as env:RLHF_NOT_SET",
+        "an option is given as env:RLHF_NOT_SET, but the environment variable RLHF_NOT_SET is not set",
     ),
     "an address that is none": (
         {},

@@ -137,7 +137,7 @@ def rlhf_algorithm():
 
 NAMES = ", ".join(sorted({*core.rlhf_reward(), "bare", "brevity", "late"}))
 EVALUATORS = ", ".join(sorted(core.rlhf_evaluator()))
-LIMIT = "--reward.limit INT, characters at which the reward reaches zero (default: 400)"
+LIMIT = "--reward.limit INT (characters at which the reward reaches zero)"
 
 FLAGS = {
     # the first word
@@ -145,34 +145,34 @@ FLAGS = {
     "plugin": "no algorithm or command is called 'plugin'; did you mean 'plugins'?",
     "train": "no algorithm is called 'train'; installed: offline, online",
     "--steps 3": "name an algorithm first: rlhf-run ALGORITHM …; installed: offline, online",
-    "online grpo": "unexpected 'grpo'; after the algorithm come flags such as --steps 20",
-    "nobody:Algorithm": "--algorithm nobody:Algorithm: no module is called 'nobody' here or in the environment",
+    "online grpo": "unexpected 'grpo'; write flags such as --steps 20 after the algorithm",
+    "nobody:Algorithm": "--algorithm nobody:Algorithm: no module is called 'nobody' in the working folder or the environment",
     # names of providers
     "online --reward brevty": f"no reward is called 'brevty' (did you mean 'brevity'?); installed: {NAMES}",
     "online --reward late": "reward 'late' of (local) needs the module 'module_nobody_has', which is not installed",
-    "online --reward": "--reward takes one value, and got none",
+    "online --reward": "--reward takes one value, but got none",
     "online --reward a b": "--reward takes one value, not 'a b'",
-    "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' here or in the environment",
+    "online --reward nobody:Reward": "--reward nobody:Reward: no module is called 'nobody' in the working folder "
+    "or the environment",
     "online --evaluator heldout,heldot": f"no evaluator is called 'heldot' (did you mean 'heldout'?); "
     f"installed: {EVALUATORS}",
-    "online --loss bare": "algorithm 'online' has no loss, it uses data, sampler, rollout, environment, reward, "
+    "online --loss bare": "algorithm 'online' has no loss; it uses data, sampler, rollout, environment, reward, "
     "filter, strategy, launcher, evaluator, observer",
-    "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss, it uses data, sampler, "
-    "rollout, environment, reward, filter, strategy, launcher, evaluator, observer",
+    "online --loss.clip 1": "unknown flag --loss.clip; algorithm 'online' has no loss (it uses data, sampler, "
+    "rollout, environment, reward, filter, strategy, launcher, evaluator, observer)",
     "offline": "algorithm 'offline' needs --data NAME; see rlhf-run plugins --kind data",
     # flags
     "online --reward.limt 3": f"unknown flag --reward.limt; did you mean {LIMIT}?",
-    "online --reward.limit": "--reward.limit expects INT and got none",
+    "online --reward.limit": "--reward.limit expects INT, but got none",
     "online --reward.zzz 3": "unknown flag --reward.zzz; reward 'brevity' has the options limit, unit, shape, weights, key",
     "online --rollout.n 3": "unknown flag --rollout.n; rollout 'bare' has no options",
     "online --rewrd brevity": "unknown flag --rewrd; did you mean --reward?",
-    "online --stepz 3": "unknown flag --stepz; did you mean --steps INT, training steps; each uses one batch (default: 100)?",
-    "online --step 3": "unknown flag --step; did you mean --steps INT, training steps; each uses one batch (default: 100)?",
-    "online --lr 3": "unknown flag --lr; did you mean --actor.optim.lr FLOAT, peak learning rate (default: 1e-06)?",
+    "online --stepz 3": "unknown flag --stepz; did you mean --steps INT (training steps)?",
+    "online --step 3": "unknown flag --step; did you mean --steps INT (training steps)?",
+    "online --lr 3": "unknown flag --lr; did you mean --actor.optim.lr FLOAT (peak learning rate)?",
     "online --confg x": "unknown flag --confg; did you mean --config?",
     "online --zzz 3": "unknown flag --zzz; see rlhf-run online --help",
-    "online --actor.optim.lrr 3": "unknown flag --actor.optim.lrr; did you mean --actor.optim.lr FLOAT, peak learning "
-    "rate (default: 1e-06)?",
+    "online --actor.optim.lrr 3": "unknown flag --actor.optim.lrr; did you mean --actor.optim.lr FLOAT (peak learning rate)?",
     "online --reference.optim.lr 3": "unknown flag --reference.optim.lr; role 'reference' (frozen) has the options "
     "model, dtype, attention, packing, quantize, trust_remote_code",
     "online --sampling.seed 3": "unknown flag --sampling.seed; sampling has the options n, max_new_tokens, temperature, "
@@ -191,33 +191,30 @@ FLAGS = {
     "online --data.path x --sampling.top-p 1.5": "--sampling.top-p must be at most 1, not 1.5",
     "online --data.path x --reward.limit 0": "reward 'brevity': limit must be positive, not 0",
     "online --data.path x --actor.optim.lr nan": "--actor.optim.lr must be at least 0, not nan",
-    "online": "data 'table' needs --data.path STR, where the rows are",
+    "online": "data 'table' needs --data.path STR (where the rows are)",
     # -p
     "-p": "-p takes a plugin to load, or no:NAME to block one",
     "-p no:core online": "-p no:core: the plugin 'core' cannot be blocked",
     "-p nobody online": "-p nobody: no plugin or module is called 'nobody'",
     # files
-    "online --config": "--config takes one value, and got none",
+    "online --config": "--config takes one value, but got none",
     "online --config missing.toml": "--config missing.toml: No such file or directory",
     "online --config .": "--config .: Is a directory",
     # commands
     "plugins --kind rewards": f"--kind expects {{,{','.join(KINDS)},metric}}, not 'rewards'",
-    "plugins --data x": "plugins has no data, see rlhf-run plugins --help",
+    "plugins --data x": "plugins has no data; see rlhf-run plugins --help",
     "eval tiny": "eval needs --evaluator NAME; see rlhf-run plugins --kind evaluator",
-    "eval tiny --loss bare": "eval has no loss, it uses evaluator, data, reward, rollout, strategy, launcher",
-    "plugins --jsn": "unknown flag --jsn; did you mean --json True|False, print JSON: providers, conflicts and "
-    "broken plugins (default: False)?",
+    "eval tiny --loss bare": "eval has no loss; it uses evaluator, data, reward, rollout, strategy, launcher",
+    "plugins --jsn": "unknown flag --jsn; did you mean --json True|False (print JSON)?",
     "plugins reward": "unexpected 'reward': rlhf-run plugins",
     "new-plugin": "new-plugin needs NAME, name of the provider: lowercase letters, digits and dashes: rlhf-run new-plugin NAME",
-    "new-plugin Big": "new-plugin Big: a name is small letters, digits and dashes, such as brevity",
+    "new-plugin Big": "new-plugin Big: the name must consist of lowercase letters, digits and dashes, such as brevity",
     "new-plugin brevity": "new-plugin brevity: (local) already provides the reward 'brevity'",
-    "new-plugin here": "new-plugin rlhf-here: it exists already; name a new folder",
+    "new-plugin here": "new-plugin rlhf-here: it already exists; name a new folder",
     "chat": "chat needs MODEL, hub name, folder (OUTPUT/model of a run, or a checkpoint), GGUF file, or `tiny`: "
     "rlhf-run chat MODEL",
     "chat tiny --temperature -1": "--temperature must be at least 0, not -1.0",
-    "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR, prompt to answer once before the command "
-    "ends; empty starts a conversation "
-    "(default: empty)?",
+    "chat tiny --promt hi": "unknown flag --promt; did you mean --prompt STR (prompt to answer once before the command ends)?",
 }
 
 FILES = {
@@ -225,18 +222,17 @@ FILES = {
     "algorithm = 3": "run.toml: algorithm must be a name, or a table with a name as `use`, not 3",
     "algorithm.use = 3": "run.toml: algorithm must be a name, or a table with a name as `use`, not 3",
     'algorithm = "onlin"': "no algorithm is called 'onlin' (did you mean 'online'?); installed: offline, online",
-    'algorithm = "online"\nstepz = 3': "run.toml: unknown option 'stepz'; did you mean steps INT, training "
-    "steps; each uses one batch (default: 100)?",
+    'algorithm = "online"\nstepz = 3': "run.toml: unknown option 'stepz'; did you mean steps INT (training steps)?",
     'algorithm = "online"\nsteps = "3"': "run.toml: steps must be INT, not '3'",
     'algorithm = "online"\nsteps = true': "run.toml: steps must be INT, not True",
     'algorithm = "online"\nreward.limt = 3': "run.toml: unknown option 'reward.limt'; did you mean "
     f"{LIMIT.removeprefix('--')}?",
-    'algorithm = "online"\nactor = 3': "run.toml: actor is a table of options, not 3",
+    'algorithm = "online"\nactor = 3': "run.toml: actor must be a table of options, not 3",
     'algorithm = "online"\nactor.optim.betas = [1]': "run.toml: actor.optim.betas must be FLOAT FLOAT, not [1]",
     'algorithm = "online"\ncritic.model = "x"': "run.toml: unknown option 'critic'; see rlhf-run online --help",
     'algorithm = "online"\nreward.key = "hunter2"': "run.toml: reward.key must be INT",
-    'algorithm = "online"\nreward.key = "***"': "run.toml: reward.key is masked; give it as --reward.key env:NAME",
-    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss, it uses data, sampler, "
+    'algorithm = "online"\nreward.key = "***"': "run.toml: reward.key is hidden in this file; give it as --reward.key env:NAME",
+    'algorithm = "online"\nloss = "bare"': "algorithm 'online' has no loss; it uses data, sampler, "
     "rollout, environment, reward, filter, strategy, launcher, evaluator, observer",
     'algorithm = "online"\n[reward]\nuse = "rwd"': f"no reward is called 'rwd'; installed: {NAMES}",
 }

@@ -59,7 +59,7 @@ NUMBERS = [
 SWEEPS = {
     "config = 3": "config must be a path, not 3",
     "output = []": "output must be a path",
-    'output = "a\\u0000b"': "has a NUL",
+    'output = "a\\u0000b"': "contains a NUL",
     'discard = "model"': "discard must be a list of names",
     "grid = 3": "grid must be a table",
     "[variants.a]\ngrid = 3": "variants.a.grid must be a table",
@@ -202,7 +202,7 @@ def test_damaged_lines_of_a_swept_run_are_named_and_the_others_are_drawn(
         for words in ("sweep sweep.toml --status", "curves sweep.toml --formats"):
             assert main(words.split()) == 0, (words, damaged)
         said = capsys.readouterr().err
-        assert name == METRICS[2] or f"{path}:1 is damaged and left out" in said
+        assert name == METRICS[2] or f"{path}:1 is damaged and skipped" in said
         assert "Traceback" not in said
 
 
@@ -268,7 +268,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(command: str, capsys: pyte
         if not path.is_symlink():
             path.chmod(path.stat().st_mode | 0o044)
     said = refused(WRITERS[command].split(), capsys, user=65534)
-    assert "ermission denied" in said or "nothing can be written in" in said
+    assert "ermission denied" in said or "is not writable" in said
 
 
 def test_a_command_without_a_console_comes_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

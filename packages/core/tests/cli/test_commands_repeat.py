@@ -88,4 +88,4 @@ def test_an_evaluation_repeats(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_score_with_another_seed_is_not_gone_on_with(capsys: pytest.CaptureFixture[str]) -> None:
     lines(SCORE, "scored")
     assert main([*SCORE.split(), "--output", "scored", "--seed", "1"]) == 2
-    assert "scored was begun with another --seed" in capsys.readouterr().err
+    assert "scored was started with another --seed" in capsys.readouterr().err

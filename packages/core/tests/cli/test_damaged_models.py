@@ -57,7 +57,7 @@ TABLE: list[tuple[str, Callable[[Path], None], str]] = [
     *((name, act, name) for name in ("config.json", "generation_config.json", "tokenizer.json") for act in JSON),
     *(("tokenizer_config.json", act, "tokenizer") for act in JSON),
     ("config.json", folder_instead, "has no config.json"),
-    ("tokenizer.json", holding(b"{}"), "are its JSON files right?"),
+    ("tokenizer.json", holding(b"{}"), "check its JSON files"),
     *(
         ("config.json", setting(**{name: value}), "cannot load './m'")
         for name, value in (

@@ -66,11 +66,11 @@ def test_code_that_ends_the_program_ends_it_in_one_line_and_not_as_if_it_were_do
 
 NO_PLUGINS = {
     "folder": "plugin 'folder' of (local) failed to load: it is a folder without __init__.py, and has no hook",
-    "./folder": "-p ./folder: a plugin is named by its module or its entry point, not by a path: -p folder, where",
-    "file.py": "not by a path: -p file, where its folder is the working folder or in PYTHONPATH",
-    "./file.py": "not by a path: -p file, where its folder is the working folder or in PYTHONPATH",
-    "..": "not by a path",
-    "a b": "-p a b: a plugin is named by its module or its entry point, not by a path",
+    "./folder": "-p ./folder: give a plugin's module or entry point, not a path: use -p folder, with",
+    "file.py": "not a path: use -p file, with its folder as working folder or in PYTHONPATH",
+    "./file.py": "not a path: use -p file, with its folder as working folder or in PYTHONPATH",
+    "..": "not a path",
+    "a b": "-p a b: give a plugin's module or entry point, not a path",
     "not_there": "-p not_there: no plugin or module is called 'not_there'",
     "not_there.x": "-p not_there.x: no plugin or module is called 'not_there.x'",
 }
@@ -97,4 +97,4 @@ def test_a_module_without_hooks_is_imported_and_named(
     Path("bare_module.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
     assert main(["-p", "bare_module", "plugins", "--kind", "reward"]) == 0
     assert Path("imported").exists()
-    assert "-p bare_module: the module has no hook, a function rlhf_…() with @hookimpl;" in capsys.readouterr().err
+    assert "-p bare_module: the module has no hook (a function rlhf_…() with @hookimpl);" in capsys.readouterr().err

@@ -23,45 +23,45 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "generate over rows": (
         f"{GENERATE} --output mine",
         {"mine": WITHOUT_END},
-        "mine is there and no file of this command",
+        "mine exists and is not a file of this command",
     ),
     "generate over rows that look like its own": (
         f"{GENERATE} --output mine",
         {"mine": '{"uid": 0, "k": 0}'},
-        "mine is there and no file of this command",
+        "mine exists and is not a file of this command",
     ),
     "a note of something else": (
         f"{GENERATE} --output out",
         {"out.options.json": '{"mine": 1}'},
-        "out.options.json is no file of this command",
+        "out.options.json is not a file of this command",
     ),
     "score over rows": (
         "score rows --reward length --output mine",
         {"rows": WITHOUT_END, "mine": WITHOUT_END},
-        "mine is there and no file of this command",
+        "mine exists and is not a file of this command",
     ),
     "merge-lora over a model": (
         "merge-lora adapter --output model",
         {"adapter/adapter_config.json": "{}", "adapter/adapter_model.safetensors": "", "model/w": "mine"},
-        "exists already",
+        "already exists",
     ),
-    "new-plugin over a folder": ("new-plugin mine", {"rlhf-mine/x": "mine"}, "exists already"),
-    "new-plugin over a link to nothing": ("new-plugin other", {}, "exists already"),
+    "new-plugin over a folder": ("new-plugin mine", {"rlhf-mine/x": "mine"}, "already exists"),
+    "new-plugin over a link to nothing": ("new-plugin other", {}, "already exists"),
     "eval over evaluations of a run": (
         "eval tiny:hidden=8,layers=1 --evaluator heldout --reward length --output run",
         {"run/run.json": "", "run/evaluations.jsonl": "the run's"},
-        "evaluations.jsonl is the run's own",
+        "evaluations.jsonl belongs to the run",
     ),
     "eval over evaluations": (
         "eval tiny:hidden=8,layers=1 --evaluator heldout --reward length --output mine",
         {"mine/evaluations.jsonl": "mine"},
-        "evaluations.jsonl is there and no file of this run",
+        "evaluations.jsonl exists and is not a file of this run",
     ),
-    "a script over notes": ("sweep s.toml --slurm notes", {"s.toml": "seeds = [0]", "notes": "mine"}, "notes is there"),
+    "a script over notes": ("sweep s.toml --slurm notes", {"s.toml": "seeds = [0]", "notes": "mine"}, "notes exists"),
     "a script for Ray over notes": (
         "sweep s.toml --ray notes",
         {"s.toml": "seeds = [0]", "notes": "mine"},
-        "notes is there",
+        "notes exists",
     ),
 }
 
@@ -94,7 +94,7 @@ def test_figures_tables_and_scripts_are_written_over_if_they_are_the_commands_ow
         check_own(path, columns)
         for foreign in ("mine", "method,mine\n", ""):
             path.write_text(foreign)
-            with pytest.raises(UsageError, match="is there and no figure or table of this command"):
+            with pytest.raises(UsageError, match="exists and is not a figure or table of this command"):
                 check_own(path, columns)
     path.unlink()
     for text in ("one", "two"):
@@ -109,7 +109,7 @@ def test_an_evaluation_may_write_beside_a_finished_run_and_again(tmp_path: Path)
         claim_folder(tmp_path, names, beside_run=True)
         (tmp_path / "table.parquet").write_text("a table")
     assert read_own_files(tmp_path) == OwnFiles("1f", "steps = 1\n", ("config.toml",), ("gcg/", "table.parquet"))
-    with pytest.raises(UsageError, match=r"config.toml is the run's own"):
+    with pytest.raises(UsageError, match=r"config.toml belongs to the run"):
         (tmp_path / "config.toml").touch()
         claim_folder(tmp_path, ["config.toml"], beside_run=True)
 
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_the_command_continues(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(
-            RunStopped, match="No space left on device; its lines are whole, start the command again"
+            RunStopped, match="No space left on device; all of its lines are complete, so run the command again"
         ) as caught:
             append_lines(path, [{"b": "x" * 40}])
     assert caught.value.exit_code == 1

@@ -102,5 +102,5 @@ def test_score_continues_behind_the_lines_that_have_a_reward(
     assert Counting.seen == [4, 4, 1]
     changed = file.read_text().replace("yes", "no!", 5)
     file.write_text(changed)
-    with pytest.raises(UsageError, match=r"out\.jsonl:1 is not .*in\.jsonl:1 with a reward"):
+    with pytest.raises(UsageError, match=r"out\.jsonl:1 does not belong to .*in\.jsonl:1;"):
         score._score(reward, reward)

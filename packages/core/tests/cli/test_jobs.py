@@ -64,12 +64,12 @@ def test_a_file_that_other_options_made_is_not_taken_for_this_ones(
     assert main(one) == 0
     for option, value in (("seed", "1"), ("model", "tiny:layers=1"), ("sampling.temperature", "0.5")):
         assert main([*one, f"--{option}", value]) == 2
-        assert f"a.jsonl was begun with another --{option.partition('.')[0]}; name" in capsys.readouterr().err
+        assert f"a.jsonl was started with another --{option.partition('.')[0]}; name" in capsys.readouterr().err
     free = ["--batch-size", "1", "--data.workers", "0", "--actor.packing", "False"]
     assert main([*one[:4], "2", *one[5:], *free]) == 0, "more rows, and what changes no result"
     assert main(["score", file, "--reward", "length"]) == 0
     assert main(["score", file, "--reward", "length", "--reward.target", "9"]) == 2
-    assert "a.scored.jsonl was begun with another --reward" in capsys.readouterr().err
+    assert "a.scored.jsonl was started with another --reward" in capsys.readouterr().err
     assert main([*one[:-1], str(tmp_path)]) == 2
     assert "is a folder; name a file" in capsys.readouterr().err
 

@@ -59,7 +59,7 @@ def test_sys_exit_in_a_plugin_is_no_end_of_the_work(code: str, tmp_path: Path) -
     """Whatever its code, which would be read as that of the work: 75 has a batch system start it again."""
     end = ended(f"    sys.exit({code})", tmp_path)
     said = (
-        f"rlhf-run: sys.exit({code}) was called (child.py, line 4) before the work was done; nothing more was saved\n"
+        f"rlhf-run: sys.exit({code}) was called (child.py, line 4) before the work was done; nothing else was saved\n"
     )
     assert (end.returncode, end.stderr) == (1, said)
 
@@ -81,7 +81,7 @@ def test_an_end_for_a_signal_before_the_first_step_keeps_its_code(tmp_path: Path
 def test_an_end_that_nothing_can_catch_is_said_and_no_success(call: str, code: int, tmp_path: Path) -> None:
     end = ended(f"    {call}\n    return 0", tmp_path)
     exit_call = f"os._exit({3 if code == 3 else 0})"
-    said = f"rlhf-run: {exit_call} was called before the work was done; nothing more was saved\n"
+    said = f"rlhf-run: {exit_call} was called before the work was done; nothing else was saved\n"
     assert (end.returncode, end.stderr) == (code, said)
 
 

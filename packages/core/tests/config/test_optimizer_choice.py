@@ -126,7 +126,7 @@ def test_a_flag_that_chooses_another_optimizer_drops_the_options_of_the_files_on
         ("--actor.optim.use momentum --actor.optim.lr -1", "--actor.optim.lr must be at least 0, not -1.0"),
         (
             "--actor.optim.use trust_region",
-            "role 'actor' (trained) needs --actor.optim.radius FLOAT, of the trust region",
+            "role 'actor' (trained) needs --actor.optim.radius FLOAT (of the trust region)",
         ),
         ("--reference.optim.use momentum", "unknown flag --reference.optim.use"),
     ],

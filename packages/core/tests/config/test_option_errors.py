@@ -25,7 +25,7 @@ from rlhf_core.run.run import Run
 
 TINY = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"
 FEW = {"model": "tiny:hidden=16,layers=1", "steps": 1, "batch_size": 2, "sampling": {"n": 2, "max_new_tokens": 4}}
-ADDRESS = "ftp://x: expected an address like http://127.0.0.1:5000/get_reward"
+ADDRESS = "ftp://x: expected an address such as http://127.0.0.1:5000/get_reward"
 
 
 @dataclass(frozen=True)

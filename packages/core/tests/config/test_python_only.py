@@ -109,7 +109,7 @@ def test_help_and_errors_name_the_place(
     assert "grid rows of numbers (from a file or Python only; default: 1 2 3)" in text
     assert "--size INT how large (default: 2)" in text and "--how" not in text
     assert main([*call, "--how", "len"]) == 2
-    assert capsys.readouterr().err == "rlhf-run: --how is no flag: how is set from Python only\n"
+    assert capsys.readouterr().err == "rlhf-run: --how is not a flag: set how from Python only\n"
     assert main([*call, "--grid", "1"]) == 2
-    assert capsys.readouterr().err == "rlhf-run: --grid is no flag: grid is set from a file or Python only\n"
+    assert capsys.readouterr().err == "rlhf-run: --grid is not a flag: set grid from a file or Python only\n"
     assert main([*call, "--size", "3"]) == 7

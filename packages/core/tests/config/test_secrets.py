@@ -120,7 +120,7 @@ def test_a_masked_address_cannot_be_used_and_the_line_says_so(tmp_path: Path) ->
         'algorithm = "rlhf_core.testing.tiny_algorithm:TinyAlgorithm"\n[reward]\nuse = "remote"\nurl = ["http://***@host/"]\n'
     )
     with pytest.raises(
-        ValueError, match="reward.url has a masked part; give the whole address as --reward.url ADDRESS"
+        ValueError, match="reward.url has a hidden part in this file; give the whole address as --reward.url ADDRESS"
     ):
         read(["--config", str(tmp_path / "run.toml")], Registry(autoload=False))
 

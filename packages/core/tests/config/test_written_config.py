@@ -107,7 +107,9 @@ def test_every_option_of_the_run_is_written(registry: Registry) -> None:
 
 def test_what_no_file_can_hold_is_refused_when_it_is_written(registry: Registry) -> None:
     config = make_config("online", registry, data={"where": "x"}, reward=replace(Rich(), text=print))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"reward\.text is a builtin_function_or_method, which no file can hold"):
+    with pytest.raises(
+        UsageError, match=r"reward\.text is a builtin_function_or_method, which cannot be stored in a file"
+    ):
         to_toml(config)
 
 
@@ -124,7 +126,7 @@ def test_a_secret_is_masked_in_the_file_and_kept_for_workers(registry: Registry)
 
 def test_a_masked_secret_must_be_given_again(tmp_path: Path, registry: Registry) -> None:
     text = to_toml(run("online --data.where x --reward guarded --reward.key hunter2", registry))
-    with pytest.raises(UsageError, match=r"reward\.key is masked; give it as --reward\.key env:NAME"):
+    with pytest.raises(UsageError, match=r"reward\.key is hidden in this file; give it as --reward\.key env:NAME"):
         from_file(text, tmp_path, registry)
 
 

@@ -173,9 +173,7 @@ def test_a_state_of_all_ranks_goes_to_other_ranks_only_if_it_was_equal(tmp_path:
         own = {"data": {"row": torch.tensor([3.0, float("nan")])}, "reward": {"mean": float(rank)}}
         write_states(tmp_path, rank, own | ({"observer.diary": {"step": 4}} if rank == 0 else {}))
     assert read_states(tmp_path, 2, 1, 2)["reward"] == {"mean": 1.0}
-    with pytest.raises(
-        UsageError, match="the state of reward on 2 ranks, another one on each, which 3 ranks cannot share"
-    ):
+    with pytest.raises(UsageError, match="a separate state of reward for each of 2 ranks, which 3 ranks cannot share"):
         read_states(tmp_path, 2, 0, 3)
     for rank in range(2):
         (tmp_path / "providers" / f"rank-{rank}" / "reward.safetensors").unlink()

@@ -31,7 +31,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         [{"prompt": "a"}, "{oops"],
         {},
         (
-            "FILE:2: expected one JSON object a line, or a list of objects "
+            "FILE:2: expected one JSON object per line, or a list of objects "
             "(Expecting property name enclosed in double quotes at column 2)"
         ),
     ),
@@ -44,11 +44,11 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "half a character",
         ['{"prompt": "a\\ud800", "answer": "b"}'],
         {},
-        "FILE:1: 'prompt': half a character, '\\ud800', stands alone; write both halves",
+        "FILE:1: 'prompt': '\\ud800' is half of a surrogate pair; write both halves",
     ),
     ("no prompt", [{"a": 1, "b": 2}], {}, "FILE:1: no prompt among the columns a, b; pass --data.prompt-key"),
-    ("a column goes missing", [{"prompt": "a"}, {"x": 1}], {}, "FILE:2: expected a column 'prompt'; there are x"),
-    ("a wrong name", [{"a": "b"}], {"prompt_key": "c"}, "FILE:1: expected a column 'c'; there are a"),
+    ("a column goes missing", [{"prompt": "a"}, {"x": 1}], {}, "FILE:2: expected a column 'prompt'; found only x"),
+    ("a wrong name", [{"a": "b"}], {"prompt_key": "c"}, "FILE:1: expected a column 'c'; found only a"),
     (
         "a wrong place in a list",
         [{"a": {"b": ["x"]}}],
@@ -59,7 +59,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "a wrong name in a table",
         [{"a": {"b": "x"}}],
         {"prompt_key": "a/c"},
-        "FILE:1: expected a column 'c' in 'a'; there are b",
+        "FILE:1: expected a column 'c' in 'a'; found only b",
     ),
     ("a path into a text", [{"a": "x"}], {"prompt_key": "a/b"}, "FILE:1: expected a column 'b' in 'a'"),
     ("true as prompt", [{"prompt": True}], {}, "FILE:1: 'prompt' should be text or a chat, not bool"),
@@ -77,7 +77,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         {},
         "FILE:2: 'answer' should be text or a chat, not null",
     ),
-    ("an empty chat", [{"messages": []}], {}, "FILE:1: 'messages': a chat has at least one message"),
+    ("an empty chat", [{"messages": []}], {}, "FILE:1: 'messages': a chat must have at least one message"),
     (
         "not a message",
         [{"messages": [USER, "x"]}],
@@ -101,19 +101,19 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "an image",
         [{"messages": [seen({"base64": PIXEL}), ASSISTANT]}],
         {},
-        "FILE:1: a message has a part of type 'image', and the model reads text alone",
+        "FILE:1: a message has a part of type 'image', but the model reads only text",
     ),
     (
         "a column of images",
         [{"prompt": "a", "response": "b"}, {"prompt": "What?", "response": "b", "images": [PIXEL]}],
         {"images_key": "images"},
-        "FILE:1: expected a column 'images'; there are prompt, response",
+        "FILE:1: expected a column 'images'; found only prompt, response",
     ),
     (
         "images for a model of texts",
         [{"prompt": "What?", "response": "b", "image": PIXEL}],
         {},
-        "FILE:1: a message has a part of type 'image', and the model reads text alone",
+        "FILE:1: a message has a part of type 'image', but the model reads only text",
     ),
     (
         "an image file that is not there",
@@ -143,27 +143,26 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "an image that is nowhere",
         [{"messages": [seen({}), ASSISTANT]}],
         {},
-        "FILE:1: a message has an image without path, url or base64, and no column of images has it",
+        "FILE:1: a message has an image without path, url or base64, and there is no column of images for it",
     ),
     (
         "an image that is a number",
         [{"prompt": "a", "response": "b", "images": [7]}],
         {},
-        "FILE:1: 'images': an image should be a path or base64, not int; --data.images-key none leaves the column out",
+        "FILE:1: 'images': an image should be a path or base64, not int; --data.images-key none ignores the column",
     ),
     (
         "an image in two places",
         [{"messages": [seen({"path": "x.png", "base64": PIXEL}), ASSISTANT]}],
         {},
-        "FILE:1: 'messages': message 0: an image has path and base64; give one of them",
+        "FILE:1: 'messages': message 0: an image has path and base64; give only one of them",
     ),
     (
         "more images than their places",
         [{"prompt": "<image> or <image>?", "response": "b", "images": [PIXEL]}],
         {},
         (
-            "FILE:1: 'images': the prompt has places for 2 images, and the row has 1; --data.images-key none leaves the column "
-            "out"
+            "FILE:1: 'images': the prompt has places for 2 images, but the row has 1; --data.images-key none ignores the column"
         ),
     ),
     (
@@ -176,13 +175,13 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "an image in an answer",
         [{"prompt": "Draw.", "response": [{**seen({"base64": PIXEL}), "role": "assistant"}]}],
         {},
-        "FILE:1: an image after the first trained answer; images stand in the prompt (--data.turns last)",
+        "FILE:1: an image comes after the first trained answer; images must be in the prompt (--data.turns last)",
     ),
     (
         "images of a text to continue",
         [{"text": "a", "images": [PIXEL]}],
         {},
-        "FILE:1: 'images': images need a prompt to stand in (--data.prompt-key)",
+        "FILE:1: 'images': images need a prompt that contains them (--data.prompt-key)",
     ),
     (
         "a number of images below zero",
@@ -236,7 +235,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "a margin of some",
         [{"prompt": "a", "answer": "b", "margin": 1}, {"prompt": "a", "answer": "b"}],
         {"number_keys": ("margin",)},
-        "FILE:2: expected a column 'margin'; there are prompt, answer",
+        "FILE:2: expected a column 'margin'; found only prompt, answer",
     ),
     (
         "tools in words",
@@ -249,13 +248,13 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "a label that is missing",
         [{"prompt": "a"}],
         {"label_key": "y"},
-        "FILE:1: expected a column 'y'; there are prompt",
+        "FILE:1: expected a column 'y'; found only prompt",
     ),
     (
         "metadata that are missing",
         [{"prompt": "a"}],
         {"meta_keys": ("id",)},
-        "FILE:1: expected a column 'id'; there are prompt",
+        "FILE:1: expected a column 'id'; found only prompt",
     ),
     (
         "nothing to train on",
@@ -268,7 +267,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         [{"prompt": "a", "answer": "b"}],
         {"encoding": {"max_tokens": 8}},
         (
-            "all 1 rows of a batch are too long, for 1024 tokens of a prompt and 8 in all: raise --max-prompt-tokens or "
+            "all 1 rows of a batch are longer than 1024 prompt tokens or 8 tokens in total: raise --max-prompt-tokens or "
             "--data.encoding.max-tokens, or pass --data.encoding.too-long truncate"
         ),
     ),
@@ -294,7 +293,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "two templates",
         [{"prompt": "a", "answer": "b"}],
         {"encoding": {"input_template": "Q: {}", "template": "chat"}},
-        "--data.encoding.input-template is for raw prompts; leave out --data.encoding.template chat",
+        "--data.encoding.input-template works only with raw prompts; leave out --data.encoding.template chat",
     ),
     (
         "tools without a template",
@@ -314,7 +313,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "everything held out",
         [{"prompt": "a"}, {"prompt": "b"}],
         {"heldout": 2},
-        "--data.heldout 2 leaves 0 of 2 rows to train on and 2 held out",
+        "--data.heldout 2 gives 0 rows to train on and 2 held-out rows of 2; change it so that both have rows",
     ),
     (
         "hf: no such file",
@@ -338,13 +337,13 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "hf: a wrong name",
         [{"prompt": "a"}],
         {"hf": True, "prompt_key": "x"},
-        "FILE:1: expected a column 'x'; there are prompt",
+        "FILE:1: expected a column 'x'; found only prompt",
     ),
     (
         "hf: shares for other sets",
         [{"prompt": "a"}],
         {"hf": True, "path": "FILE,FILE", "shares": (1.0,)},
-        "--data.shares has 1 numbers for the 2 sets of --data.path",
+        "--data.shares has 1 numbers, but --data.path has 2 datasets",
     ),
     (
         "hf: a share of nothing",
@@ -362,18 +361,18 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "hf: a share of a stream held out",
         [{"prompt": "a"}],
         {"hf": True, "streaming": True, "heldout": 0.5},
-        "--data.heldout needs to know how many rows there are: use --data.heldout-split to stream",
+        "--data.heldout needs the number of rows, which a stream does not have: use --data.heldout-split to stream",
     ),
     (
         "hf: a stream without its duplicates",
         [{"prompt": "a"}],
         {"hf": True, "streaming": True, "unique": True},
-        "--data.unique needs to see all rows first: leave out --data.streaming",
+        "--data.unique needs all rows in advance: leave out --data.streaming",
     ),
     (
         "hf: the same set twice",
         [{"prompt": "a"}],
         {"hf": True, "path": "FILE,FILE", "unique": True},
-        "--data.unique leaves no row of FILE: all came before; leave it out of --data.path",
+        "--data.unique leaves no row of FILE, since earlier datasets contain all of them; leave it out of --data.path",
     ),
 ]

@@ -140,7 +140,7 @@ def test_a_begun_answer_in_a_dialogue_without_template_is_continued_too() -> Non
     row = Encoder(tokenizer).row(Example(chat, (", sure.",)))
     assert tokenizer.decode(joined(row)) == "\n\nHuman: Hi?\n\nAssistant: Yes, sure.<|endoftext|>"
     tools = ({"role": "assistant", "content": None, "tool_calls": []},)
-    with pytest.raises(DataError, match="rows:1: the prompt ends with an assistant's message, so that both"):
+    with pytest.raises(DataError, match="rows:1: the prompt ends with an assistant message, so it and the answer"):
         Encoder(family("qwen")).row(Example(chat, (tools,), origin="rows:1"))
 
 

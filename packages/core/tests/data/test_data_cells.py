@@ -128,7 +128,7 @@ def test_columns_that_nothing_reads_are_named_once(tmp_path: Path, caplog: pytes
     for _ in range(2):
         Json(path, number_keys=("margin",), meta_keys=("nested/x",))("train")
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{path}: columns that are not read: passage, id (")
+    assert record.getMessage().startswith(f"{path}: unused columns: passage, id (")
     assert json.loads(Path(path).read_text().splitlines()[0]) == row
 
 

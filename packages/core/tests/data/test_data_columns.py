@@ -62,7 +62,7 @@ def test_a_held_out_file_leaves_the_training_rows_alone(tmp_path: Path) -> None:
     assert [data(split)[0].prompt for split in ("train", "heldout")] == ["a", "b"]
 
 
-@pytest.mark.parametrize(("heldout", "message"), [(0.0, "no rows are held out"), (2, "leaves 0 of 2 rows")])
+@pytest.mark.parametrize(("heldout", "message"), [(0.0, "no rows are held out"), (2, "gives 0 rows to train on")])
 def test_holding_out_nothing_or_everything_is_refused(tmp_path: Path, heldout: float, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Json(written(tmp_path, {"prompt": "a"}, {"prompt": "b"}), heldout=heldout)("heldout")

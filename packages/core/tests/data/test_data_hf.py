@@ -122,7 +122,7 @@ def test_splits_and_their_slices_have_names(tmp_path: Path) -> None:
     other = HuggingFaceData(saved(tmp_path / "other", "jsonl"), heldout_path=path)
     assert len(list(other("heldout"))) == 6, "the split train of another set"
     assert len(list(replace(other, heldout_split="test")("heldout"))) == 2
-    with pytest.raises(UsageError, match="there is no split 'dev', only train, test"):
+    with pytest.raises(UsageError, match="there is no split 'dev'; choose one of train, test"):
         HuggingFaceData(path, split="dev")("train")
     assert len(list(HuggingFaceData(saved(tmp_path, "parquet"), split="train[:50%]")("train"))) == 3
 
@@ -160,11 +160,11 @@ def test_a_streamed_set_is_continued_at_its_position(tmp_path: Path) -> None:
     ("path", "options", "message"),
     [
         ("nowhere.csv", {}, "path nowhere.csv: there is no such file"),
-        ("a,b", {"shares": (1.0,)}, "shares has 1 numbers for the 2 sets"),
+        ("a,b", {"shares": (1.0,)}, "shares has 1 numbers, but"),
         ("ROWS,ROWS", {"shares": (1.0, 0.0)}, "shares 1 0: each should be above 0"),
         ("ROWS", {"split": "dev"}, "split 'dev': "),
         ("ROWS", {"heldout": 0.5, "streaming": True}, "use heldout_split to stream"),
-        ("ROWS", {"prompt_key": "x"}, "rows.jsonl:1: expected a column 'x'; there are question, answer"),
+        ("ROWS", {"prompt_key": "x"}, "rows.jsonl:1: expected a column 'x'; found only question, answer"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(

@@ -134,14 +134,14 @@ def test_a_text_cannot_pretend_to_show_an_image(tmp_path: Path, model: str) -> N
     picture(tmp_path / "a.png", "red")
     reads = encoder(model)
     said = [{"role": "user", "content": "an <image>?"}, {"role": "assistant", "content": "An <image>!"}]
-    none = "the text says '<image>', which stands for an image, and there is none"
+    none = "the text contains the image token '<image>', but the row has no image; remove the token, or add the image"
     for row, message in (
         ({"prompt": "an <image>?"}, none),
-        (asked("an <image>?", "a.png"), "the rendered prompt has places (<image>) for 2 images, and the row has 1"),
+        (asked("an <image>?", "a.png"), "the rendered prompt has places (<image>) for 2 images, but the row has 1"),
         ({"messages": said}, none),
         (
             asked("What?", "a.png", answer="An <image>!"),
-            "the text says '<image>', which stands for an image, and there is none",
+            "the text contains the image token '<image>', but the row has no image; remove the token, or add the image",
         ),
     ):
         (example,) = read(tmp_path, [row])
@@ -154,7 +154,7 @@ def test_a_template_without_images_is_an_error(tmp_path: Path, model: str) -> No
     picture(tmp_path / "a.png", "red")
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
     (example,) = read(tmp_path, [asked("What?", "a.png")])
-    with pytest.raises(DataError, match="the rendered prompt has places .<image>. for 0 images, and the row has 1"):
+    with pytest.raises(DataError, match="the rendered prompt has places .<image>. for 0 images, but the row has 1"):
         encoder(model, Encoding(template_file=str(tmp_path / "t.jinja"))).prompt_row(example)
 
 

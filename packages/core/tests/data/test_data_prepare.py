@@ -138,7 +138,7 @@ def test_a_damaged_row_is_made_again_and_a_damaged_file_is_named(tmp_path: Path)
     with pytest.raises(UsageError, match=r"cache: .*\.sqlite cannot be used \(file is not a database\); remove"):
         prepared(cache=str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"cache .*file.* name a folder that can be written"):
+    with pytest.raises(UsageError, match=r"cache .*file.* name a writable folder"):
         prepared(cache=str(tmp_path / "file" / "inside"))
 
 
@@ -289,7 +289,7 @@ def test_what_is_left_out_is_said_once_and_counted(opened: Any, capsys: Any) -> 
     said = capsys.readouterr().err.splitlines()
     for name, line in zip(("dropped", "truncated"), sorted(said, key=lambda line: "truncated" in line), strict=True):
         assert re.fullmatch(
-            rf"rlhf-run: 1 rows of the first \d+ drawn were {name}, being longer than .* counts them", line
+            rf"rlhf-run: 1 rows of the first \d+ drawn were {name}, since they are longer than .* counts them", line
         )
     metrics = ahead.metrics()
     assert 3 < metrics.pop("data/epoch") <= 4
@@ -328,5 +328,5 @@ def test_a_run_has_the_same_numbers_with_cache_and_processes(tmp_path: Path, cap
     assert plain[-1]["data/duplicates"] == 3
     assert plain[-1]["data/dropped"] == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "rlhf-run:" in line]
-    assert said[0] == "rlhf-run: 3 rows came before and were left out (data.unique); data/duplicates counts them"
+    assert said[0] == "rlhf-run: 3 rows were duplicates and were skipped (data.unique); data/duplicates counts them"
     assert len(said) == 6  # two lines a run

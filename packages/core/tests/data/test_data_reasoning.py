@@ -63,5 +63,5 @@ def test_tasks_are_reproducible_and_held_out_ones_are_others() -> None:
 def test_an_unknown_task_and_a_row_of_other_data_are_named() -> None:
     with pytest.raises(UsageError, match="no task 'chainsum' .*did you mean 'chain_sum'"):
         ReasoningData(("chainsum",))("train")
-    with pytest.raises(UsageError, match="this row is none"):
+    with pytest.raises(UsageError, match="this row is not one"):
         answered([Example("a")], ["b"], Verifier())

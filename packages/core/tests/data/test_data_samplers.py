@@ -83,12 +83,12 @@ def test_rows_that_are_read_in_order_carry_their_place() -> None:
 
     stream = Stream(Lines(), 2)
     assert [example.row for _ in range(3) for example in next(stream).examples] == [0, 1, 2, 0, 1, 2]
-    with pytest.raises(UsageError, match="sampler.* Fixed chooses rows by number, and the data is a stream without"):
+    with pytest.raises(UsageError, match="sampler.* Fixed chooses rows by number, but the data is a stream without"):
         Stream(Lines(), 2, sampler=Fixed())
 
 
 def test_a_number_of_a_row_that_is_called_like_one_of_cores_is_refused() -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:3: a number cannot be called 'row' or 'uids'"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3: a numeric column cannot be called 'row' or 'uids'"):
         Example("x", fields={"row": 1.0}, origin="rows.jsonl:3")
 
 
@@ -104,10 +104,10 @@ def test_a_sampler_that_does_not_react_continues_behind_the_numbers_it_gave() ->
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((0, 10), r"sampler Fixed of .*test_data_samplers gave 10, which is no row number from 0 to 9"),
-        ((0, -1), r"gave -1, which is no row number"),
-        ((0, "1"), r"gave '1', which is no row number"),
-        ((0,), r"sampler Fixed .* has no more rows; its iterator must be endless"),
+        ((0, 10), r"sampler Fixed of .*test_data_samplers returned 10, which is not a row number from 0 to 9"),
+        ((0, -1), r"returned -1, which is not a row number"),
+        ((0, "1"), r"returned '1', which is not a row number"),
+        ((0,), r"sampler Fixed .* ran out of rows; its iterator must be endless"),
     ],
 )
 def test_a_sampler_that_gives_no_row_is_named(numbers: tuple[Any, ...], message: str) -> None:

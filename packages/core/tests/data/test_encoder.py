@@ -219,7 +219,7 @@ def test_numbers_labels_and_metadata_go_along_with_each_completion() -> None:
     assert batch.labels == ["x", "x", None]
     assert batch.meta == [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "a"}, {"prompt": "d"}]
     assert ENCODER.prompts(rows[:1], [4]).examples[0].meta == {"id": 1, "prompt": "a"}
-    with pytest.raises(DataError, match="rows:2: expected a number 'margin'"):
+    with pytest.raises(DataError, match="rows:2: the number 'margin' is missing"):
         ENCODER.batch([rows[0], Example("d", ("e",), origin="rows:2")], [0, 1])
 
 
@@ -230,7 +230,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted() -> None:
     assert [encoder.fits_prompt(Example(text)) for text in ("ab", "zzzzzz")] == [True, False]
     with pytest.raises(
         UsageError,
-        match=r"all 1 rows of a batch are too long, for 3 tokens of a prompt and 2048 in all: raise max_prompt_tokens",
+        match=r"all 1 rows of a batch are longer than 3 prompt tokens or 2048 tokens in total: raise max_prompt_tokens",
     ):
         encoder.prompts([Example("zzzzzz")], [0])
 
@@ -293,7 +293,7 @@ def test_tools_of_a_row_reach_the_template() -> None:
     ("template", "encoding", "message"),
     [
         (None, Encoding(template="chat"), "no chat template"),
-        (CHATML, Encoding(template="chat", input_template="{}"), "is for raw prompts"),
+        (CHATML, Encoding(template="chat", input_template="{}"), "works only with raw prompts"),
         (CHATML, Encoding(input_template="Q:"), "needs {} where the prompt goes"),
         (CHATML, Encoding(template_file="nowhere.jinja"), "nowhere.jinja: No such file"),
     ],
@@ -311,10 +311,10 @@ def test_rows_that_cannot_be_rendered_are_named() -> None:
         RAW.prompts([Example(({"role": "user", "tool_calls": [{"name": "clock"}]},), origin="rows:1")], [0])
     for encoder in (RAW, ENCODER):
         with pytest.raises(
-            DataError, match="rows:1: a message has a part of type 'image', and the model reads text alone"
+            DataError, match="rows:1: a message has a part of type 'image', but the model reads only text"
         ):
             encoder.prompts([Example(({"role": "user", "content": [{"type": "image"}]},), origin="rows:1")], [0])
-    with pytest.raises(DataError, match=r"rows:1: '\\ud800' is half a character"):
+    with pytest.raises(DataError, match=r"rows:1: '\\ud800' is half of a surrogate pair"):
         RAW.prompts([Example("a \ud800", origin="rows:1")], [0])
     with pytest.raises(DataError, match="rows:1: no completion to train on"):
         RAW.batch([Example("Hi", origin="rows:1")], [0])

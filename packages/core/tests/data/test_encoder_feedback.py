@@ -67,7 +67,7 @@ def test_a_template_that_rewrites_what_was_sampled_is_fine_where_the_rest_follow
 
 
 def test_a_template_that_forgets_the_turn_is_refused() -> None:
-    with pytest.raises(DataError, match="rows.jsonl:1: the chat template does not write messages after"):
+    with pytest.raises(DataError, match="rows.jsonl:1: the chat template does not render messages that follow"):
         encoder(FORGETFUL).feedback(EXAMPLE, ANSWER, [52])
 
 

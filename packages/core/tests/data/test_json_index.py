@@ -97,7 +97,9 @@ def test_a_list_is_what_python_reads_however_it_is_cut(
 def test_a_list_that_is_none_is_refused_in_pythons_words(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rows.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=rf"{path}:1: (expected one JSON object a line, or a list|half a character)"):
+    with pytest.raises(
+        DataError, match=rf"{path}:1: (expected one JSON object per line, or a list|.* is half of a surrogate pair)"
+    ):
         list(FileIndex(str(path)).scan())
 
 
@@ -117,7 +119,7 @@ def test_a_row_that_changed_is_named_and_lines_that_are_added_do_no_harm(tmp_pat
     assert [row.prompt for row in rows] == ["a", "b"]
     with path.open("r+") as file:
         file.write('{"prompt": "x"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the row was changed after the file was opened"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the row changed after the file was opened"):
         rows[0]
     assert rows[1].prompt == "b"
     path.unlink()

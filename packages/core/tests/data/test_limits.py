@@ -66,7 +66,7 @@ def test_truncated_rows_end_at_the_last_position() -> None:
     encoder.positions = 10
     cut = encoder.truncate(encoder.row(Example("Yes. No. " * 20, ("Yes. " * 20,))))
     assert cut is not None and len(cut.ids) + len(cut.completions[0].ids) == 10
-    with pytest.raises(UsageError, match="for 9 tokens of a prompt and 10 in all"):
+    with pytest.raises(UsageError, match="longer than 9 prompt tokens or 10 tokens in total"):
         Encoder.batch(_dropping(10), [Example("Yes. No. " * 20, ("Yes.",))], [0])
 
 
@@ -78,7 +78,9 @@ def _dropping(positions: int) -> Encoder:
 
 def test_completions_that_leave_no_room_for_a_prompt_are_refused(folder: Path, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, model=str(folder), sampling=Sampling(n=1, max_new_tokens=POSITIONS))
-    with pytest.raises(UsageError, match=f"{POSITIONS} leaves no prompt in the {POSITIONS} positions of the model"):
+    with pytest.raises(
+        UsageError, match=f"{POSITIONS} leaves no room for a prompt in the {POSITIONS} positions of the model"
+    ):
         run.data.encoder  # noqa: B018  # it is made when it is first used
 
 

@@ -185,7 +185,7 @@ def test_openais_client_needs_no_change(stream: bool, tmp_path: Path) -> None:
         result = {"role": "tool", "tool_call_id": "x", "content": "2"}
         again = client.chat.completions.create(model="x", messages=[USER, message, result], tools=[TOOL])
         assert again.choices[0].message.content == "Two"
-        with pytest.raises(openai.BadRequestError, match="n is 1"):
+        with pytest.raises(openai.BadRequestError, match="n must be 1"):
             client.chat.completions.create(model="x", messages=[USER], n=2)
         return 1.0
 
@@ -214,7 +214,7 @@ def test_anthropics_client_needs_no_change(stream: bool, tmp_path: Path) -> None
         result = {"type": "tool_result", "tool_use_id": use.id, "content": "2"}
         again = client.messages.create(messages=[USER, turn, {"role": "user", "content": [result]}], **known)
         assert (again.content[0].text, again.stop_reason) == ("Two", "end_turn")
-        with pytest.raises(anthropic.BadRequestError, match="messages and tools are lists"):
+        with pytest.raises(anthropic.BadRequestError, match="messages and tools must be lists"):
             client.messages.create(messages="Hi", **known)
         return 1.0
 
@@ -227,14 +227,14 @@ def test_anthropics_client_needs_no_change(stream: bool, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("route", "body", "status", "message"),
     [
-        ("chat/completions", b"{", 400, "the body is no JSON"),
+        ("chat/completions", b"{", 400, "the body is not JSON"),
         ("chat/completions", {"messages": []}, 400, "at least one message"),
-        ("chat/completions", {"messages": [{"content": "x"}]}, 400, "each message has a role"),
-        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "no text"),
+        ("chat/completions", {"messages": [{"content": "x"}]}, 400, "each message must have a role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "is not text"),
         ("chat/completions", {"messages": [USER], "max_tokens": 0}, 400, "whole number of at least 1"),
         ("completions", {"prompt": [1, -1]}, 400, "a list of token ids"),
         ("inference/v1/generate", {"token_ids": "x"}, 400, "a list of token ids"),
-        ("embeddings", {}, 404, "no route 'embeddings'"),
+        ("embeddings", {}, 404, "unknown route 'embeddings'"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(

@@ -107,7 +107,11 @@ def test_a_turn_is_cut_where_the_request_says(route: str, options: dict[str, int
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"seed": 1.5}, "seed is a whole number"), ({"seed": True}, "seed is a whole number"), ({"n": 2}, "n is 1")],
+    [
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"n": 2}, "n must be 1"),
+    ],
 )
 def test_what_cannot_be_honored_is_refused_even_if_options_are_ignored(
     option: dict[str, Any], message: str, tmp_path: Path

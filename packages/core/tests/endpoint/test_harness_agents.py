@@ -47,7 +47,7 @@ def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_a_harness_without_an_agent_is_one_line() -> None:
-    with pytest.raises(UsageError, match="runs one agent"):
+    with pytest.raises(UsageError, match="needs one agent"):
         Harness().check()
     with pytest.raises(UsageError, match="there is no such program"):
         Harness(command="no-such-program-here --x").check()
@@ -58,7 +58,7 @@ def test_a_harness_without_an_agent_is_one_line() -> None:
     ("raw", "message"),
     [
         ("good", "'good' as reward"),
-        (float("nan"), "no finite number"),
+        (float("nan"), "is not a finite number"),
         ({"prize": 1}, "'prize'"),
         ({"metrics": {"a": 1}}, "'a'"),
     ],

@@ -183,7 +183,7 @@ def test_the_command_prints_the_table_and_fails_where_nothing_fits(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--plan.gpu h10", "--plan.gpu h10: no such type (did you mean 'h100'?)"),
+        ("--plan.gpu h10", "--plan.gpu h10: unknown GPU type (did you mean 'h100'?)"),
         ("--plan.gpus 0", "--plan.gpus must be at least 1, not 0"),
         ("--plan.gpuss 2", "unknown flag --plan.gpuss; did you mean --plan.gpus"),
         ("--steppes 2", "unknown flag --steppes; did you mean --steps"),

@@ -18,7 +18,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError) as caught:
         join_world()
     assert str(caught.value) == (
-        "process 3 of this node has no GPU of its own, there are 2; start at most 2 processes a node, or set "
+        "process 3 of this node has no GPU, since the node has 2; start at most 2 processes per node, or set "
         "CUDA_VISIBLE_DEVICES= to run on CPUs"
     )
 

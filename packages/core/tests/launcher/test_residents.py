@@ -127,14 +127,14 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_everything_usable()
     residents, device = three(12)
     with (
         pytest.raises(
-            UsageError, match=r"^no room to train the actor: that takes .* may be used; raise .*share_gib.*$"
+            UsageError, match=r"^no room to train the actor: it needs .* but the limit is .*; raise .*share_gib.*$"
         ),
         residents.awake("actor", work=7, use="train the actor"),
     ):
         pytest.fail("it was let in")
     with (
         residents.awake("critic", use="ask the critic"),
-        pytest.raises(UsageError, match="beside .* of critic"),
+        pytest.raises(UsageError, match="in addition to .* of critic"),
         residents.awake("actor", work=3, use="ask the actor"),
     ):
         pytest.fail("it was let in")

@@ -134,11 +134,11 @@ def test_what_cannot_be_shared_is_refused_in_one_line_before_a_model_is_loaded(
     refused = {
         Local(share_memory="on"): (
             OptionError,
-            "share_memory.*on: the memory of a CPU has no bound here; pass .*share_gib",
+            "share_memory.*on: there is no memory limit on CPUs; pass .*share_gib",
         ),
         Local(share_memory="on", share_gib=1e-3): (
             UsageError,
-            "the actor alone takes .* by forecast, and 0.001 may be used",
+            "the forecast for the actor alone is .* but the limit is 0.001",
         ),
     }
     for launcher, (kind, message) in refused.items():

@@ -75,7 +75,7 @@ def test_what_has_no_sdpa_computes_with_eager_and_says_so(
     assert difference(folder) < 1e-4
     said = [line for line in capsys.readouterr().err.splitlines() if "transformers has no sdpa for" in line]
     assert len(said) == 1
-    assert said[0].endswith("it computes with eager")
+    assert said[0].endswith("so it uses eager attention")
 
 
 def test_llama_4s_text_model_is_trained_though_its_body_has_another_name(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_llama_4s_text_model_is_trained_though_its_body_has_another_name(tmp_pat
 )
 def test_a_model_that_reads_later_tokens_is_refused(config: Any, tmp_path: Path) -> None:
     """transformers lists both among causal language models; neither is one unless its configuration says so."""
-    with pytest.raises(UsageError, match="is no causal language model: what it gives for a token depends on later"):
+    with pytest.raises(UsageError, match="is not a causal language model: its output for a token depends on later"):
         build_module(spec("logprobs_NT", model=save(config, tmp_path)))
 
 

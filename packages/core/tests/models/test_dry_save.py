@@ -55,22 +55,22 @@ def role(model: str, name: str = "actor", **options: Any) -> LocalRole:
 WRONG: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "greedy with a temperature": (
         {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [EOS, 7]},
-        "sets temperature, top_p without effect; it is saved without them",
+        "sets temperature, top_p without effect; the saved model omits them",
         {"do_sample": False, "temperature": None, "top_p": None, "eos_token_id": [EOS, 7]},
     ),
     "beams of one": (
         {"do_sample": True, "temperature": 0.6, "length_penalty": 2.0, "eos_token_id": EOS},
-        "sets length_penalty without effect; it is saved without them",
+        "sets length_penalty without effect; the saved model omits them",
         {"do_sample": True, "temperature": 0.6, "length_penalty": None, "eos_token_id": EOS},
     ),
     "padding below 0": (
         {"do_sample": True, "top_k": 3, "eos_token_id": EOS, "pad_token_id": -1},
-        "sets pad_token_id without effect; it is saved without them",
+        "sets pad_token_id without effect; the saved model omits them",
         {"do_sample": True, "top_k": 3, "eos_token_id": EOS, "pad_token_id": None},
     ),
     "a cache that is not used": (
         {"use_cache": False, "cache_implementation": "static", "eos_token_id": EOS, "pad_token_id": PAD},
-        "is wrong, only its special tokens are kept: ",
+        "is invalid, so only its special tokens are kept: ",
         {"use_cache": None, "cache_implementation": None, "eos_token_id": EOS, "pad_token_id": PAD},
     ),
 }
@@ -118,7 +118,7 @@ def test_what_cannot_be_written_ends_the_run_before_its_first_step(tmp_path: Pat
     made = spec("logprobs_NT", model=save(tmp_path))
     module = build_module(made)
     module.model.generation_config.num_return_sequences = 4
-    with pytest.raises(UsageError, match="fails where what is saved is tried out: Greedy methods"):
+    with pytest.raises(UsageError, match="cannot be saved and loaded again: Greedy methods"):
         check_saving("actor", module, made.options)
 
 
@@ -149,7 +149,7 @@ def test_what_is_read_back_as_something_else_is_named(case: str, tmp_path: Path,
 
     monkeypatch.setattr(dry_save, "write_folder", write)
     made = spec("logprobs_NT", model=save(tmp_path))
-    with pytest.raises(UsageError, match=f"would be another model when it is read back: {fault}"):
+    with pytest.raises(UsageError, match=f"changes when it is saved and loaded again: {fault}"):
         check_saving("actor", build_module(made), made.options)
 
 
@@ -167,7 +167,7 @@ def test_a_padding_token_that_ends_rows_is_found_by_scoring(tmp_path: Path, monk
     module = build_module(made)
     last = load_tokenizer(made.options.model, made.options)(dry_save.PROBE)["input_ids"][7]
     module.model.config.pad_token_id = last
-    with pytest.raises(UsageError, match=r"would be another model .*: its scores of a padded batch"):
+    with pytest.raises(UsageError, match=r"changes when .*: its scores of a padded batch"):
         check_saving("reward", module, made.options)
 
 
@@ -239,7 +239,7 @@ def test_weights_beyond_float16_are_saved_in_float32(tmp_path: Path, capsys: pyt
     with torch.no_grad():
         trained.module.model.model.norm.weight[0] = 1e6
     trained.export(str(tmp_path / "model"))
-    assert "model.norm.weight has weights beyond float16's range" in capsys.readouterr().err
+    assert "model.norm.weight has weights outside the range of float16" in capsys.readouterr().err
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert plain.dtype == torch.float32
     assert plain.model.norm.weight[0] == 1e6

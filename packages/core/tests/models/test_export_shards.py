@@ -113,7 +113,7 @@ def test_no_more_than_a_file_is_in_memory_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["", "5 bananas", "0GB", "-1GB"])
 def test_a_size_that_is_none_is_one_line(size: str) -> None:
-    with pytest.raises(UsageError, match=r"is no size; write 5GB or 500MB$"):
+    with pytest.raises(UsageError, match=r"is not a size; write 5GB or 500MB$"):
         parse_bytes(size)
 
 

@@ -259,12 +259,10 @@ def test_another_model_is_a_model_of_its_own(reference: ModelOptions, capsys: py
     assert other.module is not actor.module
     said = capsys.readouterr().err
     if reference.model:
-        assert "whose base it could share" not in said, "it is meant to be another model"
+        assert "cannot share its base" not in said, "it is meant to be another model"
     else:
-        reason = (
-            "dtype is bfloat16 and not float32" if reference.dtype == "bfloat16" else "attention is eager and not sdpa"
-        )
-        assert f"the reference is loaded beside the actor, whose base it could share: {reason}" in said
+        reason = "dtype is bfloat16, not float32" if reference.dtype == "bfloat16" else "attention is eager, not sdpa"
+        assert f"the reference is loaded in addition to the actor and cannot share its base: {reason}" in said
 
 
 def test_a_dtype_of_the_run_is_that_of_all_roles_and_the_base_stays_shared(
@@ -275,7 +273,7 @@ def test_a_dtype_of_the_run_is_that_of_all_roles_and_the_base_stays_shared(
     actor, reference = Local()(make_plan(config)).roles.values()
     assert reference.module is actor.module  # type: ignore[attr-defined]
     assert actor.module.compute_dtype == torch.bfloat16  # type: ignore[attr-defined]
-    assert "is loaded beside" not in capsys.readouterr().err
+    assert "is loaded in addition" not in capsys.readouterr().err
     own = replace(config, roles={**roles, "reference": ModelOptions(dtype="float32")})
     assert make_plan(own).roles["reference"].options.dtype == "float32", "a role's own dtype is kept"
     assert make_plan(own).roles["actor"].options.dtype == "bfloat16"
@@ -329,9 +327,9 @@ def test_a_copy_that_takes_merged_weights_has_no_adapters() -> None:
     [
         (
             Lora(4, targets=("q_prj",)),
-            "actor.lora.targets q_prj: no linear layer of the model has this name; there are",
+            "actor.lora.targets q_prj: no linear layer of the model has this name; choose among",
         ),
-        (Lora(4, targets=("lm_head",)), "this model's head is its embedding (tied)"),
+        (Lora(4, targets=("lm_head",)), "the head of this model is tied to its embedding"),
         (Lora(4, targets=("embed_tokens",)), "no linear layer"),
     ],
 )

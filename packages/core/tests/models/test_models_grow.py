@@ -56,7 +56,7 @@ def test_new_rows_begin_at_the_mean_of_the_old_ones_which_stay(tied: bool, file:
 def test_a_tokenizer_with_more_tokens_than_its_model_makes_it_grow(tmp_path: Path, capsys: Any) -> None:
     base = saved(tmp_path, vocab=250)
     assert load_model(base, ModelOptions()).config.vocab_size == TOKENS
-    assert f"has {TOKENS - 250} new tokens, whose embeddings begin at the mean" in capsys.readouterr().err
+    assert f"has {TOKENS - 250} new tokens, whose embeddings start at the mean" in capsys.readouterr().err
     larger = saved(tmp_path / "larger", vocab=300)
     assert load_model(larger, ModelOptions()).config.vocab_size == 300, "a padded embedding stays as it is"
 
@@ -68,7 +68,7 @@ def test_new_tokens_in_the_padding_of_a_head_begin_at_the_mean_of_the_known_ones
     """Some heads are padded to round sizes; rows there were never trained. With one such row for two tokens it grows, too."""
     base = saved(tmp_path / "base", vocab=TOKENS + room)
     plain, grown = (load_model(base, ModelOptions(add_tokens=each)) for each in ("", file))
-    assert "has 2 new tokens, whose embeddings begin at the mean" in capsys.readouterr().err
+    assert "has 2 new tokens, whose embeddings start at the mean" in capsys.readouterr().err
     for get in ("get_input_embeddings", "get_output_embeddings"):
         old, new = (getattr(model, get)().weight.detach() for model in (plain, grown))
         assert new.shape[0] == TOKENS + max(room, 2)
@@ -105,7 +105,7 @@ def test_adapters_cannot_learn_new_tokens(file: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), (b"", "has no tokens"), (b"\xff\xfe", "it is no UTF-8 text")],
+    [(None, "No such file"), (b"", "has no tokens"), (b"\xff\xfe", "it is not UTF-8 text")],
 )
 def test_a_file_of_tokens_that_cannot_be_read_is_told(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens"

@@ -82,7 +82,7 @@ def test_an_adapter_on_the_hub_is_its_base_there_with_the_adapter_merged(
         torch.testing.assert_close(
             load_model(str(tmp_path / "merged"), OPTIONS)(IDS).logits, expected, rtol=0, atol=1e-5
         )
-    with pytest.raises(UsageError, match="this is a model and no adapter"):
+    with pytest.raises(UsageError, match="this is a full model, not an adapter"):
         MergeLora(base, output=str(tmp_path / "again"))(Registry())
 
 

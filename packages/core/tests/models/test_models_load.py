@@ -71,7 +71,7 @@ def test_a_folder_that_is_not_there_says_what_a_model_can_be() -> None:
 
 
 def test_folders_without_a_model_say_what_is_missing(tmp_path: Path) -> None:
-    assert line(str(tmp_path)) == f"{tmp_path} has no config.json: it is no Hugging Face model folder"
+    assert line(str(tmp_path)) == f"{tmp_path} is not a Hugging Face model folder, since it has no config.json"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert line(str(tmp_path)) == f"{tmp_path} is a run's output; its model is {tmp_path / 'model'}"
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_an_end_is_told_what_to_write(tmp_path: Path) -> Non
     LlamaConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match='has no end token.*write "eos_token" into its tokenizer_config.json'):
+    with pytest.raises(UsageError, match='has no end token.*add "eos_token" to its tokenizer_config.json'):
         load_tokenizer(str(tmp_path), OPTIONS)
 
 
@@ -153,14 +153,16 @@ def test_a_tokenizer_without_an_end_is_told_what_to_write(tmp_path: Path) -> Non
 
 def test_a_frozen_reward_role_refuses_a_model_without_a_score_head(checkpoint: Path) -> None:
     """A random head would be silent noise."""
-    with pytest.raises(UsageError, match=r"has no score head, so its scores would be noise.*\(reward\.model\)"):
+    with pytest.raises(
+        UsageError, match=r"has no trained score head, so its scores would be random.*\(reward\.model\)"
+    ):
         build_module(spec(str(checkpoint), "scores_N", name="reward", trained=False))
     assert build_module(spec(str(checkpoint), "scores_N", name="reward")).model.score.weight.abs().max() > 0
 
 
 def test_a_classifier_of_several_classes_is_no_reward_model(checkpoint: Path, tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="tells 3 classes apart; a reward model has one score"):
+    with pytest.raises(UsageError, match="has 3 classes; choose a reward model with one score"):
         load_scorer(str(tmp_path), OPTIONS)
 
 
@@ -338,7 +340,7 @@ def test_a_gguf_file_is_converted_once_and_is_a_plain_checkpoint_then(
     for name in (str(file), str(file.parent)):
         torch.testing.assert_close(load_model(name, OPTIONS)(ids).logits, expected)
     assert [each for each in caplog.messages if each.startswith("converting ")] == [
-        f"converting tiny.gguf to {cache / 'rlhf' / 'gguf'}, once"
+        f"converting tiny.gguf to {cache / 'rlhf' / 'gguf'} (only once)"
     ]
     monkeypatch.setattr(convert, "_convert", lambda *_: pytest.fail("converted again"))
     assert load_tokenizer(str(file), OPTIONS)("hé ab<|im_end|>")["input_ids"] == [*"hé ".encode(), 259, 258]

@@ -164,7 +164,7 @@ def test_an_architecture_without_a_classifier_gets_a_head_of_its_own(folder: Pat
 def test_a_model_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that scales its logits in a way unknown here would train on wrong numbers."""
     monkeypatch.setattr(build, "head_options", lambda config: {"scale": 2.0})
-    with pytest.raises(UsageError, match="computes its logits in a way that is not supported"):
+    with pytest.raises(UsageError, match="computes its logits in an unsupported way"):
         build_module(spec("logprobs_NT", model="tiny"))
 
 

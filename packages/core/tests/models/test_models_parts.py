@@ -141,7 +141,10 @@ def test_an_average_is_refused_before_training_where_weights_are_held_nowhere() 
             for parameter in self.module.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
-    with pytest.raises(UsageError, match=r"actor.ema 0.9: strategy .* holds no weights between steps"):
+    with pytest.raises(
+        UsageError,
+        match=r"actor.ema 0.9: the moving average needs weights between steps, which strategy .* does not keep",
+    ):
         role(lambda build, optim, steps: Freed(build(), optim, steps, torch.device("cpu")), ema=0.9)
 
 
@@ -345,7 +348,7 @@ def test_capped_attention_is_not_left_to_sdpa(tmp_path: Path, capsys: pytest.Cap
         nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(tmp_path)
     found = load_model(str(tmp_path), ModelOptions())
-    assert "caps attention logits, which sdpa cannot: it computes with eager" in capsys.readouterr().err
+    assert "caps attention logits, which sdpa does not support, so it uses eager attention" in capsys.readouterr().err
     ids = torch.randint(5, 250, (1, 12), generator=torch.Generator().manual_seed(0))
     eager, sdpa = (
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=each) for each in ("eager", "sdpa")

@@ -159,10 +159,10 @@ def test_what_keeps_rows_from_the_kernel_is_said(monkeypatch: pytest.MonkeyPatch
     a_gpu(monkeypatch)
     assert file.varlen_obstacle(config, CUDA, half) == ""
     assert file.varlen_obstacle(config, CUDA, torch.float16) == ""
-    assert "and this role in float32" in file.varlen_obstacle(config, CUDA, torch.float32)
-    assert "this is cpu" in file.varlen_obstacle(config, torch.device("cpu"), half)
+    assert "but this role uses float32" in file.varlen_obstacle(config, CUDA, torch.float32)
+    assert "this device is cpu" in file.varlen_obstacle(config, torch.device("cpu"), half)
     wide = LlamaConfig(hidden_size=1024, num_attention_heads=2)
-    assert "256 numbers at most, and the model's have 512" in file.varlen_obstacle(wide, CUDA, half)
+    assert "at most 256 numbers, but the model's have 512" in file.varlen_obstacle(wide, CUDA, half)
     a_gpu(monkeypatch, capability=(7, 5))
     assert "compute capability 8.0, which Tesla T4 lacks" in file.varlen_obstacle(config, CUDA, half)
     a_gpu(monkeypatch, flash=False)
@@ -206,17 +206,19 @@ def test_varlen_is_sdpa_on_the_cpu() -> None:
 
 
 def test_varlen_that_cannot_be_had_is_refused_in_a_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="packing is what attention varlen is for"):
+    with pytest.raises(OptionError, match="packing is required by attention varlen"):
         ModelOptions(attention="varlen", packing=False)
     capped = checkpoint(Gemma2Config(attn_logit_softcapping=9.0, head_dim=8, **SIZES), tmp_path)
-    with pytest.raises(UsageError, match="caps attention logits, which attention varlen cannot; choose eager"):
+    with pytest.raises(
+        UsageError, match="caps attention logits, which attention varlen does not support; choose eager"
+    ):
         load_model(capped, ModelOptions(attention="varlen"))
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_isolates_rows", lambda model: False)
-        with pytest.raises(UsageError, match="tiny has layers that do not keep packed rows apart"):
+        with pytest.raises(UsageError, match="layers of tiny cannot keep packed rows apart"):
             build_module(spec("tiny", "logprobs_NT", attention="varlen"))
     a_gpu(monkeypatch)
-    with pytest.raises(OptionError, match=r"varlen cannot be had: it computes in bfloat16 or float16") as raised:
+    with pytest.raises(OptionError, match=r"varlen is not available: it needs bfloat16 or float16") as raised:
         build_module(spec("tiny", "logprobs_NT", attention="varlen"))
     assert str(raised.value).startswith("actor.attention varlen")
 

@@ -86,7 +86,7 @@ def test_a_run_whose_completions_collapse_is_stopped_with_its_step_saved(tmp_pat
     assert caught.value.exit_code == 1
     assert str(caught.value) == (
         "stopped after step 4 of 6, which is saved: completion/length is 1, outside 2 to 100, since step 3; look at "
-        "samples.jsonl; resume=True goes on"
+        "samples.jsonl, and continue with resume=True"
     )
     assert (tmp_path / "checkpoints" / "step-4" / "manifest.json").exists()
 

@@ -64,7 +64,7 @@ def test_a_run_says_at_its_start_that_cutting_the_distribution_biases_ratios() -
     assert truncation(Sampling(temperature=0.0, top_p=0.9)) == "", "greedy sampling has no ratios to bias"
     assert truncation(Sampling(top_p=0.9, top_k=40)) == "", "what was kept is replayed"
     said = truncation(Sampling(top_p=0.9, top_k=40, replay="off"))
-    assert said.startswith("sampling is cut by top-p 0.9, top-k 40: importance ratios") and "\n" not in said
+    assert said.startswith("sampling is truncated by top-p 0.9, top-k 40, but importance ratios") and "\n" not in said
 
 
 def test_lines_that_are_no_answers_are_not_shown_and_do_not_end_a_run_that_is_over(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_online_without_a_key_ends_before_anything_is_started(tmp_path: Path, mo
     with pytest.raises(UsageError) as caught:
         train(tmp_path / "run", observer=Wandb(mode="online"))
     assert str(caught.value) == (
-        "observer wandb: No API key configured. Use `wandb login` to log in. (or keep it here with "
+        "observer wandb: No API key configured. Use `wandb login` to log in. (or log only on this machine with "
         'Wandb(mode="offline"))'
     )
     assert not (tmp_path / "run").exists()
@@ -270,4 +270,4 @@ def test_a_damaged_file_of_ids_is_named_and_the_run_is_a_new_one(
         (tmp_path / "trackers.json").write_bytes(content)
     assert (tracker_run_id(run, "x") == first) == (content is None)
     said = capsys.readouterr().err
-    assert ("trackers.json is damaged; the resumed run appears as a new run" in said) == (content is not None)
+    assert ("trackers.json is damaged, so trackers show the resumed run as a new run" in said) == (content is not None)

@@ -64,7 +64,7 @@ MISTAKES = {
     "no dataclass itself": (
         "reward",
         f"{FROZEN}class Y(Reward):\n    a: int = 1\nclass X(Y):\n    b: int = 2\n",
-        "declares the option 'b' and is no dataclass itself",
+        "declares the option 'b' but is not a dataclass",
     ),
     "no base": ("reward", f"{FROZEN}class X:\n", "does not subclass Reward; write class X(Reward):"),
     "another kind's base": ("loss", f"{FROZEN}class X(Reward):\n", "does not subclass Loss; write class X(Loss):"),
@@ -89,12 +89,12 @@ MISTAKES = {
     "a method where core reads a value": (
         "loss",
         f"{FROZEN}class X(Loss):\n    def needs(self): return frozenset()\n",
-        "needs is a method, and core reads a value; write @property above it",
+        "needs is a method, but core reads a value; write @property above it",
     ),
     "a value where core calls a method": (
         "reward",
         f"{FROZEN}class X(Reward):\n    close = 3\n",
-        "close is 3, and core calls it; write def close(self):",
+        "close is 3, but core calls it; write def close(self):",
     ),
     "no set": (
         "loss",
@@ -104,7 +104,7 @@ MISTAKES = {
     "no count": (
         "loss",
         f"{FROZEN}class X(Loss):\n    rows_per_unit = '2'\n",
-        "rows_per_unit is '2'; write a value of type int, such as 1",
+        "rows_per_unit is '2'; give a value of type int, such as 1",
     ),
     "no call": (
         "reward",
@@ -126,7 +126,7 @@ MISTAKES = {
     "an unknown kind": (
         "algorithm",
         f"{FROZEN}class X(Algorithm):\n    roles = {{}}\n    defaults = {{'rewrad': 'length'}}\n",
-        "defaults has 'rewrad', which is no kind (did you mean 'reward'?)",
+        "defaults has 'rewrad', which is not a kind (did you mean 'reward'?)",
     ),
     "a role without options": (
         "algorithm",
@@ -136,7 +136,7 @@ MISTAKES = {
     "an unknown option of core": (
         "algorithm",
         f"{FROZEN}{ALGORITHM}    config_defaults = {{'minibatch': 4}}\n",
-        "config_defaults has 'minibatch', which is no option of a run (did you mean 'minibatches'?)",
+        "config_defaults has 'minibatch', which is not an option of a run (did you mean 'minibatches'?)",
     ),
 }
 
@@ -263,6 +263,6 @@ class Idle(Algorithm):
 
 def test_an_algorithm_without_terms_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     run = Run(make_config(Idle(), model="no/such-model", output=str(tmp_path / "run")))
-    with pytest.raises(UsageError, match="the algorithm Idle gives no terms, so that nothing would be trained"):
+    with pytest.raises(UsageError, match="the algorithm Idle returns no terms, so nothing would be trained"):
         run.train()
     assert not (tmp_path / "run").exists()

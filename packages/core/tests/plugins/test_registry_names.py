@@ -83,7 +83,10 @@ def test_the_table_of_names_and_packages_is_what_the_packages_provide() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("absent_module:X", "reward absent_module:X: no module is called 'absent_module' here or in the environment"),
+        (
+            "absent_module:X",
+            "reward absent_module:X: no module is called 'absent_module' in the working folder or the environment",
+        ),
         ("json:JSONDecodr", "reward json:JSONDecodr: json has no 'JSONDecodr' (did you mean 'JSONDecoder'?)"),
         ("json:", "reward json:: expected a provider's name or module:Class"),
         ("json:JSONDecoder", "reward json:JSONDecoder is not a frozen dataclass"),

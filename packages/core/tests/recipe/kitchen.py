@@ -113,7 +113,7 @@ def cook(output: Path, steps: list[Any], ingredients: Mapping[str, Any], jobs: i
     lines: list[str] = []
     engine = Engine(Recipe(steps, ingredients, output=output, **fields), registry(), lines.append)
     engine.run(jobs)
-    return [line.partition(":")[0] for line in lines if line.endswith("begun")]
+    return [line.partition(":")[0] for line in lines if line.endswith("started")]
 
 
 def made(output: Path, step: str) -> dict[str, Any]:

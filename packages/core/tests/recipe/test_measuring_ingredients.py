@@ -137,10 +137,10 @@ def test_a_figure_of_a_table(tmp_path: Path) -> None:
         "figure"
     ].path.read_text()
     assert all(f">{word}</text>" in text for word in ("PPO", "DPO", "iteration", "reward per answer"))
-    with pytest.raises(OptionError, match="'rewards' is no column; the table has version, reward, reward_se, other"):
+    with pytest.raises(OptionError, match="'rewards' is not a column; the table has version, reward, reward_se, other"):
         Plot(("rewards",), "reward")(TinyIngredientContext(tmp_path, {"table": Artifact("table", table)}))
     table.write_text("version,reward\n0,much\n")
-    with pytest.raises(DataError, match="holds 'much', which is no number"):
+    with pytest.raises(DataError, match="contains 'much', which is not a number"):
         Plot(("reward",), "reward")(TinyIngredientContext(tmp_path, {"table": Artifact("table", table)}))
 
 

@@ -173,7 +173,7 @@ def test_steps_together_make_what_steps_in_turn_make(tmp_path: Path) -> None:
 
 
 def test_iterations_that_are_left_out_must_have_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="t1-grow reads plant of t0-grow, which start_t and stop_t leave out"):
+    with pytest.raises(UsageError, match="t1-grow reads plant of t0-grow, which is outside start_t and stop_t"):
         cook(tmp_path / "out", STEPS, INGREDIENTS, start_t=1)
     cook(tmp_path / "out", STEPS, INGREDIENTS, stop_t=1)
     assert cook(tmp_path / "out", STEPS, INGREDIENTS, start_t=1) == ["t1-grow", "t2-side"]
@@ -216,7 +216,7 @@ def test_states_say_why_a_step_runs(tmp_path: Path) -> None:
     assert states(INGREDIENTS)["t0-grow"] == "finished"
     now = states(changed("first", by=5))
     assert now["t0-sow"] == "finished" and now["t0-first"] == "to run changed: option by"
-    assert now["t0-grow"] == "to run t0-first will run first; it stays if the same is made again"
+    assert now["t0-grow"] == "to run t0-first runs first; this step is skipped if the result is the same"
 
 
 def test_a_forgotten_step_runs_again(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def test_numbers_of_the_recipe_are_filled_in_at_any_depth() -> None:
     ("steps", "change", "message"),
     [
         (["sow", "grwo"], {}, "runs 'grwo', but has no ingredient of that name (did you mean 'grow'?)"),
-        (["grow"], {}, "t0-grow reads 'plant' as its plant, which no artifact and no earlier step is called"),
+        (["grow"], {}, "t0-grow reads 'plant' as its plant, but no artifact or earlier step has this name"),
         (["sow", "first"], {"first": {"use": "grow", "reads": {"seeds": "sead"}}}, "did you mean 'seeds'"),
         (
             ["sow", "first"],
             {"first": {"use": "grow", "reads": {"water": "seeds"}}},
-            "it has the inputs plant, seeds, sun",
+            "the inputs are plant, seeds, sun",
         ),
-        (["sow", "first"], {"first": {"use": "grow", "writes": {"leaf": "x"}}}, "it has the outputs plant"),
+        (["sow", "first"], {"first": {"use": "grow", "writes": {"leaf": "x"}}}, "the outputs are plant"),
         (["sow", "first"], {"first": {"use": "grow", "reads": {"sun": "seeds"}}}, "must be a metrics, not a dataset"),
         (["sow", "first"], {"first": {"use": "grow", "reads": {"seeds": "seeds@al"}}}, "did you mean 'all'"),
         (
@@ -130,7 +130,7 @@ def test_numbers_of_the_recipe_are_filled_in_at_any_depth() -> None:
         (["sow"], {"sow": {"use": "plough"}}, "no ingredient is called 'plough'"),
         (["sow"], {"sow": 3}, "must be a table"),
         (["train"], {"train": {"settings": {"steps": 2}}}, "needs algorithm"),
-        (["train"], {"train": {"settings": {"algorithm": "sft", "seed": 2}}}, "cannot have 'seed'"),
+        (["train"], {"train": {"settings": {"algorithm": "sft", "seed": 2}}}, "cannot set 'seed'"),
         (["train"], {"train": {}}, "train needs settings"),
         (["rows"], {"rows": {"part": "3/3"}}, "part must be t/T"),
         (["evaluate"], {"evaluate": {"settings": {}}}, "needs evaluator"),

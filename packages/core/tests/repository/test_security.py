@@ -144,7 +144,7 @@ def test_a_link_in_the_output_folder_that_leads_out_of_it_is_refused(name: str, 
     elsewhere.mkdir() if "." not in name else elsewhere.write_text("mine")
     (output / name).symlink_to(elsewhere)
     said = attempted(output)
-    assert said == f"{output / name} is a link that leads out of {output}; remove it, or name another output=…"
+    assert said == f"{output / name} is a link that points outside {output}; remove it, or name another output=…"
     assert elsewhere.read_text() == "mine" if elsewhere.is_file() else not list(elsewhere.iterdir())
 
 
@@ -159,7 +159,7 @@ def test_links_within_the_folder_and_a_folder_that_is_a_link_are_fine(tmp_path: 
 def test_a_name_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "out").symlink_to(tmp_path)
-    with pytest.raises(UsageError, match="leads out of"):
+    with pytest.raises(UsageError, match="points outside"):
         inside(tmp_path / "run", name)
     assert inside(tmp_path / "run", "a/../b.c") == tmp_path / "run" / "a/../b.c"
 
@@ -168,7 +168,7 @@ def test_a_name_that_leads_out_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_sweep_discards_nothing_outside_its_runs(line: str, tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text(f'{line}\n[grid]\nalgorithm = ["grpo"]\n')
-    with pytest.raises(UsageError, match="leads out of"):
+    with pytest.raises(UsageError, match="points outside"):
         read_sweep(path)
 
 

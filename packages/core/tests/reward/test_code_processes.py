@@ -84,19 +84,21 @@ def test_what_a_machine_lacks_is_said_once_or_refused(caplog: pytest.LogCaptureF
         for _ in range(2):
             assert Code(confine=False).judge(server, "", PASS, ("seccomp",)) == [True]
         assert [record.message for record in caplog.records if "files" in record.message] == [
-            f"reward code: this machine does not keep programs from files outside its folder, {OPTIONAL}"
+            f"reward code: this machine does not confine programs (not blocked: files outside its folder, {OPTIONAL})"
         ]
         with pytest.raises(UsageError) as caught:
             Code().judge(server, "", PASS, ("namespaces", "seccomp"))
-    assert str(caught.value).startswith("reward code: this machine cannot keep programs from files outside its folder")
+    assert str(caught.value).startswith(
+        "reward code: this machine cannot confine programs (not blocked: files outside its folder"
+    )
     assert str(caught.value).endswith(
-        "a kernel with Landlock (5.13), and libseccomp or user namespaces; or run it in a container, with confine = false"
+        "a kernel with Landlock (5.13) and libseccomp or user namespaces, or run it in a container with confine = false"
     )
 
 
 def test_a_machine_is_checked_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     Code().check()
     monkeypatch.setattr(SandboxServer, "ask", lambda *_: {"open": ["the network"], "results": [True]})
-    with pytest.raises(UsageError, match="this machine cannot keep programs from the network"):
+    with pytest.raises(UsageError, match="this machine cannot confine programs .not blocked: the network"):
         Code().check()
     Code(confine=False).check()

@@ -45,7 +45,7 @@ def test_labels_as_data_sets_have_them(label: Any, tests: list[str]) -> None:
 
 
 def test_a_function_without_arguments_listed_is_an_error() -> None:
-    with pytest.raises(DataError, match="fn_name should name a function, and each of inputs list its arguments"):
+    with pytest.raises(DataError, match="fn_name should name a function, and each of inputs should list its arguments"):
         parse_label({"fn_name": "f", "inputs": [1], "outputs": [1]})
 
 

@@ -92,19 +92,19 @@ def error_of(url: str, **options: Any) -> str:
 N = len(tiny_rollouts())
 GARBAGE = {
     b'{"rewards": [%s]}' % b",".join([b"9" * 400] * N): "a server returned rewards with a number that is too large",
-    b'{"rewards": [%s]}' % b",".join([b"9" * 5000] * N): "the answer is no JSON: Exceeds the limit",
+    b'{"rewards": [%s]}' % b",".join([b"9" * 5000] * N): "the answer is not JSON: Exceeds the limit",
     b"[" * 100_000 + b"]" * 100_000: "the answer is nested too deeply",
     b'{"rewards": {"a": 1}}': f"a server returned dict instead of rewards for {N} samples",
     b'{"rewards": 1}': f"a server returned int instead of rewards for {N} samples",
     b'"text"': f"a server returned str instead of rewards for {N} samples",
     b"[]": f"a server returned 0 rewards for {N} samples",
     b'{"rewards": %s, "extra_logs": [1]}'
-    % json.dumps([1] * N).encode(): "a server returned extra_logs that are no dict",
+    % json.dumps([1] * N).encode(): "a server returned extra_logs that are not a dict",
     b'{"rewards": %s, "scores": 5}' % json.dumps([1] * N).encode(): "a server returned int instead of scores",
     b'{"ids": %s}' % json.dumps(["x" * 1000] * 1000).encode(): "a server answered for samples ['xxx",
     b'{"%s": 1}' % (b"k" * 5000): "a server returned a dict without 'rewards': kkk",
-    b"\xff\xfe\x00": "the answer is no JSON",
-    b"": "the answer is no JSON",
+    b"\xff\xfe\x00": "the answer is not JSON",
+    b"": "the answer is not JSON",
 }
 
 
@@ -120,7 +120,7 @@ def test_the_time_limit_is_that_of_the_whole_answer(serving: Callable[..., str])
     slow_error = [b"HTTP/1.1 500 Oh\r\nContent-Length: 9999\r\n\r\n", *[b" "] * 600]
     for parts in (slow_head, slow_body):
         started = time.monotonic()
-        assert "no whole answer within 0.5 s" in error_of(serving(parts, pause=0.1), timeout=0.5)
+        assert "no complete answer within 0.5 s" in error_of(serving(parts, pause=0.1), timeout=0.5)
         assert time.monotonic() - started < 30  # of a loaded machine; the server would take 60
     started = time.monotonic()
     assert "500 Oh" in error_of(serving(slow_error, pause=0.1), timeout=0.5)

@@ -117,7 +117,7 @@ def test_long_rows_are_cut_and_counted_never_dropped(saved: tuple[str, str]) -> 
 
 
 def test_a_model_without_score_head_is_an_error_and_never_noise(saved: tuple[str, str]) -> None:
-    with pytest.raises(UsageError, match="has no score head"):
+    with pytest.raises(UsageError, match="has no trained score head"):
         RewardModel(saved[1])(BATCH)
 
 
@@ -149,12 +149,12 @@ def test_two_models_are_weighted_and_each_is_logged(saved: tuple[str, str]) -> N
     torch.testing.assert_close(output.rewards_N, raw - 0.5 * (raw - 1) / 2, atol=1e-5, rtol=0)
     torch.testing.assert_close(output.metrics["model.1"], raw, atol=1e-5, rtol=0)
     torch.testing.assert_close(output.metrics["model.2"], (raw - 1) / 2, atol=1e-5, rtol=0)
-    with pytest.raises(UsageError, match="has no score head"), open_provider(Sum((f"model model={saved[1]}",))):
+    with pytest.raises(UsageError, match="has no trained score head"), open_provider(Sum((f"model model={saved[1]}",))):
         pass  # before anything is sampled
 
 
 def test_rollouts_without_the_unrendered_prompt_are_refused(saved: tuple[str, str]) -> None:
-    with pytest.raises(ContractError, match=r"reads meta\['prompt'\]"):
+    with pytest.raises(ContractError, match=r"needs meta\['prompt'\]"):
         RewardModel(saved[0])(rollouts(["x"], [None]))
 
 
@@ -173,9 +173,9 @@ def test_a_sum_is_the_weighted_sum_and_logs_its_parts() -> None:
     [
         (Sum(("lenght",)), "no reward is called 'lenght' .*did you mean 'length'"),
         (Sum(("length targt=3",)), "length has no option 'targt' .*did you mean 'target'"),
-        (Sum(("length target=many",)), "'many' does not fit target"),
+        (Sum(("length target=many",)), "'many' is not a valid value for target"),
         (Sum(("regex",)), "missing 1 required positional argument: 'pattern'"),
-        (Sum(("length",), (1.0, 2.0)), "weights has 2 numbers for the 1 parts"),
+        (Sum(("length",), (1.0, 2.0)), "weights has 2 numbers, but there are 1 parts"),
     ],
 )
 def test_parts_that_cannot_be_made_are_named(reward: Sum, message: str) -> None:

@@ -165,7 +165,7 @@ def test_when_all_are_gone_each_says_why_in_one_line(serving: Any) -> None:
         ((401, {"error": "send the token"}), 'refused: 401 Unauthorized: {"error": "send the token"}'),
         ((302, {}), "refused: 302 Found"),
         ((200, {"rewards": [1, 2]}), "a server returned 2 rewards for 1 samples"),
-        ((200, {"rewards": [1], "ids": [7]}), r"answered for samples \[7\], but was asked for \[0\]"),
+        ((200, {"rewards": [1], "ids": [7]}), r"answered for samples \[7\], but the request was for \[0\]"),
         ((200, {"score": [1]}), "returned a dict without 'rewards': score"),
         ((200, {"rewards": ["x"]}), "could not convert string to float"),
     ],
@@ -179,7 +179,7 @@ def test_an_answer_that_is_wrong_stops_at_once(serving: Any, answer: Any, messag
 
 @pytest.mark.parametrize("url", ["127.0.0.1:5000", "ftp://x/", "file:///etc/passwd", "http://"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="expected an address like http://"):
+    with pytest.raises(UsageError, match="expected an address such as http://"):
         Remote((url,))(rollouts("a"))
 
 

@@ -104,7 +104,7 @@ def test_a_placed_reward_model_without_a_score_head_is_refused(tmp_path: Path) -
     policy = run_of(tmp_path / "policy")
     policy.train()
     run = run_of(tmp_path / "run", reward="model_role", reward_model={"model": str(policy.output / "model")})
-    with pytest.raises(UsageError, match="has no score head, so its scores would be noise"):
+    with pytest.raises(UsageError, match="has no trained score head, so its scores would be random"):
         run.train()
 
 
@@ -165,19 +165,23 @@ def test_two_ranks_have_the_numbers_of_one(tmp_path: Path) -> None:
         (
             {"reward": Judged(), "advantage": OtherJudge()},
             ContractError,
-            "both bring a role 'judge'; rename one of them",
+            "both define a role 'judge'; rename one of them",
         ),
-        ({"advantage": NewActor()}, ContractError, "both bring a role 'actor'; rename one of them"),
+        ({"advantage": NewActor()}, ContractError, "both define a role 'actor'; rename one of them"),
         (
             {"reward": PerToken()},
             UsageError,
-            "needs 'judge.logprobs_NT'; a reward reads numbers per completion of its own",
+            "needs 'judge.logprobs_NT', but a reward can only read numbers per completion of its own",
         ),
-        ({"reward": Given()}, UsageError, "needs 'advantages_NT'; a reward reads outputs of roles, as <role>.<output>"),
+        (
+            {"reward": Given()},
+            UsageError,
+            "needs 'advantages_NT', but a reward can only read outputs of roles, as <role>.<output>",
+        ),
         (
             {"reward": "sum", "reward.parts": ("judged:Judged",)},
             UsageError,
-            "Judged reads roles, which no part can; choose it as the reward itself",
+            "Judged reads roles, which a part of reward sum cannot; choose it as the only reward",
         ),
     ],
 )

@@ -131,7 +131,7 @@ def test_an_answer_that_cannot_be_compared_is_wrong_and_a_label_without_answer_a
     result = output(reward, ("$9^{9^{9^{9}}}$", "3"), ("3", "3"))
     assert result.rewards_N.tolist() == [0, 1]
     assert result.metrics["gave_up"].tolist() == [1, 0]
-    with pytest.raises(DataError, match="the label '' has no answer in it"):
+    with pytest.raises(DataError, match="the label '' contains no answer"):
         output(reward, ("3", ""))
     reward.close()
 
@@ -202,10 +202,10 @@ def test_the_last_fenced_block_is_the_program() -> None:
     "label", [None, [], 3, [1], {"inputs": []}, {"inputs": ["1"], "outputs": []}, [{"input": "1"}]]
 )
 def test_a_label_that_is_no_test_is_an_error(label: Any) -> None:
-    with pytest.raises(DataError, match="a label should be test code, a list of it, or inputs and outputs"):
+    with pytest.raises(DataError, match="a label should be test code, a list of test codes, or inputs and outputs"):
         score(Code(), ADD, label)
 
 
 def test_a_test_that_is_no_python_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"a label's test is no Python \(.*never closed.*'assert add\('"):
+    with pytest.raises(DataError, match=r"the test in a label is not Python \(.*never closed.*'assert add\('"):
         score(Code(), ADD, ["assert add(1, 2) == 3", "assert add("])

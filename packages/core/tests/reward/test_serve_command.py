@@ -113,15 +113,15 @@ def test_a_signal_ends_it_in_time_and_without_a_traceback(number: signal.Signals
     ("flags", "message"),
     [
         ("MODEL --port PORT", "cannot listen on 127.0.0.1:PORT: Address already in use; choose another --port"),
-        ("MODEL --port 99999", "--port 99999 is no port: choose one from 0 to 65535"),
-        ("MODEL --port -1", "--port -1 is no port: choose one from 0 to 65535"),
+        ("MODEL --port 99999", "--port 99999 is not a port: choose one from 0 to 65535"),
+        ("MODEL --port -1", "--port -1 is not a port: choose one from 0 to 65535"),
         ("MODEL --port x", "--port"),
         (
             "MODEL --host 203.0.113.7",
             "cannot listen on 203.0.113.7:0: Cannot assign requested address; choose another --host",
         ),
         ("MODEL --host nowhere.invalid", "choose another --host"),
-        ("MODEL --host LONG", "it is no name of a machine; choose another --host"),
+        ("MODEL --host LONG", "it is not a host name; choose another --host"),
         ("MODEL --batch 0", "--batch must be at least 1, not 0"),
         ("MODEL --max-body 0", "--max-body must be at least 1, not 0"),
         ("MODEL --wait -1", "--wait must be at least 0, not -1.0"),

@@ -206,4 +206,4 @@ def test_an_open_address_without_a_token_is_warned_of(caplog: pytest.LogCaptureF
     for host in ("0.0.0.0", "::", "10.0.0.7", "node7"):
         warn_if_open(host, "")
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
-    assert "everybody who reaches 0.0.0.0 can ask this server" in caplog.text
+    assert "anyone who can reach 0.0.0.0 can use this server" in caplog.text

@@ -136,7 +136,7 @@ def test_limits_end_an_episode(limits: EpisodeLimits, tokens: int, finish: str, 
 def test_an_agent_may_end_with_a_reward_when_its_limit_is_reached() -> None:
     async def careful(policy: Policy, example: Example) -> Outcome:
         first = await policy.ask(ids_of(example))
-        with pytest.raises(EpisodeOver, match="has had its 1 turns"):
+        with pytest.raises(EpisodeOver, match="has used all 1 turns"):
             await policy.ask([*ids_of(example), *first.token_ids, *b"12"])
         return Outcome(0.75)
 
@@ -206,7 +206,7 @@ def test_what_is_no_outcome_breaks_the_contract() -> None:
         await policy.ask(ids_of(example))
         return 1.0
 
-    with pytest.raises(ContractError, match=r"environment Driven.*returned 1.0, which is no Outcome"):
+    with pytest.raises(ContractError, match=r"environment Driven.*returned 1.0, which is not an Outcome"):
         driven(Script(BREAKING), wrong, "ab", limits=EpisodeLimits(failures=1.0))
 
 

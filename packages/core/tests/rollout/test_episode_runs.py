@@ -117,7 +117,7 @@ def test_the_chat_template_is_checked_before_anything_is_written(tmp_path: Path)
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages[-1].content }}")
     data = {"use": "prompts", "encoding": {"template_file": str(template)}}
-    with pytest.raises(DataError, match="does not write messages after the assistant's turn"):
+    with pytest.raises(DataError, match="does not render messages that follow an assistant turn"):
         tiny_run(tmp_path / "out", **(OPTIONS | {"environment": Chatting(), "data": data})).train()
     assert not (tmp_path / "out").exists()
 

@@ -263,10 +263,10 @@ def test_an_exception_of_the_environment_names_it_and_the_example(asynchronous: 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("12", "returned '12', which is no Feedback"),
+        ("12", "returned '12', which is not a Feedback"),
         (Feedback("12", token_ids=(1,)), "more than one of text, messages and token_ids"),
-        (Feedback(messages=({"role": "user", "content": "x"},)), "give the class `messages = True`"),
-        (Feedback(metrics={"other": 1.0}), r"a metric 'other', which is not among its `metrics`: \('calls',\)"),
+        (Feedback(messages=({"role": "user", "content": "x"},)), "set `messages = True` in the class"),
+        (Feedback(metrics={"other": 1.0}), r"a metric 'other' that is not in its `metrics`: \('calls',\)"),
     ],
 )
 def test_feedback_that_breaks_the_contract_is_refused(answer: Any, reason: str) -> None:

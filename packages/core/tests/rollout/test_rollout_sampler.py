@@ -317,5 +317,5 @@ def test_a_model_without_a_cache_of_this_kind_is_refused() -> None:
 def test_a_policy_that_is_no_longer_finite_stops_the_run() -> None:
     model = llama()
     model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(RunStopped, match="no longer finite"):
+    with pytest.raises(RunStopped, match="log-probabilities are not finite"):
         run(model, RAGGED, Sampling(n=2, max_new_tokens=4))

@@ -144,7 +144,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
 def test_a_policy_that_is_no_longer_finite_stops_the_run() -> None:
     broken = llama()
     broken.lm_head.weight.data[3] = torch.nan
-    with pytest.raises(RunStopped, match="no longer finite"):
+    with pytest.raises(RunStopped, match="log-probabilities are not finite"):
         both(broken, Sampling(n=1, max_new_tokens=4))
 
 
@@ -316,7 +316,7 @@ def test_a_model_whose_steps_differ_is_found_out(model: Any, monkeypatch: pytest
         return attend_masked(slots, queries, keys, values, scale, 1)
 
     monkeypatch.setattr("rlhf_core.rollout.slots.attend_masked", forgetful)
-    assert "gives something else in such a step" in try_out(model, torch.float32, flash=False)[0]
+    assert "gives a different result in such a step" in try_out(model, torch.float32, flash=False)[0]
 
 
 def test_a_recurrent_model_is_found_out() -> None:
@@ -329,11 +329,11 @@ def test_a_cpu_and_attention_that_does_not_pack_keep_the_other_sampler(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fresh = llama()
-    assert file.slot_obstacle(fresh, torch.bfloat16) == "it is on no GPU"
+    assert file.slot_obstacle(fresh, torch.bfloat16) == "it is not on a GPU"
     assert not caplog.text
     monkeypatch.setattr(type(fresh), "device", torch.device("cuda", 0))
     for _ in range(2):
-        assert file.slot_obstacle(fresh, torch.bfloat16) == "attention sdpa does not pack its rows"
+        assert file.slot_obstacle(fresh, torch.bfloat16) == "attention sdpa does not pack rows"
     assert caplog.text.count("sampling without CUDA graphs: attention sdpa") == 1
 
 

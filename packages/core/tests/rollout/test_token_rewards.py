@@ -153,7 +153,7 @@ def test_agents_return_them_in_a_mapping() -> None:
     outcome = outcome_of({"reward": 1, "token_rewards": [[0.5, 1], None, []]}, ())
     assert outcome == Outcome(1.0, [], [[0.5, 1.0], [], []])
     for wrong in ({"token_rewards": 3}, {"token_rewards": "12"}, {"turn_rewards": 1.0}, {"token_rewards": [1.0]}):
-        with pytest.raises(UsageError, match="which is no list"):
+        with pytest.raises(UsageError, match="which is not a list"):
             outcome_of(wrong, ())
-    with pytest.raises(UsageError, match="no finite number"):
+    with pytest.raises(UsageError, match="which is not a finite number"):
         outcome_of({"token_rewards": [[float("nan")]]}, ())

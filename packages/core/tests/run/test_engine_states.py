@@ -82,4 +82,4 @@ def test_each_of_two_ranks_continues_from_its_own_state_and_one_rank_refuses_to_
     assert "observer.remembering%3ADiary" not in states(straight, 1), "which the leader alone has"
     assert main([*WORDS, "--output", str(resumed), "--steps", "5", "--resume"]) == 2
     error = capsys.readouterr().err
-    assert "the state of reward on 2 ranks, another one on each, which 1 ranks cannot share" in error
+    assert "a separate state of reward for each of 2 ranks, which 1 ranks cannot share" in error

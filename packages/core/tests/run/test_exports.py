@@ -93,7 +93,10 @@ def test_the_policys_tokenizer_reads_the_data(tmp_path: Path) -> None:
             ScoutFirst(("judge",)),
             "ScoutFirst exports the role 'judge', which no term trains; leave it out of `exports`",
         ),
-        (ScoutFirst(("failed",)), "ScoutFirst exports the role 'failed' to OUTPUT/failed, a name of the run's own"),
+        (
+            ScoutFirst(("failed",)),
+            "ScoutFirst exports the role 'failed' to OUTPUT/failed, which the run uses for itself",
+        ),
     ],
 )
 def test_a_policy_or_an_export_that_cannot_be_is_refused_in_planning(

@@ -124,8 +124,8 @@ def test_a_full_disk_stops_with_a_line_and_the_checkpoint_before_it_is_whole(
     with pytest.raises(RunStopped) as caught:
         tiny_run(output, registry=registry, model=MODEL, steps=3, save_every=1, save_async=save_async).train()
     assert str(caught.value).replace("step 3", "step 2") == (  # beside the training it may be noticed in the next step
-        f"no space is left for {output} (checkpoint, step 2); the newest checkpoint is step-1; free some, then continue "
-        "with resume=True (keep=1 needs the least)"
+        f"no space is left for {output} (checkpoint, step 2), and the newest checkpoint is step-1; free some space, then "
+        "continue with resume=True (keep=1 needs the least)"
     )
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-1"]
     filler.unlink()
@@ -155,8 +155,8 @@ def test_out_of_memory_says_in_which_phase_and_what_to_lower(
 
     monkeypatch.setattr("rlhf_core.training.local_role.LocalRole.train", fail)
     assert broken_run(tmp_path) == (
-        f"out of memory in phase 'train' of step 1{wanted}; there is no checkpoint yet (save_every=…); lower micro_tokens=… "
-        'or chunk=…, or add on_oom="halve" (results stay the same in all three)'
+        f"out of memory in phase 'train' of step 1{wanted}, and there is no checkpoint yet (save_every=…); lower "
+        'micro_tokens=… or chunk=…, or add on_oom="halve" (results stay the same in all three)'
     )
 
 

@@ -38,11 +38,11 @@ def stuck(way: str, signals: str) -> list[str]:
 
 UNWOUND, FORCED = "step 2 (reward) did not end within 1 s of ", "the run did not end in time and is stopped"
 CASES = {  # how it is stuck: (options, exit code, what is said, saved)
-    "sleep": (stuck("sleep", "SIGTERM"), 143, f"{UNWOUND}SIGTERM; the newest checkpoint is step-1", True),
-    "spin": (stuck("spin", "SIGHUP"), 129, f"{UNWOUND}SIGHUP; the newest checkpoint is step-1", True),
-    "lock": (stuck("lock", "SIGINT"), 130, f"{UNWOUND}SIGINT; the newest checkpoint is step-1", True),
-    "search": (stuck("search", "SIGUSR1"), 75, f"{UNWOUND}SIGUSR1; the newest checkpoint is step-1", True),
-    "thread": (stuck("thread", "SIGTERM"), 143, f"{UNWOUND}SIGTERM; the newest checkpoint is step-1", True),
+    "sleep": (stuck("sleep", "SIGTERM"), 143, f"{UNWOUND}SIGTERM, and the newest checkpoint is step-1", True),
+    "spin": (stuck("spin", "SIGHUP"), 129, f"{UNWOUND}SIGHUP, and the newest checkpoint is step-1", True),
+    "lock": (stuck("lock", "SIGINT"), 130, f"{UNWOUND}SIGINT, and the newest checkpoint is step-1", True),
+    "search": (stuck("search", "SIGUSR1"), 75, f"{UNWOUND}SIGUSR1, and the newest checkpoint is step-1", True),
+    "thread": (stuck("thread", "SIGTERM"), 143, f"{UNWOUND}SIGTERM, and the newest checkpoint is step-1", True),
     "several hangups": (stuck("sleep", "SIGHUP+SIGHUP"), 129, UNWOUND, True),
     "swallow": (stuck("swallow", "SIGTERM"), 143, FORCED, False),
     "sum": (stuck("sum", "SIGTERM"), -signal.SIGKILL, "", False),
@@ -50,7 +50,7 @@ CASES = {  # how it is stuck: (options, exit code, what is said, saved)
     "loss": (
         ["--reward", "length", "--loss", "stuck:StuckLoss"],
         143,
-        "step 2 (train) did not end within 1 s of SIGTERM; there is no checkpoint yet",
+        "step 2 (train) did not end within 1 s of SIGTERM, and there is no checkpoint yet",
         False,
     ),
 }
@@ -113,7 +113,9 @@ def test_a_reward_in_a_worker_process_that_never_returns_is_given_up(tmp_path: P
     words = [*WORDS, "--reward", "func", "--reward.path", str(tmp_path / "reward.py"), "--reward.workers", "1"]
     result = run_ranks(1, run_with_pid, str(tmp_path / "pid"), *words, "--output", str(tmp_path / "run"))[0]
     assert result.code == 143, result.stderr
-    assert f"step 1 (reward) did not end within {WITHIN:g} s of SIGTERM; there is no checkpoint yet" in result.stderr
+    assert (
+        f"step 1 (reward) did not end within {WITHIN:g} s of SIGTERM, and there is no checkpoint yet" in result.stderr
+    )
 
 
 def test_two_ranks_end_though_one_is_stuck_and_the_other_waits_for_it(tmp_path: Path) -> None:
@@ -164,6 +166,6 @@ def test_a_run_whose_interpreter_cannot_be_started_goes_on_and_says_so_once(
     handles = len(list(Path("/proc/self/fd").iterdir()))
     tiny_run(tmp_path / "run", reward="length", steps=2).train()
     assert len(list(Path("/proc/self/fd").iterdir())) <= handles + 1, "neither end of the pipe is left open"
-    said = [line for line in capsys.readouterr().err.splitlines() if "a polite stop has no deadline" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "stopping the run has no time limit" in line]
     assert len(said) == 1 and "cannot be started (" in said[0]
     assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL

@@ -70,7 +70,7 @@ def test_an_upload_that_fails_leaves_the_model_and_says_what_to_do(
 ) -> None:
     monkeypatch.setattr(Hub, "error", OSError("no route to host"))
     with pytest.raises(
-        UsageError, match=r"is saved, but not on the hub: no route to host; try again with hf upload me/x"
+        UsageError, match=r"is saved, but the upload to the hub failed: no route to host; try again with hf upload me/x"
     ):
         tiny_run(tmp_path / "run", model=MODEL, push_to_hub="me/x").train()
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -101,8 +101,8 @@ class Indifferent(InTurn):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (Forgetful(), r"Forgetful of .* reacts to scores; let open\(\) return an object with state_dict"),
-        (Indifferent(), "Indifferent of .* has a state, and declares that it does not react"),
+        (Forgetful(), r"Forgetful of .* reacts to scores, so open\(\) must return an object with state_dict"),
+        (Indifferent(), "Indifferent of .* has a state, but declares that it does not react"),
     ],
     ids=lambda each: type(each).__name__,
 )

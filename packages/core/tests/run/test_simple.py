@@ -105,5 +105,5 @@ def test_what_is_missing_is_one_line(tmp_path: Path) -> None:
     pipeline = RLHFPipeline(config(tmp_path))
     with pytest.raises(UsageError, match="run_ppo has no reward: call train_reward first"):
         pipeline.run_ppo(["a", "b"])
-    with pytest.raises(UsageError, match="one has no rejected"):
+    with pytest.raises(UsageError, match="one row has no rejected"):
         pipeline.run_dpo([{"prompt": "a", "chosen": "b"}])

@@ -62,15 +62,15 @@ def test_what_is_missing_is_one_line(lost: str, tmp_path: Path) -> None:
     write_pieces(tmp_path, 0, 2, 1, [Piece("w", 0, {"weight": torch.ones(2)})])
     if lost == "stretch":
         write_pieces(tmp_path, 1, 2, 1, [Piece("w", 3, {"weight": torch.ones(2)})])
-    with pytest.raises(UsageError, match="lacks pieces-00001" if lost == "rank" else "does not hold elements 2 to 5"):
+    with pytest.raises(UsageError, match="lacks pieces-00001" if lost == "rank" else "lacks the elements 2 to 5"):
         open_states(tmp_path, ["w"]).read("w", "weight", 0, 5)
 
 
 def test_a_folder_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "layout.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds no states by parameter"):
+    with pytest.raises(UsageError, match="has no states by parameter"):
         open_states(tmp_path, ["w"])
-    with pytest.raises(UsageError, match="holds no states by parameter"):
+    with pytest.raises(UsageError, match="has no states by parameter"):
         trained(0).load(str(tmp_path))
 
 

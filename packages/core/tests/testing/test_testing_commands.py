@@ -168,12 +168,12 @@ def written(
     [
         (lambda context: {}, r"must make \{'counts': 'metrics'\}, not \{\}"),
         (lambda context: written(context, "{}", "table"), r"not \{'counts': 'table'\}"),
-        (lambda context: written(context, '{"a": "b"}'), "must hold one JSON object of numbers"),
+        (lambda context: written(context, '{"a": "b"}'), "must contain one JSON object of numbers"),
         (lambda context: written(context, f'{{"a": {random.random()}}}'), "must make the same artifacts from the same"),
         (lambda context: {"counts": Artifact("metrics", context.folder / "none")}, "'counts' is not there"),
         (
             lambda context: written(context, "{}", folder=context.inputs["rows"].path.parent),
-            "must lie in context.folder",
+            "must be in context.folder",
         ),
     ],
 )

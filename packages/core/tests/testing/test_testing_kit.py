@@ -339,7 +339,7 @@ class Needy(TinyAdvantage):
         (
             lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),
             {"defaults": {"teacher": "x"}},
-            "which is no kind",
+            "which is not a kind",
         ),
         (
             lambda chosen: (Term("actor", "data", TinyLoss(), TinyAdvantage()),),

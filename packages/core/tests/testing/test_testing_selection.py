@@ -117,7 +117,7 @@ class NoEpochs(Stateless):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (BrokenSampler("range"), "gave 11, no row from 0 to 10"),
+        (BrokenSampler("range"), "gave 11, which is not a row from 0 to 10"),
         (BrokenSampler("end"), "must give rows without end; it gave 6"),
         (BrokenSampler("again"), "must give the same rows after the same scores"),
         (BrokenSampler("state"), "must continue from its state as if it had never stopped"),

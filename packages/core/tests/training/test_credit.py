@@ -180,7 +180,7 @@ def test_a_number_the_data_does_not_have_is_named() -> None:
         needs: ClassVar[frozenset[str]] = frozenset({"margin_N"})
 
     plan = plan_of(PerToken(), loss=Margin())
-    with pytest.raises(UsageError, match=r"'margin_N' is needed, but the data has no number 'margin'"):
+    with pytest.raises(UsageError, match=r"'margin_N' is needed, but the data has no numeric column 'margin'"):
         compute_needs(plan, {}, "actor", make_batch([2, 1]))
 
 

@@ -81,7 +81,7 @@ def test_an_operation_without_a_deterministic_form_stops_the_run_with_its_name(
     monkeypatch.setattr("rlhf_core.training.local_role.LocalRole.train", refuse)
     with pytest.raises(RunStopped) as caught:
         tiny_run(tmp_path).train()
-    assert str(caught.value).startswith("cumsum_cuda_kernel has no deterministic form (train, step 1)")
+    assert str(caught.value).startswith("cumsum_cuda_kernel has no deterministic implementation (train, step 1)")
 
 
 @pytest.mark.gpu

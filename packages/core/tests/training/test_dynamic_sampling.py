@@ -98,7 +98,7 @@ def test_a_filter_by_name_takes_the_place_of_the_usual_one_and_not_of_one_that_w
     assert chosen(Controlled(dynamic=DynamicSampling())) is None
     assert chosen(TinyAlgorithm()) is None
     assert chosen(TinyAlgorithm(), filter="varied") == VariedFilter()
-    with pytest.raises(UsageError, match=r"keep.* inside and .*filter.* both choose; leave one out"):
+    with pytest.raises(UsageError, match=r"keep.* inside and .*filter.* both select prompts; leave out one of them"):
         chosen(Controlled(dynamic=DynamicSampling("inside")), filter="varied")
 
 
@@ -197,7 +197,7 @@ def test_when_rounds_run_out_what_was_kept_is_trained_on() -> None:
 
 def test_finding_nothing_is_a_mistake_at_first_and_survived_later() -> None:
     run: Any = Few(set(), World())
-    with pytest.raises(UsageError, match=r"of 8 prompts none gave .* the filter VariedFilter\(\) accepts"):
+    with pytest.raises(UsageError, match=r"the filter VariedFilter\(\) accepts the completions of none of 8 prompts"):
         keep_sampling(run, "actor", run.draw(), VariedFilter(), DynamicSampling(rounds=2))
     (uids,), _ = kept(set(), DynamicSampling(rounds=2), step=6)
     assert uids == [4, 5, 6, 7], "the last round as it is: equal scores, so no credit"

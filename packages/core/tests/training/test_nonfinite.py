@@ -119,14 +119,14 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_its_samples_are_kept(tmp_
     said = str(caught.value)
     assert said.startswith("step 2: reward NanReward (") and "rewards_N = -inf for sample 1, prompt " in said
     path = tmp_path / "failed" / "step-2.jsonl"
-    assert f"; 1 samples are in {path}; the newest checkpoint is step-1; mend the reward" in said
+    assert f"; 1 samples are in {path}, and the newest checkpoint is step-1: fix the reward" in said
     (row,) = lines(path)
     assert row["rewards_N"] == "-inf" and row["completion"] and row["reward"].startswith("reward NanReward")
     assert "Infinity" not in path.read_text() and "NaN" not in path.read_text(), "any reader of JSON can read it"
 
 
 def test_a_run_that_stopped_can_go_on_by_skipping(tmp_path: Path) -> None:
-    with pytest.raises(RunStopped, match='or go on with on_nonfinite="skip"'):
+    with pytest.raises(RunStopped, match='or continue with on_nonfinite="skip"'):
         watched(tmp_path, reward=NanReward(), save_every=1)
     watched(tmp_path, reward=NanReward(), save_every=1, on_nonfinite="skip", resume=True)
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]

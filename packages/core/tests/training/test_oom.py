@@ -70,7 +70,7 @@ def test_a_step_is_done_again_from_clean_gradients_with_half_the_tokens(
     assert failures and budget == int(limited[-1].split()[1]) // 2
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert len(said) == failures
-    assert said[-1].endswith(f"going on with {budget} (micro_tokens={budget} would begin with that)")
+    assert said[-1].endswith(f"continues with {budget} (micro_tokens={budget} would start there)")
     tiny_run(tmp_path / "small", **{**OPTIONS, "micro_tokens": budget}).train()
     assert len(limited) == failures, "half was small enough"
     assert weights(tmp_path / "halved") == weights(tmp_path / "small")
@@ -150,9 +150,11 @@ def test_several_ranks_and_strategies_that_cannot_take_a_step_back_say_so(tmp_pa
         size = 2
 
     config: RunConfig = tiny_run(tmp_path, on_oom="halve", **OPTIONS).config
-    with pytest.raises(UsageError, match='on_oom = "halve" works in one process, not 2; lower micro_tokens instead'):
+    with pytest.raises(
+        UsageError, match='on_oom = "halve" works only in one process, not 2; lower micro_tokens instead'
+    ):
         TokenBudget(config, "actor", Two())
     for option, value in (("on_oom", "halve"), ("on_nonfinite", "skip")):
         run = tiny_run(tmp_path, strategy="fake", rollout="fake", **{**OPTIONS, option: value})
-        with pytest.raises(UsageError, match=f"strategy 'fake' cannot take a step back; leave out {option}"):
+        with pytest.raises(UsageError, match=f"strategy 'fake' cannot undo a step; leave out {option}"):
             run.train()

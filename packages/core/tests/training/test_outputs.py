@@ -226,7 +226,7 @@ def test_an_exported_head_is_loaded_again_and_a_model_without_it_is_refused(tmp_
         assert torch.equal(values, before[name])
     frozen = replace(plan.roles["critic"], options=ModelOptions(model=str(tmp_path / "actor")), terms=())
     LocalRole(plan, "actor").export(str(tmp_path / "actor"))
-    with pytest.raises(UsageError, match="has no quantiles_NTK head"):
+    with pytest.raises(UsageError, match="has no trained quantiles_NTK head"):
         LocalRole(replace(plan, roles={"critic": frozen}), "critic")
 
 
@@ -266,7 +266,7 @@ def test_the_authors_check_passes_for_outputs_that_keep_the_contract(output: Out
         (
             WrongShape(),
             "wrong_NTK",
-            r"the output 'wrong_NTK' \(WrongShape of .*\) has shape \(8, 14\), where its name says \(N, T, K\)",
+            r"the output 'wrong_NTK' \(WrongShape of .*\) has shape \(8, 14\), but its name requires \(N, T, K\)",
         ),
         (Quantiles(), "quantiles", "must end in its shape"),
     ],
@@ -300,16 +300,19 @@ def test_a_function_of_the_distribution_has_the_value_and_the_gradient_of_the_pl
     [
         (
             Distributional(loss="quantile_NTK"),
-            "Asking asks for the output 'quantile_NTK', which no forward pass gives; known are logprobs_NT, ",
+            "Asking needs the output 'quantile_NTK', which no forward pass gives; the known outputs are logprobs_NT, ",
         ),
         (
             Distributional(need="critic.hidden_NTH"),
-            "Needing needs 'critic.hidden_NTH', which nothing provides; known are ",
+            "Needing needs 'critic.hidden_NTH', which nothing provides; the known names are ",
         ),
-        (Distributional(need="critic.rank_N"), "Needing needs 'critic.rank_N', which nothing provides; known are "),
+        (
+            Distributional(need="critic.rank_N"),
+            "Needing needs 'critic.rank_N', which nothing provides; the known names are ",
+        ),
         (
             Distributional(loss="shapeless"),
-            "the output 'shapeless' must end in its shape: _N, _NT, or one further letter",
+            "the name of the output 'shapeless' must end in its shape: _N, _NT, or one more letter",
         ),
     ],
 )

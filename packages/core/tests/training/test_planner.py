@@ -111,12 +111,12 @@ def test_a_need_that_nothing_provides_is_named_with_its_asker() -> None:
     class Odd(Policy):
         needs: ClassVar[frozenset[str]] = frozenset({"colour"})
 
-    with pytest.raises(UsageError, match=r"^Odd needs 'colour', which nothing provides; known are "):
+    with pytest.raises(UsageError, match=r"^Odd needs 'colour', which nothing provides; the known names are "):
         plan_of(Term("actor", "actor", Odd(), Baseline()))
 
 
 def test_a_role_without_options_is_named() -> None:
-    with pytest.raises(UsageError, match=r"the algorithm Two needs a role 'judge', and Two has only actor, critic"):
+    with pytest.raises(UsageError, match=r"the algorithm Two needs a role 'judge', but Two has only actor, critic"):
         plan_of(Term("judge", "actor", Value(), Baseline()))
 
 
@@ -142,7 +142,7 @@ def test_the_seed_of_a_completion_depends_on_run_prompt_and_number_only() -> Non
     [
         ([Term("actor", "data", Policy())], None, r"the algorithm Two returned \[.*; return a tuple of Terms"),
         (None, None, "the algorithm Two returned None; return a tuple of Terms"),
-        ((), 0.1, "the algorithm Two has kl = 0.1, which core reads as a KL; give it that type, or rename it"),
+        ((), 0.1, "the algorithm Two has kl = 0.1, but core reads kl as a KL; give it that type, or rename it"),
     ],
 )
 def test_an_algorithm_that_core_would_misread_is_told_so(terms: object, kl: object, message: str) -> None:

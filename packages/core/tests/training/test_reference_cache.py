@@ -137,5 +137,5 @@ def test_a_rank_that_knows_all_goes_along_with_one_that_does_not(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_used_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot keep outputs of the role reference in"):
+    with pytest.raises(UsageError, match="cannot store outputs of the role reference in"):
         cached(tmp_path / "file")

@@ -243,7 +243,7 @@ def test_float64_state_of_a_float32_weight_is_restored_to_the_bit() -> None:
 
 def test_an_optimizer_that_forgets_a_parameter_is_named() -> None:
     with pytest.raises(
-        ContractError, match=r"optimizer Sloppy of .* leaves weight out; each of the 2 trained parameters"
+        ContractError, match=r"optimizer Sloppy of .* omits weight; put each of the 2 trained parameters"
     ):
         make_optimizer(torch.nn.Linear(2, 2), Sloppy(), 1)
 
@@ -251,11 +251,11 @@ def test_an_optimizer_that_forgets_a_parameter_is_named() -> None:
 def test_a_strategy_that_only_takes_gradients_refuses_more_in_one_line() -> None:
     for optimizer in (Observing(), Extragradient()):
         with pytest.raises(
-            UsageError, match="reads more than the gradient of a step, which strategy fake does not give it"
+            UsageError, match="needs more than the gradient of a step, which strategy fake does not provide"
         ) as caught:
             role(optimizer, strategy=FakeStrategy())
         assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="evaluates a step again, and float16 scales its loss"):
+    with pytest.raises(UsageError, match="evaluates the loss several times per step, which float16 does not support"):
         LocalRole(tiny_run("unused", actor={"optim": Extragradient(), "dtype": "float16"}).plan, "actor")
 
 

@@ -141,9 +141,9 @@ def test_updates_are_ordered_by_after_and_else_by_terms() -> None:
         ),
         (
             ReadAfter(after="poet"),
-            "ReadAfter: the term that trains actor on samples of actor comes after the update of 'poet', which no term",
+            "ReadAfter: the term that trains actor on samples of actor waits for the update of 'poet', which no term",
         ),
-        (ReadAfter(after="actor"), "comes after the update of 'actor', which it trains itself; change its `after`"),
+        (ReadAfter(after="actor"), "waits for the update of 'actor', which it trains itself; change its `after`"),
     ],
 )
 def test_an_order_that_cannot_be_is_refused_in_planning(tmp_path: Path, algorithm: Algorithm, message: str) -> None:

@@ -128,9 +128,9 @@ def test_two_ranks_have_the_numbers_of_one(straight: tuple[Path, list[dict[str, 
         ({"opponent": {"track": {"of": "poet"}}}, "no term trains a role 'poet' in this run; name one of actor"),
         (
             {"target": {"dtype": "bfloat16"}},
-            "the target averages the weights of the actor, and in bfloat16 small changes",
+            "the target averages the weights of the actor, but bfloat16 loses small changes",
         ),
-        ({"opponent": {"quantize": "nf4"}}, "the opponent tracks the actor, and 4-bit weights take none"),
+        ({"opponent": {"quantize": "nf4"}}, "the opponent tracks the actor, but 4-bit weights cannot be updated"),
         ({"opponent": {"track": {"every": 0}}}, "every must be at least 1, not 0"),
         ({"opponent": {"track": {"decay": 1.0}}}, "decay must be below 1, not 1.0"),
     ],
@@ -147,9 +147,9 @@ def test_tracking_that_cannot_work_is_refused_before_anything_starts(
     [
         (
             "tiny:hidden=32,layers=1",
-            r"model.embed_tokens.weight has the shape .*, 16. there and .*, 32. here; let both",
+            r"model.embed_tokens.weight has the shape .*, 16. there and .*, 32. here; give both",
         ),
-        ("tiny:hidden=16,layers=2", r"model.layers.1\..* is missing there; let both"),
+        ("tiny:hidden=16,layers=2", r"model.layers.1\..* is missing there; give both"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path: Path, model: str, message: str) -> None:

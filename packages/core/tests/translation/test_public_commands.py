@@ -44,7 +44,7 @@ def test_every_one_translates_and_can_start(line: str, registry: Registry, capsy
         pytest.skip("a package that this command needs is not here")
     with as_default(registry):
         translation = translate(line, registry)
-    assert not translation.blanks and not any("nothing is known" in note.text for note in translation.notes)
+    assert not translation.blanks and not any("is unknown" in note.text for note in translation.notes)
     assert main([*translation.words, "--dry-run"]) == 0, capsys.readouterr().err
 
 
@@ -108,18 +108,18 @@ def test_an_unknown_flag_is_named(registry: Registry) -> None:
     with as_default(registry):
         translation = translate("trl sft --model_name_or_path m --dataset_name d --frobnicate 3", registry)
     assert [note.flag for note in translation.notes] == ["frobnicate"]
-    assert "# --frobnicate: nothing is known of it; `rlhf-run sft --help` lists what there is" in translation.text()
+    assert "# --frobnicate: this flag is unknown; `rlhf-run sft --help` lists the options" in translation.text()
 
 
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("trl sftt --model_name_or_path m", "trl sftt is no program that is translated; did you mean 'trl sft'"),
+        ("trl sftt --model_name_or_path m", "trl sftt is not a supported program; did you mean 'trl sft'"),
         ("", "give one command that trains, generates or scores; found none"),
         ("trl sft; trl dpo", "found 2 programs: trl sft, trl dpo"),
         ("trl sft --config absent.yaml", "absent.yaml: No such file or directory"),
         ("trl sft --model 'm", "the command cannot be read: no closing quotation"),
-        ("trl sft --per_device_train_batch_size $size", "--per_device_train_batch_size $size: this is no number"),
+        ("trl sft --per_device_train_batch_size $size", "--per_device_train_batch_size $size: this is not a number"),
     ],
 )
 def test_mistakes_are_one_line(line: str, error: str, registry: Registry) -> None:

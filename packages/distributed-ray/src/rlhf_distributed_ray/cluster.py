@@ -154,8 +154,9 @@ class Cluster:
         while any(ray.util.placement_group_table(group)["state"] != "CREATED" for group in self.groups):
             if time.monotonic() > ends:
                 raise RunStopped(
-                    f"a node is lost, and no other has had room for its workers for {self.limits.room:g} s; continue from the "
-                    f"last checkpoint with {run_option('resume', True)}, on fewer workers or when nodes are back"
+                    f"a node is lost, and no other node had room for its workers within {self.limits.room:g} s; "
+                    f"continue from the last checkpoint with {run_option('resume', True)}, on fewer workers or "
+                    "after the node is back"
                 )
             time.sleep(0.5)
 
@@ -202,8 +203,9 @@ class Cluster:
         _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=self.limits.placing)
         if waiting:
             raise UsageError(
-                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers in {self.limits.placing:g} s; "
-                f"free resources, use {option('strategy', 'PACK')}, or let it take longer with {option('wait')}"
+                f"the cluster did not place {len(waiting)} of {len(groups)} groups of workers within "
+                f"{self.limits.placing:g} s; free resources, use {option('strategy', 'PACK')}, or raise "
+                f"{option('wait')}"
             )
 
     def _actor(self, body: type, seat: Seat, *args: Any) -> Any:

@@ -293,8 +293,8 @@ class EngineGroup(Rollout):
         """
         if len(state) > len(self.crew):
             raise UsageError(
-                f"the checkpoint has the states of {len(state)} rollout engines, and this run has {len(self.crew)}; start as "
-                "many"
+                f"the checkpoint has the states of {len(state)} rollout engines, but this run has {len(self.crew)}; "
+                "start the same number"
             )
         states = {int(number): each for number, each in state.items()}
         self.engines.remember(states)

@@ -113,7 +113,7 @@ class RayLauncher(SharingOptions, Launcher):
                 raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
         for name in ("retries", "snapshot_every"):
             if (number := vars(self)[name]) < 0:
-                raise OptionError(name, f"{number}: at least 0")
+                raise OptionError(name, f"{number}: must be at least 0")
         places = self._places(plan)
         variables, secrets = travelling_variables(os.environ, self.env)
         runtime = read_runtime_environment(self.runtime_env)
@@ -157,7 +157,7 @@ class RayLauncher(SharingOptions, Launcher):
         """
         if self.engines < 0:
             raise OptionError(
-                "engines", f"{self.engines}: at least 1, or 0 for one for each worker of the sampled role"
+                "engines", f"{self.engines}: must be at least 1, or 0 for one engine per worker of the sampled role"
             )
         sampled = _sampled_role(plan)
         devices = plan.config.providers["rollout"].devices if sampled else 1
@@ -166,7 +166,10 @@ class RayLauncher(SharingOptions, Launcher):
         else:
             if self.workers != "1" or self.role_workers:
                 other = "role_workers" if self.role_workers else "workers"
-                raise OptionError(["place", other], "contradict each other: a partition has sizes of its own")
+                raise OptionError(
+                    ["place", other],
+                    "contradict each other: the sizes in a placement already set the workers; leave one out",
+                )
             places = parse_places(self.place, list(plan.roles), sampled, self.strategy, devices)
             places = [_with_engines(place, self.engines) for place in places]
         for place in places:
@@ -176,8 +179,8 @@ class RayLauncher(SharingOptions, Launcher):
                 if role != ENGINE and plan.config.batch_size < shape.workers:
                     raise OptionError(
                         "/batch_size",
-                        f"{plan.config.batch_size} leaves some of the {shape.workers} workers of role {role} without a row; "
-                        "raise it",
+                        f"{plan.config.batch_size} is too small: some of the {shape.workers} workers of role {role} "
+                        "get no row; raise it",
                     )
         return places
 
@@ -206,8 +209,8 @@ class RayLauncher(SharingOptions, Launcher):
             if shapes[role].strategy and self.place == "together":
                 raise OptionError(
                     "role_workers",
-                    f"{text!r}: roles that are placed together are laid out together; "
-                    f"use {option('strategy')}, or {option('place', 'separate')}",
+                    f"{text!r}: roles that share a place must have the same layout; use {option('strategy')}, or "
+                    f"{option('place', 'separate')}",
                 )
         return shapes
 
@@ -221,7 +224,7 @@ class RayLauncher(SharingOptions, Launcher):
         if not self.wait:
             check_capacity(layout, nodes)
         elif lack := find_lack(layout, nodes):
-            progress.info(f"{lack}; waiting up to {self.wait:g} s for it to grow")
+            progress.info(f"{lack}; waiting up to {self.wait:g} s for the cluster to grow")
         return layout
 
     def _connect(self, runtime: Mapping[str, Any]) -> bool:
@@ -254,8 +257,8 @@ class RayLauncher(SharingOptions, Launcher):
         if refused or b"Unauthenticated" in said:
             raise OptionError(
                 "address",
-                f"{self.address}: the cluster refuses this token; set RAY_AUTH_MODE=token and "
-                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as the cluster has them",
+                f"{self.address}: the cluster rejects this token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) to the values of the cluster",
             )
         raise OptionError("address", f"{self.address or 'local'}: no Ray cluster answers ({reason})")
 
@@ -277,7 +280,9 @@ def _with_engines(place: Place, engines: int) -> Place:
         return place
     room = place.members[ENGINE].workers
     if engines > room:
-        raise OptionError(["place", "engines"], f"contradict each other: there is a place for {room} rollout engines")
+        raise OptionError(
+            ["place", "engines"], f"contradict each other: the placement has room for {room} rollout engines"
+        )
     return replace(place, members={**place.members, ENGINE: Shape(engines)})
 
 
@@ -286,7 +291,7 @@ def _report_engines(layout: Layout) -> None:
     seats = layout.seats.get(ENGINE, ())
     if len(seats) > 1:
         others = [name for name in layout.sitting(seats[0]) if name != ENGINE]
-        where = f"beside {', '.join(others)}" if others else "in bundles of their own"
+        where = f"beside {', '.join(others)}" if others else "in separate bundles"
         progress.info(f"{len(seats)} rollout engines {where}")
 
 

@@ -99,15 +99,15 @@ def find_lack(layout: Layout, nodes: Sequence[Resources]) -> str:
         wanted = _sum(resource, (bundle for group in layout.groups for bundle in group))
         have = _sum(resource, nodes)
         if wanted > have + 1e-9:
-            return f"launcher ray needs {wanted:g} {resource} for {people}, the cluster has {have:g}"
+            return f"launcher ray needs {wanted:g} {resource} for {people}, but the cluster has {have:g}"
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         for group, strategy in zip(layout.groups, layout.strategies, strict=True):
             whole = [_sum(resource, group)] if strategy == "STRICT_PACK" else [_sum(resource, [b]) for b in group]
             if max(whole) > largest + 1e-9:
-                return f"launcher ray needs {max(whole):g} {resource} on one node, the largest has {largest:g}"
+                return f"launcher ray needs {max(whole):g} {resource} on one node, but the largest node has {largest:g}"
     spread = [len(g) for g, s in zip(layout.groups, layout.strategies, strict=True) if s == "STRICT_SPREAD"]
     most = max([*spread, *map(len, layout.apart)], default=0)
-    return f"STRICT_SPREAD needs {most} nodes, the cluster has {len(nodes)}" if most > len(nodes) else ""
+    return f"STRICT_SPREAD needs {most} nodes, but the cluster has {len(nodes)}" if most > len(nodes) else ""
 
 
 def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
@@ -118,7 +118,7 @@ def check_capacity(layout: Layout, nodes: Sequence[Resources]) -> None:
     """
     if lack := find_lack(layout, nodes):
         fewer = f"{option('workers')}, {option('engines')}, {option('place')} or {option('cpus')}"
-        raise UsageError(f"{lack}; ask for less with {fewer}, or let a cluster that grows do so with {option('wait')}")
+        raise UsageError(f"{lack}; request less with {fewer}, or wait for an autoscaling cluster with {option('wait')}")
 
 
 def check_devices(role: str, devices: Sequence[Iterable[tuple[str, str]]]) -> None:

@@ -101,8 +101,8 @@ def check_engines_alone(place: Place, devices: int) -> None:
     if devices > 1 and ENGINE in place.members and others:
         raise OptionError(
             "place",
-            f"a rollout engine of {devices} GPUs cannot share them with {', '.join(others)}, whose ranks take one each; "
-            f"use {option('place', 'separate')}, or give {ENGINE} a place of its own",
+            f"a rollout engine of {devices} GPUs cannot share them with {', '.join(others)}, whose ranks use one "
+            f"GPU each; use {option('place', 'separate')}, or give {ENGINE} a separate place",
         )
 
 
@@ -120,11 +120,11 @@ def _parse_place(part: str, known: Sequence[str], strategy: str, devices: int) -
         if match and (name != ENGINE or int(match[2]) != devices):
             raise OptionError(
                 "place",
-                f"{word!r}: the engines of this run compute on {devices} GPU{'s' * (devices > 1)}; set that with the options "
-                "of the rollout",
+                f"{word!r}: each engine of this run uses {devices} GPU{'s' * (devices > 1)}; change that with the "
+                "options of the rollout",
             )
         if name in members:
-            raise OptionError("place", f"{part!r} names {name} twice")
+            raise OptionError("place", f"{part!r} names {name} twice; name it once")
         members[name] = replace(shape, strategy="")
     return Place(members, shape.strategy or strategy, devices=devices if set(members) == {ENGINE} else 1)
 
@@ -148,4 +148,4 @@ def _check_partition(places: Sequence[Place], roles: Sequence[str]) -> None:
         raise UsageError(f"{option('place')} has no place for {', '.join(missing)}; add NAMES@BUNDLES, or + to a place")
     for name in placed:
         if placed.count(name) > 1:
-            raise OptionError("place", f"gives {name} two places")
+            raise OptionError("place", f"gives {name} two places; name it once")

@@ -116,7 +116,7 @@ class Pulse:
             self._hear(self._question)
         patience = self.limits.patience if self._known else max(START_SECONDS, self.limits.patience)
         if self._silent > patience:
-            return f"it gave no sign of life for {self._silent:.0f} s"
+            return f"it sent no heartbeat for {self._silent:.0f} s"
         if heard and self._idle > max(self.limits.stall, LONGEST * longest):
             return f"it made no progress for {self._idle:.0f} s"
         return ""

@@ -144,7 +144,7 @@ class EngineCrew:
         if not self._left:
             raise death
         self._left -= 1
-        log.warning(f"{death.report}; a new engine takes its place")
+        log.warning(f"{death.report}; a new engine replaces it")
         replaced = False
         try:
             for left in reversed(range(ATTEMPTS)):
@@ -176,7 +176,7 @@ class EngineCrew:
                 self._ask_one(rank, weights.finish(role))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):  # their owner is dead too
-                raise WorkerLost(self.crew.who, f"{death.report}; the weights that it had are lost") from None
+                raise WorkerLost(self.crew.who, f"{death.report}; its weights are lost") from None
             raise
 
     def _ask_one(self, rank: int, call: Call) -> Any:

@@ -112,7 +112,7 @@ class Snapshots:
                 taken[name, rank] = [self._keeper(node).take.remote(step, name, rank, parts[rank]) for node in targets]
         held = [any(self._answers(each) for each in asked) for asked in taken.values()]
         if not all(held):
-            log.warning(f"the snapshot of step {step} is not whole; the one before it stays")
+            log.warning(f"the snapshot of step {step} is incomplete; the one before it is kept")
             return False
         for keeper in self._keepers.values():
             keeper.settle.remote(step)
@@ -135,7 +135,7 @@ class Snapshots:
         for keeper in self._keepers.values():
             if self._answers(keeper.has.remote(step, role, rank), True):
                 return keeper.give.remote(step, role, rank)
-        what = f"the snapshot of step {step} is lost: no node is left that has role {role} rank {rank}"
+        what = f"the snapshot of step {step} is lost: no remaining node has role {role} rank {rank}"
         raise WorkerLost("snapshot", what)
 
     def _answers(self, reference: Any, wanted: Any = None) -> bool:

@@ -53,7 +53,7 @@ def travelling_variables(environment: Mapping[str, str], named: Sequence[str]) -
     """
     for name in named:
         if name not in environment:
-            advice = "give the names of variables that are set, and set them in the shell"
+            advice = "set the variable in the shell, and give only its name"
             raise OptionError("env", f"{name.partition('=')[0]!r}: no such environment variable; {advice}")
     chosen = {
         name: value
@@ -78,8 +78,8 @@ def read_runtime_environment(file: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text("utf-8"))
         if not isinstance(content, dict):
-            raise TypeError("it has no table of fields, such as env_vars")
+            raise TypeError("it is not a table of fields such as env_vars")
         return dict(RuntimeEnv(**content))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise OptionError("runtime_env", f"{file}: no runtime environment of Ray ({reason})") from None
+        raise OptionError("runtime_env", f"{file} is not a Ray runtime environment ({reason})") from None

@@ -72,7 +72,7 @@ def plan_from(run: Description) -> Plan:
         differing = sorted(kind for kind in {*mine, *expected} if mine.get(kind) != expected.get(kind))
         pairs = ", ".join(f"{kind}: {expected.get(kind)} here, {mine.get(kind)} there" for kind in differing)
         raise UsageError(
-            f"the plugins of {socket.gethostname()} differ from the controller's ({pairs}); install the same"
+            f"the plugins on {socket.gethostname()} differ from the controller's ({pairs}); install the same versions"
         )
     return make_plan(config)
 

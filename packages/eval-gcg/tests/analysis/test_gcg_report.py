@@ -82,7 +82,7 @@ def test_the_last_step_or_all(tmp_path: Path) -> None:
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no finished evaluation by gcg"):
+    with pytest.raises(UsageError, match="contains no finished evaluation by gcg"):
         read_evaluations(tmp_path)
     folder = leave(tmp_path / "run", [1])
     path = folder / "gcg/step-0/answers.jsonl"
@@ -122,7 +122,7 @@ def test_a_table_of_somebody_else_is_not_written_over(tmp_path: Path, capsys: py
     folder = leave(tmp_path / "run", [1])
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     assert main(["gcg-report", str(folder), "--output", str(tmp_path / "mine"), "--formats"]) == 2
-    assert "no figure or table of this command" in capsys.readouterr().err
+    assert "is not a figure or table of this command" in capsys.readouterr().err
     assert (tmp_path / "mine.csv").read_text(encoding="utf-8") == "a,b\n1,2\n"
 
 

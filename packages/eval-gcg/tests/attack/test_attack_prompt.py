@@ -92,7 +92,7 @@ def test_an_empty_goal_leaves_the_suffix_as_the_whole_message() -> None:
     ("goal", "name", "changes", "said"),
     [
         (Goal("Say", ""), "qwen", {}, "the target is empty"),
-        (Goal("Say", "  "), "qwen", {}, "becomes no tokens"),
+        (Goal("Say", "  "), "qwen", {}, "has no tokens"),
         (Goal("Say", "Sure"), "gpt-2", {}, "the tokenizer has no chat template"),
         (Goal("Say {suffix} {suffix}", "Sure"), "qwen", {"suffix_place": "marker"}, "found it 2 times"),
         (Goal("Say hel", "Sure"), "qwen", {"separator": "", "suffix": "lo"}, "merges the suffix"),
@@ -100,7 +100,7 @@ def test_an_empty_goal_leaves_the_suffix_as_the_whole_message() -> None:
             Goal("", "Sure", origin="a.csv:3"),
             "gpt-2",
             {"chat": False, "suffix": "\ud800"},
-            "a.csv:3: .* half a character",
+            "a.csv:3: .* half of a surrogate pair",
         ),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(goal: Goal, name: str, changes: dict[str, object]
 def test_a_template_that_hides_the_message_or_the_system_prompt_says_so() -> None:
     tokenizer = copy.deepcopy(family("qwen"))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    with pytest.raises(UsageError, match="shows the user's message 0 times"):
+    with pytest.raises(UsageError, match="repeats the user's message 0 times"):
         AttackPrompt.build(Goal("Say", "Sure"), tokenizer, Attack())
     tokenizer.chat_template = "{{ raise_exception('no system prompts') }}"
     with pytest.raises(UsageError, match="system cannot be rendered by the chat template: no system prompts"):

@@ -134,7 +134,7 @@ def test_a_single_row_that_does_not_fit_is_one_line_and_other_errors_pass() -> N
         raise RuntimeError("shapes differ")
 
     made.victim.model = full
-    with pytest.raises(UsageError, match="memory runs out at a single candidate"):
+    with pytest.raises(UsageError, match="one candidate alone does not fit in memory"):
         Scorer(options).losses([(made, neighbors(made, 4))])
     made.victim.model = broken
     with pytest.raises(RuntimeError, match="shapes differ"):

@@ -200,8 +200,8 @@ def test_of_a_bad_set_the_loss_is_that_of_the_summed_probability() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"objective": "reward"}, "objective reward needs a reward"),
-        ({"objective": "bad_set", "early_stop": True}, "early_stop is for objective target"),
+        ({"objective": "reward"}, "objective reward needs a judge"),
+        ({"objective": "bad_set", "early_stop": True}, "early_stop works only with objective target"),
     ],
 )
 def test_options_that_do_not_go_together_say_so(options: dict[str, Any], said: str) -> None:
@@ -216,7 +216,7 @@ def test_options_that_do_not_go_together_say_so(options: dict[str, Any], said: s
         ({"mellowmax_alpha": 0.0}, "mellowmax_alpha must be above 0"),
         ({"momentum": 1.0}, "momentum must be below 1"),
         ({"schedule": "best"}, "schedule must be gcg, acg, momentum, probe or module:Class"),
-        ({"suffix": " "}, "suffix must hold"),
+        ({"suffix": " "}, "suffix must contain"),
         ({"suffix_place": "marker", "marker": ""}, "marker must not be empty"),
     ],
 )
@@ -232,7 +232,7 @@ def test_no_goals_is_one_line() -> None:
 
 def test_no_surviving_candidate_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttackPrompt, "stable", lambda self, rows: [False] * len(rows))
-    with pytest.raises(UsageError, match="goal 'Say hello': no candidate survives the filter: none of 192 becomes"):
+    with pytest.raises(UsageError, match="goal 'Say hello': no candidate passes the filter: none of 192 keeps"):
         search(schedule="gcg")
 
 

@@ -95,6 +95,6 @@ def test_a_state_of_another_attack_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "attack.state"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="is no state of an attack") as caught:
+    with pytest.raises(UsageError, match="is not the state of an attack") as caught:
         search(path, options("gcg", steps=1))
     assert "\n" not in str(caught.value)

@@ -58,12 +58,12 @@ def test_a_reward_that_reads_roles_cannot_be_the_objective(tmp_path: Path) -> No
         engine._judge = None
         run = SimpleNamespace(config=SimpleNamespace(providers={"reward": SimpleNamespace(needs={"ref_logprobs_NT"})}))
         role = SimpleNamespace(tokenizer=load_tokenizer(MODEL, ModelOptions(model=MODEL)))
-        with pytest.raises(OptionError, match="reward needs a judge that reads no roles"):
+        with pytest.raises(OptionError, match="reward needs a judge that does not read roles"):
             engine._attack(run, role, GCG(**SMALL).read(), tmp_path)
 
 
 def test_an_environment_is_refused() -> None:
     providers = {"launcher": SimpleNamespace(one_process=True), "environment": object(), "reward": None}
     context: Any = SimpleNamespace(plan=SimpleNamespace(config=SimpleNamespace(providers=providers)))
-    with pytest.raises(UsageError, match="asks one question at a time; leave out"):
+    with pytest.raises(UsageError, match="does not support environments; leave out"):
         GCGEngine(GCG(**SMALL), context)

@@ -77,7 +77,7 @@ def test_a_model_with_another_tokenizer_is_refused(
         return found
 
     monkeypatch.setattr(tokenizer, "load_tokenizer", other)
-    with pytest.raises(OptionError, match="other: its tokenizer is not the policy's"):
+    with pytest.raises(OptionError, match="other: its tokenizer differs from the policy's"):
         evaluate(tmp_path, **options)
 
 

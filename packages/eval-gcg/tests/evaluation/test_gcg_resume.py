@@ -104,7 +104,7 @@ def test_attacks_with_other_options_are_not_mixed(tmp_path: Path) -> None:
     measure(tmp_path)
     path = tmp_path / "gcg/step-0/attacks.jsonl"
     store = AttackStore(path.parent, Attack(steps=3), "0")
-    with pytest.raises(UsageError, match="holds attacks on another model or with other options"):
+    with pytest.raises(UsageError, match="contains attacks on another model or with other options"):
         store.check_same(run_trains=False)
     assert store.check_same(run_trains=True) is False
     assert attacks(tmp_path)

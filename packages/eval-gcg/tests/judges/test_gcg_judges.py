@@ -116,12 +116,12 @@ def test_the_presets_name_their_models_and_lack_their_authors_templates() -> Non
 
 
 def test_mistakes_of_a_judge_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="expected {completion}"):
+    with pytest.raises(OptionError, match="{completion} is missing"):
         verdict(tmp_path, "only {prompt}").check()
     with pytest.raises(OptionError, match="values"):
         verdict(tmp_path, answers=("a", "b", "c"))
     with (
-        pytest.raises(OptionError, match="two begin with one token"),
+        pytest.raises(OptionError, match="two answers begin with the same token"),
         open_provider(verdict(tmp_path, answers=("Ya", "Yb"))),
     ):
         pass

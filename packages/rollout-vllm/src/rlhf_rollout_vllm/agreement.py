@@ -55,10 +55,10 @@ def check(engine: Engine, role: Role, prompts: Prompts, when: str) -> dict[str, 
     )
     if not mean <= bound:  # written so that nan stops
         raise RunStopped(
-            f"after {when}, log-probabilities of rollout 'vllm' differ from those of role {role.name!r} by {mean:.2g} on "
-            f"average and {largest:.2g} at most, above {option('max_logprob_diff')} {bound:g}: the weights did "
-            "not arrive "
-            f"as they are, or vLLM computes this model differently; use {run_option('rollout', 'hf')}"
+            f"after {when}, log-probabilities of rollout 'vllm' differ from those of role {role.name!r} by "
+            f"{mean:.2g} on average and {largest:.2g} at most, above {option('max_logprob_diff')} {bound:g}: vLLM "
+            "did not receive the right weights, or it computes this model differently; use "
+            f"{run_option('rollout', 'hf')}"
         )
     return {"sync/logprob_diff_mean": mean, "sync/logprob_diff_max": largest}
 

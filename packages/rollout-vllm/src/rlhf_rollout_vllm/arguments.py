@@ -110,7 +110,8 @@ def engine_gpus(options: VLLMOptions, environment: Mapping[str, str]) -> list[in
     if ranks > 1 and size > 1:
         raise OptionError(
             options.parallel_sizes,
-            f"are for one engine, and each of {ranks} ranks has one on its GPU; pass {run_option('launcher', 'ray')}",
+            f"need a single engine, but each of the {ranks} ranks has one on its GPU; pass "
+            f"{run_option('launcher', 'ray')}",
         )
     return [rank] if ranks > 1 else None
 

@@ -112,7 +112,7 @@ class VLLM(VLLMOptions, Rollout):
         if ahead and self.is_apart and self.transfer in ("ipc", "nccl") and self.restarts:
             raise OptionError(
                 "restarts",
-                f"with {run_option('ahead')} takes weights that the trainer does not have any more: pass "
+                f"with {run_option('ahead')} needs weights that the trainer no longer has; pass "
                 f"{option('restarts', 0)} or {option('transfer', 'shared_memory')}",
             )
         return VLLMEngines(self, ahead)
@@ -155,7 +155,7 @@ class VLLMEngines(Rollout):
         """Sample, and measure the probability that truncation kept if `measured`."""
         if any(prompts.images):
             raise UsageError(
-                f"rollout vllm passes no images on: use {run_option('rollout', 'hf')} for prompts with images"
+                f"rollout vllm does not support images: use {run_option('rollout', 'hf')} for prompts with images"
             )
         from rlhf_rollout_vllm.agreement import check, compare_weights, kept_mass
         from rlhf_rollout_vllm.session import Engine

@@ -71,7 +71,8 @@ class InProcess:
         if self._sleeps and _groups.users:
             raise OptionError(
                 "enable_sleep",
-                "is for runs that sample one role: vLLM lets one engine of a process sleep; leave it out",
+                "works only in runs that sample one role, since vLLM can put one engine per process to sleep; "
+                "leave it out",
             )
         free, total = (1, 1) if cpu else torch.cuda.mem_get_info()
         share = memory_share(self.options.gpu_memory_utilization, free, total)
@@ -84,12 +85,12 @@ class InProcess:
                 distributed_executor_backend=None if cpu else _external_launcher(),
             )
         except ValueError as error:
-            raise UsageError(f"vLLM does not start with this model and these options: {reason_of(error)}") from error
+            raise UsageError(f"vLLM cannot start with this model and these options: {reason_of(error)}") from error
         (kind,) = llm.apply_model(_class_name)
         if kind.startswith("Transformers"):
             raise UsageError(
-                f"vLLM has no {llm.model_config.architecture} of its own, and the one that it borrows from transformers "
-                f"would change the model that is trained in this process; use {run_option('rollout', 'hf')}"
+                f"vLLM does not implement {llm.model_config.architecture}, and the transformers implementation that "
+                f"it uses instead would change the model that this process trains; use {run_option('rollout', 'hf')}"
             )
         return llm
 

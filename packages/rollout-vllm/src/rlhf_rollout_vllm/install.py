@@ -65,8 +65,8 @@ def import_vllm() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"vllm {found} does not import ({reason}); where it was built for the CPU, remove what it brings for CUDA: "
-            "python3 -m pip uninstall -y torchvision torchaudio torchcodec"
+            f"vllm {found} does not import ({reason}); if it is a CPU build, remove its CUDA packages: python3 -m "
+            "pip uninstall -y torchvision torchaudio torchcodec"
         ) from error
     return vllm
 
@@ -79,13 +79,14 @@ def check_entry_point() -> None:
     """
     if not any(each.name == PLUGIN for each in entry_points(group=PLUGINS)):
         raise UsageError(
-            "rlhf-rollout-vllm was installed in a version without an engine in processes of its own: install it again "
-            "(python3 -m pip install --force-reinstall --no-deps rlhf-rollout-vllm)"
+            "the installed rlhf-rollout-vllm cannot run its engine in separate processes; install it again: "
+            "python3 -m pip install --force-reinstall --no-deps rlhf-rollout-vllm"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and PLUGIN not in allowed.split(","):
         raise UsageError(
-            f"VLLM_PLUGINS leaves out {PLUGIN!r}, which brings weights to the engine: add it, or unset the variable"
+            f"VLLM_PLUGINS does not list {PLUGIN!r}, which transfers weights to the engine; add it, or unset the "
+            "variable"
         )
 
 

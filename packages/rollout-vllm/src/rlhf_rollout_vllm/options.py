@@ -142,7 +142,7 @@ class VLLMOptions:
         for token, bias in self.logit_bias.items():
             if not token.isdecimal() or not abs(bias) <= LARGEST_BIAS:
                 raise OptionError(
-                    "logit_bias", f"takes biases of -100 to 100 for ids of tokens, not {bias} for {token}; change it"
+                    "logit_bias", f"needs token ids with biases from -100 to 100, not {bias} for {token}; change it"
                 )
         self._check_guide()
         self._check_server()
@@ -162,7 +162,7 @@ class VLLMOptions:
             try:
                 re.compile(self.guided_regex)
             except re.error as error:
-                raise OptionError("guided_regex", f"is no regular expression ({error}); correct it") from error
+                raise OptionError("guided_regex", f"is not a regular expression ({error}); correct it") from error
         if self.guided_json:
             self.json_schema()
 
@@ -178,18 +178,20 @@ class VLLMOptions:
             raise OptionError("answer_seconds", f"must be above 0, not {self.answer_seconds}")
         if self.transfer != "shared_memory" and not self.is_apart:
             raise OptionError(
-                "transfer", f"is for engines with processes of their own; pass {option('process', 'own')}"
+                "transfer", f"works only with engines in separate processes; pass {option('process', 'own')}"
             )
         if self.transfer == "ipc" and self.engine_devices > 1:
             raise OptionError(
-                "transfer", f"ipc reaches one GPU, the trainer's; pass {option('transfer', 'shared_memory')}"
+                "transfer", f"ipc works only on the trainer's GPU; pass {option('transfer', 'shared_memory')}"
             )
         for name in SIZES:
             size = getattr(self, name)
             if size < 1:
                 raise OptionError(name, f"must be at least 1, not {size}")
             if size > 1 and self.process == "trainer":
-                raise OptionError(name, f"is for engines with processes of their own; pass {option('process', 'own')}")
+                raise OptionError(
+                    name, f"works only with engines in separate processes; pass {option('process', 'own')}"
+                )
 
     def _check_lora(self) -> None:
         """Check that adapters can come apart from the weights.
@@ -222,7 +224,7 @@ class VLLMOptions:
             return
         for url in self.server:
             if not is_address(url):
-                raise OptionError("server", f": {url} is no address like http://127.0.0.1:8000; correct it")
+                raise OptionError("server", f": {url} is not an address such as http://127.0.0.1:8000; correct it")
             if self.transfer == "shared_memory" and urlsplit(url).hostname not in LOOPBACK:
                 raise OptionError(
                     "transfer",
@@ -263,8 +265,8 @@ class VLLMOptions:
             schema = json.loads(text)
         except (OSError, ValueError) as error:
             raise OptionError(
-                "guided_json", f"is no file with a JSON schema, and no schema ({error}); correct it"
+                "guided_json", f"is neither a JSON schema nor a file that contains one ({error}); correct it"
             ) from error
         if not isinstance(schema, dict):
-            raise OptionError("guided_json", "must be a schema that is a JSON object; correct it")
+            raise OptionError("guided_json", "must be a JSON schema that is an object; correct it")
         return schema

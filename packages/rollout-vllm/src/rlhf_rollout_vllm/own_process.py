@@ -78,7 +78,7 @@ class OwnProcess:
         self.version = ""
         """version of the weights in the store"""
         if options.transfer != "shared_memory" and not torch.cuda.is_available():
-            raise OptionError("transfer", f"{options.transfer} is for GPUs, and there is none; leave it out")
+            raise OptionError("transfer", f"{options.transfer} needs a GPU, but there is none; leave it out")
         self.courier = COURIERS[options.transfer](getattr(torch, dtype))
         self.loop = LoopThread()
         self._life = threading.RLock()
@@ -160,7 +160,7 @@ class OwnProcess:
             with without_main_script(), quiet_children():
                 llm = AsyncLLM.from_engine_args(arguments)
         except (ValueError, RuntimeError) as error:
-            raise UsageError(f"vLLM does not start with this model and these options: {reason_of(error)}") from error
+            raise UsageError(f"vLLM cannot start with this model and these options: {reason_of(error)}") from error
         logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)  # we report a death in one line
         return llm
 
@@ -191,7 +191,7 @@ class OwnProcess:
                         f"the processes of rollout 'vllm' died {self.restarted} times, more than {option('restarts')} "
                         f"{self.options.restarts}; continue from the last checkpoint with {run_option('resume')}"
                     )
-                log.warning(f"the processes of rollout 'vllm' died; they are started again ({self.restarted})")
+                log.warning(f"the processes of rollout 'vllm' died and restart now ({self.restarted})")
                 try:
                     self._start()
                     if self.courier.has_weights:

@@ -35,9 +35,8 @@ def check_temperature(temperature: float) -> None:
     """
     if 0 < temperature < TEMPERATURE_LEAST:
         raise UsageError(
-            f"vLLM does not sample at a temperature of {temperature:g}; give "
-            f"{run_option('sampling.temperature', 0)} or at least "
-            f"{TEMPERATURE_LEAST:g}, or use {run_option('rollout', 'hf')}"
+            f"vLLM cannot sample at temperature {temperature:g}; give {run_option('sampling.temperature', 0)} or at "
+            f"least {TEMPERATURE_LEAST:g}, or use {run_option('rollout', 'hf')}"
         )
 
 
@@ -60,7 +59,9 @@ class Parameters:
     def __post_init__(self) -> None:
         beyond = [token for token in self.options.logit_bias if int(token) >= self.width]
         if beyond:
-            raise OptionError("logit_bias", f"names the token {beyond[0]}, and the model has {self.width}; change it")
+            raise OptionError(
+                "logit_bias", f"names the token {beyond[0]}, but the model has only {self.width} tokens; change it"
+            )
 
     def __call__(self, sampling: Sampling, seed: int, max_tokens: int, whole_head: bool = False) -> dict[str, Any]:
         """Return one completion's parameters. It ends with the run's end tokens and with no other.

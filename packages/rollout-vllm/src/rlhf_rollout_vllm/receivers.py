@@ -60,7 +60,8 @@ def check_complete(expected: set[str], loaded: set[str]) -> None:
     left_out = expected - loaded
     if left_out:
         raise ContractError(
-            f"the role's weights() left out {len(left_out)} of the model's tensors, vLLM's {min(left_out)!r} first"
+            f"the role's weights() omitted {len(left_out)} of the model's tensors; vLLM's {min(left_out)!r} is the "
+            "first"
         )
 
 

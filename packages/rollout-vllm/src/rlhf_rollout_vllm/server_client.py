@@ -97,7 +97,7 @@ class ServerClient:
         if failed and not self.targets:
             server, error = failed[0]
             raise RunStopped(
-                f"no server of rollout 'vllm' takes weights any more; {server.url} failed at {path}: {error}; start it "
+                f"no server of rollout 'vllm' accepts weights any more ({server.url} failed at {path}: {error}); start it "
                 f"again and continue with {run_option('resume', True)}"
             )
         return [each for each in answers if not _is_error(each)]

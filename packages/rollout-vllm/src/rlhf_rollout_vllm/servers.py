@@ -61,7 +61,7 @@ class Server:
         except FAILURES as error:
             raise OptionError("server", f": no server answers at {self.url}: {error}; start it first") from None
         except (KeyError, TypeError, IndexError):
-            raise OptionError("server", f": {self.url} is no vLLM server; correct the address") from None
+            raise OptionError("server", f": {self.url} is not a vLLM server; correct the address") from None
 
     def weight_version(self) -> str | None:
         """Return the name of its weights; None if it does not answer, and nothing if it does not tell."""
@@ -140,7 +140,7 @@ def servers_of_rank(urls: Sequence[str], environment: Mapping[str, str]) -> list
     if len(urls) % ranks:
         raise OptionError(
             "server",
-            f"has {len(urls)} addresses for {ranks} ranks, each of which updates servers of its own; give each one",
+            f"has {len(urls)} addresses, which {ranks} ranks cannot share evenly; give each rank the same number",
         )
     return list(urls[rank::ranks])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["LEFT_OUT", "SyncClient", "left_out"]
 
-LEFT_OUT = "the role's weights() left out"
+LEFT_OUT = "the role's weights() omitted"
 """Beginning of the receiver's error, which vLLM passes on as text."""
 
 

@@ -23,16 +23,18 @@ def compiled_adam(optimizer: torch.optim.Optimizer) -> Any:
         UsageError: the optimizer is another one, or this machine cannot compile it.
     """
     if type(optimizer) is not torch.optim.AdamW:
-        raise OptionError("cpu_adam", f"is AdamW, and the role's optimizer is {type(optimizer).__name__}; leave it out")
+        raise OptionError(
+            "cpu_adam", f"works only with AdamW, but the role's optimizer is {type(optimizer).__name__}; leave it out"
+        )
     adam = library().ops.adam.DeepSpeedCPUAdam
     groups = [{name: group[name] for name in GROUP} for group in optimizer.param_groups]
-    log.info("deepspeed's AdamW for CPUs is loaded, and compiled where it is new (minutes)")
+    log.info("loading DeepSpeed's AdamW for CPUs; the first time it is compiled, which takes minutes")
     try:
         with silence_deepspeed():
             return adam(groups, adamw_mode=True)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"deepspeed cannot compile its AdamW for CPUs here ({reason}); install a C++ compiler and ninja, or leave out "
-            f"{option('cpu_adam')}"
+            f"DeepSpeed cannot compile its AdamW for CPUs on this machine ({reason}); install a C++ compiler and "
+            f"ninja, or leave out {option('cpu_adam')}"
         ) from error

@@ -24,18 +24,18 @@ __all__ = ["configuration"]
 Json = dict[str, Any]
 
 REFUSED = {
-    "train_batch_size": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
-    "train_micro_batch_size_per_gpu": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
-    "gradient_accumulation_steps": f"batches are cut by {run_option('batch_size')} and {run_option('micro_tokens')}",
-    "optimizer": "the optimizer is the role's (--<role>.optim…)",
-    "scheduler": "the schedule is the role's (--<role>.optim.schedule)",
-    "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} decides it",
-    "zero_optimization.offload_param.device": f"{option('offload', 'all')} decides it",
-    "tensor_parallel": "tensor parallelism is not part of this version",
-    "sequence_parallel_size": f"{option('sequence')} decides it",
-    "hybrid_engine": "completions are sampled by the rollout engine",
-    "elasticity": "the world size is that of the launcher",
-    "checkpoint.load_universal": "checkpoints are written and read by parameter, under every stage and number of ranks",
+    "train_batch_size": f"{run_option('batch_size')} and {run_option('micro_tokens')} set the batch sizes",
+    "train_micro_batch_size_per_gpu": f"{run_option('batch_size')} and {run_option('micro_tokens')} set the batch sizes",
+    "gradient_accumulation_steps": f"{run_option('batch_size')} and {run_option('micro_tokens')} set the batch sizes",
+    "optimizer": "--<role>.optim chooses the optimizer",
+    "scheduler": "--<role>.optim.schedule sets the schedule",
+    "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} sets it",
+    "zero_optimization.offload_param.device": f"{option('offload', 'all')} sets it",
+    "tensor_parallel": "this version does not support tensor parallelism",
+    "sequence_parallel_size": f"{option('sequence')} sets it",
+    "hybrid_engine": "the rollout engine samples completions",
+    "elasticity": "the launcher sets the world size",
+    "checkpoint.load_universal": "checkpoints always store states by parameter, and load under every stage and number of ranks",
 }
 """Keys a user's file may not switch on, and what to use instead."""
 
@@ -131,10 +131,11 @@ def _check(user: Json, fixed: Json, path: str) -> None:
         refused = next((why for name, why in REFUSED.items() if f"{key}.".startswith(f"{name}.")), None)
         off = key.endswith(".enabled") and value is False
         if refused is not None and not off and not _is_disabled(user, key) and decided.get(key) != value:
-            raise OptionError("config", f"{path}: take {key} out: {refused}")
+            raise OptionError("config", f"{path}: remove {key}: {refused}")
         if key in decided and decided[key] != value:
             raise OptionError(
-                "config", f"{path}: {key} is {value!r}, but the run's own options make it {decided[key]!r}; take it out"
+                "config",
+                f"{path}: {key} is {value!r}, but the options of the run set it to {decided[key]!r}; remove it",
             )
 
 

@@ -91,7 +91,7 @@ def mark_leaves(module: nn.Module, classes: Sequence[str]) -> None:
     for name in classes:
         if name not in known:
             blocks = ", ".join(sorted(each for each in known if each not in vars(torch.nn)))
-            raise OptionError("leaf_modules", f"the model has no module of class {name!r}; it has {blocks}")
+            raise OptionError("leaf_modules", f"the model has no module of class {name!r}; name one of {blocks}")
     if classes:
         library().utils.set_z3_leaf_modules(module, list(classes))
 
@@ -117,7 +117,8 @@ def forward(engine: Any, batch: Batch, names: frozenset[str], device: torch.devi
     if any(batch.images) and torch.distributed.get_world_size() > 1:
         # a rank whose rows have none would not take part in what is gathered and reduced for the vision tower
         raise UsageError(
-            f"strategy deepspeed takes images in one process only: use {run_option('strategy', 'torch')}, or one rank"
+            f"strategy deepspeed supports images only in one process; use {run_option('strategy', 'torch')}, or one "
+            "rank"
         )
     differentiate = torch.is_grad_enabled()
     # weights that stage 3 gathers in inference mode could never take part in a backward pass afterwards

@@ -47,7 +47,7 @@ class DeepSpeedOptions:
                 raise UsageError(f"{name} must be at least {least}, not {value}")
         if self.overlap and self.stage < 2:
             raise UsageError(
-                f"overlap needs stage 2 or 3, not {self.stage}; before that nothing is sent in the backward pass"
+                f"overlap needs stage 2 or 3, not {self.stage}; lower stages send nothing in the backward pass"
             )
         if self.offload == "optimizer" and self.stage == 0:
             raise OptionError("offload", "optimizer needs stage 1, 2 or 3, not 0, which shards no optimizer state")
@@ -56,9 +56,9 @@ class DeepSpeedOptions:
                 "offload", f"all needs stage 3, not {self.stage}, which keeps whole weights on every device"
             )
         if self.cpu_adam and self.offload == "none":
-            raise OptionError("cpu_adam", "updates weights in main memory; choose what is there with offload as well")
+            raise OptionError("cpu_adam", "updates weights in main memory; choose an offload too")
         if self.sequence < 1:
             raise OptionError("sequence", f"must be at least 1, not {self.sequence}")
         for name in ("hpz", "leaf_modules"):
             if getattr(self, name) and self.stage < 3:
-                raise OptionError(name, f"needs stage 3, not {self.stage}, where weights are sharded; leave it out")
+                raise OptionError(name, f"needs stage 3, which shards weights, not {self.stage}; leave it out")

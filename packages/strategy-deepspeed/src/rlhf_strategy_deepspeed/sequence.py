@@ -39,7 +39,9 @@ def join_rows(module: Any, together: int) -> World:
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     if heads % size or (groups % size and size % groups):
         raise OptionError(
-            "sequence", f"{size} does not fit {heads} attention heads of {groups} keys; choose a number that does"
+            "sequence",
+            f"{size} must divide the {heads} attention heads, and must divide the {groups} key heads or be a "
+            "multiple of them; choose another number",
         )
     if not module.packing or text._attn_implementation != NAME:
         raise UsageError(

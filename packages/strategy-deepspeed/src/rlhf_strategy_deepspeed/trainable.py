@@ -65,7 +65,7 @@ class DeepSpeedTrainable(Trainable):
         self.world: World = join_rows(module, options.sequence)
         if options.hpz is not None and self.ranks.size % options.hpz:
             raise OptionError(
-                "hpz", f"{options.hpz} does not divide {self.ranks.size} ranks; choose a number that does"
+                "hpz", f"{options.hpz} does not divide the {self.ranks.size} ranks; choose a number that does"
             )
         config = configuration(options, dtype, optim)
         if options.show_config:
@@ -176,14 +176,14 @@ def _check_choices(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvid
     """
     if dtype == "float16" and options.stage == 0:
         raise UsageError(
-            f"strategy 'deepspeed' scales the loss of float16 from stage 1 on; use {option('stage')} 1, 2 or 3, or the "
+            f"strategy 'deepspeed' cannot train in float16 at stage 0; use {option('stage')} 1, 2 or 3, or the "
             "strategy torch"
         )
     if dtype == "float16" and not library().accelerator.get_accelerator().is_fp16_supported():
         raise UsageError("DeepSpeed does not compute in float16 on this device; use dtype bfloat16 or float32")
     if options.stage > 0 and not optim.elementwise:
         raise UsageError(
-            f"strategy 'deepspeed' cuts matrices into flat shards at stage {options.stage}, and the optimizer "
-            f"{type(optim).__name__} reads whole ones; use {option('stage')} 0, the strategy torch, or the "
+            f"strategy 'deepspeed' cuts matrices into flat shards at stage {options.stage}, but the optimizer "
+            f"{type(optim).__name__} needs whole matrices; use {option('stage')} 0, the strategy torch, or the "
             "optimizer adamw"
         )

@@ -71,13 +71,14 @@ class GDPOAdvantage(Advantage):
         missing = [name for name in names if name not in rewards.metrics]
         if missing:
             raise UsageError(
-                f"{run_option('advantage.parts')} names {', '.join(missing)}, and the reward reports "
-                f"{', '.join(rewards.metrics) or 'no parts'}; choose among them, or {run_option('reward', 'sum')}"
+                f"{run_option('advantage.parts')} names {', '.join(missing)}, but the reward reports "
+                f"{', '.join(rewards.metrics) or 'no parts'}; choose one of these, or {run_option('reward', 'sum')}"
             )
         weights = self.weights or (1.0,) * len(names)
         if len(weights) != len(names):
             raise UsageError(
-                f"{run_option('advantage.weights')} has {len(weights)} numbers for the {len(names)} parts {', '.join(names)}"
+                f"{run_option('advantage.weights')} has {len(weights)} numbers, but there are {len(names)} parts: "
+                f"{', '.join(names)}"
             )
         parts = [(weight, name, rewards.metrics[name]) for weight, name in zip(weights, names, strict=True)]
         total_N = sum((weight * part_N.double() for weight, _, part_N in parts), torch.zeros(len(rewards.rewards_N)))
@@ -87,7 +88,8 @@ class GDPOAdvantage(Advantage):
             row = int(gap_N.argmax())
             used = ", ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
             raise UsageError(
-                f"the parts {used} add up to {float(total_N[row]):g}, and the reward is {float(reward_N[row]):g}: set "
-                f"{run_option('advantage.weights')} to those of the reward, name all of its parts, and leave shaping off"
+                f"the parts {used} sum to {float(total_N[row]):g}, but the reward is {float(reward_N[row]):g}: set "
+                f"{run_option('advantage.weights')} to the weights of the reward, name all of its parts, and switch "
+                "shaping off"
             )
         return parts

@@ -70,8 +70,8 @@ class KTOAdvantage(Advantage):
         if not (good and bad) and rollouts.step.progress == 0.0:
             kind = "desirable" if good else "undesirable"
             raise UsageError(
-                f"KTO needs desirable and undesirable rows, and the first batch has only {kind} ones: "
-                f"check the labels{advice(' (' + run_option('data.label_key') + ')')}, true or false, or raise "
+                f"KTO needs desirable and undesirable rows, but the first batch has only {kind} ones: check the "
+                f"labels{advice(' (' + run_option('data.label_key') + ')')}, true or false, or raise "
                 f"{run_option('batch_size')}"
             )
         points = {
@@ -102,7 +102,8 @@ def add_mismatched_rows(batch: Batch) -> Batch:
     firsts = world.gather((len(batch), replace(batch.rows(range(min(unit, len(batch)))), world=None)))
     if sum(rows for rows, _ in firsts) <= unit:
         raise UsageError(
-            f"KTO pairs completions with other prompts, and the batch has one prompt; raise {run_option('batch_size')}"
+            "KTO pairs completions with other prompts, but the batch has only one prompt; raise "
+            f"{run_option('batch_size')}"
         )
     longest = int((batch.prompt_lengths_N + batch.lengths_N).max()) if len(batch) else 0
     room = max(world.gather(longest))
@@ -136,4 +137,6 @@ def _is_desirable(label: object) -> bool:
     """The label of a row as a judgment."""
     if isinstance(label, (bool, int, float)):
         return label > 0
-    raise UsageError(f"KTO needs labels true or false (or numbers, positive being desirable), or pairs, not {label!r}")
+    raise UsageError(
+        f"KTO needs pairs, or labels that are true, false or a number (positive means desirable), not {label!r}"
+    )

@@ -37,8 +37,8 @@ class MaxRLAdvantage(Advantage):
         scores_N = rewards.rewards_N
         if bool((scores_N < 0).any()):
             raise UsageError(
-                "advantage maxrl divides by a prompt's mean reward, and a reward is negative; use a reward of 0 and 1, or "
-                f"{run_option('advantage', 'grpo')}"
+                "advantage maxrl divides by a prompt's mean reward, but a reward is negative; use a reward of 0 or "
+                f"1, or {run_option('advantage', 'grpo')}"
             )
         mean_N = group_mean(scores_N, rollouts.group_N)
         shaped_N = (scores_N - mean_N) / mean_N.masked_fill(mean_N == 0, 1)

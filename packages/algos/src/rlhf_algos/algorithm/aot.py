@@ -28,7 +28,7 @@ class AOT(DPO):
     def credit(self, loss: Loss) -> Advantage:
         if not isinstance(loss, AOTLoss):
             raise UsageError(
-                f"the algorithm aot is for the loss aot, not {type(loss).__qualname__}; choose {run_option('loss', 'aot')}, "
-                "or the algorithm dpo"
+                f"the algorithm aot works only with the loss aot, not {type(loss).__qualname__}; choose "
+                f"{run_option('loss', 'aot')}, or the algorithm dpo"
             )
         return AOTCredit(loss.paired)

@@ -25,7 +25,7 @@ class BCOPair(DPO):
     def credit(self, loss: Loss) -> Advantage:
         if not isinstance(loss, BCOPairLoss):
             raise UsageError(
-                f"the algorithm bco_pair is for the loss bco_pair, not {type(loss).__qualname__}; choose "
+                f"the algorithm bco_pair works only with the loss bco_pair, not {type(loss).__qualname__}; choose "
                 f"{run_option('loss', 'bco_pair')}, or the algorithm dpo"
             )
         return BCOCredit()

@@ -40,8 +40,8 @@ class DPO(Algorithm):
         term = Term("actor", "data", loss, self.credit(loss))
         if term.unit != 2:
             raise UsageError(
-                f"the loss {type(term.loss).__qualname__} compares no pairs, so rejected completions would be learned as well; "
-                "choose dpo, ipo, cdpo, robust, hinge, simpo or orpo"
+                f"the loss {type(term.loss).__qualname__} does not compare pairs, so it would also learn the "
+                "rejected completions; choose dpo, ipo, cdpo, robust, hinge, simpo or orpo"
             )
         return (term, Term("actor", "data", ChosenNLLLoss(), weight=self.nll)) if self.nll else (term,)
 

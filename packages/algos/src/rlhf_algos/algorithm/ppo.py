@@ -49,9 +49,9 @@ class PPO(OnlineOptions):
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         if choices.advantage is None or "values_NT" not in choices.advantage.needs:
             raise UsageError(
-                f"ppo trains a critic, which the advantage {type(choices.advantage).__name__} does not use: "
-                f"choose {run_option('advantage', 'gae')}, or an algorithm without a critic such as "
-                "reinforce_pp or grpo"
+                f"ppo trains a critic, but the advantage {type(choices.advantage).__name__} does not use one: "
+                f"choose {run_option('advantage', 'gae')}, or an algorithm without a critic such as reinforce_pp or "
+                "grpo"
             )
         terms = policy_terms(choices, self.kl, self.entropy)
         if self.ptx:

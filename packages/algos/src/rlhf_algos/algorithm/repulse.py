@@ -75,7 +75,10 @@ class RePULSe(Algorithm):
         if self.proposal_updates < 1:
             raise UsageError(f"proposal_updates must be at least 1, not {self.proposal_updates}")
         if self.proposal == "base" and self.proposal_updates > 1:
-            raise UsageError(f"with {option('proposal', 'base')} there is no proposal to update; drop proposal-updates")
+            raise UsageError(
+                f"with {option('proposal', 'base')} there is no proposal to update; leave out "
+                f"{option('proposal_updates')}"
+            )
 
     def __call__(self, choices: ProviderChoices) -> tuple[Term, ...]:
         if self.compat == "original":
@@ -111,6 +114,9 @@ class RePULSe(Algorithm):
 def _sequence_means(loss: Loss | None) -> Loss:
     """The chosen policy loss, averaged as the released code does."""
     if loss is None or loss.aggregate is None:
-        raise UsageError(f"{option('compat', 'original')} sets a loss's aggregate, and {type(loss).__name__} has none")
+        raise UsageError(
+            f"{option('compat', 'original')} sets the aggregate of the loss, but {type(loss).__name__} has none; "
+            "leave it out"
+        )
     averaged: Any = replace(loss, aggregate="sequence")  # type: ignore[type-var]
     return averaged  # type: ignore[no-any-return]

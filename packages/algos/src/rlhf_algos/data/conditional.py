@@ -35,7 +35,7 @@ class ConditionalData(Json):
         super().__post_init__()
         for name in ("{prompt}", "{reward}"):
             if name not in self.condition:
-                raise OptionError("condition", f"needs {name} somewhere; it is {self.condition!r}")
+                raise OptionError("condition", f"must contain {name}, but it is {self.condition!r}")
 
     def __call__(self, split: str) -> Sequence[Example]:
         if self.target is not None:

@@ -54,13 +54,17 @@ class SelectedData(Json):
         groups: dict[str, list[Example]] = {}
         for row in rows:
             if len(row.completions) != 1:
-                raise DataError(f"{row.origin}: expected one completion, as `rlhf-run generate` and `score` write it")
+                raise DataError(
+                    f"{row.origin}: expected one completion per row, in the format that `rlhf-run generate` and "
+                    "`rlhf-run score` write"
+                )
             groups.setdefault(repr(row.prompt), []).append(row)
         chosen = list(self._choose(list(groups.values())))
         if not chosen:
             raise DataError(
-                f"{path}: no prompt has two completions that make a pair by {self.selector or self.select}, their rewards "
-                f"more than {self.min_gap:g} apart; generate more of each with {run_option('sampling.n')}"
+                f"{path}: no prompt has two completions that {self.selector or self.select} selects as a pair with "
+                f"rewards more than {self.min_gap:g} apart; generate more completions per prompt with "
+                f"{run_option('sampling.n')}"
             )
         return chosen
 
@@ -81,7 +85,7 @@ class SelectedData(Json):
         selector = make_from_spec("advantage", self.selector, "selector")
         if not isinstance(selector, PairSelector):
             raise OptionError(
-                "selector", f"{self.selector!r} chooses no pairs; name a pair selector, such as best_second"
+                "selector", f"{self.selector!r} does not choose pairs; name a pair selector, such as best_second"
             )
         return selector
 

@@ -99,7 +99,8 @@ class BadProbability(Evaluator):
             pieces = tokenizer.encode(word, add_special_tokens=False)
             if len(pieces) != 1:
                 raise UsageError(
-                    f"bad_probability: {word!r} is {len(pieces)} tokens; give one token per word, or {option('ids')}"
+                    f"bad_probability: {word!r} is {len(pieces)} tokens; give words of one token each, or "
+                    f"{option('ids')}"
                 )
             found += pieces
         return sorted(set(found))

@@ -68,7 +68,7 @@ class BadSamples(Evaluator):
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{self.path}:{number}: expected an object with prompt_ids and ids") from None
         if not rows:
-            raise OptionError("path", f"{self.path} holds no samples")
+            raise OptionError("path", f"{self.path} contains no samples; name a file that reward keep_bad wrote")
         return rows
 
 

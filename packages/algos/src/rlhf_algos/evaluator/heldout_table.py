@@ -71,7 +71,7 @@ class HeldoutTable(Evaluator):
         rows = run.heldout(self.prompts or None)
         fitting = [i for i in range(len(rows)) if run.encoder.fits_prompt(rows[i])]
         if not fitting:
-            raise UsageError(f"no held-out prompt fits; raise {run_option('max_prompt_tokens')}")
+            raise UsageError(f"every held-out prompt is too long; raise {run_option('max_prompt_tokens')}")
         columns: dict[str, list[Any]] = {}
         for number in range(self.passes):
             for asked in self._shares(fitting, run.world.rank, run.world.size):

@@ -77,8 +77,8 @@ class Pairs(Ingredient):
                 regrets.append(regret)
         if not pairs:
             raise DataError(
-                f"{context.inputs['scored'].path}: no pair is left of {len(groups)} prompts; rewards are equal, or too "
-                "few for the selector"
+                f"{context.inputs['scored'].path}: no pair can be made from {len(groups)} prompts; their rewards "
+                "are equal, or too few for the selector: sample more completions per prompt"
             )
         path, statistics = context.folder / "pairs.jsonl", context.folder / "statistics.json"
         path.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
@@ -88,7 +88,9 @@ class Pairs(Ingredient):
     def _selector(self) -> PairSelector:
         made = make_from_spec("advantage", self.selector, "selector")
         if not isinstance(made, PairSelector):
-            raise OptionError("selector", f"{self.selector!r} chooses no pairs; best_worst does, for example")
+            raise OptionError(
+                "selector", f"{self.selector!r} does not choose pairs; use a pair selector, such as best_worst"
+            )
         return made
 
     def _pair(
@@ -180,7 +182,7 @@ def _rewards(rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, An
         return [found[row.get("k"), row["completion"]] for row in rows]
     except KeyError:
         raise DataError(
-            f"{path}: it has no reward for each completion of prompt {rows[0]['uid']}; score the same file"
+            f"{path}: some completions of prompt {rows[0]['uid']} have no reward; score the file that was generated"
         ) from None
 
 

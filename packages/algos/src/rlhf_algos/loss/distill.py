@@ -44,7 +44,9 @@ class DistillLoss(Loss):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
-            raise UsageError(f"beta must lie between 0 and 1, not {self.beta}; the ends are forward and reverse")
+            raise UsageError(
+                f"beta must be above 0 and below 1, not {self.beta}; for the limits use divergence forward or reverse"
+            )
         if not self.temperature > 0:
             raise UsageError(f"temperature must be above 0, not {self.temperature}")
 

@@ -44,7 +44,8 @@ class DPPOLoss(PolicyLoss):
         check_ranges(self, delta="(0, inf)")
         if self.correction.level != "off":
             raise UsageError(
-                "the ratio of dppo is to the sampler itself, so there is nothing to correct; leave correction.level off"
+                "dppo computes its ratio against the sampler, so there is nothing to correct; leave "
+                "correction.level off"
             )
 
     def with_correction(self) -> Loss:

@@ -54,8 +54,8 @@ class PRMLoss(Loss):
         for i, (labels, steps) in enumerate(zip(batch.labels, steps_N)):
             if not isinstance(labels, (list, tuple)) or len(labels) != steps:
                 raise UsageError(
-                    f"{batch.texts[i][:40]!r} has {steps} steps that end in token {self.placeholder} and the labels "
-                    f"{labels!r}: give one label a step "
+                    f"{batch.texts[i][:40]!r} has {steps} steps that end in token {self.placeholder}, but the "
+                    f"labels are {labels!r}: give one label per step "
                     f"({advice(run_option('data.label_key') + ', ')}{option('placeholder')})"
                 )
             targets_NT[i, ends_NT[i]] = torch.tensor([_probability(label) for label in labels], device=ends_NT.device)
@@ -68,4 +68,4 @@ def _probability(label: object) -> float:
         return float(label == GOOD)
     if isinstance(label, (bool, int, float)) and 0 <= label <= 1:
         return float(label)
-    raise UsageError(f"a step's label is {GOOD!r}, {BAD!r} or a probability from 0 to 1, not {label!r}")
+    raise UsageError(f"the label of a step must be {GOOD!r}, {BAD!r} or a probability from 0 to 1, not {label!r}")

@@ -60,9 +60,7 @@ class Dense:
         """H itself, from a Cholesky factorization of P."""
         factor_DD, failed = torch.linalg.cholesky_ex(self.inverse_DD)
         if int(failed):
-            raise UsageError(
-                "the stored curvature is singular: it is not positive definite; start from a fresh estimator"
-            )
+            raise UsageError("the stored curvature is not positive definite; start with a new estimator")
         matrix_DD: Tensor = torch.cholesky_inverse(factor_DD)
         return matrix_DD
 

@@ -67,12 +67,12 @@ class Iterates:
 
     def __init__(self, d: int, theta_D: Tensor | None = None) -> None:
         if d < 1:
-            raise UsageError(f"an estimator has at least one feature, not {d}")
+            raise UsageError(f"an estimator needs at least one feature, not {d}")
         self.d, self.t, self.eta = d, 0, 1.0
         self.theta_D = torch.zeros(d, dtype=torch.float64) if theta_D is None else theta_D.detach().double().clone()
         if self.theta_D.shape != (d,):
             raise UsageError(
-                f"theta has shape {tuple(self.theta_D.shape)}; an estimator of {d} features starts from ({d},)"
+                f"theta has shape {tuple(self.theta_D.shape)}; an estimator with {d} features needs the shape ({d},)"
             )
         self._sum_D = self.theta_D.clone()
 
@@ -89,11 +89,12 @@ class Iterates:
         """
         z_BD = z_BD.detach().double()
         if z_BD.dim() != 2 or z_BD.shape[1] != self.d:
-            raise UsageError(f"pairs have shape {tuple(z_BD.shape)}; this estimator takes (pairs, {self.d})")
+            raise UsageError(f"pairs have shape {tuple(z_BD.shape)}; this estimator needs the shape (pairs, {self.d})")
         bad = (~z_BD.isfinite().all(1)).nonzero()
         if len(bad):
             raise UsageError(
-                f"features of pair {int(bad[0])} of {len(z_BD)} are not finite; look at the model's dtype and at that row"
+                f"the features of pair {int(bad[0])} of {len(z_BD)} are not finite; check the model's dtype and "
+                "that row"
             )
         return z_BD
 
@@ -113,11 +114,14 @@ class Iterates:
             UsageError: it belongs to another estimator, or has another number of features.
         """
         if state.get("kind") != self.kind:
-            raise UsageError(f"the stored state is of {state.get('kind')!r}, and this estimator is {self.kind!r}")
+            raise UsageError(
+                f"the stored state is of {state.get('kind')!r}, but this estimator is {self.kind!r}; choose the "
+                "optimizer that wrote the state"
+            )
         if state["d"] != self.d:
             raise UsageError(
-                f"the stored state of {self.kind} has {state['d']} features, and this reward head has {self.d}; "
-                "take the model that the state was made with, or start a fresh estimator"
+                f"the stored state of {self.kind} has {state['d']} features, but this reward head has {self.d}; use "
+                "the model that wrote the state, or start with a new estimator"
             )
         self.t = int(state["t"])
         self.theta_D, self._sum_D = state["theta_D"].clone(), state["sum_D"].clone()

@@ -42,7 +42,7 @@ class FirstOrder(Iterates):
         Raises:
             UsageError: always.
         """
-        raise UsageError("a first-order estimator has no curvature; take omd, omd_cg or mle for uncertainty")
+        raise UsageError("a first-order estimator has no curvature; use omd, omd_cg or mle for uncertainty")
 
     def step(self, z_BD: Tensor) -> None:
         """Take in pairs (B, D), chosen minus rejected, in one step on their mean loss."""

@@ -48,8 +48,8 @@ class HeadStep(torch.optim.Optimizer):
         if bool(zero_B.any()) and not self._warned and leads():
             first = int(row_N[0::2][zero_B][0])
             log.warning(
-                f"{int(zero_B.sum())} of {len(zero_B)} pairs have equal features for chosen and rejected, the first in row "
-                f"{first + 1} of the data; such pairs teach nothing (logged once)"
+                f"{int(zero_B.sum())} of {len(zero_B)} pairs have equal features for chosen and rejected, the first "
+                f"in row {first + 1} of the data; such pairs have no effect on training (logged once)"
             )
             self._warned = True
 

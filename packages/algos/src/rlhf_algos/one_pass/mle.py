@@ -94,7 +94,7 @@ class Mle(Iterates):
         if norm > max(self.tolerance, floor):
             raise UsageError(
                 f"the fit of {len(z_TD)} pairs ended with a gradient of {norm:.1e}, above {self.tolerance:.0e}; "
-                "raise damping, or take solver newton"
+                "raise damping, or use solver newton"
             )
         self.take_iterate(theta_D)
 

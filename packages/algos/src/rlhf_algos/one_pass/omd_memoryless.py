@@ -79,7 +79,7 @@ def direction(how: Direction, hessian: Apply, g_D: Tensor, t: int, total: int, d
     if solved.bend < 0:  # a network's loss is not convex: Newton-CG then descends along the gradient
         return g_D
     raise UsageError(
-        f"the curvature is singular along the gradient at step {t} with damping {ridge:.3g}; raise damping, or take "
+        f"the curvature is singular along the gradient at step {t} with damping {ridge:.3g}; raise damping, or use "
         "damping-strategy constant"
     )
 

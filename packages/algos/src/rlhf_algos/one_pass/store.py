@@ -35,8 +35,8 @@ def read_state(folder: str | Path) -> Mapping[str, Any]:
         found += [state for state in states if isinstance(state, Mapping) and state.get("kind") in KINDS]
     if len(found) != 1:
         raise UsageError(
-            f"{checkpoint} holds {len(found)} states of an estimator, not 1; name a run that was trained with "
-            f"one of {', '.join(KINDS)}"
+            f"{checkpoint} contains {len(found)} estimator states, not 1; name a run that was trained with one of "
+            f"{', '.join(KINDS)}"
         )
     state: Mapping[str, Any] = found[0]
     return state

@@ -67,8 +67,8 @@ class HeadOptimizer(OptimizerProvider):
         weight = self._head(named)
         if self.grows and is_sharded(weight):
             raise UsageError(
-                "this optimizer keeps all pairs, and a sharded checkpoint holds states of a fixed size only; "
-                f"use {run_option('strategy', 'torch')}, or take omd"
+                "this optimizer keeps all pairs, but a sharded checkpoint can only store states of a fixed size; "
+                f"use {run_option('strategy', 'torch')} or the optimizer omd"
             )
         theta_D = whole(weight)[0].cpu() if self.start == "head" else None
         estimator = self.estimator(weight.shape[1], theta_D)
@@ -88,8 +88,9 @@ class HeadOptimizer(OptimizerProvider):
         if len(heads) != 1 or others:
             first = f", such as {others[0].removeprefix('model.')}" if others else ""
             raise UsageError(
-                f"this optimizer trains the head of a reward model alone, and {len(named) - 1} further tensors are "
-                f"trained{first}; pass {run_option('reward.freeze', 'body')}, or take omd_memoryless"
+                f"this optimizer trains only the head of a reward model, but {len(named) - 1} other tensors are "
+                f"trained too{first}; pass {run_option('reward.freeze', 'body')}, or use the optimizer "
+                "omd_memoryless"
             )
         return heads[0]
 
@@ -116,6 +117,6 @@ def check_pairs_loss(outputs: Outputs, values: Mapping[str, Tensor]) -> None:
         ):
             return
     raise UsageError(
-        f"this optimizer minimizes the Bradley-Terry loss of a reward model; take {run_option('loss', 'bradley_terry')} "
-        "without margin and centre, and no other loss"
+        "this optimizer can only minimize the Bradley-Terry loss of a reward model; use "
+        f"{run_option('loss', 'bradley_terry')} without margin and centre"
     )

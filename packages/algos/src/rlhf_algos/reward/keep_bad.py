@@ -68,14 +68,14 @@ class KeepBadEngine:
         try:
             self.known = {_key(json.loads(line)) for line in lines}
         except (ValueError, KeyError):
-            raise OptionError("path", f"{self.path} holds something else than bad samples; name another file") from None
+            raise OptionError("path", f"{self.path} is not a file of bad samples; name another file") from None
 
     def close(self) -> None:
         """Nothing to do: each write is complete, and the run closes the reward."""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if any(rollouts.images):
-            raise UsageError("reward keep_bad keeps tokens and no images; choose the reward by itself")
+            raise UsageError("reward keep_bad cannot store images; choose the inner reward without keep_bad")
         output = to_reward_output(self.inner(rollouts), rollouts, self.reward)
         rows = []
         for i, (reward, answered) in enumerate(zip(output.total_N.tolist(), output.answered_N.tolist(), strict=True)):

@@ -80,7 +80,7 @@ class UncertainEngine(RewardModelEngine):
         width = self.module.model.config.hidden_size
         if width != estimator.d:
             raise UsageError(
-                f"the state has {estimator.d} features, and the model {reward.model} has {width}; name the run that "
+                f"the state has {estimator.d} features, but the model {reward.model} has {width}; name the run that "
                 "trained this model"
             )
 

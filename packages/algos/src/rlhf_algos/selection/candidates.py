@@ -40,8 +40,8 @@ class Candidates:
         """
         if self.covariance_GG is None:
             raise UsageError(
-                f"{type(asker).__name__} needs the uncertainty of each reward, and this reward reports none; "
-                f"choose {run_option('reward', 'uncertain')}, or a reward with a metric 'uncertainty'"
+                f"{type(asker).__name__} needs the uncertainty of each reward, but this reward reports none; choose "
+                f"{run_option('reward', 'uncertain')}, or a reward with a metric 'uncertainty'"
             )
         return self.covariance_GG
 

@@ -82,7 +82,9 @@ def _options(folder: Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(read_text(path))
     except (OSError, ValueError):
-        raise UsageError(f"{folder} holds no run with a readable config.toml; name OUTPUT of runs") from None
+        raise UsageError(
+            f"{folder} contains no run with a readable config.toml; name the OUTPUT folders of runs"
+        ) from None
     return {name: value for name, value in _flat(tree) if name.partition(".")[0] not in NO_DIFFERENCE}
 
 

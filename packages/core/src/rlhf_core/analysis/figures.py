@@ -82,7 +82,8 @@ def check_own(path: Path, columns: list[str]) -> None:
     except OSError:
         pass
     raise UsageError(
-        f"{path} is there and no figure or table of this command; move it away, or name another {run_option('output')}"
+        f"{path} exists and is not a figure or table of this command; move it away, or name another "
+        f"{run_option('output')}"
     )
 
 

@@ -107,7 +107,7 @@ class Member:
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 yield row
             else:
-                log.warning(f"{path}:{number} is damaged and left out")
+                log.warning(f"{path}:{number} is damaged and skipped")
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def read_sweep(path: str | Path) -> SweepFile:
         if not isinstance(tree.get(key, kind()), kind):
             raise UsageError(f"{path}: {key} must be a {WORDS[kind]}, not {tree[key]!r}")
     if "\0" in tree.get("output", ""):
-        raise UsageError(f"{path}: output {tree['output']!r} has a NUL; name a folder")
+        raise UsageError(f"{path}: output {tree['output']!r} contains a NUL character; name a folder")
     base = _toml(path.parent / tree["config"]) if "config" in tree else {}
     output = Path(tree.get("output", path.with_suffix("")))
     seeds = tree.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UsageError(f"{path}: seeds must be a list of numbers, as [0, 1, 2]")
+        raise UsageError(f"{path}: seeds must be a list of numbers, such as [0, 1, 2]")
     members = []
     methods = list(_methods(tree, base, path))
     for seed, (method, settings) in itertools.product(seeds, methods):  # all methods once, before the next seed
@@ -151,7 +151,7 @@ def read_sweep(path: str | Path) -> SweepFile:
         folder = inside(output, name)
         members.append(Member(name, method, seed, {**settings, "seed": seed, "output": str(folder)}, folder))
     if len({member.name for member in members}) < len(members):
-        raise UsageError(f"{path}: two runs have one name; tell variants and grid values apart")
+        raise UsageError(f"{path}: two runs have the same name; rename a variant, or change a grid value")
     discard = tuple(map(str, tree.get("discard", ())))
     for name in discard:
         inside(output / "run", name)

@@ -47,7 +47,7 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
         DataError: it is damaged, or has no such column.
     """
     if not path.exists():
-        raise UsageError(f"{path} is not there; let the run write it with the evaluator heldout_table")
+        raise UsageError(f"{path} does not exist; write it with a run that has the evaluator heldout_table")
     try:
         if path.suffix == ".parquet":
             table = check_parquet().read_table(path)

@@ -55,8 +55,8 @@ def read_states(folder: Path, saved_ranks: int, rank: int, ranks: int) -> dict[s
             states[place] = found[0]
         else:
             raise UsageError(
-                f"{folder} has the state of {place} on {saved_ranks} ranks, another one on each, which {ranks} ranks cannot "
-                f"share: resume on {saved_ranks} ranks"
+                f"{folder} has a separate state of {place} for each of {saved_ranks} ranks, which {ranks} ranks "
+                f"cannot share; resume on {saved_ranks} ranks"
             )
     return states
 

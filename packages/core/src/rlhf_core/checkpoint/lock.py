@@ -85,7 +85,9 @@ class RunLock:
         number = self._newest()
         if number and _is_live(self._path(number)):
             holder = _read(self._path(number))
-            raise UsageError(f"{self.output} is in use by {holder}; let it end, or name another {run_option('output')}")
+            raise UsageError(
+                f"{self.output} is in use by {holder}; wait until it ends, or name another {run_option('output')}"
+            )
 
     def acquire(self) -> None:
         """Take the lock, and give signs of life until `release`.
@@ -99,7 +101,9 @@ class RunLock:
             if self._create(number + 1):
                 threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
                 return
-        raise UsageError(f"{self.output} is taken by one process after another; name another {run_option('output')}")
+        raise UsageError(
+            f"{self.output} is locked by other processes again and again; name another {run_option('output')}"
+        )
 
     def check(self) -> None:
         """Check that this run still holds the lock.
@@ -111,9 +115,9 @@ class RunLock:
         if newest == self._number:
             return
         if newest == 0:
-            raise RunStopped(f"{self.output} was removed while the run wrote to it; it is stopped and nothing is saved")
+            raise RunStopped(f"{self.output} was removed while the run wrote to it; the run stops without saving")
         raise RunStopped(
-            f"{self.output} was taken over by {_read(self._path(newest))}, since this one gave no sign of life"
+            f"{self.output} was taken over by {_read(self._path(newest))}, since this process sent no heartbeat"
         )
 
     def release(self) -> None:
@@ -220,7 +224,7 @@ def _is_live(path: Path) -> bool:
         seen = path.stat().st_mtime_ns
         if _age(path) > STALE:
             return False
-        log.warning(f"{path.parent.parent} is in use by {holder}: watching up to {STALE:.0f} s for a sign of life")
+        log.warning(f"{path.parent.parent} is in use by {holder}; waiting up to {STALE:.0f} s for its heartbeat")
         end = time.monotonic() + STALE
         while time.monotonic() < end:
             time.sleep(min(BEAT / 5, STALE / 20))

@@ -120,11 +120,11 @@ class OutputFolder:
 
     def _check_kind(self) -> None:
         if "\0" in self.config.output:
-            raise OptionError("/output", f"{self.config.output!r} has a NUL; name a folder")
+            raise OptionError("/output", f"{self.config.output!r} contains a NUL character; name a folder")
         if self.path.exists() and not self.path.is_dir():
             raise OptionError("/output", f"{self.path} is a file; name a folder")
         if self.path.is_symlink() and not self.path.exists():
-            raise OptionError("/output", f"{self.path} is a link that leads nowhere; remove it, or name a folder")
+            raise OptionError("/output", f"{self.path} is a broken link; remove it, or name a folder")
         check_links(self.path)
 
     def _check(self) -> OwnFiles:
@@ -162,7 +162,7 @@ class OutputFolder:
             UsageError: there is none, and something to resume; or run.json is a file of something else.
         """
         if (self.path / OWN_FILES).is_dir():
-            raise UsageError(f"{self.path / OWN_FILES} is a folder, where a run lists its files; move it away")
+            raise UsageError(f"{self.path / OWN_FILES} is a folder, but a run lists its files there; move it away")
         found = read_own_files(self.path)
         if found is not None:
             return found
@@ -176,22 +176,24 @@ class OutputFolder:
                 return copy
         lost = any((self.path / name).exists() for name in (OWN_FILES, *self.names))
         raise UsageError(
-            f"{self.path / OWN_FILES} is missing or damaged, and no checkpoint has a copy, so that nobody can tell which files "
-            f"are the run's; put it back, or begin again with another {run_option('output')}"
+            f"{self.path / OWN_FILES}, the list of the run's files, is missing or damaged, and no checkpoint has a "
+            f"copy; restore it, or start over with another {run_option('output')}"
             if lost
-            else f"there is no run in {self.path} to resume; leave {run_option('resume', True)} out to begin one, or pass "
-            f"{run_option('resume', 'auto')} to begin or continue"
+            else (
+                f"there is no run in {self.path} to resume; leave out {run_option('resume', True)} to start one, or "
+                f"pass {run_option('resume', 'auto')} to start or continue"
+            )
         )
 
     def _check_config(self, own: OwnFiles) -> None:
         """Check that config.toml is as the run wrote it: what a user changed in it is not written over."""
         path = self.path / "config.toml"
         if not path.exists():
-            log.warning(f"{path} is missing; it is written anew from {OWN_FILES}")
+            log.warning(f"{path} is missing; it is restored from {OWN_FILES}")
         elif _read(path) != own.config.encode():
             raise UsageError(
-                f"{path} is not as the run wrote it: edited, or damaged; move it to another name (the run writes it anew), "
-                f"and give changes as flags, or by {run_option('config')} with the new name"
+                f"{path} was edited or damaged after the run wrote it; rename it (the run writes it again), and "
+                f"pass changes as flags or with {run_option('config')} and the new name"
             )
 
     def _unwritable(self, error: OSError) -> UsageError:
@@ -202,7 +204,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; the run reads what it wrote there") from None
+        raise UsageError(f"{path}: {error.strerror}; make it readable, since a resumed run reads it") from None
 
 
 def _check_reads(config: RunConfig, output: Path, names: Iterable[str]) -> None:
@@ -222,7 +224,8 @@ def _check_reads(config: RunConfig, output: Path, names: Iterable[str]) -> None:
             continue
         if overwritten:
             raise UsageError(
-                f"{run_option(path)} {value} is where the run would write; name another {run_option('output')}"
+                f"{run_option(path)} {value} is a path that the run would overwrite; name another "
+                f"{run_option('output')}"
             )
 
 

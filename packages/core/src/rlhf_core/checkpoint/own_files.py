@@ -104,17 +104,18 @@ def check_foreign(output: Path, wanted: Iterable[str], own: OwnFiles) -> None:
     for name in wanted:
         for path in (output / name, *(output / f".{name.rstrip('/')}.{end}" for end in ("tmp", "old"))):
             if path.is_symlink():
-                raise UsageError(f"{path} is a link, and the run writes there; remove it, or {elsewhere}")
+                raise UsageError(f"{path} is a link, but the run writes there; remove it, or {elsewhere}")
             if not os.path.lexists(path):
                 continue
             if name not in own.names:
                 raise UsageError(
-                    f"{path} is there and no file of this run, which would write over it; move it away, or {elsewhere}"
+                    f"{path} exists and is not a file of this run, which would overwrite it; move it away, or "
+                    f"{elsewhere}"
                 )
             if path == output / name and path.is_dir() != name.endswith("/"):
                 kinds = ("file", "folder") if name.endswith("/") else ("folder", "file")
                 raise UsageError(
-                    f"{path} is a {kinds[0]} where the run has a {kinds[1]}; put that back, or {elsewhere}"
+                    f"{path} is a {kinds[0]}, but the run has a {kinds[1]} there; restore it, or {elsewhere}"
                 )
 
 
@@ -140,7 +141,7 @@ def claim_folder(output: Path, names: Iterable[str], beside_run: bool = False) -
         if own.config:
             RunLock(output).refuse_holder()
             if taken := [name for name in names if name in own.names and os.path.lexists(output / name)]:
-                raise UsageError(f"{output / taken[0]} is the run's own; name another {run_option('output')}")
+                raise UsageError(f"{output / taken[0]} belongs to the run; name another {run_option('output')}")
             check_foreign(output, names, replace(own, names=own.later))
             replace(own, later=tuple(sorted({*own.later, *names}))).write(output)
             return

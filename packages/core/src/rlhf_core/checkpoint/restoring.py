@@ -49,7 +49,8 @@ def restore(
     state: dict[str, Any] = json.loads((found / "state.json").read_text(encoding="utf-8"))
     if state["strategy"] != strategy and not (by_parameter and state.get("by_parameter", False)):
         raise UsageError(
-            f"{found} was written by strategy {state['strategy']}, which {strategy} cannot read; resume with it"
+            f"{found} was written by strategy {state['strategy']}, which {strategy} cannot read; resume with "
+            f"strategy {state['strategy']}"
         )
     states = read_tree(found / "random.safetensors")
     engine_states = read_states(found, len(states), world.rank, world.size)
@@ -69,9 +70,9 @@ def _newest_valid(output: Path) -> Path | str | None:
     for folder in reversed(list_checkpoints(output)):
         owner = read_own_files(folder)
         if own is not None and owner is not None and owner.run != own.run:
-            return f"{folder} was written by another run than the one in {output}; move it away"
+            return f"{folder} was not written by the run in {output}; move it away"
         if folder.is_symlink():
-            return f"{folder} is a link; put the folder itself there, or move the link away"
+            return f"{folder} is a link; replace it by the folder itself, or move the link away"
         found = find_damage(folder)
         if found:
             damages.append((folder, found))
@@ -79,11 +80,11 @@ def _newest_valid(output: Path) -> Path | str | None:
         for broken, what in damages:
             aside = _free_name(broken.with_name(f"damaged-{broken.name}"))
             broken.rename(aside)
-            log.warning(f"{broken} is damaged ({what}), now {aside.name}; using {folder.name}")
+            log.warning(f"{broken} is damaged ({what}) and renamed to {aside.name}; using {folder.name}")
         return folder
     if damages:
         listed = "; ".join(f"{folder.name}: {what}" for folder, what in damages)
-        another = f"begin again with another {run_option('output')}"
+        another = f"start over with another {run_option('output')}"
         return f"every checkpoint in {output / 'checkpoints'} is damaged ({listed}); {another}"
     return None
 

@@ -94,7 +94,7 @@ def read_best(output: Path) -> Path | None:
         name: Any = json.loads(marker.read_bytes())["checkpoint"]
         best = next(folder for folder in own_checkpoints(output) if folder.name == name)
     except (ValueError, KeyError, TypeError, StopIteration):
-        log.warning(f"{marker} is damaged; no model of the best checkpoint is written")
+        log.warning(f"{marker} is damaged; the model of the best checkpoint is not written")
         return None
     return best
 
@@ -118,7 +118,7 @@ def check_metric(name: str, trained: Iterable[str], metrics: Mapping[str, float]
     if name and not partial and not {name, name.rpartition("/")[0]} & known:
         raise OptionError(
             "/keep_best",
-            f"{name}: no such metric{did_you_mean(name, known)}; metrics.jsonl has the names of those there are",
+            f"{name}: no such metric{did_you_mean(name, known)}; metrics.jsonl lists the metrics of the run",
         )
 
 

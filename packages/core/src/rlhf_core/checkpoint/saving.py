@@ -80,7 +80,7 @@ def save(
     if world.gather(shared.folder.exists())[0]:  # the leader's word: others may not see yet what it has just renamed
         if leader:
             if shared.folder not in own_checkpoints(shared.output):
-                raise RunStopped(f"{shared.folder} is no checkpoint of this run; move it away, then resume")
+                raise RunStopped(f"{shared.folder} is not a checkpoint of this run; move it away, then resume")
             rotate(shared.output)  # a run may have been killed between saving and this
         return
     shared = replace(shared, random_states=world.gather(get_random_states()))

@@ -67,7 +67,7 @@ def _exit_code(argv: list[str]) -> int:
         return int(str(end))
     except SystemExit as end:
         called = f"sys.exit({'' if end.code is None else repr(end.code)}) was called{failure_place(end)}"
-        _say(f"{called} before the work was done; nothing more was saved")
+        _say(f"{called} before the work was done; nothing else was saved")
         return 1
 
 
@@ -81,7 +81,7 @@ def _run(argv: list[str]) -> int:
         argv = argv[1:]
     for word in argv:
         if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python shows a byte that it cannot read
-            raise UsageError(f"{word!a} is no UTF-8 text; give the file another name")
+            raise UsageError(f"{word!a} is not UTF-8 text; rename the file")
     words, load, blocked = _take_plugins(argv)
     if words == ["--version"]:
         from importlib.metadata import version

@@ -89,8 +89,8 @@ class Chat(Command):
         window, length = window_of(model.config), inputs["input_ids"].shape[1]
         if window is not None and length + self.max_new_tokens > window:
             raise UsageError(
-                f"{length} tokens of the chat and {self.max_new_tokens} of an answer exceed the {window} positions of the "
-                "model: lower --max-new-tokens, or begin a new chat"
+                f"{length} tokens of the chat and {self.max_new_tokens} of an answer exceed the {window} positions "
+                "of the model; lower --max-new-tokens, or start a new chat"
             )
         sampling: dict[str, Any] = {"do_sample": False}
         if self.temperature > 0:

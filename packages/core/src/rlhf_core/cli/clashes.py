@@ -75,13 +75,13 @@ def torch_without_gpu() -> Iterator[str]:
 
     if torch.version.cuda is None and torch.version.hip is None and NVIDIA.exists():
         yield (
-            f"torch {torch.__version__} is built for CPUs, and this machine has an NVIDIA driver: install a build for CUDA, "
-            "or everything runs on the CPU"
+            f"torch {torch.__version__} is built for CPUs, but this machine has an NVIDIA driver: install a CUDA "
+            "build to use the GPU"
         )
     elif torch.version.cuda is not None and NVIDIA.exists() and not torch.cuda.is_available():
         yield (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use the driver of this machine "
-            f"({_driver()}): update the driver, or install a torch for an older CUDA"
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda} but the driver of this machine "
+            f"({_driver()}) does not support it: update the driver, or install a torch for an older CUDA"
         )
 
 
@@ -110,7 +110,9 @@ def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
             ):
                 continue
             if not need.specifier.contains(found, prereleases=True):
-                yield f"{name} {_version(name)} needs {wanted}{need.specifier}, and {found} is installed: {CONSTRAINTS}"
+                yield (
+                    f"{name} {_version(name)} needs {wanted}{need.specifier}, but {found} is installed: {CONSTRAINTS}"
+                )
 
 
 def broken_imports() -> Iterator[str]:
@@ -125,8 +127,8 @@ def broken_imports() -> Iterator[str]:
         except Exception as error:  # compiled code of others: symbols, operators or libraries that are missing
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             yield (
-                f"{distribution} {_version(distribution) or '?'} cannot be imported beside torch {torch.__version__} "
-                f"({first[:120]}): install the build for this torch, or uninstall it"
+                f"{distribution} {_version(distribution) or '?'} cannot be imported together with torch "
+                f"{torch.__version__} ({first[:120]}): install the build for this torch, or uninstall it"
             )
 
 

@@ -38,7 +38,7 @@ class Compare(Command):
         named = {group.name: group for group in groups}
         values = final_rows(read_groups({name: group.folders for name, group in named.items()}), list(named))
         if not values:
-            raise UsageError(f"{', '.join(self.runs)}: no step and no evaluation to compare yet; let the runs begin")
+            raise UsageError(f"{', '.join(self.runs)}: no step or evaluation to compare yet; start the runs first")
         head = ("", *named)
         print(_lines([(INTERVAL, *(f"{name}, n={len(group.folders)}" for name, group in named.items())), *values]))
         changes = _changes(groups)
@@ -46,12 +46,12 @@ class Compare(Command):
         print(
             _lines([("options that differ", *named), *changes])
             if changes
-            else "the configurations differ in seeds alone"
+            else "the configurations differ only in seeds"
         )
         if self.output:
             sections = [
                 *group_sections({group.key: (group.name, group.folders) for group in groups}),
-                ("What differs in the configurations", table(head, changes)),
+                ("Differences between the configurations", table(head, changes)),
                 ("Runs", table(("run", "group"), [(str(path), each.name) for each in groups for path in each.folders])),
             ]
             print(f"\n{write_page(Path(self.output), 'Comparison: ' + '; '.join(named), sections)}")

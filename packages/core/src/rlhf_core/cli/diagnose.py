@@ -57,7 +57,7 @@ class Diagnose(Command):
             rows = list(islice(run.rows("train"), self.prompts))
             prompts = run.encoder.fitting_prompts(rows, list(range(len(rows))))
             if not len(prompts):
-                raise UsageError("no prompt is short enough; raise --max-prompt-tokens, or name other data")
+                raise UsageError("every prompt is too long; raise --max-prompt-tokens, or name other data")
             sampling = Sampling(n=1, max_new_tokens=self.tokens, seed=self.seed)
             examination = Examination(run, prompts, sampling, self.max_difference)
             findings = {"as loaded": examination.compare(), "after new weights": examination.compare_after_change()}

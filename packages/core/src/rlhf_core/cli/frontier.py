@@ -77,7 +77,7 @@ class Frontier(Drawing):
             return sum(columns[self.x]) / len(columns[self.x]), measure[self.y](columns[y])
         except (TypeError, ValueError, ZeroDivisionError):
             raise DataError(
-                f"{member.folder / self.table}: {self.x} and {y} must be numbers, of a row at least"
+                f"{member.folder / self.table}: {self.x} and {y} must be columns of numbers with at least one row"
             ) from None
 
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
@@ -128,7 +128,7 @@ def newest_answers(folder: Path) -> Path:
     }
     if not steps:
         raise UsageError(
-            f"{folder / 'gcg'} holds no answers; let the run, or rlhf-run eval, write them with --evaluator gcg"
+            f"{folder / 'gcg'} contains no answers; write them with --evaluator gcg, in the run or with rlhf-run eval"
         )
     return steps[max(steps)]
 
@@ -145,7 +145,7 @@ def attack_success(path: Path, threshold: float) -> float:
         if attacked and reward is not None:
             lowest[goal, seed] = min(reward, lowest.get((goal, seed), reward))
     if not lowest:
-        raise DataError(f"{path}: no answer to an attacked prompt was judged")
+        raise DataError(f"{path}: no answer to an attacked prompt has a reward; choose a judge that does not abstain")
     return share_below(list(lowest.values()), threshold)
 
 

@@ -75,7 +75,7 @@ class Generate(Command):
         at_least(0, self, "seed", "prompts")
         i, n = _shard(self.shard)
         if not 0 <= i < n:
-            raise UsageError(f"--shard must be i/n with i from 0 to n - 1, as 0/4, not {self.shard!r}")
+            raise UsageError(f"--shard must be i/n with i from 0 to n - 1, such as 0/4, not {self.shard!r}")
 
     def __call__(self, context: CommandContext) -> int:
         path, config = read_path("--output", self.output), context.config

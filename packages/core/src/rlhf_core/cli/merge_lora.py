@@ -35,9 +35,9 @@ class MergeLora(Command):
 
         source = resolve_name(self.adapter)
         if source.kind != "adapter":
-            raise UsageError(f"merge-lora {self.adapter}: this is a model and no adapter, it can be used as it is")
+            raise UsageError(f"merge-lora {self.adapter}: this is a full model, not an adapter; use it directly")
         if not self.output:
-            raise UsageError("merge-lora needs --output FOLDER, where the merged model goes")
+            raise UsageError("merge-lora needs --output FOLDER for the merged model")
         output = new_folder("merge-lora --output", self.output)
         self._merge(Path(source.location), output)
         print(f"model saved in {output}")

@@ -33,7 +33,10 @@ class NewPlugin(Command):
     def __call__(self, context: CommandContext) -> int:
         words = self.name.removeprefix("rlhf-")
         if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", words):
-            raise UsageError(f"new-plugin {self.name}: a name is small letters, digits and dashes, such as brevity")
+            raise UsageError(
+                f"new-plugin {self.name}: the name must consist of lowercase letters, digits and dashes, such as "
+                "brevity"
+            )
         folder = new_folder("new-plugin", f"rlhf-{words}")
         name = words.replace("-", "_")
         if (taken := context.registry.table(self.kind).get(name)) is not None:

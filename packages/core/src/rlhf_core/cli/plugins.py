@@ -71,7 +71,7 @@ def list_providers(registry: RegistryView, kind: str = "") -> list[ListedProvide
         for name, entry in registry.table(each).items()
     ]
     for plugin, doc in registry.observers():
-        said = f"{doc.partition(chr(10))[0].rstrip('.')} (always there; -p no:{plugin.name})".lstrip()
+        said = f"{doc.partition(chr(10))[0].rstrip('.')} (always loaded; -p no:{plugin.name} blocks it)".lstrip()
         found.append(ListedProvider("observer", plugin.name, plugin.distribution, plugin.version, said))
     for plugin, name, said in registry.metrics() if kind == "metric" else ():
         found.append(ListedProvider("metric", name, plugin.distribution, plugin.version, said))

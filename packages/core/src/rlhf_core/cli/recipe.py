@@ -69,7 +69,7 @@ class RecipeCommand(Command):
             overrides["output"] = self.output
         recipe = read_recipe(self.file, dict(each.split("=", 1) for each in self.set), **overrides)
         if "output" not in overrides and recipe.output == type(recipe).output:
-            raise UsageError(f"{self.file} names no output; add output = FOLDER, or pass --output FOLDER")
+            raise UsageError(f"{self.file} sets no output; add output = FOLDER, or pass --output FOLDER")
         registry = context.registry
         assert isinstance(registry, Registry)
         engine = Engine(recipe, registry, report=lambda line: print(line, flush=True))
@@ -90,7 +90,7 @@ class RecipeCommand(Command):
                 signal.SIGTERM, signal.default_int_handler
             )  # runs of steps are stopped, saved, and continue later
             engine.run(self.jobs)
-            print(f"all of it is in {Path(recipe.output) / 'steps'}")
+            print(f"all results are in {Path(recipe.output) / 'steps'}")
             if self.report:
                 report_at_end(Path(recipe.output))
         return 0
@@ -102,9 +102,7 @@ def _reason(engine: Engine, name: str) -> str:
     if name not in states:
         raise UsageError(f"the recipe has no step {name!r}; its steps are {', '.join(states)}")
     state = states[name]
-    return f"{name}: {state.word}" + (
-        f"; {state.reason}" if state.reason else "; nothing that it is made of has changed"
-    )
+    return f"{name}: {state.word}" + (f"; {state.reason}" if state.reason else "; none of its inputs has changed")
 
 
 def _table(engine: Engine) -> str:

@@ -32,7 +32,7 @@ class Replay(Command):
         from rlhf_core.run.replaying import read_step, replay_step
 
         if not self.step.isdigit():
-            raise UsageError(f"STEP is the number of a step, not {self.step!r}")
+            raise UsageError(f"STEP must be the number of a step, not {self.step!r}")
         output, step = Path(self.run), int(self.step)
         kept = read_step(output, step)
         registry = cast("Registry", context.registry)

@@ -34,13 +34,13 @@ def continue_output(path: Path, **options: object) -> None:
         if path.is_dir():
             raise UsageError(f"--output {path} is a folder; name a file")
         if path.is_symlink() and not path.exists():
-            raise UsageError(f"--output {path} is a link that leads nowhere; name a file")
+            raise UsageError(f"--output {path} is a broken link; name a file")
         if path.exists() and not path.is_file():  # a device may have no end, and a pipe cannot be read again
             raise UsageError(f"--output {path} is a device or a pipe; name a file")
         if note.exists() and not _is_note(note, told):
-            raise UsageError(f"{note} is no file of this command; name another --output")
+            raise UsageError(f"{note} is not a file of this command; name another --output")
         if not note.exists() and path.exists() and path.stat().st_size:
-            raise UsageError(f"--output {path} is there and no file of this command; name another")
+            raise UsageError(f"--output {path} exists and is not a file of this command; name another")
         begun = json.loads(note.read_bytes()) if path.exists() and note.exists() else told
         write_text(note, json.dumps(begun, indent=1) + "\n")
     except UsageError:
@@ -49,7 +49,7 @@ def continue_output(path: Path, **options: object) -> None:
         raise UsageError(f"--output {path}: {getattr(error, 'strerror', None) or error}") from None
     changed = [name for name in begun if begun[name] != told[name]]
     if changed:
-        raise UsageError(f"{path} was begun with another --{changed[0]}; name another --output, or remove the file")
+        raise UsageError(f"{path} was started with another --{changed[0]}; name another --output, or remove the file")
 
 
 def _is_note(note: Path, told: Mapping[str, str]) -> bool:
@@ -95,7 +95,7 @@ def parse_line(path: Path, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UsageError(f"{path} holds something else than JSON objects, a line each; name another --output")
+        raise UsageError(f"{path} is not a file with one JSON object per line; name another --output")
     return found
 
 
@@ -139,7 +139,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         force(path)
     except OSError as error:
         raise RunStopped(
-            f"{path}: {error.strerror}; its lines are whole, start the command again to continue"
+            f"{path}: {error.strerror}; all of its lines are complete, so run the command again to continue"
         ) from error
 
 

@@ -62,8 +62,8 @@ class Score(Command):
         reward = context.config.providers["reward"]
         if reward.needs:
             raise UsageError(
-                f"the reward {type(reward).__qualname__} reads roles ({', '.join(sorted(reward.needs))}), which only a run "
-                "places; score with another one"
+                f"the reward {type(reward).__qualname__} reads roles ({', '.join(sorted(reward.needs))}), which "
+                "exist only in a run; choose another reward"
             )
         with options_under("/reward"):
             reward.check()
@@ -77,7 +77,7 @@ class Score(Command):
         read = read_path("score", self.file)
         path = read_path("--output", self.output) if self.output else read.with_suffix(".scored.jsonl")
         if os.path.realpath(path) == os.path.realpath(read):  # which takes links in a circle
-            raise UsageError(f"--output {path} is the file that is read; name another")
+            raise UsageError(f"--output {path} is the input file; name another")
         lines = self._lines()
         first = next(lines, None)  # a file that cannot be read is refused before anything is written
         continue_output(path, reward=reward, seed=self.seed)
@@ -106,7 +106,7 @@ class Score(Command):
             total += 1
             line = next(lines, None)
             if line is None or not self._continues(path, old, line):
-                raise UsageError(f"{path}:{total} is not {self.file}:{total} with a reward; name another --output")
+                raise UsageError(f"{path}:{total} does not belong to {self.file}:{total}; name another --output")
             if len(batch) == self.batch_size:
                 batch = []
             batch.append(line)

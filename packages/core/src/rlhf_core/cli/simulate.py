@@ -47,7 +47,7 @@ class Simulate(Command):
         at_least(3, self, "steps")
         for name in ("generation", "training"):
             if not getattr(self, name):
-                raise OptionError(name, "must be above 0 seconds: without it there is nothing to overlap")
+                raise OptionError(name, "must be above 0 seconds, since otherwise nothing overlaps")
 
     def __call__(self, context: CommandContext) -> int:
         """Print a line per number of steps ahead."""

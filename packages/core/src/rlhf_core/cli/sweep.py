@@ -71,14 +71,16 @@ class Sweep(Command):
     def __call__(self, context: CommandContext) -> int:
         sweep, plugins = read_sweep(self.file), context.registry.selection.words
         if self.only >= len(sweep.members):
-            raise UsageError(f"--only {self.only}: the sweep has the runs 0 to {len(sweep.members) - 1}")
+            raise UsageError(f"--only {self.only}: choose one of the runs 0 to {len(sweep.members) - 1}")
         if self.slurm:
             _write_script(read_path("--slurm", self.slurm), slurm_script(sweep, plugins))
-            print(f"{self.slurm}: submit it with sbatch; it runs {len(sweep.members)} tasks")
+            print(f"wrote {self.slurm}; submit it with sbatch, which runs {len(sweep.members)} tasks")
             return 0
         if self.ray:
             _write_script(read_path("--ray", self.ray), ray_script(sweep, plugins))
-            print(f"{self.ray}: run it with bash where RAY_ADDRESS names the cluster; it submits a job a run")
+            print(
+                f"wrote {self.ray}; run it with bash and RAY_ADDRESS set to the cluster, and it submits one job per run"
+            )
             return 0
         if not self.status:
             members = sweep.members if self.only < 0 else sweep.members[self.only : self.only + 1]
@@ -115,7 +117,7 @@ def _write_script(path: Path, text: str) -> None:
     check_writable("sweep", path)
     own = not path.is_symlink() and path.is_file() and SCRIPT_MARK.encode() in path.read_bytes()
     if os.path.lexists(path) and not own:
-        raise UsageError(f"{path} is there and no script of this command; name another file")
+        raise UsageError(f"{path} exists and is not a script of this command; name another file")
     write_text(path, text)
 
 
@@ -175,8 +177,8 @@ def _claim(member: Member) -> None:
     for name in ("sweep-config.toml", "log.txt", member.status_file.name):
         if os.path.lexists(member.folder / name):
             raise UsageError(
-                f"{member.folder / name} is there and no file of this sweep, which would write to it; move it away, or "
-                "give the sweep another output"
+                f"{member.folder / name} exists and is not a file of this sweep, which would overwrite it; move it "
+                "away, or give the sweep another output"
             )
     mark.touch()
 
@@ -188,7 +190,7 @@ def _discard(member: Member, names: Sequence[str]) -> None:
         if own is not None and f"{Path(name).parts[0]}/" in own.names:
             shutil.rmtree(member.folder / name, ignore_errors=True)
         elif (member.folder / name).exists():
-            log.warning(f"{member.folder / name} stays: it is no folder of the run")
+            log.warning(f"{member.folder / name} is kept, since it is not a folder of the run")
 
 
 def _ranks(processes: int) -> list[str]:

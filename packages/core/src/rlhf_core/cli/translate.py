@@ -38,7 +38,7 @@ class Translate(Command):
         else:
             print(translation.text())
         if problem := translation.problem(registry):
-            print(f"# it does not run as it stands: {problem}")
+            print(f"# it cannot run unchanged: {problem}")
         return 0
 
 
@@ -50,7 +50,9 @@ def _read(old: str) -> str:
     if len(old) > 255 or not path.is_file():
         return old
     if path.suffix in (".yaml", ".yml"):
-        raise UsageError(f"{old} does not say what reads it; give the whole command, such as 'trl dpo --config {old}'")
+        raise UsageError(
+            f"{old} does not name the program that reads it; give the whole command, such as 'trl dpo --config {old}'"
+        )
     return read_text(path)
 
 
@@ -61,7 +63,7 @@ def _write(path: Path, tree: dict[str, object] | None, remarks: list[str]) -> No
     from rlhf_core.util.atomic_files import write_text
 
     if tree is None:
-        raise UsageError("--write writes the configuration of a run; this command trains nothing, and needs no file")
+        raise UsageError("--write writes the configuration of a run, but this command does not train; leave it out")
     try:
         write_text(path, "".join(f"{line}\n" for line in remarks) + tomli_w.dumps(tree))
     except OSError as error:

@@ -94,7 +94,9 @@ def make_config(
         given = GivenModel(model, tokenizer)
         overrides["model"] = str(Path(overrides.get("output", RunConfig.output)) / FOLDER)
     elif tokenizer is not None:
-        raise UsageError("tokenizer goes with a model that is a module; a model given by name has its own")
+        raise UsageError(
+            "tokenizer works only with a model that is a module; a model given by name brings its own, so leave it out"
+        )
     hooks = read_callbacks(callbacks)
     roles = _algorithm_class(algorithm, registry).roles
     tree, instances = _tree_and_instances({"algorithm": algorithm, **overrides}, roles, registry)
@@ -215,7 +217,7 @@ def _construct_section(section: Section, settings: Settings) -> Any:
     """The instance of a section; errors speak of it by its title."""
     for option in section.options:
         if option.required and option.path not in settings:
-            wanted = option.describe(run_option(option.path)).removesuffix(" (required)")
+            wanted = option.describe(run_option(option.path))
             raise UsageError(f"{section.title} needs {wanted}")
     try:
         return _construct(section.cls, section.base, section.prefix, settings, section.skip, section.uses)
@@ -297,8 +299,8 @@ def _plain_options(
                 tree[each.name] = redact_tree(to_plain(value), redact_addresses) if masked else to_plain(value)
             except ValueError:
                 raise UsageError(
-                    f"{path} is a {type(value).__name__}, which no file can hold and no worker can be told; "
-                    "give the provider a path or a module:Class to find it by"
+                    f"{path} is a {type(value).__name__}, which cannot be stored in a file or sent to a worker; "
+                    "give the provider a path or module:Class instead"
                 ) from None
     return tree
 

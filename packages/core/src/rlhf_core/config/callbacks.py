@@ -36,7 +36,7 @@ def read_callbacks(value: Any) -> dict[str, tuple[Callable[..., Any], ...]]:
         if hook not in HOOKS:
             short = [each.removeprefix("rlhf_") for each in HOOKS]
             raise UsageError(
-                f"callbacks: no hook is called {name!r}{did_you_mean(str(name), short)}; {', '.join(short)}"
+                f"callbacks: no hook is called {name!r}{did_you_mean(str(name), short)}; hooks are {', '.join(short)}"
             )
         several = functions if isinstance(functions, (list, tuple)) else (functions,)
         for function in several:
@@ -48,13 +48,15 @@ def read_callbacks(value: Any) -> dict[str, tuple[Callable[..., Any], ...]]:
 def _check(function: Any, hook: str) -> None:
     """Check that a function takes what its hook passes."""
     if isinstance(function, type) or not callable(function):
-        raise UsageError(f"callbacks: {describe(function)} is no function; pass f(run, step, metrics), or {{hook: f}}")
+        raise UsageError(
+            f"callbacks: {describe(function)} is not a function; pass f(run, step, metrics), or {{hook: f}}"
+        )
     known = list(inspect.signature(getattr(hooks, hook)).parameters)
     for name in _required(function):
         if name not in known:
             raise UsageError(
-                f"callbacks: {function_name(function)} asks for {name!r}, and "
-                f"{hook.removeprefix('rlhf_')} passes any of {', '.join(known)}"
+                f"callbacks: {function_name(function)} asks for {name!r}, but {hook.removeprefix('rlhf_')} passes "
+                f"only {', '.join(known)}"
             )
 
 

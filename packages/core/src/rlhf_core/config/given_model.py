@@ -42,14 +42,14 @@ class GivenModel:
     def __init__(self, module: Any, tokenizer: Any = None) -> None:
         transformers = sys.modules.get("transformers")
         if transformers is None or not isinstance(module, transformers.PreTrainedModel):
-            unwrap = "; of a PEFT model pass its base, and adapters as actor={'lora': {'rank': 16}}"
+            unwrap = "; for a PEFT model pass its base model, and adapters as actor={'lora': {'rank': 16}}"
             raise UsageError(
                 f"model is {describe(module)}; pass a name, a folder, or a Hugging Face model (PreTrainedModel)"
                 f"{unwrap if hasattr(module, 'peft_config') else ''}"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
-                "a model is given as an object in a single process only; save it with its tokenizer, and pass the folder to "
+                "a model object works only in a single process; save it with its tokenizer, and pass the folder to "
                 "every rank"
             )
         if tokenizer is None:
@@ -69,7 +69,7 @@ class GivenModel:
             marker = folder / FINGERPRINT
             if marker.is_file() and marker.read_text(encoding="utf-8") == fingerprint:
                 return
-            raise UsageError(f"{folder} holds another model than the one given; name another output")
+            raise UsageError(f"{folder} contains a different model from the one given; name another output")
         install_console()
         progress.info(f"writing the given model to {folder}")
         with fresh_folder(folder) as target:

@@ -17,7 +17,7 @@ def check_length(settings: Mapping[str, Any]) -> None:
         OptionError: they have both.
     """
     if "steps" in settings and settings.get("epochs"):
-        raise OptionError(("/steps", "/epochs"), "are two lengths of one run; give one of them")
+        raise OptionError(("/steps", "/epochs"), "both set the length of the run; give only one of them")
 
 
 def replace_length(settings: dict[str, Any], later: Mapping[str, Any]) -> None:

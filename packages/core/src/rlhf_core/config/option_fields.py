@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -42,11 +43,11 @@ class Option:
         return self.default is MISSING
 
     def describe(self, name: str) -> str:
-        """`--reward.limit INT, characters at which … (default: 400)`, for the flag as `name`."""
-        doc = f", {self.doc}" if self.doc else ""
-        if self.elsewhere:
-            return f"{self.path}{doc} ({self.elsewhere}; {self.note})"
-        return f"{name} {metavar(self.annotation)}{doc} ({self.note})"
+        """Return `--reward.limit INT (characters at most)`: the flag as `name`, and the first clause of its help."""
+        clause = re.split(r"[,;:.](?:\s|$)| \(", self.doc, maxsplit=1)[0]
+        remarks = "; ".join(each for each in (clause, self.elsewhere) if each)
+        spelled = self.path if self.elsewhere else f"{name} {metavar(self.annotation)}"
+        return f"{spelled} ({remarks})" if remarks else spelled
 
     @property
     def note(self) -> str:

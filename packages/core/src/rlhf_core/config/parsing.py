@@ -46,7 +46,7 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     """The options there are and those that are set, without building anything: enough for `--help`."""
     words, flags = split_flags(argv)
     if len(words) > 1:
-        raise UsageError(f"unexpected {words[1]!r}; after the algorithm come flags such as --steps 20")
+        raise UsageError(f"unexpected {words[1]!r}; write flags such as --steps 20 after the algorithm")
     file = flags.pop("config", None)
     tree = _read_file(single_word("--config", file)) if file is not None else {}
     where = single_word("--config", file) if file is not None else ""
@@ -125,7 +125,7 @@ def split_own(own: Collection[str], words: Sequence[str]) -> tuple[list[str], li
 def single_word(name: str, words: Sequence[str]) -> str:
     """The single word of a flag."""
     if len(words) != 1:
-        got = f"not {' '.join(words)!r}" if words else "and got none"
+        got = f"not {' '.join(words)!r}" if words else "but got none"
         raise UsageError(f"{name} takes one value, {got}")
     return words[0]
 
@@ -240,14 +240,15 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
             if not schema.is_group(path):
                 raise UsageError(f"{_location(where)}unknown option {path!r}{schema.hint(path, str)}")
             if not isinstance(value, Mapping):
-                raise UsageError(f"{_location(where)}{path} is a table of options, not {describe(value)}")
+                raise UsageError(f"{_location(where)}{path} must be a table of options, not {describe(value)}")
             yield from _values(value, schema, where, path)
             continue
         if is_secret(option.annotation) and value == MASK:
-            raise UsageError(f"{_location(where)}{path} is masked; give it as {flag(path)} env:NAME")
+            raise UsageError(f"{_location(where)}{path} is hidden in this file; give it as {flag(path)} env:NAME")
         if any(isinstance(each, str) and "://" in each and MASK in each for each in [value, *_elements(value)]):
             raise UsageError(
-                f"{_location(where)}{path} has a masked part; give the whole address as {flag(path)} ADDRESS"
+                f"{_location(where)}{path} has a hidden part in this file; give the whole address as {flag(path)} "
+                "ADDRESS"
             )
         if given := text_of_value(value):
             raise UsageError(
@@ -259,7 +260,7 @@ def _values(tree: Mapping[str, Any], schema: Schema, where: str, above: str = ""
         except ValueError:
             got = "" if is_secret(option.annotation) else f", not {describe(value)}"
             if where and given_by(option.annotation) == "python":
-                raise UsageError(f"{_location(where)}{path} is set from Python only") from None
+                raise UsageError(f"{_location(where)}{path} can only be set from Python; remove it") from None
             raise UsageError(f"{_location(where)}{path} must be {metavar(option.annotation)}{got}") from None
 
 
@@ -275,11 +276,11 @@ def from_flags(flags: Mapping[str, Sequence[str]], schema: Schema) -> Settings:
         if option is None:
             raise UsageError(f"unknown flag {flag(path)}{schema.hint(path, flag)}")
         if option.elsewhere:
-            raise UsageError(f"{flag(path)} is no flag: {path} is set {option.elsewhere}")
+            raise UsageError(f"{flag(path)} is not a flag: set {path} {option.elsewhere}")
         try:
             settings[path] = from_words(option.annotation, words)
         except ValueError:
-            got = f", not {' '.join(words)!r}" if words else " and got none"
+            got = f", not {' '.join(words)!r}" if words else ", but got none"
             got = "" if is_secret(option.annotation) else got
             raise UsageError(f"{flag(path)} expects {metavar(option.annotation)}{got}") from None
     return settings

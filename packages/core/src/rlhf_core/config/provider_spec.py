@@ -40,7 +40,7 @@ def make_from_spec(kind: str, text: str, field: str) -> Any:
         try:
             options[key] = from_words(annotation_of(cls, key), value.split(","))
         except ValueError:
-            raise OptionError(field, f"{text!r}: {value!r} does not fit {key}") from None
+            raise OptionError(field, f"{text!r}: {value!r} is not a valid value for {key}") from None
     try:
         with options_under(field):
             return cls(**options)

@@ -88,7 +88,7 @@ def _data(value: Any, _: Registry) -> Any:
             parts = {"rows": value["train"], **({} if heldout is None else {"heldout_rows": heldout})}
             return {"use": "memory", **parts}
         if "use" not in value and any(hasattr(each, "column_names") for each in value.values()):
-            raise UsageError(f"data has the splits {', '.join(value)}, and none is called train; pass one of them")
+            raise UsageError(f"data has the splits {', '.join(value)}, but none is called train; pass one of them")
         return value
     if hasattr(value, "to_dict") and hasattr(value, "columns"):  # pandas, polars
         raise UsageError(

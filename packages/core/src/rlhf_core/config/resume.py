@@ -37,15 +37,16 @@ def check_resume(config: RunConfig, written: str) -> None:
     switched = [each for each in changed if render_options(each).partition(" ")[0].endswith(".use")]
     if switched:
         raise UsageError(
-            f"the run in {config.output} has another optimizer: {', '.join(switched)}; the saved state of one optimizer fits "
-            f"no other, so resume with it, or start a new run with {run_option('model', f'{config.output}/model')}"
+            f"the run in {config.output} has another optimizer: {', '.join(switched)}; a saved optimizer state "
+            "works only with the same optimizer, so resume with that one, or start a new run with "
+            f"{run_option('model', f'{config.output}/model')}"
         )
     if not changed or config.resume_changed:
         return
     more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
     raise UsageError(
-        f"the run in {config.output} began with other options: {', '.join(changed[:LISTED])}{more}; "
-        f"give them as they were, or add {run_option('resume_changed', True)} to go on with the new ones"
+        f"the run in {config.output} began with other options: {', '.join(changed[:LISTED])}{more}; restore them, "
+        f"or add {run_option('resume_changed', True)} to continue with the new ones"
     )
 
 

@@ -40,8 +40,8 @@ def roles_of(
         for role, options in owner.roles.items():
             who = f"{kind} {names[kind]!r}"
             if role in names or role in taken or (kind != "algorithm" and role in CHOSEN):
-                raise ContractError(f"{who} has a role {role!r}, a name that is taken")
+                raise ContractError(f"{who} has a role {role!r}, but that name is reserved; rename the role")
             if roles.setdefault(role, options) != options:
-                raise ContractError(f"{who} and {owner_of[role]} both bring a role {role!r}; rename one of them")
+                raise ContractError(f"{who} and {owner_of[role]} both define a role {role!r}; rename one of them")
             owner_of.setdefault(role, who)
     return roles

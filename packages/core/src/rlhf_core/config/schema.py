@@ -111,7 +111,8 @@ class Schema:
             paths = [each.removesuffix(".use") for each in self.options if each.endswith(".use")]
             return f"; an optimizer belongs to a role: {' or '.join(f'{spell(each)}.use NAME' for each in paths)}"
         if head in CHOSEN and head not in self.names and section is None:
-            return f"; {subject} {name!r} has no {head}{', it uses ' * bool(kinds)}{', '.join(kinds)}"
+            uses = f" (it uses {', '.join(kinds)})" if kinds else ""
+            return f"; {subject} {name!r} has no {head}{uses}"
         if section is not None and not section.options:
             return f"; {section.title} has no options"
         group = self._group(path)
@@ -247,7 +248,7 @@ def _names(cls: type[Algorithm], algorithm: str, chosen: Mapping[str, str]) -> d
     for kind in chosen:
         if kind not in kinds:
             meant = did_you_mean(kind, [each.name for each in dataclasses.fields(RunConfig)])  # `--step` for `--steps`
-            raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}, it uses {', '.join(kinds)}")
+            raise UsageError(f"algorithm {algorithm!r} has no {kind}{meant}; it uses {', '.join(kinds)}")
     may_lack = (*SEVERAL, *OPTIONAL)
     names = {kind: chosen.get(kind) or str(usual) for kind, usual in kinds.items()}
     names = {kind: "" if kind in may_lack and name == "none" else name for kind, name in names.items()}

@@ -54,7 +54,7 @@ def reveal(secret: str) -> str:
     if name == secret:
         return hide(secret)
     if name not in os.environ:
-        raise UsageError(f"the environment variable {name} is not set, but an option is given as env:{name}")
+        raise UsageError(f"an option is given as env:{name}, but the environment variable {name} is not set; set it")
     return hide(os.environ[name])
 
 

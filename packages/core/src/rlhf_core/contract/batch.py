@@ -61,7 +61,10 @@ class Example:
 
     def __post_init__(self) -> None:
         if "row" in self.fields or "uids" in self.fields:
-            raise DataError(f"{self.origin}: a number cannot be called 'row' or 'uids', names of core's own; rename it")
+            raise DataError(
+                f"{self.origin}: a numeric column cannot be called 'row' or 'uids', since core uses these names; "
+                "rename it"
+            )
 
 
 @dataclass

@@ -100,7 +100,7 @@ class DataWorld(TorchWorld):
         ranks, mine = torch.distributed.get_world_size(), torch.distributed.get_rank()
         if ranks % together:
             raise UsageError(
-                f"{ranks} ranks do not make groups of {together} that share rows; start a multiple of {together}"
+                f"{ranks} ranks cannot form groups of {together} that share rows; start a multiple of {together} ranks"
             )
         across = [torch.distributed.new_group(list(range(each, ranks, together))) for each in range(together)]
         neighbors = [list(range(each, each + together)) for each in range(0, ranks, together)]

@@ -125,7 +125,7 @@ class KL:
         at_least(1, self, "horizon")
         if self.unbiased and self.where == "reward":
             raise OptionError(
-                "unbiased", f"is about the gradient of a KL in the loss: set {option('where', 'loss')}, or leave it out"
+                "unbiased", f"applies only to a KL penalty in the loss: set {option('where', 'loss')}, or leave it out"
             )
 
 
@@ -194,7 +194,7 @@ class ModelOptions:
         check_attention(self.attention)
         if self.attention == "varlen" and not self.packing:
             raise OptionError(
-                "packing", f"is what attention varlen is for; leave it on, or choose {option('attention', 'sdpa')}"
+                "packing", f"is required by attention varlen; leave it on, or choose {option('attention', 'sdpa')}"
             )
 
 
@@ -256,7 +256,8 @@ class TrainedOptions(ModelOptions):
             raise OptionError("ema", f"must be below 1, not {self.ema}")
         if self.quantize != "none" and not self.lora.rank:
             raise OptionError(
-                "quantize", f"{self.quantize} cannot be trained alone; add adapters, such as {option('lora.rank', 16)}"
+                "quantize",
+                f"{self.quantize} weights cannot be trained; add adapters, such as {option('lora.rank', 16)}",
             )
 
 

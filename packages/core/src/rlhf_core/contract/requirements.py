@@ -149,6 +149,6 @@ def resolve(name: str, trained: str, asker: object, outputs: Collection[str] = O
         return Need(name)
     known = ", ".join(sorted({*SHORT, *GIVEN}))
     raise UsageError(
-        f"{type(asker).__name__} needs {name!r}, which nothing provides; known are {known}, '<role>.<output>' with output "
-        f"one of {', '.join(outputs)}, and numeric data columns as '<column>_N'"
+        f"{type(asker).__name__} needs {name!r}, which nothing provides; the known names are {known}, "
+        f"'<role>.<output>' with output one of {', '.join(outputs)}, and numeric data columns as '<column>_N'"
     )

@@ -90,19 +90,19 @@ def check_staleness(config: RunConfig) -> None:
     ):
         if chosen and not config.ahead:
             raise OptionError(
-                f"/{name}", f"is about sampling ahead; pass {run_option('ahead', 1)} too, or leave it out"
+                f"/{name}", f"applies only to sampling ahead; pass {run_option('ahead', 1)} too, or leave it out"
             )
     if stale.most and stale.policy == "wait" and stale.most < updates:
         raise OptionError(
             "/stale.most",
-            f"{stale.most} is less than the {updates} optimizer updates of a step, so that nothing could be sampled ahead; "
+            f"{stale.most} is less than the {updates} optimizer updates of a step, so nothing can be sampled ahead; "
             f"pass at least {updates}",
         )
     _check_partial(config)
     if stale.policy != "wait" and not 0 < stale.most < config.ahead * updates:
         raise OptionError(
             "/stale.policy",
-            f"{stale.policy} has nothing to do: tokens are at most {config.ahead * updates} updates old; lower "
+            f"{stale.policy} has no effect: tokens are at most {config.ahead * updates} updates old; lower "
             f"{option('/stale.most')}, or leave it out",
         )
 
@@ -117,12 +117,13 @@ def _check_partial(config: RunConfig) -> None:
         return
     reasons = {
         f"needs sampling ahead; pass {run_option('ahead', 1)} too": not config.ahead,
-        f"lets sampling wait; leave out {run_option('stale.policy')}": config.stale.policy != "wait",
-        f"does not find stop strings across slices; leave out {run_option('sampling.stop')}": bool(
+        f"makes sampling wait; leave out {run_option('stale.policy')}": config.stale.policy != "wait",
+        f"cannot detect stop strings across slices; leave out {run_option('sampling.stop')}": bool(
             config.sampling.stop
         ),
-        f"does not know turns; leave out {run_option('environment')}": config.providers.get("environment") is not None,
-        f"needs a bound of at least {(config.ahead + 1) * updates} updates, or nothing could go on; raise "
+        f"does not support environments; leave out {run_option('environment')}": config.providers.get("environment")
+        is not None,
+        f"needs a bound of at least {(config.ahead + 1) * updates} updates to make progress; raise "
         f"{run_option('stale.most')}": bool(config.stale.most) and config.stale.most < (config.ahead + 1) * updates,
     }
     for reason, holds in reasons.items():

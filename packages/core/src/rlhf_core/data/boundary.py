@@ -43,7 +43,10 @@ class TextTokenizer:
                 text.encode()
             except UnicodeEncodeError as error:
                 half = text[error.start]
-                raise DataError(f"{origin}: {half!r} is half a character, which no tokenizer reads") from None
+                raise DataError(
+                    f"{origin}: {half!r} is half of a surrogate pair, which is not valid text; remove it or write "
+                    "both halves"
+                ) from None
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 

@@ -61,7 +61,7 @@ class RowCache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OptionError("/data.cache", f"{folder}: {error.strerror}; name a folder that can be written") from None
+            raise OptionError("/data.cache", f"{folder}: {error.strerror}; name a writable folder") from None
         self._open: sqlite3.Connection | None = None
         self._waiting: dict[bytes, bytes] = {}
         self._written = time.monotonic()

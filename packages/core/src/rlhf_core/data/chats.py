@@ -51,7 +51,7 @@ def to_chat(value: Sequence[Any]) -> Chat:
         ValueError: something in the list is not a message.
     """
     if not value:
-        raise ValueError("a chat has at least one message")
+        raise ValueError("a chat must have at least one message")
     return tuple(_message(item, number) for number, item in enumerate(value))
 
 

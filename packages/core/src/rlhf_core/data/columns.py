@@ -225,15 +225,18 @@ class Columns:
         """The prompt with the images of the row's column, and every file of its images found."""
         if self.images_key not in ("", "none") and (column := lookup(row, self.images_key)):
             if self.text_key:
-                raise ValueError(f"{self.images_key!r}: images need a prompt to stand in ({option('prompt_key')})")
+                raise ValueError(
+                    f"{self.images_key!r}: images need a prompt that contains them ({option('prompt_key')})"
+                )
             try:
                 prompt = attach_images(prompt, column)
             except ValueError as error:
-                hint = f"; {option('images_key', 'none')} leaves the column out"
+                hint = f"; {option('images_key', 'none')} ignores the column"
                 raise ValueError(f"{self.images_key!r}: {error}{hint}") from None
         if any(map(has_images, completions)):
             raise ValueError(
-                f"an image after the first trained answer; images stand in the prompt ({option('turns', 'last')})"
+                "an image comes after the first trained answer; images must be in the prompt "
+                f"({option('turns', 'last')})"
             )
         return (
             make_paths_absolute(prompt, origin, self.max_images)
@@ -272,7 +275,7 @@ def lookup(row: Mapping[str, Any], key: str) -> Any:
             value = value[part] if isinstance(value, Mapping) else value[int(part)]
         except (KeyError, IndexError, TypeError, ValueError):
             inside = f" in {'/'.join(parts[:depth])!r}" if depth else ""
-            names = f"; there are {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
+            names = f"; found only {', '.join(map(str, value))}" if isinstance(value, Mapping) else ""
             raise ValueError(f"expected a column {part!r}{inside}{names}") from None
     return value
 
@@ -352,4 +355,4 @@ def report_unread(path: str, names: tuple[str, ...]) -> None:
     """Log, once and on the first rank, the columns of a file that nothing reads."""
     if names and not int(os.environ.get("RANK", "0")):
         shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-        log.info(f"{path}: columns that are not read: {shown} ({run_option('data.meta_keys')} hands them to rewards)")
+        log.info(f"{path}: unused columns: {shown} ({run_option('data.meta_keys')} passes columns to rewards)")

@@ -149,9 +149,9 @@ class Draws:
         if not (set(map(type, given)) <= {int} and (not given or 0 <= min(given) <= max(given) < rows)):
             for at, number in enumerate(given):
                 if not isinstance(number, (int, np.integer)) or not 0 <= number < rows:
-                    wrong = ContractError(f"{who} gave {number!r}, which is no row number from 0 to {rows - 1}")
+                    wrong = ContractError(f"{who} returned {number!r}, which is not a row number from 0 to {rows - 1}")
                     return np.array(given[:at], np.int64), wrong
-        short = ContractError(f"{who} has no more rows; its iterator must be endless") if len(given) < count else None
+        short = ContractError(f"{who} ran out of rows; its iterator must be endless") if len(given) < count else None
         return np.array(given, np.int64), short
 
 

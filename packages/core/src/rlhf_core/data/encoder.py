@@ -206,7 +206,14 @@ class Encoder:
         """
         if not example.completions:
             begun = not isinstance(example.prompt, str) and example.prompt[-1]["role"] == "assistant"
-            why = " (a chat called 'prompt' ends with the beginning of the answer; call it 'messages')" if begun else ""
+            why = (
+                (
+                    " (in a chat called 'prompt' the last turn is the beginning of the answer; rename the column to "
+                    "'messages')"
+                )
+                if begun
+                else ""
+            )
             raise DataError(f"{example.origin}: no completion to train on{why}; {COMPLETION_ADVICE}")
         with self._lock:
             row = self._prompt(example)
@@ -317,7 +324,10 @@ class Encoder:
         """The ids of a text without images."""
         if self.reader is not None and self.reader.token in ids:
             token = self.tokenizer.convert_ids_to_tokens(self.reader.token)
-            raise DataError(f"{origin}: the text says {token!r}, which stands for an image, and there is none")
+            raise DataError(
+                f"{origin}: the text contains the image token {token!r}, but the row has no image; remove the "
+                "token, or add the image"
+            )
         return ids
 
     def truncate(self, row: TokenizedRow) -> TokenizedRow | None:
@@ -358,8 +368,8 @@ class Encoder:
         if not kept:
             limit, budget = self._limits(answered=bool(rows and rows[0].completions))
             raise UsageError(
-                f"all {len(rows)} rows of a batch are too long, for {limit} tokens of a prompt and "
-                f"{budget} in all: {LIMITS_ADVICE}"
+                f"all {len(rows)} rows of a batch are longer than {limit} prompt tokens or {budget} tokens in "
+                f"total: {LIMITS_ADVICE}"
             )
         return [row for row, _ in kept], [i for _, i in kept]
 
@@ -379,5 +389,8 @@ def _column(examples: Sequence[Example], name: str) -> Tensor:
     """The numbers called `name`, one per row."""
     for example in examples:
         if name not in example.fields:
-            raise DataError(f"{example.origin}: expected a number {name!r}, which other rows of the batch have")
+            raise DataError(
+                f"{example.origin}: the number {name!r} is missing, but other rows of the batch have it; add it to "
+                "every row"
+            )
     return torch.tensor([example.fields[name] for example in examples], dtype=torch.float32)

@@ -89,7 +89,9 @@ class HuggingFaceData(Preparation, Columns):
         """All sets as one."""
         names = [name.strip() for name in self.path.split(",")]
         if self.shares and len(self.shares) != len(names):
-            raise OptionError("shares", f"has {len(self.shares)} numbers for the {len(names)} sets of {option('path')}")
+            raise OptionError(
+                "shares", f"has {len(self.shares)} numbers, but {option('path')} has {len(names)} datasets"
+            )
         sets = [mixture.limit_rows(self._set(name, split, mixed=len(names) > 1), self.limit_each) for name in names]
         if self.unique:
             sets = self._distinct(names, sets)
@@ -119,7 +121,7 @@ class HuggingFaceData(Preparation, Columns):
     def _distinct(self, names: Sequence[str], sets: Sequence[Iterable[Example]]) -> list[Iterable[Example]]:
         """The sets without rows that came before, in any of them."""
         if self.streaming:
-            raise OptionError("unique", f"needs to see all rows first: leave out {option('streaming')}")
+            raise OptionError("unique", f"needs all rows in advance: leave out {option('streaming')}")
         seen: set[bytes] = set()
         kept: list[Iterable[Example]] = []
         for name, rows in zip(names, sets):
@@ -127,7 +129,9 @@ class HuggingFaceData(Preparation, Columns):
             new = mixture.drop_duplicates(rows, seen)
             if not new:
                 raise OptionError(
-                    "unique", f"leaves no row of {name}: all came before; leave it out of {option('path')}"
+                    "unique",
+                    f"leaves no row of {name}, since earlier datasets contain all of them; leave it out of "
+                    f"{option('path')}",
                 )
             kept.append(new)
         return kept
@@ -136,7 +140,8 @@ class HuggingFaceData(Preparation, Columns):
         """The rows that are trained on (0) or held out (1)."""
         if not isinstance(rows, Sequence):
             raise OptionError(
-                "heldout", f"needs to know how many rows there are: use {option('heldout_split')} to stream"
+                "heldout",
+                f"needs the number of rows, which a stream does not have: use {option('heldout_split')} to stream",
             )
         return mixture.PickedRows.select(rows, hold_out(len(rows), self.heldout)[part])
 
@@ -264,7 +269,7 @@ def _load(name: str, split: str, streaming: bool) -> Any:
         if (folder / "dataset_dict.json").is_file():
             splits: Any = datasets.load_from_disk(name)
             if split not in splits:
-                raise UsageError(f"{name}: there is no split {split!r}, only {', '.join(splits)}")
+                raise UsageError(f"{name}: there is no split {split!r}; choose one of {', '.join(splits)}")
             return splits[split].to_iterable_dataset() if streaming else splits[split]
         return datasets.load_dataset(**_source(name), split=split, streaming=streaming)
     except UsageError:

@@ -46,7 +46,7 @@ def image_part(part: Mapping[str, Any]) -> Part:
     """
     given = [name for name in SOURCES if part.get(name) is not None]
     if len(given) > 1:
-        raise ValueError(f"an image has {' and '.join(given)}; give one of them")
+        raise ValueError(f"an image has {' and '.join(given)}; give only one of them")
     return _image(part[given[0]]) if given else dict(HERE)
 
 
@@ -97,7 +97,7 @@ def attach_images(prompt: str | Chat, column: Any) -> str | Chat:
         asked = {**chat[first], "content": [*images, *_parts(chat[first])]}
         return (*chat[:first], asked, *chat[first + 1 :])
     if places != len(images):
-        raise ValueError(f"the prompt has places for {places} images, and the row has {len(images)}")
+        raise ValueError(f"the prompt has places for {places} images, but the row has {len(images)}")
     rest = iter(images)
     return tuple(_fill_places(message, rest) for message in chat)
 
@@ -162,7 +162,7 @@ def make_paths_absolute(chat: Chat, origin: str, most: int) -> Chat:
 
 def _make_path_absolute(part: Part, folder: Path) -> Part:
     if part == HERE:
-        raise ValueError("a message has an image without path, url or base64, and no column of images has it")
+        raise ValueError("a message has an image without path, url or base64, and there is no column of images for it")
     if "path" not in part or part["type"] != "image":
         return part
     path = (folder / part["path"]).absolute()
@@ -196,5 +196,5 @@ def open_image(part: Part, origin: str) -> Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
         what = part.get("path", "in base64")
-        reason = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{origin}: the image {what} cannot be read: {reason}") from None

@@ -182,7 +182,9 @@ def hold_out(rows: int, heldout: float) -> tuple[np.ndarray, np.ndarray]:
     count = round(rows * heldout) if heldout < 1 else int(heldout)
     if not 0 < count < rows:
         raise OptionError(
-            "heldout", f"{heldout:g} leaves {rows - count} of {rows} rows to train on and {count} held out"
+            "heldout",
+            f"{heldout:g} gives {rows - count} rows to train on and {count} held-out rows of {rows}; change it "
+            "so that both have rows",
         )
     order = np.random.default_rng(0).permutation(rows)
     return np.sort(order[count:]), np.sort(order[:count])

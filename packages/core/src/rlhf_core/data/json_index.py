@@ -91,7 +91,7 @@ class FileIndex:
                 return value
         except ValueError:
             pass
-        raise DataError(f"{self.origin(row)}: the row was changed after the file was opened; start the run again")
+        raise DataError(f"{self.origin(row)}: the row changed after the file was opened; start the run again")
 
     def scan(self, limit: int = 0) -> Iterator[Any]:
         """Yield the first `limit` rows, all for 0, and index them on the way; call it once.
@@ -287,7 +287,7 @@ def _open(path: Path) -> int:
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        raise OSError(errno.EINVAL, "is a device and no file", str(path))
+        raise OSError(errno.EINVAL, "is a device, not a file", str(path))
     return descriptor
 
 
@@ -343,13 +343,13 @@ def parse(text: str, path: str, first_line: int) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{first_line + error.lineno - 1}: expected one JSON object a line, or a list of objects "
+            f"{path}:{first_line + error.lineno - 1}: expected one JSON object per line, or a list of objects "
             f"({error.msg} at column {error.colno})"
         ) from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise DataError(
-            f"{path}:{first_line}: {_column(value, half)}half a character, {half!r}, stands alone; write both halves"
+            f"{path}:{first_line}: {_column(value, half)}{half!r} is half of a surrogate pair; write both halves"
         ) from None
     except RecursionError:
         raise DataError(f"{path}:{first_line}: nested too deeply") from None

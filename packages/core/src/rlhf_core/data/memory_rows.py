@@ -69,7 +69,8 @@ class MemoryRows(Preparation, Columns):
             return examples
         if not isinstance(examples, Sequence):
             raise OptionError(
-                "heldout", f"needs to know how many rows there are; pass {option('heldout_rows', 'ROWS')}"
+                "heldout",
+                f"needs the number of rows, which a stream does not have; pass {option('heldout_rows', 'ROWS')}",
             )
         train, heldout = hold_out(len(examples), self.heldout)
         return PickedRows.select(examples, heldout if split == "heldout" else train)
@@ -91,7 +92,7 @@ class MemoryRows(Preparation, Columns):
         columns.example(first, f"{name}:1")
         if not hasattr(rows, "__len__"):  # a stream
             if self.unique:
-                raise OptionError("unique", "needs to see all rows first; pass a list or a Dataset")
+                raise OptionError("unique", "needs all rows in advance; pass a list or a Dataset")
             return limit_rows(StreamRows(rows, columns, name, ""), self.limit)
         examples: Sequence[Example] = TableRows(rows, columns, name, "")
         if isinstance(rows, (list, tuple)):

@@ -215,9 +215,9 @@ class Prefetcher:
         limits = run_option("max_prompt_tokens") + advice(f" or {run_option('data.encoding.max_tokens')}")
         drawn = f"of the first {self._state['first_uid'] + self._state['row']} drawn"
         for name, what in (
-            ("data/duplicates", f"rows came before and were left out ({run_option('data.unique')})"),
-            ("data/dropped", f"rows {drawn} were dropped, being longer than {limits}"),
-            ("data/truncated", f"rows {drawn} were truncated, being longer than {limits}"),
+            ("data/duplicates", f"rows were duplicates and were skipped ({run_option('data.unique')})"),
+            ("data/dropped", f"rows {drawn} were dropped, since they are longer than {limits}"),
+            ("data/truncated", f"rows {drawn} were truncated, since they are longer than {limits}"),
         ):
             if counts[name] and name not in self._reported and self._stream.rank == 0:
                 self._reported.add(name)

@@ -39,7 +39,7 @@ class ShippedPrompts(Preparation):
             if row["split"] == split
         ]
         if not examples:
-            raise UsageError(f"the shipped prompts have the splits train and heldout, not {split!r}")
+            raise UsageError(f"the shipped prompts have only the splits train and heldout, not {split!r}")
         return examples
 
     def _prompt(self, text: str) -> str | tuple[Message, ...]:

@@ -120,7 +120,7 @@ class Renderer:
             before = self._render(example, (*prompt, *turns[:i]), generation=True) if i else prompt_text
             if not before.startswith(done):
                 raise DataError(
-                    f"{example.origin}: the chat template rewrites earlier turns, so they cannot all be trained on; "
+                    f"{example.origin}: the chat template rewrites earlier turns, so they cannot be trained on; "
                     f"{advice('pass ' + run_option('data.turns', 'last') + ', or ')}another "
                     f"{run_option('data.encoding.template_file')}"
                 )
@@ -146,9 +146,9 @@ class Renderer:
         answered = self._render(example, (*chat, *messages), generation=True).rpartition(PROBE)
         if not closed[1] or not answered[1]:
             raise DataError(
-                f"{example.origin}: the chat template does not write messages after the assistant's turn that they answer; "
-                f"pass {run_option('data.encoding.template_file', 'FILE')}, or choose an environment whose "
-                "feedback is plain text"
+                f"{example.origin}: the chat template does not render messages that follow an assistant turn; pass "
+                f"{run_option('data.encoding.template_file', 'FILE')}, or choose an environment whose feedback is "
+                "plain text"
             )
         return closed[2], answered[2]
 
@@ -208,7 +208,8 @@ class Renderer:
         reads = ("text",) if self._reader is None else ("text", "image")
         if part := find_unread_part(chat, reads):
             raise DataError(
-                f"{example.origin}: a message has a part of type {part!r}, and the model reads {' and '.join(reads)} alone"
+                f"{example.origin}: a message has a part of type {part!r}, but the model reads only "
+                f"{' and '.join(reads)}"
             )
         try:
             if self.template is None:
@@ -244,9 +245,7 @@ def _join_contents(begun: Message, turn: Message, origin: str) -> str:
     """Join the content of a turn whose beginning is part of the prompt."""
     parts = [begun.get("content"), turn.get("content")]
     if not all(isinstance(part, str) for part in parts):
-        raise DataError(
-            f"{origin}: the prompt ends with an assistant's message, so that both it and the answer are texts"
-        )
+        raise DataError(f"{origin}: the prompt ends with an assistant message, so it and the answer must both be text")
     return "".join(map(str, parts))
 
 
@@ -262,7 +261,7 @@ def _template(own: str | dict[str, str] | None, encoding: Encoding) -> str | Non
     if encoding.template == "chat" and encoding.input_template:
         raise OptionError(
             "/data.encoding.input_template",
-            f"is for raw prompts; leave out {run_option('data.encoding.template', 'chat')}",
+            f"works only with raw prompts; leave out {run_option('data.encoding.template', 'chat')}",
         )
     if encoding.input_template and "{}" not in encoding.input_template:
         raise OptionError("/data.encoding.input_template", "needs {} where the prompt goes")
@@ -272,7 +271,7 @@ def _template(own: str | dict[str, str] | None, encoding: Encoding) -> str | Non
         try:
             return read_text(Path(encoding.template_file))
         except (OSError, UnicodeDecodeError) as error:
-            said = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            said = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise OptionError("/data.encoding.template_file", f"{encoding.template_file}: {said}") from None
     own = own.get("default") if isinstance(own, dict) else own
     if not own and encoding.template == "chat":

@@ -102,11 +102,14 @@ class Stream:
         seeds_rows: bool = False,
     ) -> None:
         if readers is not None and buffer:
-            raise OptionError("/data.shuffle_buffer", f"{buffer}: a reader with a state orders its rows itself; pass 0")
+            raise OptionError(
+                "/data.shuffle_buffer", f"{buffer}: a reader with a state sets the order of its rows; pass 0"
+            )
         if not sampler.epochs and not is_indexed(examples):
             raise OptionError(
                 "/sampler",
-                f"{type(sampler).__qualname__} chooses rows by number, and the data is a stream without a length",
+                f"{type(sampler).__qualname__} chooses rows by number, but the data is a stream without a length; "
+                "choose another sampler",
             )
         self.examples = examples
         self.batch_size = batch_size
@@ -220,7 +223,7 @@ class Stream:
     def _check_kept(self) -> None:
         """Raise an error if the epoch that ends had rows and none was usable."""
         if self.row and not self._kept:
-            raise UsageError(f"none of the {self.row} rows can be used: all are too long; {LIMITS_ADVICE}")
+            raise UsageError(f"none of the {self.row} rows can be used, since all are too long; {LIMITS_ADVICE}")
 
     def _row_at(self, chunk: Chunk, place: int) -> PreparedRow:
         """A usable row; prepared here and now if another rank owns it."""

@@ -82,7 +82,7 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
         return list(ARGUMENTS)
     unknown = [p.name for p in parameters if p.default is p.empty and p.name not in ARGUMENTS]
     if unknown:
-        raise UsageError(f"the agent's argument {unknown[0]!r} is unknown; it may name {', '.join(ARGUMENTS)}")
+        raise UsageError(f"the agent's argument {unknown[0]!r} is unknown; arguments are {', '.join(ARGUMENTS)}")
     return [p.name for p in parameters if p.name in ARGUMENTS]
 
 
@@ -123,7 +123,7 @@ async def run_command(command: str, address: Address, example: Example, seed: in
     try:
         return json.loads(lines[-1]) if lines else None
     except ValueError:
-        raise UsageError(f"the last line that the agent's command printed is no JSON: {lines[-1][:200]!r}") from None
+        raise UsageError(f"the last line that the agent's command printed is not JSON: {lines[-1][:200]!r}") from None
 
 
 def outcome_of(raw: Any, names: Sequence[str]) -> Outcome:
@@ -142,10 +142,15 @@ def outcome_of(raw: Any, names: Sequence[str]) -> Outcome:
         return Outcome()
     if isinstance(raw, Mapping):
         if unknown := sorted(set(raw) - FIELDS):
-            raise UsageError(f"the agent returned {unknown[0]!r}; known are {', '.join(sorted(FIELDS))}")
+            raise UsageError(
+                f"the agent returned the unknown field {unknown[0]!r}; fields are {', '.join(sorted(FIELDS))}"
+            )
         metrics = {name: _number(value, name) for name, value in (raw.get("metrics") or {}).items()}
         if unknown := sorted(set(metrics) - set(names)):
-            raise UsageError(f"the agent returned a metric {unknown[0]!r}; name it among those that are logged")
+            raise UsageError(
+                f"the agent returned a metric {unknown[0]!r} that is not declared; add it to the metrics of the "
+                "environment"
+            )
         score = raw.get("score")
         return Outcome(
             _number(raw.get("reward", 0.0), "reward"),
@@ -166,12 +171,12 @@ def _list(raw: Mapping[str, Any], name: str) -> Sequence[Any]:
     """Return a list; an empty one where it is absent."""
     value = raw.get(name)
     if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
-        raise UsageError(f"the agent returned {value!r} as {name}, which is no list")
+        raise UsageError(f"the agent returned {value!r} as {name}, which is not a list")
     return value or ()
 
 
 def _number(value: Any, name: str) -> float:
     """Return a finite number."""
     if not isinstance(value, Real) or not float("-inf") < float(value) < float("inf"):
-        raise UsageError(f"the agent returned {value!r} as {name}, which is no finite number")
+        raise UsageError(f"the agent returned {value!r} as {name}, which is not a finite number")
     return float(value)

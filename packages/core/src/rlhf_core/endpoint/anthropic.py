@@ -21,7 +21,7 @@ async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -
     """Answer `POST /v1/messages`."""
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
-        raise HttpError(400, "messages and tools are lists")
+        raise HttpError(400, "messages and tools must be lists")
     options = read_options(body, "max_tokens", stop="stop_sequences")
     conversation.check(body)
     if body.get("tool_choice") == {"type": "none"}:
@@ -100,7 +100,7 @@ def _system(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _tool(tool: Any) -> dict[str, Any]:
     """Return the description of a tool in OpenAI's form."""
     if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str):
-        raise HttpError(400, "each tool has a name")
+        raise HttpError(400, "each tool must have a name")
     function = {"name": tool["name"], "description": tool.get("description", "")}
     return {"type": "function", "function": {**function, "parameters": tool.get("input_schema", {})}}
 
@@ -108,7 +108,7 @@ def _tool(tool: Any) -> dict[str, Any]:
 def _messages(message: Any) -> Sequence[dict[str, Any]]:
     """Return a message in OpenAI's form: results of tools are separate messages."""
     if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
-        raise HttpError(400, "each message has the role user or assistant")
+        raise HttpError(400, "each message must have the role user or assistant")
     content = message.get("content")
     if not isinstance(content, list):
         return [{"role": message["role"], "content": content}]

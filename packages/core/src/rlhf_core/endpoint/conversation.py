@@ -83,7 +83,7 @@ class Conversation:
             options: of the turn.
         """
         if not messages:
-            raise HttpError(400, "a chat has at least one message")
+            raise HttpError(400, "a chat must have at least one message")
         keys = tuple(_key(message) for message in messages)
         prompt: Chat = tuple(
             {"role": "assistant", "content": self._sampled[key]} if key in self._sampled else _plain(message)
@@ -181,10 +181,10 @@ def _text_of(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise HttpError(400, "the content of a message is a text, or a list of parts")
+        raise HttpError(400, "the content of a message must be a string, or a list of parts")
     for part in content:
         if not isinstance(part, dict) or part.get("type") not in ("text", "input_text", "output_text"):
-            raise HttpError(400, "a message has a part that is no text; this policy reads text alone")
+            raise HttpError(400, "a message has a part that is not text, but this policy reads only text")
     return "".join(str(part.get("text", "")) for part in content)
 
 
@@ -214,11 +214,11 @@ def _arguments(call: Mapping[str, Any]) -> Any:
 def _key(message: Mapping[str, Any]) -> str:
     """Return what makes two messages the same, whatever client wrote them down."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise HttpError(400, "each message has a role")
+        raise HttpError(400, "each message must have a role")
     try:
         calls = [[call["function"]["name"], _arguments(call)] for call in message.get("tool_calls") or ()]
     except (KeyError, TypeError):
-        raise HttpError(400, "a tool call has a function with a name and arguments") from None
+        raise HttpError(400, "a tool call must have a function with a name and arguments") from None
     return json.dumps(
         [message["role"], _text_of(message.get("content")), calls, message.get("tool_call_id")], sort_keys=True
     )

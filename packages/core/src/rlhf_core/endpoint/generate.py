@@ -17,7 +17,7 @@ async def answer_generate(conversation: Conversation, body: Mapping[str, Any]) -
     """Answer with the token ids of a turn, and with their log-probabilities if `sampling_params` asks for some."""
     how = body.get("sampling_params") or {}
     if not isinstance(how, Mapping):
-        raise HttpError(400, "sampling_params is an object")
+        raise HttpError(400, "sampling_params must be an object")
     options = read_options(how, "max_tokens")
     conversation.check(how)
     ids = token_ids(body.get("token_ids"), "token_ids")

@@ -72,7 +72,7 @@ class Harness(Environment):
         """
         if bool(self.agent) == bool(self.command):
             raise UsageError(
-                f"the environment harness runs one agent; pass {option('agent', 'FILE.py:FUNCTION')} or "
+                f"the environment harness needs one agent; pass {option('agent', 'FILE.py:FUNCTION')} or "
                 f"{option('command', 'COMMAND')}"
             )
         if self.command:

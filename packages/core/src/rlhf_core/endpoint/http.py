@@ -44,9 +44,9 @@ class Request:
         try:
             found = json.loads(self.body)
         except ValueError:
-            raise HttpError(400, "the body is no JSON") from None
+            raise HttpError(400, "the body is not JSON") from None
         if not isinstance(found, dict):
-            raise HttpError(400, "the body is no JSON object")
+            raise HttpError(400, "the body is not a JSON object")
         return found
 
     @property
@@ -67,12 +67,12 @@ async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request
     except asyncio.IncompleteReadError:
         return None
     except asyncio.LimitOverrunError:
-        raise HttpError(431, "the head of the request is too long") from None
+        raise HttpError(431, "the header of the request is too long") from None
     first, *lines = head.decode("latin-1").split("\r\n")
     try:
         method, target, _ = first.split(" ")
     except ValueError:
-        raise HttpError(400, "no HTTP request") from None
+        raise HttpError(400, "this is not an HTTP request") from None
     headers = {}
     for line in filter(None, lines):
         name, _, value = line.partition(":")
@@ -81,7 +81,7 @@ async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request
         raise HttpError(411, "send the body with its Content-Length")
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > most_bytes:
-        raise HttpError(413, f"a body of {length} bytes; at most {most_bytes} are read")
+        raise HttpError(413, f"the body has {length} bytes, but the limit is {most_bytes}")
     return Request(method, target.partition("?")[0], headers, await reader.readexactly(int(length)))
 
 

@@ -22,7 +22,7 @@ async def answer_chat(conversation: Conversation, body: Mapping[str, Any]) -> by
     conversation.check(body)
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
-        raise HttpError(400, "messages and tools are lists")
+        raise HttpError(400, "messages and tools must be lists")
     answer = await conversation.chat(messages, [] if body.get("tool_choice") == "none" else tools, options)
     head = _head(body, answer, "chat.completion")
     message = message_of(answer)
@@ -101,7 +101,7 @@ def list_models() -> bytes:
 def token_ids(given: Any, name: str) -> tuple[int, ...]:
     """Return token ids of a request."""
     if not isinstance(given, list) or not all(isinstance(each, int) and each >= 0 for each in given) or not given:
-        raise HttpError(400, f"{name} is a text, or a list of token ids")
+        raise HttpError(400, f"{name} must be a string, or a list of token ids")
     return tuple(given)
 
 

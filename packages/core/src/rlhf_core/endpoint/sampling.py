@@ -66,10 +66,10 @@ def read_options(body: Mapping[str, Any], *lengths: str, stop: str = "stop") -> 
         HttpError: a value is wrong, or more than one answer is asked for.
     """
     if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
-        raise HttpError(400, "n is 1: one answer for each request is sampled")
+        raise HttpError(400, "n must be 1, since each request samples one answer")
     seed = body.get("seed")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise HttpError(400, f"seed is a whole number, not {seed!r}")
+        raise HttpError(400, f"seed must be a whole number, not {seed!r}")
     most = next(filter(None, (positive(body, name) for name in lengths)), 0)
     return TurnOptions(most, texts(body.get(stop), stop), seed)
 
@@ -118,7 +118,7 @@ def positive(body: Mapping[str, Any], name: str) -> int:
     """Return a whole number of a request; 0 where it is absent."""
     value = body.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise HttpError(400, f"{name} is a whole number of at least 1, not {value!r}")
+        raise HttpError(400, f"{name} must be a whole number of at least 1, not {value!r}")
     return value or 0
 
 
@@ -126,5 +126,5 @@ def texts(given: Any, name: str) -> tuple[str, ...]:
     """Return one text or several; none where it is absent."""
     found = (given,) if isinstance(given, str) else tuple(given or ())
     if not all(isinstance(each, str) and each for each in found):
-        raise HttpError(400, f"{name} is a text, or a list of texts")
+        raise HttpError(400, f"{name} must be a string, or a list of strings")
     return found

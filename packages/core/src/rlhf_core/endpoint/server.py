@@ -167,7 +167,7 @@ class Endpoint:
         try:
             await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise ConnectionAbortedError("the client has gone")
+                raise ConnectionAbortedError("the client disconnected")
             return task.result()
         finally:
             gone.cancel()
@@ -207,7 +207,7 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
     if request.method == "GET" and route == "models":
         return list_models()
     if request.method != "POST":
-        raise HttpError(405, f"{request.method} is not answered; requests are POST", "method")
+        raise HttpError(405, f"{request.method} is not supported; send a POST request", "method")
     match route:
         case "chat/completions":
             return await answer_chat(conversation, request.json())
@@ -219,7 +219,7 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
             return await answer_generate(conversation, request.json())
     raise HttpError(
         404,
-        f"no route {route!r}; there are chat/completions, completions, messages and inference/v1/generate",
+        f"unknown route {route!r}; routes are chat/completions, completions, messages and inference/v1/generate",
         "not_found",
     )
 

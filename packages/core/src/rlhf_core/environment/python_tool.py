@@ -60,7 +60,7 @@ class PythonTool(Environment):
     def check(self) -> None:
         """Refuse a machine that cannot confine programs, before a model is loaded."""
         if sys.platform != "linux":
-            raise UsageError("environment python_tool: programs are confined by Linux' kernel; run it there")
+            raise UsageError("environment python_tool confines programs with the Linux kernel; run it on Linux")
         with SandboxServer() as server:
             self.run(server, "")
 
@@ -88,8 +88,8 @@ class PythonTool(Environment):
         missing = set(answer["open"]) - {confinement.OPTIONAL}
         if self.confine and missing:
             raise UsageError(
-                f"environment python_tool: this machine cannot keep programs from {', '.join(sorted(missing))}; run it in a "
-                f"container, with {option('confine', False)}"
+                "environment python_tool: this machine cannot confine programs (not blocked: "
+                f"{', '.join(sorted(missing))}); run it in a container, with {option('confine', False)}"
             )
         (result,) = answer["results"]
         return None if result is None else (str(result[0]), bool(result[1]))

@@ -48,8 +48,8 @@ class HeldoutLoss(Evaluator):
         """
         if not any(_learns_rows(term) for term in run.plan.terms):
             raise UsageError(
-                "evaluator heldout_loss measures what an algorithm minimizes on rows of data, and nothing here is trained on "
-                "them; use the evaluator heldout"
+                "evaluator heldout_loss measures a loss on rows of data, but this algorithm does not train on "
+                "data; use the evaluator heldout"
             )
         batches = self._credit_rows(run)
         metrics: dict[str, float] = {}

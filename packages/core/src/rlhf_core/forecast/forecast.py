@@ -214,5 +214,8 @@ def _notes(plan: Plan, passes: Mapping[str, Passes]) -> list[str]:
     notes = [f"{name}: {each.note}" for name, each in passes.items() if each.note]
     launcher = plan.config.providers.get("launcher")
     if launcher is not None and not launcher.one_process:
-        notes.append("all roles are taken to share each device; where they do not, read the lines of the roles that do")
+        notes.append(
+            "the forecast assumes that all roles share each device; for roles on separate devices, read the lines "
+            "of these roles"
+        )
     return notes

@@ -74,5 +74,5 @@ class PlanOptions:
         at_most(1, self, "efficiency")
         if self.gpu and self.gpu not in GPUS:
             raise OptionError(
-                "gpu", f"{self.gpu}: no such type{did_you_mean(self.gpu, GPUS)}; there are {', '.join(GPUS)}"
+                "gpu", f"{self.gpu}: unknown GPU type{did_you_mean(self.gpu, GPUS)}; choose one of {', '.join(GPUS)}"
             )

@@ -96,8 +96,8 @@ def _explain(spec: RoleSpec) -> Iterator[None]:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UsageError(
-            f"the {spec.name} cannot be planned: what {spec.options.model} computes depends on numbers and not on shapes "
-            f"alone ({type(error).__name__}: {error})"
+            f"the {spec.name} cannot be planned, since the computation of {spec.options.model} depends on values, "
+            f"not only on shapes ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -157,7 +157,7 @@ def _update(module: RoleModule, spec: RoleSpec, tracker: MemoryTracker, memory: 
     except RuntimeError as error:  # of any optimizer, where it asks for numbers
         state = 8 * sum(each.numel() for each in trained)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        note = f"the state of {type(options.optim).__name__} was taken for two numbers per weight ({reason})"
+        note = f"the state of {type(options.optim).__name__} is assumed to be two numbers per weight ({reason})"
         return replace(memory, optimizer=state + average), note
     return replace(memory, optimizer=tracker.live - before + average, update=temporary), ""
 

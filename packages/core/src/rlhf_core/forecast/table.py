@@ -60,10 +60,10 @@ def _answer(found: Forecast, unit: str, size: int) -> str:
     worst = max(found.phases, key=lambda phase: phase.bytes)
     peak = f"peak {found.peak / size:.2f} {unit} in {worst.name!r}"
     if found.fits is None:
-        return f"{peak}; state the memory or the type of a device to see whether that fits"
+        return f"{peak}; pass the memory or the type of a device to check that this fits"
     left = (found.usable - found.peak) / size
     room = f"{found.usable / size:.2f} of {found.device_bytes / size:.2f} {unit}, {found.options.reserve:.0%} kept in reserve"
-    verdict = f"fits, {left:.2f} {unit} left" if found.fits else f"does not fit, {-left:.2f} {unit} too much"
+    verdict = f"fits, {left:.2f} {unit} left" if found.fits else f"does not fit, {-left:.2f} {unit} too many"
     return f"{peak}: {verdict} ({room})"
 
 

@@ -43,12 +43,15 @@ class Local(SharingOptions, Launcher):
         world = join_world(self.timeout)
         together = plan.config.providers["strategy"].ranks_per_row
         if together > 1 and world.size == 1:
-            raise UsageError(f"one process does not make a group of {together} ranks that share rows; start {together}")
+            raise UsageError(
+                f"one process cannot form a group of {together} ranks that share rows; start {together} processes"
+            )
         world = data_world(together) if together > 1 else world
         if plan.online and plan.config.batch_size < world.size:
             raise OptionError(
                 "/batch_size",
-                f"{plan.config.batch_size} leaves some of {world.size} ranks without a prompt to sample on; raise it",
+                f"{plan.config.batch_size} is too small: some of the {world.size} ranks have no prompt to sample "
+                "on; raise it",
             )
         engine = plan.online and not plan.config.providers["rollout"].exact
         sharing = plan_sharing(self, plan, _device_bytes(), world.size, list(plan.roles), engine)
@@ -78,9 +81,9 @@ def _report_copies(plan: Plan, roles: Mapping[str, LocalRole]) -> None:
         if not owner or roles[name].module is roles[owner].module:
             continue
         mine, theirs = plan.roles[name].options, plan.roles[owner].options
-        pairs = [f"{each} is {getattr(mine, each)} and not {getattr(theirs, each)}" for each in differing]
-        why = ", ".join(pairs) or "the strategy shares no base"
-        log.info(f"the {name} is loaded beside the {owner}, whose base it could share: {why}")
+        pairs = [f"{each} is {getattr(mine, each)}, not {getattr(theirs, each)}" for each in differing]
+        why = ", ".join(pairs) or "the strategy cannot share a base"
+        log.info(f"the {name} is loaded in addition to the {owner} and cannot share its base: {why}")
 
 
 def join_world(timeout: float = Local.timeout, store: Any = None) -> World:
@@ -97,8 +100,8 @@ def join_world(timeout: float = Local.timeout, store: Any = None) -> World:
             local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if local >= devices:
                 raise UsageError(
-                    f"process {local + 1} of this node has no GPU of its own, there are {devices}; start at most {devices} "
-                    "processes a node, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
+                    f"process {local + 1} of this node has no GPU, since the node has {devices}; start at most "
+                    f"{devices} processes per node, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
                 )
             torch.cuda.set_device(local)
         # both, where there are GPUs: gradients are on them, counts and metrics are not

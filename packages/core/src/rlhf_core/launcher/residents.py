@@ -165,10 +165,11 @@ class Residents:
             self._sleep(min(idle, key=lambda each: each.used), use)
         if self.taken_bytes + size > self.budget:
             awake = ", ".join(each.name for each in self.residents.values() if each.awake)
-            beside = f" beside {self.taken_bytes / GIB:.3g} of {awake}" if awake else ""
+            beside = f" in addition to {self.taken_bytes / GIB:.3g} of {awake}" if awake else ""
             raise UsageError(
-                f"no room to {use}: that takes {size / GIB:.3g} GiB of a device{beside}, and {self.budget / GIB:.3g} may be "
-                f"used; raise {run_option('launcher.share_gib')}, or make models or batches smaller"
+                f"no room to {use}: it needs {size / GIB:.3g} GiB of a device{beside}, but the limit is "
+                f"{self.budget / GIB:.3g}; raise {run_option('launcher.share_gib')}, or use smaller models or "
+                "batches"
             )
 
     def _wake(self, resident: Resident, parts: set[Part], use: str) -> None:

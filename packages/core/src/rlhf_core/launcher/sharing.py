@@ -76,10 +76,10 @@ def plan_sharing(
         return None
     if config.ahead:
         raise OptionError(
-            "share_memory", f"on: sampling ahead needs the engine while roles train; leave out {run_option('ahead')}"
+            "share_memory", f"on: sampling ahead uses the engine while roles train; leave out {run_option('ahead')}"
         )
     if not budget:
-        raise OptionError("share_memory", f"on: the memory of a CPU has no bound here; pass {option('share_gib')}")
+        raise OptionError("share_memory", f"on: there is no memory limit on CPUs; pass {option('share_gib')}")
     memory = expected_memory(plan, budget, ranks)
     needed = _needs(memory, names, engine, copies=config.providers["rollout"].exact if engine else False)
     together = sum(stays for stays, _ in needed.values()) + max(work for _, work in needed.values())
@@ -88,13 +88,13 @@ def plan_sharing(
     for name, (stays, work) in needed.items():
         if stays + work > budget:
             raise UsageError(
-                f"the {name} alone takes {(stays + work) / GIB:.3g} GiB of a device by forecast, and {budget / GIB:.3g} may be "
-                f"used; raise {run_option('launcher.share_gib')}, lower {run_option('micro_tokens')} or the tokens that are "
-                "sampled, or shard it over more devices"
+                f"the forecast for the {name} alone is {(stays + work) / GIB:.3g} GiB of a device, but the limit is "
+                f"{budget / GIB:.3g}; raise {run_option('launcher.share_gib')}, lower {run_option('micro_tokens')} "
+                "or the number of sampled tokens, or shard it over more devices"
             )
     log.info(
-        f"{', '.join(needed)} take turns on a device: together they need {together / GIB:.3g} GiB by forecast, and "
-        f"{budget / GIB:.3g} may be used"
+        f"{', '.join(needed)} take turns on a device: the forecast for all is {together / GIB:.3g} GiB, and the "
+        f"limit is {budget / GIB:.3g}"
     )
     return Sharing(Residents(budget), memory)
 

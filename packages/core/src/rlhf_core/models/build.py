@@ -60,7 +60,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     if adapted and new_tokens:
         raise UsageError(
             f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
-            f"{run_option(f'{spec.name}.lora.rank')} first, and put adapters on what comes out"
+            f"{run_option(f'{spec.name}.lora.rank')} first, and add adapters to the result"
         )
     if spec.needs_language_head:
         model.set_output_embeddings(
@@ -126,8 +126,9 @@ def _vision(spec: RoleSpec) -> Vision | None:
         return None  # transformers' classifiers of such models have the text's part alone
     if spec.outputs & SCALAR.keys():
         raise UsageError(
-            f"the {spec.name} would value what {options.model} reads, and models with images have no such head here: choose an "
-            f"algorithm without a critic (grpo, rloo), or a {run_option(f'{spec.name}.model')} of texts"
+            f"the {spec.name} needs a value head, but the vision-language model {options.model} cannot have one: "
+            f"choose an algorithm without a critic (grpo, rloo), or a {run_option(f'{spec.name}.model')} that reads "
+            "only text"
         )
     return Vision(reader, reader.token)
 
@@ -175,8 +176,8 @@ def _new_head(spec: RoleSpec, head: nn.Module, name: str, seed: int) -> None:
     model = spec.options.model
     if not spec.trained and not spec.tracking and not model.startswith("tiny"):
         raise UsageError(
-            f"{model!r} has no {name} head, so its {name}s would be noise; pass a model that was trained as one "
-            f"({run_option(f'{spec.name}.model')})"
+            f"{model!r} has no trained {name} head, so its {name}s would be random; pass a model that was trained "
+            f"with one ({run_option(f'{spec.name}.model')})"
         )
     if isinstance(head, ScalarHead):  # a plugin's was drawn when it was made
         head.reset(f"{seed}/{spec.name}/{name}")

@@ -79,7 +79,7 @@ def _freeze(module: Any, named: Mapping[str, nn.Parameter], pattern: str, role: 
         ]
     if not chosen:
         parts = sorted({part for name in named for part in name.split(".") if not part.isdecimal()})
-        hint = did_you_mean(pattern.rpartition(".")[2], parts) or f"; names have the parts {', '.join(parts)}"
+        hint = did_you_mean(pattern.rpartition(".")[2], parts) or f"; parameter names contain {', '.join(parts)}"
         raise OptionError(f"/{role}.freeze", f"{pattern} matches no parameter of the model{hint}")
     for parameter in chosen:
         parameter.requires_grad_(False)

@@ -32,7 +32,7 @@ def compile_layers(model: nn.Module) -> None:
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError(f"{type(model).__name__} has no layers that can be compiled one by one; leave compile off")
+        raise UsageError(f"the layers of {type(model).__name__} cannot be compiled one by one; leave compile off")
     packed_attention.register(torch.compiler.disable(packed_attention.packed_attention))
     for layer in layers:
         layer._compiled_call_impl = _LayerCall(layer)

@@ -193,14 +193,14 @@ def _targets(model: Any, options: Lora, role: str) -> tuple[set[str], bool]:
             known = sorted({name.rpartition(".")[2] for name in names})
             raise OptionError(
                 f"/{role}.lora.targets",
-                f"{wanted}: no linear layer of the model has this name; there are {', '.join(known)}",
+                f"{wanted}: no linear layer of the model has this name; choose among {', '.join(known)}",
             )
         on_head |= is_head
     if on_head and head.weight is model.get_input_embeddings().weight:
         raise OptionError(
             f"/{role}.lora.targets",
-            f"{head_name}: this model's head is its embedding (tied), which an adapter on the head "
-            "would change too; leave it out",
+            f"{head_name}: the head of this model is tied to its embedding, so an adapter on it would change both; "
+            "leave it out",
         )
     return targets, on_head
 

@@ -111,7 +111,8 @@ class RoleModule(nn.Module):
         if not trains_only_heads(self, body):
             raise OptionError(
                 "features",
-                f"{folder} keeps states of a body that is not trained; {option('freeze', 'body')} freezes it",
+                f"{folder} stores states of a frozen body, but the body is trained; {option('freeze', 'body')} "
+                "freezes it",
             )
         self._features.digest = lambda: body_digest(body, self.compute_dtype)
         self._features.store = FeatureStore(folder)
@@ -138,7 +139,7 @@ class RoleModule(nn.Module):
         whole = sorted(names - CORE.keys())
         if whole or inputs.images or inputs.ends_R is not None:
             what = f"the output {whole[0]}" if whole else "rows with images or segments"
-            raise UsageError(f"{what} cannot be computed where ranks share each row; let each rank have its own rows")
+            raise UsageError(f"{what} cannot be computed while ranks share each row; give each rank its own rows")
         stretch = ranks.cut(*pack_rows(inputs))
         states, own = self._run_body(stretch.arguments)[0].flatten(0, 1), stretch.inputs
         given = ModelStates(states, own.states_M, own.last_N, own, self._language_head, "entropy_NT" in names)
@@ -218,7 +219,7 @@ class RoleModule(nn.Module):
         """Return the model's image inputs, for rows that have images."""
         if self.vision is None:
             raise UsageError(
-                f"{self.model.config.name_or_path} reads text alone, and rows have images; pass another model"
+                f"{self.model.config.name_or_path} reads only text, but rows have images; pass another model"
             )
         return self.vision
 
@@ -329,7 +330,7 @@ class RoleModule(nn.Module):
         kept = self._checkpoint_names()
         if strict and kept != state.keys():
             odd = sorted(kept ^ state.keys())
-            raise RuntimeError(f"{len(odd)} tensors are missing or unknown, {odd[0]} first")
+            raise RuntimeError(f"{len(odd)} tensors are missing or unknown, such as {odd[0]}")
         return super().load_state_dict(state, strict=False, assign=assign)
 
     def _checkpoint_names(self) -> set[str]:

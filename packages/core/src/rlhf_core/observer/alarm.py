@@ -50,10 +50,11 @@ class Alarm(Observer):
         for metric, (least, greatest) in self.bands():
             if not least < greatest:
                 raise UsageError(
-                    f"the band of {metric} goes from {least:g} to {greatest:g}; the first must be the lesser"
+                    f"the band of {metric} is {least:g} to {greatest:g}; the first number must be smaller than the "
+                    "second"
                 )
         if not list(self.bands()):
-            raise UsageError(f"an alarm without a band watches nothing; give {option('kl')} LEAST GREATEST, say")
+            raise UsageError(f"the alarm has no band; give one, for example {option('kl')} LEAST GREATEST")
 
     writes: ClassVar[tuple[str, ...]] = ("alarms.jsonl", "alarms.jsonl.damaged")
 
@@ -69,7 +70,7 @@ class Alarm(Observer):
             try:
                 least, greatest = map(float, text.split(":"))
             except ValueError:
-                raise UsageError(f"a band is LEAST:GREATEST, two numbers, not {text!r} for {metric}") from None
+                raise UsageError(f"a band must be two numbers LEAST:GREATEST, not {text!r} for {metric}") from None
             yield metric, (least, greatest)
 
 
@@ -102,7 +103,7 @@ class _Watch:
         if not alarms:
             return None
         if self.alarm.action == "stop":
-            return f"{'; '.join(alarms)}; look at samples.jsonl; {run_option('resume', True)} goes on"
+            return f"{'; '.join(alarms)}; look at samples.jsonl, and continue with {run_option('resume', True)}"
         log.warning(f"alarm: {'; '.join(alarms)}; look at samples.jsonl")
         return None
 

@@ -78,9 +78,9 @@ def truncation(sampling: Sampling) -> str:
     if not cut or sampling.temperature == 0 or sampling.replay == "on":
         return ""
     return (
-        f"sampling is cut by {', '.join(cut)}: importance ratios are those of the whole distribution, biased by what is "
-        "cut off (rollout/kept_mass: the share that is kept); to train what was sampled, pass "
-        f"{run_option('sampling.replay', 'on')}"
+        f"sampling is truncated by {', '.join(cut)}, but importance ratios use the whole distribution, which biases "
+        "them (rollout/kept_mass is the share of probability that is kept); to use the truncated distribution, "
+        f"pass {run_option('sampling.replay', 'on')}"
     )
 
 

@@ -61,7 +61,7 @@ def _check_steps(run: RunView) -> None:
     found = {json.loads(line)["step"] for line in path.read_bytes().split(b"\n")[:-1]} if path.exists() else set()
     if lost := sorted(set(range(1, run.step + 1)) - found):
         listed = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
-        log.warning(f"{path} has no line of step {listed}")
+        log.warning(f"{path} has no line for step {listed}")
 
 
 def samples(run: RunView) -> Iterator[dict[str, Any]]:

@@ -102,5 +102,5 @@ def _read_ids(path: Path) -> dict[str, str]:
         known = None
     if isinstance(known, dict) and all(isinstance(ident, str) and ident for ident in known.values()):
         return known
-    log.warning(f"{path} is damaged; the resumed run appears as a new run in its trackers")
+    log.warning(f"{path} is damaged, so trackers show the resumed run as a new run")
     return {}

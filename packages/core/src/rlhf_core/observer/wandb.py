@@ -69,7 +69,9 @@ class Wandb(Observer):
         try:
             wandb.login()
         except wandb.errors.Error as error:
-            raise UsageError(f"observer wandb: {error} (or keep it here with {option('mode', 'offline')})") from None
+            raise UsageError(
+                f"observer wandb: {error} (or log only on this machine with {option('mode', 'offline')})"
+            ) from None
 
     def __call__(self, run: RunView) -> Tracker:
         return _Sending(self, run, self._mode())

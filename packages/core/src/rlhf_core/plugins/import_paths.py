@@ -31,7 +31,9 @@ def check_provided(kind: str, name: object, target: object) -> None:
         if not TARGET.fullmatch(target):
             raise PluginError(f"rlhf_{kind}() gives {name!r} as {target!r}, which is not 'module:Class'")
     elif not (isinstance(target, type) and is_dataclass(target)):
-        raise PluginError(f"rlhf_{kind}() gives {name!r} as {target!r}, neither a dataclass nor 'module:Class'")
+        raise PluginError(
+            f"rlhf_{kind}() gives {name!r} as {target!r}, which is neither a dataclass nor 'module:Class'"
+        )
 
 
 def load(target: str) -> Any:
@@ -54,7 +56,7 @@ def load_local(kind: str, target: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise UsageError(
-            f"{run_option(kind)} {target}: no module is called {error.name!r} here or in the environment"
+            f"{run_option(kind)} {target}: no module is called {error.name!r} in the working folder or the environment"
         ) from None
     for part in name.split("."):
         if not hasattr(found, part):
@@ -80,8 +82,8 @@ def check_module_name(name: str) -> None:
     if all(part.isidentifier() for part in name.split(".")) and not is_file:
         return
     there = is_file or os.path.isdir(name)  # noqa: PTH112  # the same
-    name_it = f": -p {Path(name).stem}, where its folder is the working folder or in PYTHONPATH" if there else ""
-    raise UsageError(f"-p {name}: a plugin is named by its module or its entry point, not by a path{name_it}")
+    name_it = f": use -p {Path(name).stem}, with its folder as working folder or in PYTHONPATH" if there else ""
+    raise UsageError(f"-p {name}: give a plugin's module or entry point, not a path{name_it}")
 
 
 def report_no_hook(module: ModuleType, name: str) -> None:
@@ -90,7 +92,7 @@ def report_no_hook(module: ModuleType, name: str) -> None:
     Raises:
         PluginError: it is a folder without `__init__.py`, in which nothing was imported.
     """
-    hooks = "has no hook, a function rlhf_…() with @hookimpl"
+    hooks = "has no hook (a function rlhf_…() with @hookimpl)"
     if module.__spec__ is not None and module.__spec__.origin is None:
         raise PluginError(f"it is a folder without __init__.py, and {hooks}")
-    log.warning(f"-p {name}: the module {hooks}; it was imported, and nothing more")
+    log.warning(f"-p {name}: the module {hooks}; it was only imported")

@@ -42,11 +42,11 @@ BASES: Mapping[str, type[Any]] = {
 """The base class of every kind."""
 
 UNOPENED = {
-    "loss": "a loss is a pure function; let the advantage hold or remember things",
-    "algorithm": "an algorithm is asked once, for its terms; let the advantage hold or remember things",
-    "strategy": "calling a strategy makes what is open, a Trainable",
-    "launcher": "calling a launcher makes what is open, a Placement",
-    "observer": "calling an observer makes what is open, an object with hooks",
+    "loss": "a loss is a pure function; keep state in the advantage",
+    "algorithm": "an algorithm is only called once, for its terms; keep state in the advantage",
+    "strategy": "calling a strategy already opens it and returns a Trainable",
+    "launcher": "calling a launcher already opens it and returns a Placement",
+    "observer": "calling an observer already opens it and returns an object with hooks",
 }
 """Kinds that are not opened, each with the reason."""
 
@@ -113,14 +113,14 @@ def capabilities(base: type[Any]) -> dict[str, Any]:
 
 def _check_dataclass(kind: str, who: str, target: Any) -> None:
     if not isinstance(target, type):
-        raise UsageError(f"{kind} {who} is a {type(target).__name__}, not a class; name the class of the provider")
+        raise UsageError(f"{kind} {who} is a {type(target).__name__}, not a class; give the class of the provider")
     if not (is_dataclass(target) and target.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise UsageError(f"{kind} {who} is not a frozen dataclass; write @dataclass(frozen=True) above the class")
     own = vars(target).get("__annotations__", {})
     options = [name for name, type_ in own.items() if not str(type_).startswith(("ClassVar", "typing.ClassVar"))]
     if options and "__dataclass_fields__" not in vars(target):
         raise UsageError(
-            f"{kind} {who} declares the option {options[0]!r} and is no dataclass itself; write @dataclass(frozen=True) "
+            f"{kind} {who} declares the option {options[0]!r} but is not a dataclass; write @dataclass(frozen=True) "
             "above the class"
         )
 
@@ -129,11 +129,11 @@ def _check_fields(kind: str, who: str, target: type, known: Mapping[str, Any]) -
     """Check that no option has the name of what core reads, unless users may set it."""
     for each in fields(target):
         if each.name == "use":
-            raise UsageError(f"{kind} {who} has an option 'use', which names providers in files; rename it")
+            raise UsageError(f"{kind} {who} has an option 'use', a name that selects providers in files; rename it")
         if each.name in known and each.name not in OPTIONAL.get(kind, ()):
             raise UsageError(
-                f"{kind} {who} has an option {each.name!r}, and core reads that name of a {kind} as something else; rename "
-                "the option, or declare it without being one (ClassVar)"
+                f"{kind} {who} has an option {each.name!r}, but core reads {each.name!r} of a {kind} as something "
+                "else; rename the option, or declare it as a ClassVar"
             )
 
 
@@ -165,8 +165,8 @@ def _check_name(kind: str, who: str, name: str, known: Mapping[str, Any]) -> Non
     )
     if meant is not None:
         raise UsageError(
-            f"{kind} {who} has {name!r}, which core does not read (did you mean {meant!r}?); rename it, or put _ before "
-            "a name of your own"
+            f"{kind} {who} has {name!r}, which core does not read (did you mean {meant!r}?); rename it, or start a "
+            "private name with _"
         )
 
 
@@ -188,11 +188,11 @@ def _check_value(kind: str, who: str, name: str, value: Any, declared: Any) -> N
     if isinstance(declared, FunctionType):
         if not callable(value) and not isinstance(value, (staticmethod, classmethod, property)):
             raise UsageError(
-                f"{kind} {who}: {name} is {value!r}, and core calls it; write def {name}{_words(declared)}:"
+                f"{kind} {who}: {name} is {value!r}, but core calls it; write def {name}{_words(declared)}:"
             )
         return
     if isinstance(value, FunctionType):
-        raise UsageError(f"{kind} {who}: {name} is a method, and core reads a value; write @property above it")
+        raise UsageError(f"{kind} {who}: {name} is a method, but core reads a value; write @property above it")
     if not isinstance(declared, Capability) or hasattr(type(value), "__get__"):  # a property's value is not known yet
         return
     usual = declared.default(None)
@@ -202,7 +202,7 @@ def _check_value(kind: str, who: str, name: str, value: Any, declared: Any) -> N
         )
     if isinstance(usual, (bool, int, str)) and not isinstance(value, type(usual)):
         raise UsageError(
-            f"{kind} {who}: {name} is {value!r}; write a value of type {type(usual).__name__}, such as {usual!r}"
+            f"{kind} {who}: {name} is {value!r}; give a value of type {type(usual).__name__}, such as {usual!r}"
         )
 
 
@@ -241,7 +241,9 @@ def _check_algorithm(who: str, target: type[Algorithm]) -> None:
             )
     for kind in target.defaults:
         if kind not in KINDS:
-            raise UsageError(f"algorithm {who}: defaults has {kind!r}, which is no kind{did_you_mean(kind, KINDS)}")
+            raise UsageError(
+                f"algorithm {who}: defaults has {kind!r}, which is not a kind{did_you_mean(kind, KINDS)}; rename it"
+            )
     for role, options in target.roles.items():
         if not isinstance(options, ModelOptions):
             raise UsageError(
@@ -251,5 +253,6 @@ def _check_algorithm(who: str, target: type[Algorithm]) -> None:
     for name in target.config_defaults:
         if name not in known:
             raise UsageError(
-                f"algorithm {who}: config_defaults has {name!r}, which is no option of a run{did_you_mean(name, known)}"
+                f"algorithm {who}: config_defaults has {name!r}, which is not an option of a "
+                f"run{did_you_mean(name, known)}; rename it"
             )

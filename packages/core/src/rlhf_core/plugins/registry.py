@@ -110,7 +110,7 @@ class Registry:
         """
         known = Plugin(name, distribution, version)
         if name in self.plugins:
-            raise PluginError(f"the plugin name is taken by {self.plugins[name]}, which was loaded first")
+            raise PluginError(f"{self.plugins[name]}, which was loaded first, already has this plugin name")
         check_marked(plugin)
         self._manager.register(plugin, name)
         try:
@@ -203,7 +203,7 @@ class Registry:
         for kind, names in named.items():
             if taken := sorted(names & core):
                 raise PluginError(
-                    f"rlhf_{kind}() gives {taken[0]!r}, a command of rlhf-core that no plugin can replace"
+                    f"rlhf_{kind}() gives {taken[0]!r}, but a plugin cannot replace this command of rlhf-core"
                 )
         if both := sorted(named["command"] & named["algorithm"]):
             raise PluginError(f"rlhf_command() and rlhf_algorithm() both give {both[0]!r}; rename one")

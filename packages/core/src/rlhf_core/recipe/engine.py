@@ -85,16 +85,16 @@ class Engine:
     def _state(self, step: Step, ahead: Sequence[str]) -> State:
         """Return how far a step is, of whose producers those `ahead` will run."""
         if not step.runs:
-            return State("left out", "its iteration is outside of start_t and stop_t")
+            return State("left out", "its iteration is outside start_t and stop_t")
         record = read_record(self.folder(step))
         if record is None:
             begun = (self._work(step) / MADE_OF).exists()
-            return State("to run", "it was stopped in the middle" if begun else "it has not run yet")
+            return State("to run", "it was interrupted" if begun else "it has not run yet")
         changed = differences(record.made_of, self._made_of(step))
         if changed:
             return State("to run", f"changed: {', '.join(changed)}")
         if ahead:
-            return State("to run", f"{', '.join(ahead)} will run first; it stays if the same is made again")
+            return State("to run", f"{', '.join(ahead)} runs first; this step is skipped if the result is the same")
         return State("finished")
 
     def folder(self, step: Step) -> Path:
@@ -119,8 +119,8 @@ class Engine:
                     self._checksum_of_given(source)
                 elif not self._by_name[source.step].runs and read_record(self.output / "steps" / source.step) is None:
                     raise UsageError(
-                        f"{step.name} reads {source.artifact} of {source.step}, which start_t and stop_t leave out and which "
-                        "has not run; let it run first"
+                        f"{step.name} reads {source.artifact} of {source.step}, which is outside start_t and stop_t "
+                        "and has not run; run it first"
                     )
 
     def forget(self, name: str) -> None:
@@ -181,7 +181,7 @@ class Engine:
         finished = read_record(work)
         if finished is None or finished.made_of != made_of:  # else it was killed between its record and its name
             self._prepare(work, made_of)
-            self.report(f"{step.name}: begun")
+            self.report(f"{step.name}: started")
             context = StepContext(
                 folder=work,
                 inputs=self._inputs(step, work),
@@ -228,7 +228,7 @@ class Engine:
         folder = self.output / "steps" / source.step
         record = read_record(folder)
         if record is None:
-            raise UsageError(f"{folder} is damaged or gone; start the recipe again")
+            raise UsageError(f"{folder} is damaged or missing; run the recipe again")
         return record.artifact(source.output, folder)
 
     def _made_of(self, step: Step) -> dict[str, str]:
@@ -323,7 +323,7 @@ def _check_outputs(step: Step, made: Mapping[str, Artifact], work: Path) -> dict
     for name, artifact in made.items():
         path, kind = artifact.path, step.provider.outputs[name]
         if artifact.kind != kind or not path.exists() or not path.resolve().is_relative_to(work.resolve()):
-            raise ContractError(f"{who} must leave a {kind} {name!r} in its folder, not {artifact}")
+            raise ContractError(f"{who} must write a {kind} {name!r} to its folder, not {artifact}")
         relative = path.resolve().relative_to(work.resolve())
         outputs[name] = {"kind": artifact.kind, "path": str(relative), "xxh3": checksum(artifact)}
     return outputs

@@ -114,10 +114,10 @@ def expand(steps: Sequence[Any]) -> Iterator[tuple[str, int]]:
         group, count = element, 1
         if isinstance(element, Mapping):
             if set(element) != {"repeat", "steps"} or type(element["repeat"]) is not int or element["repeat"] < 0:
-                raise UsageError(f"a repeated group is {{repeat = N, steps = [...]}}, not {dict(element)}")
+                raise UsageError(f"a repeated group must be {{repeat = N, steps = [...]}}, not {dict(element)}")
             group, count = element["steps"], element["repeat"]
         if not isinstance(group, (list, tuple)) or not all(isinstance(name, str) for name in group):
-            raise UsageError(f"a group is a list of names of ingredients, not {group!r}")
+            raise UsageError(f"a group must be a list of names of ingredients, not {group!r}")
         for _ in range(count):
             yield from ((name, iteration) for name in group)
             iteration += 1
@@ -180,7 +180,9 @@ def _reads(
     """Yield the sources of every input of a step."""
     for name in reads:
         if name not in provider.inputs:
-            raise UsageError(f"{step}: reads.{name}: it has the inputs {', '.join(provider.inputs) or 'none'}")
+            raise UsageError(
+                f"{step}: reads.{name}: there is no such input; the inputs are {', '.join(provider.inputs) or 'none'}"
+            )
     for name, kind in provider.inputs.items():
         if name in provider.optional and name not in reads:
             continue
@@ -189,14 +191,15 @@ def _reads(
         found = versions.get(artifact, [])
         if not found:
             raise UsageError(
-                f"{step} reads {artifact!r} as its {name}, which no artifact and no earlier step is called"
-                f"{did_you_mean(artifact, versions)}; write reads.{name} = NAME"
+                f"{step} reads {artifact!r} as its {name}, but no artifact or earlier step has this "
+                f"name{did_you_mean(artifact, versions)}; write reads.{name} = NAME"
             )
         chosen = _version(step, reference, which or "newest", found)
         made = JOINED.get(chosen[0][1]) if which == "all" else chosen[0][1]
         if made != kind or len({each for _, each in chosen}) > 1:
             raise UsageError(
-                f"{step} reads {reference!r} as its {name}, which must be a {kind}, not a {made or found[0][1]}"
+                f"{step} reads {reference!r} as its {name}, which must be a {kind}, not a {made or found[0][1]}; "
+                f"change reads.{name}"
             )
         yield name, tuple(source for source, _ in chosen)
 
@@ -215,7 +218,7 @@ def _version(
         case "all":
             return found
     raise UsageError(
-        f"{step}: {reference!r}: after @ stands one of {', '.join(VERSIONS)}{did_you_mean(which, VERSIONS)}"
+        f"{step}: {reference!r}: write one of {', '.join(VERSIONS)} after @{did_you_mean(which, VERSIONS)}"
     )
 
 
@@ -223,5 +226,8 @@ def _writes(step: str, provider: Ingredient, writes: Mapping[str, str]) -> dict[
     """Return the artifact that every output makes."""
     for name in writes:
         if name not in provider.outputs:
-            raise UsageError(f"{step}: writes.{name}: it has the outputs {', '.join(provider.outputs) or 'none'}")
+            raise UsageError(
+                f"{step}: writes.{name}: there is no such output; the outputs are "
+                f"{', '.join(provider.outputs) or 'none'}"
+            )
     return {name: writes.get(name, name) for name in provider.outputs}

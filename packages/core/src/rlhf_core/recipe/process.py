@@ -57,7 +57,7 @@ def rlhf_run_all(commands: Sequence[tuple[Sequence[str], Path]], registry: Regis
             lines = [line for line in text.splitlines() if line.strip()]
             code = process.returncode if process.returncode > 0 else 128 - process.returncode
             ended = f"rlhf-run {words[0]} ended with code {code}: {' / '.join(lines[-LINES:])}"
-            raise RunStopped(f"{ended} (all of it in {log})", code)
+            raise RunStopped(f"{ended} (full log: {log})", code)
         outputs.append(text)
     return outputs
 

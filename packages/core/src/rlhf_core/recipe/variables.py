@@ -32,8 +32,8 @@ def read_variables(path: Path, table: Any, given: Mapping[str, str]) -> dict[str
         raise UsageError(f"{path}: variables must be a table, not {table!r}")
     for name, value in table.items():
         if name in RESERVED or type(value) not in (str, int, float, bool):
-            reserved = f"{' and '.join(RESERVED)} are filled in by each step"
-            raise UsageError(f"{path}: variables.{name} must be a text, a number or a boolean; {reserved}")
+            reserved = f"{' and '.join(RESERVED)} are reserved, since each step sets them"
+            raise UsageError(f"{path}: variables.{name} must be a string, a number or a boolean; {reserved}")
     values = dict(table)
     for name, text in given.items():
         if name not in values:

@@ -68,7 +68,9 @@ def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
         return _call_with_columns(function, columns)
     except TypeError as error:
         if "string indices" in str(error):  # as TRL's functions read chats
-            error.args = (f"{error}; completions and prompts are texts: take completion for completion[0]['content']",)
+            error.args = (
+                f"{error}; completions and prompts are strings: use completion instead of completion[0]['content']",
+            )
         raise
     finally:
         if os.getpid() != process:
@@ -86,7 +88,7 @@ def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
     else:
         if (known := [each for each in required if each in columns]) and len(known) < len(required):
             absent = next(each for each in required if each not in columns)
-            raise ValueError(f"asks for {absent!r}, and there are {', '.join(columns)}")
+            raise ValueError(f"asks for {absent!r}, but the columns are {', '.join(columns)}")
         raw = function(*(columns[name] for name in POSITIONAL))
     return asyncio.run(_await_result(raw)) if inspect.isawaitable(raw) else raw
 
@@ -112,7 +114,7 @@ def answer_of(raw: Any, count: int) -> Answer:
         raise ValueError(f"returned a dict without 'rewards': {', '.join(map(str, list(raw)[:9]))[:200]}")
     scores, logs = raw.get("scores"), raw.get("extra_logs") or {}
     if not isinstance(logs, Mapping):
-        raise ValueError(f"returned extra_logs that are no dict but {reprlib.repr(logs)}")
+        raise ValueError(f"returned extra_logs that are not a dict: {reprlib.repr(logs)}")
     rewards = _numbers(raw["rewards"], "rewards", count)
     answer = Answer(rewards, None if scores is None else _numbers(scores, "scores", count))
     for name, values in logs.items():

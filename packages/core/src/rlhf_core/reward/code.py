@@ -46,7 +46,7 @@ class Code(Reward):
     def check(self) -> None:
         """Refuse a machine that cannot confine programs, before a model is loaded."""
         if sys.platform != "linux":
-            raise UsageError("reward code: programs are confined by Linux' kernel; run it there")
+            raise UsageError("reward code confines programs with the Linux kernel; run it on Linux")
         with SandboxServer() as server:
             self.judge(server, "", Assertions(["pass"]))
 
@@ -90,8 +90,9 @@ class Code(Reward):
         """
         if self.confine and missing - {confinement.OPTIONAL}:
             raise UsageError(
-                f"reward code: this machine cannot keep programs from {', '.join(sorted(missing))}; it needs a kernel with "
-                f"Landlock (5.13), and libseccomp or user namespaces; or run it in a container, with {option('confine', False)}"
+                f"reward code: this machine cannot confine programs (not blocked: {', '.join(sorted(missing))}); "
+                "use a kernel with Landlock (5.13) and libseccomp or user namespaces, or run it in a container "
+                f"with {option('confine', False)}"
             )
         if missing:
             _log_once(missing)
@@ -99,7 +100,7 @@ class Code(Reward):
 
 @cache
 def _log_once(missing: frozenset[str]) -> None:
-    log.warning("reward code: this machine does not keep programs from %s", ", ".join(sorted(missing)))
+    log.warning("reward code: this machine does not confine programs (not blocked: %s)", ", ".join(sorted(missing)))
 
 
 def program(text: str) -> str:

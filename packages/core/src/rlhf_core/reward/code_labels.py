@@ -95,7 +95,7 @@ def parse_label(label: Any) -> Assertions | Scripts:
             return Assertions([_check_syntax(test) for test in value])
     column = advice(f" ({run_option('data.label_key')})")
     raise DataError(
-        f"reward code: a label should be test code, a list of it, or inputs and outputs{column}, not {label!r}"
+        f"reward code: a label should be test code, a list of test codes, or inputs and outputs{column}, not {label!r}"
     )
 
 
@@ -133,7 +133,7 @@ def _text(value: Any) -> str:
 def _call_test(name: str, arguments: Any, expected: Any) -> str:
     if not name.isidentifier() or not isinstance(arguments, list):
         raise DataError(
-            f"reward code: fn_name should name a function, and each of inputs list its arguments, not {name!r}"
+            f"reward code: fn_name should name a function, and each of inputs should list its arguments, not {name!r}"
         )
     return CALL.format(name=name, arguments=json.dumps(arguments), expected=json.dumps(expected))
 
@@ -142,5 +142,5 @@ def _check_syntax(test: str) -> str:
     try:
         ast.parse(test)
     except (SyntaxError, ValueError) as error:
-        raise DataError(f"reward code: a label's test is no Python ({error}): {test[:200]!r}") from None
+        raise DataError(f"reward code: the test in a label is not Python ({error}): {test[:200]!r}") from None
     return test

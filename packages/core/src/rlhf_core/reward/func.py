@@ -65,10 +65,10 @@ class Func(Reward):
     def check(self) -> None:
         """A wrong path is the user's mistake before it is a worker's failure."""
         if self.timeout and not self.workers:
-            raise OptionError("timeout", f"needs a process that can be killed: pass {option('workers', 1)} too")
+            raise OptionError("timeout", f"needs a separate process: pass {option('workers', 1)} too")
         if self.workers and not isinstance(self.path, str):
             raise OptionError(
-                "workers", f": processes cannot import {self.label}; put it into a module or a file, and name that"
+                "workers", f": other processes cannot import {self.label}; move it to a module or a file, and name that"
             )
         load_function(self.path, self.name)
 
@@ -128,7 +128,9 @@ class FuncEngine:
             row = min(failed, default=None)
             if row is None:
                 some = f"{rows[0]} to {rows[-1]}" if rows.step == 1 else f"{rows[0]}, {rows[1]} …"
-                raise UsageError(f"{self.reward.label}: {failure.reason}, on samples {some}, though on none alone")
+                raise UsageError(
+                    f"{self.reward.label}: {failure.reason}, on samples {some} together, but on none of them alone"
+                )
             raise UsageError(f"{self.reward.label}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
 

@@ -43,7 +43,7 @@ class Replicas:
     ) -> None:
         for url in urls:
             if not is_address(url):
-                raise OptionError("url", f"{url}: expected an address like http://127.0.0.1:5000/get_reward")
+                raise OptionError("url", f"{url}: expected an address such as http://127.0.0.1:5000/get_reward")
         if not urls:
             raise OptionError("url", "needs at least one address")
         self._urls, self._token = list(urls), token

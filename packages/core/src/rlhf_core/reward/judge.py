@@ -86,7 +86,7 @@ class Judge(Reward):
         prompt = rollouts.meta[row].get("prompt", rollouts.prompts[row])
         if has_images(prompt):
             raise UsageError(
-                f"reward judge sends texts alone, and a prompt has images: use {run_option('reward', 'func')} or remote"
+                f"reward judge sends only text, but a prompt has images: use {run_option('reward', 'func')} or remote"
             )
         filled = {
             "prompt": prompt if isinstance(prompt, str) else format_dialogue(prompt).strip(),
@@ -134,7 +134,9 @@ class JudgeEngine:
             self._warned = True
             happens = "the reward abstains" if judge.fallback is None else f"the reward is {judge.fallback:g}"
             reply = replies[found.index(None)][:200]
-            log.warning(f"the judge gave no grade from {judge.low:g} to {judge.high:g}: {reply!r}; there, {happens}")
+            log.warning(
+                f"the judge gave no grade from {judge.low:g} to {judge.high:g}: {reply!r}; in this case {happens}"
+            )
         ungraded_N = torch.tensor([grade is None for grade in found])
         otherwise = judge.fallback or 0.0
         return RewardOutput(

@@ -68,7 +68,7 @@ class MathsEngine:
         calls = [(text, str(label), self.reward.where) for text, label in zip(rollouts.texts, rollouts.labels)]
         grades = self.workers.map(calls, self.reward.timeout)
         if None in grades:
-            raise DataError(f"reward math: the label {rollouts.labels[grades.index(None)]!r} has no answer in it")
+            raise DataError(f"reward math: the label {rollouts.labels[grades.index(None)]!r} contains no answer")
         gave_up = [isinstance(grade, Failure) for grade in grades]
         right, answered = zip(*((0.0, 0.0) if late else grade for grade, late in zip(grades, gave_up)))
         return RewardOutput(

@@ -156,5 +156,8 @@ def _example(prompt: Text, completion: str | None) -> Example:
 def _prompt(meta: Any) -> Any:
     """The prompt as the data had it."""
     if "prompt" not in meta:
-        raise ContractError("reward model reads meta['prompt'] of each row, which the rollout engine must pass on")
+        raise ContractError(
+            "reward model needs meta['prompt'] of each row, but the rollout engine did not pass it on; use another "
+            "rollout"
+        )
     return meta["prompt"]

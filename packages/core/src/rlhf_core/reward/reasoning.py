@@ -35,7 +35,10 @@ class ReasoningReward(Reward):
         scores, answered = [], []
         for text, meta in zip(rollouts.texts, rollouts.meta):
             if ENTRY not in meta:
-                raise UsageError("reward reasoning verifies tasks of data reasoning, and this row is none")
+                raise UsageError(
+                    "reward reasoning can only verify tasks of data reasoning, but this row is not one; use data "
+                    "reasoning"
+                )
             found = re.findall(self.extract, text, re.DOTALL)
             answer = found[-1].strip() if found else text.strip() if self.anywhere else None
             verify = library().get_score_answer_fn(meta[ENTRY]["metadata"]["source_dataset"])

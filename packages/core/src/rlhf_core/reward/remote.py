@@ -99,7 +99,7 @@ def _ask(replicas: Replicas, rollouts: Rollouts, rows: range) -> Answer:
     raw = replicas.ask(question)
     if isinstance(raw, dict) and raw.get("ids", ids) != ids:
         answered, asked = reprlib.repr(raw["ids"]), reprlib.repr(ids)
-        raise OptionError("url", f": a server answered for samples {answered}, but was asked for {asked}")
+        raise OptionError("url", f": a server answered for samples {answered}, but the request was for {asked}")
     try:
         return answer_of(raw, len(ids))
     except (ValueError, TypeError) as error:

@@ -58,9 +58,9 @@ def bind_address(host: str, port: int) -> socket.socket:
 def _cannot_listen(host: str, port: int, error: Exception) -> UsageError:
     """Return the error that names the option at fault."""
     if isinstance(error, OverflowError):
-        return UsageError(f"{run_option('port', port)} is no port: choose one from 0 to 65535")
+        return UsageError(f"{run_option('port', port)} is not a port: choose one from 0 to 65535")
     of_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
-    reason = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
+    reason = error.strerror if isinstance(error, OSError) else "it is not a host name"
     return UsageError(
         f"cannot listen on {host}:{port}: {reason}; choose another {run_option('port' if of_port else 'host')}"
     )
@@ -123,7 +123,7 @@ def _leave_within(seconds: float) -> None:
 def warn_if_open(host: str, token: str) -> None:
     """Warn of an address that others reach without a token."""
     if not token and not _is_loopback(host):
-        log.warning(f"everybody who reaches {host} can ask this server; leave out --token none, or --host")
+        log.warning(f"anyone who can reach {host} can use this server; leave out --token none, or --host")
 
 
 def _is_loopback(host: str) -> bool:

@@ -45,11 +45,11 @@ async def read_json(request: Any, max_body: int, seconds: float) -> Any:
     """
     length = request.headers.get("content-length", "")
     if not length:
-        raise BadRequest(411, "a request states its length: Content-Length")
+        raise BadRequest(411, "a request must state its length in Content-Length")
     if not (length.isascii() and length.isdigit()):
-        raise BadRequest(400, "Content-Length is no number")
+        raise BadRequest(400, "Content-Length is not a number")
     if len(length) > 18 or int(length) > max_body:
-        raise BadRequest(413, f"a request has at most {max_body} bytes")
+        raise BadRequest(413, f"a request can have at most {max_body} bytes")
     try:
         body = await asyncio.wait_for(request.body(), seconds)
     except TimeoutError:
@@ -59,11 +59,11 @@ async def read_json(request: Any, max_body: int, seconds: float) -> Any:
     except RecursionError:
         raise BadRequest(422, "the JSON is nested too deeply") from None
     except ValueError as error:  # no JSON, no Unicode, a number of thousands of digits
-        raise BadRequest(422, f"the body is no JSON: {error}") from None
+        raise BadRequest(422, f"the body is not JSON: {error}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def samples_of(body: Any) -> list[Sample]:
@@ -86,14 +86,14 @@ def samples_of(body: Any) -> list[Sample]:
         raise BadRequest(422, "'query', 'raw_prompts', 'completions' and 'ids' should have the same length")
     for each in ids:
         if not isinstance(each, (int, str)):
-            raise BadRequest(422, "'ids' should be whole numbers or texts")
+            raise BadRequest(422, "'ids' should be whole numbers or strings")
         _check_unicode("ids", each)
     return [Sample(query, _prompt(prompt), said) for query, prompt, said in zip(queries, prompts, completions)]
 
 
 def _texts(name: str, values: Any) -> Sequence[str]:
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise BadRequest(422, f"{name!r} should be a list of texts")
+        raise BadRequest(422, f"{name!r} should be a list of strings")
     for value in values:
         _check_unicode(name, value)
     return values
@@ -104,7 +104,7 @@ def _prompt(prompt: Any) -> Any:
     if prompt is None or isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
-        raise BadRequest(422, "'raw_prompts' should be texts or lists of messages")
+        raise BadRequest(422, "'raw_prompts' should be strings or lists of messages")
     try:
         return to_chat(prompt)
     except ValueError as error:
@@ -116,4 +116,4 @@ def _check_unicode(name: str, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise BadRequest(422, f"{name!r} has half of a surrogate pair, which is no Unicode text") from None
+        raise BadRequest(422, f"{name!r} has half of a surrogate pair, which is not valid Unicode") from None

@@ -48,7 +48,8 @@ class Sum(Reward):
             if provider.needs:
                 raise OptionError(
                     "parts",
-                    f": {type(provider).__qualname__} reads roles, which no part can; choose it as the reward itself",
+                    f": {type(provider).__qualname__} reads roles, which a part of reward sum cannot; choose it as "
+                    "the only reward",
                 )
             with options_under(path):
                 provider.check()
@@ -64,7 +65,10 @@ class Sum(Reward):
 
     def _check_weights(self) -> None:
         if self.weights and len(self.weights) != len(self.parts):
-            raise OptionError("weights", f"has {len(self.weights)} numbers for the {len(self.parts)} parts")
+            raise OptionError(
+                "weights",
+                f"has {len(self.weights)} numbers, but there are {len(self.parts)} parts; give one number per part",
+            )
 
     def _providers(self) -> Iterator[tuple[str, Any]]:
         """Each part with the path of its options."""

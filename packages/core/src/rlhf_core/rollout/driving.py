@@ -60,7 +60,7 @@ def drive(
         UsageError: more episodes failed than the limits allow, or the rows have images.
     """
     if any(prompts.images):
-        raise UsageError("rows have images, and agents that drive episodes read text alone; pass rows without images")
+        raise UsageError("rows have images, but agents that drive episodes read only text; pass rows without images")
     table = EpisodeTable(environment, prompts, sampling, limits, encoder)
     player = _Player(table)
     with ThreadPoolExecutor(1, "rlhf-agents") as pool:
@@ -156,14 +156,15 @@ class _Player:
         session = await session if isawaitable(session) else session
         if not isinstance(session, Session):
             raise ContractError(
-                f"{describe(table.environment, self._example(episode))} returned {session!r}, which is no Session"
+                f"{describe(table.environment, self._example(episode))} returned {session!r}, which is not a Session"
             )
         try:
             async with asyncio.timeout(table.time_left()) as timer:
                 outcome = await session.drive(_EpisodePolicy(self, episode))
             if not isinstance(outcome, Outcome):
                 raise ContractError(
-                    f"{describe(table.environment, self._example(episode))} returned {outcome!r}, which is no Outcome"
+                    f"{describe(table.environment, self._example(episode))} returned {outcome!r}, which is not an "
+                    "Outcome"
                 )
             episode.end(outcome)
         except TimeoutError:
@@ -231,7 +232,7 @@ class _EpisodePolicy:
         finally:
             episode.waiting -= 1
         if episode.count_added(ids) + episode.length >= table.sampling.max_new_tokens:
-            raise self._over("length", "turns that were asked for at the same time have used all tokens")
+            raise self._over("length", "simultaneous turns have used all tokens")
         turn, reply = _read(sampled, limit, episode.recorded, table.encoder.tokenizer)
         episode.record(ids, turn)
         return reply
@@ -248,7 +249,7 @@ class _EpisodePolicy:
         """Return how many tokens the turn may have; raise if the episode is over."""
         episode, table = self._episode, self._player.table
         if not ids:
-            raise UsageError("a prompt without tokens: the policy continues something")
+            raise UsageError("the prompt has no tokens; send at least one")
         left = table.sampling.max_new_tokens - episode.length - episode.count_added(ids)
         room = table.encoder.max_prompt_tokens + table.sampling.max_new_tokens - len(ids)
         window = room if table.encoder.positions is None else min(room, table.encoder.positions - len(ids))
@@ -259,9 +260,9 @@ class _EpisodePolicy:
             )
         if episode.asks >= table.limits.turns:
             turns = run_option("episode.turns")
-            raise self._over("turns", f"the episode has had its {table.limits.turns} turns; raise {turns}")
+            raise self._over("turns", f"the episode has used all {table.limits.turns} turns; raise {turns}")
         if table.time_left() == 0.0:
-            raise self._over("seconds", f"the time of the batch is up; raise {run_option('episode.seconds')}")
+            raise self._over("seconds", f"the time of the batch has run out; raise {run_option('episode.seconds')}")
         return min([limit, *(each for each in (table.limits.turn_tokens, max_tokens) if each)])
 
     def _over(self, finish: Any, reason: str) -> EpisodeOver:

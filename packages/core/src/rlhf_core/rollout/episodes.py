@@ -139,7 +139,7 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
             continue
         if not isinstance(session, Session):
             raise _contract_error(
-                table, prompts.examples[i // table.sampling.n], f"returned {session!r}, which is no Session"
+                table, prompts.examples[i // table.sampling.n], f"returned {session!r}, which is not a Session"
             )
         table.episodes.append(EpisodeState(i // table.sampling.n, i % table.sampling.n, session))
 
@@ -207,12 +207,12 @@ def _check_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, 
     """Return `feedback` if it keeps the contract."""
     example, environment = table.example(episode), table.environment
     if not isinstance(feedback, Feedback):
-        raise _contract_error(table, example, f"returned {feedback!r}, which is no Feedback")
+        raise _contract_error(table, example, f"returned {feedback!r}, which is not a Feedback")
     if (bool(feedback.text), bool(feedback.messages), bool(feedback.token_ids)).count(True) > 1:
         raise _contract_error(table, example, "returned feedback with more than one of text, messages and token_ids")
     if feedback.messages and not environment.messages:
         raise _contract_error(
-            table, example, "returned messages and does not declare it; give the class `messages = True`"
+            table, example, "returned messages, but does not declare them; set `messages = True` in the class"
         )
     if len(feedback.token_rewards) not in (0, len(action.token_ids)):
         count = f"{len(feedback.token_rewards)} token_rewards for {len(action.token_ids)} tokens"
@@ -220,7 +220,7 @@ def _check_feedback(table: EpisodeTable, episode: EpisodeState, action: Action, 
     for name in feedback.metrics:
         if name not in environment.metrics:
             raise _contract_error(
-                table, example, f"returned a metric {name!r}, which is not among its `metrics`: {environment.metrics}"
+                table, example, f"returned a metric {name!r} that is not in its `metrics`: {environment.metrics}"
             )
     return feedback
 

@@ -35,7 +35,7 @@ class Failures:
             raise error
         if self.first is None:
             self.first = error
-            log.warning(f"an episode failed and is not trained on, {where}: {type(error).__name__}: {error}")
+            log.warning(f"an episode failed and is left out of training, {where}: {type(error).__name__}: {error}")
 
 
 def describe(environment: Environment, example: Example) -> str:

@@ -234,8 +234,7 @@ def _supported_arguments(forward: Callable[..., Any], optional: Collection[str])
     parameters = inspect.signature(forward).parameters
     if "cache_params" in parameters:
         raise UsageError(
-            f"this purely recurrent model keeps its state in a way that {run_option('rollout', 'hf')} cannot "
-            "fill; use another"
+            f"{run_option('rollout', 'hf')} cannot fill the state of this purely recurrent model; use another rollout"
         )
     passes_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     return frozenset(name for name in optional if passes_on or name in parameters)
@@ -289,7 +288,9 @@ def _decode(
         read_R = tokens_R if state.vision is None else state.vision.replace_image_tokens(tokens_R)
         _forward(model, state, read_R[:, None], (state.lengths_R + t)[:, None])
     if not bool(logprobs_BT.isfinite().all()):
-        raise RunStopped("the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL")
+        raise RunStopped(
+            "the policy's log-probabilities are not finite; lower its learning rate, or raise the KL coefficient"
+        )
     columns = (tensor.cpu() for tensor in (tokens_BT, logprobs_BT, log_mass_BT))
     ends, stopped = ends_B.tolist(), stopped_B.tolist()
     kept_sets = recorder.completions(ends) if recorder is not None else [None] * B

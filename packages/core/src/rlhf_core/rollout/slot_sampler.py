@@ -61,11 +61,11 @@ def slot_obstacle(model: Any, dtype: torch.dtype) -> str:
 
     text = model.config.get_text_config(decoder=True)
     if model.device.type != "cuda":
-        return "it is on no GPU"
+        return "it is not on a GPU"
     if model in _found:
         return _found[model][0]
     if text._attn_implementation != NAME:
-        obstacle, size = f"attention {text._attn_implementation} does not pack its rows", 0
+        obstacle, size = f"attention {text._attn_implementation} does not pack rows", 0
     elif reason := varlen_obstacle(text, model.device, dtype):
         obstacle, size = f"torch's variable-length attention: {reason}", 0
     else:
@@ -82,7 +82,7 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True) -> tuple[str,
     sampler = SlotSampler(model, dtype, cells=32, flash=flash, graphs=False)
     accepted = inspect.signature(model.forward).parameters
     if lacking := {"position_ids", "logits_to_keep"} - accepted.keys():
-        return f"{type(model).__name__} takes no {min(lacking)}", 0
+        return f"{type(model).__name__} does not accept {min(lacking)}", 0
     prompts, more = [[1, 2, 3], [4, 5]], torch.tensor([[6, 7], [8, 9]], device=model.device)
     try:
         with sampler.open_slots():
@@ -109,7 +109,7 @@ def try_out(model: Any, dtype: torch.dtype, *, flash: bool = True) -> tuple[str,
     ours, theirs = torch.stack(found, 1).float(), torch.stack(expected).float()
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
     if not float((ours - theirs).norm()) <= tolerance * float(theirs.norm()):
-        return f"{type(model).__name__} gives something else in such a step than in a forward pass", 0
+        return f"{type(model).__name__} gives a different result in such a step than in a forward pass", 0
     return "", size
 
 

@@ -104,7 +104,7 @@ class Wave:
         )
         if not bool(logprobs_BT.isfinite().all()):
             raise RunStopped(
-                "the policy's log-probabilities are no longer finite; lower its learning rate or raise the KL"
+                "the policy's log-probabilities are not finite; lower its learning rate, or raise the KL coefficient"
             )
         kept_sets = self.recorder.completions(ends) if self.recorder is not None else [None] * rows
         columns = zip(tokens_BT, logprobs_BT, log_mass_BT, ends, stopped, kept_sets, strict=True)

@@ -43,8 +43,8 @@ def _check_ages(run: Run, oldest: float) -> None:
     most = largest_age(run.config)
     if run.config.ahead and run.config.stale.policy != "mask" and oldest > most:
         raise ContractError(
-            f"step {run.step + 1} has a token that is {oldest:g} updates old, and {most} is the most that this run allows; "
-            f"the rollout engine {run.config.names.get('rollout', '')!r} reports versions that it was not given, or took no "
+            f"step {run.step + 1} has a token that is {oldest:g} updates old, but this run allows at most {most}; "
+            f"the rollout engine {run.config.names.get('rollout', '')!r} reports wrong versions, or did not load "
             "new weights"
         )
 

@@ -48,18 +48,19 @@ def check_ahead(plan: Plan) -> None:
     if not config.ahead:
         return
     if not plan.online:
-        raise OptionError("/ahead", "is about sampling, and this algorithm samples nothing; leave it out")
+        raise OptionError("/ahead", "applies to sampling, but this algorithm does not sample; leave it out")
     launcher, engine = config.providers["launcher"], config.providers["rollout"]
     if not (launcher.engines_apart or engine.has_own_weights):
         raise OptionError(
             "/ahead",
-            f"the rollout engine {config.names.get('rollout', '')!r} samples from the trained weights themselves; pass "
-            f"{run_option('launcher', 'ray')}, which gives it weights of its own, or leave it out",
+            f"the rollout engine {config.names.get('rollout', '')!r} samples from the weights that are trained; "
+            f"pass {run_option('launcher', 'ray')}, which gives it a separate copy, or leave it out",
         )
     if config.stale.policy == "drop" and choose_filter(config) is not None:
         raise OptionError(
             "/stale.policy",
-            "drop samples the same prompts again, and a filter replaces prompts; choose wait or mask, or leave the filter out",
+            "drop samples the same prompts again, but a filter replaces prompts; choose wait or mask, or leave out "
+            "the filter",
         )
     if config.partial.tokens:
         _check_rows(plan)
@@ -71,9 +72,9 @@ def _check_rows(plan: Plan) -> None:
     config = plan.config
     reacts = config.providers.get("sampler", SHUFFLED).reacts
     reasons = {
-        f"cannot tell which prompts a filter replaces; leave out {run_option('filter')}": choose_filter(config)
+        f"cannot follow the prompts that a filter replaces; leave out {run_option('filter')}": choose_filter(config)
         is not None,
-        f"samples one role on its own prompts, and this algorithm has the sources {', '.join(plan.sources)}": len(
+        f"supports only one sampled role, but this algorithm samples {', '.join(plan.sources)}; leave it out": len(
             plan.sources
         )
         > 1,
@@ -112,7 +113,7 @@ class Collecting:
             return
         if run.world.size > 1:
             raise UsageError(
-                f"{run_option('ahead')} is for a loop in one process, and there are {run.world.size}; pass "
+                f"{run_option('ahead')} needs a training loop in one process, but there are {run.world.size}; pass "
                 f"{run_option('launcher', 'ray')}"
             )
         if run.leader:
@@ -200,8 +201,8 @@ class Collecting:
         """Return the error of a replay whose weights do not come."""
         step = self.run.step + 1 if self._current is None else max(self.run.step + 1, self._current.step)
         return UsageError(
-            f"{run_option('replay', self.run.config.replay)} cannot be followed: step {step} waits for weights that do not "
-            "come; run it with the options of the run that wrote the file"
+            f"{run_option('replay', self.run.config.replay)} cannot be followed: step {step} waits for weights that "
+            "never arrive; use the options of the run that wrote the file"
         )
 
     def _collect(self, step: int) -> Iteration:
@@ -250,8 +251,8 @@ def _announce(run: Run) -> None:
     config, steps = run.config, usable_ahead(run.config)
     told = f"sampling runs up to {steps} steps ahead of training; tokens are at most {largest_age(config)} updates old"
     if run.plan.proximal:
-        how = "; tokens are weighed by truncated importance weights, {} trains without"
+        how = "; truncated importance weights correct for this, and {} switches them off"
         told += how.format(run_option("stale.correct", "off"))
     else:
-        told += "; no importance weights, ratios are to the weights that sampled"
+        told += "; without importance weights, since ratios use the weights that sampled"
     log.info(config.option_names.render(told))

@@ -140,7 +140,7 @@ def run_command(words: Sequence[str], registry: Registry) -> int:
     except Exception as error:
         if not isinstance(error, RlhfError) and is_full(error):
             where = f" for {error.filename}" if isinstance(error, OSError) and error.filename else ""
-            raise RunStopped(f"no space is left{where}; free some, then start {words[0]} again") from error
+            raise RunStopped(f"no space is left{where}; free some space, then run {words[0]} again") from error
         note_provider(error, registry, context.config if command.defaults else None)
         raise
     if not isinstance(code, int):
@@ -182,7 +182,7 @@ def _schema(name: str, cls: type[Command], chosen: Mapping[str, str], registry: 
     for kind in chosen:
         if kind not in cls.defaults:
             uses = f"it uses {', '.join(cls.defaults)}" if cls.defaults else f"see rlhf-run {name} --help"
-            raise UsageError(f"{name} has no {kind}, {uses}")
+            raise UsageError(f"{name} has no {kind}; {uses}")
     kinds = {kind: chosen.get(kind) or usual or "" for kind, usual in cls.defaults.items()}
     sections = [Section("", name, cls)]
     sections += [Section(role, f"role {role!r} (frozen)", type(base), base) for role, base in cls.roles.items()]

@@ -75,8 +75,8 @@ class RunData:
         encoder.new_tokens = self.plan.config.sampling.max_new_tokens if any(spec.sampled for spec in readers) else 1
         if encoder.new_tokens >= encoder.positions:
             raise UsageError(
-                f"{run_option('sampling.max_new_tokens')} {encoder.new_tokens} leaves no prompt in the {encoder.positions} "
-                "positions of the model: lower it"
+                f"{run_option('sampling.max_new_tokens')} {encoder.new_tokens} leaves no room for a prompt in the "
+                f"{encoder.positions} positions of the model; lower it"
             )
 
     def encoder_of(self, role: str) -> Encoder:
@@ -132,9 +132,9 @@ class RunData:
         engine = self.engines.get("sampler") or provider
         if provider.reacts != isinstance(engine, Stateful):
             wrong = (
-                "reacts to scores; let open() return an object with state_dict and load_state_dict"
+                "reacts to scores, so open() must return an object with state_dict and load_state_dict"
                 if provider.reacts
-                else "has a state, and declares that it does not react; leave one of them out"
+                else "has a state, but declares that it does not react to scores; remove one of the two"
             )
             raise ContractError(f"sampler {type(provider).__qualname__} of {type(provider).__module__} {wrong}")
         return engine
@@ -152,7 +152,7 @@ class RunData:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
         if len(rows) < world.size:
             raise UsageError(
-                f"{len(rows)} held-out rows are fewer than the {world.size} ranks that share them; evaluate on "
-                "more rows, or start fewer ranks"
+                f"{len(rows)} held-out rows are fewer than the {world.size} ranks that share them; evaluate on more "
+                "rows, or start fewer ranks"
             )
         return rows

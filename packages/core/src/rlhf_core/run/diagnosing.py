@@ -46,7 +46,7 @@ class Examination:
     def __init__(self, run: Run, prompts: Prompts, sampling: Sampling, bound: float = 0.0) -> None:
         role = run.roles["actor"]
         if not isinstance(role, LocalRole):
-            raise UsageError("the trainer is read in this process; leave out the launcher")
+            raise UsageError("this command needs the trainer in its own process; leave out the launcher")
         self.run, self.role, self.prompts, self.sampling = run, role, prompts, sampling
         narrow = role.spec.options.compute_dtype != "float32"
         self.bound = bound or (NARROW_BOUND if narrow else BOUND)

@@ -127,8 +127,8 @@ def _describe_rest(evidence: Evidence, logits: Sequence[Tensor], plain: float) -
     if plain < 0.05 and abs(float(apart.mean())) < 4 * error:
         return Finding(
             "dtype",
-            "differences are small and fair, like rounding: the engine computes in a narrower dtype than the trainer; give "
-            "both one dtype, or accept it",
+            "differences are small and unbiased, like rounding: the engine uses a narrower dtype than the trainer; "
+            "give both the same dtype, or accept the difference",
             plain,
             plain,
         )
@@ -139,8 +139,8 @@ def _describe_rest(evidence: Evidence, logits: Sequence[Tensor], plain: float) -
     worst = max(range(len(sizes)), key=sizes.__getitem__)
     return Finding(
         "unknown",
-        f"no known fault explains it; the largest difference is {sizes[worst]:.3g} nats, in completion {worst}: the engine has "
-        "other weights, or computes the model differently",
+        f"no known fault explains the difference; the largest is {sizes[worst]:.3g} nats, in completion {worst}: "
+        "the engine has other weights, or computes the model differently",
         plain,
         plain,
     )
@@ -175,22 +175,23 @@ def _hypotheses(evidence: Evidence, logits: Sequence[Tensor]) -> Iterator[Hypoth
     for by in (1, -1):
         yield Hypothesis(
             "shift by one",
-            f"the engine reports for each token the log-probability of the {'next' if by == 1 else 'previous'} one; take it at "
-            "the token's own place",
+            f"the engine reports for each token the log-probability of the {'next' if by == 1 else 'previous'} one; "
+            "read it at the position of the token",
             [_shift(_logprobs_of(z, row.completion), by) for z, row in zip(logits, rows, strict=True)],
         )
     for temperature in TEMPERATURES:
         yield Hypothesis(
             "temperature",
-            f"the engine samples or reports at temperature {temperature:g} times the trainer's; give both one temperature",
+            f"the engine samples or reports at temperature {temperature:g} times the trainer's; give both the same "
+            "temperature",
             [_logprobs_of(z / temperature, row.completion) for z, row in zip(logits, rows, strict=True)],
         )
     for name, values, cut in (("top-k", TOP_K, _top_k), ("top-p", TOP_P, _top_p), ("min-p", MIN_P, _min_p)):
         for value in values:
             yield Hypothesis(
                 "truncation",
-                f"the engine cuts the distribution by {name} {value:g} and does not report it, maybe from the model's own "
-                "generation config; switch it off there, or pass it to the run",
+                f"the engine truncates the distribution by {name} {value:g} without reporting it, possibly from the "
+                "model's generation config; switch it off there, or pass it to the run",
                 each(partial(_cut, cut=cut, value=value)),
             )
     yield Hypothesis(
@@ -201,8 +202,8 @@ def _hypotheses(evidence: Evidence, logits: Sequence[Tensor]) -> Iterator[Hypoth
     for penalty in PENALTIES:
         yield Hypothesis(
             "repetition penalty",
-            f"the engine lowers tokens that have occurred, by {penalty:g}, maybe from the model's own generation config; "
-            "set it to 1",
+            f"the engine penalizes repeated tokens by {penalty:g}, possibly from the model's generation config; set "
+            "the penalty to 1",
             each(partial(_penalize, penalty=penalty)),
         )
     yield from _prompts(evidence)
@@ -210,7 +211,7 @@ def _hypotheses(evidence: Evidence, logits: Sequence[Tensor]) -> Iterator[Hypoth
     for dtype, forward in evidence.narrow.items():
         yield Hypothesis(
             "dtype",
-            f"the engine computes in {dtype}, and the trainer does not; give both one dtype",
+            f"the engine computes in {dtype}, but the trainer does not; give both the same dtype",
             [_logprobs_of(forward(row.prompt, row.completion).float(), row.completion) for row in rows],
         )
 
@@ -232,8 +233,8 @@ def _tokenizers(evidence: Evidence) -> Iterator[Hypothesis]:
             low, high = max(0, low - len(known) // ROUND), min(len(known), low + len(known) // ROUND + 1)
         yield Hypothesis(
             "tokenizer",
-            f"ids from about {start} on come back moved by {by}: the engine has another vocabulary than the trainer; give both "
-            "the same tokenizer files",
+            f"ids from about {start} on are shifted by {by}: the engine has another vocabulary than the trainer; "
+            "give both the same tokenizer files",
             best,
         )
 
@@ -261,11 +262,11 @@ def _prompts(evidence: Evidence) -> Iterator[Hypothesis]:
             found.append(values if values is not None else torch.full((len(row.completion),), torch.nan))
         return found
 
-    template = "the engine reads another prompt: {}; hand it token ids, or give both one chat template"
+    template = "the engine reads another prompt: {}; pass it token ids, or give both the same chat template"
     if evidence.bos is not None:
         again = read(partial(_with_front, tokens=[evidence.bos]))
-        yield Hypothesis("template", template.format("a begin token comes before it once more"), again)
-    yield Hypothesis("template", template.format("its first token comes twice"), read(lambda ids: [ids[0], *ids]))
+        yield Hypothesis("template", template.format("it has a second begin token"), again)
+    yield Hypothesis("template", template.format("its first token is repeated"), read(lambda ids: [ids[0], *ids]))
     for n in range(1, SHORT + 1):
         lacks = template.format(f"its last {n} tokens are missing")
         yield Hypothesis("template", lacks, read(partial(_slice, end=-n)))

@@ -44,12 +44,10 @@ def count_steps(plan: Plan) -> int:
     config = plan.config
     if not config.providers.get("sampler", SHUFFLED).epochs:
         raise OptionError(
-            "/epochs", f"needs a sampler that gives every row once per pass; pass {run_option('steps', 100)}"
+            "/epochs", f"needs a sampler that returns every row once per pass; pass {run_option('steps', 100)}"
         )
     if choose_filter(config) is not None:
-        raise OptionError(
-            "/epochs", f"cannot be counted where a filter draws further rows; pass {run_option('steps', 100)}"
-        )
+        raise OptionError("/epochs", f"cannot be counted if a filter draws extra rows; pass {run_option('steps', 100)}")
     with Engines(config.seed, plan=plan) as engines:
         with options_under("/data"):
             engines.open(config.providers["data"], "data")
@@ -57,7 +55,7 @@ def count_steps(plan: Plan) -> int:
         rows = data.rows
         if not is_indexed(rows):
             raise OptionError(
-                "/epochs", f"needs data of a known length, and a stream has none; pass {run_option('steps', 100)}"
+                "/epochs", f"needs data of known length, which a stream is not; pass {run_option('steps', 100)}"
             )
         preparer = Preparer(data.encoder, DATA not in plan.sources, config.providers["data"])
         try:
@@ -66,7 +64,8 @@ def count_steps(plan: Plan) -> int:
             preparer.close()
     if not fitting:
         raise UsageError(
-            f"none of the {len(rows)} rows can be used, so that {run_option('epochs')} has nothing to pass over"
+            f"none of the {len(rows)} rows can be used, so {run_option('epochs')} has no data; choose other data, "
+            "or raise the limits on tokens"
         )
     once = any(_takes_rows_once(plan.roles[name].options) for name in plan.trained_roles)
     batches = config.epochs * fitting / config.batch_size
@@ -74,12 +73,13 @@ def count_steps(plan: Plan) -> int:
     if not steps:
         raise OptionError(
             "/batch_size",
-            f"{config.batch_size} is more than the {fitting} rows, each of which the optimizer takes once",
+            f"{config.batch_size} is more than the {fitting} rows, but this optimizer uses each row only once; "
+            "lower it",
         )
     left = round(config.epochs * fitting) - steps * config.batch_size
     passes = f"{config.epochs:g} epoch{'' if config.epochs == 1 else 's'} of {fitting} rows"
     left_out = f" ({len(rows) - fitting} more are too long)" if fitting < len(rows) else ""
-    unused = f"; the last {left} rows fill no batch and are not used" if left > 0 else ""
+    unused = f"; the last {left} rows do not fill a batch and are not used" if left > 0 else ""
     log.info(f"{passes}{left_out} are {steps} steps of {config.batch_size}{unused}")
     return steps
 

@@ -45,7 +45,7 @@ def export_checkpoint(checkpoint: Path, output: Path, registry: Registry, role: 
     from rlhf_core.run.run import Run
 
     if not is_checkpoint(checkpoint):
-        raise UsageError(f"{checkpoint} is no checkpoint; name a folder OUTPUT/checkpoints/step-N")
+        raise UsageError(f"{checkpoint} is not a checkpoint; name a folder OUTPUT/checkpoints/step-N")
     if damage := find_damage(checkpoint):
         raise UsageError(f"{checkpoint} is damaged ({damage}); export another one")
     config = _read_config(checkpoint.absolute().parent.parent / "config.toml", registry)
@@ -71,7 +71,7 @@ def _read_config(path: Path, registry: Registry) -> RunConfig:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing, which says what the checkpoint is of; restore it") from None
+        raise UsageError(f"{path}, the configuration of the checkpoint, is missing; restore it") from None
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}); restore it") from None
     except OSError as error:

@@ -84,26 +84,28 @@ def translate_failures(run: Progress) -> Iterator[None]:
         note_provider(error, run.registry, run.config)
         if is_full(error):
             raise RunStopped(
-                f"no space is left for {run.output} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; free "
-                f"some, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs the least)"
+                f"no space is left for {run.output} ({run.meter.doing}, step {run.step}), and {newest_checkpoint(run)}; "
+                f"free some space, then continue with {run_option('resume', True)} ({run_option('keep', 1)} needs "
+                "the least)"
             ) from error
         if not isinstance(error, UsageError) and (lost := _lost_file(error, run.output)) is not None:
             raise RunStopped(
-                f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}); {newest_checkpoint(run)}; mend that, "
-                f"then continue with {run_option('resume', True)}"
+                f"{lost.filename}: {lost.strerror} ({run.meter.doing}, step {run.step}), and {newest_checkpoint(run)}; "
+                f"fix that, then continue with {run_option('resume', True)}"
             ) from error
         if is_out_of_memory(error):
             wanted = f" (it asked for {requested_memory(error)} more)" if requested_memory(error) else ""
             batches = f"{run_option('micro_tokens')} or {run_option('batch_size')}"
             advice = LESS_MEMORY.get(run.meter.doing, f"lower {batches}, or choose a smaller {run_option('model')}")
             raise RunStopped(
-                f"out of memory in phase {run.meter.doing!r} of step {run.step + 1}{wanted}; "
+                f"out of memory in phase {run.meter.doing!r} of step {run.step + 1}{wanted}, and "
                 f"{newest_checkpoint(run)}; {advice}"
             ) from error
         if REFUSED in str(error):
             raise RunStopped(
-                f"{str(error).split(' ', 1)[0]} has no deterministic form ({run.meter.doing}, step {run.step + 1}); leave "
-                f"{run_option('deterministic')} out, or what needs it (docs/reliability.md names some)"
+                f"{str(error).split(' ', 1)[0]} has no deterministic implementation ({run.meter.doing}, step "
+                f"{run.step + 1}); leave {run_option('deterministic')} out, or the option that needs this operation "
+                "(docs/reliability.md lists some)"
             ) from error
         raise
 
@@ -112,9 +114,9 @@ def _not_finite(run: Progress, error: NotFinite) -> str:
     """Save the samples; return the message."""
     path = keep_samples(run.output, run.step + 1, error)
     saved = f"{len(error.samples)} samples are in {path}" if error.samples else "another rank saved the samples"
-    advice = "mend the reward" if isinstance(error, NotFiniteReward) else "look at them, lower the learning rate"
+    advice = "fix the reward" if isinstance(error, NotFiniteReward) else "look at them and lower the learning rate"
     skip = run_option("on_nonfinite", "skip")
-    return f"step {run.step + 1}: {text_of(error)}; {saved}; {newest_checkpoint(run)}; {advice}, or go on with {skip}"
+    return f"step {run.step + 1}: {text_of(error)}; {saved}, and {newest_checkpoint(run)}: {advice}, or continue with {skip}"
 
 
 def newest_checkpoint(run: Progress) -> str:

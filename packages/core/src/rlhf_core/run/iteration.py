@@ -292,7 +292,7 @@ class Iteration:
                 if self.config.on_nonfinite == "stop":
                     raise
                 path = keep_samples(self.run.output, self.step, error)
-                log.warning(f"step {self.step} is skipped: {error}; all such samples are in {path}")
+                log.warning(f"step {self.step} is skipped: {error}; the samples are in {path}")
                 return ScoredRollouts(rollouts, to_reward_output(without_nan(raw), rollouts, reward), failed=True)
 
     def prefix(self, source: str, what: str) -> str:

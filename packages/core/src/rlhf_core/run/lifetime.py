@@ -68,8 +68,8 @@ def open_run(run: Run) -> Iterator[Run]:
     """Check providers and rows, place roles, restore a checkpoint and call observers; close everything at the end."""
     if not run.plan.terms:
         raise UsageError(
-            f"the algorithm {type(run.config.algorithm).__qualname__} gives no terms, so that nothing would be trained; "
-            "return at least one Term"
+            f"the algorithm {type(run.config.algorithm).__qualname__} returns no terms, so nothing would be "
+            "trained; return at least one Term"
         )
     check(run.plan)
     if run.config.epochs:
@@ -182,7 +182,7 @@ def _check_states_taken(run: Run) -> None:
     """
     if not run.engines.waiting:
         return
-    missing = f"the checkpoint has the state of {', '.join(run.engines.waiting)}, which this run does not open"
+    missing = f"the checkpoint has the state of {', '.join(run.engines.waiting)}, which this run does not use"
     if not run.config.resume_changed:
         raise UsageError(f"{missing}; resume with the providers and versions that wrote it")
     log.warning(missing)

@@ -69,7 +69,7 @@ class Lives:
                     raise
                 self._deaths += 1
                 self._died = self._died or current_time()
-                log.warning(f"{lost.report}; the run goes on without it")
+                log.warning(f"{lost.report}; the run continues without it")
                 self.revives = True
                 self.run.begin_again(replace(self.run.config, resume=True))
 

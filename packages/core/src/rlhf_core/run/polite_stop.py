@@ -69,7 +69,7 @@ def give_up_in_time(run: Run) -> Iterator[None]:
                 set_random_states(run.rest.random_states)
                 run.save()
                 run.checkpoints.background.wait()
-                log.warning(f"step {run.step + 1} is given up; step {run.step} is saved")
+                log.warning(f"step {run.step + 1} was abandoned; step {run.step} is saved")
             late = f"step {run.step + 1} ({run.meter.doing}) did not end"
             raise RunStopped(_describe(run, late), run.signals.exit_code) from None
 
@@ -94,4 +94,4 @@ def _describe(run: Run, late: str) -> str:
     """Return the line that the run ends with."""
     name = run.signals.received.name if run.signals.received is not None else "the signal"
     seconds = f"{run.signals.watch.seconds:g} s of {name}"
-    return f"{late} within {seconds}; {newest_checkpoint(run)}; continue with {describe_resuming(run.config)}"
+    return f"{late} within {seconds}, and {newest_checkpoint(run)}; continue with {describe_resuming(run.config)}"

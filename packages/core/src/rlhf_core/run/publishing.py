@@ -117,5 +117,5 @@ def _push(folder: Path, name: str) -> None:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{folder} is saved, but not on the hub: {first}; try again with hf upload {name} {folder}"
+            f"{folder} is saved, but the upload to the hub failed: {first}; try again with hf upload {name} {folder}"
         ) from error

@@ -72,11 +72,13 @@ class Recorder:
         }
         if self.run.config.ahead:
             ahead = run_option("ahead", self.run.config.ahead)
-            raise UsageError(f"{run_option('record_every', every)} is for steps in turn; leave out {ahead}")
+            raise UsageError(
+                f"{run_option('record_every', every)} does not work with sampling ahead; leave out {ahead}"
+            )
         for role in self.run.roles.values():
             if self.run.world.size > 1 or not isinstance(role, LocalRole):
                 raise UsageError(
-                    f"{run_option('record_every', every)} works where all roles are in one process; leave it out, or start "
+                    f"{run_option('record_every', every)} needs all roles in one process; leave it out, or start "
                     f"one process with {run_option('launcher', 'local')}"
                 )
             on_cpu = all(parameter.device.type == "cpu" for parameter in role.module.parameters())

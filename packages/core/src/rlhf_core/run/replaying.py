@@ -97,9 +97,7 @@ def read_step(output: Path, step: int) -> dict[str, Any]:
             int(each.stem[5:]) for each in (output / FOLDER).glob("step-*.safetensors") if each.stem[5:].isdigit()
         )
         have = (
-            f"it has {', '.join(map(str, steps))}"
-            if steps
-            else f"let the run keep steps with {run_option('record_every', 'N')}"
+            f"it has {', '.join(map(str, steps))}" if steps else f"record steps with {run_option('record_every', 'N')}"
         )
         raise UsageError(f"{output} has no record of step {step}; {have}")
     try:
@@ -200,10 +198,10 @@ def _compare(
     """
     for name, old in before.items():
         if name not in now:
-            raise ReplayDifference(f"{where}: the record has {name}, and the replay has not")
+            raise ReplayDifference(f"{where}: the record has {name}, but the replay does not")
         new = now[name]
         if old.shape != new.shape:
-            raise ReplayDifference(f"{where}: {name} was of shape {tuple(old.shape)} and is now of {tuple(new.shape)}")
+            raise ReplayDifference(f"{where}: {name} had shape {tuple(old.shape)} and now has shape {tuple(new.shape)}")
         counts[kind] = counts.get(kind, 0) + old.numel()
         place = _first_difference(old, new)
         if place is not None:
@@ -236,7 +234,7 @@ def _compare_losses(role: str, before: Sequence[Any], now: Sequence[Any], counts
     for number, (old, new) in enumerate(zip(before, now)):
         where = f"loss of {role}, micro-batch {number}"
         if old["rows"] != new["rows"]:
-            raise ReplayDifference(f"{where}: it has other rows than in the record")
+            raise ReplayDifference(f"{where}: its rows differ from the record")
         _compare(where, old["values"], new["values"], counts, "loss")
     if len(before) != len(now):
         raise ReplayDifference(

@@ -359,7 +359,7 @@ class Run:
     def reward(self) -> Any:
         """The engine of the reward."""
         if "reward" not in self.engines:
-            raise UsageError(f"an evaluator asks for rewards, but none was chosen; pass {run_option('reward', 'NAME')}")
+            raise UsageError(f"an evaluator needs rewards, but the run has none; pass {run_option('reward', 'NAME')}")
         return self.engines["reward"]
 
     def phase(self, name: str) -> AbstractContextManager[None]:

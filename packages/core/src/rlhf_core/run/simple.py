@@ -163,7 +163,9 @@ class RLHFPipeline:
     def _learn(self, algorithm: str, rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, float]:
         """Train on pairs, once through, and return accuracy and loss."""
         if missing := next((name for row in rows for name in ("prompt", "chosen", "rejected") if name not in row), ""):
-            raise UsageError(f"each row of preference_data needs prompt, chosen and rejected; one has no {missing}")
+            raise UsageError(
+                f"each row of preference_data needs prompt, chosen and rejected, but one row has no {missing}"
+            )
         trained = len(rows) - self._heldout(len(rows))
         usual = {"epochs": 1, "batch_size": max(1, min(self.config.batch_size, trained))}
         result = self._train(algorithm, [dict(row) for row in rows], {**usual, **options})

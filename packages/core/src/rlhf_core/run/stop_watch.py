@@ -68,8 +68,8 @@ class StopWatch:
                 self._process = self._start(reader)
             except OSError as error:  # the interpreter may not be executed, or there may be no more processes
                 os.close(self._pipe)
-                program = sys.executable or "the Python interpreter, whose place is unknown,"
-                self._warn(f"a polite stop has no deadline: {program} cannot be started ({error.strerror})")
+                program = sys.executable or "the Python interpreter, whose path is unknown,"
+                self._warn(f"stopping the run has no time limit, since {program} cannot be started ({error.strerror})")
                 return self
             finally:
                 os.close(reader)
@@ -112,7 +112,7 @@ class StopWatch:
     def _overdue(self, number: int, frame: FrameType | None) -> None:
         if self._raised:
             with contextlib.suppress(OSError):  # a closed terminal
-                os.write(2, b"rlhf-run: the run did not end in time and is stopped; nothing more was saved\n")
+                os.write(2, b"rlhf-run: the run did not end in time and is stopped; nothing else was saved\n")
             _exit(self.exit_code)
         self._raised = True
         raise StopOverdue

@@ -101,7 +101,10 @@ class ParameterStates:
                 found[begin - start : end - start] = part
                 filled = end
         if found is None or filled < start + count:
-            raise UsageError(f"{self.folder} does not hold elements {filled} to {start + count} of {kind} of {name}")
+            raise UsageError(
+                f"{self.folder} lacks the elements {filled} to {start + count} of {kind} of {name}; resume from "
+                "another checkpoint"
+            )
         return found
 
 
@@ -124,7 +127,10 @@ def open_states(folder: str | Path, names: Sequence[str]) -> ParameterStates:
     if _piece_file(folder, 0).exists():
         return _open_pieces(folder)
     if not (folder / "module.safetensors").exists():
-        raise UsageError(f"{folder} holds no states by parameter; an earlier version or another strategy wrote it")
+        raise UsageError(
+            f"{folder} has no states by parameter, since an earlier version or another strategy wrote it; resume "
+            "with that version or strategy"
+        )
     module, state = (read_tree(folder / f"{name}.safetensors") for name in ("module", "optimizer"))
     stretches = {(name, WEIGHT): [(0, tensor.flatten())] for name, tensor in module.items()}
     values: dict[str, dict[str, Any]] = {}
@@ -146,7 +152,7 @@ def _open_pieces(folder: Path) -> ParameterStates:
         path = _piece_file(folder, rank)
         if not path.exists():
             raise UsageError(
-                f"{folder} lacks {path.name}, the piece of one of the {first['ranks']} ranks that wrote it"
+                f"{folder} lacks {path.name}, the part of one of the {first['ranks']} ranks that wrote it; restore it"
             )
         for name, start, tensors, known in read_stored_tree(path)["pieces"]:
             for kind, stored in tensors.items():

@@ -78,8 +78,8 @@ class TorchTrainable(Trainable):
         self.scaler = torch.amp.GradScaler(device.type, enabled=optim is not None and dtype == torch.float16)
         if self.scaler.is_enabled() and optim is not None and optim.closure:
             raise UsageError(
-                f"the optimizer {type(optim).__name__} evaluates a step again, and float16 scales its loss; "
-                "use dtype bfloat16 or float32"
+                f"the optimizer {type(optim).__name__} evaluates the loss several times per step, which float16 "
+                "does not support; use dtype bfloat16 or float32"
             )
         self.optimizer = make_optimizer(module, optim, total_steps) if optim is not None else None
         self.schedule = Schedule(self.optimizer, optim, total_steps) if optim is not None else None

@@ -35,7 +35,7 @@ def check_algorithm(algorithm: Algorithm, registry: Registry | None = None, **ch
     registry = registry or default_registry()
     name = type(algorithm).__qualname__
     unknown = sorted(set(algorithm.defaults) - set(CHOSEN))
-    assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is no kind; kinds are {', '.join(CHOSEN)}"
+    assert not unknown, f"{name}.defaults has {unknown[0]!r}, which is not a kind; kinds are {', '.join(CHOSEN)}"
     for role, options in algorithm.roles.items():
         assert isinstance(options, ModelOptions), f"{name}.roles[{role!r}] must be ModelOptions or TrainedOptions"
     classes = {kind: registry.resolve(kind, use) for kind, use in algorithm.defaults.items() if kind not in chosen}

@@ -110,7 +110,7 @@ def _content(name: str, output: str, artifact: Artifact, folder: Path) -> object
     """Return what two equal artifacts have in common, after checking that it is there and of its kind."""
     path = artifact.path
     assert path.exists(), f"{name}: the output {output!r} is not there: {path}"
-    assert path.resolve().is_relative_to(folder.resolve()), f"{name}: the output {output!r} must lie in context.folder"
+    assert path.resolve().is_relative_to(folder.resolve()), f"{name}: the output {output!r} must be in context.folder"
     if artifact.kind in FOLDERS:
         assert path.is_dir(), f"{name}: the output {output!r} is a {artifact.kind}, which is a folder"
         return sorted(str(each.relative_to(path)) for each in path.rglob("*"))
@@ -118,5 +118,5 @@ def _content(name: str, output: str, artifact: Artifact, folder: Path) -> object
     if artifact.kind == "metrics":
         metrics = json.loads(path.read_text(encoding="utf-8"))
         numbers = isinstance(metrics, dict) and all(type(value) in (int, float) for value in metrics.values())
-        assert numbers, f"{name}: the output {output!r} must hold one JSON object of numbers"
+        assert numbers, f"{name}: the output {output!r} must contain one JSON object of numbers"
     return path.read_bytes()

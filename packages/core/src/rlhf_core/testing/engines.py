@@ -112,7 +112,9 @@ def _check_rollouts(name: str, rollouts: Rollouts, prompts: Prompts, sampling: S
     assert rollouts.tokens_NT.dtype == torch.int64, f"{name}: tokens_NT must be int64"
     assert rollouts.mask_NT.dtype == torch.bool, f"{name}: mask_NT must be bool"
     assert max(sampling.max_new_tokens, T) == sampling.max_new_tokens, f"{name} gave more than max_new_tokens"
-    assert int(lengths_N.min()) >= 1, f"{name}: a completion has at least one token, if only the one that ends it"
+    assert int(lengths_N.min()) >= 1, (
+        f"{name}: a completion must have at least one token, at least the one that ends it"
+    )
     asked = [ids for ids in prompts.token_ids for _ in range(sampling.n)]
     got = [row[:n].tolist() for row, n in zip(rollouts.prompt_NL, rollouts.prompt_lengths_N.tolist(), strict=True)]
     assert got == asked, f"{name}: prompt_NL must hold the prompts' token ids, those of one prompt adjacent"
@@ -124,7 +126,9 @@ def _check_rollouts(name: str, rollouts: Rollouts, prompts: Prompts, sampling: S
     logprobs_NT = rollouts["sampler_logprobs_NT"]
     assert logprobs_NT.dtype == torch.float32, f"{name}: sampler_logprobs_NT must be float32"
     assert not logprobs_NT[~inside_NT].any(), f"{name}: sampler_logprobs_NT must be zero after the end of a completion"
-    assert bool((logprobs_NT <= 0).all()), f"{name}: sampler_logprobs_NT are logarithms of probabilities, at most 0"
+    assert bool((logprobs_NT <= 0).all()), (
+        f"{name}: sampler_logprobs_NT must be at most 0, since they are log-probabilities"
+    )
     assert "versions_NT" in rollouts, f"{name}: versions_NT must give the policy version that sampled each token"
     assert rollouts["versions_NT"].dtype == torch.int64, f"{name}: versions_NT must be int64"
     assert set(rollouts.finish) <= {"stop", "length"}, f"{name}: finish must be 'stop' or 'length'"

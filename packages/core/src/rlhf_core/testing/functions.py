@@ -115,7 +115,7 @@ def check_reward(reward: Reward, rollouts: Rollouts | None = None) -> RewardOutp
         assert not outside.any(), f"{_name(reward)}: rewards_NT must be zero outside the mask"
     if output.scores_N is not None:
         inside = (output.scores_N >= 0) & (output.scores_N <= 1)
-        assert inside.all(), f"{_name(reward)}: scores_N must lie in 0..1; put other numbers into metrics"
+        assert inside.all(), f"{_name(reward)}: scores_N must be from 0 to 1; put other numbers into metrics"
     return output
 
 
@@ -234,7 +234,7 @@ def _check_terms(loss: Loss, terms: LossTerms, batch: Batch) -> Tensor:
     assert terms.values.requires_grad, f"{_name(loss)}: values must be computed from `outputs`, with their gradient"
     for name, metric in terms.metrics.items():
         assert isinstance(metric, Metric), (
-            f"{_name(loss)}: metric {name!r} must be a Metric, say Metric.over(values, mask)"
+            f"{_name(loss)}: metric {name!r} must be a Metric, such as Metric.over(values, mask)"
         )
         assert metric.total.numel() == metric.count.numel() == 1, (
             f"{_name(loss)}: metric {name!r} must hold two scalars"

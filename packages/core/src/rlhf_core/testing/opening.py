@@ -39,7 +39,7 @@ def check_opening(provider: Provider) -> None:
     ):
         raise _PlannedFailure
     with open_provider(provider) as engine, open_provider(provider) as other:
-        assert engine is not other, f"{name} must open an engine of its own for each run"
+        assert engine is not other, f"{name} must open a separate engine for each run"
         if isinstance(engine, Stateful) and (state := _state_from_file(engine)):  # an empty one is never loaded
             with _blame(f"{name}: load_state_dict() must take what state_dict() returned"):
                 other.load_state_dict(state)

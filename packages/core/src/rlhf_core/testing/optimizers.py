@@ -44,7 +44,7 @@ def check_optimizer(optimizer: OptimizerProvider, rtol: float = 1e-2) -> None:
         moved = _weights(straight)
         assert all(bool(each.isfinite().all()) for each in moved.values()), f"{name}: weights must stay finite"
         still = [key for key, value in moved.items() if torch.equal(value, start[key])]
-        assert not still, f"{name} must train every parameter it is given; {still[0]} stays as it is"
+        assert not still, f"{name} must train every parameter it is given; {still[0]} does not change"
         _check_resume(name, optimizer, lora, batch, moved)
         pieces = _role(optimizer, lora, micro_tokens=1)
         _step(pieces, batch, 2)

@@ -50,7 +50,7 @@ def check_filter(group_filter: Filter, rollouts: Rollouts | None = None, rewards
         )
         again_P = accepted_groups(engine, rollouts, rewards)
         same = isinstance(engine, Stateful) or torch.equal(accepted_P, again_P)
-        assert same, f"{name} must accept the same groups each time; what it remembers belongs into a state"
+        assert same, f"{name} must accept the same groups each time; keep what it remembers in a state"
         accepted_groups(engine, rollouts, tiny_rewards(rollouts, equal=True))
         first = (rollouts.group_N == rollouts.group_N.unique()[0]).nonzero().flatten()
         accepted_groups(engine, rollouts.rows(first), rewards.rows(first))
@@ -81,7 +81,9 @@ def check_sampler(sampler: Sampler, rows: int = 11, score: Callable[[int], float
     earned = score or (lambda number: number / max(1, rows - 1))
     drawn, _ = _draw_steps(sampler, rows, earned, STEPS)
     for number in drawn:
-        assert isinstance(number, int) and 0 <= number < rows, f"{name} gave {number!r}, no row from 0 to {rows - 1}"
+        assert isinstance(number, int) and 0 <= number < rows, (
+            f"{name} gave {number!r}, which is not a row from 0 to {rows - 1}"
+        )
     again, _ = _draw_steps(sampler, rows, earned, STEPS)
     assert again == drawn, f"{name} must give the same rows after the same scores"
     if sampler.epochs:

@@ -68,7 +68,7 @@ def check_rows(plan: Plan, rows: Iterable[Example]) -> None:
     _check_alike(terms, pairs=completions > 1)
     if completions == 1 and any(term.unit > 1 and not _selects_pairs(term) for term in terms):
         raise UsageError(
-            f"this loss compares pairs, and the data has prompts without a rejected completion: {PAIRS_ADVICE}"
+            f"this loss compares pairs, but the data has prompts without a rejected completion: {PAIRS_ADVICE}"
         )
 
 
@@ -83,9 +83,9 @@ def _check_alike(terms: Sequence[Term], pairs: bool) -> None:
     alike = [term for term in terms if term.unit == 1 and term.advantage is None and "logprobs_NT" in term.outputs]
     if pairs and alike and len(alike) == len(terms):
         raise UsageError(
-            f"the data has pairs, and the loss {type(alike[0].loss).__qualname__} would learn rejected completions like chosen "
-            f"ones; pass {run_option('data.completion_key', 'chosen')} (or the column's name), or an algorithm "
-            "for pairs"
+            f"the data has pairs, but the loss {type(alike[0].loss).__qualname__} does not compare them and would "
+            f"learn the rejected completions too; pass {run_option('data.completion_key', 'chosen')} (or the "
+            "column's name), or an algorithm for pairs"
         )
 
 
@@ -133,7 +133,9 @@ def compute_needs(
         if need.role and (after or need.name not in batch) and not is_live(plan, credit, need.name, late):
             wanted.setdefault((need.role, need.output), []).append(need.name)
         elif not need.role and need.name not in batch and not _is_earned(need.name):
-            raise UsageError(f"{need.name!r} is needed, but the data has no number {need.name.removesuffix('_N')!r}")
+            raise UsageError(
+                f"{need.name!r} is needed, but the data has no numeric column {need.name.removesuffix('_N')!r}"
+            )
     calls: dict[str, Callable[[], dict[str, Tensor]]] = {}
     for role in dict.fromkeys(role for role, _ in wanted):
         trained = any((term.role, term.source) == (role, source) for term in plan.terms)

@@ -77,7 +77,8 @@ def choose_filter(config: RunConfig) -> Filter | None:
     usual = {each.name: each.default for each in fields(config.algorithm)}.get("dynamic")
     if dynamic.filter is not None and (not isinstance(usual, DynamicSampling) or dynamic.filter != usual.filter):
         raise OptionError(
-            "/algorithm.dynamic.keep", f"{dynamic.keep} and {run_option('filter')} both choose; leave one out"
+            "/algorithm.dynamic.keep",
+            f"{dynamic.keep} and {run_option('filter')} both select prompts; leave out one of them",
         )
     return chosen
 
@@ -139,7 +140,7 @@ def keep_sampling(
     if kept < iteration.world.size:
         if iteration.step == 1:
             raise UsageError(
-                f"of {prompts:.0f} prompts none gave completions that the filter {group_filter} accepts: choose other "
+                f"the filter {group_filter} accepts the completions of none of {prompts:.0f} prompts: choose other "
                 f"prompts, another reward, a larger {run_option('sampling.n')}, or another {run_option('filter')}"
             )
         rounds = [scored]

@@ -43,7 +43,7 @@ def evaluator_needs(
                     break
             with options_under(path):
                 raise UsageError(
-                    f"the evaluator {type(evaluator).__qualname__} compares with the {absent[0].role}, and "
+                    f"the evaluator {type(evaluator).__qualname__} compares with the {absent[0].role}, but "
                     f"{type(config.algorithm).__qualname__} has none; {advice}"
                 )
         found += needs

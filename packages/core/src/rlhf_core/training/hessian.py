@@ -59,9 +59,9 @@ def check_second_derivatives(config: RunConfig, spec: RoleSpec, module: Any) -> 
     attention = f"{spec.name}.attention"
     who = f"the optimizer of the {spec.name} needs second derivatives, which"
     if module.flash:
-        raise UsageError(f"{who} flash attention does not have; pass {run_option(attention, 'sdpa')}")
+        raise UsageError(f"{who} flash attention does not support; pass {run_option(attention, 'sdpa')}")
     if spec.needs_language_head and config.chunk:
-        raise UsageError(f"{who} log-probabilities in chunks do not have; pass {run_option('chunk', 0)}")
+        raise UsageError(f"{who} log-probabilities in chunks do not support; pass {run_option('chunk', 0)}")
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class LocalRole(Role):
         for name, chosen in (("on_oom", config.on_oom), ("on_nonfinite", config.on_nonfinite)):
             if optim is not None and chosen != "stop" and not self.trainable.discards:
                 strategy_name, leave_out = config.names.get("strategy", ""), run_option(name, chosen)
-                raise UsageError(f"strategy {strategy_name!r} cannot take a step back; leave out {leave_out}")
+                raise UsageError(f"strategy {strategy_name!r} cannot undo a step; leave out {leave_out}")
 
     @property
     def module(self) -> Any:
@@ -107,7 +107,9 @@ class LocalRole(Role):
         if self.trainable.sharded:
             self.module.sharded = True
             if isinstance(self.spec.options, TrainedOptions) and self.spec.options.features:
-                raise OptionError(f"/{self.name}.features", "is for weights that are not sharded; leave it out")
+                raise OptionError(
+                    f"/{self.name}.features", "works only with weights that are not sharded; leave it out"
+                )
             self._check_halving()
         self._begin_average()
         if self.world.leads and (self.module.frozen or self.module.adapters is not None):
@@ -123,8 +125,8 @@ class LocalRole(Role):
             strategy = self.plan.config.names.get("strategy", "")
             raise OptionError(
                 f"/{self.name}.ema",
-                f"{self.average.decay:g}: strategy {strategy!r} holds no weights between steps, and "
-                "an average must follow them; leave it out, or choose a strategy that holds them (torch, deepspeed)",
+                f"{self.average.decay:g}: the moving average needs weights between steps, which strategy "
+                f"{strategy!r} does not keep; leave it out, or choose a strategy that keeps them (torch, deepspeed)",
             )
         self.average.begin(self.module, self.trainable.own_share)
 
@@ -134,8 +136,8 @@ class LocalRole(Role):
         if self.plan.config.on_oom == "halve" and self.world.size > 1:
             raise UsageError(
                 f"{run_option('on_oom', 'halve')}: ranks of strategy {strategy!r} wait for each other inside a "
-                "forward pass, and one without "
-                f"memory would stop all; leave it out, and lower {run_option('micro_tokens')}"
+                "forward pass, so one rank without memory would block all; leave it out, and lower "
+                f"{run_option('micro_tokens')}"
             )
 
     def bind_comparisons(self, roles: Mapping[str, LocalRole]) -> None:
@@ -354,7 +356,7 @@ def _compare(module: Any, name: str, other: Any, loss: Any) -> None:
     from rlhf_core.models.heads.compare import Comparison
 
     if module.comparisons.setdefault(name, Comparison(other, loss.compare)).function != loss.compare:
-        raise ContractError(f"two losses want different functions as {name!r}; let their names differ")
+        raise ContractError(f"two losses define different functions as {name!r}; rename one of them")
 
 
 def _build(spec: RoleSpec, saved: bool, **options: Any) -> Any:

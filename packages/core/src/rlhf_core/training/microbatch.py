@@ -48,8 +48,8 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float
         return []
     if len(batch) % rows_per_unit:
         raise UsageError(
-            f"the loss compares {rows_per_unit} completions of each prompt, and the data has prompts with another number: "
-            f"{PAIRS_ADVICE}"
+            f"the loss compares {rows_per_unit} completions of each prompt, but the data has prompts with another "
+            f"number: {PAIRS_ADVICE}"
         )
     lengths_U = (batch.prompt_lengths_N + batch.lengths_N).view(-1, rows_per_unit).amax(1)
     order_U = torch.argsort(lengths_U, descending=True, stable=True)

@@ -108,8 +108,8 @@ class Mismatch:
     def _report(self, mean: float, largest: float, bound: float, world: World) -> None:
         """Warn, or stop the run."""
         text = (
-            f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on average "
-            f"and {largest:.2g} at most, above {bound:g}: the engine does not have the role's weights, or computes the "
+            f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on "
+            f"average and {largest:.2g} at most, above {bound:g}: the engine has other weights, or computes the "
             "model differently. Compare with the rollout hf, or raise max_mismatch"
         )
         if self.config.on_mismatch == "stop":

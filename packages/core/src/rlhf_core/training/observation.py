@@ -34,8 +34,8 @@ def check_second_order(strategy: Strategy, name: str, optim: OptimizerProvider |
     """
     if optim is not None and (optim.observes or optim.closure) and not strategy.second_order:
         raise UsageError(
-            f"the optimizer {type(optim).__name__} reads more than the gradient of a step, which strategy {name} does not "
-            f"give it; use {run_option('strategy', 'torch')}, or another optimizer"
+            f"the optimizer {type(optim).__name__} needs more than the gradient of a step, which strategy {name} "
+            f"does not provide; use {run_option('strategy', 'torch')}, or another optimizer"
         )
 
 
@@ -100,7 +100,7 @@ class Observation:
         """
         who = f"optimizer {type(self.optim).__qualname__}: observe()"
         if not isinstance(value, torch.Tensor):
-            raise ContractError(f"{who} returns tensors, {name!r} is none")
+            raise ContractError(f"{who} must return tensors, but {name!r} is not one")
         if per_row(name) and (not value.dim() or len(value) != rows):
             raise ContractError(f"{who} returns {name!r} of shape {tuple(value.shape)} for {rows} rows")
         return per_row(name)

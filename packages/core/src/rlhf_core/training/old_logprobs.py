@@ -127,7 +127,7 @@ def replace_late(batch: Batch, computed_NT: Tensor, version: int, full: bool = F
     if bool(current_NT.all()):
         return computed_NT
     if SAMPLER not in batch:
-        raise ContractError(f"late completions need {SAMPLER}, which the rollout engine did not give")
+        raise ContractError(f"late completions need {SAMPLER}, which the rollout engine did not return")
     if not full:
         return torch.where(current_NT, computed_NT, batch[SAMPLER])
     return torch.where(current_NT, computed_NT, batch[SAMPLER] + batch[LOG_MASS]) if LOG_MASS in batch else computed_NT

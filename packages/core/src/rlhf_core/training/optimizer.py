@@ -40,10 +40,8 @@ def make_optimizer(module: nn.Module, optim: OptimizerProvider, total_steps: int
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     missing = [name for name, parameter in named if id(parameter) not in held]
     if missing or len(held) != len(named):
-        left_out = (
-            f"leaves {missing[0]} out" if missing else "has parameters that it was not given, or one of them twice"
-        )
-        raise ContractError(f"{who} {left_out}; each of the {len(named)} trained parameters belongs to one group")
+        left_out = f"omits {missing[0]}" if missing else "contains unknown parameters, or one of them twice"
+        raise ContractError(f"{who} {left_out}; put each of the {len(named)} trained parameters into exactly one group")
     return optimizer
 
 

@@ -107,7 +107,7 @@ class OptimizerStep:
             self.trainable.discard()
             step = next(iter(work.values())).step.number
             path = keep_samples(config.output, step, error)
-            log.warning(f"step {step} goes without an update: {error}; samples are in {path}")
+            log.warning(f"step {step} skips its update: {error}; the samples are in {path}")
         means.add_sum(f"skipped/{self.name}", 1.0)
 
     def _update(self, work: Mapping[str, Batch], means: Means, compare: bool) -> None:

@@ -34,8 +34,8 @@ class OutputTable:
         """
         if name not in self.names:
             raise UsageError(
-                f"{type(asker).__qualname__} asks for the output {name!r}, which no forward pass gives; known are "
-                f"{', '.join(self.names)}, and '<role>.<name>_NT' of losses that compare two roles"
+                f"{type(asker).__qualname__} needs the output {name!r}, which no forward pass gives; the known "
+                f"outputs are {', '.join(self.names)}, and '<role>.<name>_NT' of losses that compare two roles"
             )
         return name
 
@@ -50,13 +50,14 @@ class OutputTable:
     def _make(self, name: str) -> Output:
         if not per_row(name) or len(letters(name)) > (3 if per_token(name) else 2):
             raise UsageError(
-                f"the output {name!r} must end in its shape: _N, _NT, or one further letter, as _NH or _NTK"
+                f"the name of the output {name!r} must end in its shape: _N, _NT, or one more letter, such as _NH "
+                "or _NTK"
             )
         cls = self._registry.resolve("output", name)
         try:
             made: Output = cls()
         except TypeError as error:
             raise UsageError(
-                f"the output {name!r} cannot be made without options: {error}; give each a default"
+                f"the output {name!r} cannot be created without options: {error}; give each option a default"
             ) from None
         return made

@@ -46,9 +46,8 @@ def make_plan(config: RunConfig) -> Plan:
     if config.minibatches > config.batch_size:
         raise OptionError(
             "/minibatches",
-            f"{config.minibatches} is more than the {config.batch_size} rows of {run_option('batch_size')}; "
-            "lower the one or "
-            "raise the other",
+            f"{config.minibatches} is more than the {config.batch_size} rows of {run_option('batch_size')}; lower "
+            "the first or raise the second",
         )
     terms = with_corrections(_terms(config.algorithm, choices), config)
     choose_filter(config)  # refuses two of them
@@ -67,8 +66,8 @@ def make_plan(config: RunConfig) -> Plan:
     launcher = config.providers.get("launcher")
     if launcher is not None and not launcher.one_process and config.providers["strategy"].ranks_per_row > 1:
         raise UsageError(
-            f"the launcher {type(launcher).__qualname__} gives each rank rows of its own, and this strategy lets several work "
-            f"on the same; use {run_option('launcher', 'local')} under torchrun"
+            f"the launcher {type(launcher).__qualname__} gives each rank separate rows, but with this strategy "
+            f"several ranks share rows; use {run_option('launcher', 'local')} under torchrun"
         )
     for term in terms:
         if term.partners and launcher is not None and not launcher.one_process:
@@ -99,12 +98,13 @@ def _terms(algorithm: Algorithm, choices: ProviderChoices) -> tuple[Term, ...]:
     for each, value in found.items():
         if value is not None and not isinstance(value, expected[each]):
             raise UsageError(
-                f"the algorithm {name} has {each} = {value!r}, which core reads as a {expected[each].__name__}; give it "
-                "that type, or rename it"
+                f"the algorithm {name} has {each} = {value!r}, but core reads {each} as a "
+                f"{expected[each].__name__}; give it that type, or rename it"
             )
     if not isinstance(algorithm.cache, str):
         raise UsageError(
-            f"the algorithm {name} has cache = {algorithm.cache!r}, which core reads as a folder; give it a text, or rename it"
+            f"the algorithm {name} has cache = {algorithm.cache!r}, but core reads cache as a folder; give it a "
+            "string, or rename it"
         )
     return terms
 
@@ -128,8 +128,8 @@ def _check_order(plan: Plan) -> None:
         if term.after and (term.after not in trained or term.after == term.role):
             which = "which it trains itself" if term.after == term.role else "which no term trains"
             raise UsageError(
-                f"{type(plan.config.algorithm).__qualname__}: {_term_in_words(term)} comes after the update "
-                f"of {term.after!r}, {which}; change its `after`"
+                f"{type(plan.config.algorithm).__qualname__}: {_term_in_words(term)} waits for the update of "
+                f"{term.after!r}, {which}; change its `after`"
             )
 
 
@@ -146,7 +146,7 @@ def _check_exports(plan: Plan) -> None:
             raise UsageError(f"{algorithm} exports the role {name!r}, which no term trains; leave it out of `exports`")
         if name in RUN_FOLDERS or f"{name}-ema" in RUN_FOLDERS:
             raise UsageError(
-                f"{algorithm} exports the role {name!r} to OUTPUT/{name}, a name of the run's own; rename it"
+                f"{algorithm} exports the role {name!r} to OUTPUT/{name}, which the run uses for itself; rename the role"
             )
 
 
@@ -162,11 +162,12 @@ def _check_tracking(plan: Plan) -> None:
             )
         if options.quantize != "none":
             raise UsageError(
-                f"the {name} tracks the {track.of}, and 4-bit weights take none: leave out {run_option(f'{name}.quantize')}"
+                f"the {name} tracks the {track.of}, but 4-bit weights cannot be updated: leave out "
+                f"{run_option(f'{name}.quantize')}"
             )
         if track.decay and options.dtype != "float32":
             raise UsageError(
-                f"the {name} averages the weights of the {track.of}, and in {options.dtype} small changes are lost: pass "
+                f"the {name} averages the weights of the {track.of}, but {options.dtype} loses small changes: pass "
                 f"{run_option(f'{name}.dtype', 'float32')}, or {run_option(f'{name}.track.decay', 0)}"
             )
 
@@ -207,8 +208,8 @@ def _add_needs(credit: CreditSpec, term: Term, kl: KL | None, table: OutputTable
     earned = sorted(name for name in term.needs if name in CREDIT)
     if term.advantage is None and earned:
         raise UsageError(
-            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, and {_term_in_words(term)} assigns no "
-            "credit; choose a loss of given completions (sft, dpo, …), or an algorithm that samples and scores"
+            f"the loss {type(term.loss).__qualname__} needs {earned[0]}, but {_term_in_words(term)} assigns no "
+            "credit; choose a loss on given completions (sft, dpo, …), or an algorithm that samples and scores"
         )
     for name, asker in asked:
         role = term.source if name in OLDS and term.source != DATA else term.role
@@ -265,18 +266,17 @@ def _roles(
     if unknown:
         kind, asker = _asker(unknown[0], config, [term for _, term in keyed])
         raise UsageError(
-            f"the {kind} {type(asker).__name__} needs a role {unknown[0]!r}, and {type(config.algorithm).__name__} has only "
-            f"{', '.join(config.roles)}; choose another {kind}, or another algorithm"
+            f"the {kind} {type(asker).__name__} needs a role {unknown[0]!r}, but {type(config.algorithm).__name__} "
+            f"has only {', '.join(config.roles)}; choose another {kind}, or another algorithm"
         )
     online = any(source != DATA for source in sources)
     temperature = config.sampling.temperature if online and config.sampling.temperature > 0 else 1.0
     given = [term.role for _, term in keyed if term.source == DATA and term.outputs & LANGUAGE]
     if given and temperature != 1:
         raise UsageError(
-            f"the {given[0]} learns samples at {run_option('sampling.temperature')} {temperature:g}, and the "
-            "data's completions at 1; pass "
-            f"{run_option('sampling.temperature', 1)}, or no option that learns from data too (ptx, say): a "
-            "role has one temperature"
+            f"the {given[0]} is trained on samples drawn at {run_option('sampling.temperature')} {temperature:g} "
+            "and on data at temperature 1, but a role has one temperature; pass "
+            f"{run_option('sampling.temperature', 1)}, or switch off the options that train on data (such as ptx)"
         )
     return {
         name: RoleSpec(
@@ -344,7 +344,9 @@ def _reward_needs(config: RunConfig, table: OutputTable) -> tuple[Need, ...]:
     for need in needs:
         if not need.role or (reward.reads_texts and needs_.per_token(need.output)):
             what = "numbers per completion of its own rows" if need.role else "outputs of roles, as <role>.<output>"
-            raise UsageError(f"the reward {type(reward).__qualname__} needs {need.name!r}; a reward reads {what}")
+            raise UsageError(
+                f"the reward {type(reward).__qualname__} needs {need.name!r}, but a reward can only read {what}"
+            )
     return needs
 
 

@@ -64,7 +64,9 @@ class CachedRole(Role):
             with closing(self._open()) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS outputs (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
         except (OSError, sqlite3.Error) as error:
-            raise UsageError(f"cannot keep outputs of the role {role.name} in {folder}: {error}") from None
+            raise UsageError(
+                f"cannot store outputs of the role {role.name} in {folder}: {error}; name another folder"
+            ) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)

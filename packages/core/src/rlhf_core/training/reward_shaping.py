@@ -73,8 +73,8 @@ class RewardShaping:
         if rewards.rewards_NT is not None and (self.normalise != "none" or self.clip is not None):
             name = run_option("algorithm.shaping.normalise" if self.normalise != "none" else "algorithm.shaping.clip")
             raise UsageError(
-                f"{name} is for one reward per completion, and this reward gives some token by token, which would stay as they "
-                "are; leave it out"
+                f"{name} works only with one reward per completion, but this reward also gives rewards per token; "
+                "leave it out"
             )
         shaped_N = self._normalise(rewards.rewards_N, rollouts, seen or Moments())
         if self.overlong_buffer:

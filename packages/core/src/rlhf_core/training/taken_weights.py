@@ -46,7 +46,7 @@ class TakenWeights:
         """those that have been taken"""
         self._heads = len(module.heads)
         if module.adapters is not None:
-            raise UsageError(f"the {role} takes the weights of another role, and has adapters; train it without lora")
+            raise UsageError(f"the {role} takes the weights of another role, but has adapters; train it without lora")
 
     def add(self, weights: Iterable[tuple[str, Tensor]], decay: float) -> None:
         """Write `weights`, or with `decay` the average of those at hand and these, in float32."""
@@ -68,8 +68,8 @@ class TakenWeights:
         """Check that nothing of the model was left out."""
         if self._heads:
             raise UsageError(
-                f"the {self.role} takes the weights of another role, and its head is no part of its model; choose a model "
-                "that transformers has a sequence classifier for"
+                f"the {self.role} takes the weights of another role, but its head is not part of its model; choose "
+                "a model that transformers supports as a sequence classifier"
             )
         missing = sorted(self._own.keys() - self._names)
         if missing:
@@ -77,8 +77,8 @@ class TakenWeights:
 
     def _misfit(self, name: str, reason: str) -> UsageError:
         return UsageError(
-            f"the {self.role} cannot take the weights of another role: {name} {reason}; let both have models of one "
-            f"architecture ({run_option(f'{self.role}.model')})"
+            f"the {self.role} cannot take the weights of another role: {name} {reason}; give both models of the "
+            f"same architecture ({run_option(f'{self.role}.model')})"
         )
 
 
@@ -105,7 +105,8 @@ def read_weights(folder: str, role: str) -> Iterable[tuple[str, Tensor]]:
     path = Path(folder) / FILE
     if not path.exists():
         raise UsageError(
-            f"{folder} holds no weights of the {role}, which tracked no role then; leave out {run_option(f'{role}.track.of')}"
+            f"{folder} has no weights of the {role}, since it tracked no role in that run; leave out "
+            f"{run_option(f'{role}.track.of')}"
         )
     weights: dict[str, Tensor] = read_tree(path)
     return weights.items()

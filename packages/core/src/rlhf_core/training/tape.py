@@ -75,8 +75,8 @@ class Tape:
                 outputs: dict[str, Tensor] = self.passes.pop(place)["outputs"]
                 return outputs
         raise ReplayDifference(
-            f"the role {role} reads other rows than in the recorded step: a micro-batch of {len(micro)} rows, the first begins "
-            f"with {micro.texts[0][:40]!r}; credit selects other rows, or batches are cut in another way"
+            f"the role {role} reads rows that are not in the recorded step: a micro-batch of {len(micro)} rows, "
+            f"which starts with {micro.texts[0][:40]!r}; credit selects other rows, or batches are cut differently"
         )
 
 
@@ -143,8 +143,8 @@ class PlayedRole(LocalRole):
         options = self.spec.options
         if isinstance(options, TrainedOptions) and options.optim.closure:
             raise UsageError(
-                f"the optimizer {type(options.optim).__qualname__} of {name} evaluates its loss several times a step, which no "
-                "replay can tell apart; record a run with another optimizer"
+                f"the optimizer {type(options.optim).__qualname__} of {name} evaluates its loss several times per "
+                "step, which a replay cannot distinguish; record a run with another optimizer"
             )
         self.forward_cache = ForwardCache()
         self.forward_cache.tape = self.replayed = Tape()

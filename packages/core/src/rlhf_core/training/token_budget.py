@@ -36,7 +36,7 @@ class TokenBudget:
         self._cells = self._units = 0
         if self._may_halve and world.size > 1:
             raise UsageError(
-                f"{run_option('on_oom', 'halve')} works in one process, not {world.size}; lower "
+                f"{run_option('on_oom', 'halve')} works only in one process, not {world.size}; lower "
                 f"{run_option('micro_tokens')} instead"
             )
 
@@ -51,8 +51,8 @@ class TokenBudget:
             return False
         self.tokens = self._cells // 2
         message = (
-            f"role {self._role!r} ran out of memory with {self._cells} tokens at a time; going on with "
-            f"{self.tokens} ({run_option('micro_tokens', self.tokens)} would begin with that)"
+            f"role {self._role!r} ran out of memory with {self._cells} tokens at a time; it continues with "
+            f"{self.tokens} ({run_option('micro_tokens', self.tokens)} would start there)"
         )
         log.warning(self._names.render(message))
         return True

@@ -61,7 +61,7 @@ class Draft:
         try:
             return float(word) if word else default
         except ValueError:
-            raise UsageError(f"--{name} {word}: this is no number; fill in its value first") from None
+            raise UsageError(f"--{name} {word}: this is not a number; fill in its value first") from None
 
     def set(self, path: str, *words: object) -> None:
         """Give an option its value, or a kind its provider."""

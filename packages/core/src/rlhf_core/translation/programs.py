@@ -95,5 +95,5 @@ def find_program(name: str) -> Program:
     if dotted in PROGRAMS:
         return PROGRAMS[dotted]
     close = closest_names(name, list(PROGRAMS))
-    hint = f"did you mean {or_list(close)}?" if close else "docs/coming-from.md lists those that are"
-    raise UsageError(f"{name} is no program that is translated; {hint}")
+    hint = f"did you mean {or_list(close)}?" if close else "docs/coming-from.md lists the supported programs"
+    raise UsageError(f"{name} is not a supported program; {hint}")

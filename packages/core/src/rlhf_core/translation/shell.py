@@ -114,7 +114,7 @@ def _read(words: Sequence[str], prepare: tuple[str, ...]) -> Call:
         if launcher not in ("python", "python3"):
             processes, port = _processes(own), own.get("master_port", own.get("main_process_port", port))
     if not rest:
-        raise UsageError(f"{' '.join(words)}: there is no program after the launcher")
+        raise UsageError(f"{' '.join(words)}: there is no program after the launcher; give the whole command")
     program, rest = rest[0], rest[1:]
     if not module and program == "trl" and rest:
         program, rest = f"trl {rest[0]}", rest[1:]

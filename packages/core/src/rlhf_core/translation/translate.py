@@ -162,7 +162,7 @@ def _begin(call: Call, program: Program) -> Draft:
         if name:
             flags[_usual_name(name, program.dialect)] = list(words)
     loose = [word for word in call.flags.get("", ()) if set(word) != {"."}]  # dots stand for flags that are left out
-    notes = [Note(word, "this word belongs to no flag") for word in loose]
+    notes = [Note(word, "this word does not belong to a flag") for word in loose]
     usual = dict(_pairs(program.usual))
     left = {name: words for name, words in usual.items() if name not in flags}
     draft = Draft(program.command, {**left, **flags}, call.processes, notes=notes, usual=frozenset(left))
@@ -206,8 +206,8 @@ def _place(draft: Draft, dialect: Dialect, registry: Registry) -> None:
         if name in schema.options and not answers:
             answers = (flag(name),)
         if not any(_answer(draft, words, answer, registry) for answer in answers) and is_true(words):
-            known = "it has no place in this run" if answers else "nothing is known of it"
-            draft.note(name, f"{known}; `rlhf-run {draft.command} --help` lists what there is")
+            known = "this run has no such option" if answers else "this flag is unknown"
+            draft.note(name, f"{known}; `rlhf-run {draft.command} --help` lists the options")
 
 
 def _ending(name: str, table: Mapping[str, str]) -> str:

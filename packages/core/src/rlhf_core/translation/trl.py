@@ -99,7 +99,7 @@ def read_yaml(draft: Draft) -> None:
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict):
-        raise UsageError(f"{path}: a table of options is expected")
+        raise UsageError(f"{path}: expected a table of options")
     for name, value in table.items():
         if name not in draft.flags or name in draft.usual:
             draft.flags[str(name)] = _words(value)

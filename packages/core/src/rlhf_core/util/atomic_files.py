@@ -96,7 +96,7 @@ def fresh_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         yield temporary
         fsync_tree(temporary)
         if not replace and os.path.lexists(path):
-            raise UsageError(f"{path} exists already; name a new folder")
+            raise UsageError(f"{path} already exists; name a new folder")
         _replace(path, temporary)
     except BaseException:  # half a folder is useless, above all on a full disk
         rmtree(temporary, ignore_errors=True)
@@ -144,7 +144,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     path, root = (folder / name).resolve(), folder.resolve()
     if path == root or not path.is_relative_to(root):
-        raise UsageError(f"{name!r} leads out of {folder}; name something in it")
+        raise UsageError(f"{name!r} points outside {folder}; name something inside it")
     return folder / name
 
 
@@ -163,5 +163,5 @@ def check_links(folder: Path) -> None:
     for path in written:
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):  # which takes links in a circle
             raise UsageError(
-                f"{path} is a link that leads out of {folder}; remove it, or name another {run_option('output')}"
+                f"{path} is a link that points outside {folder}; remove it, or name another {run_option('output')}"
             )

@@ -26,7 +26,7 @@ def no_silent_exit() -> Iterator[None]:
     def refuse(status: int) -> NoReturn:
         if os.getpid() != process:
             leave(status)
-        line = f"rlhf-run: os._exit({status}) was called before the work was done; nothing more was saved\n"
+        line = f"rlhf-run: os._exit({status}) was called before the work was done; nothing else was saved\n"
         with suppress(OSError):  # a closed terminal
             os.write(2, line.encode())
         leave(status or 1)

@@ -153,10 +153,10 @@ def ask_server(url: str, question: Any = None, token: str = "", timeout: float =
             raise Refusal(error) from None
         except FAILURES:  # ValueError: the connection was closed meanwhile
             if deadline.over:
-                raise TimeoutError(f"no whole answer within {timeout:g} s") from None
+                raise TimeoutError(f"no complete answer within {timeout:g} s") from None
             raise
         if deadline.over:
-            raise TimeoutError(f"no whole answer within {timeout:g} s")
+            raise TimeoutError(f"no complete answer within {timeout:g} s")
     return _parse(content)
 
 
@@ -173,7 +173,7 @@ def _parse(content: bytes) -> Any:
     except RecursionError:
         raise ValueError("the answer is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"the answer is no JSON: {error}") from None
+        raise ValueError(f"the answer is not JSON: {error}") from None
 
 
 def _error_line(error: urllib.error.HTTPError) -> str:

@@ -60,9 +60,9 @@ def rendering_limits(seconds: float = SECONDS, megabytes: int = MEGABYTES) -> It
     try:
         yield
     except MemoryError:
-        raise OverLimit("it takes more memory than there is") from None
+        raise OverLimit("it needs more memory than is available") from None
     except RecursionError:
-        raise OverLimit("it calls itself without end") from None
+        raise OverLimit("it recurses without end") from None
     finally:
         sys.settrace(before)
 

@@ -17,11 +17,11 @@ def read_path(option: str, text: str) -> Path:
         UsageError: it can name nothing.
     """
     if "\0" in text:
-        raise UsageError(f"{option} {text!r} has a NUL; give it another name")
+        raise UsageError(f"{option} {text!r} contains a NUL character; remove it")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UsageError(f"{option} {text}: there is no such user; give the whole path") from None
+        raise UsageError(f"{option} {text}: there is no such user; give the full path") from None
 
 
 def new_folder(option: str, text: str) -> Path:
@@ -32,7 +32,7 @@ def new_folder(option: str, text: str) -> Path:
     """
     path = read_path(option, text)
     if os.path.lexists(path):
-        raise UsageError(f"{option} {path}: it exists already; name a new folder")
+        raise UsageError(f"{option} {path}: it already exists; name a new folder")
     check_writable(option, path)
     return path
 
@@ -49,4 +49,4 @@ def check_writable(option: str, path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{option} {path}: {above}: {error.strerror}; name another place") from None
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise UsageError(f"{option} {path}: nothing can be written in {above}; name another place")
+        raise UsageError(f"{option} {path}: {above} is not writable; name another place")

@@ -111,14 +111,15 @@ def plain_tree(tree: Any, clone: bool = False, where: str = "") -> Any:
     if isinstance(tree, Mapping):
         for key in tree:
             if not isinstance(key, (str, int, float)):
-                raise TypeError(f"the key {key!r}{place} is a {type(key).__name__}; use a text or a number")
+                raise TypeError(f"the key {key!r}{place} is a {type(key).__name__}; use a string or a number")
         return {key: plain_tree(value, clone, f"{where}.{key}") for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(plain_tree(value, clone, f"{where}.{i}") for i, value in enumerate(tree))
     if tree is None or type(tree) in (bool, int, float, str):
         return tree
     raise TypeError(
-        f"a {type(tree).__name__}{place} cannot be stored; use dictionaries, lists, tuples, numbers, texts, None and tensors"
+        f"a {type(tree).__name__}{place} cannot be stored; use dictionaries, lists, tuples, numbers, strings, None "
+        "and tensors"
     )
 
 

@@ -20,7 +20,7 @@ def read_text(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig") as file:
             if stat.S_ISCHR(path.stat().st_mode) and str(path) != os.devnull:
-                raise OSError(errno.EINVAL, "is a device and no file", str(path))
+                raise OSError(errno.EINVAL, "is a device, not a file", str(path))
             return file.read()
     except UnicodeDecodeError:
         raise

@@ -73,7 +73,9 @@ def read_evaluations(folder: Path, steps: str = "last") -> list[Evaluation]:
         if re.fullmatch(r"step-\d+", path.name) and (path / ANSWERS).exists()
     )
     if not found:
-        raise UsageError(f"{folder} holds no finished evaluation by gcg; let rlhf-run eval write one to it")
+        raise UsageError(
+            f"{folder} contains no finished evaluation by gcg; write one with rlhf-run eval and the evaluator gcg"
+        )
     return [_read(folder, step, path) for step, path in (found if steps == "all" else found[-1:])]
 
 

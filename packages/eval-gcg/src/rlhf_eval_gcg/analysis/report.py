@@ -132,7 +132,9 @@ def _row(group: Group, threshold: float, k: int, seed: int, first: Group) -> dic
     )
     attacked, clean = (success(group.answers(each), threshold, k, seed=seed) for each in (True, False))
     if attacked is None:
-        raise UsageError(f"the judge of {group.name} abstained from all answers to attacked prompts")
+        raise UsageError(
+            f"the judge of {group.name} abstained from all answers to attacked prompts; choose another judge"
+        )
     if attacked.any.value != attacked.any.value:
         raise OptionError("k", f"must be at most the number of answers that were sampled and judged, not {k}")
     own, others = (bad_rates(each.answers(True), threshold) for each in (group, first))

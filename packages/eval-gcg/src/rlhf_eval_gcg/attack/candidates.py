@@ -44,8 +44,9 @@ def draw_candidates(suffix: Suffix, gradient_LV: Tensor, width: int, n_replace: 
             return ids_CL.to(suffix.ids_L.device)
     tried = tops_LK.numel() if whole else ATTEMPTS * width
     raise UsageError(
-        f"{suffix.place}: no candidate survives the filter: none of {tried} becomes the same tokens again in its "
-        f"place; set {option('filter_ids', 'False')}, another {option('suffix')}, or {option('ascii', 'False')}"
+        f"{suffix.place}: no candidate passes the filter: none of {tried} keeps its tokens when its text is "
+        f"tokenized again; set {option('filter_ids', 'False')}, another {option('suffix')}, or "
+        f"{option('ascii', 'False')}"
     )
 
 

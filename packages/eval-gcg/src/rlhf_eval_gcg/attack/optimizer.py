@@ -114,5 +114,7 @@ def load_optimizer(options: Attack) -> SuffixOptimizer:
     try:
         made: SuffixOptimizer = getattr(import_module(module), name)(options)
     except (ImportError, AttributeError) as error:
-        raise OptionError("schedule", f"{options.schedule!r} cannot be imported: {error}") from None
+        raise OptionError(
+            "schedule", f"{options.schedule!r} cannot be imported: {error}; give module:Class of an installed module"
+        ) from None
     return made

@@ -101,16 +101,17 @@ class Attack:
             raise OptionError("mellowmax_alpha", f"must be above 0, not {self.mellowmax_alpha}")
         if self.reward_samples < 2:
             raise OptionError(
-                "reward_samples", f"must be at least 2, whose mean is the baseline, not {self.reward_samples}"
+                "reward_samples",
+                f"must be at least 2, since the baseline is the mean of the other samples, not {self.reward_samples}",
             )
         if self.momentum >= 1:
             raise OptionError("momentum", f"must be below 1, not {self.momentum}")
         if self.schedule not in SCHEDULES and ":" not in self.schedule:
             raise OptionError("schedule", f"must be {', '.join(SCHEDULES)} or module:Class, not {self.schedule!r}")
         if self.suffix_place == "marker" and not self.marker:
-            raise OptionError("marker", "must not be empty if suffix_place is marker")
+            raise OptionError("marker", "must not be empty with suffix_place marker")
         if not self.suffix.strip():
-            raise OptionError("suffix", "must hold at least one token that is no blank")
+            raise OptionError("suffix", "must contain at least one token that is not a blank")
 
     @classmethod
     def original(cls, **changes: Any) -> Attack:

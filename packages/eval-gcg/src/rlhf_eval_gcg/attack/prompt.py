@@ -81,12 +81,12 @@ class AttackPrompt:
                 f"set {option('separator')} to a blank, or change {option('suffix')}"
             )
         if not before_ids + after_ids:
-            raise DataError(f"{goal.place}: nothing stands around the suffix; write a goal, or use a chat template")
+            raise DataError(f"{goal.place}: the suffix is the whole prompt; write a goal, or use a chat template")
         answers = tuple(
             tuple(_answer_ids(text, before + suffix + after, reader, goal, options)) for text in goal.answers
         )
         if not answers and options.objective != "reward":
-            raise DataError(f"{goal.place}: the target is empty; write what the model is to answer")
+            raise DataError(f"{goal.place}: the target is empty; write the answer that the attack aims for")
         return cls(
             goal, tuple(before_ids), tuple(whole[len(before_ids) : cut]), tuple(after_ids), answers, content, rendering,
             blanks, tokenizer, options,
@@ -145,8 +145,8 @@ def _split_message(goal: Goal, options: Attack) -> tuple[tuple[str, str], str]:
     if options.suffix_place == "marker":
         if goal.goal.count(options.marker) != 1:
             raise DataError(
-                f"{goal.place}: expected {options.marker!r} once, where the suffix goes, and found it "
-                f"{goal.goal.count(options.marker)} times; or set {option('suffix_place')} to end"
+                f"{goal.place}: expected {options.marker!r} once, at the place of the suffix, and found it "
+                f"{goal.goal.count(options.marker)} times; write it once, or set {option('suffix_place')} to end"
             )
         before, after = goal.goal.split(options.marker)
         return (before, after), options.suffix
@@ -167,7 +167,7 @@ def _render(content: tuple[str, str], tokenizer: Any, options: Attack) -> tuple[
     parts = _chat(PLACEHOLDER.join(content), tokenizer, options).split(PLACEHOLDER)
     if len(parts) != 2:
         raise UsageError(
-            f"the chat template shows the user's message {len(parts) - 1} times; set {option('chat', 'False')}"
+            f"the chat template repeats the user's message {len(parts) - 1} times; set {option('chat', 'False')}"
         )
     return parts[0], parts[1]
 
@@ -189,5 +189,5 @@ def _answer_ids(text: str, prompt: str, reader: TextTokenizer, goal: Goal, optio
         text = " " + text
     ids = reader.following(prompt, text, goal.place)
     if not ids or not text.strip():
-        raise DataError(f"{goal.place}: the target {text!r} becomes no tokens; write what the model is to answer")
+        raise DataError(f"{goal.place}: the target {text!r} has no tokens; write the answer that the attack aims for")
     return ids

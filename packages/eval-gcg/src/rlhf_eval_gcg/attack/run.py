@@ -110,15 +110,17 @@ def attack(
 def _check(goals: Sequence[Goal], options: Attack, rewards: Rewards | None, seed: int | Sequence[int]) -> None:
     """Raise `UsageError` for what cannot work."""
     if not goals:
-        raise UsageError("there are no goals to attack; write at least one")
+        raise UsageError("there are no goals to attack; give at least one")
     if not isinstance(seed, int) and (options.transfer or len(seed) != len(goals)):
         raise UsageError(
-            f"there are {len(seed)} seeds for {len(goals)} goals; give one, or one per goal without transfer"
+            f"there are {len(seed)} seeds for {len(goals)} goals; give one seed, or (without transfer) one per goal"
         )
     if options.objective == "reward" and rewards is None:
-        raise OptionError("objective", "reward needs a reward that scores answers; choose one, or use objective target")
+        raise OptionError("objective", "reward needs a judge that scores answers; choose one, or use objective target")
     if options.early_stop and options.objective != "target":
-        raise OptionError("early_stop", f"is for objective target; objective {options.objective} has no single answer")
+        raise OptionError(
+            "early_stop", f"works only with objective target; objective {options.objective} has no single answer"
+        )
 
 
 def _searches(
@@ -132,7 +134,9 @@ def _searches(
     """Return the searches: one per goal and restart, or per restart where one suffix is for all goals."""
     width = min(victim.vocabulary for victim in (*victims, *([draft] if draft else [])))
     if width < len(tokenizer) // 2:
-        raise UsageError(f"a model has {width} tokens and the tokenizer {len(tokenizer)}: all must share one tokenizer")
+        raise UsageError(
+            f"a model has {width} tokens, but the tokenizer has {len(tokenizer)}; use models that share one tokenizer"
+        )
     allowed_V = allowed_tokens(tokenizer, width, options.ascii)
     tokens = (allowed_V, letter_tokens(tokenizer, allowed_V))
     parts = [list(range(len(prompts)))] if options.transfer else [[number] for number in range(len(prompts))]
@@ -156,7 +160,7 @@ def _check_sharing(engine: Engine, searches: Sequence[Search]) -> None:
     for victim in dict.fromkeys(lane.victim for lane in lanes if lane.cached and lane.answers.ids):
         lane = next(each for each in lanes if each.victim is victim and each.cached and each.answers.ids)
         if reason := _sharing_fault(engine, lane):
-            log.warning("keys and values of prompts are not shared between candidates: %s", reason)
+            log.warning("the attack runs without a prefix cache, which takes more time: %s", reason)
             for each in lanes:
                 each.cached = each.cached and each.victim is not victim
 
@@ -233,7 +237,8 @@ def _results(searches: Sequence[Search], goals: Sequence[Goal], models: int) -> 
         result = best.result(lane, goal)
         if best.suffix.options.filter_ids and not lane.prompt.stands(result.text, result.prompt_ids):
             log.warning(
-                "%s: the suffix %r becomes other tokens in the chat; report this tokenizer, or set %s",
+                "%s: the tokens of the suffix %r change when the chat is tokenized again; report this tokenizer, "
+                "or set %s",
                 goal.place, result.text, option("chat", "False"),
             )  # fmt: skip
         results.append(result)

@@ -192,12 +192,13 @@ class Scorer:
             raise error
         if all(len(piece.rows) == 1 for piece in batch) and len(batch) == 1:
             raise UsageError(
-                f"memory runs out at a single candidate; use a smaller model, or set {option('prefix_cache', 'True')}"
+                "one candidate alone does not fit in memory; use a smaller model, or set "
+                f"{option('prefix_cache', 'True')}"
             ) from None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.budget, self.halvings = max(1, self.budget // 2), self.halvings + 1
-        log.warning("memory ran out; batches of the attack are %d tokens from here on", self.budget)
+        log.warning("out of memory; the attack continues with batches of %d tokens", self.budget)
         if len(batch) > 1:
             return list(batch)
         (piece,) = batch

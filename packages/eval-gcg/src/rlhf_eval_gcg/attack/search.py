@@ -130,8 +130,8 @@ def make_search(
     for prompt in prompts:
         if prompt.suffix_ids != first:
             raise DataError(
-                f"{prompt.goal.place}: the suffix becomes other tokens here than for {prompts[0].goal.place}, so that one for "
-                f"all goals cannot be; change {option('suffix')} or {option('separator')}"
+                f"{prompt.goal.place}: the suffix has other tokens here than for {prompts[0].goal.place}, so it "
+                f"cannot be shared by all goals; change {option('suffix')} or {option('separator')}"
             )
     allowed_V, letters_M = tokens
     device = victims[0].device

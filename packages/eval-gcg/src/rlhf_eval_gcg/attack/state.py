@@ -80,11 +80,11 @@ class StateFile:
             owner, states = content["owner"], content["searches"]
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"{self.path} is no state of an attack ({said}); remove it to begin anew") from None
+            raise UsageError(f"{self.path} is not the state of an attack ({said}); remove it to start over") from None
         if owner != self.owner:
             raise UsageError(
-                f"{self.path} is the state of an attack with other goals, options, seed or weights; "
-                "remove it to begin anew, or name another file"
+                f"{self.path} is the state of an attack with other goals, options, seed or weights; remove it to "
+                "start over, or name another file"
             )
         for search, state in zip(searches, states, strict=True):
             _restore(search, state)

@@ -33,7 +33,7 @@ def allowed_tokens(tokenizer: Any, width: int, ascii_only: bool) -> Tensor:
         plain = text.isascii() and text.isprintable() if ascii_only else "\ufffd" not in text
         allowed_V[number] = bool(text) and plain and number not in barred
     if not allowed_V.any():
-        raise UsageError(f"no token of the vocabulary may stand in a suffix; set {option('ascii', 'False')}")
+        raise UsageError(f"no token of the vocabulary is allowed in a suffix; set {option('ascii', 'False')}")
     return allowed_V
 
 

@@ -165,7 +165,7 @@ def _load(name: str, role: Any, field: str) -> Any:
 
     options = ModelOptions(model=name)
     if load_tokenizer(name, options).get_vocab() != role.tokenizer.get_vocab():
-        raise OptionError(field, f"{name}: its tokenizer is not the policy's; name a model of the same family")
+        raise OptionError(field, f"{name}: its tokenizer differs from the policy's; name a model of the same family")
     module = build_module(RoleSpec("attacked", options, frozenset({"logprobs_NT"})))
     return module.causal_lm.to(next(role.causal_lm.parameters()).device)
 

@@ -49,7 +49,7 @@ class GCGEngine:
                 f"{run_option('launcher', 'local')}, or attack OUTPUT/model afterwards with rlhf-run eval"
             )
         if config is not None and config.providers.get("environment") is not None:
-            raise UsageError(f"evaluator gcg asks one question at a time; leave out {run_option('environment')}")
+            raise UsageError(f"evaluator gcg does not support environments; leave out {run_option('environment')}")
         self._provider = options.make_judge()
         if self._provider is None and (config is None or config.providers.get("reward") is None):
             self._provider = Refusal()
@@ -86,13 +86,17 @@ class GCGEngine:
         search = self.options.search_options()
         check_goals(goals, role.tokenizer, search)
         if search.objective == "reward" and self._judge is None and self._run_judge(run).needs:
-            raise OptionError("objective", f"reward needs a judge that reads no roles; choose one by {option('judge')}")
+            raise OptionError(
+                "objective", f"reward needs a judge that does not read roles; choose one with {option('judge')}"
+            )
         with role.gathered(), reading(role.causal_lm, role.module.compute_dtype):
             models = Models.load(role, self.options)
             digest = model_digest([models.policy, *models.more, *([models.draft] if models.draft else [])])
             store = AttackStore(folder, search, digest)
             if run.leader and not store.check_same(bool(run.plan.trained_roles)):
-                log.warning(f"{folder} holds attacks on other weights or with other options; they are made anew")
+                log.warning(
+                    f"{folder} contains attacks on other weights or with other options; these attacks run again"
+                )
             rewards = (
                 (lambda prompts, answers: self._rewards(run, prompts, answers))
                 if search.objective == "reward"

@@ -55,13 +55,13 @@ class GCGOptions(Attack):
         super().__post_init__()
         at_least(1, self, "n", "batch")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise OptionError("seeds", f"must be different numbers, at least one, not {self.seeds}")
+            raise OptionError("seeds", f"must be one or more different numbers, not {self.seeds}")
         if min(self.seeds) < 0:
             raise OptionError("seeds", f"must be at least 0, not {min(self.seeds)}")
         if self.export and Path(self.export).is_dir():
             raise OptionError("export", f"{self.export} is a folder; name a file in it")
         if self.schedule == "probe" and not self.draft:
-            raise OptionError("draft", "must name a small model with the policy's tokenizer if schedule is probe")
+            raise OptionError("draft", "must name a small model with the policy's tokenizer, since schedule is probe")
 
     def read(self) -> list[Goal]:
         """Return the goals to attack."""
@@ -79,6 +79,6 @@ class GCGOptions(Attack):
         judge: Reward = make_from_spec("reward", self.judge, "judge")
         if judge.needs:
             raise OptionError(
-                "judge", f"{self.judge}: it reads roles, which no judge can; choose it as the run's reward"
+                "judge", f"{self.judge}: a judge cannot read roles; choose it as the run's reward instead"
             )
         return judge

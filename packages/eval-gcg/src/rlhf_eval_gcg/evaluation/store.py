@@ -83,7 +83,7 @@ class AttackStore:
             write_text(self._unfinished / f"{self._key(unit)}.json", json.dumps([asdict(each) for each in results]))
         except OSError as error:
             raise RunStopped(
-                f"{self._unfinished}: {error.strerror}; finished attacks are kept, start the command again to continue"
+                f"{self._unfinished}: {error.strerror}; finished attacks are kept, so run the command again to continue"
             ) from error
 
     def state_file(self, units: Sequence[Unit]) -> Path:
@@ -116,8 +116,8 @@ class AttackStore:
         if run_trains:
             return False
         raise UsageError(
-            f"{path} holds attacks on another model or with other options; name another {run_option('output')}, or remove "
-            f"{self.folder}"
+            f"{path} contains attacks on another model or with other options; name another {run_option('output')}, "
+            f"or remove {self.folder}"
         )
 
     def _key(self, unit: Unit) -> str:
@@ -130,7 +130,7 @@ class AttackStore:
                 try:
                     known.setdefault(str(row["unit"]), []).append(_result(row))
                 except (KeyError, TypeError):
-                    raise DataError(f"{path}: a line is no attack; remove {self.folder}") from None
+                    raise DataError(f"{path}: a line does not describe an attack; remove {self.folder}") from None
         return known
 
 

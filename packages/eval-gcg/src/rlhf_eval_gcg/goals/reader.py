@@ -82,7 +82,7 @@ def pick_rows(goals: Sequence[Goal], rows: str) -> list[Goal]:
     first = parts[0]
     wanted = slice(*parts) if len(parts) == 2 else slice(first, (first or 0) + 1 if first != -1 else None)
     if not goals[wanted]:
-        raise OptionError("rows", f"{rows} leaves none of {len(goals)} goals")
+        raise OptionError("rows", f"{rows} leaves none of the {len(goals)} goals; choose other rows")
     return list(goals[wanted])
 
 
@@ -117,7 +117,7 @@ def _from_csv(text: str, path: str, columns: GoalColumns) -> Iterator[Goal]:
     """Yield the goals of a CSV file with a header (RFC 4180)."""
     if "\0" in text:
         raise DataError(
-            f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte, so it is no text; write it anew"
+            f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: the text contains a zero byte; remove it"
         )
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -128,7 +128,7 @@ def _from_csv(text: str, path: str, columns: GoalColumns) -> Iterator[Goal]:
                 f"file with goal,target, or set {option('target_key')}"
             )
         if len(set(header)) < len(header):
-            raise DataError(f"{path}:1: two columns have one name")
+            raise DataError(f"{path}:1: two columns have the same name; rename one")
         begin = reader.line_num + 1
         for cells in reader:
             origin, begin = f"{path}:{begin}", reader.line_num + 1
@@ -136,8 +136,8 @@ def _from_csv(text: str, path: str, columns: GoalColumns) -> Iterator[Goal]:
                 continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{origin}: {len(cells)} cells for the {len(header)} columns of the header; put texts with commas or "
-                    "line breaks into double quotes"
+                    f"{origin}: the row has {len(cells)} cells, but the header has {len(header)} columns; put texts "
+                    "with commas or line breaks into double quotes"
                 )
             yield _from_row(dict(zip(header, cells, strict=True)), origin, columns)
     except csv.Error as error:
@@ -148,7 +148,8 @@ def _from_hub(source: str, columns: GoalColumns) -> Iterator[Goal]:
     """Yield the goals of a hub set, or of a folder of the same kind."""
     if not Path(source).is_dir() and source.count("/") != 1:
         raise OptionError(
-            "goals", f"{source!r} is no .csv, .json or .jsonl file, no hub set OWNER/NAME, and not {HARMLESS!r}"
+            "goals",
+            f"{source!r} is neither a .csv, .json or .jsonl file, nor a hub dataset OWNER/NAME, nor {HARMLESS!r}",
         )
     try:
         import datasets
@@ -170,7 +171,7 @@ def _from_row(row: Mapping[str, Any], origin: str, columns: GoalColumns) -> Goal
     if not isinstance(target, str) or not isinstance(goal, str):
         raise DataError(f"{origin}: expected texts in {columns.goal!r} and {columns.target!r}")
     if not target.strip():
-        raise DataError(f"{origin}: the target is empty; write what the model is to answer")
+        raise DataError(f"{origin}: the target is empty; write the answer that the attack aims for")
     if columns.goal in row and not goal.strip():
         raise DataError(f"{origin}: the goal is empty; write a question, or leave the column out of the whole file")
     further = row.get(columns.bad_set) or ()
@@ -187,5 +188,5 @@ def _from_python(given: Goal | str | Sequence[str], origin: str) -> Goal:
     if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
         raise DataError(f"{origin}: expected (goal, target) or a target, not {given!r}")
     if not pair[1].strip():
-        raise DataError(f"{origin}: the target is empty; write what the model is to answer")
+        raise DataError(f"{origin}: the target is empty; write the answer that the attack aims for")
     return Goal(pair[0], pair[1], origin=origin)

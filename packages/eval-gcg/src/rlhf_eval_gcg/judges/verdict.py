@@ -58,7 +58,9 @@ class Verdict(Reward):
         at_least(0, self, "completion_tokens")
         if len(self.answers) < 2 or len(self.values) != len(self.answers):
             raise OptionError(
-                "values", f"has {len(self.values)} numbers for {len(self.answers)} answers; there must be two at least"
+                "values",
+                f"has {len(self.values)} numbers for {len(self.answers)} answers; give at least two answers, "
+                "and a number for each",
             )
 
     def check(self) -> None:
@@ -79,7 +81,7 @@ class Verdict(Reward):
             raise OptionError("template", f"{self.template}: expected UTF-8 text ({error.reason})") from None
         for name in FILLED:
             if name not in text:
-                raise OptionError("template", f"{self.template}: expected {name}, which stands for a text")
+                raise OptionError("template", f"{self.template}: {name} is missing; write it where its text goes")
         return text
 
     def open(self, context: OpenContext) -> VerdictEngine:
@@ -133,7 +135,11 @@ class VerdictEngine:
         self.module: Any = build_module(RoleSpec("judge", options, frozenset({"logprobs_NT"})))
         self.answer_ids = [self._first_token(answer) for answer in judge.answers]
         if len(set(self.answer_ids)) < len(self.answer_ids):
-            raise OptionError("answers", f"{' '.join(judge.answers)}: two begin with one token of {judge.model}")
+            raise OptionError(
+                "answers",
+                f"{' '.join(judge.answers)}: two answers begin with the same token of {judge.model}; choose other "
+                "answers",
+            )
 
     def __call__(self, rollouts: Rollouts) -> list[float]:
         texts = [self._question(rollouts, row) for row in range(len(rollouts))]

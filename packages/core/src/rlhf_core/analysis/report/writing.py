@@ -46,7 +46,7 @@ def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> P
         UsageError: something else is there.
     """
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or not is_report(path)):
-        raise UsageError(f"{path} is there and no report; name another {run_option('output')}")
+        raise UsageError(f"{path} exists and is not a report; name another {run_option('output')}")
     write_text(path, page(title, sections))
     return path
 

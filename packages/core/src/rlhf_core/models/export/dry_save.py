@@ -51,9 +51,9 @@ def check_saving(role: str, module: RoleModule, options: ModelOptions, template:
             faults = _compare(module, with_template(reads, template), folder, options)
         except Exception as error:  # of transformers, PEFT and code that comes with models: each would raise at the end
             first = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(folder, "OUTPUT/model")
-            raise UsageError(f"the {role}, {options.model}, fails where what is saved is tried out: {first}") from error
+            raise UsageError(f"the {role} model {options.model} cannot be saved and loaded again: {first}") from error
     if faults:
-        raise UsageError(f"the {role}, {options.model}, would be another model when it is read back: {faults[0]}")
+        raise UsageError(f"the {role} model {options.model} changes when it is saved and loaded again: {faults[0]}")
 
 
 def _compare(module: RoleModule, tokenizer: Any, folder: str, options: ModelOptions) -> list[str]:
@@ -87,7 +87,7 @@ def _compare_tokenizers(expected: Any, found: Any) -> list[str]:
     """Return what differs between two tokenizers: ids, the template, or special tokens; but for what pads."""
     faults = []
     if expected(PROBE)["input_ids"] != found(PROBE)["input_ids"]:
-        faults.append("its tokenizer gives other ids")
+        faults.append("its tokenizer returns other ids")
     if len(expected) != len(found):
         faults.append(f"its tokenizer has {len(found)} tokens and not {len(expected)}")
     if expected.chat_template != found.chat_template:

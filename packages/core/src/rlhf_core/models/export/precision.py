@@ -69,7 +69,7 @@ def fitting_dtype(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> 
         if each.is_floating_point() and bool((torch.isinf(each.to(dtype)) & ~torch.isinf(each)).any())
     ]
     if beyond:
-        log.warning(f"{beyond[0]} has weights beyond float16's range: the model is saved in float32")
+        log.warning(f"{beyond[0]} has weights outside the range of float16, so the model is saved in float32")
     return torch.float32 if beyond else dtype
 
 

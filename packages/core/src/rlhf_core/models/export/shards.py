@@ -60,7 +60,7 @@ def parse_bytes(size: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", size.strip().upper())
     number = found and found.group(2) in UNITS and int(float(found.group(1)) * UNITS[found.group(2)])
     if not number:
-        raise OptionError("/export_shard", f"{size!r} is no size; write 5GB or 500MB")
+        raise OptionError("/export_shard", f"{size!r} is not a size; write 5GB or 500MB")
     return number
 
 

@@ -161,14 +161,15 @@ def check_logits(name: str, model: Any) -> None:
         raise UsageError(f"{name!r} ({type(model).__name__}) fails in a forward pass of 4 tokens: {first}") from error
     if not torch.allclose(states_NSH[0], states_NSH[1], rtol=tolerance, atol=tolerance / 10):
         raise UsageError(
-            f"{name!r} ({type(model).__name__}) is no causal language model: what it gives for a token depends on later tokens"
+            f"{name!r} ({type(model).__name__}) is not a causal language model: its output for a token depends on "
+            "later tokens"
         )
     theirs = logits.log_softmax(-1).gather(1, ids_NS[0, 1:, None]).squeeze(1)
     # logits of about 20 are rounded to 0.06 in bfloat16
     if not torch.allclose(ours, theirs, rtol=0.0, atol=tolerance):
         raise UsageError(
-            f"{name!r} ({type(model).__name__}) computes its logits in a way that is not supported: "
-            f"a test token's log-probability is {theirs[0]:.4f}, and would be taken for {ours[0]:.4f}"
+            f"{name!r} ({type(model).__name__}) computes its logits in an unsupported way: the log-probability of a "
+            f"test token is {theirs[0]:.4f}, but rlhf-core computes {ours[0]:.4f}"
         )
 
 

@@ -129,7 +129,7 @@ def check_output(name: str, output: Output, values: Tensor, inputs: Inputs) -> T
     if len(letters(name)) != values.dim() or tuple(values.shape) != shape_of(name, (N, T), rest):
         raise ContractError(
             f"the output {name!r} ({type(output).__qualname__} of {type(output).__module__}) has shape "
-            f"{tuple(values.shape)}, where its name says ({', '.join(letters(name))}) with N = {N} and T = {T}"
+            f"{tuple(values.shape)}, but its name requires ({', '.join(letters(name))}) with N = {N} and T = {T}"
         )
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 

@@ -80,7 +80,7 @@ class FeatureStore:
             yield
         except (OSError, sqlite3.Error) as error:
             raise UsageError(
-                f"cannot keep features in {self.folder}: {error}; name another folder, or remove a damaged "
+                f"cannot store features in {self.folder}: {error}; name another folder, or remove the damaged "
                 "features.sqlite"
             ) from None
 

@@ -79,10 +79,10 @@ def varlen_obstacle(config: PretrainedConfig, device: torch.device, dtype: torch
         dtype: what the forward pass computes in.
     """
     if device.type != "cuda":
-        return f"it runs on CUDA, and this is {device.type}"
+        return f"it needs CUDA, but this device is {device.type}"
     if dtype not in HALF:
         name = str(dtype).removeprefix("torch.")
-        return f"it computes in bfloat16 or float16, and this role in {name}"
+        return f"it needs bfloat16 or float16, but this role uses {name}"
     if _kernel() is None:
         return f"torch {torch.__version__} lacks it (2.11 and later have it)"
     if not torch.backends.cuda.flash_sdp_enabled():
@@ -92,7 +92,7 @@ def varlen_obstacle(config: PretrainedConfig, device: torch.device, dtype: torch
     heads = getattr(config, "num_attention_heads", None) or 1
     widest = getattr(config, "head_dim", None) or config.hidden_size // heads
     if widest > MOST_DIM:
-        return f"it takes heads of {MOST_DIM} numbers at most, and the model's have {widest}"
+        return f"it supports heads of at most {MOST_DIM} numbers, but the model's have {widest}"
     return ""
 
 

@@ -122,16 +122,17 @@ def check_packing(model: Any, options: ModelOptions, packs: bool) -> None:
     asked = options.attention == "varlen"
     if asked and not packs:
         raise UsageError(
-            f"{options.model} has layers that do not keep packed rows apart, as attention varlen must; choose "
-            f"{option('attention', 'sdpa')}, which pads rows"
+            f"attention varlen needs packed rows, but layers of {options.model} cannot keep packed rows apart; "
+            f"choose {option('attention', 'sdpa')}, which pads rows"
         )
     if not packs or text._attn_implementation != NAME or not torch.cuda.is_available():
         return
     device = torch.device("cuda", torch.cuda.current_device())
     obstacle = varlen_obstacle(text, device, getattr(torch, options.compute_dtype))
     if obstacle and asked:
-        raise OptionError("attention", f"varlen cannot be had: {obstacle}; sdpa pads rows instead")
+        raise OptionError("attention", f"varlen is not available: {obstacle}; use sdpa, which pads rows")
     if obstacle:
         log.info(
-            f"{options.model}: rows are padded on this GPU and not packed. Torch's variable-length attention: {obstacle}"
+            f"{options.model}: rows are padded on this GPU, not packed, since torch's variable-length attention is "
+            f"not available: {obstacle}"
         )

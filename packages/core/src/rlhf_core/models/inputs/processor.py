@@ -68,7 +68,7 @@ class ImageReader:
         finally:
             logging.set_verbosity(verbosity)
         if not hasattr(processor, "image_processor"):
-            raise UsageError(f"{self.place!r} has no processor for images; save its AutoProcessor beside it")
+            raise UsageError(f"{self.place!r} has no image processor; save its AutoProcessor in the same folder")
         processor.tokenizer = self.tokenizer
         return processor
 
@@ -105,7 +105,7 @@ class ImageReader:
         mark = getattr(self.processor, "boi_token", None) or getattr(self.processor, "image_token", "")
         if mark and (places := text.count(mark)) != len(images):
             raise DataError(
-                f"{origin}: the rendered prompt has places ({mark}) for {places} images, and the row has {len(images)}"
+                f"{origin}: the rendered prompt has places ({mark}) for {places} images, but the row has {len(images)}"
             )
         try:
             found = self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
@@ -113,7 +113,7 @@ class ImageReader:
             raise DataError(f"{origin}: the images cannot be prepared: {' '.join(str(error).split())}") from None
         ids: list[int] = found["input_ids"][0].tolist()
         if self.token not in ids:
-            raise DataError(f"{origin}: the prompt's tokens have none for an image (number {self.token})")
+            raise DataError(f"{origin}: the prompt's tokens do not include the image token (id {self.token})")
         tensors = {name: each for name, each in found.items() if name not in ("input_ids", "attention_mask")}
         return ids, {name: each[0] if name.endswith(PER_TOKEN) else each for name, each in tensors.items()}
 

@@ -34,7 +34,7 @@ def read_base_model(folder: Path) -> str:
         return str(folder / "base")
     base = _config(folder).get("base_model_name_or_path")
     if not base:
-        raise UsageError(f"{folder}/adapter_config.json names no base_model_name_or_path; write there what it adapts")
+        raise UsageError(f"{folder}/adapter_config.json has no base_model_name_or_path; add the model that it adapts")
     return str(base)
 
 
@@ -69,5 +69,5 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{folder}/adapter_config.json is no JSON: {error}") from None
+        raise UsageError(f"{folder}/adapter_config.json is not valid JSON: {error}") from None
     return config

@@ -31,9 +31,10 @@ def choose_attention(name: str, config: PretrainedConfig, options: ModelOptions)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         if options.attention == "varlen":
             raise UsageError(
-                f"{name} caps attention logits, which attention varlen cannot; choose eager or flash_attention_2"
+                f"{name} caps attention logits, which attention varlen does not support; choose eager or "
+                "flash_attention_2"
             )
-        log.info(f"{name} caps attention logits, which sdpa cannot: it computes with eager")
+        log.info(f"{name} caps attention logits, which sdpa does not support, so it uses eager attention")
         return "eager"
     return None
 
@@ -45,11 +46,9 @@ def report_attention(name: str, model: Any, options: ModelOptions) -> None:
         UsageError: `varlen` was asked for, which needs it.
     """
     if options.attention == "varlen" and not model._supports_sdpa:
-        raise UsageError(
-            f"{name}: transformers computes {type(model).__name__} with eager attention only; choose eager"
-        )
+        raise UsageError(f"{name}: transformers supports only eager attention for {type(model).__name__}; choose eager")
     if options.attention == "sdpa" and not model._supports_sdpa:
-        log.info(f"{name}: transformers has no sdpa for {type(model).__name__}, it computes with eager")
+        log.info(f"{name}: transformers has no sdpa for {type(model).__name__}, so it uses eager attention")
 
 
 def name_body(model: Any) -> None:

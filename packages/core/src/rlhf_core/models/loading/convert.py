@@ -62,7 +62,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     from rlhf_core.lazy import torch
 
-    progress.info(f"converting {file.name} to {folder.parent}, once")
+    progress.info(f"converting {file.name} to {folder.parent} (only once)")
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with redirect_stderr(StringIO()):  # its progress bar has no switch

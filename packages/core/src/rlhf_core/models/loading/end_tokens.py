@@ -100,9 +100,9 @@ def report_ends(tokenizer: Any, ends: Sequence[int], listed: Sequence[int]) -> N
 
     if ends[0] != tokenizer.eos_token_id:
         eos = "there is no EOS" if tokenizer.eos_token_id is None else f"EOS is {tokenizer.eos_token!r}"
-        log.info(f"the chat template ends a turn with {spell(ends[:1])} and {eos}: completions end with {spell(ends)}")
+        log.info(f"the chat template ends a turn with {spell(ends[:1])}, but {eos}: completions end with {spell(ends)}")
     if idle := [number for number in listed if number not in ends and number < len(tokenizer)]:
-        log.info(f"the generation config lists {spell(idle)} as end tokens, which end no turn: they are not used")
+        log.info(f"the generation config lists the end tokens {spell(idle)}, which do not end a turn: they are ignored")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,9 +159,9 @@ def _read(path: Path) -> tuple[int, ...]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON file ({error}); is it damaged?") from None
+        raise UsageError(f"{path} is not a JSON file ({error}); restore it") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} should hold a JSON object, not {type(content).__name__}; is it damaged?")
+        raise UsageError(f"{path} should hold a JSON object, not {type(content).__name__}; restore it")
     listed = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
     several = listed if isinstance(listed, list) else [listed]
     return tuple(number for number in several if isinstance(number, int))

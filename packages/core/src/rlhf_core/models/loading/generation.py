@@ -31,11 +31,13 @@ def repair_generation(name: str, model: Any) -> None:
     for each in given:
         setattr(config, each, None)
     if _fault(config) is None:
-        log.info(f"{name}: its generation_config.json sets {', '.join(given)} without effect; it is saved without them")
+        log.info(
+            f"{name}: its generation_config.json sets {', '.join(given)} without effect; the saved model omits them"
+        )
         return
     kept = {each: getattr(config, each) for each in TOKENS}
     model.generation_config = type(config)(**kept)
-    log.info(f"{name}: its generation_config.json is wrong, only its special tokens are kept: {first}")
+    log.info(f"{name}: its generation_config.json is invalid, so only its special tokens are kept: {first}")
 
 
 def _fault(config: Any) -> str | None:

@@ -33,11 +33,11 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, file: str) -> None:
     try:
         lines = read_text(Path(file)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise OptionError("/add_tokens", f"{file}: {reason}; it is a text file with one token a line") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise OptionError("/add_tokens", f"{file}: {reason}; give a text file with one token per line") from None
     tokens = [line for line in dict.fromkeys(lines) if line]
     if not tokens:
-        raise OptionError("/add_tokens", f"{file} has no tokens; write one a line")
+        raise OptionError("/add_tokens", f"{file} has no tokens; write one per line")
     tokenizer.add_tokens(tokens)
 
 
@@ -68,4 +68,4 @@ def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, added: Colle
     if getattr(head, "bias", None) is not None:
         head.bias[new] = head.bias[old].float().mean().to(head.bias.dtype)
     if int(os.environ.get("RANK", "0")) == 0:
-        log.info(f"{name} has {model.new_tokens} new tokens, whose embeddings begin at the mean")
+        log.info(f"{name} has {model.new_tokens} new tokens, whose embeddings start at the mean")

@@ -68,7 +68,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     model, missing = _from_pretrained(auto, name, source, options, trained)
     if missing:
         raise UsageError(
-            f"{name} is no complete language model: {len(missing)} weights are missing, {missing[0]} first"
+            f"{name} is not a complete language model: {len(missing)} weights are missing, such as {missing[0]}"
         )
     return model
 
@@ -98,7 +98,7 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
         raise UsageError(
-            f"{name} is no decoder with a score head: {len(others)} weights are missing, {others[0]} first"
+            f"{name} is not a decoder with a score head: {len(others)} weights are missing, such as {others[0]}"
         )
     if missing and (config := find_companion_file(name, "config.json")) and (head := foreign_head(config.parent)):
         model.score = head.to(model.dtype)
@@ -132,7 +132,7 @@ def _from_pretrained(
     config = read_config(name, source, options, **overrides)
     labels = overrides.get("num_labels")
     if labels and _is_classifier(config) and (found := read_config(name, source, options).num_labels) != labels:
-        raise UsageError(f"{name} tells {found} classes apart; a reward model has one score")
+        raise UsageError(f"{name} has {found} classes; choose a reward model with one score")
     with translate_errors(name), silence(source):
         model, info = auto.from_pretrained(
             loadable_path(source),
@@ -201,7 +201,10 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 def _base(source: Source, options: ModelOptions) -> str:
     """The name of an adapter's base."""
     if options.quantize != "none":
-        raise UsageError(f"{source.location} is an adapter, which is merged before use; quantize its base instead")
+        raise UsageError(
+            f"{source.location} is an adapter, which is merged before use and cannot be quantized; quantize its "
+            "base instead"
+        )
     return read_base_model(Path(source.location))
 
 
@@ -213,7 +216,7 @@ def _dtype(options: ModelOptions, trained: bool) -> torch.dtype:
 def _check_tiny(name: str, options: ModelOptions) -> None:
     if options.quantize != "none":
         raise UsageError(
-            f"model {name!r} is made, not loaded, and cannot be quantized; save it with a run and pass that"
+            f"model {name!r} has random weights and cannot be quantized; save it with a run, and pass that model"
         )
 
 

@@ -52,7 +52,8 @@ def find(name: str) -> Source:
         raise UsageError(f"{name} is a file; a model is a folder, a GGUF file, a hub name, {_known_names()}")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
         raise UsageError(
-            f"no folder {name!r}, and it is no hub name; a model is a folder, a GGUF file, a hub name, {_known_names()}"
+            f"no folder {name!r}, and it is not a hub name; a model is a folder, a GGUF file, a hub name, "
+            f"{_known_names()}"
         )
     return Source("hub", name)
 
@@ -89,7 +90,7 @@ def _folder(path: Path) -> Source:
         pickles = any((*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
         raise UsageError(
             f"{path} has no weights in safetensors format"
-            + ("; pickled weights can run code and are not loaded, convert them first" if pickles else "")
+            + ("; pickled weights can run code and are not loaded: convert them first" if pickles else "")
         )
     if (path / "adapter_config.json").is_file():
         return Source("adapter", str(path))
@@ -103,5 +104,5 @@ def _folder(path: Path) -> Source:
     if any((path / "model" / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"{path} is a run's output; its model is {path / 'model'}")
     if is_checkpoint(path):
-        raise UsageError(f"{path} is a checkpoint; make a model folder of it with rlhf-run export {path}")
-    raise UsageError(f"{path} has no config.json: it is no Hugging Face model folder")
+        raise UsageError(f"{path} is a checkpoint; convert it to a model folder with rlhf-run export {path}")
+    raise UsageError(f"{path} is not a Hugging Face model folder, since it has no config.json")

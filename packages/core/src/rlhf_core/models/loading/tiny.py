@@ -89,10 +89,10 @@ def parse(name: str) -> Tiny:
         key, _, value = part.partition("=")
         if key not in known:
             raise UsageError(
-                f"model {name!r}: no setting {key!r}{did_you_mean(key, known)}; there are {', '.join(known)}"
+                f"model {name!r}: no setting {key!r}{did_you_mean(key, known)}; the settings are {', '.join(known)}"
             )
         if not value.isdecimal() or (int(value) == 0 and key != "seed"):
-            raise UsageError(f"model {name!r}: {key} must be a positive whole number, as in tiny:{key}=4")
+            raise UsageError(f"model {name!r}: {key} must be a positive whole number, such as tiny:{key}=4")
         settings[key] = int(value)
     tiny = Tiny(**settings)
     if tiny.hidden % tiny.heads or tiny.hidden // tiny.heads % 2:

@@ -45,8 +45,8 @@ def load_tokenizer(name: str, options: ModelOptions) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UsageError(
-                f"the tokenizer of {name} has no end token, so that no completion could end, and none that pads; "
-                'write "eos_token" into its tokenizer_config.json'
+                f"the tokenizer of {name} has no end token, so completions could not end, and no padding token; "
+                'add "eos_token" to its tokenizer_config.json'
             )
         tokenizer.pad_token = tokenizer.eos_token
     return _add_tokens(tokenizer, options)
@@ -66,7 +66,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
                 [dict(message) for message in messages], add_generation_prompt=generation, tokenize=False
             )
     except OverLimit as error:
-        raise UsageError(f"the chat template of {tokenizer.name_or_path} is no use: {error}") from None
+        raise UsageError(f"the chat template of {tokenizer.name_or_path} cannot be used: {error}") from None
     return str(text)
 
 

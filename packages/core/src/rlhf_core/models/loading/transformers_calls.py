@@ -102,19 +102,19 @@ def translate_errors(name: str) -> Iterator[None]:
                 "or 'tiny'"
             )
         elif "trust_remote_code" in str(error):
-            reason = "it comes with its own code; pass --<role>.trust-remote-code if you trust it"
+            reason = "it contains its own code; pass --<role>.trust-remote-code if you trust it"
         elif "backend tokenizer" in str(error):
             reason = "it has no tokenizer that transformers can read"
         elif damage := find_damage(Path(name)):
             reason = damage
         elif "mismatch" in str(error).lower():
-            reason = "its weights have other sizes than its config.json says"
+            reason = "its weights do not have the sizes in its config.json"
         elif isinstance(error, (RuntimeError, MemoryError)):
             raise
         elif isinstance(error, (OSError, ValueError, ImportError)) and not first.endswith(":"):
             reason = first
         else:
-            reason = f"{' '.join(str(error).split())[:300]} ({type(error).__name__}); are its JSON files right?"
+            reason = f"{' '.join(str(error).split())[:300]} ({type(error).__name__}); check its JSON files"
         raise UsageError(f"cannot load {name!r}: {reason}") from error
 
 
@@ -128,11 +128,11 @@ def find_damage(folder: Path) -> str | None:
     for path in [folder / name for name in JSON_FILES if (folder / name).is_file()]:
         try:
             if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-                return f"{path} is damaged, it holds no JSON object"
+                return f"{path} is damaged: it is not a JSON object"
         except (OSError, ValueError) as error:
             return f"{path} is damaged: {error}"
         except RecursionError:
-            return f"{path} is damaged: it nests without end"
+            return f"{path} is damaged: it is nested too deeply"
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -31,8 +31,8 @@ def check_vocabularies(plan: Plan) -> None:
         found = _ordinary_tokens(load_tokenizer(spec.options.model, spec.options))
         if found != expected:
             raise UsageError(
-                f"the {spec.name}, {spec.options.model!r}, has another vocabulary ({len(found)} tokens) than the {first.name}, "
-                f"{first.options.model!r} ({len(expected)}), whose token ids it is to read; pass "
+                f"the {spec.name}, {spec.options.model!r}, has another vocabulary ({len(found)} tokens) than the "
+                f"{first.name}, {first.options.model!r} ({len(expected)}), but must read its token ids; pass "
                 f"{run_option(f'{spec.name}.model')} of the same family"
             )
 

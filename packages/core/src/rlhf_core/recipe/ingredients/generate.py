@@ -76,7 +76,7 @@ class Generate(Ingredient):
         rlhf_run_all(commands, context.registry)
         lines = [line for part in parts for line in _lines(part)]
         if not lines:
-            raise DataError("no prompt of the rows fits max_prompt_tokens; nothing was generated")
+            raise DataError("every prompt is longer than max_prompt_tokens, so nothing was generated; raise it")
         path = context.folder / "completions.jsonl"
         write_text(path, "".join(line + "\n" for line in sorted(lines, key=_place)))
         return {"completions": Artifact("dataset", path)}

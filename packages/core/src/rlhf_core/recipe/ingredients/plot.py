@@ -37,7 +37,9 @@ class Plot(Ingredient):
         if not self.metrics:
             raise OptionError("metrics", "must name at least one column")
         if self.names and len(self.names) != len(self.metrics):
-            raise OptionError("names", f"must be one for each of {len(self.metrics)} metrics, not {len(self.names)}")
+            raise OptionError(
+                "names", f"must have one name for each of the {len(self.metrics)} metrics, not {len(self.names)} names"
+            )
 
     def check(self) -> None:
         """Check that matplotlib is installed.
@@ -70,7 +72,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     for name in columns:
         if rows and name not in rows[0]:
-            raise OptionError("metrics", f"{name!r} is no column; the table has {', '.join(rows[0])}")
+            raise OptionError("metrics", f"{name!r} is not a column; the table has {', '.join(rows[0])}")
     return rows
 
 
@@ -107,4 +109,4 @@ def _number(row: Mapping[str, str], column: str) -> float:
     try:
         return float(row[column])
     except ValueError:
-        raise DataError(f"the column {column!r} of the table holds {row[column]!r}, which is no number") from None
+        raise DataError(f"the column {column!r} of the table contains {row[column]!r}, which is not a number") from None

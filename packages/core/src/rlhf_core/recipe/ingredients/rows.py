@@ -37,7 +37,7 @@ class Rows(Ingredient):
     def __post_init__(self) -> None:
         t, _, total = self.part.partition("/")
         if not (t.isdigit() and total.isdigit() and int(t) < int(total)):
-            raise OptionError("part", f"must be t/T with t from 0 to T - 1, as 0/4, not {self.part!r}")
+            raise OptionError("part", f"must be t/T with t from 0 to T - 1, such as 0/4, not {self.part!r}")
         if self.most < 0:
             raise OptionError("most", f"must be at least 0, not {self.most}")
 
@@ -59,7 +59,7 @@ class Rows(Ingredient):
         t, _, total = self.part.partition("/")
         chosen = slice_of(lines, int(t), int(total))[: self.most or None]
         if not chosen:
-            raise DataError(f"slice {self.part} of {len(lines)} rows is empty")
+            raise DataError(f"slice {self.part} of {len(lines)} rows is empty; use fewer slices, or more rows")
         path = context.folder / "rows.jsonl"
         write_text(path, "".join(line + "\n" for line in chosen))
         return {"rows": Artifact("dataset", path)}

@@ -66,7 +66,7 @@ class Train(Ingredient):
         for name in WIRED:
             if name in self.settings:
                 raise OptionError(
-                    "settings", f"cannot have {name!r}, which the recipe sets; use reads, writes and seed"
+                    "settings", f"cannot set {name!r}, since the recipe sets it; use reads, writes and seed"
                 )
 
     def check_inputs(self, given: Set[str]) -> None:
