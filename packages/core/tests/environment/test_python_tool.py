@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -78,3 +81,17 @@ def test_it_keeps_the_contract_and_its_engine_ends_all_processes() -> None:
 def test_wrong_options_are_one_line() -> None:
     with pytest.raises(UsageError, match="seconds"):
         PythonTool(seconds=0)
+
+
+def test_demonstrations_of_the_examples_are_what_the_environment_answers() -> None:
+    """The output that a demonstration has after its program is the one that the policy reads in training."""
+    skip_unless_confined()
+    example = run_path(str(Path(__file__).parents[4] / "examples" / "agents" / "programs.py"))
+    draw = random.Random(0)
+    for exercise, label in example["EXERCISES"].items():
+        shown = [example["demonstrate"](exercise, label, draw) for _ in range(8)]
+        program, rest = next(text for text in shown if "```" in text).split("```\n")
+        answered = respond(PythonTool(), f"{program}```\n")
+        assert rest == answered.text + label
+        assert respond(PythonTool(), label, label=label).reward == 1.0
+        assert {text for text in shown if "```" not in text} <= set("0123456789")
