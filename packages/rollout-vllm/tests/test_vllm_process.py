@@ -61,7 +61,7 @@ class _Recorder:
 
 def test_an_engine_that_sleeps_wakes_its_weights_to_take_new_ones_and_its_cache_later() -> None:
     engine, host = Engine.__new__(Engine), Sleeper()
-    engine.host, engine.version, engine.updates = host, None, 0
+    engine.host, engine.adapters, engine.version, engine.updates = host, None, None, 0
 
     class Role:
         version = 1
