@@ -56,7 +56,7 @@ class InProcess:
             self.llm = self._open(model, dtype, trust_remote_code, lora_rank)
         _groups.acquire()
 
-    def _open(self, model: str, dtype: str, trust_remote_code: bool, lora_rank: int) -> Any:
+    def _open(self, model: str, dtype: str, trust_remote_code: bool, lora_rank: int = 0) -> Any:
         """vLLM's engine, its weights still arbitrary.
 
         Raises:
