@@ -34,7 +34,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 def test_a_torch_that_vllm_does_not_take_is_named(install: Install) -> None:
     install({"vllm": ("0.32.0", ["torch==2.13.0", "transformers<5.20.0,>=5.16.1"]), "torch": ("2.14.1", [])})
     assert list(module.unmet_needs(["vllm"])) == [
-        "vllm 0.32.0 needs torch==2.13.0, and 2.14.1 is installed: install with --constraint constraints-cuda.txt"
+        "vllm 0.32.0 needs torch==2.13.0, but 2.14.1 is installed: install with --constraint constraints-cuda.txt"
     ]
 
 
@@ -46,7 +46,7 @@ def test_a_build_of_the_right_version_is_the_right_version(install: Install) -> 
 def test_transformers_below_our_own_floor_are_named_once(install: Install) -> None:
     install({"rlhf-core": ("0.1.0", ["transformers<6,>=5.18", "numpy>=1.26"]), "transformers": ("5.17.0", [])})
     (line,) = module.unmet_needs(["rlhf-core", "rlhf-core"])
-    assert line.startswith("rlhf-core 0.1.0 needs transformers<6,>=5.18, and 5.17.0 is installed")
+    assert line.startswith("rlhf-core 0.1.0 needs transformers<6,>=5.18, but 5.17.0 is installed")
 
 
 def test_needs_of_extras_other_systems_and_other_packages_are_nobodys_business(install: Install) -> None:

@@ -91,7 +91,7 @@ def test_chat_says_the_same_for_the_same_seed(say: Callable[..., str]) -> None:
 def test_a_chat_beyond_the_models_positions_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "tiny:context=64", "--prompt", "x" * 20, "--max-new-tokens", "60"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "exceed the 64 positions of the model: lower --max-new-tokens" in line
+    assert "exceed the 64 positions of the model; lower --max-new-tokens" in line
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_said(tmp_path: Path, say: Callable[..., str]) -> None:

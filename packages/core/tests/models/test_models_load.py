@@ -94,7 +94,7 @@ def test_damaged_configs_and_incomplete_weights_end_in_one_line(checkpoint: Path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="it has no tokenizer that transformers can read$"):
         load_tokenizer(str(tmp_path), OPTIONS)
-    assert "1 weights are missing, model.layers.1.mlp.up_proj.weight first" in line(str(tmp_path))
+    assert "1 weights are missing, such as model.layers.1.mlp.up_proj.weight" in line(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
     assert f"cannot load {str(tmp_path)!r}" in line(str(tmp_path))
     (tmp_path / "config.json").write_text("{")

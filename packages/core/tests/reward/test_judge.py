@@ -64,12 +64,12 @@ def test_a_judge_without_a_grade_abstains_or_falls_back_and_shows_the_first_answ
             assert told(output) == [None, pytest.approx(1 / 3)]
             assert output.metrics == {}, "the share is reward/abstained"
     assert [record.getMessage() for record in caplog.records] == [
-        "the judge gave no grade from 1 to 10: 'I will not.'; there, the reward abstains"
+        "the judge gave no grade from 1 to 10: 'I will not.'; in this case the reward abstains"
     ]
     output = Judge(url, "m", fallback=0.25)(batch)
     assert told(output) == pytest.approx([0.25, 1 / 3])
     assert output.metrics["ungraded"].tolist() == [1, 0]
-    assert caplog.messages[1].endswith("there, the reward is 0.25")
+    assert caplog.messages[1].endswith("in this case the reward is 0.25")
 
 
 @pytest.mark.parametrize(

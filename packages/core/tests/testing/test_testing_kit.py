@@ -217,7 +217,7 @@ def counting(rollouts: Rollouts) -> list[float]:
         (lambda r: [max(lengths(r)) - len(r)] * len(r), "must not depend on other prompts"),
         (shuffling, "leave the rollouts as they are"),
         (lambda r: RewardOutput(torch.zeros(len(r)), torch.ones(r.mask_NT.shape)), "zero outside the mask"),
-        (lambda r: RewardOutput(torch.zeros(len(r)), scores_N=torch.full((len(r),), 2.0)), r"0\.\.1"),
+        (lambda r: RewardOutput(torch.zeros(len(r)), scores_N=torch.full((len(r),), 2.0)), r"from 0 to 1"),
         (lambda r: RewardOutput(torch.zeros(len(r)), metrics={"x": torch.zeros(1)}), "metric 'x' of shape"),
     ],
 )

@@ -85,7 +85,7 @@ def read_schedule(path: str) -> Schedule:
     except OSError as error:
         raise OptionError("/replay", f"{path}: {error.strerror}; name the {FILE} of a run that sampled ahead") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise OptionError("/replay", f"{path} is not a {FILE} of a run ({type(error).__name__}: {error})") from None
+        raise OptionError("/replay", f"{path} is not an {FILE} of a run ({type(error).__name__}: {error})") from None
 
 
 def describe_batches(batches: Mapping[str, Batch], trained: Mapping[str, int]) -> dict[str, Any]:
