@@ -43,7 +43,11 @@ def test_a_resumed_run_has_the_calls_of_its_steps_before_it() -> None:
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "No such file"), ("reward = 1", "is not an iterations.jsonl"), ('{"step": 1}', "is not an iterations.jsonl")],
+    [
+        (None, "No such file"),
+        ("reward = 1", "is not an iterations.jsonl"),
+        ('{"step": 1}', "is not an iterations.jsonl"),
+    ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path: Path, content: str | None, told: str) -> None:
     path = tmp_path / "iterations.jsonl"
