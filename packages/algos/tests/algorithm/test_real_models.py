@@ -63,7 +63,7 @@ def test_a_model_that_learns_to_end_its_turns_ends_them_in_plain_transformers(
     )
     told = [record.getMessage() for record in caplog.records if "completions end with" in record.getMessage()]
     assert len(told) == 1
-    assert told[0].startswith("the chat template ends a turn with '<|im_end|>' and EOS is '<|endoftext|>':")
+    assert told[0].startswith("the chat template ends a turn with '<|im_end|>', but EOS is '<|endoftext|>':")
     folder = tmp_path / "sft" / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])

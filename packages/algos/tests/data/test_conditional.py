@@ -50,7 +50,7 @@ def test_a_target_is_said_of_every_row_and_rows_need_no_reward(tmp_path: Path) -
     assert ConditionalData(str(path), target=5.0)("train")[0].prompt == "hello <rm_score>: 5.00 "
     with pytest.raises(DataError, match="expected a column 'reward'"):
         ConditionalData(str(path))("train")
-    with pytest.raises(UsageError, match="needs {reward} somewhere"):
+    with pytest.raises(UsageError, match="condition must contain {reward}"):
         ConditionalData(str(path), condition="{prompt}")
 
 
