@@ -272,7 +272,6 @@ def test_plugins_lists_kind_name_origin_and_description_in_one_line_each(say: Ca
     assert re.search(r"^reward +length +rlhf-core \S+ +\S", text, re.MULTILINE)
     watching = (
         r"^observer +cli_fakes +\(local\) +Providers to try the command line with \(always loaded; -p no:cli_fakes "
-        r"blocks it\)$"
     )
     assert re.search(watching, text, re.MULTILINE)
 
