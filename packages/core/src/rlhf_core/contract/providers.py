@@ -248,7 +248,7 @@ class Advantage(Provider):
 
     @property
     def joins(self) -> str:
-        """Another source, whose rows of a prompt follow those of the term's source; `joined_N` is 1 in them."""
+        """A second source. For each prompt, its rows follow those of the term's source; `joined_N` is 1 for them."""
         return ""
 
     def prepare(self, batch: Batch) -> Batch:
