@@ -36,7 +36,7 @@ class OMDMemoryless(OptimizerProvider):
     damping_strategy: Strategy = "linear"
     """growth of the ridge to `damping`: constant, linear, log, square or cosine"""
     damping_growth_rate: float = 1.0
-    """number of steps after which the ridge equals `damping`; values up to 1 mean a share of the whole run"""
+    """number of steps after which the ridge equals `damping`; a value of 1 or less means all steps of the run"""
     num_cg_steps: int = 3
     """maximum number of conjugate gradient steps per update"""
     use_hvp: bool = True
