@@ -37,7 +37,7 @@ class Direction(NamedTuple):
     strategy: Strategy = "linear"
     """f of the schedule"""
     growth: float = 1.0
-    """number of steps after which the schedule has its final value; values up to 1 mean a share of the whole run"""
+    """number of steps after which the schedule has its final value; a value of 1 or less means all steps of the run"""
     steps: int = 3
     """K"""
     released: bool = False
