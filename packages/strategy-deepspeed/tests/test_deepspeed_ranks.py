@@ -244,7 +244,7 @@ def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Pa
     assert "the model has no module of class 'Experts'; name one of" in told["leaves"]
     assert told["groups"] == "2 ranks cannot form groups of 3 that share rows; start a multiple of 3 ranks"
     assert told["heads"].endswith(
-        "2 must divide the model's 1 attention heads, and must divide the 1 key heads or be a multiple of them; "
+        "2 must divide the 1 attention heads, and must divide the 1 key heads or be a multiple of them; "
         "choose another number"
     )
     assert "cuts packed rows, which this model's attention 'sdpa' does not take" in told["padded"]
