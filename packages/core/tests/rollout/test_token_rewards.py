@@ -121,7 +121,7 @@ def random_episodes(count: int) -> Rollouts:
             ids = [*ids, *reply.token_ids, *b"12"]
             token_rewards.append([draw.uniform(-1, 1) for _ in reply.token_ids] if draw.random() < 0.7 else [])
         turn_rewards = [draw.uniform(-1, 1) for _ in token_rewards[1:]]
-        return Outcome(draw.uniform(-1, 1), turn_rewards, token_rewards)
+        return Outcome(draw.uniform(-1, 1), turn_rewards, token_rewards=token_rewards)
 
     prompts = ask(*(f"row {i}" for i in range(count)))
     return drive(Writer({}), Driven(earning), prompts, Sampling(n=1, max_new_tokens=200, seed=5), LIMITS, ENCODER)
@@ -151,7 +151,7 @@ def test_an_agent_that_miscounts_fails_alone(rewards: Any, message: str) -> None
 
 def test_agents_return_them_in_a_mapping() -> None:
     outcome = outcome_of({"reward": 1, "token_rewards": [[0.5, 1], None, []]}, ())
-    assert outcome == Outcome(1.0, [], [[0.5, 1.0], [], []])
+    assert outcome == Outcome(1.0, [], token_rewards=[[0.5, 1.0], [], []])
     for wrong in ({"token_rewards": 3}, {"token_rewards": "12"}, {"turn_rewards": 1.0}, {"token_rewards": [1.0]}):
         with pytest.raises(UsageError, match="which is not a list"):
             outcome_of(wrong, ())

@@ -55,12 +55,12 @@ class Outcome:
     """reward of the episode, given at its last token"""
     turn_rewards: Sequence[float] = ()
     """additional rewards of its first turns, each given at the turn's last token"""
-    token_rewards: Sequence[Sequence[float]] = ()
-    """additional rewards of the tokens of its first turns: one for each of a turn's tokens, or none for a turn"""
     score: float | None = None
     """success of the episode, 0 to 1, for filtering and pass rates"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """numbers by name; the environment declares the names as its `metrics`"""
+    token_rewards: Sequence[Sequence[float]] = ()
+    """additional rewards of the tokens of its first turns: one for each of a turn's tokens, or none for a turn"""
 
 
 class Policy(Protocol):

@@ -51,8 +51,6 @@ class Feedback:
     """appended as they are"""
     reward: float = 0.0
     """reward of this turn; an episode adds up the rewards of its turns"""
-    token_rewards: Sequence[float] = ()
-    """additional rewards of the turn's tokens, one for each of `Action.token_ids`, or none"""
     score: float | None = None
     """success of the episode so far, 0 to 1, for filtering and pass rates; the last one counts"""
     done: bool = False
@@ -60,6 +58,8 @@ class Feedback:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """numbers by name, added up over the turns of an episode and logged as means over episodes; the environment declares
     the names as its `metrics`"""
+    token_rewards: Sequence[float] = ()
+    """additional rewards of the turn's tokens, one for each of `Action.token_ids`, or none"""
 
 
 class Session:

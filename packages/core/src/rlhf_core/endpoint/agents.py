@@ -155,9 +155,9 @@ def outcome_of(raw: Any, names: Sequence[str]) -> Outcome:
         return Outcome(
             _number(raw.get("reward", 0.0), "reward"),
             _numbers(raw, "turn_rewards"),
-            [_numbers({"token_rewards": each}, "token_rewards") for each in _list(raw, "token_rewards")],
             None if score is None else _number(score, "score"),
             metrics,
+            [_numbers({"token_rewards": each}, "token_rewards") for each in _list(raw, "token_rewards")],
         )
     return Outcome(_number(raw, "reward"))
 
