@@ -26,7 +26,8 @@ __all__ = ["GAEAdvantage"]
 class GAEAdvantage(Advantage):
     """Generalized advantage estimation with a critic (Schulman et al. 2016, eq. 16).
 
-    Environment tokens are skipped: after a turn's last action comes the critic's value at the next turn's first one.
+    Environment tokens are skipped: the value after a turn's last action token is the critic's value at the first action token
+    of the next turn.
     """
 
     gamma: float = 1.0

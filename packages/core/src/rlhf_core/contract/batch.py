@@ -41,7 +41,7 @@ Finish = Literal["stop", "length", "turns", "seconds", "error"]
 class Example:
     """One row of data, before tokenizing.
 
-    No completions: a prompt. One: a demonstration. Two: a preference, chosen first.
+    A row without completions is a prompt, one with one is a demonstration, and one with two is a preference, chosen first.
     """
 
     prompt: str | tuple[Message, ...]
@@ -245,8 +245,8 @@ class Batch:
 class Rollouts(Batch):
     """Completions that a rollout engine sampled.
 
-    `extras["sampler_logprobs_NT"]` are the engine's log-probabilities, `extras["versions_NT"]` (int64) the policy versions
-    that sampled: optimizer steps of the role by then. Both are 0 outside the mask.
+    `extras["sampler_logprobs_NT"]` has the engine's log-probabilities, and `extras["versions_NT"]` (int64) the version of the
+    policy that sampled each token: the optimizer steps that the role had taken. Both are 0 outside the mask.
     """
 
     finish: list[Finish] = field(default_factory=list)

@@ -69,7 +69,7 @@ class Run:
 
     Args:
         config: everything resolved; see `make_config` and `rlhf-run --help`.
-        registry: where observers are found; all installed plugins if absent.
+        registry: the plugins that are searched for observers; all installed ones if absent.
 
     Raises:
         UsageError: the configuration cannot work; nothing has been started or written.
