@@ -18,6 +18,7 @@ from rlhf_core.contract.memory import ModelSize, RoleMemory
 from rlhf_core.forecast.forecast import Forecast, forecast
 from rlhf_core.forecast.options import GPUS, PlanOptions
 from rlhf_core.forecast.seconds import Rates, forward_operations, training_seconds
+from rlhf_core.forecast.tracker import MemoryTracker
 from rlhf_core.forecast.workload import Cells, Workload
 from rlhf_core.training.planner import make_plan
 
@@ -232,6 +233,16 @@ def test_nothing_of_a_large_model_is_held() -> None:
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert max(events, default=0) < 2**24 and torch.empty(0).untyped_storage().nbytes() == 0
+
+
+def test_memory_at_the_address_of_a_freed_weight_is_counted() -> None:
+    module = torch.nn.Linear(64, 64, bias=False)
+    with MemoryTracker(module) as tracker:
+        kept = []
+        for _ in range(200):  # one of them gets the address of the storage that is freed before it
+            module.weight.data = torch.zeros(64, 64)
+            kept.append(torch.zeros(64, 64))
+        assert tracker.live == (len(kept) + 1) * 64 * 64 * 4
 
 
 @pytest.mark.skipif(find_spec("rlhf_strategy_deepspeed") is None, reason="needs rlhf-strategy-deepspeed")

@@ -33,14 +33,17 @@ class MemoryTracker(TorchDispatchMode):
         """most of `live` since `restart`"""
         self.peak_besides = 0
         """most of `live` less `gradients` since `restart`"""
-        self._sizes = {each.untyped_storage()._cdata: 0 for each in (*module.parameters(), *module.buffers())}
+        self._sizes: dict[int, int] = {}
         self._gradients: dict[int, int] = {}
+        for each in (*module.parameters(), *module.buffers()):
+            self._add(each.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for each in tree_leaves(found):
             if isinstance(each, Tensor):
-                self._add(each.untyped_storage())
+                storage = each.untyped_storage()
+                self._add(storage, storage.nbytes())
         self._note()
         return found
 
@@ -66,8 +69,9 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         self.peak_besides = max(self.peak_besides, self.live - self.gradients)
 
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, storage: Any, size: int) -> None:
+        """Count a storage until it is freed; its address may then be that of another one."""
+        key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = size
             self.live += size
