@@ -113,7 +113,10 @@ def test_a_place_may_do_without_gpus() -> None:
         ("", r"^place '': give NAMES@BUNDLES, such as actor\+reference@8, or together or separate$"),
         ("toegther", r"^place 'toegther': give NAMES@BUNDLES, "),
         ("RAM=3", r"^place 'RAM=3': give NAMES@BUNDLES, "),
-        ("actor@2", r"^place has no place for critic; add NAMES@BUNDLES, or \+ to a place$"),
+        (
+            "actor@2",
+            r"^place has no place for critic; add critic@1 as a separate place, or \+critic to an existing place$",
+        ),
         ("actor@2,critic@0", r"^place '0': give a number of workers, or NODESxDEVICES such as 2x4$"),
         ("actor@2,critic@1:WIDE", r"^place '1:WIDE': give a number of workers"),
         (

@@ -69,7 +69,7 @@ def test_equal_configurations_are_said_to_be_so(runs: list[str], capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere contains no run"),
+        (["nowhere"], "'nowhere' contains no run"),
         ([], "compare needs RUNS"),
         (["grpo-seed0", "./grpo-seed0"], "named twice"),
         (["empty"], "no step or evaluation"),

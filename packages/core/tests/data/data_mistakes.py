@@ -38,7 +38,7 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("not an object", [{"prompt": "a"}, "3"], {}, "FILE:2: a row should be an object with named columns, not int"),
     ("the first row not an object", ["3"], {}, "FILE:1: a row should be an object with named columns, not int"),
     ("no rows", [""], {}, "FILE: the file has no rows"),
-    ("no such file", [], {"path": "DIR/nowhere.jsonl"}, "DIR/nowhere.jsonl: No such file or directory"),
+    ("no such file", [], {"path": "DIR/nowhere.jsonl"}, "cannot read DIR/nowhere.jsonl: No such file or directory"),
     ("not UTF-8", [b'{"prompt": "caf\xe9"}'], {}, "FILE: expected UTF-8 text (invalid continuation byte at byte 15)"),
     (
         "half a character",

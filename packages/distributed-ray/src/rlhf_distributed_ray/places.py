@@ -145,7 +145,10 @@ def _check_partition(places: Sequence[Place], roles: Sequence[str]) -> None:
     """Check that every role has one place."""
     placed = [name for place in places for name in place.members]
     if missing := [role for role in roles if role not in placed]:
-        raise UsageError(f"{option('place')} has no place for {', '.join(missing)}; add NAMES@BUNDLES, or + to a place")
+        raise UsageError(
+            f"{option('place')} has no place for {', '.join(missing)}; add {missing[0]}@1 as a separate place, or "
+            f"+{missing[0]} to an existing place"
+        )
     for name in placed:
         if placed.count(name) > 1:
             raise OptionError("place", f"gives {name} two places; name it once")

@@ -83,7 +83,7 @@ def _options(folder: Path) -> dict[str, Any]:
         tree = tomllib.loads(read_text(path))
     except (OSError, ValueError):
         raise UsageError(
-            f"{folder} contains no run with a readable config.toml; name the OUTPUT folders of runs"
+            f"{str(folder)!r} contains no run with a readable config.toml; name the OUTPUT folders of runs"
         ) from None
     return {name: value for name, value in _flat(tree) if name.partition(".")[0] not in NO_DIFFERENCE}
 

@@ -204,7 +204,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; make it readable, since a resumed run reads it") from None
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; make it readable, since a resumed run reads it"
+        ) from None
 
 
 def _check_reads(config: RunConfig, output: Path, names: Iterable[str]) -> None:

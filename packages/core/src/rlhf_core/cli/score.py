@@ -137,7 +137,7 @@ class Score(Command):
                 content = read_text(file)
                 yield from ((n, line) for n, line in enumerate(content.split("\n"), start=1) if line.strip())
         except OSError as error:
-            raise UsageError(f"{self.file}: {error.strerror}") from None
+            raise UsageError(f"cannot read {self.file}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise DataError(f"{self.file}: expected UTF-8 text") from None
 

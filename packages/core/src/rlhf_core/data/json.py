@@ -55,7 +55,7 @@ class Json(Preparation, Columns):
             try:
                 Path(path).stat()
             except OSError as error:
-                raise DataError(f"{path}: {error.strerror}") from None
+                raise DataError(f"cannot read {path}: {error.strerror}") from None
             except ValueError as error:  # a null byte
                 raise DataError(f"{path!r}: {error}") from None
 

@@ -66,7 +66,7 @@ class FileIndex:
                 with open(self._file, "rb", closefd=False) as pipe:
                     self._bytes = pipe.read()
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -45,7 +45,7 @@ def export_checkpoint(checkpoint: Path, output: Path, registry: Registry, role: 
     from rlhf_core.run.run import Run
 
     if not is_checkpoint(checkpoint):
-        raise UsageError(f"{checkpoint} is not a checkpoint; name a folder OUTPUT/checkpoints/step-N")
+        raise UsageError(f"{str(checkpoint)!r} is not a checkpoint; name a folder OUTPUT/checkpoints/step-N")
     if damage := find_damage(checkpoint):
         raise UsageError(f"{checkpoint} is damaged ({damage}); export another one")
     config = _read_config(checkpoint.absolute().parent.parent / "config.toml", registry)

@@ -99,7 +99,7 @@ def read_step(output: Path, step: int) -> dict[str, Any]:
         have = (
             f"it has {', '.join(map(str, steps))}" if steps else f"record steps with {run_option('record_every', 'N')}"
         )
-        raise UsageError(f"{output} has no record of step {step}; {have}")
+        raise UsageError(f"the run {str(output)!r} has no record of step {step}; {have}")
     try:
         tree: dict[str, Any] = read_tree(path)
     except Exception as error:

@@ -95,7 +95,7 @@ def read_yaml(draft: Draft) -> None:
     try:
         table = yaml.safe_load(read_text(Path(path)))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(table, dict):

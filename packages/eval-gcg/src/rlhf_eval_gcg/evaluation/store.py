@@ -160,7 +160,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -34,7 +34,7 @@ def write_report(source: Path, path: Path | None = None) -> Path:
         sections, folder = list(run_sections(run)) if run.rows or run.evaluations else [], source
     if not any(html for _, html in sections):
         raise UsageError(
-            f"{source} has nothing to report yet; name the OUTPUT of a run or recipe, or the file of a sweep"
+            f"{str(source)!r} has nothing to report yet; name the OUTPUT of a run or recipe, or the file of a sweep"
         )
     return write_page(path or folder / "report.html", title, sections)
 
