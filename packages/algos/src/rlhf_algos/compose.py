@@ -84,8 +84,8 @@ def _chosen_advantage(choices: ProviderChoices) -> Advantage | None:
     n = choices.sampling.n if choices.sampling is not None else 1
     if n < least:
         raise UsageError(
-            f"{type(advantage).__name__} compares the completions of each prompt; set {run_option('sampling.n')} to "
-            f"at least {least}, not {n}"
+            f"the advantage ({type(advantage).__name__}) compares the completions of each prompt; set "
+            f"{run_option('sampling.n')} to at least {least}, not {n}"
         )
     return advantage
 

@@ -91,7 +91,8 @@ def require_groups(rollouts: Rollouts, asker: object) -> None:
     """
     if len(rollouts) and "abstained_N" not in rollouts and float(group_sizes(rollouts.group_N).max()) < 2:
         raise UsageError(
-            f"{type(asker).__name__} compares the completions of each prompt, but each prompt has only one: set "
+            f"the advantage ({type(asker).__name__}) compares the completions of each prompt, but each prompt has only "
+            f"one: set "
             f"{run_option('sampling.n')} to 2 or more"
         )
 

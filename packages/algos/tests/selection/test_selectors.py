@@ -198,5 +198,5 @@ def test_options_outside_their_range_are_refused(name: str, options: dict[str, A
 
 
 def test_one_completion_per_prompt_is_refused_in_one_line() -> None:
-    with pytest.raises(UsageError, match="BestSecondPairs compares the completions of each prompt"):
+    with pytest.raises(UsageError, match=r"the advantage \(BestSecondPairs\) compares the completions of each prompt"):
         selector("best_second")(RewardOutput(torch.ones(2)), make_batch([1, 1], groups=[0, 1]), {})

@@ -164,7 +164,8 @@ FLAGS = {
     # flags
     "online --reward.limt 3": f"unknown flag --reward.limt; did you mean {LIMIT}?",
     "online --reward.limit": "--reward.limit expects INT, but got none",
-    "online --reward.zzz 3": "unknown flag --reward.zzz; reward 'brevity' has the options limit, unit, shape, weights, key",
+    "online --reward.zzz 3": "unknown flag --reward.zzz; reward 'brevity' has the options limit, unit, shape, weights, key; "
+    "--reward NAME chooses another provider",
     "online --rollout.n 3": "unknown flag --rollout.n; rollout 'bare' has no options",
     "online --rewrd brevity": "unknown flag --rewrd; did you mean --reward?",
     "online --stepz 3": "unknown flag --stepz; did you mean --steps INT (training steps)?",

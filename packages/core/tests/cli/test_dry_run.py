@@ -42,6 +42,20 @@ def test_what_is_missing_is_one_line(line: str, error: str, capsys: pytest.Captu
     assert code == 2 and error in printed and printed.count("\n") == 1, printed
 
 
+def test_the_output_folder_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["grpo", "--model", "tiny", "--reward", "length", "--output", str(tmp_path / "run")]
+    (tmp_path / "run").write_text("not a folder")
+    assert checked(capsys, *words) == (2, f"rlhf-run: --output {tmp_path / 'run'} is a file; name a folder\n")
+    assert "Not a directory" in checked(capsys, *words[:-1], str(tmp_path / "run" / "below"))[1]
+    (tmp_path / "run").unlink()
+    main([*words, "--steps", "1", "--batch-size", "2", "--sampling.n", "2", "--sampling.max-new-tokens", "4"])
+    capsys.readouterr()
+    code, printed = checked(capsys, *words)
+    assert code == 2 and "already holds a run; add --resume to continue it" in printed
+    code, printed = checked(capsys, "--config", str(tmp_path / "run" / "config.toml"), "--resume")
+    assert (code, printed) == (0, "nothing is missing; the run can start\n")
+
+
 def test_missing_files_of_hugging_face_data_are_found(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datasets")
     code, printed = checked(capsys, "sft", "--model", "tiny", "--data", "hf", "--data.path", "owner/set,absent.jsonl")

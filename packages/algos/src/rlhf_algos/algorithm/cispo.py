@@ -15,7 +15,7 @@ __all__ = ["CISPO"]
 
 @dataclass(frozen=True)
 class CISPO(OnlineOptions):
-    """CISPO: clipped weights, so that no token loses its gradient (MiniMax 2025): from its own samples, no critic.
+    """CISPO: clipped weights, so that no token loses its gradient (MiniMax 2025): from the policy's samples, no critic.
 
     Rare tokens that turn a completion around keep teaching, where PPO's clip drops them.
     """

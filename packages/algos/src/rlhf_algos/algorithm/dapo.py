@@ -17,7 +17,7 @@ __all__ = ["DAPO"]
 
 @dataclass(frozen=True)
 class DAPO(OnlineOptions):
-    """DAPO: higher upper clip bound, token mean, dynamic sampling, no KL (Yu et al. 2025): from its own samples.
+    """DAPO: higher upper clip bound, token mean, dynamic sampling (Yu et al. 2025): from the policy's samples, no critic.
 
     The penalty for overlong completions is off until `shaping.overlong_buffer` is set, since it has to fit the longest
     completion.

@@ -15,7 +15,7 @@ __all__ = ["DPPO"]
 
 @dataclass(frozen=True)
 class DPPO(OnlineOptions):
-    """DPPO: tokens whose probability has moved too far are dropped (Qi et al. 2026): from its own samples, no critic.
+    """DPPO: tokens whose probability has moved too far are dropped (Qi et al. 2026): from the policy's samples, no critic.
 
     The trust region is around the sampler, so it also covers the difference between engine and trainer.
     """

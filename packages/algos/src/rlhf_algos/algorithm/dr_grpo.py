@@ -15,7 +15,7 @@ __all__ = ["DrGRPO"]
 
 @dataclass(frozen=True)
 class DrGRPO(OnlineOptions):
-    """Dr. GRPO: no division by group deviation or length (Liu et al. 2025): from its own samples, no critic.
+    """Dr. GRPO: no division by group deviation or length (Liu et al. 2025): from the policy's samples, no critic.
 
     Without them hard and easy prompts, short and long completions weigh alike.
     """

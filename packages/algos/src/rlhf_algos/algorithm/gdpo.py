@@ -17,7 +17,7 @@ __all__ = ["GDPO"]
 
 @dataclass(frozen=True)
 class GDPO(Algorithm):
-    """GRPO for several rewards, each normalized separately (Liu et al. 2026): from its own samples, no critic.
+    """GRPO for several rewards, each normalized separately (Liu et al. 2026): from the policy's samples, no critic.
 
     Rewards are not shaped: normalization and penalties are of single parts here, such as `--reward sum` has.
     """

@@ -15,7 +15,7 @@ __all__ = ["GRPO"]
 
 @dataclass(frozen=True)
 class GRPO(OnlineOptions):
-    """Group relative policy optimization (Shao et al. 2024, DeepSeekMath, eq. 3-4): from its own samples, no critic.
+    """Group relative policy optimization (Shao et al. 2024, DeepSeekMath, eq. 3-4): from the policy's samples, no critic.
 
     The loss is the mean over completions of their token means, and the KL a k3 loss, as in the paper.
     """

@@ -15,7 +15,7 @@ __all__ = ["GSPO"]
 
 @dataclass(frozen=True)
 class GSPO(OnlineOptions):
-    """GSPO: importance ratios of whole sequences (Zheng et al. 2025): from its own samples, no critic.
+    """GSPO: importance ratios of whole sequences (Zheng et al. 2025): from the policy's samples, no critic.
 
     The stable choice for mixtures of experts, whose token ratios are noisy.
     """

@@ -18,7 +18,7 @@ __all__ = ["KTO"]
 
 @dataclass(frozen=True)
 class KTO(Algorithm):
-    """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): from data.
+    """Alignment from single completions judged good or bad (Ethayarajh et al. 2024): from data, with a reference.
 
     Data with labels, one completion per row; or pairs, whose chosen completions are desirable and rejected ones not.
     """

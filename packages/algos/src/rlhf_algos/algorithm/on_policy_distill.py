@@ -17,7 +17,7 @@ __all__ = ["OnPolicyDistill"]
 
 @dataclass(frozen=True)
 class OnPolicyDistill(Algorithm):
-    """A teacher scores every token of the student's own samples (Agarwal et al. 2024; Lu 2025): from its own samples.
+    """A teacher scores every token of the student's own samples (Agarwal et al. 2024; Lu 2025), no critic.
 
     Set the teacher with --teacher.model. The reward is reported; --advantage.reward adds it to what is learned. With
     --loss distill the whole distributions are compared, and there is no advantage.

@@ -16,7 +16,7 @@ __all__ = ["OnlineDPO"]
 
 @dataclass(frozen=True)
 class OnlineDPO(OnlineOptions):
-    """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): from its own samples."""
+    """DPO on each prompt's best and worst sample under the reward (Guo et al. 2024): from the policy's samples, no critic."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "pairs", "loss": "dpo"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {

@@ -15,7 +15,7 @@ __all__ = ["Reinforce"]
 
 @dataclass(frozen=True)
 class Reinforce(OnlineOptions):
-    """REINFORCE without a baseline (Williams 1992): from its own samples, no critic.
+    """REINFORCE without a baseline (Williams 1992): from the policy's samples, no critic.
 
     With --advantage batch_mean it is OpenRLHF's `flash_reinforce`.
     """

@@ -15,7 +15,7 @@ __all__ = ["ReinforcePP"]
 
 @dataclass(frozen=True)
 class ReinforcePP(OnlineOptions):
-    """REINFORCE++: policy gradient on returns whitened over the batch (Hu et al. 2025): from its own samples."""
+    """REINFORCE++: returns whitened over the batch (Hu et al. 2025): from the policy's samples, no critic."""
 
     kl: KL = KL(coef=0.01, estimator="k1", where="reward")
     """penalty that keeps the policy near the reference"""

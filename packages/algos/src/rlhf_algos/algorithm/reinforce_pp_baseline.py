@@ -15,7 +15,7 @@ __all__ = ["ReinforcePPBaseline"]
 
 @dataclass(frozen=True)
 class ReinforcePPBaseline(OnlineOptions):
-    """REINFORCE++-baseline: centered group scores, whitened over the batch (Hu et al. 2025): from its own samples.
+    """REINFORCE++-baseline: centered scores, whitened over the batch (Hu et al. 2025): from the policy's samples, no critic.
 
     GRPO's comparison within a prompt, with one scale for the whole batch.
     """

@@ -16,7 +16,7 @@ __all__ = ["RejectionSampling"]
 
 @dataclass(frozen=True)
 class RejectionSampling(OnlineOptions):
-    """Fine-tuning on each prompt's best sample (Dong et al. 2023, RAFT): from its own samples."""
+    """Fine-tuning on each prompt's best sample (Dong et al. 2023, RAFT): from the policy's samples, no critic."""
 
     defaults: ClassVar[Mapping[str, str]] = {**ONLINE, "advantage": "best_of_n", "loss": "sft"}
     roles: ClassVar[Mapping[str, ModelOptions]] = {"actor": TrainedOptions(optim=AdamW(lr=2e-6))}

@@ -15,7 +15,7 @@ __all__ = ["RLOO"]
 
 @dataclass(frozen=True)
 class RLOO(OnlineOptions):
-    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, eq. 6): from its own samples, no critic."""
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, eq. 6): from the policy's samples, no critic."""
 
     kl: KL = KL(coef=0.05, estimator="k1", where="reward")
     """penalty that keeps the policy near the reference"""

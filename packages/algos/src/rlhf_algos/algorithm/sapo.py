@@ -15,7 +15,7 @@ __all__ = ["SAPO"]
 
 @dataclass(frozen=True)
 class SAPO(OnlineOptions):
-    """SAPO: a soft gate on the importance ratio (Gao et al. 2025): from its own samples, no critic.
+    """SAPO: a soft gate on the importance ratio (Gao et al. 2025): from the policy's samples, no critic.
 
     Tokens off the policy fade out instead of being cut off; several optimizer steps per batch are what it is for.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tomllib
@@ -72,10 +73,10 @@ class OutputFolder:
         """
         follows = int(os.environ.get("RANK", "0")) > 0  # no rank has joined the others yet
         try:
-            self._check_kind()
-            if not follows:
-                self.lock.refuse_holder()
-                self._check()  # before anything is written
+            if follows:
+                self._check_kind()
+            else:
+                self._look()
         except OSError as error:
             raise self._unwritable(error) from None
         if follows:
@@ -91,6 +92,22 @@ class OutputFolder:
             yield
         finally:
             self.lock.release()
+
+    def check(self) -> None:
+        """Raise what `open` would raise, as far as that is known without writing anything.
+
+        Raises:
+            UsageError: see `open`.
+        """
+        try:
+            self._look()
+            place = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def claim_exports(self) -> None:
         """Write down that the exports are the run's, just before they appear.
@@ -117,6 +134,12 @@ class OutputFolder:
             write_text(self.path / "config.toml", self.own.config)
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def _look(self) -> None:
+        """Check what is in the folder, before anything is written."""
+        self._check_kind()
+        self.lock.refuse_holder()
+        self._check()
 
     def _check_kind(self) -> None:
         if "\0" in self.config.output:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rlhf_core.cli import help as help_
 from rlhf_core.config.parsing import read, wants_dry_run
 from rlhf_core.contract.registry_view import failure_place
-from rlhf_core.errors import RunStopped, UnknownName, UsageError
+from rlhf_core.errors import RunStopped, UnknownName, UsageError, spell_options
 from rlhf_core.plugins.registry import Registry, as_default
 from rlhf_core.run.command import read_command, run_command
 from rlhf_core.run.signals import PreemptionExit
@@ -119,6 +119,8 @@ def _train(words: Sequence[str], registry: Registry) -> int:
     run = Run(config, registry=registry)
     if wants_dry_run(words):
         run.check()
+        with spell_options(config.option_names):
+            run.folder.check()
         print("nothing is missing; the run can start")
     else:
         run.train()

@@ -46,7 +46,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "plu
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Check this installation: the README's needs, conflicting versions, devices, plugins, and missing optional packages."""
+    """Check this installation: what the README requires, conflicting versions, devices, plugins, missing optional packages."""
 
     def __call__(self, context: CommandContext) -> int:
         sections = {

@@ -51,7 +51,7 @@ def overview(registry: Registry) -> str:
     docs = docs_of(RunConfig).fields
     return _text(
         [
-            "usage: rlhf-run ALGORITHM [flags]        train; `rlhf-run ALGORITHM --help` shows its flags, --help-all all",
+            "usage: rlhf-run ALGORITHM [flags]        train; `--help` shows its main flags, `--help-all` explains every flag",
             "       rlhf-run --config FILE [flags]    train with the options of a file; flags override it",
             "       rlhf-run COMMAND [flags]",
         ],
@@ -61,7 +61,12 @@ def overview(registry: Registry) -> str:
         _rows((name, first_line(each.target)) for name, each in registry.table("command").items()),
         ["flags of every algorithm"],
         _rows((flag(name), docs[name]) for name in main),
-        _rows([("--config FILE", FIXED["config"]), ("--KIND NAME", "choose a provider; see rlhf-run plugins")]),
+        _rows(
+            [
+                ("--config FILE", FIXED["config"]),
+                ("--KIND NAME", "choose a provider; `rlhf-run plugins` lists kinds and names"),
+            ]
+        ),
         _rows([("-p NAME, -p no:NAME", "load a plugin; do not load one")]),
         ["try", "  rlhf-run grpo --model tiny --data prompts --reward length --steps 20"],
     )

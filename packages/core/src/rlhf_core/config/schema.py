@@ -125,7 +125,8 @@ class Schema:
             return f"; did you mean {meant}?"
         if group:
             title = section.title if section is not None and group == f"{head}." else group[:-1]
-            return f"; {title} has the options {', '.join(among)}"
+            other = f"; {spell(head)} NAME chooses another provider" if section is not None and section.kind else ""
+            return f"; {title} has the options {', '.join(among)}{other}"
         return f"; see rlhf-run {name} --help"
 
     def _spell_answer(self, answer: str, spell: Callable[[str], str]) -> str:

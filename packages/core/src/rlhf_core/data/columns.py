@@ -29,7 +29,7 @@ from rlhf_core.data.chats import (
     to_history,
 )
 from rlhf_core.data.images import attach_images, has_images, make_paths_absolute
-from rlhf_core.errors import DataError, option, run_option
+from rlhf_core.errors import DataError, option
 from rlhf_core.util.messages import log
 
 __all__ = ["COMPLETION", "OPTIONAL", "PROMPT", "Columns", "lookup"]
@@ -355,4 +355,4 @@ def report_unread(path: str, names: tuple[str, ...]) -> None:
     """Log, once and on the first rank, the columns of a file that nothing reads."""
     if names and not int(os.environ.get("RANK", "0")):
         shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-        log.info(f"{path}: unused columns: {shown} ({run_option('data.meta_keys')} passes columns to rewards)")
+        log.info(f"{path}: unused columns: {shown} (the option data.meta_keys names columns that rewards receive)")

@@ -70,7 +70,7 @@ class StopSignals:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         name = "Ctrl-C" if number == signal.SIGINT else self.received.name
         limit = f"{self.watch.seconds:g} s at most for each"
-        log.warning(f"{name}: finishing this step, then saving ({limit}); again to stop at once")
+        log.warning(f"{name}: finishing this step, then saving ({limit}); send it again to stop at once")
 
 
 def _is_heeded(number: signal.Signals) -> bool:

@@ -39,7 +39,7 @@ def kl_values(
 ) -> Tensor:
     """Per-token KL estimates (N, T), float32, zero outside the mask.
 
-    k3 is evaluated with d bounded to at least -20, so that neither it nor its gradient overflows.
+    With d = logprobs - ref_logprobs, k3 is evaluated with d bounded to at least -20. So neither it nor its gradient overflows.
     """
     d_NT = (logprobs_NT.float() - ref_logprobs_NT.float()).masked_fill(~mask_NT, 0.0)
     if estimator == "k1":
