@@ -219,3 +219,11 @@ def test_the_token_is_in_no_text_of_the_provider() -> None:
     provider = VLLM(server=("http://127.0.0.1:1",), token="env:SERVER_TOKEN")
     assert b"a-token" not in pickle.dumps(provider)
     assert provider.has_own_weights
+
+
+def test_engines_apart_take_weights_midway_unless_adapters_come_alone() -> None:
+    assert VLLM(server=("http://127.0.0.1:1",)).takes_weights_midway
+    assert VLLM(process="own").takes_weights_midway
+    assert not VLLM(process="own", lora="adapter").takes_weights_midway
+    assert not VLLM(server=("http://127.0.0.1:1",), transfer="none").takes_weights_midway
+    assert not VLLM().takes_weights_midway

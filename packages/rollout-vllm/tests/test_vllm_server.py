@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from background_sampling import BackgroundSampling, wait_until
 from changed_role import ChangedRole
+from transformers import AutoModelForCausalLM
+from version_spans import span_logprobs
 
 from rlhf_core.contract.batch import Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
@@ -118,18 +121,28 @@ def test_kept_tokens_are_those_after_truncation(served: VLLMEngines, role: Local
 
 
 def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
-    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """Those after the update have the new weights' log-probabilities, over keys and values of the old weights."""
     opened.updates = 5
-    before = role.version
+    before, weights = role.version, {role.version: {name: tensor.clone() for name, tensor in role.weights()}}
     with BackgroundSampling(served, role, prompts, LONG) as sampling:
         wait_until(lambda: opened.host._waiting == LONG.n * len(prompts), SECONDS)
         randomise(role, seed=2008)
         assert served.sync(role)["sync/calls"] == 5
-    versions_NT, mask_NT = sampling.rollouts.extras["versions_NT"], sampling.rollouts.mask_NT
+    weights[role.version] = {name: tensor.clone() for name, tensor in role.weights()}
+    rollouts = sampling.rollouts
+    versions_NT, mask_NT = rollouts.extras["versions_NT"], rollouts.mask_NT
     assert set(versions_NT[mask_NT].tolist()) <= {before, role.version}
     assert role.version in versions_NT[mask_NT]
     assert (versions_NT.diff(dim=1)[mask_NT[:, 1:]] >= 0).all(), "versions only grow"
+    role.export(str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    for i, length in enumerate(rollouts.lengths_N.tolist()):
+        prompt = rollouts.prompt_NL[i, : int(rollouts.prompt_lengths_N[i])].tolist()
+        tokens, versions = rollouts.tokens_NT[i, :length].tolist(), versions_NT[i, :length].tolist()
+        expected_T = span_logprobs(model, weights, prompt, tokens, versions, LONG.temperature)
+        torch.testing.assert_close(rollouts["sampler_logprobs_NT"][i, :length], expected_T, rtol=0, atol=1e-3)
 
 
 def test_a_tensor_that_is_stale_or_left_out_stops_the_run(

@@ -33,13 +33,19 @@ def test_age_is_counted_over_sampled_tokens_against_the_weights_in_training() ->
     batch = sampled([[7, 5], [6, 0]])
     assert staleness([ages_of(batch, 8)]) == (pytest.approx((1 + 3 + 2) / 3), 3.0)
     assert staleness([ages_of(batch, 8), (1.0, 6.0, 6.0), (0.0, 0.0, 0.0)]) == (pytest.approx(12 / 4), 6.0)
-    assert [late_tokens(batch, version, World()) for version in (7, 6, 5, 8)] == [2.0, 2.0, 2.0, 3.0]
+    assert [late_tokens(batch, version, World()) for version in (7, 6, 5, 8)] == [2.0, 2.0, 3.0, 3.0], (
+        "a token after a late one is late"
+    )
 
 
 def test_late_tokens_keep_the_engine_s_log_probability_and_others_the_computed_one() -> None:
     computed_NT = torch.tensor([[-1.0, -1.5], [-1.25, 0.0]])
     assert replace_late(sampled([[7, 5], [6, 0]]), computed_NT, 7).tolist() == [[-1.0, -2.0], [-2.0, 0.0]]
     assert replace_late(sampled([[7, 7], [7, 0]]), computed_NT, 7) is computed_NT
+    midway = replace_late(sampled([[5, 7], [7, 0]]), computed_NT, 7)
+    assert midway.tolist() == [[-2.0, -2.0], [-1.25, 0.0]], (
+        "the second token was sampled over the first one's old cache"
+    )
 
 
 def test_a_late_batch_without_the_engine_s_log_probabilities_is_refused() -> None:

@@ -61,6 +61,11 @@ class VLLM(VLLMOptions, Rollout):
         """Separate processes and servers have their own weights."""
         return self.is_apart
 
+    @property
+    def takes_weights_midway(self) -> bool:
+        """Separate processes and servers pause with their cache. An adapter that is sent alone samples completions whole."""
+        return self.is_apart and self.lora == "merged" and self.transfer != "none"
+
     def check(self) -> None:
         """Raise UsageError before any model is loaded if vLLM is missing, or if its weight loading is not known here.
 

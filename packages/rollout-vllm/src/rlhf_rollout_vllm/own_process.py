@@ -85,6 +85,7 @@ class OwnProcess:
         """held while weights are taken and while processes are started"""
         self._asleep: frozenset[str] = frozenset()
         """parts whose memory is given back"""
+        self._counting = threading.Lock()
         self._waiting = 0
         """requests that are not answered yet"""
         self._asked = 0
@@ -278,23 +279,26 @@ class OwnProcess:
         while len(answers) < len(prompts):
             left = [i for i in range(len(prompts)) if i not in answers]
             with self._life:  # no request gets in between the calls of an update
-                llm, salt = self.llm, f"version {self.version}"
-                self._waiting += len(left)
+                llm, salt, number = self.llm, f"version {self.version}", self._count(len(left))
             try:
-                self._asked += 1
-                tries = [
-                    f"{names[i]}#{self._asked}.{i}" for i in left
-                ]  # a request that is asked again has another number
+                tries = [f"{names[i]}#{number}.{i}" for i in left]  # a request that is asked again has another number
                 asks = {
                     i: ask(llm, prompts[i], sampling_params(parameters[i]), name, salt, lora)
                     for i, name in zip(left, tries, strict=True)
                 }
                 alive = self.loop.call(gather(asks, answers, partial(self._is_alive, llm)))
             finally:
-                self._waiting -= len(left)
+                self._count(-len(left))
             if not alive:
                 self._start_again(llm)
         return [answers[i] for i in range(len(prompts))]
+
+    def _count(self, more: int) -> int:
+        """Count requests that wait from now on, or that are over; return a new number."""
+        with self._counting:  # an update compares weights by requests, while others wait
+            self._waiting += more
+            self._asked += 1
+            return self._asked
 
     async def _is_alive(self, llm: Any) -> bool:
         """Return True if the engine answers in time; end its processes otherwise."""

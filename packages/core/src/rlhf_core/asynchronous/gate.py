@@ -1,7 +1,7 @@
 """The gate in front of the rollout engines: one call at a time, and new weights before the next one.
 
 An engine samples while its role trains, but takes new weights only between two calls. Training waits for the call in progress
-and for no other, because callers that bring weights go first.
+and for no other, because callers that bring weights go first. With engines that take weights midway it waits for none.
 """
 
 from __future__ import annotations
@@ -51,23 +51,36 @@ class EngineGate:
 
     @contextmanager
     def weights(
-        self, trained: int, may: Callable[[], bool] = lambda: True, seconds: float = float("inf")
+        self,
+        trained: int,
+        may: Callable[[], bool] = lambda: True,
+        seconds: float = float("inf"),
+        midway: bool = False,
     ) -> Iterator[None]:
-        """Hold the engines to bring them the weights after iteration `trained`; see `sampling`."""
+        """Hold the engines to bring them the weights after iteration `trained`; no call begins meanwhile.
+
+        Args:
+            trained: iterations whose weights they are.
+            may: when they are due; asked under `changed`.
+            seconds: deadline of that.
+            midway: do not wait for the call in progress, which continues under the new weights.
+
+        Raises:
+            TimeoutError: the weights were not due in time.
+        """
         with self.changed:
             if not wait_for(self.changed, may, seconds):
                 raise TimeoutError
             self._first += 1
-            try:
-                wait_for(self.changed, lambda: not self._held)
-            finally:  # a signal may end the wait
-                self._first -= 1
-            self._held = True
         try:
+            with self.changed:
+                wait_for(self.changed, lambda: midway or not self._held)
             yield
             self.trained = trained
-        finally:
-            self._leave()
+        finally:  # a signal may end the wait, too
+            with self.changed:
+                self._first -= 1
+                self.changed.notify_all()
 
     def _leave(self) -> None:
         with self.changed:

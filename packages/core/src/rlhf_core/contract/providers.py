@@ -110,6 +110,14 @@ class Rollout(Provider):
         return False
 
     @property
+    def takes_weights_midway(self) -> bool:
+        """True if another thread may call `sync` during a call, as `--partial.midway` does.
+
+        Completions in progress then continue under the new weights, and `versions_NT` has the version of each token.
+        """
+        return False
+
+    @property
     def devices(self) -> int:
         """Number of GPUs that one engine computes on, where there are any: several under tensor or pipeline parallelism."""
         return 1

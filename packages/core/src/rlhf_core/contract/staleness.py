@@ -51,6 +51,9 @@ class PartialRollouts:
     seconds: float = 0.0
     """seconds after which a step trains on the complete prompts, if there are any; results then depend on the machine.
     0 waits for --batch-size"""
+    midway: bool = False
+    """let new weights arrive in the middle of a call of the engine: its completions continue under them with their
+    key-value cache, and training does not wait for the end of the call; for engines that can"""
 
     def __post_init__(self) -> None:
         at_least(0, self, "tokens", "surplus", "seconds")
@@ -110,6 +113,13 @@ def check_staleness(config: RunConfig) -> None:
 def _check_partial(config: RunConfig) -> None:
     """Check that completions can continue under new weights, if they have to."""
     partial, updates = config.partial, updates_per_iteration(config)
+    if partial.midway and not config.ahead:
+        raise OptionError("/partial.midway", f"needs sampling ahead; pass {run_option('ahead', 1)} too")
+    if partial.midway and config.replay:
+        raise OptionError(
+            "/partial.midway",
+            f"lets weights arrive at any token, which no replay repeats; leave out {run_option('replay')}",
+        )
     if not partial.tokens:
         for name in ("surplus", "seconds"):
             if getattr(partial, name):

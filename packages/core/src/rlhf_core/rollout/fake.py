@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
-from rlhf_core.util.clock import sleep
+from rlhf_core.util.clock import current_time, sleep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,8 @@ class FakeRollout(Rollout):
 
     has_own_weights: ClassVar[bool] = True
     """the engine has its own copy of the trained number"""
+    takes_weights_midway: ClassVar[bool] = True
+    """a call pauses while the number arrives"""
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
         """Return the stated memory."""
@@ -72,6 +74,7 @@ class FakeEngine(Rollout):
     """
 
     has_own_weights: ClassVar[bool] = True
+    takes_weights_midway: ClassVar[bool] = True
 
     def __init__(self, options: FakeRollout) -> None:
         self.options = options
@@ -80,9 +83,11 @@ class FakeEngine(Rollout):
         self.version = 0
         self.asleep: frozenset[str] = frozenset()
         """parts whose memory is given back: `weights`, `cache`"""
+        self._call: _Call | None = None
+        """the call in progress"""
 
     def __call__(self, role: Role, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Letters, after the time it takes."""
+        """Letters, after the time it takes. A decoding step ends under the weights that it began with."""
         from rlhf_core.rollout.assemble import assemble
 
         if self.asleep:
@@ -97,25 +102,34 @@ class FakeEngine(Rollout):
             for k in range(sampling.n)
         ]
         finish = [("stop" if int(row[-1]) == Letters.eos_token_id else "length") for row in tokens]
-        logprobs = [self.w - 1 - (row % 7).double() for row in tokens]
         reading = self.options.prompt_seconds * sum(map(len, prompts.token_ids)) / 1000
-        sleep(reading + self.options.token_seconds * max(map(len, tokens)))
+        call = self._call = _Call(current_time(), [0.0], [self.w], [self.version])
+        call.wait(reading + self.options.token_seconds * max(map(len, tokens)))
+        self._call = None
+        places = [call.places(reading + self.options.token_seconds * torch.arange(len(row))) for row in tokens]
+        w, versions = torch.tensor(call.w, dtype=torch.float64), torch.tensor(call.versions)
         return assemble(
             prompts,
             tokens,
             cast("Any", finish),
             cast("PreTrainedTokenizerBase", Letters()),
-            version=self.version,
-            per_token={"sampler_logprobs_NT": logprobs},
+            versions=[versions[place_T] for place_T in places],
+            per_token={
+                "sampler_logprobs_NT": [
+                    w[place_T] - 1 - (row % 7).double() for row, place_T in zip(tokens, places, strict=True)
+                ]
+            },
         )
 
     def sync(self, role: Role) -> Mapping[str, float]:
-        """Take the role's number and version."""
+        """Take the role's number and version; a call in progress pauses and continues under them."""
         if "weights" in self.asleep:
             raise ContractError("the rollout engine 'fake' has no memory for weights; call wake('weights') first")
+        w, version = float(dict(role.weights())["w"]), role.version
+        if self._call is not None:
+            self._call.take(w, version, self.options.sync_seconds)
         sleep(self.options.sync_seconds)
-        self.w = float(dict(role.weights())["w"])
-        self.version = role.version
+        self.w, self.version = w, version
         return {}
 
     def sleep(self, level: Literal[1, 2] = 1) -> int:
@@ -142,6 +156,40 @@ class FakeEngine(Rollout):
     def close(self) -> None:
         """Forget the weights."""
         self.w = None
+
+
+@dataclass
+class _Call:
+    """A call in progress, and the weights under which its tokens are sampled."""
+
+    began: float
+    """time of its beginning"""
+    since: list[float]
+    """seconds of sampling after which each of the weights are there"""
+    w: list[float]
+    versions: list[int]
+    paused: float = 0.0
+    """seconds in which it does not sample"""
+
+    def take(self, w: float, version: int, seconds: float) -> None:
+        """Pause for so many seconds, and continue under new weights."""
+        self.since.append(current_time() - self.began - self.paused)
+        self.w.append(w)
+        self.versions.append(version)
+        self.paused += seconds
+
+    def wait(self, seconds: float) -> None:
+        """Sample for so many seconds; pauses prolong it."""
+        slept = 0.0
+        while slept < seconds + self.paused:
+            left = seconds + self.paused - slept
+            sleep(left)
+            slept += left
+
+    def places(self, begins_T: Tensor) -> Tensor:
+        """Return the place of the weights of steps that begin after so many seconds of sampling, (T,)."""
+        since = torch.tensor(self.since, dtype=torch.float64)
+        return torch.searchsorted(since, begins_T.double(), right=True) - 1
 
 
 class Letters:

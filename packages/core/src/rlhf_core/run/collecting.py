@@ -56,6 +56,13 @@ def check_ahead(plan: Plan) -> None:
             f"the rollout engine {config.names.get('rollout', '')!r} samples from the weights that are trained; "
             f"pass {run_option('launcher', 'ray')}, which gives it a separate copy, or leave it out",
         )
+    if config.partial.midway and (launcher.engines_apart or not engine.takes_weights_midway):
+        where = f"under {run_option('launcher', config.names.get('launcher', ''))}"
+        who = where if launcher.engines_apart else f"of kind {config.names.get('rollout', '')!r}"
+        raise OptionError(
+            "/partial.midway",
+            f"is not supported by rollout engines {who}, which take weights between two calls; leave it out",
+        )
     if config.stale.policy == "drop" and choose_filter(config) is not None:
         raise OptionError(
             "/stale.policy",
@@ -172,10 +179,13 @@ class Collecting:
 
     @contextmanager
     def bringing_weights(self, step: int) -> Iterator[None]:
-        """Hold the rollout engines while they take the weights after `step`; the call in progress ends before."""
-        began = current_time()
+        """Hold the rollout engines while they take the weights after `step`.
+
+        The call in progress ends before, unless weights may arrive midway.
+        """
+        began, midway = current_time(), self.run.config.partial.midway
         try:
-            with self.gate.weights(step, lambda: self.schedule.may_bring(step), REPLAY_SECONDS):
+            with self.gate.weights(step, lambda: self.schedule.may_bring(step), REPLAY_SECONDS, midway):
                 if self.ahead:
                     self.run.meter.add_seconds("wait", current_time() - began)
                 yield

@@ -2,7 +2,7 @@
 
 Weights that did not arrive, another attention mask, a wrong template or precision all show here, in the first step. The
 numbers cost no forward pass: the engine sent its own with every token, and the trainer's are those of its training pass
-before the first update of a step. Late tokens are left out, since other weights sampled them.
+before the first update of a step. Late tokens and those after them are left out, since other weights took part.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ pi_old is the policy that sampled. Each token takes its log-probability from the
 1. The engine's own, if the engine computes exactly what the trainer computes (`Rollout.exact`). They cost nothing and hold
    however old the sample is.
 2. Those of the training pass itself, detached: the ratio is exactly 1. It applies if the present weights sampled the token
-   (its version is the role's), the batch gets one optimizer step, and nothing reads the values before that step.
-3. Those that the role computes before its update, if the present weights sampled the token.
-4. The engine's, if older weights sampled the token: the current weights cannot compute what those computed.
+   and all before it (their version is the role's), the batch gets one optimizer step, and nothing reads the values before that.
+3. Those that the role computes before its update, if the present weights sampled the token and all before it.
+4. The engine's, if older weights sampled the token or one before it: the current weights cannot compute what those computed.
 
 Where a run samples ahead and its losses correct for that (`Plan.proximal`), pi_old is the policy that begins to train, for
 every token: rules 2 and 3 apply to late tokens too, rules 1 and 4 to none. The losses' importance weights, old over sampler
@@ -65,15 +65,18 @@ VERSIONS = "versions_NT"
 
 
 def current_mask(batch: Batch, version: int) -> Tensor:
-    """Return where a token was sampled by the weights of `version`: bool (N, T), true everywhere for rows of data."""
+    """Return where the weights of `version` sampled a token and all before it: bool (N, T), true everywhere for rows of data.
+
+    Tokens after an update in the middle of a call are not current: they were sampled over keys and values of older weights.
+    """
     if VERSIONS not in batch:
         return torch.ones_like(batch.mask_NT)
-    current_NT: Tensor = batch[VERSIONS] == version
-    return current_NT | ~batch.mask_NT
+    late_NT = (batch[VERSIONS] != version) & batch.mask_NT
+    return (late_NT.cumsum(1) == 0) | ~batch.mask_NT
 
 
 def late_tokens(batch: Batch, version: int, world: World) -> float:
-    """Return the number of sampled tokens, on all ranks, that other weights than those of `version` sampled."""
+    """Return the number of tokens, on all ranks, that other weights than those of `version` sampled, or one before them."""
     return world.total(float((~current_mask(batch, version)).sum()))
 
 

@@ -134,7 +134,7 @@ ABSENT = {
     "normalize_reward": "--reward.mean and --reward.std are what is subtracted and divided by; the model's card has them",
     "loss_type": "the difference of scores goes through the logarithm of a sigmoid, which log-exp is too",
     "agent_func_path": "an environment is a class, --environment MODULE:CLASS; docs/environments.md writes one",
-    "partial_rollout": "a completion is sampled by the weights that it began with",
+    "partial_rollout": "--ahead 1 --partial.midway True continues completions under new weights, where the engine supports it",
     "ring_attn_size": "--strategy.sequence lets ranks share rows by Ulysses; there is no ring attention",
     "ring_head_stride": "there is no ring attention",
     "grad_accum_dtype": "gradients are summed in float32",
