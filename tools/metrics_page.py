@@ -67,7 +67,7 @@ def text() -> str:
         parts += [f"\n## {distribution}\n\n| name | unit | meaning |\n|---|---|---|\n"]
         for name, said in metrics.items():
             unit, _, meaning = said.partition(": ")
-            parts += [f"| `{name}` | {unit} | {meaning} |\n"]
+            parts += [f"| `{name}` | {unit} | {meaning} |\n".replace("||", r"\|\|")]
     return "".join(parts)
 
 

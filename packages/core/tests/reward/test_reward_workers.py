@@ -164,7 +164,7 @@ def test_a_function_that_forks_answers_once(tmp_path: Path, workers: int, body: 
 
 def test_a_failure_that_no_sample_shows_alone_names_the_batch(tmp_path: Path) -> None:
     path = written(tmp_path, "assert len(completions) == 1")
-    with pytest.raises(UsageError, match="AssertionError.*, on samples 0 to 3 together, but on none of them alone"):
+    with pytest.raises(UsageError, match="AssertionError.*, when called with samples 0 to 3 together, but not"):
         Func(path)(rollouts(*MIXED))
 
 

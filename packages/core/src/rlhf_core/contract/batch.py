@@ -113,7 +113,8 @@ class Batch:
     """N completions with their prompts, and everything computed about them so far.
 
     `batch["name"]` reads an extra: `advantages_NT`, `ref_logprobs_NT`, `values_NT`, `rewards_N`, … An extra whose name
-    ends in `_NT` (`_NTH`, …) has a value per completion token, in `_N` (`_NH`, …) per completion.
+    ends in `_NT` has one value per completion token, one that ends in `_N` has one per completion. Further letters are further
+    dimensions: `features_NH` has H numbers per completion.
     """
 
     prompts: list[str]

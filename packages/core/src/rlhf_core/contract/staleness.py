@@ -73,7 +73,7 @@ def usable_ahead(config: RunConfig) -> int:
 def largest_age(config: RunConfig) -> int:
     """Return the bound on the age of a token that is trained on, in optimizer updates.
 
-    Without an explicit bound, completions that continue have one step more than those that are sampled whole.
+    Without an explicit bound, completions that continue may be older than others, by the updates of one iteration.
     """
     steps = config.ahead + (1 if config.partial.tokens else 0)
     return config.stale.most or steps * updates_per_iteration(config)

@@ -20,44 +20,44 @@ _RUN = {
     "tokens": "tokens: prompt and completion tokens of the rows that the step trained on, over all ranks; rows that "
     "several roles share count once",
     "samples": "completions: drawn in the step, of all roles and over all ranks",
-    "padding": "share 0..1: of the trained cells, those that are padding",
+    "padding": "share 0..1: padding among the token positions of the training batches",
     "loss/<role>": "loss: what the role's optimizer step minimized, the weighted sum of its terms",
     "loss/<role>/<datasource>": "loss: the same over the rows of data of this data source",
-    "grad_norm/<role>": "norm: of the role's gradient over all parameters, before clipping",
+    "grad_norm/<role>": "norm: norm of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
-    "skipped/<role>": "optimizer steps: of the role that were left out in the step, since something was not finite (with "
-    "on_nonfinite skip), float16 overflowed, credit selected no row of any rank, or the reward abstained from all; a step "
-    "without any update has no loss/<role>",
-    "staleness/<role>": "optimizer steps: that the role which this one tracks has taken since it gave its weights",
-    "loss_scale/<role>": "factor: that float16 losses are multiplied by for the backward pass; halved when gradients overflow",
-    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; logged with on_oom halve",
+    "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (with "
+    "--on-nonfinite skip), float16 overflowed, credit selected no row, the reward abstained from all samples, or fewer "
+    "groups remained than there are ranks; a step without any update has no loss/<role>",
+    "staleness/<role>": "optimizer steps: steps that the tracked role has taken since its weights were last copied",
+    "loss_scale/<role>": "factor: multiplies float16 losses in the backward pass; halved when gradients overflow",
+    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; only with --on-oom halve",
     "kl/mean": "nats per token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
     "kl/completion": "nats per completion: the same, summed over each completion; what an adaptive coefficient follows",
     "kl/coef": "factor: the KL coefficient in force",
     "[<source>/]completion/length": "tokens: mean length of the sampled completions",
-    "[<source>/]completion/truncated": "share 0..1: of completions cut at sampling.max_new_tokens (with an "
-    "environment: or at a limit of episode)",
-    "[<source>/]completion/turns": "turns: mean number in an episode; with an environment only",
-    "[<source>/]completion/failed": "share 0..1: of episodes whose environment or agent failed; with an environment only",
-    "[<source>/]completion/segments": "contexts: mean number in an episode; with an environment that drives only",
-    "[<source>/]completion/feedback": "tokens: of a completion that the environment wrote, mean; with an environment only",
+    "[<source>/]completion/truncated": "share 0..1: completions cut at --sampling.max-new-tokens (with an "
+    "environment: or at a limit of the episode)",
+    "[<source>/]completion/turns": "turns: mean number in an episode; only with an environment",
+    "[<source>/]completion/failed": "share 0..1: episodes whose environment or agent failed; only with an environment",
+    "[<source>/]completion/segments": "contexts: mean number in an episode; only where an agent runs its own episodes",
+    "[<source>/]completion/feedback": "tokens: mean number per completion that the environment wrote; only with an environment",
     "[<source>/]completion/entropy": "nats per token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
-    "rollout/kept_mass": "share 0..1: of probability that top-p, top-k and min-p keep, mean over tokens; logged where they "
-    "truncate: without replay importance ratios are biased by it",
+    "rollout/kept_mass": "share 0..1: probability that top-p, top-k and min-p keep, mean over tokens; logged if they "
+    "truncate; with --sampling.replay off importance ratios are biased",
     "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
     "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
-    "completions; with ahead",
-    "rollout/staleness_newest": "optimizer steps: age of a completion's newest token, mean over completions; with ahead",
-    "rollout/span": "optimizer steps: between the weights that sampled a completion's oldest and newest token, mean over "
-    "completions; with ahead",
-    "rollout/slices": "calls: of the rollout engines for the step; with partial.tokens",
-    "rollout/carried": "prompts: that are in progress and continue in a later step; with partial.tokens",
-    "rollout/masked": "share 0..1: of sampled tokens that were too old and are masked; with stale.policy mask",
-    "rollout/dropped": "share 0..1: of completions that were too old and sampled again, all or none; with stale.policy drop",
-    "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over the "
-    "tokens of the step's first update that its weights sampled; see max_mismatch",
+    "completions; only with --ahead",
+    "rollout/staleness_newest": "optimizer steps: age of a completion's newest token, mean over completions; only with --ahead",
+    "rollout/span": "optimizer steps: steps between the weights that sampled a completion's oldest and newest token, mean over "
+    "completions; only with --ahead",
+    "rollout/slices": "calls: calls of the rollout engines for the step; only with --partial.tokens",
+    "rollout/carried": "prompts: prompts in progress that continue in a later step; only with --partial.tokens",
+    "rollout/masked": "share 0..1: sampled tokens that were too old and are masked; only with --stale.policy mask",
+    "rollout/dropped": "share 0..1: completions that were too old and sampled again, 0 or 1; only with --stale.policy drop",
+    "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over "
+    "the tokens of the step's first update that the role's current weights sampled; see --max-mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats per token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",
@@ -84,7 +84,7 @@ _TIME = {
     "time/train": "seconds: forward, backward and optimizer",
     "time/sync": "seconds: new weights to the rollout engine",
     "time/wait": "seconds: the loop waited for the step's completions and, as part of time/sync, for a call of the sampler to "
-    "end before new weights; with ahead",
+    "end before new weights; only with --ahead",
     "time/sampler_wait": "seconds: the sampler waited for training before it began the step; with ahead",
     "time/checkpoint": "seconds: the loop stood still for the checkpoint of the step before",
     "time/checkpoint_background": "seconds: to write a checkpoint in the background",

@@ -129,7 +129,8 @@ class FuncEngine:
             if row is None:
                 some = f"{rows[0]} to {rows[-1]}" if rows.step == 1 else f"{rows[0]}, {rows[1]} …"
                 raise UsageError(
-                    f"{self.reward.label}: {failure.reason}, on samples {some} together, but on none of them alone"
+                    f"{self.reward.label}: {failure.reason}, when called with samples {some} together, "
+                    "but not when called with one of them at a time"
                 )
             raise UsageError(f"{self.reward.label}: {failed[row].reason}, on {excerpt(rollouts, row)}")
         return [(part, answer) for part, answer in zip(parts, answers) if part[0] not in failed]
