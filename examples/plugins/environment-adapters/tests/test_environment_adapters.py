@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,10 +233,59 @@ def test_textarena_plays_to_the_end() -> None:
     assert play(environment, lost).reward < 1.0
     assert len(won.read) == len(moves) == 7
     assert won.read[1].startswith(won.read[0] + "[A C][user]")
+    assert won.read[-1].count("You are playing Tower of Hanoi") == 1
+    assert won.read[-1].count("You moved disk") == 6
+
+
+class Dice:
+    """A game that draws numbers from Python's global generator, as those of TextArena do, and shows all of them each time."""
+
+    def reset(self, num_players: int, seed: int) -> None:
+        random.seed(seed)
+        self.shown, self.rolls = "Roll.", list[float]()
+
+    def step(self, action: str) -> tuple[bool, dict[str, Any]]:
+        self.rolls.append(random.random())
+        self.shown += f"({action})"
+        return len(self.rolls) == 3, {}
+
+    def get_observation(self) -> tuple[int, str]:
+        return 0, self.shown
+
+    def close(self) -> tuple[dict[int, float], dict[int, Any]]:
+        return {0: sum(self.rolls)}, {}
+
+
+class Slow(Script):
+    """A script that lets other episodes run before each turn."""
+
+    async def ask(self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+        await asyncio.sleep(0)
+        return await super().ask(token_ids, max_tokens, stop)
+
+
+def test_games_side_by_side_draw_the_numbers_of_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each game's numbers are those of a generator of its own, and the generator of the process stays as it was."""
+    arena = ModuleType("textarena")
+    arena.make = lambda game: Dice()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "textarena", arena)
+    policies = [Slow("a", "b", "c") for _ in range(2)]
+
+    async def play_both() -> list[Outcome]:
+        sessions: list[Any] = [TextArena()(Example("Play."), seed) for seed in (1, 2)]
+        return await asyncio.gather(*(each.drive(policy) for each, policy in zip(sessions, policies, strict=True)))
+
+    before = random.getstate()
+    outcomes = asyncio.run(play_both())
+    assert random.getstate() == before
+    for seed, outcome in zip((1, 2), outcomes, strict=True):
+        draw = random.Random(seed)
+        assert outcome.reward == sum(draw.random() for _ in range(3))
+    assert policies[0].read == ["[user]Roll.", "[user]Roll.a[user](a)", "[user]Roll.a[user](a)b[user](b)"]
 
 
 CLIENT = """
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 class Client:
     def __init__(self, base_url):
