@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_core import Environment, EpisodeOver, Example, Feedback, Outcome, Reply, UsageError
+from rlhf_core import Environment, EpisodeOver, Example, Feedback, Outcome, Reply, Sampling, UsageError
 from rlhf_core.testing import check_environment, check_light
 from rlhf_environment_adapters.agent_file import AgentFile
 from rlhf_environment_adapters.openenv import OpenEnv
@@ -45,10 +45,16 @@ class Script:
 
     def __init__(self, *lines: str) -> None:
         self.encoder: Any = Letters()
+        self.sampling = Sampling()
         self.lines = list(lines)
         self.read: list[str] = []
+        self.asked: list[tuple[int, tuple[str, ...], int | None]] = []
+        """options of each turn"""
 
-    async def ask(self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+    async def ask(
+        self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None
+    ) -> Reply:
+        self.asked.append((max_tokens, tuple(stop), seed))
         if not self.lines:
             raise EpisodeOver("turns", "no more turns")
         self.read.append("".join(token_ids))
@@ -132,6 +138,46 @@ def test_an_executor_of_openrlhf_asks_the_engine_itself(tmp_path: Path) -> None:
     outcome = play(AgentFile(str(tmp_path / "agent_func.py"), log=("first",)), policy)
     assert outcome == Outcome(1.0, (), 1.0, {"first": -1.0})
     assert policy.read == ["Two?", "Two?3!"]
+
+
+def test_an_agent_file_chooses_the_end_and_the_seed_of_a_turn(tmp_path: Path) -> None:
+    lines = "sampling_params.max_tokens, sampling_params.stop, sampling_params.seed = 5, '!', 3"
+    (tmp_path / "agent_func.py").write_text(EXECUTOR.replace("        first =", f"        {lines}\n        first ="))
+    policy = Script("3", "2")
+    play(AgentFile(str(tmp_path / "agent_func.py")), policy)
+    assert policy.asked == [(5, ("!",), 3)] * 2
+    change = "states['sampling_params'].max_tokens = 4 + self.step_idx\n        done ="
+    (tmp_path / "agent_func.py").write_text(INSTANCE.replace("done =", change, 1))
+    policy = Script("3", "3", "2")
+    play(AgentFile(str(tmp_path / "agent_func.py")), policy)
+    assert policy.asked == [(0, (), None), (4, (), None), (5, (), None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("sampling_params.temperature = 0.7", "sets temperature 0.7 .* trained with 1; .* --sampling.temperature 0.7$"),
+        ("sampling_params.top_k = 5", "sets top_k 5 .* trained with 0; .* --sampling.top-k 5$"),
+        (
+            "sampling_params.min_tokens = 2",
+            "sets min_tokens in its sampling_params, which is not supported; leave it out$",
+        ),
+        ("sampling_params = {'temperature': 1}", "passes a dict as sampling_params; let it change the object"),
+        ("await llm_engine.generate(ids, sampling_params, priority=2)", "passes priority to llm_engine.generate"),
+    ],
+)
+def test_an_agent_file_for_another_distribution_is_refused(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "agent_func.py").write_text(EXECUTOR.replace("        first =", f"        {line}\n        first ="))
+    policy = Script("3", "2")
+    with pytest.raises(UsageError, match=told):
+        play(AgentFile(str(tmp_path / "agent_func.py")), policy)
+    assert not policy.read, "no turn is sampled"
+
+
+def test_values_that_change_nothing_are_accepted_from_an_agent_file(tmp_path: Path) -> None:
+    same = "sampling_params.top_k, sampling_params.temperature, sampling_params.min_p = -1, 1, None"
+    (tmp_path / "agent_func.py").write_text(EXECUTOR.replace("        first =", f"        {same}\n        first ="))
+    assert play(AgentFile(str(tmp_path / "agent_func.py")), Script("3", "2")).reward == 1.0
 
 
 def test_a_file_without_an_agent_is_one_line(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A file defines `AgentInstance` (`reset`, `step`), or an `AgentExecutor` whose `execute` asks the engine itself
 (openrlhf/utils/agent.py, 0.11.2). Of what it returns, rewards, scores and extra_logs are read: ids and log-probabilities are
-those that core recorded. Rewards of steps are added up; scores and extra_logs are the last step's. `sampling_params` are not
-changed, because a policy is trained as it is sampled.
+those that core recorded. Rewards of steps are added up; scores and extra_logs are the last step's. An agent may change
+max_tokens, stop and seed of its `sampling_params`. Any other change is refused: a policy is trained as it is sampled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ __all__ = ["AgentFile"]
 
 BASES = ("AgentExecutorBase", "AgentInstanceBase", "MultiTurnAgentExecutor", "SingleTurnAgentExecutor")
 """Classes that agent files import from OpenRLHF; stand-ins where it is not installed."""
+
+OWN = ("temperature", "top_p", "top_k", "min_p")
+"""Sampling options that the run has, too."""
+
+TURN = ("max_tokens", "stop", "seed")
+"""Sampling options that an agent may choose for a turn."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class AgentFileSession(Session):
             result = await agent().execute(
                 prompt=dialogue.text,
                 label=self.example.label,
-                sampling_params=SimpleNamespace(max_tokens=None),
+                sampling_params=_sampling_params(policy),
                 max_length=self.environment.max_length or sys.maxsize,
                 hf_tokenizer=policy.encoder.tokenizer,
                 llm_engine=_Engine(policy),
@@ -82,19 +88,21 @@ class AgentFileSession(Session):
             ids = dialogue.policy.encoder.tokenizer(observation, add_special_tokens=False)["input_ids"]
             dialogue.ids, dialogue.text = list(ids), observation
         rewards: list[float] = []
+        policy, params = dialogue.policy, _sampling_params(dialogue.policy)
         while True:
             before = dialogue.text
-            reply = await dialogue.turn()
+            reply = await dialogue.turn(**_turn_options(params, policy))
             result = await _awaited(
                 agent.step(
                     {
                         "observation_text": before,
                         "action_text": reply.text,
                         "label": self.example.label,
-                        "sampling_params": None,
+                        "sampling_params": params,
                     }
                 )
             )
+            params = result.get("sampling_params") or params
             rewards.append(_number(result["rewards"]))
             if result["done"]:
                 return self._outcome(0.0, result, rewards)
@@ -114,8 +122,12 @@ class _Engine:
         self.policy = policy
 
     async def generate(self, token_ids: Sequence[int], sampling_params: Any = None, **more: Any) -> Any:
-        """Return one output in the form of vLLM's `RequestOutput`."""
-        reply = await self.policy.ask(token_ids, max_tokens=getattr(sampling_params, "max_tokens", None) or 0)
+        """Return one output in the form of vLLM's `RequestOutput`. Raises `UsageError` if it was asked for something else."""
+        if given := [name for name, value in more.items() if value is not None]:
+            raise UsageError(
+                f"the agent passes {given[0]} to llm_engine.generate, which is not supported; leave it out"
+            )
+        reply = await self.policy.ask(token_ids, **_turn_options(sampling_params, self.policy))
         logprobs = [
             {number: SimpleNamespace(logprob=value)}
             for number, value in zip(reply.token_ids, reply.logprobs, strict=True)
@@ -124,6 +136,42 @@ class _Engine:
             token_ids=list(reply.token_ids), text=reply.text, finish_reason=reply.finish, logprobs=logprobs
         )
         return SimpleNamespace(outputs=[output], prompt_token_ids=list(token_ids))
+
+
+def _sampling_params(policy: Policy) -> SimpleNamespace:
+    """Return the object that an agent receives as `sampling_params`: with the run's values, and no limit of its own."""
+    own = {name: getattr(policy.sampling, name) for name in OWN}
+    return SimpleNamespace(**own, max_tokens=None, stop=None, seed=None)
+
+
+def _turn_options(params: Any, policy: Policy) -> dict[str, Any]:
+    """Return the options of a turn that an agent chose; none if it passes no `sampling_params`.
+
+    Raises:
+        UsageError: it asks for a distribution that the policy is not trained with.
+    """
+    if params is None:
+        return {}
+    if not isinstance(params, SimpleNamespace):
+        raise UsageError(
+            f"the agent passes a {type(params).__name__} as sampling_params; let it change the object that it receives"
+        )
+    chosen = {name: value for name, value in vars(params).items() if value is not None and name not in TURN}
+    for name, value in chosen.items():
+        if name not in OWN:
+            raise UsageError(f"the agent sets {name} in its sampling_params, which is not supported; leave it out")
+        own = getattr(policy.sampling, name)
+        if value != own and (name, value, own) != ("top_k", -1, 0):  # vLLM's own word for no limit
+            raise UsageError(
+                f"the agent sets {name} {value!r} in its sampling_params, and the policy is trained with {own:g}; leave it "
+                f"out, or pass --sampling.{name.replace('_', '-')} {value}"
+            )
+    stop = params.stop or ()
+    return {
+        "max_tokens": params.max_tokens or 0,
+        "stop": (stop,) if isinstance(stop, str) else tuple(stop),
+        "seed": params.seed,
+    }
 
 
 def _agent_of(path: str) -> Any:

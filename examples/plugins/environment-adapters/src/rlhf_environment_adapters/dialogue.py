@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,9 +28,9 @@ class Dialogue:
         self.ids, self.text = list(row.ids), row.text
         self.reply: Reply | None = None
 
-    async def turn(self) -> Reply:
-        """Let the policy write."""
-        self.reply = await self.policy.ask(self.ids)
+    async def turn(self, max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None) -> Reply:
+        """Let the policy write; `Policy.ask` describes the options."""
+        self.reply = await self.policy.ask(self.ids, max_tokens, stop, seed)
         self.ids += self.reply.token_ids
         self.text += self.reply.text
         return self.reply

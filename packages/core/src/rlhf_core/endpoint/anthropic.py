@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
+from rlhf_core.endpoint.fields import MESSAGES, forbids_tools
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.openai import MODEL
 from rlhf_core.endpoint.sampling import read_options
@@ -23,8 +24,8 @@ async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -
     if not isinstance(messages, list) or not isinstance(tools, list):
         raise HttpError(400, "messages and tools must be lists")
     options = read_options(body, "max_tokens", stop="stop_sequences")
-    conversation.check(body)
-    if body.get("tool_choice") == {"type": "none"}:
+    conversation.check(body, MESSAGES)
+    if forbids_tools(body):
         tools = []
     answer = await conversation.chat(
         [*_system(body), *(each for message in messages for each in _messages(message))],

@@ -16,6 +16,7 @@ from typing import Any
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.driving import Policy, Reply
 from rlhf_core.contract.episode import Feedback
+from rlhf_core.endpoint.fields import Fields, check_fields
 from rlhf_core.endpoint.http import HttpError
 from rlhf_core.endpoint.sampling import TurnOptions, check_distribution
 from rlhf_core.endpoint.tool_calls import ToolCall, find_tool_calls
@@ -58,7 +59,8 @@ class Conversation:
 
     Args:
         policy: that of the session.
-        strict: refuse requests whose sampling options differ from those that the policy is trained with.
+        strict: refuse requests whose sampling options differ from those that the policy is trained with, or whose fields are
+            not supported.
     """
 
     def __init__(self, policy: Policy, strict: bool = True) -> None:
@@ -69,10 +71,11 @@ class Conversation:
         self._sampled: dict[str, str] = {}
         """turns of the policy as they were sampled, by the key of the message that the agent got"""
 
-    def check(self, body: Mapping[str, Any]) -> None:
-        """Check the sampling options of a request, if the session is strict."""
+    def check(self, body: Mapping[str, Any], fields: Fields) -> None:
+        """Check that a request asks for nothing that its answer would not have, if the session is strict."""
         if self.strict:
             check_distribution(body, self.policy.sampling)
+            check_fields(body, fields)
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any], options: TurnOptions) -> Answer:
         """Return the policy's answer to a chat.

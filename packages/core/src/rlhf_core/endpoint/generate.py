@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_core.endpoint.conversation import Conversation
+from rlhf_core.endpoint.fields import GENERATE, SAMPLING_PARAMS
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.openai import MODEL, token_ids
 from rlhf_core.endpoint.sampling import read_options
@@ -19,7 +20,8 @@ async def answer_generate(conversation: Conversation, body: Mapping[str, Any]) -
     if not isinstance(how, Mapping):
         raise HttpError(400, "sampling_params must be an object")
     options = read_options(how, "max_tokens")
-    conversation.check(how)
+    conversation.check(how, SAMPLING_PARAMS)
+    conversation.check(body, GENERATE)
     ids = token_ids(body.get("token_ids"), "token_ids")
     reply = await conversation.ask(ids, options)
     choice: dict[str, Any] = {"index": 0, "finish_reason": reply.finish, "token_ids": list(reply.token_ids)}

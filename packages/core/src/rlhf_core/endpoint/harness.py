@@ -49,8 +49,8 @@ class Harness(Environment):
     turn_seconds: float = 600.0
     """seconds after which a request for a turn is answered with an error"""
     request_sampling: Literal["refuse", "ignore"] = "refuse"
-    """answer to a request with a temperature, a penalty or another option that changes the distribution and is not the run's:
-    refuse returns an error, ignore samples with `--sampling` all the same"""
+    """answer to a request with an option that changes the distribution and is not the run's, such as a temperature, or with a
+    field that the endpoint does not support: refuse returns an error, ignore samples with `--sampling` all the same"""
     log: tuple[str, ...] = ()
     """names of numbers that the agent returns as metrics, logged as reward/<name>"""
 

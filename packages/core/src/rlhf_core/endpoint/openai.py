@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_core.contract.driving import Policy
 from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
+from rlhf_core.endpoint.fields import CHAT, COMPLETION, forbids_tools
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.sampling import read_options
 
@@ -19,11 +20,11 @@ MODEL = "policy"
 async def answer_chat(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer `POST /v1/chat/completions`."""
     options = read_options(body, "max_completion_tokens", "max_tokens")
-    conversation.check(body)
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
         raise HttpError(400, "messages and tools must be lists")
-    answer = await conversation.chat(messages, [] if body.get("tool_choice") == "none" else tools, options)
+    conversation.check(body, CHAT)
+    answer = await conversation.chat(messages, [] if forbids_tools(body) else tools, options)
     head = _head(body, answer, "chat.completion")
     message = message_of(answer)
     choice = {"index": 0, "message": {**message, "refusal": None}, "finish_reason": _finish(answer)}
@@ -62,7 +63,7 @@ def _chat_events(
 async def answer_completion(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer `POST /v1/completions`: a text, or token ids."""
     options = read_options(body, "max_tokens")
-    conversation.check(body)
+    conversation.check(body, COMPLETION)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         (prompt,) = prompt

@@ -17,7 +17,7 @@ from rlhf_core.errors import UsageError, run_option
 if TYPE_CHECKING:
     from rlhf_core.contract.options import Sampling
 
-__all__ = ["TurnOptions", "check_distribution", "positive", "read_options", "texts"]
+__all__ = ["NEUTRAL", "OWN", "TurnOptions", "check_distribution", "positive", "read_options", "texts"]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -37,9 +37,26 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "thinking": ({"type": "disabled"},),
-    "tool_choice": ("auto", "none", {"type": "auto"}, {"type": "none"}),
+    "thinking_token_budget": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "output_config": ({},),
+    "output_format": (),
+    "parallel_tool_calls": (True,),
+    "tool_choice": (
+        "auto",
+        "none",
+        {"type": "auto"},
+        {"type": "auto", "disable_parallel_tool_use": False},
+        {"type": "none"},
+    ),
 }
 """Options that change the distribution, with the values that leave it alone. An absent option and null do, too."""
+
+OWN = ("temperature", "top_p", "top_k", "min_p")
+"""Options that the run has, too."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +115,7 @@ def check_distribution(body: Mapping[str, Any], sampling: Sampling) -> None:
 
 def _differences(body: Mapping[str, Any], sampling: Sampling) -> Iterator[tuple[str, Any, float | None]]:
     """Yield the name, the value and the run's value of each option that changes the distribution."""
-    own = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-    }
+    own: dict[str, float] = {name: getattr(sampling, name) for name in OWN}
     for name, value in body.items():
         if value is None:
             continue
