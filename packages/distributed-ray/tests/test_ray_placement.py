@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from rlhf_core.errors import UsageError
+from rlhf_core.rollout.fake import FakeRollout
+from rlhf_core.testing import tiny_run
+from rlhf_distributed_ray.launcher import RayLauncher
 from rlhf_distributed_ray.placement import Layout, Seat, check_capacity, check_devices, lay_out
 from rlhf_distributed_ray.places import Place, Shape, parse_places, parse_shape
 
@@ -201,3 +205,29 @@ def test_strict_spread_needs_as_many_nodes_as_bundles() -> None:
     with pytest.raises(UsageError, match=r"STRICT_SPREAD needs 2 nodes, but the cluster has 1"):
         check_capacity(layout, [{"CPU": 8.0}])
     check_capacity(layout, [{"CPU": 8.0}, {"CPU": 8.0}])
+
+
+class Served(FakeRollout):
+    """An engine that brings weights to servers outside of the run."""
+
+    single_engine = True
+
+
+def places(rollout: FakeRollout, **options: Any) -> dict[str, int]:
+    """Workers of each role, and engines, under the launcher with these options."""
+    plan = tiny_run("unused", rollout=rollout, batch_size=4).plan
+    groups = RayLauncher(**options)._places(plan)
+    return {name: shape.workers for place in groups for name, shape in place.members.items()}
+
+
+@pytest.mark.parametrize("place", ["together", "separate"])
+def test_one_engine_brings_weights_to_servers_however_many_workers_there_are(place: str) -> None:
+    assert places(FakeRollout(), workers="2", place=place) == {"actor": 2, "engine": 2}
+    assert places(Served(), workers="2", place=place) == {"actor": 2, "engine": 1}
+
+
+@pytest.mark.parametrize("options", [{"engines": 2, "workers": "2"}, {"place": "actor@2,engine@2"}])
+def test_several_engines_that_bring_weights_to_servers_are_refused_in_one_line(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"engines 2 is not supported by rollout .*Served.*; pass engines = 1$"):
+        places(Served(), **options)
+    assert places(FakeRollout(), **options)["engine"] == 2

@@ -221,6 +221,12 @@ def test_the_token_is_in_no_text_of_the_provider() -> None:
     assert provider.has_own_weights
 
 
+def test_an_engine_brings_weights_to_all_servers() -> None:
+    assert VLLM(server=("http://127.0.0.1:1",)).single_engine
+    assert not VLLM(server=("http://127.0.0.1:1",), transfer="none").single_engine
+    assert not VLLM(process="own").single_engine
+
+
 def test_engines_apart_take_weights_midway_unless_adapters_come_alone() -> None:
     assert VLLM(server=("http://127.0.0.1:1",)).takes_weights_midway
     assert VLLM(process="own").takes_weights_midway

@@ -57,7 +57,7 @@ class RayLauncher(SharingOptions, Launcher):
     placement, such as `actor=2x4:STRICT_SPREAD`"""
     engines: int = 0
     """number of rollout engines; 0 takes one for each worker of the sampled role, or one for each set of GPUs that an
-    engine needs"""
+    engine needs. With servers that take weights (--rollout.server) there is one"""
     place: str = "together"
     """placement of workers: `together` puts rank k of every role, and engine k, into bundle k; `separate` gives each
     its own bundles; or a partition such as `actor+reference@8,critic@4:SPREAD,engine@4,RAM=64`, which states the roles
@@ -160,9 +160,10 @@ class RayLauncher(SharingOptions, Launcher):
                 "engines", f"{self.engines}: must be at least 1, or 0 for one engine per worker of the sampled role"
             )
         sampled = _sampled_role(plan)
-        devices = plan.config.providers["rollout"].devices if sampled else 1
+        rollout = plan.config.providers["rollout"] if sampled else None
+        devices, single = (rollout.devices, rollout.single_engine) if rollout is not None else (1, False)
         if self.place in ("together", "separate"):
-            places = self._usual_places(plan, sampled, devices)
+            places = self._usual_places(plan, sampled, devices, self.engines or int(single))
         else:
             if self.workers != "1" or self.role_workers:
                 other = "role_workers" if self.role_workers else "workers"
@@ -175,6 +176,13 @@ class RayLauncher(SharingOptions, Launcher):
         for place in places:
             if self.gpus != "off":
                 check_engines_alone(place, devices)
+            if single and place.members.get(ENGINE, Shape(1)).workers > 1:
+                raise OptionError(
+                    "engines",
+                    f"{place.members[ENGINE].workers} is not supported by rollout {plan.config.names.get('rollout', '')!r} "
+                    "with these options, because engines would overwrite each other's weights at the servers; pass "
+                    f"{option('engines', 1)}",
+                )
             for role, shape in place.members.items():
                 if role != ENGINE and plan.config.batch_size < shape.workers:
                     raise OptionError(
@@ -184,11 +192,11 @@ class RayLauncher(SharingOptions, Launcher):
                     )
         return places
 
-    def _usual_places(self, plan: Plan, sampled: str, devices: int) -> list[Place]:
-        """The one place of `together`, or the places of `separate`."""
+    def _usual_places(self, plan: Plan, sampled: str, devices: int, engines: int) -> list[Place]:
+        """The one place of `together`, or the places of `separate`; 0 `engines` follow the sampled role's workers."""
         members = self._shapes(plan)
         if sampled:
-            members[ENGINE] = Shape(self.engines or max(1, members[sampled].workers // devices))
+            members[ENGINE] = Shape(engines or max(1, members[sampled].workers // devices))
         if self.place == "together":
             return [Place(members, self.strategy)]
         return [

@@ -52,6 +52,11 @@ class VLLM(VLLMOptions, Rollout):
         return self.engine_devices
 
     @property
+    def single_engine(self) -> bool:
+        """An engine brings weights to all servers."""
+        return bool(self.server) and self.transfer != "none"
+
+    @property
     def weight_dtype(self) -> str:
         """The dtype that is given, if any."""
         return "" if self.dtype == "auto" else self.dtype

@@ -123,6 +123,11 @@ class Rollout(Provider):
         return 1
 
     @property
+    def single_engine(self) -> bool:
+        """True if a run has one engine, however many workers a role has: several would bring weights to the same servers."""
+        return False
+
+    @property
     def weight_dtype(self) -> str:
         """Type in which it holds the matrices of a role, such as `float16`; empty if it is the role's compute dtype.
 

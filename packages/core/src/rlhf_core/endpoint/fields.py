@@ -95,7 +95,7 @@ def check_fields(body: Mapping[str, Any], fields: Fields) -> None:
         neutral = fields.fixed.get(name, ())
         elsewhere = name in fields.known or name in NEUTRAL or name in OWN
         if value is not None and value not in neutral and (name in fields.fixed or not elsewhere):
-            raise _unsupported(f"{name} is {value!r:.60}")
+            raise _refusal(f"{name} is {value!r:.60}")
     for tool in body.get("tools") or () if fields.tool_type else ():
         _check_tool(tool, fields.tool_type)
 
@@ -105,13 +105,13 @@ def _check_tool(tool: Any, only: str) -> None:
     if not isinstance(tool, Mapping):
         raise HttpError(400, f"each tool must be an object, not {tool!r:.60}")
     if (kind := tool.get("type") or only) != only:
-        raise _unsupported(f"tool has the type {kind!r:.60}")
+        raise _refusal(f"tool has the type {kind!r:.60}")
     function = tool.get("function")
     if tool.get("strict") or (isinstance(function, Mapping) and function.get("strict")):
-        raise _unsupported("tool has strict True")
+        raise _refusal("tool has strict True")
 
 
-def _unsupported(what: str) -> UsageError:
+def _refusal(what: str) -> UsageError:
     """Return the error of a field that the endpoint would drop."""
     other = run_option("environment.request_sampling", "ignore")
     return UsageError(f"the request's {what}, which the endpoint does not support; leave it out, or pass {other}")
