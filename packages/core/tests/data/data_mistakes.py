@@ -260,7 +260,10 @@ MISTAKES: list[tuple[str, list[Any], dict[str, Any], str]] = [
         "nothing to train on",
         [{"prompt": "a"}],
         {},
-        "FILE:1: no completion to train on; pass --data.completion-key if there is one",
+        (
+            "FILE:1: no completion to train on; pass --data.completion-key if there is one (preferences need both chosen and "
+            "rejected)"
+        ),
     ),
     (
         "all too long",

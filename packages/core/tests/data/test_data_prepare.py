@@ -81,7 +81,9 @@ def test_a_prompt_is_no_row_to_train_on_whatever_the_cache_has_of_it(tmp_path: P
         (row,) = preparer([asked])
         preparer.close()
         assert isinstance(row, TokenizedRow if online else DataError)
-    assert str(row) == "rows:1: no completion to train on; pass data.completion_key if there is one"
+    assert str(row).startswith(
+        "rows:1: no completion to train on; pass data.completion_key if there is one (preferences"
+    )
 
 
 def test_the_limits_of_a_run_are_not_in_the_cache(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_function_that_asks_for_an_unknown_column_or_reads_chats_is_told_so(tm
         return [len(each[0]["content"]) for each in completions]
 
     with pytest.raises(
-        UsageError, match=r"^asks: ValueError: asks for 'answer', but the columns are solution, queries"
+        UsageError, match=r"^asks: the function asks for 'answer', but the columns are solution, queries"
     ):
         Run(config_of(tmp_path, reward=asks)).train()
     with pytest.raises(UsageError, match=r"^reads_chats: .* use completion instead of completion\[0\]\['content'\]"):

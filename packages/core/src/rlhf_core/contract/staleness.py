@@ -32,7 +32,7 @@ class Staleness:
     """enforcement of the bound: `wait` delays sampling and wastes nothing; `drop` discards completions that are too old
     and samples their prompts again; `mask` masks tokens that are too old"""
     correct: Literal["on", "off"] = "on"
-    """weigh tokens by truncated importance weights, where the loss has them (--loss.correction) and they are off;
+    """weigh tokens by truncated importance weights if the loss has the option --loss.correction and it is off;
     ratios then refer to the weights that start to train (Fu et al. 2025), not to those that sampled"""
 
     def __post_init__(self) -> None:

@@ -63,7 +63,9 @@ class Term:
 
 
 def update_order(terms: Iterable[Term]) -> tuple[str, ...]:
-    """Return the trained roles in the order of their updates: that of their terms, but none before those it comes `after`.
+    """Return the trained roles in the order of their updates.
+
+    That is the order of their terms, except that a role follows every role that one of its terms names in `after`.
 
     Raises:
         UsageError: roles wait for each other.

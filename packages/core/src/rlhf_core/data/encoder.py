@@ -45,7 +45,8 @@ __all__ = ["Encoder", "Encoding"]
 FORMAT = 3
 """Raise it when a row becomes other tokens than before, or is stored in another form: what is cached then counts no more."""
 COMPLETION_ADVICE = advice(
-    f"pass {run_option('data.completion_key')} if there is one", "choose data that has completions"
+    f"pass {run_option('data.completion_key')} if there is one (preferences need both chosen and rejected)",
+    "choose data that has completions",
 )
 OPENINGS = 256
 """Openings of chats that are remembered: one for each system prompt."""

@@ -28,7 +28,8 @@ _RUN = {
     "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (with "
     "--on-nonfinite skip), float16 overflowed, credit selected no row, the reward abstained from all samples, or fewer "
     "groups remained than there are ranks; a step without any update has no loss/<role>",
-    "staleness/<role>": "optimizer steps: steps that the tracked role has taken since its weights were last copied",
+    "staleness/<role>": "optimizer steps: for a role that follows another one, steps of the other role since its weights "
+    "were last copied",
     "loss_scale/<role>": "factor: multiplies float16 losses in the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; only with --on-oom halve",
     "kl/mean": "nats per token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
@@ -39,12 +40,13 @@ _RUN = {
     "environment: or at a limit of the episode)",
     "[<source>/]completion/turns": "turns: mean number in an episode; only with an environment",
     "[<source>/]completion/failed": "share 0..1: episodes whose environment or agent failed; only with an environment",
-    "[<source>/]completion/segments": "contexts: mean number in an episode; only where an agent runs its own episodes",
+    "[<source>/]completion/segments": "segments: mean number in an episode, where an agent runs it; a segment begins when "
+    "earlier messages change",
     "[<source>/]completion/feedback": "tokens: mean number per completion that the environment wrote; only with an environment",
     "[<source>/]completion/entropy": "nats per token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: probability that top-p, top-k and min-p keep, mean over tokens; logged if they "
-    "truncate; with --sampling.replay off importance ratios are biased",
+    "truncate. Importance ratios are biased if --sampling.replay is off, too",
     "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
     "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
@@ -55,16 +57,17 @@ _RUN = {
     "rollout/slices": "calls: calls of the rollout engines for the step; only with --partial.tokens",
     "rollout/carried": "prompts: prompts in progress that continue in a later step; only with --partial.tokens",
     "rollout/masked": "share 0..1: sampled tokens that were too old and are masked; only with --stale.policy mask",
-    "rollout/dropped": "share 0..1: completions that were too old and sampled again, 0 or 1; only with --stale.policy drop",
+    "rollout/dropped": "0 or 1: 1 if completions were too old, so that all of the step were sampled again; only with "
+    "--stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over "
-    "the tokens of the step's first update that the role's current weights sampled; see --max-mismatch",
+    "those tokens of the step's first update that were sampled by the role's current weights; see --max-mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats per token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",
     "[<source>/]reward/mean/<datasource>": "reward: the same over the rows of this data source",
     "[<source>/]reward/variance": "reward squared: variance over the batch",
     "[<source>/]reward/unshaped": "reward: mean as the provider gave it, logged where shaping is on",
-    "dynamic/reward": "reward: mean of everything sampled, what dynamic sampling then leaves out included",
+    "dynamic/reward": "reward: mean over everything sampled, including what dynamic sampling then leaves out",
     "dynamic/rounds": "rounds: of sampling until enough prompts were kept",
     "dynamic/prompts": "prompts: sampled in these rounds",
     "dynamic/kept": "share 0..1: of them that were kept",

@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_core.errors import OptionError, RlhfError
 from rlhf_core.util.worker_processes import reason
 
-__all__ = ["Answer", "Columns", "answer_of", "call", "load_function", "read_columns"]
+__all__ = ["Answer", "Columns", "absent_column", "answer_of", "call", "load_function", "read_columns"]
 
 Columns = Mapping[str, list[Any]]
 """Arguments by name, one entry per sample: queries, prompts, completions, labels, meta, and columns of the data."""
@@ -61,6 +61,17 @@ def read_columns(function: Callable[..., Any], names: Collection[str]) -> Collec
     return names if not known or any(unclear) else known
 
 
+def absent_column(function: Callable[..., Any], names: Collection[str]) -> str:
+    """Return an argument that `function` requires by a name that is not among `names`, next to one that is; empty for none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one that is built in, which the call itself reports
+        return ""
+    required = [p.name for p in parameters if p.default is p.empty and p.kind in _BY_NAME]
+    absent = [name for name in required if name not in names]
+    return absent[0] if absent and len(absent) < len(required) else ""
+
+
 def _call_here(function: Callable[..., Any], columns: Columns) -> Any:
     """Call the function in this process. A process that it forks ends here; otherwise two processes would continue the run."""
     process = os.getpid()
@@ -86,9 +97,6 @@ def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
         names = {p.name for p in parameters}
         raw = function(**{name: value for name, value in columns.items() if everything or name in names})
     else:
-        if (known := [each for each in required if each in columns]) and len(known) < len(required):
-            absent = next(each for each in required if each not in columns)
-            raise ValueError(f"asks for {absent!r}, but the columns are {', '.join(columns)}")
         raw = function(*(columns[name] for name in POSITIONAL))
     return asyncio.run(_await_result(raw)) if inspect.isawaitable(raw) else raw
 

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, overload
 from rlhf_core.config.python_values import function_name
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
-from rlhf_core.errors import OptionError, UsageError, option
+from rlhf_core.errors import OptionError, UsageError, advice, option, run_option
 from rlhf_core.lazy import torch
-from rlhf_core.reward.calls import Answer, Columns, call, load_function, read_columns
+from rlhf_core.reward.calls import Answer, Columns, absent_column, call, load_function, read_columns
 from rlhf_core.reward.output import excerpt
 from rlhf_core.util.worker_processes import Failure, Workers, reason
 
@@ -100,7 +100,13 @@ class FuncEngine:
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         self.reward.check()
-        columns = _columns(rollouts, load_function(self.reward.path, self.reward.name))
+        function = load_function(self.reward.path, self.reward.name)
+        columns = _columns(rollouts, function)
+        if absent := absent_column(function, columns):
+            meta = advice(f"; {run_option('data.meta_keys')} adds columns of the data")
+            raise UsageError(
+                f"{self.reward.label}: the function asks for {absent!r}, but the columns are {', '.join(columns)}{meta}"
+            )
         N = len(rollouts)
         parts = _parts(N, self.reward.batch, self.reward.workers)
         answers = list(zip(parts, self._calls(columns, parts)))
