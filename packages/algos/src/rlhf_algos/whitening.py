@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from math import sqrt
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rlhf_core.contract.results import PRECISION
 from rlhf_core.lazy import torch
@@ -24,18 +25,45 @@ def whiten(
 ) -> Tensor:
     """Subtract the mean over the mask and, for `std`, divide by the population standard deviation; zero outside it.
 
-    A deviation of at most `precision * max(1, |mean|)` is rounding, and all values are 0 then. Collective over `world`. The
-    sums are float64 and the variance is taken about the mean in a second pass.
+    A deviation of at most `precision * max(1, |mean|)` is rounding, and all values are 0 then. Collective over `world`: one
+    call. The sums are float64. Each rank's squares are about its own mean and merge without cancellation (Chan, Golub and
+    LeVeque 1979).
     """
     if how == "none":
         return values_NT
-    total = world.sum if world is not None else lambda tensor: tensor
-    count = total(mask_NT.sum().double()).clamp(min=1)
-    mean = total(values_NT.double().masked_fill(~mask_NT, 0.0).sum()) / count
-    centred_NT = (values_NT - mean.to(values_NT.dtype)).masked_fill(~mask_NT, 0.0)
+    own = _Moments.measure(values_NT, mask_NT)
+    ranks = [own] if world is None else world.gather(own)
+    count = max(1.0, sum(rank.tokens for rank in ranks))
+    mean = sum(rank.total for rank in ranks) / count
+    centred_NT = _centre(values_NT, mask_NT, mean)
     if how == "mean":
         return centred_NT
-    variance = total(centred_NT.double().square().sum()) / count
-    if float(variance.sqrt()) <= precision * max(1.0, abs(float(mean))):
+    variance = sum(rank.squares + rank.tokens * (rank.mean - mean) ** 2 for rank in ranks) / count
+    if sqrt(variance) <= precision * max(1.0, abs(mean)):
         return torch.zeros_like(centred_NT)
-    return centred_NT * variance.clamp(min=MIN_VARIANCE).rsqrt().to(values_NT.dtype)
+    return centred_NT * torch.tensor(variance, dtype=torch.float64).clamp(min=MIN_VARIANCE).rsqrt().to(values_NT.dtype)
+
+
+class _Moments(NamedTuple):
+    """Sums over a rank's sampled tokens."""
+
+    tokens: float
+    total: float
+    squares: float
+    """of the differences from `mean`"""
+
+    @staticmethod
+    def measure(values_NT: Tensor, mask_NT: Tensor) -> _Moments:
+        """Return those of the values inside the mask."""
+        sums = _Moments(float(mask_NT.sum()), float(values_NT.double().masked_fill(~mask_NT, 0.0).sum()), 0.0)
+        return sums._replace(squares=float(_centre(values_NT, mask_NT, sums.mean).double().square().sum()))
+
+    @property
+    def mean(self) -> float:
+        """The mean of the rank; 0 without a token."""
+        return self.total / max(1.0, self.tokens)
+
+
+def _centre(values_NT: Tensor, mask_NT: Tensor, mean: float) -> Tensor:
+    """Return values minus their mean, rounded to their precision; zero outside the mask."""
+    return (values_NT - torch.tensor(mean, dtype=torch.float64).to(values_NT.dtype)).masked_fill(~mask_NT, 0.0)

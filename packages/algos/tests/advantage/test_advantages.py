@@ -191,12 +191,15 @@ class Ranks(World):
     def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.board, self.barrier_ = rank, len(board), board, barrier
 
+    def gather(self, thing: Any) -> list[Any]:
+        self.board[self.rank] = thing
+        self.barrier_.wait(120)
+        everything = list(self.board)
+        self.barrier_.wait(120)
+        return everything
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.board[self.rank] = tensor.clone()
-        self.barrier_.wait(120)
-        total = torch.stack(self.board).sum(0)
-        self.barrier_.wait(120)
-        return total
+        return torch.stack(self.gather(tensor.clone())).sum(0)
 
 
 @pytest.mark.parametrize(

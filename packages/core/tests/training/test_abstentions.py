@@ -27,7 +27,7 @@ from rlhf_core.loop import collect, credit, update
 from rlhf_core.observer.files import sample_record, samples
 from rlhf_core.testing import run_ranks, tiny_run
 from rlhf_core.testing.tiny import tiny_rewards, tiny_rollouts
-from rlhf_core.training.abstentions import answer_counts, answered_rows
+from rlhf_core.training.abstentions import Answers, answered_rows
 
 MODEL = "tiny:hidden=16,layers=1"
 HERE = Path(__file__).stem
@@ -118,7 +118,7 @@ def test_a_reward_that_never_abstains_logs_and_changes_nothing(tmp_path: Path) -
     assert "reward/abstained" not in run.train().metrics
     assert set(run.samples) == {"actor"} and "abstained_N" not in run.samples["actor"]
     scored = ScoredRollouts(tiny_rollouts(), tiny_rewards(tiny_rollouts()))
-    assert answered_rows(scored, World(), [answer_counts(scored)]) is scored
+    assert answered_rows(scored, World(), [Answers.measure(scored)]) is scored
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "dynamic"])
@@ -193,7 +193,7 @@ def test_a_step_with_fewer_groups_than_ranks_is_skipped_by_all(abstained: list[b
 
     def rank(world: World) -> int | None:
         mine = scored if world.rank == 0 else scored.rows([])
-        found = answered_rows(mine, world, [answer_counts(scored), (4, 0)])
+        found = answered_rows(mine, world, [Answers.measure(scored), Answers(4, [], [])])
         return None if found is None else len(found)
 
     assert together(rank, 2) == [left, left]

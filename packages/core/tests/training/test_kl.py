@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from thread_ranks import ThreadWorld, together
 
-from rlhf_core.contract.batch import StepInfo
+from rlhf_core.contract.batch import Batch, StepInfo
 from rlhf_core.contract.options import KL
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.kl import KLController, KLLoss, kl_terms, kl_values
+from rlhf_core.training.step_metrics import Meter
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -101,14 +103,39 @@ def test_the_kl_is_that_of_the_policy_and_waits_for_the_training_pass_where_only
     ref_NT = -2.0 * batch.mask_NT
     batch = batch.with_extras(ref_logprobs_NT=ref_NT, sampler_logprobs_NT=ref_NT + 0.1 * batch.mask_NT)
     controller = KLController(KL(coef=0.1, target=6.0, horizon=10))
-    assert controller.watch("actor", [controller.measure(batch)]) == {} and controller.coef == 0.1
-    found = controller.settle({"actor/kl": 4.0})  # the mean over 3 tokens, of 2 completions
-    assert found == {"kl/mean": 4.0, "kl/completion": 6.0, "kl/coef": 0.1}
-    assert controller.settle({"actor/kl": 4.0}) == {}, "it is taken once"
-    controller.watch("actor", [controller.measure(batch)])
-    assert controller.settle({"loss/actor": 0.0}) == {}, "a skipped step has none"
-    exact = controller.watch("actor", [controller.measure(batch.with_extras(old_logprobs_NT=ref_NT))])
-    assert exact["kl/mean"] == 0.0 and controller.coef < 0.1
+
+    def settled(batch: Batch, logged: dict[str, float]) -> dict[str, float]:
+        meter = Meter()
+        controller.measure("actor", batch, meter)
+        meter.log(logged)
+        return controller.settle(meter.take())
+
+    found = settled(batch, {"actor/kl": 4.0})  # the mean over 3 tokens, of 2 completions
+    assert found == {"actor/kl": 4.0, "kl/mean": 4.0, "kl/completion": 6.0, "kl/coef": 0.1}
+    assert settled(batch, {"loss/actor": 0.0}) == {"loss/actor": 0.0}, "a skipped step has none"
+    exact = settled(batch.with_extras(old_logprobs_NT=ref_NT), {})
+    assert exact["kl/mean"] == 0.0 and exact["kl/coef"] == 0.1 > controller.coef
     empty = batch.with_extras(old_logprobs_NT=ref_NT)
     empty.mask_NT = torch.zeros_like(empty.mask_NT)
-    assert controller.watch("actor", [controller.measure(empty)])["kl/mean"] == 0.0
+    assert settled(empty, {})["kl/mean"] == 0.0
+
+
+def test_the_kl_of_several_ranks_and_sources_is_added_up_in_the_step_s_one_reduction() -> None:
+    """Ranks have 1 and 3 tokens of d = 1 and 0.5 (k1) of the actor, and a source that one rank alone has rows of."""
+
+    def rank(world: ThreadWorld) -> tuple[dict[str, float], int]:
+        controller, meter = KLController(KL(coef=0.1, estimator="k1")), Meter(world)
+        tokens, d = ((1, 1.0), (3, 0.5))[world.rank]
+        for source, batch in (("actor", make_batch([tokens])), ("other", make_batch([2]).rows([0] * (1 - world.rank)))):
+            ref_NT = -2.0 * batch.mask_NT
+            old_NT = ref_NT + d * batch.mask_NT
+            controller.measure(source, batch.with_extras(ref_logprobs_NT=ref_NT, old_logprobs_NT=old_NT), meter)
+        meter.log_largest("oldest", float(world.rank))
+        return controller.settle(meter.take()), world.calls
+
+    for found, calls in together(rank, 2):
+        assert found["kl/mean"] == pytest.approx(((1.0 + 1.5) / 4 + 2.0 / 2) / 2)
+        assert found["kl/completion"] == pytest.approx(((1.0 + 1.5) / 2 + 2.0 / 1) / 2)
+        assert (found["kl/coef"], found["oldest"]) == (0.1, 1.0)
+        assert calls == 3, "one reduction, and twice more for the new names of the first step"
+        assert not [name for name in found if name.startswith(("kl/tokens", "kl/sum"))]

@@ -34,6 +34,8 @@ class Broken(Loss):
 
     gradient: bool = False
     """only the gradient"""
+    constant: bool = False
+    """only the loss: nan is added to it, which leaves its gradient finite"""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
@@ -43,6 +45,7 @@ class Broken(Loss):
         if batch.step.number == 2:
             zeros_NT = (outputs["logprobs_NT"] - outputs["logprobs_NT"].detach()).abs()
             values_NT = values_NT + (zeros_NT.sqrt() if self.gradient else torch.log(zeros_NT))
+            values_NT = TinyLoss()(outputs, batch).values + math.nan if self.constant else values_NT
         return LossTerms(values_NT, Reduction("token"))
 
 
@@ -93,8 +96,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "broken",
-    [{"loss": Broken()}, {"loss": Broken(gradient=True)}, {"reward": NanReward()}],
-    ids=["loss", "gradient", "reward"],
+    [{"loss": Broken()}, {"loss": Broken(gradient=True)}, {"loss": Broken(constant=True)}, {"reward": NanReward()}],
+    ids=["loss", "gradient", "constant", "reward"],
 )
 def test_a_skipped_step_leaves_weights_optimiser_and_schedule_alone_and_is_counted(
     broken: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

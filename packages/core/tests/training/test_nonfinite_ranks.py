@@ -40,7 +40,7 @@ def last_rank() -> bool:
 
 @dataclass(frozen=True)
 class BrokenLoss(Loss):
-    """A policy gradient that is nan at the second step, on the last rank."""
+    """A loss that is nan at the second step, on the last rank; its gradient alone would be finite."""
 
     outputs: ClassVar[frozenset[str]] = frozenset({"logprobs_NT"})
     needs: ClassVar[frozenset[str]] = frozenset({"advantages_NT"})
@@ -48,7 +48,7 @@ class BrokenLoss(Loss):
     def __call__(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> LossTerms:
         values_NT = TinyLoss()(outputs, batch).values
         broken = batch.step.number == 2 and last_rank()
-        return LossTerms(values_NT * math.nan if broken else values_NT, Reduction("token"))
+        return LossTerms(values_NT + math.nan if broken else values_NT, Reduction("token"))
 
 
 @dataclass(frozen=True)

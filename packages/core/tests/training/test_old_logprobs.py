@@ -15,7 +15,7 @@ from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.errors import ContractError, RunStopped
 from rlhf_core.testing.batches import make_batch
 from rlhf_core.training.mismatch import Mismatch
-from rlhf_core.training.old_logprobs import ages_of, keep_exact, late_tokens, replace_late, staleness, with_live
+from rlhf_core.training.old_logprobs import ages_of, keep_exact, late_tokens, replace_late, with_live
 
 
 def sampled(versions: list[list[int]], sampler: float = -2.0) -> Rollouts:
@@ -31,8 +31,7 @@ def test_the_version_of_a_batch_is_its_oldest_token_s() -> None:
 
 def test_age_is_counted_over_sampled_tokens_against_the_weights_in_training() -> None:
     batch = sampled([[7, 5], [6, 0]])
-    assert staleness([ages_of(batch, 8)]) == (pytest.approx((1 + 3 + 2) / 3), 3.0)
-    assert staleness([ages_of(batch, 8), (1.0, 6.0, 6.0), (0.0, 0.0, 0.0)]) == (pytest.approx(12 / 4), 6.0)
+    assert ages_of(batch, 8) == (3.0, 1.0 + 3.0 + 2.0, 3.0)
     assert [late_tokens(batch, version, World()) for version in (7, 6, 5, 8)] == [2.0, 2.0, 3.0, 3.0], (
         "a token after a late one is late"
     )
@@ -97,7 +96,7 @@ def test_differences_are_those_of_comparable_tokens_in_closed_form() -> None:
     seen = mismatch(max_mismatch=10.0)
     seen.add(sampled([[7, 7], [6, 0]]), torch.tensor([[-1.5, -2.25], [-102.0, 0.0]]))
     k3 = sum(torch.tensor(d, dtype=torch.float64).exp().item() - 1 - d for d in (0.5, -0.25))
-    assert seen.measure(World()) == {
+    assert seen.means.reduce() == {
         "actor/mismatch": pytest.approx(0.375),
         "actor/mismatch_max": pytest.approx(0.5),
         "actor/mismatch_kl": pytest.approx(k3 / 2),
@@ -111,11 +110,11 @@ def test_truncated_sampling_is_compared_with_the_kept_mass_or_not_at_all() -> No
         sampled([[7, 7], [7, 0]]).with_extras(sampler_log_mass_NT=log_mass_NT),
         torch.tensor([[-2.5, -2.25], [-2.0, 0.0]]),
     )
-    assert seen.measure(World())["actor/mismatch"] == 0.0
+    assert seen.means.reduce()["actor/mismatch"] == 0.0
     blind, batch = mismatch(), sampled([[7, 7], [7, 0]])
     batch.scalars["kept_mass"] = 0.9
     blind.add(batch, torch.zeros(2, 2))
-    assert blind.measure(World()) == {}
+    assert blind.means.reduce() == {}
 
 
 @pytest.mark.parametrize("trainer", [-2.002, float("nan")])
@@ -124,9 +123,9 @@ def test_a_difference_beyond_the_bound_warns_or_stops(trainer: float, caplog: py
     warned = mismatch()
     warned.add(sampled([[7, 7], [7, 0]]), logprobs_NT)
     with caplog.at_level("WARNING", "rlhf"):
-        warned.measure(World())
+        warned.check(World())
     assert "rollout engine differ from those of role 'actor'" in caplog.text
     stopped = mismatch(on_mismatch="stop")
     stopped.add(sampled([[7, 7], [7, 0]]), logprobs_NT)
     with pytest.raises(RunStopped, match="above 0.001: the engine has other weights"):
-        stopped.measure(World())
+        stopped.check(World())

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_ranks import ThreadWorld, together
 
+from rlhf_core.contract.batch import StepInfo
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.options import Sampling
 from rlhf_core.contract.results import Metric, Reduction, RewardOutput
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.testing.batches import make_batch, values_like
-from rlhf_core.training.microbatch import bearable_padding, micro_rows, minibatches, padding_share
-from rlhf_core.training.reduction import Counts, Means, count, weighted_sum
+from rlhf_core.training.microbatch import Minibatches, bearable_padding, micro_rows, padding_share
+from rlhf_core.training.reduction import Counts, Means, SharedNames, count, weighted_sum
 from rlhf_core.training.step_metrics import Meter
 
 LENGTHS = [3, 1, 4, 0, 2, 1]  # one of them empty
@@ -116,11 +117,13 @@ def test_padding_is_borne_where_it_costs_nothing_or_where_launches_cost_more() -
 
 def test_minibatches_hold_whole_groups_and_every_row_once() -> None:
     batch = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2])
-    parts = list(minibatches(batch, 3, 5, World()))
-    assert sorted(text for part in parts for text in part.texts) == batch.texts
-    assert all(len(part.group_N.unique()) == 1 and len(part) == 2 for part in parts)
-    again = [part.texts for part in minibatches(batch, 3, 5, World())]
-    assert again == [part.texts for part in parts] != [part.texts for part in minibatches(batch, 3, 6, World())]
+    parts = [part["data"] for part in Minibatches({"data": batch}, 3, [5, 6], World())]
+    for epoch in (parts[:3], parts[3:]):
+        assert sorted(text for part in epoch for text in part.texts) == batch.texts
+        assert all(len(part.group_N.unique()) == 1 and len(part) == 2 for part in epoch)
+    again = [part["data"].texts for part in Minibatches({"data": batch}, 3, [5], World())]
+    assert again == [part.texts for part in parts[:3]] != [part.texts for part in parts[3:]]
+    assert all(part["data"] is batch for part in Minibatches({"data": batch}, 1, [5, 6], World()))
 
 
 def test_metrics_are_means_with_their_own_denominators() -> None:
@@ -142,19 +145,22 @@ class OneOfTwo(World):
         self.held = held
 
     def gather(self, thing: object) -> list[object]:
-        assert thing in self.held
-        return list(self.held)
+        assert thing in [{"data": each} for each in self.held]
+        return [{"data": each} for each in self.held]
 
 
 def test_minibatches_are_cut_from_all_ranks_together_so_their_number_changes_no_part() -> None:
     whole = make_batch([1, 2, 3, 4, 5, 6], groups=[0, 0, 1, 1, 2, 2]).with_extras(
         uids_N=torch.tensor([7, 7, 8, 8, 9, 9])
     )
-    alone = [set(part.texts) for part in minibatches(whole, 2, 5, World())]
+    alone = [set(part["data"].texts) for part in Minibatches({"data": whole}, 2, [5], World())]
     ranks = [whole.rows([0, 1, 4, 5]), whole.rows([2, 3])]
     world = OneOfTwo([[7, 9], [8]])
-    split = [[set(part.texts) for part in minibatches(rank, 2, 5, world)] for rank in ranks]
+    split = [[set(part["data"].texts) for part in Minibatches({"data": rank}, 2, [5], world)] for rank in ranks]
     assert [a | b for a, b in zip(*split, strict=True)] == alone
+    told = [replace(rank, step=StepInfo(uids=(7, 8, 9))) for rank in ranks]  # then they need not ask
+    silent = [[set(part["data"].texts) for part in Minibatches({"data": each}, 2, [5], World())] for each in told]
+    assert silent == split
 
 
 def test_the_entropy_is_the_mean_over_sampled_tokens_alone() -> None:
@@ -227,7 +233,28 @@ def test_the_numbers_of_a_step_are_those_of_all_rows_in_one_reduction(size: int)
 
 def test_counts_are_those_of_the_rows_of_all_ranks() -> None:
     whole = make_batch([1, 2, 3, 4], groups=[0, 0, 1, 1])
-    ranks = [Counts.measure(whole.rows(rows)) for rows in ([0, 1], [2, 3])]
+    ranks = [Counts.measure(whole.rows(rows), rounds) for rounds, rows in ((2, [0, 1]), (1, [2, 3]))]
+    both = Counts.add_up(ranks)
+    assert (both.rounds, both.tokens) == (2, float((whole.prompt_lengths_N + whole.lengths_N).sum()))
     for per in ("token", "sequence", "sample", "prompt", "constant"):
         reduction = Reduction(per, length=8)
-        assert Counts(ranks)(reduction, 2) == count(reduction, whole, 2) > 0
+        assert both.denominator(reduction, 2) == count(reduction, whole, 2) > 0
+
+
+def test_the_largest_value_of_a_name_is_that_of_any_rank_and_nan_is_larger_than_all() -> None:
+    names = [SharedNames() for _ in range(3)]
+
+    def rank(world: ThreadWorld) -> list[dict[str, float]]:
+        found = []
+        for values in ([1.5, 4.0, 2.5], [2.0, 1.0, float("nan")]):
+            means = Means()
+            means.add("mean", values[world.rank], float(world.rank != 2))
+            if world.rank:  # one rank has none
+                means.add_largest("most", values[world.rank])
+                means.add_largest("most", 0.5)
+            found.append(means.reduce(world, names[world.rank]))
+        return found
+
+    for first, second in together(rank, 3):
+        assert first == {"mean": 4.0, "most": 4.0}
+        assert second == pytest.approx({"mean": float("nan"), "most": float("nan")}, nan_ok=True)

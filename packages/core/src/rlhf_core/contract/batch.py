@@ -106,6 +106,8 @@ class StepInfo:
     """the KL coefficient in force"""
     skip: bool = False
     """True if the batch must not be trained on, because a reward is not finite on some rank"""
+    uids: tuple[int, ...] = ()
+    """numbers of the prompts (`uids_N`) that any rank has rows of, in order; empty if ranks have not exchanged them"""
 
 
 @dataclass

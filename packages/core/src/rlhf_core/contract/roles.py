@@ -103,8 +103,9 @@ class Trainable:
     def step(self) -> Mapping[str, float]:
         """Clip, update, zero the gradients, advance the schedule; returns `grad_norm` and `lr`.
 
-        A gradient that is not finite must not reach the weights: its norm is returned, and the run stops unless the role
-        computes in float16, whose loss scaling overflows now and then and adapts.
+        The norm is that of the gradients summed over ranks, so it is finite on every rank or on none. A gradient that is not
+        finite must not reach the weights: its norm is returned, and the run stops unless the role computes in float16, whose
+        loss scaling overflows now and then and adapts.
         """
         raise NotImplementedError
 

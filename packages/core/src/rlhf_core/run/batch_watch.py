@@ -8,42 +8,38 @@ from typing import TYPE_CHECKING
 from rlhf_core.contract.staleness import largest_age
 from rlhf_core.errors import ContractError
 from rlhf_core.training.credit import STALE
-from rlhf_core.training.old_logprobs import VERSIONS, ages_of, sample_ages, staleness
+from rlhf_core.training.old_logprobs import VERSIONS, ages_of, sample_ages
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.run.run import Run
 
-__all__ = ["watch_batches"]
+__all__ = ["check_ages", "watch_batches"]
 
 
 def watch_batches(run: Run, batches: Mapping[str, Batch]) -> None:
-    """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows.
-
-    Raises:
-        ContractError: a token is older than a run that samples ahead allows.
-    """
-    kl = run.state.kl
-    mine = [ages_of(batch, run.roles[name].version) for name, batch in batches.items() if name in run.roles]
-    measured = [kl.measure(batch) for batch in batches.values()] if kl is not None else []
-    everyone = run.world.gather((mine, measured)) if mine or measured else []
-    ages = [staleness(parts) for parts in zip(*(each for each, _ in everyone))]
-    if ages:
-        means, oldest = zip(*ages, strict=True)
-        run.log({"rollout/staleness": sum(means) / len(ages), "rollout/staleness_max": max(oldest)})
-        _check_ages(run, max(oldest))
+    """Log the age of sampled batches and their KL to the reference; the ranks add up both at the end of the step."""
+    for name, batch in batches.items():
+        if name in run.roles:
+            tokens, ages, oldest = ages_of(batch, run.roles[name].version)
+            run.meter.log_token_mean("rollout/staleness", ages, tokens)
+            run.meter.log_largest("rollout/staleness_max", oldest)
+        if run.state.kl is not None:
+            run.state.kl.measure(name, batch, run.meter)
     if run.config.ahead:
         _log_sample_ages(run, batches)
-    for source, parts in zip(batches if kl is not None else (), zip(*(each for _, each in everyone))):
-        run.log(kl.watch(source, parts) if kl is not None else {})
 
 
-def _check_ages(run: Run, oldest: float) -> None:
-    """Check the bound on staleness. Tokens that are masked for their age are in the batch, and are older."""
-    most = largest_age(run.config)
+def check_ages(run: Run, metrics: Mapping[str, float]) -> None:
+    """Check the bound on staleness. Tokens that are masked for their age are in the batch, and are older.
+
+    Raises:
+        ContractError: a token is older than a run that samples ahead allows. The step is not saved.
+    """
+    most, oldest = largest_age(run.config), metrics.get("rollout/staleness_max", 0.0)
     if run.config.ahead and run.config.stale.policy != "mask" and oldest > most:
         raise ContractError(
-            f"step {run.step + 1} has a token that is {oldest:g} updates old, but this run allows at most {most}; "
+            f"step {run.step} has a token that is {oldest:g} updates old, but this run allows at most {most}; "
             f"the rollout engine {run.config.names.get('rollout', '')!r} reports wrong versions, or did not load "
             "new weights"
         )

@@ -22,7 +22,7 @@ from rlhf_core.reward.output import to_reward_output, without_nan
 from rlhf_core.rollout.kept_sets import with_kept_sets
 from rlhf_core.run.reward_inputs import reward_precision
 from rlhf_core.run.rollout_metrics import log_completions, log_rewards
-from rlhf_core.training.abstentions import answer_counts, answered_rows, mark_abstained
+from rlhf_core.training.abstentions import Answers, answered_rows, mark_abstained
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
 from rlhf_core.training.nonfinite import keep_samples
@@ -214,14 +214,13 @@ class Iteration:
         """Score and shape completions unless they are scored, and keep them as the batch of `source`."""
         scored = sampled if isinstance(sampled, ScoredRollouts) else self.judge(source, sampled)
         prefix = self.prefix(source, "reward")
-        answers, failures, abstained = zip(
-            *self.world.gather((answer_counts(scored), scored.failed, self._abstained[source].tolist())), strict=True
-        )
+        mine = (Answers.measure(scored), scored.failed, self._abstained[source].tolist())
+        ranks, failures, abstained = zip(*self.world.gather(mine), strict=True)
         missing, asked = map(sum, zip(*abstained, strict=True))
         if missing:
             self.meter.log({f"{prefix}/abstained": missing / asked})
         failed = self.config.on_nonfinite == "skip" and any(failures)
-        answered = None if failed else answered_rows(scored, self.world, answers)
+        answered = None if failed else answered_rows(scored, self.world, ranks)
         if answered is None:
             skipped = mark_abstained(scored)
             self.batches[source] = replace(skipped, step=replace(self.info, skip=True))  # by every rank
@@ -229,8 +228,11 @@ class Iteration:
             self.left_out.pop(source, None)  # they are in the batch
             return
         if self._may_move:
-            answered = balance_tokens(answered, self.world)
-        rollouts, rewards = answered.rollouts, answered.rewards
+            in_place = all(rank.tokens for rank in ranks) or not any(rank.lacking for rank in ranks)
+            tokens = [rank.tokens for rank in ranks] if in_place else None
+            answered = balance_tokens(answered, self.world, tokens)
+        uids = tuple(sorted(set().union(*(rank.uids for rank in ranks))))
+        rollouts, rewards = replace(answered.rollouts, step=replace(self.info, uids=uids)), answered.rewards
         shaping = self.config.algorithm.shaping
         if shaping not in (None, RewardShaping()):
             self.meter.log_batch(f"{prefix}/unshaped", rewards.total_N)

@@ -26,7 +26,7 @@ from rlhf_core.errors import UsageError, options_under, run_option, spell_option
 from rlhf_core.reward.output import to_reward_output
 from rlhf_core.rollout.episodes import complete
 from rlhf_core.run import lifetime
-from rlhf_core.run.batch_watch import watch_batches
+from rlhf_core.run.batch_watch import check_ages, watch_batches
 from rlhf_core.run.collecting import Collecting
 from rlhf_core.run.data import RunData
 from rlhf_core.run.failures import translate_failures
@@ -168,7 +168,7 @@ class Run:
             yield iteration
 
     def watch(self, batches: Mapping[str, Batch]) -> None:
-        """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows."""
+        """Log the age of sampled batches and the KL to the reference, which an adaptive coefficient follows after the step."""
         watch_batches(self, batches)
 
     def sync(self) -> None:
@@ -205,7 +205,8 @@ class Run:
         self.log(self.placed.metrics() if self.placed else {})
         metrics = self.meter.take()  # what comes now is the next step's, such as the time of the save below
         metrics["speed/tokens"] = metrics["tokens"] / max(metrics["time/step"], 1e-9)
-        metrics |= self.state.kl.settle(metrics) if self.state.kl is not None else {}
+        metrics = self.state.kl.settle(metrics) if self.state.kl is not None else metrics
+        check_ages(self, metrics)
         self.recorder.finish(step, credited, metrics)
         if self.config.eval_every and step % self.config.eval_every == 0:
             metrics |= self.evaluate()

@@ -92,10 +92,11 @@ class FakeTrainable(Trainable):
     def step(self) -> dict[str, float]:
         sleep(self.options.step_seconds)
         gradient = self.world.sum(self.w.grad if self.w.grad is not None else torch.zeros(()))
-        with torch.no_grad():
-            self.w.sub_(self.lr * gradient)
+        if gradient.isfinite():
+            with torch.no_grad():
+                self.w.sub_(self.lr * gradient)
+            self.steps_done += 1
         self.w.grad = None
-        self.steps_done += 1
         return {"grad_norm": float(gradient.abs()), "lr": self.lr}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

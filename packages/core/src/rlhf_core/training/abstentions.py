@@ -8,39 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf_core.lazy import torch
 from rlhf_core.training.dynamic_sampling import share_evenly
+from rlhf_core.training.token_balance import group_tokens
 
 if TYPE_CHECKING:
     from rlhf_core.contract.batch import Rollouts
     from rlhf_core.contract.distributed import World
     from rlhf_core.contract.results import ScoredRollouts
 
-__all__ = ["answer_counts", "answered_rows", "mark_abstained"]
+__all__ = ["Answers", "answered_rows", "mark_abstained"]
 
 
-def answer_counts(scored: ScoredRollouts) -> tuple[int, int]:
-    """Return how many completions of a rank have no answer, and how many groups have one."""
-    answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
-    return len(scored) - len(answered), len(answered.rollouts.group_N.unique())
+class Answers(NamedTuple):
+    """What the other ranks have to know of a rank's scored completions."""
+
+    lacking: int
+    """number of completions without an answer"""
+    tokens: list[int]
+    """of each group with an answer"""
+    uids: list[int]
+    """numbers of the prompts of these groups, in order; empty if they have none"""
+
+    @staticmethod
+    def measure(scored: ScoredRollouts) -> Answers:
+        """Return those of a rank."""
+        answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
+        uids_N = answered.rollouts.extras.get("uids_N", torch.empty(0, dtype=torch.long))
+        return Answers(len(scored) - len(answered), group_tokens(answered.rollouts), uids_N.unique().tolist())
 
 
-def answered_rows(scored: ScoredRollouts, world: World, counts: Sequence[tuple[int, int]]) -> ScoredRollouts | None:
+def answered_rows(scored: ScoredRollouts, world: World, ranks: Sequence[Answers]) -> ScoredRollouts | None:
     """Return the rows to train on, at least a group on every rank; None if fewer groups than ranks are left.
 
-    `counts` are the `answer_counts` of every rank. Collective over `world` if groups must move.
+    `ranks` are the `Answers` of every rank. Collective over `world` if groups must move.
 
     If no rank abstains, this is `scored` itself. Rows that are left have the extra `abstained_N`,
     all False: their groups may be smaller than `--sampling.n`.
     """
     answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
-    if not any(abstained for abstained, _ in counts):
+    if not any(rank.lacking for rank in ranks):
         return scored
-    if sum(groups for _, groups in counts) < world.size:
+    if sum(len(rank.tokens) for rank in ranks) < world.size:
         return None
-    if not all(groups for _, groups in counts):
+    if not all(rank.tokens for rank in ranks):
         answered = share_evenly([answered], world)
     kept = torch.zeros(len(answered), dtype=torch.bool)
     return replace(

@@ -123,9 +123,11 @@ def compute_needs(
     """
     wanted: dict[tuple[str, str], list[str]] = {}
     credits = [credit for credit in plan.credits.values() if credit.source == source]
-    olds = {need.name for credit in credits for need in credit.needs if need.role} & set(OLDS) - batch.extras.keys()
-    ages = VERSIONS in batch and not after and olds  # ranks add up nothing that is not asked for
-    late = late_tokens(batch, roles[source].version, batch.world or World()) if ages else 0.0
+    lacking = {need.name for credit in credits for need in credit.needs if need.role} & set(OLDS) - batch.extras.keys()
+    sampled = VERSIONS in batch and not after
+    live = any(is_live(plan, credit, name, late=0.0) for credit in credits for name in lacking)
+    asks = sampled and live and not plan.proximal  # where nothing depends on the sum, ranks do not form it
+    late = late_tokens(batch, roles[source].version, batch.world or World()) if asks else 0.0
     for credit, need in ((spec, spec_need) for spec in credits for spec_need in spec.needs):
         waits = need.name not in OLDS and need.role in plan.updated_by(credit.after)
         if (credit.after if waits else "") != after:
@@ -148,7 +150,7 @@ def compute_needs(
         for (owner, output), names in wanted.items():
             if owner == role:
                 extras |= dict.fromkeys(names, outputs[role][output])
-    for name in extras.keys() & set(OLDS) if late and not plan.proximal else ():
+    for name in extras.keys() & set(OLDS) if sampled and not plan.proximal else ():
         extras[name] = replace_late(batch, extras[name], roles[source].version, full=name == FULL_OLD)
     if plan.config.stale.policy == "mask" and VERSIONS in batch and not after:
         stale_NT = batch.mask_NT & (roles[source].version - batch[VERSIONS] > largest_age(plan.config))
@@ -198,7 +200,9 @@ def assign_credit(
     if STALE in batch:
         batch = _without_stale(batch)
     metrics = {name: each if isinstance(each, Metric) else _as_metric(each) for name, each in credit.metrics.items()}
-    return batch if credit.rows is None else batch.rows(credit.rows), metrics
+    if credit.rows is not None:  # a prompt may have none on any rank then
+        batch = replace(batch.rows(credit.rows), step=replace(batch.step, uids=()))
+    return batch, metrics
 
 
 def _without_stale(batch: Batch) -> Batch:

@@ -9,7 +9,6 @@ them can be given the gradient of KL(pi || ref) instead, on samples of an older 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,17 +19,21 @@ from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import Term
 from rlhf_core.lazy import torch
 from rlhf_core.training.old_logprobs import full_old_logprobs
+from rlhf_core.training.reduction import Means
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.options import KL
     from rlhf_core.contract.providers import Advantage
+    from rlhf_core.training.step_metrics import Meter
 
 __all__ = ["KLController", "KLLoss", "kl_terms", "kl_values"]
 
 BY_TOKEN = Reduction("token")
 MAX_WEIGHT = 10.0  # of a sample of an older policy: bounds the variance of the unbiased gradient, as OpenRLHF does
+PARTS = ("completions", "tokens", "sum", "waited")
+"""Sums over the ranks of a step, from which its KL is computed: the last counts ranks that wait for the training pass."""
 MAX_LOG_RATIO = 20.0  # exp(20) is 5e8: beyond it k3 would only overflow float32, and its gradient with it
 
 
@@ -107,8 +110,6 @@ class KLController:
     def __init__(self, kl: KL) -> None:
         self.kl = kl
         self.coef = kl.coef
-        self._awaited: dict[str, tuple[float, float]] = {}
-        """completions and tokens of batches whose KL the training pass gives, by the metric that has it"""
 
     def update(self, kl_mean: float, completions: int) -> None:
         """Move the coefficient after a step. A fixed one stays."""
@@ -116,42 +117,37 @@ class KLController:
             error = min(max(kl_mean / self.kl.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * completions / self.kl.horizon
 
-    def measure(self, batch: Batch) -> tuple[float, float, float | None] | None:
-        """Return completions, tokens and the summed KL of a rank's batch; None without a reference.
+    def measure(self, source: str, batch: Batch, meter: Meter) -> None:
+        """Log what the KL of a rank's batch adds to those of other ranks, for `settle`; nothing without a reference.
 
         It compares what the trainer computes, never an engine's log-probabilities with the reference's. Where the trainer has
-        not computed the policy's yet, there is no KL: it comes from the training pass (`settle`).
+        not computed the policy's yet, the training pass gives the KL.
         """
         if "ref_logprobs_NT" not in batch:
-            return None
-        counts = float(len(batch)), float(batch.mask_NT.sum())
+            return
         policy_NT = full_old_logprobs(batch)
-        if policy_NT is None:
-            return *counts, None
-        kl_NT = kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator)
-        return *counts, float(kl_NT.sum())
+        kl = 0.0
+        if policy_NT is not None:
+            kl = float(kl_values(policy_NT, batch["ref_logprobs_NT"], batch.mask_NT, self.kl.estimator).sum())
+        parts = (float(len(batch)), float(batch.mask_NT.sum()), kl, float(policy_NT is None))
+        for part, value in zip(PARTS, parts, strict=True):
+            meter.log_total(f"kl/{part}/{source}", value)
 
-    def watch(self, source: str, ranks: Sequence[tuple[float, float, float | None] | None]) -> dict[str, float]:
-        """Return the metrics of a step's batch, from what every rank measured, and move the coefficient."""
-        known = [each for each in ranks if each is not None]
-        if not known:
-            return {}
-        completions, tokens = sum(each[0] for each in known), max(1.0, sum(each[1] for each in known))
-        if any(each[2] is None for each in known):
-            self._awaited[f"{source}/kl"] = completions, tokens
-            return {}
-        return self._report(sum(each[2] or 0.0 for each in known), completions, tokens)
+    def settle(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Return the metrics of a step, those of its KL among them, and move the coefficient.
 
-    def settle(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the batches that waited for their training pass, from its mean over tokens (`KLLoss`)."""
-        awaited, self._awaited = self._awaited, {}
-        found: dict[str, float] = {}
-        for name, (completions, tokens) in awaited.items():
-            if name in metrics:  # not where the step was skipped
-                found |= self._report(metrics[name] * tokens, completions, tokens)
-        return found
-
-    def _report(self, kl: float, completions: float, tokens: float) -> dict[str, float]:
-        metrics = {"kl/mean": kl / tokens, "kl/completion": kl / completions, "kl/coef": self.coef}
-        self.update(kl / completions, int(completions))
-        return metrics
+        Where the KL waited for the training pass, it is that pass's mean over tokens (`KLLoss`), or absent if the step was
+        skipped.
+        """
+        means = Means()
+        prefix = f"kl/{PARTS[0]}/"
+        for source in [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]:
+            completions, tokens, kl, waited = (metrics.pop(f"kl/{part}/{source}") for part in PARTS)
+            if waited and f"{source}/kl" not in metrics:
+                continue
+            kl = metrics[f"{source}/kl"] * tokens if waited else kl
+            of_completion = kl / max(1.0, completions)
+            for name, value in (("mean", kl / max(1.0, tokens)), ("completion", of_completion), ("coef", self.coef)):
+                means.add(f"kl/{name}", value)
+            self.update(of_completion, int(completions))
+        return metrics | means.reduce()

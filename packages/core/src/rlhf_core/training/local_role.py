@@ -19,7 +19,8 @@ from rlhf_core.contract.roles import Role, Trainable
 from rlhf_core.errors import ContractError, OptionError, UsageError, options_under, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.determinism import be_deterministic
-from rlhf_core.training.microbatch import bearable_padding, joint_rounds, micro_batch, micro_rows, minibatches
+from rlhf_core.training.microbatch import Minibatches, bearable_padding, joint_rounds, micro_batch, micro_rows
+from rlhf_core.training.mismatch import report_mismatch
 from rlhf_core.training.observation import check_second_order
 from rlhf_core.training.optimizer_step import OptimizerStep
 from rlhf_core.training.reduction import Means, SharedNames
@@ -204,21 +205,21 @@ class LocalRole(Role):
         noisy = isinstance(options, TrainedOptions) and options.lora.rank > 0 and options.lora.dropout > 0
         if config.on_nonfinite == "skip":
             means.add_sum(f"skipped/{self.name}", 0.0)
-        for _ in range(config.update_epochs):
-            seed = (config.seed << 32) + self.version
-            keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
-            parts = {
-                k: minibatches(
-                    work[k].read_by(self.name, self.plan.credits[k].source), config.minibatches, seed, self.world
-                )
-                for k in keys
-            }
-            for _ in range(config.minibatches):
-                compare = self.version == step.version and not noisy
-                step.run({key: next(part) for key, part in parts.items()}, means, compare)
-                self.forward_cache.clear()
-                self.version += 1
-        return means.reduce(self.world, self._names)
+        keys = [key for key in dict(self.spec.terms) if key in work]  # others are of terms that rest in this step
+        read = {key: work[key].read_by(self.name, self.plan.credits[key].source) for key in keys}
+        epochs = range(self.version, self.version + config.update_epochs * config.minibatches, config.minibatches)
+        minibatches = Minibatches(
+            read, config.minibatches, [(config.seed << 32) + version for version in epochs], self.world
+        )
+        for minibatch, sizes in zip(minibatches, step.measure(minibatches), strict=True):
+            compare = self.version == step.version and not noisy
+            step.run(minibatch, sizes, means, compare)
+            self.forward_cache.clear()
+            self.version += 1
+        metrics = means.reduce(self.world, self._names)
+        if config.on_mismatch == "warn":
+            report_mismatch(metrics, config, self.spec, self.world)
+        return metrics
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ budget only trades memory for speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.distributed import World
 
-__all__ = ["bearable_padding", "joint_rounds", "micro_batch", "micro_rows", "minibatches", "padding_share"]
+__all__ = ["Minibatches", "bearable_padding", "joint_rounds", "micro_batch", "micro_rows", "padding_share"]
 
 CHEAP = 32
 """Cells of padding that cost less than one more micro-batch does, even of a small model."""
@@ -112,17 +112,36 @@ def padding_share(batch: Batch, cuts: list[Tensor], packs: bool = False) -> floa
     return 1 - float(lengths_N.sum()) / max(cells, 1)
 
 
-def minibatches(batch: Batch, parts: int, seed: int, world: World) -> Iterator[Batch]:
-    """`batch` in `parts` parts of whole groups, in an order drawn from `seed`; itself if there is one part.
+class Minibatches:
+    """Minibatches of a role in an iteration, by credit key: each credited batch in `parts` parts of whole groups, every epoch.
 
     The parts are cut from the groups of all ranks of `world` together, so how many ranks there are changes no part; a rank
-    may hold none of one. Groups are identified by their prompts' numbers (`uids_N`) where the batch has them.
+    may hold none of one. Groups are identified by their prompts' numbers (`uids_N`) where the batch has them. Collective where
+    a batch does not have those of all ranks (`StepInfo.uids`). Rows are copied only while their minibatch is read.
+
+    Args:
+        work: the credited batches.
+        parts: minibatches of an epoch.
+        seeds: of the order of groups in each epoch.
+        world: the ranks.
     """
-    if parts == 1:
-        yield batch
-        return
-    ids_N = batch.extras.get("uids_N", batch.group_N)
-    everyone = torch.tensor(sorted(set().union(*world.gather(ids_N.unique().tolist()))))
-    order = everyone[torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed))]
-    for chosen in order.tensor_split(parts):
-        yield batch.rows(torch.isin(ids_N, chosen).nonzero().flatten())
+
+    def __init__(self, work: Mapping[str, Batch], parts: int, seeds: Sequence[int], world: World) -> None:
+        self._work = work
+        self._rows: list[dict[str, Tensor]] = [{} for _ in range(parts * len(seeds))]
+        """row numbers of each minibatch, by credit key; of whole batches none"""
+        if parts == 1:
+            return
+        ids = {key: batch.extras.get("uids_N", batch.group_N) for key, batch in work.items()}
+        asked = {key: ids_N.unique().tolist() for key, ids_N in ids.items() if not work[key].step.uids}
+        everyone = world.gather(asked) if asked else []
+        for key, ids_N in ids.items():
+            groups = torch.tensor(work[key].step.uids or sorted(set().union(*(each[key] for each in everyone))))
+            for epoch, seed in enumerate(seeds):
+                order = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+                for part, chosen in enumerate(order.tensor_split(parts)):
+                    self._rows[epoch * parts + part][key] = torch.isin(ids_N, chosen).nonzero().flatten()
+
+    def __iter__(self) -> Iterator[dict[str, Batch]]:
+        for rows in self._rows:
+            yield {key: batch.rows(rows[key]) if key in rows else batch for key, batch in self._work.items()}

@@ -7,13 +7,13 @@ before the first update of a step. Late tokens and those after them are left out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.errors import RunStopped
-from rlhf_core.lazy import torch
 from rlhf_core.training.old_logprobs import current_mask
+from rlhf_core.training.reduction import Means
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import RoleSpec
 
-__all__ = ["Mismatch", "bound_of", "compared_extras"]
+__all__ = ["Mismatch", "bound_of", "compared_extras", "report_mismatch"]
 
 BOUND = 1e-3  # float32 engines agree to 1e-5 on average; a layer whose weights did not arrive differs by more than this
 NARROW_BOUND = 0.05  # 16-bit engines differ by 0.01 to 0.03 on average
@@ -46,7 +46,7 @@ def compared_extras(batch: Batch) -> frozenset[str]:
 
 
 class Mismatch:
-    """The differences that one role saw in one optimizer step.
+    """The differences that one rank of a role saw in one optimizer step.
 
     Args:
         config: how large they may be, and what happens beyond that.
@@ -58,9 +58,8 @@ class Mismatch:
         self.config = config
         self.spec = spec
         self.version = version
-        self.sums = torch.zeros(3, dtype=torch.float64)
-        """absolute differences, their k3 estimates of KL(sampler || trainer), tokens"""
-        self.largest = 0.0
+        self.means = Means()
+        """mean, largest and KL of the differences, as the metrics that they become"""
 
     def add(self, micro: Batch, logprobs_NT: Tensor) -> None:
         """Count the sampled tokens of a micro-batch: `logprobs_NT` are the trainer's.
@@ -77,42 +76,35 @@ class Mismatch:
             sampler_NT = sampler_NT + micro["sampler_log_mass_NT"]
         d = (logprobs_NT.detach() - sampler_NT)[micro.mask_NT & current_mask(micro, self.version)].double()
         if len(d):
-            self.sums += torch.stack(
-                [d.abs().sum(), (d.clamp(max=20.0).exp() - 1 - d).sum(), torch.tensor(float(len(d)))]
-            )
-            self.largest = max(self.largest, float(d.abs().max()))
+            k3 = d.clamp(max=20.0).exp() - 1 - d
+            self.means.add(f"{self.spec.name}/mismatch", float(d.abs().sum()), len(d))
+            self.means.add(f"{self.spec.name}/mismatch_kl", float(k3.sum()), len(d))
+            self.means.add_largest(f"{self.spec.name}/mismatch_max", float(d.abs().max()))
 
-    def numbers(self) -> tuple[list[float], float]:
-        """Return this rank's sums and its largest difference."""
-        return self.sums.tolist(), self.largest
+    def check(self, world: World) -> None:
+        """Do what `report_mismatch` does with the differences of all ranks, before the update. Collective."""
+        everyone = Means()
+        for means in world.gather(self.means):
+            everyone.merge(means)
+        report_mismatch(everyone.reduce(), self.config, self.spec, world)
 
-    def take_all(self, ranks: Sequence[tuple[list[float], float]]) -> None:
-        """Replace this rank's numbers by those of all ranks."""
-        self.sums = torch.tensor([sums for sums, _ in ranks], dtype=torch.float64).sum(0)
-        self.largest = max(largest for _, largest in ranks)
 
-    def measure(self, world: World) -> dict[str, float]:
-        """Return mean, largest and KL of the differences; nothing if no token was comparable.
+def report_mismatch(metrics: Mapping[str, float], config: RunConfig, spec: RoleSpec, world: World) -> None:
+    """Warn if the mean difference in `metrics` is beyond the bound, or stop the run.
 
-        Raises:
-            RunStopped: the mean is beyond the bound, and the run stops at that.
-        """
-        total, kl, tokens = self.sums.tolist()
-        if not tokens:
-            return {}
-        mean, bound, name = total / tokens, bound_of(self.config, self.spec), self.spec.name
-        if not mean <= bound:  # written so that nan does not pass
-            self._report(mean, self.largest, bound, world)
-        return {f"{name}/mismatch": mean, f"{name}/mismatch_max": self.largest, f"{name}/mismatch_kl": kl / tokens}
-
-    def _report(self, mean: float, largest: float, bound: float, world: World) -> None:
-        """Warn, or stop the run."""
-        text = (
-            f"log-probabilities of the rollout engine differ from those of role {self.spec.name!r} by {mean:.2g} on "
-            f"average and {largest:.2g} at most, above {bound:g}: the engine has other weights, or computes the "
-            "model differently. Compare with the rollout hf, or raise max_mismatch"
-        )
-        if self.config.on_mismatch == "stop":
-            raise RunStopped(text)
-        if world.leads:
-            log.warning(text)
+    Raises:
+        RunStopped: it is, and the run stops at that.
+    """
+    mean, bound = metrics.get(f"{spec.name}/mismatch", 0.0), bound_of(config, spec)
+    if mean <= bound:  # False for nan, too
+        return
+    largest = metrics[f"{spec.name}/mismatch_max"]
+    text = (
+        f"log-probabilities of the rollout engine differ from those of role {spec.name!r} by {mean:.2g} on "
+        f"average and {largest:.2g} at most, above {bound:g}: the engine has other weights, or computes the "
+        "model differently. Compare with the rollout hf, or raise max_mismatch"
+    )
+    if config.on_mismatch == "stop":
+        raise RunStopped(text)
+    if world.leads:
+        log.warning(text)

@@ -1,7 +1,8 @@
 """Guard training against values that are not finite: such a loss or gradient ends the run, or its optimizer step is skipped;
 either way the samples are kept.
 
-Ranks agree: each watches its own micro-batches, and all decide by the sum over ranks, in which any nan survives.
+Ranks agree without a word: each watches its own micro-batches, and a loss that is not finite gets a gradient that is not
+either. So the norm of the gradients, which are summed over ranks, is finite on every rank or on none.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlhf_core.contract.batch import Batch
+    from rlhf_core.contract.results import Outputs
     from rlhf_core.contract.terms import Term
 
-__all__ = ["Watch", "keep_samples", "row_as_dict", "term_name"]
+__all__ = ["Watch", "keep_samples", "row_as_dict", "term_name", "with_nan_gradient"]
 
 
 class Watch:
@@ -58,6 +60,11 @@ class Watch:
             rows = [(batch, row) for batch in batches.values() for row in range(len(batch))]
             samples = [{"role": self.role, **row_as_dict(batch, row)} for batch, row in rows]
             raise NotFinite(f"the gradient of role {self.role!r} has norm {norm}", samples)
+
+
+def with_nan_gradient(loss: Tensor, outputs: Outputs) -> Tensor:
+    """Return a loss whose gradient is nan at every token, where that of `loss` might be finite or masked."""
+    return loss + sum(math.nan * each.float().sum() for each in outputs.values() if each.requires_grad)
 
 
 def term_name(term: Term) -> str:

@@ -24,7 +24,6 @@ policy sampled them, and the present weights count as their sampler.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch, Rollouts
@@ -52,7 +51,6 @@ __all__ = [
     "oldest_age",
     "replace_late",
     "sample_ages",
-    "staleness",
     "with_live",
 ]
 
@@ -176,9 +174,3 @@ def sample_ages(batch: Batch, version: int) -> tuple[Tensor, Tensor]:
         ages_NT.masked_fill(~mask_NT, -torch.inf).amax(1),
         ages_NT.masked_fill(~mask_NT, torch.inf).amin(1),
     )
-
-
-def staleness(ranks: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return the mean and largest age of the sampled tokens of all ranks, from the `ages_of` each."""
-    tokens, total = (sum(column) for column in list(zip(*ranks, strict=True))[:2])
-    return total / max(tokens, 1.0), max(oldest for *_, oldest in ranks)

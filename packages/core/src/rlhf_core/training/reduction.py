@@ -8,21 +8,24 @@ accumulation, packing, padding, order and world size cannot change a loss or its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import Metric, Reduction
 from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlhf_core.contract.distributed import World
-
-__all__ = ["Counts", "Means", "SharedNames", "count", "weighted_sum"]
+__all__ = ["LARGEST", "Counts", "Means", "SharedNames", "count", "token_count", "weighted_sum"]
 
 REDUCTIONS = get_args(get_type_hints(Reduction)["per"])
 """Units that a loss may be averaged over."""
+LARGEST = "largest of rank "
+"""Start of what a rank calls its largest value of a name, followed by its number: a sum over ranks then keeps each."""
 
 
 def weighted_sum(values: Tensor, reduction: Reduction, batch: Batch) -> Tensor:
@@ -43,24 +46,36 @@ def count(reduction: Reduction, batch: Batch, rows_per_unit: int = 1) -> float:
     return _count_per(reduction.per, batch, rows_per_unit)
 
 
+def token_count(batch: Batch) -> float:
+    """Return the number of tokens that a forward pass reads, padding left out."""
+    return float((batch.prompt_lengths_N + batch.lengths_N).sum())
+
+
+@dataclass(frozen=True)
 class Counts:
-    """The denominators of an optimizer step over all ranks, for every reduction that a loss may ask for.
+    """Counts of the rows of an optimizer step that pass forward together: those of a rank, or of all ranks."""
 
-    Args:
-        everyone: what each rank's batch gives (`Counts.measure`).
-    """
-
-    def __init__(self, everyone: Sequence[Mapping[str, float]]) -> None:
-        self._totals = {per: sum(one[per] for one in everyone) for per in REDUCTIONS}
+    rounds: int
+    """micro-batches; those of the rank that has most"""
+    tokens: float
+    """tokens that forward passes read"""
+    units: Mapping[str, float]
+    """denominators of losses, by the unit of a reduction"""
 
     @staticmethod
-    def measure(batch: Batch) -> dict[str, float]:
-        """Return the denominators of a rank's batch."""
-        return {per: _count_per(per, batch) for per in REDUCTIONS}
+    def measure(batch: Batch, rounds: int) -> Counts:
+        """Return the counts of a rank's rows, which are cut into so many micro-batches."""
+        return Counts(rounds, token_count(batch), {per: _count_per(per, batch) for per in REDUCTIONS})
 
-    def __call__(self, reduction: Reduction, rows_per_unit: int = 1) -> float:
+    @staticmethod
+    def add_up(ranks: Sequence[Counts]) -> Counts:
+        """Return the counts of all ranks together."""
+        units = {per: sum(rank.units[per] for rank in ranks) for per in REDUCTIONS}
+        return Counts(max(rank.rounds for rank in ranks), sum(rank.tokens for rank in ranks), units)
+
+    def denominator(self, reduction: Reduction, rows_per_unit: int = 1) -> float:
         """Return the denominator of a reduction; `rows_per_unit` rows are one sample."""
-        total = self._totals[reduction.per]
+        total = self.units[reduction.per]
         return total / rows_per_unit if reduction.per == "sample" else total
 
 
@@ -112,11 +127,12 @@ class SharedNames:
 
 
 class Means:
-    """Metrics with their own denominators, added up over micro-batches, optimizer steps and ranks."""
+    """Metrics with their own denominators, and largest values, over micro-batches, optimizer steps and ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], tuple[float, float]] = {}
         self._plain: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
 
     def add(self, name: str, total: float, count: float = 1.0, part: str = "") -> None:
         """Add `count` values whose sum is `total`. Parts of a name are separate means, which are added at the end."""
@@ -126,6 +142,11 @@ class Means:
     def add_sum(self, name: str, value: float) -> None:
         """Add to a number that is a sum, not a mean (seconds); it stays this rank's own."""
         self._plain[name] = self._plain.get(name, 0.0) + value
+
+    def add_largest(self, name: str, value: float) -> None:
+        """Keep the largest of the values of a name, each at least 0 or nan, which counts as larger than all."""
+        old = self._largest.get(name, 0.0)
+        self._largest[name] = old if value <= old or isnan(old) else value
 
     def add_metric(self, name: str, metric: Metric) -> None:
         """Add what a loss measured on one micro-batch."""
@@ -137,18 +158,26 @@ class Means:
             self.add(name, total, count, part)
         for name, value in other._plain.items():
             self.add_sum(name, value)
+        for name, value in other._largest.items():
+            self.add_largest(name, value)
 
     def reduce(self, world: World | None = None, names: SharedNames | None = None) -> dict[str, float]:
-        """Return the mean of each name, over the ranks of `world` if given, and the sums. Names never counted are left out.
+        """Return the mean of each name, over the ranks of `world` if given, the largest values and the sums.
+
+        Names never counted are left out.
 
         Args:
             world: the ranks.
             names: those that they have agreed on, kept from step to step.
         """
-        sums = self._sums if world is None else (names or SharedNames()).sum(self._sums, world)
-        means: dict[str, float] = {}
+        world = world or World()
+        own = {(name, f"{LARGEST}{world.rank}"): (value, 0.0) for name, value in self._largest.items()}
+        sums = (names or SharedNames()).sum(self._sums | own, world)
+        means, all_ranks = dict[str, float](), Means()
         for name, part in sorted(sums):
             total, n = sums[name, part]
-            if n > 0:
+            if part.startswith(LARGEST):
+                all_ranks.add_largest(name, total)
+            elif n > 0:
                 means[name] = means.get(name, 0.0) + total / n
-        return means | self._plain
+        return means | all_ranks._largest | self._plain

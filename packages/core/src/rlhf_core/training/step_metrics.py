@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.distributed import World
 from rlhf_core.contract.results import Metric
 from rlhf_core.lazy import torch
-from rlhf_core.training.reduction import Means, SharedNames
+from rlhf_core.training.reduction import LARGEST, Means, SharedNames
 from rlhf_core.util.activity import report
 from rlhf_core.util.clock import current_time
 
@@ -108,6 +108,10 @@ class Meter:
         """Add to a number that is a sum over the step and all ranks."""
         self._share(name, "total", (value, 0.0))
 
+    def log_largest(self, name: str, value: float) -> None:
+        """Log the largest of the numbers of all ranks, each at least 0."""
+        self._share(name, f"{LARGEST}{self.world.rank}", (value, 0.0))
+
     def _share(self, name: str, kind: str, pair: tuple[float, float]) -> None:
         """Keep numbers until the ranks add them up: those of the k-th call here belong to the k-th call elsewhere."""
         self._calls[name, kind] += 1
@@ -128,6 +132,8 @@ class Meter:
             first, second = sums[name, kind, call]
             if kind == "total":
                 means.add_sum(name, first)
+            elif kind.startswith(LARGEST):
+                means.add_largest(name, first)
             elif kind == "tokens":
                 means.add(name, first / max(1.0, second))
             elif kind == "mean" and second:

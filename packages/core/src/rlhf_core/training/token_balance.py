@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.batch import Batch
     from rlhf_core.contract.distributed import World
 
-__all__ = ["balance_rows", "balance_tokens", "plan_groups"]
+__all__ = ["balance_rows", "balance_tokens", "group_tokens", "plan_groups"]
 
 CLOSE = 0.02
 """Difference between the most and the fewest tokens of a rank, as a share of the mean, that is left alone."""
@@ -46,14 +46,25 @@ class PlacedGroup(NamedTuple):
     """number of the group among those of its rank"""
 
 
-def balance_tokens(scored: ScoredRollouts, world: World) -> ScoredRollouts:
-    """Return this rank's groups, so that all ranks have about equally many tokens. Collective over `world`."""
+def group_tokens(rows: Batch) -> list[int]:
+    """Return the number of tokens of each group of a rank's rows, in the order of their numbers."""
+    groups, group_N = rows.group_N.unique(return_inverse=True)
+    lengths_N = rows.prompt_lengths_N + rows.lengths_N
+    return torch.zeros(len(groups), dtype=torch.int64).scatter_add_(0, group_N, lengths_N).tolist()
+
+
+def balance_tokens(
+    scored: ScoredRollouts, world: World, tokens: Sequence[Sequence[int]] | None = None
+) -> ScoredRollouts:
+    """Return this rank's groups, so that all ranks have about equally many tokens.
+
+    `tokens` are the `group_tokens` of every rank, where they are at hand. Collective over `world` if they are not, or if groups
+    move.
+    """
     if world.size == 1:
         return scored
-    groups, group_N = scored.rollouts.group_N.unique(return_inverse=True)
-    lengths_N = scored.rollouts.prompt_lengths_N + scored.rollouts.lengths_N
-    tokens_G = torch.zeros(len(groups), dtype=torch.int64).scatter_add_(0, group_N, lengths_N)
-    plan = plan_groups(world.gather(tokens_G.tolist()))
+    plan = plan_groups(world.gather(group_tokens(scored.rollouts)) if tokens is None else tokens)
+    group_N = scored.rollouts.group_N.unique(return_inverse=True)[1]
     if all(group.rank == rank for rank, share in enumerate(plan) for group in share):
         return scored
     parts = [b""] * world.size
