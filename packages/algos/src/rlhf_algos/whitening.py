@@ -50,7 +50,7 @@ class _Moments(NamedTuple):
     tokens: float
     total: float
     squares: float
-    """of the differences from `mean`"""
+    """squared differences from `mean`"""
 
     @staticmethod
     def measure(values_NT: Tensor, mask_NT: Tensor) -> _Moments:

@@ -23,12 +23,12 @@ __all__ = ["Answers", "answered_rows", "mark_abstained"]
 
 
 class Answers(NamedTuple):
-    """What the other ranks have to know of a rank's scored completions."""
+    """Numbers of a rank's scored completions that the other ranks have to know."""
 
     lacking: int
     """number of completions without an answer"""
     tokens: list[int]
-    """of each group with an answer"""
+    """tokens of each group with an answer"""
     uids: list[int]
     """numbers of the prompts of these groups, in order; empty if they have none"""
 
