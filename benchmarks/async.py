@@ -2,12 +2,17 @@
 
     python3 benchmarks/async.py                     # simulated, then measured under Ray
     python3 benchmarks/async.py --learn --seeds 3   # held-out reward in turn and ahead, after the same steps
+    python3 benchmarks/async.py --vllm --steps 6    # vLLM in a separate process, without Ray
 
 Simulated: the scheduler alone (`rlhf-run simulate`). Measured: whole runs whose engine is a Ray actor and whose times are those
 of the engine `fake` and the strategy `fake`, which really sleep. Everything but the arithmetic of a model is there, also the
 object store, the weight sync and scoring, and a machine with few cores can show it. Overlap is the time that a step ahead saves
 over the most that could be saved, (in turn - ahead) / (in turn - longer phase). A straggler is a prompt whose completions have
 ten times the length: the longest step with it, over the median step, in simulated time.
+
+With `--vllm` the engine is a real one in a separate process, and training is real, too, without Ray. Each update also sleeps
+for the stated time, as if it computed elsewhere: on a small machine both would only compete for its cores. In the last row,
+weights arrive in the middle of the engine's call (`--partial.midway`).
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import argparse
 import json
 import os
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -23,12 +30,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from rlhf_core import Run, make_config
+from rlhf_core import Registry, Run, hookimpl, make_config
 from rlhf_core.asynchronous.simulation import Workload, simulate
 from rlhf_core.util.clock import simulated_time
 
 RATIOS = (1, 2, 4)
 LENGTH = 16
+COLLECTING = ("data", "rollout", "reward")
+"""Phases of a step that the thread ahead of training takes over."""
 
 
 def main() -> None:
@@ -39,7 +48,11 @@ def main() -> None:
         "--learn", action="store_true", help="compare held-out rewards of a model that is really trained"
     )
     parser.add_argument("--seeds", type=int, default=3, help="of --learn")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM in a separate process")
     args = parser.parse_args()
+    if args.vllm:
+        measure_vllm(args.training, args.steps)
+        return
     if args.learn:
         compare_rewards(args.seeds, args.steps)
         return
@@ -92,6 +105,48 @@ def measure(generation: float, training: float, steps: int, ahead: int) -> dict[
     }
 
 
+class Training:
+    """Seconds that an update takes elsewhere.
+
+    Args:
+        seconds: how long the loop sleeps before it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    @hookimpl
+    def rlhf_before_update(self) -> None:
+        """Sleep, while the engine may sample."""
+        time.sleep(self.seconds)
+
+
+def measure_vllm(training: float, steps: int) -> None:
+    """Print the least seconds of a step, those of its collecting, the share of the possible saving, and the age of tokens."""
+    print("vllm in a separate process       s/step   collecting s   overlap   staleness", flush=True)
+    serial = shorter = 0.0
+    for name, options in {
+        "in turn": {},
+        "1 ahead": {"ahead": 1},
+        "1 ahead, weights midway": {"ahead": 1, "partial": {"midway": True}},
+    }.items():
+        rows = train(
+            plugins=[Training(training)],
+            model="tiny",
+            rollout={"use": "vllm", "process": "own", "kv_cache_gib": 0.25, "max_num_seqs": 32},
+            sampling={"n": 4, "max_new_tokens": 256},
+            batch_size=8,
+            steps=steps,
+            **options,
+        )[1:-1]
+        least = min(rows, key=lambda row: row["time/step"])  # the machine has other work in the others
+        step, collecting = least["time/step"], sum(least.get(f"time/{part}", 0.0) for part in COLLECTING)
+        if not serial:
+            serial, shorter = step, min(collecting, step - collecting)
+        overlap, age = (serial - step) / shorter, mean(row["rollout/staleness"] for row in rows)
+        print(f"{name:30} {step:8.2f} {collecting:14.2f} {overlap:9.2f} {age:11.2f}", flush=True)
+
+
 def compare_rewards(seeds: int, steps: int) -> None:
     """Print the held-out reward after training in turn and ahead, by seed."""
     print("ahead   held-out reward by seed   mean")
@@ -112,18 +167,23 @@ def compare_rewards(seeds: int, steps: int) -> None:
         print(f"{ahead:5}   {'  '.join(f'{each:.3f}' for each in found)}   {mean(found):.3f}", flush=True)
 
 
-def train(**options: Any) -> list[dict[str, float]]:
+def train(plugins: Sequence[object] = (), **options: Any) -> list[dict[str, float]]:
     """Return the metrics of a run of GRPO on the tiny model, a row per step; the last row has the held-out reward."""
+    registry = Registry()
+    for plugin in plugins:
+        registry.register(plugin, name=type(plugin).__name__)
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(
             {"use": "grpo", "kl": {"coef": 0.0}},
-            model="tiny:hidden=32,layers=1",
-            data="prompts",
-            reward={"use": "length", "target": 4},
             output=f"{folder}/run",
-            **options,
+            **{
+                "model": "tiny:hidden=32,layers=1",
+                "data": "prompts",
+                "reward": {"use": "length", "target": 4},
+                **options,
+            },
         )
-        result = Run(config).train()
+        result = Run(config, registry).train()
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         if result.evaluations:
             rows[-1]["reward"] = result.evaluations[-1][1]["eval/heldout/reward"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -54,6 +56,14 @@ def test_what_is_missing_or_unknown_is_one_line(options: dict[str, str], message
     with pytest.raises(UsageError, match=message) as caught:
         Verifiers(**{"taskset": taskset, **options}).check()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["refuse", "ignore"])
+def test_requests_of_the_harness_are_answered_as_the_option_says(
+    answer: Literal["refuse", "ignore"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_environment_verifiers.environment.Player", lambda _: SimpleNamespace(play=len))
+    assert Verifiers("sums_taskset", request_sampling=answer).served().request_sampling == answer
 
 
 def test_without_verifiers_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

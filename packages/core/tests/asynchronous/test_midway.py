@@ -16,6 +16,7 @@ from rlhf_core.asynchronous.gate import EngineGate
 from rlhf_core.contract.batch import Example, Prompts, Rollouts
 from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
+from rlhf_core.launcher.local import Local
 from rlhf_core.rollout.fake import FakeEngine, FakeRollout
 from rlhf_core.testing.tiny import tiny_run
 from rlhf_core.util.clock import current_time, simulated_time, sleep, start
@@ -39,6 +40,12 @@ class Between(FakeRollout):
     """An engine that takes weights between two calls only."""
 
     takes_weights_midway = False
+
+
+class Apart(Local):
+    """A launcher whose engines are in processes that it calls one call at a time."""
+
+    engines_apart = True
 
 
 class Watch:
@@ -156,6 +163,11 @@ def test_a_run_trains_on_completions_of_several_versions_and_waits_less(tmp_path
 def test_an_engine_that_takes_weights_between_calls_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"partial\.midway.* not supported by rollout engines of kind '.*Between'"):
         train(tmp_path / "run", rollout=Between(token_seconds=TOKEN), partial={"midway": True})
+
+
+def test_an_engine_of_a_launcher_with_engines_apart_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"not supported by rollout engines under launcher=.*Apart.*; leave it out$"):
+        train(tmp_path / "run", launcher=Apart(), partial={"midway": True})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_core import Environment, Example, Harness, OpenContext, Session, UsageError
 
@@ -33,6 +33,9 @@ class Verifiers(Environment):
     """maximum number of tasks that are taken from the taskset"""
     seconds: float = 600.0
     """time limit of an episode, in seconds"""
+    request_sampling: Literal["refuse", "ignore"] = "refuse"
+    """answer to a request of the harness with a sampling option that is not the run's, or with a field that the endpoint does
+    not support: refuse returns an error, ignore samples with `--sampling` all the same"""
     log: tuple[str, ...] = ()
     """names of the task's rewards and metrics that are logged as reward/<name>"""
 
@@ -60,7 +63,9 @@ class Verifiers(Environment):
 
     def served(self) -> Harness:
         """Return the environment that serves the policy to the player of the tasks."""
-        return Harness(agent=Player(self).play, seconds=self.seconds, log=self.log)
+        return Harness(
+            agent=Player(self).play, seconds=self.seconds, request_sampling=self.request_sampling, log=self.log
+        )
 
 
 class Player:
