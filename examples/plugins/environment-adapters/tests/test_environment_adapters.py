@@ -136,9 +136,11 @@ class Dice:
 class Slow(Script):
     """A script that lets other episodes run before each turn."""
 
-    async def ask(self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = ()) -> Reply:
+    async def ask(
+        self, token_ids: Any, max_tokens: int = 0, stop: Sequence[str] = (), seed: int | None = None
+    ) -> Reply:
         await asyncio.sleep(0)
-        return await super().ask(token_ids, max_tokens, stop)
+        return await super().ask(token_ids, max_tokens, stop, seed)
 
 
 def test_games_side_by_side_draw_the_numbers_of_their_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
