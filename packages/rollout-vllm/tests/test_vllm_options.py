@@ -115,6 +115,23 @@ def test_processes_that_do_not_divide_the_heads_are_refused_before_anything_star
     four.check_plan(tiny_run(tmp_path, model="tiny:heads=8,hidden=256", rollout=four).plan)
 
 
+@pytest.mark.parametrize(("size", "allowed"), [(2, False), (3, True), (4, False), (6, True), (12, True)])
+def test_key_value_heads_are_dealt_or_repeated(size: int, allowed: bool, tmp_path: Path) -> None:
+    """vLLM's own rule (its `QKVParallelLinear`), for 12 heads of queries and 3 of keys and values."""
+    model = "tiny:heads=12,kv_heads=3,hidden=384"
+    engine = VLLM(process="own", tensor_parallel_size=size)
+    plan = tiny_run(tmp_path, model=model, rollout=engine).plan
+    if allowed:
+        engine.check_plan(plan)
+        return
+    with pytest.raises(UsageError) as caught:
+        engine.check_plan(plan)
+    assert str(caught.value) == (
+        f"tensor_parallel_size {size} neither divides the 3 key-value heads of {model}, the model of role actor, "
+        "nor is a multiple of them; choose a number that does"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

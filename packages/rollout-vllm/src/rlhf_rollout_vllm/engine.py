@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.engines import OpenContext
     from rlhf_core.contract.memory import ModelSize, SamplingLoad
     from rlhf_core.contract.options import Sampling
-    from rlhf_core.contract.plan import Plan
+    from rlhf_core.contract.plan import Plan, RoleSpec
     from rlhf_core.contract.roles import Role
     from rlhf_rollout_vllm.session import Engine
 
@@ -86,22 +86,15 @@ class VLLM(VLLMOptions, Rollout):
 
         Also raise it if servers keep their weights and the sampled role is trained.
         """
-        from rlhf_core.models.loading.limits import attention_heads
-
         changing = [name for name, spec in plan.roles.items() if spec.sampled and spec.trained]
         if self.transfer == "none" and changing:
             raise OptionError(
                 "transfer", f"none is for roles that no term trains, and {changing[0]} is trained; choose another way"
             )
         size = self.tensor_parallel_size
-        for name, spec in plan.roles.items() if size > 1 else ():
-            heads = attention_heads(spec.options.model, spec.options) if spec.sampled else None
-            if heads is not None and heads % size:
-                raise OptionError(
-                    "tensor_parallel_size",
-                    f"{size} does not divide the {heads} attention heads of {spec.options.model}, the model of role {name}; "
-                    "choose a number that does",
-                )
+        for spec in plan.roles.values() if size > 1 else ():
+            if spec.sampled:
+                _check_heads(size, spec)
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
         """Return the bytes of an engine on one of its GPUs: its part of the weights, and the cache that vLLM reserves.
@@ -126,6 +119,34 @@ class VLLM(VLLMOptions, Rollout):
                 f"{option('restarts', 0)} or {option('transfer', 'shared_memory')}",
             )
         return VLLMEngines(self, ahead)
+
+
+def _check_heads(size: int, spec: RoleSpec) -> None:
+    """Check that vLLM can split the attention heads of a role's model over processes.
+
+    Heads of queries are dealt evenly. Those of keys and values are dealt, or each is on several processes.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    from rlhf_core.models.loading.limits import attention_heads
+
+    found = attention_heads(spec.options.model, spec.options)
+    if found is None:
+        return
+    heads, groups = found
+    whose = f"of {spec.options.model}, the model of role {spec.name}"
+    if heads % size:
+        raise OptionError(
+            "tensor_parallel_size",
+            f"{size} does not divide the {heads} attention heads {whose}; choose a number that does",
+        )
+    if groups % size and size % groups:
+        raise OptionError(
+            "tensor_parallel_size",
+            f"{size} neither divides the {groups} key-value heads {whose}, nor is a multiple of them; choose a number "
+            "that does",
+        )
 
 
 class VLLMEngines(Rollout):

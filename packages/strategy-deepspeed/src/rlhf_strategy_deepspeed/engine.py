@@ -5,9 +5,8 @@ Under stage 3 a parameter holds nothing except while its module runs: hooks on e
 release them after. Code that calls modules in its own order (a sampler, whose ranks stop at different lengths) must
 not trigger those collective calls: `gathered` holds all weights and takes the hooks away for as long as it is open.
 
-Not here: building the module sharded from the start (`deepspeed.zero.Init` around the construction). It saves host
-memory, not device memory: `build` makes the module on the CPU, and it is sharded one parameter at a time on the way to the
-device.
+No rank builds the whole module: its weights are deferred (`rlhf_core.models.loading.deferral`), and `shard` reads and cuts one
+parameter at a time.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import OptionError, UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.models.loading.deferral import read_weight
 from rlhf_core.util.messages import progress
 
 if TYPE_CHECKING:
@@ -68,17 +69,25 @@ def silence_deepspeed() -> Iterator[None]:
 
 
 def shard(module: nn.Module, config: Json, device: torch.device) -> None:
-    """Stage 3: cut every parameter over the ranks, one at a time, so that the device never holds the whole model."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if config[name]["enabled"]:
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(dtype)
+    """Stage 3: read and cut every parameter, one at a time, so that no host or device ever holds the whole model."""
     deepspeed = library()
     # DeepSpeed makes the groups of a node once in a process, and refuses to make them again for a second role
     node = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
-    deepspeed.zero.Init(module=module, config_dict_or_path=config, zero_param_parallel_group=node)
+    one_by_one = torch.nn.Module()
+    one_by_one.parameters = partial(_read_one_by_one, module, config)  # type: ignore[method-assign]
+    deepspeed.zero.Init(module=one_by_one, config_dict_or_path=config, zero_param_parallel_group=node)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
+
+
+def _read_one_by_one(module: nn.Module, config: Json, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """Yield the parameters with their numbers, in the dtype that the engine computes in; the next is read after one is cut."""
+    narrow = [dtype for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)) if config[name]["enabled"]]
+    for parameter in module.parameters(recurse):
+        read_weight(parameter)
+        for dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
+        yield parameter
 
 
 def mark_leaves(module: nn.Module, classes: Sequence[str]) -> None:

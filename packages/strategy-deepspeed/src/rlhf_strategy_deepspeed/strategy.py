@@ -70,14 +70,19 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
         """Return a trained role in its own engine; a frozen one sharded if the trained ones are, and plain otherwise."""
         self.check()
         device = prepare_process()
+        from rlhf_core.models.loading.deferral import defer_weights
         from rlhf_strategy_deepspeed.frozen_shards import FrozenShards
         from rlhf_strategy_deepspeed.sequence import join_rows
         from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
 
+        if self.stage == 3 and (optim is not None or torch.distributed.get_world_size() > 1):
+            with defer_weights():
+                module = build()
+            if optim is None:
+                return FrozenShards(self, module, device)
+            return DeepSpeedTrainable(self, module, optim, total_steps, device)
         if optim is not None:
             return DeepSpeedTrainable(self, build(), optim, total_steps, device)
-        if self.stage == 3 and torch.distributed.get_world_size() > 1:
-            return FrozenShards(self, build(), device)
         from rlhf_core.strategy.torch import TorchTrainable
 
         module = build()

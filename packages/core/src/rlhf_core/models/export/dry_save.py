@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models.export.folder import with_template, write_folder
+from rlhf_core.models.loading.deferral import compute_deferred
 from rlhf_core.models.loading.names import Source
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.models.loading.transformers_calls import silence
@@ -79,7 +80,8 @@ def _compare(module: RoleModule, tokenizer: Any, folder: str, options: ModelOpti
         return faults
     faults += _compare_shapes(model, config)
     if hasattr(model, "score"):
-        faults += _compare_scores(model, read)
+        with compute_deferred(model):
+            faults += _compare_scores(model, read)
     return faults
 
 

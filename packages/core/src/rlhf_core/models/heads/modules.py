@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_core.errors import UsageError
 from rlhf_core.models.heads.logprobs import Head, token_logprobs
+from rlhf_core.models.loading.deferral import compute_deferred, read_whole
 
 __all__ = ["HEADS_FILE", "SCALAR", "ChunkedHead", "ScalarHead", "check_logits", "generator_for", "head_options"]
 
@@ -148,6 +149,18 @@ def check_logits(name: str, model: Any) -> None:
     Raises:
         UsageError: it is not, it does not, or a pass fails.
     """
+    with compute_deferred(model) as deferred:
+        try:
+            return _check_logits(name, model)
+        except UsageError:
+            if not deferred:
+                raise
+    read_whole(model, f"{name} uses weights of a module outside of it")
+    return _check_logits(name, model)
+
+
+def _check_logits(name: str, model: Any) -> None:
+    """Check the logits of a model that computes."""
     ids_NS = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)  # rows of one beginning
     head, tolerance = model.get_output_embeddings(), 1e-3 if model.dtype == torch.float32 else 0.1
     try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlhf_core.errors import OptionError
+from rlhf_core.models.loading.deferral import read_whole
 from rlhf_core.util.messages import log
 from rlhf_core.util.text_files import read_text
 
@@ -58,6 +59,7 @@ def grow(name: str, model: Any, tokenizer: PreTrainedTokenizerBase, added: Colle
     model.new_tokens = len(new)
     if not new:
         return
+    read_whole(model, f"{name} gets {model.new_tokens} new tokens, which start at the mean of the others")
     if needed > before:
         model.resize_token_embeddings(needed, mean_resizing=False)  # its own way to the mean is to draw around it
     old = sorted(number for number in known - {*new} if number < before)

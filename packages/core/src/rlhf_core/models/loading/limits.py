@@ -27,16 +27,22 @@ def most_positions(name: str, options: ModelOptions) -> int | None:
     return window_of(read_config(name, source, options))
 
 
-def attention_heads(name: str, options: ModelOptions) -> int | None:
-    """Return how many attention heads a layer of the model called `name` has; None where its config does not say."""
+def attention_heads(name: str, options: ModelOptions) -> tuple[int, int] | None:
+    """Return how many heads for queries, and for keys and values, a layer of a model has; None where its config does not say.
+
+    Args:
+        name: of the model.
+        options: of its role.
+    """
     source = resolve_name(name)
     if source.kind == "tiny":
-        return tiny.parse(name).heads
+        size = tiny.parse(name)
+        return size.heads, size.kv_heads
     if source.kind == "adapter":
         return attention_heads(read_base_model(Path(source.location)), options)
     text = read_config(name, source, options).get_text_config(decoder=True)
     heads: int | None = getattr(text, "num_attention_heads", None)
-    return heads
+    return (heads, getattr(text, "num_key_value_heads", None) or heads) if heads else None
 
 
 def window_of(config: Any) -> int | None:

@@ -6,6 +6,8 @@ not run unless asked for. torch and transformers are imported when something is 
 
 An adapter, in a folder or on the hub, is its base with the adapter merged (`models.loading.adapters`).
 
+For a strategy whose ranks keep shares, the weights stay in their files until it takes them (`models.loading.deferral`).
+
 Left out on purpose: checkpoints that are quantized already, and sharding over devices, which is a strategy's business.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,8 @@ from rlhf_core.models.inputs.vision import is_vision
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
 from rlhf_core.models.loading.architecture import choose_attention, name_body, report_attention
+from rlhf_core.models.loading.deferral import read_weight, read_whole
+from rlhf_core.models.loading.deferred_files import load_deferred
 from rlhf_core.models.loading.foreign import foreign_head
 from rlhf_core.models.loading.generation import repair_generation
 from rlhf_core.models.loading.hub import find_companion_file, resolve_name
@@ -58,7 +63,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     source = resolve_name(name)
     _check_attention(options)
     if source.kind == "adapter":
-        return merge_adapter(load_model(_base(source, options), options, trained=trained), Path(source.location))
+        return _merge(load_model(_base(source, options), options, trained=trained), name, source)
     if source.kind == "tiny":
         _check_tiny(name, options)
         with translate_errors(name):
@@ -86,20 +91,23 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     source = resolve_name(name)
     _check_attention(options)
     if source.kind == "adapter":
-        folder = Path(source.location)
-        model, found = load_scorer(_base(source, options), options, trained=trained)
-        return merge_adapter(model, folder), found or has_score(folder)
+        base, found = load_scorer(_base(source, options), options, trained=trained)
+        return _merge(base, name, source), found or has_score(Path(source.location))
     if source.kind == "tiny":
         _check_tiny(name, options)
         size, dtype = tiny.parse(name), _dtype(options, trained)
         with translate_errors(name):
-            made = size.model(LlamaForSequenceClassification, _tiny_attention(options), dtype, num_labels=1)
+            made: Any = size.model(LlamaForSequenceClassification, _tiny_attention(options), dtype, num_labels=1)
+        read_weight(made.score.weight)  # it is drawn again
         return _fit_embedding(name, source, made, options), False
+    model: Any
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
         raise UsageError(
             f"{name} is not a decoder with a score head: {len(others)} weights are missing, such as {others[0]}"
         )
+    for parameter in model.score.parameters():
+        read_weight(parameter)  # small, and it may be drawn again
     if missing and (config := find_companion_file(name, "config.json")) and (head := foreign_head(config.parent)):
         model.score = head.to(model.dtype)
         return model, True
@@ -133,17 +141,19 @@ def _from_pretrained(
     labels = overrides.get("num_labels")
     if labels and _is_classifier(config) and (found := read_config(name, source, options).num_labels) != labels:
         raise UsageError(f"{name} has {found} classes; choose a reward model with one score")
+    load = partial(
+        auto.from_pretrained,
+        loadable_path(source),
+        config=config,
+        dtype=_dtype(options, trained),
+        attn_implementation=choose_attention(name, config, options),
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        **_quantization(options),
+    )
     with translate_errors(name), silence(source):
-        model, info = auto.from_pretrained(
-            loadable_path(source),
-            config=config,
-            dtype=_dtype(options, trained),
-            attn_implementation=choose_attention(name, config, options),
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **_quantization(options),
-        )
+        model, info = load_deferred(name, load, packed=options.quantize != "none")
     report_attention(name, model, options)
     name_body(model)
     repair_generation(name, model)
@@ -152,6 +162,12 @@ def _from_pretrained(
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
     _fit_embedding(name, source, model, options)
     return model, sorted(info["missing_keys"])
+
+
+def _merge(model: PreTrainedModel, name: str, source: Source) -> PreTrainedModel:
+    """The base of an adapter with the adapter merged into its weights."""
+    read_whole(model, f"{name} is an adapter, which is merged")
+    return merge_adapter(model, Path(source.location))
 
 
 def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.models.loading.byte_tokenizer import EOS, PAD, TOKENS
+from rlhf_core.models.loading.deferral import defer_all, is_deferring
 from rlhf_core.util.suggestions import did_you_mean
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["Tiny", "parse"]
@@ -65,16 +67,38 @@ class Tiny:
         """The model as an instance of `cls`, one of transformers' Llama classes."""
         llama = self.config(**config)
         llama._attn_implementation = attention
+        if is_deferring():
+            return self._defer(cls, llama, dtype)
         with torch.random.fork_rng(devices=[]):  # the constructor draws numbers that are overwritten below
             model: Any = cls(llama).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.dim() > 1:
-                    digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-                    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-                    parameter.normal_(0.0, STD, generator=generator)
+                self._draw(name, parameter)
         converted: PreTrainedModel = model.to(dtype)
         return converted
+
+    def _draw(self, name: str, weight: Tensor) -> Tensor:
+        """Give a matrix its numbers; the vectors of a Llama keep theirs, which are 1."""
+        if weight.dim() > 1:
+            digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest, "big") >> 1)
+            weight.normal_(0.0, STD, generator=generator)
+        return weight
+
+    def _defer(self, cls: type[Any], llama: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """The model whose weights are drawn when they are needed."""
+        with torch.device("meta"):
+            model: Any = cls(llama).eval()
+        rotary = model.model.rotary_emb
+        model.model.rotary_emb = type(rotary)(config=llama)  # its buffers are computed, not drawn
+        model.to(dtype)
+
+        def read(name: str, shape: torch.Size) -> Tensor:
+            return self._draw(name, torch.ones(shape)).to(dtype)
+
+        defer_all(model, read)
+        deferred: PreTrainedModel = model
+        return deferred
 
 
 def parse(name: str) -> Tiny:

@@ -1,0 +1,60 @@
+"""No rank builds a whole model under stage 3, and the shares are those of the whole model to the bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from rlhf_core.contract.options import ModelOptions
+from rlhf_core.models.build import build_module
+from rlhf_core.models.loading.load import load_model
+from rlhf_core.models.loading.tiny import parse
+from rlhf_core.testing import run_ranks
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path, and this file is not one
+import building_ranks as ranks
+
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
+
+ADAPTED = find_spec("peft") is not None
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, in several files, the weights of each role that two ranks built, and their peaks of memory."""
+    folder = tmp_path_factory.mktemp("built")
+    load_model("tiny:layers=3,seed=5", ModelOptions()).save_pretrained(folder / "model", max_shard_size="100KB")
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    done = run_ranks(2, ranks.build, str(folder), str(folder / "model"), ADAPTED)
+    assert [rank.code for rank in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ranks.specs("", ADAPTED))
+def test_shares_are_those_of_the_whole_model(name: str, built: Path) -> None:
+    spec = ranks.specs(str(built / "model"), ADAPTED)[name]
+    expected = dict(build_module(spec).named_parameters())
+    found: dict[str, Tensor] = torch.load(built / f"{name}.pt")
+    assert list(found) == list(expected)
+    for key, weight in found.items():
+        wanted = expected[key].to(weight.dtype)  # the strategy keeps float32 copies of narrow weights elsewhere
+        assert weight.dtype == (torch.bfloat16 if spec.options.dtype == "bfloat16" else torch.float32), key
+        assert torch.equal(weight, wanted), key
+
+
+def test_no_rank_holds_the_whole_model_in_main_memory(built: Path) -> None:
+    """A share is half of the model. Without deferring, a rank holds all of it at first."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(parse(ranks.LARGE).config())
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for rank in range(2):
+        peaks = json.loads((built / f"{rank}.json").read_text())
+        assert peaks["at once"] > whole
+        assert whole / 2 <= peaks["deferred"] < 0.7 * whole
