@@ -19,6 +19,7 @@ from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import Local
 from rlhf_core.rollout.fake import FakeEngine, FakeRollout
 from rlhf_core.testing.tiny import tiny_run
+from rlhf_core.testing.tiny_environment import TinyEnvironment
 from rlhf_core.util.clock import current_time, simulated_time, sleep, start
 
 TOKEN = 0.125  # seconds of a decoding step; sums of it are exact
@@ -59,12 +60,10 @@ class Watch:
     @hookimpl
     def rlhf_step_end(self, run: Run, step: int) -> None:
         (batch,) = run.samples.values()
-        for i, length in enumerate(batch.lengths_N.tolist()):
-            rows = [batch[name][i, :length].tolist() for name in ("versions_NT", "sampler_logprobs_NT")]
-            self.tokens += [
-                (step, version, token, logprob)
-                for version, token, logprob in zip(rows[0], batch.tokens_NT[i, :length].tolist(), rows[1], strict=True)
-            ]
+        names = ("versions_NT", "sampler_logprobs_NT")
+        versions, logprobs = (batch[name][batch.mask_NT].tolist() for name in names)
+        tokens = batch.tokens_NT[batch.mask_NT].tolist()
+        self.tokens += zip([step] * len(tokens), versions, tokens, logprobs, strict=True)
         self.w.append(float(run.roles["actor"].trainable.w.detach()))  # type: ignore[attr-defined]
 
 
@@ -180,6 +179,15 @@ def test_an_engine_of_a_launcher_with_engines_apart_is_refused(tmp_path: Path) -
 def test_a_run_without_a_thread_for_them_is_refused(tmp_path: Path, options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         train(tmp_path / "run", partial={"midway": True}, **options)
+
+
+def test_episodes_take_weights_between_and_inside_of_their_turns(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"environment": TinyEnvironment(), "episode": {"turn_tokens": 6}}
+    watch, _ = train(tmp_path / "run", partial={"midway": True}, **options)
+    assert max(column(tmp_path / "run", "rollout/span")) > 0
+    for step, version, token, logprob in watch.tokens:
+        assert logprob == pytest.approx(watch.w[version] - 1 - token % 7, abs=1e-5)
+        assert step - 1 - 2 <= version <= step - 1
 
 
 def test_slices_and_weights_midway_go_together(tmp_path: Path) -> None:
