@@ -1,4 +1,4 @@
-"""Runs of the tests, in this process or as one of several ranks: `torchrun … deepspeed_ranks.py FOLDER CASE:STAGE…`
+"""Runs of the tests, in this process or as one of several ranks (`main`).
 
 Each leaves FOLDER/CASE-STAGE with what a run writes and, beside it, `result.pt`: metrics of every step, every completion
 that was sampled, and the final weights of every trained role. The rest of a run is checked here, where the ranks are, and
@@ -11,7 +11,6 @@ import json
 import math
 import random
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +136,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Options beside the stage, by the letter that follows it in a word."""
 
-EVERY = ("0", "1", "1o", "2", "2o", "3", "3o", "3a", "3l")
-"""Stages with their letters that work on any number of ranks and without a compiler."""
+STATES = ("0", "1", "1o", "2", "2o", "3", "3o", "3a")
+"""Stages with their letters that keep states in different places, on any number of ranks and without a compiler."""
+
+EVERY = (*STATES, "3l")
+"""With those that gather weights in another way, where states are as in stage 3."""
 
 
 def sharded(stage: str) -> Any:
@@ -186,8 +188,7 @@ def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "", *
         shutil.copytree(folder / name, folder / copy)
         shutil.rmtree(folder / copy / "checkpoints" / f"step-{STEPS}")
     world.barrier()
-    # the algorithm of this file has another name in the process that runs the file
-    return run(folder, case, strategy, copy, resume=True, resume_changed=case == "plain", **options)
+    return run(folder, case, strategy, copy, resume=True, **options)
 
 
 def every_stage(folder: str, case: str, options: Mapping[str, Any]) -> None:
@@ -211,6 +212,7 @@ def mistake(action: Callable[[], object]) -> str:
 def main(folder: Path, *words: str) -> None:
     """Each word is CASE:STAGE; or CASE:FOLDER:STAGE, which resumes what is in a folder; or `wrong`, for mistakes; or `steps`,
     for what no whole run shows."""
+    torch.set_num_threads(1)
     world = join_world()
     for word in words:
         name = word.replace(":", "-")
@@ -219,18 +221,17 @@ def main(folder: Path, *words: str) -> None:
             result = wrong(folder)
         elif word == "steps":
             strategies = {"torch": TorchStrategy("cpu"), **{stage: sharded(stage) for stage in EVERY}}
-            result = {
-                key: {
-                    "norms": norms(each),
+            result = {key: {"norms": norms(each)} for key, each in strategies.items()}
+            for key in ("torch", *STATES):
+                each = strategies[key]
+                result[key] |= {
                     "moved": moved(each),
                     "broken": {dtype: broken(each, dtype) for dtype in ("float32", "bfloat16")},
                     "slept": slept(each),
                     "overflow": None if key == "0" else overflow(each),
                 }
-                for key, each in strategies.items()
-            }
             if world.size == 1:
-                for stage in ("torch", *"0123"):
+                for stage in "0123":
                     check_strategy(strategies[stage])
         elif word.count(":") == 2:
             case, old, stage = word.split(":")
@@ -272,11 +273,11 @@ def norms(strategy: Strategy) -> list[float]:
 
 
 def moved(strategy: Strategy) -> float:
-    """Ten updates in bfloat16, each a tenth of the distance to the next number: the share of large weights that changed."""
-    role = trainable(strategy, "bfloat16", AdamW(lr=1.2e-5, eps=1e-12))
+    """Five updates in bfloat16, each a fifth of the distance to the next number: the share of large weights that changed."""
+    role = trainable(strategy, "bfloat16", AdamW(lr=2.4e-5, eps=1e-12))
     batch = tiny_rollouts()
     before = {name: tensor.bfloat16().clone() for name, tensor in role.weights()}
-    for _ in range(10):
+    for _ in range(5):
         role.backward(role.forward(batch, frozenset({"logprobs_NT"}))["logprobs_NT"].sum())
         role.step()
         role.offload()
@@ -357,7 +358,3 @@ def wrong(folder: Path) -> dict[str, Any]:
         "padded": mistake(lambda: run(folder, "plain", sharded("1s"), "padded", actor={"packing": False})),
         "leaves": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, leaf_modules=("Experts",)), "leaves")),
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

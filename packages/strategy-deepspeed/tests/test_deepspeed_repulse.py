@@ -16,14 +16,14 @@ import torch
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing import run_ranks
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path, and this file is not one
+sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path, and these files are none
 import deepspeed_ranks as ranks
-from test_deepspeed_ranks import assert_same
+from rank_results import assert_same
 
 pytest.importorskip("rlhf_algos", reason="trains RePULSe of rlhf-algos")
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")]
 
-SHORT = {"steps": 5, "save_every": 0}
+SHORT = {"steps": 3, "save_every": 0}
 
 
 @pytest.fixture(scope="module")
