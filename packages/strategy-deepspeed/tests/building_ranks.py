@@ -19,8 +19,8 @@ from rlhf_core.contract.terms import Term
 from rlhf_core.launcher.local import join_world
 from rlhf_core.models.build import build_module
 
-LARGE = "tiny:hidden=256,layers=8"
-"""A model of 3 million parameters, of which the largest matrix has 66,000."""
+LARGE = "tiny:hidden=256,layers=32"
+"""A model of 11 million parameters, of which the largest matrix has 66,000."""
 OUTPUTS = frozenset({"logprobs_NT", "values_NT"})
 
 
