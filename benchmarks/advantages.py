@@ -2,7 +2,7 @@
 
     python benchmarks/advantages.py
 
-The loop is what a direct reading of the papers gives, vectorised over completions only; many systems run it on the
+The loop is what a direct reading of the papers gives, vectorized over completions only; many systems run it on the
 controller for every batch. Prints milliseconds and the largest difference from the same loop in float64, relative to
 the largest advantage.
 """

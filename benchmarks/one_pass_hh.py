@@ -1,4 +1,4 @@
-"""One-pass reward modelling on the features of real preference pairs: the passive stream, active queries, and deployment.
+"""One-pass reward modeling on the features of real preference pairs: the passive stream, active queries, and deployment.
 
 FEATURES is what `one_pass_features.py` wrote of pairs, chosen first. A seed splits the pairs anew into a training stream and
 held-out pairs and shuffles the stream; intervals are 95 % t-intervals over seeds. Every arm of a seed gets the same pairs,

@@ -50,7 +50,7 @@ def the_role() -> LocalRole:
 @pytest.fixture
 def role(the_role: LocalRole) -> LocalRole:
     """A tiny actor with weights of its own for each test, and a new version, so that the engine takes them."""
-    _randomise(the_role, seed=the_role.version)
+    _randomize(the_role, seed=the_role.version)
     return the_role
 
 
@@ -60,9 +60,9 @@ def prompts(the_role: LocalRole) -> Prompts:
 
 
 @pytest.fixture(scope="session")
-def randomise() -> Callable[..., None]:
-    """`randomise(role, seed)`: other weights, and a new version."""
-    return _randomise
+def randomize() -> Callable[..., None]:
+    """`randomize(role, seed)`: other weights, and a new version."""
+    return _randomize
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def _make_prompts(role: LocalRole, texts: list[str]) -> Prompts:
     return Prompts(texts, token_ids, [Example(text) for text in texts], uids=[11 + i for i in range(len(texts))])
 
 
-def _randomise(role: Any, seed: int, std: float = 0.25) -> None:
+def _randomize(role: Any, seed: int, std: float = 0.25) -> None:
     """Large random weights, so that the distribution is far from flat and every tensor matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_it_keeps_the_contract_with_and_without_graphs(eager: bool) -> None:
 
 
 def test_weights_follow_the_trainer_and_survive_sleep(
-    make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+    make_prompts: Callable[..., Any], randomize: Callable[..., Any]
 ) -> None:
     role: Any = LocalRole(tiny_run("unused").plan, "actor")
     prompts = make_prompts(role, ["Hello", "What is it?"])
@@ -40,7 +40,7 @@ def test_weights_follow_the_trainer_and_survive_sleep(
     try:
         rollout(role, prompts, GREEDY)
         for seed in (1, 2):
-            randomise(role, seed=seed)
+            randomize(role, seed=seed)
             rollout.sync(role)
             free = torch.cuda.mem_get_info()[0]
             rollout.sleep()
@@ -55,7 +55,7 @@ def test_weights_follow_the_trainer_and_survive_sleep(
 
 @pytest.mark.parametrize("transfer", ["shared_memory", "ipc", "nccl"])
 def test_processes_of_an_engine_get_the_weights(
-    transfer: Any, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+    transfer: Any, make_prompts: Callable[..., Any], randomize: Callable[..., Any]
 ) -> None:
     """NCCL joins no GPU with itself: it needs a second one, which the engine's processes get."""
     if transfer == "nccl" and torch.cuda.device_count() < 2:
@@ -67,7 +67,7 @@ def test_processes_of_an_engine_get_the_weights(
     try:
         rollout(role, prompts, GREEDY)
         for seed in (1, 2):
-            randomise(role, seed=seed)
+            randomize(role, seed=seed)
             assert rollout.sync(role)["sync/calls"] == 3
             rollout.sleep(2)
             rollout.wake()

@@ -84,12 +84,12 @@ def make_role(folder: Path, architecture: str, config: dict[str, Any], tokens: i
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_tensor_reaches_the_engine(
-    name: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+    name: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomize: Callable[..., None]
 ) -> None:
     """As loaded, with each tensor changed by itself, and after training."""
     role = make_role(tmp_path, *ARCHITECTURES[name], actor={"attention": "eager"})  # sdpa knows no soft caps
     prompts = make_prompts(role, ["Hello", "What is it?", "1 2 3"])
-    randomise(role, seed=0)
+    randomize(role, seed=0)
     rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     try:
         agree(rollout, role, prompts)
@@ -107,7 +107,7 @@ def test_every_tensor_reaches_the_engine(
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_sampled(
-    tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+    tmp_path: Path, make_prompts: Callable[..., Prompts], randomize: Callable[..., None]
 ) -> None:
     """A quarter of the head is padding, as likely as the rest. Free sampling draws it; a run's does not, cut or not, and the
     trainer replays the sets without it."""
@@ -115,7 +115,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_sampled(
     tokens = max(role.tokenizer.get_vocab().values()) + 1
     assert tokens < 300
     prompts = make_prompts(role, ["Hello", "What is it?"])
-    randomise(role, seed=0, std=0.1)
+    randomize(role, seed=0, std=0.1)
     rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=64))
     every = Sampling(n=32, max_new_tokens=4, temperature=1.0)
     try:
@@ -154,7 +154,7 @@ def train(role: LocalRole, rollouts: Rollouts) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "folder", "adapter"])
 def test_new_tokens_are_sampled_from_too_and_adapters_come_with_theirs(
-    kind: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomise: Callable[..., None]
+    kind: str, tmp_path: Path, make_prompts: Callable[..., Prompts], randomize: Callable[..., None]
 ) -> None:
     """Sixty tokens more than the model's own files know of, beside the end tokens that these name."""
     pytest.importorskip("peft")
@@ -167,11 +167,11 @@ def test_new_tokens_are_sampled_from_too_and_adapters_come_with_theirs(
         base = make_role(Path(name), *ARCHITECTURES["llama"], actor=lora)
         if lora:
             name = str(tmp_path / "adapter")
-            randomise(base, seed=1, std=0.1)
+            randomize(base, seed=1, std=0.1)
             base.export(name)
     run = tiny_run("unused", model=name, add_tokens=str(file), sampling=replace(GREEDY, temperature=1.0))
     role = LocalRole(run.plan, "actor")
-    randomise(role, seed=2)
+    randomize(role, seed=2)
     rollout = VLLMEngines(VLLM(kv_cache_gib=0.25, max_num_seqs=8))
     try:
         prompts = make_prompts(role, ["Hello <new7>", "What is it?", "1 2 3"])

@@ -46,13 +46,13 @@ def opened(apart: VLLMEngines, role: LocalRole, prompts: Prompts) -> Any:
 
 
 def test_it_samples_what_hf_samples_before_and_after_updates(
-    apart: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    apart: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomize: Callable[..., Any]
 ) -> None:
     assert VLLM(process="own").has_own_weights
     assert not VLLM().has_own_weights
     for seed in (2001, 2002):
         _same(apart(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY))
-        randomise(role, seed=seed)
+        randomize(role, seed=seed)
         metrics = apart.sync(role)
         assert metrics["sync/calls"] == 3
         assert metrics["sync/bytes"] == sum(4 * tensor.numel() for _, tensor in role.weights())
@@ -61,12 +61,12 @@ def test_it_samples_what_hf_samples_before_and_after_updates(
 
 
 def test_a_prompt_is_read_again_after_an_update(
-    apart: VLLMEngines, role: LocalRole, opened: Any, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+    apart: VLLMEngines, role: LocalRole, opened: Any, make_prompts: Callable[..., Any], randomize: Callable[..., Any]
 ) -> None:
     """128 tokens are a block of the cache on the CPU; this prompt fills three."""
     prompts = make_prompts(role, ["once upon a time " * 24])
     before = apart(role, prompts, GREEDY)
-    randomise(role, seed=2003)
+    randomize(role, seed=2003)
     apart.sync(role)
     after = apart(role, prompts, GREEDY)
     assert before.tokens_NT.tolist() != after.tokens_NT.tolist()
@@ -75,26 +75,26 @@ def test_a_prompt_is_read_again_after_an_update(
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
 def test_a_tensor_that_is_stale_or_left_out_stops_the_run(
-    apart: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
+    apart: VLLMEngines, role: LocalRole, opened: Any, name: str, randomize: Callable[..., Any]
 ) -> None:
     old = {each: tensor.clone() for each, tensor in role.weights()}
-    randomise(role, seed=2004)
+    randomize(role, seed=2004)
     stale = ChangedRole(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
     with pytest.raises(RunStopped, match="differ"):
         apart.sync(stale)  # type: ignore[arg-type]
-    randomise(role, seed=2005)
+    randomize(role, seed=2005)
     lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
     with pytest.raises(ContractError, match=r"omitted 1 of the model's tensors; vLLM's '[a-z0-9_.]*' is the first$"):
         apart.sync(lacking)  # type: ignore[arg-type]
-    randomise(role, seed=2006)
+    randomize(role, seed=2006)
     apart.sync(role)
     opened.updates = 1
-    randomise(role, seed=2007)
+    randomize(role, seed=2007)
     assert apart.sync(role)["sync/logprob_diff_max"] < 1e-3, "the next update is whole again"
 
 
 def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
-    apart: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    apart: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomize: Callable[..., Any]
 ) -> None:
     """The tokens from before an update have the old weights' log-probabilities. Those after it keep old keys and values."""
     opened.updates = 5
@@ -103,7 +103,7 @@ def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
         wait_until(lambda: opened.host._waiting > 0)
         time.sleep(0.05)
         old = {name: tensor.clone() for name, tensor in role.weights()}
-        randomise(role, seed=2008)
+        randomize(role, seed=2008)
         assert apart.sync(role)["sync/calls"] == 5
     rollouts = sampling.rollouts
     versions_NT, mask_NT = rollouts.extras["versions_NT"], rollouts.mask_NT

@@ -59,9 +59,9 @@ def test_a_temperature_that_vllm_would_replace_is_refused(
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_greedy_tokens_equal_those_of_hf_whatever_the_weights(
-    engine: VLLMEngines, role: LocalRole, prompts: Prompts, seed: int, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, seed: int, randomize: Callable[..., Any]
 ) -> None:
-    randomise(role, seed=100 + seed)
+    randomize(role, seed=100 + seed)
     engine.sync(role)
     ours, theirs = engine(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
     assert ended(ours) == ended(theirs)

@@ -101,11 +101,11 @@ def opened(served: VLLMEngines, role: LocalRole, prompts: Prompts) -> Any:
 
 
 def test_servers_sample_what_hf_samples_before_and_after_updates(
-    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomize: Callable[..., Any]
 ) -> None:
     for seed in (2001, 2002):
         _same(served(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY))
-        randomise(role, seed=seed)
+        randomize(role, seed=seed)
         metrics = served.sync(role)
         assert metrics["sync/calls"] == 3
         assert metrics["sync/bytes"] == sum(4 * tensor.numel() for _, tensor in role.weights())
@@ -121,14 +121,14 @@ def test_kept_tokens_are_those_after_truncation(served: VLLMEngines, role: Local
 
 
 def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
-    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any], tmp_path: Path
+    served: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomize: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Those after the update have the new weights' log-probabilities, over keys and values of the old weights."""
     opened.updates = 5
     before, weights = role.version, {role.version: {name: tensor.clone() for name, tensor in role.weights()}}
     with BackgroundSampling(served, role, prompts, LONG) as sampling:
         wait_until(lambda: opened.host._waiting == LONG.n * len(prompts), SECONDS)
-        randomise(role, seed=2008)
+        randomize(role, seed=2008)
         assert served.sync(role)["sync/calls"] == 5
     weights[role.version] = {name: tensor.clone() for name, tensor in role.weights()}
     rollouts = sampling.rollouts
@@ -146,19 +146,19 @@ def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
 
 
 def test_a_tensor_that_is_stale_or_left_out_stops_the_run(
-    served: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
+    served: VLLMEngines, role: LocalRole, opened: Any, randomize: Callable[..., Any]
 ) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     old = {each: tensor.clone() for each, tensor in role.weights()}
-    randomise(role, seed=2004)
+    randomize(role, seed=2004)
     stale = ChangedRole(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
     with pytest.raises(RunStopped, match="differ"):
         served.sync(stale)  # type: ignore[arg-type]
-    randomise(role, seed=2005)
+    randomize(role, seed=2005)
     lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
     with pytest.raises(ContractError, match=r"omitted 1 of the model's tensors; vLLM's '[a-z0-9_.]*' is the first$"):
         served.sync(lacking)  # type: ignore[arg-type]
-    randomise(role, seed=2006)
+    randomize(role, seed=2006)
     opened.updates = 1
     assert served.sync(role)["sync/logprob_diff_max"] < 1e-3, "the next update is whole again"
 

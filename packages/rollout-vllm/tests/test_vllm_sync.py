@@ -44,17 +44,17 @@ def opened(engine: VLLMEngines, role: LocalRole, prompts: Prompts) -> Any:
 
 
 def test_the_first_update_is_compared_and_all_are_measured(
-    engine: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, randomize: Callable[..., Any]
 ) -> None:
     assert engine.sync(role) == {}, "the weights have not changed"
-    randomise(role, seed=1007)
+    randomize(role, seed=1007)
     first = engine.sync(role)
     size = sum(4 * tensor.numel() for _, tensor in role.weights())
     assert first["sync/bytes"] == size
     assert first["sync/calls"] == 4
     assert 0 < first["sync/seconds"] < 10
     assert first["sync/logprob_diff_mean"] <= first["sync/logprob_diff_max"] < 1e-3
-    randomise(role, seed=1008)
+    randomize(role, seed=1008)
     second = engine.sync(role)
     assert set(second) == {"sync/bytes", "sync/seconds", "sync/calls"}
 
@@ -79,20 +79,20 @@ def test_calls_do_not_grow_with_the_model(engine: VLLMEngines, role: LocalRole, 
 
 
 def test_weights_that_changed_without_a_sync_are_taken_before_sampling(
-    engine: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, prompts: Prompts, opened: Any, randomize: Callable[..., Any]
 ) -> None:
-    randomise(role, seed=1009)
+    randomize(role, seed=1009)
     rollouts = engine(role, prompts, GREEDY)
     assert rollouts.version == role.version == opened.version
 
 
 def test_a_prompt_that_is_in_the_cache_is_read_again_after_an_update(
-    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any], randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, make_prompts: Callable[..., Any], randomize: Callable[..., Any]
 ) -> None:
     """128 tokens are a block of the cache on the CPU; this prompt fills three."""
     prompts = make_prompts(role, ["once upon a time " * 24])
     before = engine(role, prompts, GREEDY)
-    randomise(role, seed=10010)
+    randomize(role, seed=10010)
     engine.sync(role)
     after, expected = engine(role, prompts, GREEDY), HuggingFaceRollout()(role, prompts, GREEDY)
     assert before.tokens_NT.tolist() != after.tokens_NT.tolist()
@@ -102,11 +102,11 @@ def test_a_prompt_that_is_in_the_cache_is_read_again_after_an_update(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tensor_that_stays_behind_stops_the_run(
-    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomize: Callable[..., Any]
 ) -> None:
     old = {each: tensor.clone() for each, tensor in role.weights()}
     assert name in old
-    randomise(role, seed=10011)
+    randomize(role, seed=10011)
     stale = ChangedRole(role, lambda each, tensor: [(each, old[each] if each == name else tensor)])
     with pytest.raises(
         RunStopped, match=r"^after the first update, log-probabilities of rollout 'vllm' differ .* use rollout.*hf.*$"
@@ -116,30 +116,30 @@ def test_a_tensor_that_stays_behind_stops_the_run(
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_a_tensor_that_is_left_out_is_named(
-    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, name: str, randomize: Callable[..., Any]
 ) -> None:
-    randomise(role, seed=10012)
+    randomize(role, seed=10012)
     lacking = ChangedRole(role, lambda each, tensor: [] if each == name else [(each, tensor)])
     with pytest.raises(ContractError, match=f"omitted 1 of the model's tensors; vLLM's '{name}' is the first"):
         engine.sync(lacking)
-    randomise(role, seed=10013)
+    randomize(role, seed=10013)
     assert engine.sync(role)["sync/logprob_diff_max"] < 1e-3, "the next update is whole again"
 
 
 def test_a_tied_head_that_is_not_packed_again_stops_the_run(
-    engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, monkeypatch: pytest.MonkeyPatch, randomize: Callable[..., Any]
 ) -> None:
     """Check vLLM 0.32's own behavior on the CPU; when this test fails, `_repack_tied` is no longer needed."""
     monkeypatch.setattr("rlhf_rollout_vllm.receivers.InProcess._repack_tied", lambda self: None)
-    randomise(role, seed=10014)
+    randomize(role, seed=10014)
     with pytest.raises(RunStopped, match="differ"):
         engine.sync(role)
 
 
 def test_numbers_that_are_not_numbers_stop_the_run(
-    engine: VLLMEngines, role: LocalRole, opened: Any, randomise: Callable[..., Any]
+    engine: VLLMEngines, role: LocalRole, opened: Any, randomize: Callable[..., Any]
 ) -> None:
-    randomise(role, seed=10015)
+    randomize(role, seed=10015)
     broken = ChangedRole(
         role, lambda each, tensor: [(each, tensor * float("nan") if each == "model.norm.weight" else tensor)]
     )

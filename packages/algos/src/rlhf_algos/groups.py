@@ -30,7 +30,7 @@ __all__ = [
     "rank_in_group",
     "require_groups",
     "split_rewards",
-    "standardise",
+    "standardize",
 ]
 
 
@@ -53,23 +53,23 @@ def group_mean(values_N: Tensor, group_N: Tensor) -> Tensor:
 
 def group_std(values_N: Tensor, group_N: Tensor) -> Tensor:
     """The unbiased standard deviation of its group, for every completion; 0 for groups of one."""
-    centred_N = values_N - group_mean(values_N, group_N)
-    spread_N = group_sum(centred_N.square(), group_N)
+    centered_N = values_N - group_mean(values_N, group_N)
+    spread_N = group_sum(centered_N.square(), group_N)
     return (spread_N / (group_sizes(group_N) - 1).clamp(min=1)).sqrt().to(values_N.dtype)
 
 
-def standardise(values_N: Tensor, group_N: Tensor, precision: float = PRECISION) -> Tensor:
+def standardize(values_N: Tensor, group_N: Tensor, precision: float = PRECISION) -> Tensor:
     """(value - mean) / standard deviation of its group, exactly 0 where the group's values are equal within their precision."""
-    centred_N = values_N - group_mean(values_N, group_N)
+    centered_N = values_N - group_mean(values_N, group_N)
     equal_N = equal_groups(values_N, group_N, precision)
-    return (centred_N / group_std(values_N, group_N).masked_fill(equal_N, 1.0)).masked_fill(equal_N, 0.0)
+    return (centered_N / group_std(values_N, group_N).masked_fill(equal_N, 1.0)).masked_fill(equal_N, 0.0)
 
 
 def leave_one_out(values_N: Tensor, group_N: Tensor) -> Tensor:
     """The value minus the mean of the group's others: n / (n - 1) times the centered value; 0 for groups of one."""
     size_N = group_sizes(group_N)
-    centred_N = values_N - group_mean(values_N, group_N)
-    return (centred_N * size_N / (size_N - 1).clamp(min=1)).to(values_N.dtype)
+    centered_N = values_N - group_mean(values_N, group_N)
+    return (centered_N * size_N / (size_N - 1).clamp(min=1)).to(values_N.dtype)
 
 
 def rank_in_group(values_N: Tensor, group_N: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Self-normalized importance weights over the samples of one prompt, and what they imply about target and proposal.
 
-For samples of a proposal q and a target sigma = p phi / Z, the unnormalised weights are w~ = p phi / q; E_q[w~] = Z. All
+For samples of a proposal q and a target sigma = p phi / Z, the unnormalized weights are w~ = p phi / q; E_q[w~] = Z. All
 sums run over the mask only and in float64: a long completion's log-weight is a difference of large numbers. `group_N`
 numbers the prompts; groups may have any size. Resampling is left out: credit weighs every sample once.
 """
@@ -46,7 +46,7 @@ def twist_log_weights(policy_NT: Tensor, proposal_NT: Tensor, log_psi_NT: Tensor
     """log of p(s_1:t) psi_t(s_1:t) / q(s_1:t), which turn samples of q into samples of pi_t; float64.
 
     After a completion's end the prefix is the whole completion and its weight stays: the end is absorbing. With the
-    parameterisation psi_t = q_t / p_t, step t cancels and this is the weight of the tokens before t.
+    parameterization psi_t = q_t / p_t, step t cancels and this is the weight of the tokens before t.
     """
     return _masked_difference(policy_NT, proposal_NT, mask_NT).cumsum(1) + log_psi_NT.double()
 

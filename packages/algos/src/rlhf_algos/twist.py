@@ -5,7 +5,7 @@ it off the network q with logits z (RePULSe's `--parameterization`), where only 
 
     q_p_s_t          log psi_t = log q(s_t | s_<t) - log p(s_t | s_<t)
     q_p_s_1_to_t     the same of all tokens up to t
-    unnormalised     log psi_t = z_t(s_t) - log p(s_t | s_<t)
+    unnormalized     log psi_t = z_t(s_t) - log p(s_t | s_<t)
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Psi", "log_psi", "psi_needs", "to_tokens"]
 
-Psi = Literal["q_p_s_t", "q_p_s_1_to_t", "unnormalised"]
+Psi = Literal["q_p_s_t", "q_p_s_1_to_t", "unnormalized"]
 
 LOGITS = f"{TRAINED}.logits_NT"
 
 
 def psi_needs(psi: Psi) -> frozenset[str]:
     """Return the outputs of the trained proposal that the batch must contain."""
-    return frozenset({LOGITS}) if psi == "unnormalised" else frozenset()
+    return frozenset({LOGITS}) if psi == "unnormalized" else frozenset()
 
 
 def log_psi(psi: Psi, policy_NT: Tensor, proposal_NT: Tensor, extras: Mapping[str, Tensor], mask_NT: Tensor) -> Tensor:
     """log psi_t of every sampled token, zero elsewhere; float64."""
-    own_NT = extras[LOGITS] if psi == "unnormalised" else proposal_NT
+    own_NT = extras[LOGITS] if psi == "unnormalized" else proposal_NT
     log_psi_NT = (own_NT.double() - policy_NT.double()).masked_fill(~mask_NT, 0.0)
     return log_psi_NT.cumsum(1) if psi == "q_p_s_1_to_t" else log_psi_NT
 

@@ -35,13 +35,13 @@ def whiten(
     ranks = [own] if world is None else world.gather(own)
     count = max(1.0, sum(rank.tokens for rank in ranks))
     mean = sum(rank.total for rank in ranks) / count
-    centred_NT = _centre(values_NT, mask_NT, mean)
+    centered_NT = _center(values_NT, mask_NT, mean)
     if how == "mean":
-        return centred_NT
+        return centered_NT
     variance = sum(rank.squares + rank.tokens * (rank.mean - mean) ** 2 for rank in ranks) / count
     if sqrt(variance) <= precision * max(1.0, abs(mean)):
-        return torch.zeros_like(centred_NT)
-    return centred_NT * torch.tensor(variance, dtype=torch.float64).clamp(min=MIN_VARIANCE).rsqrt().to(values_NT.dtype)
+        return torch.zeros_like(centered_NT)
+    return centered_NT * torch.tensor(variance, dtype=torch.float64).clamp(min=MIN_VARIANCE).rsqrt().to(values_NT.dtype)
 
 
 class _Moments(NamedTuple):
@@ -56,7 +56,7 @@ class _Moments(NamedTuple):
     def measure(values_NT: Tensor, mask_NT: Tensor) -> _Moments:
         """Return those of the values inside the mask."""
         sums = _Moments(float(mask_NT.sum()), float(values_NT.double().masked_fill(~mask_NT, 0.0).sum()), 0.0)
-        return sums._replace(squares=float(_centre(values_NT, mask_NT, sums.mean).double().square().sum()))
+        return sums._replace(squares=float(_center(values_NT, mask_NT, sums.mean).double().square().sum()))
 
     @property
     def mean(self) -> float:
@@ -64,6 +64,6 @@ class _Moments(NamedTuple):
         return self.total / max(1.0, self.tokens)
 
 
-def _centre(values_NT: Tensor, mask_NT: Tensor, mean: float) -> Tensor:
+def _center(values_NT: Tensor, mask_NT: Tensor, mean: float) -> Tensor:
     """Return values minus their mean, rounded to their precision; zero outside the mask."""
     return (values_NT - torch.tensor(mean, dtype=torch.float64).to(values_NT.dtype)).masked_fill(~mask_NT, 0.0)

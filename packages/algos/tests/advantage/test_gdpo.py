@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from statistics import fmean, pstdev, stdev
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def given(weights: tuple[float, ...], seed: int = 0) -> tuple[Rollouts, RewardOu
 
 
 def by_loops(parts: list[list[float]], weights: tuple[float, ...]) -> list[float]:
-    """Each part standardised in its group, the weighted sum standardised over the batch."""
+    """Each part standardized in its group, the weighted sum standardized over the batch."""
     summed = [0.0] * len(GROUPS)
     for part, weight in zip(parts, weights, strict=True):
         for i, group in enumerate(GROUPS):
@@ -58,21 +59,21 @@ def test_it_agrees_with_loops_over_its_definition(weights: tuple[float, ...], se
 class Ranks(World):
     """Threads that add up what they tell each other."""
 
-    def __init__(self, rank: int, board: list[torch.Tensor], meeting: threading.Barrier) -> None:
+    def __init__(self, rank: int, board: list[Any], meeting: threading.Barrier) -> None:
         self.rank, self.size, self.board, self.meeting = rank, len(board), board, meeting
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.board[self.rank] = tensor
+    def gather(self, value: Any) -> list[Any]:
+        self.board[self.rank] = value
         self.meeting.wait(120)
-        total = torch.stack(self.board).sum(0)
+        found = list(self.board)
         self.meeting.wait(120)
-        return total
+        return found
 
 
 def test_the_number_of_ranks_changes_no_advantage() -> None:
     rollouts, rewards = given((1.0, 1.0, 1.0))
     alone_N = GDPOAdvantage()(rewards, rollouts, {}).advantages_NT[:, 0]
-    board, meeting, found = [torch.zeros(1)] * 2, threading.Barrier(2), {}
+    board, meeting, found = [None] * 2, threading.Barrier(2), {}
 
     def rank(number: int, share: list[int]) -> None:
         mine = replace(rollouts.rows(share), world=Ranks(number, board, meeting))
@@ -86,7 +87,7 @@ def test_the_number_of_ranks_changes_no_advantage() -> None:
     torch.testing.assert_close(torch.cat([found[0], found[1]]), alone_N, rtol=1e-5, atol=1e-6)
 
 
-def test_a_part_that_abstains_from_a_completion_is_normalised_over_the_others() -> None:
+def test_a_part_that_abstains_from_a_completion_is_normalized_over_the_others() -> None:
     rollouts = make_batch([2] * 6, groups=[0, 0, 0, 1, 1, 1])
     parts = {"a": torch.tensor([1.0, 2.0, 4.0, 3.0, 1.0, 1.0]), "b": torch.tensor([5.0, 7.0, 0.0, 1.0, 0.0, 2.0])}
     known = {"b": torch.tensor([True, True, False, True, True, True])}
@@ -111,7 +112,7 @@ def test_combinations_that_grpo_takes_for_one_stay_apart() -> None:
     assert gdpo[3] == pytest.approx(2 * float(gdpo[1]))
 
 
-def test_token_rewards_are_added_after_the_normalisation() -> None:
+def test_token_rewards_are_added_after_the_normalization() -> None:
     rollouts, rewards = given((1.0, 1.0, 1.0))
     plain_NT = GDPOAdvantage()(rewards, rollouts, {}).advantages_NT
     penalty_NT = -0.1 * rollouts.mask_NT

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_algos.advantage.dr_grpo import DrGRPOAdvantage as Centred
+from rlhf_algos.advantage.dr_grpo import DrGRPOAdvantage as Centerd
 from rlhf_algos.advantage.gae import GAEAdvantage
 from rlhf_algos.advantage.reinforce_pp_baseline import ReinforcePPBaselineAdvantage
 from rlhf_algos.advantage.rloo import RLOOAdvantage
@@ -139,7 +139,7 @@ def test_no_loss_or_gradient_depends_on_how_a_batch_is_cut(
 
 
 @pytest.mark.parametrize(
-    "advantage", [GAEAdvantage(), Centred(std=True), RLOOAdvantage(), ReinforcePPBaselineAdvantage()], ids=repr
+    "advantage", [GAEAdvantage(), Centerd(std=True), RLOOAdvantage(), ReinforcePPBaselineAdvantage()], ids=repr
 )
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(), seed=st.integers(0, 999), more=st.integers(0, 3))

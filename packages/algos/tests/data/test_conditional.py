@@ -36,10 +36,10 @@ def test_the_prompt_says_the_reward_with_two_decimals(tmp_path: Path) -> None:
     check_data(ConditionalData(scored(tmp_path / "rows.jsonl")))
 
 
-def test_normalised_rewards_are_on_the_scale_of_the_training_rows(tmp_path: Path) -> None:
+def test_normalized_rewards_are_on_the_scale_of_the_training_rows(tmp_path: Path) -> None:
     path = scored(tmp_path / "rows.jsonl")
     rewards = [1.0, 2.5, -4.0, 0.125]
-    rows = ConditionalData(path, normalise=True, condition="{reward}|{prompt}")("train")
+    rows = ConditionalData(path, normalize=True, condition="{reward}|{prompt}")("train")
     expected = [(r - statistics.mean(rewards)) / statistics.stdev(rewards) for r in rewards]
     assert [row.prompt for row in rows[:3]] == [f"{value:.2f}|q{i}" for i, value in enumerate(expected[:3])]
 

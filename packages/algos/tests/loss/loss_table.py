@@ -334,7 +334,7 @@ PAIRS: list[tuple[Any, Callable[[Completion, Completion], float]]] = [
     (ChosenNLLLoss(), lambda w, b: -w.mean_lp),
     (BradleyTerryLoss(), lambda w, b: log(1 + exp(b.score - w.score))),
     (BradleyTerryLoss(margin=True), lambda w, b: -log_sigmoid(w.score - b.score - w.margin)),
-    (BradleyTerryLoss(centre=0.3), lambda w, b: -log_sigmoid(w.score - b.score) + 0.3 * (w.score + b.score) ** 2),
+    (BradleyTerryLoss(center=0.3), lambda w, b: -log_sigmoid(w.score - b.score) + 0.3 * (w.score + b.score) ** 2),
 ]
 
 ROWS: list[tuple[Any, Callable[[Completion], float]]] = [

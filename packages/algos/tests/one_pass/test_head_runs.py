@@ -206,7 +206,7 @@ def test_each_row_goes_through_the_body_once_whatever_the_number_of_runs(tmp_pat
     ("optim", "more", "message"),
     [
         ({"use": "omd"}, {"reward": {"freeze": []}}, "trains only the head of a reward model, but .*freeze"),
-        ({"use": "omd"}, {"loss": {"use": "bradley_terry", "centre": 0.1}}, "without margin and centre"),
+        ({"use": "omd"}, {"loss": {"use": "bradley_terry", "center": 0.1}}, "without margin and center"),
         ({"use": "omd", "damping": 0.0}, {}, "damping.* must be above 0, not 0.0: the curvature would be singular"),
         ({"use": "omd", "state": "nowhere"}, {}, "nowhere has no valid checkpoint"),
         ({"use": "mle", "damping": -1.0}, {}, "damping.* must be above 0"),

@@ -240,7 +240,7 @@ def test_the_projection_is_the_minimizer_on_the_ball() -> None:
     theta = 3 * torch.randn(6, generator=generator, dtype=torch.float64)
     found = project_by_inverse(theta, torch.linalg.inv(H), 1.5)
     assert float(found.norm()) == pytest.approx(1.5, abs=1e-12)
-    slope = H @ (found - theta)  # at a minimum on the sphere it points to the centre
+    slope = H @ (found - theta)  # at a minimum on the sphere it points to the center
     torch.testing.assert_close(slope, (slope @ found / 2.25) * found, rtol=0, atol=1e-9)
     assert float(slope @ found) < 0
     identity = torch.eye(6, dtype=torch.float64)

@@ -71,9 +71,9 @@ def reward(outputs: Tensor) -> Tensor:
 
 def sigma(beta: float, p: Table = P) -> tuple[Tensor, Tensor]:
     """The target's probabilities of all outputs, and log Z."""
-    log_unnormalised = p(ALL).sum(1) + beta * reward(ALL)
-    log_z = log_unnormalised.logsumexp(0)
-    return (log_unnormalised - log_z).exp(), log_z
+    log_unnormalized = p(ALL).sum(1) + beta * reward(ALL)
+    log_z = log_unnormalized.logsumexp(0)
+    return (log_unnormalized - log_z).exp(), log_z
 
 
 def rollouts(outputs: Tensor, extras: Mapping[str, Tensor] | None = None, groups: list[int] | None = None) -> Rollouts:

@@ -57,7 +57,7 @@ def test_the_fixture_is_the_published_one():
     near(extreme.max(), 0.9637792857)
 
 
-def test_weights_average_to_the_normaliser_under_any_proposal():
+def test_weights_average_to_the_normalizer_under_any_proposal():
     target, log_z = sigma(-1)
     every = log_weights(P(ALL), Q(ALL), TARGET.log_potential(reward(ALL), 0.0), torch.ones(64, 2).bool())
     q = Q(ALL).sum(1).exp()
@@ -68,7 +68,7 @@ def test_weights_average_to_the_normaliser_under_any_proposal():
     near(target @ every, 2.0995247631)
 
 
-def test_self_normalised_weights_are_the_published_ones():
+def test_self_normalized_weights_are_the_published_ones():
     log_w, w = weights(-1)
     near(log_w, [-1.1750689482, 1.3553751218, -1.3043295879, 0.7676256458])
     near(w, [0.0466954687, 0.5864522206, 0.0410334049, 0.3258189058])
@@ -93,7 +93,7 @@ def test_weights_ignore_constants_and_are_a_softmax_of_rewards_for_the_policy_s_
     near(weights(-1, P, P)[1], (-reward(Q_SAMPLES)).softmax(0), 1e-12)
 
 
-def test_self_normalisation_has_the_bias_that_enumeration_says():
+def test_self_normalization_has_the_bias_that_enumeration_says():
     first, second = torch.cartesian_prod(torch.arange(64), torch.arange(64)).unbind(1)
     every = log_weights(P(ALL), Q(ALL), -reward(ALL), torch.ones(64, 2).bool())
     pairs = torch.stack([first, second], 1)
@@ -178,7 +178,7 @@ def exact_kl_gradient(model: Table, prefix: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def test_the_positive_term_of_ctl_is_the_gradient_of_the_divergence_and_the_negative_one_vanishes():
-    """By enumeration, for both parameterisations of the twist."""
+    """By enumeration, for both parameterizations of the twist."""
     target, _ = sigma(-1)
     q = Q.live()
     p = P(ALL).detach()
@@ -252,10 +252,10 @@ def logits(model: Table, outputs: Tensor) -> Tensor:
     return torch.stack([model.first_V[a], model.second_VV[a, b]], 1)
 
 
-def test_an_unnormalised_twist_has_the_published_loss_and_a_negative_term_that_does_not_vanish():
+def test_an_unnormalized_twist_has_the_published_loss_and_a_negative_term_that_does_not_vanish():
     p, q = P(Q_SAMPLES), Q.live()
     batch = on_q(Q_SAMPLES).with_extras(**{"<trained>.logits_NT": logits(Q, Q_SAMPLES)})
-    ctl = CTLAdvantage(TARGET, psi="unnormalised")
+    ctl = CTLAdvantage(TARGET, psi="unnormalized")
     assert ctl.needs == {"actor.logprobs_NT", "old_logprobs_NT", "<trained>.logits_NT"}
     loss = replace(ORIGINAL, output="logits_NT")
     assert loss.outputs == {"logits_NT"}
@@ -271,7 +271,7 @@ def test_an_unnormalised_twist_has_the_published_loss_and_a_negative_term_that_d
         near(found, expected, 1e-12)
 
 
-def test_dpg_of_an_unnormalised_twist_is_weighted_likelihood_too():
+def test_dpg_of_an_unnormalized_twist_is_weighted_likelihood_too():
     """Its second part turns grad z into grad log q: the option is `contrast none` with a normalized twist."""
     q, w = Q.live(), weights(-1)[1][:, None]
     rows = torch.stack([q.first_V.expand(4, 8), q.second_VV[Q_SAMPLES[:, 0]]], 1)  # z_t(v)
@@ -281,15 +281,15 @@ def test_dpg_of_an_unnormalised_twist_is_weighted_likelihood_too():
         near(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("psi", ["q_p_s_t", "q_p_s_1_to_t", "unnormalised"])
+@pytest.mark.parametrize("psi", ["q_p_s_t", "q_p_s_1_to_t", "unnormalized"])
 def test_sixo_with_exact_negatives_has_the_gradient_of_its_loss(psi):
     q, w = Q.live(), weights(-1)[1][:, None]
-    read = {"q_p_s_t": lambda s: q(s), "q_p_s_1_to_t": lambda s: q(s).cumsum(1), "unnormalised": lambda s: logits(q, s)}
+    read = {"q_p_s_t": lambda s: q(s), "q_p_s_1_to_t": lambda s: q(s).cumsum(1), "unnormalized": lambda s: logits(q, s)}
     log_p = {"q_p_s_1_to_t": lambda s: P(s).cumsum(1)}.get(psi, P)
     psi_q, psi_p = (read[psi](s) - log_p(s) for s in (Q_SAMPLES, P_SAMPLES))
     sixo = -(w * psi_q.sigmoid().log()).mean(1).mean() - (0.25 * (-psi_p).sigmoid().log()).mean(1).mean()
-    output = "logits_NT" if psi == "unnormalised" else "logprobs_NT"
-    model = (lambda s: logits(q, s)) if psi == "unnormalised" else q
+    output = "logits_NT" if psi == "unnormalized" else "logprobs_NT"
+    model = (lambda s: logits(q, s)) if psi == "unnormalized" else q
     own = rollouts(P_SAMPLES, {"old_logprobs_NT": P(P_SAMPLES), "<trained>.logprobs_NT": Q(P_SAMPLES)})
     own = own.with_extras(**{"<trained>.logits_NT": logits(Q, P_SAMPLES)})
     batch = on_q(Q_SAMPLES).with_extras(**{"<trained>.logits_NT": logits(Q, Q_SAMPLES)})

@@ -119,8 +119,8 @@ def test_several_proposal_updates_need_a_proposal(tmp_path):
 
 
 @pytest.mark.parametrize("contrast", ["prefix", "sixo_exact"])
-def test_an_unnormalised_twist_trains_on_logits_that_are_log_probabilities_before_the_softmax(contrast, tmp_path):
-    with run_of(tmp_path, RePULSe(psi="unnormalised", contrast=contrast)).open() as run:
+def test_an_unnormalized_twist_trains_on_logits_that_are_log_probabilities_before_the_softmax(contrast, tmp_path):
+    with run_of(tmp_path, RePULSe(psi="unnormalized", contrast=contrast)).open() as run:
         iteration = next(run.iterations(collect))
         credited = credit(run, iteration)
         batch = next(each for key, each in credited.items() if "<trained>.logits_NT" in each)

@@ -64,8 +64,8 @@ def matrix(state: Path) -> torch.Tensor:
 def test_the_uncertainty_is_that_of_the_difference_to_the_prompt_s_mean(state: Path) -> None:
     output, scores_N, features_NH = scored(state)
     inverse_DD = matrix(state)
-    centre = features_NH[:3].mean(0)
-    differences = [*(features_NH[:3] - centre), features_NH[3], features_NH[4]]
+    center = features_NH[:3].mean(0)
+    differences = [*(features_NH[:3] - center), features_NH[3], features_NH[4]]
     expected = [float((z @ inverse_DD @ z).sqrt()) for z in differences]
     assert output.metrics["uncertainty"].tolist() == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(output.rewards_N, scores_N)

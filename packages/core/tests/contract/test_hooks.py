@@ -176,7 +176,7 @@ class Constant(Reward):
         return [self.value] * len(rollouts)
 
 
-def test_rlhf_reward_brings_what_is_maximised(tmp_path: Path) -> None:
+def test_rlhf_reward_brings_what_is_maximized(tmp_path: Path) -> None:
     rows = run_with(tmp_path, outside("reward", Constant), reward={"use": "mine", "value": 0.75})
     assert [row["reward/mean"] for row in rows] == [0.75, 0.75]
 

@@ -102,7 +102,7 @@ def test_scores_are_those_of_plain_transformers_with_the_reward_models_own_templ
     assert output.rewards_N.tolist() == pytest.approx(plain(saved[0]), abs=1e-5)
 
 
-def test_scores_are_normalised_and_raw_ones_logged(saved: tuple[str, str]) -> None:
+def test_scores_are_normalized_and_raw_ones_logged(saved: tuple[str, str]) -> None:
     output = RewardModel(saved[0], mean=0.5, std=2.0)(BATCH)
     raw = torch.tensor(plain(saved[0]))
     torch.testing.assert_close(output.rewards_N, (raw - 0.5) / 2, atol=1e-5, rtol=0)

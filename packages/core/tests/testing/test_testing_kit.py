@@ -241,8 +241,8 @@ def test_a_good_advantage_passes() -> None:
 
 
 def divided_by_spread(rewards: RewardOutput, rollouts: Rollouts, extras: Any) -> torch.Tensor:
-    centred_N = rewards.rewards_N - rewards.rewards_N.mean()
-    return on_mask(centred_N / rewards.rewards_N.std(), rollouts)
+    centered_N = rewards.rewards_N - rewards.rewards_N.mean()
+    return on_mask(centered_N / rewards.rewards_N.std(), rollouts)
 
 
 def spoiling(rewards: RewardOutput, rollouts: Rollouts, extras: Any) -> torch.Tensor:

@@ -222,7 +222,7 @@ def test_the_number_of_ranks_changes_who_trains_on_a_prompt_and_never_which(good
 class Controlled(TinyAlgorithm):
     """The tiny algorithm with both."""
 
-    shaping: RewardShaping = RewardShaping(normalise="running")
+    shaping: RewardShaping = RewardShaping(normalize="running")
     dynamic: DynamicSampling = DynamicSampling("varied", rounds=20)
 
 
@@ -283,15 +283,15 @@ def test_running_moments_are_those_of_everything_seen(batches: list[list[float]]
         assert moments.std == pytest.approx(statistics.pstdev(every), abs=1e-6)
 
 
-def test_running_and_fixed_normalisation_give_these_numbers() -> None:
+def test_running_and_fixed_normalization_give_these_numbers() -> None:
     """1 and 3 have mean 2 and deviation 1; with 5 and 7 these are 4 and sqrt 5."""
-    seen, running, rollouts = Moments(), RewardShaping(normalise="running"), make_batch([1, 1])
+    seen, running, rollouts = Moments(), RewardShaping(normalize="running"), make_batch([1, 1])
     shaped = [
         running(RewardOutput(torch.tensor(pair)), rollouts, 5, seen).rewards_N.tolist()
         for pair in ([1.0, 3.0], [5.0, 7.0])
     ]
     assert shaped == [[-1.0, 1.0], pytest.approx([1 / 5**0.5, 3 / 5**0.5])]
-    fixed = RewardShaping(normalise="fixed", mean=1.0, std=4.0, clip=1.2)
+    fixed = RewardShaping(normalize="fixed", mean=1.0, std=4.0, clip=1.2)
     assert fixed(RewardOutput(torch.tensor([3.0, 7.0])), rollouts, 5).rewards_N.tolist() == pytest.approx([0.5, 1.2])
     assert running(RewardOutput(torch.tensor([2.0, 2.0])), rollouts, 5, Moments()).rewards_N.tolist() == [0.0, 0.0]
     with pytest.raises(UsageError, match="std must be above 0"):

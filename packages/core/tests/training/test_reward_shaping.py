@@ -39,7 +39,7 @@ def test_scores_stay_those_of_whole_completions_and_what_cannot_scale_tokens_is_
     shaped = RewardShaping(stop_properly=0.5)(rewards, rollouts_of(5, 10), 10)
     assert shaped.outcome_N.tolist() == rewards.outcome_N.tolist() == [3.0, 4.0]
     assert shaped.rewards_N.tolist() == [1.0, 2.0]
-    for options, name in (({"normalise": "running"}, "normalise"), ({"clip": 1.0}, "clip")):
+    for options, name in (({"normalize": "running"}, "normalize"), ({"clip": 1.0}, "clip")):
         with pytest.raises(UsageError, match=f"algorithm.shaping.{name} works only with one reward per completion"):
             RewardShaping(**options)(rewards, rollouts_of(5, 10), 10)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The pairs of a batch that are worth a label, as credit: the active setting of one-pass reward modelling."""
+"""The pairs of a batch that are worth a label, as credit: the active setting of one-pass reward modeling."""
 
 from __future__ import annotations
 

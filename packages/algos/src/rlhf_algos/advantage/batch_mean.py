@@ -33,6 +33,6 @@ class BatchMeanAdvantage(Advantage):
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         scores_N = rewards.rewards_N
-        centred_N = whiten(scores_N, torch.ones_like(scores_N, dtype=torch.bool), "mean", rollouts.world)
-        rewards_NT = place_scores(centred_N, rewards, rollouts)
+        centered_N = whiten(scores_N, torch.ones_like(scores_N, dtype=torch.bool), "mean", rollouts.world)
+        rewards_NT = place_scores(centered_N, rewards, rollouts)
         return Credit(discounted_returns(rewards_NT, rollouts.mask_NT, gamma=1.0))

@@ -45,7 +45,7 @@ class CTLAdvantage(Advantage):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Log-probabilities of the samples under policy and proposal, and the logits of an unnormalised twist."""
+        """Log-probabilities of the samples under policy and proposal, and the logits of an unnormalized twist."""
         return frozenset({"actor.logprobs_NT", "old_logprobs_NT"}) | psi_needs(self.psi)
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:

@@ -1,4 +1,4 @@
-"""Centred group scores, the credit of Dr. GRPO."""
+"""Centerd group scores, the credit of Dr. GRPO."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.groups import place_scores, require_groups, standardise
+from rlhf_algos.groups import place_scores, require_groups, standardize
 from rlhf_algos.returns import discounted_returns
 from rlhf_algos.whitening import whiten
 from rlhf_core.contract.providers import Advantage
@@ -53,7 +53,7 @@ class GDPOAdvantage(Advantage):
             known_N = rewards.known.get(
                 name, everywhere_N
             )  # a part that abstains does not affect this completion's credit
-            summed_N[known_N] += weight * standardise(part_N[known_N].double(), group_N[known_N], rewards.precision)
+            summed_N[known_N] += weight * standardize(part_N[known_N].double(), group_N[known_N], rewards.precision)
         ones_N1 = torch.ones(len(group_N), 1, dtype=torch.bool)
         whitened_N = whiten(summed_N[:, None], ones_N1, "std", rollouts.world).squeeze(1)
         rewards_NT = place_scores(whitened_N, rewards, rollouts)

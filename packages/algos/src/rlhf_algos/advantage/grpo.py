@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rlhf_algos.groups import group_mean, place_scores, require_groups, standardise
+from rlhf_algos.groups import group_mean, place_scores, require_groups, standardize
 from rlhf_algos.returns import discounted_returns
 from rlhf_core.contract.providers import Advantage
 from rlhf_core.contract.results import Credit
@@ -38,7 +38,7 @@ class GRPOAdvantage(Advantage):
         require_groups(rollouts, self)
         scores_N, group_N = rewards.rewards_N, rollouts.group_N
         if self.std:
-            shaped_N = standardise(scores_N, group_N, rewards.precision)
+            shaped_N = standardize(scores_N, group_N, rewards.precision)
         else:
             shaped_N = scores_N - group_mean(scores_N, group_N)
         rewards_NT = place_scores(shaped_N, rewards, rollouts)

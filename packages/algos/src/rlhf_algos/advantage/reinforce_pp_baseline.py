@@ -1,4 +1,4 @@
-"""Centred group scores whitened over the batch, the credit of REINFORCE++-baseline."""
+"""Centerd group scores whitened over the batch, the credit of REINFORCE++-baseline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ReinforcePPBaselineAdvantage(Advantage):
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Credit:
         require_groups(rollouts, self)
-        centred_N = rewards.rewards_N - group_mean(rewards.rewards_N, rollouts.group_N)
-        rewards_NT = place_scores(centred_N, rewards, rollouts)
+        centered_N = rewards.rewards_N - group_mean(rewards.rewards_N, rollouts.group_N)
+        rewards_NT = place_scores(centered_N, rewards, rollouts)
         returns_NT = discounted_returns(rewards_NT, rollouts.mask_NT, gamma=1.0)
         return Credit(whiten(returns_NT, rollouts.mask_NT, self.whiten, rollouts.world, rewards.precision))

@@ -92,7 +92,7 @@ class RePULSe(Algorithm):
         if not learned:
             return terms
         terms = tuple(replace(term, every=self.proposal_updates) for term in terms)
-        twisted = replace(weighted, output="logits_NT" if self.psi == "unnormalised" else "logprobs_NT")
+        twisted = replace(weighted, output="logits_NT" if self.psi == "unnormalized" else "logprobs_NT")
         terms += (Term("proposal", "proposal", twisted, CTLAdvantage(self.target, self.psi, self.contrast)),)
         if self.contrast == "sixo_exact":
             terms += (Term("proposal", "actor", twisted, SixoNegativesAdvantage(self.psi)),)

@@ -26,7 +26,7 @@ class ConditionalData(Json):
     """column of the reward"""
     condition: str = "{prompt} <rm_score>: {reward} "
     """template that replaces a prompt (in a chat, its last message): {prompt} and {reward}, with two decimals"""
-    normalise: bool = False
+    normalize: bool = False
     """write the reward as the number of standard deviations above the mean of the training rows"""
     target: float | None = None
     """reward that is written into every row, as the request to be answered; rows then need no reward"""
@@ -44,7 +44,7 @@ class ConditionalData(Json):
         reading = replace(self, number_keys=(*self.number_keys, self.reward_key))
         rows = Json.__call__(reading, split)
         mean, std = (
-            self._scale(rows if split == "train" else Json.__call__(reading, "train")) if self.normalise else (0, 1)
+            self._scale(rows if split == "train" else Json.__call__(reading, "train")) if self.normalize else (0, 1)
         )
         return [self._add_condition(row, (row.fields[self.reward_key] - mean) / std) for row in rows]
 

@@ -21,14 +21,14 @@ __all__ = ["BradleyTerryLoss"]
 class BradleyTerryLoss(Loss):
     """Logistic loss on the difference of two scores (Bradley and Terry 1952; Ouyang et al. 2022, eq. 1).
 
-    Per pair:  -log sigmoid(r_chosen - r_rejected - margin) + centre (r_chosen + r_rejected)^2
+    Per pair:  -log sigmoid(r_chosen - r_rejected - margin) + center (r_chosen + r_rejected)^2
 
     OpenRLHF's `logexp` form, log(1 + exp(r_rejected - r_chosen)), is the same function, here in its stable form.
     """
 
     margin: bool = False
     """subtract the data's column `margin` from the difference (Touvron et al. 2023, Llama 2, eq. 2)"""
-    centre: float = 0.0
+    center: float = 0.0
     """weight of a pull of the pair's sum to zero, for example 0.01 (Eisenstein et al. 2023); scores then have a fixed
     origin"""
 
@@ -45,6 +45,6 @@ class BradleyTerryLoss(Loss):
         if self.margin:
             difference = difference - split_pairs(batch["margin_N"], batch)[0]
         values = -torch.nn.functional.logsigmoid(difference)
-        if self.centre:
-            values = values + self.centre * (chosen + rejected).square()
+        if self.center:
+            values = values + self.center * (chosen + rejected).square()
         return LossTerms(values, Reduction("sample"), pair_metrics(chosen, rejected))

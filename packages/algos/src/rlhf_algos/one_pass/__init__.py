@@ -1,4 +1,4 @@
-"""One-pass reward modelling as pure mathematics in float64 (Li et al. 2025, arXiv 2502.07193).
+"""One-pass reward modeling as pure mathematics in float64 (Li et al. 2025, arXiv 2502.07193).
 
 Estimators of a linear reward r = phi^T theta from feature differences z = phi(chosen) - phi(rejected). Each has
 `step(z_BD)`, `theta_D`, `average_D`, `curvature` (`apply`, `solve`, `norm_inverse`), `state_dict()` and `load_state_dict()`.

@@ -118,5 +118,5 @@ def check_pairs_loss(outputs: Outputs, values: Mapping[str, Tensor]) -> None:
             return
     raise UsageError(
         "this optimizer can only minimize the Bradley-Terry loss of a reward model; use "
-        f"{run_option('loss', 'bradley_terry')} without margin and centre"
+        f"{run_option('loss', 'bradley_terry')} without margin and center"
     )

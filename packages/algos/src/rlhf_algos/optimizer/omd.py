@@ -1,4 +1,4 @@
-"""One-pass reward modelling by online mirror descent, exact."""
+"""One-pass reward modeling by online mirror descent, exact."""
 
 from __future__ import annotations
 

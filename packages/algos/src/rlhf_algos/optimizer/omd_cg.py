@@ -1,4 +1,4 @@
-"""One-pass reward modelling by online mirror descent, for many features."""
+"""One-pass reward modeling by online mirror descent, for many features."""
 
 from __future__ import annotations
 

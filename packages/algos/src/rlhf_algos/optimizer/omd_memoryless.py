@@ -1,4 +1,4 @@
-"""The memoryless approximation of one-pass reward modelling, on a head, adapters or a whole model."""
+"""The memoryless approximation of one-pass reward modeling, on a head, adapters or a whole model."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "margin_loss": ("--loss.margin True",),
     "desirable_weight": ("--advantage.desirable",),
     "undesirable_weight": ("--advantage.undesirable",),
-    "center_rewards_coefficient": ("--loss.centre",),
+    "center_rewards_coefficient": ("--loss.center",),
     "precompute_ref_log_probs": ("--algorithm.cache",),
     # where it runs
     "deepspeed": ("--strategy deepspeed",),

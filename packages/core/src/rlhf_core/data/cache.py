@@ -1,4 +1,4 @@
-"""Tokenised rows on the disk, for later runs: one SQLite file for each tokenizer and template.
+"""Tokenized rows on the disk, for later runs: one SQLite file for each tokenizer and template.
 
 A row is found by what it holds, so other orders, mixtures, caps and limits of the same data use it too. Runs may share a
 folder at the same time and be killed at any moment: what a transaction did not finish is not there, and a row whose checksum

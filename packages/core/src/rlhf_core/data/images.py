@@ -183,7 +183,7 @@ def base_folder(origin: str) -> Path:
 
 
 def open_image(part: Part, origin: str) -> Image:
-    """The image as the camera held it, in colour.
+    """The image as the camera held it, in color.
 
     Raises:
         DataError: it cannot be read.

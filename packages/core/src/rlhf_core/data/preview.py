@@ -16,12 +16,12 @@ __all__ = ["render_row"]
 
 
 def render_row(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, image: int | None = None) -> str:
-    """A row as the model reads it, special tokens included; what is trained on is green, or in « » without colour.
+    """A row as the model reads it, special tokens included; what is trained on is green, or in « » without color.
 
     An image, whose tokens are `image`s, is `<image 640x480>`.
     """
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    on, off = ("\033[32m", "\033[0m") if colour else ("«", "»")
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\033[32m", "\033[0m") if color else ("«", "»")
     sides = [f"--- {len(row.ids)} prompt tokens\n{_with_images(row, tokenizer, image)}"]
     for side in row.completions:
         spans = groupby(range(len(side.ids)), key=side.mask.__getitem__)

@@ -101,14 +101,11 @@ def check_fields(body: Mapping[str, Any], fields: Fields) -> None:
 
 
 def _check_tool(tool: Any, only: str) -> None:
-    """Check that a tool is a function of the agent, and that it does not constrain its arguments."""
+    """Check that a tool is a function of the agent. Its `strict` is accepted, since SDKs set it by default."""
     if not isinstance(tool, Mapping):
         raise HttpError(400, f"each tool must be an object, not {tool!r:.60}")
     if (kind := tool.get("type") or only) != only:
         raise _refusal(f"tool has the type {kind!r:.60}")
-    function = tool.get("function")
-    if tool.get("strict") or (isinstance(function, Mapping) and function.get("strict")):
-        raise _refusal("tool has strict True")
 
 
 def _refusal(what: str) -> UsageError:

@@ -25,18 +25,18 @@ _RUN = {
     "loss/<role>/<datasource>": "loss: the same over the rows of data of this data source",
     "grad_norm/<role>": "norm: norm of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
-    "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (with "
-    "--on-nonfinite skip), float16 overflowed, credit selected no row, the reward abstained from all samples, or fewer "
+    "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (under "
+    "on_nonfinite skip), float16 overflowed, credit selected no row, the reward abstained from all samples, or fewer "
     "groups remained than there are ranks; a step without any update has no loss/<role>",
     "staleness/<role>": "optimizer steps: for a role that follows another one, steps of the other role since its weights "
     "were last copied",
     "loss_scale/<role>": "factor: multiplies float16 losses in the backward pass; halved when gradients overflow",
-    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; only with --on-oom halve",
+    "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; only under on_oom halve",
     "kl/mean": "nats per token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
     "kl/completion": "nats per completion: the same, summed over each completion; what an adaptive coefficient follows",
     "kl/coef": "factor: the KL coefficient in force",
     "[<source>/]completion/length": "tokens: mean length of the sampled completions",
-    "[<source>/]completion/truncated": "share 0..1: completions cut at --sampling.max-new-tokens (with an "
+    "[<source>/]completion/truncated": "share 0..1: completions cut at sampling.max_new_tokens (with an "
     "environment: or at a limit of the episode)",
     "[<source>/]completion/turns": "turns: mean number in an episode; only with an environment",
     "[<source>/]completion/failed": "share 0..1: episodes whose environment or agent failed; only with an environment",
@@ -46,21 +46,22 @@ _RUN = {
     "[<source>/]completion/entropy": "nats per token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: probability that top-p, top-k and min-p keep, mean over tokens; logged if they "
-    "truncate. Importance ratios are biased if --sampling.replay is off, too",
+    "truncate. Importance ratios are biased if sampling.replay is off, too",
     "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
     "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
-    "completions; only with --ahead",
-    "rollout/staleness_newest": "optimizer steps: age of a completion's newest token, mean over completions; only with --ahead",
+    "completions; only when sampling ahead",
+    "rollout/staleness_newest": "optimizer steps: age of a completion's newest token, mean over completions; only when "
+    "sampling ahead",
     "rollout/span": "optimizer steps: steps between the weights that sampled a completion's oldest and newest token, mean over "
-    "completions; only with --ahead",
-    "rollout/slices": "calls: calls of the rollout engines for the step; only with --partial.tokens",
-    "rollout/carried": "prompts: prompts in progress that continue in a later step; only with --partial.tokens",
-    "rollout/masked": "share 0..1: sampled tokens that were too old and are masked; only with --stale.policy mask",
-    "rollout/dropped": "0 or 1: 1 if completions were too old, so that all of the step were sampled again; only with "
-    "--stale.policy drop",
+    "completions; only when sampling ahead",
+    "rollout/slices": "calls: calls of the rollout engines for the step; only with partial rollouts",
+    "rollout/carried": "prompts: prompts in progress that continue in a later step; only with partial rollouts",
+    "rollout/masked": "share 0..1: sampled tokens that were too old and are masked; only under stale.policy mask",
+    "rollout/dropped": "0 or 1: 1 if completions were too old, so that all of the step were sampled again; only under "
+    "stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over "
-    "those tokens of the step's first update that were sampled by the role's current weights; see --max-mismatch",
+    "those tokens of the step's first update that were sampled by the role's current weights; see max_mismatch",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats per token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",
@@ -87,7 +88,7 @@ _TIME = {
     "time/train": "seconds: forward, backward and optimizer",
     "time/sync": "seconds: new weights to the rollout engine",
     "time/wait": "seconds: the loop waited for the step's completions and, as part of time/sync, for a call of the sampler to "
-    "end before new weights; only with --ahead",
+    "end before new weights; only when sampling ahead",
     "time/sampler_wait": "seconds: the sampler waited for training before it began the step; with ahead",
     "time/checkpoint": "seconds: the loop stood still for the checkpoint of the step before",
     "time/checkpoint_background": "seconds: to write a checkpoint in the background",

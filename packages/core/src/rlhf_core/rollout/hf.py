@@ -1,6 +1,6 @@
 """`--rollout hf`: completions from the trained model itself, in its process.
 
-No copy of the weights and nothing to synchronise: what samples is what is trained. The sampler is `rollout.slot_sampler` on a
+No copy of the weights and nothing to synchronize: what samples is what is trained. The sampler is `rollout.slot_sampler` on a
 GPU where it can be, and `rollout.sampler` elsewhere.
 """
 

@@ -38,8 +38,8 @@ class TinyAdvantage(Advantage):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, rewards: RewardOutput, rollouts: Rollouts, extras: Mapping[str, Tensor]) -> Tensor:
-        centred_N = rewards.rewards_N - rewards.rewards_N.mean()
-        return torch.where(rollouts.mask_NT, self.scale * centred_N[:, None], 0.0)
+        centered_N = rewards.rewards_N - rewards.rewards_N.mean()
+        return torch.where(rollouts.mask_NT, self.scale * centered_N[:, None], 0.0)
 
 
 @dataclass(frozen=True)

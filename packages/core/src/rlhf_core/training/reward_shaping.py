@@ -29,7 +29,7 @@ MIN_STD = 1e-4  # equal rewards have no scale; this keeps 0 / 0 at 0 and lets no
 class RewardShaping:
     """Scale, penalties and bounds of rewards, applied in the order of the fields."""
 
-    normalise: Literal["none", "running", "fixed"] = "none"
+    normalize: Literal["none", "running", "fixed"] = "none"
     """normalization of rewards, (reward - mean) / deviation: `running` uses all rewards of the run so far, over all
     ranks; `fixed` uses `mean` and `std`"""
     mean: float = 0.0
@@ -70,13 +70,13 @@ class RewardShaping:
                 f"overlong_buffer {self.overlong_buffer} is more than the {max_new_tokens} of "
                 f"{run_option('sampling.max_new_tokens')}"
             )
-        if rewards.rewards_NT is not None and (self.normalise != "none" or self.clip is not None):
-            name = run_option("algorithm.shaping.normalise" if self.normalise != "none" else "algorithm.shaping.clip")
+        if rewards.rewards_NT is not None and (self.normalize != "none" or self.clip is not None):
+            name = run_option("algorithm.shaping.normalize" if self.normalize != "none" else "algorithm.shaping.clip")
             raise UsageError(
                 f"{name} works only with one reward per completion, but this reward also gives rewards per token; "
                 "leave it out"
             )
-        shaped_N = self._normalise(rewards.rewards_N, rollouts, seen or Moments())
+        shaped_N = self._normalize(rewards.rewards_N, rollouts, seen or Moments())
         if self.overlong_buffer:
             over_N = (_spans(rollouts.mask_NT) - (max_new_tokens - self.overlong_buffer)).clamp(0, self.overlong_buffer)
             shaped_N = shaped_N - self.overlong_factor * over_N / self.overlong_buffer
@@ -88,11 +88,11 @@ class RewardShaping:
             shaped_N = shaped_N.clamp(-self.clip, self.clip)
         return replace(rewards, rewards_N=shaped_N, scores_N=rewards.outcome_N.float())
 
-    def _normalise(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
+    def _normalize(self, rewards_N: Tensor, rollouts: Rollouts, seen: Moments) -> Tensor:
         """On the scale that was chosen; a running one has these rewards in it already."""
-        if self.normalise == "none":
+        if self.normalize == "none":
             return rewards_N
-        if self.normalise == "fixed":
+        if self.normalize == "fixed":
             return (rewards_N - self.mean) / self.std
         seen.update(rewards_N, rollouts.world)
         return (rewards_N - seen.mean) / max(seen.std, MIN_STD)
