@@ -156,7 +156,7 @@ class Credit:
     rows: Tensor | None = None
     """int64, which rows to train on and in which order (best of n, chosen/rejected pairs); all where absent"""
     metrics: Mapping[str, float | Metric] = field(default_factory=dict)
-    """metrics of this rank's rows; ranks are added up by a `Metric`'s count, and numbers averaged"""
+    """metrics of this rank's rows; over ranks, totals and counts of a `Metric` are summed, and plain numbers are averaged"""
 
 
 @dataclass(frozen=True)

@@ -355,4 +355,4 @@ def report_unread(path: str, names: tuple[str, ...]) -> None:
     """Log, once and on the first rank, the columns of a file that nothing reads."""
     if names and not int(os.environ.get("RANK", "0")):
         shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-        log.info(f"{path}: unused columns: {shown} (the option data.meta_keys names columns that rewards receive)")
+        log.info(f"{path}: unused columns: {shown} (rewards receive those that the option data.meta_keys names)")

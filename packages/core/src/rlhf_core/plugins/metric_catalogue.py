@@ -28,8 +28,8 @@ _RUN = {
     "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (under "
     "on_nonfinite skip), float16 overflowed, credit selected no row, the reward abstained from all samples, or fewer "
     "groups remained than there are ranks; a step without any update has no loss/<role>",
-    "staleness/<role>": "optimizer steps: for a role that follows another one, steps of the other role since its weights "
-    "were last copied",
+    "staleness/<role>": "optimizer steps: for a role that follows another one, steps that the other role has taken since "
+    "its weights were last copied to this one",
     "loss_scale/<role>": "factor: multiplies float16 losses in the backward pass; halved when gradients overflow",
     "micro_tokens/<role>": "tokens: the budget of a micro-batch after this step; only under on_oom halve",
     "kl/mean": "nats per token: KL to the reference by algorithm.kl.estimator, over sampled tokens",
@@ -46,7 +46,7 @@ _RUN = {
     "[<source>/]completion/entropy": "nats per token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: probability that top-p, top-k and min-p keep, mean over tokens; logged if they "
-    "truncate. Importance ratios are biased if sampling.replay is off, too",
+    "truncate; if sampling.replay is off as well, importance ratios are biased",
     "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
     "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
@@ -61,7 +61,7 @@ _RUN = {
     "rollout/dropped": "0 or 1: 1 if completions were too old, so that all of the step were sampled again; only under "
     "stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over "
-    "those tokens of the step's first update that were sampled by the role's current weights; see max_mismatch",
+    "those tokens of the step's first update that were sampled by the role's current weights; max_mismatch bounds it",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats per token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",
