@@ -28,12 +28,12 @@ samples. For rows that are trained on directly, it splits the loss and all metri
 `reward/accuracy/web` of the trained role `reward`).
 
 Means are over all ranks, tokens and completions of the step. Metrics that begin with `time/`, `speed/` or `memory/` are
-measured by the first process and differ between two runs. All other numbers are the same for the same configuration and
-seed.
+measured by the first process and differ between two runs. On a CPU all other numbers are the same for the same
+configuration and seed; [reliability.md](reliability.md) has the conditions and exceptions.
 
 **A plugin's own metrics.** A loss returns `Metric`s (logged as `<role>/<name>`), and an advantage plain numbers (under its
 own names). A reward returns numbers per completion (`reward/<name>`), and an evaluator numbers (`eval/<name>`). The plugin
-documents them through one hook, and `rlhf-run plugins --kind metric` lists them with all others:
+documents them through one hook as `UNIT: MEANING`. `rlhf-run plugins --kind metric` lists them with all others:
 
 ```python
 from collections.abc import Mapping

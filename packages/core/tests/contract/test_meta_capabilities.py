@@ -93,8 +93,10 @@ FOREIGN = {
     "core/plugins/hook_checks": {"__code__": "a function of Python"},
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
+    "core/models/loading/deferred_files": {"operations": "a weight conversion of transformers"},
     "core/models/loading/limits": {
         "max_position_embeddings": "a config of transformers",
+        "num_key_value_heads": "a config of transformers",
         "num_attention_heads": "a config of transformers",
     },
     "core/strategy/parameter_states": {"get_shape": "a slice of safetensors"},
@@ -110,7 +112,7 @@ FOREIGN = {
         "state": "an optimizer of DeepSpeed or torch, where there is one",
     },
     "strategy-deepspeed/sequence": {
-        "head_dim": "a configuration of transformers",
+        "head_dim": "a config of transformers",
         "num_key_value_groups": "an attention layer of transformers",
     },
     "strategy-deepspeed/trainable": {"overflow": "an optimizer of DeepSpeed"},

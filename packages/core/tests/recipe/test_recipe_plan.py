@@ -152,6 +152,7 @@ def test_a_mistake_is_named(steps: list[Any], change: dict[str, Any], message: s
     [
         ("recipe = [", "not valid TOML"),
         ("recipes = []", "unknown key 'recipes' (did you mean 'recipe'?)"),
+        ('[algorithm]\nuse = "dpo"', "is the configuration of a run, not a recipe; pass it as rlhf-run --config"),
         ("seed = 1", "a recipe needs `recipe`"),
         ("recipe = []\nstop_t = -1", "stop_t must be a whole number"),
         ("recipe = []\n[artifacts.a]\nkind = 'modell'\npath = 'x'", "artifacts.a must be"),

@@ -60,7 +60,7 @@ class Evaluate(Command):
         config = replace(config, algorithm=NoTraining(("actor",) if sampled else ()))
         if "reference" in make_plan(config).roles and not config.roles["reference"].model:
             raise UsageError(
-                "an evaluator compares the model with a reference; pass --reference.model with the model that "
+                "an evaluator compares the model with a reference; pass --reference.model, for example with the model that "
                 "training started from"
             )
         written = [name for each in evaluators for name in each.writes]

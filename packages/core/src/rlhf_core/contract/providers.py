@@ -1,4 +1,4 @@
-"""The base class of each kind of provider: how it is called, and every capability that core reads, with its default.
+"""The base classes of providers: how each is called, and every capability that core reads, with its default.
 
 A provider is a frozen dataclass that subclasses its kind's base: fields are its options, and calling it does the work.
 
@@ -165,10 +165,10 @@ class Rollout(Provider):
         return 0
 
     def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:
-        """While it is open, its result samples `role` without collective operations between ranks.
+        """Return a context manager around all turns of a batch of episodes; its value is called to sample `role`.
 
-        It is open over all turns of a batch of episodes, and ranks sample different numbers of turns. An engine that gathers
-        sharded weights does so when it is opened. All ranks open it, sample the first turn, and close it.
+        All ranks take part in opening it, in the first turn and in closing it. The number of later turns differs between ranks,
+        so these turns must not have collective operations: an engine gathers sharded weights when the session opens.
         """
         return nullcontext(partial(self, role))
 
@@ -278,7 +278,7 @@ class Advantage(Provider):
 class Loss(Provider):
     """An objective. Pure; differentiable only in `outputs`.
 
-    An output `"<role>.<name>_NT"` is a function of both roles' whole next-token distributions at every token: the method
+    An output `"<role>.<name>_NT"` compares the whole next-token distributions of the trained role and of `<role>`: the method
     `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
     """
 
@@ -389,4 +389,4 @@ BASES: Mapping[str, type[Provider]] = {
     "evaluator": Evaluator,
     "observer": Observer,
 }
-"""The base class that a provider of each kind subclasses."""
+"""The base class of each kind; the other kinds have protocols (`contract/`)."""

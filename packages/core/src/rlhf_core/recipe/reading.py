@@ -74,6 +74,8 @@ def read_recipe(path: str | Path, variables: Mapping[str, str] | None = None, **
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    if "algorithm" in tree:
+        raise UsageError(f"{path} is the configuration of a run, not a recipe; pass it as rlhf-run --config {path}")
     for key in tree:
         if key not in KEYS:
             raise UsageError(f"{path}: unknown key {key!r}{did_you_mean(key, KEYS)}; a recipe has {', '.join(KEYS)}")

@@ -30,7 +30,7 @@ class EnvironmentReward(Reward):
 
     per: Literal["episode", "turn", "token"] = "episode"
     """place of the reward: `episode` gives the sum of all rewards as the reward of the completion; `turn` gives each turn's
-    reward at its last token, for advantages that discount (gae, reinforce++); `token` leaves each reward at its token"""
+    reward at its last token, for advantages that discount (gae, reinforce_pp); `token` leaves each reward at its token"""
 
     def __call__(self, rollouts: Rollouts) -> RewardOutput:
         if "environment_rewards_NT" not in rollouts:
