@@ -278,8 +278,8 @@ class Advantage(Provider):
 class Loss(Provider):
     """An objective. Pure; differentiable only in `outputs`.
 
-    An output `"<role>.<name>_NT"` compares the whole next-token distributions of the trained role and of `<role>`: the method
-    `compare(logits, other_logits)`, float32 (m, V) each, to (m,) numbers. It runs on a few tokens at a time.
+    If `outputs` names `"<role>.<name>_NT"`, core calls `compare(logits, other_logits)` on a few tokens at a time. Both
+    arguments are float32 (m, V), of the trained role and of `<role>`; it returns (m,) numbers.
     """
 
     roles: ClassVar[Mapping[str, ModelOptions]] = {}
@@ -302,7 +302,7 @@ class Loss(Provider):
 
     @property
     def aggregate(self) -> str | None:
-        """Average over its values, if it has an option for it (`Reduction.per`)."""
+        """Name of the average over its values (`Reduction.per`); None if that is no option of it."""
         return None
 
     @property
@@ -312,11 +312,11 @@ class Loss(Provider):
 
     @property
     def corrects(self) -> bool:
-        """True if it weighs tokens by old over sampler probabilities, so that the old ones may be those of newer weights."""
+        """True if it weighs tokens by old over sampler probabilities; the old ones may then come from later weights."""
         return False
 
     def with_correction(self) -> Loss:
-        """Return it with importance weights for tokens that older weights sampled; itself where it has none, or has them on."""
+        """Return a copy that uses importance weights for tokens of older weights; itself if it has none or uses them."""
         return self
 
     def compare(self, logits: Tensor, other_logits: Tensor) -> Tensor:
