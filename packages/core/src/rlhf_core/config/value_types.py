@@ -112,7 +112,7 @@ def metavar(annotation: Any) -> str:
         named = [metavar(each) for each in members if each is not types.NoneType and given_by(each) != "python"]
         return "|".join(named + [NONE] * (types.NoneType in members))
     if origin is Literal:
-        return "{" + ",".join(map(str, arguments)) + "}"
+        return "{" + ",".join(str(each) for each in arguments if each != "") + "}"
     if origin in _MANY:
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             return " ".join(map(metavar, arguments))

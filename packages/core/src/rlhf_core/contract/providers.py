@@ -302,21 +302,27 @@ class Loss(Provider):
 
     @property
     def aggregate(self) -> str | None:
-        """Name of the average over its values (`Reduction.per`); None if that is no option of it."""
+        """Name of the average over its values (`Reduction.per`); None if the loss has no option `aggregate`."""
         return None
 
     @property
     def length(self) -> int | None:
-        """Tokens that `aggregate constant` divides by, where that is an option of it; 0 is the longest possible completion."""
+        """Divisor of `aggregate constant` in tokens, if the loss has an option `length`; 0 is the longest completion."""
         return None
 
     @property
     def corrects(self) -> bool:
-        """True if it weighs tokens by old over sampler probabilities; the old ones may then come from later weights."""
+        """True if it multiplies each token by the ratio of old to sampler probabilities.
+
+        `old_logprobs_NT` may then be computed by a newer version of the model than the one that sampled.
+        """
         return False
 
     def with_correction(self) -> Loss:
-        """Return a copy that uses importance weights for tokens of older weights; itself if it has none or uses them."""
+        """Return a copy that corrects, by importance ratios, for tokens sampled by an older version of the model.
+
+        A loss without such a correction, or with it switched on, returns itself.
+        """
         return self
 
     def compare(self, logits: Tensor, other_logits: Tensor) -> Tensor:
