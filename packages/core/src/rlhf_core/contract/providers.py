@@ -278,8 +278,9 @@ class Advantage(Provider):
 class Loss(Provider):
     """An objective. Pure; differentiable only in `outputs`.
 
-    If `outputs` names `"<role>.<name>_NT"`, core calls `compare(logits, other_logits)` on a few tokens at a time. Both
-    arguments are float32 (m, V), of the trained role and of `<role>`; it returns (m,) numbers.
+    `outputs` may also name a comparison with another role, `"<role>.<name>_NT"`, with any `<name>`. Core then calls
+    `compare(logits, other_logits)` on m tokens at a time, with the float32 logits (m, V) of the trained role and of `<role>`.
+    The (m,) results, joined, are that output.
     """
 
     roles: ClassVar[Mapping[str, ModelOptions]] = {}
@@ -307,7 +308,7 @@ class Loss(Provider):
 
     @property
     def length(self) -> int | None:
-        """Divisor of `aggregate constant` in tokens, if the loss has an option `length`; 0 is the longest completion."""
+        """Divisor of `aggregate constant` in tokens; 0 takes the limit of sampling. None if it has no option `length`."""
         return None
 
     @property
