@@ -95,7 +95,7 @@ def test_a_model_is_no_distance_from_itself_and_prefers_nothing(
     flags = ["--data", "json", "--data.path", str(pairs), "--data.heldout", "2", "--output", str(tmp_path / "out")]
     flags += ["--sampling.max-new-tokens", "3"]
     assert main(["eval", "tiny", "--evaluator", "policy_stats", *flags]) == 2
-    assert "pass --reference.model with the model" in capsys.readouterr().err, (
+    assert "pass --reference.model, for example with the model" in capsys.readouterr().err, (
         "nobody means the model itself without saying so"
     )
     itself = ["--reference.model", "tiny"]
