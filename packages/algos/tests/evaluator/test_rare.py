@@ -129,7 +129,7 @@ def test_a_model_is_not_measured_against_itself(tmp_path, monkeypatch, capsys):
     words = ["eval", MODEL, "--evaluator", "heldout_table", "--evaluator.kl-coef", "0.2", "--evaluator.prompts", "1"]
     words += ["--reward", "length", "--reward.target", "2", "--data", "prompts"]
     assert main(words) == 2
-    assert "pass --reference.model with the model that training started from" in capsys.readouterr().err
+    assert "pass --reference.model, for example with the model that training started from" in capsys.readouterr().err
     assert main([*words, "--reference.model", f"{MODEL},seed=1"]) == 0
     assert any(read_columns(tmp_path / "evaluation" / "heldout.parquet", ["kl"])["kl"])
 
