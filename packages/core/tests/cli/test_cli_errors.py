@@ -202,7 +202,7 @@ FLAGS = {
     "online --config missing.toml": "--config missing.toml: No such file or directory",
     "online --config .": "--config .: Is a directory",
     # commands
-    "plugins --kind rewards": f"--kind expects {{,{','.join(KINDS)},metric}}, not 'rewards'",
+    "plugins --kind rewards": f"--kind expects {{{','.join(KINDS)},metric}}, not 'rewards'",
     "plugins --data x": "plugins has no data; see rlhf-run plugins --help",
     "eval tiny": "eval needs --evaluator NAME; see rlhf-run plugins --kind evaluator",
     "eval tiny --loss bare": "eval has no loss; it uses evaluator, data, reward, rollout, strategy, launcher",
