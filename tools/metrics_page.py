@@ -22,10 +22,10 @@ writes it from the documentation of the packages: do not edit. A test runs tiny 
 that is not here.
 
 `<role>` is a trained role (`actor`, `critic`, …), and `<source>` a role that is sampled in addition to the first one
-(`proposal`). `<datasource>` is the origin of a row of data, taken from the row's column `datasource`. The part in `[]` is
-left out for the first source. A column `datasource` splits the metrics of training and evaluation. It splits the rewards of
-samples. For rows that are trained on directly, it splits the loss and all metrics of the loss (`actor/nll/gsm8k`, or
-`reward/accuracy/web` of the trained role `reward`).
+(`proposal`). In a name such as `[<source>/]completion/length`, the part in `[]` is left out for the first sampled role.
+`<datasource>` is the origin of a row of data, taken from the row's column `datasource`. A column `datasource` splits the
+metrics of training and evaluation. It splits the rewards of samples. For rows that are trained on directly, it splits the
+loss and all metrics of the loss (`actor/nll/gsm8k`, or `reward/accuracy/web` of the trained role `reward`).
 
 Means are over all ranks, tokens and completions of the step. Metrics that begin with `time/`, `speed/` or `memory/` are
 measured by the first process and differ between two runs. On a CPU all other numbers are the same for the same

@@ -276,11 +276,11 @@ class Advantage(Provider):
 
 @replaceable
 class Loss(Provider):
-    """An objective. Pure; differentiable only in `outputs`.
+    """An objective. `__call__` is pure, and differentiable only in its argument `outputs`.
 
-    `outputs` may also name a comparison with another role, `"<role>.<name>_NT"`, with any `<name>`. Core then calls
-    `compare(logits, other_logits)` on m tokens at a time, with the float32 logits (m, V) of the trained role and of `<role>`.
-    The (m,) results, joined, are that output.
+    The property `outputs` lists the names of these tensors. It may also name a comparison with another role,
+    `"<role>.<name>_NT"`, with any `<name>`. Core then calls `compare(logits, other_logits)` on m tokens at a time, with the
+    float32 logits (m, V) of the trained role and of `<role>`. The (m,) results, joined, are that output.
     """
 
     roles: ClassVar[Mapping[str, ModelOptions]] = {}
