@@ -23,8 +23,8 @@ that is not here.
 
 `<role>` is a trained role (`actor`, `critic`, …), and `<source>` a role that is sampled in addition to the first one
 (`proposal`). In a name such as `[<source>/]completion/length`, the part in `[]` is left out for the first sampled role.
-`<datasource>` is the origin of a row of data, taken from the row's column `datasource`. A column `datasource` splits the
-metrics of training and evaluation. It splits the rewards of samples. For rows that are trained on directly, it splits the
+`<datasource>` is the origin of a row of data, taken from the row's column `datasource`. With this column, some metrics are also
+logged for each origin. For samples and evaluations, these are the rewards. For rows that are trained on directly, these are the
 loss and all metrics of the loss (`actor/nll/gsm8k`, or `reward/accuracy/web` of the trained role `reward`).
 
 Means are over all ranks, tokens and completions of the step. Metrics that begin with `time/`, `speed/` or `memory/` are

@@ -1,4 +1,4 @@
-"""Program of two gloo ranks: one step of Muon on matrices that FSDP2 shards, compared with whole ones."""
+"""The steps of each of two gloo ranks: Muon on matrices that FSDP2 shards, compared with whole ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_core import load_optimizer, make_optimizer
 from rlhf_optimizer_muon.provider import Muon
 
 
-def main() -> None:
+def take_steps() -> None:
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     whole = torch.nn.Sequential(torch.nn.Linear(5, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
@@ -32,12 +32,8 @@ def main() -> None:
             fresh, state = optimizers[1], optimizer.state_dict()
             load_optimizer(fresh, state)
     for (name, expected), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
-        off = float((found.full_tensor() - expected).abs().max())  # type: ignore[attr-defined]
+        off = float((found.full_tensor() - expected).detach().abs().max())  # type: ignore[attr-defined]
         assert off < 1e-5, f"{name} is {off:.2g} off"
     momentum = optimizers[1].state[sharded[0].weight]["momentum"]
     assert momentum.to_local().shape[0] == 6, "momentum stays sharded"
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from muon_ranks import take_steps
 
 from rlhf_core import OptimizerProvider, Run, UsageError, make_config, make_optimizer
-from rlhf_core.testing import check_light, check_optimizer
+from rlhf_core.testing import check_light, check_optimizer, run_ranks
 from rlhf_optimizer_muon.muon import MuonOptimizer, newton_schulz
 from rlhf_optimizer_muon.provider import Muon
 
-HERE = Path(__file__).parent
 GRPO = {"model": "tiny:hidden=16,layers=1", "reward": "length", "batch_size": 2}
 SAMPLING = {"n": 2, "max_new_tokens": 6}
 MUON = Muon(lr=3e-2)
@@ -194,4 +194,5 @@ def test_two_ranks_of_grpo_equal_one(rank: int, tmp_path: Path) -> None:
 
 
 def test_matrices_that_fsdp2_shards_take_the_same_steps() -> None:
-    start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "muon_ranks.py"))
+    done = run_ranks(2, take_steps)
+    assert not any(rank.code for rank in done), [rank.stderr[-3000:] for rank in done]

@@ -278,7 +278,7 @@ class Advantage(Provider):
 class Loss(Provider):
     """An objective. `__call__` is pure, and differentiable only in its argument `outputs`.
 
-    The property `outputs` lists the names of these tensors. It may also name a comparison with another role,
+    The property `outputs` names the tensors that the argument `outputs` holds. It may also name a comparison with another role,
     `"<role>.<name>_NT"`, with any `<name>`. Core then calls `compare(logits, other_logits)` on m tokens at a time, with the
     float32 logits (m, V) of the trained role and of `<role>`. The (m,) results, joined, are that output.
     """
