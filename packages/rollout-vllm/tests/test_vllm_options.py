@@ -20,6 +20,7 @@ from rlhf_core.forecast.options import PlanOptions
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.local_role import LocalRole
 from rlhf_rollout_vllm.arguments import engine_arguments, engine_gpus, memory_share
+from rlhf_rollout_vllm.description import describe_model
 from rlhf_rollout_vllm.engine import VLLM, VLLMEngines
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
@@ -94,6 +95,16 @@ def test_the_memory_of_an_engine_is_its_weights_and_the_cache_that_vllm_reserves
 ) -> None:
     load = SamplingLoad(8, 4, 100, 100, 0, free, device)
     assert VLLM(**options).memory(SIZE, load) == pytest.approx(expected, abs=1)
+
+
+def test_the_hub_is_not_asked_about_a_model_that_is_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("the hub has no such model")
+
+    role = LocalRole(tiny_run(tmp_path / "run").plan, "actor")
+    monkeypatch.setattr("transformers.GenerationConfig.from_pretrained", ask)
+    assert describe_model(role.spec.options, str(tmp_path / "model")) == str(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_a_plan_counts_the_engine_on_the_device_of_the_role(tmp_path: Path) -> None:

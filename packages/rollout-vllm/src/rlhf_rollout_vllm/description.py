@@ -44,6 +44,7 @@ def describe_model(options: ModelOptions, folder: str) -> str:
     text.vocab_size = max(tokens, text.vocab_size)  # as `rlhf_core.models.loading.grow` has it
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with suppress(OSError):  # its end tokens, where the model has such a file
-        GenerationConfig.from_pretrained(place).save_pretrained(folder)
+    if source.kind != "tiny":  # which the hub knows nothing of
+        with suppress(OSError):  # its end tokens, where the model has such a file
+            GenerationConfig.from_pretrained(place).save_pretrained(folder)
     return folder

@@ -284,7 +284,7 @@ def rlhf_evaluated(run: RunView, step: int, metrics: Mapping[str, float]) -> Non
 
 @hookspec
 def rlhf_step_end(run: RunView, step: int, metrics: Mapping[str, Any]) -> bool | str | None:
-    """Called after each optimizer step and before the checkpoint of that step.
+    """Called at the end of each step, after all its optimizer updates and before its checkpoint.
 
     Args:
         run: the run; `run.samples` holds the batches that were trained on.

@@ -8,8 +8,8 @@ A provider is a frozen dataclass that subclasses its kind's base: fields are its
         def __call__(self, rollouts): ...
 
 Each property here is a capability. A provider declares another value by a class attribute, such as `min_samples = 2`, a
-property, or where it is an option of users, a field. Shape letters are those of `rlhf_core.contract.batch`. Nothing is
-imported but for typing, and no base has fields.
+property, or where it is an option of users, a field. Shape letters are those of `rlhf_core.contract.batch`. No base has
+fields.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Staleness:
 
     most: int = 0
     """maximum number of optimizer updates between the weights that sampled a token and those that start to train on it;
-    0 allows the number that --ahead causes, --ahead * updates per step"""
+    0 allows the number that --ahead causes, --ahead * updates per step, and with --partial.tokens those of one more step"""
     policy: Literal["wait", "drop", "mask"] = "wait"
     """enforcement of the bound: `wait` delays sampling and wastes nothing; `drop` discards completions that are too old
     and samples their prompts again; `mask` masks tokens that are too old"""
