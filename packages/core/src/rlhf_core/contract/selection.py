@@ -34,9 +34,9 @@ class Filter(Provider):
 
 @replaceable
 class Sampler(Provider):
-    """Chooses the rows that come next, by their numbers. Its engine is the same on every rank.
+    """Chooses the rows that come next, by their numbers: its iterator draws the same numbers on every rank.
 
-    One that `reacts` remembers what rows earned, so its engine has `state_dict` and `load_state_dict`. After a resume it is
+    One that `reacts` remembers what rows earned, so its iterator has `state_dict` and `load_state_dict`. After a resume it is
     called anew and continues from its state. Of one that does not react, the numbers given before are skipped.
     """
 
