@@ -34,10 +34,11 @@ class Filter(Provider):
 
 @replaceable
 class Sampler(Provider):
-    """Chooses the rows that come next, by their numbers: its iterator draws the same numbers on every rank.
+    """Chooses the rows that come next, by their numbers. Every rank draws the same numbers.
 
-    One that `reacts` remembers what rows earned, so its iterator has `state_dict` and `load_state_dict`. After a resume it is
-    called anew and continues from its state. Of one that does not react, the numbers given before are skipped.
+    One that `reacts` remembers what rows earned, so the object that its `open` returns has `state_dict` and `load_state_dict`.
+    After a resume this object gets its state, and is called anew. Of a sampler that does not react, the numbers given before
+    are skipped.
     """
 
     @property

@@ -54,7 +54,7 @@ def check_ahead(plan: Plan) -> None:
         raise OptionError(
             "/ahead",
             f"the rollout engine {config.names.get('rollout', '')!r} samples from the weights that are trained; "
-            f"pass {run_option('launcher', 'ray')}, which gives it a separate copy, or leave it out",
+            f"leave it out, or pass {run_option('launcher', 'ray')}, which gives the engine a separate copy",
         )
     if config.partial.midway and (launcher.engines_apart or not engine.takes_weights_midway):
         where = f"under {run_option('launcher', config.names.get('launcher', ''))}"
