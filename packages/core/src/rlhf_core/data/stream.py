@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["READING", "DrawnBatch", "DrawnRows", "Stream", "is_indexed"]
 
-BATCHES = 4
-"""Batches in a chunk where ranks have to agree on its rows: a quarter of a collective per step."""
+BATCHES = 8
+"""Batches in a chunk where ranks have to agree on its rows: an eighth of a collective per batch."""
 READING = "reading"
 """Key in a position: the pass over a source that is read in order."""
 POSITION = ("epoch", "row", "first_uid", "dropped", "truncated")
