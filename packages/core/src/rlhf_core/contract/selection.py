@@ -36,9 +36,9 @@ class Filter(Provider):
 class Sampler(Provider):
     """Chooses the rows that come next, by their numbers. Every rank draws the same numbers.
 
-    One that `reacts` remembers what rows earned, so the object that its `open` returns has `state_dict` and `load_state_dict`.
-    After a resume this object gets its state, and is called anew. Of a sampler that does not react, the numbers given before
-    are skipped.
+    One that `reacts` remembers what rows earned. The object that a run calls, which `Provider.open` returns (the sampler
+    itself, unless it defines `open`), then has `state_dict` and `load_state_dict`. After a resume that object gets its state,
+    and is called again with `rows` and `seed`. If a sampler does not react, the numbers that it gave before are skipped.
     """
 
     @property
