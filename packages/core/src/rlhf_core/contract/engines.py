@@ -287,10 +287,10 @@ def open_provider(provider: Opens, place: str = "provider", seed: int = 0) -> It
 
 
 def call_once(provider: Opens, *arguments: Any) -> Any:
-    """Open `provider`, call its engine once and close it: for a provider that is called without a run.
+    """Open `provider`, call its engine once and close it: the `__call__` of bases whose providers may define `open` alone.
 
     Raises:
-        NotImplementedError: the provider is its own engine.
+        NotImplementedError: the provider defines neither `__call__` nor `open`.
     """
     with open_provider(provider) as engine:
         if engine is provider:
