@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rlhf_core.asynchronous.simulation import Workload, simulate
@@ -48,6 +50,19 @@ def test_the_command_prints_a_line_per_number_of_steps(capsys: pytest.CaptureFix
         ["1", "10.00", "2.00x"],
         ["2", "10.00", "2.00x"],
     ]
+
+
+def test_weights_that_are_ready_go_before_the_next_call() -> None:
+    # by hand: 20 s calls, 10 s updates. Each update ends within a call, so the next call has its weights
+    assert set(simulate(Workload(20.0, 10.0, sync=0.5, steps=50), 2).ages[1:]) == {1}
+    assert set(simulate(Workload(10.0, 20.0, sync=0.5, steps=50), 2).ages[2:]) == {2}
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[4] / "docs" / "asynchronous.md").read_text(encoding="utf-8")
+    command, _, shown = page.partition("$ rlhf-run simulate ")[2].partition("```")[0].partition("\n")
+    assert main(["simulate", *command.split()]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_a_phase_without_time_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
