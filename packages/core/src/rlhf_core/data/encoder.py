@@ -46,7 +46,7 @@ FORMAT = 3
 """Raise it when a row becomes other tokens than before, or is stored in another form: what is cached then counts no more."""
 COMPLETION_ADVICE = advice(
     f"pass {run_option('data.completion_key')} if there is one (preferences need both chosen and rejected)",
-    "choose data that has completions",
+    "choose data that has completions (preferences need both chosen and rejected)",
 )
 OPENINGS = 256
 """Openings of chats that are remembered: one for each system prompt."""
