@@ -232,7 +232,7 @@ def test_an_engine_that_takes_no_weights_breaks_the_bound(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("grpo --ahead 1", "rollout engine 'hf' samples from the weights that are trained; leave it out"),
+        ("grpo --ahead 1", "is not possible: the rollout engine 'hf' samples from the weights that are trained"),
         ("grpo --stale.most 3", "applies only to sampling ahead; pass --ahead 1"),
         ("grpo --stale.policy drop", "applies only to sampling ahead; pass --ahead 1"),
         ("grpo --rollout fake --ahead 2 --minibatches 2 --stale.most 1", "less than the 2 optimizer updates of a step"),

@@ -34,11 +34,11 @@ class Filter(Provider):
 
 @replaceable
 class Sampler(Provider):
-    """Chooses the rows that come next, by their numbers. Every rank draws the same numbers.
+    """Chooses the rows that come next, and gives their numbers. Every rank draws the same numbers.
 
-    One that `reacts` remembers what rows earned. The object that a run calls, which `Provider.open` returns (the sampler
-    itself, unless it defines `open`), then has `state_dict` and `load_state_dict`. After a resume that object gets its state,
-    and is called again with `rows` and `seed`. If a sampler does not react, the numbers that it gave before are skipped.
+    One that `reacts` must define `state_dict` and `load_state_dict`, or the object must that its `open` returns. After a resume
+    it gets its state, and is called again with `rows` and `seed`. A sampler that does not react is called with the same `rows`
+    and `seed` again, and the run discards as many numbers as it had used.
     """
 
     @property

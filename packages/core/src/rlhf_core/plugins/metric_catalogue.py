@@ -61,7 +61,8 @@ _RUN = {
     "rollout/dropped": "0 or 1: 1 if completions were too old, so that all of the step were sampled again; only under "
     "stale.policy drop",
     "<role>/mismatch": "nats: absolute difference between the log-probabilities of rollout engine and trainer, mean over "
-    "those tokens of the step's first update that were sampled by the role's current weights; max_mismatch bounds it",
+    "those tokens of the step's first update that were sampled by the role's current weights; the run warns or stops above "
+    "max_mismatch (on_mismatch)",
     "<role>/mismatch_max": "nats: the largest such difference",
     "<role>/mismatch_kl": "nats per token: KL(sampler || trainer) estimated from these tokens (k3)",
     "[<source>/]reward/mean": "reward: mean over completions, after shaping, per-token rewards included; what is maximized",

@@ -53,8 +53,9 @@ def check_ahead(plan: Plan) -> None:
     if not (launcher.engines_apart or engine.has_own_weights):
         raise OptionError(
             "/ahead",
-            f"the rollout engine {config.names.get('rollout', '')!r} samples from the weights that are trained; "
-            f"leave it out, or pass {run_option('launcher', 'ray')}, which gives the engine a separate copy",
+            f"is not possible: the rollout engine {config.names.get('rollout', '')!r} samples from the weights that are "
+            f"trained; leave out {run_option('ahead')}, or pass {run_option('launcher', 'ray')}, which gives the engine a "
+            "separate copy",
         )
     if config.partial.midway and (launcher.engines_apart or not engine.takes_weights_midway):
         where = f"under {run_option('launcher', config.names.get('launcher', ''))}"
