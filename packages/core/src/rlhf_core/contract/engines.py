@@ -287,9 +287,9 @@ def open_provider(provider: Opens, place: str = "provider", seed: int = 0) -> It
 
 
 def call_once(provider: Opens, *arguments: Any) -> Any:
-    """Open `provider`, call the engine that this returns once, and close the engine.
+    """Open `provider`, call the object that `open` returns, and close it.
 
-    It is the `__call__` of base classes whose providers may define `open` instead of `__call__`.
+    This is the `__call__` of base classes whose providers may define `open` instead of `__call__`.
 
     Raises:
         NotImplementedError: the provider defines neither `__call__` nor `open`.

@@ -36,9 +36,9 @@ class Filter(Provider):
 class Sampler(Provider):
     """Chooses the rows that come next, and gives their numbers. Every rank draws the same numbers.
 
-    One that `reacts` must define `state_dict` and `load_state_dict`, or the object must that its `open` returns. After a resume
-    it gets its state, and is called again with `rows` and `seed`. A sampler that does not react is called with the same `rows`
-    and `seed` again, and the run discards as many numbers as it had used.
+    One that `reacts` must define `state_dict` and `load_state_dict`; if it has an `open`, the object that `open` returns must
+    define them. After a resume it gets its state, and is called again with `rows` and `seed`. A sampler that does not react is
+    called with the same `rows` and `seed` again, and the run discards as many numbers as it had used.
     """
 
     @property
@@ -48,7 +48,7 @@ class Sampler(Provider):
 
     @property
     def lookahead(self) -> int:
-        """Batches of `--batch-size` rows that are drawn before the loop asks for them, if it reacts; 0 reacts at once."""
+        """If the sampler reacts: batches of `--batch-size` rows that are drawn early; with 0, scores affect the next batch."""
         return 0
 
     @property
@@ -61,7 +61,7 @@ class Sampler(Provider):
 
     @property
     def epochs(self) -> bool:
-        """True if every row comes once before any comes again; data without a length is then read in its own order."""
+        """True if every row comes once before any comes again. Only then data without a length is allowed, in its own order."""
         return False
 
     def __call__(self, rows: int, seed: int) -> Iterator[int]:
@@ -71,6 +71,6 @@ class Sampler(Provider):
     def update(self, row_N: Tensor, scores_N: Tensor) -> None:
         """Take in what rows earned: int64 and float64, one value per completion, those of all ranks in the order of drawing.
 
-        Called after each scoring. A row that was drawn and is never scored was too
-        long, or the reward abstained from it.
+        Called after each scoring. Some drawn rows never arrive here: those that were too long, and those from which the
+        reward abstained.
         """

@@ -40,13 +40,13 @@ _RUN = {
     "environment: or at a limit of the episode)",
     "[<source>/]completion/turns": "turns: mean number in an episode; only with an environment",
     "[<source>/]completion/failed": "share 0..1: episodes whose environment or agent failed; only with an environment",
-    "[<source>/]completion/segments": "segments: mean number in an episode, where an agent runs it; a segment begins when "
-    "earlier messages change",
+    "[<source>/]completion/segments": "segments: mean number in an episode, if an agent drives it; a new segment "
+    "begins where the agent or the chat template changes earlier messages",
     "[<source>/]completion/feedback": "tokens: mean number per completion that the environment wrote; only with an environment",
     "[<source>/]completion/entropy": "nats per token: entropy of the distribution that was sampled (temperature and truncation "
     "included), estimated without bias as the mean of -log p over sampled tokens",
     "rollout/kept_mass": "share 0..1: probability that top-p, top-k and min-p keep, mean over tokens; logged if they "
-    "truncate; if, in addition, sampling.replay is off, importance ratios are biased",
+    "truncate; importance ratios are then biased if the option sampling.replay is off",
     "rollout/staleness": "optimizer steps: age of the sampled tokens when they are trained on, mean over tokens and sources",
     "rollout/staleness_max": "optimizer steps: age of the oldest sampled token that the step trains on",
     "rollout/staleness_oldest": "optimizer steps: age of a completion's oldest token when it is trained on, mean over "
