@@ -167,6 +167,8 @@ FLAGS = {
     "online --reward.zzz 3": "unknown flag --reward.zzz; reward 'brevity' has the options limit, unit, shape, weights, key; "
     "--reward NAME chooses another provider",
     "online --rollout.n 3": "unknown flag --rollout.n; rollout 'bare' has no options",
+    "online --algorithm.zzz 3": "unknown flag --algorithm.zzz; algorithm 'online' has the options kl, kl.coef, kl.estimator, "
+    "kl.where, kl.unbiased, kl.target, kl.horizon; the first word chooses another algorithm",
     "online --rewrd brevity": "unknown flag --rewrd; did you mean --reward?",
     "online --stepz 3": "unknown flag --stepz; did you mean --steps INT (training steps)?",
     "online --step 3": "unknown flag --step; did you mean --steps INT (training steps)?",

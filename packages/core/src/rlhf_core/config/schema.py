@@ -126,6 +126,7 @@ class Schema:
         if group:
             title = section.title if section is not None and group == f"{head}." else group[:-1]
             other = f"; {spell(head)} NAME chooses another provider" if section is not None and section.kind else ""
+            other = f"; the first word chooses another {subject}" if head == subject else other
             return f"; {title} has the options {', '.join(among)}{other}"
         return f"; see rlhf-run {name} --help"
 
