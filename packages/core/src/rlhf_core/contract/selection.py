@@ -36,9 +36,9 @@ class Filter(Provider):
 class Sampler(Provider):
     """Chooses the rows that come next, and gives their numbers. Every rank draws the same numbers.
 
-    One that `reacts` to scores must define `state_dict` and `load_state_dict`; if it has an `open`, the object that `open` returns must
-    define them. After a resume it gets its state, and is called again with `rows` and `seed`. A sampler that does not react is
-    called with the same `rows` and `seed` again, and the run discards as many numbers as it had used.
+    One that `reacts` to scores must define `state_dict` and `load_state_dict`. If it has an `open`, the object that `open`
+    returns must define them. After a resume it gets its state, and is called again with `rows` and `seed`. A sampler that does
+    not react is called with the same `rows` and `seed` again, and the run discards as many numbers as it had used.
     """
 
     @property
