@@ -17,7 +17,7 @@ __all__ = ["Export"]
 
 @dataclass(frozen=True)
 class Export(Command):
-    """Write a checkpoint as a Hugging Face folder, or a PEFT folder for adapters. Averages follow the run's options."""
+    """Write a checkpoint as a Hugging Face folder, or a PEFT folder for adapters; averaged weights if the run keeps them."""
 
     checkpoint: str
     """folder OUTPUT/checkpoints/step-N"""
