@@ -37,8 +37,8 @@ class Sampler(Provider):
     """Chooses the rows that come next, and gives their numbers. Every rank draws the same numbers.
 
     One that `reacts` to scores must define `state_dict` and `load_state_dict`. If it has an `open`, the object that `open`
-    returns must define them. After a resume it gets its state, and is called again with `rows` and `seed`. A sampler that does
-    not react is called with the same `rows` and `seed` again, and the run discards as many numbers as it had used.
+    returns must define them. A resumed run first loads the state, then calls with `rows` and `seed`. A sampler that does not
+    react is called with the same `rows` and `seed` again, and the run discards as many numbers as it had used.
     """
 
     @property
