@@ -127,6 +127,17 @@ def test_the_time_limit_is_that_of_the_whole_answer(serving: Callable[..., str])
     assert time.monotonic() - started < 30
 
 
+def test_the_limit_of_the_socket_may_be_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a loaded machine the timer of the whole answer is later than the socket's own limit; the words are the same."""
+    whole = http._Deadline
+    monkeypatch.setattr(http, "_Deadline", lambda seconds: whole(seconds + 60))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,  # it connects, and never answers
+        pytest.raises(TimeoutError, match="no complete answer within 0.2 s"),
+    ):
+        http.ask_server(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout=0.2)
+
+
 def test_the_size_of_an_answer_is_bounded(serving: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "LARGEST", 1 << 20)
     chunks = [OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"100000\r\n" + b" " * (1 << 20) + b"\r\n"] * 64]

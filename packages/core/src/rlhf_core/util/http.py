@@ -151,8 +151,9 @@ def ask_server(url: str, question: Any = None, token: str = "", timeout: float =
                 content = response.read(LARGEST + 1)
         except urllib.error.HTTPError as error:
             raise Refusal(error) from None
-        except FAILURES:  # ValueError: the connection was closed meanwhile
-            if deadline.over:
+        except FAILURES as error:  # ValueError: the connection was closed meanwhile
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            if deadline.over or isinstance(cause, TimeoutError):  # the socket's own limit may be first
                 raise TimeoutError(f"no complete answer within {timeout:g} s") from None
             raise
         if deadline.over:
