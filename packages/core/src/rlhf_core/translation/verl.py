@@ -114,7 +114,7 @@ ABSENT_ENDS = {
     "grad_offload": SHARDED,
     "fsdp_size": SHARDED,
     "tensor_model_parallel_size": ENGINE,
-    "ulysses_sequence_parallel_size": "--strategy deepspeed has no sequence parallelism here",
+    "ulysses_sequence_parallel_size": "pass --strategy deepspeed --strategy.sequence, and start as many ranks",
     "val_batch_size": "held-out rows are batched by --evaluator",
     "filter_overlong_prompts": "longer prompts are dropped and counted",
     "truncation": "longer prompts are dropped and counted",
