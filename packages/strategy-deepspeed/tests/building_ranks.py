@@ -35,6 +35,7 @@ def specs(saved: str, adapted: bool) -> dict[str, RoleSpec]:
     found = {
         "tiny": trained("tiny"),
         "saved": trained(saved),
+        "experts": trained(str(Path(saved).parent / "experts")),
         "narrow": trained(saved, dtype="bfloat16"),
         "frozen": RoleSpec("reference", ModelOptions(model=saved, dtype="bfloat16"), frozenset({"logprobs_NT"})),
         "scorer": RoleSpec("reward", ModelOptions(model="tiny"), frozenset({"scores_N"})),

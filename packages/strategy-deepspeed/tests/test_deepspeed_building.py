@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rlhf_core.contract.options import ModelOptions
 from rlhf_core.models.build import build_module
@@ -28,10 +28,13 @@ ADAPTED = find_spec("peft") is not None
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model, in several files, the weights of each role that two ranks built, and their peaks of memory."""
+    """Two saved models, in several files, the weights of each role that two ranks built, and their peaks of memory."""
     folder = tmp_path_factory.mktemp("built")
     load_model("tiny:layers=3,seed=5", ModelOptions()).save_pretrained(folder / "model", max_shard_size="100KB")
     assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=3, **sizes)
+    MixtralForCausalLM(experts).save_pretrained(folder / "experts", max_shard_size="20KB")
     done = run_ranks(2, ranks.build, str(folder), str(folder / "model"), ADAPTED)
     assert [rank.code for rank in done] == [0, 0], done[0].stderr[-3000:] + done[1].stderr[-3000:]
     return folder

@@ -8,7 +8,7 @@
 A deferred parameter is one zero, expanded to the parameter's shape. Its numbers are those that it has without deferring, to the
 bit. What changes weights while it builds a model (a merged adapter, new tokens) reads them all first, and reports that.
 
-Left out: weights that transformers converts as it reads them (fused experts), and quantized ones. They are read at once.
+Left out: quantized weights. They are read at once.
 """
 
 from __future__ import annotations

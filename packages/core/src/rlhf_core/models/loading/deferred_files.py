@@ -1,7 +1,9 @@
 """Loading a model of transformers whose weights stay in their safetensors files until they are needed.
 
 transformers makes the model, matches names, ties weights and computes buffers as always. It only gets placeholders where it
-would get what a file holds. A parameter that ends up with a placeholder's memory is that tensor of that file.
+would get what a file holds. A parameter that ends up with a placeholder's memory is that tensor of that file. Where
+transformers makes a parameter of several tensors (the experts of a layer), it first makes one of their shapes, and later one of
+their numbers.
 
 transformers opens its files with `safe_open`, which is replaced meanwhile. A version that reads files in another way loads
 whole weights, as without deferring.
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_deferred"]
 
-Handed = dict[int, tuple["_FileTensor", Any]]
-"""Tensors of files by the address of their placeholder's memory; the placeholder is kept, and so is the address."""
+Handed = dict[int, tuple["_FileTensor | _Conversion", Any]]
+"""Sources of numbers by the address of their placeholder's memory; the placeholder is kept, and so is the address."""
 
 
 def load_deferred(name: str, load: Callable[[], tuple[Any, Any]], packed: bool) -> tuple[Any, Any]:
@@ -32,7 +34,7 @@ def load_deferred(name: str, load: Callable[[], tuple[Any, Any]], packed: bool) 
 
     Args:
         name: of the model, for messages.
-        load: a call of `from_pretrained`; it is repeated if the weights cannot be deferred.
+        load: a call of `from_pretrained`.
         packed: True if it quantizes the weights.
     """
     if not is_deferring():
@@ -41,12 +43,8 @@ def load_deferred(name: str, load: Callable[[], tuple[Any, Any]], packed: bool) 
         report_whole(f"those of {name} are quantized as they are read")
         return load()
     handed: Handed = {}
-    with _hand_placeholders(handed):
+    with _hand_placeholders(handed), _convert_placeholders(handed):
         model, info = load()
-    if any(hasattr(each, "operations") for each in model._weight_conversions):  # a renaming has none
-        del model
-        report_whole(f"transformers converts those of {name} as it reads them")
-        return load()
     for parameter in model.parameters():
         stored = handed.get(parameter.untyped_storage().data_ptr())
         if stored is not None:
@@ -95,6 +93,20 @@ class _FileTensor:
         return made
 
 
+@dataclass(frozen=True)
+class _Conversion:
+    """A parameter that transformers makes of tensors of files."""
+
+    convert: Callable[[], dict[str, Any]]
+    """reads the tensors, and returns all parameters that are made of them"""
+    name: str
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """Return the numbers in new memory."""
+        found: Tensor = _single(self.convert()[self.name]).to(dtype).contiguous()
+        return found
+
+
 class _File:
     """An open file that hands out placeholders."""
 
@@ -137,3 +149,59 @@ def _hand_placeholders(handed: Handed) -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_open = original
+
+
+@contextmanager
+def _convert_placeholders(handed: Handed) -> Iterator[None]:
+    """Let transformers make placeholders of placeholders inside the context, where it makes a parameter of several tensors."""
+    from transformers.core_model_loading import WeightConverter
+
+    converter: Any = WeightConverter  # whose method is replaced
+    original = converter.convert
+
+    def convert(self: Any, layer_name: str, model: Any = None, **known: Any) -> dict[str, Tensor]:
+        tensors = self.materialize_tensors()
+        files = {
+            pattern: [(handed[each.untyped_storage().data_ptr()][0], each.dtype) for each in parts]
+            for pattern, parts in tensors.items()
+        }
+
+        def from_files() -> dict[str, Any]:
+            for pattern, parts in files.items():
+                self.collected_tensors[pattern] = [partial(file.read, dtype) for file, dtype in parts]
+            return dict(original(self, layer_name, model=shape_of, config=known.get("config")))
+
+        shape_of = _ShapeOf(model, layer_name)
+        for pattern, parts in tensors.items():
+            self.collected_tensors[pattern] = [each.to("meta") for each in parts]
+        made = {}
+        for name, found in original(self, layer_name, model=model, **known).items():
+            shape = _single(found)
+            made[name] = placeholder(shape.shape, shape.dtype)
+            handed[made[name].untyped_storage().data_ptr()] = (_Conversion(from_files, name), made[name])
+        return made
+
+    converter.convert = convert
+    try:
+        yield
+    finally:
+        converter.convert = original
+
+
+class _ShapeOf:
+    """A model for conversions that look at the shape of their parameter: that parameter, without numbers."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        known = dict(model.named_parameters())
+        self.parameters = {name: known[name].to("meta")} if name in known else {}
+
+    def get_parameter(self, name: str) -> Tensor:
+        """Return the parameter, on the meta device."""
+        found: Tensor = self.parameters[name]
+        return found
+
+
+def _single(found: Any) -> Tensor:
+    """Return a converted parameter, which some conversions wrap in a list."""
+    tensor: Tensor = found[0] if isinstance(found, list) else found
+    return tensor
