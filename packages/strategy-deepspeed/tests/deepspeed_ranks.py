@@ -132,6 +132,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "h": {"hpz": 2},
     "s": {"sequence": 2},
     "q": {"sequence": 4},
+    "t": {"tensor": 2},
+    "ot": {"offload": "optimizer", "tensor": 2},
     "l": {"leaf_modules": ("LlamaDecoderLayer",)},
 }
 """Options beside the stage, by the letter that follows it in a word."""

@@ -31,7 +31,7 @@ REFUSED = {
     "scheduler": "--<role>.optim.schedule sets the schedule",
     "zero_optimization.offload_optimizer.device": f"{option('offload', 'optimizer')} sets it",
     "zero_optimization.offload_param.device": f"{option('offload', 'all')} sets it",
-    "tensor_parallel": "this version does not support tensor parallelism",
+    "tensor_parallel": f"{option('tensor')} sets it",
     "sequence_parallel_size": f"{option('sequence')} sets it",
     "hybrid_engine": "the rollout engine samples completions",
     "elasticity": "the launcher sets the world size",

@@ -105,11 +105,18 @@ def mark_leaves(module: nn.Module, classes: Sequence[str]) -> None:
         library().utils.set_z3_leaf_modules(module, list(classes))
 
 
-def initialize(module: nn.Module, config: Json, optimizer: torch.optim.Optimizer | None = None) -> Any:
-    """The engine. Its dtypes, sharding and communication are those of `config`."""
+def initialize(
+    module: nn.Module, config: Json, optimizer: torch.optim.Optimizer | None = None, ranks: Any = None
+) -> Any:
+    """The engine. Its dtypes, sharding and communication are those of `config`.
+
+    Args:
+        ranks: the groups of ranks where several share a model (`mpu` of DeepSpeed); None: all shard and reduce together.
+    """
     deepspeed = library()
+    deepspeed.utils.groups.mpu = ranks  # it keeps those of the engine before
     with silence_deepspeed():
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=ranks)
     return engine
 
 

@@ -29,6 +29,9 @@ class DeepSpeedOptions:
     sequence: int = 1
     """number of ranks that share each row, for long contexts: each holds a part of the tokens, and attention reads all
     of them (Ulysses)"""
+    tensor: int = 1
+    """number of ranks that share the matrices of each layer, for wide models: each holds and multiplies a part (AutoTP;
+    stages 0 to 2)"""
     bucket: int | None = None
     """number of elements that are reduced or gathered in one call; 50 million by default"""
     overlap: bool | None = None
@@ -57,8 +60,15 @@ class DeepSpeedOptions:
             )
         if self.cpu_adam and self.offload == "none":
             raise OptionError("cpu_adam", "updates weights in main memory; choose an offload too")
-        if self.sequence < 1:
-            raise OptionError("sequence", f"must be at least 1, not {self.sequence}")
+        for name in ("sequence", "tensor"):
+            if getattr(self, name) < 1:
+                raise OptionError(name, f"must be at least 1, not {getattr(self, name)}")
+        if self.tensor > 1 and self.sequence > 1:
+            raise OptionError("tensor", f"{self.tensor} does not go together with sequence {self.sequence}; leave one out")
+        if self.tensor > 1 and self.stage == 3:
+            raise OptionError(
+                "tensor", f"{self.tensor} needs stage 0, 1 or 2, not 3, which shards every weight already; leave one out"
+            )
         for name in ("hpz", "leaf_modules"):
             if getattr(self, name) and self.stage < 3:
                 raise OptionError(name, f"needs stage 3, which shards weights, not {self.stage}; leave it out")

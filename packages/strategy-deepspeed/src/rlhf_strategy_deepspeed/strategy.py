@@ -1,8 +1,8 @@
 """The strategy `deepspeed`: the kind of trainable that each role gets.
 
 Built in: ZeRO 0 to 3 in float32, bfloat16 and float16, with states in main memory if wanted, on one process or many, started by
-`deepspeed`, `torchrun` or Ray. Left for later, and refused in a configuration file with a one-line error: tensor
-parallelism.
+`deepspeed`, `torchrun` or Ray. Several ranks may share each row, by its tokens (`sequence`) or by the layers' matrices
+(`tensor`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
     @property
     def ranks_per_row(self) -> int:
         """The number of ranks that share each row."""
-        return self.sequence
+        return self.sequence * self.tensor  # one of them is 1
 
     def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
         """Return the share of a rank under this stage."""
@@ -75,6 +75,14 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
         from rlhf_strategy_deepspeed.sequence import join_rows
         from rlhf_strategy_deepspeed.trainable import DeepSpeedTrainable
 
+        if self.tensor > 1:
+            from rlhf_strategy_deepspeed.frozen_tensors import FrozenTensors
+
+            with defer_weights():
+                module = build()
+            if optim is None:
+                return FrozenTensors(self, module, device)
+            return DeepSpeedTrainable(self, module, optim, total_steps, device)
         if self.stage == 3 and (optim is not None or torch.distributed.get_world_size() > 1):
             with defer_weights():
                 module = build()

@@ -37,6 +37,7 @@ from rlhf_strategy_deepspeed.engine import (
 from rlhf_strategy_deepspeed.parking import Parking
 from rlhf_strategy_deepspeed.pieces import rank_pieces, read_states
 from rlhf_strategy_deepspeed.sequence import join_rows
+from rlhf_strategy_deepspeed.tensor import cut_layers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +63,8 @@ class DeepSpeedTrainable(Trainable):
         dtype = str(module.compute_dtype).removeprefix("torch.")
         _check_choices(options, dtype, optim)
         self.ranks = TorchWorld()
-        self.world: World = join_rows(module, options.sequence)
+        self.shards = cut_layers(module, options.tensor) if options.tensor > 1 else None
+        self.world: World = self.shards.world if self.shards is not None else join_rows(module, options.sequence)
         if options.hpz is not None and self.ranks.size % options.hpz:
             raise OptionError(
                 "hpz", f"{options.hpz} does not divide the {self.ranks.size} ranks; choose a number that does"
@@ -73,7 +75,7 @@ class DeepSpeedTrainable(Trainable):
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.options = optim
         self.stage = options.stage
-        self.sharded = options.stage == 3
+        self.sharded = options.stage == 3 or self.shards is not None
         self.steps_done = 0
         self.device = device
         module.eval()  # no dropout: stored and live log-probabilities must agree
@@ -89,7 +91,7 @@ class DeepSpeedTrainable(Trainable):
         elif self.stage == 3:
             mark_leaves(module, options.leaf_modules)
             shard(module, config, device)
-        self.engine = initialize(module, config, optimizer)
+        self.engine = initialize(module, config, optimizer, self.shards.ranks if self.shards is not None else None)
         self.scaler = self.engine.optimizer.loss_scaler if dtype == "float16" else None
         if self.scaler is not None:
             self.scaler.raise_error_at_min_scale = False  # the run itself stops where a scale of 1 overflows
@@ -101,7 +103,8 @@ class DeepSpeedTrainable(Trainable):
         return forward(self.engine, batch, names, self.device)
 
     def backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss.to(self.device) * self.ranks.size)  # DeepSpeed takes the mean over ranks
+        ranks = self.world if self.shards is not None else self.ranks
+        self.engine.backward(loss.to(self.device) * ranks.size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> dict[str, float]:
         lr = self.schedule.set(self.steps_done)
@@ -118,42 +121,50 @@ class DeepSpeedTrainable(Trainable):
         """Clip the reduced gradients and keep their norm, which DeepSpeed does not report; nothing that is not finite
         gets into the weights."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._norm = torch.nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm or float("inf"))
+        limit = self.options.max_grad_norm or float("inf")
+        clip = torch.nn.utils.clip_grad_norm_ if self.shards is None else self.shards.clip
+        self._norm = clip(parameters, limit)
         if not self._norm.isfinite():
             for parameter in parameters:
                 parameter.grad = None
 
     def full(self, parameter: Tensor) -> Tensor:
+        if self.shards is not None:
+            return self.shards.full(parameter)
         return whole(parameter) if self.sharded else parameter.detach()
 
     def own_share(self, parameter: Any) -> Tensor:
-        return parameter.ds_tensor.detach().view(-1) if self.sharded else parameter.detach()  # type: ignore[no-any-return]
+        return parameter.ds_tensor.detach().view(-1) if self.stage == 3 else parameter.detach()  # type: ignore[no-any-return]
 
     def join_shares(self, parameter: Tensor, share: Tensor) -> Tensor:
+        if self.shards is not None:
+            return self.shards.join(parameter, share)
         return join_shares(parameter, share, self.device) if self.sharded else share
 
     def assign(self, parameter: Tensor, whole: Tensor) -> None:
-        assign(parameter, whole)
+        assign(parameter, whole if self.shards is None else self.shards.part(parameter, whole))
 
     def gathered(self) -> AbstractContextManager[None]:
-        return gather_weights(self.engine) if self.stage == 3 else nullcontext()
+        if self.shards is not None:
+            return self.shards.gathered()
+        return gather_weights(self.engine) if self.sharded else nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.stage == 3:
             yield from whole_weights(self.module, self.bucket)
         else:
-            yield from self.module.hf_weights()  # type: ignore[operator]
+            yield from self.module.hf_weights(self.full)  # type: ignore[operator]
 
     # ------------------------------------------------------------------------------------------------------------------
     # checkpoints
 
     def save(self, folder: str) -> None:
-        pieces = rank_pieces(self.engine, self.stage)
+        pieces = rank_pieces(self.engine, self.stage, self.shards)
         write_pieces(folder, self.ranks.rank, self.ranks.size, self.steps_done, pieces)
 
     def load(self, folder: str) -> None:
         states = open_states(folder, self._names)
-        read_states(self.engine, self.stage, states)
+        read_states(self.engine, self.stage, states, self.shards)
         self.steps_done = states.steps_done
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -186,4 +197,10 @@ def _check_choices(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvid
             f"strategy 'deepspeed' cuts matrices into flat shards at stage {options.stage}, but the optimizer "
             f"{type(optim).__name__} needs whole matrices; use {option('stage')} 0, the strategy torch, or the "
             "optimizer adamw"
+        )
+    if options.tensor > 1 and not optim.elementwise:
+        raise OptionError(
+            "tensor",
+            f"{options.tensor} cuts matrices, but the optimizer {type(optim).__name__} needs whole ones; use the optimizer "
+            "adamw, or leave it out",
         )
