@@ -185,10 +185,11 @@ def run(folder: Path, case: str, strategy: Any, name: str, **options: Any) -> di
 
 def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "", **options: Any) -> dict[str, Any]:
     """Run `case` again from its checkpoint in the middle, in a copy of its folder."""
+    steps = options.get("steps", STEPS)
     world, copy = join_world(), copy or f"{name}-resumed"
     if world.rank == 0:
         shutil.copytree(folder / name, folder / copy)
-        shutil.rmtree(folder / copy / "checkpoints" / f"step-{STEPS}")
+        shutil.rmtree(folder / copy / "checkpoints" / f"step-{steps}")
     world.barrier()
     return run(folder, case, strategy, copy, resume=True, **options)
 

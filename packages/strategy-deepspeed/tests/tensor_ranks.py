@@ -10,22 +10,38 @@ import torch
 
 from rlhf_core.launcher.local import join_world
 
-WIDE = "tiny:heads=4,kv_heads=2"
+SHORT: dict[str, Any] = {"model": "tiny:heads=4,kv_heads=2", "steps": 6, "save_every": 3}
+
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "averaged": ("sft", {"actor": {**ranks.ACTOR, "ema": 0.5}}),
+    "tracked": ("grpo", {"kl": {"coef": 0.1}, "reference": {"track": {"of": "actor", "every": 1}}}),
+}
+"""Cases with options of their own, by name: the case of `deepspeed_ranks`, and the options."""
 
 
-def run(folder: Path, case: str, strategy: Any, name: str, **options: Any) -> dict[str, Any]:
-    """Run a case with that model."""
-    return ranks.run(folder, case, strategy, name, model=WIDE, **options)
+def run(folder: Path, case: str, strategy: Any, name: str) -> dict[str, Any]:
+    """Run a case to its end."""
+    case, options = MORE.get(case, (case, {}))
+    return ranks.run(folder, case, strategy, name, **SHORT, **options)
+
+
+def resumed(folder: Path, case: str, strategy: Any, name: str, copy: str = "") -> dict[str, Any]:
+    """Run a case again from its checkpoint in the middle, in a copy of its folder."""
+    case, options = MORE.get(case, (case, {}))
+    return ranks.resumed(folder, case, strategy, name, copy, **SHORT, **options)
 
 
 def main(folder: Path, *words: str) -> None:
-    """Each word is CASE:STAGE, which runs and then resumes in its middle."""
+    """Each word is CASE:STAGE, which runs and is resumed in its middle; or CASE:FOLDER:STAGE, which resumes what is there."""
     torch.set_num_threads(1)
     world = join_world()
     for word in words:
-        case, stage = word.split(":")
-        name = word.replace(":", "-")
-        result = run(folder, case, ranks.sharded(stage), name)
-        result["resumed"] = ranks.resumed(folder, case, ranks.sharded(stage), name, model=WIDE)
+        case, *old, stage = word.split(":")
+        name, strategy = word.replace(":", "-"), ranks.sharded(stage)
+        if old:
+            result = resumed(folder, case, strategy, old[0], name)
+        else:
+            result = run(folder, case, strategy, name)
+            result["resumed"] = resumed(folder, case, strategy, name)
         if world.rank == 0:
             torch.save(result, folder / f"{name}.pt")

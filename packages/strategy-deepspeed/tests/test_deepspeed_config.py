@@ -77,6 +77,8 @@ def test_a_file_may_tune_what_is_offloaded_and_fix_the_scale_of_float16(tmp_path
 @pytest.mark.parametrize(
     ("options", "part", "bytes_held"),
     [
+        ({"stage": 0, "tensor": 2}, "weights", 4 * (100 + 900 // 2)),
+        ({"stage": 0, "tensor": 2}, "optimizer", 8 * (100 + 900 // 2)),
         ({"stage": 2}, "optimizer", (8 + 4) * 1000 // 2),
         ({"stage": 2, "offload": "optimizer"}, "optimizer", 0),
         ({"stage": 3}, "weights", 4000 // 2),
@@ -99,6 +101,13 @@ def test_an_optimizer_of_whole_matrices_is_refused_where_they_are_cut(stage: Any
     ) as caught:
         DeepSpeedTrainable(DeepSpeed(stage=stage), module, WholeMatrices(), 1, torch.device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_optimizer_of_whole_matrices_is_refused_where_ranks_share_layers() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.compute_dtype = torch.float32  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="2 cuts matrices, but the optimizer WholeMatrices needs whole ones"):
+        DeepSpeedTrainable(DeepSpeed(stage=0, tensor=2), module, WholeMatrices(), 1, torch.device("cpu"))
 
 
 def test_only_stages_that_tell_the_norm_clip_by_themselves() -> None:

@@ -93,6 +93,9 @@ def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"stage": 0, "offload": "optimizer"}, "offload optimizer needs stage 1, 2 or 3, not 0"),
         ({"stage": 2, "offload": "all"}, "offload all needs stage 3, not 2"),
         ({"sequence": 0}, "sequence must be at least 1, not 0"),
+        ({"tensor": 0}, "tensor must be at least 1, not 0"),
+        ({"tensor": 2, "sequence": 2}, "tensor 2 does not go together with sequence 2; leave one out"),
+        ({"tensor": 2, "stage": 3}, "tensor 2 needs stage 0, 1 or 2, not 3, which shards every weight already"),
         ({"cpu_adam": True}, "cpu_adam updates weights in main memory; choose an offload too"),
     ],
 )
@@ -110,11 +113,12 @@ class Apart(Launcher):
 
 
 def test_ranks_that_share_rows_need_a_launcher_of_one_process() -> None:
-    config = make_config(TINY, model="tiny", strategy=DeepSpeed(sequence=2), launcher=Apart())
-    with pytest.raises(
-        UsageError, match="the launcher Apart gives each rank separate rows, but with this strategy several"
-    ):
-        make_plan(config)
+    for sharing in (DeepSpeed(sequence=2), DeepSpeed(tensor=2)):
+        config = make_config(TINY, model="tiny", strategy=sharing, launcher=Apart())
+        with pytest.raises(
+            UsageError, match="the launcher Apart gives each rank separate rows, but with this strategy several"
+        ):
+            make_plan(config)
 
 
 def test_an_unknown_stage_is_one_line_and_exit_code_2() -> None:

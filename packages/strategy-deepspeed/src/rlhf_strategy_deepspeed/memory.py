@@ -13,6 +13,9 @@ their share.
 With `--strategy.offload optimizer` the optimizer state is in main memory, and so are the gradients' sums of stage 3; with `all`
 the weights of stage 3, too.
 
+With `--strategy.tensor N` P and P_t are what a rank has of the model: embeddings and heads, and 1 / N of the layers. R is the
+number of groups of N ranks then. Activations are counted for whole layers, which is more than a rank holds.
+
 S is the optimizer's state of a whole copy. A bucket holds 50 million numbers by default (`bucket`), and at most P_t.
 """
 
@@ -33,6 +36,8 @@ BUCKET = 50_000_000
 
 def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpeedOptions) -> RoleMemory:
     """Return what one of `ranks` devices holds of a role."""
+    if options.tensor > 1:
+        whole, size, ranks = *_cut_layers(whole, size, options.tensor), ranks // options.tensor
     stage = options.stage
     if not size.trained:
         if stage < 3 or ranks == 1:
@@ -43,6 +48,18 @@ def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpe
         if options.offload != "none":
             held = replace(held, optimizer=0, gradients=0 if stage == 3 else held.gradients)
     return replace(held, weights=0) if options.offload == "all" else held
+
+
+def _cut_layers(whole: RoleMemory, size: ModelSize, tensor: int) -> tuple[RoleMemory, ModelSize]:
+    """Return the memory and size of a role of whose layers a rank holds 1 / `tensor`; what is trained shrinks like the rest."""
+    held = size.root + -(-(size.parameters - size.root) // tensor)
+
+    def share(whole: int) -> int:
+        return whole * held // size.parameters
+
+    parts = {name: share(getattr(whole, name)) for name in ("weights", "gradients", "optimizer", "overlap", "update")}
+    less = replace(size, parameters=held, trained=share(size.trained), layer=-(-size.layer // tensor))
+    return replace(whole, **parts), less
 
 
 def _trained_memory(whole: RoleMemory, size: ModelSize, ranks: int, stage: int, bucket: int | None) -> RoleMemory:

@@ -64,10 +64,13 @@ class DeepSpeedOptions:
             if getattr(self, name) < 1:
                 raise OptionError(name, f"must be at least 1, not {getattr(self, name)}")
         if self.tensor > 1 and self.sequence > 1:
-            raise OptionError("tensor", f"{self.tensor} does not go together with sequence {self.sequence}; leave one out")
+            raise OptionError(
+                "tensor", f"{self.tensor} does not go together with sequence {self.sequence}; leave one out"
+            )
         if self.tensor > 1 and self.stage == 3:
             raise OptionError(
-                "tensor", f"{self.tensor} needs stage 0, 1 or 2, not 3, which shards every weight already; leave one out"
+                "tensor",
+                f"{self.tensor} needs stage 0, 1 or 2, not 3, which shards every weight already; leave one out",
             )
         for name in ("hpz", "leaf_modules"):
             if getattr(self, name) and self.stage < 3:

@@ -51,7 +51,7 @@ def rank_pieces(engine: Any, stage: int, shards: TensorShards | None = None) -> 
     states = _base(engine).state
     world = TorchWorld() if shards is None else shards.world
     for stretch in _stretches(engine, stage, shards):
-        if stretch.repeated and world.rank > 0 or stretch.cut is None and not world.first:
+        if (stretch.repeated and world.rank > 0) or (stretch.cut is None and not world.first):
             continue
         known: Mapping[str, Any] = states.get(stretch.key, {}) if stretch.key is not None else {}
         tensors: dict[str, Tensor] = {WEIGHT: stretch.weight}

@@ -249,11 +249,7 @@ def _styles(module: Any, body: nn.Module, together: int) -> dict[str, str]:
     plan = {name: style for name, style in (text.base_model_tp_plan or {}).items() if style != EMBEDDING}
     named = {re.sub(r"\d+", "*", name) for name, _ in (*body.named_modules(), *body.named_parameters())}
     other = sorted({style for name, style in plan.items() if name in named} - {COLUMN, ROW, SUMMED})
-    styles = {
-        name: plan[pattern]
-        for name, _ in body.named_modules()
-        if (pattern := re.sub(r"\d+", "*", name)) in plan
-    }
+    styles = {name: plan[pattern] for name, _ in body.named_modules() if (pattern := re.sub(r"\d+", "*", name)) in plan}
     odd = ""
     if module.adapters is not None:
         odd = "has adapters; train it without lora"
@@ -288,4 +284,6 @@ def _check_sizes(text: Any, body: nn.Module, styles: dict[str, str], together: i
         width = weight.shape[0 if style == COLUMN else 1]
         head = getattr(body.get_submodule(name.rpartition(".")[0]), "head_dim", None) or 1  # of attention
         if width % (together * head):
-            raise OptionError("tensor", f"{together} does not divide the width {width} of {name}; choose another number")
+            raise OptionError(
+                "tensor", f"{together} does not divide the width {width} of {name}; choose another number"
+            )
