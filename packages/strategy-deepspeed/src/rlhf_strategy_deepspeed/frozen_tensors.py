@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from rlhf_core.contract.distributed import World
 from rlhf_core.strategy.torch import TorchTrainable
 from rlhf_strategy_deepspeed.tensor import cut_layers
 
@@ -27,7 +26,7 @@ class FrozenTensors(TorchTrainable):
     def __init__(self, options: DeepSpeedOptions, module: nn.Module, device: torch.device) -> None:
         self.shards = cut_layers(module, options.tensor)
         super().__init__(module.to(device), None, 0, device)
-        self.world: World = self.shards.world
+        self.world = self.shards.world
 
     def full(self, parameter: Tensor) -> Tensor:
         return self.shards.full(parameter)

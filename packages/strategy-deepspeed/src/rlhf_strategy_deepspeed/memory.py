@@ -37,7 +37,7 @@ BUCKET = 50_000_000
 def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpeedOptions) -> RoleMemory:
     """Return what one of `ranks` devices holds of a role."""
     if options.tensor > 1:
-        whole, size, ranks = *_cut_layers(whole, size, options.tensor), ranks // options.tensor
+        whole, size, ranks = *_cut_layers(whole, size, options.tensor), max(1, ranks // options.tensor)
     stage = options.stage
     if not size.trained:
         if stage < 3 or ranks == 1:

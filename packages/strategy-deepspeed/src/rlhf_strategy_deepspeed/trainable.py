@@ -122,8 +122,10 @@ class DeepSpeedTrainable(Trainable):
         gets into the weights."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.options.max_grad_norm or float("inf")
-        clip = torch.nn.utils.clip_grad_norm_ if self.shards is None else self.shards.clip
-        self._norm = clip(parameters, limit)
+        if self.shards is not None:
+            self._norm = self.shards.clip(parameters, limit)
+        else:
+            self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if not self._norm.isfinite():
             for parameter in parameters:
                 parameter.grad = None
