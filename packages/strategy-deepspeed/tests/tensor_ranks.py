@@ -14,7 +14,7 @@ SHORT: dict[str, Any] = {"model": "tiny:heads=4,kv_heads=2", "steps": 6, "save_e
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "averaged": ("sft", {"actor": {**ranks.ACTOR, "ema": 0.5}}),
-    "tracked": ("grpo", {"kl": {"coef": 0.1}, "reference": {"track": {"of": "actor", "every": 1}}}),
+    "tracked": ("grpo", {"reference": {"track": {"of": "actor", "every": 1, "decay": 0.5}}}),
 }
 """Cases with options of their own, by name: the case of `deepspeed_ranks`, and the options."""
 
