@@ -133,6 +133,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "s": {"sequence": 2},
     "q": {"sequence": 4},
     "t": {"tensor": 2},
+    "f": {"tensor": 4},
     "ot": {"offload": "optimizer", "tensor": 2},
     "l": {"leaf_modules": ("LlamaDecoderLayer",)},
 }
@@ -226,13 +227,7 @@ def main(folder: Path, *words: str) -> None:
             strategies = {"torch": TorchStrategy("cpu"), **{stage: sharded(stage) for stage in EVERY}}
             result = {key: {"norms": norms(each)} for key, each in strategies.items()}
             for key in ("torch", *STATES):
-                each = strategies[key]
-                result[key] |= {
-                    "moved": moved(each),
-                    "broken": {dtype: broken(each, dtype) for dtype in ("float32", "bfloat16")},
-                    "slept": slept(each),
-                    "overflow": None if key == "0" else overflow(each),
-                }
+                result[key] |= states(strategies[key], scaled=key != "0")
             if world.size == 1:
                 for stage in "0123":
                     check_strategy(strategies[stage])
@@ -247,10 +242,20 @@ def main(folder: Path, *words: str) -> None:
             torch.save(result, folder / f"{name}.pt")
 
 
+def states(strategy: Strategy, scaled: bool) -> dict[str, Any]:
+    """Results of steps in which the states of a role under `strategy` move; with `scaled`, in float16 too."""
+    return {
+        "moved": moved(strategy),
+        "broken": {dtype: broken(strategy, dtype) for dtype in ("float32", "bfloat16")},
+        "slept": slept(strategy),
+        "overflow": overflow(strategy) if scaled else None,
+    }
+
+
 def trainable(strategy: Strategy, dtype: str, optim: AdamW, freeze: tuple[str, ...] = ()) -> Trainable:
     """A tiny model with two heads under `strategy`, outside any run."""
     outputs = frozenset({"logprobs_NT", "values_NT"})
-    options = TrainedOptions(model="tiny", dtype=dtype, optim=optim, freeze=freeze)
+    options = TrainedOptions(model="tiny:heads=4,kv_heads=4", dtype=dtype, optim=optim, freeze=freeze)
     spec = RoleSpec("actor", options, outputs, terms=(("data", Term("actor", "data", Both())),))
     return strategy(lambda: build_module(spec), optim, 10)
 

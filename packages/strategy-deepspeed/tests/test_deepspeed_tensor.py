@@ -38,8 +38,9 @@ from rank_results import (
 needs_engines = pytest.mark.skipif(
     find_spec("deepspeed") is None or find_spec("rlhf_algos") is None, reason="needs deepspeed and rlhf_algos"
 )
-WORDS = ["sft:0t", "averaged:2t", "grpo:1t", "ppo:2ot"]
-"""Every stage that goes together with it occurs; `ppo` has a value head, and offload."""
+WORDS = ["tracked:0t", "averaged:2t", "wide:1t", "ppo:2ot"]
+"""Every stage that goes together with it occurs. In `tracked` the reference follows the actor, `wide` is grpo with checkpointed
+layers, and `ppo` has a value head, and offload."""
 
 
 def launch(folder: Path, size: int, words: list[str]) -> None:
@@ -102,7 +103,7 @@ def test_ranks_continue_what_other_ranks_and_one_process_wrote(quick: Path) -> N
 @needs_engines
 @pytest.mark.engines
 def test_transformers_loads_what_was_trained(quick: Path) -> None:
-    assert_transformers_loads(quick, "grpo:1t")
+    assert_transformers_loads(quick, "wide:1t")
 
 
 @needs_engines
@@ -121,13 +122,27 @@ def test_moving_averages_are_exported_whole(quick: Path) -> None:
 @pytest.mark.engines
 @pytest.mark.slow
 def test_pairs_of_ranks_with_rows_of_their_own_change_no_number(tmp_path: Path) -> None:
-    """Four ranks: two share the layers, and each pair has half of the batch. One role follows another."""
-    words = ["tracked:2t", "ppo:1t", "averaged:0t", "bf16:2t"]
+    """Four ranks: two share the layers, and each pair has half of the batch."""
+    words = ["tracked:2t", "ppo:1t", "averaged:0t", "bf16:2t", "taught:1t"]
     launch(tmp_path, 4, words)
     for word in words:
         case = word.split(":")[0]
         assert_same(outcome(tmp_path, word), reference(case, tmp_path), tolerance=0.02 if case == "bf16" else 1e-4)
         assert_resumes(outcome(tmp_path, word))
+
+
+@needs_engines
+@pytest.mark.engines
+@pytest.mark.slow
+def test_four_ranks_that_share_layers_and_pairs_continue_each_other(tmp_path: Path) -> None:
+    words = ["whole:2f", "whole:1t", "whole:whole-2f:0t", "whole:whole-1t:1f"]
+    launch(tmp_path, 4, words)
+    expected = reference("whole", tmp_path)
+    for word in words[:2]:
+        assert_same(outcome(tmp_path, word), expected, tolerance=1e-4)
+        assert_resumes(outcome(tmp_path, word))
+    for word in words[2:]:
+        assert_continues(outcome(tmp_path, word), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,6 +170,13 @@ def built(model: str = "tiny:heads=4,kv_heads=2", **options: Any) -> Any:
     return build_module(RoleSpec("actor", chosen, frozenset({"logprobs_NT"}), terms=terms))
 
 
+def compiled() -> Any:
+    """A module whose first layer is compiled, without the compiler."""
+    module = built()
+    module.model.base_model.layers[0]._compiled_call_impl = module.model.base_model.layers[0]._call_impl
+    return module
+
+
 def planned(plan: dict[str, str] | None) -> Any:
     """A module whose model has another plan."""
     module = built()
@@ -176,7 +198,7 @@ def planned(plan: dict[str, str] | None) -> Any:
             2,
             "2 does not divide the width 191 of layers.0.mlp.gate_proj; choose another number",
         ),
-        (partial(built, compile=True), 2, "but the model is compiled; leave compile off"),
+        (compiled, 2, "but the model is compiled; leave compile off"),
         (partial(planned, None), 2, "but the model has no plan for it in transformers; choose another model"),
         (
             partial(planned, {"layers.*.self_attn.q_proj": "colwise_gather_output"}),

@@ -39,6 +39,7 @@ __all__ = [
     "join_shares",
     "library",
     "mark_leaves",
+    "select_ranks",
     "shard",
     "show",
     "silence_deepspeed",
@@ -114,10 +115,17 @@ def initialize(
         ranks: the groups of ranks where several share a model (`mpu` of DeepSpeed); None: all shard and reduce together.
     """
     deepspeed = library()
-    deepspeed.utils.groups.mpu = ranks  # it keeps those of the engine before
+    deepspeed.utils.groups.mpu = ranks  # else it takes those of the engine before
     with silence_deepspeed():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=ranks)
     return engine
+
+
+def select_ranks(engine: Any) -> None:
+    """Let DeepSpeed reduce over the engine's groups of ranks, which it looks up in a global variable when it reduces."""
+    from deepspeed.utils import groups
+
+    groups.mpu = engine.mpu
 
 
 def show(whose: str, config: Json) -> None:

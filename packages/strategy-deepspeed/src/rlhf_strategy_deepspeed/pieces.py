@@ -43,7 +43,7 @@ class _Stretch:
     repeated: bool = False
     """True if every rank holds the same"""
     cut: Cut | None = None
-    """how ranks that share layers cut the parameter, of whose part this is a stretch; None: of the whole"""
+    """cut of the parameter over the ranks that share layers, of whose part this is a stretch; None: of the whole"""
 
 
 def rank_pieces(engine: Any, stage: int, shards: TensorShards | None = None) -> Iterator[Piece]:

@@ -44,7 +44,7 @@ class Cut:
     dim: int
     """the dimension that is cut, into equal parts"""
     shape: torch.Size
-    """of this rank's part"""
+    """the shape of this rank's part"""
     rank: int
     size: int
     group: Any
@@ -115,7 +115,7 @@ class _Site:
     parent: nn.Module
     name: str
     layer: nn.Module
-    """what multiplies with this rank's part"""
+    """the layer that multiplies with this rank's part"""
     plain: nn.Module
     """the model's own layer, without weights"""
 
@@ -157,13 +157,12 @@ class TensorShards:
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
         """Clip gradients to a norm; returns that before. What every rank holds counts once. Collective."""
-        found = [each for each in parameters if each.grad is not None]
-        device = parameters[0].device
-        counted = [each.grad for each in found if self.cut(each) is not None or self.rank == 0]
-        square = torch.nn.utils.get_total_norm(counted).square().to(device)
+        counted = [each for each in parameters if self.cut(each) is not None or self.rank == 0]
+        gradients = [each.grad for each in counted if each.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).square().to(parameters[0].device)
         torch.distributed.all_reduce(square, group=self.world.neighbors)
         norm = square.sqrt()
-        torch.nn.utils.clip_grads_with_norm_(found, limit, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
     @contextmanager
@@ -194,6 +193,7 @@ class TensorShards:
         layer = (LinearLayer if dim == 0 else LinearAllreduce)(linear, self.world.neighbors)
         for own in layer.parameters() if dim == 0 else [layer.weight]:
             self._cuts[id(own)] = Cut(dim, own.shape, self.rank, self.size, self.world.neighbors)
+            own.ds_numel = own.numel() * self.size  # what reports count
         setattr(parent, name, layer)
         _empty(linear)
         self._sites.append(_Site(parent, name, layer, linear))
@@ -247,9 +247,9 @@ def _styles(module: Any, body: nn.Module, together: int) -> dict[str, str]:
     """Return what is done with the modules of a body that its plan names."""
     text = module.model.config.get_text_config(decoder=True)
     plan = {name: style for name, style in (text.base_model_tp_plan or {}).items() if style != EMBEDDING}
-    named = {re.sub(r"\d+", "*", name) for name, _ in (*body.named_modules(), *body.named_parameters())}
+    named = {_pattern(name) for name, _ in (*body.named_modules(), *body.named_parameters())}
     other = sorted({style for name, style in plan.items() if name in named} - {COLUMN, ROW, SUMMED})
-    styles = {name: plan[pattern] for name, _ in body.named_modules() if (pattern := re.sub(r"\d+", "*", name)) in plan}
+    styles = {name: plan[pattern] for name, _ in body.named_modules() if (pattern := _pattern(name)) in plan}
     odd = ""
     if module.adapters is not None:
         odd = "has adapters; train it without lora"
@@ -261,6 +261,8 @@ def _styles(module: Any, body: nn.Module, together: int) -> dict[str, str]:
         odd = f"needs {other[0]!r} in transformers' plan, which is not supported; choose another model"
     elif ROW not in styles.values():
         odd = "has no plan for it in transformers; choose another model"
+    elif left := _left_out(body, styles):
+        odd = f"has {left[0]}, which transformers' plan leaves out; choose another model"
     elif kinds := {type(body.get_submodule(name)) for name in styles if styles[name] != SUMMED} - {torch.nn.Linear}:
         odd = f"has layers of {kinds.pop().__name__}, not of plain weights; leave quantize out"
     if odd:
@@ -269,9 +271,22 @@ def _styles(module: Any, body: nn.Module, together: int) -> dict[str, str]:
     return styles
 
 
+def _left_out(body: nn.Module, styles: dict[str, str]) -> list[str]:
+    """Return the parameters beside cut matrices of which the plan does not say how they are shared."""
+    parents = {name.rpartition(".")[0] for name, style in styles.items() if style != SUMMED}
+    beside = [(parent, each) for parent in parents for each, _ in body.get_submodule(parent).named_parameters()]
+    return sorted(f"{parent}.{each}" for parent, each in beside if f"{parent}.{each}".rpartition(".")[0] not in styles)
+
+
+def _pattern(name: str) -> str:
+    """Return a module's name as plans write it, with `*` for the number of a layer."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def _check_sizes(text: Any, body: nn.Module, styles: dict[str, str], together: int) -> None:
     """Refuse heads and matrices that are not cut into equal parts."""
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
     if heads % together or groups % together:
         raise OptionError(
             "tensor",

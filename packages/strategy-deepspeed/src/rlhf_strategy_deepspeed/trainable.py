@@ -29,6 +29,7 @@ from rlhf_strategy_deepspeed.engine import (
     join_shares,
     library,
     mark_leaves,
+    select_ranks,
     shard,
     show,
     whole,
@@ -104,11 +105,13 @@ class DeepSpeedTrainable(Trainable):
 
     def backward(self, loss: Tensor) -> None:
         ranks = self.world if self.shards is not None else self.ranks
+        select_ranks(self.engine)
         self.engine.backward(loss.to(self.device) * ranks.size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> dict[str, float]:
         lr = self.schedule.set(self.steps_done)
         scale = {"loss_scale": float(self.scaler.cur_scale)} if self.scaler is not None else {}
+        select_ranks(self.engine)
         self.engine.step()
         clear_gradients(self.engine, self.stage)
         norm = float(self._norm if self.stage == 0 else self.engine.get_global_grad_norm())

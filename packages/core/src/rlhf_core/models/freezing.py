@@ -50,7 +50,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
-    """Return the number of elements of a parameter, including those in 4 bits or on other ranks (DeepSpeed's stage 3)."""
+    """Return the number of elements of a parameter, including those in 4 bits or on other ranks (DeepSpeed)."""
     state = getattr(parameter, "quant_state", None)
     return int(getattr(parameter, "ds_numel", parameter.numel())) if state is None else prod(state.shape)
 

@@ -55,7 +55,9 @@ class TakenWeights:
                 own = self._own.get(name)
                 if own is None:
                     raise self._misfit(name, "is missing here")
-                shape = own.shape if own.numel() else self.trainable.full(own).shape  # some shards have no shape
+                shape = (
+                    self.trainable.full(own) if self.trainable.sharded else own
+                ).shape  # a share has another one, or none
                 if shape != tensor.shape:
                     raise self._misfit(name, f"has the shape {tuple(tensor.shape)} there and {tuple(shape)} here")
                 if decay and tensor.is_floating_point():
