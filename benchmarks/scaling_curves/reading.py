@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,16 @@ def written(rows: int, shards: int = 1) -> Iterator[Path]:
         yield Path(name)
 
 
+def as_list(lines: Path) -> Path:
+    """Write the rows of a file of lines as one list, as `json.dump` does; return its path."""
+    path = lines.with_suffix(".json")
+    with lines.open() as file, path.open("w") as to:
+        to.write("[" + next(file)[:-1])
+        to.writelines(f", {line[:-1]}" for line in file)
+        to.write("]")
+    return path
+
+
 def parse_lines(path: str) -> None:
     """One pass over the bytes: parse every line, keep none."""
     with Path(path).open(encoding="utf-8") as file:
@@ -40,36 +50,51 @@ def parse_lines(path: str) -> None:
             json.loads(line)
 
 
-def cost_of_json(path: str) -> tuple[Cost, Cost, Cost, Cost]:
+def parse_list(path: str) -> None:
+    """One pass over the bytes of a list: parse every element, keep none."""
+    text, at, decoder = Path(path).read_text(encoding="utf-8"), 1, json.JSONDecoder()
+    while at < len(text):
+        _, at = decoder.raw_decode(text, at)
+        at += 2
+
+
+def cost_of_json(path: str, one_pass: Callable[[str], None]) -> tuple[Cost, Cost, Cost, Cost]:
     """Costs of a pass, of opening the file, of opening it with held-out rows, and of reading these, each alone."""
     Json(path, limit=1)("train")  # imports
-    bare = cost_of(parse_lines, path)
     opened = cost_of(Json(path), "train")
     data = Json(path, heldout=0.1)
     train: list[Any] = []
     held = cost_of(lambda: train.append(data("train")))
-    return bare, opened, held, cost_of(lambda: list(data("heldout")[:64]))
+    heldout = cost_of(lambda: list(data("heldout")[:64]))
+    return cost_of(one_pass, path), opened, held, heldout
 
 
-@curve("json", "opening a JSON file of 136-byte rows, its memory, and held-out rows")
+@curve(
+    "json", "opening a JSON file of 136-byte rows, its memory, and held-out rows: rows on lines, and one list of rows"
+)
 def open_json(quick: bool) -> Measured:
     """Each file is opened in a fresh process."""
-    seconds, memory, ratios = [], [], list[Ratio]()
-    for size in TINY if quick else SIZES:
-        with written(size) as folder:
-            path = folder / "rows-000.jsonl"
-            bytes_ = path.stat().st_size
-            bare, opened, held, heldout = in_process(cost_of_json, str(path))
-        seconds.append((size, opened.cpu))
-        memory.append((size, opened.memory))
-        if size == SIZES[-1]:
-            ratios = [
-                Ratio("1e6 rows: start / one pass that parses", opened.cpu / bare.cpu, 1.5),
-                Ratio("1e6 rows: memory / file", opened.memory / bytes_, 1.5),
-                Ratio("1e6 rows: held-out rows, CPU / start", heldout.cpu / held.cpu, 0.05),
-                Ratio("1e6 rows: held-out rows, memory / file", heldout.memory / bytes_, 0.05),
-            ]
-    return Measured([Series("start", "rows", "s", seconds), Series("memory", "rows", "B", memory)], ratios)
+    series, ratios = list[Series](), list[Ratio]()
+    for kind, one_pass in (("lines", parse_lines), ("list", parse_list)):
+        seconds, memory = [], []
+        for size in TINY if quick else SIZES:
+            with written(size) as folder:
+                path = folder / "rows-000.jsonl"
+                if kind == "list":
+                    path = as_list(path)
+                bytes_ = path.stat().st_size
+                bare, opened, held, heldout = in_process(cost_of_json, str(path), one_pass)
+            seconds.append((size, opened.cpu))
+            memory.append((size, opened.memory))
+            if size == SIZES[-1]:
+                ratios += [
+                    Ratio(f"1e6 rows, {kind}: start / one pass that parses", opened.cpu / bare.cpu, 1.5),
+                    Ratio(f"1e6 rows, {kind}: memory / file", opened.memory / bytes_, 1.5),
+                    Ratio(f"1e6 rows, {kind}: held-out rows, CPU / start", heldout.cpu / held.cpu, 0.05),
+                    Ratio(f"1e6 rows, {kind}: held-out rows, memory / file", heldout.memory / bytes_, 0.05),
+                ]
+        series += [Series(f"{kind}: start", "rows", "s", seconds), Series(f"{kind}: memory", "rows", "B", memory)]
+    return Measured(series, ratios)
 
 
 def cost_of_resume(path: str, rows: int, resume: bool) -> tuple[Cost, str]:

@@ -22,26 +22,21 @@ import stat
 import weakref
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
-from zlib import crc32
 
 import numpy as np
+from xxhash import xxh32_intdigest
 
+from rlhf_core.data.json_list import BATCH, BLOCK, SCAN, Elements, ListText, has_surrogates, is_text
 from rlhf_core.errors import DataError
 
 __all__ = ["FileIndex"]
 
-BLOCK = 2**20
-"""Bytes read at a time."""
-LINES = 2**16
-"""Bytes of lines that are parsed at a time; their values stay in the processor's cache until they are checked."""
 BOM = codecs.BOM_UTF8
-BLANKS = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-_SCAN: Any = vars(_DECODER)["scan_once"]
-"""Returns (value, end) of the text that begins at a place; unlike `raw_decode` it calls no Python per row."""
 
 
 class FileIndex:
@@ -87,7 +82,7 @@ class FileIndex:
         try:
             text = content.decode()
             value, end = _DECODER.raw_decode(text)
-            if crc32(text[:end].encode()) == self._sums[row]:
+            if xxh32_intdigest(text[:end].encode()) == self._sums[row]:
                 return value
         except ValueError:
             pass
@@ -110,23 +105,25 @@ class FileIndex:
         with self._reader() as file:
             begin = len(BOM) if file.read(len(BOM)) == BOM else 0
             file.seek(begin)
-            first = next((head for line in file if (head := line.decode(errors="replace").strip())), None)
-        if first is None:
+            pieces = codecs.iterdecode(
+                iter(partial(file.read, BATCH), b""), "utf-8", "replace"
+            )  # a list may be one line
+            first = next((head for piece in pieces if (head := piece.lstrip())), "")
+        if not first:
             return
         with self._reader() as file:
             file.seek(begin)
             if not first.startswith("["):
                 yield from self._lines(file, begin, limit)
                 return
-            for found in self._elements(file, begin):
-                yield [self._add(*found)]
-                if len(self) == limit:
-                    return
+            for found in self._elements(file, begin, limit):
+                self._add_elements(found)
+                yield found.values
 
     def _lines(self, file: BinaryIO, at: int, limit: int) -> Iterator[list[Any]]:
         """Yield the values of lines, and index them."""
         number = 0
-        while block := file.read(LINES) + file.readline():
+        while block := file.read(BATCH) + file.readline():
             values = _plain_values(block)
             if values and not 0 < limit < len(self) + len(values):
                 self._add_block(number + 1, at, block)
@@ -149,7 +146,7 @@ class FileIndex:
             self._numbers.extend(range(number, number + len(ends)))
         self._starts.append(at)
         self._starts.frombytes((ends[:-1] + 1).astype(np.int64).tobytes())
-        self._sums.extend(map(crc32, block.split(b"\n")[:-1]))
+        self._sums.extend(map(xxh32_intdigest, block.split(b"\n")[:-1]))
         self._end = int(ends[-1])
 
     def _add(self, number: int, start: int, text: bytes, value: Any) -> Any:
@@ -158,7 +155,7 @@ class FileIndex:
             self._numbers = self._numbers or array("q", range(1, len(self) + 1))
             self._numbers.append(number)
         self._starts.append(start)
-        self._sums.append(crc32(text))
+        self._sums.append(xxh32_intdigest(text))
         self._end = start + len(text)
         return value
 
@@ -188,88 +185,50 @@ class FileIndex:
                     yield number, start, bare.encode(), parse(bare, self.path, number) if bare else None
             at += len(line)
 
-    def _elements(self, file: BinaryIO, begin: int) -> Iterator[tuple[int, int, bytes, Any]]:
-        """Yield number, first byte, bytes and value of each element of a list, without holding the list.
+    def _elements(self, file: BinaryIO, begin: int, limit: int) -> Iterator[Elements]:
+        """Yield the elements of a list.
 
         Raises:
-            DataError: it is no list; a second reading, of the whole text, finds the words for it.
+            DataError: it is no list, or Python refuses an element.
         """
-        text = _Text(file)
+        text = ListText(file, begin)
         try:
-            yield from text.elements(begin)
+            yield from text.elements(limit)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise self._refusal(begin) from None
         except (ValueError, RecursionError):
-            with self._reader() as whole:
-                parse(_decode(whole.read()[begin:], begin, self.path), self.path, 1)
-            raise DataError(f"{self.path}: expected a list of objects") from None
+            raise self._refusal(text.byte) from None
 
+    def _refusal(self, byte: int) -> DataError:
+        """Return the error of a list in Python's words, which a second reading from `byte` on finds."""
+        try:
+            with self._reader() as file:
+                file.seek(byte)
+                parse(_decode(file.read(), byte, self.path), self.path, self._line(byte))
+        except DataError as error:
+            return error
+        return DataError(f"{self.path}: expected a list of objects")
 
-class _Text:
-    """The decoded text of a file, of which a part is in memory."""
+    def _add_elements(self, found: Elements) -> None:
+        """Index elements of a list.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text, self._at = "", 0
+        Raises:
+            DataError: half a character is in one of them.
+        """
+        rows = (
+            [row for row, content in enumerate(found.contents) if has_surrogates(content)] if found.surrogates else []
+        )
+        if rows and not is_text([found.values[row] for row in rows]):
+            for row in rows:
+                parse(found.contents[row].decode(), self.path, self._line(int(found.starts_N[row])))
+        self._starts.frombytes(found.starts_N.tobytes())
+        self._sums.extend(map(xxh32_intdigest, found.contents))
+        self._end = int(found.starts_N[-1]) + len(found.contents[-1])
 
-    def elements(self, byte: int) -> Iterator[tuple[int, int, bytes, Any]]:
-        """(number from 1, first byte, bytes, value) of each element; `byte` is the place of the text in the file."""
-        number = 0
-        separator = "["
-        while True:
-            blanks = self._skip_blanks()
-            if self._text[self._at : self._at + 1] != separator:
-                raise ValueError(separator)
-            self._at += 1
-            byte += blanks + 1 + self._skip_blanks()
-            if separator == "[" and self._text[self._at : self._at + 1] == "]":
-                break
-            content, value = self._value()
-            number += 1
-            yield number, byte, content, value
-            byte += len(content)
-            blanks = self._skip_blanks()
-            byte += blanks
-            separator = ","
-            if self._text[self._at : self._at + 1] == "]":
-                break
-        self._at += 1
-        self._skip_blanks()
-        if self._at < len(self._text):
-            raise ValueError("something follows the list")
-
-    def _value(self) -> tuple[bytes, Any]:
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError:
-                if not self._fill():
-                    raise
-                continue
-            after = BLANKS.match(self._text, end).end()  # type: ignore[union-attr]
-            if self._text[after : after + 1] not in (",", "]") and self._fill():
-                continue  # a number may continue
-            text = self._text[self._at : end]
-            if "\\u" in text:
-                json.dumps(value, ensure_ascii=False).encode()
-            self._at = end
-            return text.encode(), value
-
-    def _skip_blanks(self) -> int:
-        """Move behind blanks, with text after them in memory unless the file ends; return how many they are."""
-        skipped = 0
-        while True:
-            end = BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
-            skipped += end - self._at
-            self._at = end
-            if end < len(self._text) or not self._fill():
-                return skipped
-
-    def _fill(self) -> bool:
-        """Read on, as much again as is there; return False at the end."""
-        block = self._file.read(max(BLOCK, len(self._text) - self._at))
-        self._text = self._text[self._at :] + self._decoder.decode(block, final=not block)
-        self._at = 0
-        return bool(block)
+    def _line(self, byte: int) -> int:
+        """Return the line of a byte, from 1."""
+        with self._reader() as file:
+            return 1 + sum(file.read(min(BLOCK, byte - at)).count(b"\n") for at in range(0, byte, BLOCK))
 
 
 def _open(path: Path) -> int:
@@ -294,23 +253,25 @@ def _open(path: Path) -> int:
 def _plain_values(block: bytes) -> list[Any]:
     """Return the value of each line; nothing if a line is anything but one JSON value and a newline.
 
-    A carriage return may end a line of its own, and the escape of half a character needs a closer look.
+    A carriage return may end a line of its own.
     """
-    if not block.endswith(b"\n") or b"\r" in block or b"\\ud" in block or b"\\uD" in block:
+    if not block.endswith(b"\n") or b"\r" in block:
         return []
     values: list[Any] = []
     at = 0
     try:
         text = block.decode()
         while at < len(text):
-            value, at = _SCAN(text, at)
+            value, at = SCAN(text, at)
             values.append(value)
             if text[at] != "\n":
                 return []
             at += 1
     except (ValueError, RecursionError, StopIteration):  # a blank line, no JSON, or no UTF-8
         return []
-    return values if len(values) == block.count(b"\n") else []  # an object may span lines
+    if len(values) != block.count(b"\n"):  # an object may span lines
+        return []
+    return values if not has_surrogates(block) or is_text(values) else []
 
 
 def _split_line(line: bytes, before: int, begin: int, path: str) -> Iterator[tuple[int, int, str]]:

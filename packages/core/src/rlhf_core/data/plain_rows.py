@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -66,7 +66,7 @@ class PlainCheck:
             return all(self(row) for row in rows)
         if set(map(type, rows)) != {dict}:
             return False
-        shapes = dict.fromkeys(map(tuple, rows))
+        shapes = _shapes(rows)
         for names in shapes:
             if names not in self.shapes:
                 self.shapes[names] = self._plan(names)
@@ -82,6 +82,16 @@ class PlainCheck:
         if self._never or not known.issuperset((*self._prompts, *self._texts, *self._expected)) or known & self._absent:
             return None
         return self._prompts, (*self._texts, *(key for key in self._optional if key in known))
+
+
+def _shapes(rows: Sequence[dict[Any, Any]]) -> Collection[Names]:
+    """Return the different names of rows, in order; a tuple per row is made only if there are several."""
+    try:
+        if all(len(set(names_N)) == 1 for names_N in zip(*rows, strict=True)):
+            return (tuple(rows[0]),)
+    except ValueError:  # rows of unlike length
+        pass
+    return dict.fromkeys(map(tuple, rows))
 
 
 def _columns(rows: Sequence[Any], names: Sequence[str]) -> list[Any]:
