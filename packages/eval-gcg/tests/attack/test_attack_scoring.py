@@ -8,6 +8,7 @@ import pytest
 import torch
 from lanes import GOAL, lane, neighbors
 from tiny_attacks import CHATS, SIZE, family, plain_loss, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 
 from rlhf_core.errors import UsageError
@@ -139,6 +140,27 @@ def test_a_single_row_that_does_not_fit_is_one_line_and_other_errors_pass() -> N
     made.victim.model = broken
     with pytest.raises(RuntimeError, match="shapes differ"):
         Scorer(options).losses([(made, neighbors(made, 4))])
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of matrices that a batched product repeats for each row; it copies them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeated: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.repeated += [tuple(each.shape) for each in args if each.stride(0) == 0 and each.shape[0] > 1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_weights_of_the_output_layer_are_not_copied_for_each_row(cached: bool) -> None:
+    made, options = lane(cached=cached)
+    with made.victim.freeze(), Products() as products:  # torch folds rows where weights require gradients
+        Scorer(options).losses([(made, neighbors(made, 16))])
+    assert not products.repeated
 
 
 def test_a_sliding_window_shares_beginnings_only_of_shorter_texts() -> None:

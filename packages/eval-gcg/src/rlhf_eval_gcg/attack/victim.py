@@ -47,7 +47,7 @@ class Victim:
 
     def __init__(self, model: Any, prefix_cache: bool = True, flop_rule: str = "counted") -> None:
         self.model = model
-        self.embedding = model.get_input_embeddings()
+        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.device = self.embedding.weight.device
         self.costs = Costs.measure(model, flop_rule)
         self.layers, self.window = cache_window(model) if prefix_cache else (0, 0.0)
@@ -116,10 +116,24 @@ class Victim:
         keep = max(each.keep for each in groups)
         if self._keeps:
             inputs["logits_to_keep"] = keep
-        logits = self.model(**inputs, use_cache=cached, return_dict=True).logits[:, -keep:]
+        with _contiguous_input(self.head):
+            logits = self.model(**inputs, use_cache=cached, return_dict=True).logits[:, -keep:]
         parts = logits.split([len(each.rows) for each in groups])
         found = [part[:, -each.keep :] for part, each in zip(parts, groups, strict=True)]
         return found, [layer.fresh for layer in cache.layers] if record and cache is not None else []
+
+
+@contextmanager
+def _contiguous_input(head: Any) -> Iterator[None]:
+    """Make the inputs of the output layer contiguous; else torch multiplies each row by a copy of all frozen weights."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _pad_left(rows: Sequence[Tensor]) -> Tensor:
