@@ -2,7 +2,7 @@
 
     python3 benchmarks/async.py                     # simulated, then measured under Ray
     python3 benchmarks/async.py --learn --seeds 3   # held-out reward in turn and ahead, after the same steps
-    python3 benchmarks/async.py --vllm --steps 6    # vLLM in a separate process, without Ray
+    python3 benchmarks/async.py --vllm --steps 8    # vLLM in a separate process, without Ray
 
 Simulated: the scheduler alone (`rlhf-run simulate`). Measured: whole runs whose engine is a Ray actor and whose times are those
 of the engine `fake` and the strategy `fake`, which really sleep. Everything but the arithmetic of a model is there, also the
@@ -11,8 +11,9 @@ over the most that could be saved, (in turn - ahead) / (in turn - longer phase).
 ten times the length: the longest step with it, over the median step, in simulated time.
 
 With `--vllm` the engine is a real one in a separate process, and training is real, too, without Ray. Each update also sleeps
-for the stated time, as if it computed elsewhere: on a small machine both would only compete for its cores. In the last row,
-weights arrive in the middle of the engine's call (`--partial.midway`).
+until it has the stated part of the time of sampling, as if it computed elsewhere: on a small machine both would only compete
+for its cores. The first run measures both times without a pause. The last row of each ratio has weights that arrive in the
+middle of the engine's call (`--partial.midway`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--vllm", action="store_true", help="measure vLLM in a separate process")
     args = parser.parse_args()
     if args.vllm:
-        measure_vllm(args.training, args.steps)
+        measure_vllm(args.steps)
         return
     if args.learn:
         compare_rewards(args.seeds, args.steps)
@@ -121,30 +122,49 @@ class Training:
         time.sleep(self.seconds)
 
 
-def measure_vllm(training: float, steps: int) -> None:
-    """Print the least seconds of a step, those of its collecting, the share of the possible saving, and the age of tokens."""
-    print("vllm in a separate process       s/step   collecting s   overlap   staleness", flush=True)
-    serial = shorter = 0.0
-    for name, options in {
-        "in turn": {},
-        "1 ahead": {"ahead": 1},
-        "1 ahead, weights midway": {"ahead": 1, "partial": {"midway": True}},
-    }.items():
-        rows = train(
-            plugins=[Training(training)],
-            model="tiny",
-            rollout={"use": "vllm", "process": "own", "kv_cache_gib": 0.25, "max_num_seqs": 32},
-            sampling={"n": 4, "max_new_tokens": 256},
-            batch_size=8,
-            steps=steps,
-            **options,
-        )[1:-1]
-        least = min(rows, key=lambda row: row["time/step"])  # the machine has other work in the others
-        step, collecting = least["time/step"], sum(least.get(f"time/{part}", 0.0) for part in COLLECTING)
-        if not serial:
-            serial, shorter = step, min(collecting, step - collecting)
-        overlap, age = (serial - step) / shorter, mean(row["rollout/staleness"] for row in rows)
-        print(f"{name:30} {step:8.2f} {collecting:14.2f} {overlap:9.2f} {age:11.2f}", flush=True)
+def measure_vllm(steps: int) -> None:
+    """Print seconds of steps and of their collecting, the share of the possible saving, and the age of tokens, by ratio."""
+    print(
+        "generation : training   vllm in a separate process   s/step   collecting s   overlap   staleness", flush=True
+    )
+    plain = sample_vllm(steps, pause=0.0)
+    for ratio in RATIOS:
+        pause = max(0.0, plain["collecting"] / ratio - (plain["step"] - plain["collecting"]))
+        turn = sample_vllm(steps, pause)
+        training = turn["step"] - turn["collecting"]
+        for name, options in {"1 ahead": {}, "1 ahead, weights midway": {"partial": {"midway": True}}}.items():
+            ahead = sample_vllm(steps, pause, ahead=1, **options)
+            overlap = (turn["step"] - ahead["step"]) / min(turn["collecting"], training)
+            print(
+                f"{turn['collecting'] / training:17.2f} : 1   {name:26} {ahead['step']:8.2f} {turn['collecting']:14.2f} "
+                f"{overlap:9.2f} {ahead['staleness']:11.2f}   (in turn {turn['step']:.2f} s)",
+                flush=True,
+            )
+
+
+def sample_vllm(steps: int, pause: float, **options: Any) -> dict[str, float]:
+    """Return seconds of the shortest step, those of its collecting, and the mean age of tokens.
+
+    Args:
+        steps: of the run; the first and the last are left out.
+        pause: seconds that each update waits.
+        options: of the run.
+    """
+    rows = train(
+        plugins=[Training(pause)],
+        model="tiny",
+        rollout={"use": "vllm", "process": "own", "kv_cache_gib": 0.25, "max_num_seqs": 8},
+        sampling={"n": 4, "max_new_tokens": 256},
+        batch_size=8,
+        steps=steps,
+        **options,
+    )[1:-1]
+    least = min(rows, key=lambda row: row["time/step"])  # the machine has other work in the others
+    return {
+        "step": least["time/step"],
+        "collecting": sum(least.get(f"time/{part}", 0.0) for part in COLLECTING),
+        "staleness": mean(row["rollout/staleness"] for row in rows),
+    }
 
 
 def compare_rewards(seeds: int, steps: int) -> None:
