@@ -172,6 +172,37 @@ def test_a_process_that_starts_has_ten_minutes(monkeypatch: pytest.MonkeyPatch) 
     assert pulse.look(actor, 0) == "it sent no heartbeat for 601 s"
 
 
+def test_a_process_that_has_answered_a_call_is_one_that_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first call may end before its first heartbeat is asked for."""
+    clock, actor = Clock(monkeypatch), silent(monkeypatch)
+    monkeypatch.setattr(ray, "wait", lambda pending, **_: (pending, []))
+    monkeypatch.setattr(ray, "get", lambda _: "done")
+    crew = Crew("rollout engine", [actor], Limits(patience=5, stall=5))
+    crew.wait({0: "call"})
+    silent(monkeypatch)
+    crew._pulses[0].begin()
+    for _ in range(5):
+        clock.now += 1
+        assert crew._pulses[0].look(actor, 0) == ""
+    clock.now += 1
+    assert crew._pulses[0].look(actor, 0) == "it sent no heartbeat for 6 s"
+
+
+def test_an_actor_out_of_reach_is_killed_so_that_another_gets_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC gives up a stopped process after minutes. Ray reports it as unavailable and waits for it."""
+    killed: list[object] = []
+
+    def get(_: str) -> None:
+        raise ray.exceptions.ActorUnavailableError("keepalive watchdog timeout", None)
+
+    monkeypatch.setattr(ray, "wait", lambda pending, **_: (pending, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    crew = Crew("rollout engine", ["actor"], Limits(60, 60))
+    assert set(crew.wait({0: "call"}).deaths) == {0}
+    assert killed == ["actor"]
+
+
 class Sink:
     """An engine that keeps the buckets it is given."""
 

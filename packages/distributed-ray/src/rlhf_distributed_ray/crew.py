@@ -133,7 +133,11 @@ class Crew:
             except ray.exceptions.RayTaskError as error:
                 outcomes.errors[rank] = error
             except ray.exceptions.RayError as error:  # no error of the code: its process is gone
+                if isinstance(error, ray.exceptions.ActorUnavailableError):
+                    ray.kill(self.actors[rank])  # Ray would wait for it, and give its place to no other
                 outcomes.deaths[rank] = self._describe(rank, hung.get(rank) or _cause(error))
+            if rank in outcomes.results or rank in outcomes.errors:
+                self._pulses[rank].end()
             if rank not in outcomes.results:
                 ends = min(ends, time.monotonic() + grace)
         if not (outcomes.errors or outcomes.deaths):

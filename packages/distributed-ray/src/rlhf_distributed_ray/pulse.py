@@ -95,6 +95,10 @@ class Pulse:
         self._silent = self._idle = 0.0
         self._looked = time.monotonic()
 
+    def end(self) -> None:
+        """A call was answered, so the actor has started; from now on it has the patience of one that works."""
+        self._known = True
+
     def look(self, actor: Any, longest: float) -> str:
         """Ask for a sign of life, and return why the actor counts as hung; empty while it does not.
 
