@@ -184,6 +184,25 @@ def planned(plan: dict[str, str] | None) -> Any:
     return module
 
 
+def altered(change: Callable[[Any, Any], None]) -> Any:
+    """A module that `change` altered; it gets the module and the attention of the first layer."""
+    module = built()
+    change(module, module.model.base_model.layers[0].self_attn)
+    return module
+
+
+def other_kind(_: Any, attention: Any) -> None:
+    attention.q_proj = type("Linear4bit", (torch.nn.Linear,), {})(64, 64, bias=False)
+
+
+def extra_weight(_: Any, attention: Any) -> None:
+    attention.sinks = torch.nn.Parameter(torch.zeros(4))
+
+
+def images(module: Any, _: Any) -> None:
+    module.vision = object()
+
+
 @pytest.mark.parametrize(
     ("make", "together", "message"),
     [
@@ -199,6 +218,17 @@ def planned(plan: dict[str, str] | None) -> Any:
             "2 does not divide the width 191 of layers.0.mlp.gate_proj; choose another number",
         ),
         (compiled, 2, "but the model is compiled; leave compile off"),
+        (partial(altered, images), 2, "but the model reads images; choose one that reads text alone"),
+        (
+            partial(altered, other_kind),
+            2,
+            "but the model has layers of Linear4bit, not of plain weights; leave quantize out",
+        ),
+        (
+            partial(altered, extra_weight),
+            2,
+            "but the model has layers.0.self_attn.sinks, which transformers' plan leaves out; choose another model",
+        ),
         (partial(planned, None), 2, "but the model has no plan for it in transformers; choose another model"),
         (
             partial(planned, {"layers.*.self_attn.q_proj": "colwise_gather_output"}),
