@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,11 @@ class Engine:
 
     def __init__(self, dead: bool = False, weights_lost: bool = False) -> None:
         self.dead, self.weights_lost = dead, weights_lost
-        self.receive = self.finish_sync = SimpleNamespace(remote=lambda *_: None)
+        self.dies: threading.Event | None = None
+        """what it dies of, while its first call is waited for"""
+        self.receive = self.finish_sync = SimpleNamespace(
+            options=lambda concurrency_group: SimpleNamespace(remote=lambda *_: None)
+        )
 
 
 class Engines:
@@ -41,16 +45,21 @@ class Engines:
         if actor.dead:
             raise died(rank)
 
-    def send(self, call: Callable[[Any, int], Any], ranks: Sequence[int], grace: float = 0.0) -> Outcomes:
+    def send(self, call: Callable[[Any, int], Any], ranks: Sequence[int]) -> Outcomes:
+        return self.wait({rank: call(self.actors[rank], rank) for rank in ranks})
+
+    def wait(self, references: Mapping[int, Any], grace: float = 0.0) -> Outcomes:
         found = Outcomes()
-        for rank in ranks:
+        for rank, reference in references.items():
+            if (dies := self.actors[rank].dies) is not None:
+                self.actors[rank].dead = dies.wait(60)
             if self.actors[rank].dead:
                 found.deaths[rank] = died(rank)
             elif self.actors[rank].weights_lost:
                 lost = ray.exceptions.ObjectLostError("0" * 56, None, "")
                 found.errors[rank] = ray.exceptions.RayTaskError("receive", "lost", lost)
             else:
-                found.results[rank] = call(self.actors[rank], rank)
+                found.results[rank] = reference
         return found
 
 
@@ -98,6 +107,39 @@ def test_an_engine_that_never_starts_is_no_recovery() -> None:
     with pytest.raises(WorkerLost, match="^rollout engine rank 0 on node here"):
         crew.ask(answer, [0])
     assert replaced(crew) == 0
+
+
+def test_an_engine_that_dies_while_weights_are_sent_starts_with_them() -> None:
+    """The thread that samples finds it dead in the middle of the sending, and replaces it only afterwards."""
+    old, new, told, answers = Engine(), Engine(), list[str](), list[Any]()
+    old.dies = threading.Event()
+
+    def tell(what: str) -> SimpleNamespace:
+        return SimpleNamespace(options=lambda concurrency_group: SimpleNamespace(remote=lambda *_: told.append(what)))
+
+    new.receive, new.finish_sync = tell("bucket"), tell("finish")
+    crew = crew_of([new], old)
+
+    def sample(actor: Any, _: int) -> Any:
+        told.append("new" if actor is new else "old")
+        begun.set()
+        return actor
+
+    def send(actors: list[Any], sync: int) -> Shipment:
+        assert old.dies is not None
+        old.dies.set()
+        thread.join(0.5)  # it has that long to do the wrong thing
+        told.append("sent")
+        return Shipment(["reference"], [])
+
+    begun = threading.Event()
+    thread = threading.Thread(target=lambda: answers.append(crew.ask(sample, [0])[0]))
+    thread.start()
+    assert begun.wait(60)
+    crew.bring_weights("actor", 1, send)
+    thread.join(60)
+    assert answers == [new] and replaced(crew) == 1
+    assert told[:4] == ["old", "sent", "bucket", "finish"] and "new" in told[4:], told
 
 
 def test_two_threads_that_find_the_same_engine_dead_replace_it_once() -> None:

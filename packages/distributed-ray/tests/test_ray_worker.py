@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -112,6 +113,7 @@ def test_a_model_that_an_engine_was_only_compared_with_is_freed_and_built_again_
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(0)))
     for k, bucket in enumerate(buckets(trained.weights())):
         mirror.receive(bucket, first=k == 0)
+    mirror.publish(1)
     for _ in range(2):
         after = mirror.infer(batch, LOGPROBS)["logprobs_NT"]
         torch.testing.assert_close(after, trained.infer(batch, LOGPROBS)["logprobs_NT"])
@@ -128,8 +130,50 @@ def test_a_model_that_is_sampled_from_or_alone_has_the_weights_stays(plan: Plan)
     other.infer(tiny_rollouts(), LOGPROBS)
     for k, bucket in enumerate(buckets(trained.weights())):
         other.receive(bucket, first=k == 0)
+    other.publish(1)
     other.release()
     assert "local" in other.__dict__
+
+
+def published(mirror: MirrorRole, weights: list[tuple[str, torch.Tensor]], version: int) -> threading.Thread:
+    """A thread in which they are published; it has a moment to do so."""
+    for k, bucket in enumerate(buckets(iter(weights))):
+        mirror.receive(bucket, first=k == 0)
+    thread = threading.Thread(target=mirror.publish, args=(version,))
+    thread.start()
+    thread.join(0.2)
+    return thread
+
+
+def test_weights_that_arrive_during_a_call_wait_for_the_end_of_a_forward_pass_and_change_all_at_once(
+    plan: Plan,
+) -> None:
+    mirror = MirrorRole(plan, "actor")
+    first = [(name, tensor.clone()) for name, tensor in mirror.weights()]
+    later = {version: [(name, tensor + version) for name, tensor in first] for version in (1, 2)}
+
+    def assert_has(weights: list[tuple[str, torch.Tensor]], version: int) -> None:
+        assert mirror.version == version
+        for (name, expected), (_, found) in zip(weights, mirror.local.weights(), strict=True):
+            torch.testing.assert_close(found, expected, msg=name)
+
+    with mirror.gathered():
+        assert mirror.refresh() == 0
+        waiting = published(mirror, later[1], 1)
+        assert waiting.is_alive()
+        assert_has(first, 0)
+        assert mirror.refresh() == 1
+        waiting.join(60)
+        assert not waiting.is_alive()
+        assert_has(later[1], 1)
+        last = published(mirror, later[2], 2)
+        assert last.is_alive()
+        assert_has(later[1], 1)
+    last.join(60)
+    assert not last.is_alive(), "the end of the call is the end of its last forward pass"
+    assert_has(later[2], 2)
+    assert not published(mirror, first, 3).is_alive(), "nothing is sampled, so nothing is waited for"
+    assert_has(first, 3)
 
 
 @dataclass(frozen=True)
@@ -159,6 +203,11 @@ class BufferedEngine(Rollout):
         self.versions = list(state["versions"])
 
 
+def bring(worker: EngineWorker, version: int) -> None:
+    worker.receive("actor", version, 0, [])
+    worker.finish_sync("actor", version, version, 1)
+
+
 def test_the_worker_of_a_rollout_engine_opens_it_stores_its_state_and_closes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,11 +216,12 @@ def test_the_worker_of_a_rollout_engine_opens_it_stores_its_state_and_closes_it(
     worker, later = EngineWorker(described(".")), EngineWorker(described("."))
     worker.initialize()
     for version in (1, 2):
-        worker.finish_sync("actor", version, -1, 0)
+        bring(worker, version)
+        bring(worker, version)
     later.initialize()
     later.load_state_dict(worker.state_dict())
-    later.finish_sync("actor", 3, -1, 0)
-    assert later.state_dict() == {"rollout": {"versions": [1, 2, 3]}}
+    bring(later, 3)
+    assert later.state_dict() == {"rollout": {"versions": [1, 1, 2, 2, 3]}}, "a sync that comes twice is one"
     engine = worker.engine
     worker.close()
     assert not engine.open_

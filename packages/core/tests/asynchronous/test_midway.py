@@ -18,6 +18,7 @@ from rlhf_core.contract.options import Sampling
 from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import Local
 from rlhf_core.rollout.fake import FakeEngine, FakeRollout
+from rlhf_core.run.collecting import check_ahead
 from rlhf_core.testing.tiny import tiny_run
 from rlhf_core.testing.tiny_environment import TinyEnvironment
 from rlhf_core.util.clock import current_time, simulated_time, sleep, start
@@ -47,6 +48,12 @@ class Apart(Local):
     """A launcher whose engines are in processes that it calls one call at a time."""
 
     engines_apart = True
+
+
+class Midway(Apart):
+    """One that reaches them in the middle of a call."""
+
+    brings_weights_midway = True
 
 
 class Watch:
@@ -167,6 +174,14 @@ def test_an_engine_that_takes_weights_between_calls_is_refused(tmp_path: Path) -
 def test_an_engine_of_a_launcher_with_engines_apart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"not supported by rollout engines under launcher=.*Apart.*; leave it out$"):
         train(tmp_path / "run", launcher=Apart(), partial={"midway": True})
+
+
+def test_an_engine_of_a_launcher_that_brings_weights_midway_still_has_to_take_them(tmp_path: Path) -> None:
+    check_ahead(tiny_run(tmp_path / "run", launcher=Midway(), ahead=1, partial={"midway": True}).plan)
+    with pytest.raises(
+        UsageError, match=r"not supported by rollout engines of kind '.*Between' with these options, which"
+    ):
+        train(tmp_path / "run", launcher=Midway(), rollout=Between(), partial={"midway": True})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices
 from rlhf_distributed_ray.places import ENGINE
 from rlhf_distributed_ray.pulse import GROUP, Limits
+from rlhf_distributed_ray.sending import WEIGHTS
 from rlhf_distributed_ray.snapshots import Keeper, Snapshots
 from rlhf_distributed_ray.surroundings import Surroundings
 
@@ -104,7 +105,8 @@ class Cluster:
         crews = call_chains({name: partial(self._crew, _title(name), each) for name, each in actors.items()}, alone)
         engine = None
         if ENGINE in crews:
-            engine = EngineGroup(EngineCrew(crews.pop(ENGINE), self.hire_engine, self.limits.retries))
+            midway = config.partial.midway
+            engine = EngineGroup(EngineCrew(crews.pop(ENGINE), self.hire_engine, self.limits.retries, midway))
         for role, crew in crews.items():
             check_devices(role, crew.call("devices"))
         device_bytes = min(size for crew in crews.values() for size in crew.call("device_bytes"))
@@ -216,7 +218,7 @@ class Cluster:
         share = dict(self.layout.share(seat))
         # Ray hides the GPUs of a worker that asks for some, not of others
         hidden = {} if share.get("GPU") else {"CUDA_VISIBLE_DEVICES": ""}
-        actor = ray.remote(concurrency_groups={GROUP: 1})(body).options(
+        actor = ray.remote(concurrency_groups={GROUP: 1, WEIGHTS: 1})(body).options(
             num_cpus=share.pop("CPU", 0),
             num_gpus=share.pop("GPU", 0),
             resources=share,

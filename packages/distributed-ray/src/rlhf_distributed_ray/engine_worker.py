@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,8 +14,11 @@ from rlhf_core.contract.distributed import World
 from rlhf_core.contract.engines import Engines
 from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.roles import Placement, Role
+from rlhf_core.errors import RunStopped, run_option
+from rlhf_core.lazy import torch
 from rlhf_core.training.local_role import LocalRole
 from rlhf_core.training.token_budget import release_memory
+from rlhf_core.util.clock import wait_for
 from rlhf_core.util.random_states import seed_libraries
 from rlhf_distributed_ray.arrays import from_array
 from rlhf_distributed_ray.sending import ReceivedBuckets
@@ -28,15 +32,32 @@ if TYPE_CHECKING:
 __all__ = ["EngineWorker", "MirrorRole"]
 
 
+TAKE_SECONDS = 1800.0
+"""Deadline for the forward pass after which an engine takes new weights."""
+
+Buckets = list[list[tuple[str, Any]]]
+
+
 class MirrorRole(Role):
-    """A role as its rollout engine sees it from another process: the same weights, taken at each sync, never trained."""
+    """A role as its rollout engine sees it from another process: the same weights, taken at each sync, never trained.
+
+    Buckets are put aside until all of a sync are here. Then they become the role's weights at once. While an engine samples
+    from the model itself, they wait for the end of a forward pass (`refresh`).
+    """
 
     def __init__(self, plan: Plan, name: str) -> None:
         self.plan = plan
         self.name = name
         self.spec = plan.roles[name]
         self.version = 0
-        self._received: list[list[tuple[str, Any]]] = []
+        self._midway = plan.config.partial.midway
+        self._received: Buckets = []
+        self._arriving: Buckets = []
+        self._changed = threading.Condition()
+        self._pending: tuple[int, Buckets] | None = None
+        """version and buckets of weights that wait for the end of a forward pass"""
+        self._whole: ExitStack | None = None
+        """while an engine samples from the model, what holds its weights whole"""
         self._sampled = False
         """the engine samples from the model itself"""
         self._inside = False
@@ -89,9 +110,60 @@ class MirrorRole(Role):
 
         return load_tokenizer(self.spec.options.model, self.spec.options)
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """While it is open, the module holds full weights."""
-        return self.local.gathered()
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While it is open, the module holds full weights, which change only in `refresh`."""
+        with ExitStack() as whole:
+            with self._changed:
+                whole.enter_context(self.local.gathered())
+                self._whole = whole
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._whole = None
+                    whole.close()
+                    self._take_pending()
+
+    def refresh(self, change: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+        """Take the weights that have arrived since the last forward pass of a call."""
+        if self._pending is not None:
+            assert self._whole is not None, "called inside of `gathered`"
+            with self._changed, change():
+                self._whole.close()  # shares of weights are written, not copies of whole ones
+                self._take_pending()
+                self._whole.enter_context(self.local.gathered())
+        return self.version
+
+    def publish(self, version: int) -> None:
+        """Let the buckets that were received be the weights from now on; returns when they are.
+
+        Raises:
+            RunStopped: the engine did not end a forward pass in time.
+        """
+        with self._changed:
+            self._pending, self._arriving = (version, self._arriving), []
+            if self._whole is None:
+                self._take_pending()
+            elif not wait_for(self._changed, lambda: self._pending is None, TAKE_SECONDS):
+                raise RunStopped(
+                    f"the rollout engine ended no forward pass in {TAKE_SECONDS:g} s; continue from the last checkpoint "
+                    f"with {run_option('resume')}"
+                )
+
+    def _take_pending(self) -> None:
+        """Take the weights that wait: into the model if there is one here, else for the engine to read."""
+        if self._pending is None:
+            return
+        self.version, self._received = self._pending
+        self._inside = "local" in self.__dict__
+        if self._inside:
+            with torch.inference_mode(False):
+                for bucket in self._received:
+                    self.local.take_weights((name, from_array(packed)) for name, packed in bucket)
+            self._received = []
+        self._pending = None
+        self._changed.notify_all()
 
     def infer(self, batch: Batch, names: frozenset[str], source: str = "") -> dict[str, Tensor]:
         """The wanted outputs under the mirrored weights."""
@@ -111,13 +183,12 @@ class MirrorRole(Role):
         self.local.export(folder)
 
     def receive(self, bucket: list[tuple[str, Any]], first: bool) -> None:
-        """One bucket of a sync: into the model if there is one here, else kept for the engine to read."""
+        """Put a bucket of a sync aside until `publish`."""
         if first:
-            self._received, self._inside = [], "local" in self.__dict__
-        if self._inside:
-            self.local.take_weights((name, from_array(packed)) for name, packed in bucket)
-        else:
-            self._received.append(bucket)
+            self._arriving = []
+            if not self._midway:
+                self._received = []  # nobody reads them any more, and the store need not hold two copies
+        self._arriving.append(bucket)
 
 
 class EngineWorker(Worker):
@@ -133,13 +204,18 @@ class EngineWorker(Worker):
         self.engines.bind(Placement(dict[str, Any](self.mirrors), None, World()))
         self.engine = self.engines.open(config.providers["rollout"], "rollout")
         self._received = {name: ReceivedBuckets() for name in self.mirrors}
+        self._opening = threading.Lock()
+        """held by the first call for a role: it reads weights to open an engine, so that no others come meanwhile"""
+        self._opened: set[str] = set()
         self._compared: set[tuple[str, str]] = set()
         return where
 
     def sample(self, role: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
         """Completions of a mirrored role."""
-        rollouts: Rollouts = self.engine(self.mirrors[role], prompts, sampling)
-        self._release(role, "sample")
+        with nullcontext() if role in self._opened else self._opening:
+            rollouts: Rollouts = self.engine(self.mirrors[role], prompts, sampling)
+            self._release(role, "sample")
+        self._opened.add(role)
         return rollouts
 
     def receive(self, role: str, sync: int, number: int, bucket: list[tuple[str, Any]]) -> None:
@@ -150,9 +226,11 @@ class EngineWorker(Worker):
     def finish_sync(self, role: str, version: int, sync: int, count: int) -> dict[str, float]:
         """Let the engine take the weights, all `count` buckets of which are here."""
         self._received[role].check(sync, count)
-        self.mirrors[role].version = version
-        metrics = {"sync/bytes": float(self._received[role].bytes), **(self.engine.sync(self.mirrors[role]) or {})}
-        self._release(role, "synced")
+        with self._opening:
+            if self._received[role].publish():
+                self.mirrors[role].publish(version)
+            metrics = {"sync/bytes": float(self._received[role].bytes), **(self.engine.sync(self.mirrors[role]) or {})}
+            self._release(role, "synced")
         return metrics
 
     def _release(self, role: str, after: str) -> None:

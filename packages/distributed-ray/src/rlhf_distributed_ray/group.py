@@ -266,7 +266,8 @@ class EngineGroup(Rollout):
         """Weights from the role's rank 0 to every engine, bucket by bucket; of each metric the largest of all engines."""
         assert isinstance(role, RoleGroup)
         metrics = self.engines.bring_weights(role.name, role.version, role.send_weights)
-        slowest = {name: max(each[name] for each in metrics.values()) for name in metrics[0]}
+        names = {name: None for each in metrics.values() for name in each}  # an engine that was replaced counts less
+        slowest = {name: max(each[name] for each in metrics.values() if name in each) for name in names}
         calls = len(role.crew) + len(self.crew)
         counts = {"sync/buckets": float(self.engines.buckets(role.name)), "sync/controller_calls": float(calls)}
         return {**slowest, **counts}

@@ -46,6 +46,8 @@ class RayLauncher(SharingOptions, Launcher):
 
     engines_apart: ClassVar[bool] = True
     """engines are processes with their own weights, so that they sample while roles train"""
+    brings_weights_midway: ClassVar[bool] = True
+    """weights come to an engine in another thread than calls"""
 
     address: str = ""
     """cluster to join, `auto` or `ray://…`; empty starts one on this machine and stops it at the end"""

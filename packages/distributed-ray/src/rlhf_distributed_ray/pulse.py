@@ -7,6 +7,7 @@ still. Progress is what a run reports of itself inside a step (`rlhf_core.util.a
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,8 @@ class Pulse:
         self._silent = self._idle = 0.0
         self._progress = -1
         self._looked = time.monotonic()
+        self._looking = threading.Lock()
+        """two calls to an engine may be waited for at once: one samples while another brings weights"""
 
     def begin(self) -> None:
         """A call begins."""
@@ -106,6 +109,10 @@ class Pulse:
             actor: the actor.
             longest: seconds that the longest call on it has taken so far.
         """
+        with self._looking:
+            return self._look(actor, longest)
+
+    def _look(self, actor: Any, longest: float) -> str:
         import ray
 
         now = time.monotonic()

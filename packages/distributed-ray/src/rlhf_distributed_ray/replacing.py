@@ -16,7 +16,7 @@ from typing import Any
 from rlhf_core.errors import WorkerLost
 from rlhf_core.util.messages import log
 from rlhf_distributed_ray.crew import Crew
-from rlhf_distributed_ray.sending import Shipment
+from rlhf_distributed_ray.sending import WEIGHTS, Shipment
 
 __all__ = ["EngineCrew"]
 
@@ -33,14 +33,20 @@ class Weights:
     sync: int
     buckets: list[Any]
     """references"""
+    group: str | None
+    """concurrency group in which engines receive them"""
 
     def receive(self, role: str, number: int) -> Call:
         """Return the call that gives an engine one bucket."""
-        return lambda actor, _: actor.receive.remote(role, self.sync, number, self.buckets[number])
+        return lambda actor, _: actor.receive.options(concurrency_group=self.group).remote(
+            role, self.sync, number, self.buckets[number]
+        )
 
     def finish(self, role: str) -> Call:
         """Return the call that lets an engine take the buckets that it has received."""
-        return lambda actor, _: actor.finish_sync.remote(role, self.version, self.sync, len(self.buckets))
+        return lambda actor, _: actor.finish_sync.options(concurrency_group=self.group).remote(
+            role, self.version, self.sync, len(self.buckets)
+        )
 
 
 class EngineCrew:
@@ -50,11 +56,13 @@ class EngineCrew:
         crew: the actors.
         hire: returns a new actor in the seat of that number.
         retries: how many deaths the run survives.
+        midway: engines take weights in the middle of a call.
     """
 
-    def __init__(self, crew: Crew, hire: Callable[[int], Any], retries: int) -> None:
+    def __init__(self, crew: Crew, hire: Callable[[int], Any], retries: int, midway: bool = False) -> None:
         self.crew = crew
         self._hire, self._left = hire, retries
+        self._group = WEIGHTS if midway else None
         self._weights: dict[str, Weights] = {}
         """the last ones of each role"""
         self._syncs = 0
@@ -62,8 +70,9 @@ class EngineCrew:
         """the states that are known of engines that have one"""
         self._replaced, self._seconds = 0, 0.0
         self._counting = threading.Lock()
-        self._asking = threading.RLock()
-        """with `--ahead` one thread samples and another asks for states; only one of them may replace an engine"""
+        self._seats = threading.RLock()
+        """held while an engine is replaced and while weights are sent, so that no call begins and no engine starts without
+        them; with `--ahead` one thread samples while another asks for states or brings weights"""
 
     def __len__(self) -> int:
         return len(self.crew)
@@ -82,16 +91,20 @@ class EngineCrew:
         """
         results: dict[int, Any] = {}
         missing = list(ranks)
-        with self._asking:  # an engine answers one call at a time, so no caller waits longer for it
-            while missing:
-                found = self.crew.send(call, missing, grace=math.inf)
-                if found.errors:
-                    found.deaths.clear()
-                    found.in_order()
-                results |= found.results
-                missing = sorted(found.deaths)
-                for rank in missing:
-                    self._replace(rank, found.deaths[rank])
+        while missing:
+            with self._seats:
+                asked = {rank: self.crew.actors[rank] for rank in missing}
+                references = {rank: call(actor, rank) for rank, actor in asked.items()}
+            found = self.crew.wait(references, grace=math.inf)
+            if found.errors:
+                found.deaths.clear()
+                found.in_order()
+            results |= found.results
+            missing = sorted(found.deaths)
+            for rank in missing:
+                with self._seats:
+                    if self.crew.actors[rank] is asked[rank]:  # else another thread has replaced it
+                        self._replace(rank, found.deaths[rank])
         return results
 
     def bring_weights(
@@ -107,9 +120,10 @@ class EngineCrew:
             send: sends the weights to these actors, as sync of that number.
         """
         self._syncs += 1
-        self._weights.pop(role, None)  # the store need not hold two copies
-        shipment = send(list(self.crew.actors), self._syncs)
-        self._weights[role] = weights = Weights(version, self._syncs, shipment.buckets)
+        with self._seats:
+            self._weights.pop(role, None)  # the controller need not hold two copies
+            shipment = send(list(self.crew.actors), self._syncs)
+            self._weights[role] = weights = Weights(version, self._syncs, shipment.buckets, self._group)
         for rank in shipment.late:  # it is asked by the controller, who finds out if it is dead
             for number in range(len(weights.buckets)):
                 self.ask(weights.receive(role, number), [rank])

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["ReceivedBuckets", "Shipment", "narrow", "send_weights"]
+__all__ = ["WEIGHTS", "ReceivedBuckets", "Shipment", "narrow", "send_weights"]
+
+WEIGHTS = "weights"
+"""Ray's concurrency group of what brings weights to an engine: they come while it samples (`--partial.midway`)."""
 
 AT_ONCE = 4
 """Buckets on their way to an engine; the sender waits for the oldest before it copies another one."""
@@ -44,7 +47,12 @@ def narrow(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterato
 
 
 def send_weights(
-    weights: Iterator[tuple[str, Tensor]], engines: Sequence[Any], role: str, sync: int, patience: float
+    weights: Iterator[tuple[str, Tensor]],
+    engines: Sequence[Any],
+    role: str,
+    sync: int,
+    patience: float,
+    group: str | None = None,
 ) -> Shipment:
     """Send `weights` of a role to these actors.
 
@@ -54,13 +62,16 @@ def send_weights(
         role: name of the role.
         sync: number of this sync; an engine forgets the buckets of another one.
         patience: seconds that an engine may take for a bucket.
+        group: concurrency group in which engines receive; None is that of their other calls.
     """
     import ray
 
     sent, live, under_way = Shipment(), list(range(len(engines))), list[dict[Any, int]]()
     for number, bucket in enumerate(buckets(weights)):
         sent.buckets.append(ray.put(bucket))
-        under_way.append({engines[k].receive.remote(role, sync, number, sent.buckets[-1]): k for k in live})
+        under_way.append({
+            engines[k].receive.options(concurrency_group=group).remote(role, sync, number, sent.buckets[-1]): k for k in live
+        })  # fmt: skip
         if len(under_way) >= AT_ONCE:
             live = _await_oldest(under_way, live, patience)
     while under_way:
@@ -90,6 +101,7 @@ class ReceivedBuckets:
 
     def __init__(self) -> None:
         self._sync = -1
+        self._published: int | None = None
         self._numbers: set[int] = set()
         self.bytes = 0
 
@@ -102,6 +114,11 @@ class ReceivedBuckets:
         self._numbers.add(number)
         self.bytes += size
         return True
+
+    def publish(self) -> bool:
+        """Return True the first time that the weights of this sync are published."""
+        new, self._published = self._sync != self._published, self._sync
+        return new
 
     def check(self, sync: int, count: int) -> None:
         """Check that all `count` buckets of a sync are here: what an engine lacks would be wrong in silence."""

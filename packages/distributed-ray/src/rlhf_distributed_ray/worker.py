@@ -29,7 +29,7 @@ from rlhf_core.util.random_states import get_random_states, seed_libraries, set_
 from rlhf_core.util.tensor_tree import read_tree, write_tree
 from rlhf_distributed_ray.arrays import buckets, from_array
 from rlhf_distributed_ray.pulse import Beating
-from rlhf_distributed_ray.sending import Shipment, narrow, send_weights
+from rlhf_distributed_ray.sending import WEIGHTS, Shipment, narrow, send_weights
 from rlhf_distributed_ray.snapshots import Files, memory_folder, read_files, write_files
 from rlhf_distributed_ray.transport import unpack
 
@@ -239,7 +239,8 @@ class RoleWorker(Worker):
                 or self.plan.roles[self.role_name].options.compute_dtype
             )
             weights = narrow(self.role.weights(), getattr(torch, held))
-            return send_weights(weights, engines, self.role_name, sync, patience)
+            group = WEIGHTS if self.plan.config.partial.midway else None
+            return send_weights(weights, engines, self.role_name, sync, patience, group)
         if self.role.trainable.sharded:
             for _ in self.role.weights():
                 report("gathering weights")

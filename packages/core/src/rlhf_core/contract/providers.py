@@ -113,7 +113,8 @@ class Rollout(Provider):
     def takes_weights_midway(self) -> bool:
         """True if another thread may call `sync` during a call, as `--partial.midway` does.
 
-        Completions in progress then continue under the new weights, and `versions_NT` has the version of each token.
+        Completions in progress then continue under the new weights, and `versions_NT` has the version of each token. An engine
+        that samples from the role's own module calls `Role.refresh` before each forward pass.
         """
         return False
 

@@ -197,6 +197,14 @@ class Role:
         """
         return False
 
+    def refresh(self, change: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+        """Take weights that arrived during a call of the engine into the role's module; return the version it holds now.
+
+        Engines that sample from the module itself call it before each forward pass. The module changes inside of `change()`,
+        which is entered only if there is something to take. By default nothing arrives.
+        """
+        return self.version
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], decay: float = 0.0) -> None:
         """Take the weights that another role's `weights` yields: decay * own + (1 - decay) * those; a copy with decay 0.
 

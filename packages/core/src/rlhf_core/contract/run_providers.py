@@ -76,6 +76,14 @@ class Launcher(Provider):
         return False
 
     @property
+    def brings_weights_midway(self) -> bool:
+        """True if its separate engines get new weights in the middle of a call, where they take them (`--partial.midway`).
+
+        Asked only under `engines_apart`.
+        """
+        return False
+
+    @property
     def one_process(self) -> bool:
         """True if all roles are in the process of the loop, so that one may read another's logits."""
         return False

@@ -60,6 +60,8 @@ class HuggingFaceRollout(Rollout):
 
     exact: ClassVar[bool] = True
     """the log-probabilities are those of the trained weights themselves, up to the rounding of a narrow dtype"""
+    takes_weights_midway: ClassVar[bool] = True
+    """an engine apart from its trainer asks for new weights before each forward pass"""
 
     def open(self, context: OpenContext) -> Rollout:
         """Return an engine that keeps small buffers, and the graphs over them, from one call to the next."""
@@ -111,7 +113,7 @@ class HuggingFaceRollout(Rollout):
             sampler = samplers.setdefault(
                 id(model), SlotSampler(model, dtype, cells=self.wave_tokens, compile_steps=self.compile)
             )
-            completions = sampler(prompts.token_ids, sampling, seeds, **rest)
+            completions = sampler(prompts.token_ids, sampling, seeds, refresh=role.refresh, **rest)
         else:
             with _computing(model, dtype):
                 completions = sample(
@@ -124,9 +126,10 @@ class HuggingFaceRollout(Rollout):
                     compact=self.compact,
                     vision=role.module.vision,
                     images=prompts.images,
+                    refresh=role.refresh,
                     **rest,
                 )
-        tokens, logprobs, log_mass, finish, kept_sets = zip(*completions, strict=True)
+        tokens, logprobs, log_mass, finish, kept_sets, versions = zip(*completions, strict=True)
         per_token = {"sampler_logprobs_NT": logprobs}
         scalars = {}
         if truncates(sampling):
@@ -138,7 +141,7 @@ class HuggingFaceRollout(Rollout):
             tokens,
             finish,
             tokenizer,
-            version=role.version,
+            versions=versions,
             per_token=per_token,
             scalars=scalars,
             kept_sets=[each for each in kept_sets if each is not None],

@@ -11,19 +11,23 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["narrow_weights"]
+__all__ = ["narrow_weights", "wide_weights"]
+
+
+Held = list[tuple["nn.Module", str, Any]]
+"""parameters whose places copies take: module, name, parameter"""
 
 
 @contextmanager
-def narrow_weights(model: nn.Module, dtype: torch.dtype, copies: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+def narrow_weights(model: nn.Module, dtype: torch.dtype, copies: dict[tuple[nn.Module, str], Tensor]) -> Iterator[Held]:
     """Inside, linear layers with wider weights compute from copies in `dtype`, as autocast would cast them at every step.
 
-    Everything else stays as it is, so that the numbers are those of autocast.
+    Everything else stays as it is, so that the numbers are those of autocast. Yields what `wide_weights` needs.
 
     Args:
         copies: those of an earlier call, which keep their places and take the present weights; new ones are added.
     """
-    held: list[tuple[nn.Module, str, Any]] = []
+    held: Held = []
     try:
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
@@ -32,10 +36,20 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype, copies: dict[tuple[nn.M
                     if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
                         held.append((module, name, parameter))
                         module._parameters[name] = _copy_of(parameter, dtype, (module, name), copies)  # type: ignore[assignment]
-        yield
+        yield held
     finally:
         for module, name, parameter in held:
             module._parameters[name] = parameter
+
+
+@contextmanager
+def wide_weights(held: Held, copies: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Inside, the parameters are back in their places and may change; then copies, where they were, take their numbers."""
+    for module, name, parameter in held:
+        module._parameters[name] = parameter
+    yield
+    for module, name, parameter in held:
+        module._parameters[name] = _copy_of(parameter, copies[module, name].dtype, (module, name), copies)  # type: ignore[assignment]
 
 
 def _copy_of(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,6 +50,8 @@ class SampledCompletion(NamedTuple):
     finish: Literal["stop", "length"]
     kept_sets: KeptSets | None = None
     """tokens that truncation kept at each position, if `Sampling.replay` asks for them"""
+    versions: Sequence[int] = ()
+    """version of the weights that computed the distribution of each token"""
 
 
 class Piece(NamedTuple):
@@ -76,6 +78,7 @@ def sample(
     images: Sequence[Images] = (),
     limits: Sequence[int] = (),
     lacking: Sequence[int] = (),
+    refresh: Callable[[], int] = lambda: 0,
 ) -> list[SampledCompletion]:
     """`sampling.n` completions of each prompt, those of a prompt adjacent, in the order of the prompts.
 
@@ -96,13 +99,13 @@ def sample(
         images: what it reads for those of each prompt; none where it reads text alone.
         limits: tokens after which the completions of each prompt are cut; none where `sampling.max_new_tokens` holds for all.
         lacking: ids that are never drawn, since the tokenizer has no token for them. Log-probabilities are over all ids.
+        refresh: called before each forward pass, returns the version of the weights, which it may change (`Role.refresh`).
 
     Raises:
         RunStopped: the model's output is not finite.
         UsageError: the model is purely recurrent (Mamba), with another kind of cache.
     """
-    found: dict[tuple[int, int], SampledCompletion] = {}
-    was_training = model.training
+    found, was_training = dict[tuple[int, int], SampledCompletion](), model.training
     model.eval()
     try:
         with torch.inference_mode(), shared_heads(model):
@@ -112,14 +115,13 @@ def sample(
                 draws = uniforms([seeds[prompt][k] for prompt, k in rows], sampling.max_new_tokens)
                 asked = [prompt_ids[piece.prompt] for piece in wave]
                 seen = [images[piece.prompt] for piece in wave] if images else []
-                state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen)
+                state = _prefill(model, asked, pad_id, sampling.max_new_tokens, vision, seen, refresh)
                 state.select([i for i, piece in enumerate(wave) for _ in range(piece.first, piece.stop)])
                 most = [limits[prompt] if limits else sampling.max_new_tokens for prompt, _ in rows]
                 decoded = _decode(model, state, draws, most, sampling, stops, compact, count, lacking)
                 found.update(zip(rows, decoded, strict=True))
     finally:
-        if was_training:
-            model.train()
+        model.train(was_training)
     return [found[prompt, k] for prompt in range(len(prompt_ids)) for k in range(sampling.n)]
 
 
@@ -172,10 +174,14 @@ class _State:
     """position of each row's first new token: how many its prompt has"""
     accepted: frozenset[str]
     """optional arguments that the model takes"""
+    refresh: Callable[[], int]
+    """called before each forward pass"""
     vision: Vision | None = None
     """images in the form that the model takes"""
     width: int = 0
     """tokens in the cache, padding included"""
+    versions: list[int] = field(default_factory=list)
+    """version of the weights in each forward pass, of which pass t computes the distribution of token t"""
 
     def select(self, rows: Sequence[int] | Tensor) -> None:
         """Keep `rows` of the batch, in that order; a row can be repeated."""
@@ -194,6 +200,7 @@ def _prefill(
     room: int,
     vision: Vision | None = None,
     images: Sequence[Images] = (),
+    refresh: Callable[[], int] = lambda: 0,
 ) -> _State:
     """Read the prompts, padded on the left, with `room` for that many tokens more."""
     from rlhf_core.rollout.cache import make_cache
@@ -204,7 +211,7 @@ def _prefill(
     mask_RS = torch.arange(L + room, device=model.device) >= L - lengths_R[:, None]
     position_RL = (mask_RS[:, :L].long().cumsum(-1) - 1).clamp(min=0)
     accepted = _supported_arguments(model.forward, {"position_ids", "logits_to_keep"})
-    state = _State(torch.empty(0), make_cache(model.config, L + room), mask_RS, lengths_R, accepted, vision)
+    state = _State(torch.empty(0), make_cache(model.config, L + room), mask_RS, lengths_R, accepted, refresh, vision)
     seen = vision.arguments(stack_images(images, L, left=True), model) if vision is not None else {}
     if vision is not None and (found := vision.positions(model.base_model, ids_RL, mask_RS[:, :L], seen)):
         position_RL, shift_R = found
@@ -215,6 +222,7 @@ def _prefill(
 
 def _forward(model: Any, state: _State, ids_RQ: Tensor, position_RQ: Tensor, images: Images | None = None) -> None:
     """Read Q more tokens of each row into the cache; leaves the logits of what comes next."""
+    state.versions.append(state.refresh())
     state.width += ids_RQ.shape[1]
     optional = {"position_ids": position_RQ, "logits_to_keep": 1}
     logits_RQV = model(
@@ -292,11 +300,12 @@ def _decode(
             "the policy's log-probabilities are not finite; lower its learning rate, or raise the KL coefficient"
         )
     columns = (tensor.cpu() for tensor in (tokens_BT, logprobs_BT, log_mass_BT))
-    ends, stopped = ends_B.tolist(), stopped_B.tolist()
+    ends = ends_B.tolist()
+    finishes: list[Literal["stop", "length"]] = ["stop" if each else "length" for each in stopped_B.tolist()]
     kept_sets = recorder.completions(ends) if recorder is not None else [None] * B
     return [
-        SampledCompletion(tokens_T[:end], logprobs_T[:end], log_mass_T[:end], "stop" if stop else "length", kept)
-        for tokens_T, logprobs_T, log_mass_T, end, stop, kept in zip(*columns, ends, stopped, kept_sets, strict=True)
+        SampledCompletion(tokens_T[:end], logprobs_T[:end], mass_T[:end], finish, kept, state.versions[:end])
+        for tokens_T, logprobs_T, mass_T, end, finish, kept in zip(*columns, ends, finishes, kept_sets, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.lazy import torch
 from rlhf_core.rollout.compiled_blocks import compile_blocks
-from rlhf_core.rollout.narrow_weights import narrow_weights
+from rlhf_core.rollout.narrow_weights import narrow_weights, wide_weights
 from rlhf_core.rollout.sampler import Piece, SampledCompletion, Stops, uniforms
 from rlhf_core.rollout.segments import plan_chunks, plan_segments
 from rlhf_core.rollout.slots import Slots, slots_attended
@@ -157,8 +157,11 @@ class SlotSampler:
         decode: Callable[[list[list[int]]], list[str]] | None = None,
         limits: Sequence[int] = (),
         lacking: Sequence[int] = (),
+        refresh: Callable[..., int] = lambda _: 0,
     ) -> list[SampledCompletion]:
         """Return `sampling.n` completions of each prompt. The arguments are those of `rollout.sampler.sample`.
+
+        `refresh` changes weights inside of the context that it is given (`Role.refresh`).
 
         Raises:
             RunStopped: the model's output is not finite.
@@ -170,25 +173,28 @@ class SlotSampler:
         found: dict[tuple[int, int], SampledCompletion] = {}
         if not waves:
             return []
-        with self.open_slots(max(map(sum, sizes)) + 1):
+        with self.open_slots(max(map(sum, sizes)) + 1) as change:
+            renew = partial(refresh, change)
             board = self._seats(max(map(len, sizes)), sampling.max_new_tokens, sorted(eos_ids))
             lacking_L = torch.tensor(lacking, dtype=torch.long, device=self.model.device)
             stepper = self._stepper(board, sampling, lacking_L)
             self._widest = max(self._widest, 1 << max(max(row) for row in sizes).bit_length())
             for wave, segments in zip(waves, sizes, strict=True):
                 rows = [(piece.prompt, k) for piece in wave for k in range(piece.first, piece.stop)]
+                version = renew()
                 logits_RV = self._begin(board, wave, rows, segments, prompt_ids, most, sampling, seeds)
                 stops = Stops(eos_ids, sampling.stop, decode)
                 count = len(found), len(prompt_ids) * sampling.n
-                wave_of = Wave(board, stepper, sampling, stops, lacking_L, self._widest, count)
-                found.update(zip(rows, wave_of.decode(logits_RV, len(rows)), strict=True))
+                wave_of = Wave(board, stepper, sampling, stops, lacking_L, self._widest, count, renew)
+                found.update(zip(rows, wave_of.decode(logits_RV, version, len(rows)), strict=True))
         return [found[prompt, k] for prompt in range(len(prompt_ids)) for k in range(sampling.n)]
 
     @contextmanager
-    def open_slots(self, cells: int = 0) -> Iterator[None]:
+    def open_slots(self, cells: int = 0) -> Iterator[Callable[[], AbstractContextManager[None]]]:
         """Let the model attend in buffers of `cells` tokens and compute from narrow weights.
 
-        At the end both are freed, and graphs with them, unless they are small: `KEEP`.
+        It yields what to change the model's weights inside of. At the end both are freed, and graphs with them, unless they are
+        small: `KEEP`.
         """
         model, training = self.model, self.model.training
         places = [each.data_ptr() for each in (*model.parameters(), *model.buffers())]
@@ -201,13 +207,10 @@ class SlotSampler:
         # a cache of casts would keep tensors of a graph's memory
         cast = torch.autocast(model.device.type, self.dtype, cache_enabled=False) if wide else nullcontext()
         narrow = wide and self.dtype in (torch.bfloat16, torch.float16)
+        narrowed = narrow_weights(model, self.dtype, self._copies) if narrow else nullcontext(list[Any]())
         try:
-            with (
-                cast,
-                slots_attended(model),
-                narrow_weights(model, self.dtype, self._copies) if narrow else nullcontext(),
-            ):
-                yield
+            with cast, slots_attended(model), narrowed as held:
+                yield partial(wide_weights, held, self._copies)
         finally:
             model.train(training)
             self.slots.detach()

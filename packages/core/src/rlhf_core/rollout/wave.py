@@ -5,6 +5,7 @@ Shape letters: R rows of the batch, B all rows of the wave, T new tokens, V voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.kept_sets import replays
@@ -37,14 +38,15 @@ class Wave:
         lacking_L: Tensor,
         widest: int,
         count: tuple[int, int],
+        refresh: Callable[[], int],
     ) -> None:
         self.board, self.stepper, self.sampling, self.stops = board, stepper, sampling, stops
-        self.lacking_L, self.widest, self.count = lacking_L, widest, count
+        self.lacking_L, self.widest, self.count, self.refresh = lacking_L, widest, count, refresh
         self.recorder: KeptSetsRecorder | None = None
 
-    def decode(self, logits_BV: Tensor, rows: int) -> list[SampledCompletion]:
-        """Draw from the first logits, then step by step; return all rows' completions."""
-        board = self.board
+    def decode(self, logits_BV: Tensor, version: int, rows: int) -> list[SampledCompletion]:
+        """Draw from the first logits, of weights of this version, then step by step; return all rows' completions."""
+        board, versions = self.board, [version]
         self.recorder = KeptSetsRecorder(rows, board.tokens) if replays(self.sampling) else None
         self._draw(logits_BV, 0)
         drawn, many = 1, bucket_of(rows)
@@ -56,12 +58,13 @@ class Wave:
                 board.select(board.live_R.nonzero()[:, 0])
             until = min(drawn + CHECK, board.tokens)
             for t in range(drawn, until):
+                versions.append(self.refresh())
                 logits_RV = self.stepper(many, self.widest)
                 if self.stepper.draw is None:
                     self._draw(logits_RV, t)
             self._stop_strings(drawn, until)
             drawn = until
-        return self._completions(rows)
+        return self._completions(rows, versions)
 
     def _draw(self, logits_RV: Tensor, t: int) -> None:
         """Draw token `t` of the first rows, where the host takes part."""
@@ -90,7 +93,7 @@ class Wave:
             board.ends_B[row_R[hit_R]], board.stopped_B[row_R[hit_R]] = t + 1, True
             board.live_R[:many] &= ~hit_R
 
-    def _completions(self, rows: int) -> list[SampledCompletion]:
+    def _completions(self, rows: int, versions: list[int]) -> list[SampledCompletion]:
         """Return what the rows have drawn, on the CPU.
 
         Raises:
@@ -109,6 +112,8 @@ class Wave:
         kept_sets = self.recorder.completions(ends) if self.recorder is not None else [None] * rows
         columns = zip(tokens_BT, logprobs_BT, log_mass_BT, ends, stopped, kept_sets, strict=True)
         return [
-            SampledCompletion(tokens_T[:end], logprobs_T[:end], mass_T[:end], "stop" if stop else "length", kept)
+            SampledCompletion(
+                tokens_T[:end], logprobs_T[:end], mass_T[:end], "stop" if stop else "length", kept, versions[:end]
+            )
             for tokens_T, logprobs_T, mass_T, end, stop, kept in columns
         ]

@@ -24,6 +24,7 @@ from rlhf_core.util.jsonl import append_line, cut_lines
 from rlhf_core.util.messages import log
 
 if TYPE_CHECKING:
+    from rlhf_core.contract.options import RunConfig
     from rlhf_core.contract.plan import Plan
     from rlhf_core.run.run import Run
 
@@ -57,13 +58,8 @@ def check_ahead(plan: Plan) -> None:
             f"trained; leave out {run_option('ahead')}, or pass {run_option('launcher', 'ray')}, which gives the engine a "
             "separate copy",
         )
-    if config.partial.midway and (launcher.engines_apart or not engine.takes_weights_midway):
-        where = f"under {run_option('launcher', config.names.get('launcher', ''))}"
-        who = where if launcher.engines_apart else f"of kind {config.names.get('rollout', '')!r}"
-        raise OptionError(
-            "/partial.midway",
-            f"is not supported by rollout engines {who}, which take weights between two calls; leave it out",
-        )
+    if config.partial.midway:
+        _check_midway(config)
     if config.stale.policy == "drop" and choose_filter(config) is not None:
         raise OptionError(
             "/stale.policy",
@@ -73,6 +69,20 @@ def check_ahead(plan: Plan) -> None:
     if config.partial.tokens:
         _check_rows(plan)
     read_schedule(config.replay)
+
+
+def _check_midway(config: RunConfig) -> None:
+    """Check that weights can reach an engine in the middle of a call, and that it takes them there."""
+    launcher, engine = config.providers["launcher"], config.providers["rollout"]
+    reached = launcher.brings_weights_midway or not launcher.engines_apart
+    if reached and engine.takes_weights_midway:
+        return
+    where = f"under {run_option('launcher', config.names.get('launcher', ''))}"
+    who = f"of kind {config.names.get('rollout', '')!r} with these options" if reached else where
+    raise OptionError(
+        "/partial.midway",
+        f"is not supported by rollout engines {who}, which take weights between two calls; leave it out",
+    )
 
 
 def _check_rows(plan: Plan) -> None:

@@ -1,0 +1,113 @@
+"""Weights that change between two forward passes of the samplers, against transformers with the same cache in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from test_rollout_sampler import RAGGED, llama, sliding
+from test_slot_sampler import assert_same
+
+from rlhf_core.contract.options import Sampling
+from rlhf_core.rollout.sampler import SampledCompletion, sample
+from rlhf_core.rollout.slot_sampler import SlotSampler
+
+ENDS = (3, 11)
+SAMPLING = Sampling(n=2, max_new_tokens=14)
+SEEDS = [[SAMPLING.seed_for(uid, k) for k in range(2)] for uid in range(len(RAGGED))]
+
+
+class Arrivals:
+    """Weights that arrive before the given forward passes, counted from 0: each time all numbers of the model change."""
+
+    def __init__(self, model: Any, *passes: int) -> None:
+        self.model, self.passes, self.version = model, passes, 5
+        self.count = 0
+        self.states = {5: copy.deepcopy(model.state_dict())}
+
+    def __call__(self, change: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+        if self.count in self.passes:
+            self.version += 1
+            with change(), torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(self.version)
+                for parameter in self.model.parameters():
+                    parameter.copy_(parameter.flip(0) + 0.05 * torch.randn_like(parameter))
+                self.states[self.version] = copy.deepcopy(self.model.state_dict())
+        self.count += 1
+        return self.version
+
+
+def log_probabilities(arrivals: Arrivals, prompt: list[int], row: SampledCompletion) -> list[float]:
+    """Compute them for each token in float64, one token after the other, each by the weights of its version over one cache."""
+    model, cache, ids, found = copy.deepcopy(arrivals.model).double(), None, prompt, list[float]()
+    for token, version in zip(row.tokens.tolist(), row.versions, strict=True):
+        model.load_state_dict(arrivals.states[version])
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        found.append(float(output.logits[0, -1].log_softmax(-1)[token]))
+        cache, ids = output.past_key_values, [token]
+    return found
+
+
+@pytest.mark.parametrize("make", [llama, sliding])
+def test_each_token_has_the_version_and_the_probability_of_the_weights_that_computed_it(make: Any) -> None:
+    """Pass 0 reads the prompts and gives token 0, pass t gives token t; rows end at different steps."""
+    model = make()
+    arrivals = Arrivals(model, 4, 9)
+    rows = sample(model, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0, compact=0.5, refresh=arrivals)
+    moved = 0.0
+    for i, row in enumerate(rows):
+        assert list(row.versions) == [5 + (t >= 4) + (t >= 9) for t in range(len(row.tokens))]
+        expected = log_probabilities(arrivals, RAGGED[i // 2], row)
+        assert row.logprobs.tolist() == pytest.approx(expected, abs=1e-3)
+        stale = log_probabilities(arrivals, RAGGED[i // 2], row._replace(versions=[5] * len(row.tokens)))
+        moved = max(moved, *(abs(a - b) for a, b in zip(stale, expected, strict=True)))
+    assert max(len(row.tokens) for row in rows) > 10 and moved > 0.5, "the wrong weights would show"
+
+
+def test_waves_after_an_arrival_begin_with_its_weights() -> None:
+    model = llama()
+    arrivals = Arrivals(model, 3)
+    rows = sample(model, [[5, 6], [7, 8]], SAMPLING, SEEDS[:2], eos_ids=(), pad_id=0, wave_tokens=32, refresh=arrivals)
+    assert [set(row.versions) for row in rows] == [{5, 6}, {5, 6}, {6}, {6}]
+    assert arrivals.count == 2 * 14
+    for i, row in enumerate(rows):
+        assert row.logprobs.tolist() == pytest.approx(
+            log_probabilities(arrivals, [[5, 6], [7, 8]][i // 2], row), abs=1e-3
+        )
+
+
+def slots(model: Any, dtype: torch.dtype, refresh: Callable[..., int]) -> list[SampledCompletion]:
+    sampler = SlotSampler(model, dtype, flash=False, graphs=False)
+    return sampler(RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, refresh=refresh)
+
+
+def test_slots_take_weights_as_the_other_sampler_does() -> None:
+    model, same = llama(), llama()
+    found = slots(model, torch.float32, Arrivals(model, 4, 9))
+    expected = sample(same, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0, refresh=Arrivals(same, 4, 9))
+    assert_same(found, expected)
+    assert [list(row.versions) for row in found] == [list(row.versions) for row in expected]
+
+
+def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
+    """The sampler computes on copies in bfloat16 meanwhile. The weights that stay are the wide ones that arrived."""
+    model = llama()
+    arrivals = Arrivals(model, 4)
+    rows = slots(model, torch.bfloat16, arrivals)
+    assert all(each.dtype == torch.float32 for each in model.parameters())
+    for name, number in model.state_dict().items():
+        assert torch.equal(number, arrivals.states[6][name]), name
+    apart, stale = (
+        torch.cat([
+            row.logprobs.double() - torch.tensor(log_probabilities(arrivals, RAGGED[i // 2], row._replace(versions=versions)))
+            for i, row in enumerate(rows)
+            for versions in [list(row.versions) if right else [5] * len(row.tokens)]
+        ]).abs()
+        for right in (True, False)
+    )  # fmt: skip
+    assert float(apart.mean()) < 0.05 < 0.2 < float(stale.mean()), "rounded to bfloat16, and of the right weights"
