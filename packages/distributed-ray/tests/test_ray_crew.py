@@ -265,3 +265,30 @@ def test_a_bucket_that_comes_twice_counts_once_and_a_missing_one_is_no_sync() ->
         with pytest.raises(AssertionError):
             received.check(sync, count)
     assert received.accept(2, 1, 10) and received.bytes == 10, "another sync begins anew"
+
+
+def test_the_late_report_of_an_actor_that_was_replaced_leaves_the_new_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads wait for an engine while one samples and one brings weights; the other one has replaced it."""
+    crew, killed, looked = Crew("rollout engine", ["old"], Limits(10, 10)), list[Any](), list[Any]()
+
+    def get(_: Any) -> Any:
+        raise ray.exceptions.ActorUnavailableError("keepalive watchdog timeout", None)
+
+    def wait(pending: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        if looked:
+            return pending, []
+        crew.actors[0] = "new"
+        return [], pending
+
+    def look(_: Any, actor: Any, __: float) -> str:
+        looked.append(actor)
+        return ""
+
+    monkeypatch.setattr(Pulse, "look", look)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    assert list(crew.wait({0: "call"}, asked={0: "old"}).deaths) == [0]
+    assert looked == ["old"] and killed == ["old"]

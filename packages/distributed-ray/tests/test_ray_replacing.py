@@ -48,7 +48,9 @@ class Engines:
     def send(self, call: Callable[[Any, int], Any], ranks: Sequence[int]) -> Outcomes:
         return self.wait({rank: call(self.actors[rank], rank) for rank in ranks})
 
-    def wait(self, references: Mapping[int, Any], grace: float = 0.0) -> Outcomes:
+    def wait(
+        self, references: Mapping[int, Any], grace: float = 0.0, asked: Mapping[int, Any] | None = None
+    ) -> Outcomes:
         found = Outcomes()
         for rank, reference in references.items():
             if (dies := self.actors[rank].dies) is not None:

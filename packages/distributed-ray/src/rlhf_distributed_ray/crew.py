@@ -112,20 +112,28 @@ class Crew:
             }
         return self.wait(references, grace)
 
-    def wait(self, references: Mapping[int, Any], grace: float = GRACE_SECONDS) -> Outcomes:
-        """Wait for calls by rank; once one failed, at most `grace` seconds for the others."""
+    def wait(
+        self, references: Mapping[int, Any], grace: float = GRACE_SECONDS, asked: Mapping[int, Any] | None = None
+    ) -> Outcomes:
+        """Wait for calls by rank; once one failed, at most `grace` seconds for the others.
+
+        `asked` are the actors that were called, if another thread may put new ones in their places meanwhile.
+        """
         import ray
 
+        asked = asked or {rank: self.actors[rank] for rank in references}
+        pulses = {rank: self._pulses[rank] for rank in references}
         rank_of = {reference: rank for rank, reference in references.items()}
         outcomes, hung = Outcomes(), dict[int, str]()
-        for rank in references:
-            self._pulses[rank].begin()
+        for pulse in pulses.values():
+            pulse.begin()
         pending, began, ends = list(rank_of), time.monotonic(), math.inf
         while pending and time.monotonic() < ends:
             seconds = min(self.limits.interval, max(0.0, ends - time.monotonic()))
             done, pending = ray.wait(pending, num_returns=1, timeout=seconds)
             if not done:
-                hung |= self._kill_hung(rank for rank in map(rank_of.__getitem__, pending) if rank not in hung)
+                silent = [rank_of[each] for each in pending if rank_of[each] not in hung]
+                hung |= self._kill_hung({rank: (asked[rank], pulses[rank]) for rank in silent})
                 continue
             rank = rank_of[done[0]]
             try:
@@ -134,26 +142,26 @@ class Crew:
                 outcomes.errors[rank] = error
             except ray.exceptions.RayError as error:  # no error of the code: its process is gone
                 if isinstance(error, ray.exceptions.ActorUnavailableError):
-                    ray.kill(self.actors[rank])  # Ray would wait for it, and give its place to no other
+                    ray.kill(asked[rank])  # Ray would wait for it, and give its place to no other
                 outcomes.deaths[rank] = self._describe(rank, hung.get(rank) or _cause(error))
             if rank in outcomes.results or rank in outcomes.errors:
-                self._pulses[rank].end()
+                pulses[rank].end()
             if rank not in outcomes.results:
                 ends = min(ends, time.monotonic() + grace)
         if not (outcomes.errors or outcomes.deaths):
             self._longest = max(self._longest, time.monotonic() - began)
         return outcomes
 
-    def _kill_hung(self, ranks: Any) -> dict[int, str]:
-        """Kill those of `ranks` that hang; return why, by rank."""
+    def _kill_hung(self, silent: Mapping[int, tuple[Any, Pulse]]) -> dict[int, str]:
+        """Kill those actors that hang; return why, by rank."""
         import ray
 
         hung = {}
-        for rank in ranks:
-            why = self._pulses[rank].look(self.actors[rank], self._longest)
+        for rank, (actor, pulse) in silent.items():
+            why = pulse.look(actor, self._longest)
             if why:
                 hung[rank] = why
-                ray.kill(self.actors[rank])
+                ray.kill(actor)
         return hung
 
     def _describe(self, rank: int, cause: str) -> WorkerLost:

@@ -95,7 +95,7 @@ class EngineCrew:
             with self._seats:
                 asked = {rank: self.crew.actors[rank] for rank in missing}
                 references = {rank: call(actor, rank) for rank, actor in asked.items()}
-            found = self.crew.wait(references, grace=math.inf)
+            found = self.crew.wait(references, grace=math.inf, asked=asked)
             if found.errors:
                 found.deaths.clear()
                 found.in_order()
