@@ -11,7 +11,7 @@ from rlhf_eval_gcg.attack.optimizer import Suffix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["draw_candidates", "top_tokens"]
+__all__ = ["draw_candidates", "replace_tokens", "top_tokens"]
 
 ATTEMPTS = 8
 """Draws of a step before it is clear that no candidate survives the filter."""
@@ -34,14 +34,32 @@ def draw_candidates(suffix: Suffix, gradient_LV: Tensor, width: int, n_replace: 
         UsageError: none survives the filter.
     """
     tops_LK = top_tokens(gradient_LV, suffix.allowed_V, topk).cpu()
+    return replace_tokens(suffix, tops_LK, width, n_replace, suffix.ids_L.cpu()[None])
+
+
+def replace_tokens(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, tried_CL: Tensor) -> Tensor:
+    """Return the candidates of `draw_candidates` from the best tokens of each position, without those tried before.
+
+    Args:
+        suffix: the current suffix.
+        tops_LK: the tokens that are drawn from.
+        width: maximum number of candidates.
+        n_replace: positions that a candidate replaces.
+        tried_CL: the current suffix, and candidates that are not to come again. If there are any, the result may be empty.
+
+    Raises:
+        UsageError: none survives the filter.
+    """
     current_L = suffix.ids_L.cpu()
     whole = n_replace == 1 and width >= tops_LK.numel()
     for _ in range(1 if whole else ATTEMPTS):
         drawn_CL = _every_one(current_L, tops_LK) if whole else _draw(suffix, tops_LK, width, n_replace)
-        ids_CL = _unlike(drawn_CL, current_L)
+        ids_CL = _unlike(drawn_CL, tried_CL)
         ids_CL = ids_CL[suffix.survivors(ids_CL)]
         if len(ids_CL):
-            return ids_CL.to(suffix.ids_L.device)
+            break
+    if len(ids_CL) or len(tried_CL) > 1:
+        return ids_CL.to(suffix.ids_L.device)
     tried = tops_LK.numel() if whole else ATTEMPTS * width
     raise UsageError(
         f"{suffix.place}: no candidate passes the filter: none of {tried} keeps its tokens when its text is "
@@ -64,9 +82,9 @@ def _draw(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int) -> Tensor
     return current_L.repeat(width, 1).scatter(1, places_CN, tops_LK[places_CN, picks_CN])
 
 
-def _unlike(ids_CL: Tensor, current_L: Tensor) -> Tensor:
-    """Return the rows that differ from the current suffix and from earlier rows, in their order."""
-    seen = {tuple(current_L.tolist())}
+def _unlike(ids_CL: Tensor, tried_CL: Tensor) -> Tensor:
+    """Return the rows that differ from those tried and from earlier rows, in their order."""
+    seen = set(map(tuple, tried_CL.tolist()))
     kept = []
     for row, ids in enumerate(ids_CL.tolist()):
         if tuple(ids) not in seen:

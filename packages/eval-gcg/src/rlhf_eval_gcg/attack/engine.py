@@ -36,6 +36,8 @@ class Engine:
         for lane in (*search.lanes, *search.draft_lanes):
             cost = lane.open()
             search.record.spent += 0.0 if search.opened else cost
+            if lane.base_L is not None and not lane.base.layers:  # counted before a crash
+                lane_gradient(lane, lane.base_L, 1, search.suffix.options)
         search.opened = True
         if self.rewards is not None and not search.record.losses:
             search.suffix.loss = search.record.initial_loss = self._mean_reward(search)

@@ -27,21 +27,21 @@ class Attack:
     """Options of an attack's search for a suffix."""
 
     steps: int = 250
-    """steps per goal: each computes one gradient and the losses of the candidates drawn from it"""
+    """steps per goal: each computes the gradient of a suffix once and the losses of the candidates drawn from it"""
     max_flops: float = 0.0
     """stop a goal after this many floating-point operations; 0 means no limit"""
     flop_rule: Literal["counted", "2nt"] = "counted"
     """count of operations: `counted` counts matrix multiplications as they are executed (torch's own counter); `2nt` is
     the convention of papers, 2NT forward and 4NT backward for N parameters and T tokens"""
     schedule: str = "acg"
-    """gcg, acg (several coordinates and few candidates early), momentum, probe (a draft model chooses), or the import path of
+    """gcg, acg (few candidates early, improvements are merged), momentum, probe (a draft model chooses), or the import path of
     a suffix optimizer, `module:Class`"""
     search_width: int = 512
     """number of candidates per step; the maximum in acg, which starts with a 32nd"""
     topk: int = 256
     """number of tokens with the most negative gradient that replacements are drawn from"""
     n_replace: int = 1
-    """number of tokens that a candidate replaces; acg starts with one more"""
+    """number of tokens that a candidate replaces; acg merges candidates that improve, and so replaces more"""
     buffer: int = 0
     """number of best suffixes to keep, continuing from the best; 0 always moves to the best candidate of the step"""
     momentum: float = 0.4

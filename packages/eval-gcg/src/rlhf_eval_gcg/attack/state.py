@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StateFile", "fingerprint"]
 
-FORMAT = 1
+FORMAT = 2
 INTERVAL_S = 10.0
 """Seconds between two saves; the most that a kill costs, in addition to one step."""
 NO_RESULT = frozenset({"batch_tokens", "goals_at_once"})
@@ -114,6 +114,7 @@ def _snapshot(search: Search) -> dict[str, Any]:
             {"ids": [ids.cpu() for ids in lane.answers.ids], "kind": lane.answers.kind, "weights": lane.answers.weights}
             for lane in search.lanes
         ],
+        "bases": [None if lane.base_L is None else lane.base_L.cpu() for lane in search.lanes],
     }
 
 
@@ -126,6 +127,7 @@ def _restore(search: Search, state: dict[str, Any]) -> None:
     suffix.ids_L, suffix.loss = state["ids_L"].to(device), state["loss"]
     suffix.memory = {name: value.to(device) for name, value in state["memory"].items()}
     suffix.generator.set_state(state["generator"])
-    for lane, answers in zip(search.lanes, state["answers"], strict=True):
+    for lane, answers, base_L in zip(search.lanes, state["answers"], state["bases"], strict=True):
+        lane.base_L = None if base_L is None else base_L.to(lane.victim.device)
         ids = tuple(each.to(lane.victim.device) for each in answers["ids"])
         lane.answers = Answers(ids, answers["kind"], answers["weights"])
