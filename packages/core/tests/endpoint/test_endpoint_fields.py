@@ -113,3 +113,33 @@ def test_tools_that_the_policy_may_not_call_are_not_shown_to_it(
         policy = Echo(["ab"])
         assert asked(route, {"tools": [tool], **more}, tmp_path, policy)[0] == 200
         assert bytes(policy.read[0]).startswith(b"T1;") == shown
+
+
+FAILED: list[tuple[dict[str, Any], bytes]] = [
+    ({"content": "no such file", "is_error": True}, b"[t]Error: no such file"),
+    (
+        {"content": [{"type": "text", "text": "no "}, {"type": "text", "text": "file"}], "is_error": True},
+        b"[t]Error: no file",
+    ),
+    ({"is_error": True}, b"[t]Error: "),
+    ({"content": "2", "is_error": False}, b"[t]2"),
+    ({"content": "2", "is_error": None}, b"[t]2"),
+]
+
+
+@pytest.mark.parametrize(("result", "read"), FAILED)
+def test_the_policy_reads_that_a_tool_failed(result: dict[str, Any], read: bytes, tmp_path: Path) -> None:
+    use = {"type": "tool_use", "id": "c", "name": "add", "input": {}}
+    results = [{"type": "tool_result", "tool_use_id": "c", **result}]
+    messages = [USER, {"role": "assistant", "content": [use]}, {"role": "user", "content": results}]
+    policy = Echo(["ab"])
+    assert asked("messages", {"messages": messages, "tools": [NAMED]}, tmp_path, policy)[0] == 200
+    assert bytes(token for token in policy.read[0] if token < 256).endswith(read + b"[a]")
+
+
+def test_a_failure_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
+    results = [{"type": "tool_result", "tool_use_id": "c", "content": "2", "is_error": "no"}]
+    status, answer = asked(
+        "messages", {"messages": [USER, {"role": "user", "content": results}]}, tmp_path, Echo(["ab"])
+    )
+    assert (status, answer["error"]["message"]) == (400, 'is_error of a tool_result is "no", but must be true or false')

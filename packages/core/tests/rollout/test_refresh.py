@@ -111,3 +111,17 @@ def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
         for right in (True, False)
     )  # fmt: skip
     assert float(apart.mean()) < 0.05 < 0.2 < float(stale.mean()), "rounded to bfloat16, and of the right weights"
+
+
+@pytest.mark.gpu
+def test_graphs_follow_weights_that_arrive() -> None:
+    """Graphs keep the places of weights. Steps without graphs run the same kernels."""
+    with_graphs, without = (llama(hidden_size=64, initializer_range=0.1).to("cuda") for _ in range(2))
+    found, expected = (
+        SlotSampler(model, torch.bfloat16, graphs=graphs)(
+            RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, refresh=Arrivals(model, 4, 9)
+        )
+        for model, graphs in ((with_graphs, True), (without, False))
+    )
+    assert_same(found, expected)
+    assert {version for row in found for version in row.versions} == {5, 6, 7}

@@ -16,6 +16,8 @@ __all__ = ["answer_messages", "encode_error"]
 
 REASONS = {"stop": "end_turn", "length": "max_tokens"}
 """Reasons for the end of a turn, in Anthropic's words."""
+ERROR = "Error: "
+"""Text before the result of a tool that failed: chat templates know no other mark."""
 
 
 async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
@@ -106,6 +108,18 @@ def _tool(tool: Any) -> dict[str, Any]:
     return {"type": "function", "function": {**function, "parameters": tool.get("input_schema", {})}}
 
 
+def _result(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of a tool in OpenAI's form, which has no field for a failure: its text begins with `ERROR`."""
+    content, failed = block.get("content"), block.get("is_error") or False
+    if not isinstance(failed, bool):
+        raise HttpError(400, f"is_error of a tool_result is {json.dumps(failed)}, but must be true or false")
+    if failed and isinstance(content, list):
+        content = [{"type": "text", "text": ERROR}, *content]
+    elif failed and (content is None or isinstance(content, str)):
+        content = ERROR + (content or "")
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
+
+
 def _messages(message: Any) -> Sequence[dict[str, Any]]:
     """Return a message in OpenAI's form: results of tools are separate messages."""
     if not isinstance(message, Mapping) or message.get("role") not in ("user", "assistant"):
@@ -117,7 +131,7 @@ def _messages(message: Any) -> Sequence[dict[str, Any]]:
     for block in content:
         kind = block.get("type") if isinstance(block, Mapping) else None
         if kind == "tool_result":
-            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": block.get("content")})
+            results.append(_result(block))
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
