@@ -119,9 +119,18 @@ def uids(watch: Watch) -> list[list[int]]:
     return [batch["uids_N"].tolist() for batch in watch.batches]
 
 
-def test_every_token_has_the_weights_that_sampled_it(tmp_path: Path) -> None:
+SHARDED = pytest.param(
+    "--strategy deepspeed --strategy.stage 3",
+    marks=[pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed beside ray")],
+    id="stage 3",
+)
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("", id="torch"), SHARDED])
+def test_every_token_has_the_weights_that_sampled_it(strategy: str, tmp_path: Path) -> None:
     """Two engines, two ranks of the trainer."""
-    run, watch, rows = train(f"{JOB} {TRAINED} --rollout ray_planted:Planted --launcher.workers 2", tmp_path)
+    words = f"{JOB} {TRAINED} --rollout ray_planted:Planted --launcher.workers 2 {strategy}"
+    run, watch, rows = train(words, tmp_path)
     for step, batch in enumerate(watch.batches, 1):
         lengths = batch.lengths_N.tolist()
         assert [batch["versions_NT"][i, :length].tolist() for i, length in enumerate(lengths)] == [
