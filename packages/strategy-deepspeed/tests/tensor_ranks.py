@@ -11,7 +11,9 @@ import transformers
 
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import TrainedOptions
+from rlhf_core.contract.plan import RoleSpec
 from rlhf_core.launcher.local import join_world
+from rlhf_core.models.build import build_module
 from rlhf_core.models.freezing import parameter_size
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.strategy.torch import TorchStrategy
@@ -91,8 +93,27 @@ def steps() -> dict[str, Any]:
     """Results of single steps under plain torch on these ranks and under each stage, which no whole run shows."""
     strategies: dict[str, Any] = {"torch": TorchStrategy("cpu"), **{stage: ranks.sharded(stage) for stage in STATES}}
     return {
-        key: {"norms": ranks.norms(each), **ranks.states(each, scaled=key != "0t")} for key, each in strategies.items()
+        key: {"norms": ranks.norms(each), "answers": answers(each), **ranks.states(each, scaled=key != "0t")}
+        for key, each in strategies.items()
     }
+
+
+def answers(strategy: Any) -> list[torch.Tensor]:
+    """Log-probabilities of a frozen role, as its model is, after a stay off the device, with whole weights, and after those.
+
+    Ranks make different numbers of passes with whole weights.
+    """
+    outputs = frozenset({"logprobs_NT"})
+    spec = RoleSpec("reference", TrainedOptions(model="tiny:heads=4,kv_heads=4"), outputs)
+    role = strategy(lambda: build_module(spec), None, 1)
+    batch = tiny_rollouts()
+    found = [role.forward(batch, outputs)["logprobs_NT"]]
+    role.offload()
+    role.reload()
+    found.append(role.forward(batch, outputs)["logprobs_NT"])
+    with role.gathered():
+        found += [role.forward(batch, outputs)["logprobs_NT"] for _ in range(join_world().rank + 1)][:1]
+    return [each.detach().clone() for each in (*found, role.forward(batch, outputs)["logprobs_NT"])]
 
 
 def alternating(*stages: str) -> dict[str, list[float]]:

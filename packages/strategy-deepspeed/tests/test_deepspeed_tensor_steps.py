@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_core.strategy.torch import TorchStrategy
 from rlhf_core.testing import run_ranks
@@ -66,6 +67,14 @@ def test_states_leave_the_device_and_come_back(stage: str, quick: Path) -> None:
     found = outcome(quick, "steps")
     same, norm = found[stage]["slept"]
     assert same and norm == pytest.approx(found["torch"]["slept"][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", tensor_ranks.STATES)
+def test_a_frozen_role_answers_as_one_process_does(stage: str, quick: Path) -> None:
+    """After a stay off the device, and with whole weights, which each rank uses on its own."""
+    steps = outcome(quick, "steps")
+    for found, expected in zip(steps[stage]["answers"], steps["torch"]["answers"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", tensor_ranks.STATES[1:])
