@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,8 +62,10 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 def run(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run in a process group of its own, which ends with it."""
+    folder = args.output / "runs" / f"{args.steps}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped in the middle of this run
     words = ["--seeds", str(seed), "--steps", str(args.steps), "--faults", str(args.faults)]
-    words += ["--patience", str(args.patience), "--output", str(args.output / "runs" / f"{args.steps}-{seed}")]
+    words += ["--patience", str(args.patience), "--output", str(folder)]
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     began = time.monotonic()
     process = subprocess.Popen(
