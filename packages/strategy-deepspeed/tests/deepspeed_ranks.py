@@ -114,6 +114,10 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
         "grpo",
         {**ONLINE, "model": "tiny:heads=4,kv_heads=2", "actor": {**ACTOR, "gradient_checkpointing": True}},
     ),
+    "odd": lambda folder: (
+        "grpo",
+        {**ONLINE, "model": "tiny:hidden=48,heads=3", "actor": {**ACTOR, "gradient_checkpointing": True}},
+    ),
     "repulse": lambda folder: (
         {"use": "repulse", "alpha": 0.1, "target": {"beta": -2.0}},
         {**ONLINE, "sampling": {"n": 4, "max_new_tokens": 6}, "proposal": ACTOR},
@@ -132,6 +136,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "h": {"hpz": 2},
     "s": {"sequence": 2},
     "q": {"sequence": 4},
+    "r": {"sequence": 2, "sequence_kind": "ring"},
+    "w": {"sequence": 4, "sequence_kind": "ring"},
     "t": {"tensor": 2},
     "f": {"tensor": 4},
     "ot": {"offload": "optimizer", "tensor": 2},

@@ -139,6 +139,6 @@ def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Pa
     assert told["groups"] == "2 ranks cannot form groups of 3 that share rows; start a multiple of 3 ranks"
     assert told["heads"].endswith(
         "2 must divide the 1 attention heads, and must divide the 1 key heads or be a multiple of them; "
-        "choose another number"
+        'choose another number, or DeepSpeed(sequence_kind="ring")'
     )
     assert "cuts packed rows, which this model's attention 'sdpa' does not take" in told["padded"]

@@ -93,6 +93,7 @@ def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"stage": 0, "offload": "optimizer"}, "offload optimizer needs stage 1, 2 or 3, not 0"),
         ({"stage": 2, "offload": "all"}, "offload all needs stage 3, not 2"),
         ({"sequence": 0}, "sequence must be at least 1, not 0"),
+        ({"sequence_kind": "ring"}, "sequence_kind ring needs ranks that share rows; set sequence to 2 or more"),
         ({"tensor": 0}, "tensor must be at least 1, not 0"),
         ({"tensor": 2, "sequence": 2}, "tensor 2 does not go together with sequence 2; leave one out"),
         ({"tensor": 2, "stage": 3}, "tensor 2 needs stage 0, 1 or 2, not 3, which shards every weight already"),

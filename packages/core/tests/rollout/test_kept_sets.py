@@ -82,6 +82,18 @@ def test_sets_of_any_size_are_found_again_token_by_token(at_once: int) -> None:
     assert torch.equal(masks([joined], [6], at_once), first)
 
 
+def test_sets_of_some_tokens_are_theirs() -> None:
+    """Tokens that do not follow one another, as ranks that share rows hold them."""
+    kept = random_sets(4, 6)
+    whole = arrange_kept(replace(make_batch([6] * 4), kept_sets=recorded(kept, [6] * 4)))
+    assert isinstance(whole, KeptTokens)
+    some = torch.tensor([0, 1, 5, 6, 7, 13, 22, 23])
+    found = whole.part(some)
+    assert torch.equal(found.mask(slice(0, 8), torch.zeros(8, V)), kept.flatten(0, 1)[some])
+    assert torch.equal(found.mask(slice(3, 6), torch.zeros(3, V)), kept.flatten(0, 1)[some[3:6]])
+    assert len(found.ids_K) < len(whole.ids_K)
+
+
 def test_no_set_takes_more_than_a_bit_per_token_of_the_vocabulary() -> None:
     kept = random_sets(3, 50)
     for each in recorded(kept, [50] * 3):

@@ -42,7 +42,7 @@ class FrozenShards(Trainable):
         config = configuration(options, str(module.compute_dtype).removeprefix("torch."), None)
         if options.show_config:
             show("a frozen role", config)
-        self.world: World = join_rows(module, options.sequence)
+        self.world: World = join_rows(module, options)
         self.bucket = config["zero_optimization"]["reduce_bucket_size"]
         self.device = device
         module.eval().requires_grad_(False)

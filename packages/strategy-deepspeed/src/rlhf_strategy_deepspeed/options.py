@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_core.errors import OptionError, UsageError
+from rlhf_core.errors import OptionError, UsageError, option
 
 __all__ = ["DeepSpeedOptions"]
 
@@ -28,7 +28,10 @@ class DeepSpeedOptions:
     """classes of modules whose weights are gathered at once, such as the block of experts of a mixture (stage 3)"""
     sequence: int = 1
     """number of ranks that share each row, for long contexts: each holds a part of the tokens, and attention reads all
-    of them (Ulysses)"""
+    of them"""
+    sequence_kind: Literal["ulysses", "ring"] = "ulysses"
+    """attention of ranks that share rows: `ulysses` exchanges tokens for heads, and the number of heads limits the ranks;
+    `ring` sends keys and values round the ranks, for any number of heads"""
     tensor: int = 1
     """number of ranks that share the matrices of each layer, for wide models: each holds and multiplies a part (AutoTP;
     stages 0 to 2)"""
@@ -71,6 +74,10 @@ class DeepSpeedOptions:
             raise OptionError(
                 "tensor",
                 f"{self.tensor} needs stage 0, 1 or 2, not 3, which shards every weight already; leave one out",
+            )
+        if self.sequence == 1 and self.sequence_kind == "ring":
+            raise OptionError(
+                "sequence_kind", f"ring needs ranks that share rows; set {option('sequence')} to 2 or more"
             )
         for name in ("hpz", "leaf_modules"):
             if getattr(self, name) and self.stage < 3:

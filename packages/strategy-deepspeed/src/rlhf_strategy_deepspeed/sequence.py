@@ -1,9 +1,7 @@
-"""Rows that several ranks compute together: DeepSpeed's Ulysses (Jacobs et al. 2023) around core's packed attention.
+"""Rows that several ranks compute together: a rank holds a part of the tokens, and so 1 / ranks of the activations.
 
-A rank holds a stretch of the tokens. For attention the ranks exchange stretches of all heads for all tokens of some heads, each
-attends, and they exchange back. So a rank holds 1 / ranks of the activations, and heads bound the number of ranks.
-
-Left out: ring attention (`ring-flash-attn`), whose shards are of another order of tokens, and which runs on GPUs alone.
+Attention is DeepSpeed's Ulysses (Jacobs et al. 2023) around core's packed attention, or a ring (`ring`). Under Ulysses the
+ranks exchange stretches of all heads for all tokens of some heads, each attends, and they exchange back: heads bound the ranks.
 """
 
 from __future__ import annotations
@@ -18,38 +16,51 @@ from rlhf_strategy_deepspeed.engine import library, silence_deepspeed
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rlhf_strategy_deepspeed.options import DeepSpeedOptions
+
 __all__ = ["join_rows"]
 
 
-def join_rows(module: Any, together: int) -> World:
-    """Return the ranks that have their own rows; with more `together` than one, let those of a row share its tokens.
+def join_rows(module: Any, options: DeepSpeedOptions) -> World:
+    """Return the ranks that have their own rows; with a `sequence` of several ranks, let those of a row share its tokens.
 
     Raises:
         UsageError: the model's heads or layers do not allow it.
     """
+    if options.sequence == 1:
+        return TorchWorld()
     from rlhf_core.models.inputs.packed_attention import NAME
     from rlhf_core.models.inputs.sequence import SequenceShards
+    from rlhf_strategy_deepspeed.ring import RingAttention, check_layers, zigzag
 
-    if together == 1:
-        return TorchWorld()
-    world = data_world(together)
+    world = data_world(options.sequence)
     group = world.neighbors
     size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     text = module.model.config.get_text_config(decoder=True)
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
-    if heads % size or (groups % size and size % groups):
-        raise OptionError(
-            "sequence",
-            f"{size} must divide the {heads} attention heads, and must divide the {groups} key heads or be a "
-            "multiple of them; choose another number",
-        )
+    ring = options.sequence_kind == "ring"
+    if ring:
+        check_layers(text)
+    else:
+        _check_heads(text, size)
     if not module.packing or text._attn_implementation != NAME:
         raise UsageError(
             f"{option('sequence', size)} cuts packed rows, which this model's attention {text._attn_implementation!r} does not "
             "take; use attention sdpa and packing, or leave it out"
         )
-    module.sequence = SequenceShards(rank, size, group, _Exchange(text, group))
+    pieces = zigzag(rank, size) if ring else (rank,)
+    module.sequence = SequenceShards(pieces, size, group, RingAttention(group) if ring else _Exchange(text, group))
     return world
+
+
+def _check_heads(text: Any, size: int) -> None:
+    """Refuse a number of ranks that heads cannot be dealt to."""
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    if heads % size or (groups % size and size % groups):
+        raise OptionError(
+            "sequence",
+            f"{size} must divide the {heads} attention heads, and must divide the {groups} key heads or be a "
+            f"multiple of them; choose another number, or {option('sequence_kind', 'ring')}",
+        )
 
 
 class _Exchange:

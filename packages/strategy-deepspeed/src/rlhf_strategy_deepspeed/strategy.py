@@ -95,7 +95,7 @@ class DeepSpeed(DeepSpeedOptions, Strategy):
 
         module = build()
         frozen = TorchTrainable(module.to(device), None, total_steps, device)
-        frozen.world = join_rows(module, self.sequence)
+        frozen.world = join_rows(module, self)
         return frozen
 
 

@@ -65,7 +65,7 @@ class DeepSpeedTrainable(Trainable):
         _check_choices(options, dtype, optim)
         self.ranks = TorchWorld()
         self.shards = cut_layers(module, options.tensor) if options.tensor > 1 else None
-        self.world: World = self.shards.world if self.shards is not None else join_rows(module, options.sequence)
+        self.world: World = self.shards.world if self.shards is not None else join_rows(module, options)
         if options.hpz is not None and self.ranks.size % options.hpz:
             raise OptionError(
                 "hpz", f"{options.hpz} does not divide the {self.ranks.size} ranks; choose a number that does"

@@ -102,12 +102,15 @@ class DataWorld(TorchWorld):
             raise UsageError(
                 f"{ranks} ranks cannot form groups of {together} that share rows; start a multiple of {together} ranks"
             )
-        across = [torch.distributed.new_group(list(range(each, ranks, together))) for each in range(together)]
+        # a group takes torch's own limit if it is not given one
+        everyone: Any = torch.distributed.group.WORLD
+        limit = everyone._get_backend(torch.device("cpu")).options._timeout
+        across = [torch.distributed.new_group(list(range(each, ranks, together)), limit) for each in range(together)]
         neighbors = [list(range(each, each + together)) for each in range(0, ranks, together)]
         super().__init__(across[mine % together])
         self.first = mine % together == 0
         self.leader = mine - mine % together
-        self.neighbors = [torch.distributed.new_group(each) for each in neighbors][mine // together]
+        self.neighbors = [torch.distributed.new_group(each, limit) for each in neighbors][mine // together]
 
     def share(self, thing: Any) -> Any:
         things = [thing]

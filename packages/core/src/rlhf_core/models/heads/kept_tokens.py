@@ -49,10 +49,14 @@ class KeptTokens:
         tensors = {name: value.to(device) for name, value in vars(self).items() if name != "rules"}
         return replace(self, **tensors)
 
-    def part(self, tokens: slice) -> KeptTokens:
-        """Return the kept sets of some of the tokens."""
+    def part(self, tokens: Tensor) -> KeptTokens:
+        """Return the kept sets of some of the tokens, by their int64 numbers."""
         own = {name: value[tokens] for name, value in vars(self).items() if name.endswith("_M")}
-        return replace(self, **own)
+        lengths = own["ends_M"] - own["starts_M"]
+        own["ends_M"] = lengths.cumsum(0)  # lists follow one another without a gap, which `mask` relies on
+        entry = torch.arange(int(lengths.sum()), device=lengths.device)
+        ids_K = self.ids_K[entry + (own["starts_M"] - own["ends_M"] + lengths).repeat_interleave(lengths)]
+        return replace(self, **{**own, "starts_M": own["ends_M"] - lengths, "ids_K": ids_K})
 
     def mask(self, tokens: slice, logits_mV: Tensor) -> Tensor:
         """Return which tokens of the vocabulary are kept, bool (m, V), where rules cut the distribution of these logits."""

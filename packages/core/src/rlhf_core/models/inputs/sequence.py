@@ -1,8 +1,8 @@
 """Packed rows cut over ranks, so that each rank computes on a share of the tokens of every row.
 
-All ranks of a group have the same rows. Each takes a stretch of the packed tokens through the layers; attention brings the
-stretches together (`attend`). A rank applies heads to the states of its own stretch, and the outputs are added up, zero where
-another rank has the state. So losses see whole rows.
+All ranks of a group have the same rows. Each takes a stretch of the packed tokens through the layers, in one piece or several;
+attention brings the stretches together (`attend`). A rank applies heads to the states of its own stretch, and the outputs are
+added up, zero where another rank has the state. So losses see whole rows.
 
 The gradient of that sum is handed on as it is: every rank has the whole loss, and its weights get the part that went through
 its own stretch. Gradients of all ranks together are those of one process.
@@ -39,41 +39,40 @@ class Stretch:
 class SequenceShards:
     """The ranks that share rows."""
 
-    rank: int
+    pieces: tuple[int, ...]
+    """numbers of the pieces of this rank, ascending; there are `size` times as many, of the same width"""
     size: int
     group: Any
     attend: Callable[..., Tensor]
     """attention of a stretch to whole rows: (module, query, key, value, cu_seq_lens_q, ...) -> (1, tokens, heads, D)"""
 
     def cut(self, rows: PackedRows, inputs: Inputs) -> Stretch:
-        """Return this rank's stretch. The last one is padded with an unused row."""
-        total = rows.ids_1S.shape[1]
-        width = -(-total // self.size)
-        fill, start = width * self.size - total, width * self.rank
+        """Return this rank's stretch. The last piece is padded with an unused row."""
+        total, count = rows.ids_1S.shape[1], self.size * len(self.pieces)
+        width = -(-total // count)
+        fill = width * count - total
         ids_1S, positions_1S = (torch.nn.functional.pad(each, (0, fill)) for each in (rows.ids_1S, rows.positions_1S))
         bounds = torch.cat([rows.bounds, rows.bounds[-1:] + fill]) if fill else rows.bounds
         whole = PackedRows(ids_1S, positions_1S, bounds, max(rows.longest, fill))
-        own = slice(start, start + width)
+        own = torch.cat([torch.arange(width, device=ids_1S.device) + width * piece for piece in self.pieces])
+        place_S = torch.full_like(ids_1S[0], -1)  # in this rank's stretch, of each token
+        place_S[own] = torch.arange(len(own), device=own.device)
         arguments = whole.arguments(flash=False) | {
             "input_ids": ids_1S[:, own],
             "position_ids": positions_1S[:, own],
             "attend": self.attend,
         }
-        mine_M = ((inputs.states_M >= start) & (inputs.states_M < start + width)).nonzero().flatten()
-        own_N = (inputs.last_N >= start) & (inputs.last_N < start + width)
-        kept = inputs.kept
-        if kept is not None:  # states follow one another as tokens do, so those of a stretch do, too
-            first = int(mine_M[0]) if len(mine_M) else 0
-            kept = kept.part(slice(first, first + len(mine_M)))
+        states_M, last_N = place_S[inputs.states_M], place_S[inputs.last_N]
+        mine_M = (states_M >= 0).nonzero().flatten()
         found = replace(
             inputs,
-            states_M=inputs.states_M[mine_M] - start,
+            states_M=states_M[mine_M],
             slots_M=inputs.slots_M[mine_M],
             targets_M=inputs.targets_M[mine_M],
-            last_N=torch.where(own_N, inputs.last_N - start, 0),
-            kept=kept,
+            last_N=last_N.clamp(min=0),
+            kept=inputs.kept.part(mine_M) if inputs.kept is not None else None,
         )
-        return Stretch(arguments, found, own_N)
+        return Stretch(arguments, found, last_N >= 0)
 
     def add_up(self, values: Tensor, states: Tensor) -> Tensor:
         """Return the sum of `values` over the ranks; its gradient reaches `states` on every rank, so that all go backward."""
