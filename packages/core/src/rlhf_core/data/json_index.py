@@ -105,9 +105,8 @@ class FileIndex:
         with self._reader() as file:
             begin = len(BOM) if file.read(len(BOM)) == BOM else 0
             file.seek(begin)
-            pieces = codecs.iterdecode(
-                iter(partial(file.read, BATCH), b""), "utf-8", "replace"
-            )  # a list may be one line
+            blocks = iter(partial(file.read, BATCH), b"")  # no line: a list may be one
+            pieces = codecs.iterdecode(blocks, "utf-8", "replace")
             first = next((head for piece in pieces if (head := piece.lstrip())), "")
         if not first:
             return

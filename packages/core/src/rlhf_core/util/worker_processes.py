@@ -70,8 +70,9 @@ class Workers:
 class _Dispatch:
     """The calls of one `map`, dealt out as processes become free.
 
-    A quick call is sent before the one in front of it is answered, so that no process waits for this one. A slow call is
-    not, and neither are the last ones: they would wait behind another while some process is idle. The order of sending
+    A quick call is sent before the one in front of it is answered, so that no process waits for this one. Calls are taken
+    for quick if the last ones were: a slow one is forgotten after a few quick ones. At most half of an even share of the
+    calls that are left waits at a process, so that the last ones, which may be slow, find idle ones. The order of sending
     cannot change a result.
 
     Args:
@@ -83,14 +84,16 @@ class _Dispatch:
     """work that is sent ahead to a process: more than the time until it would get its next call otherwise"""
     AHEAD_CALLS = 16
     """calls that are sent ahead at most"""
+    NEIGHBORS = 8
+    """adjacent calls of which no two wait at one process, if there are so many processes"""
 
     def __init__(self, workers: Sequence[_Worker], calls: Sequence[tuple[Any, ...]], timeout: float, seed: int) -> None:
         self._workers = workers[: len(calls)]
         self._calls, self._timeout, self._seed = calls, timeout, seed
         self._waiting = deque(range(len(calls)))
         self._results: dict[int, Any] = {}
-        self._slowest = self.AHEAD_SECONDS
-        """seconds of the slowest call so far; until one is answered, nothing is sent ahead"""
+        self._pace = self.AHEAD_SECONDS
+        """seconds of a slow call, halved with each quicker one since; until one is answered, nothing is sent ahead"""
         self._answered = False
 
     def run(self) -> list[Any]:
@@ -110,10 +113,13 @@ class _Dispatch:
 
     def _feed(self, worker: _Worker) -> None:
         """Send the next calls to a process that has room for them."""
-        quick = self._answered and len(self._waiting) > len(self._workers)
-        ahead = min(self.AHEAD_CALLS, int(self.AHEAD_SECONDS / self._slowest)) if quick else 0
+        share = len(self._waiting) // (2 * len(self._workers))
+        ahead = min(share, self.AHEAD_CALLS, int(self.AHEAD_SECONDS / self._pace)) if self._answered else 0
         while self._waiting and len(worker.calls) < 1 + ahead:
-            number = self._waiting.popleft()
+            number = self._next_for(worker)
+            if number is None:
+                break
+            self._waiting.remove(number)
             if worker.process is None:
                 worker.start()
             if not self._watches(worker.output):
@@ -123,6 +129,14 @@ class _Dispatch:
             worker.calls.append(number)
             worker.outbox += frame((self._seed + number, self._calls[number]))
         self._write(worker)
+
+    def _next_for(self, worker: _Worker) -> int | None:
+        """Return a call for a process; None if each is a neighbor of one that waits there.
+
+        Neighbors may be slow together, such as those of the completions of a prompt.
+        """
+        apart = min(len(self._workers), self.NEIGHBORS)
+        return next((n for n in self._waiting if all(abs(n - held) >= apart for held in worker.calls)), None)
 
     def _write(self, worker: _Worker) -> None:
         """Send as much as the pipe takes; watch for room if that is not all."""
@@ -152,7 +166,7 @@ class _Dispatch:
             now = time.monotonic()
             if worker.ready:
                 seconds = now - worker.began
-                self._slowest = max(self._slowest, seconds) if self._answered else max(seconds, 1e-6)
+                self._pace = max(self._pace / 2 if self._answered else 0.0, seconds, 1e-6)
                 self._answered = True
                 self._results[worker.calls.popleft()] = answer
             worker.ready, worker.began = True, now
