@@ -50,9 +50,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of --learn")
     parser.add_argument("--vllm", action="store_true", help="measure vLLM in a separate process")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="of --vllm: sampling over training")
     args = parser.parse_args()
     if args.vllm:
-        measure_vllm(args.steps)
+        measure_vllm(args.ratios, args.steps)
         return
     if args.learn:
         compare_rewards(args.seeds, args.steps)
@@ -122,13 +123,13 @@ class Training:
         time.sleep(self.seconds)
 
 
-def measure_vllm(steps: int) -> None:
+def measure_vllm(ratios: Sequence[float], steps: int) -> None:
     """Print seconds of steps and of their collecting, the share of the possible saving, and the age of tokens, by ratio."""
     print(
         "generation : training   vllm in a separate process   s/step   collecting s   overlap   staleness", flush=True
     )
     plain = sample_vllm(steps, pause=0.0)
-    for ratio in RATIOS:
+    for ratio in ratios:
         pause = max(0.0, plain["collecting"] / ratio - (plain["step"] - plain["collecting"]))
         turn = sample_vllm(steps, pause)
         training = turn["step"] - turn["collecting"]
@@ -143,7 +144,7 @@ def measure_vllm(steps: int) -> None:
 
 
 def sample_vllm(steps: int, pause: float, **options: Any) -> dict[str, float]:
-    """Return seconds of the shortest step, those of its collecting, and the mean age of tokens.
+    """Return the mean seconds of a step, those of its collecting, and the mean age of tokens, on a machine without other work.
 
     Args:
         steps: of the run; the first and the last are left out.
@@ -153,16 +154,15 @@ def sample_vllm(steps: int, pause: float, **options: Any) -> dict[str, float]:
     rows = train(
         plugins=[Training(pause)],
         model="tiny",
-        rollout={"use": "vllm", "process": "own", "kv_cache_gib": 0.25, "max_num_seqs": 8},
+        rollout={"use": "vllm", "process": "own", "kv_cache_gib": 0.25, "max_num_seqs": 4},
         sampling={"n": 4, "max_new_tokens": 256},
-        batch_size=8,
+        batch_size=16,
         steps=steps,
         **options,
     )[1:-1]
-    least = min(rows, key=lambda row: row["time/step"])  # the machine has other work in the others
     return {
-        "step": least["time/step"],
-        "collecting": sum(least.get(f"time/{part}", 0.0) for part in COLLECTING),
+        "step": mean(row["time/step"] for row in rows),
+        "collecting": mean(sum(row.get(f"time/{part}", 0.0) for part in COLLECTING) for row in rows),
         "staleness": mean(row["rollout/staleness"] for row in rows),
     }
 
