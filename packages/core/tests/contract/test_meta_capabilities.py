@@ -93,7 +93,6 @@ FOREIGN = {
     "core/plugins/hook_checks": {"__code__": "a function of Python"},
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
     "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
-    "core/models/loading/deferred_files": {"operations": "a weight conversion of transformers"},
     "core/models/loading/limits": {
         "max_position_embeddings": "a config of transformers",
         "num_key_value_heads": "a config of transformers",
@@ -110,6 +109,15 @@ FOREIGN = {
         "__dict__": "any object that DeepSpeed made",
         "optimizer": "an optimizer of DeepSpeed",
         "state": "an optimizer of DeepSpeed or torch, where there is one",
+    },
+    "strategy-deepspeed/ring": {
+        "is_causal": "an attention layer of transformers",
+        "layer_types": "a configuration of transformers",
+        "sliding_window": "a configuration of transformers",
+    },
+    "strategy-deepspeed/tensor": {
+        "head_dim": "an attention layer of transformers",
+        "num_key_value_heads": "a configuration of transformers",
     },
     "strategy-deepspeed/sequence": {
         "head_dim": "a config of transformers",

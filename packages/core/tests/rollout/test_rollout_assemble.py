@@ -72,6 +72,7 @@ def role(tokenizer: PreTrainedTokenizerFast) -> Any:
         gathered=nullcontext,
         tokenizer=tokenizer,
         version=5,
+        refresh=lambda *_: 5,
         spec=SimpleNamespace(ends=(END,)),
     )
 
