@@ -44,7 +44,7 @@ class Arrivals:
 def log_probabilities(arrivals: Arrivals, prompt: list[int], row: SampledCompletion) -> list[float]:
     """Compute them for each token in float64, one token after the other, each by the weights of its version over one cache."""
     model, cache, ids, found = copy.deepcopy(arrivals.model).double(), None, prompt, list[float]()
-    for token, version in zip(row.tokens.tolist(), row.versions, strict=True):
+    for token, version in zip(row.tokens.tolist(), row.versions.tolist(), strict=True):
         model.load_state_dict(arrivals.states[version])
         with torch.no_grad():
             output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
@@ -61,10 +61,10 @@ def test_each_token_has_the_version_and_the_probability_of_the_weights_that_comp
     rows = sample(model, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0, compact=0.5, refresh=arrivals)
     moved = 0.0
     for i, row in enumerate(rows):
-        assert list(row.versions) == [5 + (t >= 4) + (t >= 9) for t in range(len(row.tokens))]
+        assert row.versions.tolist() == [5 + (t >= 4) + (t >= 9) for t in range(len(row.tokens))]
         expected = log_probabilities(arrivals, RAGGED[i // 2], row)
         assert row.logprobs.tolist() == pytest.approx(expected, abs=1e-3)
-        stale = log_probabilities(arrivals, RAGGED[i // 2], row._replace(versions=[5] * len(row.tokens)))
+        stale = log_probabilities(arrivals, RAGGED[i // 2], row._replace(versions=torch.full_like(row.tokens, 5)))
         moved = max(moved, *(abs(a - b) for a, b in zip(stale, expected, strict=True)))
     assert max(len(row.tokens) for row in rows) > 10 and moved > 0.5, "the wrong weights would show"
 
@@ -73,7 +73,7 @@ def test_waves_after_an_arrival_begin_with_its_weights() -> None:
     model = llama()
     arrivals = Arrivals(model, 3)
     rows = sample(model, [[5, 6], [7, 8]], SAMPLING, SEEDS[:2], eos_ids=(), pad_id=0, wave_tokens=32, refresh=arrivals)
-    assert [set(row.versions) for row in rows] == [{5, 6}, {5, 6}, {6}, {6}]
+    assert [set(row.versions.tolist()) for row in rows] == [{5, 6}, {5, 6}, {6}, {6}]
     assert arrivals.count == 2 * 14
     for i, row in enumerate(rows):
         assert row.logprobs.tolist() == pytest.approx(
@@ -91,7 +91,7 @@ def test_slots_take_weights_as_the_other_sampler_does() -> None:
     found = slots(model, torch.float32, Arrivals(model, 4, 9))
     expected = sample(same, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0, refresh=Arrivals(same, 4, 9))
     assert_same(found, expected)
-    assert [list(row.versions) for row in found] == [list(row.versions) for row in expected]
+    assert [row.versions.tolist() for row in found] == [row.versions.tolist() for row in expected]
 
 
 def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
@@ -106,7 +106,7 @@ def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
         torch.cat([
             row.logprobs.double() - torch.tensor(log_probabilities(arrivals, RAGGED[i // 2], row._replace(versions=versions)))
             for i, row in enumerate(rows)
-            for versions in [list(row.versions) if right else [5] * len(row.tokens)]
+            for versions in [row.versions if right else torch.full_like(row.tokens, 5)]
         ]).abs()
         for right in (True, False)
     )  # fmt: skip
@@ -124,4 +124,4 @@ def test_graphs_follow_weights_that_arrive() -> None:
         for model, graphs in ((with_graphs, True), (without, False))
     )
     assert_same(found, expected)
-    assert {version for row in found for version in row.versions} == {5, 6, 7}
+    assert {version for row in found for version in row.versions.tolist()} == {5, 6, 7}

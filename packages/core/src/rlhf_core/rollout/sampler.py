@@ -48,10 +48,10 @@ class SampledCompletion(NamedTuple):
     log_mass: Tensor
     """float32: log of the probability that truncation kept at each token; zeros where nothing is truncated"""
     finish: Literal["stop", "length"]
-    kept_sets: KeptSets | None = None
+    kept_sets: KeptSets | None
     """tokens that truncation kept at each position, if `Sampling.replay` asks for them"""
-    versions: Sequence[int] = ()
-    """version of the weights that computed the distribution of each token"""
+    versions: Tensor
+    """int64: version of the weights that computed the distribution of each token"""
 
 
 class Piece(NamedTuple):
@@ -303,8 +303,9 @@ def _decode(
     ends = ends_B.tolist()
     finishes: list[Literal["stop", "length"]] = ["stop" if each else "length" for each in stopped_B.tolist()]
     kept_sets = recorder.completions(ends) if recorder is not None else [None] * B
+    versions_T = torch.tensor(state.versions)
     return [
-        SampledCompletion(tokens_T[:end], logprobs_T[:end], mass_T[:end], finish, kept, state.versions[:end])
+        SampledCompletion(tokens_T[:end], logprobs_T[:end], mass_T[:end], finish, kept, versions_T[:end])
         for tokens_T, logprobs_T, mass_T, end, finish, kept in zip(*columns, ends, finishes, kept_sets, strict=True)
     ]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_core.contract.kept_sets import replays
 from rlhf_core.errors import RunStopped
+from rlhf_core.lazy import torch
 from rlhf_core.rollout.kept_sets import KeptSetsRecorder
 from rlhf_core.rollout.sampler import SampledCompletion, Stops, pick
 from rlhf_core.rollout.step import Board, Next, Stepper, bucket_of
@@ -110,10 +111,11 @@ class Wave:
                 "the policy's log-probabilities are not finite; lower its learning rate, or raise the KL coefficient"
             )
         kept_sets = self.recorder.completions(ends) if self.recorder is not None else [None] * rows
+        versions_T = torch.tensor(versions)
         columns = zip(tokens_BT, logprobs_BT, log_mass_BT, ends, stopped, kept_sets, strict=True)
         return [
             SampledCompletion(
-                tokens_T[:end], logprobs_T[:end], mass_T[:end], "stop" if stop else "length", kept, versions[:end]
+                tokens_T[:end], logprobs_T[:end], mass_T[:end], "stop" if stop else "length", kept, versions_T[:end]
             )
             for tokens_T, logprobs_T, mass_T, end, stop, kept in columns
         ]

@@ -59,9 +59,10 @@ class Acg:
         memory["width"] = torch.tensor(
             max(self.least, width // 2) if improved else min(options.search_width, width * 2)
         )
-        memory["tried_CL"] = torch.cat([memory["tried_CL"].cpu(), ids_CL.cpu()])
         if improved or options.objective == "reward":  # whose answers, and so the gradient, are new in each step
             del memory["tops_LK"], memory["tried_CL"]
+        else:
+            memory["tried_CL"] = torch.cat([memory["tried_CL"].cpu(), ids_CL.cpu()])
         return Move(ids_CL[best], float(losses_C[best])) if improved else Move(suffix.ids_L, loss)
 
     def _draw(self, suffix: Suffix, width: int) -> Tensor:
