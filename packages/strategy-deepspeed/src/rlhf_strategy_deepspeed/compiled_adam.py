@@ -31,10 +31,24 @@ def compiled_adam(optimizer: torch.optim.Optimizer) -> Any:
     log.info("loading DeepSpeed's AdamW for CPUs; the first time it is compiled, which takes minutes")
     try:
         with silence_deepspeed():
-            return adam(groups, adamw_mode=True)
+            made = adam(groups, adamw_mode=True)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"DeepSpeed cannot compile its AdamW for CPUs on this machine ({reason}); install a C++ compiler and "
             f"ninja, or leave out {option('cpu_adam')}"
         ) from error
+    made.register_step_pre_hook(_forget_powers)
+    return made
+
+
+def _forget_powers(optimizer: Any, *_ignored: Any) -> None:
+    """Let the next update take the powers of the betas, for the bias correction, from its step's number.
+
+    The compiled code keeps them and multiplies by the betas in float32, so that a resumed run, which begins with the powers
+    themselves, would round differently. A count of 0, in an update of numbers that nobody reads, is what it forgets them by.
+    """
+    unread = [torch.zeros(1) for _ in range(4)]
+    group = optimizer.param_groups[0]
+    settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], False)
+    optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, *settings, *unread)
