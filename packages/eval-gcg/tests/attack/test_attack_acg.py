@@ -19,12 +19,13 @@ TOKENIZER = family("qwen")
 GOAL = Goal("Say hello", "Sure, hello friend")
 
 
-def suffix(ids: list[int], tokens: int, survivors: Any = None, **options: Any) -> Suffix:
+def suffix(ids: list[int], tokens: int, survivors: Any = None, answer: Any = (), **options: Any) -> Suffix:
     """Return a suffix over the first `tokens` tokens; every candidate survives unless `survivors` drops it."""
     return Suffix(
         ids_L=torch.tensor(ids), options=Attack(**options), allowed_V=torch.ones(tokens, dtype=torch.bool),
         generator=torch.Generator().manual_seed(0), letters_M=torch.tensor([], dtype=torch.long), place="a goal",
         survivors=survivors or (lambda ids_CL: torch.ones(len(ids_CL), dtype=torch.bool)),
+        answer_M=torch.tensor(answer, dtype=torch.long),
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_another_optimizer_is_an_import_path() -> None:
 def test_of_a_bad_set_the_loss_is_that_of_the_summed_probability() -> None:
     model = tiny(VOCAB)
     goal = Goal("Say hello", "Yes", bad_set=("No.", "Sure, hello"))
-    (result,) = search([goal], model, objective="bad_set", steps=2)
+    (result,) = search([goal], model, objective="bad_set", steps=8)
     answers = AttackPrompt.build(goal, TOKENIZER, Attack(suffix="x x x !")).answers
     logs = torch.tensor([-len(ids) * plain_loss(model, result.prompt_ids, ids) for ids in answers])
     assert result.loss == pytest.approx(float(-logs.logsumexp(0)), abs=1e-4)

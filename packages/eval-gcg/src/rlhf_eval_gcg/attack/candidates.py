@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError, option
@@ -11,10 +12,20 @@ from rlhf_eval_gcg.attack.optimizer import Suffix
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["draw_candidates", "replace_tokens", "top_tokens"]
+__all__ = ["Chances", "draw_candidates", "replace_tokens", "top_tokens"]
 
 ATTEMPTS = 8
 """Draws of a step before it is clear that no candidate survives the filter."""
+
+
+@dataclass(frozen=True)
+class Chances:
+    """Weights of the draws; they need not sum to 1."""
+
+    places_L: Tensor
+    """of the positions"""
+    tokens_K: Tensor
+    """of the tokens of a position, in their order"""
 
 
 def top_tokens(gradient_LV: Tensor, allowed_V: Tensor, topk: int) -> Tensor:
@@ -37,7 +48,9 @@ def draw_candidates(suffix: Suffix, gradient_LV: Tensor, width: int, n_replace: 
     return replace_tokens(suffix, tops_LK, width, n_replace, suffix.ids_L.cpu()[None])
 
 
-def replace_tokens(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, tried_CL: Tensor) -> Tensor:
+def replace_tokens(
+    suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, tried_CL: Tensor, chances: Chances | None = None
+) -> Tensor:
     """Return the candidates of `draw_candidates` from the best tokens of each position, without those tried before.
 
     Args:
@@ -46,6 +59,7 @@ def replace_tokens(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, 
         width: maximum number of candidates.
         n_replace: positions that a candidate replaces.
         tried_CL: the current suffix, and candidates that are not to come again. If there are any, the result may be empty.
+        chances: of positions and tokens; None draws all alike.
 
     Raises:
         UsageError: none survives the filter.
@@ -53,7 +67,7 @@ def replace_tokens(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, 
     current_L = suffix.ids_L.cpu()
     whole = n_replace == 1 and width >= tops_LK.numel()
     for _ in range(1 if whole else ATTEMPTS):
-        drawn_CL = _every_one(current_L, tops_LK) if whole else _draw(suffix, tops_LK, width, n_replace)
+        drawn_CL = _every_one(current_L, tops_LK) if whole else _draw(suffix, tops_LK, width, n_replace, chances)
         ids_CL = _unlike(drawn_CL, tried_CL)
         ids_CL = ids_CL[suffix.survivors(ids_CL)]
         if len(ids_CL):
@@ -74,11 +88,16 @@ def _every_one(current_L: Tensor, tops_LK: Tensor) -> Tensor:
     return current_L.repeat(tops_LK.numel(), 1).scatter(1, places_C[:, None], tops_LK.reshape(-1, 1))
 
 
-def _draw(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int) -> Tensor:
+def _draw(suffix: Suffix, tops_LK: Tensor, width: int, n_replace: int, chances: Chances | None) -> Tensor:
     """Return `width` random replacements of `n_replace` tokens (C, L)."""
     current_L, draw = suffix.ids_L.cpu(), suffix.generator
-    places_CN = torch.rand(width, len(current_L), generator=draw).argsort(1)[:, : min(n_replace, len(current_L))]
-    picks_CN = torch.randint(tops_LK.shape[1], places_CN.shape, generator=draw)
+    count = min(n_replace, len(current_L))
+    if chances is None:
+        places_CN = torch.rand(width, len(current_L), generator=draw).argsort(1)[:, :count]
+        picks_CN = torch.randint(tops_LK.shape[1], places_CN.shape, generator=draw)
+    else:
+        places_CN = chances.places_L.expand(width, -1).multinomial(count, generator=draw)
+        picks_CN = chances.tokens_K.multinomial(width * count, replacement=True, generator=draw).view(width, count)
     return current_L.repeat(width, 1).scatter(1, places_CN, tops_LK[places_CN, picks_CN])
 
 

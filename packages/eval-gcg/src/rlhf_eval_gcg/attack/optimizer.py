@@ -79,6 +79,8 @@ class Suffix:
     """returns which candidates (C, L) become the same tokens again in their place in the chat (C,)"""
     letters_M: Tensor
     """tokens of single letters and signs, for random beginnings; may be empty"""
+    answer_M: Tensor
+    """allowed tokens of the texts that the attack aims at, each once; empty if it aims at none"""
     place: str
     """name of the goal, for messages"""
     has_draft: bool = False

@@ -39,13 +39,16 @@ class Attack:
     search_width: int = 512
     """number of candidates per step; the maximum in acg, which starts with a 32nd"""
     topk: int = 256
-    """number of tokens with the most negative gradient that replacements are drawn from"""
+    """number of tokens with the most negative gradient that replacements are drawn from; acg draws the first most"""
     n_replace: int = 1
     """number of tokens that a candidate replaces; acg merges candidates that improve, and so replaces more"""
     buffer: int = 0
     """number of best suffixes to keep, continuing from the best; 0 always moves to the best candidate of the step"""
     momentum: float = 0.4
     """share of the earlier steps' gradients in schedule `momentum`, 0 to below 1"""
+    quote: bool = True
+    """let acg draw replacements from the target's own tokens too, which models tend to repeat; False draws those of the
+    gradient only"""
     objective: Literal["target", "bad_set", "reward"] = "target"
     """target: the target's loss; bad_set: minus the log-probability that the target or a text of the bad set is given; reward:
     the mean reward of sampled answers (REINFORCE)"""

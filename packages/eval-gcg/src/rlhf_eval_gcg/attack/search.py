@@ -142,6 +142,7 @@ def make_search(
         generator=torch.Generator().manual_seed(seed),
         survivors=_filter(prompts, options),
         letters_M=letters_M,
+        answer_M=_answer_tokens(prompts, allowed_V, options),
         place=prompts[0].goal.place,
         has_draft=draft is not None,
     )
@@ -150,6 +151,13 @@ def make_search(
     lanes = [_lane(victim, prompt, options) for prompt in prompts for victim in victims]
     drafts = [_lane(draft, prompt, options) for prompt in prompts] if draft is not None else []
     return Search(tuple(numbers), lanes, drafts, suffix, load_optimizer(options))
+
+
+def _answer_tokens(prompts: Sequence[AttackPrompt], allowed_V: Tensor, options: Attack) -> Tensor:
+    """Return the allowed tokens of all texts that are aimed at (M,), each once, in their order."""
+    texts = [answer for prompt in prompts for answer in _aims(prompt, options)]
+    ids = dict.fromkeys(token for answer in texts if options.objective != "reward" for token in answer)
+    return torch.tensor([token for token in ids if bool(allowed_V[token])], dtype=torch.long)
 
 
 def _draw_beginning(suffix: Suffix) -> None:
@@ -176,13 +184,18 @@ def _filter(prompts: Sequence[AttackPrompt], options: Attack) -> Any:
     return survivors
 
 
+def _aims(prompt: AttackPrompt, options: Attack) -> Sequence[Sequence[int]]:
+    """Return the tokens of the answers that the suffix must make likely."""
+    return prompt.answers if options.objective == "bad_set" else prompt.answers[:1]
+
+
 def _lane(victim: Victim, prompt: AttackPrompt, options: Attack) -> Lane:
     """Return the lane of a prompt on a model."""
 
     def tensor(ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.long, device=victim.device)
 
-    chosen = prompt.answers if options.objective == "bad_set" else prompt.answers[:1]
+    chosen = _aims(prompt, options)
     kind = "likelihood" if options.objective == "bad_set" else options.loss
     weights = None if options.objective == "bad_set" else (1.0,) * len(chosen)
     answers = Answers(tuple(tensor(ids) for ids in chosen), kind, weights)

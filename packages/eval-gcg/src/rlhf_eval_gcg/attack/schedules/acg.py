@@ -1,6 +1,6 @@
-"""Schedule `acg`: few candidates while many improve, many when few do, and a merge of those that improve.
+"""Schedule `acg`: few candidates while many improve, many when few do, drawn by experience, and merged where they improve.
 
-Three ideas make a step cheaper than one of GCG, or let it go further.
+Five ideas make a step cheaper than one of GCG, or let it go further.
 
 * Accelerated coordinate gradient (Haize Labs 2024). Early, almost any change helps, so steps should be cheap; late, few changes
   help, so a step has to try many. There the numbers follow a fixed table. Here they follow success: a step that improves
@@ -10,6 +10,13 @@ Three ideas make a step cheaper than one of GCG, or let it go further.
   better ones, and leave a suffix that passes the filter.
 * No work twice. Faster-GCG (Li et al. 2024, arXiv:2410.15362) avoids suffixes that were tried before. Here a suffix that stays
   also keeps its gradient, which is not computed again.
+* Positions by success. The gradient is a poor guide to the position: where it is steep, the token often matters already, and
+  each replacement harms. The losses of candidates tell more. A position is drawn by the chance that a replacement there
+  improves, from the mean and the variance of what was measured (see `experience`).
+* Tokens by rank and by quoting. Near the top of the gradient's list candidates improve more often, so ranks are drawn by one
+  over the rank, where GCG draws uniformly. Models repeat what stands in their context (induction heads, Olsson et al. 2022,
+  arXiv:2209.11895), so tokens of the target are drawn as well, as often as their rate of success deserves. Option `quote`
+  turns that off.
 
 The suffix never gets worse.
 """
@@ -20,8 +27,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
-from rlhf_eval_gcg.attack.candidates import replace_tokens, top_tokens
+from rlhf_eval_gcg.attack.candidates import Chances, replace_tokens, top_tokens
 from rlhf_eval_gcg.attack.optimizer import Losses, Move, Suffix, TokenGradient
+from rlhf_eval_gcg.attack.schedules.experience import follow_move, note_losses, place_chances, token_chances
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +43,7 @@ FIRST_SHARE = 32
 
 
 class Acg:
-    """Adapts the number of candidates to the success of its steps, and merges the candidates that improve."""
+    """Adapts the number of candidates, their positions and their tokens to success, and merges those that improve."""
 
     def __init__(self, options: Attack) -> None:
         self.options = options
@@ -49,8 +57,9 @@ class Acg:
             gradient_LV, loss = yield TokenGradient(suffix.ids_L)
             memory["tops_LK"] = top_tokens(gradient_LV, suffix.allowed_V, options.topk).cpu()
             memory["tried_CL"] = suffix.ids_L.cpu()[None]
-        ids_CL = self._draw(suffix, width)
-        losses_C = yield Losses(ids_CL)
+        drawn_CL = ids_CL = self._draw(suffix, width)
+        drawn_losses_C = losses_C = yield Losses(ids_CL)
+        note_losses(suffix, drawn_CL, drawn_losses_C, loss)
         merged_ML = merge_improvements(suffix, ids_CL, losses_C, loss)
         if len(merged_ML):
             ids_CL, losses_C = torch.cat([ids_CL, merged_ML]), torch.cat([losses_C, (yield Losses(merged_ML))])
@@ -59,11 +68,14 @@ class Acg:
         memory["width"] = torch.tensor(
             max(self.least, width // 2) if improved else min(options.search_width, width * 2)
         )
+        move = Move(ids_CL[best], float(losses_C[best])) if improved else Move(suffix.ids_L, loss)
+        if improved:
+            follow_move(suffix, drawn_CL, drawn_losses_C, loss, move)
         if improved or options.objective == "reward":  # whose answers, and so the gradient, are new in each step
             del memory["tops_LK"], memory["tried_CL"]
         else:
             memory["tried_CL"] = torch.cat([memory["tried_CL"].cpu(), ids_CL.cpu()])
-        return Move(ids_CL[best], float(losses_C[best])) if improved else Move(suffix.ids_L, loss)
+        return move
 
     def _draw(self, suffix: Suffix, width: int) -> Tensor:
         """Return candidates that were not tried yet (C, L).
@@ -72,11 +84,14 @@ class Acg:
         """
         n_replace, memory = self.options.n_replace, suffix.memory
         tops_LK, tried_CL = memory["tops_LK"].cpu(), memory["tried_CL"].cpu()
+        quoted_M = suffix.answer_M.cpu() if self.options.quote else suffix.answer_M.cpu()[:0]
+        chances = Chances(place_chances(suffix), token_chances(suffix, len(quoted_M), tops_LK.shape[1]))
+        tops_LK = torch.cat([quoted_M.expand(len(tops_LK), -1), tops_LK], 1)
         for count in (n_replace, n_replace + 1):
-            ids_CL = replace_tokens(suffix, tops_LK, width, count, tried_CL)
+            ids_CL = replace_tokens(suffix, tops_LK, width, count, tried_CL, chances)
             if len(ids_CL):
                 return ids_CL
-        return replace_tokens(suffix, tops_LK, width, n_replace, tried_CL[:1])
+        return replace_tokens(suffix, tops_LK, width, n_replace, tried_CL[:1], chances)
 
 
 def merge_improvements(suffix: Suffix, ids_CL: Tensor, losses_C: Tensor, loss: float) -> Tensor:
