@@ -1,4 +1,4 @@
-"""What `acg` learns from losses: chances of positions and sources, against formulas in plain Python and additive losses."""
+"""Chances that `acg` learns from losses, of positions and sources: formulas in plain Python, and additive losses."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ class Chances:
     """Weights of the draws; they need not sum to 1."""
 
     places_L: Tensor
-    """of the positions"""
+    """weight of each position"""
     tokens_K: Tensor
-    """of the tokens of a position, in their order"""
+    """weight of each token of a position, in their order"""
 
 
 def top_tokens(gradient_LV: Tensor, allowed_V: Tensor, topk: int) -> Tensor:

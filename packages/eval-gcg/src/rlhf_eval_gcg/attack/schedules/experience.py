@@ -1,4 +1,4 @@
-"""What the losses of earlier candidates say about the next: chances of positions, and of the two sources of tokens.
+"""Chances of positions and of two sources of tokens, from the losses of earlier candidates.
 
 Two arrays of the suffix's memory hold it. `changes_3L` has, for each position, the number of replacements, the sum of what they
 changed in the loss, and the sum of the squares. `sources_22` has the improvements and the number of the candidates whose tokens
