@@ -148,9 +148,11 @@ class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.repeated: list[tuple[int, ...]] = []
+        self.products: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.bmm.default:
+            self.products.append(tuple(args[1].shape))
             self.repeated += [tuple(each.shape) for each in args if each.stride(0) == 0 and each.shape[0] > 1]
         return func(*args, **(kwargs or {}))
 
@@ -161,6 +163,14 @@ def test_the_weights_of_the_output_layer_are_not_copied_for_each_row(cached: boo
     with made.victim.freeze(), Products() as products:  # torch folds rows where weights require gradients
         Scorer(options).losses([(made, neighbors(made, 16))])
     assert not products.repeated
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_gradient_copies_no_weights_of_the_output_layer(cached: bool) -> None:
+    made, options = lane(cached=cached)
+    with made.victim.freeze(), Products() as products:
+        lane_gradient(made, torch.tensor(made.prompt.suffix_ids), 50, options)
+    assert not [shape for shape in products.products if made.victim.vocabulary in shape]  # one row is one matrix
 
 
 def test_a_sliding_window_shares_beginnings_only_of_shorter_texts() -> None:

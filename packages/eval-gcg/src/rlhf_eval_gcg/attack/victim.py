@@ -116,7 +116,7 @@ class Victim:
         keep = max(each.keep for each in groups)
         if self._keeps:
             inputs["logits_to_keep"] = keep
-        with _contiguous_input(self.head):
+        with _folded_input(self.head):
             logits = self.model(**inputs, use_cache=cached, return_dict=True).logits[:, -keep:]
         parts = logits.split([len(each.rows) for each in groups])
         found = [part[:, -each.keep :] for part, each in zip(parts, groups, strict=True)]
@@ -124,12 +124,20 @@ class Victim:
 
 
 @contextmanager
-def _contiguous_input(head: Any) -> Iterator[None]:
-    """Make the inputs of the output layer contiguous; else torch multiplies each row by a copy of all frozen weights."""
+def _folded_input(head: Any) -> Iterator[None]:
+    """Give inputs of the output layer the strides of one matrix; else torch multiplies each row by a copy of frozen weights.
+
+    `contiguous` is not enough: the last positions of a single row count as contiguous, with the strides of the whole row.
+    """
     if head is None:
         yield
         return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+    def fold(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = inputs[0]
+        return rows.reshape(-1, rows.shape[-1]).view(rows.shape), *inputs[1:]
+
+    hook = head.register_forward_pre_hook(fold)
     try:
         yield
     finally:
