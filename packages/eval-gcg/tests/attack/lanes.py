@@ -16,13 +16,24 @@ GOAL = Goal("Say hello", "Sure, hello friend")
 
 
 def lane(
-    name: str = "qwen", goal: Goal = GOAL, model: Any = None, cached: bool = True, **changes: Any
+    name: str = "qwen",
+    goal: Goal = GOAL,
+    model: Any = None,
+    cached: bool = True,
+    packs: bool | None = None,
+    **changes: Any,
 ) -> tuple[Lane, Attack]:
-    """Return the lane of a goal on a model (a tiny one of the family's vocabulary), and its options."""
+    """Return the lane of a goal on a model (a tiny one of the family's vocabulary), and its options.
+
+    `packs` False pads rows of a batch, as on an accelerator; True asserts that the model packs them.
+    """
     options = Attack(**({"suffix": "x x x !", "prefix_cache": cached} | changes))
     model = tiny(len(family(name))) if model is None else model
     made = _lane(Victim(model, options.prefix_cache), AttackPrompt.build(goal, family(name), options), options)
     assert made.cached == cached
+    if packs is not None:
+        assert made.victim.packs or not packs
+        made.victim.packs = packs
     made.open()
     return made, options
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_eval_gcg.attack.lane import Answers
 from rlhf_eval_gcg.attack.losses import answer_losses, carlini_wagner, cross_entropy, greedy_matches, mellowmax
@@ -18,6 +21,25 @@ def test_cross_entropy_is_that_of_torch() -> None:
     mean, total = answer_losses(LOGITS_RTV, IDS_RT, "cross_entropy"), answer_losses(LOGITS_RTV, IDS_RT, "likelihood")
     torch.testing.assert_close(mean.double(), expected.view(5, 4).mean(1), atol=1e-5, rtol=0)
     torch.testing.assert_close(total.double(), expected.view(5, 4).sum(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_on_a_cpu_sums_few_logits_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_eval_gcg.attack.losses.CACHED_CELLS", 40)
+    logits_RTV = LOGITS_RTV.to(dtype)
+    expected = torch.nn.functional.cross_entropy(logits_RTV.flatten(0, 1).double(), IDS_RT.flatten(), reduction="none")
+    taken: list[int] = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten.logsumexp.default, torch.ops.aten._to_copy.default):
+                taken.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Sums():
+        found = cross_entropy(logits_RTV, IDS_RT)
+    torch.testing.assert_close(found.flatten().double(), expected, atol=1e-5, rtol=0)
+    assert max(taken) == 33  # three positions of 11 tokens at a time
 
 
 def test_mellowmax_tends_to_the_maximum_and_to_the_mean() -> None:

@@ -28,8 +28,8 @@ def expected(made: Any, ids_CL: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("system", ["", "You are kind."])
 @pytest.mark.parametrize("name", CHATS)
 def test_losses_are_those_of_plain_transformers_with_and_without_cache(name: str, system: str) -> None:
-    for cached in (True, False):
-        made, options = lane(name, cached=cached, system=system)
+    for cached, packs in ((True, True), (True, False), (False, False)):
+        made, options = lane(name, cached=cached, packs=packs, system=system)
         ids_CL = neighbors(made, 12, replace=2)
         if cached:
             lane_gradient(
@@ -40,9 +40,10 @@ def test_losses_are_those_of_plain_transformers_with_and_without_cache(name: str
         torch.testing.assert_close(losses_C, expected(made, ids_CL), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("tokens", [1, 17, 40, 100, 100000])
-def test_the_size_of_a_batch_changes_no_loss(tokens: int) -> None:
-    made, options = lane(batch_tokens=tokens)
+def test_the_size_of_a_batch_changes_no_loss(tokens: int, packs: bool) -> None:
+    made, options = lane(batch_tokens=tokens, packs=packs)
     lane_gradient(made, torch.tensor(made.prompt.suffix_ids), 50, options)
     ids_CL = neighbors(made, 33)
     (losses_C,), _, _ = Scorer(options).losses([(made, ids_CL)])
@@ -70,7 +71,7 @@ def test_goals_of_several_lengths_in_one_batch_have_their_own_losses(architectur
         Goal("Write a long poem about the sea, please", "Yes"),
         Goal("Hi", "The capital of France is Paris."),
     ]
-    made = [lane(goal=goal, model=model, batch_tokens=2000)[0] for goal in goals]
+    made = [lane(goal=goal, model=model, packs=False, batch_tokens=2000)[0] for goal in goals]
     options = Attack(batch_tokens=2000)
     for each in made:
         each.victim = made[0].victim
@@ -106,7 +107,7 @@ def test_early_stopping_sees_which_candidates_greedy_decoding_answers() -> None:
 
 
 def test_batches_are_halved_when_memory_runs_out_and_losses_stay() -> None:
-    made, options = lane(batch_tokens=10000)
+    made, options = lane(packs=False, batch_tokens=10000)
     ids_CL = neighbors(made, 40)
     model, sizes = made.victim.model, []
 

@@ -79,7 +79,8 @@ def test_a_buffers_loss_never_rises_and_none_always_moves() -> None:
 
 def test_acg_never_gets_worse_and_adapts_its_width() -> None:
     (result,) = search(schedule="acg", steps=12, search_width=64, n_replace=2)
-    assert all(later <= earlier for earlier, later in zip(result.losses, result.losses[1:]))
+    rounding = 1e-5  # float32, of one suffix in two passes
+    assert all(later <= earlier + rounding for earlier, later in zip(result.losses, result.losses[1:]))
     assert result.losses[0] <= result.initial_loss
     assert result.candidates < 12 * 64
 

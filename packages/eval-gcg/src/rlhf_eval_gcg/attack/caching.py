@@ -7,7 +7,7 @@ inside the attention call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Beginning", "cache_window", "shared_cache"]
+__all__ = ["Beginning", "cache_window", "noting_cache", "shared_cache"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,29 @@ def _layer_class() -> type[Any]:
     return SharedLayer
 
 
+@cache
+def _noting_class() -> type[Any]:
+    """Return the class of `noting_cache`'s layers."""
+    from transformers.cache_utils import DynamicLayer
+
+    class NotingLayer(DynamicLayer):
+        """Passes keys and values on as they are."""
+
+        def __init__(self, note: Callable[[int, Tensor], None], layer: int) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.note, self.layer = note, layer
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.note(self.layer, key_states)
+            return key_states, value_states
+
+        def get_seq_length(self) -> int:
+            return 0
+
+    return NotingLayer
+
+
 def shared_cache(groups: Sequence[tuple[Beginning, int]], layers: int, record: bool) -> Any:
     """Return a cache of transformers over groups of rows.
 
@@ -100,6 +123,13 @@ def shared_cache(groups: Sequence[tuple[Beginning, int]], layers: int, record: b
         return [(each.layers[layer] if each.layers else None, rows) for each, rows in groups]
 
     return Cache(layers=[_layer_class()(parts(layer), record) for layer in range(layers)])
+
+
+def noting_cache(note: Callable[[int, Tensor], None], layers: int) -> Any:
+    """Return a cache of transformers that holds nothing, and calls `note` with each layer's number and its keys."""
+    from transformers.cache_utils import Cache
+
+    return Cache(layers=[_noting_class()(note, layer) for layer in range(layers)])
 
 
 def cache_window(model: Any) -> tuple[int, float]:

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["answer_losses", "carlini_wagner", "cross_entropy", "greedy_matches", "mellowmax"]
 
+CACHED_CELLS = 1 << 18
+"""Logits that a CPU sums up at a time: 1 MiB in float32, so that no intermediate result leaves its cache."""
+
 
 def cross_entropy(logits_RTV: Tensor, ids_RT: Tensor) -> Tensor:
     """Return minus the log-probability of each token (R, T), nats, in float32 at least."""
-    logits_RTV = _precise(logits_RTV)
-    chosen_RT = logits_RTV.gather(2, ids_RT[..., None])[..., 0]
-    found: Tensor = logits_RTV.logsumexp(2) - chosen_RT
+    chosen_RT = _precise(logits_RTV.gather(2, ids_RT[..., None])[..., 0])
+    found: Tensor = _log_normalizers(logits_RTV) - chosen_RT
     return found
 
 
@@ -60,6 +62,16 @@ def answer_losses(logits_RTV: Tensor, ids_RT: Tensor, kind: str, alpha: float = 
         return carlini_wagner(logits_RTV, ids_RT, margin).mean(1)
     losses_RT = cross_entropy(logits_RTV, ids_RT)
     return losses_RT.sum(1) if kind == "likelihood" else losses_RT.mean(1)
+
+
+def _log_normalizers(logits_RTV: Tensor) -> Tensor:
+    """Return the logarithm of the sum of exponentials over the vocabulary (R, T), in float32 at least."""
+    if logits_RTV.device.type != "cpu":
+        found: Tensor = _precise(logits_RTV).logsumexp(2)
+        return found
+    positions = logits_RTV.flatten(0, 1)
+    parts = positions.split(max(1, CACHED_CELLS // positions.shape[1]))
+    return torch.cat([_precise(part).logsumexp(1) for part in parts]).view(logits_RTV.shape[:2])
 
 
 def _precise(logits_RTV: Tensor) -> Tensor:

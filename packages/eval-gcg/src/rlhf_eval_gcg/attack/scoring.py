@@ -1,14 +1,17 @@
 """The losses of many candidates, in batches of rows.
 
 Rows that share tokens with the current suffix start where they first differ from it. They are sorted by that place and cut
-into pieces, so that few tokens are computed twice; pieces of several prompts fill one batch on an accelerator. When memory runs
-out, batches are halved. No cut changes a loss.
+into pieces, so that few tokens are computed twice; pieces of several prompts fill one batch on an accelerator. On a CPU, pieces
+are packed without padding where the model can, in passes of equal size. When memory runs out, batches are halved. No cut
+changes a loss.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError, option
@@ -27,6 +30,8 @@ __all__ = ["Scorer"]
 
 CPU_LOGIT_CELLS, LOGIT_CELLS = 1 << 26, 1 << 28
 """Most logits of a batch, for any vocabulary: 256 MiB in float32 on a CPU, 1 GiB on an accelerator."""
+PASS_TOKENS = 1024
+"""Most tokens of a packed pass: enough for products at full speed, and few enough for intermediate results in a cache."""
 SPARE_ON_CPU, SPARE = 0.05, 0.5
 """Share of a piece's tokens that may be known already: a CPU pays for each, an accelerator more for a further launch."""
 CHEAP = 24
@@ -136,8 +141,12 @@ class Scorer:
                     matches[piece.task][rows] = greedy_matches(logits_RTV, ids_RT)
 
     def _pieces(self, task: int, lane: Lane, ids_CL: Tensor) -> Iterator[_Piece]:
-        """Cut the candidates of a task into pieces of like starts, each small enough for a batch."""
+        """Cut the candidates of a task into pieces of like starts, each small enough for a batch; of equal ones if packed."""
         starts_C = lane.starts(ids_CL)
+        if lane.cached and lane.victim.packs:
+            for answer, start in itertools.product(range(len(lane.answers.ids)), starts_C.unique().tolist()):
+                yield _Piece(task, answer, lane, (starts_C == start).nonzero()[:, 0], start)
+            return
         order_C = starts_C.argsort(stable=True)
         spare = SPARE_ON_CPU if lane.victim.on_cpu else SPARE
         for answer, answer_T in enumerate(lane.answers.ids):
@@ -161,6 +170,8 @@ class Scorer:
 
     def _take(self, waiting: list[_Piece], tasks: Sequence[tuple[Lane, Tensor]]) -> list[_Piece]:
         """Take the next batch from what waits: one piece, or as many as fit."""
+        if waiting[0].lane.cached and waiting[0].lane.victim.packs:
+            return self._take_packed(waiting, tasks)
         batch = [waiting.pop(0)]
         victim = batch[0].lane.victim
         mixes = not victim.on_cpu if self.mixes is None else self.mixes
@@ -180,6 +191,32 @@ class Scorer:
             if cells(more) > self.budget or logits(more) > self.logit_cells(victim):
                 break
             batch.append(waiting.pop(0))
+        return batch
+
+    def _take_packed(self, waiting: list[_Piece], tasks: Sequence[tuple[Lane, Tensor]]) -> list[_Piece]:
+        """Take an equal share of the pieces that can be packed, at most a full pass; the last piece may be cut."""
+        victim = waiting[0].lane.victim
+        tokens = max(1, min(self.budget, PASS_TOKENS >> self.halvings))
+
+        def load(piece: _Piece) -> float:
+            """Share of a full pass that a row of the piece is."""
+            keep = len(piece.lane.answers.ids[piece.answer])
+            new = piece.cells(tasks[piece.task][1].shape[1]) / len(piece.rows)
+            return max(new / tokens, keep * victim.vocabulary / self.logit_cells(victim))
+
+        packed = list(itertools.takewhile(lambda piece: piece.lane.cached, waiting))
+        total = sum(load(piece) * len(piece.rows) for piece in packed)
+        left = total / math.ceil(total)
+        batch: list[_Piece] = []
+        for piece in packed:
+            fit = max(round(left / load(piece)), 0 if batch else 1)
+            if fit < len(piece.rows):
+                if fit:
+                    batch.append(replace(piece, rows=piece.rows[:fit]))
+                waiting[0] = replace(piece, rows=piece.rows[fit:])
+                break
+            batch.append(waiting.pop(0))
+            left -= load(piece) * len(piece.rows)
         return batch
 
     def _smaller(self, batch: Sequence[_Piece], error: Exception) -> list[_Piece]:

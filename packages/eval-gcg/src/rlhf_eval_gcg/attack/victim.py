@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
-from rlhf_eval_gcg.attack.caching import Beginning, cache_window, shared_cache
+from rlhf_eval_gcg.attack.caching import Beginning, cache_window, noting_cache, shared_cache
 from rlhf_eval_gcg.attack.flops import Costs
+from rlhf_eval_gcg.attack.packing import PackedGroups, can_attend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,9 @@ class Victim:
         self.layers, self.window = cache_window(model) if prefix_cache else (0, 0.0)
         parameters = inspect.signature(model.forward).parameters
         self._keeps, self.takes_positions = "logits_to_keep" in parameters, "position_ids" in parameters
+        self._text_config = model.config.get_text_config(decoder=True)
+        self.packs = self.on_cpu and self.layers > 0 and self.takes_positions and can_attend(model)
+        """rows after shared beginnings are packed without padding, and attend without copies of the beginnings"""
 
     @property
     def on_cpu(self) -> bool:
@@ -101,8 +105,10 @@ class Victim:
     def logits(self, groups: Sequence[Group], record: bool = False) -> tuple[list[Tensor], list[Any]]:
         """Return the logits (B, K, V) of each group, and what each layer computed for all rows if `record`.
 
-        Groups of one call are one batch: rows are padded on the left, where there are several.
+        Groups of one call are one batch. Several are padded on the left, or packed where the model can.
         """
+        if self.packs and not record and not torch.is_grad_enabled() and any(len(each.beginning) for each in groups):
+            return self._packed_logits(groups), []
         mask, positions = _padding(groups, self.device) if len(groups) > 1 else (None, None)
         rows = _pad_left([each.rows for each in groups])
         inputs: dict[str, Any] = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
@@ -121,6 +127,33 @@ class Victim:
         parts = logits.split([len(each.rows) for each in groups])
         found = [part[:, -each.keep :] for part, each in zip(parts, groups, strict=True)]
         return found, [layer.fresh for layer in cache.layers] if record and cache is not None else []
+
+    def _packed_logits(self, groups: Sequence[Group]) -> list[Tensor]:
+        """Return the logits (B, K, V) of each group from one long row."""
+        sizes = [(each.rows.shape[0], each.rows.shape[1]) for each in groups]
+        packed = PackedGroups(sizes, [each.beginning.layers or None for each in groups])
+        positions, kept, begin = [], [], 0
+        for each, (rows, new) in zip(groups, sizes, strict=True):
+            past = len(each.beginning)
+            positions.append(torch.arange(past, past + new, device=self.device).repeat(rows))
+            places_BN = torch.arange(begin, begin + rows * new, device=self.device).view(rows, new)
+            kept.append(places_BN[:, new - each.keep :].flatten())
+            begin += rows * new
+        row = torch.cat([each.rows.flatten(0, 1) for each in groups])[None]
+        inputs: dict[str, Any] = {"inputs_embeds" if row.is_floating_point() else "input_ids": row}
+        inputs |= {
+            "position_ids": torch.cat(positions)[None],
+            "past_key_values": noting_cache(packed.note, self.layers),
+        }
+        kept_M = torch.cat(kept)
+        if self._keeps:
+            inputs["logits_to_keep"] = kept_M
+        with packed.installed(self._text_config), _folded_input(self.head):
+            logits_MV = self.model(**inputs, use_cache=True, return_dict=True).logits[0]
+        if not self._keeps:
+            logits_MV = logits_MV[kept_M]
+        parts = logits_MV.split([rows * each.keep for each, (rows, _) in zip(groups, sizes, strict=True)])
+        return [part.unflatten(0, (-1, each.keep)) for part, each in zip(parts, groups, strict=True)]
 
 
 @contextmanager
