@@ -29,8 +29,8 @@ __all__ = ["PackedGroups", "can_attend"]
 NAME = "rlhf_shared_beginnings"
 """`PackedGroups.attend`, among transformers' implementations."""
 
-SCORE_CELLS = 1 << 19
-"""Attention weights that are computed at a time: 2 MiB in float32, which stay in a core's cache."""
+SCORE_CELLS = 1 << 17
+"""Attention weights that are computed at a time: 512 KiB in float32, which stay in a core's cache."""
 
 
 def can_attend(model: Any) -> bool:

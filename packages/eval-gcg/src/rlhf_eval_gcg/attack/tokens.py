@@ -27,7 +27,7 @@ def allowed_tokens(tokenizer: Any, width: int, ascii_only: bool) -> Tensor:
     """
     tokens = min(width, len(tokenizer))
     barred = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    texts = tokenizer.batch_decode([[number] for number in range(tokens)], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(torch.arange(tokens)[:, None], clean_up_tokenization_spaces=False)
     allowed_V = torch.zeros(width, dtype=torch.bool)
     for number, text in enumerate(texts):
         plain = text.isascii() and text.isprintable() if ascii_only else "\ufffd" not in text
