@@ -59,7 +59,7 @@ class PackedGroups:
         self.layer, self.keys = layer, keys
 
     @contextmanager
-    def installed(self, config: Any) -> Iterator[None]:
+    def install(self, config: Any) -> Iterator[None]:
         """Inside, a model of this text config attends with `attend`."""
         from transformers import AttentionInterface
 

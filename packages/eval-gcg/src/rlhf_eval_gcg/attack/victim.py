@@ -148,7 +148,7 @@ class Victim:
         kept_M = torch.cat(kept)
         if self._keeps:
             inputs["logits_to_keep"] = kept_M
-        with packed.installed(self._text_config), _folded_input(self.head):
+        with packed.install(self._text_config), _folded_input(self.head):
             logits_MV = self.model(**inputs, use_cache=True, return_dict=True).logits[0]
         if not self._keeps:
             logits_MV = logits_MV[kept_M]
