@@ -59,6 +59,8 @@ class DrivenEpisode:
     """the limit that ended it, or `error`"""
     outcome: Outcome = field(default_factory=Outcome)
     error: BaseException | None = None
+    is_over: bool = False
+    """True once its agent has ended: a turn that is still sampled then belongs to no episode"""
 
     @property
     def asks(self) -> int:

@@ -26,7 +26,7 @@ from rlhf_core.rollout.asking import Ask, AskQueue, SampledRow
 from rlhf_core.rollout.assemble import decode
 from rlhf_core.rollout.driven_episode import DrivenEpisode, Turn
 from rlhf_core.rollout.episode_table import EpisodeTable, to_rollouts
-from rlhf_core.rollout.failures import describe
+from rlhf_core.rollout.failures import describe, late_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +65,7 @@ def drive(
     player = _Player(table)
     with ThreadPoolExecutor(1, "rlhf-agents") as pool:
         played = pool.submit(asyncio.run, player.play())
+        played.add_done_callback(lambda _: player.queue.close())  # no event loop may have been made
         try:
             while (taken := player.queue.take()) is not None:
                 player.queue.give(taken, _sample(table, sample, [each.ask for each in taken]))
@@ -137,6 +138,7 @@ class _Player:
                 if episode.finish is None:  # else it failed because its limit was reached
                     self._fail(episode, error)
             finally:
+                episode.is_over = True
                 self.queue.remove_episode()
         if not episode.segments and episode.error is None:
             self._fail(episode, UsageError("the agent ended without asking the policy for a turn"))
@@ -153,7 +155,14 @@ class _Player:
         table = self.table
         uid = table.prompts.uids[episode.prompt]
         session = table.environment(self._example(episode), table.sampling.seed_for(uid, -1))
-        session = await session if isawaitable(session) else session
+        if isawaitable(session):
+            try:
+                async with asyncio.timeout(table.time_left()) as timer:
+                    session = await session
+            except TimeoutError:
+                if timer.expired():
+                    raise late_session(table.limits.seconds) from None
+                raise
         if not isinstance(session, Session):
             raise ContractError(
                 f"{describe(table.environment, self._example(episode))} returned {session!r}, which is not a Session"
@@ -224,18 +233,26 @@ class _EpisodePolicy:
         """Return the policy's turn after `token_ids`."""
         episode, table = self._episode, self._player.table
         ids, number = tuple(token_ids), episode.asks
-        limit = self._limit(ids, max_tokens)
+        limit, was_limited = self._limit(ids, max_tokens), episode.finish is not None
         index = episode.prompt * table.sampling.n + episode.k
         episode.waiting += 1
         try:
             sampled = await self._player.queue.wait_for(Ask(index, ids, self._uid(number, seed), limit, tuple(stop)))
         finally:
             episode.waiting -= 1
-        if episode.count_added(ids) + episode.length >= table.sampling.max_new_tokens:
+        self._check_open()
+        left = table.sampling.max_new_tokens - episode.length - episode.count_added(ids)
+        if left < 1:
             raise self._over("length", "simultaneous turns have used all tokens")
-        turn, reply = _read(sampled, limit, episode.recorded, table.encoder.tokenizer)
+        turn, reply = _read(sampled, min(limit, left), episode.recorded, table.encoder.tokenizer)
         episode.record(ids, turn)
+        if was_limited:  # the agent continues within its limits, for example after a compaction
+            episode.finish = None
         return reply
+
+    def _check_open(self) -> None:
+        if self._episode.is_over:
+            raise EpisodeOver("turns", "the agent has ended, so its episode has no further turns")
 
     def _uid(self, number: int, seed: int | None) -> int:
         """Return the number that seeds a turn."""
@@ -248,6 +265,7 @@ class _EpisodePolicy:
     def _limit(self, ids: tuple[int, ...], max_tokens: int) -> int:
         """Return how many tokens the turn may have; raise if the episode is over."""
         episode, table = self._episode, self._player.table
+        self._check_open()
         if not ids:
             raise UsageError("the prompt has no tokens; send at least one")
         left = table.sampling.max_new_tokens - episode.length - episode.count_added(ids)

@@ -28,7 +28,7 @@ from rlhf_core.errors import ContractError
 from rlhf_core.rollout.assemble import decode
 from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
-from rlhf_core.rollout.failures import describe
+from rlhf_core.rollout.failures import describe, late_session
 from rlhf_core.util.event_loop import LATE, EventLoop
 
 if TYPE_CHECKING:
@@ -131,7 +131,10 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
         for example, uid in zip(prompts.examples, prompts.uids, strict=True)
         for _ in range(table.sampling.n)
     ]
-    for i, session in enumerate(_answers(table, loop, calls)):
+    for i, session in enumerate(_answers(table, loop, calls, table.time_left())):
+        if session is LATE:
+            where = describe(table.environment, prompts.examples[i // table.sampling.n])
+            session = _Failure(late_session(table.limits.seconds), f"in the {where}".rstrip(","))
         if isinstance(session, _Failure):
             table.failures.add(session.error, session.where)
             failed = EpisodeState(i // table.sampling.n, i % table.sampling.n, Session(), error=session.error)

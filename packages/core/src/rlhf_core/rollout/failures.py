@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.providers import Environment
-from rlhf_core.errors import run_option
+from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.messages import log
 
-__all__ = ["Failures", "describe"]
+__all__ = ["Failures", "describe", "late_session"]
 
 
 class Failures:
@@ -45,3 +45,9 @@ def describe(environment: Environment, example: Example) -> str:
     shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}…"
     origin = f" of {example.origin}" if example.origin else ""
     return f"environment {kind.__qualname__} of {kind.__module__}, on the prompt {shown!r}{origin},"
+
+
+def late_session(seconds: float) -> UsageError:
+    """Return the error of an episode whose environment makes no session within the batch's `seconds`."""
+    advice = run_option("episode.seconds")
+    return UsageError(f"the environment did not begin the episode within the {seconds:g} s of a batch; raise {advice}")
