@@ -68,8 +68,9 @@ class Conversation:
         self._contexts: list[_Context] = []
         self._texts: list[tuple[str, tuple[int, ...]]] = []
         """plain texts that the policy has read and written, with their ids"""
-        self._sampled: dict[str, str] = {}
-        """turns of the policy as they were sampled, by the key of the message that the agent got"""
+        self._sampled: dict[tuple[str, ...], str] = {}
+        """turns of the policy as they were sampled, by the key of the message that the agent got: alone, and after the keys of
+        the messages before it, since two turns may differ in blanks alone"""
 
     def check(self, body: Mapping[str, Any], fields: Fields) -> None:
         """Check that a request asks for nothing that its answer would not have, if the session is strict."""
@@ -88,9 +89,10 @@ class Conversation:
         if not messages:
             raise HttpError(400, "a chat must have at least one message")
         keys = tuple(_key(message) for message in messages)
+        sampled = [self._sampled.get(keys[: i + 1], self._sampled.get((key,))) for i, key in enumerate(keys)]
         prompt: Chat = tuple(
-            {"role": "assistant", "content": self._sampled[key]} if key in self._sampled else _plain(message)
-            for key, message in zip(keys, messages, strict=True)
+            _plain(message) if text is None else {"role": "assistant", "content": text}
+            for text, message in zip(sampled, messages, strict=True)
         )
         meta = {"tools": list(tools)} if tools else {}
         row = self.policy.encoder.prompt_row(Example(prompt, meta=meta, origin="the agent's request"))
@@ -99,7 +101,7 @@ class Conversation:
         raw = self._raw(reply)
         answer = _answer(reply, ids, options.stop, bool(tools))
         key = _key(message_of(answer))
-        self._sampled[key] = raw
+        self._sampled[key,] = self._sampled[*keys, key] = raw
         context = _Context((*keys, key), json.dumps(list(tools), sort_keys=True), prompt, row.text + raw, ids, reply)
         self._contexts.append(context)
         return answer
@@ -143,7 +145,8 @@ class Conversation:
             ids = tuple(found[:-1] if found[-1:] == [tokenizer.eos_token_id] else found)
         reply = await self.ask(ids, options)
         answer = _answer(reply, ids, options.stop, tools=False)
-        self._texts.append((text + answer.content, (*ids, *reply.token_ids)))
+        for written in (answer.content, reply.text):  # an agent may write the stop string again, or leave it out
+            self._texts.append((text + written, (*ids, *reply.token_ids)))
         return answer
 
     def _raw(self, reply: Reply) -> str:
@@ -174,8 +177,9 @@ def message_of(answer: Answer) -> dict[str, Any]:
 def _answer(reply: Reply, ids: tuple[int, ...], stop: Sequence[str], tools: bool) -> Answer:
     """Return the reply as the agent gets it."""
     text = reply.text
-    ended = next((each for each in stop if reply.finish == "stop" and text.endswith(each)), "")
-    content, calls = find_tool_calls(text.removesuffix(ended)) if tools else (text.removesuffix(ended), [])
+    found = [(text.find(each), each) for each in stop if reply.finish == "stop" and each in text]
+    at, ended = min(found, default=(len(text), ""))  # a token may hold more text after a stop string
+    content, calls = find_tool_calls(text[:at]) if tools else (text[:at], [])
     return Answer(reply, ids, content, calls, ended)
 
 

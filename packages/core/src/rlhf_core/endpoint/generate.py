@@ -22,7 +22,7 @@ async def answer_generate(conversation: Conversation, body: Mapping[str, Any]) -
     options = read_options(how, "max_tokens")
     conversation.check(how, SAMPLING_PARAMS)
     conversation.check(body, GENERATE)
-    ids = token_ids(body.get("token_ids"), "token_ids")
+    ids = token_ids(conversation, body.get("token_ids"), "token_ids")
     reply = await conversation.ask(ids, options)
     choice: dict[str, Any] = {"index": 0, "finish_reason": reply.finish, "token_ids": list(reply.token_ids)}
     if how.get("logprobs") is not None:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-__all__ = ["HttpError", "Request", "encode_events", "encode_json", "read_request"]
+from rlhf_core.data.json_list import has_surrogates, is_text
+
+__all__ = ["HEAD_BYTES", "HEAD_END", "HttpError", "Request", "encode_events", "encode_json", "read_request"]
 
 HEAD_BYTES = 1 << 16
 """The longest head of a request."""
+HEAD_END = b"\r\n\r\n"
+"""Bytes between the head of a message and its body."""
 
 
 class HttpError(Exception):
@@ -40,20 +44,24 @@ class Request:
     body: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return the body. Raises `HttpError` if it is no JSON object."""
+        """Return the body. Raises `HttpError` if it is no JSON object, or has text that no tokenizer reads."""
         try:
             found = json.loads(self.body)
         except ValueError:
             raise HttpError(400, "the body is not JSON") from None
+        except RecursionError:
+            raise HttpError(400, "the body is nested too deeply") from None
+        if has_surrogates(self.body) and not is_text(found):
+            raise HttpError(400, "the body has half of a surrogate pair, which is not valid text; write both halves")
         if not isinstance(found, dict):
             raise HttpError(400, "the body is not a JSON object")
         return found
 
     @property
-    def token(self) -> str:
-        """The token that the request brings, as OpenAI's clients or as Anthropic's do."""
-        given = self.headers.get("authorization", "")
-        return given.removeprefix("Bearer ").strip() or self.headers.get("x-api-key", "")
+    def tokens(self) -> tuple[str, str]:
+        """Tokens that the request brings, as OpenAI's clients and as Anthropic's do. The latter may send both."""
+        scheme, _, given = self.headers.get("authorization", "").partition(" ")
+        return (given.strip() if scheme.lower() == "bearer" else "", self.headers.get("x-api-key", ""))
 
 
 async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request | None:
@@ -63,7 +71,7 @@ async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request
         HttpError: it is no request that this server reads.
     """
     try:
-        head = await reader.readuntil(b"\r\n\r\n")
+        head = await reader.readuntil(HEAD_END)
     except asyncio.IncompleteReadError:
         return None
     except asyncio.LimitOverrunError:
@@ -80,8 +88,10 @@ async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request
     if "transfer-encoding" in headers:
         raise HttpError(411, "send the body with its Content-Length")
     length = headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > most_bytes:
-        raise HttpError(413, f"the body has {length} bytes, but the limit is {most_bytes}")
+    if not (length.isascii() and length.isdigit()):
+        raise HttpError(400, f"the Content-Length {length!r:.60} is not a number of bytes")
+    if len(length) > 18 or int(length) > most_bytes:  # Python converts no text of thousands of digits
+        raise HttpError(413, f"the body has {length:.20} bytes, but the limit is {most_bytes}")
     return Request(method, target.partition("?")[0], headers, await reader.readexactly(int(length)))
 
 

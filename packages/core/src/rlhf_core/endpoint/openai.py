@@ -10,6 +10,7 @@ from rlhf_core.endpoint.conversation import Answer, Conversation, message_of
 from rlhf_core.endpoint.fields import CHAT, COMPLETION, forbids_tools
 from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.sampling import read_options
+from rlhf_core.models.loading.limits import end_of_vocabulary
 
 __all__ = ["MODEL", "answer_chat", "answer_completion", "list_models", "token_ids"]
 
@@ -70,7 +71,7 @@ async def answer_completion(conversation: Conversation, body: Mapping[str, Any])
     if isinstance(prompt, str):
         answer = await conversation.complete(prompt, options)
     else:
-        ids = token_ids(prompt, "prompt")
+        ids = token_ids(conversation, prompt, "prompt")
         reply = await conversation.ask(ids, options)
         answer = Answer(reply, ids, reply.text, [])
     head = _head(body, answer, "text_completion")
@@ -99,10 +100,12 @@ def list_models() -> bytes:
     )
 
 
-def token_ids(given: Any, name: str) -> tuple[int, ...]:
-    """Return token ids of a request."""
+def token_ids(conversation: Conversation, given: Any, name: str) -> tuple[int, ...]:
+    """Return token ids of a request. Raises `HttpError` if the tokenizer lacks one, which would end the engine."""
     if not isinstance(given, list) or not all(isinstance(each, int) and each >= 0 for each in given) or not given:
         raise HttpError(400, f"{name} must be a string, or a list of token ids")
+    if max(given) >= (end := end_of_vocabulary(conversation.policy.encoder.tokenizer)):
+        raise HttpError(400, f"{name} has the id {max(given)}, but the policy's tokens have ids below {end}")
     return tuple(given)
 
 

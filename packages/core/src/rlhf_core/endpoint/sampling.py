@@ -7,7 +7,7 @@ vary a draw (`seed`), which leave the distribution of each token alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +136,7 @@ def positive(body: Mapping[str, Any], name: str) -> int:
 
 def texts(given: Any, name: str) -> tuple[str, ...]:
     """Return one text or several; none where it is absent."""
-    found = (given,) if isinstance(given, str) else tuple(given or ())
-    if not all(isinstance(each, str) and each for each in found):
+    found = (given,) if isinstance(given, str) else given or ()
+    if not isinstance(found, Sequence) or not all(isinstance(each, str) and each for each in found):
         raise HttpError(400, f"{name} must be a string, or a list of strings")
-    return found
+    return tuple(found)

@@ -18,7 +18,7 @@ from rlhf_core.contract.driving import EpisodeOver, Policy
 from rlhf_core.endpoint.anthropic import answer_messages, encode_error
 from rlhf_core.endpoint.conversation import Conversation
 from rlhf_core.endpoint.generate import answer_generate
-from rlhf_core.endpoint.http import HEAD_BYTES, HttpError, Request, encode_json, read_request
+from rlhf_core.endpoint.http import HEAD_BYTES, HEAD_END, HttpError, Request, encode_json, read_request
 from rlhf_core.endpoint.openai import answer_chat, answer_completion, list_models
 from rlhf_core.errors import UsageError
 from rlhf_core.util.messages import log
@@ -27,6 +27,13 @@ __all__ = ["Address", "Deadlines", "Endpoint"]
 
 BODY_BYTES = 1 << 25
 """The longest body of a request."""
+ROUTES = {
+    "chat/completions": answer_chat,
+    "completions": answer_completion,
+    "messages": answer_messages,
+    "inference/v1/generate": answer_generate,
+}
+"""Routes of a session, without /v1."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class Deadlines:
     """Seconds after which the server gives up."""
 
     idle: float = 120.0
-    """a connection without a request"""
+    """a connection on which no whole request has arrived"""
     transfer: float = 30.0
-    """a request that arrives, or a response that is read, too slowly"""
+    """a response that is read too slowly"""
     turn: float = 600.0
     """a turn of the policy"""
 
@@ -153,6 +160,8 @@ class Endpoint:
         if request is None:
             return False
         response = await self._while_there(reader, self._respond(request))
+        if request.method == "HEAD":
+            response = response.partition(HEAD_END)[0] + HEAD_END
         writer.write(response)
         await self._drain(writer)
         return request.headers.get("connection", "").lower() != "close"
@@ -183,7 +192,7 @@ class Endpoint:
             key, conversation = self._sessions.get(name, ("", None))
             if conversation is None:
                 raise HttpError(410, "no such session, or its episode is over", "episode_over")
-            if not hmac.compare_digest(request.token.encode(), key.encode()):
+            if not any(hmac.compare_digest(each.encode(), key.encode()) for each in request.tokens):
                 raise HttpError(401, "the token of the session is missing or wrong", "invalid_api_key")
             async with asyncio.timeout(self.deadlines.turn):
                 return await _route(request, route.removeprefix("v1/"), conversation)
@@ -206,22 +215,11 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
     """Answer a request of a session."""
     if request.method == "GET" and route == "models":
         return list_models()
+    if (answer := ROUTES.get(route)) is None:
+        raise HttpError(404, f"unknown route {route!r}; routes are {', '.join(ROUTES)}", "not_found")
     if request.method != "POST":
         raise HttpError(405, f"{request.method} is not supported; send a POST request", "method")
-    match route:
-        case "chat/completions":
-            return await answer_chat(conversation, request.json())
-        case "completions":
-            return await answer_completion(conversation, request.json())
-        case "messages":
-            return await answer_messages(conversation, request.json())
-        case "inference/v1/generate":
-            return await answer_generate(conversation, request.json())
-    raise HttpError(
-        404,
-        f"unknown route {route!r}; routes are chat/completions, completions, messages and inference/v1/generate",
-        "not_found",
-    )
+    return await answer(conversation, request.json())
 
 
 def _encode_error(error: HttpError, route: str) -> bytes:
