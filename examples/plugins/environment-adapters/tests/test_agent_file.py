@@ -61,6 +61,13 @@ def test_an_agent_instance_of_openrlhf_runs_unchanged(tmp_path: Path) -> None:
     assert policy.read == ["Two? Go.", "Two? Go.3 No. "]
 
 
+def test_the_steps_before_a_limit_are_rewarded(tmp_path: Path) -> None:
+    """OpenRLHF adds up the rewards so far where no token is left, and keeps the last scores."""
+    (tmp_path / "agent_func.py").write_text(INSTANCE)
+    environment = AgentFile(str(tmp_path / "agent_func.py"), log=("step",))
+    assert play(environment, Script("3", "4")) == Outcome(0.0, [-0.5, -0.5], 0.0, {"step": 2.0})
+
+
 def test_an_executor_of_openrlhf_asks_the_engine_itself(tmp_path: Path) -> None:
     (tmp_path / "agent_func.py").write_text(EXECUTOR)
     policy = Script("3", "2")

@@ -65,6 +65,13 @@ def test_public_methods_are_tools(tmp_path: Path) -> None:
     assert policy.read[2] == policy.read[1] + call % "gold" + "[tool]KeyError: 'gold'"
 
 
+def test_the_reward_of_tools_counts_at_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(SHOP)
+    call = '<tool_call>{"name": "price", "arguments": {"item": "tea"}}</tool_call>'
+    outcome = play(Tools(f"{tmp_path / 'shop.py'}:Shop"), Script(call))
+    assert outcome == Outcome(1.0, metrics={"calls": 1.0, "errors": 0.0})
+
+
 def test_a_tool_without_a_description_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text("class Shop:\n    def price(self, item):\n        return 1\n")
     with pytest.raises(UsageError, match="a tool cannot be described"):

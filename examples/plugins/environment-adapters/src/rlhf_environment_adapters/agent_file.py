@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from rlhf_core import Environment, Example, Feedback, Outcome, Policy, Session, UsageError
+from rlhf_core import Environment, EpisodeOver, Example, Feedback, Outcome, Policy, Session, UsageError
 from rlhf_environment_adapters.dialogue import Dialogue, load_file
 
 __all__ = ["AgentFile"]
@@ -88,10 +88,14 @@ class AgentFileSession(Session):
             ids = dialogue.policy.encoder.tokenizer(observation, add_special_tokens=False)["input_ids"]
             dialogue.ids, dialogue.text = list(ids), observation
         rewards: list[float] = []
+        result: Mapping[str, Any] = {}
         policy, params = dialogue.policy, _sampling_params(dialogue.policy)
         while True:
             before = dialogue.text
-            reply = await dialogue.turn(**_turn_options(params, policy))
+            try:
+                reply = await dialogue.turn(**_turn_options(params, policy))
+            except EpisodeOver:  # the steps before the limit count, as in OpenRLHF
+                return self._outcome(0.0, result, rewards)
             result = await _awaited(
                 agent.step(
                     {

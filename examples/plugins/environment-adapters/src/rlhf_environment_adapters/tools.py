@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core import Environment, Example, Feedback, Outcome, Policy, Session, UsageError
+from rlhf_core import Environment, EpisodeOver, Example, Feedback, Outcome, Policy, Session, UsageError
 from rlhf_environment_adapters.dialogue import Dialogue, find_name
 
 __all__ = ["Tools"]
@@ -61,12 +61,15 @@ class ToolsSession(Session):
         else:
             told = None
         dialogue = Dialogue(policy, _with_tools(self.example, tools, told))
-        while True:
-            reply = await dialogue.turn()
-            answers = [_answer(tools, text, counts) for text in CALL.findall(reply.text)]
-            if not answers:
-                break
-            dialogue.tell(Feedback(messages=tuple({"role": "tool", "content": answer} for answer in answers)))
+        try:
+            while True:
+                reply = await dialogue.turn()
+                answers = [_answer(tools, text, counts) for text in CALL.findall(reply.text)]
+                if not answers:
+                    break
+                dialogue.tell(Feedback(messages=tuple({"role": "tool", "content": answer} for answer in answers)))
+        except EpisodeOver:
+            pass  # the reward is of what was done before the limit
         reward = self.instance.reward() if "reward" in dir(self.instance) else 0.0
         return Outcome(float(reward), metrics=counts)
 
