@@ -12,7 +12,11 @@ from contextlib import contextmanager
 
 from rlhf_core.util.clock import wait_for
 
-__all__ = ["EngineGate"]
+__all__ = ["EngineGate", "NotDue"]
+
+
+class NotDue(TimeoutError):
+    """A call or an iteration was not due in time. A `TimeoutError` of what is called is another matter."""
 
 
 class EngineGate:
@@ -38,11 +42,11 @@ class EngineGate:
             seconds: deadline of that.
 
         Raises:
-            TimeoutError: the call was not due in time.
+            NotDue: the call was not due in time.
         """
         with self.changed:
             if not wait_for(self.changed, lambda: not self._held and not self._first and may(), seconds):
-                raise TimeoutError
+                raise NotDue
             self._held = True
         try:
             yield self.trained
@@ -66,11 +70,11 @@ class EngineGate:
             midway: do not wait for the call in progress, which continues under the new weights.
 
         Raises:
-            TimeoutError: the weights were not due in time.
+            NotDue: the weights were not due in time.
         """
         with self.changed:
             if not wait_for(self.changed, may, seconds):
-                raise TimeoutError
+                raise NotDue
             self._first += 1
         try:
             with self.changed:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
+from rlhf_core.asynchronous.gate import NotDue
 from rlhf_core.asynchronous.queue import IterationQueue
 from rlhf_core.util.clock import current_time, start, wait_for
 
@@ -77,7 +78,7 @@ class AheadSupply(Generic[Thing]):
     def take(self) -> Thing:
         """Return the next iteration; the one before it has been trained on.
 
-        Raises what went wrong in collecting it, and `TimeoutError` at the deadline.
+        Raises what went wrong in collecting it, and `NotDue` at the deadline.
         """
         began = current_time()
         if not self._started:
@@ -88,7 +89,7 @@ class AheadSupply(Generic[Thing]):
                 self._queue.train()
                 self._changed.notify_all()
             if not wait_for(self._changed, lambda: bool(self._ready) or self._ended, self._take_seconds):
-                raise TimeoutError
+                raise NotDue
             self.waited_seconds = current_time() - began
             if not self._ready:
                 assert self._failure is not None, "the loop asks for more iterations than the run has"

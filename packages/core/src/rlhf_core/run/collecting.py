@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.asynchronous.gate import EngineGate
+from rlhf_core.asynchronous.gate import EngineGate, NotDue
 from rlhf_core.asynchronous.queue import IterationQueue
 from rlhf_core.asynchronous.schedule import FILE, describe_batches, read_schedule
 from rlhf_core.asynchronous.supply import AheadSupply, InTurn
@@ -153,7 +153,7 @@ class Collecting:
         """Return the next iteration, collected. An error in `collect` is raised here, at the iteration that had it."""
         try:
             iteration = self.supply.take()
-        except TimeoutError:
+        except NotDue:
             raise self._cannot_follow() from None
         except BaseException:
             if self._current is not None:
@@ -185,7 +185,7 @@ class Collecting:
                     current.sampled_after.append(after)
                 self.last_call = after
                 yield
-        except TimeoutError:
+        except NotDue:
             raise self._cannot_follow() from None
 
     @contextmanager
@@ -200,7 +200,7 @@ class Collecting:
                 if self.ahead:
                     self.run.meter.add_seconds("wait", current_time() - began)
                 yield
-        except TimeoutError:
+        except NotDue:
             raise self._cannot_follow() from None
 
     def finish(self, iteration: Iteration) -> None:
