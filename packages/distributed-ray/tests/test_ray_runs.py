@@ -367,10 +367,6 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_a_folder_that_resumes(
         ),
         (["--launcher.gpus", "on"], r"^launcher ray needs 1 GPU for .*, but the cluster has 0; request less with "),
         (
-            ["--launcher.workers", "5"],
-            r"^--batch-size 4 is too small: some of the 5 workers of role actor get no row; raise it$",
-        ),
-        (
             ["--launcher.workers", "two"],
             r"^--launcher.workers 'two': give a number of workers, or NODESxDEVICES such as 2x4$",
         ),

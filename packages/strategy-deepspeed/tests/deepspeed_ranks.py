@@ -364,7 +364,6 @@ def wrong(folder: Path) -> dict[str, Any]:
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
     return {
-        "batch": mistake(lambda: run(folder, "plain", sharded("1"), "few", batch_size=1)),
         "dtype": mistake(lambda: run(folder, "plain", sharded("0"), "half", actor={"dtype": "float16"})),
         "hpz": mistake(lambda: run(folder, "plain", DeepSpeed(stage=3, hpz=3), "hpz")),
         "groups": mistake(lambda: run(folder, "plain", DeepSpeed(stage=1, sequence=3), "groups")),

@@ -132,7 +132,6 @@ def test_float16_skips_a_step_that_overflows_and_halves_the_scale(size: int, qui
 
 def test_mistakes_that_only_ranks_can_make_are_one_line_each(quick: dict[int, Path]) -> None:
     told = outcome(quick[2], "wrong")
-    assert told["batch"] == "batch_size=… 1 is too small: some of the 2 ranks have no prompt to sample on; raise it"
     assert "cannot train in float16 at stage 0" in told["dtype"]
     assert told["hpz"] == "DeepSpeed(hpz=…) 3 does not divide the 2 ranks; choose a number that does"
     assert "the model has no module of class 'Experts'; name one of" in told["leaves"]

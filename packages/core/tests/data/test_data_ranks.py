@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.contract.batch import Example
 from rlhf_core.contract.selection import Sampler
-from rlhf_core.data.chunks import assign_ranks
+from rlhf_core.data.chunks import assign_ranks, rank_bounds
 from rlhf_core.data.prefetch import Prefetcher
 from rlhf_core.data.rows import TokenizedRow
 from rlhf_core.data.stream import Stream
@@ -177,8 +177,10 @@ def test_ranks_keep_the_rows_that_they_own_as_far_as_shares_are_equal(
     order = assign_ranks(owners, ranks)
     assert sorted(order.tolist()) == list(range(rows))
     moved = fewest = 0
+    bounds = rank_bounds(rows, ranks).tolist()
+    assert bounds[1] - bounds[0] == -(-rows // ranks), "the first rank, which writes samples, has a row if any has"
     for rank in range(ranks):
-        mine = order[rank * rows // ranks : (rank + 1) * rows // ranks]
+        mine = order[bounds[rank] : bounds[rank + 1]]
         assert len(mine) in (rows // ranks, -(-rows // ranks))
         assert mine.tolist() == sorted(mine.tolist())
         moved += int((owners[mine] != rank).sum())

@@ -106,18 +106,16 @@ def test_a_model_is_no_distance_from_itself_and_prefers_nothing(
     assert 0 <= json.loads(capsys.readouterr().out)["eval/preference/accuracy"] <= 1
 
 
-@pytest.mark.parametrize(("rows", "most", "few"), [(1, 64, 1), (9, 1, 1), (0, 64, 0)])
-def test_fewer_held_out_rows_than_ranks_are_refused_in_one_line(rows: int, most: int, few: int, tmp_path: Path) -> None:
-    """A rank without a row would have nothing to sample, and under sharded weights the others would wait for it."""
+@pytest.mark.parametrize(("rows", "most", "few"), [(1, 64, 1), (9, 1, 1), (3, None, 3)])
+def test_held_out_rows_are_the_first_ones_and_without_any_the_error_is_one_line(
+    rows: int, most: int | None, few: int, tmp_path: Path
+) -> None:
     run = tiny_run(tmp_path / "run")
-    run.data.engines = {"data": lambda split: [SimpleNamespace()] * rows}  # type: ignore[assignment]
-    run.placed = SimpleNamespace(world=SimpleNamespace(rank=0, size=2))  # type: ignore[assignment]
-    told = f"{few} held-out rows are fewer than the 2 ranks" if rows else "the data has no held-out rows"
-    with pytest.raises(UsageError, match=rf"^{told}"):
+    run.data.engines = {"data": lambda split: [SimpleNamespace(number=i) for i in range(rows)]}  # type: ignore[assignment]
+    assert [row.number for row in run.heldout(most)] == list(range(few))  # type: ignore[attr-defined]
+    run.data.engines = {"data": lambda split: []}  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="^the data has no held-out rows"):
         run.heldout(most)
-    run.placed = SimpleNamespace(world=World())  # type: ignore[assignment]
-    if rows:
-        assert len(run.heldout(most)) == few
 
 
 def test_a_win_is_a_higher_reward_on_the_same_prompt_and_a_tie_counts_half(tmp_path: Path) -> None:

@@ -186,17 +186,22 @@ def test_two_ranks_with_other_numbers_of_abstentions_train_as_one(tmp_path: Path
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize(("abstained", "left"), [([True, True, False, True], None), ([True, False, False, True], 1)])
-def test_a_step_with_fewer_groups_than_ranks_is_skipped_by_all(abstained: list[bool], left: int | None) -> None:
-    """Skip a step with one group for two ranks, since one has nothing left; with two groups each gets one."""
+@pytest.mark.parametrize(
+    ("abstained", "left"),
+    [([True] * 4, [None, None]), ([True, True, False, True], [1, 0]), ([True, False, False, True], [1, 1])],
+)
+def test_groups_that_are_left_are_dealt_and_a_step_without_any_is_skipped_by_all(
+    abstained: list[bool], left: list[int | None]
+) -> None:
+    """One group for two ranks is the first rank's; with two groups each gets one."""
     scored = ScoredRollouts(tiny_rollouts(2, 2), RewardOutput(torch.zeros(4), abstained_N=torch.tensor(abstained)))
 
     def rank(world: World) -> int | None:
         mine = scored if world.rank == 0 else scored.rows([])
-        found = answered_rows(mine, world, [Answers.measure(scored), Answers(4, [], [])])
+        found = answered_rows(mine, world, [Answers.measure(scored), Answers(0, [], [])])
         return None if found is None else len(found)
 
-    assert together(rank, 2) == [left, left]
+    assert together(rank, 2) == left
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -64,5 +64,7 @@ def test_what_stands_in_for_no_rows_has_everything_that_a_row_has() -> None:
     assert len(unit) == 2 and set(unit.extras) == set(batch.extras)
     for name in ("advantages_NT", "labels_N"):
         assert unit[name].dtype == batch[name].dtype and not unit[name].any()
+    assert not unit.kept_sets
+    assert [len(each) for each in micro_batch(nothing, [], 0, unit=2, kept=True).kept_sets] == [1, 1]  # type: ignore[arg-type]
     again = micro_batch(batch, [torch.tensor([3]), torch.tensor([5])], 7)
     assert torch.equal(again.tokens_NT, batch.rows([5]).tokens_NT), "past the last, the last again"

@@ -155,7 +155,7 @@ class RayLauncher(SharingOptions, Launcher):
         """Return the groups of roles and engines that share bundles.
 
         Raises:
-            UsageError: options contradict each other, or the batch has fewer rows than a role has workers.
+            UsageError: options contradict each other.
         """
         if self.engines < 0:
             raise OptionError(
@@ -185,13 +185,6 @@ class RayLauncher(SharingOptions, Launcher):
                     "with these options, because engines would overwrite each other's weights at the servers; pass "
                     f"{option('engines', 1)}",
                 )
-            for role, shape in place.members.items():
-                if role != ENGINE and plan.config.batch_size < shape.workers:
-                    raise OptionError(
-                        "/batch_size",
-                        f"{plan.config.batch_size} is too small: some of the {shape.workers} workers of role {role} "
-                        "get no row; raise it",
-                    )
         return places
 
     def _usual_places(self, plan: Plan, sampled: str, devices: int, engines: int) -> list[Place]:

@@ -168,8 +168,8 @@ class Rollout(Provider):
     def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:
         """Return a context manager around all turns of a batch of episodes; its value is called to sample `role`.
 
-        All ranks take part in opening it, in the first turn and in closing it. The number of later turns differs between ranks,
-        so these turns must not have collective operations: an engine gathers sharded weights when the session opens.
+        All ranks take part in opening it, in the first turn (without prompts, of one token that is dropped) and in closing it.
+        The number of later turns differs, so they must not be collective: an engine gathers sharded weights as it opens.
         """
         return nullcontext(partial(self, role))
 

@@ -149,15 +149,15 @@ class RunView(Protocol):
         ...
 
     def heldout(self, most: int | None = None) -> Sequence[Example]:
-        """Return the held-out rows of the data, the first `most` of them; at least one for each rank.
+        """Return the held-out rows of the data, the first `most` of them. They may be fewer than ranks.
 
         Raises:
-            UsageError: there are none, or fewer than ranks.
+            UsageError: there are none.
         """
         ...
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling) -> Rollouts:
-        """Return `sampling.n` completions of the role `source` per prompt; collective over ranks."""
+        """Return `sampling.n` completions of the role `source` per prompt; collective over ranks, some without prompts."""
         ...
 
     def reward_of(self, rollouts: Batch) -> RewardOutput:

@@ -100,9 +100,10 @@ class Chunk:
 def rank_bounds(rows: int, ranks: int) -> np.ndarray:
     """Return where each rank's slice of a batch begins, and where the last one ends; int64, (ranks + 1,).
 
-    Slices differ by at most one row. Where there are fewer rows than ranks, some are empty.
+    Slices differ by at most one row. Where there are fewer rows than ranks, some are empty, but never the first: the first
+    rank writes samples for all.
     """
-    return np.arange(ranks + 1) * rows // ranks
+    return -(-np.arange(ranks + 1) * rows // ranks)
 
 
 def assign_ranks(owner_B: np.ndarray, ranks: int) -> np.ndarray:

@@ -188,13 +188,13 @@ class Encoder:
             tokens_NT=tokens_NT,
             lengths_N=lengths_N,
             mask_NT=mask_NT,
-            group_N=torch.tensor([group for group, *_ in flat]),
+            group_N=torch.tensor([group for group, *_ in flat], dtype=torch.long),
             labels=[example.label for example in chosen],
             meta=[_meta(example) for example in chosen],
             images=[row.images for _, row, _ in flat] if self.reader is not None else [],
             extras={
-                "uids_N": torch.tensor([uids[group] for group, *_ in flat]),
-                "row_N": torch.tensor([example.row for example in chosen]),
+                "uids_N": torch.tensor([uids[group] for group, *_ in flat], dtype=torch.long),
+                "row_N": torch.tensor([example.row for example in chosen], dtype=torch.long),
                 **{f"{name}_N": _column(chosen, name) for name in numbers},
             },
         )
@@ -366,7 +366,7 @@ class Encoder:
         kept = [(row, i) for row, i in short if row is not None]
         self.dropped += len(rows) - len(kept)
         self.truncated += sum(row.cut for row, _ in kept)
-        if not kept:
+        if rows and not kept:
             limit, budget = self._limits(answered=bool(rows and rows[0].completions))
             raise UsageError(
                 f"all {len(rows)} rows of a batch are longer than {limit} prompt tokens or {budget} tokens in "

@@ -21,7 +21,7 @@ def means_by_source(name: str, values_N: Tensor, meta: Sequence[Mapping[str, Any
     sources = sorted(set().union(*world.gather({source for source in own if source is not None})))
     means: dict[str, float] = {}
     for source in sources:  # the same on every rank, some of which have none of its rows
-        mine_N = torch.tensor([each == source for each in own])
+        mine_N = torch.tensor([each == source for each in own], dtype=torch.bool)
         total, count = world.sum(torch.stack([values_N[mine_N].double().sum(), mine_N.double().sum()])).tolist()
         means[f"{name}/{source}"] = total / count
     return means

@@ -79,7 +79,9 @@ class Heldout(Evaluator):
     def _means_of_metrics(self, rewards: RewardOutput, world: World) -> dict[str, float]:
         """Return the means of the reward's further metrics, where it has a value."""
         measured: dict[str, float] = {}
-        for name, values_N in rewards.metrics.items():
+        names = dict.fromkeys(name for names in world.gather(list(rewards.metrics)) for name in names)
+        for name in names:  # a rank without completions has none
+            values_N = rewards.metrics.get(name, torch.zeros(0))
             known_N = rewards.known.get(name, torch.ones(len(values_N), dtype=torch.bool)) & rewards.answered_N
             measured |= self._mean(name, values_N, known_N, world)
         return measured

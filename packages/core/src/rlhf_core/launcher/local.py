@@ -47,12 +47,6 @@ class Local(SharingOptions, Launcher):
                 f"one process cannot form a group of {together} ranks that share rows; start {together} processes"
             )
         world = data_world(together) if together > 1 else world
-        if plan.online and plan.config.batch_size < world.size:
-            raise OptionError(
-                "/batch_size",
-                f"{plan.config.batch_size} is too small: some of the {world.size} ranks have no prompt to sample "
-                "on; raise it",
-            )
         engine = plan.online and not plan.config.providers["rollout"].exact
         sharing = plan_sharing(self, plan, _device_bytes(), world.size, list(plan.roles), engine)
         shared = LocalTurns(plan, world, sharing) if sharing is not None else None

@@ -26,8 +26,8 @@ _RUN = {
     "grad_norm/<role>": "norm: norm of the role's gradient over all parameters, before clipping",
     "lr/<role>": "rate: the learning rate of the step",
     "skipped/<role>": "optimizer steps: updates of the role that the step left out: a number was not finite (under "
-    "on_nonfinite skip), float16 overflowed, the advantage chose no row to train on, the reward abstained from all samples, or "
-    "fewer groups remained than there are ranks; a step without any update has no loss/<role>",
+    "on_nonfinite skip), float16 overflowed, the advantage chose no row to train on, or the reward abstained from all "
+    "samples; a step without any update has no loss/<role>",
     "staleness/<role>": "optimizer steps: for a role that follows another one, steps that the other role has taken since "
     "its weights were last copied to this one",
     "loss_scale/<role>": "factor: multiplies float16 losses in the backward pass; halved when gradients overflow",

@@ -25,7 +25,7 @@ from rlhf_core.contract.episode import Action, Feedback, Session
 from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_uid
 from rlhf_core.errors import ContractError
-from rlhf_core.rollout.assemble import decode
+from rlhf_core.rollout.assemble import decode, pad_id
 from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
 from rlhf_core.rollout.failures import describe, late_session
@@ -77,13 +77,24 @@ def complete(
     limits: EpisodeLimits,
     encoder: RowEncoder,
 ) -> Rollouts:
-    """Return completions of `prompts`: what the engine samples, or episodes if there is an environment."""
+    """Return completions of `prompts`: what the engine samples, or episodes if there is an environment.
+
+    A rank without prompts takes part in the engine's first turn, with a token that it does not keep.
+    """
+    if not len(prompts):
+        with rollout.session(role) as sample:
+            return sample(_stand_in(encoder), replace(sampling, n=1, max_new_tokens=1)).rows([])
     if environment is None:
         return rollout(role, prompts, sampling)
     with rollout.session(role) as sample:
         if environment.drives:
             return drive(sample, environment, prompts, sampling, limits, encoder)
         return play(sample, environment, prompts, sampling, limits, encoder)
+
+
+def _stand_in(encoder: RowEncoder) -> Prompts:
+    """Return a prompt of one token, for the engine alone: no reward and no environment sees it."""
+    return Prompts(texts=[""], token_ids=[[pad_id(encoder.tokenizer)]], examples=[Example("")], uids=[0], images=[{}])
 
 
 def play(

@@ -139,20 +139,15 @@ class RunData:
             raise ContractError(f"sampler {type(provider).__qualname__} of {type(provider).__module__} {wrong}")
         return engine
 
-    def heldout(self, most: int | None, world: World) -> Sequence[Example]:
-        """Return the held-out rows, the first `most` of them; at least one for each rank.
+    def heldout(self, most: int | None) -> Sequence[Example]:
+        """Return the held-out rows, the first `most` of them.
 
         Raises:
-            UsageError: there are none, or fewer than ranks.
+            UsageError: there are none.
         """
         with options_under("/data"):
             found = self.read_apart("heldout")
             rows = found[:most] if isinstance(found, Sequence) else list(islice(found, most))
         if not rows:
             raise UsageError("the data has no held-out rows to evaluate on; see the data provider's options")
-        if len(rows) < world.size:
-            raise UsageError(
-                f"{len(rows)} held-out rows are fewer than the {world.size} ranks that share them; evaluate on more "
-                "rows, or start fewer ranks"
-            )
         return rows

@@ -25,6 +25,7 @@ from rlhf_core.run.rollout_metrics import log_completions, log_rewards
 from rlhf_core.training.abstentions import Answers, answered_rows, mark_abstained
 from rlhf_core.training.credit import prepare_rows
 from rlhf_core.training.dynamic_sampling import DynamicSampling, keep_sampling
+from rlhf_core.training.empty_shares import like_others
 from rlhf_core.training.nonfinite import keep_samples
 from rlhf_core.training.old_logprobs import keep_exact
 from rlhf_core.training.reward_shaping import RewardShaping
@@ -178,6 +179,8 @@ class Iteration:
         with self.meter.phase("data"):
             batch = self.run.encoder.batch(*self.rows)
             batch = replace(batch, world=self.world, step=self.info)
+            if self._lacks_rows:
+                batch = like_others(batch, self.world)
             batch = prepare_rows(self.run.plan, batch)  # it may pair rows in the order of ranks
             self.batches[DATA] = balance_rows(batch, self.world) if self._may_move else batch
 
@@ -248,9 +251,16 @@ class Iteration:
         """True if groups may move between ranks: no credit reads a prompt's rows of two sources together."""
         return not any(spec.parts for spec in self.run.plan.credits.values())
 
+    @property
+    def _lacks_rows(self) -> bool:
+        """True if some ranks have no row of a batch."""
+        return self.config.batch_size < self.world.size
+
     def judge(self, source: str, rollouts: Rollouts) -> ScoredRollouts:
         """Return completions of `source` with their rewards, and let the sampler of rows know what the policy earned."""
         scored = self._score_once(rollouts)
+        if self._lacks_rows:
+            scored = like_others(scored, self.world)
         missing = (~scored.rewards.answered_N).nonzero().flatten()
         if len(missing):
             self.left_out[source] = mark_abstained(scored.rows(missing))
@@ -287,7 +297,10 @@ class Iteration:
         engine, reward, precision = self.run.reward, self.config.providers["reward"], reward_precision(self.run.plan)
         with self.meter.phase("reward"):
             with options_under("/reward"):
-                raw = self.world.share(engine(self.run.reward_inputs(rollouts)))
+                read = self.run.reward_inputs(rollouts)
+                if not len(read):
+                    return ScoredRollouts(rollouts, RewardOutput(torch.zeros(0)))
+                raw = self.world.share(engine(read))
             try:
                 return ScoredRollouts(rollouts, to_reward_output(raw, rollouts, reward, precision))
             except NotFiniteReward as error:

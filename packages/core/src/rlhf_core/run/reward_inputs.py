@@ -36,9 +36,10 @@ def with_reward_needs(run: Run, rollouts: Batch) -> Batch:
         ContractError: the reward's own rows are not one per completion.
     """
     plan, reward = run.plan, run.config.providers["reward"]
+    reads = reward.reads_texts and len(rollouts) > 0  # a rank without completions reads what core makes up for it
     calls: dict[str, Callable[[], dict[str, Tensor]]] = {}
     for name in dict.fromkeys(need.role for need in plan.reward_needs):
-        rows = reward.role_rows(name, rollouts, run.data.encoder_of(name)) if reward.reads_texts else rollouts
+        rows = reward.role_rows(name, rollouts, run.data.encoder_of(name)) if reads else rollouts
         if len(rows) != len(rollouts):
             who = type(reward).__qualname__
             raise ContractError(f"{who}.role_rows({name!r}) gave {len(rows)} rows for {len(rollouts)} completions")

@@ -377,7 +377,7 @@ class Run:
 
     def heldout(self, most: int | None = None) -> Sequence[Example]:
         """Return the held-out rows of the data, the first `most` of them; at least one for each rank."""
-        return self.data.heldout(most, self.world)
+        return self.data.heldout(most)
 
     def rollouts(self, source: str, prompts: Prompts, sampling: Sampling, trained: bool = False) -> Rollouts:
         """Return completions of the role `source`, or episodes; with kept sets if they are to be `trained` on."""
@@ -392,7 +392,7 @@ class Run:
         """Return what the reward provider gives to completions, checked against its contract."""
         with options_under("/reward"):
             engine = self.reward  # not chosen: an error
-            raw = engine(self.reward_inputs(rollouts))
+            raw = engine(read) if len(read := self.reward_inputs(rollouts)) else []  # no rows on this rank
             return to_reward_output(raw, rollouts, self.config.providers["reward"], reward_precision(self.plan))
 
     def reward_inputs(self, rollouts: Batch) -> Batch:

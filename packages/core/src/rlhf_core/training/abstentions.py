@@ -1,7 +1,7 @@
 """Completions from which the reward abstained leave their group before anything reads it: no mean, baseline, filter or loss.
 
 A group that is left with one completion has no baseline, and its estimator decides what that is worth. Ranks agree: one that
-has no completion left gets groups of another, and where there are too few for every rank, the step leaves the weights alone.
+has no completion left gets groups of another, as far as there are enough. Without any group, the step leaves the weights alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Answers(NamedTuple):
 
 
 def answered_rows(scored: ScoredRollouts, world: World, ranks: Sequence[Answers]) -> ScoredRollouts | None:
-    """Return the rows to train on, at least a group on every rank; None if fewer groups than ranks are left.
+    """Return the rows to train on, at least a group on every rank as far as they go; None if no group is left.
 
     `ranks` are the `Answers` of every rank. Collective over `world` if groups must move.
 
@@ -51,7 +51,7 @@ def answered_rows(scored: ScoredRollouts, world: World, ranks: Sequence[Answers]
     answered = scored if scored.rewards.abstained_N is None else scored.keep_answered()
     if not any(rank.lacking for rank in ranks):
         return scored
-    if sum(len(rank.tokens) for rank in ranks) < world.size:
+    if not any(rank.tokens for rank in ranks):
         return None
     if not all(rank.tokens for rank in ranks):
         answered = share_evenly([answered], world)

@@ -137,7 +137,7 @@ def keep_sampling(
         sampled, accepted = iteration.world.sum(counts).tolist()
         prompts, kept = prompts + sampled, kept + accepted
     meter.log({"dynamic/rounds": len(rounds), "dynamic/prompts": prompts, "dynamic/kept": kept / prompts})
-    if kept < iteration.world.size:
+    if not kept:
         if iteration.step == 1:
             raise UsageError(
                 f"the filter {group_filter} accepts the completions of none of {prompts:.0f} prompts: choose other "

@@ -52,6 +52,8 @@ def accepted_groups(group_filter: Filter, rollouts: Rollouts, rewards: RewardOut
     Raises:
         ContractError: it returned something else; the message names the filter.
     """
+    if not len(rollouts):  # a rank without prompts, or the reward abstained
+        return torch.zeros(0, dtype=torch.bool)
     accepted_P = group_filter(rollouts, rewards)
     groups = len(rollouts.group_N.unique())
     who = f"filter {type(group_filter).__qualname__} of {type(group_filter).__module__}"

@@ -171,10 +171,12 @@ class LocalRole(Role):
         cuts = micro_rows(batch, self.budget.tokens, padding=bearable_padding(self.module))
         later = self._later_outputs(source) if len(cuts) == 1 else frozenset()
         with torch.enable_grad() if later else torch.inference_mode():
-            rounds = joint_rounds(cuts, self.world) if self.trainable.sharded else len(cuts)
+            rounds, kept = len(cuts), False
+            if self.trainable.sharded:
+                rounds, kept = joint_rounds(batch, cuts, self.world)
             for i in range(rounds):
                 report(f"reading with the {self.name}", i, rounds)
-                micro = micro_batch(batch, cuts, i)
+                micro = micro_batch(batch, cuts, i, kept=kept)
                 self.budget.record_attempt(micro)
                 outputs = self.forward_cache.compute(self.trainable, micro, names | later)
                 if later and not i:

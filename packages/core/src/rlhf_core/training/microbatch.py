@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.contract.batch import Batch
+from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.requirements import rest_of, shape_of
 from rlhf_core.contract.terms import PAIRS_ADVICE
 from rlhf_core.errors import UsageError
@@ -66,16 +67,20 @@ def micro_rows(batch: Batch, tokens: int, rows_per_unit: int = 1, padding: float
     return [(torch.tensor(units)[:, None] * rows_per_unit + rows_in_unit).flatten() for units in cuts]
 
 
-def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batch:
+def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1, kept: bool = False) -> Batch:
     """The i-th micro-batch. Past the last, on a rank that has fewer than another, the last again, to be given no weight; on
-    one that has none, a unit of one token each, without texts or labels, and with zero for every extra."""
+    one that has none, a unit of one token each, without texts or labels, and with zero for every extra.
+
+    With `kept`, that unit has kept sets, as the rows of other ranks do: ranks that gather weights must compute alike.
+    """
     if cuts:
         return batch.rows(cuts[min(i, len(cuts) - 1)])
     one_N, token_NT = torch.ones(unit, dtype=torch.long), torch.zeros(unit, 1, dtype=torch.long)
     lists: dict[str, Any] = {name: [None] * unit for name in batch._per_row()}
     return replace(
         batch,
-        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": [], "kept_sets": []},
+        **lists | {"prompts": [""] * unit, "texts": [""] * unit, "meta": [{}] * unit, "images": []},
+        kept_sets=[KeptSets.whole(1)] * unit if kept else [],
         prompt_NL=token_NT,
         prompt_lengths_N=one_N,
         tokens_NT=token_NT,
@@ -91,12 +96,13 @@ def micro_batch(batch: Batch, cuts: list[Tensor], i: int, unit: int = 1) -> Batc
     )
 
 
-def joint_rounds(cuts: list[Tensor], world: World) -> int:
-    """Return how many forward passes every rank runs for this rank's micro-batches `cuts`.
+def joint_rounds(batch: Batch, cuts: list[Tensor], world: World) -> tuple[int, bool]:
+    """Return how many forward passes every rank runs for this rank's micro-batches `cuts`, and if any rank has kept sets.
 
     Ranks step together, since weights may be sharded over them: one that has fewer repeats rows with no weight.
     """
-    return max(world.gather(len(cuts))) if world.size > 1 else len(cuts)
+    rounds, kept = zip(*world.gather((len(cuts), bool(batch.kept_sets))), strict=True)
+    return max(rounds), any(kept)
 
 
 def padding_share(batch: Batch, cuts: list[Tensor], packs: bool = False) -> float:

@@ -261,7 +261,7 @@ class OptimizerStep:
         for i in range(rounds):
             report(f"training the {self.name}", i, rounds)
             live = float(i < len(cuts))
-            micro = micro_batch(batch, cuts, i, unit)
+            micro = micro_batch(batch, cuts, i, unit, counts.kept)
             self.budget.record_attempt(micro, unit)
             outputs = _to_batch_device(
                 micro,
@@ -270,7 +270,7 @@ class OptimizerStep:
             loss: Tensor | float = 0.0
             values: dict[str, Tensor] = {}
             for term, credited in terms:
-                own = micro if credited is batch else micro_batch(credited, cuts, i, unit)
+                own = micro if credited is batch else micro_batch(credited, cuts, i, unit, counts.kept)
                 own = self._with_old_logprobs(term, own, outputs)
                 result = check_loss_terms(term, term.loss(outputs, own), own)
                 divisor = max(counts.denominator(result.reduction, term.unit), 1e-12)

@@ -61,17 +61,21 @@ class Counts:
     """tokens that forward passes read"""
     units: Mapping[str, float]
     """denominators of losses, by the unit of a reduction"""
+    kept: bool
+    """True if a rank has kept sets"""
 
     @staticmethod
     def measure(batch: Batch, rounds: int) -> Counts:
         """Return the counts of a rank's rows, which are cut into so many micro-batches."""
-        return Counts(rounds, token_count(batch), {per: _count_per(per, batch) for per in REDUCTIONS})
+        units = {per: _count_per(per, batch) for per in REDUCTIONS}
+        return Counts(rounds, token_count(batch), units, bool(batch.kept_sets))
 
     @staticmethod
     def add_up(ranks: Sequence[Counts]) -> Counts:
         """Return the counts of all ranks together."""
         units = {per: sum(rank.units[per] for rank in ranks) for per in REDUCTIONS}
-        return Counts(max(rank.rounds for rank in ranks), sum(rank.tokens for rank in ranks), units)
+        rounds, tokens = max(rank.rounds for rank in ranks), sum(rank.tokens for rank in ranks)
+        return Counts(rounds, tokens, units, any(rank.kept for rank in ranks))
 
     def denominator(self, reduction: Reduction, rows_per_unit: int = 1) -> float:
         """Return the denominator of a reduction; `rows_per_unit` rows are one sample."""
