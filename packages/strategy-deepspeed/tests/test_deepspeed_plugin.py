@@ -17,6 +17,8 @@ from rlhf_core.contract.plan import Plan
 from rlhf_core.contract.providers import Launcher
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, UsageError
+from rlhf_core.forecast.forecast import forecast
+from rlhf_core.forecast.options import PlanOptions
 from rlhf_core.testing import tiny_run
 from rlhf_core.training.planner import make_plan
 from rlhf_strategy_deepspeed import plugin, strategy
@@ -120,6 +122,16 @@ def test_ranks_that_share_rows_need_a_launcher_of_one_process() -> None:
             UsageError, match="the launcher Apart gives each rank separate rows, but with this strategy several"
         ):
             make_plan(config)
+
+
+def test_a_plan_needs_whole_groups_of_devices() -> None:
+    for sharing in (DeepSpeed(sequence=2), DeepSpeed(tensor=2)):
+        config = make_config(TINY, model="tiny", strategy=sharing)
+        with pytest.raises(
+            UsageError, match="3: devices cannot form groups of 2 that share rows; pass a multiple of 2$"
+        ):
+            forecast(config, PlanOptions(gpus=3))
+        assert forecast(config, PlanOptions(gpus=4)).roles["actor"].memory.weights > 0
 
 
 def test_an_unknown_stage_is_one_line_and_exit_code_2() -> None:

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from rlhf_core import Run, make_config
 from rlhf_core.cli.app import main
 from rlhf_core.contract.memory import ModelSize, RoleMemory
+from rlhf_core.errors import UsageError
 from rlhf_core.forecast.forecast import Forecast, forecast
 from rlhf_core.forecast.options import GPUS, PlanOptions
 from rlhf_core.forecast.seconds import Rates, forward_operations, training_seconds
@@ -211,6 +212,27 @@ def test_a_strategy_may_say_its_own() -> None:
     )
     alone, both = (forecast(config, PlanOptions(gpus=n)).roles["actor"].memory for n in (1, 2))
     assert both.optimizer == alone.optimizer // 2
+
+
+def test_devices_that_share_rows_are_whole_groups_that_divide_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four devices in groups of two have the rows of two devices, and each device does half of the work on its group's rows."""
+    from rlhf_core.strategy.torch import TorchStrategy
+
+    class Pairs(TorchStrategy):
+        ranks_per_row = 2
+
+    alone = config_of("sft", 16, 16, 8, model=SMALL)
+    pairs = replace(alone, providers={**alone.providers, "strategy": Pairs()})
+    stated = {"tflops": 1.0, "gb_s": 1e6}
+    found, expected = forecast(pairs, PlanOptions(gpus=4, **stated)), forecast(alone, PlanOptions(gpus=2, **stated))
+    ours, theirs = found.roles["actor"], expected.roles["actor"]
+    assert (ours.rows, ours.rounds) == (theirs.rows, theirs.rounds)
+    assert ours.memory.activations == theirs.memory.activations > 0
+    for phase, whole in zip(found.phases, expected.phases, strict=True):
+        assert phase.seconds and whole.seconds == pytest.approx(2 * phase.seconds, rel=1e-3)
+    for gpus in (1, 3):
+        with pytest.raises(UsageError, match=rf"plan.gpus.* {gpus}: devices cannot form groups of 2 .*multiple of 2$"):
+            forecast(pairs, PlanOptions(gpus=gpus))
 
 
 def test_adapters_are_not_charged_for_gradients_of_frozen_matrices() -> None:

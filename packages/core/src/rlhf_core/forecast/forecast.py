@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.memory import ModelSize, RoleMemory, SamplingLoad
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.plan import DATA
+from rlhf_core.errors import OptionError
 from rlhf_core.forecast.options import GPUS, PlanOptions
 from rlhf_core.forecast.passes import Passes, run_passes
 from rlhf_core.forecast.seconds import (
@@ -110,13 +111,18 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
     """Return what the run of `config` needs on each of its devices.
 
     Raises:
-        UsageError: the configuration cannot work, or a model cannot be read.
+        UsageError: the configuration cannot work on so many devices, or a model cannot be read.
     """
-    plan = make_plan(config)
+    plan, strategy = make_plan(config), config.providers["strategy"]
+    if options.gpus % strategy.ranks_per_row:
+        raise OptionError(
+            "/plan.gpus",
+            f"{options.gpus}: devices cannot form groups of {strategy.ranks_per_row} that share rows; pass a multiple of "
+            f"{strategy.ranks_per_row}",
+        )
     device = "cuda" if options.gpu or options.gpu_gib or torch.cuda.is_available() else "cpu"
-    load = Workload.for_run(plan, options, options.gpus)
+    load = Workload.for_run(plan, options, options.gpus // strategy.ranks_per_row)
     passes = {name: _passes(plan, spec, load, device) for name, spec in plan.roles.items()}
-    strategy = config.providers["strategy"]
     memory = {name: strategy.memory(each.memory, each.size, options.gpus) for name, each in passes.items()}
     device_bytes = _device_bytes(options)
     free = max(0, device_bytes - sum(each.resident for each in memory.values()))
@@ -171,7 +177,11 @@ def _phases(
     sampling: Mapping[str, SamplingLoad],
     rates: Rates | None,
 ) -> tuple[Phase, ...]:
-    """Return the phases of a step with the most bytes that all roles of a device hold in each."""
+    """Return the phases of a step with the most bytes that all roles of a device hold in each.
+
+    Ranks that share rows divide what a role computes on them, and each samples all of them.
+    """
+    together = plan.config.providers["strategy"].ranks_per_row
     resident = sum(each.resident for each in memory.values())
     found = []
     for name in plan.sources:
@@ -184,7 +194,7 @@ def _phases(
             operations = forward_operations(passes[name], rows, load.prompt, load.completion)
             held = max(memory[name].inference, graphs.get(name, 0))
             others = sum(graph for other, graph in graphs.items() if other != name)
-            seconds = operations / rates.operations if rates else None
+            seconds = operations / together / rates.operations if rates else None
             found.append(Phase(f"read {name}", resident + others + held, seconds))
     for number, name in enumerate(plan.trained_roles):
         waiting = sum(graphs.get(other, 0) for other in plan.trained_roles[number + 1 :])
@@ -194,7 +204,7 @@ def _phases(
             operations = forward_operations(passes[name], load.trained_rows(spec), load.prompt, load.completion)
             options = spec.options
             recomputes = isinstance(options, TrainedOptions) and options.gradient_checkpointing
-            seconds = training_seconds(passes[name], operations, rates, recomputes)
+            seconds = training_seconds(passes[name], operations / together, rates, recomputes)
             seconds += steps * update_seconds(memory[name], rates)
         found.append(Phase(f"train {name}", resident + waiting + memory[name].training, seconds))
     return tuple(found)

@@ -40,7 +40,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a step on one of `ranks` devices that share the data."""
+    """The rows of a step on one of `ranks` devices, or groups of devices, that share the data."""
 
     plan: Plan
     prompt: int
