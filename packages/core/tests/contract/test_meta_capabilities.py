@@ -50,6 +50,7 @@ FOREIGN = {
         "boi_token": "a processor of transformers",
         "image_token": "a processor of transformers",
     },
+    "core/models/inputs/packing": {"layer_types": "a config of transformers"},
     "core/models/inputs/packed_attention": ("head_dim", "is_causal", "num_attention_heads"),
     "core/models/inputs/vision": {
         "vision_config": "a config of transformers",

@@ -15,6 +15,7 @@ from transformers import (
     DeepseekV3Config,
     GPTJConfig,
     GptOssConfig,
+    Llama4ForCausalLM,
     Llama4TextConfig,
     MptConfig,
     XLMConfig,
@@ -81,6 +82,15 @@ def test_what_has_no_sdpa_computes_with_eager_and_says_so(
 def test_llama_4s_text_model_is_trained_though_its_body_has_another_name(tmp_path: Path) -> None:
     sizes = {**EXPERTS, **SIZES, "head_dim": 8, "intermediate_size_mlp": 32, "attention_chunk_size": 4}
     folder = save(Llama4TextConfig(**sizes), tmp_path)
+    assert difference(folder) < 1e-4
+
+
+def test_layers_that_attend_within_chunks_are_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens do not show it: rows are longer than a chunk of four, which is in a mask. Also if it had flash attention."""
+    monkeypatch.setattr(Llama4ForCausalLM, "_supports_flash_attn", True)
+    sizes = {**EXPERTS, **SIZES, "head_dim": 8, "intermediate_size_mlp": 32, "attention_chunk_size": 4}
+    folder = save(Llama4TextConfig(**sizes), tmp_path)
+    assert not build_module(spec("logprobs_NT", model=folder)).packs
     assert difference(folder) < 1e-4
 
 

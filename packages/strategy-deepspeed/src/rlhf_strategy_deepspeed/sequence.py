@@ -30,6 +30,7 @@ def join_rows(module: Any, options: DeepSpeedOptions) -> World:
     if options.sequence == 1:
         return TorchWorld()
     from rlhf_core.models.inputs.packed_attention import NAME
+    from rlhf_core.models.inputs.packing import has_chunks
     from rlhf_core.models.inputs.sequence import SequenceShards
     from rlhf_strategy_deepspeed.ring import RingAttention, check_layers, zigzag
 
@@ -43,6 +44,11 @@ def join_rows(module: Any, options: DeepSpeedOptions) -> World:
     else:
         _check_heads(text, size)
     if not module.packing or text._attn_implementation != NAME:
+        if has_chunks(text):
+            raise OptionError(
+                "sequence",
+                f"{size} cuts packed rows, but this model has chunked_attention layers, which need whole rows; leave it out",
+            )
         raise UsageError(
             f"{option('sequence', size)} cuts packed rows, which this model's attention {text._attn_implementation!r} does not "
             "take; use attention sdpa and packing, or leave it out"

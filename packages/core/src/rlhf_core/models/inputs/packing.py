@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.options import ModelOptions
     from rlhf_core.models.inputs.arrange import Inputs
 
-__all__ = ["PackedRows", "can_pack", "check_packing", "pack_rows"]
+__all__ = ["PackedRows", "can_pack", "check_packing", "has_chunks", "pack_rows"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,20 @@ def pack_rows(inputs: Inputs) -> tuple[PackedRows, Inputs]:
     return rows, replace(inputs, states_M=place_NS[inputs.states_M], last_N=place_NS[inputs.last_N])
 
 
+def has_chunks(text: Any) -> bool:
+    """Return True if a text config has layers in which a token attends to those of its chunk of the row alone."""
+    return "chunked_attention" in (getattr(text, "layer_types", None) or ())
+
+
 def can_pack(model: Any) -> bool:
     """Return True if the model's attention can keep rows apart; if it is `sdpa`, it becomes `packed_attention`.
 
     Tried out on two rows of three tokens, where the model is; flash attention, which has no CPU, is taken at its word.
+    Layers that attend within chunks (Llama 4) get these in a mask, which packed rows do not have.
     """
     text = model.config.get_text_config(decoder=True)
+    if has_chunks(text):
+        return False
     flash = uses_flash(text)
     supported = model._supports_flash_attn and model._supports_attention_backend
     if flash or not supported or text._attn_implementation != "sdpa":
