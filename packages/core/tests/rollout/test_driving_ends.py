@@ -18,7 +18,7 @@ from rlhf_core.contract.driving import EpisodeOver, Outcome, Policy
 from rlhf_core.contract.episode import Feedback, Session
 from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.contract.providers import Environment
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.rollout.driving import drive
 
 SCRIPT = {"ab": [*b"c", EOS], "zz": [*b"e", EOS], "x": [*b"y", EOS]}
@@ -107,6 +107,17 @@ async def compact(policy: Policy, example: Example) -> Outcome:
 
 def test_an_agent_that_continues_in_a_shorter_context_was_not_ended_by_the_limit() -> None:
     assert driven(Script(SCRIPT), compact, "ab").finish == ["stop"]
+
+
+def test_a_metric_that_is_not_declared_breaks_the_contract() -> None:
+    """It would be logged nowhere."""
+
+    async def agent(policy: Policy, example: Example) -> Outcome:
+        await policy.ask(ids_of(example))
+        return Outcome(metrics={"called": 1.0})
+
+    with pytest.raises(ContractError, match=r"returned a metric 'called' that is not in its `metrics`: \('calls',\)"):
+        driven(Script(SCRIPT), agent, "ab")
 
 
 def test_an_exception_long_after_a_limit_is_a_failure() -> None:

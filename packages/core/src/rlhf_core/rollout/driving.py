@@ -170,11 +170,7 @@ class _Player:
         try:
             async with asyncio.timeout(table.time_left()) as timer:
                 outcome = await session.drive(_EpisodePolicy(self, episode))
-            if not isinstance(outcome, Outcome):
-                raise ContractError(
-                    f"{describe(table.environment, self._example(episode))} returned {outcome!r}, which is not an "
-                    "Outcome"
-                )
+            self._check(outcome, episode)
             episode.end(outcome)
         except TimeoutError:
             if not timer.expired():
@@ -184,6 +180,16 @@ class _Player:
             closing = session.close()
             if isawaitable(closing):
                 await closing
+
+    def _check(self, outcome: object, episode: DrivenEpisode) -> None:
+        """Raise `ContractError` if a session returned anything else than an outcome with declared metrics."""
+        environment = self.table.environment
+        told = f"{describe(environment, self._example(episode))} returned"
+        if not isinstance(outcome, Outcome):
+            raise ContractError(f"{told} {outcome!r}, which is not an Outcome")
+        for name in outcome.metrics:
+            if name not in environment.metrics:
+                raise ContractError(f"{told} a metric {name!r} that is not in its `metrics`: {environment.metrics}")
 
     def _example(self, episode: DrivenEpisode) -> Any:
         return self.table.prompts.examples[episode.prompt]
