@@ -17,8 +17,9 @@ from rlhf_core.config.builder import parse  # noqa: E402
 from rlhf_core.contract.memory import RoleMemory  # noqa: E402
 from rlhf_core.launcher import sharing  # noqa: E402
 from rlhf_core.launcher.residents import GIB  # noqa: E402
+from rlhf_core.launcher.sharing import SharingOptions  # noqa: E402
 from rlhf_distributed_ray.placement import Layout, Seat  # noqa: E402
-from rlhf_distributed_ray.sharing import neighbors  # noqa: E402
+from rlhf_distributed_ray.sharing import RayTurns, neighbors  # noqa: E402
 
 WORK = 2**20
 BUDGET = (2 * 1_400_000 + WORK) / GIB
@@ -84,3 +85,16 @@ def test_who_meets_in_a_bundle_takes_turns() -> None:
         ["actor", "reference", "engine"],
         ["judge"],
     ]
+
+
+def test_roles_share_their_gpu_though_another_place_has_none(small: None) -> None:
+    """A place with `GPU=0` says nothing about the GPUs of the others."""
+    registry = Registry()
+    words = ["ppo", "--model", "tiny", "--data", "prompts", "--reward", "length", "--output", "unused"]
+    plan = Run(parse(words, registry), registry).plan
+    seats = {"actor": (Seat(0, 0),), "critic": (Seat(0, 0),), "reference": (Seat(1, 0),)}
+    layout = Layout((({"GPU": 1.0},), ({"CPU": 1.0},)), ("PACK", "PACK"), seats)
+    gpu = GIB + 3 * WORK  # less a context of half a GiB for each process: room for one role at work
+    turns = RayTurns(SharingOptions(), plan, layout, {"actor": gpu, "critic": gpu, "reference": 0})
+    assert turns.chains(list(seats)) == [["actor", "critic"], ["reference"]]
+    assert turns._of.keys() == {"actor", "critic"}

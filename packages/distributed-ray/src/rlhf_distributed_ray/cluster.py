@@ -109,7 +109,7 @@ class Cluster:
             engine = EngineGroup(EngineCrew(crews.pop(ENGINE), self.hire_engine, self.limits.retries, midway))
         for role, crew in crews.items():
             check_devices(role, crew.call("devices"))
-        device_bytes = min(size for crew in crews.values() for size in crew.call("device_bytes"))
+        device_bytes = {role: min(crew.call("device_bytes")) for role, crew in crews.items()}
         self.turns = RayTurns(self.sharing, self.plan, self.layout, device_bytes)
         roles = {role: self.turns.group(role, crews[role], shipper) for role in self.plan.roles}
         call_chains({role: partial(self._load, group) for role, group in roles.items()}, self.turns.chains(list(roles)))

@@ -50,10 +50,10 @@ class RayTurns:
         options: of the launcher.
         plan: the run.
         layout: who sits where.
-        device_bytes: memory of the smallest GPU of a worker; 0 if they have none.
+        device_bytes: by role, memory of the smallest GPU of a worker; 0 if they have none.
     """
 
-    def __init__(self, options: SharingOptions, plan: Plan, layout: Layout, device_bytes: int) -> None:
+    def __init__(self, options: SharingOptions, plan: Plan, layout: Layout, device_bytes: Mapping[str, int]) -> None:
         self.plan = plan
         self._sets: list[Sharing] = []
         self._of: dict[str, Sharing] = {}
@@ -61,7 +61,8 @@ class RayTurns:
         for names in neighbors(layout):
             roles = [name for name in names if name != ENGINE]
             ranks = min((len(layout.seats[name]) for name in roles), default=1)
-            free = max(0, device_bytes - CONTEXT_BYTES * len(names)) if device_bytes else 0
+            here = min((device_bytes[name] for name in roles), default=0)  # other places may have no GPU
+            free = max(0, here - CONTEXT_BYTES * len(names))
             found = plan_sharing(options, plan, free, ranks, roles, ENGINE in names)
             if found is not None:
                 self._sets.append(found)
