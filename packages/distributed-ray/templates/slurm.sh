@@ -7,6 +7,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 set -euo pipefail
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" # since SLURM 22.05 a step without it gets one core
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')

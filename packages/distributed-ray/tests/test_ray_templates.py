@@ -29,6 +29,25 @@ def test_the_slurm_template_is_bash_and_its_flags_exist() -> None:
     assert flags and flags <= set(RayLauncher.__dataclass_fields__)
 
 
+def test_the_steps_of_the_slurm_template_get_the_cores_of_the_job(tmp_path: Path) -> None:
+    """srun does not inherit the job's cores per task since SLURM 22.05, so Ray's nodes would have one core each."""
+    for name, body in {
+        "scontrol": "echo node1; echo node2",
+        "srun": 'echo "${SRUN_CPUS_PER_TASK:-1} $*" >> "$SEEN"; echo 10.0.0.1',
+        "sleep": "",
+        "openssl": "echo 00",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    seen = tmp_path / "seen"
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64"}
+    environment = {**job, "SEEN": str(seen), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", str(TEMPLATES / "slurm.sh")], env=environment, check=True, capture_output=True, timeout=60)
+    steps = seen.read_text("utf-8").splitlines()
+    assert any("rlhf-run grpo" in step for step in steps)
+    assert all(step.startswith("64 ") for step in steps)
+
+
 def test_the_kuberay_template_is_a_job_whose_workers_fit_its_largest_size() -> None:
     yaml = pytest.importorskip("yaml", reason="comes with ray")
     job = yaml.safe_load((TEMPLATES / "kuberay.yaml").read_text("utf-8"))
