@@ -111,6 +111,12 @@ def test_a_place_may_do_without_gpus() -> None:
     assert layout.groups == (({"CPU": 1.0},), ({"CPU": 1.0, "GPU": 1.0},))
 
 
+def test_a_place_of_nothing_is_refused_in_one_line() -> None:
+    """Ray ends with a traceback where a bundle is empty."""
+    with pytest.raises(UsageError, match=r"^place gives b no resource at all; give CPU or another one$"):
+        lay_out(parse_places("a@1,b@1,CPU=0", ["a", "b"], "", "PACK", 1), cpus=1, gpus=False)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -133,6 +139,8 @@ def test_a_place_may_do_without_gpus() -> None:
         ("actor+critic@2,engine[tp=4]@1", r"^place 'engine\[tp=4\]': each engine of this run uses 1 GPU; "),
         ("actor+critic@2,GPU=0.5", r"^place 'GPU=0.5': give RESOURCE=AMOUNT, such as GPU=0 or RAM=64, and whole GPUs$"),
         ("actor+critic@2,RAM=much", r"^place 'RAM=much': give RESOURCE=AMOUNT"),
+        ("actor+critic@2,gpu=0", r"^place 'gpu=0': a worker cannot request gpu; Ray's name is GPU$"),
+        ("actor+critic@2,object_store_memory=9", r"^place '.*': a worker cannot request object_store_memory$"),
     ],
 )
 def test_what_is_no_partition_is_refused_in_one_line(text: str, told: str) -> None:
@@ -231,3 +239,26 @@ def test_several_engines_that_bring_weights_to_servers_are_refused_in_one_line(o
     with pytest.raises(UsageError, match=r"engines 2 is not supported by rollout .*Served.*; pass engines = 1$"):
         places(Served(), **options)
     assert places(FakeRollout(), **options)["engine"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"cpus": 0.0}, "cpus 0: give at least 0.0001, the smallest share that Ray counts"),
+        ({"cpus": -1.0}, "cpus -1: give at least 0.0001, the smallest share that Ray counts"),
+        ({"cpus": float("nan")}, "cpus nan: give at least 0.0001, the smallest share that Ray counts"),
+        ({"patience": float("nan")}, "patience nan: give a number of seconds above 0"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"wait": -1.0}, "wait must be at least 0, not -1.0"),
+        (
+            {"workers": "2:STRICT_SPREAD"},
+            "workers '2:STRICT_SPREAD': roles that share a place must have the same layout; use strategy",
+        ),
+    ],
+)
+def test_numbers_and_strategies_that_would_do_nothing_are_refused_before_a_start(
+    options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        places(FakeRollout(), **options)
+    assert str(caught.value).startswith(told)

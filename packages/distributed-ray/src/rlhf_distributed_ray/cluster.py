@@ -221,6 +221,7 @@ class Cluster:
         actor = ray.remote(concurrency_groups={GROUP: 1, WEIGHTS: 1})(body).options(
             num_cpus=share.pop("CPU", 0),
             num_gpus=share.pop("GPU", 0),
+            memory=share.pop("memory", None),  # bytes, which Ray refuses among `resources`
             resources=share,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.groups[seat.group], seat.bundle),
             runtime_env=self.surroundings.runtime_environment(**hidden),

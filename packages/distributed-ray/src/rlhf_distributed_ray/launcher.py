@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf_core.contract.providers import Launcher
+from rlhf_core.contract.ranges import at_least
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import MissingPackage, OptionError, option
 from rlhf_core.launcher.sharing import SharingOptions
@@ -36,6 +37,7 @@ __all__ = ["RayLauncher"]
 
 LOWEST = (2, 50)
 KNOCK_SECONDS = 5
+SMALLEST_SHARE = 0.0001  # of a CPU; a bundle of nothing is none
 PLACING_SECONDS = 60.0  # an idle cluster places a group in well under a second
 REASON = 150  # characters of Ray's message: a line
 
@@ -110,12 +112,6 @@ class RayLauncher(SharingOptions, Launcher):
             )
 
     def __call__(self, plan: Plan) -> Placement:
-        for name in ("patience", "stall", "timeout", "room"):
-            if (seconds := vars(self)[name]) <= 0:
-                raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
-        for name in ("retries", "snapshot_every"):
-            if (number := vars(self)[name]) < 0:
-                raise OptionError(name, f"{number}: must be at least 0")
         places = self._places(plan)
         variables, secrets = travelling_variables(os.environ, self.env)
         runtime = read_runtime_environment(self.runtime_env)
@@ -157,10 +153,7 @@ class RayLauncher(SharingOptions, Launcher):
         Raises:
             UsageError: options contradict each other.
         """
-        if self.engines < 0:
-            raise OptionError(
-                "engines", f"{self.engines}: must be at least 1, or 0 for one engine per worker of the sampled role"
-            )
+        self._check_numbers()
         sampled = _sampled_role(plan)
         rollout = plan.config.providers["rollout"] if sampled else None
         devices, single = (rollout.devices, rollout.single_engine) if rollout is not None else (1, False)
@@ -187,6 +180,22 @@ class RayLauncher(SharingOptions, Launcher):
                 )
         return places
 
+    def _check_numbers(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if self.engines < 0:
+            raise OptionError(
+                "engines", f"{self.engines}: must be at least 1, or 0 for one engine per worker of the sampled role"
+            )
+        for name in ("patience", "stall", "timeout", "room"):
+            if not (seconds := vars(self)[name]) > 0:
+                raise OptionError(name, f"{seconds:g}: give a number of seconds above 0")
+        if not SMALLEST_SHARE <= self.cpus < float("inf"):
+            raise OptionError(
+                "cpus", f"{self.cpus:g}: give at least {SMALLEST_SHARE:g}, the smallest share that Ray counts"
+            )
+        at_least(0, self, "retries", "snapshot_every", "wait")
+        at_least(1, self, "threads")
+
     def _usual_places(self, plan: Plan, sampled: str, devices: int, engines: int) -> list[Place]:
         """The one place of `together`, or the places of `separate`; 0 `engines` follow the sampled role's workers."""
         members = self._shapes(plan)
@@ -201,21 +210,26 @@ class RayLauncher(SharingOptions, Launcher):
 
     def _shapes(self, plan: Plan) -> dict[str, Shape]:
         """Workers of each role of the plan."""
-        shapes = dict.fromkeys(plan.roles, parse_shape(self.workers, "workers"))
+        shapes = dict.fromkeys(plan.roles, self._shape(self.workers, "workers"))
         for text in self.role_workers:
-            role, _, shape = text.partition("=")
+            role = text.partition("=")[0]
             if role not in shapes:
                 raise OptionError(
                     "role_workers", f"{text!r}: this run has no role {role!r}; it has {', '.join(shapes)}"
                 )
-            shapes[role] = parse_shape(shape, "role_workers")
-            if shapes[role].strategy and self.place == "together":
-                raise OptionError(
-                    "role_workers",
-                    f"{text!r}: roles that share a place must have the same layout; use {option('strategy')}, or "
-                    f"{option('place', 'separate')}",
-                )
+            shapes[role] = self._shape(text, "role_workers")
         return shapes
+
+    def _shape(self, text: str, field: str) -> Shape:
+        """The workers that `2x4`, or `actor=2x4` of `role_workers`, gives a role."""
+        shape = parse_shape(text.partition("=")[2] if field == "role_workers" else text, field)
+        if shape.strategy and self.place == "together":
+            raise OptionError(
+                field,
+                f"{text!r}: roles that share a place must have the same layout; use {option('strategy')}, or "
+                f"{option('place', 'separate')}",
+            )
+        return shape
 
     def _lay_out(self, places: list[Place]) -> Layout:
         """The layout on the cluster that this process has joined, which can hold it."""

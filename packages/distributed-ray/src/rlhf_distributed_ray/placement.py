@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 
-from rlhf_core.errors import UsageError, option
+from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_distributed_ray.places import Place, Resources
 
 __all__ = ["Layout", "Seat", "check_capacity", "check_devices", "find_lack", "lay_out"]
@@ -62,7 +62,11 @@ class Layout:
 
 
 def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
-    """Bundles and seats for `places`: `cpus` for each worker, and with `gpus` as many in a bundle as its place requests."""
+    """Bundles and seats for `places`: `cpus` for each worker, and with `gpus` as many in a bundle as its place requests.
+
+    Raises:
+        UsageError: a bundle would have nothing.
+    """
     strategies: list[str] = []
     apart: list[frozenset[int]] = []
     seats: dict[str, tuple[Seat, ...]] = {}
@@ -88,7 +92,10 @@ def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
         place = place_of[seat.group]
         bundle = {"CPU": occupied.count(seat) * cpus, **({"GPU": float(place.devices)} if gpus else {})}
         asked = {**bundle, **place.resources}
-        groups[seat.group].append({name: amount for name, amount in asked.items() if amount})
+        some = {name: amount for name, amount in asked.items() if amount}
+        if not some:  # Ray has no such bundle
+            raise OptionError("place", f"gives {', '.join(place.members)} no resource at all; give CPU or another one")
+        groups[seat.group].append(some)
     return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, tuple(apart))
 
 

@@ -138,6 +138,9 @@ def _with_resource(place: Place, part: str) -> Place:
         number = -1.0
     if not name or not 0 <= number < float("inf") or (name == "GPU" and number != int(number)):
         raise OptionError("place", f"{part!r}: give RESOURCE=AMOUNT, such as GPU=0 or RAM=64, and whole GPUs")
+    if name == "object_store_memory" or (name.upper() in ("CPU", "GPU") and name != name.upper()):
+        known = f"; Ray's name is {name.upper()}" if name != "object_store_memory" else ""
+        raise OptionError("place", f"{part!r}: a worker cannot request {name}{known}")
     return replace(place, resources={**place.resources, name: number})
 
 
