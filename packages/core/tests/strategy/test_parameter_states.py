@@ -74,13 +74,13 @@ def test_a_folder_of_an_earlier_version_is_one_line(tmp_path: Path) -> None:
         trained(0).load(str(tmp_path))
 
 
-def trained(steps: int) -> Any:
+def trained(steps: int, dtype: str = "float32") -> Any:
     """A tiny role after so many steps."""
     from rlhf_core.contract.options import TrainedOptions
     from rlhf_core.contract.plan import RoleSpec
     from rlhf_core.models.build import build_module
 
-    spec = RoleSpec("actor", TrainedOptions(model="tiny"), NAMES, terms=(("data", None),))  # type: ignore[arg-type]
+    spec = RoleSpec("actor", TrainedOptions(model="tiny", dtype=dtype), NAMES, terms=(("data", None),))  # type: ignore[arg-type]
     role = TorchStrategy("cpu")(lambda: build_module(spec), AdamW(lr=1e-2, weight_decay=0.1), 10)
     for _ in range(steps):
         update(role)
@@ -117,3 +117,17 @@ def test_torch_goes_on_from_pieces_as_from_its_own_files(tmp_path: Path) -> None
         found.append((again.steps_done, dict(again.module.named_parameters())))
     assert found[0][0] == found[1][0] == 4
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_the_loss_scale_of_float16_and_its_age_go_along(tmp_path: Path) -> None:
+    """A resumed run that began again at 65536 would skip the steps that found a lower scale."""
+    own, pieces = tmp_path / "own", tmp_path / "pieces"
+    own.mkdir(), pieces.mkdir()
+    role = trained(0, "float16")
+    rows = [Piece(name, 0, {"weight": tensor.flatten()}) for name, tensor in role.module.state_dict().items()]
+    write_pieces(pieces, 0, 1, 5, rows, scale=(1024.0, 3))
+    role.load(str(pieces))
+    assert role.scaler.get_scale() == 1024.0
+    role.save(str(own))
+    assert open_states(own, parameter_names(role.module, role.optimizer)).scale == (1024.0, 3)
+    trained(0).load(str(pieces))  # float32 needs none

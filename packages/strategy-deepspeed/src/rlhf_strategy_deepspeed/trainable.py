@@ -16,7 +16,7 @@ from rlhf_core.contract.distributed import TorchWorld, World
 from rlhf_core.contract.roles import Trainable
 from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_core.lazy import torch
-from rlhf_core.strategy.parameter_states import open_states, parameter_names, write_pieces
+from rlhf_core.strategy.parameter_states import Scale, open_states, parameter_names, write_pieces
 from rlhf_core.training.optimizer import Schedule, make_optimizer
 from rlhf_strategy_deepspeed.compiled_adam import compiled_adam
 from rlhf_strategy_deepspeed.config import configuration
@@ -165,12 +165,16 @@ class DeepSpeedTrainable(Trainable):
 
     def save(self, folder: str) -> None:
         pieces = rank_pieces(self.engine, self.stage, self.shards)
-        write_pieces(folder, self.ranks.rank, self.ranks.size, self.steps_done, pieces)
+        scale = _scale(self.scaler) if self.scaler is not None and self.scaler.dynamic else None
+        write_pieces(folder, self.ranks.rank, self.ranks.size, self.steps_done, pieces, scale)
 
     def load(self, folder: str) -> None:
         states = open_states(folder, self._names)
         read_states(self.engine, self.stage, states, self.shards)
         self.steps_done = states.steps_done
+        if states.scale is not None and self.scaler is not None and self.scaler.dynamic:
+            self.scaler.cur_scale, self.scaler.cur_iter = states.scale
+            self.scaler.last_overflow_iter = -1
 
     # ------------------------------------------------------------------------------------------------------------------
     # sleeping
@@ -182,6 +186,11 @@ class DeepSpeedTrainable(Trainable):
     def reload(self) -> None:
         """Bring them back."""
         self.parking.come_back()
+
+
+def _scale(scaler: Any) -> Scale:
+    """Return the loss scale of DeepSpeed's scaler, and the steps since the last overflow."""
+    return scaler.cur_scale, scaler.cur_iter - scaler.last_overflow_iter - 1
 
 
 def _check_choices(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider) -> None:

@@ -25,10 +25,23 @@ from rlhf_core.util.tensor_tree import read_stored_tree, read_tree, write_tree
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["WEIGHT", "ParameterStates", "Piece", "open_states", "optimizer_states", "parameter_names", "write_pieces"]
+__all__ = [
+    "WEIGHT",
+    "ParameterStates",
+    "Piece",
+    "Scale",
+    "open_states",
+    "optimizer_states",
+    "parameter_names",
+    "write_pieces",
+]
 
 WEIGHT = "weight"
 """the kind of a parameter's own numbers; other kinds are the optimizer's, such as `exp_avg`"""
+
+
+Scale = tuple[float, int]
+"""the scale of float16's loss, and the steps since the last overflow or since it grew"""
 
 
 @dataclass(frozen=True)
@@ -44,10 +57,13 @@ class Piece:
     """optimizer state of the whole parameter: numbers and tensors of one element, such as `step`"""
 
 
-def write_pieces(folder: str | Path, rank: int, ranks: int, steps_done: int, pieces: Iterable[Piece]) -> None:
+def write_pieces(
+    folder: str | Path, rank: int, ranks: int, steps_done: int, pieces: Iterable[Piece], scale: Scale | None = None
+) -> None:
     """Write the pieces that this rank holds. Together the ranks' pieces cover every parameter once or more."""
     rows = [[piece.name, piece.start, dict(piece.tensors), dict(piece.values)] for piece in pieces]
-    write_tree(_piece_file(folder, rank), {"ranks": ranks, "steps_done": steps_done, "pieces": rows})
+    common = {"ranks": ranks, "steps_done": steps_done, "scale": scale and list(scale)}
+    write_tree(_piece_file(folder, rank), {**common, "pieces": rows})
 
 
 def _piece_file(folder: str | Path, rank: int) -> Path:
@@ -62,6 +78,7 @@ class ParameterStates:
         steps_done: optimizer steps.
         stretches: for each parameter and kind the stretches that were written, as (first element, tensor or stored tensor).
         values: for each parameter what the optimizer remembers of it as a whole.
+        scale: of float16's loss, as a `Scale`; None without one.
     """
 
     def __init__(
@@ -70,8 +87,10 @@ class ParameterStates:
         steps_done: int,
         stretches: Mapping[tuple[str, str], Sequence[tuple[int, Any]]],
         values: Mapping[str, Mapping[str, Any]],
+        scale: Sequence[Any] | None = None,
     ) -> None:
         self.folder = folder
+        self.scale: Scale | None = (float(scale[0]), int(scale[1])) if scale else None
         self.steps_done = steps_done
         self.values = values
         self._stretches = stretches
@@ -141,7 +160,9 @@ def open_states(folder: str | Path, names: Sequence[str]) -> ParameterStates:
                 stretches[name, kind] = [(0, value.flatten())]
             else:
                 values.setdefault(name, {})[kind] = value
-    return ParameterStates(folder, state["steps_done"], stretches, values)
+    scaler = state["scaler"]
+    scale = (scaler["scale"], scaler["_growth_tracker"]) if scaler else None
+    return ParameterStates(folder, state["steps_done"], stretches, values, scale)
 
 
 def _open_pieces(folder: Path) -> ParameterStates:
@@ -158,7 +179,7 @@ def _open_pieces(folder: Path) -> ParameterStates:
             for kind, stored in tensors.items():
                 stretches.setdefault((name, kind), []).append((start, stored))
             values.setdefault(name, {}).update({kind: _value(value) for kind, value in known.items()})
-    return ParameterStates(folder, first["steps_done"], stretches, values)
+    return ParameterStates(folder, first["steps_done"], stretches, values, first.get("scale"))
 
 
 def _value(stored: Any) -> Any:

@@ -186,6 +186,10 @@ class TorchTrainable(Trainable):
         groups = self.optimizer.state_dict()["param_groups"]
         load_optimizer(self.optimizer, {"state": optimizer_states(states, shapes), "param_groups": groups})
         self.steps_done = states.steps_done
+        if states.scale is not None and self.scaler.is_enabled():
+            scale, clean = states.scale
+            age = clean % self.scaler.get_growth_interval()
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": age})
 
     def _state(self) -> dict[str, Any]:
         """Everything a checkpoint holds of this role, by the name of the file it is written to."""
