@@ -89,6 +89,8 @@ def test_newer_ones_will_do(found: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"stage": 1, "overlap": True}, "overlap needs stage 2 or 3, not 1"),
         ({"bucket": 0}, "bucket must be at least 1, not 0"),
         ({"persist": -1}, "persist must be at least 1, not -1"),
+        ({"stage": 2, "persist": 8}, "persist needs stage 3, which shards weights, not 2; leave it out"),
+        ({"stage": 0, "bucket": 8}, "bucket needs stage 1, 2 or 3, not 0, where DeepSpeed sets the size; leave it out"),
         ({"stage": 3, "hpz": 1}, "hpz must be at least 2, not 1"),
         ({"stage": 2, "hpz": 2}, "hpz needs stage 3, which shards weights, not 2; leave it out"),
         ({"stage": 2, "leaf_modules": ("Experts",)}, "leaf_modules needs stage 3, which shards weights, not 2"),

@@ -16,7 +16,8 @@ the weights of stage 3, too.
 With `--strategy.tensor N` P and P_t are what a rank has of the model: embeddings and heads, and 1 / N of the layers. R is the
 number of groups of N ranks then. Activations are counted for whole layers, which is more than a rank holds.
 
-S is the optimizer's state of a whole copy. A bucket holds 50 million numbers by default (`bucket`), and at most P_t.
+S is the optimizer's state of a whole copy. A bucket holds 50 million numbers by default (`bucket`), 500 million
+at stage 0, and at most P_t.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ __all__ = ["BUCKET", "zero_memory"]
 
 BUCKET = 50_000_000
 """Numbers that are reduced or gathered in one call, where the options name none."""
+
+REDUCED = 500_000_000
+"""Numbers that DeepSpeed reduces in one call at stage 0."""
 
 
 def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpeedOptions) -> RoleMemory:
@@ -64,9 +68,9 @@ def _cut_layers(whole: RoleMemory, size: ModelSize, tensor: int) -> tuple[RoleMe
 
 def _trained_memory(whole: RoleMemory, size: ModelSize, ranks: int, stage: int, bucket: int | None) -> RoleMemory:
     """Return the memory of a trained role without offload."""
-    buffer = 4 * min(bucket or BUCKET, size.trained)
     if not stage:
-        return replace(whole, buffers=whole.buffers + buffer)
+        return replace(whole, buffers=whole.buffers + 4 * min(REDUCED, size.trained))
+    buffer = 4 * min(bucket or BUCKET, size.trained)
     sharded = replace(
         whole,
         gradients=4 * size.trained,

@@ -36,7 +36,7 @@ class DeepSpeedOptions:
     """number of ranks that share the matrices of each layer, for wide models: each holds and multiplies a part (AutoTP;
     stages 0 to 2)"""
     bucket: int | None = None
-    """number of elements that are reduced or gathered in one call; 50 million by default"""
+    """number of elements that are reduced or gathered in one call (stages 1 to 3); 50 million by default"""
     overlap: bool | None = None
     """communicate while the backward pass runs (stages 2 and 3); enabled by default"""
     persist: int | None = None
@@ -79,6 +79,8 @@ class DeepSpeedOptions:
             raise OptionError(
                 "sequence_kind", f"ring needs ranks that share rows; set {option('sequence')} to 2 or more"
             )
-        for name in ("hpz", "leaf_modules"):
+        if self.bucket is not None and self.stage == 0:
+            raise OptionError("bucket", "needs stage 1, 2 or 3, not 0, where DeepSpeed sets the size; leave it out")
+        for name in ("hpz", "leaf_modules", "persist"):
             if getattr(self, name) and self.stage < 3:
                 raise OptionError(name, f"needs stage 3, which shards weights, not {self.stage}; leave it out")
