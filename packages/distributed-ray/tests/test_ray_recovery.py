@@ -17,7 +17,7 @@ pytest.importorskip("rlhf_algos", reason="runs algorithms of rlhf-algos")
 
 from rlhf_core import Registry, Run, hookimpl  # noqa: E402  after the checks above
 from rlhf_core.config.builder import parse  # noqa: E402
-from rlhf_core.errors import WorkerLost  # noqa: E402
+from rlhf_core.errors import RunStopped, WorkerLost  # noqa: E402
 
 MEASURED = ("time/", "speed/", "memory/", "sync/", "padding", "recovered/")
 JOB = (
@@ -94,9 +94,10 @@ def test_a_dead_engine_is_replaced_and_samples_what_it_would_have_sampled(tmp_pa
 def test_the_run_ends_with_one_line_when_too_many_engines_have_died(tmp_path: Path) -> None:
     harm = Harm((1, "engine", 0, signal.SIGKILL), (2, "engine", 0, signal.SIGKILL))
     with pytest.raises(
-        WorkerLost, match=r"^rollout engine rank 0 on node .* died: .*; continue from the last checkpoint"
-    ):
+        RunStopped, match=r"^rollout engine rank 0 on node .* died: .*; continue from the last checkpoint"
+    ) as ended:
         run([*JOB, "--steps", "3", *RAY, "--launcher.retries", "1"], tmp_path / "run", harm)
+    assert not isinstance(ended.value, WorkerLost), "no role starts again for an engine that stays dead"
 
 
 @pytest.mark.slow

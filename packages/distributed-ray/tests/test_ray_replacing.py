@@ -11,7 +11,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
 
-from rlhf_core.errors import WorkerLost  # noqa: E402  after the check above
+from rlhf_core.errors import RunStopped, WorkerLost  # noqa: E402  after the check above
 from rlhf_distributed_ray.crew import Outcomes  # noqa: E402
 from rlhf_distributed_ray.replacing import ATTEMPTS, EngineCrew  # noqa: E402
 from rlhf_distributed_ray.sending import Shipment  # noqa: E402
@@ -109,6 +109,16 @@ def test_an_engine_that_never_starts_is_no_recovery() -> None:
     with pytest.raises(WorkerLost, match="^rollout engine rank 0 on node here"):
         crew.ask(answer, [0])
     assert replaced(crew) == 0
+
+
+def test_a_death_too_many_ends_the_run_at_once() -> None:
+    """A `WorkerLost` would restart every role, up to `--launcher.retries` times, and find the engine as dead as before."""
+    crew = crew_of([], Engine(dead=True), retries=0)
+    with pytest.raises(
+        RunStopped, match="^rollout engine rank 0 on node here .* continue from the last check"
+    ) as caught:
+        crew.ask(answer, [0])
+    assert not isinstance(caught.value, WorkerLost)
 
 
 def test_an_engine_that_dies_while_weights_are_sent_starts_with_them() -> None:

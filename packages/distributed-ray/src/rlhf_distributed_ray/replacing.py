@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_core.errors import WorkerLost
+from rlhf_core.errors import RunStopped, WorkerLost
 from rlhf_core.util.messages import log
 from rlhf_distributed_ray.crew import Crew
 from rlhf_distributed_ray.sending import WEIGHTS, Shipment
@@ -86,7 +86,7 @@ class EngineCrew:
         """Make a call on each of these engines, again where one died; results by number.
 
         Raises:
-            WorkerLost: an engine died, and the run has survived as many deaths as it may.
+            RunStopped: an engine died, and the run has survived as many deaths as it may.
             RlhfError: as raised in an engine.
         """
         results: dict[int, Any] = {}
@@ -152,11 +152,12 @@ class EngineCrew:
         """Put a new engine in the place of a dead one.
 
         Raises:
-            WorkerLost: there were too many deaths, or the weights that the new engine would take are lost too.
+            RunStopped: there were too many deaths. It is no `WorkerLost`: roles that start again bring no engine back.
+            WorkerLost: the weights that the new engine would take are lost too.
         """
         began = time.monotonic()
         if not self._left:
-            raise death
+            raise RunStopped(str(death)) from death
         self._left -= 1
         log.warning(f"{death.report}; a new engine replaces it")
         replaced = False
