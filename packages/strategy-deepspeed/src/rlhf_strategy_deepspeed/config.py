@@ -86,6 +86,9 @@ def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvi
         # stage 0 in DeepSpeed clips but does not report the norm, so the trainable clips there itself
         fixed["gradient_clipping"] = optim.max_grad_norm if options.stage > 0 else 0.0
         fixed["zero_force_ds_cpu_optimizer"] = False  # the role's optimizer works on CPUs too
+        fixed["zero_allow_untested_optimizer"] = (
+            True  # it knows some by name; those that need whole matrices are refused
+        )
     return fixed
 
 
