@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_core.errors import UsageError
+from rlhf_core.rollout.fake import FakeRollout
+from rlhf_core.testing import tiny_run
+from rlhf_distributed_ray import launcher
+from rlhf_distributed_ray.launcher import RayLauncher
+from rlhf_distributed_ray.placement import Layout
 from rlhf_distributed_ray.surroundings import Surroundings, read_runtime_environment, travelling_variables
 
 SHELL = {
@@ -46,6 +52,32 @@ def test_the_file_of_the_user_has_the_last_word(tmp_path: Path) -> None:
     usual = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
     assert found["env_vars"] == {**usual, "NCCL_DEBUG": "WARN", "OTHER": "yes"}
     assert read_runtime_environment("") == {}
+
+
+def test_the_file_has_the_last_word_in_a_cluster_that_the_run_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray lets a worker's variables override the job's, to which the file was given."""
+    pytest.importorskip("ray", reason="needs ray: pip install 'rlhf-distributed-ray[ray]'")
+    file = tmp_path / "runtime.yaml"
+    file.write_text("env_vars: {NCCL_DEBUG: WARN, OMP_NUM_THREADS: '8'}\nexcludes: [data]\n")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setattr(RayLauncher, "_connect", lambda *_: True)
+    monkeypatch.setattr(RayLauncher, "_lay_out", lambda *_: Layout((), (), {}))
+    found: list[Surroundings] = []
+
+    class Cluster:
+        def __init__(self, *given: Any) -> None:
+            found.append(given[2])
+
+        def place(self) -> None:
+            """Nothing."""
+
+    monkeypatch.setattr(launcher, "Cluster", Cluster)
+    RayLauncher(runtime_env=str(file))(tiny_run("unused", rollout=FakeRollout()).plan)
+    environment = found[0].runtime_environment()
+    assert environment.keys() == {"env_vars"}, "the job has the rest"
+    assert (environment["env_vars"]["NCCL_DEBUG"], environment["env_vars"]["OMP_NUM_THREADS"]) == ("WARN", "8")
 
 
 @pytest.mark.parametrize("content", ["- a list", "env_vars: [1]", "{", "", "env_vars: {A: 1}"])

@@ -119,7 +119,9 @@ class RayLauncher(SharingOptions, Launcher):
         try:
             layout = self._lay_out(places)
             _report_engines(layout)
-            surroundings = Surroundings(self.threads, variables, secrets, {} if started else runtime)
+            # what the whole job has needs no repeating, but for variables: those of a worker count more than the job's
+            kept = {"env_vars": runtime.get("env_vars", {})} if started else runtime
+            surroundings = Surroundings(self.threads, variables, secrets, kept)
             limits = Limits(
                 patience=self.patience,
                 stall=self.stall,

@@ -36,7 +36,7 @@ class Surroundings:
     secrets: Mapping[str, str] = field(repr=False, default_factory=dict)
     """environment variables that are named like secrets"""
     runtime: Mapping[str, Any] = field(default_factory=dict)
-    """a runtime environment of Ray, where none was given to the whole job"""
+    """a runtime environment of Ray, but for what the whole job was given"""
 
     def runtime_environment(self, **variables: str) -> dict[str, Any]:
         """Ray's runtime environment of one worker, with further variables; those of the user's file come last."""
