@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,10 @@ from rlhf_core.launcher import sharing  # noqa: E402
 from rlhf_core.launcher.residents import GIB  # noqa: E402
 from rlhf_core.launcher.sharing import SharingOptions  # noqa: E402
 from rlhf_distributed_ray.placement import Layout, Seat  # noqa: E402
-from rlhf_distributed_ray.sharing import RayTurns, neighbors  # noqa: E402
+from rlhf_distributed_ray.pulse import Limits  # noqa: E402
+from rlhf_distributed_ray.sending import Shipment  # noqa: E402
+from rlhf_distributed_ray.sharing import RayTurns, SharedRoleGroup, neighbors  # noqa: E402
+from rlhf_distributed_ray.transport import Shipper  # noqa: E402
 
 WORK = 2**20
 BUDGET = (2 * 1_400_000 + WORK) / GIB
@@ -98,3 +103,25 @@ def test_roles_share_their_gpu_though_another_place_has_none(small: None) -> Non
     turns = RayTurns(SharingOptions(), plan, layout, {"actor": gpu, "critic": gpu, "reference": 0})
     assert turns.chains(list(seats)) == [["actor", "critic"], ["reference"]]
     assert turns._of.keys() == {"actor", "critic"}
+
+
+def test_a_role_is_awake_while_it_sends_weights_to_engines_of_another_place() -> None:
+    """Its states may be out of its device, since the critic of its place was trained last."""
+    events: list[str] = []
+
+    @contextmanager
+    def turn(use: str) -> Iterator[None]:
+        events.append(f"awake to {use}")
+        yield
+        events.append("done")
+
+    def call(method: str, *_: Any) -> list[Shipment]:
+        events.append(method)
+        return [Shipment()]
+
+    crew: Any = SimpleNamespace(call=call, limits=Limits(patience=1.0, stall=1.0))
+    spec: Any = SimpleNamespace(name="actor")
+    group = SharedRoleGroup(spec, crew, Shipper(), "unused")
+    group.turn = turn  # type: ignore[assignment]
+    group.send_weights([], 1)
+    assert events == ["awake to read", "send_weights", "done"]

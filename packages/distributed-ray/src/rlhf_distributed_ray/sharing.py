@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.providers import Rollout
     from rlhf_distributed_ray.crew import Crew
     from rlhf_distributed_ray.placement import Layout
+    from rlhf_distributed_ray.sending import Shipment
     from rlhf_distributed_ray.transport import Shipper
 
 __all__ = ["RayTurns", "SharedRoleGroup", "neighbors"]
@@ -41,6 +42,11 @@ class SharedRoleGroup(SharedRole, RoleGroup):
         """References to buckets of weights; the role is awake until the last one is asked for."""
         with self.turn("read"):
             yield from super().buckets()
+
+    def send_weights(self, engines: list[Any], sync: int) -> Shipment:
+        """Let rank 0 send the weights to these engines, which may be in another place; the role is awake meanwhile."""
+        with self.turn("read"):
+            return super().send_weights(engines, sync)
 
 
 class RayTurns:
