@@ -110,7 +110,7 @@ def test_passes_are_equally_full_and_compute_what_differs_from_the_suffix_alone(
         lane_gradient(each, torch.tensor(each.prompt.suffix_ids), 50, Attack())
     tasks = [(each, neighbors(each, 14, seed=k)) for k, each in enumerate(made)]
     made[0].victim.model = passes = Passes(model)
-    losses, _, _ = Scorer(Attack(batch_tokens=150)).losses(tasks)
+    losses, _, _ = Scorer(Attack(batch_tokens=150), mixes=True).losses(tasks)
     made[0].victim.model = model
     tails = [
         int((4 - each.starts(ids_CL)).sum()) + 14 * (len(each.after_A) + len(each.answers.ids[0]) - 1)
@@ -121,6 +121,24 @@ def test_passes_are_equally_full_and_compute_what_differs_from_the_suffix_alone(
     for (each, ids_CL), losses_C in zip(tasks, losses, strict=True):
         expected = [plain_loss(model, each.prompt.prompt_ids(ids), each.prompt.answers[0]) for ids in ids_CL.tolist()]
         torch.testing.assert_close(losses_C, torch.tensor(expected), atol=2e-5, rtol=0)
+
+
+def test_losses_of_a_prompt_are_the_same_to_the_bit_beside_others() -> None:
+    model = tiny(VOCAB)
+    made = [
+        lane(goal=goal, model=model, packs=True)[0] for goal in (GOAL, Goal("Hi", "The capital of France is Paris."))
+    ]
+    for each in made:
+        each.victim = made[0].victim
+        lane_gradient(each, torch.tensor(each.prompt.suffix_ids), 50, Attack())
+    tasks = [(each, neighbors(each, 14, seed=k)) for k, each in enumerate(made)]
+    together, _, _ = Scorer(Attack()).losses(tasks)
+    for task, losses_C in zip(tasks, together, strict=True):
+        (alone_C,), _, _ = Scorer(Attack()).losses([task])
+        assert alone_C.tolist() == losses_C.tolist()
+    made[0].victim.model = passes = Passes(model)
+    Scorer(Attack()).losses(tasks)
+    assert len(passes.tokens) == 2
 
 
 def test_passes_are_halved_when_memory_runs_out_and_losses_stay() -> None:

@@ -204,7 +204,10 @@ class Scorer:
             new = piece.cells(tasks[piece.task][1].shape[1]) / len(piece.rows)
             return max(new / tokens, keep * victim.vocabulary / self.logit_cells(victim))
 
-        packed = list(itertools.takewhile(lambda piece: piece.lane.cached, waiting))
+        task = waiting[0].task  # passes of a prompt are the same with and without others, and so is their rounding
+        packed = list(
+            itertools.takewhile(lambda piece: piece.lane.cached and (self.mixes or piece.task == task), waiting)
+        )
         total = sum(load(piece) * len(piece.rows) for piece in packed)
         left = total / math.ceil(total)
         batch: list[_Piece] = []
