@@ -126,8 +126,9 @@ def test_tokens_carry_the_version_that_sampled_them_when_weights_come_between(
     """Those after the update have the new weights' log-probabilities, over keys and values of the old weights."""
     opened.updates = 5
     before, weights = role.version, {role.version: {name: tensor.clone() for name, tensor in role.weights()}}
+    asked = opened.host._asked + LONG.n * len(prompts)
     with BackgroundSampling(served, role, prompts, LONG) as sampling:
-        wait_until(lambda: opened.host._waiting == LONG.n * len(prompts), SECONDS)
+        wait_until(lambda: opened.host._asked == asked, SECONDS)  # some may be answered already
         randomize(role, seed=2008)
         assert served.sync(role)["sync/calls"] == 5
     weights[role.version] = {name: tensor.clone() for name, tensor in role.weights()}

@@ -10,10 +10,14 @@ __all__ = ["LEFT_OUT", "SyncClient", "left_out"]
 LEFT_OUT = "the role's weights() omitted"
 """Beginning of the receiver's error, which vLLM passes on as text."""
 
+END = "is the first"
+"""End of the same: what follows is of vLLM, or of the JSON that a server answers with."""
+
 
 def left_out(text: str) -> str:
     """Return the receiver's complaint inside an error of vLLM, which has `LEFT_OUT` in it."""
-    return text[text.index(LEFT_OUT) :].split("\n")[0].split("', please")[0].rstrip("'\"),")
+    complaint = text[text.index(LEFT_OUT) :]
+    return complaint[: complaint.index(END) + len(END)] if END in complaint else complaint.split("\n")[0]
 
 
 class SyncClient:
