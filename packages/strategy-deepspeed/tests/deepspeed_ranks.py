@@ -103,7 +103,8 @@ CASES: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "plain": lambda folder: (Plain(), ONLINE),
     "sft": lambda folder: ("sft", offline(folder, "rows")),
     "dpo": lambda folder: ("dpo", offline(folder, "pairs")),
-    "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR}),
+    # with seed 0 a draw of the third step is so close to two tokens that ring attention's rounding decides
+    "ppo": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR, "seed": 1}),
     "grpo": lambda folder: ("grpo", {**ONLINE}),
     "grpo3": lambda folder: ("grpo", {**ONLINE, "batch_size": 3}),
     "ppo5": lambda folder: ("ppo", {**ONLINE, "critic": ACTOR, "batch_size": 5}),
