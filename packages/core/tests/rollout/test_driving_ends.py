@@ -19,6 +19,7 @@ from rlhf_core.contract.episode import Feedback
 from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.contract.providers import Environment
 from rlhf_core.errors import ContractError, UsageError
+from rlhf_core.rollout import failures
 from rlhf_core.rollout.driving import drive
 
 SCRIPT = {"ab": [*b"c", EOS], "zz": [*b"e", EOS], "x": [*b"y", EOS]}
@@ -173,3 +174,35 @@ def test_a_machine_without_another_event_loop_ends_the_run(monkeypatch: pytest.M
     thread.start()
     thread.join(60)
     assert [str(each) for each in found] == ["too many open files"]
+
+
+@dataclass(frozen=True)
+class Stuck(Environment):
+    """Sessions that end well, and whose close never returns."""
+
+    drives: bool = False
+
+    def __call__(self, example: Example, seed: int) -> Any:
+        return Unclosed(Recorded({"c": Feedback(1.0, done=True)}), example)
+
+
+class Unclosed(Recording):
+    def close(self) -> Any:
+        return asyncio.sleep(600)
+
+    async def drive(self, policy: Policy) -> Outcome:
+        await policy.ask([*b"ab"])
+        return Outcome(1.0)
+
+
+@pytest.mark.parametrize("drives", [False, True])
+def test_a_session_that_never_closes_is_left(drives: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(failures, "CLOSING_SECONDS", 0.1)
+    begun = time.monotonic()
+    if drives:
+        rollouts = drive(Script(SCRIPT), Stuck(drives=True), ask("ab"), Sampling(n=1), LIMITS, ENCODER)
+    else:
+        rollouts = played(Script(SCRIPT), Stuck(), "ab")
+    assert rollouts.finish == ["stop"]
+    assert time.monotonic() - begun < 500
+    assert "environment Stuck: sessions not closed within 0.1 s: 1;" in caplog.text

@@ -78,4 +78,4 @@ class Session:
         raise NotImplementedError
 
     def close(self) -> Awaitable[None] | None:
-        """Free what the episode holds. Called once, when the episode is over or has failed."""
+        """Free what the episode holds. Called once, when the episode is over or has failed; a coroutine gets 30 s."""

@@ -22,6 +22,7 @@ from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, Sampling, turn_uid
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
+from rlhf_core.rollout import failures
 from rlhf_core.rollout.asking import Ask, AskQueue, SampledRow
 from rlhf_core.rollout.assemble import decode
 from rlhf_core.rollout.driven_episode import DrivenEpisode, Turn
@@ -29,7 +30,7 @@ from rlhf_core.rollout.episode_table import EpisodeTable, to_rollouts
 from rlhf_core.rollout.failures import describe, late_session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from rlhf_core.contract.providers import Environment
     from rlhf_core.contract.run_view import RowEncoder
@@ -179,7 +180,17 @@ class _Player:
         finally:
             closing = session.close()
             if isawaitable(closing):
+                await self._close(closing)
+
+    async def _close(self, closing: Awaitable[None]) -> None:
+        """Wait for a session to close, but not forever."""
+        try:
+            async with asyncio.timeout(failures.CLOSING_SECONDS) as timer:
                 await closing
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            failures.warn_unclosed(self.table.environment, 1)
 
     def _check(self, outcome: object, episode: DrivenEpisode) -> None:
         """Raise `ContractError` if a session returned anything else than an outcome with declared metrics."""

@@ -25,6 +25,7 @@ from rlhf_core.contract.episode import Action, Feedback, Session
 from rlhf_core.contract.kept_sets import KeptSets
 from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_uid
 from rlhf_core.errors import ContractError
+from rlhf_core.rollout import failures
 from rlhf_core.rollout.assemble import decode, pad_id
 from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
@@ -125,7 +126,9 @@ def play(
             while table.going:
                 _respond(table, loop, _take_turn(table, sample))
         finally:
-            loop.results([episode.session.close() for episode in table.episodes])
+            closed = loop.results([episode.session.close() for episode in table.episodes], failures.CLOSING_SECONDS)
+            if LATE in closed:
+                failures.warn_unclosed(environment, closed.count(LATE))
     return to_rollouts(table)
 
 

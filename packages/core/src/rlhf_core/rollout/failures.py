@@ -7,7 +7,10 @@ from rlhf_core.contract.providers import Environment
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.util.messages import log
 
-__all__ = ["Failures", "describe", "late_session"]
+__all__ = ["CLOSING_SECONDS", "Failures", "describe", "late_session", "warn_unclosed"]
+
+CLOSING_SECONDS = 30.0
+"""Limit on closing the sessions of a batch: what takes longer is left open, so that it does not hold the run."""
 
 
 class Failures:
@@ -51,3 +54,11 @@ def late_session(seconds: float) -> UsageError:
     """Return the error of an episode whose environment makes no session within the batch's `seconds`."""
     advice = run_option("episode.seconds")
     return UsageError(f"the environment did not begin the episode within the {seconds:g} s of a batch; raise {advice}")
+
+
+def warn_unclosed(environment: Environment, count: int) -> None:
+    """Log that sessions did not close in time."""
+    log.warning(
+        f"environment {type(environment).__qualname__}: sessions not closed within {CLOSING_SECONDS:g} s: {count}; they are "
+        "left as they are, and what they hold may stay open"
+    )
