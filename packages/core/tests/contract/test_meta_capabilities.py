@@ -27,10 +27,7 @@ FOREIGN = {
     "core/data/images": {"save": "an image of Pillow, or something that looks like one", "size": "the same"},
     "core/data/draws": {"__getitem__": "any iterable of Python"},
     "core/data/hf": {"load_state_dict": "a table of datasets"},
-    "core/forecast/passes": {
-        "head_dim": "a config of transformers",
-        "num_experts_per_tok": "a config of transformers",
-    },
+    "core/forecast/passes": {"head_dim": "a config of transformers"},
     "core/models/build": {"new_tokens": "set by `grow` on a model of transformers"},
     "core/models/export/dry_save": {"score": "the head of a classifier of transformers"},
     "core/models/export/folder": {"score": "the head of a classifier of transformers"},

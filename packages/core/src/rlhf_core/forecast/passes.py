@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.contract.memory import ModelSize, RoleMemory
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.errors import UsageError
+from rlhf_core.forecast.routing import Routing
 from rlhf_core.forecast.tracker import MemoryTracker
 from rlhf_core.lazy import torch
 from rlhf_core.models.inputs.arrange import Inputs
@@ -74,7 +75,7 @@ def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, dev
     most = 0 if device == "cpu" else 2**62
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     module = shape_module(mode, spec, chunk, most, narrow)
-    with _explain(spec), mode, MemoryTracker(module) as tracker:
+    with _explain(spec), mode, Routing() as routing, MemoryTracker(module) as tracker:
         size = _size(module, spec)
         memory = RoleMemory(weights=_weight_bytes(module, spec), inference=_inference(module, spec, read, tracker))
         graph, note = 0, ""
@@ -83,7 +84,7 @@ def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, dev
             if narrow:
                 _widen(module)
             memory, note = _update(module, spec, tracker, memory)
-    matrix, head, attention = _operations(module, size)
+    matrix, head, attention = _operations(module, size, routing.chosen)
     return Passes(size, memory, graph, matrix, head, attention, read.tokens, note)
 
 
@@ -248,14 +249,26 @@ def _cache_bytes(module: RoleModule) -> int:
     return numbers * int(torch.empty(0, dtype=module.compute_dtype).element_size()) // CACHE_TOKENS
 
 
-def _operations(module: RoleModule, size: ModelSize) -> tuple[int, int, int]:
+def _operations(module: RoleModule, size: ModelSize, chosen: Mapping[int, int]) -> tuple[int, int, int]:
     """Return the numbers that a token is multiplied with in the body and in the head, and the width of all queries."""
     text = module.model.config.get_text_config()
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     matrices: list[Any] = list(linear_layers(module.model).values())
-    body = sum(prod(layer.weight.shape) for layer in matrices)
-    experts = [each for each in module.parameters() if each.dim() == 3]
-    share = (getattr(text, "num_experts_per_tok", None) or 1) / max((len(each) for each in experts), default=1)
-    body += int(sum(each.numel() for each in experts) * min(1.0, share))
+    body = sum(prod(layer.weight.shape) for layer in matrices) + _expert_operations(module, chosen)
     return body, size.vocabulary * text.hidden_size, width * size.layers
+
+
+def _expert_operations(module: nn.Module, chosen: Mapping[int, int]) -> int:
+    """Return the numbers of routers, and of the experts that a token is sent to: matrices that are in no linear layer.
+
+    `chosen` is how many entries a token chose, by the number of entries it chose from; without a choice, all are multiplied.
+    """
+    numbers = 0
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        experts = [each for each in own if each.dim() == 3]
+        numbers += sum(each.numel() * chosen.get(len(each), len(each)) // len(each) for each in experts)
+        if not experts and not isinstance(part, (torch.nn.Linear, torch.nn.Embedding)):
+            numbers += sum(each.numel() for each in own if each.dim() == 2 and len(each) in chosen)
+    return numbers

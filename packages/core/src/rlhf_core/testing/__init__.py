@@ -22,6 +22,7 @@ from rlhf_core.testing.engines import (
 )
 from rlhf_core.testing.environments import check_environment
 from rlhf_core.testing.functions import check_advantage, check_data, check_loss, check_reward
+from rlhf_core.testing.memory import compare_memory
 from rlhf_core.testing.optimizers import check_optimizer
 from rlhf_core.testing.outputs import check_output
 from rlhf_core.testing.providers import check_light, check_provider
@@ -52,6 +53,7 @@ __all__ = [
     "check_rollout",
     "check_sampler",
     "check_strategy",
+    "compare_memory",
     "run_ranks",
     "tiny_extras",
     "tiny_outputs",
