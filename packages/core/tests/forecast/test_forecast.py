@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf_core import Run, make_config
+from rlhf_core import make_config
 from rlhf_core.cli.app import main
 from rlhf_core.contract.memory import ModelSize, RoleMemory
 from rlhf_core.errors import UsageError
@@ -21,6 +21,7 @@ from rlhf_core.forecast.options import GPUS, PlanOptions
 from rlhf_core.forecast.seconds import Rates, forward_operations, training_seconds
 from rlhf_core.forecast.tracker import MemoryTracker
 from rlhf_core.forecast.workload import Cells, Workload
+from rlhf_core.testing import compare_memory
 from rlhf_core.training.planner import make_plan
 
 pytest.importorskip("rlhf_algos")
@@ -29,9 +30,6 @@ SMALL = "tiny:hidden=64,layers=2,heads=2,kv_heads=1,intermediate=192,vocab=259"
 PARAMETERS = 259 * 64 + 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 192 + 2 * 64) + 64
 """Of `SMALL`: the tied embedding; per layer queries and outputs, keys and values, the feed-forward part, two norms; a norm."""
 
-FRAME = 19
-"""Tokens that the template of `tiny` puts around a prompt."""
-
 
 def config_of(algorithm: str, prompt: int, completion: int, rows: int, output: str = "unused", **options: Any) -> Any:
     """Return a run on rows of exactly these lengths, in bytes, which are the tokens of `tiny`; EOS included."""
@@ -39,19 +37,6 @@ def config_of(algorithm: str, prompt: int, completion: int, rows: int, output: s
     columns = {"chosen": answer, "rejected": answer} if algorithm in ("dpo", "rm") else {"completion": answer}
     data = [{"prompt": "a" * prompt, **({} if "reward" in options else columns)} for _ in range(rows)]
     return make_config(algorithm, data=data, steps=2, batch_size=rows, output=output, **options)
-
-
-def allocated(config: Any) -> int:
-    """Return the most bytes that torch's CPU allocator held at a time in a run, by its own reports to the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        Run(config).train()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    live = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 WIDE = "tiny:hidden=128,layers=3,heads=4,kv_heads=2,intermediate=384,vocab=2000"
@@ -70,9 +55,9 @@ def test_the_forecast_is_within_a_tenth_of_what_the_allocator_counts(
 ) -> None:
     if "lora" in options["actor"]:
         pytest.importorskip("peft")
-    config = config_of(algorithm, 60, 60, rows=6, output=str(tmp_path / "run"), model=WIDE, **options)
-    found = forecast(config, PlanOptions(prompt_tokens=60 + FRAME, completion_tokens=60))
-    assert found.peak == pytest.approx(allocated(config), rel=0.1)
+    sizes = {"rows": 6, "prompt": 60, "completion": 60, "pairs": algorithm == "dpo"}
+    found, measured = compare_memory(algorithm, tmp_path, model=WIDE, **sizes, **options)
+    assert found == pytest.approx(measured, rel=0.1)
 
 
 def parts(**options: Any) -> Forecast:
