@@ -32,7 +32,7 @@ def test_the_slurm_template_is_bash_and_its_flags_exist() -> None:
 def test_the_steps_of_the_slurm_template_get_the_cores_of_the_job(tmp_path: Path) -> None:
     """srun does not inherit the job's cores per task since SLURM 22.05, so Ray's nodes would have one core each."""
     for name, body in {
-        "scontrol": "echo node1; echo node2",
+        "scontrol": "for i in {1..20000}; do echo node$i; done",  # more than a pipe holds
         "srun": 'echo "${SRUN_CPUS_PER_TASK:-1} $*" >> "$SEEN"; echo 10.0.0.1',
         "sleep": "",
         "openssl": "echo 00",
@@ -40,7 +40,7 @@ def test_the_steps_of_the_slurm_template_get_the_cores_of_the_job(tmp_path: Path
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     seen = tmp_path / "seen"
-    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64"}
+    job = {"SLURM_JOB_NODELIST": "node[1-20000]", "SLURM_JOB_NUM_NODES": "20000", "SLURM_CPUS_PER_TASK": "64"}
     environment = {**job, "SEEN": str(seen), "PATH": f"{tmp_path}:/usr/bin:/bin"}
     subprocess.run(["bash", str(TEMPLATES / "slurm.sh")], env=environment, check=True, capture_output=True, timeout=60)
     steps = seen.read_text("utf-8").splitlines()
