@@ -14,6 +14,7 @@ from rlhf_core import make_config
 from rlhf_core.contract.providers import Reward
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.launcher.local import join_world
+from rlhf_core.rollout.hf import HuggingFaceRollout
 from rlhf_core.run.run import Run
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class OwnRows(Reward):
         abstained_N = None if self.odd else rollouts["uids_N"] % 2 == 1
         first = {"first": rollouts.tokens_NT[:, 0].float()} if self.metrics else {}
         return RewardOutput(means_N, abstained_N=abstained_N, metrics=first)
+
+
+class Rounding(HuggingFaceRollout):
+    """An engine whose log-probabilities are not to the bit those of training, which then takes its own as old ones."""
+
+    exact = False
 
 
 def run_few(output: str, algorithm: Any = "grpo", **given: Any) -> None:
@@ -71,6 +78,7 @@ def run_few(output: str, algorithm: Any = "grpo", **given: Any) -> None:
 CRITIC = {"optim": {"lr": 1e-3, "eps": 1e-4}}
 QUICK: dict[str, dict[str, Any]] = {
     "grpo": {"steps": 1},
+    "old": {"steps": 2, "rollout": Rounding()},
     "heldout": {
         "steps": 1,
         "evaluator": ["heldout", "pass_at_k", "policy_stats", "preference", "win_rate"],

@@ -271,7 +271,7 @@ class OptimizerStep:
             values: dict[str, Tensor] = {}
             for term, credited in terms:
                 own = micro if credited is batch else micro_batch(credited, cuts, i, unit, counts.kept)
-                own = self._with_old_logprobs(term, own, outputs)
+                own = self._with_old_logprobs(term, own, outputs, weighed=live > 0)
                 result = check_loss_terms(term, term.loss(outputs, own), own)
                 divisor = max(counts.denominator(result.reduction, term.unit), 1e-12)
                 share = weighted_sum(result.values, result.reduction, own) / divisor
@@ -299,11 +299,13 @@ class OptimizerStep:
             total += reached
         return total
 
-    def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor]) -> Batch:
+    def _with_old_logprobs(self, term: Term, micro: Batch, outputs: Mapping[str, Tensor], weighed: bool) -> Batch:
         """Give a term the log-probabilities of this very pass as old ones, where `training.old_logprobs` decides so. A
-        batch sampled by another role keeps what that role recorded."""
+        batch sampled by another role keeps what that role recorded. Rows without weight, which may be made up and of no
+        version, take those of this pass whatever sampled them."""
         live = OLD in term.needs and term.source in (DATA, self.name) and self.plan.single_update
-        return with_live(micro, outputs["logprobs_NT"], self.version, self.plan.proximal) if live else micro
+        proximal = self.plan.proximal or not weighed
+        return with_live(micro, outputs["logprobs_NT"], self.version, proximal) if live else micro
 
 
 @dataclass(frozen=True)
