@@ -100,7 +100,7 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
         # all together: rank k of every role, and engine k, on node k
         (
             ["--launcher.workers", "2", "--launcher.strategy", "STRICT_SPREAD"],
-            {"actor": 2, "reference": 2, "engine": 1},
+            {"actor": 2, "reference": 2, "engine": 2},
         ),
         # separate: the actor over all three nodes, two workers of the reference on one
         (
@@ -111,6 +111,11 @@ def test_a_cluster_that_does_not_answer_is_named_in_one_line_and_soon(tmp_path: 
         (
             "--launcher.place separate --launcher.role-workers actor=2x2:STRICT_SPREAD".split(),
             {"actor": 2, "reference": 1, "engine": 1},
+        ),
+        # four groups over three nodes, which would all have room on one
+        (
+            "--launcher.cpus 0.1 --launcher.place actor@4x2:SPREAD,reference@1".split(),
+            {"actor": 3, "reference": 1, "engine": 3},
         ),
     ],
 )
@@ -125,8 +130,8 @@ def test_roles_sit_where_they_were_placed_on_an_existing_cluster(
     line = next(line for line in done.stdout.splitlines() if line.startswith("NODES "))
     nodes = json.loads(line.removeprefix("NODES "))
     assert {name: len(set(where)) for name, where in nodes.items()} == groups
-    if "--launcher.place" not in placement:
-        assert nodes["actor"] == nodes["reference"] and nodes["engine"] == nodes["actor"][:1]
+    if "--launcher.workers" in placement:
+        assert nodes["actor"] == nodes["reference"] and nodes["engine"] == nodes["actor"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

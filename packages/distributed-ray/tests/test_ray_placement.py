@@ -59,7 +59,13 @@ def test_the_devices_of_a_node_are_one_group_which_ray_keeps_on_one_node() -> No
 def test_nodes_that_are_spread_strictly_are_groups_apart() -> None:
     layout = separate({"actor": Shape(2, 2, "STRICT_SPREAD"), "reference": Shape(1)}, 0, cpus=1, gpus=False)
     assert layout.strategies == ("STRICT_PACK", "STRICT_PACK", "PACK")
-    assert layout.apart == (frozenset({0, 1}),)
+    assert layout.apart == (frozenset({0, 1}),) and layout.spread == ()
+
+
+def test_nodes_that_are_spread_are_groups_that_prefer_different_nodes() -> None:
+    layout = separate({"reference": Shape(1), "actor": Shape(3, 2, "SPREAD")}, 0, cpus=1, gpus=False)
+    assert layout.strategies == ("PACK", "STRICT_PACK", "STRICT_PACK", "STRICT_PACK")
+    assert layout.spread == (frozenset({1, 2, 3}),) and layout.apart == ()
 
 
 @pytest.mark.parametrize("text", ["3", "1x3", "3x1", "2x2"])

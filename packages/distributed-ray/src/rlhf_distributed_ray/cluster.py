@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import RunStopped, UsageError, WorkerLost, option, run_option
 from rlhf_core.launcher.sharing import SharingOptions
 from rlhf_distributed_ray.overlap import call_chains
-from rlhf_distributed_ray.placement import Layout, Seat, check_devices
+from rlhf_distributed_ray.placement import Layout, Seat, check_devices, total
 from rlhf_distributed_ray.places import ENGINE
 from rlhf_distributed_ray.pulse import GROUP, Limits
 from rlhf_distributed_ray.sending import WEIGHTS
@@ -182,20 +182,39 @@ class Cluster:
         import ray
 
         for number, (bundles, strategy) in enumerate(zip(self.layout.groups, self.layout.strategies, strict=True)):
-            avoid = self._nodes_of(next((each for each in self.layout.apart if number in each), frozenset()))
+            avoid = sorted(set(self._nodes_of(_set_of(number, self.layout.apart))))
             where = [{NODE: f"!in({','.join(avoid)})"} for _ in bundles] if avoid else None
-            group = ray.util.placement_group([dict(b) for b in bundles], strategy=strategy, bundle_label_selector=where)
+            group = ray.util.placement_group(
+                [dict(bundle) for bundle in bundles],
+                strategy=strategy,
+                bundle_label_selector=where,
+                _soft_target_node_id=self._emptiest(number),
+            )
             self.groups.append(group)
         self._await(self.groups)
 
+    def _emptiest(self, number: int) -> str | None:
+        """Return the node with the fewest groups of those that group `number` is spread with; None leaves it to Ray.
+
+        A node without room for it, or a lost one, is no obstacle: Ray then takes any other one.
+        """
+        import ray
+
+        used = self._nodes_of(_set_of(number, self.layout.spread))
+        bundles = self.layout.groups[number]
+        needs = {name: total(name, bundles) for bundle in bundles for name in bundle}
+        nodes = [node for node in ray.nodes() if used and node["Alive"]]
+        fit = [n["NodeID"] for n in nodes if all(n["Resources"].get(name, 0) >= needs[name] for name in needs)]
+        return min(sorted(fit), key=used.count, default=None)
+
     def _nodes_of(self, groups: frozenset[int]) -> list[str]:
-        """The nodes that those of these groups which are reserved already are on."""
+        """The nodes of those of these groups that are reserved already, one a group or more."""
         import ray
 
         mine = [self.groups[number] for number in sorted(groups) if number < len(self.groups)]
         self._await(mine)
         tables = [ray.util.placement_group_table(group) for group in mine]
-        return sorted({node for table in tables for node in table["bundles_to_node_id"].values()})
+        return [node for table in tables for node in sorted(set(table["bundles_to_node_id"].values()))]
 
     def _await(self, groups: list[Any]) -> None:
         import ray
@@ -314,6 +333,11 @@ class _RayPlaced(Placement):
         if self.engines is not None:
             self.engines.end()
         self.cluster.close()
+
+
+def _set_of(number: int, sets: Iterable[frozenset[int]]) -> frozenset[int]:
+    """Return the set that group `number` is in; empty if it is in none."""
+    return next((each for each in sets if number in each), frozenset())
 
 
 def _live_nodes() -> list[str]:

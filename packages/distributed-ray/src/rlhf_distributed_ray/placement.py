@@ -16,7 +16,7 @@ from math import floor
 from rlhf_core.errors import OptionError, UsageError, option
 from rlhf_distributed_ray.places import Place, Resources
 
-__all__ = ["Layout", "Seat", "check_capacity", "check_devices", "find_lack", "lay_out"]
+__all__ = ["Layout", "Seat", "check_capacity", "check_devices", "find_lack", "lay_out", "total"]
 
 GRAIN = 10_000  # Ray counts resources in ten-thousandths
 
@@ -39,6 +39,8 @@ class Layout:
     seats: Mapping[str, tuple[Seat, ...]]
     apart: tuple[frozenset[int], ...] = ()
     """sets of groups that must be on different nodes"""
+    spread: tuple[frozenset[int], ...] = ()
+    """sets of groups that go to as many nodes as have room for them"""
 
     def sitting(self, seat: Seat) -> list[str]:
         """Names of those who sit in a bundle."""
@@ -68,7 +70,7 @@ def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
         UsageError: a bundle would have nothing.
     """
     strategies: list[str] = []
-    apart: list[frozenset[int]] = []
+    sets: dict[str, list[frozenset[int]]] = {"STRICT_SPREAD": [], "SPREAD": []}
     seats: dict[str, tuple[Seat, ...]] = {}
     place_of: list[Place] = []
     for place in places:
@@ -83,8 +85,8 @@ def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
                 seats[name] = tuple(Seat(first + r // width, r % width) for r in range(shape.workers))
             nodes = max(seat.group for name in members for seat in seats[name]) + 1 - first
             strategies += ["STRICT_PACK"] * nodes
-            if place.strategy == "STRICT_SPREAD":
-                apart.append(frozenset(range(first, first + nodes)))
+            if place.strategy in sets:
+                sets[place.strategy].append(frozenset(range(first, first + nodes)))
         place_of += [place] * (len(strategies) - first)
     groups: list[list[Resources]] = [[] for _ in strategies]
     occupied = [seat for own in seats.values() for seat in own]
@@ -96,20 +98,21 @@ def lay_out(places: Sequence[Place], cpus: float, gpus: bool) -> Layout:
         if not some:  # Ray has no such bundle
             raise OptionError("place", f"gives {', '.join(place.members)} no resource at all; give CPU or another one")
         groups[seat.group].append(some)
-    return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, tuple(apart))
+    apart, spread = (tuple(each) for each in sets.values())
+    return Layout(tuple(map(tuple, groups)), tuple(strategies), seats, apart, spread)
 
 
 def find_lack(layout: Layout, nodes: Sequence[Resources]) -> str:
     """One line about what nodes with these resources lack for the layout: of a resource, on one node, or nodes; else empty."""
     people = ", ".join(f"{len(seats)} x {name}" for name, seats in layout.seats.items())
     for resource in dict.fromkeys(name for group in layout.groups for bundle in group for name in bundle):
-        wanted = _sum(resource, (bundle for group in layout.groups for bundle in group))
-        have = _sum(resource, nodes)
+        wanted = total(resource, (bundle for group in layout.groups for bundle in group))
+        have = total(resource, nodes)
         if wanted > have + 1e-9:
             return f"launcher ray needs {wanted:g} {resource} for {people}, but the cluster has {have:g}"
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         for group, strategy in zip(layout.groups, layout.strategies, strict=True):
-            whole = [_sum(resource, group)] if strategy == "STRICT_PACK" else [_sum(resource, [b]) for b in group]
+            whole = [total(resource, group)] if strategy == "STRICT_PACK" else [total(resource, [b]) for b in group]
             if max(whole) > largest + 1e-9:
                 return f"launcher ray needs {max(whole):g} {resource} on one node, but the largest node has {largest:g}"
     spread = [len(g) for g, s in zip(layout.groups, layout.strategies, strict=True) if s == "STRICT_SPREAD"]
@@ -151,5 +154,5 @@ def _part(amount: float, parts: int) -> float:
     return float(floor(part)) if part > 1 else part  # Ray has no share of several
 
 
-def _sum(resource: str, of: Iterable[Resources]) -> float:
+def total(resource: str, of: Iterable[Resources]) -> float:
     return sum(each.get(resource, 0.0) for each in of)
