@@ -44,6 +44,9 @@ class Mortal(Launcher):
     replaced: tuple[int, ...] = ()
     """an engine is replaced before these calls of `train`"""
 
+    def check_plan(self, plan: Plan) -> None:
+        CALLS.append("check")
+
     def __call__(self, plan: Plan) -> Placement:
         return MortalPlacement(self, plan)
 
@@ -148,7 +151,7 @@ def test_a_death_costs_steps_and_changes_no_number(
         float(step == seen + 1) for step in range(1, STEPS + 1)
     ]
     assert CALLS.count("close") == 1 and CALLS[-1] == "close"
-    assert CALLS.count("revive actor") == 1
+    assert CALLS.count("revive actor") == CALLS.count("check") == 1, "the plan of a later life is not checked again"
     from_memory = (snapshot_every and "save_every" not in options) or (options == {"save_every": 2} and snapshot_every)
     assert (f"give back {seen}" in CALLS) == bool(from_memory)
 

@@ -71,7 +71,8 @@ def open_run(run: Run) -> Iterator[Run]:
             f"the algorithm {type(run.config.algorithm).__qualname__} returns no terms, so nothing would be "
             "trained; return at least one Term"
         )
-    check(run.plan)
+    if not run.lives.revives:  # in a later life the run is the one that was checked, and places are drawn once
+        check(run.plan)
     if run.config.epochs:
         run.configure(replace(run.config, steps=count_steps(run.plan)))
     with ExitStack() as stack:
