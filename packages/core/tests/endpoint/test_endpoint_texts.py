@@ -121,7 +121,8 @@ def test_requests_as_other_programs_send_them(tmp_path: Path) -> None:
         assert status("POST", f"{url.path}/chat/completions", known, body) == 200
         both = {"Authorization": "Bearer another", "X-Api-Key": api_key}
         assert status("POST", f"{url.path}/messages", both, body) == 200
-        assert status("GET", f"{url.path}/models/policy", known) == 404
+        assert status("GET", f"{url.path}/models/org/name", known) == 200
+        assert status("GET", f"{url.path}/modes", known) == 404
         assert status("GET", f"{url.path}/messages", known) == 405
         connection.close()
         with socket.create_connection((url.hostname or "", url.port or 0), timeout=60) as plain:
@@ -134,3 +135,54 @@ def test_requests_as_other_programs_send_them(tmp_path: Path) -> None:
         return 1.0
 
     run_agent(Echo(["ab"] * 2), agent, encoder(PLAIN, tmp_path))
+
+
+def test_a_body_in_chunks_is_read_as_one_with_a_length(tmp_path: Path) -> None:
+    """RFC 9112, section 7.1: sizes in hexadecimal, extensions after them, fields after the body; then the next request."""
+    whole = json.dumps({"messages": [USER]}).encode()
+    policy = Echo(["ab", "cd"])
+
+    def agent(base_url: str, api_key: str) -> float:
+        url = urlsplit(base_url)
+        head = f"POST {url.path}/chat/completions HTTP/1.1\r\nAuthorization: Bearer {api_key}\r\n"
+        chunked = f"{head}Transfer-Encoding: Chunked\r\n\r\n".encode()
+
+        def sent(content: bytes) -> bytes:
+            with socket.create_connection((url.hostname or "", url.port or 0), timeout=60) as plain:
+                plain.sendall(content)
+                return b"".join(iter(lambda: plain.recv(1 << 16), b""))
+
+        body = b"A;x=1\r\n" + whole[:10] + b"\r\n%x\r\n" % len(whole[10:]) + whole[10:] + b"\r\n0\r\nX: y\r\n\r\n"
+        again = f"{head}Connection: close\r\nContent-Length: {len(whole)}\r\n\r\n".encode() + whole
+        answers = sent(chunked + body + again)
+        assert answers.count(b"HTTP/1.1 200 OK") == 2 and b'"ab"' in answers and b'"cd"' in answers
+        for wrong in (b"zz\r\n", b"-1\r\n", b"0x1\r\n", b"\r\n", b"1\r\nabc\r\n"):
+            assert sent(chunked + wrong).startswith(b"HTTP/1.1 400 "), wrong
+        assert sent(chunked + b"ffffffff\r\n").startswith(b"HTTP/1.1 413 ")
+        assert sent(f"{head}Transfer-Encoding: gzip\r\n\r\n".encode()).startswith(b"HTTP/1.1 501 ")
+        return 1.0
+
+    run_agent(policy, agent, encoder(PLAIN, tmp_path))
+    assert policy.read == [[*b"[u]Hi[a]"]] * 2
+
+
+def test_tokens_are_counted_as_they_would_be_read_and_nothing_is_sampled(tmp_path: Path) -> None:
+    policy = Echo(["ab", "c"])
+
+    def agent(base_url: str, api_key: str) -> float:
+        chats = [{"messages": [USER]}, {"system": "S", "messages": [USER]}]
+        assert [post(base_url, api_key, "messages/count_tokens", each)[1] for each in chats] == [
+            {"input_tokens": len("[u]Hi[a]")},
+            {"input_tokens": len("[s]S[u]Hi[a]")},
+        ]
+        answer = chat(base_url, api_key, [USER])
+        chat_after = {"messages": [USER, answer, USER]}
+        status, counted = post(base_url, api_key, "messages/count_tokens", chat_after)
+        status, message = post(base_url, api_key, "messages", {**chat_after, "max_tokens": 9})
+        assert status == 200 and message["usage"]["input_tokens"] == counted["input_tokens"] == len(policy.read[1])
+        status, refused = post(base_url, api_key, "messages/count_tokens", {"messages": []})
+        assert (status, refused["type"]) == (400, "error")
+        return 1.0
+
+    run_agent(policy, agent, encoder(PLAIN, tmp_path))
+    assert len(policy.read) == 2

@@ -12,7 +12,7 @@ from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.openai import MODEL
 from rlhf_core.endpoint.sampling import read_options
 
-__all__ = ["answer_messages", "encode_error"]
+__all__ = ["answer_messages", "count_tokens", "encode_error"]
 
 REASONS = {"stop": "end_turn", "length": "max_tokens"}
 """Reasons for the end of a turn, in Anthropic's words."""
@@ -22,18 +22,10 @@ ERROR = "Error: "
 
 async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
     """Answer `POST /v1/messages`."""
-    messages, tools = body.get("messages"), body.get("tools") or []
-    if not isinstance(messages, list) or not isinstance(tools, list):
-        raise HttpError(400, "messages and tools must be lists")
+    messages, tools = _chat(body)
     options = read_options(body, "max_tokens", stop="stop_sequences")
     conversation.check(body, MESSAGES)
-    if forbids_tools(body):
-        tools = []
-    answer = await conversation.chat(
-        [*_system(body), *(each for message in messages for each in _messages(message))],
-        [_tool(each) for each in tools],
-        options,
-    )
+    answer = await conversation.chat(messages, tools, options)
     blocks: list[dict[str, Any]] = (
         [{"type": "text", "text": answer.content}] if answer.content or not answer.calls else []
     )
@@ -53,6 +45,20 @@ async def answer_messages(conversation: Conversation, body: Mapping[str, Any]) -
         "usage": {"input_tokens": len(answer.prompt_ids), "output_tokens": len(answer.reply.token_ids)},
     }
     return encode_events(_events(message)) if body.get("stream") else encode_json(200, message)
+
+
+async def count_tokens(conversation: Conversation, body: Mapping[str, Any]) -> bytes:
+    """Answer `POST /v1/messages/count_tokens`. Nothing is sampled."""
+    return encode_json(200, {"input_tokens": conversation.count(*_chat(body))})
+
+
+def _chat(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages and tools of a request in OpenAI's form."""
+    messages, tools = body.get("messages"), body.get("tools") or []
+    if not isinstance(messages, list) or not isinstance(tools, list):
+        raise HttpError(400, "messages and tools must be lists")
+    chat = [*_system(body), *(each for message in messages for each in _messages(message))]
+    return chat, [] if forbids_tools(body) else [_tool(each) for each in tools]
 
 
 def encode_error(status: int, message: str) -> bytes:

@@ -54,6 +54,18 @@ class _Context:
     reply: Reply
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A chat as the policy reads it."""
+
+    keys: tuple[str, ...]
+    tools: str
+    prompt: Chat
+    text: str
+    """the rendered chat"""
+    ids: tuple[int, ...]
+
+
 class Conversation:
     """The contexts of one session.
 
@@ -86,6 +98,23 @@ class Conversation:
             tools: functions that the template describes to the policy; with some, calls are found in the answer.
             options: of the turn.
         """
+        asked = self._read(messages, tools)
+        reply = await self.ask(asked.ids, options)
+        raw = self._raw(reply)
+        answer = _answer(reply, asked.ids, options.stop, bool(tools))
+        key = _key(message_of(answer))
+        self._sampled[key,] = self._sampled[*asked.keys, key] = raw
+        self._contexts.append(
+            _Context((*asked.keys, key), asked.tools, asked.prompt, asked.text + raw, asked.ids, reply)
+        )
+        return answer
+
+    def count(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> int:
+        """Return the number of tokens that the policy would read for a chat."""
+        return len(self._read(messages, tools).ids)
+
+    def _read(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> _Asked:
+        """Return what the policy reads for a chat."""
         if not messages:
             raise HttpError(400, "a chat must have at least one message")
         keys = tuple(_key(message) for message in messages)
@@ -96,15 +125,9 @@ class Conversation:
         )
         meta = {"tools": list(tools)} if tools else {}
         row = self.policy.encoder.prompt_row(Example(prompt, meta=meta, origin="the agent's request"))
-        ids = self._continue(keys, prompt, json.dumps(list(tools), sort_keys=True), row.text, meta) or tuple(row.ids)
-        reply = await self.ask(ids, options)
-        raw = self._raw(reply)
-        answer = _answer(reply, ids, options.stop, bool(tools))
-        key = _key(message_of(answer))
-        self._sampled[key,] = self._sampled[*keys, key] = raw
-        context = _Context((*keys, key), json.dumps(list(tools), sort_keys=True), prompt, row.text + raw, ids, reply)
-        self._contexts.append(context)
-        return answer
+        described = json.dumps(list(tools), sort_keys=True)
+        ids = self._continue(keys, prompt, described, row.text, meta) or tuple(row.ids)
+        return _Asked(keys, described, prompt, row.text, ids)
 
     def _continue(
         self, keys: tuple[str, ...], prompt: Chat, tools: str, text: str, meta: Mapping[str, Any]

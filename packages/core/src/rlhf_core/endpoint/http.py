@@ -17,6 +17,7 @@ HEAD_BYTES = 1 << 16
 """The longest head of a request."""
 HEAD_END = b"\r\n\r\n"
 """Bytes between the head of a message and its body."""
+LINE_END = b"\r\n"
 
 
 class HttpError(Exception):
@@ -85,14 +86,48 @@ async def read_request(reader: asyncio.StreamReader, most_bytes: int) -> Request
     for line in filter(None, lines):
         name, _, value = line.partition(":")
         headers[name.strip().lower()] = value.strip()
+    path = target.partition("?")[0]
     if "transfer-encoding" in headers:
-        raise HttpError(411, "send the body with its Content-Length")
+        if headers["transfer-encoding"].lower() != "chunked":
+            raise HttpError(
+                501, f"Transfer-Encoding {headers['transfer-encoding']!r:.60} is not supported; send chunked"
+            )
+        return Request(method, path, headers, await _read_chunks(reader, most_bytes))
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
         raise HttpError(400, f"the Content-Length {length!r:.60} is not a number of bytes")
     if len(length) > 18 or int(length) > most_bytes:  # Python converts no text of thousands of digits
         raise HttpError(413, f"the body has {length:.20} bytes, but the limit is {most_bytes}")
-    return Request(method, target.partition("?")[0], headers, await reader.readexactly(int(length)))
+    return Request(method, path, headers, await reader.readexactly(int(length)))
+
+
+async def _read_chunks(reader: asyncio.StreamReader, most_bytes: int) -> bytes:
+    """Return a body that comes in chunks, whose length nobody knows before (RFC 9112, section 7.1)."""
+    body = bytearray()
+    while size := await _read_size(reader):
+        if len(body) + size > most_bytes:
+            raise HttpError(413, f"the body has more bytes than the limit of {most_bytes}")
+        body += await reader.readexactly(size)
+        if await reader.readexactly(2) != LINE_END:
+            raise HttpError(400, "a chunk of the body is longer than its size")
+    while await _read_line(reader):
+        pass  # fields after the body
+    return bytes(body)
+
+
+async def _read_size(reader: asyncio.StreamReader) -> int:
+    """Return the size of the next chunk."""
+    size = (await _read_line(reader)).partition(b";")[0].strip()
+    if not 0 < len(size) <= 8 or not set(size) <= set(b"0123456789abcdefABCDEF"):
+        raise HttpError(400, f"the size {size[:20].decode('latin-1')!r} of a chunk is not a hexadecimal number")
+    return int(size, 16)
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return (await reader.readuntil(LINE_END)).removesuffix(LINE_END)
+    except asyncio.LimitOverrunError:
+        raise HttpError(400, "a line between the chunks of the body is too long") from None
 
 
 def encode_json(status: int, content: Any) -> bytes:

@@ -12,7 +12,7 @@ from rlhf_core.endpoint.http import HttpError, encode_events, encode_json
 from rlhf_core.endpoint.sampling import read_options
 from rlhf_core.models.loading.limits import end_of_vocabulary
 
-__all__ = ["MODEL", "answer_chat", "answer_completion", "list_models", "token_ids"]
+__all__ = ["MODEL", "answer_chat", "answer_completion", "describe_model", "list_models", "token_ids"]
 
 MODEL = "policy"
 """The name of the model, for clients that want one; requests may name any other."""
@@ -95,9 +95,16 @@ async def answer_completion(conversation: Conversation, body: Mapping[str, Any])
 
 def list_models() -> bytes:
     """Answer `GET /v1/models`."""
-    return encode_json(
-        200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": "rlhf"}]}
-    )
+    return encode_json(200, {"object": "list", "data": [_model(MODEL)]})
+
+
+def describe_model(name: str) -> bytes:
+    """Answer `GET /v1/models/NAME`: requests may give the policy any name."""
+    return encode_json(200, _model(name))
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "rlhf"}
 
 
 def token_ids(conversation: Conversation, given: Any, name: str) -> tuple[int, ...]:

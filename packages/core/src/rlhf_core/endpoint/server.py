@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from rlhf_core.contract.driving import EpisodeOver, Policy
-from rlhf_core.endpoint.anthropic import answer_messages, encode_error
+from rlhf_core.endpoint.anthropic import answer_messages, count_tokens, encode_error
 from rlhf_core.endpoint.conversation import Conversation
 from rlhf_core.endpoint.generate import answer_generate
 from rlhf_core.endpoint.http import HEAD_BYTES, HEAD_END, HttpError, Request, encode_json, read_request
-from rlhf_core.endpoint.openai import answer_chat, answer_completion, list_models
+from rlhf_core.endpoint.openai import answer_chat, answer_completion, describe_model, list_models
 from rlhf_core.errors import UsageError
 from rlhf_core.util.messages import log
 
@@ -31,6 +32,7 @@ ROUTES = {
     "chat/completions": answer_chat,
     "completions": answer_completion,
     "messages": answer_messages,
+    "messages/count_tokens": count_tokens,
     "inference/v1/generate": answer_generate,
 }
 """Routes of a session, without /v1."""
@@ -215,6 +217,8 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
     """Answer a request of a session."""
     if request.method == "GET" and route == "models":
         return list_models()
+    if request.method == "GET" and route.startswith("models/"):
+        return describe_model(unquote(route.removeprefix("models/")))
     if (answer := ROUTES.get(route)) is None:
         raise HttpError(404, f"unknown route {route!r}; routes are {', '.join(ROUTES)}", "not_found")
     if request.method != "POST":
@@ -224,7 +228,7 @@ async def _route(request: Request, route: str, conversation: Conversation) -> by
 
 def _encode_error(error: HttpError, route: str) -> bytes:
     """Return an error in the form of the route's clients."""
-    if route.endswith("messages"):
+    if "messages" in route.split("/"):
         return encode_error(error.status, str(error))
     content = {"message": str(error), "type": "invalid_request_error", "param": None, "code": error.code}
     return encode_json(error.status, {"error": content})
