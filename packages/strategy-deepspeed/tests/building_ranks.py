@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ def specs(saved: str, adapted: bool) -> dict[str, RoleSpec]:
         "frozen": RoleSpec("reference", ModelOptions(model=saved, dtype="bfloat16"), frozenset({"logprobs_NT"})),
         "scorer": RoleSpec("reward", ModelOptions(model="tiny"), frozenset({"scores_N"})),
     }
-    return {**found, "lora": trained(saved, lora=Lora(rank=4))} if adapted else found
+    tokens = str(Path(saved).parent / "tokens.txt")
+    found |= {"grown": trained(saved, add_tokens=tokens), "grown tiny": trained("tiny", add_tokens=tokens)}
+    if not adapted:
+        return found
+    adapter = str(Path(saved).parent / "adapter")
+    found |= {"lora": trained(saved, lora=Lora(rank=4)), "adapter": trained(adapter, add_tokens=tokens)}
+    return {**found, "lora on adapter": trained(adapter, lora=Lora(rank=4))}
 
 
 def peak(action: Callable[[], object]) -> int:
@@ -64,19 +71,44 @@ def build(folder: str, saved: str, adapted: bool) -> None:
         whole = {key: role.full(parameter).cpu().clone() for key, parameter in role.module.named_parameters()}
         if world.rank == 0:
             torch.save(whole, Path(folder, f"{name}.pt"))
-    Path(folder, f"{world.rank}.json").write_text(json.dumps(measure()))
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(measure(Path(folder), adapted)))
 
 
-def measure() -> dict[str, int]:
-    """Build a frozen role under stage 3, deferred and not; return the peaks of this rank."""
+def measure(folder: Path, adapted: bool) -> dict[str, int]:
+    """Build frozen roles under stage 3; return peaks of this rank, deferred and not, and bytes that were whole at once."""
     from rlhf_core.models.loading import deferral
     from rlhf_strategy_deepspeed.strategy import DeepSpeed
 
-    spec = RoleSpec("reference", ModelOptions(model=LARGE), frozenset({"logprobs_NT"}))
+    def role(build: Callable[[], Any] = lambda: module()) -> object:
+        return DeepSpeed(stage=3)(build, None, 1)
 
-    def role() -> object:
-        return DeepSpeed(stage=3)(lambda: build_module(spec), None, 1)
+    def module(**options: Any) -> Any:
+        spec = RoleSpec("reference", ModelOptions(**{"model": LARGE, **options}), frozenset({"logprobs_NT"}))
+        return build_module(spec)
 
-    found = {"deferred": peak(role)}
+    found = {"deferred": peak(role), "grown": most_whole(role, partial(module, add_tokens=str(folder / "tokens.txt")))}
+    if adapted:
+        found["adapter"] = most_whole(role, partial(module, model=str(folder / "large")))
     with patch.object(deferral, "defer_weights", nullcontext):
-        return {**found, "at once": peak(role)}
+        return {**found, "at once": peak(role), "whole": most_whole(role, module)}
+
+
+def most_whole(role: Callable[[Callable[[], Any]], object], build: Callable[[], Any]) -> int:
+    """Return the most bytes of parameters that are neither deferred nor cut while a role's parameters are read in turn."""
+    from rlhf_strategy_deepspeed import engine
+
+    built: list[Any] = []
+    seen = []
+
+    def module() -> Any:
+        built.append(build())
+        return built[0]
+
+    def counted(parameter: torch.Tensor) -> None:
+        read(parameter)
+        seen.append(sum({each.data_ptr(): each.untyped_storage().nbytes() for each in built[0].parameters()}.values()))
+
+    read = engine.read_weight
+    with patch.object(engine, "read_weight", counted):
+        role(module)
+    return max(seen)

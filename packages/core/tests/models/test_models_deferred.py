@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -130,15 +129,6 @@ def test_a_deferred_model_computes_and_forgets(folders: dict[str, str]) -> None:
             assert torch.equal(model(input_ids=ids).logits, expected)
         assert held(model) == before
         assert not model(input_ids=ids).logits.any()  # no numbers outside
-
-
-def test_new_tokens_are_the_mean_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "tokens.txt").write_text("<think>\n")
-    options = ModelOptions(add_tokens=str(tmp_path / "tokens.txt"))
-    with caplog.at_level(logging.INFO), defer_weights():
-        model = load_model("tiny", options)
-    assert "new tokens, which start at the mean" in caplog.text
-    assert_same(model, load_model("tiny", options))
 
 
 def spec(model: str, trained: bool, **options: Any) -> RoleSpec:

@@ -19,6 +19,7 @@ from rlhf_core.models.export.folder import export
 from rlhf_core.models.heads.modules import HEADS_FILE
 from rlhf_core.models.loading import hub
 from rlhf_core.models.loading.load import load_model, load_scorer
+from rlhf_core.models.loading.optional_imports import uses_peft
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.plugins.registry import Registry
 
@@ -76,6 +77,7 @@ def test_an_adapter_on_the_hub_is_its_base_there_with_the_adapter_merged(
         expected = ours(IDS).logits
         torch.testing.assert_close(load_model("org/adapter", OPTIONS)(IDS).logits, expected, rtol=0, atol=1e-5)
         assert (load_model(base, OPTIONS)(IDS).logits - expected).abs().max() > 1e-3, "the adapter does something"
+    assert [uses_peft(ModelOptions(model=name)) for name in ("org/adapter", base, "tiny")] == [True, False, False]
     assert load_tokenizer("org/adapter", OPTIONS).get_vocab() == load_tokenizer(base, OPTIONS).get_vocab()
     assert MergeLora("org/adapter", output=str(tmp_path / "merged"))(Registry()) == 0
     with torch.no_grad():

@@ -147,3 +147,11 @@ def test_adapters_without_peft_are_refused_before_anything_is_placed(
     run = tiny_run(tmp_path / "run", actor={"lora": {"rank": 4}})
     with pytest.raises(UsageError, match=r"actor.lora needs the package 'peft': pip install"):
         run.check()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny"}')
+    run = tiny_run(tmp_path / "run", model=str(tmp_path / "adapter"))
+    with pytest.raises(
+        UsageError, match=r"the actor model \S+adapter is an adapter, which needs the package 'peft'"
+    ) as caught:
+        run.check()
+    assert "\n" not in str(caught.value)

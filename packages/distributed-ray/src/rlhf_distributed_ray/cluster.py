@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_core.contract.distributed import World
-from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.contract.roles import Placement
 from rlhf_core.errors import RunStopped, UsageError, WorkerLost, option, run_option
 from rlhf_core.launcher.sharing import SharingOptions
+from rlhf_core.models.loading.optional_imports import uses_peft
 from rlhf_distributed_ray.overlap import call_chains
 from rlhf_distributed_ray.placement import Layout, Seat, check_devices, total
 from rlhf_distributed_ray.places import ENGINE
@@ -279,9 +279,8 @@ def _start(crew: Crew) -> None:
 
 
 def _packages(plan: Plan) -> list[str]:
-    """Return the packages that every process must have in one version: those that compute, and peft if a role has adapters."""
-    adapted = any(isinstance(spec.options, TrainedOptions) and spec.options.lora.rank for spec in plan.roles.values())
-    return [*PACKAGES, *(["peft"] if adapted else [])]
+    """Return the packages that every process must have in one version: those that compute, and peft if a role uses it."""
+    return [*PACKAGES, *(["peft"] if any(uses_peft(spec.options) for spec in plan.roles.values()) else [])]
 
 
 def _title(name: str) -> str:

@@ -5,6 +5,7 @@ Each part is entered into one `ExitStack` as soon as it exists, so that an error
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from rlhf_core.contract.options import TrainedOptions
 from rlhf_core.errors import UsageError, options_under, run_option, spell_options
 from rlhf_core.lazy import torch
+from rlhf_core.models.loading.hub import is_adapter
 from rlhf_core.models.loading.optional_imports import check_peft
 from rlhf_core.models.loading.vocabulary import check_vocabularies
 from rlhf_core.rollout.episodes import check_messages
@@ -52,6 +54,8 @@ def check(plan: Plan) -> None:
         for role, spec in plan.roles.items():
             if isinstance(spec.options, TrainedOptions) and spec.options.lora.rank:
                 check_peft(run_option(f"{role}.lora"))
+            elif importlib.util.find_spec("peft") is None and is_adapter(spec.options.model):
+                check_peft(f"the {role} model {spec.options.model} is an adapter, which")
         if plan.online and "rollout" in plan.config.providers:
             with options_under("/rollout"):
                 plan.config.providers["rollout"].check_plan(plan)

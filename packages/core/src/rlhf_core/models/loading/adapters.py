@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
+from rlhf_core.models.loading.deferral import is_deferred, read_whole
+from rlhf_core.models.loading.deferred_adapters import can_wait, merge_later, overwrite_later, translate_misfits
 from rlhf_core.models.loading.optional_imports import import_peft
 
 if TYPE_CHECKING:
@@ -55,13 +58,16 @@ def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     config.task_type = None  # merging is the same for all tasks, and an SFT adapter may start a reward model
     if not hasattr(model, "score"):
         config.modules_to_save = None
-    try:
-        with warnings.catch_warnings():
+    later = any(map(is_deferred, model.parameters())) and can_wait(peft, config, model)
+    if not later:
+        read_whole(model, f"{folder} is an adapter of a kind that is computed from them")
+    with translate_misfits(folder):
+        with warnings.catch_warnings(), overwrite_later(model, folder / WEIGHTS) if later else nullcontext():
             warnings.simplefilter("ignore")  # a head that this model lacks is reported as a missing key
             adapted: Any = peft.PeftModel.from_pretrained(model, str(folder), config=config)
-        plain: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"the adapter {folder} does not fit its base: {str(error).strip().splitlines()[0]}") from error
+        plain: PreTrainedModel = (
+            merge_later(peft, adapted, folder) if later else adapted.merge_and_unload(safe_merge=True)
+        )
     return plain
 
 

@@ -6,15 +6,15 @@
         read_weight(parameter)                # its numbers, from a file or a seed; then a rank keeps its share
 
 A deferred parameter is one zero, expanded to the parameter's shape. Its numbers are those that it has without deferring, to the
-bit. What changes weights while it builds a model (a merged adapter, new tokens) reads them all first, and reports that.
+bit. What changes weights while it builds a model (a merged adapter, new tokens) defers its change to the parameter's own read.
 
-Left out: quantized weights. They are read at once.
+Left out: quantized weights, which are read at once, and adapters of kinds that look at the weights before they are merged.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -31,10 +31,13 @@ __all__ = [
     "defer",
     "defer_all",
     "defer_weights",
+    "is_deferred",
     "is_deferring",
     "placeholder",
+    "read_later",
     "read_weight",
     "read_whole",
+    "replace_parameters",
     "report_whole",
 ]
 
@@ -85,9 +88,26 @@ def defer_all(model: nn.Module, read: Callable[[str, torch.Size], Tensor]) -> No
     for name, parameter in model.named_parameters():
         made[parameter] = torch.nn.Parameter(placeholder(parameter.shape, parameter.dtype))
         defer(made[parameter], partial(read, name, parameter.shape))
+    replace_parameters(model, made)
+
+
+def replace_parameters(model: nn.Module, made: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put others in the place of parameters of a model, wherever its modules hold them."""
     for part in model.modules():
-        for name, own in part.named_parameters(recurse=False, remove_duplicate=False):
-            setattr(part, name, made[own])
+        for name, own in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if own in made:
+                setattr(part, name, made[own])
+
+
+def is_deferred(parameter: Tensor) -> bool:
+    """Return True if the parameter has no numbers yet."""
+    return parameter in _reads()
+
+
+def read_later(parameter: Tensor) -> Callable[[], Tensor]:
+    """Return the function that returns a parameter's numbers: the deferred ones, or those that it has now."""
+    data = parameter.data
+    return _reads().get(parameter) or (lambda: data)
 
 
 def read_weight(parameter: Tensor) -> None:
@@ -104,7 +124,7 @@ def read_whole(model: nn.Module, reason: str) -> None:
         model: of transformers, or a part of one.
         reason: the end of a sentence.
     """
-    deferred = [parameter for parameter in model.parameters() if parameter in _reads()]
+    deferred = [parameter for parameter in model.parameters() if is_deferred(parameter)]
     if deferred:
         report_whole(reason)
     for parameter in deferred:
@@ -127,7 +147,7 @@ def compute_deferred(model: nn.Module) -> Iterator[bool]:
     with ExitStack() as hooks:
         found = False
         for module in model.modules():
-            own = [each for each in module.parameters(recurse=False) if each in _reads()]
+            own = [each for each in module.parameters(recurse=False) if is_deferred(each)]
             if own:
                 found = True
                 hooks.callback(module.register_forward_pre_hook(_reader(own)).remove)

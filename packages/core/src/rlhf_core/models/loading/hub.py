@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf_core.models.loading.names import Source, find
 
-__all__ = ["find_companion_file", "offline_if_unreachable", "resolve_name"]
+__all__ = ["find_companion_file", "is_adapter", "offline_if_unreachable", "resolve_name"]
 
 SECONDS = 3.0
 """for one try, of two"""
@@ -54,6 +54,16 @@ def resolve_name(name: str) -> Source:
     from huggingface_hub import snapshot_download
 
     return Source("adapter", snapshot_download(name, allow_patterns=OF_ADAPTERS))
+
+
+def is_adapter(name: str) -> bool:
+    """Return True if the model `name` is an adapter, in a folder or on the hub. Nothing of it but its config is downloaded.
+
+    Raises:
+        UsageError, MissingPackage: as `find`.
+    """
+    kind = find(name).kind
+    return kind == "adapter" or (kind == "hub" and _download(name, "adapter_config.json") is not None)
 
 
 def find_companion_file(name: str, file: str) -> Path | None:

@@ -25,7 +25,7 @@ from rlhf_core.models.inputs.vision import is_vision
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import has_score, merge_adapter, read_base_model
 from rlhf_core.models.loading.architecture import choose_attention, name_body, report_attention
-from rlhf_core.models.loading.deferral import read_weight, read_whole
+from rlhf_core.models.loading.deferral import read_weight
 from rlhf_core.models.loading.deferred_files import load_deferred
 from rlhf_core.models.loading.foreign import foreign_head
 from rlhf_core.models.loading.generation import repair_generation
@@ -63,7 +63,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
     source = resolve_name(name)
     _check_attention(options)
     if source.kind == "adapter":
-        return _merge(load_model(_base(source, options), options, trained=trained), name, source)
+        return merge_adapter(load_model(_base(source, options), options, trained=trained), Path(source.location))
     if source.kind == "tiny":
         _check_tiny(name, options)
         with translate_errors(name):
@@ -92,7 +92,8 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
     _check_attention(options)
     if source.kind == "adapter":
         base, found = load_scorer(_base(source, options), options, trained=trained)
-        return _merge(base, name, source), found or has_score(Path(source.location))
+        folder = Path(source.location)
+        return merge_adapter(base, folder), found or has_score(folder)
     if source.kind == "tiny":
         _check_tiny(name, options)
         size, dtype = tiny.parse(name), _dtype(options, trained)
@@ -162,12 +163,6 @@ def _from_pretrained(
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
     _fit_embedding(name, source, model, options)
     return model, sorted(info["missing_keys"])
-
-
-def _merge(model: PreTrainedModel, name: str, source: Source) -> PreTrainedModel:
-    """The base of an adapter with the adapter merged into its weights."""
-    read_whole(model, f"{name} is an adapter, which is merged")
-    return merge_adapter(model, Path(source.location))
 
 
 def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:

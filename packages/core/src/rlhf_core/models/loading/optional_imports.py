@@ -7,9 +7,11 @@ import importlib.util
 import logging
 from typing import Any
 
+from rlhf_core.contract.options import ModelOptions, TrainedOptions
 from rlhf_core.errors import MissingPackage
+from rlhf_core.models.loading.hub import is_adapter
 
-__all__ = ["check_peft", "import_peft", "quiet_bitsandbytes"]
+__all__ = ["check_peft", "import_peft", "quiet_bitsandbytes", "uses_peft"]
 
 NOT_NEEDED = "Failed to load CPU gemm_4bit_forward"
 """Message of bitsandbytes at import that a faster kernel is not installed; it has no backward pass and is never used here."""
@@ -34,6 +36,11 @@ def check_peft(wanted_by: str) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingPackage(f"{wanted_by} needs the package 'peft': pip install 'rlhf-core[lora]'")
+
+
+def uses_peft(options: ModelOptions) -> bool:
+    """Return True if a role with these options trains adapters, or if its model is one."""
+    return (isinstance(options, TrainedOptions) and options.lora.rank > 0) or is_adapter(options.model)
 
 
 def quiet_bitsandbytes() -> None:
