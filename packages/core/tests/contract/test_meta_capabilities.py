@@ -58,6 +58,12 @@ FOREIGN = {
     "core/models/loading/adapters": {"score": "the head of a classifier of transformers"},
     "core/models/loading/architecture": {"attn_logit_softcapping": "a config of transformers"},
     "core/models/loading/convert": {"quantization_config": "a config of transformers"},
+    "core/models/loading/deferred_adapters": {
+        "base_layer": "a layer of PEFT",
+        "modules_to_save": "a wrapper of PEFT",
+        "original_module": "a wrapper of PEFT",
+        "parameter_name": "a layer of PEFT around a parameter",
+    },
     "core/models/loading/grow": {"strerror": "an error of Python", "bias": "a module of torch"},
     "core/models/loading/load": {
         "auto_map": "a config of transformers",
