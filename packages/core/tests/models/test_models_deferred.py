@@ -106,6 +106,25 @@ def test_a_conversion_that_looks_at_the_shape_of_its_parameter_is_deferred(tmp_p
     assert_same(deferred, plain)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_that_a_file_has_twice_are_tied_if_they_are_equal(same: bool, tmp_path: Path) -> None:
+    """Some checkpoints have a head of their own under a configuration that ties it; transformers goes by the numbers."""
+    model: Any = AutoModelForCausalLM.from_config(CONFIGS["untied"])
+    if same:
+        model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    plain = load_model(str(tmp_path), ModelOptions())
+    with defer_weights():
+        deferred = load_model(str(tmp_path), ModelOptions())
+    assert held(deferred) < held(plain) / 50
+    read_whole(deferred, "")
+    assert_same(deferred, plain)
+    for each in (plain, deferred):
+        assert (each.get_output_embeddings().weight is each.get_input_embeddings().weight) == same
+
+
 @pytest.mark.parametrize("name", ["tiny", "tied"])
 def test_a_scorer_is_deferred_but_for_its_head(name: str, folders: dict[str, str]) -> None:
     with defer_weights():

@@ -43,7 +43,7 @@ def load_deferred(name: str, load: Callable[[], tuple[Any, Any]], packed: bool) 
         report_whole(f"those of {name} are quantized as they are read")
         return load()
     handed: Handed = {}
-    with _hand_placeholders(handed), _convert_placeholders(handed):
+    with _hand_placeholders(handed), _convert_placeholders(handed), _compare_numbers(handed):
         model, info = load()
     for parameter in model.parameters():
         stored = handed.get(parameter.untyped_storage().data_ptr())
@@ -186,6 +186,28 @@ def _convert_placeholders(handed: Handed) -> Iterator[None]:
         yield
     finally:
         converter.convert = original
+
+
+@contextmanager
+def _compare_numbers(handed: Handed) -> Iterator[None]:
+    """Let transformers compare numbers inside the context, where it ties weights only if a file has both and they are equal."""
+    import torch
+
+    original = torch.equal
+
+    def numbers(tensor: Tensor) -> Tensor:
+        stored = handed.get(tensor.untyped_storage().data_ptr())
+        return tensor if stored is None else stored[0].read(tensor.dtype)
+
+    def equal(*pair: Tensor) -> bool:
+        return original(*map(numbers, pair))
+
+    changed: Any = torch  # whose function is replaced
+    changed.equal = equal
+    try:
+        yield
+    finally:
+        changed.equal = original
 
 
 class _ShapeOf:
