@@ -55,7 +55,7 @@ class _Context:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Question:
     """A chat as the policy reads it."""
 
     keys: tuple[str, ...]
@@ -77,6 +77,8 @@ class Conversation:
 
     def __init__(self, policy: Policy, strict: bool = True) -> None:
         self.policy, self.strict = policy, strict
+        self.responses: dict[str, tuple[dict[str, Any], ...]] = {}
+        """chats of the Responses API up to each response, by its id"""
         self._contexts: list[_Context] = []
         self._texts: list[tuple[str, tuple[int, ...]]] = []
         """plain texts that the policy has read and written, with their ids"""
@@ -113,7 +115,7 @@ class Conversation:
         """Return the number of tokens that the policy would read for a chat."""
         return len(self._read(messages, tools).ids)
 
-    def _read(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> _Asked:
+    def _read(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> _Question:
         """Return what the policy reads for a chat."""
         if not messages:
             raise HttpError(400, "a chat must have at least one message")
@@ -127,7 +129,7 @@ class Conversation:
         row = self.policy.encoder.prompt_row(Example(prompt, meta=meta, origin="the agent's request"))
         described = json.dumps(list(tools), sort_keys=True)
         ids = self._continue(keys, prompt, described, row.text, meta) or tuple(row.ids)
-        return _Asked(keys, described, prompt, row.text, ids)
+        return _Question(keys, described, prompt, row.text, ids)
 
     def _continue(
         self, keys: tuple[str, ...], prompt: Chat, tools: str, text: str, meta: Mapping[str, Any]

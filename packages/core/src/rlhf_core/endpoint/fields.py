@@ -14,7 +14,17 @@ from rlhf_core.endpoint.http import HttpError
 from rlhf_core.endpoint.sampling import NEUTRAL, OWN
 from rlhf_core.errors import UsageError, run_option
 
-__all__ = ["CHAT", "COMPLETION", "GENERATE", "MESSAGES", "SAMPLING_PARAMS", "Fields", "check_fields", "forbids_tools"]
+__all__ = [
+    "CHAT",
+    "COMPLETION",
+    "GENERATE",
+    "MESSAGES",
+    "RESPONSES",
+    "SAMPLING_PARAMS",
+    "Fields",
+    "check_fields",
+    "forbids_tools",
+]
 
 UNCHANGED = frozenset({"model", "stream", "metadata", "service_tier", "request_id", "priority", "cache_salt"})
 """Fields of every route: the form of the answer, and notes for a provider that has nothing to do with them here."""
@@ -71,6 +81,23 @@ MESSAGES = Fields(
     UNCHANGED | {"messages", "system", "tools", "max_tokens", "seed", "n", "best_of", "stop_sequences"},
     {"mcp_servers": ([],)},
     "custom",
+)
+RESPONSES = Fields(
+    UNCHANGED
+    | {"input", "instructions", "tools", "max_output_tokens", "previous_response_id", "seed", "stop", "n", "best_of"}
+    | {"store", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "stream_options"},
+    {
+        "background": (False,),
+        "conversation": (),
+        "include": ([], ["reasoning.encrypted_content"]),
+        "max_tool_calls": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": "none"}),
+        "text": ({}, {"format": {"type": "text"}}),
+        "top_logprobs": (0,),
+        "truncation": ("disabled",),
+    },
+    "function",
 )
 GENERATE = Fields(UNCHANGED | {"token_ids", "sampling_params", "stream_options"})
 SAMPLING_PARAMS = Fields(

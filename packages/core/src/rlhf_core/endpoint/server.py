@@ -21,6 +21,7 @@ from rlhf_core.endpoint.conversation import Conversation
 from rlhf_core.endpoint.generate import answer_generate
 from rlhf_core.endpoint.http import HEAD_BYTES, HEAD_END, HttpError, Request, encode_json, read_request
 from rlhf_core.endpoint.openai import answer_chat, answer_completion, describe_model, list_models
+from rlhf_core.endpoint.responses import answer_response
 from rlhf_core.errors import UsageError
 from rlhf_core.util.messages import log
 
@@ -31,6 +32,7 @@ BODY_BYTES = 1 << 25
 ROUTES = {
     "chat/completions": answer_chat,
     "completions": answer_completion,
+    "responses": answer_response,
     "messages": answer_messages,
     "messages/count_tokens": count_tokens,
     "inference/v1/generate": answer_generate,
