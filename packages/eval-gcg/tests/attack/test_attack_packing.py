@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from lanes import GOAL, lane, neighbors
 from tiny_attacks import SIZE, family, plain_loss, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Qwen3Config
 
 import rlhf_eval_gcg.attack.packing as packing
 from rlhf_eval_gcg.attack import Attack, Goal, attack
@@ -220,3 +222,16 @@ def test_keys_that_change_after_the_cache_are_refused() -> None:
     packed.note(0, states)
     with pytest.raises(NotImplementedError, match="attention of Linear cannot share beginnings"):
         packed.attend(torch.nn.Linear(1, 1), states, states * 1, states, None)
+
+
+def test_a_pass_is_not_kept_after_it() -> None:
+    config, states = tiny(VOCAB).config, torch.zeros(1, 2, 2, 4)
+    packed = PackedGroups([(1, 2)], [((states, states),)])
+    alive = weakref.ref(packed)
+    with packed.install(config):
+        assert AttentionInterface()[packing.NAME] == packed.attend
+    del packed
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(NotImplementedError, match="Linear attends to packed rows outside"):
+        AttentionInterface()[packing.NAME](torch.nn.Linear(1, 1), states, states, states, None)

@@ -70,6 +70,7 @@ class PackedGroups:
             yield
         finally:
             config._attn_implementation = before
+            AttentionInterface.register(NAME, _attend_outside)  # the table lives as long as the process
 
     def attend(
         self,
@@ -103,6 +104,11 @@ class PackedGroups:
                 outputs.append(_attend_rows(q[:, :, own].unflatten(2, (some, new)), own_k, own_v, past))
                 begin += some * new
         return torch.cat(outputs)[None].to(query.dtype), None
+
+
+def _attend_outside(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Stand in for `PackedGroups.attend` between passes, so that no pass is kept in memory."""
+    raise NotImplementedError(f"{type(module).__name__} attends to packed rows outside of `PackedGroups.install`")
 
 
 def _parts(total: int, most: int) -> list[int]:

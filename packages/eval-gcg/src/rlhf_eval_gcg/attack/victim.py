@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.lazy import torch
 from rlhf_eval_gcg.attack.caching import Beginning, cache_window, noting_cache, shared_cache
 from rlhf_eval_gcg.attack.flops import Costs
+from rlhf_eval_gcg.attack.gated_layers import gated_layers, in_place
 from rlhf_eval_gcg.attack.packing import PackedGroups, can_attend
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Victim:
         self._text_config = model.config.get_text_config(decoder=True)
         self.packs = self.on_cpu and self.layers > 0 and self.takes_positions and can_attend(model)
         """rows after shared beginnings are packed without padding, and attend without copies of the beginnings"""
+        self._gated = gated_layers(model) if self.packs else []
 
     @property
     def on_cpu(self) -> bool:
@@ -148,7 +150,7 @@ class Victim:
         kept_M = torch.cat(kept)
         if self._keeps:
             inputs["logits_to_keep"] = kept_M
-        with packed.install(self._text_config), _folded_input(self.head):
+        with packed.install(self._text_config), _folded_input(self.head), in_place(self._gated):
             logits_MV = self.model(**inputs, use_cache=True, return_dict=True).logits[0]
         if not self._keeps:
             logits_MV = logits_MV[kept_M]
