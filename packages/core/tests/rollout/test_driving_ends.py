@@ -21,6 +21,7 @@ from rlhf_core.contract.providers import Environment
 from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.rollout import failures
 from rlhf_core.rollout.driving import drive
+from rlhf_core.util import event_loop
 
 SCRIPT = {"ab": [*b"c", EOS], "zz": [*b"e", EOS], "x": [*b"y", EOS]}
 
@@ -54,7 +55,9 @@ def test_the_last_agent_may_end_while_its_turn_is_sampled() -> None:
     engine = Held(SCRIPT)
 
     async def agent(policy: Policy, example: Example) -> Outcome:
-        engine.until = asyncio.get_running_loop().is_closed
+        episode = asyncio.current_task()
+        assert episode is not None
+        engine.until = episode.done
         await leave(policy, engine)
         return Outcome(1.0)
 
@@ -63,7 +66,7 @@ def test_the_last_agent_may_end_while_its_turn_is_sampled() -> None:
 
 
 def test_a_turn_that_ends_after_its_agent_is_not_recorded() -> None:
-    """The reward is of what the agent had seen. Another episode keeps the event loop open."""
+    """The reward is of what the agent had seen, while another episode goes on."""
     engine, tasks = Held(SCRIPT), []
     over = threading.Event()
     engine.until = over.is_set
@@ -154,8 +157,7 @@ def test_a_session_that_is_never_made_ends_with_the_time_of_its_batch() -> None:
 
 
 def test_a_machine_without_another_event_loop_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(playing: Any) -> None:
-        playing.close()
+    def broken() -> None:
         raise OSError("too many open files")
 
     async def agent(policy: Policy, example: Example) -> Outcome:
@@ -169,7 +171,8 @@ def test_a_machine_without_another_event_loop_ends_the_run(monkeypatch: pytest.M
         except OSError as error:
             found.append(error)
 
-    monkeypatch.setattr(asyncio, "run", broken)
+    monkeypatch.setattr(event_loop._thread, "loop", None)
+    monkeypatch.setattr(asyncio, "new_event_loop", broken)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(60)

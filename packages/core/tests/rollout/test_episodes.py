@@ -223,7 +223,8 @@ def test_coroutines_of_all_episodes_run_together_in_one_loop() -> None:
     rollouts = played(Script({"ab": [*b"c", EOS], "x": [*b"y", EOS]}), meeting, "ab", "x")
     assert rollouts["environment_rewards_NT"].sum(1).tolist() == [1.0, 1.0]
     assert len(meeting.here) == 4
-    assert len(set(meeting.here)) == 1
+    played(Script({"ab": [*b"c", EOS], "x": [*b"y", EOS]}), meeting, "ab", "x")
+    assert len(set(meeting.here)) == 1, "in the next batch too, so that sessions may keep a connection"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

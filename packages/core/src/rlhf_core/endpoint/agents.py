@@ -57,8 +57,7 @@ async def call_function(function: Callable[..., Any], address: Address, example:
             value, error = context.run(function, **arguments), None
         except BaseException as raised:
             value, error = None, raised
-        with suppress(RuntimeError):  # the loop is closed: nothing waits for a thread that outlived its time
-            loop.call_soon_threadsafe(_settle, done, value, error)
+        loop.call_soon_threadsafe(_settle, done, value, error)
 
     threading.Thread(target=work, name="rlhf-agent", daemon=True).start()
     return await done

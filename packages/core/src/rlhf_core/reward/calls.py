@@ -5,7 +5,6 @@ torch-free, because worker processes import it.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.errors import OptionError, RlhfError
+from rlhf_core.util.event_loop import run
 from rlhf_core.util.worker_processes import reason
 
 __all__ = ["Answer", "Columns", "absent_column", "answer_of", "call", "load_function", "read_columns"]
@@ -98,7 +98,7 @@ def _call_with_columns(function: Callable[..., Any], columns: Columns) -> Any:
         raw = function(**{name: value for name, value in columns.items() if everything or name in names})
     else:
         raw = function(*(columns[name] for name in POSITIONAL))
-    return asyncio.run(_await_result(raw)) if inspect.isawaitable(raw) else raw
+    return run(_await_result(raw)) if inspect.isawaitable(raw) else raw
 
 
 async def _await_result(result: Any) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from rlhf_core.contract.batch import Rollouts
@@ -111,8 +110,7 @@ class AskQueue:
     def give(taken: Sequence[_Waiting], rollouts: Rollouts) -> None:
         """Answer the asks that `take` returned with the rows of `rollouts`."""
         for row, each in enumerate(taken):
-            with suppress(RuntimeError):  # the loop is closed: all agents ended while the engine sampled
-                each.answer.get_loop().call_soon_threadsafe(_answer, each.answer, SampledRow(rollouts, row))
+            each.answer.get_loop().call_soon_threadsafe(_answer, each.answer, SampledRow(rollouts, row))
 
 
 def _answer(future: asyncio.Future[SampledRow], sampled: SampledRow) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import replace
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from rlhf_core.rollout.assemble import decode
 from rlhf_core.rollout.driven_episode import DrivenEpisode, Turn
 from rlhf_core.rollout.episode_table import EpisodeTable, to_rollouts
 from rlhf_core.rollout.failures import describe, late_session
+from rlhf_core.util.event_loop import start
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -64,16 +65,16 @@ def drive(
         raise UsageError("rows have images, but agents that drive episodes read only text; pass rows without images")
     table = EpisodeTable(environment, prompts, sampling, limits, encoder)
     player = _Player(table)
-    with ThreadPoolExecutor(1, "rlhf-agents") as pool:
-        played = pool.submit(asyncio.run, player.play())
-        played.add_done_callback(lambda _: player.queue.close())  # no event loop may have been made
-        try:
-            while (taken := player.queue.take()) is not None:
-                player.queue.give(taken, _sample(table, sample, [each.ask for each in taken]))
-        except BaseException:
-            player.cancel()
-            raise
-        played.result()
+    played = start(player.play())
+    played.add_done_callback(lambda _: player.queue.close())
+    try:
+        while (taken := player.queue.take()) is not None:
+            player.queue.give(taken, _sample(table, sample, [each.ask for each in taken]))
+    except BaseException:
+        player.cancel()
+        wait([played], timeout=2 * failures.CLOSING_SECONDS)
+        raise
+    played.result()
     return player.rollouts()
 
 

@@ -30,7 +30,7 @@ from rlhf_core.rollout.assemble import decode, pad_id
 from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
 from rlhf_core.rollout.failures import describe, late_session
-from rlhf_core.util.event_loop import LATE, EventLoop
+from rlhf_core.util.event_loop import LATE, results
 
 if TYPE_CHECKING:
     from rlhf_core.contract.providers import Environment, Rollout
@@ -120,15 +120,14 @@ def play(
         ContractError: the environment breaks its contract.
     """
     table = EpisodeTable(environment, prompts, sampling, limits, encoder)
-    with EventLoop() as loop:
-        try:
-            _open(table, loop)
-            while table.going:
-                _respond(table, loop, _take_turn(table, sample))
-        finally:
-            closed = loop.results([episode.session.close() for episode in table.episodes], failures.CLOSING_SECONDS)
-            if LATE in closed:
-                failures.warn_unclosed(environment, closed.count(LATE))
+    try:
+        _open(table)
+        while table.going:
+            _respond(table, _take_turn(table, sample))
+    finally:
+        closed = results([episode.session.close() for episode in table.episodes], failures.CLOSING_SECONDS)
+        if LATE in closed:
+            failures.warn_unclosed(environment, closed.count(LATE))
     return to_rollouts(table)
 
 
@@ -137,7 +136,7 @@ def play(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def _open(table: EpisodeTable, loop: EventLoop) -> None:
+def _open(table: EpisodeTable) -> None:
     """Begin an episode for each completion. The completions of a prompt meet the same environment, so they can be compared."""
     prompts = table.prompts
     calls = [
@@ -145,7 +144,7 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
         for example, uid in zip(prompts.examples, prompts.uids, strict=True)
         for _ in range(table.sampling.n)
     ]
-    for i, session in enumerate(_answers(table, loop, calls, table.time_left())):
+    for i, session in enumerate(_answers(table, calls, table.time_left())):
         if session is LATE:
             where = describe(table.environment, prompts.examples[i // table.sampling.n])
             session = _Failure(late_session(table.limits.seconds), f"in the {where}".rstrip(","))
@@ -161,14 +160,14 @@ def _open(table: EpisodeTable, loop: EventLoop) -> None:
         table.episodes.append(EpisodeState(i // table.sampling.n, i % table.sampling.n, session))
 
 
-def _respond(table: EpisodeTable, loop: EventLoop, actions: Sequence[Action]) -> None:
+def _respond(table: EpisodeTable, actions: Sequence[Action]) -> None:
     """Let the environment answer the turns of the episodes that continue."""
     going = table.going
     calls = [
         (table.example(episode), f"turn {action.turn}", partial(_answer_of, episode, action))
         for episode, action in zip(going, actions, strict=True)
     ]
-    for episode, action, answer in zip(going, actions, _answers(table, loop, calls, table.time_left()), strict=True):
+    for episode, action, answer in zip(going, actions, _answers(table, calls, table.time_left()), strict=True):
         if answer is LATE:
             episode.finish = "seconds"
             continue
@@ -257,7 +256,6 @@ class _Failure:
 
 def _answers(
     table: EpisodeTable,
-    loop: EventLoop,
     calls: Sequence[tuple[Example, str, Callable[[], Any]]],
     seconds: float | None = None,
 ) -> list[Any]:
@@ -282,7 +280,7 @@ def _answers(
         except Exception as error:
             answer = failed(error, example, turn)
         answers.append(waited(answer, example, turn) if isawaitable(answer) else answer)
-    return loop.results(answers, seconds)
+    return results(answers, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

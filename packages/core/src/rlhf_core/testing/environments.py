@@ -13,7 +13,7 @@ from rlhf_core.contract.options import EpisodeLimits, Sampling
 from rlhf_core.lazy import torch
 from rlhf_core.testing.providers import check_provider
 from rlhf_core.testing.tiny import tiny_run
-from rlhf_core.util.event_loop import EventLoop
+from rlhf_core.util.event_loop import results
 
 if TYPE_CHECKING:
     from rlhf_core.contract.providers import Environment
@@ -48,34 +48,33 @@ def check_environment(
     if environment.drives:
         turns = ()
     examples = examples or [Example("What is 2+2?", label="4"), Example("And 3*3?", label="9")]
-    with EventLoop() as loop:
-        for example in examples:
-            sessions = loop.results([environment(example, 1) for _ in range(3)])
-            for session in sessions:
-                assert isinstance(session, Session), f"{name} must return a Session, not {type(session).__name__}"
-            alone, first, other = sessions
-            expected = list(_converse(loop, environment, alone, turns))
-            crossed = zip_longest(
-                expected,
-                _converse(loop, environment, first, turns),
-                _converse(loop, environment, other, turns[::-1]),  # another episode in between, with other turns
+    for example in examples:
+        sessions = results([environment(example, 1) for _ in range(3)])
+        for session in sessions:
+            assert isinstance(session, Session), f"{name} must return a Session, not {type(session).__name__}"
+        alone, first, other = sessions
+        expected = list(_converse(environment, alone, turns))
+        crossed = zip_longest(
+            expected,
+            _converse(environment, first, turns),
+            _converse(environment, other, turns[::-1]),  # another episode in between, with other turns
+        )
+        for i, (known, answer, _) in enumerate(crossed):
+            assert i >= len(expected) or answer == known, (
+                f"{name} must answer the same turns in the same way, whatever other sessions do: {known}, then {answer}"
             )
-            for i, (known, answer, _) in enumerate(crossed):
-                assert i >= len(expected) or answer == known, (
-                    f"{name} must answer the same turns in the same way, whatever other sessions do: {known}, then {answer}"
-                )
-            loop.results([session.close() for session in sessions])
+        results([session.close() for session in sessions])
     played, again = _play(environment, examples), _play(environment, examples)
     for column in ("environment_rewards_NT", "turns_NT"):
         assert torch.equal(played[column], again[column]), f"{name} must give the same {column} for the same seed"
     return played
 
 
-def _converse(loop: EventLoop, environment: Environment, session: Session, turns: Sequence[str]) -> Iterator[Feedback]:
+def _converse(environment: Environment, session: Session, turns: Sequence[str]) -> Iterator[Feedback]:
     """Take turns until the environment ends the episode; each answer is checked."""
     name = type(environment).__qualname__
     for turn, text in enumerate(turns):
-        (feedback,) = loop.results([session.respond(Action(text, (*text.encode(), 0), "stop", turn))])
+        (feedback,) = results([session.respond(Action(text, (*text.encode(), 0), "stop", turn))])
         assert isinstance(feedback, Feedback), f"{name} must answer with Feedback, not {type(feedback).__name__}"
         given = [each for each in (feedback.text, feedback.messages, feedback.token_ids) if each]
         assert len(given) <= 1, f"{name} must give one of text, messages and token_ids"
