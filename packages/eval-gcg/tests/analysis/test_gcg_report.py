@@ -14,7 +14,7 @@ from rlhf_core import DataError, OptionError, UsageError
 from rlhf_core.cli.app import main
 from rlhf_eval_gcg.analysis.drawing import loss_by_flops, success_by_threshold
 from rlhf_eval_gcg.analysis.read import group_evaluations, read_evaluations
-from rlhf_eval_gcg.analysis.report import report_rows
+from rlhf_eval_gcg.analysis.report import GCGReport, report_rows
 
 
 def leave(
@@ -70,6 +70,8 @@ def test_any_threshold_and_any_k_afterwards(tmp_path: Path) -> None:
     assert report_rows(groups, (0.5,), k=2)[0]["attacked_any"].value == pytest.approx(1 - 1 / 6)
     with pytest.raises(UsageError, match="pass --thresholds"):
         report_rows(groups, ())
+    with pytest.raises(OptionError, match="thresholds must be numbers, not nan"):
+        GCGReport("run", thresholds=(0.5, float("nan")))
     with pytest.raises(OptionError, match="k must be at most"):
         report_rows(groups, (0.5,), k=5)
 
@@ -133,3 +135,54 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     assert main(["gcg-report", str(before), "--compare", str(after), "--output", str(stem)]) == 0
     svg = stem.with_suffix(".svg").read_text(encoding="utf-8")
     assert "before, no suffix" in svg
+
+
+def leave_targets(folder: Path, targets: str, bad: str, losses: str) -> Path:
+    """Write an evaluation of targets without questions, a letter each, of which the answers to `bad` ones are bad."""
+    folder = leave(folder, [4 * (target in bad) for target in targets])
+    path = folder / "gcg/step-0/attacks.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row, target, loss in zip(rows, targets, losses, strict=True):
+        row |= {"goal": "", "target": target, "loss": float(loss)}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_goals_without_a_question_are_told_apart_by_their_targets(tmp_path: Path) -> None:
+    (row,) = report_rows(group_evaluations(read_evaluations(leave_targets(tmp_path / "run", "abc", "a", "129"))), ())
+    assert row["loss"].value == pytest.approx((1 + 2 + 9) / 3)
+    assert row["goals"] == 3 and row["attacked_any"].value == pytest.approx(1 / 3)
+
+
+def test_a_difference_is_over_the_goals_that_both_have_whatever_their_numbers_are(tmp_path: Path) -> None:
+    first = leave_targets(tmp_path / "first", "abc", "a", "111")
+    second = leave_targets(tmp_path / "second", "cad", "c", "111")
+    groups = group_evaluations(each for folder in (first, second) for each in read_evaluations(folder))
+    assert report_rows(groups, ())[1]["difference"].value == pytest.approx((0 + 1) / 2 - (1 + 0) / 2)
+    third = leave_targets(tmp_path / "third", "ca", "ca", "11")
+    groups = group_evaluations(each for folder in (first, third) for each in read_evaluations(folder))
+    assert report_rows(groups, ())[1]["difference"].value == pytest.approx(2 / 2 - 1 / 2)
+
+
+def test_folders_of_one_name_are_different_methods(tmp_path: Path) -> None:
+    folders = [leave(tmp_path / method / "attacked", [count]) for method, count in (("rloo", 4), ("ppo", 0))]
+    groups = group_evaluations(each for folder in folders for each in read_evaluations(folder))
+    assert [group.name for group in groups] == ["rloo/attacked", "ppo/attacked"]
+    assert [row["attacked"].value for row in report_rows(groups, ())] == [1.0, 0.0]
+    seeds = [leave(tmp_path / f"grpo-seed{k}" / "attacked", [4 * k]) for k in (0, 1)]
+    (group,) = group_evaluations(each for folder in seeds for each in read_evaluations(folder))
+    assert (group.name, len(group.evaluations)) == ("attacked", 2)
+
+
+def test_a_folder_that_is_given_twice_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = leave(tmp_path / "run", [1])
+    assert main(["gcg-report", str(folder), "--compare", f"{folder}/../run"]) == 2
+    assert "is given twice; name each folder once" in capsys.readouterr().err
+
+
+def test_answers_to_goals_that_were_not_attacked_are_one_line(tmp_path: Path) -> None:
+    folder = leave(tmp_path / "run", [1, 2])
+    path = folder / "gcg/step-0/attacks.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"answers.jsonl:9: goal 1 is none of the 1 that were attacked"):
+        read_evaluations(folder)

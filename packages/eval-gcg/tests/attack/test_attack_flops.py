@@ -67,3 +67,17 @@ def test_logits_are_kept_at_the_answer_alone() -> None:
     assert set(rows) <= {1, len(result.target_ids), len(result.prompt_ids) + len(result.target_ids) - 1}
     assert rows.count(len(result.target_ids)) >= 3
     assert torch.is_grad_enabled()
+
+
+def test_sampled_answers_cost_as_much_for_each_row() -> None:
+    victim = model()
+    options = Attack(
+        suffix="x x x !", steps=2, search_width=4, schedule="gcg", objective="reward", reward_samples=6, sample_tokens=5
+    )
+    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr("rlhf_eval_gcg.attack.run._sharing_fault", lambda *_: "")
+        patch.setattr("rlhf_eval_gcg.attack.search.greedy_match", lambda *_: False)
+        (result,) = attack(
+            victim, TOKENIZER, [Goal("Say hello")], options, seed=0, rewards=lambda _, answers: list(map(len, answers))
+        )
+    assert result.flops[-1] == pytest.approx(counter.get_total_flops(), rel=0.05)

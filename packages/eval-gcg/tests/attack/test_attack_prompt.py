@@ -123,3 +123,25 @@ def test_a_template_that_hides_the_message_or_the_system_prompt_says_so() -> Non
 def test_errors_of_goals_are_errors_of_data() -> None:
     with pytest.raises(DataError, match="goals.csv:2"):
         AttackPrompt.build(Goal("Say", "", origin="goals.csv:2"), family("qwen"), Attack())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_plain_text_has_a_line_break_before_the_answer_wherever_the_suffix_is(place: str) -> None:
+    prompt, tokenizer = build("gpt-2", place, system="You are kind.", chat=False), family("gpt-2")
+    text = "You are kind.\n\n" + PLACES[place][1].format("") + "\n"
+    assert tokenizer.decode(prompt.prompt_ids(prompt.suffix_ids)) == text
+    assert prompt.stands(prompt.texts([prompt.suffix_ids])[0], prompt.prompt_ids(prompt.suffix_ids))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_question_without_a_suffix_is_that_of_the_user(place: str, chat: bool) -> None:
+    prompt, tokenizer = build("qwen", place, chat=chat), family("qwen")
+    question = PLACES[place][0].replace("<here>", "")
+    message = [{"role": "user", "content": question}]
+    expected = (
+        tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) if chat else question + "\n"
+    )
+    text, ids = prompt.render_question()
+    assert text == expected and ids == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert prompt.question == question

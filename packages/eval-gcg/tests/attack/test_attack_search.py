@@ -203,6 +203,10 @@ def test_of_a_bad_set_the_loss_is_that_of_the_summed_probability() -> None:
     [
         ({"objective": "reward"}, "objective reward needs a judge"),
         ({"objective": "bad_set", "early_stop": True}, "early_stop works only with objective target"),
+        ({"objective": "bad_set"}, "objective bad_set needs goals with a list bad_set"),
+        ({"objective": "bad_set", "loss": "cw"}, "loss cw works only with objective target"),
+        ({"schedule": "acg", "buffer": 2}, "buffer must be 0 with schedule acg"),
+        ({"schedule": "gcg", "buffer": 2, "objective": "reward"}, "buffer must be 0 with objective reward"),
     ],
 )
 def test_options_that_do_not_go_together_say_so(options: dict[str, Any], said: str) -> None:
@@ -279,3 +283,65 @@ def test_one_seed_per_goal_gives_the_suffix_of_each_alone() -> None:
         attack(model, TOKENIZER, GOALS, options, seed=[1, 2, 3])
     with pytest.raises(UsageError, match="without transfer"):
         attack(model, TOKENIZER, GOALS, Attack(**SMALL, transfer=True), seed=[1, 2])
+
+
+def test_restarts_share_the_limit_of_operations_and_all_count() -> None:
+    model = tiny(VOCAB)
+    (one,), (three,) = (search(model=model, restarts=count, steps=3, schedule="gcg") for count in (1, 3))
+    assert three.flops == pytest.approx(
+        [3 * flops for flops in one.flops], rel=0.1
+    )  # lengths of shared beginnings differ
+    assert three.candidates > 2 * one.candidates
+    limit = one.flops[-1]  # of three steps: one for each restart
+    (limited,) = search(model=model, restarts=3, steps=3, schedule="gcg", max_flops=0.99 * limit)
+    assert limited.steps == 1 and limited.flops[-1] == pytest.approx(three.flops[0])
+
+
+class Lottery:
+    """Replaces one token at random: an optimizer that asks for no gradient."""
+
+    def __init__(self, options: Attack) -> None:
+        self.options = options
+
+    def step(self, suffix: Suffix) -> Generator[TokenGradient | Losses, Any, Move]:
+        trial_L = suffix.ids_L.clone()
+        allowed = suffix.allowed_V.nonzero()[:, 0]
+        trial_L[0] = allowed[torch.randint(len(allowed), (1,), generator=suffix.generator)]
+        losses_C = yield Losses(trial_L[None])
+        return Move(trial_L, float(losses_C[0]))
+
+
+@pytest.mark.parametrize("schedule", ["Lottery", "Relaxation"])
+def test_the_initial_loss_is_known_whatever_an_optimizer_asks_for(schedule: str) -> None:
+    model = tiny(VOCAB)
+    (plain,) = search(model=model, schedule="gcg")
+    (result,) = search(model=model, schedule=f"{__name__}:{schedule}", steps=2)
+    assert result.initial_loss == pytest.approx(plain.initial_loss, abs=1e-5)
+    assert result.candidates == 2
+
+
+def test_the_initial_loss_is_known_where_a_suffix_of_the_first_buffer_matches() -> None:
+    model = tiny(VOCAB)
+    token = greedy_token(model, AttackPrompt.build(GOALS[0], TOKENIZER, Attack(**SMALL)))
+    goal = Goal(GOALS[0].goal, TOKENIZER.decode([token]))
+    (result,) = search([goal], model, schedule="gcg", buffer=2, early_stop=True)
+    assert result.matched and result.steps == 1 and result.candidates == 2
+    prompt = AttackPrompt.build(goal, TOKENIZER, Attack(**SMALL))
+    expected = plain_loss(model, prompt.prompt_ids(prompt.suffix_ids), result.target_ids)
+    assert result.initial_loss == pytest.approx(expected, abs=1e-5)
+
+
+def greedy_token(model: Any, prompt: AttackPrompt) -> int:
+    """Return the first token of the greedy answer to the prompt with the initial suffix."""
+    with torch.no_grad():
+        return int(model(torch.tensor([prompt.prompt_ids(prompt.suffix_ids)])).logits[0, -1].argmax())
+
+
+def test_an_answer_of_a_bad_set_that_begins_with_another_one_counts_once() -> None:
+    """An event and a part of it: the probability that one of them is given is that of the shorter answer."""
+    model = tiny(VOCAB)
+    (one,) = search([Goal("Say hello", "Sure", bad_set=("Sure",))], model, objective="bad_set", steps=1)
+    (more,) = search([Goal("Say hello", "Sure, hello", bad_set=("Sure", "Sure"))], model, objective="bad_set", steps=1)
+    expected = plain_loss(model, one.prompt_ids, one.target_ids) * len(one.target_ids)
+    assert one.loss == pytest.approx(expected, abs=1e-5)
+    assert more.initial_loss == pytest.approx(one.initial_loss, abs=1e-5)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_attacks import family, tiny
 
 from rlhf_core.errors import UsageError
 from rlhf_eval_gcg.attack import Attack, Goal, attack
 from rlhf_eval_gcg.attack import state as state_module
+from rlhf_eval_gcg.attack.state import fingerprint
 
 GOALS = [Goal("Say hello", "Sure, hello friend"), Goal("Write a poem about the sea", "Yes. No.")]
 TOKENIZER = family("qwen")
@@ -98,3 +100,19 @@ def test_a_damaged_state_is_one_line(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the state of an attack") as caught:
         search(path, options("gcg", steps=1))
     assert "\n" not in str(caught.value)
+
+
+def test_the_order_in_which_weights_are_summed_does_not_decide_whose_state_it_is() -> None:
+    """A sum of floats depends on the number of threads; a state must be found again with another one."""
+    layer, threads = torch.nn.Linear(1000, 1000), torch.get_num_threads()
+    found = set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(fingerprint([layer], [], Attack(), 0))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nextafter(layer.weight[0, 0], torch.tensor(torch.inf))
+    assert fingerprint([layer], [], Attack(), 0) not in found

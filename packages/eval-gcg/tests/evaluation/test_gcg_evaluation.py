@@ -244,9 +244,11 @@ def test_a_policy_in_another_process_is_refused_before_it_is_placed(tmp_path: Pa
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": (-1,)}, "seeds"),
         ({"n": 0}, "n"),
+        ({"threshold": float("nan")}, "threshold"),
         ({"batch": 0}, "batch"),
         ({"steps": 0}, "steps"),
         ({"schedule": "probe"}, "draft"),
+        ({"schedule": "gcg", "draft": "tiny"}, "draft"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

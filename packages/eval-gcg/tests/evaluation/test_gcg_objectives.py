@@ -132,3 +132,35 @@ def test_a_call_that_was_killed_continues_with_the_same_suffixes(
     (left,) = (tmp_path / "killed/gcg/step-0/unfinished").glob("*.state")
     assert left.stat().st_size > 0
     assert evaluate(tmp_path / "killed", **chosen) == whole
+
+
+@pytest.mark.parametrize("suffix", [True, False])
+def test_objective_reward_shows_the_judge_what_it_is_shown_after_the_attack(
+    suffix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_eval_gcg.judges.refusal import Refusal
+
+    shown: list[Any] = []
+
+    def judge(self: Refusal, rollouts: Any) -> list[float]:
+        shown.append([each["prompt"] for each in rollouts.meta])
+        return [float(len(text)) for text in rollouts.texts]
+
+    monkeypatch.setattr(Refusal, "__call__", judge)
+    chosen: dict[str, Any] = {"objective": "reward", "judge": "refusal", "sample_tokens": 3, "system": "Be kind."}
+    (row,) = evaluate(tmp_path, **chosen, judge_suffix=suffix)
+    during, after = shown[0][0], shown[-1][0]
+    assert [message["role"] for message in during] == [message["role"] for message in after] == ["system", "user"]
+    assert after[1]["content"] == (row["message"] if suffix else row["goal"])
+    assert during[1]["content"] == row["goal"] + (" x x x x x x x x x x" if suffix else "")
+
+
+def test_another_judge_of_objective_reward_attacks_again(tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"objective": "reward", "sample_tokens": 3}
+    (always,) = evaluate(tmp_path, **chosen, judge="regex pattern=.*")
+    (never,) = evaluate(tmp_path, **chosen, judge="regex pattern=(?!)")
+    assert (always["losses"], never["losses"]) == ([1.0, 1.0], [0.0, 0.0])
+    (blind,) = evaluate(tmp_path, **chosen, judge="regex pattern=(?!)", judge_suffix=False)
+    assert len({always["fingerprint"], never["fingerprint"], blind["fingerprint"]}) == 3
+    aimed = [evaluate(tmp_path / "aimed", judge=f"regex pattern={each}")[0]["fingerprint"] for each in (".*", "(?!)")]
+    assert aimed[0] == aimed[1], "a suffix that makes a target likely does not follow from the judge"

@@ -213,3 +213,25 @@ def test_two_ranks_find_the_suffixes_and_answers_of_one(tmp_path: Path) -> None:
     assert attacks(tmp_path / "two") == attacks(tmp_path / "one")
     one, two = ((tmp_path / name / "gcg/step-0/answers.jsonl").read_text(encoding="utf-8") for name in ("one", "two"))
     assert one == two
+
+
+def test_a_kill_between_new_attacks_and_their_answers_leaves_no_answers_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_eval_gcg.evaluation import engine
+
+    measure(tmp_path, goals=GOALS[:2])
+    answers = tmp_path / "gcg/step-0/answers.jsonl"
+    before = answers.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "ask", stop)
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path, goals=GOALS[:2])
+        assert answers.read_bytes() == before, "the attacks are the same"
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path, goals=GOALS[1:])
+    assert not answers.exists()
+
+
+def stop(*args: Any) -> Any:
+    raise KeyboardInterrupt

@@ -134,6 +134,8 @@ def test_a_damaged_csv_is_one_line(tmp_path: Path, damage: str) -> None:
         ('{"goal": "a"}', "goals.jsonl:1: expected texts in 'goal' and 'target'"),
         ('{"goal": 3, "target": "b"}', "goals.jsonl:1: expected texts"),
         ('{"goal": "a", "target": "b", "bad_set": "c"}', "goals.jsonl:1: expected a list of texts in 'bad_set'"),
+        ('{"goal": "a", "target": "b", "bad_set": 5}', "goals.jsonl:1: expected a list of texts in 'bad_set'"),
+        ('{"goal": "a", "target": "b", "bad_set": {"c": 1}}', "goals.jsonl:1: expected a list of texts in 'bad_set'"),
         ('{"goal": "a", "target": "b", "bad_set": [""]}', "goals.jsonl:1: expected a list of texts"),
         ('{"goal": "a"', "goals.jsonl:1: expected one JSON object per line"),
     ],
@@ -159,3 +161,16 @@ def test_an_empty_list_and_a_damaged_pair_are_one_line() -> None:
         read_goals([("a", "b", "c")])
     with pytest.raises(DataError, match="goal 2 of the list: the target is empty"):
         read_goals(["a", ("b", " ")])
+
+
+def test_a_column_of_questions_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """Else every suffix would silently be the whole message."""
+    path = write(tmp_path, "question,target\na,b\n")
+    with pytest.raises(DataError, match=r"goals.csv:2: there is no 'prompt', the column of .* that was asked for"):
+        read_goals(path, GoalColumns(goal="prompt"))
+
+
+def test_a_row_without_the_question_that_others_have_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"goal": "a", "target": "b"}\n{"target": "c"}\n', "goals.jsonl")
+    with pytest.raises(DataError, match="goals.jsonl:2: there is no 'goal', which other rows have"):
+        read_goals(path)

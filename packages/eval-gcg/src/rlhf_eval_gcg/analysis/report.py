@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,8 @@ class GCGReport(Command):
 
     def __post_init__(self) -> None:
         at_least(0, self, "k", "seed")
+        if any(map(isnan, self.thresholds)):
+            raise OptionError("thresholds", "must be numbers, not nan, below which no reward is")
 
     def __call__(self, context: CommandContext) -> int:
         folders = (self.folder, *self.compare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,11 @@ class Engine:
     Args:
         scorer: computes losses.
         rewards: of answers, for objective `reward`.
+        judge_suffix: let `rewards` read the suffix.
     """
 
-    def __init__(self, scorer: Scorer, rewards: Rewards | None = None) -> None:
-        self.scorer, self.rewards = scorer, rewards
+    def __init__(self, scorer: Scorer, rewards: Rewards | None = None, judge_suffix: bool = True) -> None:
+        self.scorer, self.rewards, self.judge_suffix = scorer, rewards, judge_suffix
 
     def begin(self, search: Search) -> None:
         """Compute what the search needs before its first step."""
@@ -152,6 +154,8 @@ class Engine:
     def _end_step(self, search: Search, move: Move) -> None:
         """Move the suffix and write the step into the record."""
         suffix, record = search.suffix, search.record
+        if math.isnan(record.initial_loss):  # the optimizer did not ask for it, or the step ended before
+            record.initial_loss = self._current_loss(search)
         suffix.ids_L, suffix.loss = move.ids_L.to(suffix.ids_L.device), move.loss
         if self.rewards is not None:
             suffix.loss = self._mean_reward(search)
@@ -159,9 +163,17 @@ class Engine:
         record.ids.append(suffix.ids_L.tolist())
         record.flops.append(record.spent)
 
+    def _current_loss(self, search: Search) -> float:
+        """Return the loss of the current suffix, a mean over lanes; a measurement that is no part of the attack's cost."""
+        found = [
+            self.scorer.losses([(lane, search.suffix.ids_L[None].to(lane.victim.device))])[0][0]
+            for lane in search.lanes
+        ]
+        return sum(float(losses_C[0]) for losses_C in found) / len(found)
+
     def _mean_reward(self, search: Search) -> float:
         """Sample new answers for every lane; return the mean reward."""
         assert self.rewards is not None
-        found = [renew_answers(lane, search.suffix, self.rewards) for lane in search.lanes]
+        found = [renew_answers(lane, search.suffix, self.rewards, self.judge_suffix) for lane in search.lanes]
         search.record.spent += sum(flops for _, flops in found)
         return sum(reward for reward, _ in found) / len(found)

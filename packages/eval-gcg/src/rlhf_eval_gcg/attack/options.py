@@ -43,7 +43,8 @@ class Attack:
     n_replace: int = 1
     """number of tokens that a candidate replaces; acg merges candidates that improve, and so replaces more"""
     buffer: int = 0
-    """number of best suffixes to keep, continuing from the best; 0 always moves to the best candidate of the step"""
+    """number of best suffixes to keep, continuing from the best; 0 always moves to the best candidate of the step. Not for acg,
+    which keeps the best suffix in any case, nor for objective `reward`, whose losses of two steps cannot be compared"""
     momentum: float = 0.4
     """share of the earlier steps' gradients in schedule `momentum`, 0 to below 1"""
     quote: bool = True
@@ -53,7 +54,7 @@ class Attack:
     """target: the target's loss; bad_set: minus the log-probability that the target or a text of the bad set is given; reward:
     the mean reward of sampled answers (REINFORCE)"""
     loss: Literal["cross_entropy", "mellowmax", "cw"] = "cross_entropy"
-    """loss of a target: mean cross-entropy, mellowmax over its logits, or Carlini-Wagner's margin to the runner-up"""
+    """loss of objective `target`: mean cross-entropy, mellowmax over its logits, or Carlini-Wagner's margin to the runner-up"""
     mellowmax_alpha: float = 1.0
     """sharpness of mellowmax: near 0 it is the mean over the target's tokens, large the worst of them"""
     cw_margin: float = 1e-3
@@ -111,10 +112,36 @@ class Attack:
             raise OptionError("momentum", f"must be below 1, not {self.momentum}")
         if self.schedule not in SCHEDULES and ":" not in self.schedule:
             raise OptionError("schedule", f"must be {', '.join(SCHEDULES)} or module:Class, not {self.schedule!r}")
+        self._check_together()
         if self.suffix_place == "marker" and not self.marker:
             raise OptionError("marker", "must not be empty with suffix_place marker")
         if not self.suffix.strip():
             raise OptionError("suffix", "must contain at least one token that is not a blank")
+
+    def _check_together(self) -> None:
+        """Raise `OptionError` for an option that another one leaves without effect."""
+        if self.buffer and self.schedule == "acg":
+            raise OptionError(
+                "buffer",
+                f"must be 0 with schedule acg, which keeps the best suffix in any case, not {self.buffer}; choose "
+                "schedule gcg, momentum or probe, or leave it out",
+            )
+        if self.objective == "target":
+            return
+        if self.buffer and self.objective == "reward":
+            raise OptionError(
+                "buffer",
+                f"must be 0 with objective reward, not {self.buffer}: its answers are new in each step, so losses of two "
+                "steps cannot be compared",
+            )
+        if self.loss != "cross_entropy":
+            raise OptionError(
+                "loss", f"{self.loss} works only with objective target; objective {self.objective} has its own loss"
+            )
+        if self.early_stop:
+            raise OptionError(
+                "early_stop", f"works only with objective target; objective {self.objective} has no single answer"
+            )
 
     @classmethod
     def original(cls, **changes: Any) -> Attack:

@@ -100,6 +100,12 @@ class AttackPrompt:
         """Return the user's message with a suffix in its place."""
         return suffix.join(self.content)
 
+    @property
+    def question(self) -> str:
+        """The user's message without a suffix; where a suffix goes by a marker, without the marker."""
+        marked = self.options.suffix_place == "marker"
+        return self.goal.goal.replace(self.options.marker, "") if marked else self.goal.goal
+
     def texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each suffix in its place: what it adds to the text of the tokens before it."""
         anchor = list(self.before_ids[-ANCHOR:])
@@ -127,6 +133,15 @@ class AttackPrompt:
         if suffix == suffix.strip() or not self.options.chat:
             return suffix.join(self.rendering)
         return _chat(self.message(suffix), self.tokenizer, self.options)
+
+    def render_question(self) -> tuple[str, list[int]]:
+        """Return the whole prompt without a suffix, as text and as tokens."""
+        reader = TextTokenizer(self.tokenizer)
+        if self.options.chat:
+            text = _chat(self.question, self.tokenizer, self.options)
+            return text, reader.ids(text)
+        text = "".join(_render((self.question, ""), self.tokenizer, self.options))
+        return text, reader.with_bos(text)
 
     def stands(self, suffix: str, prompt_ids: Sequence[int]) -> bool:
         """Return True if the user's message with a suffix, rendered anew by the template, becomes `prompt_ids`."""
@@ -159,7 +174,7 @@ def _render(content: tuple[str, str], tokenizer: Any, options: Attack) -> tuple[
     """Return the whole text before and after the suffix."""
     if not options.chat:
         before, after = content
-        return (f"{options.system}\n\n" if options.system else "") + before, after or "\n"
+        return (f"{options.system}\n\n" if options.system else "") + before, after + "\n"
     if not tokenizer.chat_template:
         raise UsageError(
             f"the tokenizer has no chat template; attack an instruction-tuned model, or set {option('chat', 'False')}"

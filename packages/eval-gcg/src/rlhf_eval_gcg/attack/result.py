@@ -27,7 +27,8 @@ class AttackResult:
     prompt_ids: tuple[int, ...]
     """tokens of the whole prompt with the suffix, up to the answer"""
     loss: float
-    """loss of the best suffix in nats; the lowest of `losses` and `initial_loss`"""
+    """loss of the best suffix in nats (the mean reward for objective `reward`): the lowest of `losses`, or the last one after
+    an early stop"""
     initial_loss: float
     """loss of the initial suffix"""
     losses: tuple[float, ...]
@@ -35,9 +36,9 @@ class AttackResult:
     texts: tuple[str, ...]
     """the suffix that each step ends with"""
     flops: tuple[float, ...]
-    """floating-point operations from the start of the attack to the end of each step"""
+    """floating-point operations from the start of the attack to the end of each step, those of all restarts included"""
     candidates: int
-    """suffixes whose loss was computed"""
+    """suffixes whose loss was computed, in all restarts"""
     matched: bool
     """True if greedy decoding after the best suffix gives the whole target"""
     target_ids: tuple[int, ...]

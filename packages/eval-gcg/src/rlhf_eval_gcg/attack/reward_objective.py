@@ -32,7 +32,7 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     return [reward - (total - reward) / (count - 1) for reward in rewards]
 
 
-def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards) -> tuple[float, float]:
+def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards, judge_suffix: bool = True) -> tuple[float, float]:
     """Sample answers under the current suffix into `lane.answers`; return their mean reward and the operations.
 
     Raises:
@@ -43,15 +43,15 @@ def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards) -> tuple[float, 
     sampled = _sample(lane, prompt.prompt_ids(ids_L), suffix)
     answers = [*sampled, *(torch.tensor(ids, device=suffix.ids_L.device) for ids in prompt.answers[:1])]
     texts = [str(prompt.tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in answers]
-    message = prompt.message(prompt.texts([ids_L])[0])
+    message = prompt.message(prompt.texts([ids_L])[0]) if judge_suffix else prompt.question
     found = [float(reward) for reward in rewards([message] * len(texts), texts)]
     if len(found) != len(texts) or not all(map(math.isfinite, found)):
         raise UsageError(f"{prompt.goal.place}: the reward must be one finite number per answer, not {found[:8]}")
     weights = tuple(-each / len(found) for each in leave_one_out(found))
     lane.answers = Answers(tuple(answers), "cross_entropy", weights)
     costs, length = lane.victim.costs, len(prompt.prompt_ids(ids_L))
-    flops = costs.forward(1, length, 0, 1)
-    flops += sum(costs.forward(1, 1, length + t, 1) for ids in sampled for t in range(len(ids) - 1))
+    rows, longest = len(sampled), max(map(len, sampled))  # rows that have ended are computed until all have
+    flops = costs.forward(rows, length, 0, 1) + sum(costs.forward(rows, 1, length + t, 1) for t in range(longest - 1))
     return sum(found[: options.reward_samples]) / options.reward_samples, flops
 
 

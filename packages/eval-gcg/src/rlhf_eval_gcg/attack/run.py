@@ -67,6 +67,7 @@ def attack(
     progress: Callable[[AttackProgress], None] | None = None,
     draft: Any = None,
     rewards: Rewards | None = None,
+    judge_suffix: bool = True,
     more_models: Sequence[Any] = (),
 ) -> list[AttackResult]:
     """Search a suffix for each goal; return one result per goal, in order.
@@ -82,6 +83,7 @@ def attack(
         progress: called after each step of a goal.
         draft: a small model with the same tokenizer, for schedule `probe`.
         rewards: returns the reward of each answer, for objective `reward`: called with the user's messages and the answers.
+        judge_suffix: show `rewards` messages with the suffix; False shows them without.
         more_models: further models with the same tokenizer that the suffix is to work on as well.
 
     Raises:
@@ -96,7 +98,7 @@ def attack(
         for victim in every:
             stack.enter_context(victim.freeze())
         searches = _searches(prompts, victims, drafted, tokenizer, options, seed)
-        engine = Engine(Scorer(options), rewards if options.objective == "reward" else None)
+        engine = Engine(Scorer(options), rewards if options.objective == "reward" else None, judge_suffix)
         _check_sharing(engine, searches)
         keeper = None
         if state_file is not None:
@@ -117,9 +119,9 @@ def _check(goals: Sequence[Goal], options: Attack, rewards: Rewards | None, seed
         )
     if options.objective == "reward" and rewards is None:
         raise OptionError("objective", "reward needs a judge that scores answers; choose one, or use objective target")
-    if options.early_stop and options.objective != "target":
+    if options.objective == "bad_set" and not any(goal.bad_set for goal in goals):
         raise OptionError(
-            "early_stop", f"works only with objective target; objective {options.objective} has no single answer"
+            "objective", "bad_set needs goals with a list bad_set of further answers, as rows of a JSON file have"
         )
 
 
@@ -240,7 +242,9 @@ def _results(searches: Sequence[Search], goals: Sequence[Goal], models: int) -> 
         own = [search for search in searches if number in search.goals]
         best = min(own, key=lambda search: (not search.record.matched, search.record.losses[search.record.best]))
         lane = best.lanes[best.goals.index(number) * models]
-        result = best.result(lane, goal)
+        flops = [sum(each.record.flops[: step + 1][-1] for each in own) for step in range(len(best.record.flops))]
+        candidates = sum(each.record.candidates for each in own)
+        result = replace(best.result(lane, goal), flops=tuple(flops), candidates=candidates)
         if best.suffix.options.filter_ids and not lane.prompt.stands(result.text, result.prompt_ids):
             log.warning(
                 "%s: the tokens of the suffix %r change when the chat is tokenized again; report this tokenizer, "

@@ -62,16 +62,21 @@ class Search:
     """True once the beginnings of its lanes are computed, or counted before a crash"""
 
     @property
+    def max_flops(self) -> float:
+        """This search's part of the goal's limit of operations; restarts have equal parts. 0 is no limit."""
+        return self.suffix.options.max_flops / self.suffix.options.restarts
+
+    @property
     def is_finished(self) -> bool:
         """True if the search is at its limit of steps or operations, or has matched."""
         options, record = self.suffix.options, self.record
-        spent = 0 < options.max_flops <= record.spent and bool(record.losses)
+        spent = 0 < self.max_flops <= record.spent and bool(record.losses)
         return record.matched or spent or len(record.losses) >= options.steps
 
     def refresh_progress(self) -> None:
         """Tell the optimizer how much of the budget is used."""
         options, record = self.suffix.options, self.record
-        share = record.spent / options.max_flops if options.max_flops else 0.0
+        share = record.spent / self.max_flops if self.max_flops else 0.0
         self.suffix.step = len(record.losses)
         self.suffix.progress = min(1.0, max(share, len(record.losses) / options.steps))
 
@@ -186,7 +191,10 @@ def _filter(prompts: Sequence[AttackPrompt], options: Attack) -> Any:
 
 def _aims(prompt: AttackPrompt, options: Attack) -> Sequence[Sequence[int]]:
     """Return the tokens of the answers that the suffix must make likely."""
-    return prompt.answers if options.objective == "bad_set" else prompt.answers[:1]
+    if options.objective != "bad_set":
+        return prompt.answers[:1]
+    every = list(dict.fromkeys(prompt.answers))  # an answer that begins with another one is given only together with it
+    return [ids for ids in every if not any(ids[: len(other)] == other for other in every if other != ids)]
 
 
 def _lane(victim: Victim, prompt: AttackPrompt, options: Attack) -> Lane:

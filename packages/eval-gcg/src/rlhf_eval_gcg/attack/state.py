@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StateFile", "fingerprint"]
 
-FORMAT = 2
+FORMAT = 3
 INTERVAL_S = 10.0
 """Seconds between two saves; the most that a kill costs, in addition to one step."""
 NO_RESULT = frozenset({"batch_tokens", "goals_at_once"})
@@ -48,9 +48,13 @@ def fingerprint(models: Sequence[Any], goals: Sequence[Goal], options: Attack, s
             ]
         ).encode()
     )
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # their sums do not depend on the order
     for model in models:
         for name, weight in model.named_parameters():
-            digest.update(repr([name, tuple(weight.shape), float(weight.detach().float().sum())]).encode())
+            bits = weight.detach().contiguous().view(integers[weight.element_size()])
+            digest.update(
+                repr([name, tuple(weight.shape), str(weight.dtype), int(bits.sum(dtype=torch.int64))]).encode()
+            )
     return digest.hexdigest()
 
 

@@ -61,12 +61,14 @@ class Attacker:
         options: of the attack.
         store: what was attacked before, and what will be.
         rewards: of answers, for objective `reward`.
+        judge_suffix: let `rewards` read the suffix.
     """
 
     models: Models
     options: Attack
     store: AttackStore
     rewards: Rewards | None = None
+    judge_suffix: bool = True
 
     def make(self, units: Sequence[Unit], run: RunView) -> list[tuple[Unit, list[AttackResult]]]:
         """Attack this rank's share of `units`, and return all ranks' results in the order of units; collective."""
@@ -114,6 +116,7 @@ class Attacker:
             progress=lambda at: report("attacking", at.step, at.steps),
             draft=self.models.draft,
             rewards=self.rewards,
+            judge_suffix=self.judge_suffix,
             more_models=self.models.more,
         )
         rest = iter(results)

@@ -13,8 +13,8 @@ from rlhf_core.util.messages import log
 from rlhf_eval_gcg.analysis.success import success
 from rlhf_eval_gcg.evaluation.answers import CLEAN, ask
 from rlhf_eval_gcg.evaluation.attackers import Attacker, Models, check_goals, make_units, reading
-from rlhf_eval_gcg.evaluation.files import write_answers, write_prompts, write_settings
-from rlhf_eval_gcg.evaluation.questions import attacked_question, clean_question
+from rlhf_eval_gcg.evaluation.files import remove_answers, write_answers, write_prompts, write_settings
+from rlhf_eval_gcg.evaluation.questions import attacked_question, clean_question, prompt_of
 from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, goal_key, model_digest
 from rlhf_eval_gcg.judges.refusal import Refusal
 from rlhf_eval_gcg.judges.verdict import Verdict
@@ -92,6 +92,8 @@ class GCGEngine:
         with role.gathered(), reading(role.causal_lm, role.module.compute_dtype):
             models = Models.load(role, self.options)
             digest = model_digest([models.policy, *models.more, *([models.draft] if models.draft else [])])
+            if search.objective == "reward":  # then suffixes follow from the judge, too
+                digest += repr([self._provider or self._run_judge(run), self.options.judge_suffix])
             store = AttackStore(folder, search, digest)
             if run.leader and not store.check_same(bool(run.plan.trained_roles)):
                 log.warning(
@@ -102,10 +104,10 @@ class GCGEngine:
                 if search.objective == "reward"
                 else None
             )
-            attacker = Attacker(models, search, store, rewards)
+            attacker = Attacker(models, search, store, rewards, self.options.judge_suffix)
             attacks = attacker.make(make_units(goals, self.options.seeds, search.transfer), run)
-            if run.leader:
-                store.finish(attacks, run.step)
+            if run.leader and store.finish(attacks, run.step):
+                remove_answers(folder)  # of other attacks: a kill before the new ones must not leave both
         return attacks, store.fingerprint
 
     def _answers(self, run: RunView, name: str, goals: Sequence[Goal], attacks: Attacks) -> list[dict[str, Any]]:
@@ -134,10 +136,14 @@ class GCGEngine:
             return to_reward_output(self._judge(rollouts), rollouts, self._provider)
 
     def _rewards(self, run: RunView, prompts: list[str], answers: list[str]) -> list[float]:
-        """Return the judge's rewards of answers given as text; an answer that it abstains from counts as the mean."""
+        """Return the judge's rewards of answers to user's messages; an answer that it abstains from counts as the mean."""
         from rlhf_core.cli.score import make_rollouts
 
-        rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, answers, strict=True)]
+        rows = []
+        for message, text in zip(prompts, answers, strict=True):
+            prompt = prompt_of(message, self.options)  # in the form that the answers after the attack are judged in
+            shown = prompt if isinstance(prompt, str) else list(prompt)
+            rows.append({"prompt": shown, "text": message, "completion": text})
         output = self._score(run, make_rollouts(rows))
         known = output.total_N[output.answered_N]
         mean = float(known.mean()) if len(known) else 0.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_eval_gcg.attack import Attack, AttackResult
     from rlhf_eval_gcg.evaluation.store import Unit
 
-__all__ = ["ANSWERS", "SETTINGS", "write_answers", "write_prompts", "write_settings"]
+__all__ = ["ANSWERS", "SETTINGS", "remove_answers", "write_answers", "write_prompts", "write_settings"]
 
 ANSWERS = "answers.jsonl"
 SETTINGS = "settings.json"
@@ -30,6 +30,12 @@ def write_answers(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     except ImportError:
         return
     write_parquet((folder / ANSWERS).with_suffix(".parquet"), {name: [row[name] for row in rows] for name in rows[0]})
+
+
+def remove_answers(folder: Path) -> None:
+    """Remove the answers of an earlier evaluation."""
+    for ending in (".jsonl", ".parquet"):
+        (folder / ANSWERS).with_suffix(ending).unlink(missing_ok=True)
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

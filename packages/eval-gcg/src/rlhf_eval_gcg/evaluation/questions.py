@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.data.boundary import TextTokenizer
 from rlhf_eval_gcg.attack import AttackPrompt
 from rlhf_eval_gcg.evaluation.answers import CLEAN, Question
 from rlhf_eval_gcg.evaluation.store import goal_key
@@ -25,13 +23,10 @@ def attacked_question(number: int, seed: int, result: AttackResult, tokenizer: A
 
 
 def clean_question(number: int, goal: Goal, tokenizer: Any, options: Attack) -> Question:
-    """Return the question of a goal without a suffix; where a suffix goes by a marker, without the marker."""
-    if options.suffix_place == "marker":
-        goal = replace(goal, goal=goal.goal.replace(options.marker, ""))
-    prompt = AttackPrompt.build(goal, tokenizer, replace(options, suffix_place="end"))
-    text, reader = prompt.render(""), TextTokenizer(tokenizer)
-    ids = reader.ids(text) if options.chat else reader.with_bos(text)
-    return Question(number, _uid(goal), CLEAN, text, tuple(ids), prompt_of(goal.goal, options))
+    """Return the question of a goal without a suffix."""
+    prompt = AttackPrompt.build(goal, tokenizer, options)
+    text, ids = prompt.render_question()
+    return Question(number, _uid(goal), CLEAN, text, tuple(ids), prompt_of(prompt.question, options))
 
 
 def prompt_of(message: str, options: Attack) -> str | tuple[Message, ...]:

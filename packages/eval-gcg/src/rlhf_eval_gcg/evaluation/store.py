@@ -92,16 +92,19 @@ class AttackStore:
         keys = [self._key(unit) for unit in units]
         return self._unfinished / f"{keys[0] if len(keys) == 1 else _digest(keys)}.state"
 
-    def finish(self, attacks: Sequence[tuple[Unit, Sequence[AttackResult]]], step: int) -> None:
-        """Write all attacks of the evaluation into one file, and remove the separate files."""
+    def finish(self, attacks: Sequence[tuple[Unit, Sequence[AttackResult]]], step: int) -> bool:
+        """Write all attacks of the evaluation into one file, and remove the separate ones; return True if it has changed."""
         rows = [
             {"step": step, "fingerprint": self.fingerprint, "unit": self._key(unit), "seed": unit.seed, **_row(result)}
             for unit, results in attacks
             for result in results
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / ATTACKS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        path, text = self.folder / ATTACKS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        changes = not path.exists() or path.read_bytes() != text.encode()
+        write_text(path, text)
         rmtree(self._unfinished, ignore_errors=True)
+        return changes
 
     def check_same(self, run_trains: bool) -> bool:
         """Return True if the attacks that are there, if any, are of this model and these options.

@@ -55,6 +55,8 @@ def read_goals(source: GoalSource, columns: GoalColumns = GoalColumns(), rows: s
         OptionError: `source` is not there, or `rows` is no slice.
     """
     goals = list(_goals(source, columns))
+    if isinstance(source, str):
+        _check_questions(goals, source, columns)
     if not goals:
         raise DataError(f"{source if isinstance(source, str) else 'goals'}: no goals; add a row with a target")
     first: dict[tuple[object, ...], str] = {}
@@ -63,6 +65,20 @@ def read_goals(source: GoalSource, columns: GoalColumns = GoalColumns(), rows: s
         if place != goal.place:
             raise DataError(f"{goal.place}: the same goal and target as {place}; remove one of them")
     return pick_rows(goals, rows)
+
+
+def _check_questions(goals: Sequence[Goal], source: str, columns: GoalColumns) -> None:
+    """Raise `DataError` if some rows have no column of questions, or none has one that was named."""
+    without = [goal for goal in goals if not goal.goal]
+    if without and (len(without) < len(goals) or columns.goal != GoalColumns.goal):
+        raise DataError(
+            f"{without[0].place}: there is no {columns.goal!r}, "
+            + (
+                "which other rows have; write a question"
+                if len(without) < len(goals)
+                else f"the column of {source} that was asked for; set {option('goal_key')} to a column that it has"
+            )
+        )
 
 
 def pick_rows(goals: Sequence[Goal], rows: str) -> list[Goal]:
@@ -175,7 +191,8 @@ def _from_row(row: Mapping[str, Any], origin: str, columns: GoalColumns) -> Goal
     if columns.goal in row and not goal.strip():
         raise DataError(f"{origin}: the goal is empty; write a question, or leave the column out of the whole file")
     further = row.get(columns.bad_set) or ()
-    if isinstance(further, str) or not all(isinstance(text, str) and text.strip() for text in further):
+    texts = isinstance(further, list | tuple) and all(isinstance(text, str) and text.strip() for text in further)
+    if not texts:
         raise DataError(f"{origin}: expected a list of texts in {columns.bad_set!r}")
     return Goal(goal, target, tuple(further), origin=origin)
 
