@@ -156,12 +156,12 @@ def test_goals_without_a_question_are_told_apart_by_their_targets(tmp_path: Path
 
 def test_a_difference_is_over_the_goals_that_both_have_whatever_their_numbers_are(tmp_path: Path) -> None:
     first = leave_targets(tmp_path / "first", "abc", "a", "111")
-    second = leave_targets(tmp_path / "second", "cad", "c", "111")
+    second = leave_targets(tmp_path / "second", "cad", "d", "111")
     groups = group_evaluations(each for folder in (first, second) for each in read_evaluations(folder))
-    assert report_rows(groups, ())[1]["difference"].value == pytest.approx((0 + 1) / 2 - (1 + 0) / 2)
-    third = leave_targets(tmp_path / "third", "ca", "ca", "11")
+    assert report_rows(groups, ())[1]["difference"].value == pytest.approx((0 + 0) / 2 - (1 + 0) / 2)
+    third = leave_targets(tmp_path / "third", "cb", "", "11")
     groups = group_evaluations(each for folder in (first, third) for each in read_evaluations(folder))
-    assert report_rows(groups, ())[1]["difference"].value == pytest.approx(2 / 2 - 1 / 2)
+    assert report_rows(groups, ())[1]["difference"].value == 0.0
 
 
 def test_folders_of_one_name_are_different_methods(tmp_path: Path) -> None:
