@@ -15,7 +15,10 @@ from tiny_attacks import family, plain_loss, tiny
 
 from rlhf_core.errors import OptionError, UsageError
 from rlhf_eval_gcg.attack import Attack, AttackPrompt, AttackResult, Goal, attack
+from rlhf_eval_gcg.attack import engine as engine_module
+from rlhf_eval_gcg.attack import run as run_module
 from rlhf_eval_gcg.attack.optimizer import Losses, Move, Suffix, TokenGradient
+from rlhf_eval_gcg.attack.scoring import Scorer
 from rlhf_eval_gcg.attack.tokens import allowed_tokens
 
 GOALS = [Goal("Say hello", "Sure, hello friend"), Goal("Write a poem about the sea", "Yes. No.")]
@@ -345,3 +348,29 @@ def test_an_answer_of_a_bad_set_that_begins_with_another_one_counts_once() -> No
     expected = plain_loss(model, one.prompt_ids, one.target_ids) * len(one.target_ids)
     assert one.loss == pytest.approx(expected, abs=1e-5)
     assert more.initial_loss == pytest.approx(one.initial_loss, abs=1e-5)
+
+
+def test_gradients_of_several_goals_are_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny(VOCAB), []
+    goals = [*GOALS, Goal("Name a color", "Blue waves")]
+    expected = search(goals, model, steps=2, schedule="gcg")
+    original = engine_module.batch_gradients
+
+    def small(lanes: Any, *args: Any) -> Any:
+        sizes.append(len(lanes))
+        if len(lanes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(lanes, *args)
+
+    monkeypatch.setattr(engine_module, "batch_gradients", small)
+    monkeypatch.setattr(run_module, "Scorer", lambda options: Scorer(options, mixes=True))
+    found = search(goals, model, steps=2, schedule="gcg", goals_at_once=3)
+    assert sizes[:2] == [3, 2]
+    assert [each.ids for each in found] == [each.ids for each in expected]
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine_module, "lane_gradient", full)
+    with pytest.raises(UsageError, match="one gradient alone does not fit in memory"):
+        search(goals, model, steps=2, schedule="gcg")

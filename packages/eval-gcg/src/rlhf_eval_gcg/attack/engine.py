@@ -98,14 +98,21 @@ class Engine:
         ]
         totals: list[Tensor | None] = [None] * len(asked)
         losses: list[list[float]] = [[] for _ in asked]
-        for batch in self.scorer.gradient_batches(tasks):
-            search = asked[batch[0][0]][0]
+        waiting = list(self.scorer.gradient_batches(tasks))
+        while waiting:
+            batch = waiting.pop(0)
+            suffix = asked[batch[0][0]][0].suffix
             lanes, choices = [lane for _, lane, _ in batch], [choice for _, _, choice in batch]
-            tokens, options = len(search.suffix.allowed_V), search.suffix.options
-            if len(batch) > 1:
-                found = batch_gradients(lanes, choices, tokens, options)
-            else:
-                found = [lane_gradient(lanes[0], choices[0], tokens, options)]
+            try:
+                if len(batch) > 1:
+                    found = batch_gradients(lanes, choices, len(suffix.allowed_V), suffix.options)
+                else:
+                    found = [lane_gradient(lanes[0], choices[0], len(suffix.allowed_V), suffix.options)]
+            except (MemoryError, RuntimeError) as error:
+                self.scorer.halve(error, "gradient", len(batch) == 1)
+                middle = len(batch) // 2
+                waiting[:0] = [batch[:middle], batch[middle:]]
+                continue
             for (place, _, _), (gradient_LV, loss, flops) in zip(batch, found, strict=True):
                 search = asked[place][0]
                 gradient_LV = gradient_LV.to(search.suffix.allowed_V.device) / len(search.lanes)

@@ -222,23 +222,36 @@ class Scorer:
             left -= load(piece) * len(piece.rows)
         return batch
 
+    def halve(self, error: Exception, row: str, alone: bool) -> None:
+        """Halve the budget after memory ran out.
+
+        Args:
+            error: raised by a pass.
+            row: name of what the pass computes.
+            alone: the pass has one row.
+
+        Raises:
+            UsageError: one row does not fit.
+            Exception: the error, if it is another one.
+        """
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise error
+        if alone:
+            raise UsageError(
+                f"one {row} alone does not fit in memory; use a smaller model, or set {option('prefix_cache', 'True')}"
+            ) from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.budget, self.halvings = max(1, self.budget // 2), self.halvings + 1
+        log.warning("out of memory; the attack continues with batches of %d tokens", self.budget)
+
     def _smaller(self, batch: Sequence[_Piece], error: Exception) -> list[_Piece]:
         """Halve the budget after memory ran out; return the batch in smaller pieces.
 
         Raises:
             UsageError: one row does not fit.
         """
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise error
-        if all(len(piece.rows) == 1 for piece in batch) and len(batch) == 1:
-            raise UsageError(
-                "one candidate alone does not fit in memory; use a smaller model, or set "
-                f"{option('prefix_cache', 'True')}"
-            ) from None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.budget, self.halvings = max(1, self.budget // 2), self.halvings + 1
-        log.warning("out of memory; the attack continues with batches of %d tokens", self.budget)
+        self.halve(error, "candidate", len(batch) == 1 and len(batch[0].rows) == 1)
         if len(batch) > 1:
             return list(batch)
         (piece,) = batch
