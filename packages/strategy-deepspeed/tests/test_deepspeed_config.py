@@ -92,14 +92,6 @@ def test_offloaded_states_need_no_memory_of_the_device(options: dict[str, Any], 
     assert getattr(DeepSpeed(**options).memory(whole, size, 2), part) == bytes_held
 
 
-def test_a_bucket_of_stage_0_is_deepspeeds_own() -> None:
-    """DeepSpeed reduces there in one call what no option of it can make smaller."""
-    engine = pytest.importorskip("deepspeed.runtime.engine")
-    size = ModelSize(7 * 10**8, 7 * 10**8, layer=1, root=1, layers=9, vocabulary=10, compute_bytes=4, cache_bytes=8)
-    held = [DeepSpeed(stage=stage).memory(RoleMemory(), size, 2).buffers for stage in (0, 1, 2)]
-    assert held == [4 * engine.MEMORY_OPT_ALLREDUCE_SIZE, 4 * 5 * 10**7, 8 * 5 * 10**7]
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_optimizer_of_whole_matrices_is_refused_where_they_are_cut(stage: Any) -> None:
     module = torch.nn.Linear(2, 2)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.optimizers import OptimizerProvider
     from rlhf_strategy_deepspeed.options import DeepSpeedOptions
 
-__all__ = ["configuration"]
+__all__ = ["configuration", "zero_settings"]
 
 Json = dict[str, Any]
 
@@ -53,6 +53,17 @@ def configuration(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvide
     user = _drop_auto(_read(options.config))
     _check(user, fixed, options.config)
     return _merge(_merge(free, user), fixed)
+
+
+def zero_settings(options: DeepSpeedOptions) -> Json:
+    """Return the section `zero_optimization`, without what is offloaded: defaults, what the file adds, and the options.
+
+    Raises:
+        UsageError: the user's file cannot be read.
+    """
+    user = _drop_auto(_read(options.config)) if options.config else {}
+    found: Json = _merge(_merge(_defaults(options, None), user), _fixed_settings(options, "float32", None))
+    return found["zero_optimization"]  # type: ignore[no-any-return]
 
 
 def _fixed_settings(options: DeepSpeedOptions, dtype: str, optim: OptimizerProvider | None) -> Json:

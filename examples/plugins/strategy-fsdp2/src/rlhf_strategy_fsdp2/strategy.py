@@ -27,11 +27,12 @@ from rlhf_core import (
     make_optimizer,
 )
 from rlhf_core.lazy import torch
+from rlhf_strategy_fsdp2.memory import sharded_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from rlhf_core import Batch, OptimizerProvider, RoleModule, StepClosure
+    from rlhf_core import Batch, ModelSize, OptimizerProvider, RoleMemory, RoleModule, StepClosure
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class FSDP2(Strategy):
     """free a layer's weights between forward and backward pass; False keeps them, which needs more memory and less traffic"""
 
     second_order: ClassVar[bool] = True
+    narrow: ClassVar[bool] = True
+
+    def memory(self, whole: RoleMemory, size: ModelSize, ranks: int) -> RoleMemory:
+        """Return the share of a rank, and what it gathers while units run."""
+        return sharded_memory(whole, size, ranks, self.reshard)
 
     def __call__(self, build: Callable[[], RoleModule], optim: OptimizerProvider | None, total_steps: int) -> Trainable:
         if not torch.distributed.is_initialized():  # one process: a group in memory needs no port

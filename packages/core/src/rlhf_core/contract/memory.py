@@ -34,6 +34,8 @@ class ModelSize:
     """bytes of one token's keys and values in all layers"""
     shares_base: bool = False
     """True if it is another role's model without its adapters, and holds no weights itself"""
+    recomputes: bool = False
+    """True if the backward pass computes each layer again (`gradient_checkpointing`), so that autograd keeps nothing of it"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class RoleMemory:
     """keys and values, and what else sampling holds, in the process of the role"""
     buffers: int = 0
     """bytes that a strategy holds permanently in addition: copies of weights, communication buffers"""
+    gathered: int = 0
+    """bytes of whole weights that a strategy gathers while the process of the role samples"""
 
     @property
     def resident(self) -> int:
@@ -89,3 +93,5 @@ class SamplingLoad:
     """memory of the device that weights and optimizers of all roles leave; 0 where it is not known"""
     device_bytes: int = 0
     """memory of the device; 0 where it is not known"""
+    gathered: int = 0
+    """bytes of whole weights that the strategy gathers for a sampler in the process of the role"""

@@ -126,7 +126,10 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
     memory = {name: strategy.memory(each.memory, each.size, options.gpus) for name, each in passes.items()}
     device_bytes = _device_bytes(options)
     free = max(0, device_bytes - sum(each.resident for each in memory.values()))
-    sampling = {name: _sampling(load, each, free, device_bytes) for name, each in passes.items()}
+    sampling = {
+        name: replace(_sampling(load, each, free, device_bytes), gathered=memory[name].gathered)
+        for name, each in passes.items()
+    }
     rollout = config.providers.get("rollout")
     for name in plan.sources:
         if name != DATA and rollout is not None:

@@ -152,7 +152,7 @@ class HuggingFaceRollout(Rollout):
 
         A decoding step repeats one layer's keys and values for the heads that share them, or copies them to drop rows; with
         graphs it does neither. Logits of a token are held four times: as they are, scaled, as log-probabilities, and as their
-        cumulative sum.
+        cumulative sum. Sharded weights are gathered for the whole of it.
         """
         length = load.prompt_tokens + load.new_tokens
         by_graphs = self.graphs == "auto" and load.free_bytes > 0 and size.compute_bytes < 4
@@ -162,7 +162,7 @@ class HuggingFaceRollout(Rollout):
         layer = 0 if by_graphs else 2 * cache // max(1, size.layers)
         prompts = -(-rows // load.completions)
         prefill = prompts * (load.prefill // max(1, load.prompts) + load.prompt_tokens * size.cache_bytes)
-        return max(prefill, cache + layer + rows * size.vocabulary * 16)
+        return load.gathered + max(prefill, cache + layer + rows * size.vocabulary * 16)
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Nothing to do: the weights are the role's own."""
