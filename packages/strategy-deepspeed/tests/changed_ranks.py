@@ -1,7 +1,8 @@
-"""Ranks of the tests of models that change while they are loaded: short runs on a model with new tokens, and on adapters."""
+"""Ranks of the tests of models that change while they are loaded: short runs with new tokens, adapters, and four bits."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ def cases(folder: Path, adapted: bool) -> dict[str, dict[str, Any]]:
         adapter = str(folder / "adapter")
         found |= {"adapter": {"model": adapter}, "both": {"model": adapter, "add_tokens": tokens}}
         found["lora on adapter"] = {"model": adapter, "actor": {"lora": {"rank": 4}}}
+    if adapted and find_spec("bitsandbytes"):
+        quantized = {"lora": {"rank": 4}, "quantize": "nf4"}
+        found["quantized"] = {"model": str(folder / "untied"), "actor": quantized}
     return found
 
 
