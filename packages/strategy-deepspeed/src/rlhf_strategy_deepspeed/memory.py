@@ -10,7 +10,7 @@ min(B, P_t), and A what a training pass holds.
     optimizer state  S         (S + 4 P_t) / R        (S + 4 P_t) / R           (S + 4 P_t) / R
     gradients        4 P_t     4 P_t                  4 P_t / R                 4 P_t / R, always
     always           nothing   nothing                nothing                   e B
-    a training pass  A         A + 4 B                A + 2 e B, + e f          A + e (kept + ahead), + e f
+    a training pass  A         A + 4 B                A + 2 e B, + e f          A + e (live + ahead), + e f
     a reduction      4 P_t     4 B, or 4 P_t / R      2 e B + e f               in the pass
 
 A bucket has B numbers, however few are trained. At stage 2 it is there twice if communication overlaps. If all gradients fit
@@ -20,9 +20,9 @@ into it (P_t <= B), stages 2 and 3 reduce them after the pass, and stage 2 has n
 Stage 1 in bfloat16 has another optimizer: it always holds 4 P_t of float32 gradients, and e P_t gradients in the pass. Reducing
 them takes a copy of both, where P_t is at most 500 million.
 
-Stage 3 runs ahead and gathers up to 10^9 numbers (`stage3_max_live_parameters`), so the whole of a smaller model. Without
-gradient checkpointing `kept` is P for every model: autograd keeps views of the gathered weights. `ahead` is the buffer that the
-next B numbers, or a layer, are gathered in. A sampler in the process gathers e P.
+Stage 3 runs ahead and gathers up to 10^9 numbers (`stage3_max_live_parameters`), so the whole of a smaller model: `live` is
+that number or a layer. It is the same without gradient checkpointing, since linear layers keep no gathered weight
+(`releasing`). `ahead` is the buffer that the next B numbers, or a layer, are gathered in. A sampler in the process gathers e P.
 
 With `--strategy.offload optimizer` the optimizer state and the sums of gradients are in main memory. What stays on the device
 are the gradients that are reduced: at stage 1 all, at stage 2 the share in bfloat16. With `all` the weights of stage 3 are in
@@ -198,13 +198,12 @@ class _Share:
         """Weights are sharded, and gathered for each pass."""
         whole, size, e = self.whole, self.size, self.size.compute_bytes
         ahead = min(size.parameters, max(self.fetched, size.layer))
-        live = min(size.parameters, max(self.live, 2 * size.layer))
-        kept = live if size.recomputes else size.parameters
+        live = min(size.parameters, max(self.live, size.layer))
         flat = 0 if self.fits else e * self.bucket
         return replace(
             whole,
             weights=whole.weights // self.ranks,
-            activations=whole.activations + e * (kept + ahead) + flat if size.trained else 0,
+            activations=whole.activations + e * (live + ahead) + flat if size.trained else 0,
             inference=whole.inference + e * (live + ahead),
             gathered=e * size.parameters,
         )

@@ -37,6 +37,7 @@ from rlhf_strategy_deepspeed.engine import (
 )
 from rlhf_strategy_deepspeed.parking import Parking
 from rlhf_strategy_deepspeed.pieces import rank_pieces, read_states
+from rlhf_strategy_deepspeed.releasing import releasing_weights
 from rlhf_strategy_deepspeed.sequence import join_rows
 from rlhf_strategy_deepspeed.tensor import cut_layers
 
@@ -101,12 +102,18 @@ class DeepSpeedTrainable(Trainable):
         self.module: nn.Module = self.engine.module
 
     def forward(self, batch: Batch, names: frozenset[str]) -> dict[str, Tensor]:
-        return forward(self.engine, batch, names, self.device)
+        with self._pass():
+            return forward(self.engine, batch, names, self.device)
 
     def backward(self, loss: Tensor) -> None:
         ranks = self.world if self.shards is not None else self.ranks
         select_ranks(self.engine)
-        self.engine.backward(loss.to(self.device) * ranks.size)  # DeepSpeed takes the mean over ranks
+        with self._pass():
+            self.engine.backward(loss.to(self.device) * ranks.size)  # DeepSpeed takes the mean over ranks
+
+    def _pass(self) -> AbstractContextManager[None]:
+        """Return the context of a forward or backward pass."""
+        return releasing_weights() if self.stage == 3 else nullcontext()
 
     def step(self) -> dict[str, float]:
         lr = self.schedule.set(self.steps_done)
