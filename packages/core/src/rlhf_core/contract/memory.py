@@ -34,8 +34,6 @@ class ModelSize:
     """bytes of one token's keys and values in all layers"""
     shares_base: bool = False
     """True if it is another role's model without its adapters, and holds no weights itself"""
-    recomputes: bool = False
-    """True if the backward pass computes each layer again (`gradient_checkpointing`), so that autograd keeps nothing of it"""
 
 
 @dataclass(frozen=True)

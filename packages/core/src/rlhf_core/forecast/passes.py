@@ -230,7 +230,6 @@ def _size(module: RoleModule, spec: RoleSpec) -> ModelSize:
         vocabulary=len(head.weight) if head is not None else 0,
         compute_bytes=torch.empty(0, dtype=module.compute_dtype).element_size(),
         cache_bytes=_cache_bytes(module) if spec.sampled else 0,
-        recomputes=isinstance(spec.options, TrainedOptions) and spec.options.gradient_checkpointing,
     )
 
 
