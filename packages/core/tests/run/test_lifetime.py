@@ -155,3 +155,6 @@ def test_adapters_without_peft_are_refused_before_anything_is_placed(
     ) as caught:
         run.check()
     assert "\n" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    tiny_run(tmp_path / "run", model=str(tmp_path / "empty")).check()  # reported where it is loaded, as with peft

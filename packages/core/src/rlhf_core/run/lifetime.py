@@ -54,7 +54,7 @@ def check(plan: Plan) -> None:
         for role, spec in plan.roles.items():
             if isinstance(spec.options, TrainedOptions) and spec.options.lora.rank:
                 check_peft(run_option(f"{role}.lora"))
-            elif importlib.util.find_spec("peft") is None and is_adapter(spec.options.model):
+            elif importlib.util.find_spec("peft") is None and _is_adapter(spec.options.model):
                 check_peft(f"the {role} model {spec.options.model} is an adapter, which")
         if plan.online and "rollout" in plan.config.providers:
             with options_under("/rollout"):
@@ -65,6 +65,14 @@ def check(plan: Plan) -> None:
         check_ahead(plan)
         check_vocabularies(plan)
         check_hub(plan.config)
+
+
+def _is_adapter(model: str) -> bool:
+    """Return True for an adapter. What is wrong with a model's name or folder is reported when the model is loaded."""
+    try:
+        return is_adapter(model)
+    except UsageError:
+        return False
 
 
 @contextmanager
