@@ -149,6 +149,8 @@ FLAGS = {
     "nobody:Algorithm": "--algorithm nobody:Algorithm: no module is called 'nobody' in the working folder or the environment",
     # names of providers
     "online --reward brevty": f"no reward is called 'brevty' (did you mean 'brevity'?); installed: {NAMES}",
+    "offline --data rows.jsonl": "no data is called 'rows.jsonl'; to read a file, pass --data.path rows.jsonl; "
+    f"installed: {', '.join(sorted({*core.rlhf_data(), 'bare', 'table'}))}",
     "online --reward late": "reward 'late' of (local) needs the module 'module_nobody_has', which is not installed",
     "online --reward": "--reward takes one value, but got none",
     "online --reward a b": "--reward takes one value, not 'a b'",

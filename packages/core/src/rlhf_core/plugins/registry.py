@@ -26,7 +26,7 @@ import pluggy
 from rlhf_core.contract import hooks as hookspecs
 from rlhf_core.contract.hooks import GROUP, KINDS, METRICS, OBSERVERS
 from rlhf_core.contract.registry_view import BrokenPlugin, Plugin, PluginSelection, RegisteredProvider
-from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError
+from rlhf_core.errors import MissingPackage, NameConflict, PluginError, UnknownName, UsageError, run_option
 from rlhf_core.plugins import import_paths as targets
 from rlhf_core.plugins.hook_checks import check_marked, name_the_culprit, place_of, unknown_hook
 from rlhf_core.plugins.known_packages import INSTALL
@@ -327,7 +327,8 @@ class Registry:
         distribution = INSTALL.get(kind, {}).get(name)
         if distribution is None:
             meant = did_you_mean(name, [*installed, *INSTALL.get(kind, {})])
-            return UnknownName(f"no {kind} is called {name!r}{meant}{has}{self._suspects(name, bool(meant))}")
+            file = f"; to read a file, pass {run_option('data.path', name)}" if kind == "data" and "." in name else ""
+            return UnknownName(f"no {kind} is called {name!r}{meant}{file}{has}{self._suspects(name, bool(meant))}")
         if broken := [each for each in self.broken_plugins if each.plugin.distribution == distribution]:
             return MissingPackage(f"{kind} {name!r} comes with {distribution}: {broken[0]}")
         plugins = [each.name for each in self._entry_points if each.dist is not None and each.dist.name == distribution]
