@@ -78,6 +78,11 @@ def test_sampled_answers_cost_as_much_for_each_row() -> None:
         patch.setattr("rlhf_eval_gcg.attack.run._sharing_fault", lambda *_: "")
         patch.setattr("rlhf_eval_gcg.attack.search.greedy_match", lambda *_: False)
         (result,) = attack(
-            victim, TOKENIZER, [Goal("Say hello")], options, seed=0, rewards=lambda _, answers: list(map(len, answers))
+            victim,
+            TOKENIZER,
+            [Goal("Say hello")],
+            options,
+            seed=0,
+            rewards=lambda answers: [len(each.text) for each in answers],
         )
     assert result.flops[-1] == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_core import ModelOptions, OptionError, UsageError, open_provider
+from rlhf_core import ModelOptions, OptionError, Rollouts, UsageError, open_provider
 from rlhf_core.models.loading.tokenizer import load_tokenizer
 from rlhf_core.testing import tiny_run
+from rlhf_eval_gcg.attack import JudgedAnswer
 from rlhf_eval_gcg.evaluation.engine import GCGEngine
 from rlhf_eval_gcg.gcg import GCG
 
@@ -49,17 +50,37 @@ def test_a_threshold_of_the_user_takes_the_place_of_the_judges(tmp_path: Path) -
 def test_an_answer_that_a_judge_abstains_from_counts_as_the_mean_of_the_others() -> None:
     with open_provider(GCG(**SMALL, judge="refusal")) as engine:
         engine._judge = lambda rollouts: [None, 0.5, 1.0][: len(rollouts)]
-        found = engine._rewards(SimpleNamespace(), ["a", "b", "c"], ["x", "y", "z"])
+        found = engine._rewards(
+            SimpleNamespace(), [JudgedAnswer("a", "a", (1,), text, (2,), cut=True) for text in "xyz"]
+        )
         assert found == pytest.approx([0.75, 0.5, 1.0])
 
 
-def test_a_reward_that_reads_roles_cannot_be_the_objective(tmp_path: Path) -> None:
+def test_a_judge_counts_the_tokens_of_answers_that_are_the_objective() -> None:
+    """Both answers have one token per letter, of four bytes each; the second is cut short."""
+    answers = [
+        JudgedAnswer("Say 😀", "<Say 😀>", (7, 8, 9), "😀😀", (3, 3, 1), cut=False),
+        JudgedAnswer("Say 😀", "<Say 😀>", (7, 8, 9), "😀", (3,), cut=True),
+    ]
+    judged: list[Rollouts] = []
+    with open_provider(GCG(**SMALL, judge="refusal", system="Be kind.")) as engine:
+        engine._judge = lambda rollouts: judged.append(rollouts) or rollouts.lengths_N.tolist()
+        assert engine._rewards(SimpleNamespace(), answers) == [3.0, 1.0]
+    (rollouts,) = judged
+    assert rollouts.tokens_NT.tolist() == [[3, 3, 1], [3, 0, 0]] and rollouts.mask_NT.sum(1).tolist() == [3, 1]
+    assert rollouts.prompt_NL.tolist() == [[7, 8, 9]] * 2 and rollouts.prompts == ["<Say 😀>"] * 2
+    assert rollouts.finish == ["stop", "length"] and rollouts.group_N.tolist() == [0, 0]
+    chat = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say 😀"})
+    assert [meta["prompt"] for meta in rollouts.meta] == [chat, chat]
+
+
+def test_a_reward_that_reads_roles_cannot_be_the_objective() -> None:
     with open_provider(GCG(**SMALL, objective="reward")) as engine:
         engine._judge = None
         run = SimpleNamespace(config=SimpleNamespace(providers={"reward": SimpleNamespace(needs={"ref_logprobs_NT"})}))
         role = SimpleNamespace(tokenizer=load_tokenizer(MODEL, ModelOptions(model=MODEL)))
         with pytest.raises(OptionError, match="reward needs a judge that does not read roles"):
-            engine._attack(run, role, GCG(**SMALL).read(), tmp_path)
+            engine._check(run, role, GCG(**SMALL).read())
 
 
 def test_an_environment_is_refused() -> None:

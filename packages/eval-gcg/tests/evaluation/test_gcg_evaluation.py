@@ -277,6 +277,22 @@ def test_all_goals_are_placed_before_the_first_is_attacked(tmp_path: Path) -> No
     assert not (tmp_path / "gcg").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"goals": (("No marker here.", "Hello"),), "suffix_place": "marker"}, "goal 1 of the list"),
+        ({"more_models": ("absent-model",)}, "absent-model"),
+    ],
+)
+def test_what_would_end_the_last_attacks_ends_a_run_at_its_start(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path, GCG(**(SMALL | options), end_only=True))
+    with pytest.raises((UsageError, DataError), match=message):
+        run.train()
+    assert run.step == 0 and not (tmp_path / "gcg").exists()
+
+
 def test_its_attack_options_are_those_of_the_library() -> None:
     options = asdict(GCG(**SMALL).search_options())
     assert options.items() <= asdict(GCG(**SMALL)).items()

@@ -79,6 +79,10 @@ def test_a_model_with_another_tokenizer_is_refused(
     monkeypatch.setattr(tokenizer, "load_tokenizer", other)
     with pytest.raises(OptionError, match="other: its tokenizer differs from the policy's"):
         evaluate(tmp_path, **options)
+    run = tiny_run(tmp_path / "end", model=MODEL, evaluator=GCG(**(SMALL | options), end_only=True))
+    with pytest.raises(OptionError, match="other: its tokenizer differs from the policy's"):
+        run.train()
+    assert run.step == 0, "a user waits for no training that cannot be evaluated"
 
 
 @pytest.mark.parametrize("together", [2, 3, 8])

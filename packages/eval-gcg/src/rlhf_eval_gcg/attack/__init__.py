@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlhf_eval_gcg.attack.options import Attack
     from rlhf_eval_gcg.attack.prompt import AttackPrompt
     from rlhf_eval_gcg.attack.result import AttackResult
+    from rlhf_eval_gcg.attack.reward_objective import JudgedAnswer
     from rlhf_eval_gcg.attack.run import attack
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "AttackPrompt",
     "AttackResult",
     "Goal",
+    "JudgedAnswer",
     "Losses",
     "Move",
     "Suffix",
@@ -39,6 +41,7 @@ _HOMES = {
     "options": "Attack",
     "prompt": "AttackPrompt",
     "result": "AttackResult",
+    "reward_objective": "JudgedAnswer",
     "run": "attack",
 }
 """The module of each public name."""

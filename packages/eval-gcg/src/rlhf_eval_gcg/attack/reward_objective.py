@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_core.errors import UsageError
@@ -20,10 +21,29 @@ if TYPE_CHECKING:
 
     from rlhf_eval_gcg.attack.optimizer import Suffix
 
-__all__ = ["Rewards", "leave_one_out", "renew_answers"]
+__all__ = ["JudgedAnswer", "Rewards", "leave_one_out", "renew_answers"]
 
-Rewards = Callable[[list[str], list[str]], Sequence[float]]
-"""Returns the reward of each answer: called with the user's messages and the answers."""
+
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """An answer to an attacked prompt, as a judge reads it."""
+
+    message: str
+    """the user's message, with the suffix, or without it by `judge_suffix`"""
+    prompt: str
+    """the whole prompt as text, which has this message"""
+    prompt_ids: tuple[int, ...]
+    """its tokens"""
+    text: str
+    """the answer without special tokens"""
+    ids: tuple[int, ...]
+    """tokens of the answer, the end token included"""
+    cut: bool
+    """it had no end token within `sample_tokens`"""
+
+
+Rewards = Callable[[Sequence[JudgedAnswer]], Sequence[float]]
+"""Returns the reward of each answer; all have the same prompt."""
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
@@ -42,10 +62,8 @@ def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards, judge_suffix: bo
     ids_L = suffix.ids_L.tolist()
     sampled = _sample(lane, prompt.prompt_ids(ids_L), suffix)
     answers = [*sampled, *(torch.tensor(ids, device=suffix.ids_L.device) for ids in prompt.answers[:1])]
-    texts = [str(prompt.tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in answers]
-    message = prompt.message(prompt.texts([ids_L])[0]) if judge_suffix else prompt.question
-    found = [float(reward) for reward in rewards([message] * len(texts), texts)]
-    if len(found) != len(texts) or not all(map(math.isfinite, found)):
+    found = [float(reward) for reward in rewards(_as_judged(answers, lane, ids_L, judge_suffix))]
+    if len(found) != len(answers) or not all(map(math.isfinite, found)):
         raise UsageError(f"{prompt.goal.place}: the reward must be one finite number per answer, not {found[:8]}")
     weights = tuple(-each / len(found) for each in leave_one_out(found))
     lane.answers = Answers(tuple(answers), "cross_entropy", weights)
@@ -55,14 +73,36 @@ def renew_answers(lane: Lane, suffix: Suffix, rewards: Rewards, judge_suffix: bo
     return sum(found[: options.reward_samples]) / options.reward_samples, flops
 
 
+def _as_judged(answers: Sequence[Tensor], lane: Lane, ids_L: Sequence[int], judge_suffix: bool) -> list[JudgedAnswer]:
+    """Return answers to the suffix as the judge reads them. The target ends where its text does."""
+    prompt = lane.prompt
+    if judge_suffix:
+        suffix = prompt.texts([ids_L])[0]
+        message, shown, shown_ids = prompt.message(suffix), prompt.render(suffix), prompt.prompt_ids(ids_L)
+    else:
+        message, (shown, ids) = prompt.question, prompt.render_question()
+        shown_ids = tuple(ids)
+    found = []
+    for k, answer in enumerate(answers):
+        ids = answer.tolist()
+        text = str(prompt.tokenizer.decode(ids, skip_special_tokens=True))
+        cut = k < prompt.options.reward_samples and ids[-1] not in _ends(lane)
+        found.append(JudgedAnswer(message, shown, shown_ids, text, tuple(ids), cut))
+    return found
+
+
+def _ends(lane: Lane) -> list[int]:
+    """Return the tokens that end an answer."""
+    own = lane.victim.model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else lane.prompt.tokenizer.eos_token_id
+    return [ends] if isinstance(ends, int) else list(ends or ())
+
+
 def _sample(lane: Lane, prompt_ids: Sequence[int], suffix: Suffix) -> list[Tensor]:
     """Return sampled answers, at temperature 1 from the whole distribution, each with its end token."""
     from transformers import GenerationConfig
 
-    victim, options, tokenizer = lane.victim, suffix.options, lane.prompt.tokenizer
-    own = victim.model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    victim, options, ends = lane.victim, suffix.options, _ends(lane)
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=options.sample_tokens,
         num_return_sequences=options.reward_samples, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,

@@ -82,8 +82,8 @@ def attack(
         state_file: file that keeps the state of a long attack; a later call with the same arguments continues from it.
         progress: called after each step of a goal.
         draft: a small model with the same tokenizer, for schedule `probe`.
-        rewards: returns the reward of each answer, for objective `reward`: called with the user's messages and the answers.
-        judge_suffix: show `rewards` messages with the suffix; False shows them without.
+        rewards: returns the reward of each answer, for objective `reward`; see `JudgedAnswer`.
+        judge_suffix: show `rewards` prompts with the suffix; False shows them without.
         more_models: further models with the same tokenizer that the suffix is to work on as well.
 
     Raises:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core import Example, Prompts, Sampling, pad_rows
+from rlhf_core import Example, Prompts, Rollouts, Sampling, pad_rows
+from rlhf_core.lazy import torch
 
 if TYPE_CHECKING:
-    from rlhf_core import Message, RewardOutput, Rollouts, RunView
+    from rlhf_core import Message, RewardOutput, RunView
+    from rlhf_eval_gcg.attack import JudgedAnswer
 
-__all__ = ["CLEAN", "Question", "ask"]
+__all__ = ["CLEAN", "Question", "as_rollouts", "ask"]
 
 CLEAN = -1
 """The attack seed of questions without a suffix."""
@@ -71,6 +73,30 @@ def ask(
         found = _rows(run, role, part or [standin], n, judge)
         rows += found if part else []
     return rows
+
+
+def as_rollouts(answers: Sequence[JudgedAnswer], prompts: Sequence[str | tuple[Message, ...]]) -> Rollouts:
+    """Return answers that an attack sampled to one prompt as a judge reads those of a rollout engine.
+
+    Args:
+        answers: N answers.
+        prompts: the prompt of each in the form of data.
+    """
+    prompt_NL, prompt_lengths_N = pad_rows([list(answer.prompt_ids) for answer in answers])
+    tokens_NT, lengths_N = pad_rows([list(answer.ids) for answer in answers])
+    return Rollouts(
+        prompts=[answer.prompt for answer in answers],
+        texts=[answer.text for answer in answers],
+        prompt_NL=prompt_NL,
+        prompt_lengths_N=prompt_lengths_N,
+        tokens_NT=tokens_NT,
+        lengths_N=lengths_N,
+        mask_NT=torch.arange(tokens_NT.shape[1])[None] < lengths_N[:, None],
+        group_N=torch.zeros(len(answers), dtype=torch.long),
+        labels=[None] * len(answers),
+        meta=[{"prompt": prompt} for prompt in prompts],
+        finish=["length" if answer.cut else "stop" for answer in answers],
+    )
 
 
 def _rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,14 @@ from rlhf_eval_gcg.evaluation.store import Unit
 if TYPE_CHECKING:
     from rlhf_core import RunView
     from rlhf_eval_gcg.attack import Attack, AttackResult, Goal
+    from rlhf_eval_gcg.attack.reward_objective import Rewards
     from rlhf_eval_gcg.evaluation.options import GCGOptions
     from rlhf_eval_gcg.evaluation.store import AttackStore
 
-__all__ = ["Attacker", "Models", "check_goals", "make_units"]
+__all__ = ["Attacker", "Models", "check_goals", "check_models", "make_units", "reading"]
 
 AT_ONCE = 8
 """Goals and seeds that are attacked together on an accelerator, which waits for launches while it attacks one."""
-
-Rewards = Callable[[list[str], list[str]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,9 @@ class Models:
 
     @classmethod
     def load(cls, role: Any, options: GCGOptions) -> Models:
-        """Return the policy's model with those that the options name.
-
-        Raises:
-            OptionError: one of them has another tokenizer.
-        """
-        more = tuple(_load(name, role, "more_models") for name in options.more_models)
-        draft = _load(options.draft, role, "draft") if options.draft else None
+        """Return the policy's model with those that the options name; `check_models` says what is wrong with these."""
+        more = tuple(_load(name, role) for name in options.more_models)
+        draft = _load(options.draft, role) if options.draft else None
         return cls(role.causal_lm, role.tokenizer, more, draft)
 
 
@@ -144,6 +139,23 @@ def check_goals(goals: Sequence[Goal], tokenizer: Any, options: Attack) -> None:
         AttackPrompt.build(goal, tokenizer, options)
 
 
+def check_models(role: Any, options: GCGOptions) -> None:
+    """Read the tokenizers of further models, not their weights.
+
+    Raises:
+        UsageError: there is no such model.
+        OptionError: one has a tokenizer other than the policy's.
+    """
+    from rlhf_core.models.loading.tokenizer import load_tokenizer
+
+    named = [*(("more_models", name) for name in options.more_models), ("draft", options.draft)]
+    for field, name in named:
+        if name and load_tokenizer(name, ModelOptions(model=name)).get_vocab() != role.tokenizer.get_vocab():
+            raise OptionError(
+                field, f"{name}: its tokenizer differs from the policy's; name a model of the same family"
+            )
+
+
 @contextmanager
 def reading(model: Any, dtype: Any) -> Iterator[None]:
     """Let `model` be in evaluation mode and compute in `dtype`, with gradients; put it back at the end."""
@@ -156,20 +168,11 @@ def reading(model: Any, dtype: Any) -> Iterator[None]:
             model.train(training)
 
 
-def _load(name: str, role: Any, field: str) -> Any:
-    """Return a frozen causal language model on the policy's device.
-
-    Raises:
-        UsageError: there is no such model.
-        OptionError: its tokenizer is not the policy's.
-    """
+def _load(name: str, role: Any) -> Any:
+    """Return a frozen causal language model on the policy's device."""
     from rlhf_core.models.build import build_module
-    from rlhf_core.models.loading.tokenizer import load_tokenizer
 
-    options = ModelOptions(model=name)
-    if load_tokenizer(name, options).get_vocab() != role.tokenizer.get_vocab():
-        raise OptionError(field, f"{name}: its tokenizer differs from the policy's; name a model of the same family")
-    module = build_module(RoleSpec("attacked", options, frozenset({"logprobs_NT"})))
+    module = build_module(RoleSpec("attacked", ModelOptions(model=name), frozenset({"logprobs_NT"})))
     return module.causal_lm.to(next(role.causal_lm.parameters()).device)
 
 

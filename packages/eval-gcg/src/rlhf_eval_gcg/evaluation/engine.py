@@ -11,8 +11,8 @@ from rlhf_core import OptionError, UsageError, option, options_under, run_option
 from rlhf_core.evaluator.heldout_samples import policy
 from rlhf_core.util.messages import log
 from rlhf_eval_gcg.analysis.success import success
-from rlhf_eval_gcg.evaluation.answers import CLEAN, ask
-from rlhf_eval_gcg.evaluation.attackers import Attacker, Models, check_goals, make_units, reading
+from rlhf_eval_gcg.evaluation.answers import CLEAN, as_rollouts, ask
+from rlhf_eval_gcg.evaluation.attackers import Attacker, Models, check_goals, check_models, make_units, reading
 from rlhf_eval_gcg.evaluation.files import remove_answers, write_answers, write_prompts, write_settings
 from rlhf_eval_gcg.evaluation.questions import attacked_question, clean_question, prompt_of
 from rlhf_eval_gcg.evaluation.store import AttackStore, Unit, goal_key, model_digest
@@ -21,7 +21,7 @@ from rlhf_eval_gcg.judges.verdict import Verdict
 
 if TYPE_CHECKING:
     from rlhf_core import OpenContext, RewardOutput, Rollouts, RunView
-    from rlhf_eval_gcg.attack import AttackResult, Goal
+    from rlhf_eval_gcg.attack import AttackResult, Goal, JudgedAnswer
     from rlhf_eval_gcg.evaluation.options import GCGOptions
 
 __all__ = ["GCGEngine"]
@@ -54,6 +54,7 @@ class GCGEngine:
         if self._provider is None and (config is None or config.providers.get("reward") is None):
             self._provider = Refusal()
         self._judge: Any = None
+        self._checked = False
         if self._provider is not None:
             with options_under("judge"):
                 self._judge = context.open(self._provider, "judge")
@@ -64,10 +65,13 @@ class GCGEngine:
     def __call__(self, run: RunView) -> dict[str, float]:
         """Attack, let the policy answer, judge the answers and keep them; return the metrics of `eval/gcg/`."""
         options = self.options
-        if options.end_only and run.plan.trained_roles and run.step < run.config.steps:
-            return {}
         name = policy(run, "gcg")
         goals = options.read()
+        if not self._checked:  # at a run's start, also where the attacks come at its end
+            self._check(run, run.roles[name], goals)
+            self._checked = True
+        if options.end_only and run.plan.trained_roles and run.step < run.config.steps:
+            return {}
         folder = run.output / "gcg" / f"step-{run.step}"
         attacks, fingerprint = self._attack(run, run.roles[name], goals, folder)
         answers = self._answers(run, name, goals, attacks)
@@ -81,14 +85,19 @@ class GCGEngine:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _attack(self, run: RunView, role: Any, goals: Sequence[Goal], folder: Path) -> tuple[Attacks, str]:
-        """Return all attacks, those of an earlier try included, and the fingerprint of what they follow from."""
+    def _check(self, run: RunView, role: Any, goals: Sequence[Goal]) -> None:
+        """Raise `UsageError` for what an attack would end with, without a forward pass."""
         search = self.options.search_options()
         check_goals(goals, role.tokenizer, search)
+        check_models(role, self.options)
         if search.objective == "reward" and self._judge is None and self._run_judge(run).needs:
             raise OptionError(
                 "objective", f"reward needs a judge that does not read roles; choose one with {option('judge')}"
             )
+
+    def _attack(self, run: RunView, role: Any, goals: Sequence[Goal], folder: Path) -> tuple[Attacks, str]:
+        """Return all attacks, those of an earlier try included, and the fingerprint of what they follow from."""
+        search = self.options.search_options()
         with role.gathered(), reading(role.causal_lm, role.module.compute_dtype):
             models = Models.load(role, self.options)
             digest = model_digest([models.policy, *models.more, *([models.draft] if models.draft else [])])
@@ -99,11 +108,7 @@ class GCGEngine:
                 log.warning(
                     f"{folder} contains attacks on other weights or with other options; these attacks run again"
                 )
-            rewards = (
-                (lambda prompts, answers: self._rewards(run, prompts, answers))
-                if search.objective == "reward"
-                else None
-            )
+            rewards = (lambda answers: self._rewards(run, answers)) if search.objective == "reward" else None
             attacker = Attacker(models, search, store, rewards, self.options.judge_suffix)
             attacks = attacker.make(make_units(goals, self.options.seeds, search.transfer), run)
             if run.leader and store.finish(attacks, run.step):
@@ -135,16 +140,10 @@ class GCGEngine:
         with options_under("judge"):
             return to_reward_output(self._judge(rollouts), rollouts, self._provider)
 
-    def _rewards(self, run: RunView, prompts: list[str], answers: list[str]) -> list[float]:
-        """Return the judge's rewards of answers to user's messages; an answer that it abstains from counts as the mean."""
-        from rlhf_core.cli.score import make_rollouts
-
-        rows = []
-        for message, text in zip(prompts, answers, strict=True):
-            prompt = prompt_of(message, self.options)  # in the form that the answers after the attack are judged in
-            shown = prompt if isinstance(prompt, str) else list(prompt)
-            rows.append({"prompt": shown, "text": message, "completion": text})
-        output = self._score(run, make_rollouts(rows))
+    def _rewards(self, run: RunView, answers: Sequence[JudgedAnswer]) -> list[float]:
+        """Return the judge's rewards of answers to one prompt; an answer that it abstains from counts as the mean."""
+        prompts = [prompt_of(answer.message, self.options) for answer in answers]
+        output = self._score(run, as_rollouts(answers, prompts))
         known = output.total_N[output.answered_N]
         mean = float(known.mean()) if len(known) else 0.0
         values, answered = output.total_N.tolist(), output.answered_N.tolist()
