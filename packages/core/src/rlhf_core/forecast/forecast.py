@@ -83,7 +83,8 @@ class Forecast:
     """tokens of a completion"""
     device_bytes: int
     """memory of a device; 0 where it is not known"""
-    rates: Rates | None
+    rates: Mapping[str, Rates]
+    """by the dtype of a forward pass; empty where they are not known"""
     notes: tuple[str, ...]
     """assumptions, and parts that are not counted"""
 
@@ -135,7 +136,8 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
         if name != DATA and rollout is not None:
             cache = rollout.memory(passes[name].size, sampling[name])
             memory[name] = replace(memory[name], cache=cache)
-    rates = rates_of(options, config.dtype)
+    dtypes = {spec.options.compute_dtype: None for spec in plan.roles.values()}
+    rates = {dtype: rates for dtype in dtypes if (rates := rates_of(options, dtype))}
     phases = _phases(plan, load, passes, memory, sampling, rates)
     return Forecast(
         options=options,
@@ -178,7 +180,7 @@ def _phases(
     passes: Mapping[str, Passes],
     memory: Mapping[str, RoleMemory],
     sampling: Mapping[str, SamplingLoad],
-    rates: Rates | None,
+    rates: Mapping[str, Rates],
 ) -> tuple[Phase, ...]:
     """Return the phases of a step with the most bytes that all roles of a device hold in each.
 
@@ -189,7 +191,8 @@ def _phases(
     found = []
     for name in plan.sources:
         if name != DATA:
-            seconds = sampling_seconds(passes[name], sampling[name], rates) if rates else None
+            rate = rates.get(plan.roles[name].options.compute_dtype)
+            seconds = sampling_seconds(passes[name], sampling[name], rate) if rate else None
             found.append(Phase(f"sample {name}", resident + memory[name].cache, seconds))
     graphs = {name: passes[name].graph for name in plan.trained_roles if load.keeps_graph(plan.roles[name])}
     for name in plan.roles:
@@ -197,18 +200,19 @@ def _phases(
             operations = forward_operations(passes[name], rows, load.prompt, load.completion)
             held = max(memory[name].inference, graphs.get(name, 0))
             others = sum(graph for other, graph in graphs.items() if other != name)
-            seconds = operations / together / rates.operations if rates else None
+            rate = rates.get(plan.roles[name].options.compute_dtype)
+            seconds = operations / together / rate.operations if rate else None
             found.append(Phase(f"read {name}", resident + others + held, seconds))
     for number, name in enumerate(plan.trained_roles):
         waiting = sum(graphs.get(other, 0) for other in plan.trained_roles[number + 1 :])
         spec, steps = plan.roles[name], plan.config.update_epochs * plan.config.minibatches
         seconds = None
-        if rates:
+        if rate := rates.get(spec.options.compute_dtype):
             operations = forward_operations(passes[name], load.trained_rows(spec), load.prompt, load.completion)
             options = spec.options
             recomputes = isinstance(options, TrainedOptions) and options.gradient_checkpointing
-            seconds = training_seconds(passes[name], operations / together, rates, recomputes)
-            seconds += steps * update_seconds(memory[name], rates)
+            seconds = training_seconds(passes[name], operations / together, rate, recomputes)
+            seconds += steps * update_seconds(memory[name], rate)
         found.append(Phase(f"train {name}", resident + waiting + memory[name].training, seconds))
     return tuple(found)
 

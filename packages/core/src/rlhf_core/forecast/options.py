@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf_core.contract.ranges import at_least, at_most
-from rlhf_core.errors import OptionError
+from rlhf_core.contract.ranges import at_least, at_most, finite
+from rlhf_core.errors import OptionError, option
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = ["GPUS", "Gpu", "PlanOptions"]
@@ -13,29 +13,31 @@ __all__ = ["GPUS", "Gpu", "PlanOptions"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """A type of device, by its data sheet."""
+    """A type of device."""
 
     gib: float
-    """memory"""
+    """memory that CUDA reports, which is less than the type's name promises"""
     tflops: float
-    """dense bfloat16 matrix products, 10^12 operations per second"""
+    """dense bfloat16 or float16 matrix products, 10^12 operations per second"""
+    wide_tflops: float
+    """float32 matrix products without TF32, which torch leaves off, 10^12 operations per second"""
     gb_s: float
     """memory bandwidth, 10^9 bytes per second"""
 
 
 GPUS = {
-    "a10": Gpu(24, 125, 600),
-    "a100-40": Gpu(40, 312, 1555),
-    "a100-80": Gpu(80, 312, 2039),
-    "b200": Gpu(180, 2250, 8000),
-    "h100": Gpu(80, 989, 3350),
-    "h200": Gpu(141, 989, 4800),
-    "l4": Gpu(24, 121, 300),
-    "l40s": Gpu(48, 362, 864),
-    "rtx3090": Gpu(24, 71, 936),
-    "rtx4090": Gpu(24, 165, 1008),
+    "a10": Gpu(22.0, 125, 31.2, 600),
+    "a100-40": Gpu(39.4, 312, 19.5, 1555),
+    "a100-80": Gpu(79.1, 312, 19.5, 2039),
+    "b200": Gpu(178.0, 2250, 75, 8000),
+    "h100": Gpu(79.1, 989, 67, 3350),
+    "h200": Gpu(139.8, 989, 67, 4800),
+    "l4": Gpu(22.0, 121, 30.3, 300),
+    "l40s": Gpu(44.4, 362, 91.6, 864),
+    "rtx3090": Gpu(23.6, 71, 35.6, 936),
+    "rtx4090": Gpu(23.5, 165, 82.6, 1008),
 }
-"""Types of `--plan.gpu`; rates are NVIDIA's, without sparsity."""
+"""Types of `--plan.gpu`; rates are those of NVIDIA's data sheets, without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PlanOptions:
     gb_s: float = 0.0
     """achieved memory bandwidth, in 10^9 bytes per second; 0 takes twice `efficiency`, at most 0.8, of the type's"""
     efficiency: float = 0.4
-    """share of the type's matrix rate that training reaches, 0 to 1"""
+    """share of the type's matrix rate that training reaches, above 0 and at most 1"""
     measure: bool = False
     """measure both rates on this machine's device, which takes about a second"""
     json: bool = False
@@ -72,6 +74,15 @@ class PlanOptions:
         at_least(0, self, "gpu_gib", "reserve", "prompt_tokens", "completion_tokens", "tflops", "gb_s", "efficiency")
         at_most(0.9, self, "reserve")
         at_most(1, self, "efficiency")
+        finite(self, "gpu_gib", "tflops", "gb_s")
+        if not self.efficiency:
+            raise OptionError("efficiency", "must be above 0, not 0")
+        for given, other in (("tflops", "gb_s"), ("gb_s", "tflops")):
+            if getattr(self, given) and self.measure:
+                raise OptionError(given, f"is what {option('measure')} measures; leave one of them out")
+            if getattr(self, given) and not getattr(self, other) and not self.gpu:
+                missing = f"{option(other)} or {option('gpu')}"
+                raise OptionError(given, f"gives no seconds without the other rate; pass {missing} too")
         if self.gpu and self.gpu not in GPUS:
             raise OptionError(
                 "gpu", f"{self.gpu}: unknown GPU type{did_you_mean(self.gpu, GPUS)}; choose one of {', '.join(GPUS)}"

@@ -42,16 +42,20 @@ class Rates:
 
 
 def rates_of(options: PlanOptions, dtype: str) -> Rates | None:
-    """Return stated or measured rates; None where they are unknown."""
+    """Return stated or measured rates of products in `dtype`; None where they are unknown."""
     if options.measure:
         return _measure(dtype)
     gpu = GPUS.get(options.gpu)
-    matrix = options.tflops or (gpu.tflops * options.efficiency if gpu else 0.0)
+    sheet = 0.0 if gpu is None else gpu.wide_tflops if dtype == "float32" else gpu.tflops
+    matrix = options.tflops or sheet * options.efficiency
     memory = options.gb_s or (gpu.gb_s * min(0.8, 2 * options.efficiency) if gpu else 0.0)
     if not (matrix and memory):
         return None
-    stated = options.tflops and options.gb_s
-    origin = "stated" if stated else f"{options.efficiency:.0%} of the matrix rate of {options.gpu}"
+    share = f"{options.efficiency:.0%} of the matrix rate of {options.gpu}"
+    if options.tflops:
+        origin = "stated" if options.gb_s else f"the first stated, the second of {options.gpu}"
+    else:
+        origin = f"{share}, the second stated" if options.gb_s else share
     return Rates(matrix * 1e12, memory * 1e9, origin)
 
 

@@ -48,10 +48,9 @@ def forecast_table(found: Forecast) -> str:
         *_columns(roles),
     ]
     lines += ["", *_columns(phases), "", _answer(found, unit, size)]
-    if found.rates is not None:
-        lines.append(
-            f"rates: {found.rates.operations / 1e12:.3g} TFLOP/s and {found.rates.bytes / 1e9:.3g} GB/s, {found.rates.origin}"
-        )
+    for dtype, rates in found.rates.items():
+        reached = f"{rates.operations / 1e12:.3g} TFLOP/s and {rates.bytes / 1e9:.3g} GB/s"
+        lines.append(f"rates in {dtype}: {reached}, {rates.origin}")
     return "\n".join([*lines, *(f"note: {note}" for note in found.notes)])
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.plan import RoleSpec
     from rlhf_core.models.lora import Adapters
 
-__all__ = ["add_adapters", "build_module", "prepare_training", "set_pad"]
+__all__ = ["add_adapters", "build_module", "check_new_tokens", "prepare_training", "set_pad"]
 
 
 def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, seed: int = 0) -> RoleModule:
@@ -56,12 +56,7 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     adapted = bool(spec.trained and options.lora.rank)  # type: ignore[attr-defined]  # what is trained has them
     vision = _vision(spec)
     model, heads = _with_heads(spec, seed, wide=spec.trained and not adapted)
-    new_tokens: int = getattr(model, "new_tokens", 0)
-    if adapted and new_tokens:
-        raise UsageError(
-            f"adapters cannot learn the {new_tokens} new tokens of {options.model}: train the {spec.name} without "
-            f"{run_option(f'{spec.name}.lora.rank')} first, and add adapters to the result"
-        )
+    check_new_tokens(model, spec)
     if spec.needs_language_head:
         model.set_output_embeddings(
             ChunkedHead(model.get_output_embeddings(), chunk, temperature, **head_options(model.config))
@@ -78,6 +73,16 @@ def build_module(spec: RoleSpec, chunk: int = 1024, temperature: float = 1.0, se
     ).eval()
     prepare_training(module, spec)
     return module
+
+
+def check_new_tokens(model: Any, spec: RoleSpec) -> None:
+    """Raise UsageError if adapters would have to learn tokens that the run adds."""
+    new_tokens: int = getattr(model, "new_tokens", 0)
+    if new_tokens and spec.trained and spec.options.lora.rank:  # type: ignore[attr-defined]  # what is trained has them
+        raise UsageError(
+            f"adapters cannot learn the {new_tokens} new tokens of {spec.options.model}: train the {spec.name} without "
+            f"{run_option(f'{spec.name}.lora.rank')} first, and add adapters to the result"
+        )
 
 
 def add_adapters(model: Any, spec: RoleSpec, seed: int) -> Adapters:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.contract.options import TrainedOptions
-from rlhf_core.models.build import add_adapters, prepare_training
+from rlhf_core.models.build import add_adapters, check_new_tokens, prepare_training
 from rlhf_core.models.heads.modules import SCALAR, ChunkedHead, ScalarHead, head_options
 from rlhf_core.models.inputs.vision import is_vision
 from rlhf_core.models.loading import tiny
 from rlhf_core.models.loading.adapters import read_base_model
 from rlhf_core.models.loading.architecture import choose_attention, name_body
 from rlhf_core.models.loading.hub import resolve_name
-from rlhf_core.models.loading.load import has_scorer
+from rlhf_core.models.loading.load import fit_embedding, has_scorer
 from rlhf_core.models.loading.transformers_calls import read_config
 from rlhf_core.models.module import RoleModule
 
@@ -72,6 +72,7 @@ def _meta_module(spec: RoleSpec, chunk: int, logits: int, narrow: bool) -> RoleM
     scalars = [name for output, name in SCALAR.items() if output in spec.outputs]
     classifier = bool(scalars) and not spec.needs_language_head and has_scorer(options.model, options)
     model: Any = _model(options.model, options, dtype, classifier)
+    check_new_tokens(model, spec)
     hidden = model.config.get_text_config().hidden_size
     if classifier:
         model.score = ScalarHead(model.score)
@@ -138,6 +139,8 @@ def _model(name: str, options: ModelOptions, dtype: torch.dtype, classifier: boo
         trust_remote_code=options.trust_remote_code,
     )
     name_body(model)
+    if options.add_tokens or source.kind == "folder":  # a tokenizer of the hub is not downloaded for a forecast
+        fit_embedding(name, source, model, options)
     return model
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from rlhf_core.contract.options import ModelOptions
 
-__all__ = ["has_scorer", "load_model", "load_scorer"]
+__all__ = ["fit_embedding", "has_scorer", "load_model", "load_scorer"]
 
 FLASH = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -68,7 +68,7 @@ def load_model(name: str, options: ModelOptions, *, trained: bool = False) -> Pr
         _check_tiny(name, options)
         with translate_errors(name):
             made = tiny.parse(name).model(LlamaForCausalLM, _tiny_attention(options), _dtype(options, trained))
-        return _fit_embedding(name, source, made, options)
+        return fit_embedding(name, source, made, options)
     auto = AutoModelForImageTextToText if is_vision(read_config(name, source, options)) else AutoModelForCausalLM
     model, missing = _from_pretrained(auto, name, source, options, trained)
     if missing:
@@ -100,7 +100,7 @@ def load_scorer(name: str, options: ModelOptions, *, trained: bool = False) -> t
         with translate_errors(name):
             made: Any = size.model(LlamaForSequenceClassification, _tiny_attention(options), dtype, num_labels=1)
         read_weight(made.score.weight)  # it is drawn again
-        return _fit_embedding(name, source, made, options), False
+        return fit_embedding(name, source, made, options), False
     model: Any
     model, missing = _from_pretrained(AutoModelForSequenceClassification, name, source, options, trained, num_labels=1)
     if others := [key for key in missing if key != "score.weight"]:
@@ -161,11 +161,11 @@ def _from_pretrained(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # a layout of bitsandbytes' without a backward pass
-    _fit_embedding(name, source, model, options)
+    fit_embedding(name, source, model, options)
     return model, sorted(info["missing_keys"])
 
 
-def _fit_embedding(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
+def fit_embedding(name: str, source: Source, model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel:
     """The model with an embedding for every token of its tokenizer, if it has one."""
     beside = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     told = source.kind == "folder" and any((Path(source.location) / each).is_file() for each in beside)
