@@ -84,6 +84,14 @@ def test_prompts_that_do_not_fit_are_left_out_and_some_must_fit(tmp_path):
         run_of(tmp_path / "none", steps=0, max_prompt_tokens=limit - 1, evaluator=HeldoutTable(n=1)).train()
 
 
+def test_a_run_whose_table_needs_rows_that_are_not_held_out_stops_at_its_start(tmp_path):
+    rows = [{"prompt": f"say {number}"} for number in range(4)]
+    run = run_of(tmp_path, data=rows, evaluator=HeldoutTable(n=1))
+    with pytest.raises(UsageError, match="no rows are held out"):
+        run.train()
+    assert run.step == 0
+
+
 SWEEP = """
 output = "out"
 discard = ["model", "checkpoints"]

@@ -168,13 +168,29 @@ def test_the_frontier_of_attacks_counts_those_with_one_bad_answer(sweep, capsys)
             rows += [{"goal": 0, "seed": None, "attacked": False, "reward": -9.0}]
             rows += [{"goal": 1, "seed": 0, "attacked": True, "reward": None}]
             (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["frontier", str(sweep), "--gcg", "--formats", "svg"]) == 0
+    assert main(["frontier", str(sweep), "--gcg", "--threshold", "-5", "--formats", "svg"]) == 0
     a, b = table("frontier.csv")
     assert [float(row["attack"]) for row in (a, b)] == [0.25, 0.75]
     assert [float(row["return"]) for row in (a, b)] == [1.0, 2.0]
     assert "attacks with a reward" in Path("frontier.svg").read_text()
     assert main(["frontier", str(sweep), "--gcg", "--threshold", "-7", "--formats"]) == 0
     assert [float(row["attack"]) for row in table("frontier.csv")] == [0.0, 0.0]
+
+
+def test_the_frontier_of_attacks_takes_the_threshold_that_the_evaluations_have(sweep, capsys):
+    for folder in sweep.parent.glob("out/*"):
+        (folder / "gcg/step-3").mkdir(parents=True)
+        rows = [{"goal": 0, "seed": k, "attacked": True, "reward": float(k)} for k in range(4)]
+        (folder / "gcg/step-3/answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["frontier", str(sweep), "--gcg", "--formats"]) == 2
+    assert "thresholds none; pass --threshold" in capsys.readouterr().err
+    for path in sweep.parent.glob("out/*/gcg/step-3"):
+        (path / "settings.json").write_text('{"threshold": 2.5}')
+    assert main(["frontier", str(sweep), "--gcg", "--formats"]) == 0
+    assert [(row["attack"], row["threshold"]) for row in table("frontier.csv")] == [("0.75", "2.5"), ("0.75", "2.5")]
+    (sweep.parent / "out/a-seed0/gcg/step-3/settings.json").write_text('{"threshold": 0.5}')
+    assert main(["frontier", str(sweep), "--gcg", "--formats"]) == 2
+    assert "thresholds 0.5, 2.5; pass --threshold" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_in_one_line(sweep, capsys):

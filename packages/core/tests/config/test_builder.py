@@ -30,7 +30,7 @@ from rlhf_core.config.builder import from_names, make_config, parse, to_names
 from rlhf_core.contract.optimizers import AdamW
 from rlhf_core.contract.options import ModelOptions, Sampling, TrainedOptions
 from rlhf_core.contract.providers import Reward
-from rlhf_core.errors import ContractError
+from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.plugins.registry import Registry
 
 
@@ -123,6 +123,49 @@ def test_evaluators_are_a_tuple_with_their_options_by_name_where_there_are_sever
     for config in (one, two, bare):
         assert from_names(to_names(config), registry) == config
     assert "evaluator" not in run("offline --data.where x --evaluator none", registry).providers
+
+
+def test_several_evaluators_are_written_as_names_lists_and_tables(tmp_path: Path, registry: Registry) -> None:
+    wanted = make_config(
+        "offline", registry, data={"where": "x"}, evaluator=[InnerEvaluator(3), RichEvaluator(count=9)]
+    )
+    for words in ("inner rich", "inner, rich", "inner,rich"):
+        flags = f"offline --data.where x --evaluator {words} --evaluator.inner.depth 3 --evaluator.rich.count 9"
+        assert run(flags, registry) == wanted
+    head = "algorithm = 'offline'\ndata.where = 'x'\n"
+    files = [
+        "[[evaluator]]\nuse = 'inner'\ndepth = 3\n[[evaluator]]\nuse = 'rich'\ncount = 9\n",
+        "[evaluator]\nuse = ['inner', 'rich']\ninner.depth = 3\nrich.count = 9\n",
+    ]
+    for file in files:
+        assert from_file(head + file, tmp_path, registry) == wanted
+    tables: list[Any] = [{"use": "inner", "depth": 3}, {"use": "rich", "count": 9}]
+    named = {"use": ["inner", "rich"], "inner": {"depth": 3}, "rich": {"count": 9}}
+    for several in (tables, [InnerEvaluator(3), tables[1]], named):
+        assert make_config("offline", registry, data={"where": "x"}, evaluator=several) == wanted
+    one = make_config("offline", registry, data={"where": "x"}, evaluator=tables[:1])
+    assert one == run("offline --data.where x --evaluator inner --evaluator.depth 3", registry)
+    assert "evaluator" not in make_config("offline", registry, data={"where": "x"}, evaluator=[]).providers
+    with pytest.raises(UsageError, match=r"evaluator 2 of the list needs a name as `use`"):
+        make_config("offline", registry, data={"where": "x"}, evaluator=["inner", {"count": 9}])
+
+
+def test_two_evaluators_of_one_name_have_options_of_their_own(tmp_path: Path, registry: Registry) -> None:
+    wanted = (InnerEvaluator(3), RichEvaluator(), InnerEvaluator(5))
+    config = make_config("offline", registry, data={"where": "x"}, evaluator=list(wanted))
+    assert config.providers["evaluator"] == wanted
+    assert config.names_of("evaluator") == ["inner.1", "rich", "inner.2"]
+    assert [path for path, _ in config.provider_paths("evaluator")] == [
+        "/evaluator.inner.1", "/evaluator.rich", "/evaluator.inner.2",
+    ]  # fmt: skip
+    flags = "--evaluator inner,rich,inner --evaluator.inner.1.depth 3 --evaluator.inner.2.depth 5"
+    assert run(f"offline --data.where x {flags}", registry) == config
+    file = "algorithm = 'offline'\ndata.where = 'x'\n" + "".join(
+        f"[[evaluator]]\nuse = '{name}'\n{options}\n"
+        for name, options in (("inner", "depth = 3"), ("rich", ""), ("inner", "depth = 5"))
+    )
+    assert from_file(file, tmp_path, registry) == config
+    assert from_names(to_names(config), registry) == config
 
 
 def test_a_value_may_follow_an_equals_sign_and_begin_with_dashes(registry: Registry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 
 from rlhf_core.cli import main
 from rlhf_core.contract.distributed import World
+from rlhf_core.contract.providers import Evaluator
 from rlhf_core.contract.results import RewardOutput
 from rlhf_core.errors import UsageError
 from rlhf_core.evaluator.pass_at_k import PassAtK, pass_at_k
@@ -173,3 +175,20 @@ def test_the_eval_command_compares_two_models_of_different_families(
     )
     assert main([*words, "tiny:vocab=300"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["eval/win_rate"] <= 1
+
+
+@dataclass(frozen=True)
+class Constant(Evaluator):
+    """Measures a number that it is told."""
+
+    value: float
+
+    def __call__(self, run: Any) -> dict[str, float]:
+        return {"constant": self.value}
+
+
+def test_a_metric_that_two_evaluators_measure_ends_the_run(tmp_path: Path) -> None:
+    """What the second measures would replace what the first did."""
+    run = tiny_run(tmp_path, steps=0, evaluator=[Constant(1.0), Constant(2.0)])
+    with run.open(), pytest.raises(UsageError, match=r"evaluator Constant\.2 measures eval/constant, as another"):
+        run.measure()

@@ -66,12 +66,15 @@ class HeldoutTable(Evaluator):
 
     def __call__(self, run: RunView) -> dict[str, float]:
         """`heldout_table/reward`, `…/return` and `…/worst`, and how many `…/samples`; nothing before the end."""
-        if run.plan.trained_roles and run.step < run.config.steps and not self.always:
+        early = bool(run.plan.trained_roles) and run.step < run.config.steps and not self.always
+        if early and run.step:
             return {}
         rows = run.heldout(self.prompts or None)
         fitting = [i for i in range(len(rows)) if run.encoder.fits_prompt(rows[i])]
         if not fitting:
             raise UsageError(f"every held-out prompt is too long; raise {run_option('max_prompt_tokens')}")
+        if early:  # the rows were read at the run's start, so that their faults do not end it at its end
+            return {}
         columns: dict[str, list[Any]] = {}
         for number in range(self.passes):
             for asked in self._shares(fitting, run.world.rank, run.world.size):

@@ -5,11 +5,13 @@ sampling. A point is a method: means over its seeds, with bootstrap intervals of
 
 With `--gcg` the answers to attacked prompts take the place of the held-out ones on the vertical axis: those that the run's last
 evaluation by `gcg` left in OUTPUT/gcg/step-N/answers.jsonl, a row per answer with `goal`, `seed`, `attacked` and `reward`.
+The file settings.json next to it has the `threshold` of the evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from rlhf_core.errors import DataError, UsageError
 
 __all__ = ["Frontier", "attack_success", "frontier_rows", "newest_answers"]
 
+USUAL_THRESHOLD = -5.0
+"""Rewards below it are bad in Zhao et al. 2025, section 4.3."""
 INTERVAL = "bars: 95 % bootstrap intervals over seeds"
 """Caption of the figure."""
 
@@ -37,8 +41,8 @@ class Frontier(Drawing):
     whose column `attack_success` is true"""
     gcg: bool = False
     """plot the attack success rate: the share of attacks with an answer whose reward is below the threshold"""
-    threshold: float = -5.0
-    """threshold: rewards strictly below it are bad"""
+    threshold: float | None = None
+    """threshold: rewards strictly below it are bad; `none` takes -5, or with `gcg` that of the evaluations"""
     share: float = 1e-4
     """share of the lowest rewards that CVaR averages, at least one reward"""
     x: Literal["return", "reward"] = "return"
@@ -56,20 +60,40 @@ class Frontier(Drawing):
         if not members:
             raise UsageError(f"no run of {self.file} is finished; see rlhf-run sweep {self.file} --status")
         results: dict[str, list[tuple[float, float]]] = {}
+        threshold = self._limit(members)
         for member in members:
-            results.setdefault(member.method, []).append(self._point(member))
+            results.setdefault(member.method, []).append(self._point(member, threshold))
         y = "attack" if self.gcg else self.y
-        return frontier_rows(results, self.x, y, higher=y == "cvar", seed=self.seed)
+        rows = frontier_rows(results, self.x, y, higher=y == "cvar", seed=self.seed)
+        for row in rows if self.gcg or self.y == "bad" else ():
+            row["threshold"], row["pareto"] = threshold, row.pop("pareto")  # `pareto` stays the last column
+        return rows
 
-    def _point(self, member: Member) -> tuple[float, float]:
+    def _limit(self, members: Sequence[Member]) -> float:
+        """Return the threshold of bad rewards.
+
+        Raises:
+            UsageError: none was given, and the evaluations of the runs do not have one in common.
+        """
+        if self.threshold is not None:
+            return self.threshold
+        if not self.gcg:
+            return USUAL_THRESHOLD
+        found = {evaluation_threshold(newest_answers(member.folder)) for member in members}
+        if len(found) != 1 or None in found:
+            listed = ", ".join(sorted("none" if each is None else f"{each:g}" for each in found))
+            raise UsageError(f"the evaluations have the thresholds {listed}; pass --threshold, such as --threshold -5")
+        return float(found.pop() or 0.0)
+
+    def _point(self, member: Member, threshold: float) -> tuple[float, float]:
         """(x, y) of one run."""
         if self.gcg:
             costs = read_columns(member.folder / self.table, [self.x])[self.x]
-            return sum(costs) / len(costs), attack_success(newest_answers(member.folder), self.threshold)
+            return sum(costs) / len(costs), attack_success(newest_answers(member.folder), threshold)
         y = "attack_success" if self.y == "attack" else "reward"
         columns = read_columns(member.folder / self.table, sorted({self.x, y}))
         measure: dict[str, Callable[[list[Any]], float]] = {
-            "bad": lambda rewards: share_below(rewards, self.threshold),
+            "bad": lambda rewards: share_below(rewards, threshold),
             "cvar": lambda rewards: cvar(rewards, self.share),
             "attack": lambda successes: sum(map(bool, successes)) / len(successes),
         }
@@ -83,6 +107,7 @@ class Frontier(Drawing):
     def draw(self, rows: list[dict[str, Any]], stem: Path) -> None:
         """A point with its intervals per method, and a line through the Pareto set."""
         y = "attack" if self.gcg else self.y
+        limit = rows[0].get("threshold", USUAL_THRESHOLD)
         colors = colors_of(row["method"] for row in rows)
         with figure(stem, self.formats, caption=INTERVAL) as (axis,):
             best = sorted((row[self.x], row[y]) for row in rows if row["pareto"])
@@ -96,11 +121,11 @@ class Frontier(Drawing):
                     label=method_name(row["method"]), marker="o" if row["pareto"] else "x",
                 )  # fmt: skip
             title, label = {
-                "bad": ("Bad outputs", f"share of outputs with a reward below {self.threshold:g}"),
+                "bad": ("Bad outputs", f"share of outputs with a reward below {limit:g}"),
                 "cvar": ("Worst outputs", f"mean reward of the worst {100 * self.share:g} % of outputs (CVaR)"),
                 "attack": (
                     "Attacks that succeed",
-                    f"share of attacks with a reward below {self.threshold:g}"
+                    f"share of attacks with a reward below {limit:g}"
                     if self.gcg
                     else "share of samples with attack success",
                 ),
@@ -131,6 +156,16 @@ def newest_answers(folder: Path) -> Path:
             f"{folder / 'gcg'} contains no answers; write them with --evaluator gcg, in the run or with rlhf-run eval"
         )
     return steps[max(steps)]
+
+
+def evaluation_threshold(answers: Path) -> float | None:
+    """Return the threshold of the evaluation that left a file of answers; None if it has none, or left no settings."""
+    path = answers.parent / "settings.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["threshold"] if path.exists() else None
+        return None if found is None else float(found)
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: expected an object with a number `threshold`") from None
 
 
 def attack_success(path: Path, threshold: float) -> float:

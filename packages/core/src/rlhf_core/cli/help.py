@@ -133,7 +133,8 @@ def command(schema: Schema, settings: Settings, registry: Registry) -> str:
 
 def _choices(kind: str, registry: Registry) -> str:
     names = list(registry.table(kind))
-    return ", ".join(["none", *names] if kind in (*SEVERAL, *OPTIONAL) else names)
+    found = ", ".join(["none", *names] if kind in (*SEVERAL, *OPTIONAL) else names)
+    return f"{found}; several with blanks between" if kind in SEVERAL else found
 
 
 def _title(section: Section) -> str:

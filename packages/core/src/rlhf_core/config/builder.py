@@ -28,7 +28,7 @@ from rlhf_core.config.callbacks import read_callbacks
 from rlhf_core.config.given_model import FOLDER, GivenModel
 from rlhf_core.config.length import check_length, with_given_length, without_unused_length
 from rlhf_core.config.option_fields import Use, annotation_of, default_of, nested_dataclass, option_fields
-from rlhf_core.config.parsing import Settings, parse_tree, read, with_spelling
+from rlhf_core.config.parsing import Settings, parse_tree, put, read, use_of, with_spelling
 from rlhf_core.config.python_values import from_python, function_name, python_text
 from rlhf_core.config.schema import HELDOUT_LOSS, Schema, Section, unused_fields
 from rlhf_core.config.value_types import MASK, given_by, is_secret, may_be_python, to_plain
@@ -37,6 +37,7 @@ from rlhf_core.contract.options import RunConfig
 from rlhf_core.errors import OptionError, UsageError, options_under, run_option, spell_options, text_of
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
+from rlhf_core.util.repeats import number_repeats
 from rlhf_core.util.secrets import redact_addresses, redact_tree
 
 if TYPE_CHECKING:
@@ -120,11 +121,15 @@ def _tree_and_instances(
         if not chosen or isinstance(value, (str, Mapping)):
             tree[name] = value
             continue
-        several = list(value) if isinstance(value, (list, tuple)) else [value]
-        uses = [each if isinstance(each, str) else registry.name_of(name, type(each)) for each in several]
-        tree[name] = ",".join(uses)
-        for use, each in zip(uses, several, strict=True):
-            if not isinstance(each, str):
+        if not isinstance(value, (list, tuple)):
+            tree[name], instances[name] = registry.name_of(name, type(value)), value
+            continue
+        several = list(value)
+        plain = [isinstance(each, (str, Mapping)) for each in several]
+        tree[name] = [each if told else registry.name_of(name, type(each)) for told, each in zip(plain, several)]
+        uses = number_repeats([use_of(each, name) for each in tree[name]])
+        for told, use, each in zip(plain, uses, several, strict=True):
+            if not told:
                 instances[name if len(several) == 1 else f"{name}.{use}"] = each
     return tree, instances
 
@@ -270,9 +275,12 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     for kind, provider in config.providers.items():
         tree[kind] = {"use": names[kind]}
         several = provider if isinstance(provider, tuple) else (provider,)
-        for name, each in zip(names[kind].split(","), several, strict=True):
+        for name, each in zip(number_repeats(names[kind].split(",")), several, strict=True):
             plain = _plain_options(each, kind, masked)
-            tree[kind] |= plain if len(several) == 1 else {name: plain}
+            if len(several) == 1:
+                tree[kind] |= plain
+            else:
+                put(tree[kind], name, plain)
     absent = (*SEVERAL, *(OPTIONAL if "rollout" in names else ()))
     return {**dict.fromkeys(absent, "none"), **tree}  # omissions are stated too: an algorithm may have usual ones
 

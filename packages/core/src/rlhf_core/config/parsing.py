@@ -17,10 +17,11 @@ from rlhf_core.config.option_fields import flag, option_fields
 from rlhf_core.config.python_values import describe, text_of_value
 from rlhf_core.config.schema import Schema, make_schema, provider_fields
 from rlhf_core.config.value_types import MASK, from_plain, from_words, given_by, is_secret, metavar
-from rlhf_core.contract.hooks import CHOSEN
+from rlhf_core.contract.hooks import CHOSEN, SEVERAL
 from rlhf_core.errors import UsageError, spell_options
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
+from rlhf_core.util.repeats import number_repeats
 from rlhf_core.util.text_files import read_text
 
 if TYPE_CHECKING:
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Settings",
     "from_flags",
+    "named_by",
     "parse_tree",
+    "put",
     "read",
     "single_word",
     "split_flags",
     "split_own",
+    "use_of",
     "wants_dry_run",
     "with_spelling",
 ]
@@ -50,7 +54,7 @@ def read(argv: Sequence[str], registry: Registry) -> tuple[Schema, Settings]:
     file = flags.pop("config", None)
     tree = _read_file(single_word("--config", file)) if file is not None else {}
     where = single_word("--config", file) if file is not None else ""
-    wanted = {kind: single_word(flag(kind), flags[kind]) for kind in CHOSEN if kind in flags and kind != "algorithm"}
+    wanted = {kind: named_by(kind, flags[kind]) for kind in CHOSEN if kind in flags and kind != "algorithm"}
     flags = {
         path: words
         for path, words in flags.items()
@@ -122,6 +126,13 @@ def split_own(own: Collection[str], words: Sequence[str]) -> tuple[list[str], li
     return parts
 
 
+def named_by(kind: str, words: Sequence[str]) -> str:
+    """The name that the flag of a kind has; several names, of a kind that may have them, with commas between."""
+    if kind not in SEVERAL or not words:
+        return single_word(flag(kind), words)
+    return ",".join(filter(None, re.split(r"[\s,]+", " ".join(words))))
+
+
 def single_word(name: str, words: Sequence[str]) -> str:
     """The single word of a flag."""
     if len(words) != 1:
@@ -164,6 +175,7 @@ def parse_tree(
         uses: names of providers inside roles' options by path, likewise.
     """
     instances, wanted, uses = instances or {}, wanted or {}, uses or {}
+    tree = {kind: _in_one_table(kind, value, where) if kind in SEVERAL else value for kind, value in tree.items()}
     algorithm = wanted.get("algorithm") or _use("algorithm", tree, where)
     if not algorithm:
         installed = ", ".join(registry.table("algorithm")) or "none"
@@ -180,12 +192,39 @@ def parse_tree(
     return schema, dict(_values(values, schema, where))
 
 
+def put(table: dict[str, Any], path: str, options: Mapping[str, Any]) -> None:
+    """Put options under a dotted path, in tables that are made where there are none."""
+    for part in path.split("."):
+        table = table.setdefault(part, {})
+    table |= options
+
+
+def _in_one_table(kind: str, value: Any, where: str) -> Any:
+    """A list of providers of one kind, or of their names as `use`, as one table: names under `use`, options under names."""
+    if isinstance(value, Mapping) and isinstance(value.get("use"), (list, tuple)):
+        names = [use_of(each, f"{_location(where)}{kind}.use") for each in value["use"]]
+        return {**value, "use": ",".join(names) or "none"}
+    if not isinstance(value, (list, tuple)):
+        return value
+    names = [use_of(each, f"{_location(where)}{kind}") for each in value]
+    if "" in names:
+        raise UsageError(f"{_location(where)}{kind} {names.index('') + 1} of the list needs a name as `use`")
+    options = [{key: held for key, held in _as_table(each).items() if key != "use"} for each in value]
+    if len(names) == 1:
+        return {"use": names[0], **options[0]}
+    table: dict[str, Any] = {"use": ",".join(names) or "none"}
+    for name, own in zip(number_repeats(names), options, strict=True):
+        if own:
+            put(table, name, own)
+    return table
+
+
 def _use(kind: str, tree: Mapping[str, Any], where: str) -> str:
     """The name that a tree gives for a kind: `use` of its table, or the bare name; empty where it gives none."""
-    return _name_in(tree.get(kind, ""), f"{_location(where)}{kind}")
+    return use_of(tree.get(kind, ""), f"{_location(where)}{kind}")
 
 
-def _name_in(table: Any, path: str) -> str:
+def use_of(table: Any, path: str) -> str:
     """`use` of a table, or the bare name."""
     name = table.get("use", "") if isinstance(table, Mapping) else table
     if not isinstance(name, str):
@@ -207,7 +246,7 @@ def _read_uses(
             path, held = f"{role}.{name}", given.get(name, {})
             if dataclasses.is_dataclass(held) and not isinstance(held, type):
                 held = {"use": registry.name_of(kind, type(held)), **_as_table(held)}
-            use = _name_in(held, f"{_location(where)}{path}")
+            use = use_of(held, f"{_location(where)}{path}")
             uses[path] = wanted.get(path, use)
             dropped = path in wanted and use != wanted[path]
             table = {} if dropped or isinstance(held, str) else {k: v for k, v in held.items() if k != "use"}

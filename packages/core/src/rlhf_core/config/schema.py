@@ -6,7 +6,8 @@ follows from the names chosen, so that help, errors and the written file speak o
     ""            RunConfig's own numbers, and `sampling.*` where the algorithm samples
     <role>        one section per role of the algorithm
     algorithm     the algorithm's own fields
-    <kind>        the chosen provider's fields; with several (such as evaluators) `evaluator.<name>` each
+    <kind>        the chosen provider's fields; with several (such as evaluators) `evaluator.<name>` each, of one name
+                  `evaluator.<name>.1` and so on
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlhf_core.contract.options import RunConfig, TrainedOptions
 from rlhf_core.errors import UsageError, run_option
 from rlhf_core.option_text import OptionNames
 from rlhf_core.plugins.provider_checks import class_of
+from rlhf_core.util.repeats import number_repeats
 from rlhf_core.util.suggestions import closest_names, did_you_mean
 
 if TYPE_CHECKING:
@@ -192,8 +194,10 @@ def provider_sections(
     instances = instances or {}
     for kind, name in names.items():
         several = name.split(",") if kind in SEVERAL else [name]
-        for each in filter(None, several):
-            prefix = kind if len(several) == 1 else f"{kind}.{each}"
+        for each, own in zip(several, number_repeats(several), strict=True):
+            if not each:
+                continue
+            prefix = kind if len(several) == 1 else f"{kind}.{own}"
             base = instances.get(prefix)
             provider = class_of(kind, each, base, registry)
             yield Section(prefix, f"{kind} {each!r}", provider, base, kind=kind)

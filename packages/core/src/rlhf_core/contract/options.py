@@ -19,6 +19,7 @@ from rlhf_core.contract.registry_view import RegistryView
 from rlhf_core.contract.staleness import PartialRollouts, Staleness
 from rlhf_core.errors import OptionError, option
 from rlhf_core.option_text import OptionNames
+from rlhf_core.util.repeats import number_repeats
 from rlhf_core.util.suggestions import did_you_mean
 
 __all__ = [
@@ -377,10 +378,8 @@ class RunConfig:
         for kind in kinds or self.providers:
             chosen = self.providers.get(kind, ())
             several = chosen if isinstance(chosen, tuple) else (chosen,)
-            names = self.names.get(kind, "").split(",")
-            for name, provider in (
-                zip(names, several, strict=True) if len(several) > 1 else [("", each) for each in several]
-            ):
+            names = number_repeats(self.names.get(kind, "").split(",")) if len(several) > 1 else [""] * len(several)
+            for name, provider in zip(names, several, strict=True):
                 yield f"/{kind}.{name}".rstrip("."), provider
 
     def names_of(self, kind: str) -> list[str]:
@@ -390,9 +389,7 @@ class RunConfig:
         names = self.names.get(kind, "").split(",") if several else []
         if len(names) != len(several):
             names = [type(provider).__qualname__ for provider in several]
-        return [
-            name if names.count(name) == 1 else f"{name}.{names[: i + 1].count(name)}" for i, name in enumerate(names)
-        ]
+        return number_repeats(names)
 
     def __post_init__(self) -> None:
         at_least(0, self, "seed", "steps", "epochs", "chunk", "save_every", "eval_every", "keep_gb", "max_mismatch")

@@ -17,7 +17,7 @@ from rlhf_core.config.option_fields import flag, option_fields
 from rlhf_core.config.parsing import (
     Settings,
     from_flags,
-    single_word,
+    named_by,
     split_flags,
     split_own,
     wants_dry_run,
@@ -94,7 +94,7 @@ def read_command(words: Sequence[str], registry: Registry) -> tuple[Schema, Sett
     own = {each.name for each in option_fields(cls)}
     given, flags = split_flags(_run_words(cls, words[1:])[0])
     kinds = [kind for kind in CHOSEN if kind in flags and kind not in own]
-    chosen = {kind: single_word(flag(kind), flags.pop(kind)) for kind in kinds}
+    chosen = {kind: named_by(kind, flags.pop(kind)) for kind in kinds}
     asked_help = bool({"help", "help_all"} & flags.keys())
     flags = {path: words for path, words in flags.items() if path not in ("help", "help_all")}
     if "dry_run" not in own:

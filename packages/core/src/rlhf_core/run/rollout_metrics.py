@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.training.shared_forward import group_same_rows
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rlhf_core.contract.results import RewardOutput
     from rlhf_core.training.step_metrics import Meter
 
-__all__ = ["log_completions", "log_rewards", "measure_step", "trained_tokens"]
+__all__ = ["add_measured", "log_completions", "log_rewards", "measure_step", "trained_tokens"]
 
 GIB = 2.0**30
 
@@ -60,6 +61,20 @@ def trained_tokens(credited: Mapping[str, Batch]) -> float:
     """Return the tokens of this rank's rows in training, prompts included; rows that several credits share count once."""
     distinct = [credited[keys[0]] for keys in group_same_rows(credited)]
     return sum(float((batch.prompt_lengths_N + batch.lengths_N).sum()) for batch in distinct)
+
+
+def add_measured(metrics: dict[str, float], measured: Mapping[str, float], evaluator: str) -> None:
+    """Add what an evaluator measured, as `eval/<name>`.
+
+    Raises:
+        UsageError: another one has measured the same.
+    """
+    for name, value in measured.items():
+        if f"eval/{name}" in metrics:
+            raise UsageError(
+                f"evaluator {evaluator} measures eval/{name}, as another evaluator does; remove one of them"
+            )
+        metrics[f"eval/{name}"] = value
 
 
 def measure_step(seconds: float) -> dict[str, float]:

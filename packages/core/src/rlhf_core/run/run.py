@@ -37,7 +37,7 @@ from rlhf_core.run.publishing import BEST, export_best, publish
 from rlhf_core.run.recording import Recorder
 from rlhf_core.run.result import RunResult
 from rlhf_core.run.reward_inputs import reward_precision, with_reward_needs
-from rlhf_core.run.rollout_metrics import measure_step, trained_tokens
+from rlhf_core.run.rollout_metrics import add_measured, measure_step, trained_tokens
 from rlhf_core.run.signals import StopSignals
 from rlhf_core.run.state import RunState
 from rlhf_core.run.stopping import Stop
@@ -238,7 +238,7 @@ class Run:
             for (path, _), name in zip(self.config.provider_paths("evaluator"), self.config.names_of("evaluator")):
                 with options_under(path):
                     measured = self.engines[f"evaluator.{name}"](self)
-                metrics |= {f"eval/{name}": value for name, value in measured.items()}
+                add_measured(metrics, measured, name)
         return metrics
 
     def save(self) -> None:
