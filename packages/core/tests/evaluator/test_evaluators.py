@@ -188,7 +188,7 @@ class Constant(Evaluator):
 
 
 def test_a_metric_that_two_evaluators_measure_ends_the_run(tmp_path: Path) -> None:
-    """What the second measures would replace what the first did."""
+    """The number of the second would replace that of the first."""
     run = tiny_run(tmp_path, steps=0, evaluator=[Constant(1.0), Constant(2.0)])
-    with run.open(), pytest.raises(UsageError, match=r"evaluator Constant\.2 measures eval/constant, as another"):
+    with run.open(), pytest.raises(UsageError, match=r"Constant\.2 measures eval/constant, as another"):
         run.measure()

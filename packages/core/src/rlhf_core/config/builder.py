@@ -275,12 +275,13 @@ def _tree(config: RunConfig, masked: bool) -> dict[str, Any]:
     for kind, provider in config.providers.items():
         tree[kind] = {"use": names[kind]}
         several = provider if isinstance(provider, tuple) else (provider,)
-        for name, each in zip(number_repeats(names[kind].split(",")), several, strict=True):
+        listed = names[kind].split(",")
+        for name, own, each in zip(listed, number_repeats(listed), several, strict=True):
             plain = _plain_options(each, kind, masked)
             if len(several) == 1:
                 tree[kind] |= plain
             else:
-                put(tree[kind], name, plain)
+                put(tree[kind], name, own, plain)
     absent = (*SEVERAL, *(OPTIONAL if "rollout" in names else ()))
     return {**dict.fromkeys(absent, "none"), **tree}  # omissions are stated too: an algorithm may have usual ones
 

@@ -192,11 +192,12 @@ def parse_tree(
     return schema, dict(_values(values, schema, where))
 
 
-def put(table: dict[str, Any], path: str, options: Mapping[str, Any]) -> None:
-    """Put options under a dotted path, in tables that are made where there are none."""
-    for part in path.split("."):
-        table = table.setdefault(part, {})
-    table |= options
+def put(table: dict[str, Any], name: str, own: str, options: Mapping[str, Any]) -> None:
+    """Put the options of a provider under its name, or if `own` numbers it, under its number there."""
+    if own == name:
+        table[name] = dict(options)
+    else:
+        table.setdefault(name, {})[own.removeprefix(f"{name}.")] = dict(options)
 
 
 def _in_one_table(kind: str, value: Any, where: str) -> Any:
@@ -213,9 +214,9 @@ def _in_one_table(kind: str, value: Any, where: str) -> Any:
     if len(names) == 1:
         return {"use": names[0], **options[0]}
     table: dict[str, Any] = {"use": ",".join(names) or "none"}
-    for name, own in zip(number_repeats(names), options, strict=True):
-        if own:
-            put(table, name, own)
+    for name, own, plain in zip(names, number_repeats(names), options, strict=True):
+        if plain:
+            put(table, name, own, plain)
     return table
 
 
