@@ -55,6 +55,13 @@ def test_no_report_is_written_where_none_is_wanted(tmp_path: Path) -> None:
     assert not {"report.html", "about.json"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def test_a_run_of_no_steps_has_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rlhf_algos")
+    assert run(tmp_path / "run", "--steps", "0") == 0
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("model saved in")
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_report_that_fails_fails_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

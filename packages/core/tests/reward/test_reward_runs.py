@@ -43,6 +43,16 @@ BAD = {
     ),
     "gives nan": ("answers[at] = math.nan", "", "rewards_N = nan for sample #, prompt "),
     "gives too few": ("answers.pop()", "", "rewards for 1 samples, on sample #, prompt "),
+    "gives a list": (
+        "answers[at] = [1.0]",
+        "",
+        "returned rewards with [1.0] in place of one number per sample, on sample #, prompt ",
+    ),
+    "gives a column": (
+        "answers = __import__('numpy').ones((len(completions), 1))",
+        "",
+        "returned rewards of the shape (1, 1) with [1.0] in place of one number per sample, on sample #, prompt ",
+    ),
     "gives a word": (
         "answers[at] = 'good'",
         "",

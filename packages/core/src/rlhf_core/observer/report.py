@@ -36,7 +36,8 @@ def rlhf_run_start(run: RunView) -> None:
 @hookimpl(trylast=True)  # after the console has named the model
 def rlhf_run_end(run: RunView, error: BaseException | None) -> None:
     """Write the report of a run that reached its end, or that an observer stopped; see `--report`."""
-    if run.config.report and (error is None or isinstance(error, RunStopped)):
+    something = run.step or run.evaluations  # `--steps 0` only writes the model
+    if run.config.report and something and (error is None or isinstance(error, RunStopped)):
         report_at_end(run.output)
 
 

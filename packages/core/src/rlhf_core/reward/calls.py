@@ -150,6 +150,10 @@ def _numbers(values: Any, name: str, count: int) -> list[float | None]:
     if not isinstance(plain, (list, tuple)) or len(plain) != count:
         size = f"{len(plain)}" if isinstance(plain, (list, tuple)) else f"{type(values).__name__} instead of"
         raise ValueError(f"returned {size} {name} for {count} samples")
+    for value in plain:
+        if isinstance(value, (list, tuple, dict)):
+            shape = f" of the shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
+            raise ValueError(f"returned {name}{shape} with {reprlib.repr(value)} in place of one number per sample")
     try:
         return [None if v is None else float(v.item() if hasattr(v, "item") else v) for v in plain]
     except OverflowError:
