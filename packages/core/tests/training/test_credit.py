@@ -24,6 +24,9 @@ from rlhf_core.training.credit import assign_credit, compute_needs
 from rlhf_core.training.planner import make_plan
 from rlhf_core.training.step_metrics import Meter
 
+ZERO = torch.zeros(2, 2)
+"""Credit of a batch of two rows."""
+
 
 @dataclass(frozen=True)
 class Ratio(Loss):
@@ -166,6 +169,12 @@ def test_metrics_of_credit_are_those_of_all_ranks() -> None:
         (lambda r: torch.zeros(2, 2, requires_grad=True), r"advantages_NT must not carry a gradient"),
         (lambda r: torch.ones(2, 2), r"advantages_NT must be zero outside the mask"),
         (lambda r: Credit(torch.zeros(2, 2), returns_NT=torch.ones(2, 2)), r"returns_NT must be zero outside the mask"),
+        (lambda r: Credit(ZERO, metrics={"z": torch.ones(3)}), r"the metric 'z' must be a number, or a Metric of two"),
+        (lambda r: Credit(ZERO, metrics={"z": "x"}), r"the metric 'z' must be a number, or a Metric .*, not 'x'$"),
+        (lambda r: Credit(ZERO, metrics={"z": Metric(torch.ones(2), torch.ones(1))}), r"the metric 'z' must be"),
+        (lambda r: Credit(ZERO, rows=torch.tensor([0, 2])), r"rows has \[0, 2\], but the batch has the rows 0 to 1$"),
+        (lambda r: Credit(ZERO, rows=torch.tensor([-1])), r"rows has \[-1\], but the batch has the rows 0 to 1$"),
+        (lambda r: Credit(ZERO, rows=torch.tensor([True, False])), r"rows must be an int64 tensor of row numbers"),
     ],
 )
 def test_an_advantage_that_breaks_the_contract_is_named(result: object, message: str) -> None:

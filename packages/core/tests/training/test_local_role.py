@@ -134,6 +134,23 @@ def test_inference_puts_every_row_where_it_belongs() -> None:
             r"values of shape \(\); reduction 'token' needs",
         ),
         (lambda outputs: LossTerms(outputs["logprobs_NT"].detach(), Reduction("token")), r"without a gradient"),
+        (lambda outputs: LossTerms(outputs["logprobs_NT"], "token"), r"asks for 'token'; write Reduction"),
+        (
+            lambda outputs: LossTerms(outputs["logprobs_NT"], Reduction("tokens")),  # type: ignore[arg-type]
+            r"asks for Reduction\(per='tokens', .*; write .* one of token, sequence, sample, prompt, constant, sum$",
+        ),
+        (lambda outputs: LossTerms(outputs["logprobs_NT"], Reduction("constant")), r"the length must be above 0"),
+        (lambda outputs: LossTerms(0.5, Reduction("token")), r"values that are a float, not a tensor"),
+        (
+            lambda outputs: LossTerms(outputs["logprobs_NT"], Reduction("token"), {"x": 3.0}),
+            r"the metric 'x' must be a Metric of two scalars, .*, not 3.0$",
+        ),
+        (
+            lambda outputs: LossTerms(
+                outputs["logprobs_NT"], Reduction("token"), {"x": Metric(torch.ones(2), torch.ones(2))}
+            ),
+            r"the metric 'x' must be a Metric of two scalars",
+        ),
     ],
 )
 def test_a_loss_that_breaks_the_contract_is_named(result: object, message: str) -> None:

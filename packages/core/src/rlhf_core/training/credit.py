@@ -22,6 +22,7 @@ from rlhf_core.contract.terms import PAIRS_ADVICE, Term
 from rlhf_core.errors import ContractError, UsageError, run_option
 from rlhf_core.lazy import torch
 from rlhf_core.training.kl import kl_values
+from rlhf_core.training.loss_checks import check_metric
 from rlhf_core.training.old_logprobs import (
     FULL_OLD,
     OLDS,
@@ -214,7 +215,7 @@ def _without_stale(batch: Batch) -> Batch:
 
 def _as_metric(number: float) -> Metric:
     """Return a number of this rank, whose mean over ranks is logged."""
-    return Metric(torch.tensor(number, dtype=torch.float64), torch.tensor(1.0))
+    return Metric(torch.tensor(float(number), dtype=torch.float64), torch.tensor(1.0))
 
 
 def _check_credit(advantage: Advantage, result: Credit | Tensor, batch: Batch) -> Credit:
@@ -230,4 +231,16 @@ def _check_credit(advantage: Advantage, result: Credit | Tensor, batch: Batch) -
             raise ContractError(f"{who}: {name} must not carry a gradient")
         if bool((values[~batch.mask_NT] != 0).any()):
             raise ContractError(f"{who}: {name} must be zero outside the mask")
+    for name, metric in credit.metrics.items():
+        check_metric(who, name, metric, plain=True)
+    if credit.rows is not None:
+        _check_rows(who, credit.rows, len(batch))
     return credit
+
+
+def _check_rows(who: str, rows: object, count: int) -> None:
+    """Require the numbers of some of `count` rows."""
+    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ContractError(f"{who}: rows must be an int64 tensor of row numbers, of shape (rows,)")
+    if bool(((rows < 0) | (rows >= count)).any()):
+        raise ContractError(f"{who}: rows has {rows.tolist()[:9]}, but the batch has the rows 0 to {count - 1}")

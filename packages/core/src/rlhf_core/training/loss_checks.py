@@ -7,27 +7,37 @@ that costs nothing. Sampled batches have their rewards split instead (`data.sour
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING
 
 from rlhf_core.contract.batch import Batch
 from rlhf_core.contract.requirements import trim
-from rlhf_core.contract.results import LossTerms, Outputs, Reduction
+from rlhf_core.contract.results import LossTerms, Metric, Outputs, Reduction
 from rlhf_core.contract.terms import Term
 from rlhf_core.errors import ContractError
 from rlhf_core.lazy import torch
-from rlhf_core.training.reduction import Means, count, weighted_sum
+from rlhf_core.training.reduction import REDUCTIONS, Means, count, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_by_source", "check_loss_terms"]
+__all__ = ["add_by_source", "check_loss_terms", "check_metric"]
 
 
 def check_loss_terms(term: Term, result: LossTerms, micro: Batch) -> LossTerms:
     """`result`, if it keeps the contract of a loss."""
     who = f"loss {type(term.loss).__qualname__} of {type(term.loss).__module__}"
-    if not isinstance(result, LossTerms) or not isinstance(result.reduction, Reduction):
+    if not isinstance(result, LossTerms):
         raise ContractError(f"{who} returned {type(result).__name__}; a loss returns LossTerms(values, Reduction(...))")
+    if not isinstance(result.reduction, Reduction) or result.reduction.per not in REDUCTIONS:
+        names = ", ".join(REDUCTIONS)
+        raise ContractError(f"{who} asks for {result.reduction!r}; write Reduction(per), with per one of {names}")
+    if result.reduction.per == "constant" and result.reduction.length <= 0:
+        raise ContractError(f"{who} asks for {result.reduction!r}; the length must be above 0")
+    if not isinstance(result.values, torch.Tensor):
+        raise ContractError(f"{who} returned values that are a {type(result.values).__name__}, not a tensor")
+    for name, metric in result.metrics.items():
+        check_metric(who, name, metric)
     per_sample = result.reduction.per == "sample"
     expected = (len(micro) // term.unit,) if per_sample else tuple(micro.mask_NT.shape)
     if tuple(result.values.shape) != expected:
@@ -38,6 +48,29 @@ def check_loss_terms(term: Term, result: LossTerms, micro: Batch) -> LossTerms:
     if not result.values.requires_grad:
         raise ContractError(f"{who} returned values without a gradient; compute them from `outputs`")
     return result
+
+
+def check_metric(who: str, name: str, metric: object, *, plain: bool = False) -> None:
+    """Require a `Metric` of two scalars, or where `plain` a number too.
+
+    Raises:
+        ContractError: it is something else; the message begins with `who`, which returned it.
+    """
+    if plain and not isinstance(metric, Metric):
+        fits = _is_scalar(metric)
+    else:
+        fits = isinstance(metric, Metric) and _is_scalar(metric.total) and _is_scalar(metric.count)
+    if not fits:
+        kinds = "a number, or a Metric" if plain else "a Metric"
+        raise ContractError(
+            f"{who}: the metric {name!r} must be {kinds} of two scalars, such as Metric.over(values), "
+            f"not {reprlib.repr(metric)}"
+        )
+
+
+def _is_scalar(value: object) -> bool:
+    """Return True for a number or a tensor of one number."""
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
 
 
 def add_by_source(means: Means, role: str, term: Term, part: str, outputs: Outputs, micro: Batch) -> None:

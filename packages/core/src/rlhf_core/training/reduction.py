@@ -20,7 +20,7 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST", "Counts", "Means", "SharedNames", "count", "token_count", "weighted_sum"]
+__all__ = ["LARGEST", "REDUCTIONS", "Counts", "Means", "SharedNames", "count", "token_count", "weighted_sum"]
 
 REDUCTIONS = get_args(get_type_hints(Reduction)["per"])
 """Units that a loss may be averaged over."""
