@@ -96,7 +96,12 @@ FOREIGN = {
     "core/plugins/provider_checks": {"__get__": "a descriptor of Python"},
     "core/plugins/hook_checks": {"__code__": "a function of Python"},
     "core/plugins/registry": {"all_ranks": "a plugin is any module or object"},
-    "core/reward/calls": {"tolist": "an array of any library", "item": "a number of any library"},
+    "core/reward/calls": {
+        "tolist": "an array of any library",
+        "item": "a number of any library",
+        "shape": "an array of any library",
+    },
+    "core/run/rollout_metrics": {"item": "a number of any library"},
     "core/models/loading/limits": {
         "max_position_embeddings": "a config of transformers",
         "num_key_value_heads": "a config of transformers",

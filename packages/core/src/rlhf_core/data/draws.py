@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +21,8 @@ __all__ = ["Draws", "is_indexed"]
 
 ROW, NUMBER = 0, 1
 """Purposes of seeded generators."""
+TYPES = {"prompt": "write a text or a tuple of messages", "completions": "write a tuple of texts or chats"}
+"""Advice on values of an example."""
 
 
 class Draws:
@@ -33,6 +36,7 @@ class Draws:
         buffer: rows to shuffle a source without a length within.
         stateful: the reader continues from its own state.
         seeds_rows: seed the global random generators before each row is read and each number is chosen.
+        reader: name of what gave the examples, for messages.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class Draws:
         buffer: int,
         stateful: bool,
         seeds_rows: bool = False,
+        reader: str = "the data",
     ) -> None:
+        self._reader = reader
         self._examples, self._seed, self._sampler, self._engine = examples, seed, sampler, engine
         self._buffer, self._stateful, self._seeds_rows = buffer, stateful, seeds_rows
         self.move(0, 0, 0)
@@ -89,17 +95,27 @@ class Draws:
             drawn = segment.first_row + at
             return self.example(number, segment.first_uid + (number if self._sampler.epochs else drawn))
         row = segment.rows[at]
-        if isinstance(row, Example):
-            return replace(row, row=number)
-        return replace(example_of(self._examples, row), row=number)
+        return self._with_number(row if isinstance(row, Example) else example_of(self._examples, row), number)
 
     def example(self, number: int, uid: int) -> Example:
         """Return the row of this number, which it carries."""
         examples: Any = self._examples
         if self._seeds_rows:
             seed_apart(self._seed, ROW, uid)
-        example: Example = examples[number]
-        return replace(example, row=number)
+        return self._with_number(examples[number], number)
+
+    def _with_number(self, row: object, number: int) -> Example:
+        """Return a row of the reader with its number.
+
+        Raises:
+            ContractError: it is no example.
+        """
+        if not isinstance(row, Example):
+            raise ContractError(f"{self._reader} gave {reprlib.repr(row)} as row {number}; write Example(prompt=…)")
+        for name, kinds in (("prompt", (str, tuple, list)), ("completions", (tuple, list))):
+            if not isinstance(value := getattr(row, name), kinds):
+                raise ContractError(f"{self._reader}: {name} of row {number} is {reprlib.repr(value)}; {TYPES[name]}")
+        return replace(row, row=number)
 
     def _read(self, most: int) -> tuple[np.ndarray, list[Any] | None, Exception | None]:
         """Numbers of the next rows of the epoch, with the rows where they are read in order, and what went wrong after them."""

@@ -126,6 +126,7 @@ class Prefetcher:
             engine=sampler,
             add_up=partial(_add_up, world),
             seeds_rows=not ahead,
+            reader=f"data {type(data).__qualname__} of {type(data).__module__}",
         )
         return cls(stream, preparer.close, config.option_names, sampler.update if order.reacts else None, ahead)
 

@@ -78,6 +78,7 @@ class Stream:
         engine: what it has opened; the provider itself if absent.
         add_up: returns the sum over ranks of a float64 array; all ranks call it in the same order.
         seeds_rows: seed the global random generators before each row is read and each number is chosen.
+        reader: name of what gave the examples, for messages.
     """
 
     dropped: int
@@ -100,6 +101,7 @@ class Stream:
         engine: Callable[[int, int], Iterator[int]] | None = None,
         add_up: Callable[[np.ndarray], np.ndarray] | None = None,
         seeds_rows: bool = False,
+        reader: str = "the data",
     ) -> None:
         if readers is not None and buffer:
             raise OptionError(
@@ -124,7 +126,8 @@ class Stream:
         self._prepare = prepare
         self._chunk_batches = max(-(-block // -(-batch_size // world_size)), BATCHES if world_size > 1 else 1)
         self._readers = readers
-        self._draws = Draws(examples, seed, sampler, engine or sampler, buffer, readers is not None, seeds_rows)
+        stateful = readers is not None
+        self._draws = Draws(examples, seed, sampler, engine or sampler, buffer, stateful, seeds_rows, reader)
         self._add_up = add_up
         self.epoch = self.row = self.first_uid = self.dropped = self.truncated = 0
         self._begin()

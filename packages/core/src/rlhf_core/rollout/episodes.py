@@ -27,6 +27,7 @@ from rlhf_core.contract.options import EpisodeLimits, RunConfig, Sampling, turn_
 from rlhf_core.errors import ContractError
 from rlhf_core.rollout import failures
 from rlhf_core.rollout.assemble import decode, pad_id
+from rlhf_core.rollout.checks import check_rollouts
 from rlhf_core.rollout.driving import drive
 from rlhf_core.rollout.episode_table import EpisodeState, EpisodeTable, to_rollouts
 from rlhf_core.rollout.failures import describe, late_session
@@ -86,7 +87,7 @@ def complete(
         with rollout.session(role) as sample:
             return sample(_stand_in(encoder), replace(sampling, n=1, max_new_tokens=1)).rows([])
     if environment is None:
-        return rollout(role, prompts, sampling)
+        return check_rollouts(rollout, prompts, sampling, rollout(role, prompts, sampling))
     with rollout.session(role) as sample:
         if environment.drives:
             return drive(sample, environment, prompts, sampling, limits, encoder)

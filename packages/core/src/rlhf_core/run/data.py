@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -104,6 +104,11 @@ class RunData:
         """Return the rows of a split."""
         with options_under("/data"):
             rows: Iterable[Example] = self.engines["data"](split)
+        if not isinstance(rows, (Iterable, Sized)):
+            who = f"data {type(provider := self.plan.config.providers['data']).__qualname__} of {type(provider).__module__}"
+            raise ContractError(
+                f"{who} returned {type(rows).__name__} for the split {split!r}; return rows, [] for none"
+            )
         return rows
 
     def read_apart(self, split: str) -> Iterable[Example]:

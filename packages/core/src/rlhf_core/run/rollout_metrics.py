@@ -5,16 +5,16 @@ The meaning of each metric is in `rlhf_core.plugins.metric_catalogue`; docs/metr
 
 from __future__ import annotations
 
+import reprlib
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rlhf_core.errors import UsageError
+from rlhf_core.errors import ContractError, UsageError
 from rlhf_core.lazy import torch
 from rlhf_core.training.shared_forward import group_same_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rlhf_core.contract.batch import Batch, Rollouts
     from rlhf_core.contract.options import Sampling
     from rlhf_core.contract.results import RewardOutput
@@ -63,18 +63,43 @@ def trained_tokens(credited: Mapping[str, Batch]) -> float:
     return sum(float((batch.prompt_lengths_N + batch.lengths_N).sum()) for batch in distinct)
 
 
-def add_measured(metrics: dict[str, float], measured: Mapping[str, float], evaluator: str) -> None:
+def add_measured(metrics: dict[str, float], measured: object, evaluator: str) -> None:
     """Add what an evaluator measured, as `eval/<name>`.
 
     Raises:
+        ContractError: it measured something other than numbers by name.
         UsageError: another one has measured the same.
     """
-    for name, value in measured.items():
+    for name, value in _measured_values(evaluator, measured).items():
         if f"eval/{name}" in metrics:
             raise UsageError(
                 f"evaluator {evaluator} measures eval/{name}, as another evaluator does; remove one of them"
             )
         metrics[f"eval/{name}"] = value
+
+
+def _measured_values(evaluator: str, measured: object) -> dict[str, float]:
+    """Return the metrics of an evaluator as numbers.
+
+    Raises:
+        ContractError: it returned no mapping, or a value that is not one number.
+    """
+    if not isinstance(measured, Mapping):
+        raise ContractError(
+            f"evaluator {evaluator} returned {reprlib.repr(measured)}; return numbers by name, {{}} for none"
+        )
+    numbers: dict[str, float] = {}
+    for name, value in measured.items():
+        try:
+            plain = value.item() if hasattr(value, "item") else value  # tensors, arrays and numbers of numpy
+        except (RuntimeError, ValueError):  # of several elements
+            plain = None
+        if not isinstance(plain, (int, float)):
+            raise ContractError(
+                f"evaluator {evaluator}: the metric {name!r} must be one number, not {reprlib.repr(value)}"
+            )
+        numbers[str(name)] = plain
+    return numbers
 
 
 def measure_step(seconds: float) -> dict[str, float]:
