@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from limited_ranks import write_limits
 
-from rlhf_core.contract.distributed import data_world
 from rlhf_core.errors import UsageError
 from rlhf_core.launcher.local import join_world
 from rlhf_core.testing import run_ranks
@@ -31,14 +31,6 @@ def test_one_process_joins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (join_world().rank, join_world().size) == (0, 1)
     assert not torch.distributed.is_initialized()
-
-
-def write_limits(folder: Path) -> None:
-    """Leave the seconds that ranks of each group wait for each other."""
-    join_world(45.0)
-    world = data_world(2)
-    limits = [group._get_backend(torch.device("cpu")).options._timeout for group in (world.group, world.neighbors)]
-    (folder / str(torch.distributed.get_rank())).write_text(" ".join(str(limit.seconds) for limit in limits))
 
 
 def test_ranks_that_share_rows_wait_as_long_as_the_launcher_says(tmp_path: Path) -> None:
