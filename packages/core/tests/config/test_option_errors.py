@@ -173,3 +173,16 @@ def test_no_message_outside_the_command_line_holds_a_literal_flag() -> None:
     for path in sorted((ROOT / "packages").glob("*/src/*/**/*.py")):
         if not rooms & set(path.parts) and path.name != "option_text.py":
             assert literal_flags(path.read_text(encoding="utf-8")) == [], path
+
+
+def test_several_rewards_are_answered_with_the_reward_that_combines_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "--reward takes one value, not 'length regex pattern=a'; to combine several, pass "
+    assert said(capsys, "--reward", "length", "regex pattern=a") == (
+        f"{told}--reward sum --reward.parts length 'regex pattern=a'"
+    )
+    (tmp_path / "run.toml").write_text("reward = ['length', 'regex']\n")
+    assert said(capsys, "--config", "run.toml") == (
+        'run.toml: reward is a list; to combine several, set use = "sum" and parts = [...]'
+    )

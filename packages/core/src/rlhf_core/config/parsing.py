@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ __all__ = [
     "wants_dry_run",
     "with_spelling",
 ]
+
+COMBINING = {"reward": "sum"}
+"""Kinds of which a run has one provider, and the provider that combines several of them, its `parts`."""
 
 Settings = dict[str, Any]
 """Values by dotted path."""
@@ -128,6 +132,9 @@ def split_own(own: Collection[str], words: Sequence[str]) -> tuple[list[str], li
 
 def named_by(kind: str, words: Sequence[str]) -> str:
     """The name that the flag of a kind has; several names, of a kind that may have them, with commas between."""
+    if kind in COMBINING and len(words) > 1:
+        combined = f"{flag(kind)} {COMBINING[kind]} {flag(f'{kind}.parts')} {' '.join(map(shlex.quote, words))}"
+        raise UsageError(f"{flag(kind)} takes one value, not {' '.join(words)!r}; to combine several, pass {combined}")
     if kind not in SEVERAL or not words:
         return single_word(flag(kind), words)
     return ",".join(filter(None, re.split(r"[\s,]+", " ".join(words))))
@@ -222,7 +229,10 @@ def _in_one_table(kind: str, value: Any, where: str) -> Any:
 
 def _use(kind: str, tree: Mapping[str, Any], where: str) -> str:
     """The name that a tree gives for a kind: `use` of its table, or the bare name; empty where it gives none."""
-    return use_of(tree.get(kind, ""), f"{_location(where)}{kind}")
+    value, path = tree.get(kind, ""), f"{_location(where)}{kind}"
+    if kind in COMBINING and isinstance(value, (list, tuple)):
+        raise UsageError(f'{path} is a list; to combine several, set use = "{COMBINING[kind]}" and parts = [...]')
+    return use_of(value, path)
 
 
 def use_of(table: Any, path: str) -> str:
