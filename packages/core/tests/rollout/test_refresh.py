@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from test_rollout_sampler import RAGGED, llama, sliding
 from test_slot_sampler import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.contract.options import Sampling
+from rlhf_core.rollout.narrow_weights import computing_in
 from rlhf_core.rollout.sampler import SampledCompletion, sample
 from rlhf_core.rollout.slot_sampler import SlotSampler
 
@@ -94,11 +97,17 @@ def test_slots_take_weights_as_the_other_sampler_does() -> None:
     assert [row.versions.tolist() for row in found] == [row.versions.tolist() for row in expected]
 
 
-def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
+def plain(model: Any, dtype: torch.dtype, refresh: Callable[..., int]) -> list[SampledCompletion]:
+    with computing_in(model, dtype) as change:
+        return sample(model, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0, refresh=partial(refresh, change))
+
+
+@pytest.mark.parametrize("sampler", [plain, slots])
+def test_narrow_copies_follow_the_weights_that_arrive(sampler: Callable[..., list[SampledCompletion]]) -> None:
     """The sampler computes on copies in bfloat16 meanwhile. The weights that stay are the wide ones that arrived."""
     model = llama()
     arrivals = Arrivals(model, 4)
-    rows = slots(model, torch.bfloat16, arrivals)
+    rows = sampler(model, torch.bfloat16, arrivals)
     assert all(each.dtype == torch.float32 for each in model.parameters())
     for name, number in model.state_dict().items():
         assert torch.equal(number, arrivals.states[6][name]), name
@@ -111,6 +120,33 @@ def test_narrow_copies_in_slots_follow_the_weights_that_arrive() -> None:
         for right in (True, False)
     )  # fmt: skip
     assert float(apart.mean()) < 0.05 < 0.2 < float(stale.mean()), "rounded to bfloat16, and of the right weights"
+
+
+class Casts(TorchDispatchMode):
+    """Counts what becomes bfloat16 and has the shape of a weight."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        casts = func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
+        self.count += casts and found.shape == self.shape and found.dtype == torch.bfloat16
+        return found
+
+
+def test_weights_are_cast_once_and_not_at_every_token() -> None:
+    """Autocast alone casts them in each of the 14 steps, and gives the same completions."""
+    model = llama()
+    with Casts(model.lm_head.weight.shape) as casts:
+        found = plain(model, torch.bfloat16, lambda change: 0)
+    assert casts.count == 1
+    with torch.autocast("cpu", torch.bfloat16), Casts(model.lm_head.weight.shape) as casts:
+        expected = sample(model, RAGGED, SAMPLING, SEEDS, eos_ids=ENDS, pad_id=0)
+    assert casts.count > 10
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.logprobs, theirs.logprobs)
 
 
 @pytest.mark.gpu

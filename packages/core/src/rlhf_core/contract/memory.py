@@ -57,6 +57,8 @@ class RoleMemory:
     """most that a forward pass without gradient holds in addition to the weights"""
     cache: int = 0
     """keys and values, and what else sampling holds, in the process of the role"""
+    kept: int = 0
+    """bytes of `cache` that a rollout engine holds between its calls, too, so also while roles train"""
     buffers: int = 0
     """bytes that a strategy holds permanently in addition: copies of weights, communication buffers"""
     gathered: int = 0
@@ -93,3 +95,5 @@ class SamplingLoad:
     """memory of the device; 0 where it is not known"""
     gathered: int = 0
     """bytes of whole weights that the strategy gathers for a sampler in the process of the role"""
+    narrowed: int = 0
+    """bytes of linear layers' weights in the dtype that the role computes in; 0 if it holds them in that dtype"""

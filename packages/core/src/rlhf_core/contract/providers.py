@@ -8,8 +8,7 @@ A provider is a frozen dataclass that subclasses its kind's base: fields are its
         def __call__(self, rollouts): ...
 
 Each property here is a capability. A provider declares another value by a class attribute, such as `min_samples = 2`, a
-property, or where it is an option of users, a field. Shape letters are those of `rlhf_core.contract.batch`. No base has
-fields.
+property, or where it is an option of users, a field. Shape letters: `rlhf_core.contract.batch`. No base has fields.
 """
 
 from __future__ import annotations
@@ -159,11 +158,12 @@ class Rollout(Provider):
         return 0
 
     def memory(self, size: ModelSize, load: SamplingLoad) -> int:
-        """Return the bytes that it holds on the role's device while it samples, for `rlhf-run plan`; 0 if none.
-
-        Weights of its own are among them, unless it is `exact` and samples from the role's.
-        """
+        """Return its bytes on the role's device while it samples, weights of its own included, for `rlhf-run plan`."""
         return 0
+
+    def kept_memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the part of `memory` that it holds between calls, too: all of it unless it is `exact`."""
+        return 0 if self.exact else self.memory(size, load)
 
     def session(self, role: Role) -> AbstractContextManager[Callable[[Prompts, Sampling], Rollouts]]:
         """Return a context manager around all turns of a batch of episodes; its value is called to sample `role`.

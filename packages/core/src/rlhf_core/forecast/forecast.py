@@ -134,8 +134,8 @@ def forecast(config: RunConfig, options: PlanOptions) -> Forecast:
     rollout = config.providers.get("rollout")
     for name in plan.sources:
         if name != DATA and rollout is not None:
-            cache = rollout.memory(passes[name].size, sampling[name])
-            memory[name] = replace(memory[name], cache=cache)
+            asked = passes[name].size, sampling[name]
+            memory[name] = replace(memory[name], cache=rollout.memory(*asked), kept=rollout.kept_memory(*asked))
     dtypes = {spec.options.compute_dtype: None for spec in plan.roles.values()}
     rates = {dtype: rates for dtype in dtypes if (rates := rates_of(options, dtype))}
     phases = _phases(plan, load, passes, memory, sampling, rates)
@@ -171,7 +171,8 @@ def _sampling(load: Workload, passes: Passes, free: int, device_bytes: int) -> S
     prompts, n = load.prompts, load.plan.config.sampling.n
     spec_tokens = max(1, passes.read_tokens)
     prefill = passes.memory.inference * prompts * load.prompt // spec_tokens
-    return SamplingLoad(prompts, n, load.prompt, load.completion, prefill, free, device_bytes)
+    narrowed = passes.narrowed
+    return SamplingLoad(prompts, n, load.prompt, load.completion, prefill, free, device_bytes, narrowed=narrowed)
 
 
 def _phases(
@@ -187,13 +188,13 @@ def _phases(
     Ranks that share rows divide what a role computes on them, and each samples all of them.
     """
     together = plan.config.providers["strategy"].ranks_per_row
-    resident = sum(each.resident for each in memory.values())
+    resident = sum(each.resident + each.kept for each in memory.values())
     found = []
     for name in plan.sources:
         if name != DATA:
             rate = rates.get(plan.roles[name].options.compute_dtype)
             seconds = sampling_seconds(passes[name], sampling[name], rate) if rate else None
-            found.append(Phase(f"sample {name}", resident + memory[name].cache, seconds))
+            found.append(Phase(f"sample {name}", resident + memory[name].cache - memory[name].kept, seconds))
     graphs = {name: passes[name].graph for name in plan.trained_roles if load.keeps_graph(plan.roles[name])}
     for name in plan.roles:
         if rows := load.forward_rows(name):

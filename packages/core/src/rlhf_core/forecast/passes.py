@@ -52,6 +52,8 @@ class Passes:
     """width of all heads' queries, over all layers"""
     read_tokens: int
     """tokens of the pass without gradient that `memory.inference` is about"""
+    narrowed: int = 0
+    """bytes of linear layers' weights in the role's compute dtype, if they are held in a wider one"""
     note: str = ""
     """parts that could not be counted; empty if everything was"""
 
@@ -77,6 +79,7 @@ def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, dev
     module = shape_module(mode, spec, chunk, most, narrow)
     with _explain(spec), mode, Routing() as routing, MemoryTracker(module) as tracker:
         size = _size(module, spec)
+        narrowed = _narrowed_bytes(module)
         memory = RoleMemory(weights=_weight_bytes(module, spec), inference=_inference(module, spec, read, tracker))
         graph, note = 0, ""
         if train is not None:
@@ -85,7 +88,7 @@ def run_passes(spec: RoleSpec, chunk: int, train: Cells | None, read: Cells, dev
                 _widen(module)
             memory, note = _update(module, spec, tracker, memory)
     matrix, head, attention = _operations(module, size, routing.chosen)
-    return Passes(size, memory, graph, matrix, head, attention, read.tokens, note)
+    return Passes(size, memory, graph, matrix, head, attention, read.tokens, narrowed, note)
 
 
 @contextmanager
@@ -212,6 +215,14 @@ def _weight_bytes(module: RoleModule, spec: RoleSpec) -> int:
             if not weight.requires_grad:
                 weights += int(weight.numel() * (NF4 - weight.element_size()))
     return weights + buffers
+
+
+def _narrowed_bytes(module: RoleModule) -> int:
+    """Return the bytes of copies of linear layers' wider weights in the dtype that the role computes in."""
+    layers = [part for part in module.model.modules() if isinstance(part, torch.nn.Linear)]
+    held = [each for layer in layers for each in layer.parameters(recurse=False) if each.is_floating_point()]
+    width = torch.empty(0, dtype=module.compute_dtype).element_size()
+    return sum(width * each.numel() for each in held if each.element_size() > width)
 
 
 def _size(module: RoleModule, spec: RoleSpec) -> ModelSize:

@@ -7,7 +7,7 @@ GPU where it can be, and `rollout.sampler` elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import exp
@@ -17,7 +17,7 @@ from rlhf_core.contract.kept_sets import truncates
 from rlhf_core.contract.options import INTERNAL
 from rlhf_core.contract.providers import Rollout
 from rlhf_core.errors import UsageError, run_option
-from rlhf_core.lazy import torch
+from rlhf_core.rollout.narrow_weights import computing_in
 from rlhf_core.util.device_memory import allocated_bytes
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class HuggingFaceRollout(Rollout):
             )
             completions = sampler(prompts.token_ids, sampling, seeds, refresh=role.refresh, **rest)
         else:
-            with _computing(model, dtype):
+            with computing_in(model, dtype) as change:
                 completions = sample(
                     model,
                     prompts.token_ids,
@@ -126,7 +126,7 @@ class HuggingFaceRollout(Rollout):
                     compact=self.compact,
                     vision=role.module.vision,
                     images=prompts.images,
-                    refresh=role.refresh,
+                    refresh=partial(role.refresh, change),
                     **rest,
                 )
         tokens, logprobs, log_mass, finish, kept_sets, versions = zip(*completions, strict=True)
@@ -152,27 +152,36 @@ class HuggingFaceRollout(Rollout):
 
         A decoding step repeats one layer's keys and values for the heads that share them, or copies them to drop rows; with
         graphs it does neither. Logits of a token are held four times: as they are, scaled, as log-probabilities, and as their
-        cumulative sum. Sharded weights are gathered for the whole of it.
+        cumulative sum. Sharded weights are gathered, and wider ones copied in the dtype of the pass, for the whole of it.
         """
         length = load.prompt_tokens + load.new_tokens
-        by_graphs = self.graphs == "auto" and load.free_bytes > 0 and size.compute_bytes < 4
-        fitting = load.free_bytes // 2 // max(1, size.cache_bytes) if by_graphs else WAVE_TOKENS
-        rows = min(load.prompts * load.completions, max(1, (self.wave_tokens or fitting) // length))
+        by_graphs, rows = self._uses_graphs(size, load), self._rows(size, load)
         cache = rows * length * size.cache_bytes
         layer = 0 if by_graphs else 2 * cache // max(1, size.layers)
         prompts = -(-rows // load.completions)
         prefill = prompts * (load.prefill // max(1, load.prompts) + load.prompt_tokens * size.cache_bytes)
-        return load.gathered + max(prefill, cache + layer + rows * size.vocabulary * 16)
+        return load.gathered + load.narrowed + max(prefill, cache + layer + rows * size.vocabulary * 16)
+
+    def kept_memory(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the bytes of keys, values and copies of weights, if graphs are used and the device can spare them."""
+        from rlhf_core.rollout.slot_sampler import KEEP
+
+        held = self._rows(size, load) * (load.prompt_tokens + load.new_tokens) * size.cache_bytes + load.narrowed
+        return held if self._uses_graphs(size, load) and held <= KEEP * load.device_bytes else 0
+
+    def _uses_graphs(self, size: ModelSize, load: SamplingLoad) -> bool:
+        """Return True if a forecast is about a GPU that decodes by graphs."""
+        return self.graphs == "auto" and load.free_bytes > 0 and size.compute_bytes < 4
+
+    def _rows(self, size: ModelSize, load: SamplingLoad) -> int:
+        """Return the rows of a wave."""
+        free = load.free_bytes // 2 // max(1, size.cache_bytes) if self._uses_graphs(size, load) else WAVE_TOKENS
+        most = max(1, (self.wave_tokens or free) // (load.prompt_tokens + load.new_tokens))
+        return min(load.prompts * load.completions, most)
 
     def sync(self, role: Role) -> Mapping[str, float]:
         """Nothing to do: the weights are the role's own."""
         return {}
-
-
-def _computing(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Autocast to `dtype` if the weights are wider, as in training. They are cast once a call: autocast remembers them."""
-    wide = any(parameter.dtype != dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return torch.autocast(model.device.type, dtype) if wide else nullcontext()
 
 
 def _check_window(config: Any, prompts: Prompts, sampling: Sampling) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.lazy import torch
@@ -11,11 +12,26 @@ from rlhf_core.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["narrow_weights", "wide_weights"]
-
+__all__ = ["computing_in", "narrow_weights", "wide_weights"]
 
 Held = list[tuple["nn.Module", str, Any]]
 """parameters whose places copies take: module, name, parameter"""
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Autocast to `dtype` inside if weights are wider, as in training; yield what to change the model's weights inside of.
+
+    Linear layers compute from copies that are made once: autocast in inference mode remembers none, and casts at every step.
+    """
+    if all(each.dtype == dtype for each in model.parameters() if each.is_floating_point()):
+        yield nullcontext
+        return
+    copies: dict[tuple[nn.Module, str], Tensor] = {}
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    narrowed = narrow_weights(model, dtype, copies) if narrow else nullcontext(list[Any]())
+    with torch.autocast(next(model.parameters()).device.type, dtype), narrowed as held:
+        yield partial(wide_weights, held, copies)
 
 
 @contextmanager
