@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_core.errors import UsageError
 from rlhf_core.lazy import torch
+from rlhf_eval_gcg.attack.checks import check_move, check_question
 from rlhf_eval_gcg.attack.gradient import batch_gradients, lane_gradient
 from rlhf_eval_gcg.attack.lane import Lane
 from rlhf_eval_gcg.attack.optimizer import Losses, Move, TokenGradient
@@ -50,35 +51,43 @@ class Engine:
         for search in searches:
             search.refresh_progress()
             steps = search.optimizer.step(search.suffix)
-            asked.append((search, steps, next(steps)))
+            if not isinstance(steps, Generator):
+                schedule = search.suffix.options.schedule
+                raise UsageError(
+                    f"schedule {schedule!r}: step() yields no question; write yield TokenGradient or Losses"
+                )
+            asked += self._resume(search, steps, None)
         while asked:
             answers = self._answer([(search, question) for search, _, question in asked])
-            following = []
+            following: list[tuple[Search, Generator[Any, Any, Move], Any]] = []
             for (search, steps, _), answer in zip(asked, answers, strict=True):
                 if isinstance(answer, Move):  # a candidate matched
                     steps.close()
                     self._end_step(search, answer)
                     continue
-                try:
-                    following.append((search, steps, steps.send(answer)))
-                except StopIteration as end:
-                    self._end_step(search, end.value)
+                following += self._resume(search, steps, answer)
             asked = following
+
+    def _resume(
+        self, search: Search, steps: Generator[Any, Any, Move], answer: Any
+    ) -> list[tuple[Search, Generator[Any, Any, Move], Any]]:
+        """Return the search with its next question; nothing if its step has ended instead."""
+        try:
+            question = steps.send(answer)
+        except StopIteration as end:
+            self._end_step(search, check_move(search.suffix, end.value))
+            return []
+        return [(search, steps, check_question(search.suffix, question))]
 
     def _answer(self, questions: Sequence[tuple[Search, Any]]) -> list[Any]:
         """Return the answer to each question; a `Move` where an early stop ends the step."""
         answers: list[Any] = [None] * len(questions)
         sought, scored = [], []
-        for place, (search, question) in enumerate(questions):
+        for place, (_, question) in enumerate(questions):
             if isinstance(question, TokenGradient):
                 sought.append(place)
-            elif isinstance(question, Losses):
-                scored.append(place)
             else:
-                raise UsageError(
-                    f"schedule {search.suffix.options.schedule!r} asks for {type(question).__name__}; "
-                    "a suffix optimizer yields TokenGradient or Losses"
-                )
+                scored.append(place)
         for place, gradient in zip(sought, self._gradients([questions[k] for k in sought]), strict=True):
             answers[place] = gradient
         for place, (losses_C, match) in zip(scored, self._losses([questions[k] for k in scored]), strict=True):

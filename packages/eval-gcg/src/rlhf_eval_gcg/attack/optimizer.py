@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rlhf_core.errors import OptionError
+from rlhf_core.plugins.import_paths import add_working_folder
 from rlhf_eval_gcg.attack.options import SCHEDULES
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Suffix:
     """state of the optimizer between steps, kept across a crash"""
 
 
+@runtime_checkable
 class SuffixOptimizer(Protocol):
     """Improves a suffix step by step; see the module's text."""
 
@@ -113,10 +115,23 @@ def load_optimizer(options: Attack) -> SuffixOptimizer:
     """
     path = SCHEDULES.get(options.schedule, options.schedule)
     module, _, name = path.partition(":")
+    add_working_folder()
     try:
-        made: SuffixOptimizer = getattr(import_module(module), name)(options)
+        make = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise OptionError(
-            "schedule", f"{options.schedule!r} cannot be imported: {error}; give module:Class of an installed module"
+            "schedule",
+            f"{options.schedule!r} cannot be imported: {error}; give module:Class of an installed module, or of one in the "
+            "working folder",
         ) from None
+    try:
+        made = make(options)
+    except TypeError as error:
+        raise OptionError(
+            "schedule", f"{options.schedule!r} must be a class that takes the options: {error}"
+        ) from error
+    if not isinstance(made, SuffixOptimizer):
+        raise OptionError(
+            "schedule", f"{options.schedule!r} has no method step(suffix), which does a step of the search"
+        )
     return made
