@@ -81,6 +81,28 @@ def test_stage_3_gathers_as_much_as_its_file_says(tmp_path: Path) -> None:
     assert (frozen.resident, frozen.inference, frozen.activations) == (2000, 70 + 4 * (250 + 120), 0)
 
 
+def test_ranks_of_a_node_hold_a_second_copy_of_the_weights_together(tmp_path: Path) -> None:
+    """DeepSpeed makes it for trained roles, where the weights of a rank are: not on the device if they are offloaded."""
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}), encoding="utf-8")
+    plain = DeepSpeed(stage=3).memory(NARROW, size_of(2), 8)
+    for stage in (DeepSpeed(stage=3, hpz=2), DeepSpeed(stage=3, config=str(file))):
+        assert stage.memory(NARROW, size_of(2), 8).resident - plain.resident == 2 * 1000 // 2
+        frozen, alone = (each.memory(NARROW, size_of(2, trained=0), 8) for each in (stage, DeepSpeed(stage=3)))
+        assert frozen == alone
+    away, without = (DeepSpeed(stage=3, offload="all", hpz=hpz).memory(NARROW, size_of(2), 8) for hpz in (2, None))
+    assert away == without
+
+
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_ranks_that_share_rows_hold_their_part_of_the_activations(kind: Any) -> None:
+    shared = DeepSpeed(stage=1, bucket=100, sequence=2, sequence_kind=kind).memory(WHOLE, size_of(), 4)
+    alone = DeepSpeed(stage=1, bucket=100).memory(WHOLE, size_of(), 4)
+    assert (alone.activations - shared.activations, alone.inference - shared.inference) == (500 // 2, 70 // 2)
+    assert (alone.overlap, shared.overlap) == (300, 500 // 2)
+    assert shared.resident == alone.resident
+
+
 def main_memory(stage: int, compute_bytes: int) -> int:
     """Return the bytes of what one of two ranks offloads: weights, two moments and gradients in float32, and copies."""
     copy = 4 if stage == 3 else compute_bytes  # sums of gradients; a buffer of updated weights
@@ -100,6 +122,8 @@ FORECASTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stage 3": ({"stage": 3}, {}),
     "stage 3, small buckets": ({"stage": 3, "bucket": BUCKET}, {}),
     "stage 3, bfloat16": ({"stage": 3}, {"dtype": "bfloat16", "rows": 16}),
+    "stage 3, a second copy": ({"stage": 3, "hpz": 2}, {}),
+    "stage 1, rows shared": ({"stage": 1, "bucket": BUCKET, "sequence": 2}, {"prompt": 200, "completion": 200}),
     "stage 3, adapters": ({"stage": 3}, {"actor": {"lora": {"rank": 4}}}),
     "stage 1, offload": ({"stage": 1, "bucket": BUCKET, "offload": "optimizer"}, {}),
     "stage 2, offload": ({"stage": 2, "bucket": BUCKET, "offload": "optimizer"}, {}),

@@ -23,6 +23,7 @@ them takes a copy of both, where P_t is at most 500 million.
 Stage 3 runs ahead and gathers up to 10^9 numbers (`stage3_max_live_parameters`), so the whole of a smaller model: `live` is
 that number or a layer. It is the same without gradient checkpointing, since linear layers keep no gathered weight
 (`releasing`). `ahead` is the buffer that the next B numbers, or a layer, are gathered in. A sampler in the process gathers e P.
+With `--strategy.hpz N` a trained role has e P / N more, of the copy that N ranks hold together.
 
 With `--strategy.offload optimizer` the optimizer state and the sums of gradients are in main memory. What stays on the device
 are the gradients that are reduced: at stage 1 all, at stage 2 the share in bfloat16. With `all` the weights of stage 3 are in
@@ -31,8 +32,9 @@ main memory, too. Main memory then holds, on each rank,
     stage 1          stage 2 in bfloat16   stage 2 in float32   stage 3
     (16 + e) P_t/R   (16 + e) P_t/R        (20 + e) P_t/R       20 P_t/R, and e P/R with `all`
 
-With `--strategy.tensor N` P and P_t are what a rank has of the model: embeddings and heads, and 1 / N of the layers. R is the
-number of groups of N ranks then. Activations are counted for whole layers, which is more than a rank holds.
+With `--strategy.sequence N` a rank has 1 / N of the tokens of each row, so A / N. With `--strategy.tensor N` P and P_t are what
+a rank has of the model: embeddings and heads, and 1 / N of the layers. R is the number of groups of N ranks then. Activations
+are counted for whole layers, which is more than a rank holds.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpe
     """
     if options.tensor > 1:
         whole, size, ranks = *_cut_layers(whole, size, options.tensor), max(1, ranks // options.tensor)
+    if options.sequence > 1:
+        whole = _cut_rows(whole, options.sequence)
     zero = zero_settings(options)
     share = _Share(
         whole,
@@ -72,6 +76,7 @@ def zero_memory(whole: RoleMemory, size: ModelSize, ranks: int, options: DeepSpe
         buckets=2 if zero["overlap_comm"] else 1,
         fetched=int(zero.get("stage3_prefetch_bucket_size", 0)),
         live=int(zero.get("stage3_max_live_parameters", LIVE)),
+        node=int(options.hpz or zero.get("zero_hpz_partition_size", 1)) if options.offload != "all" else 1,
         offloads=options.offload != "none",
     )
     if not size.trained:
@@ -93,6 +98,12 @@ def _cut_layers(whole: RoleMemory, size: ModelSize, tensor: int) -> tuple[RoleMe
     return replace(whole, **parts), less
 
 
+def _cut_rows(whole: RoleMemory, ranks: int) -> RoleMemory:
+    """Return the memory of a role of whose rows a rank computes 1 / `ranks` of the tokens."""
+    activations, inference = whole.activations // ranks, whole.inference // ranks
+    return replace(whole, activations=activations, inference=inference, overlap=min(whole.overlap, activations))
+
+
 @dataclass(frozen=True)
 class _Share:
     """The share of one device, under each stage."""
@@ -108,6 +119,8 @@ class _Share:
     """numbers that stage 3 gathers ahead"""
     live: int
     """numbers that stage 3 holds gathered at a time, as it runs ahead"""
+    node: int
+    """ranks that hold a second copy of the weights together; 1 without one"""
     offloads: bool
     """optimizer states are in main memory"""
 
@@ -185,13 +198,15 @@ class _Share:
         """Weights are sharded, too, and gathered; the sums of gradients and a bucket are always there."""
         sharded = self.frozen_role()
         sums = 0 if self.offloads else self.sums // self.ranks
+        e = self.size.compute_bytes
+        second = e * self.size.parameters // self.node if self.node > 1 else 0
         return replace(
             sharded,
             gradients=sums,
             optimizer=self.optimizer,
             overlap=sums,
             update=self.whole.update // self.ranks,
-            buffers=sharded.buffers + self.size.compute_bytes * self.bucket + sums,
+            buffers=sharded.buffers + e * self.bucket + sums + second,
         )
 
     def frozen_role(self) -> RoleMemory:
