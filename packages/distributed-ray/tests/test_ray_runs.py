@@ -227,9 +227,15 @@ def test_twenty_steps_of_every_algorithm_wherever_roles_are_placed(
 
 @WITH_DEEPSPEED
 @pytest.mark.parametrize(
-    "steps", [pytest.param(4, marks=pytest.mark.engines), pytest.param(20, marks=pytest.mark.slow)]
+    ("algorithm", "stage", "steps"),
+    [
+        *(pytest.param(*each, 4, marks=pytest.mark.engines) for each in (("ppo", 2), ("grpo", 3))),
+        *(
+            pytest.param(*each, 20, marks=pytest.mark.slow)
+            for each in (("sft", 0), ("dpo", 1), ("ppo", 2), ("grpo", 3))
+        ),
+    ],
 )
-@pytest.mark.parametrize(("algorithm", "stage"), [("sft", 0), ("dpo", 1), ("ppo", 2), ("grpo", 3)])
 def test_deepspeed_inside_ray_changes_no_number_either(
     algorithm: str, stage: int, steps: int, same_as_in_one_process: Callable[..., None]
 ) -> None:

@@ -97,10 +97,17 @@ def test_nothing_of_the_engine_is_left_behind() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.engines
 @pytest.mark.skipif(find_spec("rlhf_algos") is None, reason="rlhf-algos is not installed")
 @pytest.mark.parametrize(
-    "launch", [["-m", "rlhf_core"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rlhf_core"]]
+    "launch",
+    [
+        pytest.param(["-m", "rlhf_core"], marks=pytest.mark.slow, id="one"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rlhf_core"],
+            marks=pytest.mark.engines,
+            id="two",
+        ),
+    ],
 )
 def test_the_command_line_runs_it_in_one_process_and_in_two(tmp_path: Path, launch: list[str]) -> None:
     options = {
