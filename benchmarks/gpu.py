@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not 0 < options.minutes < float("inf"):
+        parser.error(f"--minutes must be above 0, not {options.minutes:g}")
     if options.list:
         print("\n".join(f"{check.name:18} {check.title}" for check in CHECKS))
         return 0

@@ -35,6 +35,7 @@ CHECKS = (
     Check("limits", "The machine: versions, and the rates that everything below is measured against", "limits", 40),
     Check("training", "Training at 1.5B: share of the matrix-product rate (MFU)", "training", 60),
     Check("decoding", "Sampling at batch 256: share of the memory-bandwidth bound", "decoding", 100),
+    Check("training_compiled", "Training at 1.5B with `--actor.compile`", "training", 120, fresh=True),
     Check("suite", "Tests marked gpu", "suite", 60, fresh=True),
     Check("logprobs", "Chunked log-probabilities against the plain head", "logprobs", 40),
     Check(
@@ -52,7 +53,6 @@ CHECKS = (
     Check("offload", "Memory by role: training, offloaded, reloaded", "memory", 40),
     Check("generate", "`--rollout hf` against transformers", "decoding", 50),
     Check("checkpoint", "Seconds that a checkpoint stops the loop", "memory", 40),
-    Check("training_compiled", "Training at 1.5B with `--actor.compile`", "training", 120, fresh=True),
     Check("optimizer", "The optimizer step against its bandwidth bound", "training", 30),
     Check("training_small", "Training at 0.5B", "training", 50),
     Check("two_processes", "Two processes on one GPU", "engines", 50, fresh=True),

@@ -150,6 +150,8 @@ class Driver:
                 raise SystemExit(
                     f"gpu.py: a worker ended with code {code} before it was ready; {self.log.name} says why"
                 )
+            if "lacking" in event:
+                raise SystemExit(f"gpu.py: {event['lacking']}")
         return self._current
 
     def _leave(self) -> None:

@@ -41,6 +41,9 @@ def work(rehearse: bool) -> None:
 
     if rehearse:
         torch.set_num_threads(1)
+    if not (rehearse or torch.cuda.is_available()):
+        send({"lacking": f"torch {torch.__version__} sees no GPU here; pass --rehearse to try the checks on the CPU"})
+        return
     send({"ready": True})
     for line in sys.stdin:
         job = json.loads(line)

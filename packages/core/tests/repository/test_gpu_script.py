@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[4] / "benchmarks"
 
@@ -118,6 +119,26 @@ def test_a_check_that_is_not_there_is_named(script: ModuleType) -> None:
         script.main(["--only", "decodin"])
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_minutes_that_are_no_time_are_refused(
+    script: ModuleType, minutes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--minutes", minutes, "--only", "limits"])
+    assert f"--minutes must be above 0, not {minutes}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_named_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--only", "limits", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"gpu.py: torch {torch.__version__} sees no GPU here; pass --rehearse to try the checks on the CPU\n"
+    )
+
+
 def test_missing_wheels_come_with_the_line_that_fetches_them(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +159,6 @@ def test_time_with_a_kernel_counts_overlapping_spans_once(script: ModuleType) ->
 
 def test_flops_are_those_of_the_matrix_products(script: ModuleType) -> None:
     """Counted by torch itself in a forward and backward pass with full attention matrices, of which half is causal."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
