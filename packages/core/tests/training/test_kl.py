@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from thread_ranks import ThreadWorld, together
@@ -60,6 +62,19 @@ def test_the_unbiased_form_has_the_gradient_of_the_kl_on_samples_of_an_older_pol
     (got,) = torch.autograd.grad((old.exp()[:, None] * values).sum(), logits)
     torch.testing.assert_close(got.float(), exact.float(), atol=1e-6, rtol=1e-5)
     assert loss.needs == {"ref_logprobs_NT", "old_logprobs_NT"}
+
+
+def test_the_weight_of_a_sample_of_an_older_policy_is_at_most_ten() -> None:
+    """Slope of k2 times the weight: ratios e^5 and e^1 weigh 10 and e."""
+    logprobs = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+    batch = make_batch([1, 1]).with_extras(
+        ref_logprobs_NT=torch.tensor([[-1.5], [-1.5]]), old_logprobs_NT=torch.tensor([[-6.0], [-2.0]])
+    )
+    batch.step = StepInfo(kl_coef=1.0)
+    values = KLLoss("k3", unbiased=True)({"logprobs_NT": logprobs, "full_logprobs_NT": logprobs}, batch).values
+    values.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([10 * 0.5, exp(1) * 0.5])
 
 
 def test_extreme_log_ratios_and_masked_cells_give_finite_values_and_gradients() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,14 @@ def test_what_others_said_between_two_turns_counts_as_length() -> None:
 def test_a_cut_completion_is_scaled_or_set(coefficient: float, cut: float) -> None:
     shaped = RewardShaping(stop_properly=coefficient)(RewardOutput(torch.full((2,), 3.0)), rollouts_of(5, 10), 10)
     assert shaped.rewards_N.tolist() == [3.0, cut]
+
+
+@pytest.mark.parametrize("reason", ["length", "turns", "seconds", "error"])
+def test_whatever_cut_an_episode_counts_as_cut(reason: Any) -> None:
+    rollouts = rollouts_of(5, 5)
+    rollouts.finish = ["stop", reason]
+    shaped = RewardShaping(stop_properly=0.25)(RewardOutput(torch.full((2,), 4.0)), rollouts, 10)
+    assert shaped.rewards_N.tolist() == [4.0, 1.0]
 
 
 def test_clipping_comes_last_and_nonsense_is_refused() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlhf_core.util.atomic_files import discard, fresh_folder, write_text
+from rlhf_core.util.atomic_files import discard, fresh_folder, replacing, write_text
 from rlhf_core.util.jsonl import append_line, cut_lines
 
 
@@ -88,3 +90,49 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one_under_its_name(
         (folder / "weights").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Inodes that were forced to the disk, and pairs of inode and new name that were renamed, in order."""
+    found: list[Any] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def forced(descriptor: int) -> None:
+        found.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        found.append((self.stat().st_ino, target.name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after_that(
+    tmp_path: Path, events: list[Any]
+) -> None:
+    write_text(tmp_path / "a", "one")
+    file, folder = ((tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino)
+    assert events == [file, (file, "a"), folder]
+
+
+def test_a_folder_is_on_the_disk_with_all_its_files_before_it_has_its_name(tmp_path: Path, events: list[Any]) -> None:
+    with fresh_folder(tmp_path / "model") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "weights").write_text("new")
+    inside = {each.stat().st_ino for each in (tmp_path / "model").rglob("*")}
+    model, parent = (tmp_path / "model").stat().st_ino, tmp_path.stat().st_ino
+    at = events.index((model, "model"))
+    assert {*inside, model} == set(events[:at]) and events[at + 1 :] == [parent]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_whatever_ends_a_write_leaves_no_temporary_file(error: type[BaseException], tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    with pytest.raises(error), replacing(tmp_path / "a") as file:
+        file.write(b"tw")
+        raise error
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a", "one")]

@@ -112,3 +112,10 @@ def test_a_difference_is_over_common_goals() -> None:
     found = paired_difference({(0, 0): 1.0, (1, 0): 0.0}, {(0, 0): 0.5, (2, 0): 0.0})
     assert found.value == 0.5
     assert np.isnan(paired_difference({(0, 0): 1.0}, {(1, 0): 1.0}).value)
+
+
+def test_any_is_about_as_many_answers_as_every_goal_has() -> None:
+    """One bad of three: two of three pairs have it. The other goal has two answers, both good."""
+    found = success(rows({(0, 0): [-6.0, 0.0, 0.0], (1, 0): [0.0, 0.0]}), -5.0)
+    assert found is not None
+    assert found.k == 2 and found.any.value == pytest.approx((2 / 3 + 0) / 2)
