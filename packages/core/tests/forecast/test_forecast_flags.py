@@ -136,3 +136,25 @@ def test_a_type_has_the_memory_that_its_driver_reports_and_not_that_of_its_name(
     assert GPUS["h200"].gib == 139.8
     promised = {"a10": 24, "a100-40": 40, "a100-80": 80, "b200": 180, "h100": 80, "h200": 141, "l4": 24, "l40s": 48}
     assert all(0.9 * promised.get(name, 24) < gpu.gib < promised.get(name, 24) for name, gpu in GPUS.items())
+
+
+@pytest.mark.parametrize(
+    ("gib", "flags", "told"),
+    [
+        ("0.003", "", "fits"),
+        ("0.001", "", "does not fit either"),
+        ("0.003", "--launcher.share-memory off", ""),
+        ("1", "", ""),
+    ],
+)
+def test_roles_that_can_take_turns_are_named_where_all_do_not_fit(
+    gib: str, flags: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All roles take 3.6 MiB, and the largest alone 2.0; the limits are 3.1 and 1.0 MiB, and much."""
+    words = (
+        f"plan ppo --model {MODEL} --reward length --data prompts --batch-size 4 --sampling.n 1 --plan.gpu-gib {gib}"
+    )
+    lengths = "--plan.prompt-tokens 4 --plan.completion-tokens 4 --plan.reserve 0"
+    assert main([*words.split(), *lengths.split(), *flags.split()]) == int(gib != "1")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a run takes turns")]
+    assert [line.endswith(f" GiB, {told}") for line in lines] == [True] * bool(told)
